@@ -1,0 +1,40 @@
+"""Errors meant for people: one sentence that names what is wrong, where, and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ApicalError(Exception):
+    """Base of every error the command line prints as one line (no traceback) before it exits non-zero."""
+
+
+class ConfigError(ApicalError, ValueError):
+    """An option, a name or a combination of them is not usable."""
+
+
+class DataError(ApicalError, ValueError):
+    """A data set is missing, damaged or does not fit (shape, labels, NaN)."""
+
+
+class UnsupportedModelError(ApicalError, TypeError):
+    """A module of the model cannot be trained by the chosen rule; the message names the module and the remedy."""
+
+
+class CheckpointError(ApicalError, ValueError):
+    """A checkpoint or run folder is damaged or does not belong to the requested run."""
+
+
+class DivergenceError(ApicalError, ArithmeticError):
+    """Training produced NaN or infinity."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Error for an unknown rule, model or data set, with the nearest known name.
+
+    >>> str(unknown_name("rule", "pfaa", ["bp", "pfa"]))
+    "unknown rule 'pfaa'; did you mean 'pfa'? Known: bp, pfa"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ConfigError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
