@@ -1,6 +1,23 @@
 """Train `nn.Module`s with credit-assignment rules other than backpropagation."""
 
 from apical.core.credit import Credit, CreditRule
+from apical.rules.backprop import Backprop
+from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.feedback_alignment import FeedbackAlignment
+from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
+from apical.rules.sign_symmetry import SignSymmetry
+from apical.rules.weight_mirror import WeightMirror
 
-__all__ = ["Credit", "CreditRule"]
+__all__ = [
+    "Backprop",
+    "Credit",
+    "CreditRule",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "KolenPollack",
+    "ProductFeedbackAlignment",
+    "SignSymmetry",
+    "WeightMirror",
+]
 __version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The contract (`Credit`, `CreditRule`) and the two primitives every rule is built from: edges and cuts."""

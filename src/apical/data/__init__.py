@@ -1,0 +1,12 @@
+"""Data sets as normalised tensors: readers, checksummed downloads, augmentation.
+
+`load` finds a set under $APICAL_DATA or in the cache folder; `digits` needs neither, it comes with scikit-learn.
+"""
+
+from apical.data.augment import Augment
+from apical.data.dataset import Dataset, Split, check
+from apical.data.fetching import fetch
+from apical.data.loading import Status, load, names, status
+from apical.data.roots import cache_folder
+
+__all__ = ["Augment", "Dataset", "Split", "Status", "cache_folder", "check", "fetch", "load", "names", "status"]

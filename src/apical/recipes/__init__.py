@@ -1,0 +1,1 @@
+"""The rules' short names and the papers' settings."""

@@ -1,0 +1,1 @@
+"""One file per rule, named after the method; no rule imports another."""

@@ -1,0 +1,221 @@
+"""The command line: `apical compare | train | report | data | list`. Torch is imported only when something is trained."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+
+from apical.errors import ApicalError
+from apical.experiment.recipe import Amp, Device, Optimizer, Recipe
+
+DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
+
+Start here (about a minute on two cores, no download):
+
+    apical compare --out runs/demo
+
+then open runs/demo/report.html. Choose rules, data and model:
+
+    apical compare --rules bp fa pfa --data mnist --model mlp-512-512 --epochs 5 --seeds 3 --out runs/mnist
+
+The settings of a paper: `apical compare --recipe pfa-mnist --out runs/pfa-mnist`. One rule alone: `apical train --rule
+pfa --out runs/pfa`. Ctrl-C saves; the same command with --resume continues. What there is: `apical list rules`."""
+
+
+def _arg(metavar: str, hint: str = "") -> Any:
+    """How an option is shown; None as a default means that the recipe decides."""
+    return arg(metavar=metavar, help_behavior_hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Options that train and compare share; what is not given comes from --recipe or the defaults."""
+
+    out: Annotated[Path, _arg("DIR", "(required)")]
+    """Folder for the results; must be new or empty."""
+    recipe: Annotated[str | None, _arg("NAME")] = None
+    """Take a paper's settings: pfa-mnist, pfa-cifar10 or pfa-cifar10-small. Options given here go before it."""
+    data: Annotated[str | None, _arg("NAME", "(default: digits)")] = None
+    """Data set; see `apical list data`."""
+    model: Annotated[str | None, _arg("NAME", "(default: mlp-256-256)")] = None
+    """Network; see `apical list models`."""
+    epochs: Annotated[int | None, _arg("N", "(default: 20)")] = None
+    """Passes over the training images."""
+    batch_size: Annotated[int | None, _arg("N", "(default: 32)")] = None
+    """Images per step."""
+    optimizer: Annotated[Optimizer | None, _arg("sgd|adam|adamw", "(default: sgd)")] = None
+    """Optimiser."""
+    lr: Annotated[tuple[float, ...] | None, _arg("RATE ...", "(default: 0.02)")] = None
+    """Learning rates, one after the other."""
+    lr_epochs: Annotated[tuple[int, ...] | None, _arg("N ...")] = None
+    """Finished epochs after which the next learning rate starts."""
+    momentum: Annotated[float | None, _arg("X", "(default: 0.9)")] = None
+    """Momentum of sgd, beta1 of adam."""
+    weight_decay: Annotated[tuple[float, ...] | None, _arg("X ...", "(default: what suits the rule)")] = None
+    """Weight decays, one after the other."""
+    weight_decay_epochs: Annotated[tuple[int, ...] | None, _arg("N ...")] = None
+    """Finished epochs after which the next weight decay starts."""
+    flip: Annotated[bool | None, _arg("True|False")] = None
+    """Mirror training images at random."""
+    crop: Annotated[int | None, _arg("PIXELS")] = None
+    """Pad training images by so many pixels and crop at random."""
+    validation: Annotated[int | None, _arg("N")] = None
+    """Training images held out for validation."""
+    train_limit: Annotated[int | None, _arg("N")] = None
+    """Use only so many training images."""
+    test_limit: Annotated[int | None, _arg("N")] = None
+    """Use only so many test images."""
+    drop_last: Annotated[bool | None, _arg("True|False", "(default: True)")] = None
+    """Leave out the last, smaller batch of an epoch."""
+    amp: Annotated[Amp | None, _arg("off|bf16")] = None
+    """bf16: forward pass under bfloat16 autocast."""
+    device: Annotated[Device | None, _arg("auto|cpu|cuda", "(default: auto)")] = None
+    """Where to compute."""
+    threads: Annotated[int | None, _arg("N", "(default: a fair share of the cores)")] = None
+    """CPU threads per process."""
+    probe: Annotated[int | None, _arg("N", "(default: 256)")] = None
+    """Training images on which gradients are compared with backprop's after each epoch; 0 is off."""
+    checkpoint_steps: Annotated[int | None, _arg("N", "(default: after each epoch)")] = None
+    """Save also every N steps within an epoch."""
+    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Continue what is in --out."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace what is in --out."""
+
+    def given(self) -> dict[str, Any]:
+        """The recipe fields that were given."""
+        known = Recipe.__dataclass_fields__
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareFlags:
+    """Options that only compare has; a base of its own, so that they are listed first."""
+
+    rules: Annotated[tuple[str, ...] | None, _arg("RULE ...", "(default: bp fa dfa usf kp pfa pfa-o)")] = None
+    """Rules to compare; see `apical list rules`."""
+    seeds: Annotated[int, _arg("K", "(default: 3)")] = 3
+    """Seeds 0 to K - 1 of each rule."""
+    jobs: Annotated[int, _arg("N", "(default: one per core)")] = 0
+    """Seeds trained side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """Options that only train has; a base of its own, so that they are listed first."""
+
+    rule: Annotated[str, _arg("RULE", "(default: bp)")] = "bp"
+    """Rule to train; see `apical list rules`."""
+    rule_options: Annotated[tuple[str, ...] | None, _arg("KEY=VALUE ...")] = None
+    """Options of the rule, such as expansion=4."""
+    seed: Annotated[int | None, _arg("N", "(default: 0)")] = None
+    """Seed of weights, data order and augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Flags, CompareFlags):
+    """Train several rules with several seeds, write summary.json and report.html.
+
+    The rules take turns, an epoch each, so that their times compare. Exit status 3 says that a run diverged.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Flags, TrainFlags):
+    """Train one rule; under torchrun, with several processes."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write figures and report.html from what a folder holds."""
+
+    folder: Positional[Path]
+    """Folder of a comparison or of one run."""
+
+
+@dataclass(frozen=True)
+class DataFetch:
+    """Download a data set, checked against its known checksum; an interrupted download continues."""
+
+    name: Positional[Annotated[str, arg(metavar="NAME")]]
+    """Data set."""
+
+
+@dataclass(frozen=True)
+class DataList:
+    """Data sets and where they were found."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Download a data set, or see which are here."""
+
+    action: OmitArgPrefixes[
+        Annotated[DataFetch, subcommand("fetch", prefix_name=False)]
+        | Annotated[DataList, subcommand("list", prefix_name=False)]
+    ]
+
+
+@dataclass(frozen=True)
+class List:
+    """What there is: rules, models, data or recipes."""
+
+    what: Positional[Literal["rules", "models", "data", "recipes"]]
+    """What to list."""
+
+
+Command = (
+    Annotated[Compare, subcommand("compare", prefix_name=False)]
+    | Annotated[Train, subcommand("train", prefix_name=False)]
+    | Annotated[Report, subcommand("report", prefix_name=False)]
+    | Annotated[Data, subcommand("data", prefix_name=False)]
+    | Annotated[List, subcommand("list", prefix_name=False)]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed: Any = tyro.cli(
+        Command,
+        prog="apical",
+        description=DESCRIPTION,
+        args=arguments or ["--help"],
+        config=(FlagCreatePairsOff,),
+    )
+    command = shlex.join(["apical", *arguments])
+    try:
+        return _run(parsed, command)
+    except ApicalError as error:
+        message = str(error)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        message = (error.strerror or str(error)) + where
+    except KeyboardInterrupt:
+        return 130
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
+        print("apical: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _run(parsed: Any, command: str) -> int:
+    from apical import commands  # imports torch
+
+    if isinstance(parsed, Compare):
+        return commands.compare(parsed, command)
+    if isinstance(parsed, Train):
+        return commands.train(parsed, command)
+    if isinstance(parsed, Report):
+        commands.write_report(parsed.folder)
+    elif isinstance(parsed, Data) and isinstance(parsed.action, DataFetch):
+        commands.fetch(parsed.action.name)
+    else:
+        commands.listing("data" if isinstance(parsed, Data) else parsed.what)
+    return 0

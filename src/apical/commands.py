@@ -1,0 +1,225 @@
+"""What the commands of the command line do. Everything is checked before the first file is written."""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apical import data, models
+from apical.errors import ConfigError, DivergenceError, unknown_name
+from apical.experiment import compare as comparison
+from apical.experiment import report
+from apical.experiment.compare import Job, load_data
+from apical.experiment.distributed import joined, pick_device, under_torchrun
+from apical.experiment.loop import Training
+from apical.experiment.progress import Watch, Watched, describe, results_table, shown_path
+from apical.experiment.recipe import Recipe
+from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
+from apical.experiment.signals import Interrupted, StopSignals
+from apical.recipes.pfa import STUDIES, Study
+from apical.recipes.rules import RULES, find_rule, make_rule, resolve
+
+if TYPE_CHECKING:
+    from apical.cli import Compare, Flags, Train
+
+DEMO_RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa-o")
+DIVERGED = 3
+"""Exit status of a comparison in which a run diverged."""
+
+
+def compare(flags: "Compare", command: str) -> int:
+    """Train the rules side by side and report; returns the exit status."""
+    if under_torchrun():
+        raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
+    for option, value, least in (("--seeds", flags.seeds, 1), ("--jobs", flags.jobs, 0)):
+        if value < least:
+            raise ConfigError(f"{option} must be at least {least}, got {value}")
+    study = find_study(flags.recipe)
+    rules = flags.rules or tuple(study.rows if study else DEMO_RULES)
+    for rule in rules:
+        find_rule(rule)
+    if len(set(rules)) != len(rules):
+        raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}")
+    drafts = [draft(flags, study, rule) for rule in rules]
+    if len({item.epochs for item in drafts}) > 1:
+        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+    recipes, notes = prepare(drafts)
+    published = {rule: [asdict(number) for number in study.row(rule).published] for rule in rules} if study else {}
+    job = Job(
+        recipes=tuple(recipes),
+        seeds=tuple(range(flags.seeds)),
+        out=flags.out,
+        make_rule=make_rule,
+        command=command,
+        jobs=flags.jobs,
+        resume=flags.resume,
+        overwrite=flags.overwrite,
+        notes=dict(zip(rules, notes, strict=True)),
+        about={"study": flags.recipe, "published": published},
+    )
+    comparison.check(job)
+    console = Console()
+    watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in rules for seed in job.seeds]
+    watch = Watch(console, watched, recipes[0].epochs)
+    with StopSignals() as stop:
+        try:
+            with watch.shown():
+                rows = comparison.run(job, stop, watch.refresh)
+        except Interrupted as interrupted:
+            return stopped(interrupted, command)
+    console.print(results_table(rows))
+    console.print(f"report: {shown_path(report.write(flags.out))}", highlight=False, soft_wrap=True)
+    lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
+    if lost:
+        print(f"apical: {len(lost)} of {len(rows)} runs diverged: {', '.join(lost)}", file=sys.stderr)
+        return DIVERGED
+    return 0
+
+
+def train(flags: "Train", command: str) -> int:
+    """Train one rule; returns the exit status."""
+    study = find_study(flags.recipe)
+    find_rule(flags.rule)
+    recipe = draft(flags, study, flags.rule)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
+        (recipe,), (notes,) = prepare([recipe])
+        folder = RunFolder(flags.out)
+        state = folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
+        world.barrier()
+        if state == "finished":
+            if world.is_main:
+                print(f"{shown_path(flags.out)} is already finished: {recipe.epochs} epochs")
+            return 0
+        if state == "diverged":
+            raise DivergenceError(str(read_json(folder.result).get("message", "the run diverged")))
+        training = Training(recipe, load_data(recipe), make_rule, folder, world, stop)
+        around = environment(str(world.device), torch.get_num_threads(), world.size)
+        try:
+            training.start(resume=state == "resumable", command=command, notes=notes, environment=around)
+            with shown(training, world.is_main) as (on_step, on_line):
+                on_line()
+                while training.epoch < recipe.epochs:
+                    training.train_epoch(on_step)
+                    on_line()
+        except Interrupted as interrupted:
+            return stopped(interrupted, command) if world.is_main else 128 + interrupted.signum
+        if world.is_main:
+            write_json(folder.result, training.result())
+            print(f"results: {shown_path(flags.out)}")
+    return 0
+
+
+def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
+    """The recipe of one rule: the study's row or the defaults, with the given options in place.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    recipe = study.row(rule).recipe if study else Recipe(rule=rule)
+    given = flags.given()
+    for schedule in ("lr", "weight_decay"):
+        if schedule in given:
+            given.setdefault(f"{schedule}_epochs", ())
+    return replace(recipe, **{**given, "rule": rule})
+
+
+def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:
+    """The recipes with the rules' defaults, and notes on them; builds each model and rule once, to see that it works.
+
+    Raises:
+        ApicalError: a name, size or option is not usable, or the data are missing or damaged.
+    """
+    first = drafts[0]
+    pick_device(first.device)
+    if first.data not in data.names():
+        raise unknown_name("data set", first.data, data.names())
+    dataset = load_data(first)
+    recipes, notes = [], []
+    for item in drafts:
+        recipe, chosen = resolve(item, len(dataset.train))
+        make_rule(recipe, models.build(recipe.model, dataset.input_shape, dataset.classes))
+        recipes.append(recipe)
+        notes.append(chosen)
+    return recipes, notes
+
+
+def find_study(name: str | None) -> Study | None:
+    """The study of that name; None for None.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if name is not None and name not in STUDIES:
+        raise unknown_name("recipe", name, STUDIES)
+    return STUDIES[name] if name is not None else None
+
+
+def stopped(interrupted: Interrupted, command: str) -> int:
+    """Say how to continue; returns the exit status that a shell expects."""
+    words = [word for word in shlex.split(command) if word not in ("--overwrite", "--resume")]
+    print(f"stopped at {interrupted.where}; saved. Continue with: {shlex.join([*words, '--resume'])}")
+    return 128 + interrupted.signum
+
+
+@contextmanager
+def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
+    """Callbacks that show steps (a bar, in a terminal only) and finished epochs."""
+    console = Console(quiet=not visible)
+    steps, epochs = training.steps_per_epoch, training.recipe.epochs
+
+    def on_line() -> None:
+        console.print(describe(training.line, epochs), highlight=False, soft_wrap=True)
+
+    if not (visible and console.is_terminal):
+        yield None, on_line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(training.recipe.rule, total=steps * epochs)
+        yield lambda step: progress.update(task, completed=training.epoch * steps + step), on_line
+
+
+def listing(what: str) -> None:
+    """Print the rules, models, data sets or recipes."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    if what == "rules":
+        for name, entry in RULES.items():
+            table.add_row(name, entry.title)
+    elif what == "recipes":
+        for name, study in STUDIES.items():
+            table.add_row(name, study.title, study.cost)
+    elif what == "models":
+        for name in models.names():
+            table.add_row(name)
+    else:
+        for row in data.status():
+            table.add_row(*(str(cell) for cell in row))
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def fetch(name: str) -> None:
+    """Download a data set and print where it lies."""
+    if name not in data.names():
+        raise unknown_name("data set", name, data.names())
+    print(data.fetch(name))
+
+
+def write_report(folder: Path) -> None:
+    """Write the report of a folder and print its path."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"no permission to write in {folder}")
+    print(shown_path(report.write(folder)))

@@ -1,0 +1,146 @@
+"""Cuts: give each unit its own teaching signal.
+
+A unit is what lies between two cuts: a weighted layer with its normalisation, the residual sum and the activation at
+whose output the unit ends. The next unit reads that output detached, so no error crosses a cut; one backward pass from all
+unit outputs at once, each with its own signal, then makes every unit's local gradient.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.credit import CreditRule, Loss
+from apical.core.units import ACTIVATIONS, weighted_layers
+from apical.errors import UnsupportedModelError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def eagerly(method: Method) -> Method:
+    """Keep a method out of compiled graphs: what it does happens once, at the first batch."""
+    return cast(Method, torch.compiler.disable(method))
+
+
+class CutRule(CreditRule):
+    """Base of the rules that hand a teaching signal to every hidden unit.
+
+    Args:
+        model: network whose activations are modules (`nn.ReLU()`, not `F.relu`), used once or several times each.
+        loss: maps (output, targets) to a scalar batch mean.
+        where: "activation" cuts behind every hidden activation (behind the residual sum), so that no error crosses;
+            "input" cuts before every weighted layer but the first and leaves residual connections whole.
+        exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
+
+    Raises:
+        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no hidden
+            activation is found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        where: Literal["activation", "input"] = "activation",
+        exact: Collection[str] = (),
+    ) -> None:
+        super().__init__(model, loss)
+        self.layers = weighted_layers(model, exact)
+        self.where = where
+        self._hidden: list[str] | None = None
+        self._mode: Literal["off", "trace", "cut"] = "off"
+        self._events: list[tuple[str, bool]] = []  # (module name, is a cut point), in the order of execution
+        self._cuts: list[Tensor] = []
+        for name, module in model.named_modules():
+            if name in self.layers:
+                self._hooks.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
+            elif where == "activation" and isinstance(module, ACTIVATIONS):
+                self._hooks.append(module.register_forward_hook(partial(self._after_activation, name)))
+
+    def hidden_units(self, inputs: Tensor) -> list[str]:
+        """Names of the cuts in the order of execution: the module each belongs to, with "#k" when it is used again.
+
+        The first call runs `inputs` through the model, leaving the state of model and random generators as it was.
+        """
+        if self._hidden is None:
+            self._hidden = self._trace(inputs)
+        return self._hidden
+
+    @eagerly
+    def _trace(self, inputs: Tensor) -> list[str]:
+        with torch.no_grad(), _evaluating(self.model), self._during("trace"):
+            self.model(inputs)
+        weighted = [i for i, (name, _) in enumerate(self._events) if name in self.layers]
+        unseen = set(self.layers) - {self._events[i][0] for i in weighted}
+        if unseen:
+            raise UnsupportedModelError(
+                f"layer {min(unseen)!r} was not called as a module in the forward pass; call it, or remove it"
+            )
+        names = [name for name, is_cut in self._events[weighted[0] + 1 : weighted[-1] + 1] if is_cut]
+        if len(self.layers) > 1 and not names:
+            raise UnsupportedModelError(
+                "no activation module was called between the weighted layers, so there is no hidden unit to send a "
+                "signal to; functional activations (F.relu) cannot be seen: use modules (nn.ReLU)"
+            )
+        return [f"{n}#{names[:i].count(n)}" if n in names[:i] else n for i, n in enumerate(names)]
+
+    def run(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Forward pass with cuts: the model's output (batch, ...) and each hidden unit's output before its cut."""
+        self.hidden_units(inputs)
+        with self._during("cut"):
+            output = self.model(inputs)
+        cuts, self._cuts = self._cuts, []
+        return output, cuts
+
+    @contextmanager
+    def _during(self, mode: Literal["trace", "cut"]) -> Iterator[None]:
+        self._mode = mode
+        self._cuts = []
+        if mode == "trace":
+            self._events = []
+        try:
+            yield
+        finally:
+            self._mode = "off"
+
+    def _before_layer(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._mode == "trace":
+            self._events.append((name, self.where == "input"))
+        elif self._mode == "cut" and self.where == "input" and args[0].requires_grad:
+            self._cuts.append(args[0])
+            return (args[0].detach(), *args[1:])
+        return None
+
+    def _after_activation(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self._mode == "trace":
+            self._events.append((name, True))
+        elif self._mode == "cut" and output.requires_grad and len(self._cuts) < len(self._hidden or ()):
+            self._cuts.append(output)
+            return output.detach()
+        return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every module, and afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def output_error(loss: Loss, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and `e = dL/d output` (of the output's shape), without touching the model's graph."""
+    if torch.compiler.is_compiling():  # the one way the compiler can trace; the other is quicker
+        error, value = torch.func.grad_and_value(loss)(output.detach(), targets)
+        return value, error
+    leaf = output.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf, targets)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]

@@ -1,0 +1,56 @@
+"""The mismatch between two weights that receive the same gradient, without storing the second one.
+
+If a feedback weight R is updated with `B^T` times the gradient of W, by the same linear optimiser (SGD with any learning
+rate schedule, momentum, Nesterov and weight decay), then `E = R - B^T W` obeys a recursion without gradients,
+
+    v <- mu v + omega E,   E <- E - eta v      so      E_t = c_t E_0  with one scalar c.
+
+c is therefore an ordinary parameter with zero gradient: the user's own optimiser advances it, whatever its schedule.
+Two probes beside it, with gradients g and 2g, verify that the optimiser is linear.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from apical.errors import ConfigError
+
+PROBE = 1e-6  # small against any gradient norm, yet far above the epsilon of adaptive optimisers
+
+
+class Mismatch(nn.Module):
+    """`c_t E_0` of one layer; `scale` holds (c, probe, probe) and must be in the optimiser with the layer's weight.
+
+    Args:
+        initial: E_0, of any shape.
+    """
+
+    initial: Tensor
+
+    def __init__(self, initial: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("initial", initial)
+        # two dimensions, so that "decay matrices only" parameter groups treat it as they treat the weight
+        self.scale = nn.Parameter(torch.tensor([[1.0, 0.0, 0.0]], dtype=initial.dtype, device=initial.device))
+
+    def check_linear(self, rule: str) -> None:
+        """Verify that the optimiser moves the probes in proportion to their gradients.
+
+        Raises:
+            ConfigError: it does not (Adam, RMSProp, clipping by value): the closed form is not valid then.
+        """
+        _, one, two = self.scale.detach()[0].tolist()
+        if abs(two - 2 * one) > 1e-3 * abs(one):
+            raise ConfigError(
+                f"{rule} in closed form needs an optimiser that is linear in the gradient (torch.optim.SGD with any "
+                'momentum, decay and schedule), but this one is not; build the rule with form="explicit"'
+            )
+
+
+def probe_gradient(scale: Tensor) -> Tensor:
+    """Gradient of `scale`: zero for c, in proportion 1:2 for the probes."""
+    return torch.tensor([[0.0, PROBE, 2 * PROBE]], dtype=scale.dtype, device=scale.device)
+
+
+def matched(weight: Tensor, initial: Tensor, scale: Tensor) -> Tensor:
+    """`W + c E_0`, in the layout of `initial`."""
+    return torch.addcmul(weight, initial, scale[0, 0])

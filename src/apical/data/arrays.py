@@ -1,0 +1,76 @@
+"""Both splits of a set as they come from disk, and the readers of .npz and LIBSVM files."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apical.errors import DataError
+
+Labelled = tuple[NDArray[Any], NDArray[Any]]
+
+
+class Arrays(NamedTuple):
+    """Images (N, C, H, W) with raw pixel values and labels (N,); `train` is None in a test-only copy."""
+
+    train: Labelled | None
+    test: Labelled
+
+
+NPZ_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def read_npz(path: Path, names: tuple[str, ...], remedy: str = "replace it") -> list[NDArray[Any]]:
+    """The arrays `names` of a .npz file (never unpickling anything); `DataError` when damaged or incomplete."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return [np.asarray(archive[name]) for name in names]
+    except NPZ_DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} is damaged or not the expected .npz file ({reason}); {remedy}") from error
+
+
+def _images(array: NDArray[Any], path: Path, remedy: str) -> NDArray[Any]:
+    if array.ndim != 3:
+        raise DataError(f"{path}: expected images (N, H, W); got shape {array.shape}; {remedy}")
+    return array[:, None]
+
+
+def read_kmnist(folder: Path, remedy: str) -> Arrays:
+    """Kuzushiji-MNIST from its four official .npz files, or from the two of the test split alone."""
+
+    def split(part: str) -> Labelled:
+        path = folder / f"kmnist-{part}-imgs.npz"
+        (images,) = read_npz(path, ("arr_0",), remedy)
+        (labels,) = read_npz(folder / f"kmnist-{part}-labels.npz", ("arr_0",), remedy)
+        return _images(images, path, remedy), labels
+
+    whole = all((folder / f"kmnist-train-{kind}.npz").is_file() for kind in ("imgs", "labels"))
+    return Arrays(split("train") if whole else None, split("test"))
+
+
+def read_usps_npz(folder: Path, remedy: str) -> Arrays:
+    """USPS from one .npz file: grey values times 1000, from -1000 to 1000."""
+    path = folder / "usps.npz"
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    train_images, train_labels, test_images, test_labels = read_npz(path, names, remedy)
+    train = (_images(train_images, path, remedy), train_labels)
+    return Arrays(train, (_images(test_images, path, remedy), test_labels))
+
+
+def read_usps_libsvm(folder: Path, remedy: str) -> Arrays:
+    """USPS as LIBSVM distributes it (labels 1..10, grey values -1..1), brought to the values of the .npz file."""
+    from sklearn.datasets import load_svmlight_file
+
+    def split(name: str) -> Labelled:
+        path = folder / name
+        try:
+            images, labels = load_svmlight_file(str(path), n_features=256, dtype=np.float32, zero_based=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"{path} is damaged ({error}); {remedy}") from error
+        return 1000 * images.toarray().reshape(-1, 1, 16, 16), labels.astype(np.int64) - 1
+
+    return Arrays(split("usps.bz2"), split("usps.t.bz2"))

@@ -1,0 +1,228 @@
+"""The data sets apical knows: shapes, normalisation, the folder layouts they may have, and where to fetch them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from apical.data import arrays, cifar, compact, idx
+from apical.errors import unknown_name
+
+Reader = Callable[[Path, str], arrays.Arrays]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One folder layout of a data set: present where each of `files` is (a trailing `?` allows `.gz` as well)."""
+
+    folder: str
+    files: tuple[str, ...]
+    read: Reader
+    train: int
+    test: int
+    note: str = ""
+
+    def missing(self, root: Path) -> list[str] | None:
+        """Names of the files that `root` lacks; None if it lacks the folder itself."""
+        folder = root / self.folder
+        if not folder.is_dir():
+            return None
+        return [name.rstrip("?") for name in self.files if not self._has(folder, name)]
+
+    @staticmethod
+    def _has(folder: Path, name: str) -> bool:
+        if name.endswith("?"):
+            return idx.present(folder, name[:-1]) is not None
+        return (folder / name).is_file()
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where a set is published: `files` at `base` with their md5, kept in `folder`.
+
+    With `members` the one file is a .tar.gz of which just these members (path and md5) are kept.
+    """
+
+    base: str
+    folder: str
+    files: dict[str, str]
+    members: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set. Raw pixels from `low` to `high` are scaled to 0..1 before `mean` and `std` apply."""
+
+    what: str
+    classes: int
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layouts: tuple[Layout, ...]
+    low: float = 0.0
+    high: float = 255.0
+    remote: Remote | None = None
+
+
+def entry(name: str) -> Entry:
+    """The entry of a known data set; `ConfigError` with the nearest name for another."""
+    if name not in ENTRIES:
+        raise unknown_name("data set", name, ENTRIES)
+    return ENTRIES[name]
+
+
+_MNIST_FILES = tuple(f"{name}?" for name in idx.FILES)
+_PYTHON_10 = (*cifar.TRAIN_10, "test_batch")
+_KMNIST_TEST = ("kmnist-test-imgs.npz", "kmnist-test-labels.npz")
+_KMNIST_TRAIN = ("kmnist-train-imgs.npz", "kmnist-train-labels.npz")
+
+
+def _idx_layout(folder: str) -> Layout:
+    return Layout(folder, _MNIST_FILES, idx.read_folder, 60000, 10000)
+
+
+def _idx_files(*md5s: str) -> dict[str, str]:
+    return {f"{name}.gz": md5 for name, md5 in zip(idx.FILES, md5s, strict=True)}
+
+
+ENTRIES: dict[str, Entry] = {
+    "digits": Entry("handwritten digits, 8x8 grey", 10, (1, 8, 8), (0.3054,), (0.3761,), (), high=16.0),
+    "mnist": Entry(
+        "handwritten digits, 28x28 grey",
+        10,
+        (1, 28, 28),
+        (0.1307,),
+        (0.3081,),
+        (_idx_layout("MNIST/raw"),),
+        remote=Remote(
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "MNIST/raw",
+            _idx_files(
+                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                "d53e105ee54ea40749a09fcbcd1e9432",
+                "9fb629c4189551a2d022fa330f9573f3",
+                "ec29112dd5afa0611ce80d1b7f02629c",
+            ),
+        ),
+    ),
+    "fashion-mnist": Entry(
+        "clothing, 28x28 grey",
+        10,
+        (1, 28, 28),
+        (0.2860,),
+        (0.3530,),
+        (_idx_layout("FashionMNIST/raw"),),
+        remote=Remote(
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "FashionMNIST/raw",
+            _idx_files(
+                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                "25c81989df183df01b3e8a0aad5dffbe",
+                "bef4ecab320f06d8554ea6380940ec79",
+                "bb300cfdad3c16e7a12a480ee83cd310",
+            ),
+        ),
+    ),
+    "cifar-10": Entry(
+        "small photographs, 32x32 RGB",
+        10,
+        (3, 32, 32),
+        (0.4914, 0.4821, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        (
+            Layout("cifar-10-batches-py", _PYTHON_10, cifar.read_cifar10, 50000, 10000),
+            Layout(
+                "cifar-10-xz",
+                tuple(f"{name}.xz" for name in _PYTHON_10),
+                partial(compact.read_folder, train="data_batch_*.xz", test="test_batch.xz", label_key="labels"),
+                50000,
+                10000,
+            ),
+        ),
+        remote=Remote(
+            "https://www.cs.toronto.edu/~kriz/",
+            "cifar-10-batches-py",
+            {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"},
+            {
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+                "test_batch": "40351d587109b95175f43aff81a1287e",
+                "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+            },
+        ),
+    ),
+    "cifar-100": Entry(
+        "small photographs of 100 classes, 32x32 RGB",
+        100,
+        (3, 32, 32),
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        (
+            Layout("cifar-100-python", ("train", "test"), cifar.read_cifar100, 50000, 10000),
+            Layout(
+                "cifar-100-part",
+                ("train_0.xz", "test.xz"),
+                partial(compact.read_folder, train="train_*.xz", test="test.xz", label_key="fine_labels"),
+                10000,
+                10000,
+                "10,000 of the 50,000 training images",
+            ),
+        ),
+        remote=Remote(
+            "https://www.cs.toronto.edu/~kriz/",
+            "cifar-100-python",
+            {"cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85"},
+            {
+                "train": "16019d7e3df5f24257cddd939b257f8d",
+                "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+                "meta": "7973b15100ade9c7d40fb424638fde48",
+            },
+        ),
+    ),
+    "kmnist": Entry(
+        "cursive Japanese characters, 28x28 grey",
+        10,
+        (1, 28, 28),
+        (0.1918,),
+        (0.3483,),
+        (
+            Layout("KMNIST", _KMNIST_TRAIN + _KMNIST_TEST, arrays.read_kmnist, 60000, 10000),
+            _idx_layout("KMNIST/raw"),
+            Layout("KMNIST-test", _KMNIST_TEST, arrays.read_kmnist, 0, 10000, "test split only"),
+        ),
+        remote=Remote(
+            "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+            "KMNIST/raw",
+            _idx_files(
+                "bdb82020997e1d708af4cf47b453dcf7",
+                "e144d726b3acfaa3e44228e80efcd344",
+                "5c965bf0a639b31b8f53240b1b52f4d7",
+                "7320c461ea6c1c855c0b718fb2a4b134",
+            ),
+        ),
+    ),
+    "usps": Entry(
+        "digits of postal codes, 16x16 grey",
+        10,
+        (1, 16, 16),
+        (0.2545,),
+        (0.3846,),
+        (
+            Layout("USPS", ("usps.npz",), arrays.read_usps_npz, 7291, 2007),
+            Layout("USPS", ("usps.bz2", "usps.t.bz2"), arrays.read_usps_libsvm, 7291, 2007),
+        ),
+        low=-1000.0,
+        high=1000.0,
+        remote=Remote(
+            "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/multiclass/",
+            "USPS",
+            {
+                "usps.bz2": "ec16c51db3855ca6c91edd34d0e9b197",
+                "usps.t.bz2": "8ea070ee2aca1ac39742fdd1ef5ed118",
+            },
+        ),
+    ),
+}

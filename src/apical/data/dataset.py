@@ -1,0 +1,76 @@
+"""What a loaded data set is, and the check every split passes before it is trained on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apical.errors import DataError
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images (N, C, H, W), float32 and normalised, with their labels (N,), int64."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The splits of one data set; `mean` and `std` are per channel, for pixels scaled to 0..1.
+
+    `source` says in words where the images came from and whether the set is whole.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    test: Split
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of one image."""
+        return tuple(self.train.inputs.shape[1:])
+
+
+def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:
+    """Raise `DataError` unless `inputs` (N, ...) and integer `targets` (N,) are fit for training.
+
+    The message starts with `where` (set and split) and names the first offending index. Refused are an empty
+    split, different numbers of images and labels, labels outside 0..classes-1, and NaN or infinity in the images.
+
+    >>> check(torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]), 10, "digits train split")
+    Traceback (most recent call last):
+        ...
+    apical.errors.DataError: digits train split: label 10 at index 1 is outside 0..9
+    """
+    if targets.dim() != 1 or inputs.dim() < 2:
+        shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
+        raise DataError(f"{where}: expected images (N, ...) and labels (N,); got shapes {shapes}")
+    if len(inputs) != len(targets):
+        raise DataError(f"{where}: {len(inputs)} images but {len(targets)} labels")
+    if len(inputs) == 0 or inputs.numel() == 0:
+        raise DataError(f"{where}: no images")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise DataError(f"{where}: labels must be integers; got {targets.dtype}")
+    wrong = (targets < 0) | (targets >= classes)
+    if bool(wrong.any()):
+        index = int(wrong.nonzero()[0])
+        raise DataError(f"{where}: label {int(targets[index])} at index {index} is outside 0..{classes - 1}")
+    if not inputs.is_floating_point():
+        return
+    for start in range(0, len(inputs), _CHUNK):
+        finite = inputs[start : start + _CHUNK].flatten(1).isfinite().all(dim=1)
+        if not bool(finite.all()):
+            index = start + int((~finite).nonzero()[0])
+            raise DataError(f"{where}: NaN or infinity in the image at index {index}")

@@ -1,0 +1,154 @@
+"""Checksummed, resumable downloads with a progress bar, on top of pooch."""
+
+import hashlib
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from apical.data.catalogue import Remote, entry
+from apical.data.roots import cache_folder
+from apical.errors import ConfigError, DataError
+
+_CHUNK = 1 << 16
+_TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
+
+
+def fetch(name: str, root: Path | None = None) -> Path:
+    """Download the data set `name` into `root` (the cache folder if None) and return the folder that holds it.
+
+    Files already there with the right checksum are kept, interrupted downloads go on where they stopped.
+    Raises `ConfigError` for an unknown or embedded set, `DataError` (one line) when a download fails.
+    """
+    remote = entry(name).remote
+    if remote is None:
+        raise ConfigError(f"{name} comes with scikit-learn: there is nothing to fetch")
+    top = cache_folder() if root is None else Path(root).expanduser()
+    folder = top / remote.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if remote.members is None:
+            for file, md5 in remote.files.items():
+                _download(remote.base + file, md5, folder / file)
+        elif not _whole(folder, remote.members):
+            ((file, md5),) = remote.files.items()
+            archive = _download(remote.base + file, md5, top / file)
+            _extract(archive, folder, remote)
+            archive.unlink()
+    except OSError as error:
+        raise DataError(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _download(url: str, md5: str, target: Path) -> Path:
+    """One file, through pooch; a resumed download with a wrong checksum is tried once more from the start."""
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    part = target.with_name(target.name + ".part")
+    for attempt in (1, 2):
+        resumed = part.exists()
+        try:
+            pooch.retrieve(url, known_hash=f"md5:{md5}", fname=target.name, path=target.parent, downloader=Resume(part))
+            return target
+        except requests.RequestException as error:
+            raise DataError(_reason(url, part, error)) from error
+        except ValueError as error:  # pooch's word for a wrong checksum
+            if attempt == 2 or not resumed:
+                raise DataError(f"{url} has a wrong checksum; try again later or report it") from error
+    raise AssertionError("unreachable")
+
+
+def _reason(url: str, part: Path, error: requests.RequestException) -> str:
+    """One line about a failed request, with what is kept for the next try."""
+    host = urlsplit(url).hostname
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        problem = f"{host} answers {error.response.status_code} {error.response.reason}"
+    elif part.exists():
+        problem = f"the connection to {host} broke"
+    else:
+        problem = f"cannot reach {host}; are you offline?"
+    kept = f" ({part.stat().st_size:,} bytes are kept: run the command again to continue)" if part.exists() else ""
+    return f"download of {url} failed: {problem}{kept}"
+
+
+class Resume:
+    """A pooch downloader that keeps what it received in the file `part` and continues there with a Range request.
+
+    A server that ignores the range, or answers with another one, is asked for the whole file.
+    """
+
+    def __init__(self, part: Path) -> None:
+        self.part = part
+
+    def __call__(self, url: str, output_file: str, pooch: Any) -> None:
+        """Download `url`; `output_file` appears only when every announced byte has come."""
+        if not self._receive(url, self.part.stat().st_size if self.part.exists() else 0):
+            self._receive(url, 0)
+        os.replace(self.part, output_file)
+
+    def _receive(self, url: str, offset: int) -> bool:
+        """Bytes from `offset` on into the part file; False if the server cannot continue there."""
+        headers = {"Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+            span = re.match(r"bytes (\d+|\*)", response.headers.get("Content-Range", ""))
+            if offset and (response.status_code == 416 or (response.status_code == 206 and not _starts(span, offset))):
+                return response.headers.get("Content-Range") == f"bytes */{offset}"
+            response.raise_for_status()
+            continues = offset > 0 and response.status_code == 206
+            length = int(response.headers.get("Content-Length", 0)) + (offset if continues else 0)
+            with self.part.open("ab" if continues else "wb") as file, _bar() as bar:
+                task = bar.add_task(url.rsplit("/", 1)[-1], total=length or None, completed=file.tell())
+                for chunk in response.iter_content(_CHUNK):
+                    file.write(chunk)
+                    bar.update(task, advance=len(chunk))
+                received = file.tell()
+        if length and received < length:
+            raise requests.ConnectionError(f"{received} of {length} bytes")
+        return True
+
+
+def _starts(span: re.Match[str] | None, offset: int) -> bool:
+    return span is not None and span.group(1) == str(offset)
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def _whole(folder: Path, members: dict[str, str]) -> bool:
+    return all((folder / name).is_file() and _md5(folder / name) == md5 for name, md5 in members.items())
+
+
+def _extract(archive: Path, folder: Path, remote: Remote) -> None:
+    """The wanted members of a .tar.gz into `folder`, checked before any of them is put there."""
+    assert remote.members is not None
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for name in remote.members:
+                tar.extract(f"{folder.name}/{name}", scratch, filter="data")
+        if not _whole(scratch / folder.name, remote.members):
+            raise DataError(f"{archive.name} holds files with wrong checksums; report it")
+        for name in remote.members:
+            os.replace(scratch / folder.name / name, folder / name)
+    except (tarfile.TarError, KeyError, EOFError) as error:
+        raise DataError(f"{archive.name} is not the expected archive ({error}); report it") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""From a data set's name to checked, normalised tensors."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apical.data.arrays import Arrays
+from apical.data.catalogue import ENTRIES, Entry, Layout, entry
+from apical.data.dataset import Dataset, Split, check
+from apical.data.roots import roots
+from apical.errors import ConfigError, DataError
+
+_CHUNK = 512
+_DIGITS_SOURCE = "scikit-learn's bundled digits"
+
+
+class Status(NamedTuple):
+    """One row of `status`: the set, what it shows, where it was found (or the remedy), how many images."""
+
+    name: str
+    what: str
+    where: str
+    images: str
+
+
+def names() -> list[str]:
+    """Names that `load` knows, the embedded default first."""
+    return list(ENTRIES)
+
+
+def status() -> list[Status]:
+    """One row for every data set, found or not, without reading the images."""
+    rows = []
+    for name, known in ENTRIES.items():
+        if name == "digits":
+            rows.append(Status(name, known.what, _DIGITS_SOURCE, "1,437 + 360"))
+            continue
+        found = _find(known, None)
+        if found is None:
+            rows.append(Status(name, known.what, f"not found: apical data fetch {name}", ""))
+            continue
+        layout, _, root = found
+        images = f"{layout.train:,} + {layout.test:,}" + (f" ({layout.note})" if layout.note else "")
+        rows.append(Status(name, known.what, str(root / layout.folder), images))
+    return rows
+
+
+def load(
+    name: str,
+    *,
+    root: Path | None = None,
+    validation: int = 0,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """The data set `name`: images (N, C, H, W) float32, normalised, and labels (N,) int64.
+
+    `root` is the only folder searched if given; otherwise $APICAL_DATA and then the cache folder are. `validation`
+    training images are held out, `train_limit` of the rest and `test_limit` test images are kept: random subsets
+    which depend on `seed` alone. The held-out images do not depend on `train_limit`.
+
+    Raises `ConfigError` for an unknown name or impossible sizes, `DataError` for a missing or damaged set.
+    """
+    known = entry(name)
+    for option, value in (("train_limit", train_limit), ("test_limit", test_limit)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{option} must be at least 1; got {value}")
+    if validation < 0:
+        raise ConfigError(f"validation must not be negative; got {validation}")
+    arrays, source = read(name, root)
+    if arrays.train is None:
+        raise DataError(f"{name} in {source} has no training split; run: apical data fetch {name}")
+
+    train = _tensors(*arrays.train, known, f"{name} train split")
+    test = _tensors(*arrays.test, known, f"{name} test split")
+    if validation >= len(train[1]):
+        raise ConfigError(f"validation={validation} leaves none of the {len(train[1])} training images of {name}")
+    held_out, kept = _held_out(len(train[1]), validation, train_limit, seed, f"train_limit for {name}")
+    _, test_kept = _held_out(len(test[1]), 0, test_limit, seed, f"test_limit for {name}")
+    return Dataset(
+        name=name,
+        train=_split(*train, kept, known),
+        validation=_split(*train, held_out, known) if validation else None,
+        test=_split(*test, test_kept, known),
+        classes=known.classes,
+        mean=known.mean,
+        std=known.std,
+        source=source,
+    )
+
+
+def read(name: str, root: Path | None = None) -> tuple[Arrays, str]:
+    """Raw arrays of a data set and, in words, where they are from; raises as `load` does."""
+    known = entry(name)
+    if name == "digits":
+        return _digits(), _DIGITS_SOURCE
+    found = _find(known, root)
+    if found is None:
+        raise DataError(f"{name} not found: looked in {_looked(known, root)}; run: apical data fetch {name}")
+    layout, place, folder = found
+    remedy = f"delete it and run: apical data fetch {name}"
+    note = f", {layout.note}" if layout.note else ""
+    return layout.read(folder / layout.folder, remedy), f"{layout.folder} ({place}{note})"
+
+
+def _find(known: Entry, root: Path | None) -> tuple[Layout, str, Path] | None:
+    """The first whole copy in the order of the folders; partial ones only when there is no whole one."""
+    places = roots(root)
+    for wants_whole in (True, False):
+        for place, folder in places:
+            for layout in known.layouts:
+                if wants_whole != bool(layout.note) and layout.missing(folder) == []:
+                    return layout, place, folder
+    return None
+
+
+def _looked(known: Entry, root: Path | None) -> str:
+    """Every folder searched, with what is missing where a copy is incomplete."""
+    parts = []
+    for _, folder in roots(root):
+        lacking = [
+            f"{layout.folder} there lacks {', '.join(missing)}"
+            for layout in known.layouts
+            if (missing := layout.missing(folder))
+        ]
+        parts.append(f"{folder} ({lacking[0]})" if lacking else str(folder))
+    return " and ".join(parts)
+
+
+def _digits() -> Arrays:
+    """Scikit-learn's 1,797 digits as 1,437 + 360, stratified by class; always the same split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images, labels = bunch.images[:, None].astype(np.uint8), bunch.target.astype(np.int64)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train.sort()
+    test.sort()
+    return Arrays((images[train], labels[train]), (images[test], labels[test]))
+
+
+def _tensors(images: NDArray[Any], labels: NDArray[Any], known: Entry, where: str) -> tuple[Tensor, Tensor]:
+    """Checked raw images (N, C, H, W) and int64 labels (N,), without a copy of the images where possible."""
+    if images.dtype.kind not in "uif" or labels.dtype.kind not in "ui":
+        raise DataError(f"{where}: expected numbers; got images {images.dtype} and labels {labels.dtype}")
+    if images.shape[1:] != known.shape:
+        expected, found = ("x".join(map(str, shape)) for shape in (known.shape, images.shape[1:]))
+        raise DataError(f"{where}: expected images {expected}; got {found}")
+    plain = images.dtype if images.dtype in (np.dtype(np.uint8), np.dtype(np.int16)) else np.dtype(np.float32)
+    pixels = torch.from_numpy(np.require(images, plain, ["C", "W"]))
+    targets = torch.from_numpy(labels.astype(np.int64))
+    check(pixels, targets, known.classes, where)
+    return pixels, targets
+
+
+def _held_out(total: int, held: int, limit: int | None, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """Sorted indices of `held` random items and of `limit` others (None: of all others)."""
+    available = total - held
+    if limit is not None and limit > available:
+        raise ConfigError(f"{what} is {limit}, but only {available} images are available")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    kept = order[held : held + (available if limit is None else limit)]
+    return order[:held].sort().values, kept.sort().values
+
+
+def _split(images: Tensor, targets: Tensor, index: Tensor, known: Entry) -> Split:
+    """The chosen images, normalised chunk by chunk so that the passes stay in the processor's cache."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (known.mean, known.std))
+    inputs = torch.empty((len(index), *images.shape[1:]))
+    for start in range(0, len(index), _CHUNK):
+        chunk = inputs[start : start + _CHUNK]
+        chunk.copy_(images[index[start : start + _CHUNK]])
+        if known.low:
+            chunk.sub_(known.low)
+        chunk.div_(known.high - known.low).sub_(mean).div_(std)
+    return Split(inputs, targets[index])

@@ -1,0 +1,33 @@
+"""The folders in which data sets are looked for."""
+
+import os
+from pathlib import Path
+
+from apical.errors import DataError
+
+
+def cache_folder() -> Path:
+    """$APICAL_CACHE, or the user's cache folder for apical (which need not exist yet)."""
+    chosen = os.environ.get("APICAL_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("apical"))
+
+
+def roots(root: Path | None) -> list[tuple[str, Path]]:
+    """Folders to search, with a name for each: `root` alone if given, else $APICAL_DATA and the cache folder.
+
+    Raises `DataError` if `root` is given and is no folder.
+    """
+    if root is not None:
+        root = Path(root).expanduser()
+        if not root.is_dir():
+            raise DataError(f"data folder {root} does not exist")
+        return [("given folder", root)]
+    places = [("cache folder", cache_folder())]
+    chosen = os.environ.get("APICAL_DATA")
+    if chosen:
+        places.insert(0, ("$APICAL_DATA", Path(chosen).expanduser()))
+    return places

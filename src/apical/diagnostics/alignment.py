@@ -1,0 +1,106 @@
+"""Angles and norm ratios between what a rule uses and what backpropagation would use, per layer, in degrees."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.credit import CreditRule
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """Angle in degrees between two tensors of equal shape, seen as vectors; NaN if either is zero.
+
+    >>> round(angle(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), 4)
+    45.0
+    """
+    a, b = a.detach().double().flatten(), b.detach().double().flatten()
+    a, b = a / a.norm(), b / b.norm()
+    # atan2 of the half-angle form: exact also near 0 and 180 degrees, where the arc cosine is not
+    return float(torch.rad2deg(2 * torch.atan2((a - b).norm(), (a + b).norm())))
+
+
+def norm_ratio(a: Tensor, b: Tensor) -> float:
+    """`|a| / |b|` (Frobenius); NaN if b is zero."""
+    size = b.detach().double().norm()
+    return float(a.detach().double().norm() / size) if size > 0 else float("nan")
+
+
+def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
+    """Angle and norm ratio of each layer's effective feedback weight to its forward weight.
+
+    For product feedback alignment this is the path alignment of arXiv 2405.20594, for the others the weight alignment.
+    """
+    modules = dict(rule.model.named_modules())
+    with _unchanged(rule), torch.no_grad():
+        return {
+            name: {
+                "weight_alignment": angle(feedback, modules[name].weight),
+                "norm_ratio": norm_ratio(feedback, modules[name].weight),
+            }
+            for name, feedback in rule.feedback_weights().items()
+        }
+
+
+def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+    """Angle and norm ratio of the rule's weight gradients to backpropagation's, at the same weights and batch.
+
+    Args:
+        rule: any rule; both gradients are taken in training mode.
+        inputs: probe batch (batch, ...).
+        targets: its targets.
+
+    Returns:
+        Layer name -> {"gradient_alignment": degrees, "gradient_norm_ratio": ...} for each Linear or convolution layer.
+    """
+    rule_gradients, exact = gradients(rule, inputs, targets)
+    return {
+        name: {
+            "gradient_alignment": angle(rule_gradients[name], exact[name]),
+            "gradient_norm_ratio": norm_ratio(rule_gradients[name], exact[name]),
+        }
+        for name in rule_gradients
+    }
+
+
+def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weight gradients of the rule and of backpropagation, by layer name, on one batch."""
+    layers = {
+        name: module.weight
+        for name, module in rule.model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
+    }
+    with _unchanged(rule), torch.enable_grad():
+        rule(inputs, targets).backward()
+        own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
+    with _unchanged(rule), torch.enable_grad():
+        loss = rule.loss(rule.model(inputs), targets)
+        exact = torch.autograd.grad(loss, [layers[name] for name in own])
+    return own, dict(zip(own, exact, strict=True))
+
+
+@contextmanager
+def _unchanged(rule: CreditRule) -> Iterator[None]:
+    """Restore gradients, buffers, training modes and random states on exit; inside, the rule is in training mode."""
+    modes = [(module, module.training) for module in rule.modules()]
+    grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
+    calls = getattr(rule, "calls", None)
+    devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            rule.train()
+            for parameter, _ in grads:
+                parameter.grad = None
+            yield
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+        for module, training in modes:
+            module.training = training
+        if calls is not None:
+            rule.calls = calls

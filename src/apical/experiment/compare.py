@@ -1,0 +1,328 @@
+"""The main job: several rules, several seeds, side by side; rules interleaved epoch by epoch so that times compare."""
+
+import multiprocessing
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apical import data
+from apical.data import Dataset
+from apical.errors import ApicalError, DivergenceError
+from apical.experiment.distributed import World, pick_device
+from apical.experiment.loop import MakeRule, Training
+from apical.experiment.recipe import Recipe
+from apical.experiment.run_folder import RunFolder, check_writable, environment, read_json, refuse_used, write_json
+from apical.experiment.signals import Interrupted, StopSignals
+
+Refresh = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison.
+
+    Attributes:
+        recipes: one resolved recipe per rule; their seeds are replaced by `seeds`.
+        seeds: seeds to run each rule with.
+        out: the comparison's folder.
+        make_rule: builds a rule; importable by name.
+        command: the command line, recorded.
+        jobs: processes side by side; 0 means one per seed, at most one per core.
+        notes: per rule, what was chosen for the user.
+        about: further entries of compare.json, such as published numbers.
+    """
+
+    recipes: tuple[Recipe, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    make_rule: MakeRule
+    command: str = ""
+    jobs: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> list[str]:
+        """Short names of the rules."""
+        return [recipe.rule for recipe in self.recipes]
+
+    @property
+    def workers(self) -> int:
+        """Processes side by side."""
+        return min(self.jobs or cores(), len(self.seeds))
+
+    def folder(self, rule: str, seed: int) -> RunFolder:
+        """Folder of one run."""
+        return RunFolder(self.out / "runs" / rule / f"seed-{seed}")
+
+    def recipe(self, index: int, seed: int) -> Recipe:
+        """Recipe of one run, with its share of the cores."""
+        recipe = self.recipes[index]
+        return replace(recipe, seed=seed, threads=recipe.threads or max(1, cores() // self.workers))
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_data(recipe: Recipe) -> Dataset:
+    """The recipe's data; the split does not depend on the seed, so that seeds differ in nothing else."""
+    return data.load(
+        recipe.data,
+        validation=recipe.validation,
+        train_limit=recipe.train_limit,
+        test_limit=recipe.test_limit,
+        seed=0,
+    )
+
+
+def check(job: Job) -> None:
+    """Refuse a comparison that could not be written. Writes nothing.
+
+    Raises:
+        ConfigError: the folder is used or not writable.
+        CheckpointError: a run to be resumed has other options.
+    """
+    check_writable(job.out)
+    if not (job.resume or job.overwrite):
+        refuse_used(job.out)
+    for seed in job.seeds:
+        for index, rule in enumerate(job.rules):
+            job.folder(rule, seed).check(job.recipe(index, seed), resume=job.resume, overwrite=job.overwrite)
+
+
+def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
+    """Train everything, then write summary.json; returns its rows.
+
+    Args:
+        job: what to train; :func:`check` has passed.
+        stop: signals to obey.
+        refresh: called now and then, to show progress.
+
+    Raises:
+        Interrupted: a signal came; every run is saved.
+        ApicalError: a worker failed.
+        OSError: disk full or no permission.
+    """
+    prepare(job)
+    if job.workers == 1:
+        for seed in job.seeds:
+            with _threads(job.recipe(0, seed).threads):
+                train_seed(job, seed, stop, refresh)
+    else:
+        _run_workers(job, stop, refresh)
+    refresh()
+    rows = summarise(job)
+    write_json(job.out / "summary.json", rows)
+    return rows
+
+
+def prepare(job: Job) -> None:
+    """Make the folder and compare.json; with `overwrite`, first remove an older comparison's files and nothing else."""
+    if job.overwrite:
+        for folder in sorted(job.out.glob("runs/*/seed-*")):
+            held = RunFolder(folder)
+            held.lock(wait=0)
+            held.clear()
+            held.unlock()
+        for pattern in ("summary.json", "report.html", "figures/*.png", "figures/*.svg"):
+            for path in job.out.glob(pattern):
+                path.unlink()
+    job.out.mkdir(parents=True, exist_ok=True)
+    recipes = {recipe.rule: recipe.to_json() for recipe in job.recipes}
+    about = {"command": job.command, "rules": job.rules, "seeds": list(job.seeds), "recipe": job.recipes[0].to_json()}
+    write_json(job.out / "compare.json", {**about, "recipes": recipes, **job.about})
+
+
+def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None:
+    """Train all rules with one seed in this process, an epoch of each in turn.
+
+    Raises:
+        Interrupted: a signal came; every run is saved.
+    """
+    open_runs = _open_runs(job, seed, stop, refresh)
+    for epoch in range(1, job.recipes[0].epochs + 1):
+        for training in list(open_runs):
+            if training.epoch >= min(epoch, training.recipe.epochs):
+                continue
+            try:
+                training.train_epoch()
+            except DivergenceError:
+                open_runs.remove(training)  # its result.json says so; the others go on
+            refresh()
+    for training in open_runs:
+        result = training.result()
+        result["ratio_to_bp"] = ratio_to_bp(training.folder, job.folder("bp", seed))
+        write_json(training.folder.result, result)
+        training.folder.unlock()
+    refresh()
+
+
+def _open_runs(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> list[Training]:
+    """The seed's unfinished runs, started or resumed."""
+    runs: list[Training] = []
+    dataset: Dataset | None = None
+    for index, rule in enumerate(job.rules):
+        recipe, folder = job.recipe(index, seed), job.folder(rule, seed)
+        state = folder.check(recipe, resume=job.resume, overwrite=job.overwrite)
+        if state in ("finished", "diverged"):
+            continue
+        if stop.signum:
+            raise Interrupted(stop.signum, "the start")
+        world = World(0, 1, pick_device(recipe.device))
+        dataset = runs[-1].dataset if runs else load_data(recipe)
+        training = Training(recipe, dataset, job.make_rule, folder, world, stop)
+        try:
+            training.start(
+                resume=state == "resumable",
+                command=job.command,
+                notes=job.notes.get(rule, []),
+                environment=environment(str(world.device), torch.get_num_threads()),
+            )
+        except DivergenceError:
+            continue
+        runs.append(training)
+        refresh()
+    return runs
+
+
+def ratio_to_bp(folder: RunFolder, bp: RunFolder) -> float | None:
+    """Median over epochs of the rule's time per step over backprop's in the same epoch; None without backprop."""
+    mine, theirs = _times(folder), _times(bp)
+    ratios = [mine[epoch] / theirs[epoch] for epoch in mine.keys() & theirs.keys()]
+    return statistics.median(ratios) if ratios else None
+
+
+def _times(folder: RunFolder) -> dict[int, float]:
+    return {line["epoch"]: line["ms_per_step"] for line in folder.read_metrics() if line["ms_per_step"]}
+
+
+def summarise(job: Job) -> list[dict[str, Any]]:
+    """One row per rule and seed, from the runs' result.json."""
+    rows = []
+    for rule in job.rules:
+        for seed in job.seeds:
+            folder = job.folder(rule, seed)
+            result = {
+                "ratio_to_bp": None,
+                "memory_mb": None,
+                "commit": read_json(folder.environment).get("commit"),
+                **read_json(folder.result),
+            }
+            result["memory_mb"] = result.pop("peak_memory_mb", None)
+            rows.append(result)
+    return rows
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Within, torch computes with at most `number` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(number, before) if "OMP_NUM_THREADS" in os.environ else number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_workers(job: Job, stop: StopSignals, refresh: Refresh) -> None:
+    """Train the seeds in `job.workers` processes at a time."""
+    context = multiprocessing.get_context("spawn")
+    waiting, running, failures, told = list(job.seeds), {}, [], False
+    try:
+        while waiting or running:
+            while waiting and len(running) < job.workers and not stop.signum and not failures:
+                seed = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_worker, args=(job, seed, sender), name=f"apical seed {seed}")
+                with _held_signals():
+                    process.start()
+                sender.close()
+                running[seed] = (process, receiver)
+            wait([process.sentinel for process, _ in running.values()], timeout=0.25)
+            if (stop.signum or failures) and not told:
+                told = True
+                for process, _ in running.values():
+                    process.terminate()
+            for seed, (process, receiver) in list(running.items()):
+                if not process.is_alive():
+                    del running[seed]
+                    failures += _outcome(seed, process, receiver)
+            if told or failures:
+                waiting.clear()
+            refresh()
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.join()
+    if stop.signum:
+        raise Interrupted(stop.signum, "all runs")
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM wait; a process started here gets them once it can obey them."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exception]:
+    """What went wrong in an ended worker; empty if nothing did or it was told to stop."""
+    process.join()
+    try:
+        problem = receiver.recv() if receiver.poll() else None
+    except EOFError:
+        problem = None
+    finally:
+        receiver.close()
+    if problem is not None:
+        return [] if isinstance(problem, Interrupted) else [problem]
+    if process.exitcode == 0:
+        return []
+    code = process.exitcode or 0
+    how = f"was killed by signal {-code}, perhaps for want of memory" if code < 0 else f"ended with status {code}"
+    return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if need be")]
+
+
+def _worker(job: Job, seed: int, sender: Connection) -> None:
+    """Body of a worker process; sends the exception that ended it, if one did."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    with StopSignals(impatient=False) as stop:
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            torch.set_num_threads(job.recipe(0, seed).threads)
+            train_seed(job, seed, stop, lambda: None)
+        except (ApicalError, OSError) as error:
+            sender.send(error)
+        except Interrupted as interrupted:
+            sender.send(Interrupted(interrupted.signum, interrupted.where))
+
+
+def _die_with_parent() -> None:
+    """End this process at once when its parent is gone; what is saved can be resumed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,103 @@
+"""Data-parallel training of one rule under `torchrun`: the process group, and the few collectives the loop needs."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from apical.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of one training.
+
+    Attributes:
+        rank: 0 .. size - 1; only rank 0 writes files.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over all processes, in place; with one process nothing happens."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest `value` of all processes."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared.item())
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def own_slice(self, batch: Tensor) -> Tensor:
+        """This process's equal share of a global batch (n, ...)."""
+        share = batch.shape[0] // self.size
+        return batch[self.rank * share : (self.rank + 1) * share] if self.size > 1 else batch
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def pick_device(name: str) -> torch.device:
+    """The device "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        ConfigError: a CUDA device is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def joined(device: str, batch_size: int, *, drop_last: bool = True) -> Iterator[World]:
+    """Join the process group that torchrun describes, and leave it at the end; alone without torchrun.
+
+    Raises:
+        ConfigError: the batch cannot be shared equally.
+    """
+    place = pick_device(device)
+    if not under_torchrun():
+        yield World(0, 1, place)
+        return
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if batch_size % size:
+        raise ConfigError(f"--batch-size {batch_size} does not divide among {size} processes")
+    if not drop_last:
+        raise ConfigError("--drop-last False does not work with several processes: the last batch has no equal shares")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, place)
+    finally:
+        # gloo's thread needs the GIL to let go of the last collective's tensors; if the group is destroyed before it
+        # did, the destructor waits for that thread with the GIL held, for ever (seen with torch 2.13)
+        time.sleep(0.1)
+        dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""How a rule is named and drawn, the same in every figure and table.
+
+Colours are those of Okabe and Ito for the rules most often compared, and of Paul Tol's muted set for the rest; all are
+told apart with the common forms of colour blindness. Marker and line style repeat the distinction for print in grey.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+LineStyle = str | tuple[int, tuple[float, ...]]
+_DASH: LineStyle = (0, (4, 1.5))
+_DOT_DASH: LineStyle = (0, (5, 1.2, 1, 1.2))
+_DOT: LineStyle = (0, (1.2, 1.2))
+
+RC: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.8,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.06,
+    "text.parse_math": False,
+    "svg.hashsalt": "apical",
+    "svg.fonttype": "path",
+}
+"""Settings of every figure; the fixed salt makes equal data give equal SVG files, and a `$` in a name stays one."""
+
+
+class Style(NamedTuple):
+    """Full name, colour, marker and line style of one rule."""
+
+    name: str
+    colour: str
+    marker: str
+    line: LineStyle
+
+
+RULES: dict[str, Style] = {
+    "bp": Style("Backpropagation", "#000000", "o", "-"),
+    "fa": Style("Feedback alignment", "#D55E00", "s", _DASH),
+    "dfa": Style("Direct feedback alignment", "#E69F00", "^", _DOT_DASH),
+    "usf": Style("Sign symmetry (uniform magnitude)", "#56B4E9", "D", _DASH),
+    "brsf": Style("Sign symmetry (magnitude redrawn per batch)", "#999933", "v", _DOT),
+    "frsf": Style("Sign symmetry (fixed random magnitude)", "#661100", "<", _DOT_DASH),
+    "kp": Style("Kolen-Pollack", "#CC79A7", "P", _DASH),
+    "wm": Style("Weight mirror", "#882255", "X", _DOT_DASH),
+    "pfa": Style("Product feedback alignment", "#0072B2", "o", "-"),
+    "pfa-o": Style("Product feedback alignment (orthogonal)", "#009E73", "d", _DOT),
+}
+_FURTHER = (
+    ("#7F7F7F", "*", "-"),
+    ("#332288", ">", _DASH),
+    ("#AA4499", "p", _DOT_DASH),
+    ("#117733", "h", _DOT),
+    ("#6F4E37", "s", "-"),
+)
+
+
+def styles(rules: Sequence[str]) -> dict[str, Style]:
+    """Style of each rule; rules this table does not know yet get the further styles in their order."""
+    unknown = [rule for rule in rules if rule not in RULES]
+    further = {rule: Style(rule, *_FURTHER[i % len(_FURTHER)]) for i, rule in enumerate(unknown)}
+    return {rule: RULES.get(rule) or further[rule] for rule in rules}

@@ -1,0 +1,62 @@
+"""What is measured after each epoch: loss and accuracy of the plain model, alignment of each layer."""
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from apical.core.credit import CreditRule
+from apical.data import Split
+from apical.diagnostics.alignment import gradient_alignment, layer_alignment
+from apical.experiment.distributed import World
+from apical.experiment.schedule import generator
+
+EVALUATION_BATCH = 1000
+FIELDS = ("weight_alignment", "norm_ratio", "gradient_alignment", "gradient_norm_ratio")
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
+    """The forward pass's precision: bfloat16 where `amp` is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[float, float]:
+    """Mean loss and accuracy (0 to 1) of the plain model in evaluation mode; processes share the batches."""
+    model = rule.model
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    with torch.inference_mode():
+        for first in range(0, len(split), EVALUATION_BATCH)[world.rank :: world.size]:
+            targets = split.targets[first : first + EVALUATION_BATCH]
+            with autocast(world.device, amp):
+                output = model(split.inputs[first : first + EVALUATION_BATCH])
+            loss = rule.loss(output.float(), targets).double() * len(targets)
+            sums += torch.stack((loss, (output.argmax(-1) == targets).sum().double()))
+    for module, mode in modes.items():
+        module.training = mode
+    loss_sum, hits = world.sum(sums.clone()).tolist()
+    return loss_sum / len(split), hits / len(split)
+
+
+def probe_batch(train: Split, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` training images, always the same, on which gradients are compared: inputs, targets."""
+    chosen = torch.randperm(len(train), generator=generator("cpu", 0, "probe"))[:size].to(train.inputs.device)
+    return train.inputs[chosen], train.targets[chosen]
+
+
+def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, float | None]]:
+    """The fields of `FIELDS` for each layer, angles in degrees, None where undefined; nothing if `probe` is 0."""
+    if not probe:
+        return {}
+    weights, gradients = layer_alignment(rule), gradient_alignment(rule, *probe_batch(train, probe))
+    layers = {}
+    for name in {**gradients, **weights}:
+        values = {**weights.get(name, {}), **gradients.get(name, {})}
+        layers[name] = {field: _finite(values.get(field)) for field in FIELDS}
+    return layers
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,174 @@
+"""The recipe of one training: a frozen dataclass whose fields decide the result, checked when it is made. No torch here."""
+
+import ast
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from apical.errors import ConfigError, unknown_name
+
+Device = Literal["auto", "cpu", "cuda"]
+Optimizer = Literal["sgd", "adam", "adamw"]
+Amp = Literal["off", "bf16"]
+
+FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
+"""Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of one training.
+
+    Attributes:
+        rule: short name of the rule, as in `apical list rules`.
+        rule_options: options of the rule's constructor, each "key=value" with a Python literal as value.
+        data: name of the data set, as in `apical list data`.
+        model: name of the model, as in `apical list models`.
+        epochs: passes over the training images.
+        batch_size: images per training step (over all processes together).
+        optimizer: sgd, adam or adamw.
+        lr: learning rates; value i + 1 starts after `lr_epochs[i]` finished epochs.
+        lr_epochs: numbers of finished epochs at which the next learning rate starts; one fewer than `lr`.
+        momentum: momentum of sgd, beta1 of adam and adamw.
+        weight_decay: weight decays, scheduled like `lr`; empty means the rule's default.
+        weight_decay_epochs: numbers of finished epochs at which the next weight decay starts.
+        flip: mirror training images at random.
+        crop: pad training images by this many pixels and crop back at random; 0 is off.
+        validation: training images held out for validation.
+        train_limit: use only this many training images (a fixed random subset).
+        test_limit: use only this many test images (a fixed random subset).
+        seed: of initial weights, data order and augmentation; the split of the data does not depend on it.
+        drop_last: leave out the last, smaller batch of an epoch.
+        amp: "bf16" runs the forward pass under bfloat16 autocast.
+        device: "auto" takes a CUDA device where there is one.
+        threads: CPU threads; 0 leaves the choice to torch (compare: cores divided by jobs).
+        probe: training images of the fixed batch on which alignment is measured after each epoch; 0 is off.
+        checkpoint_steps: save also every so many steps within an epoch; 0 saves once per epoch.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the option.
+    """
+
+    rule: str = "bp"
+    rule_options: tuple[str, ...] = ()
+    data: str = "digits"
+    model: str = "mlp-256-256"
+    epochs: int = 20
+    batch_size: int = 32
+    optimizer: Optimizer = "sgd"
+    lr: tuple[float, ...] = (0.02,)
+    lr_epochs: tuple[int, ...] = ()
+    momentum: float = 0.9
+    weight_decay: tuple[float, ...] = ()
+    weight_decay_epochs: tuple[int, ...] = ()
+    flip: bool = False
+    crop: int = 0
+    validation: int = 0
+    train_limit: int | None = None
+    test_limit: int | None = None
+    seed: int = 0
+    drop_last: bool = True
+    amp: Amp = "off"
+    device: Device = "auto"
+    threads: int = 0
+    probe: int = 256
+    checkpoint_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("epochs", "batch_size", "train_limit", "test_limit"):
+            value = getattr(self, option)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{_flag(option)} must be positive, got {value}")
+        for option in ("crop", "validation", "threads", "probe", "checkpoint_steps", "seed"):
+            if getattr(self, option) < 0:
+                raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
+        for option, known in (("optimizer", ("sgd", "adam", "adamw")), ("amp", ("off", "bf16"))):
+            if getattr(self, option) not in known:
+                raise unknown_name(_flag(option), str(getattr(self, option)), known)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise unknown_name("--device", self.device, ("auto", "cpu", "cuda"))
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"--momentum must be in [0, 1), got {self.momentum}")
+        _check_schedule("lr", self.lr, self.lr_epochs, positive=True)
+        _check_schedule("weight_decay", self.weight_decay, self.weight_decay_epochs, positive=False)
+        parse_options(self.rule_options)
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Training steps in an epoch over `examples` images.
+
+        Raises:
+            ConfigError: not even one batch is full and the last one is dropped.
+        """
+        if self.drop_last and self.batch_size > examples:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} is larger than the {examples} training images; "
+                "take a smaller batch or keep the last batch (--drop-last False)"
+            )
+        return examples // self.batch_size if self.drop_last else math.ceil(examples / self.batch_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON has them (tuples are lists)."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return fields
+
+    def hash(self) -> str:
+        """Twelve hex digits of the fields that decide the result: all but threads, device and checkpoint_steps."""
+        fields = {k: v for k, v in self.to_json().items() if k not in ("threads", "device", "checkpoint_steps")}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Options "key=value" as a dictionary; values are Python literals, a bare word is a string.
+
+    Raises:
+        ConfigError: no "=" or no name, or a name given twice.
+
+    >>> parse_options(("expansion=4", "feedback=orthogonal"))
+    {'expansion': 4, 'feedback': 'orthogonal'}
+    """
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"--rule-options takes key=value, got {option!r}")
+        if key in parsed:
+            raise ConfigError(f"--rule-options gives {key!r} twice")
+        try:
+            parsed[key] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            parsed[key] = text.strip()
+    return parsed
+
+
+def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Each field in which two configurations differ, "field: saved vs asked"; the fields free to differ are left out."""
+    fields = [name for name in Recipe.__dataclass_fields__ if name not in FREE_FIELDS]
+    return [
+        f"{name}: {saved.get(name, 'missing')} vs {asked.get(name, 'missing')}"
+        for name in fields
+        if saved.get(name, "missing") != asked.get(name, "missing")
+    ]
+
+
+def _check_schedule(option: str, values: tuple[float, ...], epochs: tuple[int, ...], *, positive: bool) -> None:
+    for value in values:
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            kind = "positive" if positive else "zero or positive"
+            raise ConfigError(f"{_flag(option)} must be {kind} and finite, got {value}")
+    if not values and (positive or epochs):
+        raise ConfigError(f"{_flag(option)} needs at least one value")
+    if values and len(epochs) != len(values) - 1:
+        raise ConfigError(
+            f"{_flag(option)} has {len(values)} value{'s' * (len(values) > 1)}, so {_flag(option)}-epochs needs "
+            f"{len(values) - 1}, got {len(epochs)}"
+        )
+    if any(epoch <= 0 for epoch in epochs) or list(epochs) != sorted(set(epochs)):
+        raise ConfigError(f"{_flag(option)}-epochs must be positive and increasing, got {' '.join(map(str, epochs))}")
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

@@ -1,0 +1,93 @@
+"""Time of a training step, and peak memory of a run on a GPU."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apical.core.credit import CreditRule
+
+
+class StepTimer:
+    """Times of training steps in milliseconds: the clock on a CPU, CUDA events on a GPU (no synchronisation per step)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._times: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._began = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        if self._device.type == "cuda":
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events.append(events)
+            events[0].record()
+        else:
+            self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """The step has ended."""
+        if self._device.type == "cuda":
+            self._events[-1][1].record()
+        else:
+            self._times.append((time.perf_counter() - self._began) * 1e3)
+
+    def times(self) -> list[float]:
+        """Times so far; waits for the GPU."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+            self._times += [began.elapsed_time(ended) for began, ended in self._events]
+            self._events.clear()
+        return list(self._times)
+
+    def restore(self, times: list[float]) -> None:
+        """Continue from times taken before."""
+        self._events.clear()
+        self._times = [float(value) for value in times]
+
+    def median(self) -> float | None:
+        """Median of the times so far; None before the first step."""
+        times = self.times()
+        return statistics.median(times) if times else None
+
+    def clear(self) -> None:
+        """Forget all times."""
+        self._times.clear()
+        self._events.clear()
+
+
+@dataclass
+class Peak:
+    """Peak memory of one run, in MiB; None where it is not measured (CPU)."""
+
+    megabytes: float | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device, rule: CreditRule, optimizer: torch.optim.Optimizer) -> Iterator[Peak]:
+    """Peak GPU memory within: the run's own tensors at the start plus all that is allocated on top, without the data.
+
+    What else lies on the GPU at the start (data, other runs of a comparison) is not counted. None on a CPU.
+    """
+    peak = Peak()
+    if device.type != "cuda":
+        yield peak
+        return
+    own = _own_bytes(rule, optimizer)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    torch.cuda.synchronize(device)
+    peak.megabytes = (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
+
+
+def _own_bytes(rule: CreditRule, optimizer: torch.optim.Optimizer) -> int:
+    tensors: list[Tensor] = [*rule.parameters(), *rule.buffers()]
+    tensors += [parameter.grad for parameter in rule.parameters() if parameter.grad is not None]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_cuda)

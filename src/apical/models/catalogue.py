@@ -1,0 +1,92 @@
+"""Models by name, sized to a data set: the names that recipes and the command line use."""
+
+import math
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from apical.errors import ConfigError, unknown_name
+from apical.models.lenet import LeNet, LeNetCIFAR
+from apical.models.mlp import mlp
+from apical.models.resnet import CifarResNet, ResNet
+
+_MLP = "mlp-<widths>"
+_IMAGENET_FORM_FROM = 64
+
+
+def _build_lenet(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    channels, height, width = _image(name, shape)
+    if (height, width) not in ((28, 28), (32, 32)):
+        raise ConfigError(f"model {name!r} needs 28x28 or 32x32 images; got {height}x{width}{_REMEDY}")
+    return LeNet(channels, height, num_classes)
+
+
+def _build_lenet_cifar(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    channels, *_ = _image(name, shape, LeNetCIFAR.smallest)
+    return LeNetCIFAR(channels, num_classes)
+
+
+def _build_cifar_resnet(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    channels, *_ = _image(name, shape, CifarResNet.smallest)
+    return CifarResNet(int(name.removeprefix("resnet")), channels, num_classes)
+
+
+def _build_resnet18(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    channels, *sides = _image(name, shape, ResNet.smallest)
+    return ResNet((2, 2, 2, 2), channels, num_classes, small_images=min(sides) < _IMAGENET_FORM_FROM)
+
+
+_REMEDY = " (mlp-512-512 and resnet8 take any size)"
+_CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
+    "lenet": _build_lenet,
+    "lenet-cifar": _build_lenet_cifar,
+    "resnet8": _build_cifar_resnet,
+    "resnet20": _build_cifar_resnet,
+    "resnet32": _build_cifar_resnet,
+    "resnet56": _build_cifar_resnet,
+    "resnet18": _build_resnet18,
+}
+
+
+def names() -> list[str]:
+    """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 and the like."""
+    return [_MLP, *_CONVNETS]
+
+
+def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Model `name` for samples of `input_shape`, with Xavier-uniform weights drawn from the global torch RNG.
+
+    Args:
+        name: one of :func:`names`, with the hidden widths filled in for an mlp.
+        input_shape: shape of one sample, such as (1, 28, 28).
+        num_classes: number of logits.
+
+    Returns:
+        A module mapping (N, *input_shape) to (N, num_classes).
+
+    Raises:
+        ConfigError: the name is unknown, or samples of this shape do not fit the model.
+
+    >>> sum(p.numel() for p in build("mlp-512-512", (1, 28, 28), 10).parameters())
+    669706
+    """
+    if min(input_shape, default=0) < 1 or num_classes < 1:
+        raise ConfigError(f"model {name!r} needs non-empty samples and classes; got {input_shape}, {num_classes}")
+    if re.fullmatch(r"mlp(-[1-9][0-9]{0,6})+", name):
+        return mlp(math.prod(input_shape), [int(width) for width in name.split("-")[1:]], num_classes)
+    if name == "mlp" or name.startswith("mlp-"):
+        raise ConfigError(f"model {name!r} does not name its hidden widths; write for example mlp-512-512")
+    if name not in _CONVNETS:
+        raise unknown_name("model", name, names())
+    return _CONVNETS[name](name, input_shape, num_classes)
+
+
+def _image(name: str, shape: tuple[int, ...], smallest: int = 1) -> tuple[int, int, int]:
+    """The (channels, height, width) of `shape`, or an error if it is no image of at least `smallest` pixels a side."""
+    if len(shape) != 3:
+        raise ConfigError(f"model {name!r} needs images (channels, height, width); got samples of shape {shape}")
+    channels, height, width = shape
+    if min(height, width) < smallest:
+        raise ConfigError(f"model {name!r} needs images of at least {smallest}x{smallest}; got {height}x{width}{_REMEDY}")
+    return channels, height, width

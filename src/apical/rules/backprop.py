@@ -1,0 +1,35 @@
+"""Backpropagation (Rumelhart, Hinton & Williams 1986): the yardstick.
+
+    delta_l = (W_{l+1}^T delta_{l+1}) * f'(a_l),   dW_l = delta_l h_{l-1}^T
+
+Not local: the error travels through the transpose of the forward weights.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import Credit, CreditRule, Loss
+
+
+class Backprop(CreditRule):
+    """Exact gradient of the loss by automatic differentiation; any module whatever.
+
+    >>> import torch
+    >>> rule = Backprop(torch.nn.Linear(4, 3))
+    >>> rule(torch.randn(8, 4), torch.arange(8) % 3).backward()
+    >>> rule.model.weight.grad.shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
+        super().__init__(model, loss)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit whose root is the loss."""
+        output = self.model(inputs)
+        loss = self.loss(output, targets)
+        return Credit([loss], [None], output, loss)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """Backprop has no feedback weights of its own."""
+        return {}

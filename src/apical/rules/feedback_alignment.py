@@ -1,0 +1,57 @@
+"""Feedback alignment (Lillicrap, Cownden, Tweed & Akerman, arXiv 1411.0247).
+
+    delta_l = (U_{l+1}^T delta_{l+1}) * f'(a_l),   dW_l = delta_l h_{l-1}^T,   U fixed and random
+
+Local but for U: no synapse needs the value of another. U is drawn from the Xavier uniform law of the forward weight,
+independently of it (the initialisation of the comparisons in arXiv 2405.20594 and arXiv 2108.13446).
+"""
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import Loss
+from apical.core.edge import EdgeRule, Pathway, stored_feedback
+from apical.core.units import key
+
+
+class FeedbackAlignment(EdgeRule):
+    """The error travels back through fixed random matrices.
+
+    Args:
+        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        loss: maps (output, targets) to a scalar batch mean.
+        exact: names of modules or parameters without known transport that keep their exact derivative.
+        first_layer: also draw feedback for the first layer (read-outs only, no effect on training).
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    >>> rule = FeedbackAlignment(model)
+    >>> optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
+    >>> credit = rule(torch.randn(8, 4), torch.arange(8) % 3)
+    >>> credit.backward(); optimizer.step()
+    >>> {name: tuple(u.shape) for name, u in rule.feedback_weights().items()}
+    {'2': (3, 5)}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        exact: Collection[str] = (),
+        first_layer: bool = False,
+    ) -> None:
+        super().__init__(model, loss, exact, first_layer)
+        self.feedback = nn.Module()
+        for name, layer in self.layers.items():
+            self.feedback.register_buffer(key(name), nn.init.xavier_uniform_(torch.empty_like(layer.weight).detach()))
+
+    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
+        """The fixed matrix U of this layer."""
+        return stored_feedback, (self.feedback.get_buffer(key(name)),)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """U of each layer."""
+        return {name: self.feedback.get_buffer(key(name)) for name in self.layers}

@@ -1,0 +1,279 @@
+"""Product feedback alignment (Ji-An & Benna, arXiv 2405.20594).
+
+An extra population r of lambda n_out neurons carries the error from a layer's output to its input:
+
+    r = B^T delta,   error at the input = R^T r = (B R)^T delta
+    dW = delta h^T,   dR = r h^T = B^T dW,   B fixed and random
+
+R gets the same learning rate, momentum and weight decay as W. The decay is what removes the initial mismatch; the product
+B R then points along W, at arctan(1/sqrt(lambda)), while no single matrix resembles W. Local: W needs (delta, h), R needs
+(r, h).
+
+Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
+
+    literal   as written above
+    fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser
+    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): SGD with any momentum, decay and
+              schedule, no sparse masks
+
+Departures from the released code: a grouped convolution gets a block-diagonal B; R of the first layer is optional.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import Credit, Loss
+from apical.core.edge import EdgeRule, Pathway, weight_tap
+from apical.core.mismatch import Mismatch, matched, probe_gradient
+from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
+from apical.core.units import key
+from apical.errors import ConfigError
+
+Form = Literal["auto", "closed", "explicit", "literal", "fused"]
+
+
+def product(shape: Geometry | None, expansion: Tensor, weight: Tensor) -> Tensor:
+    """`B R` as a weight of the layer: mixes the output channels of `weight` by the matrix `expansion`."""
+    return from_matrix(shape, expansion @ as_matrix(shape, weight), weight)
+
+
+def literal_feedback(
+    shape: Geometry | None,
+    delta: Tensor,
+    template: Tensor | None,
+    inputs: Tensor,
+    expansion: Tensor,
+    plastic: Tensor,
+    *mask: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """`r = B^T delta`, `R^T r`, and `dR = r h^T`."""
+    channels = -1 if shape is None else -1 - len(shape.stride)
+    r = (delta.movedim(channels, -1) @ expansion.to(delta.dtype)).movedim(-1, channels)
+    below = None if template is None else transport(shape, r, plastic, template)
+    gradient = weight_gradient(shape, r, inputs, plastic).to(plastic.dtype)
+    return below, None, None, (gradient * mask[0] if mask else gradient), *(None for _ in mask)
+
+
+def fused_feedback(
+    shape: Geometry | None, delta: Tensor, template: Tensor | None, expansion: Tensor, plastic: Tensor
+) -> tuple[Tensor | None, None, None]:
+    """`(B R)^T delta`; R's gradient is made from W's by :func:`shared_gradient`."""
+    if template is None:
+        return None, None, None
+    return transport(shape, delta, product(shape, expansion, plastic), template), None, None
+
+
+def closed_feedback(
+    shape: Geometry | None,
+    delta: Tensor,
+    template: Tensor | None,
+    weight: Tensor,
+    initial: Tensor,
+    scale: Tensor,
+    *mixing: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """`(M (W + c E))^T delta`; M multiplies whichever of delta and weight is smaller, and is absent when it is I."""
+    below = None
+    if template is not None:
+        feedback = matched(weight, initial, scale)
+        if mixing and shape is None and delta.numel() < feedback.numel():
+            delta = delta @ mixing[0].to(delta.dtype)
+        elif mixing:
+            feedback = product(shape, mixing[0], feedback)
+        below = transport(shape, delta, feedback, template)
+    return below, None, None, probe_gradient(scale), *(None for _ in mixing)
+
+
+def shared_gradient(gradient: Tensor, shape: Geometry | None, expansion: Tensor, plastic: Tensor, *mask: Tensor) -> Tensor:
+    """`dR = B^T dW` from the weight gradient dW, on R's mask where R is sparse."""
+    result = from_matrix(shape, expansion.T @ as_matrix(shape, gradient), plastic)
+    return result * mask[0] if mask else result
+
+
+def expansion_matrix(n_out: int, m: int, groups: int, density: float, like: Tensor) -> Tensor:
+    """B (n_out, m), block-diagonal over groups: uniform entries of variance 1/m per block, so that E[B B^T] = I."""
+    rows, columns = n_out // groups, m // groups
+    bound = math.sqrt(3.0 / (columns * density))
+    blocks = [torch.empty(rows, columns, dtype=like.dtype, device=like.device) for _ in range(groups)]
+    for block in blocks:
+        block.uniform_(-bound, bound)
+        if density < 1.0:
+            block.mul_(torch.rand_like(block) < density)
+    result: Tensor = torch.block_diag(*blocks)
+    return result
+
+
+def orthogonal_matrix(n_out: int, groups: int, like: Tensor) -> Tensor:
+    """Random orthogonal B (n_out, n_out), block-diagonal over groups."""
+    size = n_out // groups
+    blocks = [nn.init.orthogonal_(torch.empty(size, size, device=like.device)) for _ in range(groups)]
+    exact = [torch.linalg.qr(block.double())[0] for block in blocks]  # orthogonal to the last bit of like's dtype
+    result: Tensor = torch.block_diag(*exact)
+    return result.to(like.dtype)
+
+
+class ProductFeedbackAlignment(EdgeRule):
+    """The error travels back through a fixed expansion matrix B and a plastic matrix R.
+
+    Give `rule.parameters()` to the optimiser with one weight decay for all, large during the first epoch(s): the mismatch
+    falls as `exp(-lr decay steps / (1 - momentum))`, and the paper's settings make that exponent about 2.5.
+
+    Args:
+        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        loss: maps (output, targets) to a scalar batch mean.
+        expansion: lambda >= 1, the size of r over the layer's output; ignored unless feedback is "random".
+        feedback: "random" B; "orthogonal" B with lambda = 1 (PFA-o); "identity", which makes the rule Kolen-Pollack.
+        density: fraction of non-zero entries in B and R; B is scaled up by 1/sqrt(density), R is not (as in the paper).
+        form: "auto" is "closed" for dense feedback and "explicit" for sparse; "explicit" holds R as a parameter, for any
+            optimiser, and takes "literal" or "fused" by layer, whichever costs less; these two can be forced.
+        exact: names of modules or parameters that keep their exact derivative.
+        first_layer: also hold feedback for the first layer (read-outs only).
+
+    Raises:
+        ConfigError: an option out of range; or, while training, the closed form under an optimiser it is not valid for.
+
+    >>> model = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 3))
+    >>> rule = ProductFeedbackAlignment(model, expansion=10)
+    >>> optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    >>> for _ in range(250):
+    ...     optimizer.zero_grad()
+    ...     x = torch.randn(32, 4)
+    ...     rule(x, x[:, :3].argmax(dim=1)).backward()
+    ...     optimizer.step()
+    >>> path = rule.feedback_weights()["2"]
+    >>> degrees = F.cosine_similarity(path.flatten(), model[2].weight.flatten(), dim=0).acos().rad2deg()
+    >>> bool(degrees < 45)  # from 90 at the start towards arctan(1/sqrt(10)) = 17.5
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        expansion: float = 10.0,
+        feedback: Literal["random", "orthogonal", "identity"] = "random",
+        density: float = 1.0,
+        form: Form = "auto",
+        exact: Collection[str] = (),
+        first_layer: bool = False,
+    ) -> None:
+        _check_options(expansion, feedback, density, form)
+        super().__init__(model, loss, exact, first_layer)
+        self.form: Form = ("closed" if density == 1.0 else "explicit") if form == "auto" else form
+        self.density = density
+        self.calls = 0
+        self._rows = 0
+        self.expansion, self.mask = nn.Module(), nn.Module()
+        self.mismatch, self.plastic = nn.ModuleDict(), nn.ParameterDict()
+        for name, layer in self.layers.items():
+            self._draw(name, layer.weight.detach(), expansion, feedback)
+
+    def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
+        """Draw B and R_0 of one layer and keep what the form needs of them."""
+        shape = self.geometries[name]
+        groups = 1 if shape is None else shape.groups
+        n_out = len(as_matrix(shape, weight))
+        m = groups * round(expansion * n_out / groups) if feedback == "random" else n_out
+        if feedback == "random":
+            b = expansion_matrix(n_out, m, groups, self.density, weight)
+        elif feedback == "orthogonal":
+            b = orthogonal_matrix(n_out, groups, weight)
+        else:
+            b = torch.eye(n_out, dtype=weight.dtype, device=weight.device)
+        size = list(weight.shape)
+        size[1 if shape is not None and shape.transposed else 0] = (
+            m // groups if shape is not None and shape.transposed else m
+        )
+        r = nn.init.xavier_uniform_(torch.empty(size, dtype=weight.dtype, device=weight.device))
+        if self.density < 1.0:
+            mask = (torch.rand_like(r) < self.density).to(r.dtype)
+            self.mask.register_buffer(key(name), mask)
+            r *= mask
+        if self.form != "closed":
+            self.expansion.register_buffer(key(name), b)
+            self.plastic[key(name)] = nn.Parameter(r)
+            return
+        target = product(shape, b, r)
+        if feedback == "random":
+            mixing = b.double() @ b.double().T
+            target = product(shape, torch.linalg.inv(mixing), target.double()).to(weight.dtype)
+            self.expansion.register_buffer(key(name), mixing.to(weight.dtype))
+        self.mismatch[key(name)] = Mismatch(target - weight)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit whose root is the loss; now and then the closed form checks its optimiser."""
+        self._rows = len(inputs)
+        if self.form == "closed" and not torch.compiler.is_compiling():
+            self.calls += 1
+            if self.layers and (self.calls in (2, 3) or self.calls % 100 == 0):
+                self._mismatch(next(iter(self.layers))).check_linear("ProductFeedbackAlignment")
+        return super().forward(inputs, targets)
+
+    def literal(self, name: str) -> bool:
+        """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
+        if self.form == "explicit":
+            return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
+        return self.form == "literal"
+
+    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
+        """B R of this layer in the chosen form."""
+        if self.form == "closed":
+            mismatch, mixing = self._mismatch(name), self.expansion._buffers.get(key(name))
+            tensors = (self.layers[name].weight, mismatch.initial, mismatch.scale)
+            return closed_feedback, (tensors if mixing is None else (*tensors, mixing))
+        plastic = self.plastic[key(name)]
+        expansion = self.expansion.get_buffer(key(name))
+        if self.literal(name):
+            return literal_feedback, (inputs, expansion, plastic, *self._mask(name))
+        return fused_feedback, (expansion, plastic.detach())
+
+    def substitutes(self) -> dict[str, Tensor]:
+        """In the fused form, weights whose gradient also makes R's."""
+        if self.form == "closed":
+            return {}
+        taps = {}
+        for name, layer in self.layers.items():
+            if not self.literal(name):
+                b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic[key(name)], self.geometries[name]
+                tensors = (b, plastic.detach(), *self._mask(name))
+                taps[f"{name}.weight".lstrip(".")] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
+        return taps
+
+    def _mismatch(self, name: str) -> Mismatch:
+        return cast(Mismatch, self.mismatch[key(name)])
+
+    def _mask(self, name: str) -> tuple[Tensor, ...]:
+        return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """Effective feedback `B R` of each layer."""
+        result = {}
+        for name, layer in self.layers.items():
+            b = self.expansion._buffers.get(key(name))
+            if self.form == "closed":
+                mismatch = self._mismatch(name)
+                weight = matched(layer.weight.detach(), mismatch.initial, mismatch.scale.detach())
+            else:
+                weight = self.plastic[key(name)].detach()
+            result[name] = weight if b is None else product(self.geometries[name], b, weight)
+        return result
+
+
+def _check_options(expansion: float, feedback: str, density: float, form: str) -> None:
+    if not expansion >= 1.0 or not math.isfinite(expansion):
+        raise ConfigError(f"expansion must be a number >= 1, not {expansion}")
+    if feedback not in ("random", "orthogonal", "identity"):
+        raise ConfigError(f'feedback must be "random", "orthogonal" or "identity", not {feedback!r}')
+    if not 0.0 < density <= 1.0:
+        raise ConfigError(f"density must lie in (0, 1], not {density}")
+    if form not in ("auto", "closed", "explicit", "literal", "fused"):
+        raise ConfigError(f'form must be "auto", "closed", "explicit", "literal" or "fused", not {form!r}')
+    if density < 1.0 and feedback != "random":
+        raise ConfigError(f'density below 1 needs feedback="random", not {feedback!r}')
+    if density < 1.0 and form == "closed":
+        raise ConfigError('sparse feedback (density < 1) has no closed form; pass form="explicit" or "auto"')

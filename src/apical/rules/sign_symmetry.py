@@ -1,0 +1,134 @@
+"""Sign symmetry: feedback shares only the signs of the forward weights.
+
+    delta_l = (K_{l+1}^T delta_{l+1}) * f'(a_l)
+
+    uniform    K = s sign(W)                 Liao, Leibo & Poggio (arXiv 1510.05067); Xiao et al. (arXiv 1811.03567)
+    batchwise  K = |U_t| sign(W), U_t drawn anew for every batch     Moskovitz et al. (arXiv 1812.06488)
+    fixed      K = |U_0| sign(W), U_0 drawn once
+
+Not local: the sign of every weight is transported at every step; its magnitude is not. For uniformly distributed
+weights the angle between K and W is arccos(sqrt(3)/2) = 30 degrees in the first variant.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import Loss
+from apical.core.edge import EdgeRule, Pathway
+from apical.core.transport import Geometry, as_matrix, geometry, transport
+from apical.core.units import Layer, key
+from apical.errors import ConfigError
+
+
+def uniform_signs(
+    shape: Geometry | None, delta: Tensor, template: Tensor | None, weight: Tensor, magnitude: Tensor
+) -> tuple[Tensor | None, None, None]:
+    """`(s sign(W))^T delta`; the scalar s multiplies the smaller tensor, delta."""
+    if template is None:
+        return None, None, None
+    return transport(shape, delta * magnitude.to(delta.dtype), weight.sign(), template), None, None
+
+
+def drawn_signs(
+    shape: Geometry | None, delta: Tensor, template: Tensor | None, weight: Tensor, bound: Tensor
+) -> tuple[Tensor | None, None, None]:
+    """`(|U| sign(W))^T delta` with U drawn now, uniform in (-bound, bound)."""
+    if template is None:
+        return None, None, None
+    drawn = torch.rand_like(weight)
+    return transport(shape, delta * bound.to(delta.dtype), torch.copysign(drawn, weight), template), None, None
+
+
+def fixed_signs(
+    shape: Geometry | None, delta: Tensor, template: Tensor | None, weight: Tensor, magnitude: Tensor
+) -> tuple[Tensor | None, None, None]:
+    """`(|U_0| sign(W))^T delta`."""
+    if template is None:
+        return None, None, None
+    return transport(shape, delta, torch.copysign(magnitude, weight), template), None, None
+
+
+class SignSymmetry(EdgeRule):
+    """The error travels back through the signs of the forward weights.
+
+    Args:
+        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        loss: maps (output, targets) to a scalar batch mean.
+        variant: "uniform" (uSF), "batchwise" (brSF) or "fixed" (frSF).
+        scale: magnitude law. "xavier": uniform variant sqrt(2/(fan_in+fan_out)), drawn variants the Xavier uniform
+            law; "kaiming": standard deviation sqrt(1/(3 fan_in)), PyTorch's default initialisation; "xiao": the released
+            code of arXiv 1811.03567, sqrt(2/(k^2 c_out)) for convolutions and 1/sqrt(n_in) for dense layers.
+        exact: names of modules or parameters that keep their exact derivative.
+        first_layer: also hold feedback for the first layer (read-outs only).
+
+    Raises:
+        ConfigError: unknown variant or scale.
+
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    >>> rule = SignSymmetry(model, variant="uniform")
+    >>> rule(torch.randn(8, 4), torch.arange(8) % 3).backward()
+    >>> bool((rule.feedback_weights()["2"].sign() == model[2].weight.sign()).all())
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        variant: Literal["uniform", "batchwise", "fixed"] = "uniform",
+        scale: Literal["xavier", "kaiming", "xiao"] = "xavier",
+        exact: Collection[str] = (),
+        first_layer: bool = False,
+    ) -> None:
+        if variant not in ("uniform", "batchwise", "fixed"):
+            raise ConfigError(f'variant must be "uniform", "batchwise" or "fixed", not {variant!r}')
+        if scale not in ("xavier", "kaiming", "xiao"):
+            raise ConfigError(f'scale must be "xavier", "kaiming" or "xiao", not {scale!r}')
+        super().__init__(model, loss, exact, first_layer)
+        self.variant = variant
+        self.magnitude = nn.Module()
+        for name, layer in self.layers.items():
+            weight = layer.weight.detach()
+            value = torch.as_tensor(standard_deviation(layer, scale), dtype=weight.dtype, device=weight.device)
+            if variant != "uniform":
+                value = value * math.sqrt(3.0)  # bound of the uniform law with that standard deviation
+            if variant == "fixed":
+                value = torch.rand_like(weight) * value
+            self.magnitude.register_buffer(key(name), value)
+
+    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
+        """Signs of this layer's weight with the variant's magnitude."""
+        pathway = {"uniform": uniform_signs, "batchwise": drawn_signs, "fixed": fixed_signs}[self.variant]
+        return pathway, (self.layers[name].weight, self.magnitude.get_buffer(key(name)))
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """K of each layer; for "batchwise" one fresh draw from the global random state."""
+        result = {}
+        for name, layer in self.layers.items():
+            magnitude, weight = self.magnitude.get_buffer(key(name)), layer.weight.detach()
+            if self.variant == "uniform":
+                result[name] = weight.sign() * magnitude
+            elif self.variant == "batchwise":
+                result[name] = torch.copysign(torch.rand_like(weight) * magnitude, weight)
+            else:
+                result[name] = torch.copysign(magnitude, weight)
+        return result
+
+
+def standard_deviation(layer: Layer, scale: str) -> float:
+    """Standard deviation of the forward weight under the named initialisation law."""
+    weight = layer.weight
+    if scale == "xavier":
+        fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
+        return math.sqrt(2.0 / (fan_in + fan_out))
+    rows = as_matrix(geometry(layer), weight.detach())
+    if scale == "kaiming":
+        return 1.0 / math.sqrt(3.0 * rows.shape[1])
+    if isinstance(layer, nn.Linear):
+        return 1.0 / math.sqrt(rows.shape[1])
+    return math.sqrt(2.0 / (weight[0, 0].numel() * rows.shape[0]))

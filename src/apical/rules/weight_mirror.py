@@ -1,0 +1,96 @@
+"""Weight mirror (Akrout, Wilson, Humphreys, Lillicrap & Tweed, arXiv 1904.05391).
+
+Between training steps each layer is driven by zero-mean noise x; the correlation of its linear response with the noise
+copies the forward weight into the feedback weight:
+
+    y = W x,   B <- (1 - rho) B + rho y x^T / var(x),   E[y x^T] = var(x) W
+    delta_l = (B_{l+1}^T delta_{l+1}) * f'(a_l),   dW_l = delta_l h_{l-1}^T
+
+Local: B's synapse sees x and y. The price is a second mode in which the layers are driven one at a time.
+
+Departures from the released code: Gaussian noise on one receptive field, linear response without bias, and an averaging
+rate rho instead of growth control, which in that code is computed and never stored. The angle to W settles near
+arctan(sqrt(rho fan_in / (2 batch))).
+"""
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import Credit, Loss
+from apical.core.edge import EdgeRule, Pathway, stored_feedback
+from apical.core.units import key
+from apical.errors import ConfigError
+
+
+def mirror(weight: Tensor, noise: Tensor) -> Tensor:
+    """`y x^T / batch` with `y = W x`, for unit-variance noise (batch, fan_in): an unbiased estimate of the weight."""
+    rows = weight.flatten(1)
+    return ((noise @ rows.T).T @ noise / len(noise)).view_as(weight)
+
+
+class WeightMirror(EdgeRule):
+    """Feedback weights learned from noise, in a mode of their own.
+
+    Args:
+        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        loss: maps (output, targets) to a scalar batch mean.
+        rate: averaging rate rho in [0, 1] of a mirror step; one is taken before every training step.
+        batch: noise samples per mirror step.
+        warmup: mirror steps taken at construction.
+        exact: names of modules or parameters that keep their exact derivative.
+        first_layer: also hold feedback for the first layer (read-outs only).
+
+    Raises:
+        ConfigError: rate outside [0, 1], or batch < 1.
+
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    >>> rule = WeightMirror(model, warmup=500)
+    >>> cosine = F.cosine_similarity(rule.feedback_weights()["2"].flatten(), model[2].weight.flatten(), dim=0)
+    >>> bool(cosine > 0.95)
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        rate: float = 0.01,
+        batch: int = 128,
+        warmup: int = 500,
+        exact: Collection[str] = (),
+        first_layer: bool = False,
+    ) -> None:
+        if not 0.0 <= rate <= 1.0 or batch < 1:
+            raise ConfigError(f"rate must lie in [0, 1] and batch be positive, not rate={rate}, batch={batch}")
+        super().__init__(model, loss, exact, first_layer)
+        self.rate, self.batch = rate, batch
+        self.feedback = nn.Module()
+        for name, layer in self.layers.items():
+            self.feedback.register_buffer(key(name), nn.init.xavier_uniform_(torch.empty_like(layer.weight).detach()))
+        self.mirror(warmup)
+
+    @torch.no_grad()
+    def mirror(self, steps: int = 1) -> None:
+        """Take `steps` mirror steps on every layer."""
+        for _ in range(steps if self.rate else 0):
+            for name, layer in self.layers.items():
+                feedback = self.feedback.get_buffer(key(name))
+                noise = torch.randn(self.batch, layer.weight[0].numel(), dtype=feedback.dtype, device=feedback.device)
+                feedback.lerp_(mirror(layer.weight, noise), self.rate)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """One mirror step, then the credit of the batch."""
+        if self.training:
+            self.mirror()
+        return super().forward(inputs, targets)
+
+    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
+        """The mirrored matrix B of this layer."""
+        return stored_feedback, (self.feedback.get_buffer(key(name)),)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """B of each layer."""
+        return {name: self.feedback.get_buffer(key(name)) for name in self.layers}

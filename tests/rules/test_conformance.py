@@ -1,0 +1,110 @@
+"""Every rule passes the public conformance suite, and reaches backpropagation in its oracle limit."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import apical
+from apical.core.credit import CreditRule
+from apical.core.units import key
+from apical.testing import CHECKS, check_oracle
+
+PFA = apical.ProductFeedbackAlignment
+RULES = {
+    "bp": apical.Backprop,
+    "fa": apical.FeedbackAlignment,
+    "fa-first": partial(apical.FeedbackAlignment, first_layer=True),
+    "dfa": apical.DirectFeedbackAlignment,
+    "dfa-broadcast": partial(apical.DirectFeedbackAlignment, feedback="broadcast"),
+    "dfa-leaky": partial(apical.DirectFeedbackAlignment, feedback="broadcast", leaky=True),
+    "usf": apical.SignSymmetry,
+    "brsf": partial(apical.SignSymmetry, variant="batchwise"),
+    "frsf": partial(apical.SignSymmetry, variant="fixed"),
+    "kp": apical.KolenPollack,
+    "kp-explicit": partial(apical.KolenPollack, form="explicit"),
+    "wm": partial(apical.WeightMirror, warmup=10),
+    "pfa": PFA,
+    "pfa-first": partial(PFA, first_layer=True),
+    "pfa-o": partial(PFA, feedback="orthogonal"),
+    "pfa-explicit": partial(PFA, form="explicit"),
+    "pfa-literal": partial(PFA, form="literal"),
+    "pfa-fused": partial(PFA, form="fused"),
+    "pfa-sparse": partial(PFA, density=0.5),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("rule", RULES)
+def test_conformance(rule: str, check: str) -> None:
+    CHECKS[check](RULES[rule])
+
+
+def copy_weights(rule: CreditRule) -> None:
+    """B := W."""
+    for name, layer in rule.layers.items():
+        rule.feedback.get_buffer(key(name)).copy_(layer.weight.detach())
+
+
+def no_mirroring(rule: CreditRule) -> None:
+    """B := W, and no more noise."""
+    copy_weights(rule)
+    rule.rate = 0.0
+
+
+def copy_parameters(rule: CreditRule) -> None:
+    """Explicit Kolen-Pollack with B := W."""
+    for name, layer in rule.layers.items():
+        rule.feedback[key(name)].data.copy_(layer.weight.detach())
+
+
+def no_difference(rule: CreditRule) -> None:
+    """Closed Kolen-Pollack and PFA-o after infinitely long decay: c = 0."""
+    for name in rule.layers:
+        rule._mismatch(name).scale.data.zero_()
+
+
+def no_difference_no_mixing(rule: CreditRule) -> None:
+    """PFA with c = 0 and M = I."""
+    no_difference(rule)
+    for name in rule.layers:
+        mixing = rule.expansion.get_buffer(key(name))
+        mixing.copy_(torch.eye(len(mixing)))
+
+
+def absolute_weights(rule: CreditRule) -> None:
+    """Fixed magnitudes := |W|, so that |U| sign(W) = W."""
+    for name, layer in rule.layers.items():
+        rule.magnitude.get_buffer(key(name)).copy_(layer.weight.detach().abs())
+
+
+def equal_magnitudes(rule: CreditRule) -> None:
+    """W := s sign(W), which is what uniform sign symmetry feeds back."""
+    for name, layer in rule.layers.items():
+        layer.weight.data = layer.weight.data.sign() * rule.magnitude.get_buffer(key(name))
+
+
+def product_equals_weight(rule: CreditRule) -> None:
+    """B = I (lambda = 1) and R := W."""
+    for name, layer in rule.layers.items():
+        rule.plastic[key(name)].data.copy_(layer.weight.detach())
+
+
+ORACLES = {
+    "fa": (apical.FeedbackAlignment, copy_weights),
+    "wm": (partial(apical.WeightMirror, warmup=0), no_mirroring),
+    "kp": (apical.KolenPollack, no_difference),
+    "kp-explicit": (partial(apical.KolenPollack, form="explicit"), copy_parameters),
+    "usf": (apical.SignSymmetry, equal_magnitudes),
+    "frsf": (partial(apical.SignSymmetry, variant="fixed"), absolute_weights),
+    "pfa": (PFA, no_difference_no_mixing),
+    "pfa-o": (partial(PFA, feedback="orthogonal"), no_difference),
+    "pfa-literal": (partial(PFA, feedback="identity", form="literal"), product_equals_weight),
+    "pfa-fused": (partial(PFA, feedback="identity", form="fused"), product_equals_weight),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_oracle_limit_is_backprop(name: str) -> None:
+    factory, oracle = ORACLES[name]
+    check_oracle(factory, oracle)

@@ -1,0 +1,163 @@
+"""The command line: what it prints, what it refuses, and that a refusal leaves nothing on disk."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from apical.cli import main
+
+QUICK = ("--model", "mlp-16", "--epochs", "1", "--train-limit", "320", "--probe", "32", "--device", "cpu")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command prints on stderr before it exits with 2."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("apical: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("compare", "--rules", "bp", "pfaa"), "unknown rule 'pfaa'; did you mean 'pfa'?"),
+        (("compare", "--rules", "bp", "bp"), "twice"),
+        (("compare", "--data", "mnits"), "did you mean 'mnist'?"),
+        (("compare", "--model", "resnet21"), "did you mean 'resnet20'?"),
+        (("compare", "--model", "lenet"), "28x28 or 32x32"),
+        (("compare", "--recipe", "pfa-mnits"), "did you mean 'pfa-mnist'?"),
+        (("compare", "--seeds", "0"), "--seeds must be at least 1"),
+        (("compare", "--jobs", "-1"), "--jobs must be at least 0"),
+        (("compare", "--batch-size", "0"), "--batch-size must be positive"),
+        (("compare", "--lr", "-1"), "--lr must be positive"),
+        (("compare", "--lr", "0.1", "0.01"), "--lr-epochs needs 1"),
+        (("compare", "--batch-size", "5000"), "larger than the 1437 training images"),
+        (("compare", "--train-limit", "99999"), "1437"),
+        (("train", "--rule", "pfax"), "did you mean 'pfa'?"),
+        (("train", "--rule", "pfa", "--rule-options", "expanson=3"), "did you mean 'expansion'?"),
+        (("train", "--rule", "pfa", "--rule-options", "expansion=wide"), "expansion"),
+        (("train", "--rule", "bp", "--rule-options", "x=1"), "no option 'x'"),
+        (("train", "--rule", "fa", "--rule-options", "exact=3"), "exact"),
+        (("train", "--data", "digit"), "did you mean 'digits'?"),
+        (("train", "--epochs", "0"), "--epochs must be positive"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_data_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APICAL_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = refused(capsys, "train", "--data", "mnist", "--out", str(tmp_path / "out"))
+    assert "apical data fetch mnist" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_where_no_folder_can_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in refused(capsys, "train", *QUICK, "--out", str(tmp_path / "file" / "run"))
+    if sys.platform == "linux":
+        refused(capsys, "train", *QUICK, "--out", "/proc/apical-run")
+        refused(capsys, "compare", "--rules", "bp", "--seeds", "1", *QUICK, "--out", "/proc/apical-run")
+
+
+def test_train_writes_a_run_folder_and_finishes_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = ["train", "--rule", "pfa", "--rule-options", "expansion=4", *QUICK, "--out", str(out)]
+    assert main(train) == 0
+    assert "epoch   1/1" in capsys.readouterr().out
+    files = {path.name for path in out.iterdir()} - {".lock"}
+    assert files == {"config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "result.json"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["rule_options"] == ["expansion=4", "first_layer=True"]
+    assert config["command"].startswith("apical train --rule pfa")
+    assert len(config["weight_decay"]) == 2
+    assert "--overwrite" in refused(capsys, *train)
+    assert main([*train, "--resume"]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert "batch_size: 32 vs 16" in refused(capsys, *train, "--resume", "--batch-size", "16")
+    (out / "checkpoint.pt").write_bytes(b"rubbish")
+    assert "damaged" in refused(capsys, *train, "--resume", "--epochs", "2")
+    assert main([*train, "--overwrite"]) == 0
+
+
+def test_divergence_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["train", "--rule", "fa", *QUICK, "--epochs", "9", "--lr", "1e20", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("apical: error: fa with seed 0 diverged in epoch")
+    assert errors.count("\n") == 1
+
+
+def test_compare_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compare", "--rules", "bp", "dfa", "--seeds", "2", "--jobs", "1", *QUICK, "--out", "out"]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "dfa    seed 1  epoch   1/1" in output
+    assert output.strip().endswith(f"report: {os.path.join('out', 'report.html')}")
+    rows = json.loads(Path("out/summary.json").read_text())
+    assert [row["rule"] for row in rows] == ["bp", "bp", "dfa", "dfa"]
+    assert "--resume to continue" in refused(capsys, *arguments)
+    assert main([*arguments, "--resume"]) == 0
+    assert json.loads(Path("out/summary.json").read_text()) == rows
+    assert main(["report", "out"]) == 0
+
+
+def test_compare_exits_with_3_when_a_run_diverges(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["compare", "--rules", "bp", "fa", "--seeds", "1", *QUICK, "--epochs", "9", "--lr", "1e20"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 3
+    errors = capsys.readouterr().err
+    assert errors == "apical: 2 of 2 runs diverged: bp seed 0, fa seed 0\n"
+
+
+def test_a_recipe_is_used_and_explicit_options_win(tmp_path: Path) -> None:
+    from apical import cli
+    from apical.commands import draft, find_study
+
+    flags = cli.Compare(out=tmp_path, recipe="pfa-mnist", epochs=5)
+    study = find_study("pfa-mnist")
+    for rule, decay in (("bp", (1e-4,)), ("pfa-o", (0.03, 9e-5))):
+        recipe = draft(flags, study, rule)
+        assert (recipe.epochs, recipe.data, recipe.batch_size) == (5, "mnist", 64)
+        assert recipe.lr == (0.01, 0.005, 0.0025)
+        assert recipe.weight_decay == decay
+    other = draft(cli.Compare(out=tmp_path, recipe="pfa-mnist", lr=(0.1,)), study, "bp")
+    assert (other.lr, other.lr_epochs) == ((0.1,), ())
+
+
+@pytest.mark.parametrize("what", ["rules", "models", "data", "recipes"])
+def test_lists(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    assert main(["list", what]) == 0
+    known = {"rules": "pfa-o", "models": "resnet20", "data": "cifar-10", "recipes": "pfa-cifar10-small"}
+    assert known[what] in capsys.readouterr().out
+
+
+def test_data_list_and_fetch_of_an_unknown_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "list"]) == 0
+    assert "digits" in capsys.readouterr().out
+    assert "did you mean 'mnist'" in refused(capsys, "data", "fetch", "mnits")
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "apical compare --rules bp fa pfa" in capsys.readouterr().out
+
+
+def test_report_of_a_folder_without_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    refused(capsys, "report", str(tmp_path))
+    refused(capsys, "report", str(tmp_path / "none"))
+    assert os.listdir(tmp_path) == []
