@@ -4,6 +4,7 @@ Everything runs in float64, where no ReLU tie flips. Each check is a function th
 saying what the rule did wrong; :data:`CHECKS` lists them for `pytest.mark.parametrize`.
 """
 
+import os
 import pickle
 import tempfile
 from collections.abc import Callable, Collection
@@ -280,20 +281,19 @@ def check_distributed(factory: Factory) -> None:
 def _rank(rank: int, factory: Factory, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        torch.manual_seed(0)
-        rule = factory(dense_network(), F.cross_entropy)
-        torch.manual_seed(1)
-        parallel = DistributedDataParallel(rule)
-        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-        for step in range(4):
-            inputs, targets = _dense_batch(step)
-            optimizer.zero_grad()
-            parallel(inputs[rank::2], targets[rank::2]).backward()
-            optimizer.step()
-        torch.save(rule.state_dict(), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(0)
+    rule = factory(dense_network(), F.cross_entropy)
+    torch.manual_seed(1)
+    parallel = DistributedDataParallel(rule)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    for step in range(4):
+        inputs, targets = _dense_batch(step)
+        optimizer.zero_grad()
+        parallel(inputs[rank::2], targets[rank::2]).backward()
+        optimizer.step()
+    torch.save(rule.state_dict(), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # gloo's destructor can wait for ever for a thread that waits for the interpreter lock
 
 
 CHECKS: dict[str, Callable[[Factory], None]] = {
