@@ -28,7 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("compare", "--rules", "bp", "pfaa"), "unknown rule 'pfaa'; did you mean 'pfa'?"),
         (("compare", "--rules", "bp", "bp"), "twice"),
         (("compare", "--data", "mnits"), "did you mean 'mnist'?"),
-        (("compare", "--model", "resnet21"), "did you mean 'resnet20'?"),
+        (("compare", "--model", "lenett"), "did you mean 'lenet'?"),
         (("compare", "--model", "lenet"), "28x28 or 32x32"),
         (("compare", "--recipe", "pfa-mnits"), "did you mean 'pfa-mnist'?"),
         (("compare", "--seeds", "0"), "--seeds must be at least 1"),

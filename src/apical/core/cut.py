@@ -54,6 +54,8 @@ class CutRule(CreditRule):
         self._mode: Literal["off", "trace", "cut"] = "off"
         self._events: list[tuple[str, bool]] = []  # (module name, is a cut point), in the order of execution
         self._cuts: list[Tensor] = []
+        self._calls = 0  # of activations (or layers) so far in this pass
+        self._before = 0  # activations before the first layer: they belong to no unit
         for name, module in model.named_modules():
             if name in self.layers:
                 self._hooks.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
@@ -79,6 +81,7 @@ class CutRule(CreditRule):
             raise UnsupportedModelError(
                 f"layer {min(unseen)!r} was not called as a module in the forward pass; call it, or remove it"
             )
+        self._before = sum(is_cut for _, is_cut in self._events[: weighted[0]])
         names = [name for name, is_cut in self._events[weighted[0] + 1 : weighted[-1] + 1] if is_cut]
         if len(self.layers) > 1 and not names:
             raise UnsupportedModelError(
@@ -88,7 +91,10 @@ class CutRule(CreditRule):
         return [f"{n}#{names[:i].count(n)}" if n in names[:i] else n for i, n in enumerate(names)]
 
     def run(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Forward pass with cuts: the model's output (batch, ...) and each hidden unit's output before its cut."""
+        """Forward pass with cuts: the model's output (batch, ...) and each hidden unit's output before its cut.
+
+        An output that does not require a gradient belongs to a unit without trainable parameters.
+        """
         self.hidden_units(inputs)
         with self._during("cut"):
             output = self.model(inputs)
@@ -98,7 +104,7 @@ class CutRule(CreditRule):
     @contextmanager
     def _during(self, mode: Literal["trace", "cut"]) -> Iterator[None]:
         self._mode = mode
-        self._cuts = []
+        self._cuts, self._calls = [], 0
         if mode == "trace":
             self._events = []
         try:
@@ -109,17 +115,21 @@ class CutRule(CreditRule):
     def _before_layer(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._mode == "trace":
             self._events.append((name, self.where == "input"))
-        elif self._mode == "cut" and self.where == "input" and args[0].requires_grad:
-            self._cuts.append(args[0])
-            return (args[0].detach(), *args[1:])
+        elif self._mode == "cut" and self.where == "input":
+            self._calls += 1
+            if self._calls > 1:
+                self._cuts.append(args[0])
+                return (args[0].detach(), *args[1:])
         return None
 
     def _after_activation(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._mode == "trace":
             self._events.append((name, True))
-        elif self._mode == "cut" and output.requires_grad and len(self._cuts) < len(self._hidden or ()):
-            self._cuts.append(output)
-            return output.detach()
+        elif self._mode == "cut":
+            self._calls += 1
+            if self._before < self._calls <= self._before + len(self._hidden or ()):
+                self._cuts.append(output)
+                return output.detach()
         return None
 
 

@@ -10,7 +10,7 @@ import torch
 from apical.errors import CheckpointError
 
 FORMAT = 1
-FIELDS = {
+FIELDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
     "config": dict,
     "rule": dict,

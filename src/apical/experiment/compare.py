@@ -1,15 +1,11 @@
 """The main job: several rules, several seeds, side by side; rules interleaved epoch by epoch so that times compare."""
 
-import multiprocessing
 import os
-import signal
 import statistics
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,8 @@ import torch
 
 from apical import data
 from apical.data import Dataset
-from apical.errors import ApicalError, DivergenceError
+from apical.errors import DivergenceError
+from apical.experiment import workers
 from apical.experiment.distributed import World, pick_device
 from apical.experiment.loop import MakeRule, Training
 from apical.experiment.recipe import Recipe
@@ -123,7 +120,7 @@ def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
             with _threads(job.recipe(0, seed).threads):
                 train_seed(job, seed, stop, refresh)
     else:
-        _run_workers(job, stop, refresh)
+        workers.run(job.seeds, job.workers, partial(_train_worker, job), stop, refresh)
     refresh()
     rows = summarise(job)
     write_json(job.out / "summary.json", rows)
@@ -238,91 +235,7 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_workers(job: Job, stop: StopSignals, refresh: Refresh) -> None:
-    """Train the seeds in `job.workers` processes at a time."""
-    context = multiprocessing.get_context("spawn")
-    waiting, running, failures, told = list(job.seeds), {}, [], False
-    try:
-        while waiting or running:
-            while waiting and len(running) < job.workers and not stop.signum and not failures:
-                seed = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_worker, args=(job, seed, sender), name=f"apical seed {seed}")
-                with _held_signals():
-                    process.start()
-                sender.close()
-                running[seed] = (process, receiver)
-            wait([process.sentinel for process, _ in running.values()], timeout=0.25)
-            if (stop.signum or failures) and not told:
-                told = True
-                for process, _ in running.values():
-                    process.terminate()
-            for seed, (process, receiver) in list(running.items()):
-                if not process.is_alive():
-                    del running[seed]
-                    failures += _outcome(seed, process, receiver)
-            if told or failures:
-                waiting.clear()
-            refresh()
-    finally:
-        for process, _ in running.values():
-            process.kill()
-            process.join()
-    if stop.signum:
-        raise Interrupted(stop.signum, "all runs")
-    if failures:
-        raise failures[0]
-
-
-@contextmanager
-def _held_signals() -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM wait; a process started here gets them once it can obey them."""
-    if os.name != "posix":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exception]:
-    """What went wrong in an ended worker; empty if nothing did or it was told to stop."""
-    process.join()
-    try:
-        problem = receiver.recv() if receiver.poll() else None
-    except EOFError:
-        problem = None
-    finally:
-        receiver.close()
-    if problem is not None:
-        return [] if isinstance(problem, Interrupted) else [problem]
-    if process.exitcode == 0:
-        return []
-    code = process.exitcode or 0
-    how = f"was killed by signal {-code}, perhaps for want of memory" if code < 0 else f"ended with status {code}"
-    return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if need be")]
-
-
-def _worker(job: Job, seed: int, sender: Connection) -> None:
-    """Body of a worker process; sends the exception that ended it, if one did."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    with StopSignals(impatient=False) as stop:
-        if os.name == "posix":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            torch.set_num_threads(job.recipe(0, seed).threads)
-            train_seed(job, seed, stop, lambda: None)
-        except (ApicalError, OSError) as error:
-            sender.send(error)
-        except Interrupted as interrupted:
-            sender.send(Interrupted(interrupted.signum, interrupted.where))
-
-
-def _die_with_parent() -> None:
-    """End this process at once when its parent is gone; what is saved can be resumed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _train_worker(job: Job, seed: int, stop: StopSignals) -> None:
+    """Train one seed in a worker process, silently: the parent reads the run folders."""
+    torch.set_num_threads(job.recipe(0, seed).threads)
+    train_seed(job, seed, stop, lambda: None)

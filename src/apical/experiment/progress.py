@@ -81,7 +81,9 @@ class Watch:
         for run in self._runs:
             for line in run.news():
                 if self._live is None:
-                    self._console.print(f"{run.rule:6s} seed {run.seed}  {describe(line, self._epochs)}", highlight=False, soft_wrap=True)
+                    self._console.print(
+                        f"{run.rule:6s} seed {run.seed}  {describe(line, self._epochs)}", highlight=False, soft_wrap=True
+                    )
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
 

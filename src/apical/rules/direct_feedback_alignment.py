@@ -71,8 +71,9 @@ class DirectFeedbackAlignment(CutRule):
         """Credit whose roots are the hidden units' outputs with signals `B_l e`, and the model's output with `e`."""
         output, hidden = self.run(inputs)
         loss, error = output_error(self.loss, output, targets)
-        signals = [self.signal(name, h, error) for name, h in zip(self.hidden_units(inputs), hidden, strict=True)]
-        return Credit([*hidden, output], [*signals, error], output, loss)
+        named = zip(self.hidden_units(inputs), hidden, strict=True)
+        roots = [(h, self.signal(name, h, error)) for name, h in named if h.requires_grad]
+        return Credit([*(h for h, _ in roots), output], [*(s for _, s in roots), error], output, loss)
 
     def signal(self, name: str, hidden: Tensor, error: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...)."""
