@@ -190,7 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments or ["--help"],
         config=(FlagCreatePairsOff,),
     )
-    command = shlex.join(["apical", *arguments])
+    status = _status(parsed, shlex.join(["apical", *arguments]))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from apical.experiment.distributed import leave
+
+        leave(status)
+    return status
+
+
+def _status(parsed: Any, command: str) -> int:
     try:
         return _run(parsed, command)
     except ApicalError as error:

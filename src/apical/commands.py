@@ -54,6 +54,9 @@ def compare(flags: "Compare", command: str) -> int:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     recipes, notes = prepare(drafts)
     published = {rule: [asdict(number) for number in study.row(rule).published] for rule in rules} if study else {}
+    claims = (
+        [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
+    )
     job = Job(
         recipes=tuple(recipes),
         seeds=tuple(range(flags.seeds)),
@@ -64,7 +67,7 @@ def compare(flags: "Compare", command: str) -> int:
         resume=flags.resume,
         overwrite=flags.overwrite,
         notes=dict(zip(rules, notes, strict=True)),
-        about={"study": flags.recipe, "published": published},
+        about={"study": flags.recipe, "published": published, "claims": claims},
     )
     comparison.check(job)
     console = Console()

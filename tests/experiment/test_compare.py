@@ -42,7 +42,7 @@ def test_summary_has_a_row_per_rule_and_seed(tmp_path: Path) -> None:
         assert {"epochs", "test_accuracy", "train_loss", "ms_per_step", "ratio_to_bp", "memory_mb"} <= row.keys()
         assert {"config_hash", "commit", "seconds", "n_train", "n_test", "status"} <= row.keys()
         assert row["epochs"] == 2
-        assert row["memory_mb"] is None
+        assert row["memory_mb"] > 0
         assert row["status"] == "finished"
         assert 0 < row["test_accuracy"] < 1
     assert all(row["ratio_to_bp"] == 1 for row in rows if row["rule"] == "bp")
@@ -115,9 +115,10 @@ def test_overwrite_removes_an_older_comparison_and_nothing_else(tmp_path: Path) 
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.glob("runs/*/*/config.json"))] == [
         os.path.join("runs", "bp", "seed-0", "config.json")
     ]
+    assert os.listdir(tmp_path / "runs") == ["bp"]
 
 
-COMPARE = ("compare", "--rules", "bp", "wm", "--seeds", "2", "--model", "mlp-64", "--epochs", "30", "--train-limit", "640")
+COMPARE = ("compare", "--rules", "bp", "wm", "--seeds", "2", "--model", "mlp-64", "--epochs", "16", "--train-limit", "640")
 COMPARE = (*COMPARE, "--probe", "64", "--device", "cpu", "--threads", "1", "--checkpoint-steps", "7")
 
 
@@ -132,7 +133,7 @@ def test_stop_a_real_comparison_and_resume_it(
     whole, part = tmp_path / "whole", tmp_path / "part"
     process = apical(*COMPARE, "--jobs", "2", "--out", part)
     deadline = time.monotonic() + 60
-    while finished_epochs(part) < 12:
+    while finished_epochs(part) < 10:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -8,7 +8,7 @@ unit outputs at once, each with its own signal, then makes every unit's local gr
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,49 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def eagerly(method: Method) -> Method:
     """Keep a method out of compiled graphs: what it does happens once, at the first batch."""
     return cast(Method, torch.compiler.disable(method))
+
+
+class Teacher:
+    """Makes the teaching signals of one pass, each not before the backward pass reaches its unit.
+
+    Signals made in advance would all exist at once, beside every activation that backward still needs.
+
+    Attributes:
+        signal: `signal(index of the unit, scale) -> teaching signal` of the unit output's shape, times the scalar scale;
+            set after the forward pass, when the output error is known.
+    """
+
+    signal: Callable[[int, Tensor], Tensor]
+
+
+class TeachingSignal(torch.autograd.Function):
+    """A scalar zero whose backward pass hands `teacher.signal(index, scale)` to `hidden`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, teacher: Teacher, index: int) -> Tensor:
+        """Zero; the unit's output is not kept."""
+        ctx.teacher, ctx.index = teacher, index
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        """The signal, made now."""
+        return ctx.teacher.signal(ctx.index, scale), None, None
+
+
+class Cut(NamedTuple):
+    """One hidden unit in one pass.
+
+    Attributes:
+        root: where backward starts: a scalar that carries the teacher's signal; under `torch.compile`, which plans memory
+            itself, the unit's output.
+        shape: of the unit's output (batch, ...).
+        dtype: of the unit's output.
+    """
+
+    root: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class CutRule(CreditRule):
@@ -53,7 +96,8 @@ class CutRule(CreditRule):
         self._hidden: list[str] | None = None
         self._mode: Literal["off", "trace", "cut"] = "off"
         self._events: list[tuple[str, bool]] = []  # (module name, is a cut point), in the order of execution
-        self._cuts: list[Tensor] = []
+        self._cuts: list[Cut] = []
+        self._teacher = Teacher()
         self._calls = 0  # of activations (or layers) so far in this pass
         self._before = 0  # activations before the first layer: they belong to no unit
         for name, module in model.named_modules():
@@ -90,16 +134,24 @@ class CutRule(CreditRule):
             )
         return [f"{n}#{names[:i].count(n)}" if n in names[:i] else n for i, n in enumerate(names)]
 
-    def run(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Forward pass with cuts: the model's output (batch, ...) and each hidden unit's output before its cut.
+    def run(self, inputs: Tensor) -> tuple[Tensor, list[Cut], Teacher]:
+        """Forward pass with cuts: the model's output (batch, ...), its cuts, and the teacher to be told the signals.
 
-        An output that does not require a gradient belongs to a unit without trainable parameters.
+        A root that does not require a gradient belongs to a unit without trainable parameters.
         """
         self.hidden_units(inputs)
+        self._teacher = teacher = Teacher()
         with self._during("cut"):
             output = self.model(inputs)
         cuts, self._cuts = self._cuts, []
-        return output, cuts
+        return output, cuts, teacher
+
+    def _cut(self, hidden: Tensor) -> Tensor:
+        root = hidden
+        if not torch.compiler.is_compiling():
+            root = cast(Any, TeachingSignal).apply(hidden, self._teacher, len(self._cuts))
+        self._cuts.append(Cut(root, hidden.shape, hidden.dtype))
+        return hidden.detach()
 
     @contextmanager
     def _during(self, mode: Literal["trace", "cut"]) -> Iterator[None]:
@@ -118,8 +170,7 @@ class CutRule(CreditRule):
         elif self._mode == "cut" and self.where == "input":
             self._calls += 1
             if self._calls > 1:
-                self._cuts.append(args[0])
-                return (args[0].detach(), *args[1:])
+                return (self._cut(args[0]), *args[1:])
         return None
 
     def _after_activation(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -128,8 +179,7 @@ class CutRule(CreditRule):
         elif self._mode == "cut":
             self._calls += 1
             if self._before < self._calls <= self._before + len(self._hidden or ()):
-                self._cuts.append(output)
-                return output.detach()
+                return self._cut(output)
         return None
 
 

@@ -33,7 +33,7 @@ def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
     For product feedback alignment this is the path alignment of arXiv 2405.20594, for the others the weight alignment.
     """
     modules = dict(rule.model.named_modules())
-    with _unchanged(rule), torch.no_grad():
+    with unchanged(rule), torch.no_grad():
         return {
             name: {
                 "weight_alignment": angle(feedback, modules[name].weight),
@@ -71,17 +71,17 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
         for name, module in rule.model.named_modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
     }
-    with _unchanged(rule), torch.enable_grad():
+    with unchanged(rule), torch.enable_grad():
         rule(inputs, targets).backward()
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
-    with _unchanged(rule), torch.enable_grad():
+    with unchanged(rule), torch.enable_grad():
         loss = rule.loss(rule.model(inputs), targets)
         exact = torch.autograd.grad(loss, [layers[name] for name in own])
     return own, dict(zip(own, exact, strict=True))
 
 
 @contextmanager
-def _unchanged(rule: CreditRule) -> Iterator[None]:
+def unchanged(rule: CreditRule) -> Iterator[None]:
     """Restore gradients, buffers, training modes and random states on exit; inside, the rule is in training mode."""
     modes = [(module, module.training) for module in rule.modules()]
     grads = [(parameter, parameter.grad) for parameter in rule.parameters()]

@@ -135,6 +135,10 @@ def prepare(job: Job) -> None:
             held.lock(wait=0)
             held.clear()
             held.unlock()
+            (folder / ".lock").unlink(missing_ok=True)
+            for emptied in (folder, folder.parent):
+                if not any(emptied.iterdir()):
+                    emptied.rmdir()
         for pattern in ("summary.json", "report.html", "figures/*.png", "figures/*.svg"):
             for path in job.out.glob(pattern):
                 path.unlink()

@@ -23,7 +23,7 @@ from apical.experiment.recipe import Recipe, differences
 from apical.experiment.run_folder import RunFolder, write_json
 from apical.experiment.schedule import data_order, generator, piecewise
 from apical.experiment.signals import Interrupted, StopSignals
-from apical.experiment.timing import StepTimer, peak_memory
+from apical.experiment.timing import StepTimer, peak_memory, step_megabytes
 
 MakeRule = Callable[[Recipe, nn.Module], CreditRule]
 """Builds the recipe's rule around a model; importable by name, so that worker processes can receive it."""
@@ -146,12 +146,15 @@ class Training:
             self.rule.train()
             self._began = time.perf_counter()
             while self.step < self.steps_per_epoch:
-                self._train_step(*self._batch(order))
+                self._train_step(*self._batch(order, self.step))
                 self.step += 1
                 if on_step is not None:
                     on_step(self.step)
                 self._between_steps()
             self._count_time()
+            if self.peak_memory_mb is None and self.device.type == "cpu":
+                with autocast(self.device, self.recipe.amp):
+                    self.peak_memory_mb = step_megabytes(self.rule, self.optimizer, *self._batch(order, 0))
         if peak.megabytes is not None:
             self.peak_memory_mb = max(self.peak_memory_mb or 0.0, peak.megabytes)
         self._finish_epoch(trained=True)
@@ -182,13 +185,13 @@ class Training:
         }
         return result if message is None else {**result, "message": message}
 
-    def _batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's share of the next batch: inputs (n, C, H, W) and targets (n,)."""
+    def _batch(self, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """This process's share of batch number `step`: inputs (n, C, H, W) and targets (n,)."""
         size = self.recipe.batch_size
-        chosen = order[self.step * size : (self.step + 1) * size]
+        chosen = order[step * size : (step + 1) * size]
         inputs, targets = self.dataset.train.inputs[chosen], self.dataset.train.targets[chosen]
         if self.augment is not None:  # of the whole batch, so that the number of processes does not matter
-            draw = generator(self.device, self.recipe.seed, "augment", self.epoch + 1, self.step)
+            draw = generator(self.device, self.recipe.seed, "augment", self.epoch + 1, step)
             inputs = self.augment(inputs, draw)
         return self.world.own_slice(inputs), self.world.own_slice(targets)
 

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from apical.errors import CheckpointError
 from apical.experiment import figures, report_html
 from apical.experiment.figure_style import styles
 from apical.experiment.report_records import Comparison, Run, read
+from apical.experiment.verdicts import judge
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
 
@@ -54,6 +55,8 @@ class RuleSummary:
 def write(out: Path) -> Path:
     """Read the runs in `out`; write `out`/figures/*.png and *.svg and `out`/report.html, whose path is returned.
 
+    Where compare.json has published numbers, verdicts.json holds them beside the measured ones.
+
     Args:
         out: a compare folder (with runs/<rule>/seed-<k>/ in it) or one run folder.
 
@@ -64,6 +67,7 @@ def write(out: Path) -> Path:
     out = Path(out)
     comparison = read(out)
     drawings = figures.draw(comparison)
+    verdicts = judge(comparison)
     page = report_html.render(
         comparison,
         summarise(comparison),
@@ -72,12 +76,15 @@ def write(out: Path) -> Path:
         summary=describe(comparison),
         config=config_rows(comparison),
         environment=environment_rows(comparison),
+        verdicts=verdicts,
     )
     try:
         (out / "figures").mkdir(exist_ok=True)
         for drawing in drawings:
             (out / "figures" / f"{drawing.stem}.png").write_bytes(drawing.png)
             (out / "figures" / f"{drawing.stem}.svg").write_bytes(drawing.svg)
+        if verdicts:
+            (out / "verdicts.json").write_text(json.dumps([asdict(row) for row in verdicts], indent=1) + "\n", "utf-8")
         partial = out / "report.html.part"
         partial.write_text(page, encoding="utf-8")
         partial.replace(out / "report.html")

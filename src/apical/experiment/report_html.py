@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from apical.experiment.figures import Drawing
 from apical.experiment.report_records import Comparison, Run
+from apical.experiment.verdicts import Verdict
 
 if TYPE_CHECKING:
     from apical.experiment.report import RuleSummary
@@ -80,6 +81,7 @@ def render(
     summary: str,
     config: Sequence[tuple[str, str]],
     environment: Sequence[tuple[str, str]],
+    verdicts: Sequence[Verdict] = (),
 ) -> str:
     """The page as text; every name and value taken from the runs is escaped."""
     figures = "\n".join(map(_figure, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
@@ -97,6 +99,7 @@ def render(
 {_problems(comparison.runs)}
 <h2>Rules</h2>
 {_rules_table(rows)}
+{_verdicts(verdicts)}
 <h2>Figures</h2>
 <div class="figures">
 {figures}
@@ -178,6 +181,36 @@ def _rule_row(row: "RuleSummary", with_memory: bool) -> str:
         ("Parameters", f"{row.parameters:,}" if row.parameters is not None else _MISSING),
     )
     return f"<tr><td>{swatch}{escape(row.name)}{short}</td>{''.join(_cell(*cell) for cell in cells)}</tr>"
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> str:
+    """Published against measured numbers; nothing if there are none."""
+    if not verdicts:
+        return ""
+    lines = []
+    for row in verdicts:
+        values = (
+            row.rule,
+            row.what,
+            f"{row.epoch}",
+            f"{row.published:g} ± {row.tolerance:g}" if row.tolerance is not None else f"at least {row.published:g}",
+            row.tag,
+            "—"
+            if row.measured is None
+            else f"{row.measured:.2f}" + (f" ± {row.spread:.2f}" if row.spread is not None else ""),
+            f"{row.n}",
+            row.verdict,
+        )
+        lines.append(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
+    held = sum(row.verdict == "reproduced" for row in verdicts)
+    tried = sum(row.verdict != "not run" for row in verdicts)
+    heads = ("Rule", "Quantity", "Epoch", "Published ± tolerance", "Source", "Here, mean ± s.d.", "n", "Verdict")
+    return (
+        f"<h2>Against the published numbers</h2><p>{held} of {tried} numbers that this run reaches are reproduced: the mean "
+        "over seeds lies within the tolerance. Source: fig, read from the published curves; ours, our own measurement.</p>"
+        f'<details><summary>Every number</summary><table class="runs"><thead><tr>'
+        f"{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table></details>"
+    )
 
 
 def _cell(label: str, value: str) -> str:

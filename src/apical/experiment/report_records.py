@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,15 @@ class Comparison:
         rules: short names in the order of the command line.
         runs: every run found or planned, by rule, then seed.
         single: True if the folder was one run folder.
+        published: numbers to compare with, by rule, and `claims` about their order, as compare.json has them.
     """
 
     command: str
     rules: tuple[str, ...]
     runs: tuple[Run, ...]
     single: bool
+    published: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    claims: Sequence[Mapping[str, Any]] = ()
 
     def of(self, rule: str) -> list[Run]:
         """The runs of one rule, by seed."""
@@ -139,7 +142,8 @@ def _read_compare(folder: Path) -> Comparison:
     rules = (*dict.fromkeys(planned), *others)
     ordered = tuple(runs[key] for key in sorted(runs, key=lambda key: (rules.index(key[0]), key[1])))
     command = _command(plan) or next(filter(None, (_command(run.config) for run in ordered)), "")
-    return Comparison(command, rules, ordered, single=False)
+    published, claims = plan.get("published") or {}, plan.get("claims") or []
+    return Comparison(command, rules, ordered, single=False, published=published, claims=claims)
 
 
 def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> Run:

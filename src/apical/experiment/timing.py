@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from apical.core.credit import CreditRule
+from apical.diagnostics.alignment import unchanged
+from apical.diagnostics.memory import step_bytes
 
 
 class StepTimer:
@@ -72,7 +74,8 @@ class Peak:
 def peak_memory(device: torch.device, rule: CreditRule, optimizer: torch.optim.Optimizer) -> Iterator[Peak]:
     """Peak GPU memory within: the run's own tensors at the start plus all that is allocated on top, without the data.
 
-    What else lies on the GPU at the start (data, other runs of a comparison) is not counted. None on a CPU.
+    What else lies on the GPU at the start (data, other runs of a comparison) is not counted. None on a CPU, where
+    :func:`step_megabytes` counts instead.
     """
     peak = Peak()
     if device.type != "cuda":
@@ -86,8 +89,17 @@ def peak_memory(device: torch.device, rule: CreditRule, optimizer: torch.optim.O
     peak.megabytes = (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
 
 
+def step_megabytes(rule: CreditRule, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> float:
+    """MiB of the run's own tensors plus the peak of one training pass, counted tensor by tensor; changes nothing."""
+    own = _own_bytes(rule, optimizer)
+    with unchanged(rule):
+        rule(inputs, targets)  # what is made at the first batch counts as the rule's own
+        return (own + step_bytes(rule, inputs, targets)) / 2**20
+
+
 def _own_bytes(rule: CreditRule, optimizer: torch.optim.Optimizer) -> int:
     tensors: list[Tensor] = [*rule.parameters(), *rule.buffers()]
-    tensors += [parameter.grad for parameter in rule.parameters() if parameter.grad is not None]
+    if any(parameter.is_cuda for parameter in rule.parameters()):  # elsewhere the pass itself makes the gradients
+        tensors += [parameter.grad for parameter in rule.parameters() if parameter.grad is not None]
     tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_cuda)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

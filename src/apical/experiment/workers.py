@@ -54,7 +54,7 @@ def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refre
             process.kill()
             process.join()
     if stop.signum:
-        raise Interrupted(stop.signum, "all runs")
+        raise Interrupted(stop.signum, "a step of each run")
     if failures:
         raise failures[0]
 

@@ -6,6 +6,7 @@ our prototype for settings that the paper does not have.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from apical.experiment.recipe import Recipe
 
@@ -36,6 +37,17 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A published order: after `epoch` epochs the accuracy of `rule` minus that of `other` is at least `least` points."""
+
+    rule: str
+    other: str
+    epoch: int
+    least: float
+    split: str = "test"
+
+
+@dataclass(frozen=True)
 class Row:
     """One rule of a study: how to train it and what was published."""
 
@@ -52,12 +64,14 @@ class Study:
         cost: rough cost of one run.
         rows: short name of the rule -> row.
         default: the row of any other rule, without published numbers.
+        claims: orders among the rules.
     """
 
     title: str
     cost: str
     rows: dict[str, Row]
     default: Recipe
+    claims: tuple[Claim, ...] = ()
 
     def row(self, rule: str) -> Row:
         """The row of a rule, or the study's settings for a rule that the study does not have."""
@@ -123,7 +137,11 @@ def _mnist() -> Study:
     }
     kolen_pollack = _accuracies((1, 2, 3, 5), (91.54, 96.71, 97.35, 97.71), 0.5, "ours")
     rows["kp"] = Row(replace(aligning, rule="kp"), kolen_pollack + _angles(5, (14.0, 16.8, 3.4), tight, "ours"))
-    return Study("MNIST, 784-512-512-10, 40 epochs", "about 4 minutes on one CPU core", rows, base)
+    claims = tuple(
+        Claim(rule, other, epoch, 0.0) for epoch in (5, 40) for rule in ("bp", "usf", "pfa") for other in ("fa", "dfa")
+    )
+    claims += (Claim("pfa", "bp", 5, -0.5), Claim("pfa", "bp", 40, -0.15))
+    return Study("MNIST, 784-512-512-10, 40 epochs", "about 4 minutes on one CPU core", rows, base, claims)
 
 
 def _cifar10() -> Study:
@@ -159,7 +177,10 @@ def _cifar10() -> Study:
             published += (Published("angle", 200, mean_angle[rule], 3.0, "fig", layer=0),)
         rows[rule] = Row(replace(recipe, rule=rule), published)
     rows["kp"] = Row(replace(aligning, rule="kp"), ())
-    return Study("CIFAR-10, ResNet-20, 250 epochs", "about 15 hours on one CPU core: use a GPU", rows, base)
+    order = ("bp", "pfa-o", "pfa", "usf", "fa", "dfa")
+    claims = tuple(Claim(first, second, 250, 0.0, "validation") for first, second in pairwise(order))
+    title, cost = "CIFAR-10, ResNet-20, 250 epochs", "about 15 hours on one CPU core: use a GPU"
+    return Study(title, cost, rows, base, claims)
 
 
 def _cifar10_small() -> Study:
@@ -194,7 +215,9 @@ def _cifar10_small() -> Study:
     rows["kp"] = Row(replace(aligning, rule="kp"), ())
     rows["dfa"] = Row(replace(base, rule="dfa", lr=(1e-3, 1e-4)), ())
     title = "CIFAR-10 in small: ResNet-8, 10,000 images, 8 epochs (our setting, not the paper's)"
-    return Study(title, "about 2 minutes on one CPU core", rows, base)
+    claims = tuple(Claim(first, second, 8, 0.0) for first, second in pairwise(("bp", "pfa-o", "pfa", "usf")))
+    claims += (Claim("pfa", "bp", 8, -8.0), Claim("pfa", "fa", 8, 8.0))
+    return Study(title, "about 2 minutes on one CPU core", rows, base, claims)
 
 
 STUDIES: dict[str, Study] = {"pfa-mnist": _mnist(), "pfa-cifar10": _cifar10(), "pfa-cifar10-small": _cifar10_small()}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
-from apical.core.cut import CutRule, eagerly, output_error
+from apical.core.cut import Cut, CutRule, eagerly, output_error
 from apical.core.transport import geometry, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -68,43 +68,47 @@ class DirectFeedbackAlignment(CutRule):
         self.register_buffer("seed", torch.randint(2**62, ()))  # all B_l follow from it, on every rank alike
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose roots are the hidden units' outputs with signals `B_l e`, and the model's output with `e`."""
-        output, hidden = self.run(inputs)
+        """Credit whose roots carry `B_l e` to the hidden units' outputs, and the model's output with `e`."""
+        output, cuts, teacher = self.run(inputs)
         loss, error = output_error(self.loss, output, targets)
-        named = zip(self.hidden_units(inputs), hidden, strict=True)
-        roots = [(h, self.signal(name, h, error)) for name, h in named if h.requires_grad]
-        return Credit([*(h for h, _ in roots), output], [*(s for _, s in roots), error], output, loss)
+        errors, names = error.flatten(1), self.hidden_units(inputs)
+        for name, cut in zip(names, cuts, strict=True):
+            if key(name) not in self.feedback._buffers:
+                self._draw(name, self._size(name, cut.shape, errors), output.device)
+        signals: list[Tensor | None] = []
+        if torch.compiler.is_compiling():
+            signals = [self.signal(name, cut, errors) for name, cut in zip(names, cuts, strict=True)]
+        else:
+            teacher.signal = lambda index, scale: self.signal(names[index], cuts[index], errors * scale)
+            signals = [None for _ in cuts]
+        taught = [(cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad]
+        return Credit([*(root for root, _ in taught), output], [*(signal for _, signal in taught), error], output, loss)
 
-    def signal(self, name: str, hidden: Tensor, error: Tensor) -> Tensor:
-        """`B_l e` for one hidden unit, of the unit's shape (batch, ...)."""
-        error = error.flatten(1)
-        size = self._size(name, hidden, error)
-        if key(name) not in self.feedback._buffers:
-            self._draw(name, size, hidden)
-        b = self.feedback.get_buffer(key(name)).to(error.dtype)
-        if len(size) > 2:  # a kernel of the layer that reads this tensor
-            layer = self.layers[name.split("#")[0]]
-            return _broadcast(layer, b, hidden, error).to(hidden.dtype)
-        result = error @ b
-        if self.kind == "broadcast" and hidden.dim() > 2:
-            return result.view(*result.shape, *(1,) * (hidden.dim() - 2)).expand_as(hidden).to(hidden.dtype)
-        return result.view_as(hidden).to(hidden.dtype)
+    def signal(self, name: str, cut: Cut, errors: Tensor) -> Tensor:
+        """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, outputs)."""
+        b = self.feedback.get_buffer(key(name)).to(errors.dtype)
+        if b.dim() > 2:  # a kernel of the layer that reads this tensor
+            return _broadcast(self.layers[name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
+        result = errors @ b
+        if result.numel() < cut.shape.numel():  # one number per channel
+            return result.view(*result.shape, *(1,) * (len(cut.shape) - 2)).expand(cut.shape).to(cut.dtype)
+        return result.view(cut.shape).to(cut.dtype)
 
-    def _size(self, name: str, hidden: Tensor, error: Tensor) -> tuple[int, ...]:
-        if self.kind == "full" or hidden.dim() == 2:
-            return (error.shape[1], hidden[0].numel())
+    def _size(self, name: str, shape: torch.Size, errors: Tensor) -> tuple[int, ...]:
+        outputs = errors.shape[1]
+        if self.kind == "full" or len(shape) == 2:
+            return (outputs, shape[1:].numel())
         if self.where == "activation":
-            return (error.shape[1], hidden.shape[1])
-        kernel = self.layers[name.split("#")[0]].weight.shape[2:]
-        return (error.shape[1], hidden.shape[1], *kernel)
+            return (outputs, shape[1])
+        return (outputs, shape[1], *self.layers[name.split("#")[0]].weight.shape[2:])
 
     @eagerly
-    def _draw(self, name: str, size: tuple[int, ...], like: Tensor) -> None:
+    def _draw(self, name: str, size: tuple[int, ...], device: torch.device) -> None:
         position = (self._hidden or []).index(name)
         generator = torch.Generator().manual_seed((int(self.seed) + position) % 2**63)
         parameter = next(self.model.parameters())
         value = nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype), generator=generator)
-        self.feedback.register_buffer(key(name), value.to(like.device))
+        self.feedback.register_buffer(key(name), value.to(device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         start = f"{prefix}feedback."
@@ -114,12 +118,13 @@ class DirectFeedbackAlignment(CutRule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _broadcast(layer: Layer, kernel: Tensor, hidden: Tensor, error: Tensor) -> Tensor:
-    """The error at every output position of the layer, sent to its input by a fixed kernel (classes, c_in, k...)."""
-    shape = geometry(layer)
-    if shape is None or shape.transposed:
+def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) -> Tensor:
+    """The error at every output position of the layer, sent to its input by a fixed kernel (outputs, c_in, k...)."""
+    backward = geometry(layer)
+    if backward is None or backward.transposed:
         raise ConfigError("leaky broadcast feedback is defined for Linear and convolution layers only")
     with torch.no_grad():
-        spatial = layer(hidden[:1]).shape[2:]
-    everywhere = error.view(*error.shape, *(1,) * len(spatial)).expand(*error.shape, *spatial)
-    return transport(shape._replace(groups=1), everywhere.contiguous(), kernel, hidden)
+        spatial = layer(layer.weight.new_zeros(1, *shape[1:])).shape[2:]
+    everywhere = errors.view(*errors.shape, *(1,) * len(spatial)).expand(*errors.shape, *spatial)
+    template = errors.new_empty(1).expand(shape)
+    return transport(backward._replace(groups=1), everywhere.contiguous(), kernel, template)

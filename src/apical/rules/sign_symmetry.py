@@ -41,7 +41,7 @@ def drawn_signs(
     if template is None:
         return None, None, None
     drawn = torch.rand_like(weight)
-    return transport(shape, delta * bound.to(delta.dtype), torch.copysign(drawn, weight), template), None, None
+    return transport(shape, delta * bound.to(delta.dtype), weight.sign().mul_(drawn), template), None, None
 
 
 def fixed_signs(
@@ -50,7 +50,7 @@ def fixed_signs(
     """`(|U_0| sign(W))^T delta`."""
     if template is None:
         return None, None, None
-    return transport(shape, delta, torch.copysign(magnitude, weight), template), None, None
+    return transport(shape, delta, weight.sign().mul_(magnitude), template), None, None
 
 
 class SignSymmetry(EdgeRule):
@@ -111,12 +111,8 @@ class SignSymmetry(EdgeRule):
         result = {}
         for name, layer in self.layers.items():
             magnitude, weight = self.magnitude.get_buffer(key(name)), layer.weight.detach()
-            if self.variant == "uniform":
-                result[name] = weight.sign() * magnitude
-            elif self.variant == "batchwise":
-                result[name] = torch.copysign(torch.rand_like(weight) * magnitude, weight)
-            else:
-                result[name] = torch.copysign(magnitude, weight)
+            drawn = torch.rand_like(weight) if self.variant == "batchwise" else 1.0
+            result[name] = weight.sign() * magnitude * drawn
         return result
 
 

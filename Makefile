@@ -1,0 +1,65 @@
+# Needs Python 3.11 or newer, git and make; everything else goes into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin/python
+PIP := $(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+SPHINX := $(BIN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+.PHONY: help demo test bench docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train all rules side by side on handwritten digits; ends with the path of the report"
+	@echo "make test    everything CI checks"
+	@echo "make bench   time and memory of every rule relative to backpropagation"
+	@echo "make docs    the documentation, in docs/_build/html"
+	@echo "make clean   remove what these made, except $(VENV)"
+
+$(BIN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "apical needs Python 3.11 or newer: make PYTHON=...")'
+	@echo "== making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Stamps: install once, and again when the requirements change. They are reached through an order-only $(BIN), whose
+# date means nothing.
+$(VENV)/.apical-installed: pyproject.toml constraints.txt | $(BIN)
+	@echo "== installing apical (the first time this downloads PyTorch)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.apical-installed-dev: pyproject.toml constraints.txt | $(BIN)
+	@echo "== installing apical with what its tests and documentation need (the first time this downloads PyTorch)"
+	@$(PIP) -e '.[dev,docs]'
+	@touch $(VENV)/.apical-installed $@
+
+demo: $(VENV)/.apical-installed
+	@echo "== training"
+	@$(BIN) -m apical compare --rules bp fa dfa usf kp pfa pfa-o --data digits --seeds 3 --out demo --overwrite
+
+test: $(VENV)/.apical-installed-dev
+	@echo "== style and types"
+	@$(BIN) -m ruff check .
+	@$(BIN) -m ruff format --check .
+	@$(BIN) -m mypy src docs/generate.py
+	@echo "== documentation"
+	@$(SPHINX)
+	@echo "== tests"
+	@$(ONE_THREAD) $(BIN) -m pytest -q -n $(WORKERS)
+
+bench: $(VENV)/.apical-installed-dev
+	@echo "== benchmarks"
+	@$(ONE_THREAD) $(BIN) benchmarks/run.py
+	@$(BIN) docs/generate.py
+
+docs: $(VENV)/.apical-installed-dev
+	@$(BIN) docs/generate.py
+	@$(SPHINX)
+	@echo "documentation: docs/_build/html/index.html"
+
+clean:
+	rm -rf demo build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

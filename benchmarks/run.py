@@ -1,0 +1,215 @@
+"""Time and memory of one training step of every rule, relative to backpropagation, measured in one run.
+
+All rules take turns step by step in one process, so that a disturbance meets them alike; the ratio is the median over
+rounds of (the rule's time / backprop's time in the same round). On a CPU the time is process time of one thread.
+
+    python benchmarks/run.py [--out benchmarks/results.json] [--only mlp] [--device cuda]
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apical
+from apical import models
+from apical.diagnostics.memory import step_bytes
+
+RULES: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
+    "bp": apical.Backprop,
+    "fa": apical.FeedbackAlignment,
+    "dfa": apical.DirectFeedbackAlignment,
+    "usf": apical.SignSymmetry,
+    "brsf": partial(apical.SignSymmetry, variant="batchwise"),
+    "frsf": partial(apical.SignSymmetry, variant="fixed"),
+    "kp": apical.KolenPollack,
+    "wm": apical.WeightMirror,
+    "pfa": apical.ProductFeedbackAlignment,
+    "pfa-o": partial(apical.ProductFeedbackAlignment, feedback="orthogonal"),
+    "pfa-explicit": partial(apical.ProductFeedbackAlignment, form="explicit"),
+}
+
+# name, model, input shape, batch, rounds on a CPU, targets for ratio_to_bp by rule
+Case = tuple[str, str, tuple[int, ...], int, int]
+CASES: list[Case] = [
+    ("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 400),
+    ("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 40),
+    ("ResNet-20", "resnet20", (3, 32, 32), 128, 15),
+]
+GPU_CASES: list[Case] = [
+    ("ResNet-20", "resnet20", (3, 32, 32), 128, 200),
+    ("ResNet-18", "resnet18", (3, 32, 32), 128, 100),
+]
+
+COMMON = {"fa": 1.05, "usf": 1.05, "frsf": 1.05, "kp": 1.05, "dfa": 1.00, "bp": 1.03}
+TARGETS = {
+    "MLP 784-512-512-10": {**COMMON, "pfa": 1.30},
+    "LeNet-CIFAR": {**COMMON, "pfa": 1.12},
+    "ResNet-20": {**COMMON, "pfa": 1.12},
+}
+"""Upper bounds of ratio_to_bp; that of bp is for `apical` BP over plain torch."""
+
+
+class Plain:
+    """The same training step without `apical`, for scale."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def parameters(self) -> Any:
+        return self.model.parameters()
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        F.cross_entropy(self.model(inputs), targets).backward()
+
+
+def make_step(
+    name: str, model_name: str, shape: tuple[int, ...], batch: tuple[Tensor, Tensor], amp: bool
+) -> tuple[Callable[[], None], Any]:
+    """One full training step: zero_grad, forward, backward, SGD with momentum and decay."""
+    device = batch[0].device
+    torch.manual_seed(0)
+    model = models.build(model_name, shape, 10).to(device)
+    rule: Any = Plain(model) if name == "torch" else RULES[name](model)
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            credit = None if name == "torch" else rule(*batch)
+        if credit is None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(rule.model(batch[0]), batch[1])
+            loss.backward()
+        else:
+            credit.backward()
+        optimizer.step()
+
+    return step, rule
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step: process time on a CPU, wall time between synchronisations on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def bench(case: Case, device: torch.device, amp: bool = False) -> list[dict[str, Any]]:
+    """Rows of one model."""
+    title, model_name, shape, size, rounds = case
+    batch = (torch.randn(size, *shape, device=device), torch.randint(0, 10, (size,), device=device))
+    names = ["torch", *RULES]
+    steps, rules = {}, {}
+    for name in names:
+        steps[name], rules[name] = make_step(name, model_name, shape, batch, amp)
+        for _ in range(3):
+            steps[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.disable()
+    for index in range(rounds):
+        turn = names[index % len(names) :] + names[: index % len(names)]  # nobody always follows the same neighbour
+        for name in turn:
+            seconds[name].append(timed(steps[name], device))
+    gc.enable()
+    peak = {}
+    for name in RULES:
+        rules[name].zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            peak[name] = step_bytes(rules[name], *batch)
+    weights = sum(p.numel() for p in rules["bp"].model.parameters())
+    rows = []
+    for name in names:
+        base = "torch" if name == "bp" else "bp"
+        ratios = [a / b for a, b in zip(seconds[name], seconds["bp"], strict=True)]
+        to_torch = [a / b for a, b in zip(seconds[name], seconds["torch"], strict=True)]
+        quartiles = statistics.quantiles(to_torch if base == "torch" else ratios, n=4)
+        target = TARGETS.get(title, {}).get(name) if device.type == "cpu" else None
+        measured = quartiles[1]
+        row: dict[str, Any] = {
+            "rule": name,
+            "model": title,
+            "batch": size,
+            "device": device.type,
+            "precision": "bf16 autocast" if amp else "float32",
+            "ms_per_step": round(1e3 * statistics.median(seconds[name]), 4),
+            "ratio_to_bp": round(statistics.median(ratios), 4),
+            "ratio_to_torch": round(statistics.median(to_torch), 4),
+            "quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
+            "target": target,
+            "within_target": None if target is None else measured <= target,
+            "rounds": rounds,
+        }
+        if name != "torch":
+            stored = [*rules[name].parameters(), *rules[name].buffers()]
+            buffers = sum(b.numel() for b in rules[name].model.buffers())
+            row["peak_memory_ratio"] = round(peak[name] / peak["bp"], 4)
+            row["stored_numbers_per_weight"] = round((sum(t.numel() for t in stored) - buffers) / weights - 1, 4)
+        rows.append(row)
+        verdict = "" if row["within_target"] is None else "  ok" if row["within_target"] else f"  above {target}"
+        print(
+            f"{title:20s} {row['precision']:8s} {name:13s} {row['ms_per_step']:9.3f} ms   "
+            f"{row['ratio_to_bp']:.3f} x bp   {row['ratio_to_torch']:.3f} x torch   memory {row.get('peak_memory_ratio', 0)}"
+            f"{verdict}",
+            flush=True,
+        )
+    return rows
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False).stdout
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {
+        "commit": commit + ("+" if dirty else ""),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "clock": "wall, synchronised" if device.type == "cuda" else "process time",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
+    parser.add_argument("--only", default="", help="run the models whose name contains this (case ignored)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(options.device)
+    rows = []
+    for case in CASES if device.type == "cpu" else GPU_CASES:
+        if options.only.lower() in case[0].lower():
+            for amp in (False,) if device.type == "cpu" else (False, True):
+                rows += bench(case, device, amp)
+    text = json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n"
+    temporary = options.out.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(options.out)
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Sphinx configuration. The pages that docs/generate.py writes are part of the repository."""
+
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+
+import apical
+
+project = "apical"
+author = "The apical contributors"
+copyright = f"{author}, Apache-2.0"
+release = version = apical.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+default_role = "code"  # docstrings quote code with single backticks
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"apical {release}"
+
+
+def docstring_to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings quote code with single backticks, and mean `*` and `|` as they stand."""
+    parts = re.split(r"(:[\w:]+:`[^`]+`|`[^`]+`)", "\n".join(lines))
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"^(?!\s*(?:>>>|\.\.\.)).*$", lambda m: re.sub(r"[*|]", r"\\\g<0>", m[0]), parts[i], flags=re.M)
+        if i and re.match(r"\w", parts[i]):  # as in `Module`s: the end of a quotation must not touch a letter
+            parts[i] = "\\ " + parts[i]
+    lines[:] = "".join(parts).split("\n")
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)  # before napoleon

@@ -1,0 +1,98 @@
+"""Published numbers against measured ones: verdicts are computed here from tolerance and data, never typed."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apical.experiment.report_records import Comparison, Run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One published number beside the mean over seeds.
+
+    Attributes:
+        rule: short name.
+        what: the quantity in words.
+        epoch: after so many epochs.
+        published: the number; for an order of two rules, the least difference.
+        tolerance: how far the mean may lie from it; None for an order.
+        tag: where the number is from.
+        measured: mean over seeds; None if no run got there.
+        spread: standard deviation over seeds; None for fewer than two.
+        n: seeds.
+        verdict: "reproduced", "not reproduced" or "not run".
+    """
+
+    rule: str
+    what: str
+    epoch: int
+    published: float
+    tolerance: float | None
+    tag: str
+    measured: float | None
+    spread: float | None
+    n: int
+    verdict: str
+
+
+def judge(comparison: Comparison) -> list[Verdict]:
+    """All published numbers and orders that compare.json names, in its order."""
+    rows = [
+        _verdict(rule, number, [_measure(run, number) for run in comparison.of(rule)])
+        for rule, numbers in comparison.published.items()
+        for number in numbers
+    ]
+    for claim in comparison.claims:
+        number = {**claim, "metric": "accuracy"}
+        first = {run.seed: _measure(run, number) for run in comparison.of(claim["rule"])}
+        second = {run.seed: _measure(run, number) for run in comparison.of(claim["other"])}
+        pairs = [(first[seed], second.get(seed)) for seed in first]
+        rows.append(_verdict(claim["rule"], claim, [a - b for a, b in pairs if a is not None and b is not None]))
+    return rows
+
+
+def _measure(run: Run, number: Mapping[str, Any]) -> float | None:
+    """The run's value of a published quantity: percent or degrees; None if it was not measured."""
+    if number["epoch"] not in run.epochs:
+        return None
+    record = run.records[run.epochs.index(number["epoch"])]
+    if number["metric"] == "accuracy":
+        accuracy = record.get(f"{number.get('split', 'test')}_accuracy")
+        return None if accuracy is None else 100 * accuracy
+    layers = [values.get("weight_alignment") for values in (record.get("layers") or {}).values()]
+    angles = [angle for angle in layers if angle is not None]
+    if number["layer"] == 0:
+        return statistics.mean(angles) if angles else None
+    return angles[number["layer"] - 1] if number["layer"] <= len(angles) else None
+
+
+def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None]) -> Verdict:
+    found = [value for value in values if value is not None]
+    mean = statistics.mean(found) if found else None
+    is_order = "other" in number
+    if mean is None:
+        verdict = "not run"
+    elif is_order:
+        verdict = "reproduced" if mean >= number["least"] else "not reproduced"
+    else:
+        verdict = "reproduced" if abs(mean - number["value"]) <= number["tolerance"] else "not reproduced"
+    if is_order:
+        what = f"{number['split']} accuracy minus that of {number['other']}, points"
+    elif number["metric"] == "accuracy":
+        what = f"{number['split']} accuracy, %"
+    else:
+        what = "angle of feedback, " + (f"layer {number['layer']}, °" if number["layer"] else "mean over layers, °")
+    return Verdict(
+        rule=rule,
+        what=what,
+        epoch=number["epoch"],
+        published=number["least"] if is_order else number["value"],
+        tolerance=None if is_order else number["tolerance"],
+        tag=number.get("tag", "fig") if not is_order else "order",
+        measured=mean,
+        spread=statistics.stdev(found) if len(found) > 1 else None,
+        n=len(found),
+        verdict=verdict,
+    )

@@ -1,0 +1,314 @@
+"""The conformance suite finds planted faults, and says which: one rule for every fault, each otherwise in order."""
+
+import itertools
+import time
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apical
+from apical.core.credit import Credit, CreditRule, Loss
+from apical.testing import CHECKS, check_rule
+
+SKIP = ("compile", "distributed")  # the slow ones; the planted faults do not concern them
+
+
+class Exact(CreditRule):
+    """Backpropagation, as the faultless base of the faulty rules."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        output = self.model(inputs)
+        loss = self.loss(output, targets)
+        return Credit([loss], [self.signal(inputs)], output, loss)
+
+    def signal(self, inputs: Tensor) -> Tensor | None:
+        """Factor on the whole gradient."""
+        return None
+
+
+def test_the_faultless_base_passes() -> None:
+    check_rule(Exact, skip=SKIP)
+
+
+class LeavesForwardHook(Exact):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *args: None)
+
+
+class LeavesForwardPreHook(Exact):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).register_forward_pre_hook(lambda *args: None)
+
+
+class LeavesBackwardHook(Exact):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).register_full_backward_hook(lambda *args: None)
+
+
+class LeavesBackwardPreHook(Exact):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).register_full_backward_pre_hook(lambda *args: None)
+
+
+class LeavesParameterHook(Exact):
+    """Doubles a gradient for ever."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        next(model.parameters()).register_hook(lambda grad: 2 * grad)
+
+
+class DetachForgets(apical.FeedbackAlignment):
+    def detach(self) -> nn.Module:
+        return self.model
+
+
+class DetachReturnsNothing(apical.FeedbackAlignment):
+    def detach(self) -> None:  # type: ignore[override]
+        super().detach()
+
+
+class SumOverTheBatch(Exact):
+    def signal(self, inputs: Tensor) -> Tensor:
+        return torch.tensor(float(len(inputs)), dtype=torch.double)
+
+
+CLOCK = itertools.count(time.time_ns() % 10**9)
+
+
+class OwnGenerator(Exact):
+    """Noise from a generator that no seed reaches."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        self.generator = torch.Generator().manual_seed(next(CLOCK))
+
+    def signal(self, inputs: Tensor) -> Tensor:
+        return 1 + 0.1 * torch.rand((), dtype=torch.double, generator=self.generator)
+
+
+class FeedbackFromTheClock(apical.FeedbackAlignment):
+    """Feedback drawn by such a generator, kept in order afterwards."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        generator = torch.Generator().manual_seed(next(CLOCK))
+        for buffer in self.feedback.buffers():
+            buffer.copy_(torch.randn(buffer.shape, dtype=buffer.dtype, generator=generator))
+
+
+class Counter(Exact):
+    """An annealed factor that forgets its step in a checkpoint."""
+
+    steps = 0
+
+    def signal(self, inputs: Tensor) -> Tensor:
+        self.steps += 1
+        return torch.tensor(1.0 / self.steps, dtype=torch.double)
+
+
+class HiddenFeedback(apical.FeedbackAlignment):
+    """Feedback in a list instead of buffers."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        self.matrices = {name: buffer.clone() for name, buffer in self.feedback.named_buffers()}
+        self.feedback = nn.Module()
+
+    def pathway(self, name: str, inputs: Tensor) -> tuple[object, tuple[Tensor, ...]]:
+        self.feedback._buffers.update(self.matrices)
+        result = super().pathway(name, inputs)
+        self.feedback._buffers.clear()
+        return result
+
+
+class IdleParameter(Exact):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+
+class ForgetsTheBias(Exact):
+    """Leaves the last parameter of the model without a gradient."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        last = list(self.model.parameters())[-1]
+        last.requires_grad_(False)
+        credit = super().forward(inputs, targets)
+        last.requires_grad_(True)
+        return credit
+
+
+class NotANumber(Exact):
+    def signal(self, inputs: Tensor) -> Tensor:
+        return torch.tensor(float("nan"), dtype=torch.double)
+
+
+class Infinite(Exact):
+    def signal(self, inputs: Tensor) -> Tensor:
+        return torch.tensor(float("inf"), dtype=torch.double)
+
+
+class ShiftsOutput(Exact):
+    """Adds to one logit for as long as it is attached."""
+
+    shift = (0.5, 0.0, 0.0, 0.0)
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        self._hooks.append(model.register_forward_hook(lambda m, a, output: output + output.new_tensor(self.shift)))
+
+
+class ShiftsOutputEvenly(ShiftsOutput):
+    """Adds to all logits, which no gradient of the cross-entropy shows."""
+
+    shift = (0.5, 0.5, 0.5, 0.5)
+
+
+class ShiftsOutputInTraining(Exact):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        self._hooks.append(model.register_forward_hook(lambda m, a, output: 2 * output if m.training else None))
+
+
+class ReportsAnotherOutput(Exact):
+    """`Credit.output` is not the model's output, though the loss agrees with it."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        output = self.model(inputs) + 0.1 * torch.eye(4, dtype=torch.double)[0]
+        loss = self.loss(output, targets)
+        return Credit([loss], [None], output, loss)
+
+
+class ReportsAnotherLoss(Exact):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        credit.loss = 2 * credit.loss
+        return credit
+
+
+class Overwrites(Exact):
+    """Sets `.grad` instead of adding to it."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        self.zero_grad()
+        return super().forward(inputs, targets)
+
+
+class ChangesTheModel(Exact):
+    """Appends a module and never takes it away."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        model.register_buffer("mark", torch.zeros(()))
+
+
+class ChangesTheWeights(Exact):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        with torch.no_grad():
+            next(self.model.parameters()).mul_(0.99)
+        return super().forward(inputs, targets)
+
+
+class SkipsWhatItDoesNotKnow(Exact):
+    """Trains dense layers and convolutions, and says nothing of the rest."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__(model, loss)
+        for module in model.modules():
+            if isinstance(module, nn.Bilinear | nn.GRU):
+                module.requires_grad_(False)
+
+
+FAULTS = {
+    LeavesForwardHook: "hooks are left on",
+    LeavesForwardPreHook: "hooks are left on",
+    LeavesBackwardHook: "hooks are left on",
+    DetachForgets: "hooks are left on",
+    DetachReturnsNothing: r"detach\(\) must return the model",
+    SumOverTheBatch: "a batch twice over",
+    FeedbackFromTheClock: "two runs with one seed",
+    Counter: "state-dict round trip",
+    HiddenFeedback: "state-dict round trip",
+    IdleParameter: "parameter 'spare' got no gradient.*without_gradient",
+    ForgetsTheBias: r"parameter 'model\.4\.bias' got no gradient",
+    NotANumber: "gradient of .* is not finite",
+    Infinite: "gradient of .* is not finite",
+    ShiftsOutput: "model alone .* while the rule is attached",
+    ReportsAnotherLoss: "loss",
+    Overwrites: "does not add up",
+    ChangesTheModel: "state-dict keys or classes",
+    ChangesTheWeights: "output changed",
+    SkipsWhatItDoesNotKnow: "neither trained nor refused",
+}
+UNDETECTED = {
+    OwnGenerator: ("two runs with one seed", "'does not add up' comes first: determinism should be checked before"),
+    LeavesBackwardPreHook: ("hooks are left on", "backward pre-hooks are not looked for"),
+    LeavesParameterHook: ("hook", "tensor hooks are not looked for, and attached is compared to detached, not to before"),
+    ShiftsOutputEvenly: ("output", "the output is not compared while the rule is attached"),
+    ShiftsOutputInTraining: ("model alone|output", "the attached model is only looked at in evaluation mode"),
+    ReportsAnotherOutput: ("output", "credit.output is not compared to the model's output"),
+}
+CASES = [
+    *((rule, message) for rule, message in FAULTS.items()),
+    *(
+        pytest.param(rule, message, marks=pytest.mark.xfail(strict=True, reason=reason))
+        for rule, (message, reason) in UNDETECTED.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "message"), CASES)
+def test_planted_fault_is_found_and_named(rule: type[CreditRule], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_rule(rule, skip=SKIP)
+
+
+def test_own_generator_is_found_by_the_determinism_check() -> None:
+    with pytest.raises(AssertionError, match="two runs with one seed"):
+        CHECKS["determinism"](OwnGenerator)
+
+
+def test_declared_exception_is_accepted() -> None:
+    check_rule(IdleParameter, without_gradient=("spare",), skip=SKIP)
+
+
+def test_skipped_checks_are_skipped() -> None:
+    check_rule(SumOverTheBatch, skip=(*SKIP, "batch_mean"))
+
+
+def test_a_wrong_oracle_limit_is_found() -> None:
+    with pytest.raises(AssertionError, match="is not backpropagation"):
+        check_rule(apical.FeedbackAlignment, oracle=lambda rule: None, skip=CHECKS)
+
+
+def test_data_dependent_python_in_a_rule_fails_the_compile_check() -> None:
+    class Branches(Exact):
+        def signal(self, inputs: Tensor) -> Tensor | None:
+            return None if float(inputs.sum()) > 0 else torch.tensor(1.0, dtype=torch.double)
+
+    with pytest.raises(Exception, match=r"(?i)graph|unsupported|data"):
+        CHECKS["compile"](Branches)
+
+
+def test_a_factory_other_processes_cannot_import_is_refused() -> None:
+    with pytest.raises(AssertionError, match="importable"):
+        CHECKS["distributed"](lambda model, loss: Exact(model, loss))
+
+
+def test_a_rule_that_sums_over_ranks_differently_is_found() -> None:
+    """Batch statistics of one rank are not those of the batch: the ranks agree with each other, not with one process."""
+    with pytest.raises(AssertionError, match="two ranks against one process"):
+        CHECKS["distributed"](partial(apical.Backprop, loss=F.cross_entropy) if False else RankDependent)
+
+
+class RankDependent(Exact):
+    def signal(self, inputs: Tensor) -> Tensor:
+        return inputs.abs().max()

@@ -1,0 +1,162 @@
+"""The documentation is true: its code runs, its generated parts are what the generator writes, every rule is in it."""
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import tyro
+
+import apical
+from apical.cli import Command
+from apical.core.credit import CreditRule
+from apical.recipes.pfa import STUDIES
+from apical.recipes.rules import RULES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+
+
+def load_generator() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+generate = load_generator()
+
+
+def code(page: Path, language: str) -> str:
+    """All code of one language on a page, joined."""
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code(page, "python")], ids=lambda page: page.name)
+def test_the_code_on_the_page_runs(page: Path) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code(page, "python"), str(page), "exec"), names)
+    if "accuracy" in names:
+        assert names["accuracy"] > 0.9
+    if "message" in names:
+        assert names["message"].startswith("parameter '1.gain' is an orphan")
+
+
+def test_the_readme_example_is_short() -> None:
+    assert len([line for line in code(ROOT / "README.md", "python").splitlines() if line]) <= 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_on_the_page_exist(page: Path) -> None:
+    for line in code(page, "console").splitlines():
+        _, found, arguments = line.partition("apical ")
+        if found and line.startswith("$ ") and "source" not in line and "--help" not in arguments:
+            tyro.cli(Command, args=shlex.split(arguments, comments=True))  # type: ignore[call-overload]
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    written = generate.outputs()
+    old = [path.name for path, text in written.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    assert not old, "run: python docs/generate.py"
+    assert not generate.stale(written), "run: python docs/generate.py"
+
+
+def test_every_rule_is_documented() -> None:
+    readme, page = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    for name in apical.__all__:
+        kind = getattr(apical, name)
+        if issubclass(kind, CreditRule) and kind is not CreditRule:
+            assert f"`{name}`" in readme
+            assert f"autoclass:: apical.{name}\n" in page
+    for name in RULES:
+        assert f"`{name}`" in readme
+        assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+RUNS = (("bp", 0, 0.97, "finished"), ("bp", 1, 0.96, "finished"), ("pfa", 0, 0.94, "finished"), ("pfa", 1, 0.1, "diverged"))
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """A comparison of two rules, two seeds each, one of them diverged, with hand-made numbers."""
+    folder = tmp_path / "results" / "study"
+    rows = []
+    for rule, seed, accuracy, status in RUNS:
+        row = {"rule": rule, "seed": seed, "epochs": 1, "test_accuracy": accuracy, "train_loss": 0.25, "status": status}
+        rows.append({**row, "ratio_to_bp": 1.25 if rule == "pfa" else 1.0, "memory_mb": None, "commit": "abc"})
+    study = STUDIES["pfa-mnist"]
+    plan = {"command": "apical compare", "rules": ["bp", "pfa"], "seeds": [0, 1], "study": "pfa-mnist"}
+    plan["recipes"] = {rule: {**study.row(rule).recipe.to_json(), "epochs": 1} for rule in ("bp", "pfa")}
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(rows))
+    (folder / "compare.json").write_text(json.dumps(plan))
+    return folder
+
+
+def test_a_comparison_becomes_a_table_of_finished_seeds(comparison: Path) -> None:
+    page = generate.comparison_page(comparison)
+    assert "| `bp` | 2 | 1 | 96.50 ± 0.71 | 0.2500 ± 0.0000 | 1.00 | - |" in page
+    assert "| `pfa` | 1 of 2 | 1 | 94.00 | 0.2500 | 1.25 | - |" in page
+    assert "**Not the recipe as it stands**: epochs 1 instead of 40." in page
+
+
+def test_verdicts_are_listed_and_counted(comparison: Path) -> None:
+    row = {"rule": "pfa", "what": "angle, °", "epoch": 5, "published": 20.3, "tolerance": 1.5, "tag": "fig", "n": 2}
+    near = {**row, "measured": 20.5, "spread": 0.25, "verdict": "reproduced"}
+    absent = {**row, "measured": None, "spread": None, "n": 0, "verdict": "not run"}
+    order = {**row, "published": 0.0, "tolerance": None, "measured": -1.0, "spread": None, "verdict": "not reproduced"}
+    (comparison / "verdicts.json").write_text(json.dumps([near, absent, order]))
+    page = generate.comparison_page(comparison)
+    assert "1 of the 2 published numbers that these runs reach are reproduced." in page
+    assert "| `pfa` | angle, ° | 5 | 20.30 ± 1.5 | fig | 20.50 ± 0.25 | 2 | reproduced |" in page
+    assert "| 20.30 ± 1.5 | fig | - | - | not run |" in page
+    assert "| at least 0.00 | fig | -1.00 | 2 | not reproduced |" in page
+
+
+def test_benchmarks_become_tables_by_device() -> None:
+    row = {
+        "model": "mlp",
+        "batch": 64,
+        "device": "cpu",
+        "precision": "float32",
+        "ms_per_step": 1.5,
+        "peak_memory_ratio": None,
+    }
+    rows = [{**row, "rule": "bp", "ratio_to_bp": 1.0}, {**row, "rule": "fa", "ratio_to_bp": 1.0234}]
+    page = generate.benchmark_page({"environment": {"torch": "2", "gpu": {"name": "none"}}, "rows": rows})
+    assert "## cpu\n\n### mlp, batch 64, float32" in page
+    assert "| `fa` | 1.500 | 1.023 | - |" in page
+    assert "| gpu name | none |" in page
+    assert "| `fa` | 1.02 |" in generate.readme_results([], {"rows": rows})
+
+
+def test_a_results_file_becomes_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "theory.json"
+    path.write_text(json.dumps({"title": "Theory", "rows": [{"expansion": 1, "angle": 45.04321}, {"expansion": 10}]}))
+    assert "# Theory\n\n| expansion | angle |\n| --- | ---: |\n| 1 | 45.04 |\n| 10 | - |" in generate.file_page(path)
+
+
+def test_missing_markers_are_an_error() -> None:
+    text = generate.replace_block("<!-- a:begin --> old <!-- a:end -->", "a", "new")
+    assert text == "<!-- a:begin -->\n\nnew\n\n<!-- a:end -->"
+    with pytest.raises(ValueError, match="missing"):
+        generate.replace_block("text", "a", "new")
+
+
+def test_the_package_is_the_one_beside_the_documentation() -> None:
+    assert Path(sys.modules["apical"].__file__ or "").is_relative_to(ROOT / "src")

@@ -1,0 +1,46 @@
+"""Who may import whom, read from the source: errors < core < rules < experiment < recipes < cli, and the sides."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "apical"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = {
+    "errors": set(),
+    "core": {"core", "errors"},
+    "rules": {"core", "errors"},  # and never another rule
+    "models": {"models", "errors"},
+    "data": {"data", "errors"},
+    "diagnostics": {"diagnostics", "core", "errors"},
+    "testing": {"rules", "core", "errors"},
+    "experiment": {"experiment", "diagnostics", "models", "data", "core", "errors"},
+    "recipes": {"recipes", "experiment", "diagnostics", "models", "data", "rules", "core", "errors"},
+}
+OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests"}  # what core, rules and the sides may use
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports; `from apical import data` is apical.data."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"apical.{alias.name}" for alias in node.names} if node.module == "apical" else {str(node.module)}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers(path: Path) -> None:
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    used = imports(path)
+    ours = {name.split(".")[1] for name in used if name.startswith("apical.")}
+    assert ours <= LAYERS.get(layer, ours), "imports from a layer that it must not know"
+    if layer not in ("experiment", "recipes", "cli", "commands"):
+        others = {name.split(".")[0] for name in used} - set(sys.stdlib_module_names) - {"apical"}
+        assert others <= OUTSIDE
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "longer than 400 lines"
