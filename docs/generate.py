@@ -4,7 +4,8 @@
 
 Tables come from `results/<name>/` (a folder that `apical compare` wrote: summary.json and, where kept, compare.json,
 verdicts.json and figures/), from single files `results/<name>.json`, from `benchmarks/results.json`, and from the
-command line's own definitions. :func:`outputs` is pure, so that a test can compare what is committed with what would be written.
+command line's own definitions. :func:`outputs` is pure, so that a test can compare what is committed with what would
+be written.
 """
 
 import ast
@@ -152,7 +153,6 @@ def origin(folder: Path) -> str:
     parts = [f"```console\n$ {plan['command']}\n```"] if plan.get("command") else []
     commits = sorted({str(row["commit"]) for row in rows if row.get("commit")})
     parts += [f"Commit {', '.join(f'`{commit}`' for commit in commits)}."] if commits else []
-    changed = departures(plan)
     return "\n\n".join([*parts, departures(plan)]).strip()
 
 

@@ -115,7 +115,7 @@ def test_backprops_signals_give_backprops_gradients(name: str) -> None:
 
 def test_no_error_crosses_a_cut() -> None:
     """With a signal at one unit alone, only that unit's parameters get a gradient that is not zero."""
-    model, (inputs, targets) = residual_network(), images()
+    model, (inputs, _) = residual_network(), images()
     rule = Signals(model)
     output, cuts, teacher = rule.run(inputs)
     teacher.signal = lambda index, scale: torch.randn(cuts[index].shape)
@@ -191,7 +191,8 @@ def test_convolutional_direct_feedback_alignment_in_loops(feedback: str) -> None
     b1, b2 = rule.feedback.get_buffer("1"), rule.feedback.get_buffer("3")
     expected = {
         **{name: torch.zeros_like(p) for name, p in model.named_parameters()},
-        **{"5.weight": e.T @ h2.flatten(1), "5.bias": e.sum(0)},
+        "5.weight": e.T @ h2.flatten(1),
+        "5.bias": e.sum(0),
     }
     for layer, stride, below, h, b in ((0, 1, inputs, h1, b1), (2, 2, h1, h2, b2)):
         channels, rows, columns = h.shape[1:]
@@ -226,7 +227,15 @@ def test_feedback_follows_the_xavier_law_of_its_shape() -> None:
         assert b.shape == (4, width)
         assert 0.99 * bound < float(b.abs().max()) <= bound
         assert abs(float(b.var()) / (bound**2 / 3) - 1) < 0.1
-    assert not torch.equal(rule.feedback.get_buffer("1")[:, :1000], rule.feedback.get_buffer("3"))
+
+
+def test_every_unit_has_its_own_feedback() -> None:
+    """Two draws of one law: their correlation is that of independent numbers."""
+    model = nn.Sequential(nn.Linear(6, 900), nn.ReLU(), nn.Linear(900, 900), nn.ReLU(), nn.Linear(900, 4))
+    rule = apical.DirectFeedbackAlignment(model)
+    rule(*vectors())
+    one, two = rule.feedback.get_buffer("1"), rule.feedback.get_buffer("3")
+    assert abs(float(F.cosine_similarity(one.flatten(), two.flatten(), dim=0))) < 5 / 3600**0.5
 
 
 def test_feedback_stays_fixed_and_is_no_parameter() -> None:

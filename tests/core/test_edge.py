@@ -179,9 +179,12 @@ def test_layer_called_twice() -> None:
         delta1 = (delta2 @ u) * (1 - h1**2)
         delta0 = (delta1 @ u) * (1 - h0**2)
     expected = {
-        **{"first.weight": delta0.T @ inputs, "first.bias": delta0.sum(0)},
-        **{"shared.weight": delta2.T @ h1 + delta1.T @ h0, "shared.bias": (delta2 + delta1).sum(0)},
-        **{"head.weight": error.T @ h2, "head.bias": error.sum(0)},
+        "first.weight": delta0.T @ inputs,
+        "first.bias": delta0.sum(0),
+        "shared.weight": delta2.T @ h1 + delta1.T @ h0,
+        "shared.bias": (delta2 + delta1).sum(0),
+        "head.weight": error.T @ h2,
+        "head.bias": error.sum(0),
     }
     equal(gradients(model), expected)
 

@@ -59,7 +59,7 @@ def test_the_mismatch_is_its_first_value_times_a_scalar(name: str, clip: float) 
     if name == "no-decay":
         assert c == 1.0
     else:
-        assert 1e-3 < abs(float(c) - 1.0)  # it moved, and did not merely vanish
+        assert abs(float(c) - 1.0) > 1e-3  # it moved, and did not merely vanish
         assert abs(float(c)) > 1e-4
     assert float((after - c * initial).norm() / initial.norm()) < 1e-12
 
@@ -127,12 +127,17 @@ def train(rule: apical.CreditRule, optimizer: torch.optim.Optimizer, steps: int)
         optimizer.step()
 
 
-O = torch.optim
 LOST = pytest.mark.xfail(strict=True, reason="on these probes the optimiser looks linear, so the wrong form goes unnoticed")
 NONLINEAR = {
-    **{"adam": (O.Adam, 4), "adamw": (O.AdamW, 4), "rmsprop": (O.RMSprop, 4), "adagrad": (O.Adagrad, 4)},
-    **{"nadam": (O.NAdam, 4), "adamax": (O.Adamax, 4), "rprop": (O.Rprop, 4), "radam": (O.RAdam, 101)},
-    "adadelta": (O.Adadelta, 101),
+    "adam": (torch.optim.Adam, 4),
+    "adamw": (torch.optim.AdamW, 4),
+    "rmsprop": (torch.optim.RMSprop, 4),
+    "adagrad": (torch.optim.Adagrad, 4),
+    "nadam": (torch.optim.NAdam, 4),
+    "adamax": (torch.optim.Adamax, 4),
+    "rprop": (torch.optim.Rprop, 4),
+    "radam": (torch.optim.RAdam, 101),
+    "adadelta": (torch.optim.Adadelta, 101),
 }
 
 
@@ -155,12 +160,9 @@ def test_clipping_by_value_is_refused() -> None:
     """It is not linear where it acts; a threshold below the probes acts on them."""
     rule = apical.KolenPollack(net())
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.01)
+    optimizer.register_step_pre_hook(lambda *args: torch.nn.utils.clip_grad_value_(rule.parameters(), 5e-7))
     with pytest.raises(ConfigError, match="linear"):
-        for step in range(4):
-            optimizer.zero_grad()
-            rule(*batch(step)).backward()
-            torch.nn.utils.clip_grad_value_(rule.parameters(), 5e-7)
-            optimizer.step()
+        train(rule, optimizer, 4)
 
 
 @pytest.mark.parametrize("options", SGD.values(), ids=SGD)

@@ -147,7 +147,7 @@ def test_weight_gradient_of_one_vector_is_the_outer_product() -> None:
 @quick
 @given(any_layer)
 def test_as_matrix_and_from_matrix_are_inverse(case: tuple[nn.Module, tuple[int, ...]]) -> None:
-    layer, shape = case
+    layer, _ = case
     kind, weight = geometry(layer), layer.weight.detach()
     matrix = as_matrix(kind, weight)
     n_out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

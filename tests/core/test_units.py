@@ -34,14 +34,17 @@ def trains(model: nn.Module, exact: tuple[str, ...] = (), inputs: Tensor | None 
 
 def test_layers_of_every_kind_are_found_in_registration_order() -> None:
     parts = {
-        **{"linear": nn.Linear(2, 2), "norm": nn.BatchNorm2d(2), "conv1": nn.Conv1d(2, 2, 1), "act": nn.PReLU()},
-        **{
-            "conv2": nn.Conv2d(2, 2, 1),
-            "conv3": nn.Conv3d(2, 2, 1),
-            "ln": nn.LayerNorm(2),
-            "up1": nn.ConvTranspose1d(2, 2, 1),
-        },
-        **{"up2": nn.ConvTranspose2d(2, 2, 1), "up3": nn.ConvTranspose3d(2, 2, 1), "table": nn.Embedding(3, 2)},
+        "linear": nn.Linear(2, 2),
+        "norm": nn.BatchNorm2d(2),
+        "conv1": nn.Conv1d(2, 2, 1),
+        "act": nn.PReLU(),
+        "conv2": nn.Conv2d(2, 2, 1),
+        "conv3": nn.Conv3d(2, 2, 1),
+        "ln": nn.LayerNorm(2),
+        "up1": nn.ConvTranspose1d(2, 2, 1),
+        "up2": nn.ConvTranspose2d(2, 2, 1),
+        "up3": nn.ConvTranspose3d(2, 2, 1),
+        "table": nn.Embedding(3, 2),
     }
     layers = weighted_layers(nn.ModuleDict(parts))
     assert list(layers) == ["linear", "conv1", "conv2", "conv3", "up1", "up2", "up3"]
@@ -86,6 +89,11 @@ def test_tied_parameter() -> None:
     refused(model, "'up.weight'", "'down.weight'", "copy")
     model.up.weight = nn.Parameter(model.up.weight.detach().clone())
     trains(model)
+
+
+def test_tied_parameter_may_be_declared_exact() -> None:
+    assert list(weighted_layers(Tied(), ("up.weight",))) == ["down", "up", "head"]
+    refused(Tied(), "'up.weight'", exact=("head.weight",))
 
 
 def test_tied_embedding_and_head() -> None:

@@ -156,7 +156,7 @@ def step(rule: CreditRule, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_nothing_is_changed(name: str) -> None:
-    """Weights, gradients, buffers, modes and random state; and the next steps are bit-equal to those of an unwatched twin."""
+    """Weights, gradients, buffers, modes and random state; the next steps are bit-equal to an unwatched twin's."""
     torch.manual_seed(3)
     rule = RULES[name](net())
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)

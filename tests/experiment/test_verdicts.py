@@ -17,7 +17,15 @@ def run(rule: str, seed: int, accuracies: list[float], angles: list[float | None
 
 
 def number(metric: str, epoch: int, value: float, tolerance: float, layer: int | None = None) -> dict[str, Any]:
-    return {"metric": metric, "epoch": epoch, "value": value, "tolerance": tolerance, "tag": "fig", "layer": layer}
+    return {
+        "metric": metric,
+        "epoch": epoch,
+        "value": value,
+        "tolerance": tolerance,
+        "tag": "fig",
+        "layer": layer,
+        "split": "test",
+    }
 
 
 RUNS = (

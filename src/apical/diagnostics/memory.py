@@ -38,6 +38,7 @@ def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
         work: is called once.
         known: tensors that exist already (parameters, buffers, inputs) and shall not be counted.
 
+    >>> import torch
     >>> peak_bytes(lambda: torch.ones(256) + torch.ones(256)) // 1024  # two summands and the sum
     3
     """
