@@ -46,7 +46,7 @@ RULES: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
 # name, model, input shape, batch, rounds, timed steps per turn
 Case = tuple[str, str, tuple[int, ...], int, int, int]
 CASES: list[Case] = [
-    ("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 60, 10),
+    ("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 25, 40),
     ("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 25, 2),
     ("ResNet-20", "resnet20", (3, 32, 32), 128, 15, 1),
 ]

@@ -229,7 +229,7 @@ class ProductFeedbackAlignment(EdgeRule):
         plastic = self.plastic[key(name)]
         expansion = self.expansion.get_buffer(key(name))
         if self.literal(name):
-            return literal_feedback, (inputs, expansion, plastic, *self._mask(name))
+            return literal_feedback, (inputs.detach(), expansion, plastic, *self._mask(name))
         return fused_feedback, (expansion, plastic.detach())
 
     def substitutes(self) -> dict[str, Tensor]:
