@@ -7,6 +7,7 @@ saying what the rule did wrong; :data:`CHECKS` lists them for `pytest.mark.param
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from apical.core.credit import CreditRule, Loss
@@ -97,13 +98,17 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, what: st
 
 
 def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) -> None:
-    """Every trainable parameter gets a finite `.grad`, which accumulates, and the loss is what the model says it is."""
+    """Every trainable parameter gets a finite `.grad`; output and loss are those of the plain model."""
     for network, batch in ((dense_network, _dense_batch), (residual_network, _image_batch)):
         rule = _make(factory, network)
+        torch.manual_seed(0)
+        plain = network()(batch(0)[0])
         torch.manual_seed(1)
         credit = rule(*batch(0))
         if credit.output.shape != (8, 4) or credit.loss.dim() != 0:
             raise AssertionError(f"output {tuple(credit.output.shape)} or loss {tuple(credit.loss.shape)} has a wrong shape")
+        if not torch.allclose(credit.output, plain, rtol=1e-12, atol=1e-12):
+            raise AssertionError("credit.output is not the output of the model")
         if not torch.allclose(credit.loss, F.cross_entropy(credit.output, batch(0)[1])):
             raise AssertionError("credit.loss is not the loss of credit.output")
         credit.backward()
@@ -113,6 +118,10 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
                 raise AssertionError(f"parameter {name!r} got no gradient; declare it in without_gradient if meant")
             if name in first and not first[name].isfinite().all():
                 raise AssertionError(f"the gradient of {name!r} is not finite")
+
+
+def check_accumulation(factory: Factory) -> None:
+    """The gradients of a second backward pass add up to those of the first."""
     summed, apart = _make(factory), _make(factory)
     parts = []
     for seed in range(2):
@@ -133,11 +142,13 @@ def check_detach(factory: Factory) -> None:
     rule = factory(model, F.cross_entropy)
     rule(*_image_batch(0)).backward()
     model.zero_grad()
+    if not torch.equal(model(inputs), before):
+        raise AssertionError("while the rule is attached, the model alone gives another output")
     F.cross_entropy(model(inputs), _image_batch(0)[1]).backward()
     attached = _gradients(model)
     if rule.detach() is not model:
         raise AssertionError("detach() must return the model it was given")
-    left = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
+    left = [name for name, module in model.named_modules() if _hooked(module)]
     if left:
         raise AssertionError(f"hooks are left on {left}")
     model.zero_grad()
@@ -147,6 +158,13 @@ def check_detach(factory: Factory) -> None:
         raise AssertionError("the model's state-dict keys or classes changed")
     if not torch.equal(model.eval()(inputs), before):
         raise AssertionError("the model's output changed")
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anything hangs on the module or its own parameters."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    tensors = [p for p in module.parameters(recurse=False) if p._backward_hooks or p._post_accumulate_grad_hooks]
+    return bool(tensors) or "forward" in module.__dict__ or any(getattr(module, kind) for kind in kinds)
 
 
 def check_determinism(factory: Factory) -> None:
@@ -268,7 +286,12 @@ def check_distributed(factory: Factory) -> None:
     except Exception as error:
         raise AssertionError(f"the factory must be importable by other processes (no lambda): {error}") from error
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (factory, folder), nprocs=2)
+        try:
+            spawn(_rank, (factory, folder), nprocs=2)
+        except ProcessExitedException as error:
+            raise AssertionError(
+                f"a rank ended before its end ({error}); is the module that defines the factory importable from sys.path?"
+            ) from error
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.manual_seed(0)
     rule = factory(dense_network(), F.cross_entropy)
@@ -291,8 +314,10 @@ def _rank(rank: int, factory: Factory, folder: str) -> None:
         optimizer.zero_grad()
         parallel(inputs[rank::2], targets[rank::2]).backward()
         optimizer.step()
-    torch.save(rule.state_dict(), Path(folder) / f"{rank}.pt")
-    dist.barrier()
+    torch.save(rule.state_dict(), Path(folder) / f"{rank}.part")
+    (Path(folder) / f"{rank}.part").rename(Path(folder) / f"{rank}.pt")
+    while not (Path(folder) / f"{1 - rank}.pt").exists():  # nobody leaves while the other still communicates
+        time.sleep(0.01)
     os._exit(0)  # gloo's destructor can wait for ever for a thread that waits for the interpreter lock
 
 
@@ -300,6 +325,7 @@ CHECKS: dict[str, Callable[[Factory], None]] = {
     "gradients": check_gradients,
     "detach": check_detach,
     "determinism": check_determinism,
+    "accumulation": check_accumulation,
     "state_dict": check_state_dict,
     "batch_mean": check_batch_mean,
     "compile": check_compile,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit, CreditRule
+from apical.errors import ConfigError
 
 
 def test_backward_sends_each_signal_through_its_own_root() -> None:
@@ -68,3 +69,11 @@ def test_the_loss_is_the_callers(rule: type[CreditRule]) -> None:
     inputs, targets = torch.randn(4, 3), torch.randn(4, 2)
     credit = rule(model, F.mse_loss)(inputs, targets)
     assert torch.allclose(credit.loss, (model(inputs) - targets).square().mean())
+
+
+@pytest.mark.parametrize("rule", [apical.FeedbackAlignment, apical.DirectFeedbackAlignment])
+def test_a_detached_rule_refuses_to_work(rule: type[CreditRule]) -> None:
+    each = rule(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    each.detach()
+    with pytest.raises(ConfigError, match=r"detached.*make a new rule"):
+        each(torch.randn(8, 4), torch.arange(8) % 3)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apical.errors import ConfigError
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
 
@@ -53,6 +55,7 @@ class CreditRule(nn.Module):
         self.model = model
         self.loss = loss
         self._hooks: list[Any] = []
+        self._attached = True
 
     @abstractmethod
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -62,9 +65,19 @@ class CreditRule(nn.Module):
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
         return {}
 
+    def require_attached(self) -> None:
+        """Refuse to work on a model that the rule was detached from.
+
+        Raises:
+            ConfigError: :meth:`detach` was called.
+        """
+        if not self._attached:
+            raise ConfigError(f"this {type(self).__name__} was detached from its model; make a new rule")
+
     def detach(self) -> nn.Module:
-        """Remove every hook from the model and return it: same class, state-dict keys and outputs as before."""
+        """Remove everything from the model and return it: same class, state-dict keys and outputs as before."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._attached = False
         return self.model

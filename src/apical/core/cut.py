@@ -117,7 +117,8 @@ class CutRule(CreditRule):
 
     @eagerly
     def _trace(self, inputs: Tensor) -> list[str]:
-        with torch.no_grad(), _evaluating(self.model), self._during("trace"):
+        devices = [inputs.device] if inputs.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad(), _evaluating(self.model), self._during("trace"):
             self.model(inputs)
         weighted = [i for i, (name, _) in enumerate(self._events) if name in self.layers]
         unseen = set(self.layers) - {self._events[i][0] for i in weighted}
@@ -139,11 +140,12 @@ class CutRule(CreditRule):
 
         A root that does not require a gradient belongs to a unit without trainable parameters.
         """
+        self.require_attached()
         self.hidden_units(inputs)
         self._teacher = teacher = Teacher()
         with self._during("cut"):
             output = self.model(inputs)
-        cuts, self._cuts = self._cuts, []
+        cuts, self._cuts, self._teacher = self._cuts, [], Teacher()  # only the graph keeps this pass alive
         return output, cuts, teacher
 
     def _cut(self, hidden: Tensor) -> Tensor:
@@ -169,6 +171,8 @@ class CutRule(CreditRule):
             self._events.append((name, self.where == "input"))
         elif self._mode == "cut" and self.where == "input":
             self._calls += 1
+            if not args:
+                raise UnsupportedModelError(f"layer {name!r} was called with keyword arguments; pass its input by position")
             if self._calls > 1:
                 return (self._cut(args[0]), *args[1:])
         return None

@@ -127,6 +127,7 @@ class EdgeRule(CreditRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss: its graph carries the feedback edges."""
+        self.require_attached()
         substitutes = self.substitutes()
         self._active = True
         try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apical.errors import ConfigError
 
-PROBE = 1e-6  # small against any gradient norm, yet far above the epsilon of adaptive optimisers
+PROBE = 1e-4  # small against any gradient norm, yet large enough that no adaptive optimiser's epsilon hides it
 
 
 class Mismatch(nn.Module):
@@ -31,15 +31,29 @@ class Mismatch(nn.Module):
         self.register_buffer("initial", initial)
         # two dimensions, so that "decay matrices only" parameter groups treat it as they treat the weight
         self.scale = nn.Parameter(torch.tensor([[1.0, 0.0, 0.0]], dtype=initial.dtype, device=initial.device))
+        self._versions = (0, 0)
+        self._left_behind = 0
 
-    def check_linear(self, rule: str) -> None:
-        """Verify that the optimiser moves the probes in proportion to their gradients.
+    def check_optimizer(self, rule: str, weight: Tensor) -> None:
+        """Verify that the optimiser moves `scale` with the layer's weight, and the probes in proportion to their gradients.
+
+        Not every optimiser that is not linear shows in this: one that scales a whole matrix jointly (Muon) does not.
 
         Raises:
-            ConfigError: it does not (Adam, RMSProp, clipping by value): the closed form is not valid then.
+            ConfigError: `scale` is not in the optimiser; or the optimiser is not linear (Adam, RMSProp, clipping by
+                value), and the closed form is not valid.
         """
+        versions = (weight._version, self.scale._version)
+        moved = [new != old for new, old in zip(versions, self._versions, strict=True)]
+        self._versions = versions
+        self._left_behind = self._left_behind + 1 if moved == [True, False] else 0
+        if self._left_behind >= 3:  # once or twice could be somebody's own change of the weight
+            raise ConfigError(
+                f"the optimiser moves the weights but not {rule}'s own parameters: give it rule.parameters(), "
+                "not model.parameters()"
+            )
         _, one, two = self.scale.detach()[0].tolist()
-        if abs(two - 2 * one) > 1e-3 * abs(one):
+        if abs(two - 2 * one) > 1e-5 * abs(one):
             raise ConfigError(
                 f"{rule} in closed form needs an optimiser that is linear in the gradient (torch.optim.SGD with any "
                 'momentum, decay and schedule), but this one is not; build the rule with form="explicit"'

@@ -46,7 +46,7 @@ def _(layer: nn.Linear) -> Geometry | None:
 @geometry.register
 def _(layer: _ConvNd) -> Geometry | None:
     transposed = isinstance(layer, _ConvTransposeNd)
-    padding = (0,) * len(layer.stride) if _needs_padding(layer) else _symmetric_padding(layer)
+    padding = (0,) * len(layer.stride) if pads_itself(layer) else _symmetric_padding(layer)
     return Geometry(layer.stride, padding, layer.dilation, transposed, layer.output_padding, layer.groups)
 
 
@@ -58,8 +58,10 @@ def _symmetric_padding(layer: _ConvNd) -> tuple[int, ...]:
     return tuple(layer.padding)
 
 
-def _needs_padding(layer: _ConvNd) -> bool:
+def pads_itself(layer: nn.Module) -> bool:
     """Whether the layer pads by something other than symmetric zeros."""
+    if not isinstance(layer, _ConvNd):
+        return False
     if layer.padding_mode != "zeros":
         return True
     uneven = any(d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
@@ -71,7 +73,7 @@ def padded_input(layer: nn.Module, inputs: Tensor) -> Tensor:
 
     The padding is part of autograd's graph, so what :func:`transport` delivers flows through it to the true input.
     """
-    if isinstance(layer, _ConvNd) and _needs_padding(layer):
+    if isinstance(layer, _ConvNd) and pads_itself(layer):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
     return inputs
@@ -93,7 +95,7 @@ def transport(shape: Geometry | None, delta: Tensor, weight: Tensor, template: T
 def weight_gradient(shape: Geometry | None, delta: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
     """Gradient `delta h^T` for a weight of `weight`'s shape, given the (padded) input h of the layer."""
     if shape is None:
-        return delta.flatten(0, -2).T @ inputs.flatten(0, -2).to(delta.dtype)
+        return delta.reshape(-1, delta.shape[-1]).T @ inputs.reshape(-1, inputs.shape[-1]).to(delta.dtype)
     return _convolution_backward(shape, delta, inputs.to(delta.dtype), weight.to(delta.dtype), (False, True, False))
 
 
@@ -104,6 +106,9 @@ def _convolution_backward(
     if not batched:
         delta, inputs = delta.unsqueeze(0), inputs.unsqueeze(0)
     stride, padding, dilation, transposed, output_padding, groups = shape
+    if transposed:  # the call may have asked for another output size than the layer's own
+        sizes = zip(delta.shape[2:], inputs.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        output_padding = tuple(out - (size - 1) * s + 2 * p - d * (k - 1) - 1 for out, size, k, s, p, d in sizes)
     grads = torch.ops.aten.convolution_backward(
         delta, inputs, weight, None, stride, padding, dilation, transposed, output_padding, groups, mask
     )

@@ -71,13 +71,23 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
         for name, module in rule.model.named_modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
     }
-    with unchanged(rule), torch.enable_grad():
+    with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule(inputs, targets).backward()
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
-    with unchanged(rule), torch.enable_grad():
+    with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         loss = rule.loss(rule.model(inputs), targets)
         exact = torch.autograd.grad(loss, [layers[name] for name in own])
     return own, dict(zip(own, exact, strict=True))
+
+
+@contextmanager
+def _same_masks(model: nn.Module) -> Iterator[None]:
+    """Within, every forward pass of the model draws the same dropout masks, whatever the rule drew before it."""
+    hook = model.register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -99,7 +109,8 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
             parameter.grad = grad
         with torch.no_grad():
             for buffer, saved in buffers:
-                buffer.copy_(saved)
+                if not torch.equal(buffer, saved):  # a buffer may be part of a graph that waits for its backward pass
+                    buffer.copy_(saved)
         for module, training in modes:
             module.training = training
         if calls is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.cut import Cut, CutRule, eagerly, output_error
-from apical.core.transport import geometry, transport
+from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
 
@@ -81,8 +81,12 @@ class DirectFeedbackAlignment(CutRule):
         else:
             teacher.signal = lambda index, scale: self.signal(names[index], cuts[index], errors * scale)
             signals = [None for _ in cuts]
-        taught = [(cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad]
-        return Credit([*(root for root, _ in taught), output], [*(signal for _, signal in taught), error], output, loss)
+        taught: list[tuple[Tensor, Tensor | None]] = [
+            (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
+        ]
+        if output.requires_grad:
+            taught.append((output, error))
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], output, loss)
 
     def signal(self, name: str, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, outputs)."""
@@ -121,8 +125,11 @@ class DirectFeedbackAlignment(CutRule):
 def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) -> Tensor:
     """The error at every output position of the layer, sent to its input by a fixed kernel (outputs, c_in, k...)."""
     backward = geometry(layer)
-    if backward is None or backward.transposed:
-        raise ConfigError("leaky broadcast feedback is defined for Linear and convolution layers only")
+    if backward is None or backward.transposed or pads_itself(layer):
+        raise ConfigError(
+            "leaky broadcast feedback is defined for convolutions that pad evenly with zeros only; use "
+            'feedback="full" or leaky=False'
+        )
     with torch.no_grad():
         spatial = layer(layer.weight.new_zeros(1, *shape[1:])).shape[2:]
     everywhere = errors.view(*errors.shape, *(1,) * len(spatial)).expand(*errors.shape, *spatial)

@@ -96,10 +96,11 @@ class KolenPollack(EdgeRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss; now and then the closed form checks its optimiser."""
-        if self.form == "closed" and not torch.compiler.is_compiling():
+        if self.form == "closed" and self.layers and not torch.compiler.is_compiling():
             self.calls += 1
-            if self.layers and (self.calls in (2, 3) or self.calls % 100 == 0):
-                self._mismatch(next(iter(self.layers))).check_linear("KolenPollack")
+            if self.calls in (2, 3, 4) or self.calls % 100 == 0:
+                name, layer = next(iter(self.layers.items()))
+                self._mismatch(name).check_optimizer("KolenPollack", layer.weight)
         return super().forward(inputs, targets)
 
     def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
