@@ -1,0 +1,47 @@
+"""Started by torchrun in two processes: trains every rule on half batches and writes the weights of rank 0."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from apical import models
+from apical.core.credit import CreditRule
+from apical.experiment.distributed import leave
+from apical.experiment.recipe import Recipe
+from apical.recipes.rules import RULES, make_rule
+
+STEPS, BATCH = 5, 16
+
+
+def make(name: str) -> CreditRule:
+    torch.manual_seed(0)
+    return make_rule(Recipe(rule=name), models.build("mlp-16-12", (1, 4, 4), 5))
+
+
+def train(rule: CreditRule, rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Rank `rank` of `size` takes every size-th sample of each batch; one process takes them all."""
+    module = DistributedDataParallel(rule) if size > 1 else rule
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    torch.manual_seed(1)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(BATCH, 1, 4, 4, generator=generator)
+        targets = torch.randint(0, 5, (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        module(inputs[rank::size], targets[rank::size]).backward()
+        optimizer.step()
+    return {key: value.clone() for key, value in rule.state_dict().items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    states = {name: train(make(name), dist.get_rank(), dist.get_world_size()) for name in RULES}
+    if dist.get_rank() == 0:
+        torch.save(states, sys.argv[1] + ".part")
+        os.rename(sys.argv[1] + ".part", sys.argv[1])
+    dist.barrier()
+    leave(0)

@@ -1,0 +1,54 @@
+"""A ResNet-20 with BatchNorm trains under every rule, and in the oracle limit its gradients are backpropagation's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import apical
+from apical import models
+from apical.core.units import key
+from apical.experiment.recipe import Recipe
+from apical.recipes.rules import RULES, make_rule
+
+
+def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eight images of 16 x 16 whose class is their brightest colour."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8, 3, 16, 16, generator=generator).to(dtype)
+    return inputs, inputs.mean(dim=(2, 3)).argmax(dim=1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_resnet20_trains(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.build("resnet20", (3, 16, 16), 3)
+    rule = make_rule(Recipe(rule=name), model)
+    before = {parameter: value.detach().clone() for parameter, value in rule.model.named_parameters()}
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        credit = rule(*batch(torch.float32))
+        credit.backward()
+        optimizer.step()
+        losses.append(credit.loss.item())
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0], losses
+    for parameter, value in rule.model.named_parameters():
+        assert value.isfinite().all()
+        assert not torch.equal(value, before[parameter]), f"{parameter} did not learn"
+
+
+def test_feedback_alignment_with_the_forward_weights_is_backpropagation() -> None:
+    torch.manual_seed(0)
+    model = models.build("resnet20", (3, 16, 16), 3).double()
+    inputs, targets = batch(torch.double)
+    F.cross_entropy(model(inputs), targets).backward()
+    exact = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    rule = apical.FeedbackAlignment(model)
+    for name, layer in rule.layers.items():
+        rule.feedback.get_buffer(key(name)).copy_(layer.weight.detach())
+    rule(inputs, targets).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - exact[name]).abs().max() <= 1e-12 * max(1.0, float(exact[name].abs().max())), name
