@@ -33,8 +33,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 
     >>> str(unknown_name("rule", "pfaa", ["bp", "pfa"]))
     "unknown rule 'pfaa'; did you mean 'pfa'? Known: bp, pfa"
+    >>> str(unknown_name("model", "mpl-64", ["lenet", "mlp-<widths>"]))
+    "unknown model 'mpl-64'; did you mean 'mlp-<widths>'? Known: lenet, mlp-<widths>"
     """
     names = sorted(known)
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    if not near:  # names with a parameter, such as mlp-<widths>: compare what stands before it
+        stems = {known_name.split("-")[0]: known_name for known_name in names}
+        near = [stems[stem] for stem in difflib.get_close_matches(name.lower().split("-")[0], stems, n=1, cutoff=0.6)]
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ConfigError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")

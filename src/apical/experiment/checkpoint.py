@@ -90,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:120].rstrip(".")
+    return lines[0].split(". ")[0][:120].rstrip(".")
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -79,7 +79,7 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             known_text = ", ".join(known) or "none"
             raise ConfigError(f"rule {recipe.rule!r} has no option {key!r}{hint} Its options: {known_text}")
     added = []
