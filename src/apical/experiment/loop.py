@@ -128,7 +128,8 @@ class Training:
             self.folder.result.unlink(missing_ok=True)
             self.folder.write_config(self.recipe, command=command, notes=notes)
         elif self.world.is_main:
-            self.folder.create(self.recipe, command=command, notes=notes, environment=environment)
+            around = {**environment, "data_source": self.dataset.source}
+            self.folder.create(self.recipe, command=command, notes=notes, environment=around)
         if not resume:
             self._finish_epoch(trained=False)
 
