@@ -120,9 +120,9 @@ class HiddenFeedback(apical.FeedbackAlignment):
         self.matrices = {name: buffer.clone() for name, buffer in self.feedback.named_buffers()}
         self.feedback = nn.Module()
 
-    def pathway(self, name: str, inputs: Tensor) -> tuple[object, tuple[Tensor, ...]]:
+    def feedback_of(self, name: str) -> tuple[object, tuple[Tensor, ...]]:
         self.feedback._buffers.update(self.matrices)
-        result = super().pathway(name, inputs)
+        result = super().feedback_of(name)
         self.feedback._buffers.clear()
         return result
 

@@ -1,38 +1,100 @@
-"""Feedback edges: rewire the backward map of single layers, and nothing else.
+"""Feedback in place of the transposed weight: rewire the backward map of single layers, and nothing else.
 
-A layer's input is detached, and an identity on its output carries the error to the old input through the rule's own
-feedback. The layer's weight gradient stays autograd's, computed once; every other module keeps its exact derivative.
-A rule of this family is then one pure function, the `pathway`, from the error at a layer's output to the error at its
-input.
+A rule of this family is one pure function per layer, the feedback weight, evaluated when the backward pass needs it. Two
+ways lead the error through it; both leave the layer's weight gradient and every other module to autograd.
+
+    swap   while the layer runs, autograd keeps a note in place of the weight; when it asks for the weight to make the error
+           at the input, it is given the feedback weight. Costs next to nothing, and knows no layer types.
+    edge   the layer's input is detached, and an identity on its output carries the error to the old input by
+           :func:`apical.core.transport.transport`. For what a swap cannot do: autocast, `torch.compile`, and pathways that
+           are not one matrix.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.transport import Geometry, geometry, padded_input, transport
 from apical.core.units import Layer, weighted_layers
 from apical.errors import UnsupportedModelError
 
-Pathway = Callable[..., tuple[Tensor | None, ...]]
-"""`pathway(geometry, delta, template, *tensors) -> (error at the input, gradient of each tensor or None)`.
-`template` has the shape of the input; it is None when nobody needs the error there (the first layer)."""
+Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+"""`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
+
+Pathway: TypeAlias = tuple[Callable[..., tuple[Tensor | None, ...]], tuple[Tensor, ...]]
+"""`(pathway, tensors)`: `pathway(geometry, delta, template, *tensors)` is the error at the input, and the gradient of each
+tensor or None. `template` has the shape of the input; it is None when nobody needs the error there (the first layer)."""
+
+
+def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
+    """The plainest feedback weight: a stored one."""
+    return feedback
+
+
+class Swap:
+    """What autograd keeps while one layer runs: a note in place of the weight, other tensors as they are.
+
+    Args:
+        weight: the layer's weight in this pass.
+        feedback: what to give in its place.
+        shape: the layer's geometry.
+    """
+
+    def __init__(self, weight: Tensor, feedback: Feedback, shape: Geometry | None) -> None:
+        self.pointer, self.size, self.stride = weight.untyped_storage()._cdata, weight.shape, weight.stride()
+        self.feedback, self.geometry = feedback, shape
+        self.versions = [(tensor, tensor._version) for tensor in feedback[1]]
+
+    def pack(self, saved: Tensor) -> Any:
+        """The note for the weight or its transpose; a tensor with its version for anything else."""
+        if saved.untyped_storage()._cdata != self.pointer:
+            return saved, saved._version
+        if saved.shape == self.size and saved.stride() == self.stride:
+            return False
+        if saved.shape == self.size[::-1] and saved.stride() == self.stride[::-1]:
+            return True
+        raise UnsupportedModelError(
+            f"a layer keeps its weight {tuple(self.size)} in a form {tuple(saved.shape)} unknown here"
+        )
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The feedback weight, or the tensor that was kept, unless it was changed since."""
+        if isinstance(packed, bool):
+            self._unchanged(self.versions)
+            compute, tensors = self.feedback
+            with torch.no_grad():
+                feedback = compute(self.geometry, *tensors)
+            return feedback.T if packed else feedback
+        self._unchanged([packed])
+        saved: Tensor = packed[0]
+        return saved
+
+    def _unchanged(self, versions: list[tuple[Tensor, int]]) -> None:
+        if any(tensor._version != version for tensor, version in versions):
+            raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
 
 
 class FeedbackEdge(torch.autograd.Function):
-    """Identity on `output`; its backward sends the error to `inputs` through `pathway` as well as into the layer."""
+    """Identity on `output`; its backward sends the error to `inputs` through the feedback as well as into the layer."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, inputs: Tensor, pathway: Pathway, shape: Geometry | None, *tensors: Tensor
+        ctx: Any,
+        output: Tensor,
+        inputs: Tensor,
+        feedback: Callable[..., Tensor] | None,
+        pathway: Callable[..., tuple[Tensor | None, ...]] | None,
+        shape: Geometry | None,
+        *tensors: Tensor,
     ) -> Tensor:
         """Return `output` itself; keep the input, as the layer does too, only where a CPU kernel wants a real one."""
-        ctx.pathway, ctx.geometry = pathway, shape
+        ctx.feedback, ctx.pathway, ctx.geometry = feedback, pathway, shape
         ctx.input_shape, ctx.input_dtype = inputs.shape, inputs.dtype
         ctx.real = shape is not None and inputs.device.type == "cpu" and inputs.dtype == output.dtype
         ctx.save_for_backward(*([inputs] if ctx.real else []), *tensors)
@@ -47,17 +109,17 @@ class FeedbackEdge(torch.autograd.Function):
             template, *tensors = tensors
         elif ctx.needs_input_grad[1]:
             template = delta if ctx.geometry is None else delta.new_empty(1).expand(ctx.input_shape)
-        below, *grads = ctx.pathway(ctx.geometry, delta, template if ctx.needs_input_grad[1] else None, *tensors)
+        if not ctx.needs_input_grad[1]:
+            template = None
+        below: Tensor | None = None
+        grads: tuple[Tensor | None, ...] = tuple(None for _ in tensors)
+        if ctx.pathway is not None:
+            below, *grads = ctx.pathway(ctx.geometry, delta, template, *tensors)
+        elif template is not None:
+            below = transport(ctx.geometry, delta, ctx.feedback(ctx.geometry, *tensors), template)
         if below is not None:
             below = below.to(ctx.input_dtype)
-        return (delta, below, None, None, *grads)
-
-
-def stored_feedback(
-    shape: Geometry | None, delta: Tensor, template: Tensor | None, feedback: Tensor
-) -> tuple[Tensor | None, None]:
-    """The plainest pathway: `B^T delta` with a stored matrix B."""
-    return (None if template is None else transport(shape, delta, feedback, template)), None
+        return (delta, below, None, None, None, *grads)
 
 
 class WeightTap(torch.autograd.Function):
@@ -88,7 +150,7 @@ def weight_tap(
 
 
 class EdgeRule(CreditRule):
-    """Base of the rules that put a feedback edge around every weighted layer (FA, sign symmetry, KP, WM, PFA).
+    """Base of the rules that send the error through feedback of their own, layer by layer (FA, sign symmetry, KP, WM, PFA).
 
     Args:
         model: network of Linear and convolution layers of any kind; other modules keep their exact derivative.
@@ -107,19 +169,30 @@ class EdgeRule(CreditRule):
         self.layers = {name: layer for name, layer in layers.items() if name != self._first}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._active = False
+        self._may_swap = False
         self._unseen = set(layers)
         self._hooks = [
             WrappedForward(layer, partial(self._call, name, layer, layer.forward)) for name, layer in layers.items()
         ]
 
     @abstractmethod
-    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
-        """The backward map of one layer: a pure function and the tensors it acts with.
+    def feedback_of(self, name: str) -> Feedback:
+        """The feedback weight of one layer: a pure function of tensors, in the layout of the layer's weight."""
+
+    def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
+        """Another way for the error than one feedback weight, where a rule has one; None by default.
 
         Args:
             name: the layer.
             inputs: the layer's (padded) input in this forward pass.
         """
+        return None
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """Effective feedback weight of each layer, in the shape of the layer's weight."""
+        with torch.no_grad():
+            found = {name: self.feedback_of(name) for name in self.layers}
+            return {name: compute(self.geometries[name], *tensors) for name, (compute, tensors) in found.items()}
 
     def substitutes(self) -> dict[str, Tensor]:
         """Tensors that stand in for model parameters in the forward pass (:class:`WeightTap`); none by default."""
@@ -129,6 +202,7 @@ class EdgeRule(CreditRule):
         """Credit whose root is the loss: its graph carries the feedback edges."""
         self.require_attached()
         substitutes = self.substitutes()
+        self._may_swap = not (torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs.device.type))
         self._active = True
         try:
             if substitutes:
@@ -167,12 +241,21 @@ class EdgeRule(CreditRule):
                     f"layer {name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
                 )
             return forward(inputs, *args, **kwargs)
+        shape = self.geometries[name]
+        below = padded_input(layer, inputs) if shape is not None else inputs
+        pathway = self.pathway(name, below)
+        if pathway is None and not inputs.requires_grad:
+            return forward(inputs, *args, **kwargs)
+        if pathway is None and self._may_swap:
+            swap = Swap(layer.weight, self.feedback_of(name), shape)
+            with saved_tensors_hooks(swap.pack, swap.unpack):
+                return forward(inputs, *args, **kwargs)
         output = forward(inputs.detach(), *args, **kwargs)
-        below = padded_input(layer, inputs)
         if not (output.requires_grad or below.requires_grad):  # a frozen layer still hands the error down
             return output
-        pathway, tensors = self.pathway(name, below)
-        result: Tensor = cast(Any, FeedbackEdge).apply(output, below, pathway, self.geometries[name], *tensors)
+        feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
+        path = pathway[0] if pathway is not None else None
+        result: Tensor = cast(Any, FeedbackEdge).apply(output, below, feedback, path, shape, *tensors)
         return result
 
 

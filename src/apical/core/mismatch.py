@@ -9,9 +9,14 @@ c is therefore an ordinary parameter with zero gradient: the user's own optimise
 Two probes beside it, with gradients g and 2g, verify that the optimiser is linear.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from apical.core.credit import Credit
 from apical.errors import ConfigError
 
 PROBE = 1e-4  # small against any gradient norm, yet large enough that no adaptive optimiser's epsilon hides it
@@ -68,3 +73,10 @@ def probe_gradient(scale: Tensor) -> Tensor:
 def matched(weight: Tensor, initial: Tensor, scale: Tensor) -> Tensor:
     """`W + c E_0`, in the layout of `initial`."""
     return torch.addcmul(weight, initial, scale[0, 0])
+
+
+def with_scales(credit: Credit, mismatches: Iterable[nn.Module]) -> Credit:
+    """The credit with every mismatch's `scale` among its roots: its gradient is known beforehand."""
+    scales = [cast(Mismatch, mismatch).scale for mismatch in mismatches]
+    roots, signals = [*credit.roots, *scales], [*credit.signals, *map(probe_gradient, scales)]
+    return replace(credit, roots=roots, signals=signals)

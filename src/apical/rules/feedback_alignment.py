@@ -10,10 +10,10 @@ from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from apical.core.credit import Loss
-from apical.core.edge import EdgeRule, Pathway, stored_feedback
+from apical.core.edge import EdgeRule, Feedback, stored
 from apical.core.units import key
 
 
@@ -48,10 +48,6 @@ class FeedbackAlignment(EdgeRule):
         for name, layer in self.layers.items():
             self.feedback.register_buffer(key(name), nn.init.xavier_uniform_(torch.empty_like(layer.weight).detach()))
 
-    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
+    def feedback_of(self, name: str) -> Feedback:
         """The fixed matrix U of this layer."""
-        return stored_feedback, (self.feedback.get_buffer(key(name)),)
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        """U of each layer."""
-        return {name: self.feedback.get_buffer(key(name)) for name in self.layers}
+        return stored, (self.feedback.get_buffer(key(name)),)

@@ -18,26 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
-from apical.core.edge import EdgeRule, Pathway, stored_feedback, weight_tap
-from apical.core.mismatch import Mismatch, matched, probe_gradient
-from apical.core.transport import Geometry, transport
+from apical.core.edge import EdgeRule, Feedback, stored, weight_tap
+from apical.core.mismatch import Mismatch, matched, with_scales
+from apical.core.transport import Geometry
 from apical.core.units import key
 from apical.errors import ConfigError
 
 
-def closed_feedback(
-    shape: Geometry | None,
-    delta: Tensor,
-    template: Tensor | None,
-    weight: Tensor,
-    difference: Tensor,
-    scale: Tensor,
-) -> tuple[Tensor | None, None, None, Tensor]:
-    """`(W + c (B_0 - W_0))^T delta`."""
-    below = None
-    if template is not None:
-        below = transport(shape, delta, matched(weight, difference, scale), template)
-    return below, None, None, probe_gradient(scale)
+def grown_together(shape: Geometry | None, weight: Tensor, difference: Tensor, scale: Tensor) -> Tensor:
+    """`W + c (B_0 - W_0)`."""
+    return matched(weight, difference, scale)
 
 
 def same_gradient(gradient: Tensor, shape: Geometry | None) -> Tensor:
@@ -101,14 +91,15 @@ class KolenPollack(EdgeRule):
             if self.calls in (2, 3, 4) or self.calls % 100 == 0:
                 name, layer = next(iter(self.layers.items()))
                 self._mismatch(name).check_optimizer("KolenPollack", layer.weight)
-        return super().forward(inputs, targets)
+        credit = super().forward(inputs, targets)
+        return with_scales(credit, self.difference.values()) if self.form == "closed" else credit
 
-    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
+    def feedback_of(self, name: str) -> Feedback:
         """B of this layer, stored or as `W + c (B_0 - W_0)`."""
         if self.form == "explicit":
-            return stored_feedback, (self.feedback[key(name)].detach(),)
+            return stored, (self.feedback[key(name)].detach(),)
         mismatch = self._mismatch(name)
-        return closed_feedback, (self.layers[name].weight, mismatch.initial, mismatch.scale)
+        return grown_together, (self.layers[name].weight, mismatch.initial, mismatch.scale)
 
     def _mismatch(self, name: str) -> Mismatch:
         return cast(Mismatch, self.difference[key(name)])
@@ -121,10 +112,3 @@ class KolenPollack(EdgeRule):
             f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.feedback[key(name)], same_gradient, None)
             for name, layer in self.layers.items()
         }
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        """B of each layer."""
-        if self.form == "explicit":
-            return {name: self.feedback[key(name)].detach() for name in self.layers}
-        pairs = {name: (layer.weight.detach(), self._mismatch(name)) for name, layer in self.layers.items()}
-        return {name: matched(w, mismatch.initial, mismatch.scale.detach()) for name, (w, mismatch) in pairs.items()}

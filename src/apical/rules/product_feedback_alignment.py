@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
-from apical.core.edge import EdgeRule, Pathway, weight_tap
-from apical.core.mismatch import Mismatch, matched, probe_gradient
+from apical.core.edge import EdgeRule, Feedback, Pathway, weight_tap
+from apical.core.mismatch import Mismatch, matched, with_scales
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -59,34 +59,31 @@ def literal_feedback(
     return below, None, None, (gradient * mask[0] if mask else gradient), *(None for _ in mask)
 
 
-def fused_feedback(
-    shape: Geometry | None, delta: Tensor, template: Tensor | None, expansion: Tensor, plastic: Tensor
-) -> tuple[Tensor | None, None, None]:
-    """`(B R)^T delta`; R's gradient is made from W's by :func:`shared_gradient`."""
-    if template is None:
-        return None, None, None
-    return transport(shape, delta, product(shape, expansion, plastic), template), None, None
+def fused_product(shape: Geometry | None, expansion: Tensor, plastic: Tensor) -> Tensor:
+    """`B R`; R's gradient is made from W's by :func:`shared_gradient`."""
+    return product(shape, expansion, plastic)
 
 
-def closed_feedback(
+def closed_product(shape: Geometry | None, weight: Tensor, initial: Tensor, scale: Tensor, *mixing: Tensor) -> Tensor:
+    """`M (W + c E)`; M is absent where it is the identity."""
+    feedback = matched(weight, initial, scale)
+    return product(shape, mixing[0], feedback) if mixing else feedback
+
+
+def mixed_first(
     shape: Geometry | None,
     delta: Tensor,
     template: Tensor | None,
     weight: Tensor,
     initial: Tensor,
     scale: Tensor,
-    *mixing: Tensor,
+    mixing: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """`(M (W + c E))^T delta`; M multiplies whichever of delta and weight is smaller, and is absent when it is I."""
-    below = None
-    if template is not None:
-        feedback = matched(weight, initial, scale)
-        if mixing and shape is None and delta.numel() < feedback.numel():
-            delta = delta @ mixing[0].to(delta.dtype)
-        elif mixing:
-            feedback = product(shape, mixing[0], feedback)
-        below = transport(shape, delta, feedback, template)
-    return below, None, None, probe_gradient(scale), *(None for _ in mixing)
+    """`(W + c E)^T (M delta)`: the cheaper order where the batch is smaller than the layer is wide."""
+    if template is None:
+        return None, None, None, None, None
+    mixed = delta @ mixing.to(delta.dtype)
+    return transport(shape, mixed, matched(weight, initial, scale), template), None, None, None, None
 
 
 def shared_gradient(gradient: Tensor, shape: Geometry | None, expansion: Tensor, plastic: Tensor, *mask: Tensor) -> Tensor:
@@ -213,7 +210,8 @@ class ProductFeedbackAlignment(EdgeRule):
             if self.calls in (2, 3, 4) or self.calls % 100 == 0:
                 name, layer = next(iter(self.layers.items()))
                 self._mismatch(name).check_optimizer("ProductFeedbackAlignment", layer.weight)
-        return super().forward(inputs, targets)
+        credit = super().forward(inputs, targets)
+        return with_scales(credit, self.mismatch.values()) if self.form == "closed" else credit
 
     def literal(self, name: str) -> bool:
         """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
@@ -221,17 +219,23 @@ class ProductFeedbackAlignment(EdgeRule):
             return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
         return self.form == "literal"
 
-    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
-        """B R of this layer in the chosen form."""
-        if self.form == "closed":
-            mismatch, mixing = self._mismatch(name), self.expansion._buffers.get(key(name))
-            tensors = (self.layers[name].weight, mismatch.initial, mismatch.scale)
-            return closed_feedback, (tensors if mixing is None else (*tensors, mixing))
-        plastic = self.plastic[key(name)]
-        expansion = self.expansion.get_buffer(key(name))
+    def feedback_of(self, name: str) -> Feedback:
+        """B R of this layer."""
+        if self.form != "closed":
+            return fused_product, (self.expansion.get_buffer(key(name)), self.plastic[key(name)].detach())
+        mismatch, mixing = self._mismatch(name), self.expansion._buffers.get(key(name))
+        tensors = (self.layers[name].weight, mismatch.initial, mismatch.scale)
+        return closed_product, (tensors if mixing is None else (*tensors, mixing))
+
+    def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
+        """The literal form, and for dense layers the cheaper order of the closed one."""
         if self.literal(name):
-            return literal_feedback, (inputs.detach(), expansion, plastic, *self._mask(name))
-        return fused_feedback, (expansion, plastic.detach())
+            tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic[key(name)], *self._mask(name))
+            return literal_feedback, tensors
+        dense_and_mixed = self.form == "closed" and self.geometries[name] is None and key(name) in self.expansion._buffers
+        if dense_and_mixed and inputs.requires_grad and inputs.numel() < inputs.shape[-1] ** 2:
+            return mixed_first, self.feedback_of(name)[1]
+        return None
 
     def substitutes(self) -> dict[str, Tensor]:
         """In the fused form, weights whose gradient also makes R's."""
@@ -250,19 +254,6 @@ class ProductFeedbackAlignment(EdgeRule):
 
     def _mask(self, name: str) -> tuple[Tensor, ...]:
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        """Effective feedback `B R` of each layer."""
-        result = {}
-        for name, layer in self.layers.items():
-            b = self.expansion._buffers.get(key(name))
-            if self.form == "closed":
-                mismatch = self._mismatch(name)
-                weight = matched(layer.weight.detach(), mismatch.initial, mismatch.scale.detach())
-            else:
-                weight = self.plastic[key(name)].detach()
-            result[name] = weight if b is None else product(self.geometries[name], b, weight)
-        return result
 
 
 def _check_options(expansion: float, feedback: str, density: float, form: str) -> None:

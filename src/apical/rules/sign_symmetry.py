@@ -19,38 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Loss
-from apical.core.edge import EdgeRule, Pathway
-from apical.core.transport import Geometry, as_matrix, geometry, transport
+from apical.core.edge import EdgeRule, Feedback
+from apical.core.transport import Geometry, as_matrix, geometry
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
 
 
-def uniform_signs(
-    shape: Geometry | None, delta: Tensor, template: Tensor | None, weight: Tensor, magnitude: Tensor
-) -> tuple[Tensor | None, None, None]:
-    """`(s sign(W))^T delta`; the scalar s multiplies the smaller tensor, delta."""
-    if template is None:
-        return None, None, None
-    return transport(shape, delta * magnitude.to(delta.dtype), weight.sign(), template), None, None
+def uniform_signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
+    """`s sign(W)`."""
+    return weight.sign().mul_(magnitude)
 
 
-def drawn_signs(
-    shape: Geometry | None, delta: Tensor, template: Tensor | None, weight: Tensor, bound: Tensor
-) -> tuple[Tensor | None, None, None]:
-    """`(|U| sign(W))^T delta` with U drawn now, uniform in (-bound, bound)."""
-    if template is None:
-        return None, None, None
-    drawn = torch.rand_like(weight)
-    return transport(shape, delta * bound.to(delta.dtype), weight.sign().mul_(drawn), template), None, None
+def drawn_signs(shape: Geometry | None, weight: Tensor, bound: Tensor) -> Tensor:
+    """`|U| sign(W)` with U drawn now, uniform in (-bound, bound)."""
+    return weight.sign().mul_(torch.rand_like(weight)).mul_(bound)
 
 
-def fixed_signs(
-    shape: Geometry | None, delta: Tensor, template: Tensor | None, weight: Tensor, magnitude: Tensor
-) -> tuple[Tensor | None, None, None]:
-    """`(|U_0| sign(W))^T delta`."""
-    if template is None:
-        return None, None, None
-    return transport(shape, delta, weight.sign().mul_(magnitude), template), None, None
+def fixed_signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
+    """`|U_0| sign(W)`."""
+    return weight.sign().mul_(magnitude)
 
 
 class SignSymmetry(EdgeRule):
@@ -101,19 +88,10 @@ class SignSymmetry(EdgeRule):
                 value = torch.rand_like(weight) * value
             self.magnitude.register_buffer(key(name), value)
 
-    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
-        """Signs of this layer's weight with the variant's magnitude."""
-        pathway = {"uniform": uniform_signs, "batchwise": drawn_signs, "fixed": fixed_signs}[self.variant]
-        return pathway, (self.layers[name].weight, self.magnitude.get_buffer(key(name)))
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        """K of each layer; for "batchwise" one fresh draw from the global random state."""
-        result = {}
-        for name, layer in self.layers.items():
-            magnitude, weight = self.magnitude.get_buffer(key(name)), layer.weight.detach()
-            drawn = torch.rand_like(weight) if self.variant == "batchwise" else 1.0
-            result[name] = weight.sign() * magnitude * drawn
-        return result
+    def feedback_of(self, name: str) -> Feedback:
+        """Signs of this layer's weight with the variant's magnitude; "batchwise" draws from the global random state."""
+        compute = {"uniform": uniform_signs, "batchwise": drawn_signs, "fixed": fixed_signs}[self.variant]
+        return compute, (self.layers[name].weight, self.magnitude.get_buffer(key(name)))
 
 
 def standard_deviation(layer: Layer, scale: str) -> float:

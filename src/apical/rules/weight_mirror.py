@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
-from apical.core.edge import EdgeRule, Pathway, stored_feedback
+from apical.core.edge import EdgeRule, Feedback, stored
 from apical.core.units import key
 from apical.errors import ConfigError
 
@@ -87,10 +87,6 @@ class WeightMirror(EdgeRule):
             self.mirror()
         return super().forward(inputs, targets)
 
-    def pathway(self, name: str, inputs: Tensor) -> tuple[Pathway, tuple[Tensor, ...]]:
+    def feedback_of(self, name: str) -> Feedback:
         """The mirrored matrix B of this layer."""
-        return stored_feedback, (self.feedback.get_buffer(key(name)),)
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        """B of each layer."""
-        return {name: self.feedback.get_buffer(key(name)) for name in self.layers}
+        return stored, (self.feedback.get_buffer(key(name)),)
