@@ -11,12 +11,10 @@ one thread.
 import argparse
 import gc
 import json
-import os
 import platform
 import random
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -197,25 +195,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def keep_freed_memory() -> None:
-    """Start again with a C library that keeps freed memory: else page faults come and go with the heap's history, and
-    move the time of one and the same step by several percent."""
-    settings = {
-        "MALLOC_TRIM_THRESHOLD_": "4294967296",
-        "MALLOC_MMAP_THRESHOLD_": "4294967296",
-        "MALLOC_TOP_PAD_": "67108864",
-    }
-    if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in settings.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     parser.add_argument("--only", default="", help="run the models whose name contains this (case ignored)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    keep_freed_memory()
     torch.set_num_threads(1)
     device = torch.device(options.device)
     rows = []

@@ -37,47 +37,41 @@ def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
     return feedback
 
 
-class Swap:
-    """What autograd keeps while one layer runs: a note in place of the weight, other tensors as they are.
+class Swap(saved_tensors_hooks):
+    """While one layer runs, autograd keeps a note in place of the layer's weight, and other tensors as they are.
 
     Args:
-        weight: the layer's weight in this pass.
-        feedback: what to give in its place.
-        shape: the layer's geometry.
+        layer: the layer.
+        feedback: makes the feedback weight, when the backward pass asks for the weight.
     """
 
-    def __init__(self, weight: Tensor, feedback: Feedback, shape: Geometry | None) -> None:
-        self.pointer, self.size, self.stride = weight.untyped_storage()._cdata, weight.shape, weight.stride()
-        self.feedback, self.geometry = feedback, shape
-        self.versions = [(tensor, tensor._version) for tensor in feedback[1]]
+    def __init__(self, layer: Layer, feedback: Callable[[], Tensor]) -> None:
+        super().__init__(self.pack, self.unpack)
+        self.layer, self.feedback = layer, feedback
 
     def pack(self, saved: Tensor) -> Any:
-        """The note for the weight or its transpose; a tensor with its version for anything else."""
-        if saved.untyped_storage()._cdata != self.pointer:
-            return saved, saved._version
-        if saved.shape == self.size and saved.stride() == self.stride:
-            return False
-        if saved.shape == self.size[::-1] and saved.stride() == self.stride[::-1]:
-            return True
+        """(the tensor or None for the weight, is it transposed, version)."""
+        weight = self.layer.weight
+        if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+            return saved, False, saved._version
+        if saved.shape == weight.shape and saved.stride() == weight.stride():
+            return None, False, weight._version
+        if saved.shape == weight.shape[::-1] and saved.stride() == weight.stride()[::-1]:
+            return None, True, weight._version
         raise UnsupportedModelError(
-            f"a layer keeps its weight {tuple(self.size)} in a form {tuple(saved.shape)} unknown here"
+            f"a {type(self.layer).__name__} keeps its weight {tuple(weight.shape)} in the form {tuple(saved.shape)}, "
+            "for which no feedback is known"
         )
 
-    def unpack(self, packed: Any) -> Tensor:
+    def unpack(self, packed: tuple[Tensor | None, bool, int]) -> Tensor:
         """The feedback weight, or the tensor that was kept, unless it was changed since."""
-        if isinstance(packed, bool):
-            self._unchanged(self.versions)
-            compute, tensors = self.feedback
-            with torch.no_grad():
-                feedback = compute(self.geometry, *tensors)
-            return feedback.T if packed else feedback
-        self._unchanged([packed])
-        saved: Tensor = packed[0]
-        return saved
-
-    def _unchanged(self, versions: list[tuple[Tensor, int]]) -> None:
-        if any(tensor._version != version for tensor, version in versions):
+        saved, transposed, version = packed
+        if (self.layer.weight if saved is None else saved)._version != version:
             raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
+        if saved is not None:
+            return saved
+        feedback = self.feedback()
+        return feedback.T if transposed else feedback
 
 
 class FeedbackEdge(torch.autograd.Function):
@@ -170,6 +164,8 @@ class EdgeRule(CreditRule):
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._active = False
         self._may_swap = False
+        self._swaps = {name: Swap(layer, partial(self.feedback_weight, name)) for name, layer in self.layers.items()}
+        self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
         self._unseen = set(layers)
         self._hooks = [
             WrappedForward(layer, partial(self._call, name, layer, layer.forward)) for name, layer in layers.items()
@@ -188,11 +184,15 @@ class EdgeRule(CreditRule):
         """
         return None
 
-    def feedback_weights(self) -> dict[str, Tensor]:
-        """Effective feedback weight of each layer, in the shape of the layer's weight."""
+    def feedback_weight(self, name: str) -> Tensor:
+        """Effective feedback weight of one layer, in the shape of the layer's weight."""
+        compute, tensors = self.feedback_of(name)
         with torch.no_grad():
-            found = {name: self.feedback_of(name) for name in self.layers}
-            return {name: compute(self.geometries[name], *tensors) for name, (compute, tensors) in found.items()}
+            return compute(self.geometries[name], *tensors)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """Effective feedback weight of each layer."""
+        return {name: self.feedback_weight(name) for name in self.layers}
 
     def substitutes(self) -> dict[str, Tensor]:
         """Tensors that stand in for model parameters in the forward pass (:class:`WeightTap`); none by default."""
@@ -241,14 +241,16 @@ class EdgeRule(CreditRule):
                     f"layer {name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
                 )
             return forward(inputs, *args, **kwargs)
+        if self._one_matrix and self._may_swap and inputs.requires_grad:
+            with self._swaps[name]:
+                return forward(inputs, *args, **kwargs)
         shape = self.geometries[name]
         below = padded_input(layer, inputs) if shape is not None else inputs
         pathway = self.pathway(name, below)
         if pathway is None and not inputs.requires_grad:
             return forward(inputs, *args, **kwargs)
         if pathway is None and self._may_swap:
-            swap = Swap(layer.weight, self.feedback_of(name), shape)
-            with saved_tensors_hooks(swap.pack, swap.unpack):
+            with self._swaps[name]:
                 return forward(inputs, *args, **kwargs)
         output = forward(inputs.detach(), *args, **kwargs)
         if not (output.requires_grad or below.requires_grad):  # a frozen layer still hands the error down
