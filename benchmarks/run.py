@@ -48,7 +48,7 @@ Case = tuple[str, str, tuple[int, ...], int, int, int]
 CASES: list[Case] = [
     ("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 25, 40),
     ("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 25, 2),
-    ("ResNet-20", "resnet20", (3, 32, 32), 128, 15, 1),
+    ("ResNet-20", "resnet20", (3, 32, 32), 128, 20, 2),
 ]
 GPU_CASES: list[Case] = [
     ("ResNet-20", "resnet20", (3, 32, 32), 128, 40, 5),

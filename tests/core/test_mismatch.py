@@ -84,7 +84,7 @@ def test_matched() -> None:
 
 def test_the_mismatch_is_a_buffer_and_its_scale_a_parameter_of_two_dimensions() -> None:
     mismatch = Mismatch(torch.ones(2, 2))
-    assert [name for name, _ in mismatch.named_buffers()] == ["initial"]
+    assert list(mismatch.state_dict()) == ["scale", "initial"]
     assert [(name, p.dim()) for name, p in mismatch.named_parameters()] == [("scale", 2)]
 
 

@@ -9,9 +9,7 @@ c is therefore an ordinary parameter with zero gradient: the user's own optimise
 Two probes beside it, with gradients g and 2g, verify that the optimiser is linear.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +28,14 @@ class Mismatch(nn.Module):
     """
 
     initial: Tensor
+    probe: Tensor
 
     def __init__(self, initial: Tensor) -> None:
         super().__init__()
         self.register_buffer("initial", initial)
         # two dimensions, so that "decay matrices only" parameter groups treat it as they treat the weight
         self.scale = nn.Parameter(torch.tensor([[1.0, 0.0, 0.0]], dtype=initial.dtype, device=initial.device))
+        self.register_buffer("probe", probe_gradient(self.scale.detach()), persistent=False)
         self._versions = (0, 0)
         self._left_behind = 0
 
@@ -75,8 +75,8 @@ def matched(weight: Tensor, initial: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(weight, initial, scale[0, 0])
 
 
-def with_scales(credit: Credit, mismatches: Iterable[nn.Module]) -> Credit:
+def with_scales(credit: Credit, mismatches: Sequence[Mismatch]) -> Credit:
     """The credit with every mismatch's `scale` among its roots: its gradient is known beforehand."""
-    scales = [cast(Mismatch, mismatch).scale for mismatch in mismatches]
-    roots, signals = [*credit.roots, *scales], [*credit.signals, *map(probe_gradient, scales)]
-    return replace(credit, roots=roots, signals=signals)
+    credit.roots = [*credit.roots, *(mismatch.scale for mismatch in mismatches)]
+    credit.signals = [*credit.signals, *(mismatch.probe for mismatch in mismatches)]
+    return credit

@@ -92,7 +92,7 @@ class KolenPollack(EdgeRule):
                 name, layer = next(iter(self.layers.items()))
                 self._mismatch(name).check_optimizer("KolenPollack", layer.weight)
         credit = super().forward(inputs, targets)
-        return with_scales(credit, self.difference.values()) if self.form == "closed" else credit
+        return with_scales(credit, [self._mismatch(name) for name in self.layers]) if self.form == "closed" else credit
 
     def feedback_of(self, name: str) -> Feedback:
         """B of this layer, stored or as `W + c (B_0 - W_0)`."""
@@ -102,7 +102,7 @@ class KolenPollack(EdgeRule):
         return grown_together, (self.layers[name].weight, mismatch.initial, mismatch.scale)
 
     def _mismatch(self, name: str) -> Mismatch:
-        return cast(Mismatch, self.difference[key(name)])
+        return cast(Mismatch, self.difference._modules[key(name)])
 
     def substitutes(self) -> dict[str, Tensor]:
         """In explicit form, weights whose gradient is also B's."""

@@ -34,6 +34,8 @@ from apical.core.transport import Geometry, as_matrix, from_matrix, transport, w
 from apical.core.units import key
 from apical.errors import ConfigError
 
+WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping
+
 Form = Literal["auto", "closed", "explicit", "literal", "fused"]
 
 
@@ -211,7 +213,7 @@ class ProductFeedbackAlignment(EdgeRule):
                 name, layer = next(iter(self.layers.items()))
                 self._mismatch(name).check_optimizer("ProductFeedbackAlignment", layer.weight)
         credit = super().forward(inputs, targets)
-        return with_scales(credit, self.mismatch.values()) if self.form == "closed" else credit
+        return with_scales(credit, [self._mismatch(name) for name in self.layers]) if self.form == "closed" else credit
 
     def literal(self, name: str) -> bool:
         """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
@@ -232,9 +234,11 @@ class ProductFeedbackAlignment(EdgeRule):
         if self.literal(name):
             tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic[key(name)], *self._mask(name))
             return literal_feedback, tensors
-        dense_and_mixed = self.form == "closed" and self.geometries[name] is None and key(name) in self.expansion._buffers
-        if dense_and_mixed and inputs.requires_grad and inputs.numel() < inputs.shape[-1] ** 2:
-            return mixed_first, self.feedback_of(name)[1]
+        mixing = self.expansion._buffers.get(key(name)) if self.form == "closed" and self.geometries[name] is None else None
+        if mixing is not None and inputs.requires_grad:
+            n_in, rows = inputs.shape[-1], inputs.numel() // inputs.shape[-1]
+            if mixing.numel() * (n_in - rows) > WORTH_A_PATHWAY:
+                return mixed_first, self.feedback_of(name)[1]
         return None
 
     def substitutes(self) -> dict[str, Tensor]:
@@ -250,7 +254,7 @@ class ProductFeedbackAlignment(EdgeRule):
         return taps
 
     def _mismatch(self, name: str) -> Mismatch:
-        return cast(Mismatch, self.mismatch[key(name)])
+        return cast(Mismatch, self.mismatch._modules[key(name)])
 
     def _mask(self, name: str) -> tuple[Tensor, ...]:
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
