@@ -71,9 +71,10 @@ def test_every_flipped_byte_of_a_gzip_file_is_noticed_or_harmless(tmp_path):
         (b"\0\0\x0d\3" + idx_bytes(IMAGES)[4:], "not an IDX file"),
         (idx_bytes(IMAGES) + b"\0", "longer than its header says"),
         (b"\0\0\x08\3" + b"\xff" * 12 + bytes(24), "truncated"),
-        (gzip.compress(idx_bytes(IMAGES)) + b"junk", "damaged gzip"),
-        (gzip.compress(b""), "truncated"),
+        (gzip.compress(idx_bytes(IMAGES), mtime=0) + b"junk", "damaged gzip"),
+        (gzip.compress(b"", mtime=0), "truncated"),
     ],
+    ids=["empty", "png", "one-dimension", "floats", "longer", "size-overflow", "gzip-junk", "gzip-of-nothing"],
 )
 def test_wrong_content_is_named(tmp_path, content, reason):
     path = tmp_path / "images"
