@@ -118,11 +118,14 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """One line per rule: accuracy over its finished seeds, training loss, time, memory."""
+    """One line per rule: accuracy over its finished seeds, training loss, memory.
+
+    Times are left to the benchmarks: a comparison shares its machine.
+    """
     lines = []
     for (rule,), all_runs in grouped(rows, "rule").items():
         runs = [row for row in all_runs if row.get("status", "finished") == "finished"]
-        ratios, memory = present(runs, "ratio_to_bp"), present(runs, "memory_mb")
+        memory = present(runs, "memory_mb")
         lines.append(
             [
                 f"`{rule}`",
@@ -130,11 +133,10 @@ def comparison_table(rows: Sequence[Row]) -> str:
                 " / ".join(sorted({str(row.get("epochs")) for row in runs})) or "-",
                 spread([100 * value for value in present(runs, "test_accuracy")], 2),
                 spread(present(runs, "train_loss"), 4),
-                number(statistics.median(ratios), 2) if ratios else "-",
                 number(statistics.median(memory), 0) if memory else "-",
             ]
         )
-    header = ("rule", "seeds", "epochs", "test accuracy, %", "training loss", "time per step / BP", "memory, MB")
+    header = ("rule", "seeds", "epochs", "test accuracy, %", "training loss", "memory, MB")
     return table(header, lines)
 
 
