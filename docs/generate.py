@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from apical import models
+from apical.experiment.verdicts import Verdict, tally
 from apical.recipes.pfa import STUDIES
 from apical.recipes.rules import RULES
 
@@ -185,14 +186,13 @@ def verdict_table(verdicts: Sequence[Row]) -> str:
         seeds = str(row["n"]) if row["n"] else "-"
         lines.append([f"`{row['rule']}`", row["what"], str(row["epoch"]), expected, row["tag"], ours, seeds, row["verdict"]])
     return table(
-        ("rule", "what", "after epoch", "published", "source", "measured", "seeds", "verdict"), lines, numeric_from=2
+        ("rule", "what", "after epoch", "reference", "source", "measured", "seeds", "verdict"), lines, numeric_from=2
     )
 
 
 def verdict_sentence(verdicts: Sequence[Row]) -> str:
-    """How many published numbers were reproduced."""
-    tried = [row["verdict"] for row in verdicts if row["verdict"] != "not run"]
-    return f"{tried.count('reproduced')} of the {len(tried)} published numbers that these runs reach are reproduced."
+    """How many reference numbers were reproduced, by where they are from."""
+    return tally([Verdict(**row) for row in verdicts])
 
 
 def comparison_page(folder: Path) -> str:
@@ -201,7 +201,7 @@ def comparison_page(folder: Path) -> str:
     verdicts = load(folder / "verdicts.json")
     if verdicts:
         parts += [
-            "## Against the published numbers",
+            "## Against reference numbers",
             verdict_sentence(verdicts),
             "Sources: `fig` is read off the published curves, `paper` stands in the text, `order` is an order of two rules, "
             "and `ours` comes from a prototype of ours, for settings that the paper does not have.",

@@ -122,7 +122,7 @@ def test_verdicts_are_listed_and_counted(comparison: Path) -> None:
     order = {**row, "published": 0.0, "tolerance": None, "measured": -1.0, "spread": None, "verdict": "not reproduced"}
     (comparison / "verdicts.json").write_text(json.dumps([near, absent, order]))
     page = generate.comparison_page(comparison)
-    assert "1 of the 2 published numbers that these runs reach are reproduced." in page
+    assert "Reproduced: 1 of 2 read off the published curves." in page
     assert "| `pfa` | angle, ° | 5 | 20.30 ± 1.5 | fig | 20.50 ± 0.25 | 2 | reproduced |" in page
     assert "| 20.30 ± 1.5 | fig | - | - | not run |" in page
     assert "| at least 0.00 | fig | -1.00 | 2 | not reproduced |" in page

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from apical.experiment.report_records import Comparison, Run
-from apical.experiment.verdicts import judge
+from apical.experiment.verdicts import judge, tally
 
 
 def run(rule: str, seed: int, accuracies: list[float], angles: list[float | None]) -> Run:
@@ -62,3 +62,11 @@ def test_angles_are_of_one_layer_or_the_mean_over_layers(layer: int, mean: float
 def test_an_order_is_judged_by_the_mean_difference_over_seeds(least: float, verdict: str) -> None:
     (row,) = judged({}, ({"rule": "pfa", "other": "bp", "epoch": 1, "least": least, "split": "test"},))
     assert (row.measured, row.n, row.verdict) == (pytest.approx(-1.5), 2, verdict)
+
+
+def test_our_own_numbers_are_not_counted_as_published() -> None:
+    ours = {**number("accuracy", 1, 91.0, 1.0), "tag": "ours"}
+    rows = judged({"bp": [number("accuracy", 1, 80.0, 1.0), number("accuracy", 40, 98.0, 1.0), ours]})
+    assert tally(rows) == (
+        "Reproduced: 0 of 1 read off the published curves; 1 of 1 measured with our own prototype, not published."
+    )

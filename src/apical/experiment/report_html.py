@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from apical.experiment.figures import Drawing
 from apical.experiment.report_records import Comparison, Run
-from apical.experiment.verdicts import Verdict
+from apical.experiment.verdicts import Verdict, tally
 
 if TYPE_CHECKING:
     from apical.experiment.report import RuleSummary
@@ -184,7 +184,7 @@ def _rule_row(row: "RuleSummary", with_memory: bool) -> str:
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:
-    """Published against measured numbers; nothing if there are none."""
+    """Reference against measured numbers; nothing if there are none."""
     if not verdicts:
         return ""
     lines = []
@@ -202,12 +202,10 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
             row.verdict,
         )
         lines.append(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
-    held = sum(row.verdict == "reproduced" for row in verdicts)
-    tried = sum(row.verdict != "not run" for row in verdicts)
-    heads = ("Rule", "Quantity", "Epoch", "Published ± tolerance", "Source", "Here, mean ± s.d.", "n", "Verdict")
+    heads = ("Rule", "Quantity", "Epoch", "Reference ± tolerance", "Source", "Here, mean ± s.d.", "n", "Verdict")
     return (
-        f"<h2>Against the published numbers</h2><p>{held} of {tried} numbers that this run reaches are reproduced: the mean "
-        "over seeds lies within the tolerance. Source: fig, read from the published curves; ours, our own measurement.</p>"
+        f"<h2>Against reference numbers</h2><p>{escape(tally(verdicts))} Reproduced means that the mean over seeds lies "
+        "within the tolerance.</p>"
         f'<details><summary>Every number</summary><table class="runs"><thead><tr>'
         f"{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table></details>"
     )

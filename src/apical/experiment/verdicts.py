@@ -96,3 +96,26 @@ def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None
         n=len(found),
         verdict=verdict,
     )
+
+
+SOURCES = {
+    "paper": "printed in the paper",
+    "fig": "read off the published curves",
+    "ours": "measured with our own prototype, not published",
+    "order": "orders of two rules",
+}
+
+
+def tally(verdicts: Sequence[Verdict]) -> str:
+    """How many numbers were reproduced, by where they are from, so that no source passes for another.
+
+    >>> row = Verdict("pfa", "angle", 5, 20.3, 1.5, "fig", 20.5, None, 1, "reproduced")
+    >>> tally([row])
+    'Reproduced: 1 of 1 read off the published curves.'
+    """
+    parts = []
+    for tag in dict.fromkeys(row.tag for row in verdicts):
+        tried = [row.verdict for row in verdicts if row.tag == tag and row.verdict != "not run"]
+        if tried:
+            parts.append(f"{tried.count('reproduced')} of {len(tried)} {SOURCES.get(tag, tag)}")
+    return f"Reproduced: {'; '.join(parts)}." if parts else "No reference number was reached."

@@ -140,7 +140,7 @@ def _mnist() -> Study:
     claims = tuple(
         Claim(rule, other, epoch, 0.0) for epoch in (5, 40) for rule in ("bp", "usf", "pfa") for other in ("fa", "dfa")
     )
-    claims += (Claim("pfa", "bp", 5, -0.5), Claim("pfa", "bp", 40, -0.15))
+    claims += (Claim("pfa", "bp", 5, -0.5), Claim("pfa-o", "bp", 5, -0.5), Claim("pfa", "bp", 40, -0.15))
     return Study("MNIST, 784-512-512-10, 40 epochs", "about 4 minutes on one CPU core", rows, base, claims)
 
 
