@@ -208,8 +208,8 @@ def _status(parsed: Any, command: str) -> int:
         message = (error.strerror or str(error)) + where
     except KeyboardInterrupt:
         return 130
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
-        print("apical: error: " + " ".join(message.split()), file=sys.stderr)
+    # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke
+    print("apical: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
 
 

@@ -42,7 +42,8 @@ def test_a_batch_that_does_not_divide_is_refused(apical: Start, tmp_path: Path) 
     process = apical(*TRAIN, "--batch-size", "33", "--out", tmp_path / "run", launcher=launcher(2))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count("apical: error: --batch-size 33 does not divide among 2 processes") == 1
+    # by both processes or by the first to fail, which has torchrun kill the other
+    assert errors.count("apical: error: --batch-size 33 does not divide among 2 processes") in (1, 2)
     assert not (tmp_path / "run").exists()
 
 
