@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: errors < core < rules < experiment < recipes < cli, and the sides."""
+"""Who may import whom, from the source: errors < core < dynamics < rules < experiment < recipes < cli, and the sides."""
 
 import ast
 import sys
@@ -11,13 +11,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": set(),
     "core": {"core", "errors"},
-    "rules": {"core", "errors"},  # and never another rule
+    "dynamics": {"dynamics", "core", "errors"},
+    "rules": {"dynamics", "core", "errors"},  # and never another rule
     "models": {"models", "errors"},
     "data": {"data", "errors"},
-    "diagnostics": {"diagnostics", "core", "errors"},
-    "testing": {"rules", "core", "errors"},
-    "experiment": {"experiment", "diagnostics", "models", "data", "core", "errors"},
-    "recipes": {"recipes", "experiment", "diagnostics", "models", "data", "rules", "core", "errors"},
+    "diagnostics": {"diagnostics", "dynamics", "core", "errors"},
+    "testing": {"rules", "dynamics", "core", "errors"},
+    "experiment": {"experiment", "diagnostics", "models", "data", "dynamics", "core", "errors"},
+    "recipes": {"recipes", "experiment", "diagnostics", "models", "data", "rules", "dynamics", "core", "errors"},
 }
 OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests"}  # what core, rules and the sides may use
 

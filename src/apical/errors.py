@@ -28,6 +28,10 @@ class DivergenceError(ApicalError, ArithmeticError):
     """Training produced NaN or infinity."""
 
 
+class InstabilityError(DivergenceError):
+    """A simulated dynamics or its controller is unstable at the settings given; the message names what to change."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Error for an unknown rule, model or data set, with the nearest known name.
 

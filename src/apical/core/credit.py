@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from apical.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
+
+Phase = Literal["both", "forward", "feedback"]
+"""What a call of a rule learns."""
 
 
 @dataclass
@@ -46,9 +49,18 @@ class CreditRule(nn.Module):
     Args:
         model: any `nn.Module` the rule supports; it is trained in place.
         loss: maps (output, targets) to a scalar batch mean.
+
+    Attributes:
+        two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
+        phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
+            "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
+            to the others (several processes wait for every gradient that the graph promises). Rules that are not
+            `two_phase` ignore it.
     """
 
     model: nn.Module
+    two_phase: bool = False
+    phase: Phase
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -56,6 +68,7 @@ class CreditRule(nn.Module):
         self.loss = loss
         self._hooks: list[Any] = []
         self._attached = True
+        self.phase = "both"
 
     @abstractmethod
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -64,6 +77,15 @@ class CreditRule(nn.Module):
     def feedback_weights(self) -> dict[str, Tensor]:
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
         return {}
+
+    def feedback_parameters(self) -> list[nn.Parameter]:
+        """Trainable feedback weights that an optimiser may treat apart from the forward weights; empty where none are."""
+        return []
+
+    @property
+    def learns_apart(self) -> bool:
+        """Whether there are feedback weights that can learn in passes of their own."""
+        return self.two_phase and any(parameter.requires_grad for parameter in self.feedback_parameters())
 
     def require_attached(self) -> None:
         """Refuse to work on a model that the rule was detached from.

@@ -1,0 +1,108 @@
+"""Element-wise activations: derivative, and the difference `phi(v + d) - phi(v)` without cancellation.
+
+Control signals are small beside the potentials they act on. Taken as a difference of two rates, their effect loses four
+digits in float32; the identities here keep them all. Activations without one of their own fall back to the plain
+difference.
+"""
+
+from copy import copy
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.units import ACTIVATIONS
+
+ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in (nn.Softmax, nn.PReLU, nn.RReLU))
+"""Activations that act on each neuron alone, with neither parameters nor randomness."""
+
+
+@singledispatch
+def derivative(activation: nn.Module, v: Tensor, r: Tensor) -> Tensor:
+    """`phi'(v)`, of v's shape, given also `r = phi(v)`; at a kink the one-sided value that autograd takes."""
+    slope: Tensor = torch.func.jvp(plain(activation), (v,), (torch.ones_like(v),))[1]
+    return slope
+
+
+@singledispatch
+def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`."""
+    moved: Tensor = plain(activation)(v + d)
+    return moved - r
+
+
+def plain(activation: nn.Module) -> nn.Module:
+    """The activation, not in place."""
+    if not getattr(activation, "inplace", False):
+        return activation
+    twin = copy(activation)
+    twin.inplace = False  # type: ignore[assignment]
+    return twin
+
+
+@derivative.register
+def _(activation: nn.Identity, v: Tensor, r: Tensor) -> Tensor:
+    return torch.ones_like(v)
+
+
+@derivative.register
+def _(activation: nn.Tanh, v: Tensor, r: Tensor) -> Tensor:
+    return 1 - r * r
+
+
+@derivative.register
+def _(activation: nn.Sigmoid, v: Tensor, r: Tensor) -> Tensor:
+    return r - r * r
+
+
+@derivative.register
+def _(activation: nn.ReLU, v: Tensor, r: Tensor) -> Tensor:
+    return (v > 0).to(v.dtype)
+
+
+@derivative.register
+def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor) -> Tensor:
+    return torch.where(v > 0, 1.0, activation.negative_slope).to(v.dtype)
+
+
+@difference.register
+def _(activation: nn.Identity, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return d
+
+
+@difference.register
+def _(activation: nn.Tanh, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _tanh_difference(v, r, d)
+
+
+@difference.register
+def _(activation: nn.Sigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _tanh_difference(v / 2, 2 * r - 1, d / 2) / 2
+
+
+@difference.register
+def _(activation: nn.ReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _relu_difference(v, d)
+
+
+@difference.register
+def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    slope = activation.negative_slope
+    return slope * d + (1 - slope) * _relu_difference(v, d)
+
+
+def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    """`tanh(v + d) - tanh(v) = tanh(d) (1 - tanh(v) tanh(v + d))`.
+
+    The same is `E (1 - r^2) / (2 + E (1 + r))` with `E = exp(2 d) - 1`: a third of the time on a CPU, where d is small.
+    """
+    if d.is_cpu and d.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(d)
+        if float(high) < 1 and float(low) > -1:
+            grown = torch.expm1(d + d)
+            return torch.addcmul(grown, grown * r, r, value=-1).div_(torch.addcmul(grown + 2, grown, r))
+    return torch.addcmul(d.new_ones(()), r, torch.tanh(v + d), value=-1).mul_(torch.tanh(d))
+
+
+def _relu_difference(v: Tensor, d: Tensor) -> Tensor:
+    return torch.where(v > 0, torch.maximum(d, -v), (v + d).clamp_min(0))

@@ -1,0 +1,262 @@
+"""Feed-forward chains: models that are one weighted layer after another, with an element-wise activation behind each.
+
+    v_i = W_i r_{i-1} + b_i,   r_i = phi_i(v_i),   i = 1..L,   r_0 = input
+
+Rules whose mathematics is about the whole chain (feedback control, targets, equilibria) need it as a list of stages. It is
+found by running the model once and looking at what each module was given, so any `nn.Module` will do whose modules hand
+their outputs on one to the next.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from apical.core.activations import ELEMENTWISE, plain
+from apical.core.transport import geometry, pads_itself, transport
+from apical.core.units import Layer, weighted_layers
+from apical.errors import UnsupportedModelError
+
+AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
+"""Modules without parameters that are linear: they may stand before a layer and count as a part of it."""
+
+KNOWN = (nn.Linear, _ConvNd, *ELEMENTWISE, *LINEAR)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One layer of a chain: `v = layer(before(r_previous))`, `r = activation(v)`.
+
+    Attributes:
+        name: module name of the weighted layer.
+        layer: the layer.
+        before: linear modules without parameters between the last activation and the layer.
+        activation: element-wise; `nn.Identity()` where the model has none.
+        shape: of v, one sample.
+        input_shape: of the stage's input, one sample.
+    """
+
+    name: str
+    layer: Layer
+    before: tuple[nn.Module, ...]
+    activation: nn.Module
+    shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number n_i of neurons."""
+        return math.prod(self.shape)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the stage is one matrix: a Linear layer on vectors."""
+        return not self.before and isinstance(self.layer, nn.Linear) and len(self.input_shape) == 1
+
+    def seen(self, rates: Tensor) -> Tensor:
+        """What the layer itself is given (batch, ...), for the stage's input `rates` (batch, *input_shape)."""
+        for module in self.before:
+            rates = module(rates)
+        return rates
+
+    def linear(self, rates: Tensor, added: Tensor | None = None) -> Tensor:
+        """`W rates`, without the bias, plus `added`: (batch, *input_shape) -> (batch, *shape)."""
+        weight = self.layer.weight
+        if self.is_dense:
+            return rates @ weight.T if added is None else torch.addmm(added, rates, weight.T)
+        rates = self.seen(rates)
+        if isinstance(self.layer, nn.Linear):
+            result = F.linear(rates, weight)
+        else:
+            result = self.layer._conv_forward(rates, weight, None)
+        return result if added is None else result + added
+
+    def transposed(self, rows: Tensor) -> Tensor:
+        """`rows W`: (rows, n_i) -> (rows, n_{i-1}), both flat."""
+        weight = self.layer.weight
+        if self.is_dense:
+            return rows @ weight
+        delta = rows.reshape(len(rows), *self.shape)
+        if not self.before and not pads_itself(self.layer):
+            template = delta.new_empty(len(rows), *self.input_shape)
+            return transport(geometry(self.layer), delta, weight, template).flatten(1)
+        pull = torch.func.vjp(self.linear, delta.new_zeros(len(rows), *self.input_shape))[1]
+        pulled: Tensor = pull(delta)[0]
+        return pulled.flatten(1)
+
+
+class States(NamedTuple):
+    """One pass through a chain: `v[i]` and `r[i + 1]` belong to stage i, `r[0]` is the input; each (batch, *shape)."""
+
+    v: list[Tensor]
+    r: list[Tensor]
+
+
+class Chain:
+    """A model seen as a feed-forward chain of stages.
+
+    Args:
+        model: the network; it is only read.
+        input_shape: of one sample; needed where a model has convolutions, whose sizes depend on it.
+
+    Raises:
+        UnsupportedModelError: a module is not part of a chain, or the mathematics does not carry over to it; it is named.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None) -> None:
+        self.layers = weighted_layers(model)
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                _check_kind(name, module)
+        first = next(iter(self.layers.values()))
+        if input_shape is None:
+            if any(isinstance(layer, _ConvNd) for layer in self.layers.values()) or not isinstance(first, nn.Linear):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has convolutions: pass input_shape=(channels, ...) of one sample, "
+                    "on which the sizes of its layers depend"
+                )
+            input_shape = (first.in_features,)
+        example = torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device)
+        self.head, self.stages = _stages(_calls(model, example), example)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """W_1..W_L."""
+        return [stage.layer.weight for stage in self.stages]
+
+    def run(self, inputs: Tensor) -> States:
+        """The feed-forward pass, without gradient."""
+        with torch.no_grad():
+            for module in self.head:
+                inputs = plain(module)(inputs)
+            v, r = [], [inputs]
+            for stage in self.stages:
+                v.append(stage.layer(stage.seen(r[-1])))
+                r.append(plain(stage.activation)(v[-1]))
+        return States(v, r)
+
+
+class _Call(NamedTuple):
+    name: str
+    module: nn.Module
+    given: Tensor
+    made: Tensor
+
+
+def _check_kind(name: str, module: nn.Module) -> None:
+    """Refuse modules to which the mathematics does not carry over, whatever their place in the model."""
+    what = f"module {name!r} ({type(module).__name__})"
+    if isinstance(module, _ConvTransposeNd):
+        raise UnsupportedModelError(f"{what}: transposed convolutions are not supported in a chain")
+    if isinstance(module, KNOWN):
+        return
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        raise UnsupportedModelError(f"{what} makes the feed-forward pass random; remove it")
+    if isinstance(module, nn.modules.pooling._MaxPoolNd):
+        raise UnsupportedModelError(f"{what} is not linear; use average pooling or strides")
+    if next(module.parameters(), None) is None and next(module.buffers(), None) is None and not _is_torch(module):
+        return  # a container that calls functions: the trace will show whether it breaks the chain
+    raise UnsupportedModelError(
+        f"{what} is not supported in a chain of weighted layers and element-wise activations; remove it or use another rule"
+    )
+
+
+def _is_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn")
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, example: Tensor) -> list[_Call]:
+    """The leaf modules in the order in which the model calls them, each given what the one before has made."""
+    calls: list[_Call] = []
+    names = {id(module): name for name, module in model.named_modules() if not list(module.children())}
+
+    def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
+        if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(made, Tensor):
+            raise UnsupportedModelError(f"module {names[id(module)]!r} does not map one tensor to one tensor")
+        calls.append(_Call(names[id(module)], module, args[0], made))
+
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [module.register_forward_hook(note) for module in model.modules() if id(module) in names]
+    try:
+        with torch.random.fork_rng([example.device] if example.is_cuda else []):
+            model.eval()
+            output = model(example)
+    except (RuntimeError, ValueError) as error:
+        shape = tuple(example.shape[1:])
+        raise UnsupportedModelError(f"the model cannot be run on a sample of shape {shape}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    last, maker = example, "the input"
+    for call in calls:
+        if call.given is not last:
+            raise UnsupportedModelError(
+                f"the input of module {call.name!r} is not the output of {maker}: a function, a sum or a branch lies "
+                "between them, and the model is no chain; make it a chain of modules or use another rule"
+            )
+        last, maker = call.made, f"module {call.name!r}"
+    if output is not last:
+        raise UnsupportedModelError(f"the model's output is not the output of {maker}: a function follows it")
+    return calls
+
+
+def _stages(calls: list[_Call], example: Tensor) -> tuple[list[nn.Module], list[Stage]]:
+    """Modules before the first layer, and the stages."""
+    head: list[nn.Module] = []
+    stages: list[Stage] = []
+    before: list[nn.Module] = []
+    layer: _Call | None = None
+    start, used = example, set()
+
+    def finish(activation: nn.Module) -> None:
+        nonlocal layer
+        assert layer is not None
+        assert isinstance(layer.module, nn.Linear | _ConvNd)
+        shapes = tuple(layer.made.shape[1:]), tuple(start.shape[1:])
+        stages.append(Stage(layer.name, layer.module, tuple(before), activation, *shapes))
+        before.clear()
+        layer = None
+
+    for call in calls:
+        if isinstance(call.module, nn.Linear | _ConvNd):
+            if layer is not None:
+                made = layer.made
+                finish(nn.Identity())
+                start = made
+            if call.name in used:
+                raise UnsupportedModelError(f"layer {call.name!r} is called twice; a chain uses each layer once")
+            used.add(call.name)
+            layer = call
+        elif layer is not None and isinstance(call.module, ELEMENTWISE):
+            finish(call.module)
+            start = call.made
+        elif isinstance(call.module, nn.Identity):
+            continue
+        elif not stages and layer is None:
+            head.append(call.module)
+            start = call.made
+        elif isinstance(call.module, LINEAR):
+            if layer is not None:
+                made = layer.made
+                finish(nn.Identity())
+                start = made
+            before.append(call.module)
+        else:
+            raise UnsupportedModelError(
+                f"module {call.name!r} ({type(call.module).__name__}) does not follow a weighted layer directly"
+            )
+    if layer is not None:
+        finish(nn.Identity())
+    if before:
+        kind = type(before[0]).__name__
+        raise UnsupportedModelError(f"{kind} follows the last weighted layer; end the model with a layer")
+    return head, stages

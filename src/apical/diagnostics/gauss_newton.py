@@ -1,0 +1,283 @@
+"""Angles between what a rule asks for and the Gauss-Newton and minimum-norm updates, for every rule and model.
+
+Meulemans et al., "Credit Assignment in Neural Networks through Deep Feedback Control", arXiv 2106.07887. With the output
+error delta = -dL/dr_L of one sample, J_W = d r_L / d W its Jacobian in all trained weights and biases, J = d r_L / d v:
+
+    Gauss-Newton, batch size 1 (Theorem 2):   dW = J_W^T (J_W J_W^T + damping I)^-1 delta,        mean over the batch
+    minimum norm (Theorem 3):                 dv = J^T (J J^T + damping I)^-1 delta,
+                                              dW_i = [phi(v_i + dv_i) - phi(v_i)] r_{i-1}^T,      mean over the batch
+    Gauss-Newton of the whole batch:          dW = -(G + damping I)^-1 dL/dW,  G = J_W^T (d2L/dr_L2) J_W
+
+All are weight *changes*, to be compared with minus the rule's `.grad`. The network is taken in evaluation mode everywhere
+(running statistics, no dropout), the rule's own gradient included: only there is the output a function of one sample.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from apical.core.activations import difference as rate_difference
+from apical.core.chain import Chain
+from apical.core.credit import CreditRule, Loss
+from apical.core.cut import output_error
+from apical.diagnostics.alignment import angle, unchanged
+from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
+from apical.dynamics.feedback_control import output_jacobian
+from apical.errors import ConfigError, UnsupportedModelError
+
+Update: TypeAlias = dict[str, Tensor]
+"""Weight change of each parameter, by its name in the model."""
+
+
+def gauss_newton_update(
+    model: nn.Module,
+    inputs: Tensor,
+    delta: Tensor,
+    damping: float = 0.1,
+    *,
+    names: Collection[str] | None = None,
+    dense_outputs: int = 64,
+) -> Update:
+    """Damped Gauss-Newton update of batch size 1, averaged over the batch.
+
+    Args:
+        model: any network that maps (batch, ...) to (batch, ...), each sample on its own in evaluation mode.
+        inputs: (batch, ...).
+        delta: wished change of the output, of the output's shape: minus the error of each sample.
+        damping: positive; 0 is allowed where J_W J_W^T is regular.
+        names: parameters to take into account; None: all that require a gradient.
+        dense_outputs: up to this many outputs the matrix J_W J_W^T is built, above it conjugate gradients never build it.
+
+    Returns:
+        Parameter name -> change, of the parameter's shape.
+
+    Raises:
+        ConfigError: a negative damping, an unknown name, or conjugate gradients that do not converge.
+        UnsupportedModelError: a module mixes the samples even in evaluation mode; it is named.
+    """
+    _require_damping(damping)
+    with evaluation(model):
+        parameters, network = _functional(model, names)
+        delta = delta.detach().flatten(1)
+        if delta.shape[1] <= dense_outputs:
+            kernel = kernel_matrices(network, parameters, inputs)
+            kernel.diagonal(dim1=-2, dim2=-1).add_(damping)
+            weighted = torch.linalg.solve(kernel, delta)
+        else:
+            product = kernel_product(network, parameters, inputs)
+            weighted = conjugate_gradient(lambda z: product(z) + damping * z, delta)
+        pullback = vjp(lambda p: network(p, inputs).flatten(1), parameters)[1]
+        update: Update = pullback(weighted / len(weighted))[0]
+    return update
+
+
+def minimum_norm_update(
+    chain: Chain,
+    inputs: Tensor,
+    delta: Tensor,
+    damping: float = 0.1,
+    difference: Literal["rate", "voltage"] = "rate",
+) -> Update:
+    """Damped minimum-norm update of a chain, averaged over the batch.
+
+    Args:
+        chain: the network as a chain of layers.
+        inputs: (batch, ...).
+        delta: wished change of the output, of the output's shape.
+        damping: as above.
+        difference: "rate" for phi(v + dv) - phi(v) as teaching signal of a layer, "voltage" for dv itself.
+
+    Returns:
+        Parameter name -> change, for the layers' parameters that require a gradient.
+
+    Raises:
+        ConfigError: a negative damping or an unknown `difference`.
+    """
+    _require_damping(damping)
+    if difference not in ("rate", "voltage"):
+        raise ConfigError(f"difference must be 'rate' or 'voltage', not {difference!r}")
+    states = chain.run(inputs)
+    with torch.no_grad():
+        jacobian = output_jacobian(chain, states)
+        gram = sum((block @ block.mT for block in jacobian), torch.zeros_like(jacobian[-1][:, :, :1]))
+        gram.diagonal(dim1=-2, dim2=-1).add_(damping)
+        weighted = torch.linalg.solve(gram, delta.detach().flatten(1))
+    update: Update = {}
+    for i, (stage, block) in enumerate(zip(chain.stages, jacobian, strict=True)):
+        moved = torch.einsum("bkn,bk->bn", block, weighted).view_as(states.v[i])
+        if difference == "rate":
+            moved = rate_difference(stage.activation, states.v[i], states.r[i + 1], moved)
+        own = {name: p for name, p in stage.layer.named_parameters(recurse=False) if p.requires_grad}
+        if own:
+            with torch.enable_grad():
+                v = stage.layer(stage.seen(states.r[i]))
+            changes = torch.autograd.grad(v, list(own.values()), moved / len(moved))
+            prefix = f"{stage.name}." if stage.name else ""
+            update |= {prefix + name: change for name, change in zip(own, changes, strict=True)}
+    return update
+
+
+def gauss_newton_direction(
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    damping: float = 0.1,
+    *,
+    names: Collection[str] | None = None,
+    tolerance: float = 1e-6,
+    iterations: int = 1000,
+) -> Update:
+    """Gauss-Newton change of the whole batch, `-(G + damping I)^-1 dL/dW`, by conjugate gradients.
+
+    Args:
+        model: any network; in evaluation mode it must treat the samples independently.
+        loss: maps (output, targets) to a scalar that is convex in the output, such as cross entropy or squared error.
+        inputs: (batch, ...).
+        targets: what the loss takes.
+        damping: positive.
+        names: parameters to take into account; None: all that require a gradient.
+        tolerance: relative residual at which to stop.
+        iterations: at most so many products with G.
+
+    Raises:
+        ConfigError: a negative damping, an unknown name, or no convergence (raise `damping` or `iterations`).
+        UnsupportedModelError: a module mixes the samples even in evaluation mode.
+    """
+    _require_damping(damping)
+    with evaluation(model):
+        parameters, network = _functional(model, names)
+        product, gradient = loss_curvature_product(lambda p: network(p, inputs), lambda r: loss(r, targets), parameters)
+        flat = conjugate_gradient(lambda x: product(x) + damping * x, -gradient, tolerance, iterations)
+    sizes = [p.numel() for p in parameters.values()]
+    return {name: part.view_as(parameters[name]) for name, part in zip(parameters, flat.split(sizes), strict=True)}
+
+
+def gauss_newton_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor, damping: float = 0.1) -> dict[str, float]:
+    """Angle of the weight change the rule asks for to the damped Gauss-Newton update of batch size 1, in degrees.
+
+    Args:
+        rule: any rule on any model; neither is changed.
+        inputs: probe batch (batch, ...).
+        targets: its targets.
+        damping: 0.1 in the paper's toy experiments, 1 on images.
+
+    Returns:
+        Layer name -> angle over its weight and bias; "all" -> angle over all parameters the rule trains.
+
+    Raises:
+        UnsupportedModelError: a module mixes the samples even in evaluation mode.
+    """
+    asked, delta = requested_change(rule, inputs, targets)
+    return _angles(rule.model, asked, gauss_newton_update(rule.model, inputs, delta, damping, names=asked))
+
+
+def minimum_norm_alignment(
+    rule: CreditRule, inputs: Tensor, targets: Tensor, damping: float = 0.1, *, nudge: float | None = None
+) -> dict[str, float]:
+    """Angle of the weight change the rule asks for to the damped minimum-norm update, in degrees.
+
+    Rates or voltages are compared as the rule does (its `difference`); rates where it has no such option.
+
+    Args:
+        rule: any rule on a chain of layers; neither is changed.
+        inputs: probe batch (batch, ...).
+        targets: its targets.
+        damping: 0.1 in the paper's toy experiments, 1 on images.
+        nudge: how far along the output error the minimum-norm update goes (lambda); matters only through the curvature of
+            the activations. None: the rule's own `nudge` where it has one, else 0.001.
+
+    Returns:
+        Layer name -> angle over its weight and bias; "all" -> angle over all parameters the rule trains.
+
+    Raises:
+        UnsupportedModelError: the model is no chain; the module is named.
+    """
+    own = getattr(rule, "chain", None)
+    chain = own if isinstance(own, Chain) else Chain(rule.model, inputs.shape[1:])
+    asked, delta = requested_change(rule, inputs, targets)
+    nudge = getattr(rule, "nudge", 1e-3) if nudge is None else nudge
+    difference: Literal["rate", "voltage"] = getattr(rule, "difference", "rate")
+    return _angles(rule.model, asked, minimum_norm_update(chain, inputs, nudge * delta, damping, difference))
+
+
+def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[Update, Tensor]:
+    """Minus the gradients that the rule writes for its model in evaluation mode, by name, and minus each sample's error.
+
+    The rule, its model, their gradients, buffers and random state are left as they were.
+    """
+    with unchanged(rule), torch.enable_grad():
+        rule.model.eval()
+        credit = rule(inputs, targets)
+        output = credit.output.detach()
+        credit.backward()
+        asked = {name: -p.grad for name, p in rule.model.named_parameters() if p.grad is not None}
+    return asked, -len(output) * output_error(rule.loss, output, targets)[1]  # the loss is a mean over the batch
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: a batch normalisation that has no running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise UnsupportedModelError(
+                f"module {name!r} ({type(module).__name__}) normalises over the batch even in evaluation mode, so the "
+                "update of one sample is not defined; set track_running_stats=True or use GroupNorm"
+            )
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _functional(
+    model: nn.Module, names: Collection[str] | None
+) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor], Tensor], Tensor]]:
+    """The chosen parameters, detached, and the network as a function of them: (parameters, inputs) -> (batch, n_L)."""
+    known = dict(model.named_parameters())
+    if names is None:
+        names = [name for name, parameter in known.items() if parameter.requires_grad]
+    if missing := [name for name in names if name not in known]:
+        raise ConfigError(f"the model has no parameter {missing[0]!r}; known: {', '.join(known)}")
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no parameter that requires a gradient; unfreeze one")
+
+    fixed = {name: parameter.detach() for name, parameter in known.items()}
+
+    def network(parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        output: Tensor = functional_call(model, fixed | parameters, (inputs,))
+        return output
+
+    return {name: fixed[name] for name in names}, network
+
+
+def _angles(model: nn.Module, asked: Mapping[str, Tensor], wanted: Update) -> dict[str, float]:
+    """Angle per weighted layer and over everything, for the parameters that both updates have."""
+    both = [name for name in wanted if name in asked]
+
+    def over(names: list[str]) -> float:
+        return angle(torch.cat([asked[n].flatten() for n in names]), torch.cat([wanted[n].flatten() for n in names]))
+
+    angles: dict[str, float] = {}
+    for layer, module in model.named_modules():
+        own = [name for name in both if name.rpartition(".")[0] == layer]
+        if own and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            angles[layer] = over(own)
+    return angles | {"all": over(both)}
+
+
+def _require_damping(damping: float) -> None:
+    if damping < 0:
+        raise ConfigError(f"damping must not be negative; got {damping:g}")

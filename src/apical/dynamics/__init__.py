@@ -1,0 +1,1 @@
+"""Time: fixed-step solvers, settling to equilibria, filters and noise, the controller."""

@@ -1,0 +1,211 @@
+"""Deep feedback control (Meulemans, Tristany Farinha, Garcia Ordonez, Vilimelis Aceituno, Sacramento & Grewe, 2106.07887).
+
+A controller drives the output from r_L^- towards a target a little better; what every neuron must add for it is its credit:
+
+    target   r_L* = r_L^- - lambda dLoss/dr_L  =  r_L^- + delta
+    network  tau dv_i/dt = -v_i + W_i phi(v_{i-1}) + b_i + Q_i u,     controller  u = u_int + k_p e,  e = r_L* - r_L
+    forward  dW_i = 2 [phi(v_i) - phi(v_i^ff)] r_{i-1}^T,   v_i^ff = W_i r_{i-1} + b_i
+    feedback dQ_i = -v_i^fb u^T / sigma^2 - beta Q_i,   in a phase with noise sigma and the network's own output as target
+
+Local: a synapse W sees its neuron's rate, the basal prediction of it and its input; Q sees the apical potential and u.
+
+DFC averages the forward rule over the trajectory, DFC-SS takes its steady state, DFC-SSA the steady state of the linearised
+system, `u = (J Q + a I)^-1 delta`. `solver="simulate"` integrates the equations; "closed-form" (DFC, SSA) and "steady" (SS)
+give what the integration settles to, hundreds of times faster.
+
+Departures: lambda is per sample (the authors' first code divides it by the batch); samples that do not converge are kept.
+With `learn="expected"` the feedback update is the expectation of the local rule over the noise, not itself a local rule.
+The decay beta is left to the optimiser.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.chain import States
+from apical.core.credit import Credit, Loss
+from apical.core.cut import output_error
+from apical.dynamics import feedback_control as control
+from apical.dynamics.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
+from apical.dynamics.controller import Leak
+from apical.dynamics.feedback_control import Controlled, Resolvent
+from apical.dynamics.trajectory import Loop, Moment, Trace, correlation, end, record, trajectory
+from apical.errors import ConfigError, InstabilityError, unknown_name
+
+SOLVERS = {"dfc": ("closed-form", "simulate"), "ss": ("steady", "simulate"), "ssa": ("closed-form",)}
+"""The solvers of each variant, the default first."""
+
+
+class DeepFeedbackControl(ControlRule):
+    """Credit from a controller that nudges the output; DFC, DFC-SS and DFC-SSA.
+
+    Args:
+        model: a chain of weighted layers and element-wise activations (see :class:`apical.core.chain.Chain`).
+        loss: maps (output, targets) to a scalar batch mean.
+        variant: "dfc", "ss" or "ssa".
+        solver: "closed-form" (dfc, ssa), "steady" (ss) or "simulate" (dfc, ss); None takes the fast one.
+        nudge: lambda, how far down the loss gradient the target lies.
+        alpha: leak of the controller.
+        k_p: its proportional gain.
+        dt: step of the simulation, in units of the controller's time constant tau_u.
+        points: stored time points T of the simulation.
+        tau: time constant of the potentials.
+        leak: "code" lets the whole control leak, as in the authors' programs; "paper" its integral only.
+        proactive, instant_transmission: order of the updates within a step, see :class:`apical.dynamics.trajectory.Loop`.
+        newton: Newton iterations of the solver "steady".
+        difference: "rate" compares `phi(v)`, "voltage" the potentials themselves.
+        feedback: initial Q: "product" of the forward weights, or "random".
+        learn: "expected" or "noise" trains Q, by the expectation of the local rule or by simulating it; "none" fixes Q.
+        learn_output: train Q_L too; it stays the identity otherwise.
+        alpha_fb, k_p_fb, dt_fb, points_fb, tau_fb, tau_apical_fb, sigma_fb: the loop and the noise of the feedback phase.
+        input_shape: of one sample; needed with convolutions.
+
+    Raises:
+        UnsupportedModelError: the model is no such chain; the module is named.
+        ConfigError: an option is out of range or does not fit another.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    >>> rule = DeepFeedbackControl(model, variant="ssa", alpha=1e-6, learn="none")
+    >>> rule(torch.randn(8, 4), torch.randint(3, (8,))).backward()
+    >>> model[0].weight.grad.shape
+    torch.Size([6, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        variant: Literal["dfc", "ss", "ssa"] = "dfc",
+        solver: Literal["closed-form", "steady", "simulate"] | None = None,
+        nudge: float = 0.01,
+        alpha: float = 1e-3,
+        k_p: float = 2.0,
+        dt: float = 0.02,
+        points: int = 1000,
+        tau: float = 0.2,
+        leak: Leak = "code",
+        proactive: bool = True,
+        instant_transmission: bool = True,
+        newton: int = 2,
+        difference: Difference = "rate",
+        feedback: Start = "product",
+        learn: Learn = "expected",
+        learn_output: bool = False,
+        alpha_fb: float = 0.5,
+        k_p_fb: float = 0.1,
+        dt_fb: float = 2e-3,
+        points_fb: int = 50,
+        tau_fb: float = 0.01,
+        tau_apical_fb: float = 0.3,
+        sigma_fb: float = 0.01,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        if variant not in SOLVERS:
+            raise unknown_name("variant", variant, SOLVERS)
+        chosen = solver or SOLVERS[variant][0]
+        if chosen not in SOLVERS[variant]:
+            raise ConfigError(f"variant {variant!r} has no solver {solver!r}; it has {' and '.join(SOLVERS[variant])}")
+        if (variant, chosen) == ("dfc", "closed-form") and not (proactive and instant_transmission):
+            raise ConfigError("the closed form of dfc holds for proactive, instant transmission; pass solver='simulate'")
+        if not 0 < nudge < float("inf") or newton < 1:
+            raise ConfigError(f"nudge and newton must be positive, got nudge={nudge}, newton={newton}")
+        loop = Loop(alpha, k_p, dt, points, tau, leak, proactive, instant_transmission)
+        sleep = Loop(
+            *(alpha_fb, k_p_fb, dt_fb, points_fb, tau_fb, leak), proactive=False, tau_apical=tau_apical_fb, sigma=sigma_fb
+        )
+        super().__init__(model, loss, loop, sleep, difference, feedback, learn, learn_output, input_shape)
+        self.variant, self.solver, self.nudge, self.newton = variant, chosen, nudge, newton
+        self.correlations = [correlation(sleep, depth) for depth in range(len(self.chain.stages), 0, -1)]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            states = self.run(inputs)
+            output = states.r[-1]
+            loss, error = output_error(self.loss, output, targets)
+            jacobian: list[Tensor] | None = None
+            roots: list[Tensor | None] = []
+            logs: dict[str, Tensor] = {}
+            if self.phase != "feedback":
+                delta = error.flatten(1) * (-self.nudge * len(error))
+                if self.solver != "simulate" and not control.goes_below(self.chain, self.q):
+                    jacobian = control.output_jacobian(self.chain, states)
+                roots, logs = self._forward_roots(states, delta, jacobian)
+            if self.phase != "forward" and self.feedback_parameters():
+                roots += self._feedback_roots(states, jacobian)
+        kept = [root for root in roots if root is not None]
+        return Credit(kept, [None] * len(kept), output, loss, logs)
+
+    def _forward_roots(
+        self, states: States, delta: Tensor, jacobian: list[Tensor] | None
+    ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        if self.solver == "simulate":
+            return self._simulated(states, delta)
+        loop, feedback = self.loop, self.q
+        if jacobian is None:
+            resolvent: Resolvent = control.WideResolvent(self.chain, states, feedback, loop.a)
+        else:
+            resolvent = Resolvent(jacobian, feedback, loop.a)
+            self.watch(resolvent.by_layer)
+        iterations = self.newton if self.variant == "ss" else 0
+        u, state, residual = control.steady_state(self.chain, states, feedback, delta, resolvent, iterations)
+        self._refuse(u, states, delta, residual if self.variant == "ss" else None)
+        q = state.q
+        if self.variant == "dfc":
+            q = control.time_averaged(self.chain, feedback, state, resolvent, u, loop)
+        return self.roots_at(states, state, q), {"control": u.norm(dim=1).mean()}
+
+    def _simulated(self, states: States, delta: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        moments = self._walk(states, delta, basal=self.variant == "dfc")
+        try:
+            if self.variant == "ss":
+                last, basal = end(self.chain, moments)
+                q = [d - b for d, b in zip(last.d, basal, strict=True)]
+                roots = self.roots_at(states, Controlled(q, last.d, last.rho), q)
+            else:
+                last, roots = self.roots_along(states, moments)
+        except InstabilityError as error:
+            raise InstabilityError(f"{error}; {self.cause(states)}") from error
+        residual = last.rho[-1].flatten(1) + self.loop.a * last.u - delta
+        if bool((residual.norm(dim=1) > states.r[-1].flatten(1).norm(dim=1)).any()):
+            raise InstabilityError(f"the controlled dynamics runs away from its target; {self.cause(states)}")
+        settled = residual.norm(dim=1) < 1e-2 * delta.norm(dim=1)
+        return roots, {"control": last.u.norm(dim=1).mean(), "settled": settled.to(delta.dtype).mean()}
+
+    def _walk(self, states: States, delta: Tensor, *, basal: bool) -> Iterator[Moment]:
+        return trajectory(self.chain, states, self.q, lambda rho: delta - rho, self.loop, basal=basal)
+
+    def _feedback_roots(self, states: States, jacobian: list[Tensor] | None) -> list[Tensor | None]:
+        """Roots of the feedback rule; its decay is the optimiser's."""
+        scale = 1 / max(self.sleep.sigma, 0.01) ** 2
+        if self.learn == "expected":
+            rows = [each.mean(0) for each in jacobian] if jacobian else control.mean_jacobian(self.chain, states)
+            strengths = [-c * self.sleep.sigma**2 for c in self.correlations]
+            return self.feedback_roots([scale * c * each.T for c, each in zip(strengths, rows, strict=True)])
+        seen = NoiseCorrelation(self.q, states)
+        for moment in trajectory(self.chain, states, self.q, torch.neg, self.sleep, basal=False):
+            seen(moment)
+        return self.feedback_roots([scale * each for each in seen.mean()])
+
+    def trace(self, inputs: Tensor, targets: Tensor) -> Trace:
+        """Somatic, basal and apical potentials, control and output of every sample over the simulated time.
+
+        Memory: three times points x batch x neurons; take few samples.
+        """
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            states = self.run(inputs)
+            _, error = output_error(self.loss, states.r[-1], targets)
+            delta = error.flatten(1) * (-self.nudge * len(error))
+            return record(states, self._walk(states, delta, basal=True), self.loop.dt)
+
+    def _refuse(self, u: Tensor, states: States, delta: Tensor, residual: Tensor | None) -> None:
+        """Never let a control that is not finite make weights that are not."""
+        if torch.compiler.is_compiling() or not bool(delta.isfinite().all()):
+            return
+        if not bool(u.isfinite().all()) or (residual is not None and not bool(residual.isfinite().all())):
+            raise InstabilityError(f"the controller has no finite steady state; {self.cause(states)}")
