@@ -18,7 +18,7 @@ from typing import Any
 
 from apical import models
 from apical.experiment.verdicts import Verdict, tally
-from apical.recipes.pfa import STUDIES
+from apical.recipes.catalogue import STUDIES
 from apical.recipes.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and that a refusal leaves nothing on disk."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -43,6 +44,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("train", "--rule", "pfa", "--rule-options", "expansion=wide"), "expansion"),
         (("train", "--rule", "bp", "--rule-options", "x=1"), "no option 'x'"),
         (("train", "--rule", "fa", "--rule-options", "exact=3"), "exact"),
+        (("train", "--rule", "fa", "--feedback-passes", "1"), "--feedback-passes 1: rule 'fa'"),
+        (("compare", "--rules", "bp", "fa", "--pretrain-epochs", "3"), "--pretrain-epochs 3: rule 'bp'"),
+        (("train", "--clip", "-1"), "--clip must be zero or positive"),
+        (("compare", "--rules", "bp", "pfa", "--rule-options", "pfa:expanson=3"), "did you mean 'expansion'?"),
+        (("compare", "--rules", "bp", "pfa", "--rule-options", "kp:form=explicit"), "unknown rule in --rule-options 'kp'"),
+        (("compare", "--rules", "bp", "dfa", "--rule-options", "expansion=3"), "none of the rules bp dfa has an option"),
+        (("compare", "--rules", "bp", "pfa", "--rule-options", "expansion"), "key=value"),
         (("train", "--data", "digit"), "did you mean 'digits'?"),
         (("train", "--epochs", "0"), "--epochs must be positive"),
     ],
@@ -137,10 +145,87 @@ def test_a_recipe_is_used_and_explicit_options_win(tmp_path: Path) -> None:
     assert (other.lr, other.lr_epochs) == ((0.1,), ())
 
 
+def test_rule_options_of_a_comparison(tmp_path: Path) -> None:
+    from apical import cli
+    from apical.commands import draft
+
+    options = ("pfa:expansion=4", "first-layer=True", "pfa:exact=('a:b',)")
+    flags = cli.Compare(out=tmp_path, rule_options=options)
+    assert draft(flags, None, "pfa").rule_options == ("expansion=4", "first-layer=True", "exact=('a:b',)")
+    assert draft(flags, None, "kp").rule_options == ("first-layer=True",)
+    assert draft(flags, None, "bp").rule_options == ()
+
+
+def test_given_rule_options_replace_those_of_a_recipe_and_leave_the_others(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from apical import cli
+    from apical.commands import draft
+    from apical.experiment.recipe import Recipe
+    from apical.recipes.pfa import Row, Study
+
+    row = Row(replace(Recipe(rule="pfa"), rule_options=("expansion=2", "form=explicit")), ())
+    study = Study("title", "cost", {"pfa": row}, Recipe())
+    for flags in (
+        cli.Train(out=tmp_path, rule="pfa", rule_options=("expansion=7",)),
+        cli.Compare(out=tmp_path, rule_options=("pfa:expansion=7",)),
+    ):
+        assert draft(flags, study, "pfa").rule_options == ("form=explicit", "expansion=7")
+
+
+def test_options_of_feedback_and_optimiser_reach_the_recipe(tmp_path: Path) -> None:
+    from apical import cli
+    from apical.commands import draft
+
+    given = {
+        "beta2": 0.99,
+        "eps": 1e-7,
+        "clip": 1.0,
+        "feedback_lr": 1e-4,
+        "feedback_beta1": 0.5,
+        "feedback_beta2": 0.9,
+        "feedback_eps": 1e-6,
+        "feedback_weight_decay": 0.1,
+        "pretrain_epochs": 10,
+        "pretrain_lr": 1e-3,
+        "feedback_passes": 3,
+        "feedback_fraction": 0.5,
+        "loss": "mse",
+    }
+    recipe = draft(cli.Train(out=tmp_path, **given), None, "bp")  # type: ignore[arg-type]
+    assert {name: getattr(recipe, name) for name in given} == given
+
+
+def test_every_field_of_a_recipe_has_an_option() -> None:
+    from dataclasses import fields
+
+    from apical import cli
+    from apical.experiment.recipe import Recipe
+
+    assert {field.name for field in fields(Recipe)} <= {field.name for field in fields(cli.Train)}
+
+
+def test_a_comparison_leaves_feedback_passes_to_the_rules_that_learn_feedback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.experiment.two_phase import NoisyMirror
+
+    from apical import commands
+    from apical.experiment.recipe import Recipe
+    from apical.recipes import rules
+
+    monkeypatch.setitem(rules.RULES, "noisy", rules.Entry(NoisyMirror, "for this test"))
+    asked = Recipe(pretrain_epochs=2, feedback_passes=1, train_limit=64, device="cpu")
+    recipes, notes = commands.prepare([dataclasses.replace(asked, rule=rule) for rule in ("bp", "noisy")])
+    assert [(recipe.pretrain_epochs, recipe.feedback_passes) for recipe in recipes] == [(0, 0), (2, 1)]
+    assert any("bp learns no feedback weights" in note for note in notes[0])
+    assert not any("no feedback passes" in note for note in notes[1])
+
+
 @pytest.mark.parametrize("what", ["rules", "models", "data", "recipes"])
 def test_lists(capsys: pytest.CaptureFixture[str], what: str) -> None:
     assert main(["list", what]) == 0
-    known = {"rules": "pfa-o", "models": "resnet20", "data": "cifar-10", "recipes": "pfa-cifar10-small"}
+    known = {"rules": "pfa-o", "models": "autoencoder-<widths>", "data": "student-teacher-1", "recipes": "pfa-cifar10-small"}
     assert known[what] in capsys.readouterr().out
 
 

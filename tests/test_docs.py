@@ -16,7 +16,7 @@ import tyro
 import apical
 from apical.cli import Command
 from apical.core.credit import CreditRule
-from apical.recipes.pfa import STUDIES
+from apical.recipes.catalogue import STUDIES
 from apical.recipes.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,6 +2,7 @@
 
 from apical.core.credit import Credit, CreditRule
 from apical.rules.backprop import Backprop
+from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.kolen_pollack import KolenPollack
@@ -13,6 +14,7 @@ __all__ = [
     "Backprop",
     "Credit",
     "CreditRule",
+    "DeepFeedbackControl",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "KolenPollack",

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
 from apical.errors import ApicalError
-from apical.experiment.recipe import Amp, Device, Optimizer, Recipe
+from apical.experiment.recipe import Amp, Device, LossName, Optimizer, Recipe
 
 DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
 
@@ -57,10 +57,36 @@ class Flags:
     """Finished epochs after which the next learning rate starts."""
     momentum: Annotated[float | None, _arg("X", "(default: 0.9)")] = None
     """Momentum of sgd, beta1 of adam."""
+    beta2: Annotated[float | None, _arg("X", "(default: 0.999)")] = None
+    """beta2 of adam."""
+    eps: Annotated[float | None, _arg("X", "(default: 1e-8)")] = None
+    """eps of adam."""
+    clip: Annotated[float | None, _arg("NORM", "(default: off)")] = None
+    """Largest norm of a step's gradient, of each weight tensor by itself and of all feedback weights together."""
     weight_decay: Annotated[tuple[float, ...] | None, _arg("X ...", "(default: what suits the rule)")] = None
     """Weight decays, one after the other."""
     weight_decay_epochs: Annotated[tuple[int, ...] | None, _arg("N ...")] = None
     """Finished epochs after which the next weight decay starts."""
+    loss: Annotated[LossName | None, _arg("cross_entropy|mse", "(default: cross_entropy)")] = None
+    """Loss; mse for data whose targets are numbers."""
+    feedback_lr: Annotated[float | None, _arg("RATE", "(default: as the forward weights)")] = None
+    """Learning rate of feedback weights, where the rule learns them apart."""
+    feedback_beta1: Annotated[float | None, _arg("X", "(default: as the forward weights)")] = None
+    """Their momentum of sgd, beta1 of adam."""
+    feedback_beta2: Annotated[float | None, _arg("X", "(default: as the forward weights)")] = None
+    """Their beta2 of adam."""
+    feedback_eps: Annotated[float | None, _arg("X", "(default: as the forward weights)")] = None
+    """Their eps of adam."""
+    feedback_weight_decay: Annotated[float | None, _arg("X", "(default: as the forward weights)")] = None
+    """Their weight decay."""
+    pretrain_epochs: Annotated[int | None, _arg("N", "(default: 0)")] = None
+    """Passes before the first epoch in which only feedback weights learn."""
+    pretrain_lr: Annotated[float | None, _arg("RATE", "(default: --feedback-lr)")] = None
+    """Learning rate of the feedback weights in them."""
+    feedback_passes: Annotated[int | None, _arg("N", "(default: 0)")] = None
+    """Passes in each epoch in which only feedback weights learn; 0 learns them in the same steps as the forward weights."""
+    feedback_fraction: Annotated[float | None, _arg("X", "(default: 1)")] = None
+    """Share of the training batches that such a pass visits."""
     flip: Annotated[bool | None, _arg("True|False")] = None
     """Mirror training images at random."""
     crop: Annotated[int | None, _arg("PIXELS")] = None
@@ -105,6 +131,8 @@ class CompareFlags:
     """Seeds 0 to K - 1 of each rule."""
     jobs: Annotated[int, _arg("N", "(default: one per core)")] = 0
     """Seeds trained side by side."""
+    rule_options: Annotated[tuple[str, ...] | None, _arg("[RULE:]KEY=VALUE ...")] = None
+    """Options of one rule, such as pfa:expansion=4, or, without its name, of every rule that knows them."""
 
 
 @dataclass(frozen=True, kw_only=True)

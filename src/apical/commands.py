@@ -25,8 +25,9 @@ from apical.experiment.progress import Watch, Watched, describe, results_table, 
 from apical.experiment.recipe import Recipe
 from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
 from apical.experiment.signals import Interrupted, StopSignals
-from apical.recipes.pfa import STUDIES, Study
-from apical.recipes.rules import RULES, find_rule, make_rule, resolve
+from apical.recipes.catalogue import STUDIES
+from apical.recipes.rules import RULES, check_options, find_rule, make_rule, merged, options_for, resolve
+from apical.recipes.study import Study
 
 if TYPE_CHECKING:
     from apical.cli import Compare, Flags, Train
@@ -49,6 +50,7 @@ def compare(flags: "Compare", command: str) -> int:
         find_rule(rule)
     if len(set(rules)) != len(rules):
         raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}")
+    check_options(rules, flags.rule_options or ())
     drafts = [draft(flags, study, rule) for rule in rules]
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
@@ -134,7 +136,10 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     for schedule in ("lr", "weight_decay"):
         if schedule in given:
             given.setdefault(f"{schedule}_epochs", ())
-    return replace(recipe, **{**given, "rule": rule})
+    options = given.pop("rule_options", ())
+    if not hasattr(flags, "rule"):  # of a comparison: for several rules
+        options = options_for(rule, options)
+    return replace(recipe, **{**given, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
 
 
 def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:
@@ -148,12 +153,19 @@ def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:
     if first.data not in data.names():
         raise unknown_name("data set", first.data, data.names())
     dataset = load_data(first)
-    recipes, notes = [], []
+    recipes, notes, apart = [], [], []
     for item in drafts:
         recipe, chosen = resolve(item, len(dataset.train))
-        make_rule(recipe, models.build(recipe.model, dataset.input_shape, dataset.classes))
+        recipe.check_targets(are_numbers=dataset.is_regression)
+        rule = make_rule(recipe, models.build(recipe.model, dataset.input_shape, dataset.classes), dataset.input_shape)
         recipes.append(recipe)
         notes.append(chosen)
+        apart.append(rule.learns_apart)
+    for i, recipe in enumerate(recipes):
+        if any(apart) and not apart[i] and recipe.has_feedback_passes:
+            recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)
+            notes[i].append(f"no feedback passes: {recipe.rule} learns no feedback weights in passes of their own")
+        recipes[i].check_phases(two_phase=apart[i])
     return recipes, notes
 
 
@@ -179,7 +191,7 @@ def stopped(interrupted: Interrupted, command: str) -> int:
 def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
     """Callbacks that show steps (a bar, in a terminal only) and finished epochs."""
     console = Console(quiet=not visible)
-    steps, epochs = training.steps_per_epoch, training.recipe.epochs
+    epochs = training.recipe.epochs
 
     def on_line() -> None:
         console.print(describe(training.line, epochs), highlight=False, soft_wrap=True)
@@ -189,8 +201,8 @@ def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(training.recipe.rule, total=steps * epochs)
-        yield lambda step: progress.update(task, completed=training.epoch * steps + step), on_line
+        task = progress.add_task(training.recipe.rule, total=training.steps_planned)
+        yield lambda step: progress.update(task, completed=training.steps_done), on_line
 
 
 def listing(what: str) -> None:

@@ -2,6 +2,9 @@
 
 Everything runs in float64, where no ReLU tie flips. Each check is a function that raises `AssertionError` with a sentence
 saying what the rule did wrong; :data:`CHECKS` lists them for `pytest.mark.parametrize`.
+
+The networks are a dense chain and a residual BatchNorm network. A rule may be made for chains of layers alone: if its factory
+refuses the residual network by an `UnsupportedModelError` that quotes the name of one of its modules, the chain is used alone.
 """
 
 import os
@@ -24,6 +27,7 @@ from apical.errors import UnsupportedModelError
 from apical.rules.backprop import Backprop
 
 Factory = Callable[[nn.Module, Loss], CreditRule]
+Setting = tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, Tensor]]]
 
 
 class _Block(nn.Module):
@@ -69,6 +73,30 @@ def _image_batch(seed: int, size: int = 8) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(0, 4, (size,), generator=generator)
 
 
+def settings(factory: Factory) -> list[Setting]:
+    """The test networks that the rule trains, each with its `batch(seed)`: the residual one comes last, if at all.
+
+    Raises:
+        AssertionError: the rule refuses the residual network without quoting the name of one of its modules, or leaves a
+            trace on the network it refused.
+    """
+    both: list[Setting] = [(dense_network, _dense_batch), (residual_network, _image_batch)]
+    torch.manual_seed(0)
+    model = residual_network()
+    names = [name for name, _ in model.named_modules() if name]
+    try:
+        factory(model, F.cross_entropy)
+    except UnsupportedModelError as error:
+        if not any(repr(name) in str(error) for name in names):
+            raise AssertionError(
+                f"the residual network is refused by an error that names none of its modules: {error}"
+            ) from error
+        if left := [name for name, module in model.named_modules() if _hooked(module)]:
+            raise AssertionError(f"the residual network is refused, but hooks are left on {left}") from error
+        return both[:1]
+    return both
+
+
 def _make(factory: Factory, network: Callable[[], nn.Module] = dense_network, seed: int = 0) -> CreditRule:
     torch.manual_seed(seed)
     return factory(network(), F.cross_entropy)
@@ -99,7 +127,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, what: st
 
 def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) -> None:
     """Every trainable parameter gets a finite `.grad`; output and loss are those of the plain model."""
-    for network, batch in ((dense_network, _dense_batch), (residual_network, _image_batch)):
+    for network, batch in settings(factory):
         rule = _make(factory, network)
         torch.manual_seed(0)
         plain = network()(batch(0)[0])
@@ -136,15 +164,16 @@ def check_accumulation(factory: Factory) -> None:
 
 def check_detach(factory: Factory) -> None:
     """Attached, the model alone is still the plain model; detached, nothing is left on it."""
+    network, batch = settings(factory)[-1]
     torch.manual_seed(0)
-    model, inputs = residual_network().eval(), _image_batch(0)[0]
+    model, (inputs, targets) = network().eval(), batch(0)
     before, keys, kinds = model(inputs), list(model.state_dict()), [type(m) for m in model.modules()]
     rule = factory(model, F.cross_entropy)
-    rule(*_image_batch(0)).backward()
+    rule(inputs, targets).backward()
     model.zero_grad()
     if not torch.equal(model(inputs), before):
         raise AssertionError("while the rule is attached, the model alone gives another output")
-    F.cross_entropy(model(inputs), _image_batch(0)[1]).backward()
+    F.cross_entropy(model(inputs), targets).backward()
     attached = _gradients(model)
     if rule.detach() is not model:
         raise AssertionError("detach() must return the model it was given")
@@ -152,7 +181,7 @@ def check_detach(factory: Factory) -> None:
     if left:
         raise AssertionError(f"hooks are left on {left}")
     model.zero_grad()
-    F.cross_entropy(model(inputs), _image_batch(0)[1]).backward()
+    F.cross_entropy(model(inputs), targets).backward()
     _same(attached, _gradients(model), 1e-12, "the model alone does not backpropagate exactly while the rule is attached")
     if list(model.state_dict()) != keys or [type(m) for m in model.modules()] != kinds:
         raise AssertionError("the model's state-dict keys or classes changed")
@@ -265,7 +294,7 @@ class _Adapter(nn.Module):
 
 def check_oracle(factory: Factory, oracle: Callable[[CreditRule], None]) -> None:
     """In the limit that `oracle` puts the rule into, its gradients are backpropagation's, to 1e-12."""
-    for network, batch in ((dense_network, _dense_batch), (residual_network, _image_batch)):
+    for network, batch in settings(factory):
         rule = _make(factory, network)
         rule(*batch(0)).backward()  # whatever is made at the first batch exists from here on
         rule.zero_grad()

@@ -272,6 +272,9 @@ def test_damaged_npz(places, damage):
         (torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64), "no images"),
         (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), "no images"),
         (torch.zeros(3, 1, 2, 2), torch.zeros(3), "integers"),
+        (torch.zeros(3, 1, 2, 2), torch.zeros(2, 4), "3 images but 2 targets"),
+        (torch.zeros(3, 1, 2, 2), torch.zeros(3, 5), r"numbers \(N, 4\); got shapes"),
+        (torch.zeros(2, 2), torch.tensor([[0.0] * 4, [0.0, float("nan"), 0.0, 0.0]]), "targets of the image at index 1"),
         (torch.zeros(3), torch.zeros(3, dtype=torch.int64), "shapes"),
         (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), "shapes"),
     ],
@@ -304,8 +307,68 @@ def test_status_says_where_or_how_to_get_it(tiny):
 def test_every_known_set_has_complete_facts():
     for name, known in ENTRIES.items():
         assert len(known.mean) == len(known.std) == known.shape[0]
-        assert name == "digits" or (known.layouts and known.remote is not None)
+        assert (known.made is not None) != bool(known.layouts and known.remote is not None), name
         if known.remote is not None:
             assert all(len(md5) == 32 for md5 in (known.remote.members or known.remote.files).values())
             assert any(layout.folder == known.remote.folder for layout in known.layouts)
     assert issubclass(DataError, ApicalError)
+
+
+def test_an_autoencoders_targets_are_its_inputs(tiny):
+    plain, auto = (
+        data.load("mnist", validation=5, train_limit=10),
+        data.load("mnist-autoencoder", validation=5, train_limit=10),
+    )
+    assert (plain.is_regression, auto.is_regression) == (False, True)
+    assert auto.classes == 784
+    for name in ("train", "validation", "test"):
+        mine, theirs = getattr(auto, name), getattr(plain, name)
+        assert torch.equal(mine.inputs, theirs.inputs)
+        assert torch.equal(mine.targets, theirs.inputs.reshape(-1, 784))
+
+
+def test_raw_fashion_is_scaled_only(places):
+    write_mnist(places / "data", "FashionMNIST/raw")
+    raw, normal = data.load("fashion-mnist-raw"), data.load("fashion-mnist")
+    assert torch.equal(raw.train.targets, normal.train.targets)
+    (pixels, _), _ = read("fashion-mnist")[0]
+    torch.testing.assert_close(raw.train.inputs, torch.from_numpy(pixels) / 255)
+
+
+@pytest.mark.parametrize(("name", "outputs"), [("student-teacher", 5), ("student-teacher-1", 1)])
+def test_student_teacher(name, outputs):
+    whole = data.load(name, validation=1000)
+    sizes = [len(split) for split in (whole.train, whole.validation, whole.test)]
+    assert sizes == [5000, 1000, 1000]
+    assert (whole.input_shape, whole.classes, whole.is_regression) == ((15,), outputs, True)
+    inputs, targets = whole.train.inputs, whole.train.targets
+    assert targets.shape == (5000, outputs)
+    assert (inputs.dtype, targets.dtype) == (torch.float32, torch.float32)
+    assert inputs.abs().max() <= 1
+    assert inputs.mean().item() == pytest.approx(0, abs=0.01)
+    assert inputs.var().item() == pytest.approx(1 / 3, rel=0.02)  # of the uniform distribution on (-1, 1)
+    # Xavier weights of gain 3 multiply the second moment by 18 fan_in / (fan_in + fan_out), a ReLU halves it
+    moment = 15 / 3 * 18 / 1015
+    for fan_out in (1000, 1000, 1000, outputs):
+        moment *= 0.5 * 18 * 1000 / (1000 + fan_out)
+    assert moment / 5 < targets.square().mean().item() < moment * 5
+    fit = torch.linalg.lstsq(inputs.double(), targets.double()).solution
+    left = targets.double() - inputs.double() @ fit
+    assert left.square().mean() > 0.05 * targets.square().mean()  # it is no linear map
+    again = data.load(name)
+    assert len(again.train) == 6000
+    assert torch.equal(again.test.targets, whole.test.targets)
+
+
+def test_the_teacher_does_not_depend_on_the_global_generator():
+    from apical.data import student_teacher
+
+    student_teacher.make.cache_clear()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = student_teacher.make(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    student_teacher.make.cache_clear()
+    torch.manual_seed(2)
+    second = student_teacher.make(1)
+    np.testing.assert_array_equal(first.test[1], second.test[1])

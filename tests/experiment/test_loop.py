@@ -160,3 +160,24 @@ def test_result_has_the_medians_and_sizes(begin: Begin, small: Recipe, tmp_path:
     assert held < result["peak_memory_mb"] < held + 1
     assert math.isfinite(result["ms_per_step"])
     assert result["config_hash"] == training.recipe.hash()
+
+
+def test_rules_are_given_the_loss_and_where_they_ask_for_it_the_shape_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn import Linear, Module, functional
+
+    from apical.core.credit import Loss
+    from apical.recipes import rules
+    from apical.rules.backprop import Backprop
+
+    class Shaped(Backprop):
+        def __init__(self, model: Module, loss: Loss, input_shape: tuple[int, ...] | None = None, depth: int = 1) -> None:
+            super().__init__(model, loss)
+            self.shape, self.depth = input_shape, depth
+
+    monkeypatch.setitem(rules.RULES, "shaped", rules.Entry(Shaped, "for this test"))
+    recipe = Recipe(rule="shaped", rule_options=("depth=3",), loss="mse")
+    rule = rules.make_rule(recipe, Linear(2, 2), (1, 8, 8))
+    assert isinstance(rule, Shaped)
+    assert (rule.shape, rule.depth, rule.loss) == ((1, 8, 8), 3, functional.mse_loss)
+    assert rules.make_rule(Recipe(rule="fa"), Linear(2, 2), (2,)).loss is functional.cross_entropy
+    assert rules.constructor_options(rules.RULES["shaped"]) == ["depth"]

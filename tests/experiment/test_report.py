@@ -300,3 +300,19 @@ def test_unwritable_folder(tmp_path):
 
 def test_no_local_path_in_the_page(written, page):
     assert str(written) not in page.source
+
+
+def test_options_of_learned_feedback_are_one_row_where_they_are_set(tmp_path):
+    from apical.experiment.recipe import Recipe
+
+    plain = {key: value for key, value in Recipe().to_json().items() if key not in ("rule", "seed")}
+    write_run(tmp_path / "runs/bp/seed-0", "bp", 0, recipe=plain)
+    rows = dict(report.config_rows(read(tmp_path)))
+    assert rows["loss"] == "cross_entropy"
+    assert not {"feedback", "feedback_lr", "pretrain_epochs", "clip", "eps", "beta2"} & rows.keys()
+    learned = {**plain, "feedback_lr": 1e-4, "pretrain_epochs": 10, "feedback_passes": 3, "clip": 1.0}
+    write_run(tmp_path / "runs/fa/seed-0", "fa", 0, recipe=learned)
+    rows = dict(report.config_rows(read(tmp_path)))
+    assert rows["feedback"] == "none (bp); lr: 0.0001, pretrain epochs: 10, passes: 3 (fa)"
+    assert rows["clip"] == "0.0 (bp); 1.0 (fa)"
+    assert "eps" not in rows

@@ -64,6 +64,66 @@ def test_an_order_is_judged_by_the_mean_difference_over_seeds(least: float, verd
     assert (row.measured, row.n, row.verdict) == (pytest.approx(-1.5), 2, verdict)
 
 
+VALIDATED = Run(
+    "bp",
+    0,
+    {},
+    {},
+    (0, 1, 2, 3),
+    (
+        {"test_accuracy": 0.1, "test_loss": 2.3, "validation_accuracy": 0.1, "validation_loss": 2.3, "train_loss": None},
+        {"test_accuracy": 0.8, "test_loss": 0.9, "validation_accuracy": 0.9, "validation_loss": 0.8, "train_loss": 3e-7},
+        {"test_accuracy": 0.7, "test_loss": 0.7, "validation_accuracy": 0.8, "validation_loss": 0.6, "train_loss": 2e-7},
+        {"test_accuracy": 0.6, "test_loss": 0.5, "validation_accuracy": 0.95, "validation_loss": 0.7, "train_loss": 1e-7},
+    ),
+    None,
+)
+
+
+@pytest.mark.parametrize(
+    ("metric", "epoch", "select", "split", "expected"),
+    [
+        ("error", 3, None, "test", 40.0),
+        ("loss", 3, None, "test", 0.5),
+        ("loss", 3, None, "train", 1e-7),
+        ("accuracy", 3, "best-validation", "test", 60.0),
+        ("error", 2, "best-validation", "test", 20.0),  # the best of the epochs up to the second
+        ("loss", 3, "best-validation", "test", 0.7),  # of the lowest validation loss, not the highest accuracy
+        ("loss", 3, "best-validation", "validation", 0.6),
+        ("error", 4, "best-validation", "test", None),
+    ],
+)
+def test_errors_losses_and_the_best_validation(
+    metric: str, epoch: int, select: str | None, split: str, expected: float | None
+) -> None:
+    entry = {**number(metric, epoch, expected or 0.0, 1e-3), "split": split, "select": select}
+    (row,) = judge(Comparison("", ("bp",), (VALIDATED,), single=False, published={"bp": [entry]}))
+    assert row.measured == (None if expected is None else pytest.approx(expected))
+    assert row.verdict == ("not run" if expected is None else "reproduced")
+    assert row.what.startswith(f"{split} {metric}")
+    assert ("best validation" in row.what) == (select is not None)
+
+
+def test_without_accuracies_the_validation_loss_selects() -> None:
+    records = tuple({**record, "validation_accuracy": None} for record in VALIDATED.records)
+    run = Run("bp", 0, {}, {}, VALIDATED.epochs, records, None)
+    entry = {**number("accuracy", 3, 70.0, 0.1), "select": "best-validation"}
+    (row,) = judge(Comparison("", ("bp",), (run,), single=False, published={"bp": [entry]}))
+    assert row.measured == pytest.approx(70.0)
+    bare = Run("bp", 0, {}, {}, (0, 1, 2, 3), tuple({"test_accuracy": 0.5} for _ in range(4)), None)
+    (row,) = judge(Comparison("", ("bp",), (bare,), single=False, published={"bp": [entry]}))
+    assert row.verdict == "not run"
+
+
+def test_an_order_may_be_of_losses() -> None:
+    better = Run("dfc", 0, {}, {}, (0, 1), ({"train_loss": None}, {"train_loss": 1e-7}), None)
+    claim = {"rule": "bp", "other": "dfc", "epoch": 1, "least": 0.0, "metric": "loss", "split": "train"}
+    (row,) = judge(Comparison("", ("bp", "dfc"), (VALIDATED, better), single=False, claims=(claim,)))
+    assert row.measured == pytest.approx(2e-7)
+    assert (row.verdict, row.what) == ("reproduced", "train loss minus that of dfc")
+    assert row.shown(2e-7) == "2e-07"
+
+
 def test_our_own_numbers_are_not_counted_as_published() -> None:
     ours = {**number("accuracy", 1, 91.0, 1.0), "tag": "ours"}
     rows = judged({"bp": [number("accuracy", 1, 80.0, 1.0), number("accuracy", 40, 98.0, 1.0), ours]})

@@ -13,6 +13,8 @@ from apical.errors import ConfigError
 FITTING = [
     ("mlp-32-16", (1, 8, 8)),
     ("mlp-7", (5,)),
+    ("mlp-tanh-16-8", (1, 8, 8)),
+    ("autoencoder-16-4-16", (1, 8, 8)),
     ("lenet", (1, 28, 28)),
     ("lenet", (3, 32, 32)),
     ("lenet-cifar", (3, 32, 32)),
@@ -194,3 +196,58 @@ def test_constructors_refuse_impossible_sizes():
 def test_names_lists_the_mlp_pattern():
     assert models.names()[0] == "mlp-<widths>"
     assert {"lenet", "lenet-cifar", "resnet8", "resnet18", "resnet20", "resnet32", "resnet56"} <= set(models.names())
+
+
+def test_perceptrons_of_the_feedback_control_paper():
+    model = models.build("mlp-tanh-256-256-256", (1, 28, 28), 10)
+    kinds = [type(module).__name__ for module in model]
+    assert kinds == ["Flatten", "Linear", "Tanh", "Linear", "Tanh", "Linear", "Tanh", "Linear"]
+    assert [name for name, _ in model.named_children()][1:4] == ["linear1", "tanh1", "linear2"]
+    assert parameters(model) == 784 * 256 + 256 + 2 * (256 * 256 + 256) + 2570
+    auto = models.build("autoencoder-256-32-256", (1, 28, 28), 784)
+    kinds = [type(module).__name__ for module in auto]
+    assert kinds == ["Flatten", "Linear", "Tanh", "Linear", "Identity", "Linear", "Tanh", "Linear"]
+    widths = [module.out_features for module in auto if isinstance(module, nn.Linear)]
+    assert widths == [256, 32, 256, 784]
+    for network in (model, auto):
+        for layer in (module for module in network if isinstance(module, nn.Linear)):
+            assert not layer.bias.any()
+            variance = 2 / (layer.in_features + layer.out_features)
+            assert layer.weight.square().mean().item() == pytest.approx(variance, rel=0.1)
+            if layer.weight.numel() > 50_000:  # normal, not uniform: the fourth moment is 3 variances squared, not 1.8
+                assert layer.weight.pow(4).mean().item() == pytest.approx(3 * variance**2, rel=0.1)
+
+
+@pytest.mark.parametrize("gain", [0.5, 3.0])
+def test_xavier_normal_has_a_gain(gain):
+    layer = models.xavier_normal_(nn.Linear(300, 200), gain)
+    assert layer.weight.square().mean().item() == pytest.approx(gain**2 * 2 / 500, rel=0.05)
+    assert not layer.bias.any()
+
+
+def test_mlp_takes_any_activation():
+    model = models.mlp(3, [4, 4], 2, nn.Sigmoid)
+    assert [name for name, _ in model.named_children()] == [
+        "flatten",
+        "linear1",
+        "sigmoid1",
+        "linear2",
+        "sigmoid2",
+        "linear3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mlp-tanh", "mlp-tanh-256-256-256"),
+        ("mlp-tanh-0", "mlp-tanh-256-256-256"),
+        ("autoencoder", "autoencoder-256-32-256"),
+        ("autoencoder-8-8", "odd number of hidden layers; got 8-8"),
+        ("autoencodr-8", "did you mean 'autoencoder-<widths>'"),
+        ("mlp-tahn-8", "mlp-512-512"),
+    ],
+)
+def test_names_of_perceptrons_that_do_not_fit(name, said):
+    with pytest.raises(ConfigError, match=said):
+        models.build(name, (1, 8, 8), 10)

@@ -62,7 +62,7 @@ def _(activation: nn.ReLU, v: Tensor, r: Tensor) -> Tensor:
 
 @derivative.register
 def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor) -> Tensor:
-    return torch.where(v > 0, 1.0, activation.negative_slope).to(v.dtype)
+    return torch.where(v > 0, torch.ones_like(v), activation.negative_slope)
 
 
 @difference.register

@@ -37,7 +37,7 @@ class Stage:
         name: module name of the weighted layer.
         layer: the layer.
         before: linear modules without parameters between the last activation and the layer.
-        activation: element-wise; `nn.Identity()` where the model has none.
+        activation: element-wise and not in place; `nn.Identity()` where the model has none.
         shape: of v, one sample.
         input_shape: of the stage's input, one sample.
     """
@@ -57,7 +57,7 @@ class Stage:
     @property
     def is_dense(self) -> bool:
         """Whether the stage is one matrix: a Linear layer on vectors."""
-        return not self.before and isinstance(self.layer, nn.Linear) and len(self.input_shape) == 1
+        return len(self.before) == 0 and isinstance(self.layer, nn.Linear) and len(self.input_shape) == 1
 
     def seen(self, rates: Tensor) -> Tensor:
         """What the layer itself is given (batch, ...), for the stage's input `rates` (batch, *input_shape)."""
@@ -83,7 +83,7 @@ class Stage:
         if self.is_dense:
             return rows @ weight
         delta = rows.reshape(len(rows), *self.shape)
-        if not self.before and not pads_itself(self.layer):
+        if len(self.before) == 0 and not pads_itself(self.layer):
             template = delta.new_empty(len(rows), *self.input_shape)
             return transport(geometry(self.layer), delta, weight, template).flatten(1)
         pull = torch.func.vjp(self.linear, delta.new_zeros(len(rows), *self.input_shape))[1]
@@ -134,11 +134,11 @@ class Chain:
         """The feed-forward pass, without gradient."""
         with torch.no_grad():
             for module in self.head:
-                inputs = plain(module)(inputs)
+                inputs = module(inputs)
             v, r = [], [inputs]
             for stage in self.stages:
                 v.append(stage.layer(stage.seen(r[-1])))
-                r.append(plain(stage.activation)(v[-1]))
+                r.append(stage.activation(v[-1]))
         return States(v, r)
 
 
@@ -147,6 +147,8 @@ class _Call(NamedTuple):
     module: nn.Module
     given: Tensor
     made: Tensor
+    entered: int  # version of `given` when the module was called: a change in place leaves the tensor the same object
+    left: int  # version of `made` when it returned
 
 
 def _check_kind(name: str, module: nn.Module) -> None:
@@ -176,14 +178,21 @@ def _calls(model: nn.Module, example: Tensor) -> list[_Call]:
     """The leaf modules in the order in which the model calls them, each given what the one before has made."""
     calls: list[_Call] = []
     names = {id(module): name for name, module in model.named_modules() if not list(module.children())}
+    entered = 0
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal entered
+        entered = args[0]._version if args and isinstance(args[0], Tensor) else 0
 
     def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
         if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(made, Tensor):
             raise UnsupportedModelError(f"module {names[id(module)]!r} does not map one tensor to one tensor")
-        calls.append(_Call(names[id(module)], module, args[0], made))
+        calls.append(_Call(names[id(module)], module, args[0], made, entered, made._version))
 
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [module.register_forward_hook(note) for module in model.modules() if id(module) in names]
+    leaves = [module for module in model.modules() if id(module) in names]
+    hooks = [module.register_forward_pre_hook(enter) for module in leaves]
+    hooks += [module.register_forward_hook(note) for module in leaves]
     try:
         with torch.random.fork_rng([example.device] if example.is_cuda else []):
             model.eval()
@@ -196,16 +205,16 @@ def _calls(model: nn.Module, example: Tensor) -> list[_Call]:
             hook.remove()
         for module, training in modes:
             module.training = training
-    last, maker = example, "the input"
+    last, version, maker = example, 0, "the input"
     for call in calls:
-        if call.given is not last:
+        if call.given is not last or call.entered != version:
             raise UnsupportedModelError(
                 f"the input of module {call.name!r} is not the output of {maker}: a function, a sum or a branch lies "
                 "between them, and the model is no chain; make it a chain of modules or use another rule"
             )
-        last, maker = call.made, f"module {call.name!r}"
-    if output is not last:
-        raise UnsupportedModelError(f"the model's output is not the output of {maker}: a function follows it")
+        last, version, maker = call.made, call.left, f"module {call.name!r}"
+    if output is not last or output._version != version:
+        raise UnsupportedModelError(f"the model's output is not that of {maker}: a function follows it; make it a module")
     return calls
 
 
@@ -233,16 +242,16 @@ def _stages(calls: list[_Call], example: Tensor) -> tuple[list[nn.Module], list[
                 finish(nn.Identity())
                 start = made
             if call.name in used:
-                raise UnsupportedModelError(f"layer {call.name!r} is called twice; a chain uses each layer once")
+                raise UnsupportedModelError(f"layer {call.name!r} is called twice; give each place a layer of its own")
             used.add(call.name)
             layer = call
         elif layer is not None and isinstance(call.module, ELEMENTWISE):
-            finish(call.module)
+            finish(plain(call.module))
             start = call.made
         elif isinstance(call.module, nn.Identity):
             continue
         elif not stages and layer is None:
-            head.append(call.module)
+            head.append(plain(call.module))
             start = call.made
         elif isinstance(call.module, LINEAR):
             if layer is not None:
@@ -251,12 +260,17 @@ def _stages(calls: list[_Call], example: Tensor) -> tuple[list[nn.Module], list[
                 start = made
             before.append(call.module)
         else:
+            what = f"module {call.name!r} ({type(call.module).__name__})"
+            if isinstance(call.module, ELEMENTWISE):
+                raise UnsupportedModelError(f"{what} does not follow a weighted layer directly; move it behind one")
             raise UnsupportedModelError(
-                f"module {call.name!r} ({type(call.module).__name__}) does not follow a weighted layer directly"
+                f"{what} is not known to be linear or element-wise; replace it by modules of torch.nn or use another rule"
             )
     if layer is not None:
         finish(nn.Identity())
     if before:
-        kind = type(before[0]).__name__
-        raise UnsupportedModelError(f"{kind} follows the last weighted layer; end the model with a layer")
+        name = next(call.name for call in calls if call.module is before[0])
+        raise UnsupportedModelError(
+            f"module {name!r} ({type(before[0]).__name__}) follows the last weighted layer; end the model with a layer"
+        )
     return head, stages

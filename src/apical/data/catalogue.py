@@ -1,11 +1,12 @@
 """The data sets apical knows: shapes, normalisation, the folder layouts they may have, and where to fetch them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from apical.data import arrays, cifar, compact, idx
+from apical.data import arrays, cifar, compact, idx, student_teacher
 from apical.errors import unknown_name
 
 Reader = Callable[[Path, str], arrays.Arrays]
@@ -50,18 +51,33 @@ class Remote:
 
 
 @dataclass(frozen=True)
+class Made:
+    """How a set comes about that needs no files: where from, in words, its maker, and how many samples it has."""
+
+    source: str
+    make: Callable[[], arrays.Arrays]
+    train: int
+    test: int
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One data set. Raw pixels from `low` to `high` are scaled to 0..1 before `mean` and `std` apply."""
+    """One data set. Raw pixels from `low` to `high` are scaled to 0..1 before `mean` and `std` apply.
+
+    Its targets are class labels, numbers (`classes` of them per sample), or the normalised images themselves, flat.
+    """
 
     what: str
     classes: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     layouts: tuple[Layout, ...]
     low: float = 0.0
     high: float = 255.0
     remote: Remote | None = None
+    made: Made | None = None
+    targets: Literal["labels", "numbers", "images"] = "labels"
 
 
 def entry(name: str) -> Entry:
@@ -86,7 +102,16 @@ def _idx_files(*md5s: str) -> dict[str, str]:
 
 
 ENTRIES: dict[str, Entry] = {
-    "digits": Entry("handwritten digits, 8x8 grey", 10, (1, 8, 8), (0.3054,), (0.3761,), (), high=16.0),
+    "digits": Entry(
+        "handwritten digits, 8x8 grey",
+        10,
+        (1, 8, 8),
+        (0.3054,),
+        (0.3761,),
+        (),
+        high=16.0,
+        made=Made("scikit-learn's bundled digits", arrays.embedded_digits, 1437, 360),
+    ),
     "mnist": Entry(
         "handwritten digits, 28x28 grey",
         10,
@@ -225,4 +250,25 @@ ENTRIES: dict[str, Entry] = {
             },
         ),
     ),
+}
+
+
+def _student_teacher(outputs: int) -> Entry:
+    made = Made(
+        "a fixed random teacher", partial(student_teacher.make, outputs), student_teacher.TRAIN, student_teacher.TEST
+    )
+    what = f"regression: {student_teacher.INPUTS} numbers to {outputs}, by a random ReLU network"
+    shape, zeros, ones = (student_teacher.INPUTS,), (0.0,) * student_teacher.INPUTS, (1.0,) * student_teacher.INPUTS
+    return Entry(what, outputs, shape, zeros, ones, (), high=1.0, made=made, targets="numbers")
+
+
+ENTRIES |= {
+    "mnist-autoencoder": replace(
+        ENTRIES["mnist"], what="regression: MNIST's images, normalised, to themselves", classes=784, targets="images"
+    ),
+    "fashion-mnist-raw": replace(
+        ENTRIES["fashion-mnist"], what="clothing, 28x28 grey, scaled to 0..1 only", mean=(0.0,), std=(1.0,)
+    ),
+    "student-teacher": _student_teacher(5),
+    "student-teacher-1": _student_teacher(1),
 }

@@ -12,7 +12,7 @@ _CHUNK = 4096
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images (N, C, H, W), float32 and normalised, with their labels (N,), int64."""
+    """Images (N, C, H, W) or other samples, float32 and normalised, with labels (N,), int64, or numbers (N, M), float32."""
 
     inputs: Tensor
     targets: Tensor
@@ -25,7 +25,8 @@ class Split:
 class Dataset:
     """The splits of one data set; `mean` and `std` are per channel, for pixels scaled to 0..1.
 
-    `source` says in words where the images came from and whether the set is whole.
+    `classes` is the number of classes or, where the targets are numbers, how many there are per sample. `source` says in
+    words where the images came from and whether the set is whole.
     """
 
     name: str
@@ -39,38 +40,52 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape (C, H, W) of one image."""
+        """Shape (C, H, W) of one image, or that of one sample of another kind."""
         return tuple(self.train.inputs.shape[1:])
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the targets are numbers (N, classes) instead of class labels (N,)."""
+        return self.train.targets.is_floating_point()
 
 
 def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:
-    """Raise `DataError` unless `inputs` (N, ...) and integer `targets` (N,) are fit for training.
+    """Raise `DataError` unless `inputs` (N, ...) and their targets are fit for training.
+
+    Targets are integer labels (N,) or floating-point numbers (N, classes).
 
     The message starts with `where` (set and split) and names the first offending index. Refused are an empty
-    split, different numbers of images and labels, labels outside 0..classes-1, and NaN or infinity in the images.
+    split, different numbers of images and labels, labels outside 0..classes-1, and NaN or infinity in images or numbers.
 
     >>> check(torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]), 10, "digits train split")
     Traceback (most recent call last):
         ...
     apical.errors.DataError: digits train split: label 10 at index 1 is outside 0..9
     """
-    if targets.dim() != 1 or inputs.dim() < 2:
+    numbers = targets.is_floating_point() and targets.dim() > 1
+    if inputs.dim() < 2 or (targets.shape[1:] != (classes,) if numbers else targets.dim() != 1):
+        wanted = f"numbers (N, {classes})" if numbers else "labels (N,)"
         shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
-        raise DataError(f"{where}: expected images (N, ...) and labels (N,); got shapes {shapes}")
+        raise DataError(f"{where}: expected images (N, ...) and {wanted}; got shapes {shapes}")
     if len(inputs) != len(targets):
-        raise DataError(f"{where}: {len(inputs)} images but {len(targets)} labels")
+        raise DataError(f"{where}: {len(inputs)} images but {len(targets)} {'targets' if numbers else 'labels'}")
     if len(inputs) == 0 or inputs.numel() == 0:
         raise DataError(f"{where}: no images")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise DataError(f"{where}: labels must be integers; got {targets.dtype}")
-    wrong = (targets < 0) | (targets >= classes)
-    if bool(wrong.any()):
-        index = int(wrong.nonzero()[0])
-        raise DataError(f"{where}: label {int(targets[index])} at index {index} is outside 0..{classes - 1}")
-    if not inputs.is_floating_point():
-        return
-    for start in range(0, len(inputs), _CHUNK):
-        finite = inputs[start : start + _CHUNK].flatten(1).isfinite().all(dim=1)
+    if numbers:
+        _check_finite(targets, f"{where}: NaN or infinity in the targets of the image")
+    elif targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise DataError(f"{where}: labels must be integers, or numbers of shape (N, {classes}); got {targets.dtype}")
+    else:
+        wrong = (targets < 0) | (targets >= classes)
+        if bool(wrong.any()):
+            index = int(wrong.nonzero()[0])
+            raise DataError(f"{where}: label {int(targets[index])} at index {index} is outside 0..{classes - 1}")
+    if inputs.is_floating_point():
+        _check_finite(inputs, f"{where}: NaN or infinity in the image")
+
+
+def _check_finite(values: Tensor, problem: str) -> None:
+    for start in range(0, len(values), _CHUNK):
+        finite = values[start : start + _CHUNK].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
-            index = start + int((~finite).nonzero()[0])
-            raise DataError(f"{where}: NaN or infinity in the image at index {index}")
+            raise DataError(f"{problem} at index {start + int((~finite).nonzero()[0])}")

@@ -28,9 +28,11 @@ def fetch(name: str, root: Path | None = None) -> Path:
     Files already there with the right checksum are kept, interrupted downloads go on where they stopped.
     Raises `ConfigError` for an unknown or embedded set, `DataError` (one line) when a download fails.
     """
-    remote = entry(name).remote
+    known = entry(name)
+    remote = known.remote
     if remote is None:
-        raise ConfigError(f"{name} comes with scikit-learn: there is nothing to fetch")
+        source = known.made.source if known.made is not None else "the user"
+        raise ConfigError(f"{name} comes from {source}: there is nothing to fetch")
     top = cache_folder() if root is None else Path(root).expanduser()
     folder = top / remote.folder
     try:

@@ -15,7 +15,6 @@ from apical.data.roots import roots
 from apical.errors import ConfigError, DataError
 
 _CHUNK = 512
-_DIGITS_SOURCE = "scikit-learn's bundled digits"
 
 
 class Status(NamedTuple):
@@ -36,8 +35,8 @@ def status() -> list[Status]:
     """One row for every data set, found or not, without reading the images."""
     rows = []
     for name, known in ENTRIES.items():
-        if name == "digits":
-            rows.append(Status(name, known.what, _DIGITS_SOURCE, "1,437 + 360"))
+        if known.made is not None:
+            rows.append(Status(name, known.what, known.made.source, f"{known.made.train:,} + {known.made.test:,}"))
             continue
         found = _find(known, None)
         if found is None:
@@ -58,7 +57,7 @@ def load(
     test_limit: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """The data set `name`: images (N, C, H, W) float32, normalised, and labels (N,) int64.
+    """The data set `name`: images (N, C, H, W) float32, normalised, and labels (N,) int64 or numbers (N, classes) float32.
 
     `root` is the only folder searched if given; otherwise $APICAL_DATA and then the cache folder are. `validation`
     training images are held out, `train_limit` of the rest and `test_limit` test images are kept: random subsets
@@ -97,8 +96,8 @@ def load(
 def read(name: str, root: Path | None = None) -> tuple[Arrays, str]:
     """Raw arrays of a data set and, in words, where they are from; raises as `load` does."""
     known = entry(name)
-    if name == "digits":
-        return _digits(), _DIGITS_SOURCE
+    if known.made is not None:
+        return known.made.make(), known.made.source
     found = _find(known, root)
     if found is None:
         raise DataError(f"{name} not found: looked in {_looked(known, root)}; run: apical data fetch {name}")
@@ -132,29 +131,17 @@ def _looked(known: Entry, root: Path | None) -> str:
     return " and ".join(parts)
 
 
-def _digits() -> Arrays:
-    """Scikit-learn's 1,797 digits as 1,437 + 360, stratified by class; always the same split."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images, labels = bunch.images[:, None].astype(np.uint8), bunch.target.astype(np.int64)
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    train.sort()
-    test.sort()
-    return Arrays((images[train], labels[train]), (images[test], labels[test]))
-
-
 def _tensors(images: NDArray[Any], labels: NDArray[Any], known: Entry, where: str) -> tuple[Tensor, Tensor]:
-    """Checked raw images (N, C, H, W) and int64 labels (N,), without a copy of the images where possible."""
-    if images.dtype.kind not in "uif" or labels.dtype.kind not in "ui":
+    """Checked raw images (N, C, H, W), without a copy where possible, and int64 labels (N,) or float32 numbers (N, M)."""
+    wanted = "f" if known.targets == "numbers" else "ui"
+    if images.dtype.kind not in "uif" or labels.dtype.kind not in wanted:
         raise DataError(f"{where}: expected numbers; got images {images.dtype} and labels {labels.dtype}")
     if images.shape[1:] != known.shape:
         expected, found = ("x".join(map(str, shape)) for shape in (known.shape, images.shape[1:]))
         raise DataError(f"{where}: expected images {expected}; got {found}")
     plain = images.dtype if images.dtype in (np.dtype(np.uint8), np.dtype(np.int16)) else np.dtype(np.float32)
     pixels = torch.from_numpy(np.require(images, plain, ["C", "W"]))
-    targets = torch.from_numpy(labels.astype(np.int64))
+    targets = torch.from_numpy(labels.astype(np.float32 if known.targets == "numbers" else np.int64))
     check(pixels, targets, known.classes, where)
     return pixels, targets
 
@@ -171,7 +158,8 @@ def _held_out(total: int, held: int, limit: int | None, seed: int, what: str) ->
 
 def _split(images: Tensor, targets: Tensor, index: Tensor, known: Entry) -> Split:
     """The chosen images, normalised chunk by chunk so that the passes stay in the processor's cache."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (known.mean, known.std))
+    channels = (1, -1, *[1] * (images.dim() - 2))
+    mean, std = (torch.tensor(values).view(channels) for values in (known.mean, known.std))
     inputs = torch.empty((len(index), *images.shape[1:]))
     for start in range(0, len(index), _CHUNK):
         chunk = inputs[start : start + _CHUNK]
@@ -179,4 +167,4 @@ def _split(images: Tensor, targets: Tensor, index: Tensor, known: Entry) -> Spli
         if known.low:
             chunk.sub_(known.low)
         chunk.div_(known.high - known.low).sub_(mean).div_(std)
-    return Split(inputs, targets[index])
+    return Split(inputs, inputs.flatten(1) if known.targets == "images" else targets[index])

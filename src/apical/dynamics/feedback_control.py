@@ -150,7 +150,7 @@ class Resolvent:
         self.by_layer = loop_gains(jacobian, feedback)
         self.gain = sum(self.by_layer[1:], self.by_layer[0])
         eye = torch.eye(self.gain.shape[-1], dtype=self.gain.dtype, device=self.gain.device)
-        self._factors = torch.linalg.lu_factor(self.gain + a * eye)
+        self._factors = torch.linalg.lu_factor_ex(self.gain + a * eye)[:2]  # a singular matrix shows in the solution
 
     def solve(self, rhs: Tensor) -> Tensor:
         """`(M + a I)^-1 rhs`; both (batch, n_L)."""
@@ -185,7 +185,7 @@ class WideResolvent(Resolvent):
             rows = push * gain.unsqueeze(1)
         kernel = rows.mT.contiguous()
         kernel.diagonal(dim1=1, dim2=2).add_(1 + a)
-        self._factors = torch.linalg.lu_factor(kernel)
+        self._factors = torch.linalg.lu_factor_ex(kernel)[:2]
 
     def solve(self, rhs: Tensor) -> Tensor:
         """`(M + a I)^-1 rhs`; both (batch, n_L)."""
@@ -203,11 +203,14 @@ class WideResolvent(Resolvent):
 
 
 def goes_below(chain: Chain, feedback: Sequence[Tensor]) -> bool:
-    """Whether :class:`WideResolvent` applies: dense stages, wide linear output, and Q_L frozen at the identity."""
+    """Whether :class:`WideResolvent` applies: dense stages, wide linear output, and Q_L frozen at the identity.
+
+    Never inside compiled graphs, which cannot look at Q_L.
+    """
     *lower, last = chain.stages
     if last.size < WIDE or not lower or lower[-1].size > last.size or not all(stage.is_dense for stage in chain.stages):
         return False
-    if not is_linear(last) or feedback[-1].requires_grad:
+    if not is_linear(last) or feedback[-1].requires_grad or torch.compiler.is_compiling():  # no graph depends on values
         return False
     return torch.equal(feedback[-1], torch.eye(last.size, dtype=feedback[-1].dtype, device=feedback[-1].device))
 

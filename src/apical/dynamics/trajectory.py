@@ -245,13 +245,17 @@ def record(states: States, moments: Iterator[Moment], dt: float) -> Trace:
     return Trace(times, torch.stack([torch.zeros_like(u[0]), *u]), torch.stack(rates), *stacked)
 
 
-def correlation(loop: Loop, depth: int) -> float:
+def correlation(loop: Loop, depth: int, rate: float = 0.0) -> float:
     """How strongly apical noise and the control that answers it correlate, `depth` layers from the output.
 
     For noise of unit sigma in a chain of `depth` filters (the noisy layer and those above, with unit weights) the
     expectation over a trajectory of `v_fb[t] u[t+1]`, with the sign turned, from the impulse responses g of the compartment
     and w of the control: the mean over t of `sum_{j < t} g[j] w[j+1]`. The expected update of Q_i is this times J_i^T:
     valid where feedback acts little within a trajectory (arXiv 2106.07887, section 5, in the released settings).
+
+    Args:
+        depth: filters from the compartment to the output.
+        rate: of the low-pass filter whose output is taken off the control first; 0 for none.
     """
     dt, kappa = loop.dt, loop.kappa
     rates = [0.0] * depth
@@ -260,7 +264,7 @@ def correlation(loop: Loop, depth: int) -> float:
     else:
         tau = loop.tau_apical or dt
         kick, decay = math.sqrt(dt) / tau, 1 - dt / tau
-    compartment, integral, u = 0.0, 0.0, 0.0
+    compartment, integral, u, slow = 0.0, 0.0, 0.0, 0.0
     g, w = [], []
     for step in range(loop.points):
         e = -rates[-1]
@@ -271,8 +275,9 @@ def correlation(loop: Loop, depth: int) -> float:
         for i in range(depth):
             source = compartment if i == 0 else (rates if loop.instant_transmission else given)[i - 1]
             rates[i] += kappa * (source - rates[i])
+        slow += rate * (u - slow)
         g.append(compartment)
-        w.append(-u)
+        w.append(slow - u)
     lags = [g[j] * w[j + 1] for j in range(loop.points - 1)]
     partial, total = 0.0, 0.0
     for t in range(loop.points - 1):  # moments t = 0..T-2 carry the noise of steps 1..t

@@ -77,12 +77,14 @@ _LAYER_FIGURES = (
 def draw(comparison: Comparison) -> list[Drawing]:
     """Every figure the comparison has data for, in reading order."""
     several = len({run.seed for run in comparison.runs}) > 1
+    score = comparison.score
+    stem = score.key if score.is_loss else "accuracy"
     curves, final = (_CURVES, _FINAL) if several else ("One seed.", "One seed; only runs that finished.")
     with matplotlib.rc_context(RC):
         drawings = [
-            _render("accuracy", "Test accuracy during training", curves, _accuracy_curves(comparison)),
-            _render("loss", "Training loss", curves, _loss_curves(comparison)),
-            _render("final_accuracy", "Final test accuracy", final, _final_accuracy(comparison)),
+            _render(stem, f"{score.name.capitalize()} during training", curves, _score_curves(comparison)),
+            _render("loss", "Training loss", curves, _loss_curves(comparison, "train_loss", "training loss")),
+            _render(f"final_{stem}", f"Final {score.name}", final, _final_score(comparison)),
         ]
         for spec in _LAYER_FIGURES:
             drawings.append(_render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
@@ -105,15 +107,18 @@ def _render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawi
     return Drawing(stem, title, caption, png.getvalue(), svg.getvalue())
 
 
-def _accuracy_curves(comparison: Comparison) -> Figure | None:
-    """Accuracy over epochs; chance level before training would flatten everything, so it is left out where it can."""
+def _score_curves(comparison: Comparison) -> Figure | None:
+    """The score over epochs; chance level before training would flatten an accuracy, so it is left out where it can."""
+    score = comparison.score
+    if score.is_loss:
+        return _loss_curves(comparison, score.key, score.label)
     long = max((run.epochs[-1] for run in comparison.runs if run.epochs), default=0) > 1
-    return _curves(comparison, "test_accuracy", "test accuracy (%)", scale=100, first=1 if long else 0)
+    return _curves(comparison, score.key, score.label, scale=score.scale, first=1 if long else 0)
 
 
-def _loss_curves(comparison: Comparison) -> Figure | None:
-    figure = _curves(comparison, "train_loss", "training loss")
-    values = _measured(comparison, "train_loss")
+def _loss_curves(comparison: Comparison, key: str, label: str) -> Figure | None:
+    figure = _curves(comparison, key, label)
+    values = _measured(comparison, key)
     if figure is not None and values.min() > 0 and values.max() > 10 * values.min():
         figure.axes[0].set_yscale("log")
         _plain_log_labels(figure.axes[0])
@@ -151,7 +156,7 @@ def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, fi
     return figure
 
 
-def _final_accuracy(comparison: Comparison) -> Figure | None:
+def _final_score(comparison: Comparison) -> Figure | None:
     """Dot plot, one row per rule: each seed, mean and standard deviation."""
     scores = {rule: _final_scores(comparison, rule) for rule in comparison.rules}
     scores = {rule: values for rule, values in scores.items() if values.size}
@@ -169,7 +174,7 @@ def _final_accuracy(comparison: Comparison) -> Figure | None:
             axes.scatter(values, np.full(values.size, row + 0.2), s=11, facecolors="white", edgecolors=colour, lw=0.8)
     axes.set_yticks(range(len(scores)), [rule for rule in scores])
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    axes.set_xlabel("test accuracy after the last epoch (%)")
+    axes.set_xlabel(comparison.score.label.replace(comparison.score.name, f"{comparison.score.name} after the last epoch"))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.margins(x=0.06)
@@ -300,8 +305,9 @@ def _column_mean(table: Array) -> Array:
 
 
 def _final_scores(comparison: Comparison, rule: str) -> Array:
-    scores = np.array([run.final("test_accuracy") for run in comparison.of(rule) if run.finished], dtype=np.float64)
-    return 100 * scores[np.isfinite(scores)]
+    key, scale = comparison.score.key, comparison.score.scale
+    scores = scale * np.array([run.final(key) for run in comparison.of(rule) if run.finished], dtype=np.float64)
+    return scores[np.isfinite(scores)]
 
 
 def _measured(comparison: Comparison, key: str) -> Array:

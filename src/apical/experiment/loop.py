@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 from apical import models
 from apical.core.credit import CreditRule
 from apical.data import Augment, Dataset, Split
-from apical.errors import CheckpointError, DivergenceError
+from apical.errors import CheckpointError, DivergenceError, InstabilityError
 from apical.experiment import checkpoint
 from apical.experiment.distributed import World
 from apical.experiment.measure import alignment, autocast, evaluate
+from apical.experiment.optimizer import begin_pass, clip, end_pass, make_optimizer, scheduled
+from apical.experiment.passes import Pass, passes, total_steps
 from apical.experiment.recipe import Recipe, differences
 from apical.experiment.run_folder import RunFolder, write_json
-from apical.experiment.schedule import data_order, generator, piecewise
 from apical.experiment.signals import Interrupted, StopSignals
+from apical.experiment.sums import Sums
 from apical.experiment.timing import StepTimer, peak_memory, step_megabytes
 
-MakeRule = Callable[[Recipe, nn.Module], CreditRule]
-"""Builds the recipe's rule around a model; importable by name, so that worker processes can receive it."""
+MakeRule = Callable[[Recipe, nn.Module, tuple[int, ...]], CreditRule]
+"""Builds the recipe's rule around a model for samples of a shape; importable by name, so that workers can receive it."""
 
+_LAST = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "train_loss")
+_TIMES = ("ms_per_step", "feedback_ms_per_step")
 CHECK_EVERY = 20
 """Steps between looks at loss and signals where a look is costly: on a GPU, or with several processes."""
 
@@ -40,16 +44,6 @@ def place(dataset: Dataset, device: torch.device) -> Dataset:
 
     validation = None if dataset.validation is None else moved(dataset.validation)
     return replace(dataset, train=moved(dataset.train), validation=validation, test=moved(dataset.test))
-
-
-def make_optimizer(recipe: Recipe, rule: CreditRule) -> torch.optim.Optimizer:
-    """The recipe's optimiser over every trainable parameter of the rule, in one group, at the first epoch's values."""
-    parameters = [parameter for parameter in rule.parameters() if parameter.requires_grad]
-    lr, decay = recipe.lr[0], recipe.weight_decay[0]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=recipe.momentum, weight_decay=decay)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=lr, betas=(recipe.momentum, 0.999), weight_decay=decay)
 
 
 class Training:
@@ -65,9 +59,13 @@ class Training:
 
     Attributes:
         epoch: finished epochs.
-        step: finished steps of the epoch in progress.
+        step: finished steps of the epoch in progress, over all its passes.
+        steps_per_epoch: steps of an epoch in which the forward weights learn.
         rule: the rule, on the device.
         line: metrics of the last finished epoch.
+
+    Raises:
+        ConfigError: loss and data, or feedback passes and rule, do not go together.
     """
 
     def __init__(
@@ -81,6 +79,7 @@ class Training:
     ) -> None:
         self.recipe, self.folder, self.world, self.device = recipe, folder, world, world.device
         self.stop = stop or StopSignals()
+        recipe.check_targets(are_numbers=dataset.is_regression)
         self.steps_per_epoch = recipe.steps_per_epoch(len(dataset.train))
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.line: dict[str, Any] = {}
@@ -90,26 +89,34 @@ class Training:
         with self._own_randomness():
             torch.manual_seed(recipe.seed)
             model = models.build(recipe.model, dataset.input_shape, dataset.classes)
-            self.rule = make_rule(recipe, model).to(self.device)
+            self.rule = make_rule(recipe, model, dataset.input_shape).to(self.device)
+        recipe.check_phases(two_phase=self.rule.learns_apart)
         self.optimizer = make_optimizer(recipe, self.rule)
         self.dataset = place(dataset, self.device)
-        self.module: nn.Module = self.rule
-        if world.size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.rule, device_ids=ids)
-        self._timer = StepTimer(self.device)
+        self.module = self._shared()
+        self._timer, self._feedback_timer = StepTimer(self.device), StepTimer(self.device)
         self._signum = 0
-        self._clear_sums()
+        self._sums = Sums(world, classes=not dataset.is_regression)
 
     @property
     def lr(self) -> float:
         """Learning rate of the epoch in progress."""
-        return piecewise(self.recipe.lr, self.recipe.lr_epochs, self.epoch)
+        return scheduled(self.recipe, self.epoch)[0]
 
     @property
-    def weight_decay(self) -> float:
-        """Weight decay of the epoch in progress."""
-        return piecewise(self.recipe.weight_decay, self.recipe.weight_decay_epochs, self.epoch)
+    def passes(self) -> list[Pass]:
+        """The passes of the epoch in progress."""
+        return passes(self.recipe, self.epoch + 1, self.steps_per_epoch)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of all passes so far."""
+        return total_steps(self.recipe, self.epoch, self.steps_per_epoch) + self.step
+
+    @property
+    def steps_planned(self) -> int:
+        """Steps of all passes in all epochs."""
+        return total_steps(self.recipe, self.recipe.epochs, self.steps_per_epoch)
 
     def start(self, *, resume: bool, command: str, notes: list[str], environment: dict[str, Any]) -> None:
         """Continue from the folder's checkpoint, or make the folder and measure epoch 0.
@@ -140,22 +147,19 @@ class Training:
             Interrupted: a signal came; the step is finished and saved.
             DivergenceError: NaN or infinity; result.json says so and the last checkpoint stays.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = self.lr, self.weight_decay
-        order = data_order(len(self.dataset.train), self.recipe.seed, self.epoch + 1).to(self.device)
+        if self.recipe.has_feedback_passes:  # DDP would take what measurements touched since for used in the next step
+            self.module = self._shared()
         with self._own_randomness(), peak_memory(self.device, self.rule, self.optimizer) as peak:
             self.rule.train()
             self._began = time.perf_counter()
-            while self.step < self.steps_per_epoch:
-                self._train_step(*self._batch(order, self.step))
-                self.step += 1
-                if on_step is not None:
-                    on_step(self.step)
-                self._between_steps()
-            self._count_time()
-            if self.peak_memory_mb is None and self.device.type == "cpu":
-                with autocast(self.device, self.recipe.amp):
-                    self.peak_memory_mb = step_megabytes(self.rule, self.optimizer, *self._batch(order, 0))
+            try:
+                for current in self.passes:
+                    self._train_pass(current, on_step)
+                self._count_time()
+                if self.peak_memory_mb is None and self.device.type == "cpu":
+                    self.peak_memory_mb = self._step_megabytes()
+            except InstabilityError as error:
+                self._diverge(str(error), remedy="")
         if peak.megabytes is not None:
             self.peak_memory_mb = max(self.peak_memory_mb or 0.0, peak.megabytes)
         self._finish_epoch(trained=True)
@@ -165,15 +169,14 @@ class Training:
 
     def result(self, status: str = "finished", message: str | None = None) -> dict[str, Any]:
         """What result.json says; `ratio_to_bp` is filled in by a comparison."""
-        steps = [line["ms_per_step"] for line in self.folder.read_metrics() if line["ms_per_step"] is not None]
+        lines = self.folder.read_metrics()
+        times = {key: [line[key] for line in lines if line.get(key) is not None] for key in _TIMES}
         result = {
             "rule": self.recipe.rule,
             "seed": self.recipe.seed,
             "epochs": self.epoch,
-            "test_accuracy": self.line.get("test_accuracy"),
-            "validation_accuracy": self.line.get("validation_accuracy"),
-            "train_loss": self.line.get("train_loss"),
-            "ms_per_step": statistics.median(steps) if steps else None,
+            **{key: self.line.get(key) for key in _LAST},
+            **{key: statistics.median(values) if values else None for key, values in times.items()},
             "ratio_to_bp": None,
             "peak_memory_mb": self.peak_memory_mb,
             "parameters": sum(p.numel() for p in self.rule.model.parameters()),
@@ -186,82 +189,119 @@ class Training:
         }
         return result if message is None else {**result, "message": message}
 
-    def _batch(self, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """This process's share of batch number `step`: inputs (n, C, H, W) and targets (n,)."""
+    def _shared(self) -> nn.Module:
+        """The rule, with gradients averaged over the processes."""
+        if self.world.size == 1:
+            return self.rule
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.rule, device_ids=ids, find_unused_parameters=self.recipe.has_feedback_passes)
+
+    def _train_pass(self, current: Pass, on_step: Callable[[int], None] | None) -> None:
+        """What is left of one pass."""
+        if self.step >= current.end:
+            return
+        begin_pass(self.optimizer, self.recipe, current)
+        self.rule.phase = current.phase
+        order = current.order(len(self.dataset.train), self.recipe.seed).to(self.device)
+        while self.step < current.end:
+            self._train_step(current, *self._batch(current, order, self.step - current.first))
+            self.step += 1
+            if self.step == current.end:
+                end_pass(self.optimizer, self.recipe, current)
+            if on_step is not None:
+                on_step(self.step)
+            self._between_steps(current)
+
+    def _batch(self, current: Pass, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """This process's share of batch number `step` of a pass: inputs (n, ...) and targets (n,) or (n, outputs)."""
         size = self.recipe.batch_size
         chosen = order[step * size : (step + 1) * size]
         inputs, targets = self.dataset.train.inputs[chosen], self.dataset.train.targets[chosen]
         if self.augment is not None:  # of the whole batch, so that the number of processes does not matter
-            draw = generator(self.device, self.recipe.seed, "augment", self.epoch + 1, step)
-            inputs = self.augment(inputs, draw)
+            inputs = self.augment(inputs, current.augmentation(self.device, self.recipe.seed, step))
         return self.world.own_slice(inputs), self.world.own_slice(targets)
 
-    def _train_step(self, inputs: Tensor, targets: Tensor) -> None:
-        self._timer.start()
+    def _train_step(self, current: Pass, inputs: Tensor, targets: Tensor) -> None:
+        timer = self._timer if current.is_main else self._feedback_timer
+        timer.start()
         self.optimizer.zero_grad()
         with autocast(self.device, self.recipe.amp):
             credit = self.module(inputs, targets)
         credit.backward()
+        clip(self.optimizer, self.recipe.clip)
         self.optimizer.step()
-        self._timer.stop()
-        with torch.no_grad():
-            self._loss += credit.loss.double() * len(targets)
-            self._hits += (credit.output.argmax(-1) == targets).sum()
-        self._examples += self.world.size * len(targets)
+        timer.stop()
+        if current.is_main:
+            self._sums.add(credit, targets)
+        self._sums.log(credit.logs)
 
-    def _between_steps(self) -> None:
+    def _step_megabytes(self) -> float:
+        """Peak memory of a step on the CPU, of the phase that takes most."""
+        found = []
+        for current in {item.phase: item for item in self.passes}.values():
+            self.rule.phase = current.phase
+            order = current.order(len(self.dataset.train), self.recipe.seed)
+            with autocast(self.device, self.recipe.amp):
+                found.append(step_megabytes(self.rule, self.optimizer, *self._batch(current, order, 0)))
+        return max(found)
+
+    def _between_steps(self, current: Pass) -> None:
         """Look for NaN and signals; save where the recipe asks for it."""
-        every, last = self.recipe.checkpoint_steps, self.step == self.steps_per_epoch
+        every, last = self.recipe.checkpoint_steps, self.step == self.passes[-1].end
         save = bool(every) and self.step % every == 0 and not last
         cheap = self.device.type == "cpu" and self.world.size == 1
-        if not (cheap or save or last or self.step % CHECK_EVERY == 0):
+        if not (cheap or save or self.step == current.end or self.step % CHECK_EVERY == 0):
             return
-        if not math.isfinite(self.world.sum(self._loss.clone()).item()):
+        if not math.isfinite(self._sums.total_loss()):
             self._diverge("the training loss is not finite")
+        if self.step == current.end and not current.is_main:  # the loss does not show what became of feedback weights
+            self._check_parameters()
         self._signum = self.world.largest(self.stop.signum or 0)
         if (save or self._signum) and not last:
             self._check_parameters()
             self._count_time()
             self._save()
             if self._signum:
-                raise Interrupted(self._signum, f"epoch {self.epoch + 1}, step {self.step}")
+                where = f"epoch {self.epoch + 1}, step {self.step}" + ("" if current.is_main else f" ({current.kind} pass)")
+                raise Interrupted(self._signum, where)
 
     def _finish_epoch(self, *, trained: bool) -> None:
         """Measure, check, save, append the line."""
-        loss, hits = self.world.sum(torch.stack((self._loss, self._hits.double()))).tolist()
+        loss, accuracy, logs = self._sums.means()
+        self.rule.phase = "forward" if self.recipe.feedback_passes else "both"
         with self._own_randomness():
             test_loss, test_accuracy = evaluate(self.rule, self.dataset.test, self.recipe.amp, self.world)
-            held_out, validation_accuracy = self.dataset.validation, None
+            held_out, validation_loss, validation_accuracy = self.dataset.validation, None, None
             if held_out is not None:
-                _, validation_accuracy = evaluate(self.rule, held_out, self.recipe.amp, self.world)
+                validation_loss, validation_accuracy = evaluate(self.rule, held_out, self.recipe.amp, self.world)
             layers = alignment(self.rule, self.dataset.train, self.recipe.probe) if self.world.is_main else {}
         if not math.isfinite(test_loss):
             self._diverge("the test loss is not finite")
         self._check_parameters()
+        lr, decay = scheduled(self.recipe, self.epoch)
         self.line = {
             "epoch": self.epoch + trained,
-            "train_loss": loss / self._examples if trained else None,
-            "train_accuracy": hits / self._examples if trained else None,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
+            "validation_loss": validation_loss,
             "validation_accuracy": validation_accuracy,
             "ms_per_step": self._timer.median(),
+            "feedback_ms_per_step": self._feedback_timer.median(),
             "seconds": self.seconds,
-            "lr": self.lr,
-            "weight_decay": self.weight_decay,
+            "lr": lr,
+            "weight_decay": decay,
+            "logs": logs,
             "layers": layers,
         }
         self.epoch, self.step = self.epoch + trained, 0
-        self._clear_sums()
+        self._sums.clear()
+        self._timer.clear()
+        self._feedback_timer.clear()
         self._save()
         if self.world.is_main:
             self.folder.append_metrics(self.line)
-
-    def _clear_sums(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._examples = 0
-        self._timer.clear()
 
     def _count_time(self) -> None:
         if self.device.type == "cuda":
@@ -274,18 +314,18 @@ class Training:
             if not torch.isfinite(parameter).all():
                 self._diverge(f"parameter {name} is not finite")
 
-    def _diverge(self, what: str) -> None:
+    def _diverge(self, what: str, remedy: str = "Try a smaller --lr") -> NoReturn:
         kept = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"
         message = (
             f"{self.recipe.rule} with seed {self.recipe.seed} diverged in epoch {self.epoch + 1}, step {self.step}, at "
-            f"lr {self.lr:g}: {what}; {kept}. Try a smaller --lr"
-        )
+            f"lr {self.lr:g}: {what.rstrip('.')}; {kept}. {remedy}"
+        ).rstrip()
         if self.world.is_main and self.line:
             write_json(self.folder.result, self.result("diverged", message))
         raise DivergenceError(message)
 
     def _save(self) -> None:
-        loss, hits = self.world.sum(self._loss.clone()), self.world.sum(self._hits.clone())
+        sums = self._sums.state()
         if not self.world.is_main:
             return
         state = {
@@ -295,12 +335,7 @@ class Training:
             "rng": self._rng if self._rng is not None else checkpoint.rng_state(self.device),
             "epoch": self.epoch,
             "step": self.step,
-            "partial": {
-                "loss": loss,
-                "hits": hits,
-                "examples": self._examples,
-                "times": self._timer.times(),
-            },
+            "partial": {**sums, "times": self._timer.times(), "feedback_times": self._feedback_timer.times()},
             "seconds": self.seconds,
             "metrics": self.line,
             "peak_memory_mb": self.peak_memory_mb,
@@ -321,9 +356,9 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             field = "partial"
             partial = state["partial"]
-            self._loss, self._hits = partial["loss"].to(self.device), partial["hits"].to(self.device)
-            self._examples = partial["examples"]
+            self._sums.restore(partial)
             self._timer.restore(partial["times"])
+            self._feedback_timer.restore(partial.get("feedback_times", []))
             field = "rng"
             with self._own_randomness():
                 checkpoint.set_rng_state(state["rng"], self.device)
@@ -332,9 +367,6 @@ class Training:
             raise CheckpointError(f"checkpoint {path}: field {field!r} does not fit this run ({why})") from error
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.line, self.peak_memory_mb = state["metrics"], state["peak_memory_mb"]
-        if not self.world.is_main:  # the saved sums are those of all processes
-            self._loss.zero_()
-            self._hits.zero_()
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:

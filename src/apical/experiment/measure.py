@@ -9,6 +9,7 @@ from torch import Tensor
 from apical.core.credit import CreditRule
 from apical.data import Split
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment
+from apical.errors import InstabilityError
 from apical.experiment.distributed import World
 from apical.experiment.schedule import generator
 
@@ -21,8 +22,12 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
-def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[float, float]:
-    """Mean loss and accuracy (0 to 1) of the plain model in evaluation mode; processes share the batches."""
+def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[float, float | None]:
+    """Mean loss and accuracy (0 to 1) of the plain model in evaluation mode; processes share the batches.
+
+    There is no accuracy where the targets are numbers.
+    """
+    classes = not split.targets.is_floating_point()
     model = rule.model
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -33,11 +38,12 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[fl
             with autocast(world.device, amp):
                 output = model(split.inputs[first : first + EVALUATION_BATCH])
             loss = rule.loss(output.float(), targets).double() * len(targets)
-            sums += torch.stack((loss, (output.argmax(-1) == targets).sum().double()))
+            hits = (output.argmax(-1) == targets).sum().double() if classes else torch.zeros_like(loss)
+            sums += torch.stack((loss, hits))
     for module, mode in modes.items():
         module.training = mode
     loss_sum, hits = world.sum(sums.clone()).tolist()
-    return loss_sum / len(split), hits / len(split)
+    return loss_sum / len(split), hits / len(split) if classes else None
 
 
 def probe_batch(train: Split, size: int) -> tuple[Tensor, Tensor]:
@@ -47,10 +53,17 @@ def probe_batch(train: Split, size: int) -> tuple[Tensor, Tensor]:
 
 
 def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, float | None]]:
-    """The fields of `FIELDS` for each layer, angles in degrees, None where undefined; nothing if `probe` is 0."""
+    """The fields of `FIELDS` for each layer, angles in degrees, None where undefined; nothing if `probe` is 0.
+
+    A rule whose dynamics is unstable on the probe batch, as it may be before its feedback is trained, has no gradient there.
+    """
     if not probe:
         return {}
-    weights, gradients = layer_alignment(rule), gradient_alignment(rule, *probe_batch(train, probe))
+    weights = layer_alignment(rule)
+    try:
+        gradients = gradient_alignment(rule, *probe_batch(train, probe))
+    except InstabilityError:
+        gradients = {}
     layers = {}
     for name in {**gradients, **weights}:
         values = {**weights.get(name, {}), **gradients.get(name, {})}

@@ -88,36 +88,52 @@ class Watch:
             self._live.update(self._table(), refresh=True)
 
     def _table(self) -> Table:
-        table = Table("rule", "seed", "epoch", "train loss", "test accuracy", "ms/step", box=None, pad_edge=False)
+        name = score_name([run.line for run in self._runs if run.line])
+        table = Table("rule", "seed", "epoch", "train loss", name, "ms/step", box=None, pad_edge=False)
         for run in self._runs:
             line = run.line
             epoch = f"{line['epoch']}/{self._epochs}" if line else "waiting"
             if run.diverged:
                 epoch = "diverged"
-            cells = [number(line.get("train_loss"), ".4f"), percent(line.get("test_accuracy"))]
+            cells = [number(line.get("train_loss"), ".4f"), score(line)]
             table.add_row(run.rule, str(run.seed), epoch, *cells, number(line.get("ms_per_step"), ".2f"))
         return table
+
+
+def score_name(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What :func:`score` shows of these lines: the accuracy or, where none has one but some a loss, the test loss."""
+    losses = any(line.get("test_loss") is not None for line in lines)
+    return "test loss" if losses and all(line.get("test_accuracy") is None for line in lines) else "test accuracy"
+
+
+def score(line: Mapping[str, Any]) -> str:
+    """The test accuracy of an epoch or run or, where it has none, as in regression, the test loss."""
+    if line.get("test_accuracy") is None:
+        return number(line.get("test_loss"), ".4g")
+    return percent(line["test_accuracy"])
 
 
 def describe(line: Mapping[str, Any], epochs: int) -> str:
     """One epoch in one line of text."""
     return (
         f"epoch {line['epoch']:3d}/{epochs}  train loss {number(line['train_loss'], '.4f'):>7s}  "
-        f"test accuracy {percent(line['test_accuracy']):>7s}  {number(line['ms_per_step'], '.2f')} ms/step"
+        f"{score_name([line])} {score(line):>7s}  {number(line['ms_per_step'], '.2f')} ms/step"
     )
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The final table of a comparison: mean and standard deviation over seeds per rule."""
-    table = Table("rule", "test accuracy", "train loss", "ms/step", "time / bp", "seeds", box=None, pad_edge=False)
+    name = score_name(rows)
+    table = Table("rule", name, "train loss", "ms/step", "time / bp", "seeds", box=None, pad_edge=False)
     for rule in dict.fromkeys(row["rule"] for row in rows):
         ours = [row for row in rows if row["rule"] == rule]
-        accuracy = [100 * row["test_accuracy"] for row in ours if row["test_accuracy"] is not None]
-        spread = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
+        key, scale, form, unit = ("test_loss", 1, ".4g", "") if name == "test loss" else ("test_accuracy", 100, ".2f", " %")
+        values = [scale * row[key] for row in ours if row.get(key) is not None]
+        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
         lost = sum(row["status"] == "diverged" for row in ours)
         table.add_row(
             rule,
-            (f"{statistics.mean(accuracy):.2f} %{spread}" if accuracy else "-"),
+            (f"{statistics.mean(values):{form}}{unit}{spread}" if values else "-"),
             _mean(ours, "train_loss", ".4f"),
             _mean(ours, "ms_per_step", ".2f"),
             _mean(ours, "ratio_to_bp", ".2f"),

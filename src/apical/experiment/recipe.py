@@ -13,9 +13,25 @@ from apical.errors import ConfigError, unknown_name
 Device = Literal["auto", "cpu", "cuda"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Amp = Literal["off", "bf16"]
+LossName = Literal["cross_entropy", "mse"]
+
+FEEDBACK_FIELDS = (
+    "feedback_lr",
+    "feedback_beta1",
+    "feedback_beta2",
+    "feedback_eps",
+    "feedback_weight_decay",
+    "pretrain_epochs",
+    "pretrain_lr",
+    "feedback_passes",
+    "feedback_fraction",
+)
+"""Fields that matter only to rules which learn their feedback weights apart from the forward weights."""
 
 FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 """Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
+
+_PASSES = ("pretrain_epochs", "feedback_passes")
 
 
 @dataclass(frozen=True)
@@ -33,8 +49,24 @@ class Recipe:
         lr: learning rates; value i + 1 starts after `lr_epochs[i]` finished epochs.
         lr_epochs: numbers of finished epochs at which the next learning rate starts; one fewer than `lr`.
         momentum: momentum of sgd, beta1 of adam and adamw.
+        beta2: beta2 of adam and adamw.
+        eps: eps of adam and adamw.
+        clip: largest norm of a step's gradient, of each parameter tensor by itself and of all feedback weights together;
+            0 is off.
         weight_decay: weight decays, scheduled like `lr`; empty means the rule's default.
         weight_decay_epochs: numbers of finished epochs at which the next weight decay starts.
+        loss: cross_entropy for classes, mse for targets that are numbers (mean over batch and elements).
+        feedback_lr: learning rate of feedback weights that the rule learns; None: as the forward weights.
+        feedback_beta1: their momentum of sgd, beta1 of adam and adamw; None: as the forward weights.
+        feedback_beta2: their beta2; None: as the forward weights.
+        feedback_eps: their eps; None: as the forward weights.
+        feedback_weight_decay: their weight decay, without a schedule; None: as the forward weights.
+        pretrain_epochs: feedback passes before the first epoch, counted as a part of it, with an optimiser state of
+            their own.
+        pretrain_lr: learning rate of the feedback weights in them; None: that of later ones.
+        feedback_passes: feedback passes in each epoch, one before the forward pass and the others after it; 0 learns
+            forward and feedback weights in the same steps.
+        feedback_fraction: share of the training batches that a feedback pass visits, above 0 and at most 1.
         flip: mirror training images at random.
         crop: pad training images by this many pixels and crop back at random; 0 is off.
         validation: training images held out for validation.
@@ -62,8 +94,21 @@ class Recipe:
     lr: tuple[float, ...] = (0.02,)
     lr_epochs: tuple[int, ...] = ()
     momentum: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 0.0
     weight_decay: tuple[float, ...] = ()
     weight_decay_epochs: tuple[int, ...] = ()
+    loss: LossName = "cross_entropy"
+    feedback_lr: float | None = None
+    feedback_beta1: float | None = None
+    feedback_beta2: float | None = None
+    feedback_eps: float | None = None
+    feedback_weight_decay: float | None = None
+    pretrain_epochs: int = 0
+    pretrain_lr: float | None = None
+    feedback_passes: int = 0
+    feedback_fraction: float = 1.0
     flip: bool = False
     crop: int = 0
     validation: int = 0
@@ -82,16 +127,27 @@ class Recipe:
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise ConfigError(f"{_flag(option)} must be positive, got {value}")
-        for option in ("crop", "validation", "threads", "probe", "checkpoint_steps", "seed"):
+        for option in ("crop", "validation", "threads", "probe", "checkpoint_steps", "seed", *_PASSES):
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
-        for option, known in (("optimizer", ("sgd", "adam", "adamw")), ("amp", ("off", "bf16"))):
+        for option, known in (
+            ("optimizer", ("sgd", "adam", "adamw")),
+            ("amp", ("off", "bf16")),
+            ("loss", ("cross_entropy", "mse")),
+            ("device", ("auto", "cpu", "cuda")),
+        ):
             if getattr(self, option) not in known:
                 raise unknown_name(_flag(option), str(getattr(self, option)), known)
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise unknown_name("--device", self.device, ("auto", "cpu", "cuda"))
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"--momentum must be in [0, 1), got {self.momentum}")
+        for option in ("momentum", "beta2", "feedback_beta1", "feedback_beta2"):
+            value = getattr(self, option)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{_flag(option)} must be in [0, 1), got {value}")
+        for option in ("clip", "eps", "feedback_eps", "feedback_weight_decay"):
+            _check_number(option, getattr(self, option), positive=False)
+        for option in ("feedback_lr", "pretrain_lr", "feedback_fraction"):
+            _check_number(option, getattr(self, option), positive=True)
+        if self.feedback_fraction > 1:
+            raise ConfigError(f"--feedback-fraction must be at most 1, got {self.feedback_fraction}")
         _check_schedule("lr", self.lr, self.lr_epochs, positive=True)
         _check_schedule("weight_decay", self.weight_decay, self.weight_decay_epochs, positive=False)
         parse_options(self.rule_options)
@@ -108,6 +164,37 @@ class Recipe:
                 "take a smaller batch or keep the last batch (--drop-last False)"
             )
         return examples // self.batch_size if self.drop_last else math.ceil(examples / self.batch_size)
+
+    @property
+    def has_feedback_passes(self) -> bool:
+        """Whether there are passes in which only feedback weights learn."""
+        return bool(self.pretrain_epochs or self.feedback_passes)
+
+    def check_targets(self, *, are_numbers: bool) -> None:
+        """Refuse a loss or an augmentation that does not go with the data's targets: class labels or numbers.
+
+        Raises:
+            ConfigError: names the option and the remedy.
+        """
+        if are_numbers and self.loss != "mse":
+            raise ConfigError(f"the targets of {self.data} are numbers, not classes: add --loss mse")
+        if not are_numbers and self.loss == "mse":
+            raise ConfigError(f"--loss mse needs targets that are numbers; those of {self.data} are classes")
+        if are_numbers and (self.flip or self.crop):
+            raise ConfigError(f"--flip and --crop would change the images of {self.data} but not their targets")
+
+    def check_phases(self, *, two_phase: bool) -> None:
+        """Refuse feedback passes for a rule that has no feedback weights to learn in them.
+
+        Raises:
+            ConfigError: names the option and the rule.
+        """
+        for option in _PASSES:
+            if getattr(self, option) and not two_phase:
+                raise ConfigError(
+                    f"{_flag(option)} {getattr(self, option)}: rule {self.rule!r} (with these options) learns no feedback "
+                    "weights in passes of their own; leave it out"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON has them (tuples are lists)."""
@@ -145,20 +232,25 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Each field in which two configurations differ, "field: saved vs asked"; the fields free to differ are left out."""
-    fields = [name for name in Recipe.__dataclass_fields__ if name not in FREE_FIELDS]
-    return [
-        f"{name}: {saved.get(name, 'missing')} vs {asked.get(name, 'missing')}"
-        for name in fields
-        if saved.get(name, "missing") != asked.get(name, "missing")
-    ]
+    """Each field in which two configurations differ, "field: saved vs asked"; the fields free to differ are left out.
+
+    A field that a configuration lacks was added to recipes after it was written, and has its default.
+    """
+    defaults = Recipe().to_json()
+    pairs = {name: (saved.get(name, value), asked.get(name, value)) for name, value in defaults.items()}
+    return [f"{name}: {a} vs {b}" for name, (a, b) in pairs.items() if name not in FREE_FIELDS and a != b]
+
+
+def _check_number(option: str, value: float | None, *, positive: bool) -> None:
+    if value is not None and (not math.isfinite(value) or value < 0 or (positive and value == 0)):
+        raise ConfigError(
+            f"{_flag(option)} must be {'positive' if positive else 'zero or positive'} and finite, got {value}"
+        )
 
 
 def _check_schedule(option: str, values: tuple[float, ...], epochs: tuple[int, ...], *, positive: bool) -> None:
     for value in values:
-        if not math.isfinite(value) or value < 0 or (positive and value == 0):
-            kind = "positive" if positive else "zero or positive"
-            raise ConfigError(f"{_flag(option)} must be {kind} and finite, got {value}")
+        _check_number(option, value, positive=positive)
     if not values and (positive or epochs):
         raise ConfigError(f"{_flag(option)} needs at least one value")
     if values and len(epochs) != len(values) - 1:

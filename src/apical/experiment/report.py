@@ -15,10 +15,12 @@ from typing import Any
 from apical.errors import CheckpointError
 from apical.experiment import figures, report_html
 from apical.experiment.figure_style import styles
-from apical.experiment.report_records import Comparison, Run, read
+from apical.experiment.recipe import FEEDBACK_FIELDS, Recipe
+from apical.experiment.report_records import Comparison, Run, Score, read
 from apical.experiment.verdicts import judge
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
+_WHERE_SET = ("beta2", "eps", "clip")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class RuleSummary:
         colour: its colour in the figures.
         planned: number of seeds, finished or not.
         finished: number of seeds that finished.
-        accuracy: test accuracy after the last epoch, in percent.
+        accuracy: test accuracy after the last epoch, in percent; empty for regression.
+        test_loss: test loss after the last epoch.
         train_loss: training loss of the last epoch.
         milliseconds: median time per training step.
         ratio: time per step relative to backpropagation.
@@ -45,11 +48,16 @@ class RuleSummary:
     planned: int
     finished: int
     accuracy: tuple[float, ...]
+    test_loss: tuple[float, ...]
     train_loss: tuple[float, ...]
     milliseconds: tuple[float, ...]
     ratio: tuple[float, ...]
     memory: tuple[float, ...]
     parameters: int | None
+
+    def scores(self, score: Score) -> tuple[float, ...]:
+        """The values of the score by which rules are compared."""
+        return self.test_loss if score.is_loss else self.accuracy
 
 
 def write(out: Path) -> Path:
@@ -117,6 +125,7 @@ def summarise(comparison: Comparison) -> list[RuleSummary]:
                 planned=len(runs),
                 finished=len(done),
                 accuracy=_numbers(100 * run.final("test_accuracy") for run in done),
+                test_loss=_numbers(run.final("test_loss") for run in done),
                 train_loss=_numbers(run.final("train_loss") for run in done),
                 milliseconds=_numbers(run.final("ms_per_step") for run in done),
                 ratio=_numbers(map(ratio, done)),
@@ -129,16 +138,17 @@ def summarise(comparison: Comparison) -> list[RuleSummary]:
 
 def describe(comparison: Comparison) -> str:
     """A paragraph in plain words: what was run, which rule came how close to backpropagation, at what cost."""
-    rows = {row.rule: row for row in summarise(comparison) if row.accuracy}
+    score = comparison.score
+    rows = {row.rule: row for row in summarise(comparison) if row.scores(score)}
     return " ".join(
         sentence
         for sentence in (
             _what_was_run(comparison),
-            _accuracy_sentence(rows),
+            _score_sentence(rows, score),
             _alignment_sentence(comparison, rows),
             _time_sentence(rows),
             _failures_sentence(comparison),
-            _caution_sentence(rows),
+            _caution_sentence(rows, score),
         )
         if sentence
     )
@@ -163,27 +173,37 @@ def _what_was_run(comparison: Comparison) -> str:
     return f"{who}{model}{data}{epochs}, with {_count(len({run.seed for run in comparison.runs}), 'seed')}."
 
 
-def _accuracy_sentence(rows: Mapping[str, RuleSummary]) -> str:
+def _score_sentence(rows: Mapping[str, RuleSummary], score: Score) -> str:
     if not rows:
-        return "No run has finished yet, so there is no final accuracy."
-    ranked = sorted(rows.values(), key=lambda row: statistics.mean(row.accuracy), reverse=True)
+        return f"No run has finished yet, so there is no final {'loss' if score.is_loss else 'accuracy'}."
+    ranked = sorted(rows.values(), key=lambda row: statistics.mean(row.scores(score)), reverse=not score.is_loss)
     others = [row for row in ranked if row.rule != "bp"]
     if "bp" not in rows or not others:
-        best = f"{ranked[0].name} reached {report_html.mean_and_spread(ranked[0].accuracy)} % test accuracy"
-        return best + (f", the highest; {_lowest(ranked[-1])}." if len(ranked) > 1 else ".")
+        rank = "lowest" if score.is_loss else "highest"
+        best = f"{ranked[0].name} reached {_reached(ranked[0], score)}"
+        return best + (f", the {rank}; {_last(ranked[-1], score)}." if len(ranked) > 1 else ".")
     bp, best_other = rows["bp"], others[0]
-    gap = statistics.mean(best_other.accuracy) - statistics.mean(bp.accuracy)
-    distance = f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'} it" if f"{abs(gap):.2f}" != "0.00" else "level"
+    gap = statistics.mean(best_other.scores(score)) - statistics.mean(bp.scores(score))
+    size = report_html.significant(abs(gap)) if score.is_loss else f"{abs(gap):.2f} points"
+    level = gap == 0 or size.startswith("0.00 points")
+    distance = "level" if level else f"{size} {'above' if gap > 0 else 'below'} it"
     text = (
-        f"Backpropagation reached {report_html.mean_and_spread(bp.accuracy)} % test accuracy; the best of the "
-        f"{'others' if len(others) > 1 else 'rest'}, {best_other.name}, "
-        f"{report_html.mean_and_spread(best_other.accuracy)} % ({distance})"
+        f"Backpropagation reached {_reached(bp, score)}; the best of the {'others' if len(others) > 1 else 'rest'}, "
+        f"{best_other.name}, {_value(best_other, score)} ({distance})"
     )
-    return f"{text}; {_lowest(others[-1])}." if len(others) > 1 else f"{text}."
+    return f"{text}; {_last(others[-1], score)}." if len(others) > 1 else f"{text}."
 
 
-def _lowest(row: RuleSummary) -> str:
-    return f"{row.name} was lowest with {report_html.mean_and_spread(row.accuracy)} %"
+def _value(row: RuleSummary, score: Score) -> str:
+    return report_html.mean_and_spread(row.scores(score), score) + ("" if score.is_loss else " %")
+
+
+def _reached(row: RuleSummary, score: Score) -> str:
+    return f"a test loss of {_value(row, score)}" if score.is_loss else f"{_value(row, score)} test accuracy"
+
+
+def _last(row: RuleSummary, score: Score) -> str:
+    return f"{row.name} was {'highest' if score.is_loss else 'lowest'} with {_value(row, score)}"
 
 
 def _alignment_sentence(comparison: Comparison, rows: Mapping[str, RuleSummary]) -> str:
@@ -219,8 +239,8 @@ def _failures_sentence(comparison: Comparison) -> str:
     return f"{failed} of {_count(len(comparison.runs), 'run')} did not finish; the means leave them out."
 
 
-def _caution_sentence(rows: Mapping[str, RuleSummary]) -> str:
-    counts = {len(row.accuracy) for row in rows.values()}
+def _caution_sentence(rows: Mapping[str, RuleSummary], score: Score) -> str:
+    counts = {len(row.scores(score)) for row in rows.values()}
     if len(rows) < 2 or min(counts) > 2:
         return ""
     who = "each rule" if len(counts) == 1 else "some rules"
@@ -228,14 +248,26 @@ def _caution_sentence(rows: Mapping[str, RuleSummary]) -> str:
 
 
 def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
-    """Setting and value; where rules differ in a setting, each value with the rules that used it."""
-    keys = dict.fromkeys(key for run in comparison.runs for key in run.config if key not in _NOT_CONFIG)
+    """Setting and value; where rules differ in a setting, each value with the rules that used it.
+
+    What concerns learned feedback weights is one row, of the options that were set; some options show only where they are.
+    """
+    hidden = _NOT_CONFIG | set(FEEDBACK_FIELDS)
+    defaults = Recipe().to_json()
+    keys = dict.fromkeys(key for run in comparison.runs for key in run.config if key not in hidden)
+    texts = {key: [(run.rule, _words(run.config[key])) for run in comparison.runs if key in run.config] for key in keys}
+    for key in _WHERE_SET:
+        if all(run.config.get(key, defaults[key]) == defaults[key] for run in comparison.runs):
+            texts.pop(key, None)
+    feedback = [(run.rule, _feedback(run.config, defaults)) for run in comparison.runs]
+    if any(text != "none" for _, text in feedback):
+        texts["feedback"] = feedback
     rows = []
-    for key in keys:
+    for key, used in texts.items():
         users: dict[str, list[str]] = {}
-        for run in comparison.runs:
-            if key in run.config and run.rule not in users.setdefault(_words(run.config[key]), []):
-                users[_words(run.config[key])].append(run.rule)
+        for rule, text in used:
+            if rule not in users.setdefault(text, []):
+                users[text].append(rule)
         same = len(users) == 1
         rows.append((key, "; ".join(value if same else f"{value} ({', '.join(who)})" for value, who in users.items())))
     for key, label in (("n_train", "training images"), ("n_test", "test images")):
@@ -243,6 +275,12 @@ def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
         rows += [(label, " or ".join(map(_words, sorted(counts))))] if counts else []
     rows.append(("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in comparison.runs}))))
     return rows
+
+
+def _feedback(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The options of learned feedback weights that a run has set, in words."""
+    chosen = {key: config[key] for key in FEEDBACK_FIELDS if key in config and config[key] != defaults[key]}
+    return _words({key.removeprefix("feedback_").replace("_", " "): value for key, value in chosen.items()})
 
 
 def environment_rows(comparison: Comparison) -> list[tuple[str, str]]:

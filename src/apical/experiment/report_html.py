@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from apical.experiment.figures import Drawing
-from apical.experiment.report_records import Comparison, Run
+from apical.experiment.report_records import ACCURACY, Comparison, Run, Score
 from apical.experiment.verdicts import Verdict, tally
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def render(
 <p class="lead">{escape(summary)}</p>
 {_problems(comparison.runs)}
 <h2>Rules</h2>
-{_rules_table(rows)}
+{_rules_table(rows, comparison.score)}
 {_verdicts(verdicts)}
 <h2>Figures</h2>
 <div class="figures">
@@ -111,23 +111,24 @@ def render(
 <div><h3>Versions and machine</h3>{_facts(environment)}</div>
 </div>
 <h2>Every run</h2>
-{_runs_table(comparison.runs)}
+{_runs_table(comparison.runs, comparison.score)}
 <p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG, in the folder figures.</p>
 </body>
 </html>
 """
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds with two decimals; the value alone if there is one.
+def mean_and_spread(values: Sequence[float], score: Score = ACCURACY) -> str:
+    """Mean ± standard deviation over seeds, of an accuracy with two decimals; the value alone if there is one.
 
     >>> mean_and_spread([97.0, 98.0])
     '97.50 ± 0.71'
     """
     if not values:
         return _MISSING
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    form = significant if score.is_loss else "{:.2f}".format
+    mean = form(statistics.mean(values))
+    return f"{mean} ± {form(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def significant(value: float) -> str:
@@ -146,19 +147,24 @@ def significant(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _rules_table(rows: Sequence["RuleSummary"]) -> str:
+def _heading(score: Score) -> str:
+    return "Test loss" if score.is_loss else "Test accuracy,&nbsp;%"
+
+
+def _rules_table(rows: Sequence["RuleSummary"], score: Score) -> str:
     seeds = max((row.finished for row in rows), default=0)
-    accuracy = "Test accuracy,&nbsp;% <small>mean ± s.d.</small>" if seeds > 1 else "Test accuracy,&nbsp;%"
+    first = _heading(score) + (" <small>mean ± s.d.</small>" if seeds > 1 else "")
     step = "ms per step <small>median (range)</small>" if seeds > 1 else "ms per step"
     relative = "Time relative to bp <small>median (range)</small>" if seeds > 1 else "Time relative to bp"
     with_memory = any(row.memory for row in rows)
     memory = ("Peak memory,&nbsp;MB",) if with_memory else ()
-    heads = (accuracy, "Seeds", "Training loss", step, relative, *memory, "Parameters")
+    heads = (first, "Seeds", "Training loss", step, relative, *memory, "Parameters")
     head = "<th>Rule</th>" + "".join(f'<th class="n">{text}</th>' for text in heads)
-    body = "\n".join(_rule_row(row, with_memory) for row in rows)
+    body = "\n".join(_rule_row(row, with_memory, score) for row in rows)
     note = (
-        "Only runs that finished are counted. Accuracy is that after the last epoch, not the best one; ± is the standard "
-        "deviation over seeds. Time is wall-clock time per training step, with whatever else the machine was doing."
+        f"Only runs that finished are counted. {'The test loss' if score.is_loss else 'Accuracy'} is that after the last "
+        "epoch, not the best one; ± is the standard deviation over seeds. Time is wall-clock time per training step, with "
+        "whatever else the machine was doing."
     )
     return (
         f'<table class="rules">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
@@ -166,13 +172,13 @@ def _rules_table(rows: Sequence["RuleSummary"]) -> str:
     )
 
 
-def _rule_row(row: "RuleSummary", with_memory: bool) -> str:
+def _rule_row(row: "RuleSummary", with_memory: bool, score: Score) -> str:
     seeds = str(row.finished) if row.finished == row.planned else f"{row.finished} of {row.planned}"
     swatch = f'<span class="swatch" style="background:{escape(row.colour)}"></span>'
     short = f" <small>{escape(row.rule)}</small>" if row.rule != row.name else ""
     memory = significant(statistics.median(row.memory)) if row.memory else _MISSING
     cells = (
-        ("Test accuracy,&nbsp;%", mean_and_spread(row.accuracy)),
+        (_heading(score), mean_and_spread(row.scores(score), score)),
         ("Seeds", seeds),
         ("Training loss", significant(statistics.mean(row.train_loss)) if row.train_loss else _MISSING),
         ("ms per step", _median_and_range(row.milliseconds)),
@@ -195,9 +201,7 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
             f"{row.epoch}",
             f"{row.published:g} ± {row.tolerance:g}" if row.tolerance is not None else f"at least {row.published:g}",
             row.tag,
-            "—"
-            if row.measured is None
-            else f"{row.measured:.2f}" + (f" ± {row.spread:.2f}" if row.spread is not None else ""),
+            "—" if row.measured is None else row.shown(row.measured) + _spread(row),
             f"{row.n}",
             row.verdict,
         )
@@ -209,6 +213,10 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
         f'<details><summary>Every number</summary><table class="runs"><thead><tr>'
         f"{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table></details>"
     )
+
+
+def _spread(row: Verdict) -> str:
+    return "" if row.spread is None else f" ± {row.shown(row.spread)}"
 
 
 def _cell(label: str, value: str) -> str:
@@ -259,23 +267,23 @@ def _facts(rows: Sequence[tuple[str, str]]) -> str:
     return f'<table class="facts"><tbody>{body}</tbody></table>'
 
 
-def _runs_table(runs: Sequence[Run]) -> str:
+def _runs_table(runs: Sequence[Run], score: Score) -> str:
     head = "<th>Rule</th><th>State</th>" + "".join(
-        f'<th class="n">{text}</th>' for text in ("Seed", "Epoch", "Test accuracy,&nbsp;%", "Training loss", "ms per step")
+        f'<th class="n">{text}</th>' for text in ("Seed", "Epoch", _heading(score), "Training loss", "ms per step")
     )
-    body = "\n".join(map(_run_row, runs))
+    body = "\n".join(_run_row(run, score) for run in runs)
     return (
         f"<details><summary>{len(runs)} {'run' if len(runs) == 1 else 'runs'}</summary>"
         f'<table class="rules"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></details>'
     )
 
 
-def _run_row(run: Run) -> str:
-    accuracy = 100 * run.final("test_accuracy")
+def _run_row(run: Run, score: Score) -> str:
+    value = score.scale * run.final(score.key)
     cells = (
         ("Seed", str(run.seed)),
         ("Epoch", str(run.epochs[-1]) if run.epochs else _MISSING),
-        ("Test accuracy,&nbsp;%", f"{accuracy:.2f}" if math.isfinite(accuracy) else _MISSING),
+        (_heading(score), mean_and_spread([value] if math.isfinite(value) else [], score)),
         ("Training loss", significant(run.final("train_loss"))),
         ("ms per step", significant(run.final("ms_per_step"))),
     )

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,34 @@ from apical.errors import CheckpointError
 from apical.experiment.figure_style import RULES
 
 Array = NDArray[np.float64]
-_MEASURES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_accuracy", "ms_per_step")
+_MEASURES = (
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "ms_per_step",
+    "feedback_ms_per_step",
+)
+
+
+class Score(NamedTuple):
+    """What rules are compared by: its key in the metrics, its name, its name with the unit, and what it is scaled by."""
+
+    key: str
+    name: str
+    label: str
+    scale: float
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether less is better."""
+        return self.key == "test_loss"
+
+
+ACCURACY = Score("test_accuracy", "test accuracy", "test accuracy (%)", 100.0)
+LOSS = Score("test_loss", "test loss", "test loss", 1.0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +127,15 @@ class Comparison:
     single: bool
     published: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     claims: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def score(self) -> Score:
+        """The accuracy on test images or, where no run has one but some have a loss (regression), the test loss."""
+
+        def has(key: str) -> bool:
+            return any(math.isfinite(_finite(row.get(key))) for run in self.runs for row in (run.result or {}, *run.records))
+
+        return LOSS if has(LOSS.key) and not has(ACCURACY.key) else ACCURACY
 
     def of(self, rule: str) -> list[Run]:
         """The runs of one rule, by seed."""

@@ -36,36 +36,76 @@ class Verdict:
     n: int
     verdict: str
 
+    def shown(self, value: float) -> str:
+        """A value of this quantity as people read it: losses with significant digits, the others with two decimals."""
+        return f"{value:.4g}" if "loss" in self.what else f"{value:.2f}"
+
 
 def judge(comparison: Comparison) -> list[Verdict]:
-    """All published numbers and orders that compare.json names, in its order."""
+    """All published numbers and orders that compare.json names, in its order.
+
+    A number has a "metric": "accuracy" or "error" in percent, "loss" (each of a "split", test by default), or "angle" in
+    degrees of a "layer". It holds after "epoch" epochs or, with "select": "best-validation", at the one of the epochs up
+    to there at which the validation accuracy is highest (for a loss, or without accuracies: the validation loss lowest).
+    """
     rows = [
         _verdict(rule, number, [_measure(run, number) for run in comparison.of(rule)])
         for rule, numbers in comparison.published.items()
         for number in numbers
     ]
     for claim in comparison.claims:
-        number = {**claim, "metric": "accuracy"}
+        number = {"metric": "accuracy", **claim}
         first = {run.seed: _measure(run, number) for run in comparison.of(claim["rule"])}
         second = {run.seed: _measure(run, number) for run in comparison.of(claim["other"])}
         pairs = [(first[seed], second.get(seed)) for seed in first]
-        rows.append(_verdict(claim["rule"], claim, [a - b for a, b in pairs if a is not None and b is not None]))
+        rows.append(_verdict(claim["rule"], number, [a - b for a, b in pairs if a is not None and b is not None]))
     return rows
 
 
 def _measure(run: Run, number: Mapping[str, Any]) -> float | None:
-    """The run's value of a published quantity: percent or degrees; None if it was not measured."""
-    if number["epoch"] not in run.epochs:
+    """The run's value of a published quantity: percent, degrees or a loss; None if it was not measured."""
+    record = _record(run, number)
+    if record is None:
         return None
-    record = run.records[run.epochs.index(number["epoch"])]
-    if number["metric"] == "accuracy":
-        accuracy = record.get(f"{number.get('split', 'test')}_accuracy")
-        return None if accuracy is None else 100 * accuracy
+    metric, split = number["metric"], number.get("split", "test")
+    if metric == "loss":
+        loss: float | None = record.get(f"{split}_loss")
+        return loss
+    if metric in ("accuracy", "error"):
+        accuracy = record.get(f"{split}_accuracy")
+        return None if accuracy is None else 100 * (accuracy if metric == "accuracy" else 1 - accuracy)
     layers = [values.get("weight_alignment") for values in (record.get("layers") or {}).values()]
     angles = [angle for angle in layers if angle is not None]
     if number["layer"] == 0:
         return statistics.mean(angles) if angles else None
     return angles[number["layer"] - 1] if number["layer"] <= len(angles) else None
+
+
+def _record(run: Run, number: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The metrics of the epoch that a published number is about; None if the run did not get there."""
+    if number["epoch"] not in run.epochs:
+        return None
+    records = run.records[: run.epochs.index(number["epoch"]) + 1]
+    if number.get("select") is None:
+        return records[-1]
+    if number["metric"] != "loss":
+        known = [record for record in records if record.get("validation_accuracy") is not None]
+        if known:
+            return max(known, key=lambda record: record["validation_accuracy"])
+    known = [record for record in records if record.get("validation_loss") is not None]
+    return min(known, key=lambda record: record["validation_loss"]) if known else None
+
+
+def _what(number: Mapping[str, Any]) -> str:
+    """A published quantity in words."""
+    metric, split = number["metric"], number.get("split", "test")
+    if metric == "angle":
+        what = "angle of feedback, " + (f"layer {number['layer']}, °" if number["layer"] else "mean over layers, °")
+    elif "other" in number:
+        what = f"{split} {metric} minus that of {number['other']}" + ("" if metric == "loss" else ", points")
+    else:
+        what = f"{split} {metric}" + ("" if metric == "loss" else ", %")
+    return what + (", at the best validation" if number.get("select") else "")
 
 
 def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None]) -> Verdict:
@@ -78,15 +118,9 @@ def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None
         verdict = "reproduced" if mean >= number["least"] else "not reproduced"
     else:
         verdict = "reproduced" if abs(mean - number["value"]) <= number["tolerance"] else "not reproduced"
-    if is_order:
-        what = f"{number['split']} accuracy minus that of {number['other']}, points"
-    elif number["metric"] == "accuracy":
-        what = f"{number['split']} accuracy, %"
-    else:
-        what = "angle of feedback, " + (f"layer {number['layer']}, °" if number["layer"] else "mean over layers, °")
     return Verdict(
         rule=rule,
-        what=what,
+        what=_what(number),
         epoch=number["epoch"],
         published=number["least"] if is_order else number["value"],
         tolerance=None if is_order else number["tolerance"],

@@ -1,9 +1,9 @@
 """Plain `nn.Module`s of the papers, Xavier-initialised, every activation a module of its own."""
 
 from apical.models.catalogue import build, names
-from apical.models.initialisation import xavier_
+from apical.models.initialisation import xavier_, xavier_normal_
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import mlp
+from apical.models.mlp import autoencoder, mlp, mlp_tanh
 from apical.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
 
 __all__ = [
@@ -13,8 +13,11 @@ __all__ = [
     "LeNetCIFAR",
     "ResNet",
     "ZeroPadShortcut",
+    "autoencoder",
     "build",
     "mlp",
+    "mlp_tanh",
     "names",
     "xavier_",
+    "xavier_normal_",
 ]

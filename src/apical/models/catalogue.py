@@ -8,10 +8,11 @@ from torch import nn
 
 from apical.errors import ConfigError, unknown_name
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import mlp
+from apical.models.mlp import autoencoder, mlp, mlp_tanh
 from apical.models.resnet import CifarResNet, ResNet
 
-_MLP = "mlp-<widths>"
+_WIDTHS = r"(-[1-9][0-9]{0,6})+"
+_EXAMPLES = {"mlp": "mlp-512-512", "mlp-tanh": "mlp-tanh-256-256-256", "autoencoder": "autoencoder-256-32-256"}
 _IMAGENET_FORM_FROM = 64
 
 
@@ -47,20 +48,25 @@ _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
     "resnet56": _build_cifar_resnet,
     "resnet18": _build_resnet18,
 }
+_PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
+    "mlp": mlp,
+    "mlp-tanh": mlp_tanh,
+    "autoencoder": autoencoder,
+}
 
 
 def names() -> list[str]:
     """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 and the like."""
-    return [_MLP, *_CONVNETS]
+    return [*(f"{kind}-<widths>" for kind in _PERCEPTRONS), *_CONVNETS]
 
 
 def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Model `name` for samples of `input_shape`, with Xavier-uniform weights drawn from the global torch RNG.
+    """Model `name` for samples of `input_shape`, with Xavier weights drawn from the global torch RNG.
 
     Args:
-        name: one of :func:`names`, with the hidden widths filled in for an mlp.
+        name: one of :func:`names`, with the hidden widths filled in where it has them.
         input_shape: shape of one sample, such as (1, 28, 28).
-        num_classes: number of logits.
+        num_classes: number of logits, or of outputs where the targets are numbers.
 
     Returns:
         A module mapping (N, *input_shape) to (N, num_classes).
@@ -73,10 +79,13 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     """
     if min(input_shape, default=0) < 1 or num_classes < 1:
         raise ConfigError(f"model {name!r} needs non-empty samples and classes; got {input_shape}, {num_classes}")
-    if re.fullmatch(r"mlp(-[1-9][0-9]{0,6})+", name):
-        return mlp(math.prod(input_shape), [int(width) for width in name.split("-")[1:]], num_classes)
-    if name == "mlp" or name.startswith("mlp-"):
-        raise ConfigError(f"model {name!r} does not name its hidden widths; write for example mlp-512-512")
+    for kind, perceptron in _PERCEPTRONS.items():
+        if re.fullmatch(kind + _WIDTHS, name):
+            widths = [int(width) for width in name.removeprefix(kind + "-").split("-")]
+            return perceptron(math.prod(input_shape), widths, num_classes)
+    for kind in sorted(_PERCEPTRONS, key=len, reverse=True):
+        if name == kind or name.startswith(f"{kind}-"):
+            raise ConfigError(f"model {name!r} does not name its hidden widths; write for example {_EXAMPLES[kind]}")
     if name not in _CONVNETS:
         raise unknown_name("model", name, names())
     return _CONVNETS[name](name, input_shape, num_classes)

@@ -1,26 +1,73 @@
-"""Multilayer perceptron: Flatten, then Linear and ReLU per hidden layer, then a Linear read-out."""
+"""Multilayer perceptrons: Flatten, then Linear and an activation per hidden layer, then a Linear read-out."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import nn
 
 from apical.errors import ConfigError
-from apical.models.initialisation import xavier_
+from apical.models.initialisation import xavier_, xavier_normal_
 
 
-def mlp(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+def mlp(
+    in_features: int, widths: Sequence[int], out_features: int, activation: Callable[[], nn.Module] = nn.ReLU
+) -> nn.Sequential:
     """Perceptron with hidden layers of the given widths: (N, ...) with `in_features` entries -> (N, out_features).
 
     Its modules are named flatten, linear1, relu1, linear2, ... An empty `widths` gives a linear classifier.
+
+    Args:
+        activation: makes the module behind each hidden layer, which is named after its class: nn.Tanh gives tanh1, tanh2.
 
     Raises:
         ConfigError: a size is not positive.
 
     >>> [name for name, _ in mlp(4, [3], 2).named_children()]
     ['flatten', 'linear1', 'relu1', 'linear2']
+    >>> [name for name, _ in mlp(4, [3], 2, nn.Tanh).named_children()]
+    ['flatten', 'linear1', 'tanh1', 'linear2']
     """
+    model = _perceptron(in_features, widths, out_features, [activation] * len(widths))
+    xavier_(model)
+    return model
+
+
+def mlp_tanh(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+    """Tanh perceptron of the feedback-control papers (arXiv 2106.07887): Xavier-normal weights, zero biases.
+
+    Raises:
+        ConfigError: a size is not positive.
+    """
+    model = _perceptron(in_features, widths, out_features, [nn.Tanh] * len(widths))
+    xavier_normal_(model)
+    return model
+
+
+def autoencoder(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+    """Autoencoder of arXiv 2106.07887, table 1: tanh hidden layers, a linear code in the middle and a linear output.
+
+    The middle one of `widths` is the code; its `nn.Identity` is named code, the other activations tanh1, tanh2, ...
+    Weights are Xavier-normal, biases zero.
+
+    Raises:
+        ConfigError: a size is not positive, or there is no middle layer.
+
+    >>> [name for name, _ in autoencoder(8, [4, 2, 4], 8).named_children()]
+    ['flatten', 'linear1', 'tanh1', 'linear2', 'code', 'linear3', 'tanh3', 'linear4']
+    """
+    if len(widths) % 2 == 0:
+        raise ConfigError(f"an autoencoder needs an odd number of hidden layers; got {'-'.join(map(str, widths)) or 'none'}")
+    activations: list[Callable[[], nn.Module]] = [nn.Tanh] * len(widths)
+    activations[len(widths) // 2] = nn.Identity
+    model = _perceptron(in_features, widths, out_features, activations)
+    xavier_normal_(model)
+    return model
+
+
+def _perceptron(
+    in_features: int, widths: Sequence[int], out_features: int, activations: Sequence[Callable[[], nn.Module]]
+) -> nn.Sequential:
     sizes = [in_features, *widths, out_features]
     if min(sizes) < 1:
         raise ConfigError(f"every layer of an mlp needs at least one unit; got {'-'.join(map(str, sizes))}")
@@ -28,7 +75,7 @@ def mlp(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequen
     for depth, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
         layers[f"linear{depth}"] = nn.Linear(fan_in, fan_out)
         if depth <= len(widths):
-            layers[f"relu{depth}"] = nn.ReLU()
-    model = nn.Sequential(layers)
-    xavier_(model)
-    return model
+            module = activations[depth - 1]()
+            kind = type(module).__name__.lower()
+            layers["code" if kind == "identity" else f"{kind}{depth}"] = module
+    return nn.Sequential(layers)

@@ -2,22 +2,25 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
-from apical.core.credit import CreditRule
+from apical.core.credit import CreditRule, Loss
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.experiment.recipe import Recipe, parse_options
 from apical.experiment.schedule import alignment_decay
 from apical.rules.backprop import Backprop
+from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
+from apical.rules.strong_deep_feedback_control import StrongDeepFeedbackControl
 from apical.rules.weight_mirror import WeightMirror
 
 DECAY = 1e-4
@@ -49,6 +52,13 @@ RULES: dict[str, Entry] = {
     "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
     "pfa": Entry(ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True),
     "pfa-o": Entry(ProductFeedbackAlignment, "product feedback alignment, orthogonal", {"feedback": "orthogonal"}, True),
+    "dfc": Entry(DeepFeedbackControl, "deep feedback control, averaged over time", {"variant": "dfc"}),
+    "dfc-ss": Entry(DeepFeedbackControl, "deep feedback control at its steady state", {"variant": "ss"}),
+    "dfc-ssa": Entry(DeepFeedbackControl, "deep feedback control at its linearised steady state", {"variant": "ssa"}),
+    "dfc-fixed": Entry(DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}),
+    "dfc-ss-fixed": Entry(DeepFeedbackControl, "dfc-ss with fixed feedback weights", {"variant": "ss", "learn": "none"}),
+    "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
+    "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label"),
 }
 
 
@@ -64,8 +74,56 @@ def find_rule(name: str) -> Entry:
 
 
 def constructor_options(entry: Entry) -> list[str]:
-    """Names of the options the rule's constructor takes besides model and loss."""
-    return [name for name in inspect.signature(entry.build).parameters if name not in ("model", "loss")]
+    """Names of the options the rule's constructor takes besides those that the recipe and the data decide."""
+    return [name for name in inspect.signature(entry.build).parameters if name not in ("model", *_GIVEN)]
+
+
+def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
+    """Those of the comparison's options "[RULE:]key=value" that are for `rule`, as its recipe takes them.
+
+    Without "RULE:" an option is for every rule whose constructor knows it.
+
+    >>> options_for("pfa", ("pfa:expansion=4", "kp:form=explicit", "first_layer=True", "nudge=0.1"))
+    ('expansion=4', 'first_layer=True')
+    """
+    known, chosen = constructor_options(find_rule(rule)), []
+    for option in options:
+        owner, rest = _owner(option)
+        if owner == rule or (not owner and _key(rest) in known):
+            chosen.append(rest)
+    return tuple(chosen)
+
+
+def check_options(rules: Sequence[str], options: Sequence[str]) -> None:
+    """Refuse options of a comparison that none of its rules takes.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for option in options:
+        owner, rest = _owner(option)
+        if owner and owner not in rules:
+            raise unknown_name("rule in --rule-options", owner, rules)
+        if not owner and "=" in rest and not any(_key(rest) in constructor_options(find_rule(rule)) for rule in rules):
+            raise ConfigError(f"--rule-options {option}: none of the rules {' '.join(rules)} has an option {_key(rest)!r}")
+        parse_options((rest,))
+
+
+def merged(options: Sequence[str], over: Sequence[str]) -> tuple[str, ...]:
+    """Options with those of `over` in place of equally named ones."""
+    replaced = {_key(option) for option in over}
+    return (*(option for option in options if _key(option) not in replaced), *over)
+
+
+def _owner(option: str) -> tuple[str, str]:
+    """The rule's name before ":" in "RULE:key=value", empty if there is none, and the rest."""
+    name = option.partition("=")[0]
+    owner, colon, _ = name.partition(":")
+    return (owner, option[len(owner) + 1 :]) if colon else ("", option)
+
+
+def _key(option: str) -> str:
+    return option.partition("=")[0].strip().replace("-", "_")
 
 
 def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
@@ -101,8 +159,17 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     return replace(recipe, rule_options=options, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
 
 
-def make_rule(recipe: Recipe, model: nn.Module) -> CreditRule:
+LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+"""Losses by the recipe's names."""
+
+_GIVEN = ("loss", "input_shape")
+
+
+def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | None = None) -> CreditRule:
     """The recipe's rule around `model`.
+
+    Args:
+        input_shape: of one sample; needed by rules that simulate the whole network, where it has convolutions.
 
     Raises:
         ConfigError: an option's value is not usable.
@@ -110,8 +177,10 @@ def make_rule(recipe: Recipe, model: nn.Module) -> CreditRule:
     """
     entry = find_rule(recipe.rule)
     options = {**entry.options, **parse_options(recipe.rule_options)}
+    given = dict(zip(_GIVEN, (LOSSES[recipe.loss], input_shape), strict=True))
+    takes = inspect.signature(entry.build).parameters
     try:
-        return entry.build(model, **options)
+        return entry.build(model, **{key: value for key, value in given.items() if key in takes}, **options)
     except ApicalError:
         raise
     except (TypeError, ValueError) as error:

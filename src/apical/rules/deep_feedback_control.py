@@ -171,7 +171,10 @@ class DeepFeedbackControl(ControlRule):
         except InstabilityError as error:
             raise InstabilityError(f"{error}; {self.cause(states)}") from error
         residual = last.rho[-1].flatten(1) + self.loop.a * last.u - delta
-        if bool((residual.norm(dim=1) > states.r[-1].flatten(1).norm(dim=1)).any()):
+        scale = torch.maximum(
+            states.r[-1].flatten(1).norm(dim=1), delta.norm(dim=1)
+        )  # outputs may be smaller than the nudge
+        if bool((residual.norm(dim=1) > scale).any()):
             raise InstabilityError(f"the controlled dynamics runs away from its target; {self.cause(states)}")
         settled = residual.norm(dim=1) < 1e-2 * delta.norm(dim=1)
         return roots, {"control": last.u.norm(dim=1).mean(), "settled": settled.to(delta.dtype).mean()}

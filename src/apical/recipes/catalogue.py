@@ -1,0 +1,6 @@
+"""All studies by name, as `apical list recipes` shows them."""
+
+from apical.recipes import dfc, pfa
+from apical.recipes.study import Study
+
+STUDIES: dict[str, Study] = {**pfa.STUDIES, **dfc.STUDIES}
