@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.testing import CHECKS, check_rule
+from apical.errors import UnsupportedModelError
+from apical.testing import CHECKS, check_rule, dense_network, settings
 
 SKIP = ("compile", "distributed")  # the slow ones; the planted faults do not concern them
 
@@ -268,6 +269,90 @@ def test_own_generator_is_found_by_the_determinism_check(rule: type[CreditRule])
 
 def test_declared_exception_is_accepted() -> None:
     check_rule(IdleParameter, without_gradient=("spare",), skip=SKIP)
+
+
+class ChainsOnly(Exact):
+    """Trains Sequentials of dense layers, and says what it misses elsewhere."""
+
+    message = "module '1' (BatchNorm2d) is no part of a chain; remove it"
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+            raise UnsupportedModelError(self.message)
+        super().__init__(model, loss)
+
+
+class ChainsOnlyAndForgetful(ChainsOnly):
+    def detach(self) -> nn.Module:
+        self.model.register_forward_hook(lambda *args: None)
+        return self.model
+
+
+class ChainsOnlyAndWrong(ChainsOnly):
+    def signal(self, inputs: Tensor) -> Tensor:
+        return torch.tensor(float("nan"), dtype=torch.double)
+
+
+class RefusesWithoutAName(ChainsOnly):
+    message = "this model is no chain; use another rule"
+
+
+class RefusesByAWrongName(ChainsOnly):
+    message = "module 'stem' (BatchNorm2d) is no part of a chain; remove it"
+
+
+class RefusesByKind(ChainsOnly):
+    message = "BatchNorm2d and 1 more module are no part of a chain; remove them"
+
+
+class RefusesTooLate(ChainsOnly):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *args: None)
+        super().__init__(model, loss)
+
+
+class RefusesByAnotherError(ChainsOnly):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        try:
+            super().__init__(model, loss)
+        except UnsupportedModelError as error:
+            raise ValueError(str(error)) from error
+
+
+def test_rules_for_chains_are_judged_on_the_chain() -> None:
+    check_rule(ChainsOnly, oracle=lambda rule: None, skip=SKIP)
+    assert [network for network, _ in settings(ChainsOnly)] == [dense_network]
+    assert len(settings(Exact)) == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (ChainsOnlyAndForgetful, "hooks are left on"),
+        (ChainsOnlyAndWrong, "gradient of .* is not finite"),
+        (RefusesWithoutAName, "names none of its modules: this model is no chain"),
+        (RefusesByAWrongName, "names none of its modules: module 'stem'"),
+        (RefusesByKind, "names none of its modules"),
+        (RefusesTooLate, "is refused, but hooks are left on"),
+    ],
+)
+def test_faults_of_rules_for_chains_are_found(rule: type[CreditRule], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_rule(rule, skip=SKIP)
+
+
+def test_other_errors_are_no_refusal() -> None:
+    with pytest.raises(ValueError, match="no part of a chain"):
+        check_rule(RefusesByAnotherError, skip=SKIP)
+
+
+def test_a_wrong_oracle_limit_of_a_rule_for_chains_is_found() -> None:
+    class Doubled(ChainsOnly):
+        def signal(self, inputs: Tensor) -> Tensor:
+            return torch.tensor(2.0, dtype=torch.double)
+
+    with pytest.raises(AssertionError, match="is not backpropagation"):
+        check_rule(Doubled, oracle=lambda rule: None, skip=CHECKS)
 
 
 def test_skipped_checks_are_skipped() -> None:

@@ -36,7 +36,7 @@ def test_loop_gains_are_the_products_and_the_resolvent_inverts_their_sum() -> No
         products = [block @ q for block, q in zip(rows, feedback, strict=True)]
         for ours, theirs in zip(resolvent.by_layer, products, strict=True):
             torch.testing.assert_close(ours[sample], theirs, rtol=1e-12, atol=1e-14)
-        exact = torch.linalg.solve(sum(products) + 0.3 * torch.eye(3), right[sample])
+        exact = torch.linalg.solve(sum(products) + 0.3 * torch.eye(3).double(), right[sample])
         torch.testing.assert_close(resolvent.solve(right)[sample], exact, rtol=1e-11, atol=1e-13)
         weighted = 3 * products[0] + 2 * products[1] + products[2]
         torch.testing.assert_close(resolvent.by_depth(right)[sample], weighted @ right[sample], rtol=1e-11, atol=1e-13)

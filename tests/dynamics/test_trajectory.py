@@ -128,18 +128,15 @@ def test_noise_has_the_stationary_variance_of_its_equation(name: str) -> None:
 
 
 def test_divergence_is_an_error_that_names_the_step_and_the_gain() -> None:
-    chain, _, _, states, feedback, delta = problem()
     linear = Chain(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 3)).double().requires_grad_(False))
     states = linear.run(torch.zeros(2, 5, dtype=torch.double))
     wrong = [-q for q in product_feedback(linear)]
     loop = Loop(0.0, 50.0, 0.1, 2000, 0.1)
-    moments = trajectory(linear, states, wrong, lambda rho: delta - rho, loop)
+    moments = trajectory(linear, states, wrong, lambda rho: 1 - rho, loop)
     with pytest.raises(InstabilityError, match=r"diverged within \d+ steps of dt=0\.1, k_p=50"):
         for moment in moments:
             seen = moment.time
     assert seen < 1999
-    assert chain.stages[0].name == "0"
-    assert len(feedback) == 3
 
 
 @pytest.mark.parametrize(

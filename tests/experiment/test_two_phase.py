@@ -330,13 +330,14 @@ def test_two_ranks_equal_one_process(samples: Dataset, tmp_path: Path) -> None:
         assert two["metrics"]["logs"][name] == pytest.approx(value, abs=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["dfc-ssa", "strong-dfc"])
+@pytest.mark.parametrize(("rule", "options"), [("dfc-ssa", ("learn=noise",)), ("dfc", ()), ("strong-dfc", ())])
 @pytest.mark.parametrize("passes_per_epoch", [0, 2])
 def test_resuming_deep_feedback_control_is_exact(
     samples: Dataset,
     tmp_path: Path,
     assert_same_state: Callable[[Path, Path], None],
     rule: str,
+    options: tuple[str, ...],
     passes_per_epoch: int,
 ) -> None:
     from apical.experiment.distributed import World
@@ -344,7 +345,7 @@ def test_resuming_deep_feedback_control_is_exact(
     from apical.recipes.rules import make_rule
 
     recipe = replace(RECIPE, rule=rule, model="mlp-tanh-8", feedback_passes=passes_per_epoch, pretrain_epochs=1)
-    recipe = replace(recipe, rule_options=("learn=sampled",), optimizer="adam", lr=(1e-3,), feedback_lr=1e-4, pretrain_lr=1e-4)
+    recipe = replace(recipe, rule_options=options, optimizer="adam", lr=(1e-3,), feedback_lr=1e-4, pretrain_lr=1e-4)
 
     def start(path: Path, stop: StopSignals | None = None) -> Training:
         training = Training(recipe, samples, make_rule, RunFolder(path), World(0, 1, torch.device("cpu")), stop)

@@ -50,7 +50,7 @@ class StrongDeepFeedbackControl(ControlRule):
         tau_noise: its time constant.
         tau_slow: time constant tau_f of the low-pass filter whose output is taken off the control.
         scaled: scale the feedback update of layer i by `(1 + tau/tau_noise)^(L - i)`, which equalises the layers.
-        tolerance: of the steady state, relative to the error without control; None: 1e-4 in float32, 1e-10 in float64.
+        tolerance: of the steady state, relative to the error without control; None: 1e-5 in float32, 1e-10 in float64.
         difference: "rate" compares `phi(v)`, "voltage" the potentials themselves.
         feedback: initial Q: "product" of the forward weights, or "random".
         learn: "expected" or "noise" trains Q; "none" fixes it. The solver "steady" has no noise to learn from.
@@ -135,7 +135,7 @@ class StrongDeepFeedbackControl(ControlRule):
             return self._hold(states, *self.goal(states.r[-1], targets))
 
     def _hold(self, states: States, goal: Tensor, classes: bool) -> Held:
-        tolerance = self.tolerance or (1e-10 if goal.dtype == torch.float64 else 1e-4)
+        tolerance = self.tolerance or (1e-10 if goal.dtype == torch.float64 else 1e-5)
         held = hold(self.chain, states, self.q, goal, self.loop.a, classes=classes, tolerance=tolerance)
         if not bool(held.u.isfinite().all()) and bool(states.r[-1].isfinite().all()):
             raise InstabilityError(f"no control was found that holds the labels; raise alpha={self.loop.alpha:g}")

@@ -1,0 +1,107 @@
+"""Local roots: the gradient each writes is the outer product, and nothing else."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apical.core.chain import Chain, Stage
+from apical.core.local import known_root, local_root, outer
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "dense": (nn.Linear(5, 4), (5,)),
+    "dense-no-bias": (nn.Linear(5, 4, bias=False), (5,)),
+    "dense-rows": (nn.Linear(5, 4), (3, 5)),
+    "conv1d": (nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 7)),
+    "conv2d": (nn.Conv2d(2, 4, 3, padding=1, groups=2), (2, 5, 5)),
+    "conv2d-no-bias": (nn.Conv2d(2, 3, 2, dilation=2, bias=False), (2, 5, 5)),
+    "same": (nn.Conv2d(2, 3, 2, padding="same"), (2, 5, 5)),
+    "circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5, 5)),
+    "pooled": (nn.Sequential(nn.Tanh(), nn.Conv2d(2, 2, 1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 2)), (2, 6, 6)),
+}
+
+
+def problem(name: str) -> tuple[Stage, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer, shape = LAYERS[name]
+    stage = Chain(layer.double().requires_grad_(), shape).stages[-1]
+    rates = torch.randn(3, *stage.input_shape, dtype=torch.double)
+    return stage, rates, torch.randn(3, *stage.shape, dtype=torch.double)
+
+
+def exact(stage: Stage, signal: Tensor, rates: Tensor) -> list[Tensor]:
+    """What autograd makes of the signal at the layer's output."""
+    return list(torch.autograd.grad((stage.layer(stage.seen(rates)) * signal).sum(), list(stage.layer.parameters())))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_root_writes_the_outer_product(name: str) -> None:
+    stage, rates, signal = problem(name)
+    stage.layer.zero_grad()
+    expected = exact(stage, signal, rates)
+    root = local_root(stage, signal, rates)
+    assert root.shape == ()
+    assert float(root) == 0
+    root.backward()
+    for parameter, each in zip(stage.layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, each, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(outer(stage, signal, rates), expected[0], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_known_product_serves_the_weight_and_the_signal_the_bias(name: str) -> None:
+    stage, rates, signal = problem(name)
+    stage.layer.zero_grad()
+    product = torch.randn_like(stage.layer.weight)
+    local_root(stage, signal, rates, product).backward()
+    assert torch.equal(stage.layer.weight.grad, product)
+    if stage.layer.bias is not None:
+        torch.testing.assert_close(stage.layer.bias.grad, exact(stage, signal, rates)[1], rtol=1e-12, atol=1e-13)
+
+
+def test_outer_product_of_dense_layers_is_written_out() -> None:
+    stage, rates, signal = problem("dense")
+    explicit = torch.stack([torch.outer(s, r) for s, r in zip(signal, rates, strict=True)]).sum(0)
+    torch.testing.assert_close(outer(stage, signal, rates), explicit, rtol=1e-12, atol=1e-14)
+
+
+def test_roots_scale_and_accumulate() -> None:
+    stage, rates, signal = problem("conv2d")
+    stage.layer.zero_grad()
+    expected = exact(stage, signal, rates)
+    (2 * local_root(stage, signal, rates)).backward()
+    local_root(stage, signal, rates).backward()
+    for parameter, each in zip(stage.layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, 3 * each, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_frozen_parameters_are_left_out(known: bool) -> None:
+    stage, rates, signal = problem("dense")
+    expected = exact(stage, signal, rates)
+    product = expected[0] if known else None
+    for frozen in ("weight", "bias"):
+        stage.layer.zero_grad()
+        stage.layer.requires_grad_()
+        getattr(stage.layer, frozen).requires_grad_(False)
+        local_root(stage, signal, rates, product).backward()
+        assert getattr(stage.layer, frozen).grad is None
+        trained, index = ("bias", 1) if frozen == "weight" else ("weight", 0)
+        torch.testing.assert_close(getattr(stage.layer, trained).grad, expected[index], rtol=1e-12, atol=1e-14)
+    stage.layer.requires_grad_(False)
+    assert local_root(stage, signal, rates, product) is None
+
+
+def test_no_gradient_leaves_through_signal_or_rates() -> None:
+    stage, rates, signal = problem("dense")
+    rates.requires_grad_()
+    signal.requires_grad_()
+    local_root(stage, signal, rates).backward()
+    assert rates.grad is None
+    assert signal.grad is None
+
+
+def test_known_root() -> None:
+    weight, gradient = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    (known_root(weight, gradient) * 0.5).backward()
+    assert torch.equal(weight.grad, 0.5 * gradient)
+    assert gradient.grad is None
