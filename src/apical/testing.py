@@ -3,8 +3,9 @@
 Everything runs in float64, where no ReLU tie flips. Each check is a function that raises `AssertionError` with a sentence
 saying what the rule did wrong; :data:`CHECKS` lists them for `pytest.mark.parametrize`.
 
-The networks are a dense chain and a residual BatchNorm network. A rule may be made for chains of layers alone: if its factory
-refuses the residual network by an `UnsupportedModelError` that quotes the name of one of its modules, the chain is used alone.
+The networks are a dense chain and a residual BatchNorm network. A rule may be made for chains of layers alone: if its
+factory refuses the residual network by an `UnsupportedModelError` that quotes the name of one of its modules, only the chain
+is used.
 """
 
 import os

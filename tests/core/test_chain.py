@@ -37,8 +37,9 @@ ACCEPTED: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "reshaped": (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 3)), (4,), ["0", "3"]),
     "lenet": (Lenet(), (1, 6, 6), ["features.a", "features.b", "head.0", "head.2"]),
     "pool between": (
-        nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(3, 2, 2), nn.AdaptiveAvgPool1d(1), nn.Flatten())
-        .append(nn.Linear(2, 3)),
+        nn.Sequential(
+            nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(3, 2, 2), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+        ).append(nn.Linear(2, 3)),
         (2, 8),
         ["0", "3", "6"],
     ),
@@ -103,7 +104,9 @@ def test_linear_part_and_its_transpose(accepted: tuple[nn.Module, tuple[int, ...
     dilation=st.integers(1, 2),
     size=st.integers(5, 8),
 )
-def test_transpose_of_any_convolution(channels: int, kernel: int, stride: int, padding: int, dilation: int, size: int) -> None:
+def test_transpose_of_any_convolution(
+    channels: int, kernel: int, stride: int, padding: int, dilation: int, size: int
+) -> None:
     layer = nn.Conv2d(channels, 2, kernel, stride, padding, dilation).double()
     (stage,) = Chain(layer, (channels, size, size)).stages
     rates, rows = torch.randn(2, channels, size, size).double(), torch.randn(3, stage.size).double()
@@ -175,38 +178,82 @@ def output_in_place(m: Forward, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
-    "batch norm": (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), None, r"'1' \(BatchNorm1d\).*remove it"),
+    "batch norm": (
+        nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)),
+        None,
+        r"'1' \(BatchNorm1d\).*remove it",
+    ),
     "layer norm": (nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)), None, r"'1' \(LayerNorm\).*remove it"),
-    "max pool": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2)), (1, 6, 6), r"'1' \(MaxPool2d\) is not linear; use average"),
-    "adaptive max": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(2)), (1, 6, 6), r"'1' \(AdaptiveMaxPool2d\).*remove"),
+    "max pool": (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2)),
+        (1, 6, 6),
+        r"'1' \(MaxPool2d\) is not linear; use average",
+    ),
+    "adaptive max": (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(2)),
+        (1, 6, 6),
+        r"'1' \(AdaptiveMaxPool2d\).*remove",
+    ),
     "dropout": (nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 3)), None, r"'1' \(Dropout\).*random; remove it"),
     "prelu": (nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3)), None, r"'1' \(PReLU\).*remove it"),
     "rrelu": (nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)), None, r"'1' \(RReLU\).*remove it"),
     "softmax": (nn.Sequential(nn.Linear(4, 5), nn.Softmax(1)), None, r"'1' \(Softmax\).*remove it"),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.ReLU()), (1, 6, 6), r"'0' \(ConvTranspose2d\): transposed"),
     "residual": (Forward(residual), None, r"output is not that of module 'second': a function follows"),
-    "inner sum": (Forward(inner_residual), None, r"input of module 'second' is not the output of module 'first'.*sum.*chain"),
+    "inner sum": (
+        Forward(inner_residual),
+        None,
+        r"input of module 'second' is not the output of module 'first'.*sum.*chain",
+    ),
     "sum in place": (Forward(residual_in_place), None, r"input of module 'act' is not the output of module 'first'.*sum"),
     "output in place": (Forward(output_in_place), None, r"not that of module 'second': a function follows it; make it"),
     "functional": (Forward(lambda m, x: m.second(F.relu(m.first(x)))), None, r"input of module 'second'.*a function"),
-    "functional in place": (Forward(lambda m, x: m.second(F.relu_(m.first(x)))), None, r"input of module 'second'.*a function"),
-    "scaled input": (Forward(lambda m, x: m.second(m.first(2 * x))), None, r"input of module 'first' is not the output of the input"),
-    "branch": (Forward(lambda m, x: (m.first(x), m.second(x))[1]), None, r"input of module 'second' is not the output of .*'first'"),
+    "functional in place": (
+        Forward(lambda m, x: m.second(F.relu_(m.first(x)))),
+        None,
+        r"input of module 'second'.*a function",
+    ),
+    "scaled input": (
+        Forward(lambda m, x: m.second(m.first(2 * x))),
+        None,
+        r"input of module 'first' is not the output of the input",
+    ),
+    "branch": (
+        Forward(lambda m, x: (m.first(x), m.second(x))[1]),
+        None,
+        r"input of module 'second' is not the output of .*'first'",
+    ),
     "twice": (Forward(lambda m, x: m.first(m.act(m.first(x)))), None, r"layer 'first' is called twice; give each place"),
     "shared": (nn.Sequential(*[nn.Linear(4, 4)] * 2), None, r"'1' is the same object as module '0'; give each place"),
     "two arguments": (WithPair(), None, r"module 'pair' does not map one tensor to one tensor"),
-    "own module": (nn.Sequential(nn.Linear(4, 4), Square(), nn.Linear(4, 4)), None, r"'1' \(Square\) is not known.*replace it"),
-    "two activations": (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()), None, r"'2' \(Tanh\) does not follow.*move it"),
+    "own module": (
+        nn.Sequential(nn.Linear(4, 4), Square(), nn.Linear(4, 4)),
+        None,
+        r"'1' \(Square\) is not known.*replace it",
+    ),
+    "two activations": (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()),
+        None,
+        r"'2' \(Tanh\) does not follow.*move it",
+    ),
     "late activation": (
         nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2), nn.Tanh(), nn.Conv2d(2, 2, 2)),
         (1, 6, 6),
         r"'2' \(Tanh\) does not follow a weighted layer directly; move it",
     ),
-    "tail": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten()), (1, 6, 6), r"'2' \(Flatten\) follows the last.*end the"),
+    "tail": (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten()),
+        (1, 6, 6),
+        r"'2' \(Flatten\) follows the last.*end the",
+    ),
     "bilinear": (nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4)), None, r"'1' \(Bilinear\).*replace it"),
     "no layer": (nn.Sequential(nn.ReLU()), (4,), "no Linear or convolution"),
     "no shape": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), None, r"Sequential has convolutions: pass input_shape"),
-    "wrong shape": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), (3, 6, 6), r"cannot be run on a sample of shape \(3, 6, 6\)"),
+    "wrong shape": (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()),
+        (3, 6, 6),
+        r"cannot be run on a sample of shape \(3, 6, 6\)",
+    ),
 }
 
 

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
+from tests.rules import dfc_reference as ref
 from torch import Tensor, nn
 
 from apical.core.chain import Chain, States
 from apical.dynamics import feedback_control as control
 from apical.dynamics.trajectory import Loop, trajectory
-from tests.rules import dfc_reference as ref
 
 
 def problem(hidden: nn.Module, seed: int = 0) -> tuple[Chain, ref.Net, Tensor, States, list[Tensor]]:
@@ -30,7 +30,7 @@ def blocks(net: ref.Net, inputs: Tensor) -> list[list[Tensor]]:
 def test_loop_gains_are_the_products_and_the_resolvent_inverts_their_sum() -> None:
     chain, net, inputs, states, feedback = problem(nn.Tanh())
     jacobian = control.output_jacobian(chain, states)
-    resolvent = control.Resolvent(jacobian, feedback, 0.3)
+    resolvent = control.Resolvent(control.loop_gains(jacobian, feedback), 0.3)
     right = torch.randn(3, 3, dtype=torch.double)
     for sample, rows in enumerate(blocks(net, inputs)):
         products = [block @ q for block, q in zip(rows, feedback, strict=True)]
@@ -62,7 +62,9 @@ def test_controlled_pass_is_the_forward_pass_with_control_added(hidden: nn.Modul
         point = ref.controlled(net, x, feedback, u[sample])
         for i, section in enumerate(net):
             torch.testing.assert_close(states.v[i][sample] + state.d[i][sample], point.v[i], rtol=1e-12, atol=1e-13)
-            torch.testing.assert_close(states.r[i + 1][sample] + state.rho[i][sample], point.r[i + 1], rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(
+                states.r[i + 1][sample] + state.rho[i][sample], point.r[i + 1], rtol=1e-12, atol=1e-13
+            )
             expected = section.phi(point.v[i]) - section.phi(point.basal[i])
             torch.testing.assert_close(credit[i][sample], expected, rtol=1e-11, atol=1e-13)
 
@@ -82,7 +84,7 @@ def test_linear_pass_is_the_derivative_of_the_controlled_pass() -> None:
 def test_newton_halves_the_digits_to_go_and_meets_the_equation() -> None:
     """The residual is that of the nonlinear equation; a chord step gains a factor of the order of the nudge."""
     chain, net, inputs, states, feedback = problem(nn.Tanh())
-    resolvent = control.Resolvent(control.output_jacobian(chain, states), feedback, 0.2)
+    resolvent = control.Resolvent(control.loop_gains(control.output_jacobian(chain, states), feedback), 0.2)
     delta = 0.02 * torch.randn(3, 3, dtype=torch.double)
     residuals = []
     for iterations in range(4):
@@ -106,7 +108,7 @@ def test_time_average_of_a_linear_network_is_exact_once_settled(leak: str, k_p: 
     states, feedback = chain.run(torch.randn(3, 5).double()), control.product_feedback(chain)
     loop = Loop(0.5, k_p, 0.05, 2000, 0.1, leak)
     delta = torch.randn(3, 3, dtype=torch.double)
-    resolvent = control.Resolvent(control.output_jacobian(chain, states), feedback, loop.a)
+    resolvent = control.Resolvent(control.loop_gains(control.output_jacobian(chain, states), feedback), loop.a)
     u, state, _ = control.steady_state(chain, states, feedback, delta, resolvent, 0)
     averaged = control.time_averaged(chain, feedback, state, resolvent, u, loop)
     sums = [torch.zeros_like(v) for v in states.v]

@@ -1,6 +1,6 @@
 """Deep feedback control against its slow re-implementation: every solver and option, float64."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import dfc_reference as ref
 import pytest
@@ -19,11 +19,6 @@ HIDDEN = {
     "softplus": nn.Softplus(),
 }
 ALPHA, K_P = 0.3, 0.7
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def batch(shape: tuple[int, ...], classes: int, size: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -102,7 +97,14 @@ def test_simulation_is_the_slow_loop(name: str, variant: str, kind: str) -> None
     inputs, targets = batch(shape, 3, size=2)
     for difference in ("rate", "voltage"):
         rule = DeepFeedbackControl(
-            model, variant=variant, solver="simulate", nudge=0.7, difference=difference, input_shape=shape, learn="none", **loop
+            model,
+            variant=variant,
+            solver="simulate",
+            nudge=0.7,
+            difference=difference,
+            input_shape=shape,
+            learn="none",
+            **loop,
         )
         expected = ref.simulated(net, inputs, rule.q, wished(net, inputs, targets, 0.7), variant, difference, **loop)
         assert far(gradients(rule, inputs, targets), expected) < 1e-12
@@ -113,7 +115,16 @@ def test_simulation_is_the_slow_loop(name: str, variant: str, kind: str) -> None
 def test_steady_state_is_where_a_long_simulation_ends(leak: str, conv: bool) -> None:
     shape, (model, _) = ((2, 6, 6), ref.conv_net()) if conv else ((5,), ref.mlp((5, 7, 6, 3), nn.Tanh()))
     inputs, targets = batch(shape, 3)
-    options = {"variant": "ss", "nudge": 0.3, "alpha": 0.2, "k_p": 0.5, "leak": leak, "dt": 0.1, "tau": 0.2, "input_shape": shape}
+    options = {
+        "variant": "ss",
+        "nudge": 0.3,
+        "alpha": 0.2,
+        "k_p": 0.5,
+        "leak": leak,
+        "dt": 0.1,
+        "tau": 0.2,
+        "input_shape": shape,
+    }
     long = gradients(DeepFeedbackControl(model, solver="simulate", points=600, **options), inputs, targets)
     steady = gradients(DeepFeedbackControl(model, newton=12, **options), inputs, targets)
     assert far(steady, long) < 1e-9
@@ -146,7 +157,7 @@ def test_steady_state_meets_its_linearisation_as_the_square_of_the_nudge() -> No
         pair = [DeepFeedbackControl(model, variant=v, newton=12, nudge=nudge, alpha=0.1) for v in ("ss", "ssa")]
         exact, linear = (torch.cat([g.flatten() for g in gradients(rule, inputs, targets)]) for rule in pair)
         distances.append(float((exact - linear).norm()))
-    for wide, narrow in zip(distances, distances[1:], strict=False):
+    for wide, narrow in pairwise(distances):
         assert 3.5 < wide / narrow < 4.5
 
 
@@ -186,7 +197,7 @@ def test_simulation_converges_to_the_differential_equation_with_order_one(leak: 
         assert float(trace.times[-1]) == pytest.approx(time)
         state = torch.cat([*(soma[-1, 0] for soma in trace.soma), trace.u[-1, 0]])
         errors.append(float((state - torch.cat([exact[: sum(sizes)], control(exact)[1]])).norm()))
-    for wide, narrow in zip(errors, errors[1:], strict=False):
+    for wide, narrow in pairwise(errors):
         assert 1.8 < wide / narrow < 2.2
 
 
@@ -205,7 +216,9 @@ def test_trace_shows_the_compartments_of_the_slow_loop(name: str) -> None:
             for ours, theirs in ((trace.u, point.u), (trace.output, point.r[-1])):
                 torch.testing.assert_close(ours[time, sample], theirs, rtol=1e-12, atol=1e-13)
             for kind in ("soma", "basal", "apical"):
-                for ours, theirs in zip(getattr(trace, kind), point.v if kind == "soma" else getattr(point, kind), strict=True):
+                for ours, theirs in zip(
+                    getattr(trace, kind), point.v if kind == "soma" else getattr(point, kind), strict=True
+                ):
                     torch.testing.assert_close(ours[time, sample], theirs, rtol=1e-12, atol=1e-13)
 
 

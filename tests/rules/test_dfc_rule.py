@@ -11,6 +11,7 @@ from test_dfc import batch, far, gradients, wished
 from torch import Tensor, nn
 
 from apical import DeepFeedbackControl
+from apical.diagnostics.gauss_newton import requested_change
 from apical.dynamics import feedback_control as control
 from apical.errors import InstabilityError, UnsupportedModelError
 
@@ -30,7 +31,9 @@ def trained(phase: str, **options: object) -> dict[str, Tensor]:
     return named(rule)
 
 
-@pytest.mark.parametrize("options", [{}, {"learn": "noise"}, {"solver": "simulate", "points": 20}, {"variant": "ss"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"learn": "noise"}, {"solver": "simulate", "points": 20}, {"variant": "ss"}], ids=str
+)
 def test_phases_write_the_gradients_they_name(options: dict[str, object]) -> None:
     model = {f"model.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
     hidden = {"feedback.0", "feedback.1"}
@@ -47,6 +50,10 @@ def test_phases_write_the_gradients_they_name(options: dict[str, object]) -> Non
 def test_learn_chooses_what_feedback_is_trained() -> None:
     assert set(trained("feedback", learn_output=True)) == {"feedback.0", "feedback.1", "feedback.2"}
     assert not any(name.startswith("feedback") for name in trained("both", learn="none", learn_output=True))
+    forward = trained("forward", learn="none")
+    for learn in ("expected", "noise"):  # how feedback learns changes nothing for the forward weights
+        both = trained("both", learn=learn)
+        assert all(torch.equal(both[name], gradient) for name, gradient in forward.items())
     model, _ = ref.mlp((5, 7, 6, 3), nn.Tanh())
     assert DeepFeedbackControl(model, learn="none").feedback_parameters() == []
     assert not DeepFeedbackControl(model, learn="none").learns_apart
@@ -92,6 +99,27 @@ def wide(outputs: int = 70, seed: int = 0) -> tuple[nn.Sequential, ref.Net]:
     return ref.mlp((9, 12, 6, outputs), nn.Tanh(), seed=seed)
 
 
+def test_asking_for_a_change_changes_nothing() -> None:
+    model, _ = ref.mlp((5, 7, 6, 3), nn.Tanh())
+    rule = DeepFeedbackControl(model, learn="noise")
+    state = {key: value.clone() for key, value in rule.state_dict().items()}
+    expected = [-gradient for gradient in gradients(rule, *batch((5,), 3))]
+    rule.zero_grad()
+    torch.manual_seed(4)
+    random = torch.get_rng_state()
+    asked, delta = requested_change(rule, *batch((5,), 3))
+    for ours, theirs in zip(asked.values(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(delta, wished(_sections(model), *batch((5,), 3), 1.0), rtol=1e-12, atol=1e-14)
+    assert named(rule) == {}
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[key]) for key, value in rule.state_dict().items())
+
+
+def _sections(model: nn.Sequential) -> ref.Net:
+    return [ref.Section(model[0], torch.tanh), ref.Section(model[2], torch.tanh), ref.Section(model[4], lambda v: v)]
+
+
 def goes_below(rule: DeepFeedbackControl) -> bool:
     return control.goes_below(rule.chain, rule.q)
 
@@ -108,7 +136,7 @@ def test_solve_below_a_wide_output_is_the_dense_solve(a: float) -> None:
     with torch.no_grad():
         states = rule.run(batch((9,), 2, size=3)[0])
         q = [weights + 0.1 * torch.randn_like(weights) for weights in rule.q[:-1]] + [rule.q[-1]]
-        dense = control.Resolvent(control.output_jacobian(rule.chain, states), q, a)
+        dense = control.Resolvent(control.loop_gains(control.output_jacobian(rule.chain, states), q), a)
         below = control.WideResolvent(rule.chain, states, q, a)
         right = torch.randn(3, 70, dtype=torch.double)
         torch.testing.assert_close(below.solve(right), dense.solve(right), rtol=1e-12, atol=1e-12)

@@ -19,7 +19,7 @@ from apical.core.credit import CreditRule, Loss
 from apical.core.local import known_root, local_root, outer
 from apical.dynamics import feedback_control as control
 from apical.dynamics.feedback_control import Controlled
-from apical.dynamics.stability import advice
+from apical.dynamics.stability import advice, violation
 from apical.dynamics.trajectory import Loop, Moment
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
@@ -168,15 +168,28 @@ class ControlRule(CreditRule):
         advise = partial(advice, total, depth=len(few), leak=loop.leak, by_layer=few)
         return advise(alpha=loop.alpha, k_p=loop.k_p, dt=loop.dt, tau=loop.tau)
 
-    def watch(self, gains: Sequence[Tensor]) -> None:
-        """Now and then, warn of a controller that would be unstable if it were simulated."""
+    def watch(self, gains: Sequence[Tensor], *, moves: bool = True) -> None:
+        """Now and then, warn of a controller that would be unstable if it were simulated.
+
+        Args:
+            gains: M_i of every stage.
+            moves: the dynamics is meant as it is set, with its step and delays; else the steady state alone.
+        """
         if torch.compiler.is_compiling():
             return
         if self.calls % LOOK_EVERY == 0:
-            reason = self.advice(gains)
+            reason = self.advice(gains) if moves else self._violation(gains)
             if reason:
                 warnings.warn(f"the steady state is not a stable one: {reason}", RuntimeWarning, stacklevel=2)
         self.calls += 1
+
+    def _violation(self, gains: Sequence[Tensor]) -> str | None:
+        few = [gain[:4] for gain in gains]
+        total = sum(few[1:], few[0])
+        if not bool(total.isfinite().all()):
+            return None
+        mu = torch.linalg.eigvals(total.detach().to("cpu", torch.float64))
+        return violation(mu, self.loop.alpha, self.loop.k_p, self.loop.leak)
 
 
 class NoiseCorrelation:

@@ -197,7 +197,7 @@ def advice(
     if tau < dt:
         return f"dt = {dt:g} is larger than the network's time constant tau = {tau:g}: choose dt <= tau."
     mu = torch.linalg.eigvals(jq.detach().to("cpu", torch.float64))
-    if complaint := _condition_three(mu, alpha, k_p, leak):
+    if complaint := violation(mu, alpha, k_p, leak):
         return complaint
     gains = scalar_modes(mu.flatten(), depth)
     if by_layer is not None and (depth + 2) * jq.shape[-1] <= EXACT:
@@ -210,8 +210,11 @@ def advice(
     return f"dt = {dt:g} is too large for k_p = {k_p:g} and tau = {tau:g}: the largest stable dt is about {limit:.3g}."
 
 
-def _condition_three(mu: Tensor, alpha: float, k_p: float, leak: Leak) -> str | None:
-    """The sentence for (batch, n_L) eigenvalues whose slow mode, or the network under k_p alone, does not decay."""
+def violation(mu: Tensor, alpha: float, k_p: float, leak: Leak) -> str | None:
+    """The sentence for eigenvalues mu (batch, n_L) of J Q whose slow mode, or the network under k_p alone, does not decay.
+
+    None where both do (Condition 3).
+    """
     smallest = float(mu.real.min())
     network = 1 + k_p * mu.real
     if (network <= 0).any():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apical.core.chain import Chain, States
-from apical.dynamics.feedback_control import Controlled, apical, controlled_pass, loop_gains, output_jacobian
+from apical.dynamics.feedback_control import Controlled, apical, controlled_pass, gains_and_mean
 
 PASSES = 12
 """Quasi-Newton steps between two Jacobians."""
@@ -125,7 +125,7 @@ class _Problem(NamedTuple):
     def linearise(self, u: Tensor) -> _Guess:
         """A guess at u, with M from the Jacobian there."""
         state = controlled_pass(self.chain, self.states, apical(self.chain, self.feedback, u))
-        gains = loop_gains(output_jacobian(self.chain, controlled_states(self.states, state)), self.feedback)
+        gains, _ = gains_and_mean(self.chain, controlled_states(self.states, state), self.feedback, mean=False)
         miss = self.miss(u, state)
         gain = sum(gains[1:], gains[0]).contiguous()
         return _Guess(u, state.rho[-1].flatten(1), miss, miss.norm(dim=1), gain, torch.ones_like(u[:, 0]))

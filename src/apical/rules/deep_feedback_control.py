@@ -127,36 +127,38 @@ class DeepFeedbackControl(ControlRule):
             states = self.run(inputs)
             output = states.r[-1]
             loss, error = output_error(self.loss, output, targets)
-            jacobian: list[Tensor] | None = None
+            forward = self.phase != "feedback"
+            backward = self.phase != "forward" and bool(self.feedback_parameters())
             roots: list[Tensor | None] = []
             logs: dict[str, Tensor] = {}
-            if self.phase != "feedback":
-                delta = error.flatten(1) * (-self.nudge * len(error))
-                if self.solver != "simulate" and not control.goes_below(self.chain, self.q):
-                    jacobian = control.output_jacobian(self.chain, states)
-                roots, logs = self._forward_roots(states, delta, jacobian)
-            if self.phase != "forward" and self.feedback_parameters():
-                roots += self._feedback_roots(states, jacobian)
+            rows: list[Tensor] = []
+            if forward and self.solver == "simulate":
+                roots, logs = self._simulated(states, self.delta(error))
+            elif forward and control.goes_below(self.chain, self.q):
+                roots, logs = self._solved(
+                    states, self.delta(error), control.WideResolvent(self.chain, states, self.q, self.loop.a)
+                )
+            elif forward:
+                expected = backward and self.learn == "expected"
+                gains, rows = control.gains_and_mean(self.chain, states, self.q, mean=expected)
+                self.watch(gains, moves=self.variant != "ssa")
+                roots, logs = self._solved(states, self.delta(error), Resolvent(gains, self.loop.a))
+            if backward:
+                roots += self._feedback_roots(states, rows)
         kept = [root for root in roots if root is not None]
         return Credit(kept, [None] * len(kept), output, loss, logs)
 
-    def _forward_roots(
-        self, states: States, delta: Tensor, jacobian: list[Tensor] | None
-    ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-        if self.solver == "simulate":
-            return self._simulated(states, delta)
-        loop, feedback = self.loop, self.q
-        if jacobian is None:
-            resolvent: Resolvent = control.WideResolvent(self.chain, states, feedback, loop.a)
-        else:
-            resolvent = Resolvent(jacobian, feedback, loop.a)
-            self.watch(resolvent.by_layer)
+    def delta(self, error: Tensor) -> Tensor:
+        """How far the target lies from the output, (batch, n_L), for the loss's gradient `error`."""
+        return error.flatten(1) * (-self.nudge * len(error))
+
+    def _solved(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         iterations = self.newton if self.variant == "ss" else 0
-        u, state, residual = control.steady_state(self.chain, states, feedback, delta, resolvent, iterations)
+        u, state, residual = control.steady_state(self.chain, states, self.q, delta, resolvent, iterations)
         self._refuse(u, states, delta, residual if self.variant == "ss" else None)
         q = state.q
         if self.variant == "dfc":
-            q = control.time_averaged(self.chain, feedback, state, resolvent, u, loop)
+            q = control.time_averaged(self.chain, self.q, state, resolvent, u, self.loop)
         return self.roots_at(states, state, q), {"control": u.norm(dim=1).mean()}
 
     def _simulated(self, states: States, delta: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
@@ -182,11 +184,11 @@ class DeepFeedbackControl(ControlRule):
     def _walk(self, states: States, delta: Tensor, *, basal: bool) -> Iterator[Moment]:
         return trajectory(self.chain, states, self.q, lambda rho: delta - rho, self.loop, basal=basal)
 
-    def _feedback_roots(self, states: States, jacobian: list[Tensor] | None) -> list[Tensor | None]:
-        """Roots of the feedback rule; its decay is the optimiser's."""
+    def _feedback_roots(self, states: States, rows: list[Tensor]) -> list[Tensor | None]:
+        """Roots of the feedback rule, given the batch means of the R_i if they are known; its decay is the optimiser's."""
         scale = 1 / max(self.sleep.sigma, 0.01) ** 2
         if self.learn == "expected":
-            rows = [each.mean(0) for each in jacobian] if jacobian else control.mean_jacobian(self.chain, states)
+            rows = rows or control.mean_jacobian(self.chain, states)
             strengths = [-c * self.sleep.sigma**2 for c in self.correlations]
             return self.feedback_roots([scale * c * each.T for c, each in zip(strengths, rows, strict=True)])
         seen = NoiseCorrelation(self.q, states)
@@ -203,8 +205,7 @@ class DeepFeedbackControl(ControlRule):
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
             _, error = output_error(self.loss, states.r[-1], targets)
-            delta = error.flatten(1) * (-self.nudge * len(error))
-            return record(states, self._walk(states, delta, basal=True), self.loop.dt)
+            return record(states, self._walk(states, self.delta(error), basal=True), self.loop.dt)
 
     def _refuse(self, u: Tensor, states: States, delta: Tensor, residual: Tensor | None) -> None:
         """Never let a control that is not finite make weights that are not."""
