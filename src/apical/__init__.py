@@ -8,6 +8,7 @@ from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
+from apical.rules.strong_deep_feedback_control import StrongDeepFeedbackControl
 from apical.rules.weight_mirror import WeightMirror
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KolenPollack",
     "ProductFeedbackAlignment",
     "SignSymmetry",
+    "StrongDeepFeedbackControl",
     "WeightMirror",
 ]
 __version__ = "0.1.0"

@@ -42,6 +42,24 @@ def test_loop_gains_are_the_products_and_the_resolvent_inverts_their_sum() -> No
         torch.testing.assert_close(resolvent.by_depth(right)[sample], weighted @ right[sample], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 7, 100])
+def test_batches_are_cut_into_parts_and_put_together(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, net, _, _, feedback = problem(nn.Tanh())
+    inputs = torch.randn(7, 5, dtype=torch.double)
+    states = chain.run(inputs)
+    monkeypatch.setattr(control, "CACHE", samples * 3 * 7 * 8)  # bytes of n_L rows of the widest stage, 7 neurons
+    seen: list[int] = []
+    whole = control.output_jacobian
+    monkeypatch.setattr(control, "output_jacobian", lambda c, s: seen.append(len(s.r[0])) or whole(c, s))
+    gains, mean = control.gains_and_mean(chain, states, feedback, mean=True)
+    assert sum(seen) == 7
+    assert max(seen) <= samples
+    assert len(seen) == -(-7 // samples)
+    for i, (rows, q) in enumerate(zip(zip(*blocks(net, inputs), strict=True), feedback, strict=True)):
+        torch.testing.assert_close(gains[i], torch.stack([block @ q for block in rows]), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(mean[i], torch.stack(rows).mean(0), rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_jacobian_of_the_lower_stages(stages: int) -> None:
     chain, net, inputs, states, _ = problem(nn.Sigmoid())

@@ -241,7 +241,7 @@ def test_unstable_simulation_stops_and_names_the_cause(name: str, variant: str) 
 
 @pytest.mark.parametrize("name", UNSTABLE)
 def test_closed_forms_warn_once_of_what_a_simulation_would_do(name: str) -> None:
-    rule = unstable(name, variant="ssa")
+    rule = unstable(name, variant="dfc")
     with pytest.warns(RuntimeWarning, match=UNSTABLE[name][2]):
         rule(*batch((5,), 3)).backward()
     with warnings.catch_warnings():

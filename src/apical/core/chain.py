@@ -124,6 +124,11 @@ class Chain:
             input_shape = (first.in_features,)
         example = torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device)
         self.head, self.stages = _stages(_calls(model, example), example)
+        unseen = set(self.layers) - {stage.name for stage in self.stages}
+        if unseen:
+            raise UnsupportedModelError(
+                f"layer {min(unseen)!r} was not called in the forward pass; call it as a module, or remove it"
+            )
 
     @property
     def weights(self) -> list[Tensor]:

@@ -153,7 +153,7 @@ def _cached_samples(chain: Chain, states: States) -> int:
         return batch
     widest = max(stage.size for stage in chain.stages)
     fit = max(1, CACHE // (chain.stages[-1].size * widest * output.element_size()))
-    return math.ceil(batch / math.ceil(batch / fit))
+    return math.ceil(batch / max(1, math.ceil(batch / fit))) or 1
 
 
 def apical(chain: Chain, feedback: Sequence[Tensor], u: Tensor) -> list[Tensor]:

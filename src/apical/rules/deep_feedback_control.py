@@ -159,7 +159,8 @@ class DeepFeedbackControl(ControlRule):
         q = state.q
         if self.variant == "dfc":
             q = control.time_averaged(self.chain, self.q, state, resolvent, u, self.loop)
-        return self.roots_at(states, state, q), {"control": u.norm(dim=1).mean()}
+        left = residual.norm(dim=1).sum() / delta.norm(dim=1).sum().clamp_min(torch.finfo(delta.dtype).tiny)
+        return self.roots_at(states, state, q), {"control": u.norm(dim=1).mean(), "residual": left}
 
     def _simulated(self, states: States, delta: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         moments = self._walk(states, delta, basal=self.variant == "dfc")
