@@ -1,5 +1,6 @@
 """Deep feedback control against its slow re-implementation: every solver and option, float64."""
 
+from functools import partial
 from itertools import pairwise, product
 
 import dfc_reference as ref
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apical import DeepFeedbackControl
+from apical import DeepFeedbackControl as Rule
 from apical.errors import ConfigError
 
 HIDDEN = {
@@ -20,6 +21,8 @@ HIDDEN = {
 }
 ALPHA, K_P = 0.3, 0.7
 
+DeepFeedbackControl = partial(Rule, normalised=False)  # the rule with the paper's factor 2
+
 
 def batch(shape: tuple[int, ...], classes: int, size: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -27,7 +30,7 @@ def batch(shape: tuple[int, ...], classes: int, size: int = 4, seed: int = 1) ->
     return inputs, torch.randint(0, classes, (size,), generator=generator)
 
 
-def gradients(rule: DeepFeedbackControl, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+def gradients(rule: Rule, inputs: Tensor, targets: Tensor) -> list[Tensor]:
     """Gradients of the model's parameters in the order of its layers, weight and bias."""
     rule.zero_grad()
     rule(inputs, targets).backward()
@@ -259,3 +262,14 @@ def test_feedback_at_initialisation() -> None:
 def test_unusable_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DeepFeedbackControl(nn.Linear(3, 2), **options)
+
+
+def test_normalised_updates_are_the_papers_over_twice_the_nudge() -> None:
+    model, _ = ref.mlp((5, 7, 6, 3), nn.Tanh())
+    inputs, targets = torch.randn(6, 5, dtype=torch.double), torch.randint(3, (6,))
+    for options in ({"variant": "ssa"}, {"variant": "dfc", "solver": "simulate", "points": 30}):
+        plain = gradients(DeepFeedbackControl(model, nudge=0.05, **options), inputs, targets)
+        normal = gradients(Rule(model, nudge=0.05, **options), inputs, targets)
+        assert len(plain) == 6
+        for a, b in zip(normal, plain, strict=True):
+            torch.testing.assert_close(a, b / 0.1, rtol=1e-12, atol=0)

@@ -151,7 +151,7 @@ def test_autoencoder_goes_below_and_gives_the_dense_gradients(variant: str, monk
     model, net = wide()
     inputs, _ = batch((9,), 2, size=3)
     targets = torch.randn(3, 70, dtype=torch.double)
-    rule = DeepFeedbackControl(model, mean_squared, variant=variant, alpha=0.2, nudge=30.0)
+    rule = DeepFeedbackControl(model, mean_squared, variant=variant, alpha=0.2, nudge=30.0, normalised=False)
     built: list[type] = []
 
     class Seen(control.WideResolvent):
@@ -300,7 +300,9 @@ def test_image_targets_and_outputs() -> None:
     net = [ref.Section(first, torch.tanh), ref.Section(second, lambda v: v)]
     inputs = torch.randn(2, 1, 4, 4).double()
     targets = torch.randn(2, 1, 4, 4).double()
-    rule = DeepFeedbackControl(model, F.mse_loss, variant="ssa", alpha=0.3, nudge=1.0, input_shape=(1, 4, 4))
+    rule = DeepFeedbackControl(
+        model, F.mse_loss, variant="ssa", alpha=0.3, nudge=1.0, normalised=False, input_shape=(1, 4, 4)
+    )
     delta = (-2 / 16 * (model(inputs) - targets)).detach().flatten(1)
     assert far(gradients(rule, inputs, targets), ref.ssa(net, inputs, rule.q, delta, 0.3)) < 1e-10
 

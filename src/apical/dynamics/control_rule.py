@@ -80,6 +80,7 @@ class ControlRule(CreditRule):
         self.feedback = nn.ParameterList(initial(self.chain))
         for i, weights in enumerate(self.feedback):
             weights.requires_grad_(learn != "none" and (learn_output or i < len(self.feedback) - 1))
+        self.factor = 2.0  # of the forward rule
         self.calls = 0
 
     def feedback_parameters(self) -> list[nn.Parameter]:
@@ -109,7 +110,7 @@ class ControlRule(CreditRule):
     def roots_at(self, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Tensor | None]:
         """Roots of the forward rule at one controlled state, with soma-minus-basal potentials q."""
         before = [states.r[0], *(r + rho for r, rho in zip(states.r[1:-1], state.rho[:-1], strict=True))]
-        scale, signals = -2 / len(states.r[0]), self._signals(states, state, q)
+        scale, signals = -self.factor / len(states.r[0]), self._signals(states, state, q)
         with torch.enable_grad():
             pairs = zip(self.chain.stages, signals, before, strict=True)
             return [local_root(stage, signal * scale, rates) for stage, signal, rates in pairs]
@@ -141,7 +142,7 @@ class ControlRule(CreditRule):
                     products[i] += outer(stages[i], signal, moment.rho[i - 1])
             if meanwhile is not None:
                 meanwhile(moment)
-        scale = -2 / (len(states.r[0]) * points)
+        scale = -self.factor / (len(states.r[0]) * points)
         roots: list[Tensor | None] = []
         for i, stage in enumerate(stages):
             products[i] += outer(stage, summed[i], states.r[i])
@@ -170,6 +171,9 @@ class ControlRule(CreditRule):
 
     def watch(self, gains: Sequence[Tensor], *, moves: bool = True) -> None:
         """Now and then, warn of a controller that would be unstable if it were simulated.
+
+        Only where the M_i are made anyway: neither wide outputs, which are solved through the layer below, nor the steady
+        state of strong control are watched; their logs carry the residual instead.
 
         Args:
             gains: M_i of every stage.

@@ -86,9 +86,29 @@ def draw(comparison: Comparison) -> list[Drawing]:
             _render("loss", "Training loss", curves, _loss_curves(comparison, "train_loss", "training loss")),
             _render(f"final_{stem}", f"Final {score.name}", final, _final_score(comparison)),
         ]
+        for stem, title, label, caption in _CONDITION_FIGURES:
+            drawings.append(_render(stem, title, f"{caption} {curves}", _curves(comparison, stem, label)))
         for spec in _LAYER_FIGURES:
             drawings.append(_render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
     return [drawing for drawing in drawings if drawing is not None]
+
+
+_CONDITION_FIGURES = (
+    (
+        "minimum_norm_alignment",
+        "Alignment of the update with the minimum-norm one",
+        "angle to minimum-norm update (degrees)",
+        "Angle between the weight change a rule asks for and the smallest change that moves every output as wished (damping "
+        "1), on a fixed probe batch.",
+    ),
+    (
+        "condition_two",
+        "Feedback within the row space of the Jacobian",
+        "Condition 2 ratio",
+        "Share of the feedback weights Q in the row space of the network's Jacobian, on a fixed probe batch; at 1 feedback "
+        "control finds the minimum-norm update.",
+    ),
+)
 
 
 _CURVES = (

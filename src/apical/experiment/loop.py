@@ -18,7 +18,7 @@ from apical.data import Augment, Dataset, Split
 from apical.errors import CheckpointError, DivergenceError, InstabilityError
 from apical.experiment import checkpoint
 from apical.experiment.distributed import World
-from apical.experiment.measure import alignment, autocast, evaluate
+from apical.experiment.measure import alignment, autocast, conditions, evaluate
 from apical.experiment.optimizer import begin_pass, clip, end_pass, make_optimizer, scheduled
 from apical.experiment.passes import Pass, passes, total_steps
 from apical.experiment.recipe import Recipe, differences
@@ -274,7 +274,9 @@ class Training:
             held_out, validation_loss, validation_accuracy = self.dataset.validation, None, None
             if held_out is not None:
                 validation_loss, validation_accuracy = evaluate(self.rule, held_out, self.recipe.amp, self.world)
-            layers = alignment(self.rule, self.dataset.train, self.recipe.probe) if self.world.is_main else {}
+            probe = self.recipe.probe if self.world.is_main else 0
+            layers = alignment(self.rule, self.dataset.train, probe)
+            near = conditions(self.rule, self.dataset.train, probe)
         if not math.isfinite(test_loss):
             self._diverge("the test loss is not finite")
         self._check_parameters()
@@ -294,6 +296,7 @@ class Training:
             "weight_decay": decay,
             "logs": logs,
             "layers": layers,
+            **near,
         }
         self.epoch, self.step = self.epoch + trained, 0
         self._sums.clear()

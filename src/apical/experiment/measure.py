@@ -1,15 +1,20 @@
 """What is measured after each epoch: loss and accuracy of the plain model, alignment of each layer."""
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import torch
 from torch import Tensor
 
+from apical.core.chain import Chain
 from apical.core.credit import CreditRule
 from apical.data import Split
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment
-from apical.errors import InstabilityError
+from apical.diagnostics.feedback_conditions import condition_two
+from apical.diagnostics.gauss_newton import minimum_norm_alignment
+from apical.dynamics.control_rule import ControlRule
+from apical.dynamics.feedback_control import output_jacobian
+from apical.errors import InstabilityError, UnsupportedModelError
 from apical.experiment.distributed import World
 from apical.experiment.schedule import generator
 
@@ -73,3 +78,35 @@ def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str,
 
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+CONDITIONS = ("minimum_norm_alignment", "condition_two")
+"""Keys of :func:`conditions`."""
+
+_WIDEST = 64
+"""Outputs up to which the conditions are cheap to measure."""
+
+
+def conditions(rule: CreditRule, train: Split, probe: int) -> dict[str, float | None]:
+    """How near the rule's update is to the minimum-norm one (degrees, damping 1, which is Gauss-Newton's on one sample up to
+    the layers' input norms) and, for feedback control, Condition 2 (0 to 1); on the probe batch, of dense chains only.
+    """
+    found: dict[str, float | None] = dict.fromkeys(CONDITIONS)
+    if not probe or _chain(rule) is None:
+        return found
+    inputs, targets = probe_batch(train, probe)
+    with suppress(InstabilityError):
+        found["minimum_norm_alignment"] = _finite(minimum_norm_alignment(rule, inputs, targets, damping=1.0)["all"])
+    if isinstance(rule, ControlRule):
+        with torch.no_grad():
+            jacobian = output_jacobian(rule.chain, rule.run(inputs))
+            found["condition_two"] = _finite(float(condition_two(jacobian, rule.q).mean()))
+    return found
+
+
+def _chain(rule: CreditRule) -> Chain | None:
+    try:
+        chain = rule.chain if isinstance(rule, ControlRule) else Chain(rule.model)
+    except UnsupportedModelError:
+        return None
+    return chain if all(stage.is_dense for stage in chain.stages) and chain.stages[-1].size <= _WIDEST else None

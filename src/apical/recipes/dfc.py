@@ -41,7 +41,13 @@ def _loop(rule: str, alpha: float, dt: float, points: dict[str, int], nudge: flo
     """Options of the controller while the forward weights learn."""
     kind = rule.removesuffix("-fixed")
     time = {} if kind == "dfc-ssa" else {"dt": dt, "points": points[kind]}
-    return {"nudge": f"{nudge / BATCH:.6g}", "alpha": alpha, "k_p": 0 if kind == "dfc-ssa" else 2, **time}
+    return {
+        "nudge": f"{nudge / BATCH:.6g}",
+        "normalised": False,
+        "alpha": alpha,
+        "k_p": 0 if kind == "dfc-ssa" else 2,
+        **time,
+    }
 
 
 def _error(value: float, spread: float, epochs: int, tolerance: float = 0.3) -> tuple[Published, ...]:
@@ -257,7 +263,7 @@ def _student_teacher() -> Study:
     )
     sleep = _sleep(0.25, 0.1, 0.002, 50, 0.01, 0.3, 0.01)
     rows = {"bp": Row(replace(base, rule="bp", lr=(0.2,)), ()), "dfa": Row(replace(base, rule="dfa", lr=(0.2,)), ())}
-    loop = {"alpha": 0.0015, "k_p": 1.5, "nudge": f"{0.05 / BATCH:.6g}", "dt": 0.005, "points": 1000}
+    loop = {"alpha": 0.0015, "k_p": 1.5, "nudge": f"{0.05 / BATCH:.6g}", "normalised": False, "dt": 0.005, "points": 1000}
     for rule in TRAINED:
         options = _options(**loop, feedback="random", learn_output=True, **sleep)
         rows[rule] = Row(replace(trained, rule=rule, rule_options=options), ())

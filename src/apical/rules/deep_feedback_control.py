@@ -48,6 +48,8 @@ class DeepFeedbackControl(ControlRule):
         variant: "dfc", "ss" or "ssa".
         solver: "closed-form" (dfc, ssa), "steady" (ss) or "simulate" (dfc, ss); None takes the fast one.
         nudge: lambda, how far down the loss gradient the target lies.
+        normalised: divide the update by 2 lambda, so that learning rates have their usual size; False leaves it as in the
+            paper, proportional to lambda (the authors divide the learning rate by it).
         alpha: leak of the controller.
         k_p: its proportional gain.
         dt: step of the simulation, in units of the controller's time constant tau_u.
@@ -81,6 +83,7 @@ class DeepFeedbackControl(ControlRule):
         variant: Literal["dfc", "ss", "ssa"] = "dfc",
         solver: Literal["closed-form", "steady", "simulate"] | None = None,
         nudge: float = 0.01,
+        normalised: bool = True,
         alpha: float = 1e-3,
         k_p: float = 2.0,
         dt: float = 0.02,
@@ -118,6 +121,7 @@ class DeepFeedbackControl(ControlRule):
         )
         super().__init__(model, loss, loop, sleep, difference, feedback, learn, learn_output, input_shape)
         self.variant, self.solver, self.nudge, self.newton = variant, chosen, nudge, newton
+        self.factor = 1 / nudge if normalised else 2.0
         self.correlations = [correlation(sleep, depth) for depth in range(len(self.chain.stages), 0, -1)]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
