@@ -53,6 +53,7 @@ test: $(VENV)/.apical-installed-dev
 bench: $(VENV)/.apical-installed-dev
 	@echo "== benchmarks"
 	@$(ONE_THREAD) $(BIN) benchmarks/run.py
+	@$(ONE_THREAD) $(BIN) benchmarks/control.py
 	@$(BIN) docs/generate.py
 
 docs: $(VENV)/.apical-installed-dev

@@ -28,13 +28,24 @@ html_title = f"apical {release}"
 
 
 def docstring_to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings quote code with single backticks, and mean `*` and `|` as they stand."""
-    parts = re.split(r"(:[\w:]+:`[^`]+`|`[^`]+`)", "\n".join(lines))
+    """Docstrings quote code with single backticks, and mean `*` and `|` as they stand; modules indent their equations."""
+    text = "\n".join(lines)
+    blocks = re.split(r"(\n\n(?: {4,}.*\n)+)", f"{text}\n") if what == "module" else [text]
+    for i in range(0, len(blocks), 2):
+        blocks[i] = quoted(blocks[i])
+    for i in range(1, len(blocks), 2):
+        blocks[i] = f"\n\n::{blocks[i]}"
+    lines[:] = "".join(blocks).split("\n")
+
+
+def quoted(text: str) -> str:
+    """Text outside equations: marks other than those of quoted code are escaped."""
+    parts = re.split(r"(:[\w:]+:`[^`]+`|`[^`]+`)", text)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"^(?!\s*(?:>>>|\.\.\.)).*$", lambda m: re.sub(r"[*|]", r"\\\g<0>", m[0]), parts[i], flags=re.M)
         if i and re.match(r"\w", parts[i]):  # as in `Module`s: the end of a quotation must not touch a letter
             parts[i] = "\\ " + parts[i]
-    lines[:] = "".join(parts).split("\n")
+    return "".join(parts)
 
 
 def setup(app: Sphinx) -> None:

@@ -15,6 +15,7 @@ from apical.testing import CHECKS, check_oracle
 
 PFA = apical.ProductFeedbackAlignment
 DFC = apical.DeepFeedbackControl
+STRONG = apical.StrongDeepFeedbackControl
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -40,12 +41,20 @@ RULES = {
     "dfc-ssa": partial(DFC, variant="ssa"),
     "dfc-noise": partial(DFC, variant="ssa", learn="noise"),
     "dfc-simulate": partial(DFC, solver="simulate", points=12),
+    "strong-dfc": STRONG,
+    "strong-dfc-simulate": partial(STRONG, solver="simulate", points=12, sigma=0.0, learn="none"),
+    "strong-dfc-noise": partial(STRONG, solver="simulate", points=12, learn="noise"),
 }
 SKIPPED = {
     ("dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",
     ("dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
     ("dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
     ("dfc-simulate", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
+    ("strong-dfc", "compile"): "the steady state is iterated until every sample has met its goal, which no graph can",
+    ("strong-dfc-simulate", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
+    ("strong-dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
+    ("strong-dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",
+    ("strong-dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
 }
 
 

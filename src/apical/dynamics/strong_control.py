@@ -40,6 +40,11 @@ def outcome(output: Tensor, classes: bool) -> Tensor:
     return torch.softmax(output, 1) if classes else output
 
 
+def error_left(output: Tensor, goal: Tensor, rho: Tensor, classes: bool) -> Tensor:
+    """Output error `goal - out(output + rho)`, all (batch, n_L); of a regression without loss of digits for small rho."""
+    return goal - outcome(output + rho, True) if classes else goal - output - rho
+
+
 def outcome_slope(output: Tensor, classes: bool) -> Tensor:
     """`d outcome / d output` (batch, n_L, n_L): `diag(p) - p p^T` or the identity."""
     if not classes:
@@ -67,10 +72,13 @@ def hold(
         classes: the goal is a distribution over classes.
         tolerance: of the residual, relative to the error without control.
         most: controlled passes at most.
+
+    Returns:
+        The best control found for each sample. Nothing is raised where a goal cannot be held: the residual tells.
     """
     u = torch.zeros_like(goal)
     start = (goal - outcome(states.r[-1].flatten(1), classes)).norm(dim=1)
-    aim = tolerance * start + 8 * torch.finfo(goal.dtype).eps
+    aim = tolerance * start + (8 * torch.finfo(goal.dtype).eps if classes else 0.0)  # probabilities are rounded
     samples = torch.arange(len(goal), device=goal.device)  # those still worked on
     unmet = torch.ones_like(samples, dtype=torch.bool)
     problem = _Problem(chain, states, feedback, goal, a, classes)
@@ -120,7 +128,10 @@ class _Problem(NamedTuple):
         return self._replace(states=states, goal=self.goal[samples])
 
     def miss(self, u: Tensor, state: Controlled) -> Tensor:
-        return outcome((self.states.r[-1] + state.rho[-1]).flatten(1), self.classes) + self.a * u - self.goal
+        output, rho = self.states.r[-1].flatten(1), state.rho[-1].flatten(1)
+        if self.classes:
+            return outcome(output + rho, True) + self.a * u - self.goal
+        return rho + self.a * u - (self.goal - output)  # in deviations: large outputs cost float32 no digits
 
     def linearise(self, u: Tensor) -> _Guess:
         """A guess at u, with M from the Jacobian there."""
@@ -136,7 +147,9 @@ class _Problem(NamedTuple):
         # errors of class probabilities sum to zero, and so does their control: the leak need not hold that direction
         shift = self.a * torch.eye(n, dtype=at.u.dtype, device=at.u.device) + (1 / n if self.classes else 0.0)
         slope = outcome_slope(self.states.r[-1].flatten(1) + at.rho, self.classes) @ at.gain + shift
-        step = torch.linalg.solve(slope, -at.miss) * at.stride.unsqueeze(1)
+        solution = torch.linalg.solve_ex(slope, -at.miss)[0]
+        # where the outcome does not move at all (saturated, without leak) there is no step; the others go on
+        step = solution.where(solution.isfinite().all(1, keepdim=True), 0.0) * at.stride.unsqueeze(1)
         u = at.u + step
         state = controlled_pass(self.chain, self.states, apical(self.chain, self.feedback, u))
         rho, miss = state.rho[-1].flatten(1), self.miss(u, state)

@@ -71,8 +71,9 @@ class Loop:
         for name, value in positive.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be positive, got {value}")
-        for name, value in {"alpha": self.alpha, "k_p": self.k_p, "sigma": self.sigma}.items():
-            if not (math.isfinite(value) and value >= 0):
+        at_least_zero = {"alpha": self.alpha, "k_p": self.k_p, "sigma": self.sigma, "sigma_output": self.sigma_output}
+        for name, value in at_least_zero.items():
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must not be negative, got {value}")
         for name in ("tau", "tau_apical", "tau_noise"):
             value = getattr(self, name)

@@ -1,7 +1,9 @@
 """How a rule is named and drawn, the same in every figure and table.
 
-Colours are those of Okabe and Ito for the rules most often compared, and of Paul Tol's muted set for the rest; all are
-told apart with the common forms of colour blindness. Marker and line style repeat the distinction for print in grey.
+Colours are those of Okabe and Ito for the rules most often compared, and of Paul Tol's sets for most of the rest. Those of
+backpropagation, direct feedback alignment and the feedback-control rules, which appear in one plot, are told apart with the
+common forms of colour blindness. With so many rules, marker and line style carry the distinction everywhere else, and in
+print in grey. Of feedback control, fixed feedback is a lighter tint of the learned variant, dashed, with the same marker.
 """
 
 from collections.abc import Sequence
@@ -62,13 +64,20 @@ RULES: dict[str, Style] = {
     "wm": Style("Weight mirror", "#882255", "X", _DOT_DASH),
     "pfa": Style("Product feedback alignment", "#0072B2", "o", "-"),
     "pfa-o": Style("Product feedback alignment (orthogonal)", "#009E73", "d", _DOT),
+    "dfc": Style("Deep feedback control", "#CC3311", "h", "-"),
+    "dfc-ss": Style("Deep feedback control (steady state)", "#332288", ">", "-"),
+    "dfc-ssa": Style("Deep feedback control (linearised steady state)", "#AA3377", "p", "-"),
+    "dfc-fixed": Style("Deep feedback control (fixed feedback)", "#DB7058", "h", _DASH),
+    "dfc-ss-fixed": Style("Deep feedback control (steady state, fixed feedback)", "#8F85BE", ">", _DASH),
+    "dfc-ssa-fixed": Style("Deep feedback control (linearised steady state, fixed feedback)", "#D9A3C2", "p", _DASH),
+    "strong-dfc": Style("Strong deep feedback control", "#1E88E5", "s", _DOT_DASH),
 }
 _FURTHER = (
-    ("#7F7F7F", "*", "-"),
-    ("#332288", ">", _DASH),
-    ("#AA4499", "p", _DOT_DASH),
-    ("#117733", "h", _DOT),
-    ("#6F4E37", "s", "-"),
+    ("#7F7F7F", "8", "-"),
+    ("#44AA99", "H", _DASH),
+    ("#6F4E37", "s", _DOT_DASH),
+    ("#117733", "v", _DOT),
+    ("#AA4499", "X", "-"),
 )
 
 

@@ -1,13 +1,14 @@
 """What figure 3 of deep feedback control (arXiv 2106.07887) measures, on a fixed probe batch.
 
 Per rule: Condition 1; angles of the weight change that the rule asks for to the damped Gauss-Newton and minimum-norm updates
-(damping 0.1, as in the paper's toy experiments). For feedback control also the angle to the DFC-SSA update made with the same
-feedback weights, Condition 2 and the largest real part among the eigenvalues of the whole linearised loop.
+(damping 0.1, as in the paper's toy experiments). For feedback control also the angle to the DFC-SSA update made with the
+same feedback weights, Condition 2 and the largest real part among the eigenvalues of the whole linearised loop.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from apical.diagnostics.gauss_newton import Update, gauss_newton_update, minimum
 from apical.diagnostics.stability import largest_real_part, system_matrix
 from apical.dynamics.feedback_control import output_jacobian
 from apical.rules.deep_feedback_control import DeepFeedbackControl
+
+Variant = Literal["dfc", "ss", "ssa"]
+Solver = Literal["closed-form", "steady", "simulate"]
 
 DAMPING = 0.1
 """gamma of the Gauss-Newton and minimum-norm updates."""
@@ -46,12 +50,12 @@ class Measure:
 MEASURES = {
     measure.key: measure
     for measure in (
-        Measure("condition_two", "Condition 2: |PQ| / |Q|", True),
-        Measure("minimum_norm", "angle to minimum norm (degrees)"),
-        Measure("condition_one", "Condition 1: s.d. / mean of |r|"),
-        Measure("gauss_newton", "angle to Gauss-Newton (degrees)"),
-        Measure("eigenvalue", "largest Re eig (1/τ_u)", True),
-        Measure("ssa", "angle to DFC-SSA (degrees)", True),
+        Measure("condition_two", "Condition 2\n|PQ| / |Q|", True),
+        Measure("minimum_norm", "angle to minimum\nnorm (degrees)"),
+        Measure("condition_one", "Condition 1\ns.d. / mean of |r|"),
+        Measure("gauss_newton", "angle to Gauss-\nNewton (degrees)"),
+        Measure("eigenvalue", "largest Re eig\n(1/τ_u)", True),
+        Measure("ssa", "angle to DFC-SSA\n(degrees)", True),
         Measure("condition_one_code", "Condition 1, as in the released code"),
         Measure("eigenvalue_worst", "largest Re eig of any sample (1/τ_u)", True),
     )
@@ -75,7 +79,7 @@ class Probe:
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, nudge: float) -> None:
         self.rule, self.inputs, self.targets, self.nudge = rule, inputs, targets, nudge
         self.chain = Chain(rule.model, inputs.shape[1:])
-        self.ssa = linearised(rule) if isinstance(rule, DeepFeedbackControl) else None
+        self.ssa = twin(rule, "ssa") if isinstance(rule, DeepFeedbackControl) else None
 
     def condition_two(self) -> float:
         """Mean share of Q in the row space of J; for feedback control only."""
@@ -112,30 +116,36 @@ class Probe:
         assert isinstance(self.rule, DeepFeedbackControl)
         few = States([v[:EIGENVALUE_SAMPLES] for v in states.v], [r[:EIGENVALUE_SAMPLES] for r in states.r])
         loop = self.rule.loop
-        matrix = system_matrix(
-            self.chain, few, self.rule.q, alpha=loop.alpha, k_p=loop.k_p, tau=loop.tau, leak=loop.leak
-        )
+        matrix = system_matrix(self.chain, few, self.rule.q, alpha=loop.alpha, k_p=loop.k_p, tau=loop.tau, leak=loop.leak)
         return largest_real_part(matrix)
 
 
-def linearised(rule: DeepFeedbackControl) -> DeepFeedbackControl:
-    """DFC-SSA on the same model with the very same feedback weights and controller; it follows the rule as that learns."""
-    loop = rule.loop
-    ssa = DeepFeedbackControl(
-        *(rule.model, rule.loss, "ssa"),
-        nudge=rule.nudge,
-        alpha=loop.alpha,
-        k_p=loop.k_p,
-        dt=loop.dt,
-        points=loop.points,
-        tau=loop.tau,
-        leak=loop.leak,
+def twin(rule: DeepFeedbackControl, variant: Variant, solver: Solver | None = None, **loop: float) -> DeepFeedbackControl:
+    """Another variant on the same model with the very same feedback weights; it follows the rule as that learns.
+
+    Args:
+        rule: whose controller, loss and nudge it has.
+        variant: "dfc", "ss" or "ssa".
+        solver: of that variant; None takes the fast one.
+        **loop: what of `nudge`, `k_p` and `points` is to be different.
+    """
+    own = rule.loop
+    settings = {"nudge": rule.nudge, "k_p": own.k_p, "points": own.points} | loop
+    other = DeepFeedbackControl(
+        *(rule.model, rule.loss, variant, solver),
+        nudge=settings["nudge"],
+        alpha=own.alpha,
+        k_p=settings["k_p"],
+        dt=own.dt,
+        points=int(settings["points"]),
+        tau=own.tau,
+        leak=own.leak,
         difference=rule.difference,
         learn="none",
         input_shape=rule.chain.stages[0].input_shape,
     )
-    ssa.feedback = rule.feedback
-    return ssa
+    other.feedback = rule.feedback
+    return other
 
 
 def update_angle(a: Update, b: Update) -> float:

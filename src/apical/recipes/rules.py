@@ -26,6 +26,9 @@ from apical.rules.weight_mirror import WeightMirror
 DECAY = 1e-4
 """Weight decay of every rule that does not learn its feedback by decay, and of the others after their alignment phase."""
 
+Q_DECAY = 0.05
+"""Decay at which the feedback weights of DFC, at its default noise, come to rest near the transposed Jacobian."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -33,12 +36,17 @@ class Entry:
 
     Attributes:
         aligns: the rule's feedback aligns through weight decay, so it starts with an alignment phase.
+        clip: largest gradient norm per tensor where the recipe sets none, for rules whose updates are not small.
+        feedback_decay: weight decay of the feedback weights where the recipe sets none: it bounds feedback that grows along
+            a fixed direction.
     """
 
     build: Callable[..., CreditRule]
     title: str
     options: dict[str, Any] = field(default_factory=dict)
     aligns: bool = False
+    clip: float = 0.0
+    feedback_decay: float | None = None
 
 
 RULES: dict[str, Entry] = {
@@ -52,13 +60,22 @@ RULES: dict[str, Entry] = {
     "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
     "pfa": Entry(ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True),
     "pfa-o": Entry(ProductFeedbackAlignment, "product feedback alignment, orthogonal", {"feedback": "orthogonal"}, True),
-    "dfc": Entry(DeepFeedbackControl, "deep feedback control, averaged over time", {"variant": "dfc"}),
-    "dfc-ss": Entry(DeepFeedbackControl, "deep feedback control at its steady state", {"variant": "ss"}),
-    "dfc-ssa": Entry(DeepFeedbackControl, "deep feedback control at its linearised steady state", {"variant": "ssa"}),
+    "dfc": Entry(
+        DeepFeedbackControl, "deep feedback control, averaged over time", {"variant": "dfc"}, feedback_decay=Q_DECAY
+    ),
+    "dfc-ss": Entry(
+        DeepFeedbackControl, "deep feedback control at its steady state", {"variant": "ss"}, feedback_decay=Q_DECAY
+    ),
+    "dfc-ssa": Entry(
+        DeepFeedbackControl,
+        "deep feedback control at its linearised steady state",
+        {"variant": "ssa"},
+        feedback_decay=Q_DECAY,
+    ),
     "dfc-fixed": Entry(DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}),
     "dfc-ss-fixed": Entry(DeepFeedbackControl, "dfc-ss with fixed feedback weights", {"variant": "ss", "learn": "none"}),
     "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
-    "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label"),
+    "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label", clip=1.0),
 }
 
 
@@ -155,8 +172,16 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
             high, epochs = alignment_decay(recipe.lr[0], steps, recipe.momentum)
             decay, decay_epochs = (high, DECAY), (epochs,)
             notes.append(f"weight decay {high:g} in the first {epochs} epochs aligns the feedback of {recipe.rule}")
+    clip, feedback_decay = recipe.clip, recipe.feedback_weight_decay
+    if entry.clip and not clip:
+        clip = entry.clip
+        notes.append(f"gradients of {recipe.rule} are clipped at norm {clip:g} per tensor: its updates are not small")
+    if entry.feedback_decay is not None and feedback_decay is None and given.get("learn") != "none":
+        feedback_decay = entry.feedback_decay
+        notes.append(f"feedback weights of {recipe.rule} decay with {feedback_decay:g}, which keeps them near the Jacobian")
     options = (*recipe.rule_options, *added)
-    return replace(recipe, rule_options=options, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
+    recipe = replace(recipe, rule_options=options, clip=clip, feedback_weight_decay=feedback_decay)
+    return replace(recipe, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}

@@ -13,13 +13,16 @@ of u teaches the feedback, because its mean carries the label.
 
 `solver="steady"` finds the true steady state by Newton's method; "simulate" runs the authors' short trajectory, which does
 not reach it (with their settings the control is mostly proportional). With `learn="expected"` the feedback update is its
-expectation over the noise to first order in the loop gain, not itself a local rule. The paper's body could not be read: the
-single-phase rule follows its abstract and the released code.
+expectation over the noise to first order in the loop gain, not itself a local rule. What "noise" samples holds two more
+terms, which at the default gain are the larger ones: `Q <u u^T>`, a decay of Q along u, and the trajectory's own transient
+towards the label, which the low-pass filter lets through in part. The paper's body could not be read: the single-phase rule
+follows its abstract and the released code.
 
 Departure: the error of classes is the softmax one from the start, also while Q is pre-trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,8 +35,8 @@ from apical.dynamics import feedback_control as control
 from apical.dynamics.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.dynamics.controller import Leak
 from apical.dynamics.feedback_control import Controlled
-from apical.dynamics.strong_control import Held, controlled_states, hold, outcome, outcome_slope
-from apical.dynamics.trajectory import Loop, Trace, correlation, record, trajectory
+from apical.dynamics.strong_control import Held, controlled_states, error_left, hold, outcome, outcome_slope
+from apical.dynamics.trajectory import Loop, Moment, Trace, correlation, record, trajectory
 from apical.errors import ConfigError, InstabilityError, unknown_name
 
 
@@ -99,6 +102,10 @@ class StrongDeepFeedbackControl(ControlRule):
             raise ConfigError("the solver 'steady' has no noise to learn feedback from: pass learn='expected' or 'none'")
         if not 0 < label < 1:
             raise ConfigError(f"label must lie between 0 and 1, got {label}; at 1 no finite control reaches it")
+        if tolerance is not None and not 0 < tolerance < 1:
+            raise ConfigError(f"tolerance must lie between 0 and 1, got {tolerance}")
+        if sigma_output is not None and not 0 <= sigma_output < float("inf"):
+            raise ConfigError(f"sigma_output must not be negative, got {sigma_output}")
         loop = Loop(alpha, k_p, dt, points, tau, leak, sigma=sigma, sigma_output=sigma_output, tau_noise=tau_noise)
         if not dt <= tau_slow < 1:
             raise ConfigError(f"tau_slow must lie between dt={dt} and 1, the controller's time constant; got {tau_slow}")
@@ -125,6 +132,8 @@ class StrongDeepFeedbackControl(ControlRule):
         if targets.is_floating_point():
             return targets.to(output.dtype).reshape(len(output), -1), False
         classes = output.flatten(1).shape[1]
+        if classes < 2:
+            raise ConfigError("class labels need a model of at least 2 outputs, got 1; pass floating-point targets")
         goal = output.new_full((len(output), classes), (1 - self.label) / (classes - 1))
         return goal.scatter_(1, targets.unsqueeze(1), self.label), True
 
@@ -136,10 +145,7 @@ class StrongDeepFeedbackControl(ControlRule):
 
     def _hold(self, states: States, goal: Tensor, classes: bool) -> Held:
         tolerance = self.tolerance or (1e-10 if goal.dtype == torch.float64 else 1e-5)
-        held = hold(self.chain, states, self.q, goal, self.loop.a, classes=classes, tolerance=tolerance)
-        if not bool(held.u.isfinite().all()) and bool(states.r[-1].isfinite().all()):
-            raise InstabilityError(f"no control was found that holds the labels; raise alpha={self.loop.alpha:g}")
-        return held
+        return hold(self.chain, states, self.q, goal, self.loop.a, classes=classes, tolerance=tolerance)
 
     def _steady(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         held = self._hold(states, goal, classes)
@@ -172,9 +178,7 @@ class StrongDeepFeedbackControl(ControlRule):
 
     def _simulated(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         output = states.r[-1].flatten(1)
-        moments = trajectory(
-            self.chain, states, self.q, lambda rho: goal - outcome(output + rho, classes), self.loop, basal=True
-        )
+        moments = self._walk(states, goal, classes)
         seen = NoiseCorrelation(self.q, states, self.slow) if self.learn == "noise" and self._learns_feedback() else None
         try:
             last, roots = self.roots_along(states, moments, seen)
@@ -199,9 +203,9 @@ class StrongDeepFeedbackControl(ControlRule):
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
-            goal, classes = self.goal(states.r[-1], targets)
-            output = states.r[-1].flatten(1)
-            moments = trajectory(
-                self.chain, states, self.q, lambda rho: goal - outcome(output + rho, classes), self.loop, basal=True
-            )
-            return record(states, moments, self.loop.dt)
+            return record(states, self._walk(states, *self.goal(states.r[-1], targets)), self.loop.dt)
+
+    def _walk(self, states: States, goal: Tensor, classes: bool) -> Iterator[Moment]:
+        output = states.r[-1].flatten(1)
+        error = partial(error_left, output, goal, classes=classes)
+        return trajectory(self.chain, states, self.q, error, self.loop, basal=True)

@@ -1,0 +1,152 @@
+"""The page of the benchmarks, and their part of the README."""
+
+from collections.abc import Sequence
+
+from result_pages import NOTE, joined
+from tables import Row, facts, grouped, number, table
+
+
+def setting(row: Row) -> str:
+    """Model, batch and precision of a benchmark row."""
+    precision = row.get("precision")
+    return f"{row.get('model')}, batch {row.get('batch')}" + (f", {precision}" if precision else "")
+
+
+def benchmark_page(benchmarks: Row, control: Row | None = None) -> str:
+    """The page: `benchmarks` is benchmarks/results.json, `control` benchmarks/control.json; both may be empty."""
+    parts = [
+        NOTE,
+        "# Benchmarks",
+        "Time and memory of one training step relative to backpropagation, all rules interleaved in one run so that they "
+        "see the same machine. `make bench` measures these tables on your machine and writes them here.",
+    ]
+    rows = benchmarks.get("rows") or []
+    if not rows and not (control or {}).get("rows"):
+        return joined([*parts, "No measurement is kept here yet."])
+    for (device,), of_device in grouped(rows, "device").items():
+        parts.append(f"## {device}" if device else "## CPU")
+        for members in grouped(of_device, "model", "batch", "precision").values():
+            lines = [
+                [
+                    f"`{row['rule']}`",
+                    number(row.get("ms_per_step"), 3),
+                    number(row.get("ratio_to_bp"), 3),
+                    number(row.get("peak_memory_ratio"), 3),
+                ]
+                for row in members
+            ]
+            header = ("rule", "ms per step", "time / BP", "peak memory / BP")
+            parts += [f"### {setting(members[0])}", table(header, lines)]
+    environment = benchmarks.get("environment")
+    parts += ["## Measured with", facts(environment)] if environment else []
+    return joined([*parts, *control_parts(control or {})])
+
+
+def control_parts(control: Row) -> list[str]:
+    """The tables of the feedback-control rules; nothing where nothing was measured."""
+    rows = control.get("rows") or []
+    if not rows:
+        return []
+    parts = [
+        "## Feedback control",
+        "One training step, gradients and optimiser included, the same protocol as above. `dfc` here is the closed form, "
+        "`dfc-ss` Newton's method, `strong-dfc` its steady state: none of them simulates. *Authors* is the ratio of the "
+        "authors' programs, which simulate (all but `dfc-ssa`), to their own backpropagation; we timed these programs "
+        "ourselves, on another machine, in float32 with the same network and batch, so compare the ratios and not "
+        "milliseconds. The feedback update of the table is the expected one; theirs is simulated noise. *Target* is what we "
+        "set ourselves.",
+    ]
+    for members in grouped(rows, "model", "batch", "precision").values():
+        parts += [f"### {setting(members[0])}", _control_table(members)]
+    if control.get("simulation"):
+        lines = [
+            [
+                row["simulation"],
+                number(row.get("ms_per_controller_step"), 3),
+                number(row.get("floor_ms"), 3),
+                number(row.get("ratio_to_floor"), 2),
+                *_judged(row),
+            ]
+            for row in control["simulation"]
+        ]
+        parts += [
+            "### Simulating",
+            "One step of the controller, of all layers and a whole batch, against the matrix products that it cannot avoid, "
+            "run alone (*floor*).",
+            table(("simulation", "ms per controller step", "floor, ms", "time / floor", "target", "verdict"), lines),
+        ]
+    if control.get("solve"):
+        lines = [
+            [row["solve"], str(row["batch"]), number(row["ms_below"], 1), number(row["ms_dense"], 1)]
+            for row in control["solve"]
+        ]
+        header = ("linear solve", "batch", "through the layer below, ms", "dense, ms")
+        parts += ["### Wide outputs", table(header, lines)]
+    return [*parts, *(["### Measured with", facts(control["environment"])] if control.get("environment") else [])]
+
+
+def _control_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        quartiles = " to ".join(number(value, 2) for value in row.get("quartiles") or ())
+        lines.append(
+            [
+                row["rule"] if " " in row["rule"] else f"`{row['rule']}`",
+                number(row.get("ms_per_step"), 2),
+                number(row.get("ratio_to_bp"), 2),
+                quartiles or "-",
+                *_judged(row),
+                number(row.get("ratio_of_authors"), 1),
+                number(row.get("faster_than_authors"), 1),
+            ]
+        )
+    header = (
+        "rule",
+        "ms per step",
+        "time / BP",
+        "quartiles",
+        "target",
+        "verdict",
+        "authors: time / BP",
+        "authors' over ours",
+    )
+    return table(header, lines)
+
+
+def _judged(row: Row) -> tuple[str, str]:
+    """The target, and whether it is met."""
+    if row.get("target") is None:
+        return "-", "-"
+    return f"at most {row['target']:g}", "met" if row["within_target"] else "missed"
+
+
+def readme_parts(benchmarks: Row, control: Row) -> list[str]:
+    """The benchmarks in the README: times relative to backpropagation."""
+    parts = []
+    for (device,), rows in grouped(benchmarks.get("rows") or [], "device").items():
+        settings = list(dict.fromkeys(setting(row) for row in rows))
+        ratio = {(row["rule"], setting(row)): row.get("ratio_to_bp") for row in rows}
+        lines = [
+            [f"`{rule}`", *(number(ratio.get((rule, where)), 2) for where in settings)]
+            for rule in dict.fromkeys(row["rule"] for row in rows)
+        ]
+        parts += [
+            f"**Time per training step relative to backpropagation: {device or 'CPU'}**",
+            table(("rule", *settings), lines),
+        ]
+    compared = [row for row in control.get("rows") or [] if row.get("ratio_of_authors") is not None]
+    if compared:
+        lines = [
+            [
+                row["rule"] if " " in row["rule"] else f"`{row['rule']}`",
+                number(row["ratio_to_bp"], 2),
+                number(row["ratio_of_authors"], 1),
+            ]
+            for row in compared
+        ]
+        parts += [
+            f"**The same for feedback control: {setting(compared[0])}**, beside the authors' programs, which we timed on "
+            "another machine relative to their own backpropagation",
+            table(("rule", "here", "authors"), lines),
+        ]
+    return [*parts, "[Milliseconds, memory and machine](docs/benchmarks.md)."] if parts else []
