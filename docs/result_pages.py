@@ -10,6 +10,7 @@ from tables import Row, facts, flat, grouped, load, loss_spread, number, present
 from apical.experiment.recipe import parse_options
 from apical.experiment.verdicts import Verdict, tally
 from apical.recipes.catalogue import STUDIES
+from apical.recipes.rules import RULES
 
 NOTE = "<!-- made by docs/generate.py -->"
 
@@ -87,14 +88,21 @@ def departures(plan: Row) -> str:
     for rule, recipe in (plan.get("recipes") or {}).items():
         asked = study.row(rule).recipe.to_json()
         for key, value in recipe.items():
-            chosen = key.startswith("weight_decay") and not asked["weight_decay"]  # left to the rule's default
-            if key not in free and not chosen and value != asked.get(key):
+            if key not in free and not _chosen(rule, key, value, asked) and value != asked.get(key):
                 instead = "not set" if asked.get(key) is None else words(asked[key])
                 found[f"{key.replace('_', ' ')} {words(value)} instead of {instead}"] = None
         found |= dict.fromkeys(
             f"option {text} of `{rule}`" for text in _options(recipe.get("rule_options") or (), asked["rule_options"])
         )
     return f"**Not the recipe as it stands**: {'; '.join(found)}." if found else ""
+
+
+def _chosen(rule: str, key: str, value: Any, asked: Row) -> bool:
+    """Whether the command filled in a setting that the recipe leaves to the rule."""
+    if key.startswith("weight_decay"):
+        return not asked["weight_decay"]
+    default = {"clip": "clip", "feedback_weight_decay": "feedback_decay"}.get(key)
+    return default is not None and not asked[key] and rule in RULES and value == getattr(RULES[rule], default)
 
 
 def _options(used: Sequence[str], asked: Sequence[str]) -> list[str]:

@@ -168,6 +168,14 @@ def test_options_that_are_not_the_recipes_are_named() -> None:
     assert "alpha" not in sentence  # a record cannot lack an option that was there
 
 
+def test_settings_that_a_recipe_leaves_to_the_rule_are_no_departure() -> None:
+    recipe = STUDIES["pfa-mnist"].row("strong-dfc").recipe.to_json()
+    filled = {**recipe, "clip": RULES["strong-dfc"].clip}
+    assert generate.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": filled}}) == ""
+    sentence = generate.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": {**filled, "clip": 7.0}}})
+    assert sentence == "**Not the recipe as it stands**: clip 7 instead of 0."
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     """A study of its own with hand-made numbers."""

@@ -27,8 +27,11 @@ LOOK_EVERY = 50
 """Steps between looks for NaN."""
 
 
-SMALL = 0.02
-"""Potential shifts below which `tanh(d) = d - d^3/3` in float32 (the next term is 2 d^4/15 of d)."""
+SMALL = 0.004
+"""Potential shifts up to which three terms of tanh's series are exact in float32, with room to grow between two looks."""
+
+SELDOM = 4
+"""Steps between looks at the size of the shifts, after the first few."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def trajectory(
     noisy = loop.sigma > 0 or bool(loop.sigma_output)
     plain = not noisy and loop.tau_apical is None  # the apical compartment is Q u
     d = [torch.zeros_like(v) for v in states.v]
-    shifts = [_RateShift(stage, v, r) for stage, v, r in zip(chain.stages, states.v, states.r[1:], strict=True)]
+    shifts = [_RateShift(stage, v, r, loop.kappa) for stage, v, r in zip(chain.stages, states.v, states.r[1:], strict=True)]
     rho = [torch.zeros_like(v) for v in states.v]
     below = [torch.zeros_like(v) for v in states.v]
     fed = [torch.zeros_like(v) for v in states.v]
@@ -153,6 +156,8 @@ def trajectory(
     integral = torch.zeros_like(u)
     sigmas = [loop.sigma if i < last or loop.sigma_output is None else loop.sigma_output for i in range(last + 1)]
     order = range(last + 1) if loop.instant_transmission else range(last, -1, -1)
+    joint = [plain and not basal and stage.is_dense and not loop.instant_system for stage in chain.stages]
+    forward, backward = [stage.layer.weight.mT for stage in chain.stages], [weights.mT for weights in feedback]
     for time in range(1, loop.points):
         e = error(rho[-1].flatten(1))
         integral = torch.add(integral, e, alpha=loop.dt).sub_(
@@ -161,16 +166,17 @@ def trajectory(
         before, u = u, torch.add(integral, e, alpha=loop.k_p)
         seen = u if loop.proactive else before
         for i in order:
-            stage = chain.stages[i]
-            if plain and not basal and stage.is_dense and not loop.instant_system:
-                _dense_step(stage, feedback[i], seen, d[i], rho[i - 1] if i else None, loop.kappa)
+            if joint[i]:  # d <- (1 - kappa) d + kappa (W rho + Q u)
+                d[i].addmm_(seen, backward[i], beta=1 - loop.kappa, alpha=loop.kappa)
+                if i:
+                    d[i].addmm_(rho[i - 1], forward[i], alpha=loop.kappa)
             else:
                 if plain:
-                    torch.mm(seen, feedback[i].T, out=fed[i].view(batch, -1))
+                    torch.mm(seen, backward[i], out=fed[i].view(batch, -1))
                 else:
-                    _apical_step(fed[i], noise[i], (seen @ feedback[i].T).view_as(fed[i]), sigmas[i], loop)
+                    _apical_step(fed[i], noise[i], (seen @ backward[i]).view_as(fed[i]), sigmas[i], loop)
                 if i:
-                    below[i] = stage.linear(rho[i - 1])
+                    below[i] = chain.stages[i].linear(rho[i - 1])
                 d[i].lerp_(below[i] + fed[i], loop.kappa)
             rho[i] = shifts[i](d[i])
         if basal and not loop.instant_transmission:  # the compartments of one and the same instant
@@ -183,42 +189,40 @@ def trajectory(
 class _RateShift:
     """`phi(v + d) - phi(v)` of one stage, over and over at the same v.
 
-    For tanh, with `s = tanh(d)`, it is `s (1 - r^2) / (1 + r s)`, exact while d is far from undoing v; and for the small d
-    of weak control `s = d - d^3/3` to float32's last digit. Both save most of the time, in memory of their own.
+    For tanh and the small d of weak control it is the series
+
+        d (1 - r^2) [1 - r d + (r^2 - 1/3) d^2]
+
+    to float32's last digit: three passes over d, in memory of its own, where the exact form takes two hyperbolic tangents.
     """
 
-    def __init__(self, stage: Stage, v: Tensor, r: Tensor) -> None:
+    def __init__(self, stage: Stage, v: Tensor, r: Tensor, kappa: float) -> None:
         self._plain = partial(difference, stage.activation, v, r)
         self._linear = isinstance(stage.activation, nn.Identity)
         self._tanh = isinstance(stage.activation, nn.Tanh) and v.is_cpu and v.dtype == torch.float32 and v.numel() > 0
+        self._every = SELDOM if kappa <= 0.2 else 1  # a potential that jumps is looked at before every step
+        self._calls, self._small = 0, False
         if self._tanh:
-            self._rate, self._slope, self._one = r, 1 - r * r, v.new_ones(())
-            self._s, self._below, self._rho = (torch.empty_like(v) for _ in range(3))
+            slope = 1 - r * r
+            self._series = slope, -slope * r, slope * (r * r - 1 / 3)
+            self._sum, self._rho = torch.empty_like(v), torch.empty_like(v)
 
     def __call__(self, d: Tensor) -> Tensor:
         """The shift (batch, *shape); the next call overwrites it."""
         if self._linear:
             return d
-        if self._tanh:
+        if not self._tanh:
+            return self._plain(d)
+        if self._calls < 2 * SELDOM or self._calls % self._every == 0:
             low, high = torch.aminmax(d)
-            largest = max(-low.item(), high.item())
-            if largest < 1:
-                if largest < SMALL:
-                    torch.mul(d, d, out=self._s)
-                    torch.addcmul(d, self._s, d, value=-1 / 3, out=self._s)
-                else:
-                    torch.tanh(d, out=self._s)
-                torch.addcmul(self._one, self._rate, self._s, out=self._below)
-                return torch.mul(self._s, self._slope, out=self._rho).div_(self._below)
-        return self._plain(d)
-
-
-def _dense_step(stage: Stage, feedback: Tensor, u: Tensor, d: Tensor, rho: Tensor | None, kappa: float) -> None:
-    """`d <- (1 - kappa) d + kappa (W rho + Q u)` in place, in one pass over d per product."""
-    if rho is None:
-        d.addmm_(u, feedback.T, beta=1 - kappa, alpha=kappa)
-    else:
-        d.addmm_(rho, stage.layer.weight.T, beta=1 - kappa, alpha=kappa).addmm_(u, feedback.T, alpha=kappa)
+            self._small = max(-low.item(), high.item()) < SMALL
+        self._calls += 1
+        if not self._small:
+            return self._plain(d)
+        first, second, third = self._series
+        torch.addcmul(second, third, d, out=self._sum)
+        torch.addcmul(first, self._sum, d, out=self._sum)
+        return torch.mul(self._sum, d, out=self._rho)
 
 
 def _apical_step(fed: Tensor, noise: Tensor, control: Tensor, sigma: float, loop: Loop) -> None:

@@ -135,6 +135,7 @@ def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None
 SOURCES = {
     "paper": "printed in the paper",
     "fig": "read off the published curves",
+    "code": "named in the authors' repository, single runs",
     "ours": "measured with our own prototype, not published",
     "order": "orders of two rules",
 }

@@ -54,7 +54,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         ConfigError: the folder cannot be written, or there are fewer data than asked for.
     """
     check_writable(out)
-    began = time.process_time()
+    began, around = time.process_time(), environment("cpu", torch.get_num_threads())
     dataset = load(plan)
     histories: dict[str, list[History]] = {}
     for name, seed in plan.jobs():
@@ -67,7 +67,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "title": TITLE,
         "about": ABOUT,
         "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
+        "environment": around,
         "cpu_seconds": time.process_time() - began,
         "settings": settings(plan, points, draws),
         "measures": {key: measure.label.replace("-\n", "-").replace("\n", " ") for key, measure in MEASURES.items()},
