@@ -40,7 +40,7 @@ class Flags:
     out: Annotated[Path, _arg("DIR", "(required)")]
     """Folder for the results; must be new or empty."""
     recipe: Annotated[str | None, _arg("NAME")] = None
-    """Take the settings of a paper, such as pfa-mnist or dfc-mnist (apical list recipes). Options given here go before it."""
+    """Take the settings of a paper: pfa-mnist, dfc-mnist, ... (apical list recipes). Options given here go before it."""
     data: Annotated[str | None, _arg("NAME", "(default: digits)")] = None
     """Data set; see `apical list data`."""
     model: Annotated[str | None, _arg("NAME", "(default: mlp-256-256)")] = None

@@ -92,15 +92,19 @@ def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
 
 
 def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    """`tanh(v + d) - tanh(v) = tanh(d) (1 - tanh(v) tanh(v + d))`.
+    """`tanh(v + d) - tanh(v) = tanh(d) (1 - r tanh(v + d)) = s (1 - r^2) / (1 + r s)` with `s = tanh(d)`, `r = tanh(v)`.
 
-    The same is `E (1 - r^2) / (2 + E (1 + r))` with `E = exp(2 d) - 1`: a third of the time on a CPU, where d is small.
+    The last form spares one hyperbolic tangent of two where d does not undo v, and in float32 both where d is so small that
+    `s = d - d^3/3` (the next term is `2 d^5/15`). On a GPU, and in compiled graphs, they cost less than looking would.
     """
     if d.is_cpu and d.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(d)
-        if float(high) < 1 and float(low) > -1:
-            grown = torch.expm1(d + d)
-            return torch.addcmul(grown, grown * r, r, value=-1).div_(torch.addcmul(grown + 2, grown, r))
+        largest = max(-low.item(), high.item())
+        if largest < 0.5:
+            small = largest < 0.02 and d.dtype == torch.float32
+            s = torch.addcmul(d, d * d, d, value=-1 / 3) if small else torch.tanh(d)
+            one = d.new_ones(())
+            return torch.addcmul(one, r, r, value=-1).mul_(s).div_(torch.addcmul(one, r, s))
     return torch.addcmul(d.new_ones(()), r, torch.tanh(v + d), value=-1).mul_(torch.tanh(d))
 
 

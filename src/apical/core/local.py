@@ -19,22 +19,22 @@ class LocalUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, signal: Tensor, given: Tensor, shape: Geometry | None
+        ctx: Any, weight: Tensor, bias: Tensor | None, signal: Tensor, given: Tensor, shape: Geometry | None, factor: float
     ) -> Tensor:
         """Zero. `given` is the layer's (padded) input, `signal` of its output's shape."""
         ctx.save_for_backward(signal, given, weight)
-        ctx.shape = shape
+        ctx.shape, ctx.factor = shape, factor
         return signal.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """The update, times `scale`."""
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        """The update, times `scale` and the factor."""
         signal, given, weight = ctx.saved_tensors
         wants_weight, wants_bias = ctx.needs_input_grad[:2]
-        signal = signal * scale
+        signal = signal * (scale * ctx.factor)
         for_weight = weight_gradient(ctx.shape, signal, given, weight) if wants_weight else None
         for_bias = _summed(signal, ctx.shape) if wants_bias else None
-        return for_weight, for_bias, None, None, None
+        return for_weight, for_bias, None, None, None, None
 
 
 def _summed(signal: Tensor, shape: Geometry | None) -> Tensor:
@@ -49,24 +49,27 @@ def outer(stage: Stage, signal: Tensor, rates: Tensor) -> Tensor:
     return weight_gradient(geometry(stage.layer), signal, padded_input(stage.layer, stage.seen(rates)), stage.layer.weight)
 
 
-def local_root(stage: Stage, signal: Tensor, rates: Tensor, product: Tensor | None = None) -> Tensor | None:
+def local_root(
+    stage: Stage, signal: Tensor, rates: Tensor, product: Tensor | None = None, factor: float = 1.0
+) -> Tensor | None:
     """Root whose gradient is the outer product of `signal` and what the layer is given at its stage's input `rates`.
 
     Returns None where the layer has nothing to train.
 
     Args:
         product: the weight's gradient, where it is known already; `signal` then only serves the bias.
+        factor: of the gradient.
     """
     layer = stage.layer
     bias = layer.bias
     if not (layer.weight.requires_grad or (bias is not None and bias.requires_grad)):
         return None
     if product is not None:
-        known = known_root(layer.weight, product)
-        return known if bias is None else known + known_root(bias, _summed(signal, geometry(layer)))
+        known = known_root(layer.weight, factor * product)
+        return known if bias is None else known + known_root(bias, factor * _summed(signal, geometry(layer)))
     with torch.no_grad():
         given = padded_input(layer, stage.seen(rates))
-    root: Tensor = cast(Any, LocalUpdate).apply(layer.weight, bias, signal, given, geometry(layer))
+    root: Tensor = cast(Any, LocalUpdate).apply(layer.weight, bias, signal, given, geometry(layer), factor)
     return root
 
 

@@ -113,7 +113,7 @@ class ControlRule(CreditRule):
         scale, signals = -self.factor / len(states.r[0]), self._signals(states, state, q)
         with torch.enable_grad():
             pairs = zip(self.chain.stages, signals, before, strict=True)
-            return [local_root(stage, signal * scale, rates) for stage, signal, rates in pairs]
+            return [local_root(stage, signal, rates, factor=scale) for stage, signal, rates in pairs]
 
     def _signals(self, states: States, state: Controlled, q: Sequence[Tensor]) -> Sequence[Tensor]:
         return q if self.difference == "voltage" else control.soma_minus_basal(self.chain, states, state, q)
@@ -147,7 +147,7 @@ class ControlRule(CreditRule):
         for i, stage in enumerate(stages):
             products[i] += outer(stage, summed[i], states.r[i])
             with torch.enable_grad():
-                roots.append(local_root(stage, summed[i] * scale, states.r[i], products[i] * scale))
+                roots.append(local_root(stage, summed[i], states.r[i], products[i], scale))
         return moment, roots
 
     def feedback_roots(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:

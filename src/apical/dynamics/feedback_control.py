@@ -283,7 +283,7 @@ def soma_minus_basal(chain: Chain, states: States, state: Controlled, q: Sequenc
 
 def _soma_minus_basal(chain: Chain, states: States, state: Controlled, q: Sequence[Tensor], first: int) -> list[Tensor]:
     return [
-        difference(chain.stages[i].activation, states.v[i] + state.d[i], states.r[i + 1] + state.rho[i], -q[i]).neg()
+        difference(chain.stages[i].activation, states.v[i] + state.d[i], states.r[i + 1] + state.rho[i], -q[i]).neg_()
         for i in range(first, len(q))
     ]
 
