@@ -82,14 +82,14 @@ def draw(comparison: Comparison) -> list[Drawing]:
     curves, final = (_CURVES, _FINAL) if several else ("One seed.", "One seed; only runs that finished.")
     with matplotlib.rc_context(RC):
         drawings = [
-            _render(stem, f"{score.name.capitalize()} during training", curves, _score_curves(comparison)),
-            _render("loss", "Training loss", curves, _loss_curves(comparison, "train_loss", "training loss")),
-            _render(f"final_{stem}", f"Final {score.name}", final, _final_score(comparison)),
+            render(stem, f"{score.name.capitalize()} during training", curves, _score_curves(comparison)),
+            render("loss", "Training loss", curves, _loss_curves(comparison, "train_loss", "training loss")),
+            render(f"final_{stem}", f"Final {score.name}", final, _final_score(comparison)),
         ]
         for stem, title, label, caption in _CONDITION_FIGURES:
-            drawings.append(_render(stem, title, f"{caption} {curves}", _curves(comparison, stem, label)))
+            drawings.append(render(stem, title, f"{caption} {curves}", _curves(comparison, stem, label)))
         for spec in _LAYER_FIGURES:
-            drawings.append(_render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
+            drawings.append(render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
     return [drawing for drawing in drawings if drawing is not None]
 
 
@@ -118,7 +118,8 @@ _CURVES = (
 _FINAL = "Open symbols: one seed each. Filled symbol and bar: mean ± standard deviation over seeds. Only runs that finished."
 
 
-def _render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawing | None:
+def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawing | None:
+    """The figure as PNG and SVG; None for none."""
     if figure is None:
         return None
     png, svg = io.BytesIO(), io.BytesIO()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apical.dynamics.trajectory import Trace
 from apical.experiment.figure_style import RC, RULES, Style
-from apical.experiment.figures import Drawing, _render
+from apical.experiment.figures import Drawing, render
 from apical.experiment.report_records import Array
 
 _COLUMN, _PAGE = 3.5, 7.0
@@ -98,7 +98,7 @@ def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[s
             "feedback weights Q; dashed: Q fixed at the product of the initial forward weights. Dotted grey: where the "
             "condition holds exactly, or the limit of stability. DFC-SS and DFC-SSA lie on each other."
         )
-        drawing = _render("conditions", "Conditions and alignment during training", caption, figure)
+        drawing = render("conditions", "Conditions and alignment during training", caption, figure)
     assert drawing is not None
     return drawing
 
@@ -140,7 +140,7 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
             "drawn, those with the largest apical potential under strong control. Left: target a tenth of the way to the "
             "label (lambda 0.05); right: same sample, network and feedback, target the label itself. The scales differ."
         )
-        drawing = _render("trace", "Weak and strong control of one sample", caption, figure)
+        drawing = render("trace", "Weak and strong control of one sample", caption, figure)
     assert drawing is not None
     return drawing
 
@@ -165,7 +165,7 @@ def optimal(points: Cloud) -> Drawing:
             f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All ask for the "
             "same update."
         )
-        drawing = _render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
+        drawing = render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
     assert drawing is not None
     return drawing
 

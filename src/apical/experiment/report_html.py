@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from apical.experiment.report import RuleSummary
 
 _MISSING = "\u2013"
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 66rem; background: #fff; color: #1b1b1b;
@@ -84,14 +84,14 @@ def render(
     verdicts: Sequence[Verdict] = (),
 ) -> str:
     """The page as text; every name and value taken from the runs is escaped."""
-    figures = "\n".join(map(_figure, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
+    figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{escape(title)}</h1>
@@ -105,10 +105,10 @@ def render(
 {figures}
 </div>
 <h2>Reproduce this</h2>
-{_command(comparison.command)}
+{command_block(comparison.command)}
 <div class="pair">
-<div><h3>Settings</h3>{_facts(config)}</div>
-<div><h3>Versions and machine</h3>{_facts(environment)}</div>
+<div><h3>Settings</h3>{facts(config)}</div>
+<div><h3>Versions and machine</h3>{facts(environment)}</div>
 </div>
 <h2>Every run</h2>
 {_runs_table(comparison.runs, comparison.score)}
@@ -247,7 +247,8 @@ def _problems(runs: Sequence[Run]) -> str:
     return f'<div class="problems"><p><strong>Runs without a final result</strong></p><ul>{items}</ul></div>'
 
 
-def _figure(drawing: Drawing) -> str:
+def figure_block(drawing: Drawing) -> str:
+    """A figure with its title and caption, embedded."""
     data = base64.b64encode(drawing.svg).decode("ascii")
     source = f'<img alt="{escape(drawing.title)}" src="data:image/svg+xml;base64,{data}">'
     return (
@@ -256,11 +257,13 @@ def _figure(drawing: Drawing) -> str:
     )
 
 
-def _command(command: str) -> str:
+def command_block(command: str) -> str:
+    """The command that made a page."""
     return f"<pre><code>{escape(command)}</code></pre>" if command else "<p>The command was not recorded.</p>"
 
 
-def _facts(rows: Sequence[tuple[str, str]]) -> str:
+def facts(rows: Sequence[tuple[str, str]]) -> str:
+    """A table of names and values, escaped."""
     if not rows:
         return "<p>Not recorded.</p>"
     body = "".join(f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{escape(value)}</td></tr>" for key, value in rows)

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from apical.experiment.figures import Drawing
-from apical.experiment.report_html import _STYLE, _command, _facts, _figure
+from apical.experiment.report_html import STYLE, command_block, facts
 from apical.recipes.dfc_toy_verdicts import SOURCES, tally
 
 _MISSING = "\u2013"
@@ -22,7 +22,7 @@ def page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{_STYLE}
+<style>{STYLE}
 figure img {{ max-width: 100%; }}
 .wide {{ overflow-x: auto; }}</style>
 </head>
@@ -37,12 +37,12 @@ figure img {{ max-width: 100%; }}
 <h3>Against the axes of the authors' plots</h3>
 {_axes(results["axes"])}
 <h2>Figures</h2>
-{"".join(map(_figure, drawings))}
+{"".join(map(figure_block, drawings))}
 <h2>Reproduce this</h2>
-{_command(results["command"])}
+{command_block(results["command"])}
 <div class="pair">
-<div><h3>Settings</h3>{_facts(_pairs(results["settings"]))}</div>
-<div><h3>Versions and machine</h3>{_facts(_pairs(results["environment"]))}</div>
+<div><h3>Settings</h3>{facts(_pairs(results["settings"]))}</div>
+<div><h3>Versions and machine</h3>{facts(_pairs(results["environment"]))}</div>
 </div>
 <p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG; results.json has every curve.</p>
 </body>
@@ -87,8 +87,8 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _pairs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key, _plain(value)) for key, value in facts.items() if value is not None]
+def _pairs(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, _plain(value)) for key, value in known.items() if value is not None]
 
 
 def _plain(value: Any) -> str:
