@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from apical.experiment.figures import Drawing
-from apical.experiment.report_html import STYLE, command_block, facts
+from apical.experiment.report_html import STYLE, command_block, facts, figure_block
 from apical.recipes.dfc_toy_verdicts import SOURCES, tally
 
 _MISSING = "\u2013"
