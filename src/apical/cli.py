@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
 from apical.errors import ApicalError
-from apical.experiment.recipe import Amp, Device, LossName, Optimizer, Recipe
+from apical.experiment.recipe import Amp, ClipOver, Device, LossName, Optimizer, Recipe
 
 DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
 
@@ -63,6 +63,8 @@ class Flags:
     """eps of adam."""
     clip: Annotated[float | None, _arg("NORM", "(default: off)")] = None
     """Largest norm of a step's gradient, of each weight tensor by itself and of all feedback weights together."""
+    clip_over: Annotated[ClipOver | None, _arg("tensor|network", "(default: tensor)")] = None
+    """Clip each weight tensor by itself, or the network as one."""
     weight_decay: Annotated[tuple[float, ...] | None, _arg("X ...", "(default: what suits the rule)")] = None
     """Weight decays, one after the other."""
     weight_decay_epochs: Annotated[tuple[int, ...] | None, _arg("N ...")] = None

@@ -228,7 +228,7 @@ class Training:
         with autocast(self.device, self.recipe.amp):
             credit = self.module(inputs, targets)
         credit.backward()
-        clip(self.optimizer, self.recipe.clip)
+        clip(self.optimizer, self.recipe.clip, self.recipe.clip_over)
         self.optimizer.step()
         timer.stop()
         if current.is_main:

@@ -7,7 +7,7 @@ from torch import nn
 
 from apical.core.credit import CreditRule
 from apical.experiment.passes import Pass
-from apical.experiment.recipe import Recipe
+from apical.experiment.recipe import ClipOver, Recipe
 from apical.experiment.schedule import piecewise
 
 Optimizer = torch.optim.Optimizer
@@ -72,10 +72,15 @@ def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
                 optimizer.state.pop(parameter, None)
 
 
-def clip(optimizer: Optimizer, largest: float) -> None:
-    """Scale gradients down to norm `largest`: each forward tensor by itself, the feedback weights together; 0 is off."""
+def clip(optimizer: Optimizer, largest: float, over: ClipOver = "tensor") -> None:
+    """Scale gradients down to norm `largest`; 0 is off.
+
+    Args:
+        over: each forward tensor by itself, or the forward network as one; feedback weights always go together.
+    """
     if not largest:
         return
     forward, *feedback = (group["params"] for group in optimizer.param_groups)
-    for parameters in [[parameter] for parameter in forward] + feedback:
+    apart = [forward] if over == "network" else [[parameter] for parameter in forward]
+    for parameters in apart + feedback:
         nn.utils.clip_grad_norm_(parameters, largest)

@@ -13,6 +13,7 @@ from apical.errors import ConfigError, unknown_name
 Device = Literal["auto", "cpu", "cuda"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Amp = Literal["off", "bf16"]
+ClipOver = Literal["tensor", "network"]
 LossName = Literal["cross_entropy", "mse"]
 
 FEEDBACK_FIELDS = (
@@ -55,6 +56,7 @@ class Recipe:
             0 is off.
         weight_decay: weight decays, scheduled like `lr`; empty means the rule's default.
         weight_decay_epochs: numbers of finished epochs at which the next weight decay starts.
+        clip_over: "tensor" clips each forward tensor by itself, "network" all of them together.
         loss: cross_entropy for classes, mse for targets that are numbers (mean over batch and elements).
         feedback_lr: learning rate of feedback weights that the rule learns; None: as the forward weights.
         feedback_beta1: their momentum of sgd, beta1 of adam and adamw; None: as the forward weights.
@@ -97,6 +99,7 @@ class Recipe:
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float = 0.0
+    clip_over: ClipOver = "tensor"
     weight_decay: tuple[float, ...] = ()
     weight_decay_epochs: tuple[int, ...] = ()
     loss: LossName = "cross_entropy"
@@ -134,6 +137,7 @@ class Recipe:
             ("optimizer", ("sgd", "adam", "adamw")),
             ("amp", ("off", "bf16")),
             ("loss", ("cross_entropy", "mse")),
+            ("clip_over", ("tensor", "network")),
             ("device", ("auto", "cpu", "cuda")),
         ):
             if getattr(self, option) not in known:

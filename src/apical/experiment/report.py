@@ -20,7 +20,7 @@ from apical.experiment.report_records import Comparison, Run, Score, read
 from apical.experiment.verdicts import judge
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
-_WHERE_SET = ("beta2", "eps", "clip")
+_WHERE_SET = ("beta2", "eps", "clip", "clip_over")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from apical.models.catalogue import build, names
 from apical.models.initialisation import xavier_, xavier_normal_
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import autoencoder, mlp, mlp_tanh
+from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
 from apical.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "autoencoder",
     "build",
     "mlp",
+    "mlp_elu",
     "mlp_tanh",
     "names",
     "xavier_",

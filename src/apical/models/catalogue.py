@@ -8,11 +8,16 @@ from torch import nn
 
 from apical.errors import ConfigError, unknown_name
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import autoencoder, mlp, mlp_tanh
+from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
 from apical.models.resnet import CifarResNet, ResNet
 
 _WIDTHS = r"(-[1-9][0-9]{0,6})+"
-_EXAMPLES = {"mlp": "mlp-512-512", "mlp-tanh": "mlp-tanh-256-256-256", "autoencoder": "autoencoder-256-32-256"}
+_EXAMPLES = {
+    "mlp": "mlp-512-512",
+    "mlp-tanh": "mlp-tanh-256-256-256",
+    "mlp-elu": "mlp-elu-256-256",
+    "autoencoder": "autoencoder-256-32-256",
+}
 _IMAGENET_FORM_FROM = 64
 
 
@@ -51,6 +56,7 @@ _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
 _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp": mlp,
     "mlp-tanh": mlp_tanh,
+    "mlp-elu": mlp_elu,
     "autoencoder": autoencoder,
 }
 

@@ -44,6 +44,15 @@ def mlp_tanh(in_features: int, widths: Sequence[int], out_features: int) -> nn.S
     return model
 
 
+def mlp_elu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+    """ELU perceptron of counter-current learning (arXiv 2409.19841): no biases, PyTorch's own initial weights.
+
+    Raises:
+        ConfigError: a size is not positive.
+    """
+    return _perceptron(in_features, widths, out_features, [nn.ELU] * len(widths), bias=False)
+
+
 def autoencoder(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
     """Autoencoder of arXiv 2106.07887, table 1: tanh hidden layers, a linear code in the middle and a linear output.
 
@@ -66,14 +75,18 @@ def autoencoder(in_features: int, widths: Sequence[int], out_features: int) -> n
 
 
 def _perceptron(
-    in_features: int, widths: Sequence[int], out_features: int, activations: Sequence[Callable[[], nn.Module]]
+    in_features: int,
+    widths: Sequence[int],
+    out_features: int,
+    activations: Sequence[Callable[[], nn.Module]],
+    bias: bool = True,
 ) -> nn.Sequential:
     sizes = [in_features, *widths, out_features]
     if min(sizes) < 1:
         raise ConfigError(f"every layer of an mlp needs at least one unit; got {'-'.join(map(str, sizes))}")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for depth, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
-        layers[f"linear{depth}"] = nn.Linear(fan_in, fan_out)
+        layers[f"linear{depth}"] = nn.Linear(fan_in, fan_out, bias=bias)
         if depth <= len(widths):
             module = activations[depth - 1]()
             kind = type(module).__name__.lower()

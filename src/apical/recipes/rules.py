@@ -14,6 +14,7 @@ from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.experiment.recipe import Recipe, parse_options
 from apical.experiment.schedule import alignment_decay
 from apical.rules.backprop import Backprop
+from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from apical.rules.feedback_alignment import FeedbackAlignment
@@ -75,6 +76,7 @@ RULES: dict[str, Entry] = {
     "dfc-fixed": Entry(DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}),
     "dfc-ss-fixed": Entry(DeepFeedbackControl, "dfc-ss with fixed feedback weights", {"variant": "ss", "learn": "none"}),
     "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
+    "ccl": Entry(CounterCurrentLearning, "counter-current learning: two anti-parallel networks, local losses"),
     "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label", clip=1.0),
 }
 
