@@ -151,7 +151,9 @@ def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, fi
     drawn = [rule for rule in comparison.rules if any(_has(run.curve(key)) for run in comparison.of(rule))]
     if not drawn:
         return None
-    columns = min(len(drawn), 5)
+    columns = min(
+        len(drawn), 5, int(_WIDTH / (0.44 + 0.044 * max(map(len, drawn))))
+    )  # inches: handle, and its name's letters
     figure = Figure(figsize=(_WIDTH, 2.45 + 0.16 * math.ceil(len(drawn) / columns)))
     axes = figure.add_subplot()
     style = styles(comparison.rules)
