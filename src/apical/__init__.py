@@ -2,6 +2,7 @@
 
 from apical.core.credit import Credit, CreditRule
 from apical.rules.backprop import Backprop
+from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from apical.rules.feedback_alignment import FeedbackAlignment
@@ -13,6 +14,7 @@ from apical.rules.weight_mirror import WeightMirror
 
 __all__ = [
     "Backprop",
+    "CounterCurrentLearning",
     "Credit",
     "CreditRule",
     "DeepFeedbackControl",

@@ -15,6 +15,7 @@ from apical.testing import CHECKS, check_oracle
 
 PFA = apical.ProductFeedbackAlignment
 DFC = apical.DeepFeedbackControl
+CCL = apical.CounterCurrentLearning
 STRONG = apical.StrongDeepFeedbackControl
 RULES = {
     "bp": apical.Backprop,
@@ -41,11 +42,17 @@ RULES = {
     "dfc-ssa": partial(DFC, variant="ssa"),
     "dfc-noise": partial(DFC, variant="ssa", learn="noise"),
     "dfc-simulate": partial(DFC, solver="simulate", points=12),
+    "ccl": CCL,
+    "ccl-cosine": partial(CCL, pair="cosine"),
+    "ccl-spread": partial(CCL, pair="cosine", spread=0.5),
+    "ccl-input": partial(CCL, input_pair=True),
     "strong-dfc": STRONG,
     "strong-dfc-simulate": partial(STRONG, solver="simulate", points=12, sigma=0.0, learn="none"),
     "strong-dfc-noise": partial(STRONG, solver="simulate", points=12, learn="noise"),
 }
 SKIPPED = {
+    ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
+    ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",
     ("dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",
     ("dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
     ("dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",

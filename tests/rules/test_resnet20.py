@@ -8,6 +8,7 @@ from torch import Tensor
 import apical
 from apical import models
 from apical.core.units import key
+from apical.errors import UnsupportedModelError
 from apical.experiment.recipe import Recipe
 from apical.recipes.rules import RULES, make_rule
 
@@ -19,7 +20,19 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs, inputs.mean(dim=(2, 3)).argmax(dim=1)
 
 
-@pytest.mark.parametrize("name", RULES)
+CHAINS = [name for name in RULES if "dfc" in name or name == "ccl"]
+"""Rules whose mathematics is about chains of layers."""
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_rules_of_chains_refuse_resnet20_by_a_module(name: str) -> None:
+    model = models.build("resnet20", (3, 16, 16), 3)
+    with pytest.raises(UnsupportedModelError) as refused:
+        make_rule(Recipe(rule=name), model, (3, 16, 16))
+    assert any(repr(module) in str(refused.value) for module, _ in model.named_modules() if module)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in CHAINS])
 def test_resnet20_trains(name: str) -> None:
     torch.manual_seed(0)
     model = models.build("resnet20", (3, 16, 16), 3)

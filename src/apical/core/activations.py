@@ -65,6 +65,11 @@ def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor) -> Tensor:
     return torch.where(v > 0, torch.ones_like(v), activation.negative_slope)
 
 
+@derivative.register
+def _(activation: nn.ELU, v: Tensor, r: Tensor) -> Tensor:
+    return torch.where(v > 0, 1.0, r + activation.alpha).to(v.dtype)
+
+
 @difference.register
 def _(activation: nn.Identity, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     return d

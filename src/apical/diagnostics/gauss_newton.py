@@ -202,8 +202,9 @@ def minimum_norm_alignment(
     chain = own if isinstance(own, Chain) else Chain(rule.model, inputs.shape[1:])
     asked, delta = requested_change(rule, inputs, targets)
     nudge = getattr(rule, "nudge", 1e-3) if nudge is None else nudge
-    difference: Literal["rate", "voltage"] = getattr(rule, "difference", "rate")
-    return _angles(rule.model, asked, minimum_norm_update(chain, inputs, nudge * delta, damping, difference))
+    voltage = getattr(rule, "difference", None) == "voltage"  # other rules have other things of this name
+    target = minimum_norm_update(chain, inputs, nudge * delta, damping, "voltage" if voltage else "rate")
+    return _angles(rule.model, asked, target)
 
 
 def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[Update, Tensor]:

@@ -71,12 +71,13 @@ RULES: dict[str, Style] = {
     "dfc-ss-fixed": Style("Deep feedback control (steady state, fixed feedback)", "#8F85BE", ">", _DASH),
     "dfc-ssa-fixed": Style("Deep feedback control (linearised steady state, fixed feedback)", "#D9A3C2", "p", _DASH),
     "strong-dfc": Style("Strong deep feedback control", "#1E88E5", "s", _DOT_DASH),
+    "ccl": Style("Counter-current learning", "#117733", "D", "-"),
 }
 _FURTHER = (
     ("#7F7F7F", "8", "-"),
     ("#44AA99", "H", _DASH),
     ("#6F4E37", "s", _DOT_DASH),
-    ("#117733", "v", _DOT),
+    ("#DDCC77", "v", _DOT),
     ("#AA4499", "X", "-"),
 )
 

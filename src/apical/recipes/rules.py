@@ -76,7 +76,7 @@ RULES: dict[str, Entry] = {
     "dfc-fixed": Entry(DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}),
     "dfc-ss-fixed": Entry(DeepFeedbackControl, "dfc-ss with fixed feedback weights", {"variant": "ss", "learn": "none"}),
     "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
-    "ccl": Entry(CounterCurrentLearning, "counter-current learning: two anti-parallel networks, local losses"),
+    "ccl": Entry(CounterCurrentLearning, "counter-current learning: two anti-parallel networks, local losses", clip=1.0),
     "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label", clip=1.0),
 }
 

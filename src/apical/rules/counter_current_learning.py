@@ -34,12 +34,16 @@ from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import output_error
 from apical.core.local import known_root, local_root
+from apical.core.units import weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Pair = Literal["inner", "cosine"]
 
 WIDTH = 256
 """Layer width at which the inner loss has weight s: a constant of the authors' code."""
+
+EPSILON = 1e-8
+"""Added to the length of a row by the authors' cosine loss."""
 
 
 def inner(a: Tensor, b: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,13 +85,17 @@ def _miss(product: Tensor, labels: Tensor) -> Tensor:
 
 
 def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    length = rows.norm(dim=1, keepdim=True) + 1e-8
-    return rows / length, length
+    """Rows over their length plus EPSILON, and that length."""
+    length = rows.norm(dim=1, keepdim=True)
+    return rows / (length + EPSILON), length
 
 
 def _through_length(gradient: Tensor, hat: Tensor, length: Tensor) -> Tensor:
-    """From a gradient with respect to rows of unit length to one with respect to the rows."""
-    return (gradient - hat * (hat * gradient).sum(1, keepdim=True)) / length
+    """From a gradient with respect to the rows of `_unit` to one with respect to the rows that it was given."""
+    padded = length + EPSILON
+    # the length itself has no EPSILON and may be zero, where hat is zero too
+    along = (hat * gradient).sum(1, keepdim=True) * padded / length.clamp_min(torch.finfo(length.dtype).tiny)
+    return (gradient - hat * along) / padded
 
 
 class CounterCurrentLearning(CreditRule):
@@ -130,11 +138,18 @@ class CounterCurrentLearning(CreditRule):
         if spread and pair == "inner":
             raise ConfigError("spread is an option of pair='cosine'; pair='inner' has no anti-collapse terms")
         self.pair, self.scale, self.spread, self.input_pair = pair, scale, spread, input_pair
+        for name, layer in weighted_layers(model).items():
+            if not isinstance(layer, nn.Linear):
+                raise UnsupportedModelError(
+                    f"layer {name!r} ({type(layer).__name__}) is not dense: only Linear layers have a mirror yet; "
+                    "use another rule"
+                )
         self.chain = Chain(model)
         for stage in self.chain.stages:
             if not stage.is_dense:
                 raise UnsupportedModelError(
-                    f"layer {stage.name!r} is not dense: only Linear layers on vectors have a mirror yet"
+                    f"layer {stage.name!r} is not given the vector that the layer before makes: only Linear layers "
+                    "one after another have a mirror yet; use another rule"
                 )
         self.feedback = nn.ParameterList()
         for stage in self.chain.stages[0 if input_pair else 1 :]:  # V_l is (d_{l-1}, d_l)
