@@ -9,6 +9,7 @@ Departure, for time: feedback is trained by the expected update (`learn=expected
 quarter of the batches of each feedback pass. `--rule-options learn=noise --feedback-fraction 1` is the authors' procedure.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,9 @@ from apical.recipes.study import Claim, Published, Row, Study
 TRAINED = ("dfc", "dfc-ssa", "dfc-ss")
 FIXED = ("dfc-fixed", "dfc-ssa-fixed", "dfc-ss-fixed")
 BATCH = 128
+
+Options = Callable[[str], dict[str, Any]]
+"""Options of a rule's constructor, by the rule's short name."""
 
 
 def _options(**options: Any) -> tuple[str, ...]:
@@ -48,6 +52,18 @@ def _loop(rule: str, alpha: float, dt: float, points: dict[str, int], nudge: flo
         "k_p": 0 if kind == "dfc-ssa" else 2,
         **time,
     }
+
+
+def _variants(
+    trained: tuple[Recipe, Options], fixed: tuple[Recipe, Options], published: dict[str, tuple[Published, ...]]
+) -> dict[str, Row]:
+    """Rows of the six variants, from a recipe and each rule's options for trained and for fixed feedback."""
+    rows = {}
+    for rules, (recipe, options) in ((TRAINED, trained), (FIXED, fixed)):
+        for rule in rules:
+            chosen = replace(recipe, rule=rule, rule_options=_options(**options(rule)))
+            rows[rule] = Row(chosen, published.get(rule, ()))
+    return rows
 
 
 def _error(value: float, spread: float, epochs: int, tolerance: float = 0.3) -> tuple[Published, ...]:
@@ -87,14 +103,13 @@ def _mnist() -> Study:
         "dfa": Row(replace(base, rule="dfa", lr=(2.630e-4,), eps=2.483e-8), _error(2.69, 0.11, 100)),
     }
     published = {"dfc": (2.25, 0.094), "dfc-ssa": (2.18, 0.16), "dfc-ss": (2.29, 0.097)}
-    for rule in TRAINED:
-        options = _options(**_loop(rule, 1.389e-3, 0.02, points, 0.07794), feedback="random", learn_output=True, **sleep)
-        rows[rule] = Row(replace(trained, rule=rule, rule_options=options), _error(*published[rule], 100))
-    published = {"dfc-fixed": (2.47, 0.12), "dfc-ssa-fixed": (2.46, 0.11), "dfc-ss-fixed": (2.39, 0.22)}
-    half = {"dfc": 500, "dfc-ss": 500}
-    for rule in FIXED:
-        options = _options(**_loop(rule, 2.466e-4, 0.02, half, 0.1))
-        rows[rule] = Row(replace(fixed, rule=rule, rule_options=options), _error(*published[rule], 100))
+    published |= {"dfc-fixed": (2.47, 0.12), "dfc-ssa-fixed": (2.46, 0.11), "dfc-ss-fixed": (2.39, 0.22)}
+    learned = {"feedback": "random", "learn_output": True, **sleep}
+    rows |= _variants(
+        (trained, lambda rule: {**_loop(rule, 1.389e-3, 0.02, points, 0.07794), **learned}),
+        (fixed, lambda rule: _loop(rule, 2.466e-4, 0.02, {"dfc": 500, "dfc-ss": 500}, 0.1)),
+        {rule: _error(*numbers, 100) for rule, numbers in published.items()},
+    )
     rows["strong-dfc"] = _strong(base, alpha=8.082e-3, lr=6.560e-4, label=0.9, accuracy=97.72)
     claims = tuple(Claim(rule, "dfa", 100, 0.0) for rule in ("bp", *TRAINED))
     title = "DFC on MNIST, 784-256-256-256-10 tanh, 100 epochs"
@@ -147,13 +162,12 @@ def _fashion() -> Study:
         "dfa": Row(replace(base, rule="dfa", lr=(7.676e-3,), eps=3.252e-7), _error(11.38, 0.25, 100, 0.6)),
     }
     published = {"dfc": (11.17, 0.27), "dfc-ssa": (11.28, 0.27), "dfc-ss": (11.15, 0.32)}
-    for rule in TRAINED:
-        options = _options(**_loop(rule, 2.061e-4, 0.02, points, 0.05607), feedback="random", **sleep)
-        rows[rule] = Row(replace(trained, rule=rule, rule_options=options), _error(*published[rule], 100, 0.6))
-    published = {"dfc-fixed": (11.62, 0.30), "dfc-ssa-fixed": (11.44, 0.14), "dfc-ss-fixed": (11.55, 0.42)}
-    for rule in FIXED:
-        options = _options(**_loop(rule, 0.7985, 0.001, {"dfc": 1500, "dfc-ss": 3000}, 0.1))
-        rows[rule] = Row(replace(fixed, rule=rule, rule_options=options), _error(*published[rule], 100, 0.6))
+    published |= {"dfc-fixed": (11.62, 0.30), "dfc-ssa-fixed": (11.44, 0.14), "dfc-ss-fixed": (11.55, 0.42)}
+    rows |= _variants(
+        (trained, lambda rule: {**_loop(rule, 2.061e-4, 0.02, points, 0.05607), "feedback": "random", **sleep}),
+        (fixed, lambda rule: _loop(rule, 0.7985, 0.001, {"dfc": 1500, "dfc-ss": 3000}, 0.1)),
+        {rule: _error(*numbers, 100, 0.6) for rule, numbers in published.items()},
+    )
     strong = _strong(base, alpha=1.312e-3, lr=1.197e-3, label=0.999, accuracy=87.26)
     rows["strong-dfc"] = replace(strong, recipe=replace(strong.recipe, momentum=0.9, beta2=0.9, eps=2.965e-7))
     title = "DFC on Fashion-MNIST, 784-256-256-256-10 tanh, 100 epochs (inputs normalised, the paper's are not)"
@@ -192,13 +206,13 @@ def _autoencoder() -> Study:
         "dfa": Row(replace(base, rule="dfa", lr=(3.151e-4,), eps=5.150e-8), loss(29.95, 0.36)),
     }
     published = {"dfc": (11.28, 0.18), "dfc-ssa": (11.27, 0.09), "dfc-ss": (11.21, 0.04)}
-    for rule in TRAINED:
-        options = _options(**_loop(rule, 3.688e-2, 0.02, {"dfc": 1000, "dfc-ss": 1000}, 0.02028), feedback="random", **sleep)
-        rows[rule] = Row(replace(trained, rule=rule, rule_options=options), loss(*published[rule]))
-    published = {"dfc-fixed": (33.37, 0.60), "dfc-ssa-fixed": (31.90, 0.77), "dfc-ss-fixed": (32.31, 0.37)}
-    for rule in FIXED:
-        options = _options(**_loop(rule, 1.884e-4, 0.0005, {"dfc": 2000, "dfc-ss": 1000}, 0.1))
-        rows[rule] = Row(replace(fixed, rule=rule, rule_options=options), loss(*published[rule]))
+    published |= {"dfc-fixed": (33.37, 0.60), "dfc-ssa-fixed": (31.90, 0.77), "dfc-ss-fixed": (32.31, 0.37)}
+    points = {"dfc": 1000, "dfc-ss": 1000}
+    rows |= _variants(
+        (trained, lambda rule: {**_loop(rule, 3.688e-2, 0.02, points, 0.02028), "feedback": "random", **sleep}),
+        (fixed, lambda rule: _loop(rule, 1.884e-4, 0.0005, {"dfc": 2000, "dfc-ss": 1000}, 0.1)),
+        {rule: loss(*numbers) for rule, numbers in published.items()},
+    )
     claims = tuple(Claim("dfa", rule, 25, 0.0, metric="loss") for rule in ("bp", "dfc-ssa"))
     title = "DFC as an MNIST autoencoder, 784-256-32-256-784, 25 epochs"
     return Study(title, "about 1 hour on one CPU core (dfc variants)", rows, base, claims)
@@ -227,14 +241,13 @@ def _train_loss() -> Study:
         "dfa": Row(replace(base, rule="dfa", lr=(2.655e-2,), eps=6.314e-8), loss(7.09e-7, 1.11e-7)),
     }
     published = {"dfc": (7.61e-8, 0.65e-8), "dfc-ssa": (4.89e-8, 1.26e-8), "dfc-ss": (4.80e-8, 0.70e-8)}
-    for rule in TRAINED:
-        settings = _loop(rule, 4.343e-5, 0.001, {"dfc": 500, "dfc-ss": 1000}, 0.01106)
-        options = _options(**settings, feedback="random", learn_output=True, **sleep)
-        rows[rule] = Row(replace(trained, rule=rule, rule_options=options), loss(*published[rule]))
-    published = {"dfc-fixed": (1.30e-6, 0.15e-6), "dfc-ssa-fixed": (1.73e-6, 0.39e-6), "dfc-ss-fixed": (1.67e-6, 0.70e-6)}
-    for rule in FIXED:
-        options = _options(**_loop(rule, 3.335e-4, 0.001, {"dfc": 1000, "dfc-ss": 2000}, 0.1))
-        rows[rule] = Row(replace(fixed, rule=rule, rule_options=options), loss(*published[rule]))
+    published |= {"dfc-fixed": (1.30e-6, 0.15e-6), "dfc-ssa-fixed": (1.73e-6, 0.39e-6), "dfc-ss-fixed": (1.67e-6, 0.70e-6)}
+    learned, points = {"feedback": "random", "learn_output": True, **sleep}, {"dfc": 500, "dfc-ss": 1000}
+    rows |= _variants(
+        (trained, lambda rule: {**_loop(rule, 4.343e-5, 0.001, points, 0.01106), **learned}),
+        (fixed, lambda rule: _loop(rule, 3.335e-4, 0.001, {"dfc": 1000, "dfc-ss": 2000}, 0.1)),
+        {rule: loss(*numbers) for rule, numbers in published.items()},
+    )
     claims = tuple(Claim("bp", rule, 100, 0.0, "train", "loss") for rule in TRAINED)
     title = "DFC on the training loss of MNIST, 784-256-256-256-10 tanh, 100 epochs"
     return Study(title, "about 10 minutes on one CPU core (dfc variants)", rows, base, claims)
@@ -264,11 +277,8 @@ def _student_teacher() -> Study:
     sleep = _sleep(0.25, 0.1, 0.002, 50, 0.01, 0.3, 0.01)
     rows = {"bp": Row(replace(base, rule="bp", lr=(0.2,)), ()), "dfa": Row(replace(base, rule="dfa", lr=(0.2,)), ())}
     loop = {"alpha": 0.0015, "k_p": 1.5, "nudge": f"{0.05 / BATCH:.6g}", "normalised": False, "dt": 0.005, "points": 1000}
-    for rule in TRAINED:
-        options = _options(**loop, feedback="random", learn_output=True, **sleep)
-        rows[rule] = Row(replace(trained, rule=rule, rule_options=options), ())
-    for rule in FIXED:
-        rows[rule] = Row(replace(base, rule=rule, rule_options=_options(**loop)), ())
+    learned = {**loop, "feedback": "random", "learn_output": True, **sleep}
+    rows |= _variants((trained, lambda rule: learned), (base, lambda rule: loop), {})
     title = "DFC's student-teacher regression, 15-10-10-5 tanh, 300 epochs (figure 3; its curves: dfc-toy)"
     return Study(title, "about 1 minute on one CPU core", rows, base)
 
