@@ -46,7 +46,7 @@ def batch(seed: int = 0, size: int = 6) -> tuple[Tensor, Tensor]:
 def slow(rule: CounterCurrentLearning, phi: ref.Activation) -> ref.Networks:
     """Copies of all weights, as leaves."""
     layers = [module for module in rule.model.modules() if isinstance(module, nn.Linear)]
-    v = [weight.detach().clone().requires_grad_() for weight in rule.feedback]
+    v = [module[0].weight.detach().clone().requires_grad_() for module in reversed(rule.feedback)]
     return ref.Networks(
         [layer.weight.detach().clone().requires_grad_() for layer in layers],
         [None if layer.bias is None else layer.bias.detach().clone().requires_grad_() for layer in layers],

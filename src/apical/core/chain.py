@@ -123,7 +123,7 @@ class Chain:
                 )
             input_shape = (first.in_features,)
         example = torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device)
-        self.head, self.stages = _stages(_calls(model, example), example)
+        self.head, self.stages = _stages(traced(model, example), example)
         unseen = set(self.layers) - {stage.name for stage in self.stages}
         if unseen:
             raise UnsupportedModelError(
@@ -147,7 +147,9 @@ class Chain:
         return States(v, r)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """One call of a module without children: what it was given and what it made."""
+
     name: str
     module: nn.Module
     given: Tensor
@@ -179,9 +181,9 @@ def _is_torch(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _calls(model: nn.Module, example: Tensor) -> list[_Call]:
+def traced(model: nn.Module, example: Tensor) -> list[Call]:
     """The leaf modules in the order in which the model calls them, each given what the one before has made."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
     names = {id(module): name for name, module in model.named_modules() if not list(module.children())}
     entered = 0
 
@@ -192,7 +194,7 @@ def _calls(model: nn.Module, example: Tensor) -> list[_Call]:
     def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
         if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(made, Tensor):
             raise UnsupportedModelError(f"module {names[id(module)]!r} does not map one tensor to one tensor")
-        calls.append(_Call(names[id(module)], module, args[0], made, entered, made._version))
+        calls.append(Call(names[id(module)], module, args[0], made, entered, made._version))
 
     modes = [(module, module.training) for module in model.modules()]
     leaves = [module for module in model.modules() if id(module) in names]
@@ -223,12 +225,12 @@ def _calls(model: nn.Module, example: Tensor) -> list[_Call]:
     return calls
 
 
-def _stages(calls: list[_Call], example: Tensor) -> tuple[list[nn.Module], list[Stage]]:
+def _stages(calls: list[Call], example: Tensor) -> tuple[list[nn.Module], list[Stage]]:
     """Modules before the first layer, and the stages."""
     head: list[nn.Module] = []
     stages: list[Stage] = []
     before: list[nn.Module] = []
-    layer: _Call | None = None
+    layer: Call | None = None
     start, used = example, set()
 
     def finish(activation: nn.Module) -> None:

@@ -118,7 +118,7 @@ class CutRule(CreditRule):
     @eagerly
     def _trace(self, inputs: Tensor) -> list[str]:
         devices = [inputs.device] if inputs.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad(), _evaluating(self.model), self._during("trace"):
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluating(self.model), self._during("trace"):
             self.model(inputs)
         weighted = [i for i, (name, _) in enumerate(self._events) if name in self.layers]
         unseen = set(self.layers) - {self._events[i][0] for i in weighted}
@@ -188,7 +188,7 @@ class CutRule(CreditRule):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for every module, and afterwards each module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,219 +1,338 @@
-"""Counter-current learning (Kao & Hariharan, NeurIPS 2024, arXiv 2409.19841), for chains of dense layers.
+"""Counter-current learning (Kao & Hariharan, NeurIPS 2024, arXiv 2409.19841).
 
-Two networks of mirrored shape run in opposite directions and teach each other. F maps inputs x to logits, G maps the one-hot
-code of each class to the input space; every layer's input is detached, so a loss at a layer reaches that layer alone:
+Two networks of mirrored shape run in opposite directions and teach each other. F maps inputs x to outputs, G maps targets
+(the one-hot code of every class; or the target images of an autoencoder) to the input space. Every block's input is
+detached, so a loss at a depth reaches the two blocks that meet there and no others:
 
-    forward   A_l     = phi(sg(A_{l-1}) U_l^T + c_l)        A_0 = x,    logits = sg(A_{L-1}) U_L^T + c_L
-    feedback  B_{l-1} = phi(sg(B_l) V_l^T)                  B_L = I     one row per class
-    pairs     ell_l   = (256 s / d_l) mean (A_l B_l^T - M)^2,           M[i, k] = 1 where sample i is of class k
-    output    ell_L   = the loss of the logits, for U_L alone
+    forward   a_l     = f_l(sg(a_{l-1}))        a_0 = x,   l = 1..L      f_l: layer, normalisation, activation, pooling
+    feedback  b_{l-1} = g_l(sg(b_l))            b_L = I (a row per class), or the targets
+    pairs     ell_l(a_l, b_l)                   l < L, descended by both sides
+    output    ell_L = the loss of a_L, for f_L alone
 
-Both sides of a pair descend it (kappa = 512 s / (d_l batch K), R = A B^T - M):
+With A, B the flattened rows of a pair, and M[i, k] = 1 where sample i is of class k:
 
-    dU_l = (kappa R B_l * phi')^T A_{l-1},    dV_{l+1} = (kappa R^T A_l * phi')^T B_{l+1}
+    inner     (256 s / d_l) mean (A B^T - M)^2                                   the authors' code for perceptrons
+    cosine    the same with rows of unit length, and terms against collapse      that for convolutions
+    match     both sides' distance, and that of their centred maps               that for autoencoders
 
-Local: an update needs the two activations that meet at its depth, and the label. G never reads F, so both passes may run at
-the same time.
+Their gradients are closed forms (:mod:`apical.core.pairing`); from there they are taken through one block each
+(:mod:`apical.core.teaching`). Local: an update needs the activities that meet at its depth, its block's input, and the
+label. G never reads F, so both may run at the same time, and no update waits for a layer above.
 
-`pair="inner"` is the loss of the authors' MLP code, above. `pair="cosine"` is that of their CNN code and, nearly, the
-paper's: with rows of unit length, s mean(Ahat Bhat^T - M)^2 and, against collapse, `spread` r times mean(Ahat Ahat^T - I)^2
-+ mean(Bhat Bhat^T - I)^2. The paper writes the identity as the target, its code the membership matrix M.
-
-Departures: G's last layer V_1 and the pair at the input are left out by default: nothing that predicts depends on them
-(`input_pair=True` keeps them). The forward layers keep the biases they have; the authors' have none.
+Departures. The paper writes the identity as the target of a pair and rows of unit length everywhere; its code, followed
+here, the membership matrix M, and no lengths for perceptrons. g_1 and the pair at the input are left out by default: nothing
+that predicts depends on them (`input_pair=True` keeps them).
 """
 
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from apical.core.activations import derivative, plain
-from apical.core.chain import Chain, States
+from apical.core.blocks import Enlarge, blocks, facing, mirrored
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.cut import output_error
-from apical.core.local import known_root, local_root
-from apical.core.units import weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.core.cut import evaluating
+from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
+from apical.core.teaching import Activity, Taught, Teaching
+from apical.errors import ConfigError, unknown_name
 
-Pair = Literal["inner", "cosine"]
+Pair = Literal["auto", "inner", "cosine", "match"]
+Feedback = Literal["mirror", "frozen", "free", "none"]
 
-WIDTH = 256
-"""Layer width at which the inner loss has weight s: a constant of the authors' code."""
-
-EPSILON = 1e-8
-"""Added to the length of a row by the authors' cosine loss."""
+SURE = 0.1
+"""The mask of the authors' code leaves out samples whose class has a probability within this of 1."""
 
 
-def inner(a: Tensor, b: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The inner-product loss of a pair and its gradients.
+def exact(device: str) -> AbstractContextManager[object]:
+    """No autocast within; costs nothing where there is none."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class FreeCodes(nn.Module):
+    """A control: in place of a block of G, codes that are parameters of their own, one row per class.
 
     Args:
-        a: forward activations (batch, d).
-        b: feedback activations (K, d).
-        labels: classes (batch,).
-        scale: s.
-
-    Returns:
-        The loss, and its gradients with respect to a and b.
+        classes: K.
+        shape: of one row.
+        like: gives dtype and device.
     """
-    miss = _miss(a @ b.T, labels)
-    weight = WIDTH * scale / (a.shape[1] * miss.numel())
-    return weight * miss.square().sum(), 2 * weight * (miss @ b), 2 * weight * (miss.T @ a)
 
+    def __init__(self, classes: int, shape: tuple[int, ...], like: Tensor) -> None:
+        super().__init__()
+        bound = math.prod(shape) ** -0.5
+        self.rows = nn.Parameter(torch.empty(classes, *shape, dtype=like.dtype, device=like.device).uniform_(-bound, bound))
 
-def cosine(a: Tensor, b: Tensor, labels: Tensor, scale: float, spread: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of the angles between a pair's rows, with anti-collapse terms of weight `spread`, and its gradients."""
-    a_hat, a_length = _unit(a)
-    b_hat, b_length = _unit(b)
-    miss = _miss(a_hat @ b_hat.T, labels)
-    loss = scale * miss.square().mean()
-    for_a, for_b = 2 * scale / miss.numel() * (miss @ b_hat), 2 * scale / miss.numel() * (miss.T @ a_hat)
-    if spread:
-        for hat, gradient in ((a_hat, for_a), (b_hat, for_b)):
-            among = hat @ hat.T
-            among.diagonal().sub_(1)
-            loss = loss + spread * among.square().mean()
-            gradient.add_(among @ hat, alpha=4 * spread / among.numel())
-    return loss, _through_length(for_a, a_hat, a_length), _through_length(for_b, b_hat, b_length)
-
-
-def _miss(product: Tensor, labels: Tensor) -> Tensor:
-    """`product - M`."""
-    return product.scatter_add(1, labels.unsqueeze(1), product.new_full((), -1.0).expand(len(labels), 1))
-
-
-def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows over their length plus EPSILON, and that length."""
-    length = rows.norm(dim=1, keepdim=True)
-    return rows / (length + EPSILON), length
-
-
-def _through_length(gradient: Tensor, hat: Tensor, length: Tensor) -> Tensor:
-    """From a gradient with respect to the rows of `_unit` to one with respect to the rows that it was given."""
-    padded = length + EPSILON
-    # the length itself has no EPSILON and may be zero, where hat is zero too
-    along = (hat * gradient).sum(1, keepdim=True) * padded / length.clamp_min(torch.finfo(length.dtype).tiny)
-    return (gradient - hat * along) / padded
+    def forward(self, above: Tensor) -> Tensor:
+        """The rows (K, *shape), whatever is above."""
+        return self.rows
 
 
 class CounterCurrentLearning(CreditRule):
     """Two anti-parallel networks that teach each other by local losses.
 
     Args:
-        model: a chain of Linear layers and element-wise activations (see :class:`apical.core.chain.Chain`).
-        loss: maps (logits, class labels) to a scalar batch mean; it teaches the last layer alone.
-        pair: "inner" or "cosine".
-        scale: s, weight of the pairs' losses; None: 0.5 for "inner", 1 for "cosine".
-        spread: r, weight of the anti-collapse terms of "cosine"; above 0 samples of a batch depend on each other.
-        input_pair: keep V_1 and the pair at the input, which no prediction depends on.
+        model: a row of blocks (see :func:`apical.core.blocks.blocks`): Linear and convolution layers with normalisation,
+            activations and pooling, one after another.
+        loss: maps (output, targets) to a scalar batch mean; it teaches the last block alone.
+        pair: "inner", "cosine" or "match"; "auto" is "inner" for perceptrons and "cosine" where there are convolutions.
+        scale: s, weight of the pairs' losses; None: 0.5 for "inner", otherwise 1.
+        spread: r, weight of the anti-collapse terms of "cosine"; above 0 samples of a batch depend on each other. None: 0.5
+            for "cosine" with convolutions, otherwise 0.
+        feedback: "mirror" builds G from the model; "frozen" does too, and G stays as it was drawn; "free" has codes of their
+            own at every depth in its place (per-layer classifiers); "none" has no pairs, so that only the last block learns.
+            Or modules of G, from the top: the first maps the codes (K, K) to (K, *output of the last but one block), and so
+            on, down to the first block's output or to the input.
+        input_pair: keep g_1 and the pair at the input, which no prediction depends on.
+        mask: leave samples whose class already has a probability above 0.9 out of the pairs.
+        enlarge: how G enlarges images, "nearest" or "transposed" (see :func:`apical.core.blocks.mirrored`).
+        orthogonal: draw G as the authors' autoencoder does: orthogonal, the blocks that enlarge images a thousand times
+            smaller, the one that makes the input zero.
+        input_shape: of one sample; needed where the model has convolutions.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
-        ConfigError: an option is out of range.
+        UnsupportedModelError: the model is no such row, or a layer has no mirror; it is named.
+        ConfigError: an option is out of range; or, in use, targets that do not go with the pairs' loss.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 5), nn.ELU(), nn.Linear(5, 3))
     >>> rule = CounterCurrentLearning(model)
     >>> rule(torch.randn(8, 4), torch.randint(3, (8,))).backward()
-    >>> [tuple(v.grad.shape) for v in rule.feedback], tuple(rule.predict(torch.randn(8, 4), depth=1).shape)
-    ([(6, 5), (5, 3)], (8,))
+    >>> {name: tuple(v.shape) for name, v in rule.feedback_weights().items()}
+    {'2': (5, 6), '4': (3, 5)}
+    >>> tuple(rule.predict(torch.randn(8, 4), depth=1).shape)
+    (8,)
     """
+
+    classes: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss = F.cross_entropy,
-        pair: Pair = "inner",
+        pair: Pair = "auto",
         scale: float | None = None,
-        spread: float = 0.0,
+        spread: float | None = None,
+        feedback: Feedback | Sequence[nn.Module] | nn.Sequential | nn.ModuleList = "mirror",
         input_pair: bool = False,
+        mask: bool = False,
+        enlarge: Enlarge = "nearest",
+        orthogonal: bool = False,
+        input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        if pair not in ("inner", "cosine"):
-            raise unknown_name("pair", pair, ("inner", "cosine"))
-        scale = (0.5 if pair == "inner" else 1.0) if scale is None else scale
-        if not (0 < scale < float("inf") and 0 <= spread < float("inf")):
+        if pair not in ("auto", "inner", "cosine", "match"):
+            raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
+        if enlarge not in ("nearest", "transposed"):
+            raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
+        self.head, self.row = blocks(model, input_shape)
+        images = any(isinstance(block.layer, _ConvNd) for block in self.row)
+        self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
+        self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
+        self.spread = (0.5 if images and self.pair == "cosine" else 0.0) if spread is None else spread
+        if not (0 < self.scale < math.inf and 0 <= self.spread < math.inf):
             raise ConfigError(f"scale must be positive and spread not negative, got scale={scale}, spread={spread}")
-        if spread and pair == "inner":
-            raise ConfigError("spread is an option of pair='cosine'; pair='inner' has no anti-collapse terms")
-        self.pair, self.scale, self.spread, self.input_pair = pair, scale, spread, input_pair
-        for name, layer in weighted_layers(model).items():
-            if not isinstance(layer, nn.Linear):
-                raise UnsupportedModelError(
-                    f"layer {name!r} ({type(layer).__name__}) is not dense: only Linear layers have a mirror yet; "
-                    "use another rule"
+        if self.spread and self.pair != "cosine":
+            raise ConfigError(f"spread is an option of pair='cosine'; pair={self.pair!r} has no anti-collapse terms")
+        if self.pair == "match" and (mask or feedback == "free"):
+            raise ConfigError("pair='match' has no classes, which mask and feedback='free' are about")
+        self.mask, self.input_pair = mask, input_pair
+        self.feedback = nn.ModuleList(self._feedback(feedback, enlarge))
+        self._forth = [Taught(block.modules) for block in self.row[:-1]]
+        self._back = [Taught(tuple(module) if isinstance(module, nn.Sequential) else (module,)) for module in self.feedback]
+        top, like = self.row[-1].shape, self.row[-1].layer.weight
+        codes = torch.eye(0 if self.pair == "match" else math.prod(top), dtype=like.dtype, device=like.device)
+        self.register_buffer("classes", codes.view(-1, *top), persistent=False)  # b_L
+        if orthogonal and isinstance(feedback, str):
+            self._draw_orthogonal()
+        if isinstance(feedback, str) and feedback == "frozen":
+            self.feedback.requires_grad_(False)
+
+    def _feedback(self, feedback: object, enlarge: Enlarge) -> list[nn.Module]:
+        """G's modules from the top."""
+        depths = len(self.row) - (not self.input_pair)
+        if not isinstance(feedback, str):
+            return self._checked(feedback)
+        if feedback == "none" or not depths:
+            return []
+        if feedback == "free":
+            below = [self.row[level].input_shape for level in range(len(self.row) - 1, len(self.row) - 1 - depths, -1)]
+            return [FreeCodes(math.prod(self.row[-1].shape), shape, self.row[-1].layer.weight) for shape in below]
+        if feedback not in ("mirror", "frozen"):
+            raise unknown_name("feedback", feedback, ("mirror", "frozen", "free", "none"))
+        return list(mirrored(self.row, enlarge, depths))
+
+    def _checked(self, feedback: object) -> list[nn.Module]:
+        """A feedback network of the user's own, run once to see that its shapes fit."""
+        modules = list(feedback) if isinstance(feedback, Sequence | nn.Sequential | nn.ModuleList) else []
+        if len(modules) not in (len(self.row) - 1, len(self.row)) or not all(isinstance(m, nn.Module) for m in modules):
+            wanted = f"{len(self.row) - 1} modules, or {len(self.row)} with one that makes the input"
+            raise ConfigError(f"feedback takes {wanted}; got {len(modules)}")
+        self.input_pair = len(modules) == len(self.row)
+        like = self.row[-1].layer.weight
+        b = like.new_zeros(2, *self.row[-1].shape)
+        for block, module in zip(reversed(self.row), modules, strict=False):
+            with evaluating(module), torch.no_grad():
+                b = module(b)
+            if b.shape[1:] != block.input_shape:
+                made = tuple(b.shape[1:])
+                raise ConfigError(
+                    f"the module of feedback against layer {block.name!r} makes {made}, not {block.input_shape}"
                 )
-        self.chain = Chain(model)
-        for stage in self.chain.stages:
-            if not stage.is_dense:
-                raise UnsupportedModelError(
-                    f"layer {stage.name!r} is not given the vector that the layer before makes: only Linear layers "
-                    "one after another have a mirror yet; use another rule"
-                )
-        self.feedback = nn.ParameterList()
-        for stage in self.chain.stages[0 if input_pair else 1 :]:  # V_l is (d_{l-1}, d_l)
-            bound = stage.size**-0.5
-            self.feedback.append(nn.Parameter(torch.empty_like(stage.layer.weight.T).detach().uniform_(-bound, bound)))
+        return modules
+
+    def _draw_orthogonal(self) -> None:
+        for block, module in zip(reversed(self.row), self.feedback, strict=False):
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear | _ConvNd):
+                    nn.init.orthogonal_(layer.weight)
+                    with torch.no_grad():
+                        enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
+                        layer.weight.mul_(0.0 if block is self.row[0] else 1e-3 if enlarges else 1.0)
+
+    @property
+    def _levels(self) -> range:
+        """Depths of the pairs."""
+        return range(len(self.row) - len(self.feedback), len(self.row) if self.feedback else 0)
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """The weights of G."""
-        return list(self.feedback)
+        return list(self.feedback.parameters())
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """V_l^T beside U_l, by the name of the forward layer."""
-        stages = self.chain.stages[len(self.chain.stages) - len(self.feedback) :]
-        return {stage.name: weight.T for stage, weight in zip(stages, self.feedback, strict=True)}
+        """G's weights beside those of F that they face, by the name of F's layer; see :func:`apical.core.blocks.facing`."""
+        found = {}
+        for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
+            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+            weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
+            if weight is not None:
+                found[block.name] = weight
+        return found
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch of class labels."""
+        """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
         self.require_attached()
-        if targets.is_floating_point() or targets.dim() != 1:
-            raise ConfigError("counter-current learning needs one class label per sample")
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            states = self.chain.run(inputs)
-            output = states.r[-1]
-            loss, error = output_error(self.loss, output, targets)
-            signals, gradients, local = self._pairs(states, targets)
-        error = error * derivative(self.chain.stages[-1].activation, states.v[-1], output)
-        with torch.enable_grad():
-            layers = zip(self.chain.stages, [*signals, error], states.r[:-1], strict=True)
-            roots = [local_root(stage, signal, rates) for stage, signal, rates in layers]
-            pairs = zip(self.feedback, gradients, strict=True)
-            roots += [known_root(weight, gradient) for weight, gradient in pairs if weight.requires_grad]
-        kept = [root for root in roots if root is not None]
-        return Credit(kept, [None] * len(kept), output, loss, {"local": local})
-
-    def codes(self) -> States:
-        """G's pass on all classes: `v[l]` and `r[l]` of depth l, (K, d_l); depths without a layer of G are left empty."""
-        stages = self.chain.stages
-        weight = stages[-1].layer.weight
-        depth = len(stages)
-        r = [weight.new_empty(0)] * depth + [torch.eye(stages[-1].size, dtype=weight.dtype, device=weight.device)]
-        v = list(r)
+        self._check(targets)
+        learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
-            for level, feedback in zip(range(depth - 1, -1, -1), reversed(self.feedback), strict=False):
-                v[level] = r[level + 1] @ feedback.T
-                r[level] = plain(stages[level - 1].activation)(v[level]) if level else v[level]
-        return States(v, r)
+            b = self._codes(targets, learns)
+            goals = self._goals(targets)
+            a, waiting = Activity(self._prepared(inputs)), []
+            local = [self._meet(0, a, b[0], goals, teaching)] if 0 in levels else []
+            for level, block in enumerate(self._forth, start=1):
+                a = block(a.made, learns)
+                if self.mask:
+                    waiting.append(a)
+                elif level in levels:  # at once, while the activity is in the cache
+                    local.append(self._meet(level, a, b[level], goals, teaching))
+        output = self.row[-1](a.made.detach())
+        with torch.no_grad():
+            for level in range(1, len(self.row)) if self.mask and levels else ():
+                unsure = self._unsure(output, targets)
+                local.append(self._meet(level, waiting[level - 1], b[level], goals, teaching, unsure))
+        loss = self.loss(output, targets)
+        teaching.loss(loss * self._height if self.pair == "match" else loss)
+        roots, signals = teaching.finish()
+        return Credit(roots, signals, output, loss, {"local": sum(local, loss.new_zeros(()))})
 
-    def _pairs(self, states: States, labels: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Signals at the hidden potentials of F, gradients of the weights of G, and the sum of the local losses."""
-        codes, stages = self.codes(), self.chain.stages
-        signals: list[Tensor] = []
-        gradients: list[Tensor] = []
-        total = states.r[-1].new_zeros(())
-        for level in range(0 if self.input_pair else 1, len(stages)):
-            a, b = states.r[level], codes.r[level]
-            pair = inner(a, b, labels, self.scale) if self.pair == "inner" else cosine(a, b, labels, self.scale, self.spread)
-            loss, for_a, for_b = pair
-            total = total + loss
-            if level:
-                activation = stages[level - 1].activation
-                signals.append(for_a * derivative(activation, states.v[level - 1], a))
-                for_b = for_b * derivative(activation, codes.v[level], b)
-            gradients.append(for_b.T @ codes.r[level + 1])
-        return signals, gradients, total
+    def _goals(self, targets: Tensor) -> Tensor:
+        """M of the labels; for "match" nothing more than the targets."""
+        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+
+    def _prepared(self, inputs: Tensor) -> Tensor:
+        """a_0."""
+        for module in self.head:
+            inputs = module(inputs)
+        return inputs
+
+    def _codes(self, targets: Tensor | None, learns: bool) -> list[Activity]:
+        """b_0..b_L; depths without a block of G are left empty."""
+        like, shape = self.row[-1].layer.weight, self.row[-1].shape
+        if self.pair == "match":
+            assert targets is not None
+            top = targets.reshape(len(targets), *shape).to(like.dtype)
+        else:
+            top = self.classes
+        b = [Activity(top)]
+        for module in self._back:
+            b.append(module(b[-1].made, learns))
+        empty = Activity(like.new_empty(0))
+        return [empty] * (len(self.row) + 1 - len(b)) + b[::-1]
+
+    def _meet(
+        self, level: int, a: Activity, b: Activity, goals: Tensor, teaching: Teaching, unsure: Tensor | None = None
+    ) -> Tensor:
+        """Teach the two blocks that meet at a depth; returns the pair's loss."""
+        with exact(goals.device.type):
+            loss, for_a, for_b = self._pull(level, a.made.detach(), b.made.detach(), goals, unsure)
+            teaching.teach(a, for_a)
+            teaching.teach(b, for_b)
+        return loss
+
+    def codes(self, targets: Tensor | None = None) -> list[Tensor]:
+        """G's pass: b_0..b_L, each (K, ...), or (batch, ...) for "match"; depths without a block of G are left empty."""
+        with torch.no_grad():
+            return [activity.made for activity in self._codes(targets, learns=False)]
+
+    def _pull(self, level: int, a: Tensor, b: Tensor, goals: Tensor, unsure: Tensor | None) -> Pulled:
+        """The pair of one depth."""
+        dtype = self.row[-1].layer.weight.dtype
+        a, b = a.to(dtype), b.to(dtype)
+        if self.pair == "match":
+            height = a.shape[2] if a.dim() > 2 else 1
+            return match(a.flatten(1), b.flatten(1), self.scale * height) if level == 0 else match(a, b, self.scale)
+        a, b = a.flatten(1), b.flatten(1)
+        a = a if unsure is None else a * unsure
+        loss, for_a, for_b = (
+            inner(a, b, goals, self.scale) if self.pair == "inner" else cosine(a, b, goals, self.scale, self.spread)
+        )
+        return loss, for_a if unsure is None else for_a * unsure, for_b
+
+    @property
+    def _height(self) -> int:
+        """H_L, the height of the images that the model makes."""
+        return self.row[-1].image[1] if len(self.row[-1].image) > 1 else 1
+
+    def _unsure(self, output: Tensor, labels: Tensor) -> Tensor:
+        """1 for samples whose class is not sure yet, otherwise 0 (batch, 1)."""
+        sure = output.detach().float().softmax(1).gather(1, labels.unsqueeze(1)) > 1 - SURE
+        return (~sure).to(self.row[-1].layer.weight.dtype)
+
+    def _check(self, targets: Tensor) -> None:
+        classes = not targets.is_floating_point() and targets.dim() == 1
+        if self.pair != "match" and not classes:
+            raise ConfigError(f"counter-current learning with pair={self.pair!r} needs one class label per sample")
+        if self.pair == "match" and not (
+            targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)
+        ):
+            raise ConfigError("counter-current learning with pair='match' needs targets of the output's size")
+
+    def _activities(self, inputs: Tensor) -> list[Tensor]:
+        """a_0..a_L."""
+        a = [self._prepared(inputs)]
+        for block in self.row:
+            a.append(block(a[-1]))
+        return a
+
+    @torch.no_grad()
+    def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The activities that meet at each depth, (batch, d) both, by the name of F's layer below; in evaluation mode."""
+        self._check(targets)
+        with evaluating(self):
+            a, b = self._activities(inputs), self.codes(targets)
+        own = [row if self.pair == "match" or not len(row) else row[targets] for row in b]
+        return {self.row[level - 1].name: (a[level].flatten(1), own[level].flatten(1)) for level in self._levels if level}
+
+    @torch.no_grad()
+    def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """:meth:`predict` at every depth, by the name of the layer; empty where there are no classes."""
+        if self.pair == "match":
+            return {}
+        levels = [level for level in self._levels if level]
+        return {self.row[level - 1].name: self.predict(inputs, level) for level in [*levels, len(self.row)]}
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, depth: int | None = None) -> Tensor:
@@ -222,12 +341,14 @@ class CounterCurrentLearning(CreditRule):
         Raises:
             ConfigError: there is no read-out at this depth.
         """
-        last = len(self.chain.stages)
+        last = len(self.row)
         depth = last if depth is None else depth
-        if not (0 if self.input_pair else 1) <= depth <= last:
-            raise ConfigError(f"there is a read-out at depths {0 if self.input_pair else 1} to {last}, not at {depth}")
-        a = self.chain.run(inputs).r[depth]
-        if depth == last:
-            return a.argmax(1)
-        b = self.codes().r[depth]
-        return (a @ (_unit(b)[0] if self.pair == "cosine" else b).T).argmax(1)
+        if self.pair == "match" or depth not in (*self._levels, last):
+            there = "none" if self.pair == "match" else ", ".join(map(str, (*self._levels, last)))
+            raise ConfigError(f"there is no read-out at depth {depth}; there is at: {there}")
+        with evaluating(self):
+            a = self._activities(inputs)[depth].flatten(1)
+            if depth == last:
+                return a.argmax(1)
+            b = self.codes()[depth].flatten(1)
+        return (a @ (b / (b.norm(dim=1, keepdim=True) + EPSILON) if self.pair == "cosine" else b).T).argmax(1)

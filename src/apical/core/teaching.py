@@ -1,0 +1,142 @@
+"""Teaching single blocks: each block of a network is given a signal at its output, and learns from that alone.
+
+Where a block is a matrix and an element-wise activation its gradients are written down at once, while its activity is still
+in the processor's cache; that spares autograd's bookkeeping too. Every other block keeps a graph of its own, of which the
+block's output is a root. Both end as roots of one backward pass, so that gradients accumulate, and
+`DistributedDataParallel` sees them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.activations import ELEMENTWISE, pulled_back
+
+FROM_OUTPUT = (nn.ELU, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.Identity)
+"""Activations whose derivative is known from their output."""
+
+
+class Activity(NamedTuple):
+    """A block's output in one pass.
+
+    Attributes:
+        made: the output (batch, ...).
+        block: the block, where its gradients have a closed form; otherwise `made` has a graph.
+        given: its input.
+        v: before the activation; or `made` again, where the derivative is known from that: one array less to keep.
+    """
+
+    made: Tensor
+    block: "Taught | None" = None
+    given: Tensor | None = None
+    v: Tensor | None = None
+
+
+class Taught:
+    """A block that can be taught by itself.
+
+    Args:
+        modules: of the block, in order.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+        self.layer, *rest = self.modules
+        self.activation = rest[0] if rest else None
+        dense = isinstance(self.layer, nn.Linear) and len(rest) < 2
+        self.has_closed_form = dense and (not rest or isinstance(rest[0], ELEMENTWISE)) and not _in_place(self.activation)
+        self.keeps_v = not isinstance(self.activation, FROM_OUTPUT)
+
+    def __call__(self, given: Tensor, learns: bool) -> Activity:
+        """Run the block on an input (batch, ...), to which it will not send errors back. To be called without gradient.
+
+        Args:
+            given: the input.
+            learns: whether the block may be taught afterwards.
+        """
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(given.device.type)  # autograd knows better there
+        if learns and self.has_closed_form and given.dim() == 2 and not plain:
+            v = self.layer(given)
+            made = v if self.activation is None else self.activation(v)
+            return Activity(made, self, given, v if self.keeps_v else made)
+        with torch.set_grad_enabled(learns):
+            given = given.detach()
+            for module in self.modules:
+                given = module(given)
+        return Activity(given)
+
+
+def _in_place(module: nn.Module | None) -> bool:
+    return bool(getattr(module, "inplace", False))
+
+
+class Teaching:
+    """Collects what blocks learn in one pass.
+
+    Attributes:
+        roots: where backward starts.
+        signals: the signal of each root; None for scalars.
+    """
+
+    def __init__(self) -> None:
+        self.roots: list[Tensor] = []
+        self.signals: list[Tensor | None] = []
+        self._parameters: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+
+    def loss(self, loss: Tensor) -> None:
+        """Teach the block behind a scalar loss."""
+        self.roots.append(loss)
+        self.signals.append(None)
+
+    def teach(self, activity: Activity, signal: Tensor) -> None:
+        """Teach a block `signal`, the gradient of what it shall descend with respect to its output, of that one's size.
+
+        To be called without gradient.
+        """
+        made, block, given, v = activity
+        if block is None or given is None or v is None:
+            if made.requires_grad:
+                self.roots.append(made)
+                self.signals.append(signal.view_as(made).to(made.dtype))
+            return
+        if block.activation is not None:
+            signal = pulled_back(block.activation, v, made, signal)
+        weight, bias = cast(nn.Linear, block.layer).weight, cast(nn.Linear, block.layer).bias
+        if weight.requires_grad:
+            self._note(weight, signal.T @ given)
+        if bias is not None and bias.requires_grad:
+            self._note(bias, signal.sum(0))
+
+    def finish(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """All roots and their signals."""
+        if self._parameters:
+            holder, self._gradients = self._gradients, []
+            self.loss(cast(Any, KnownGradients).apply(holder, *self._parameters))
+        return self.roots, self.signals
+
+    def _note(self, parameter: Tensor, gradient: Tensor) -> None:
+        self._parameters.append(parameter)
+        self._gradients.append(gradient)
+
+
+class KnownGradients(torch.autograd.Function):
+    """A scalar zero whose backward pass gives parameters gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        """Zero. The gradients are not saved as tensors of the graph: then `.grad` can take them over without a copy."""
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times `scale`; once."""
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this credit were used already; call the rule again")
+        gradients, ctx.gradients = ctx.gradients, None
+        if scale.is_cuda or scale.item() != 1.0:
+            gradients = [gradient * scale for gradient in gradients]
+        return (None, *gradients)
