@@ -199,12 +199,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     parser.add_argument("--only", default="", help="run the models whose name contains this (case ignored)")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds per model; 0: as many as each case says")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
     rows = []
     for case in CASES if device.type == "cpu" else GPU_CASES:
+        if options.rounds:
+            case = (*case[:4], options.rounds, case[5])
         if options.only.lower() in case[0].lower():
             for amp in (False,) if device.type == "cpu" else (False, True):
                 rows += bench(case, device, amp)

@@ -55,6 +55,14 @@ class Flags:
     """Learning rates, one after the other."""
     lr_epochs: Annotated[tuple[int, ...] | None, _arg("N ...")] = None
     """Finished epochs after which the next learning rate starts."""
+    lr_cosine: Annotated[int | None, _arg("EPOCHS", "(default: off)")] = None
+    """Let the learning rate fall to --lr-min over so many epochs, along half a cosine."""
+    lr_min: Annotated[float | None, _arg("RATE", "(default: 0)")] = None
+    """Where --lr-cosine ends."""
+    warmup_steps: Annotated[int | None, _arg("N", "(default: 0)")] = None
+    """Steps at the start over which gradients grow to their full size."""
+    centralise: Annotated[bool | None, _arg("True|False", "(default: False)")] = None
+    """Subtract from each weight's gradient its mean over inputs (gradient centralisation)."""
     momentum: Annotated[float | None, _arg("X", "(default: 0.9)")] = None
     """Momentum of sgd, beta1 of adam."""
     beta2: Annotated[float | None, _arg("X", "(default: 0.999)")] = None

@@ -92,8 +92,8 @@ def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[
         images = [name for name, layer in layers.items() if isinstance(layer, _ConvNd)]
         if images or not isinstance(first, nn.Linear):
             raise UnsupportedModelError(
-                f"layer {images[0]!r} is a convolution: pass input_shape=(channels, ...) of one sample, on which the sizes of "
-                "the layers depend"
+                f"layer {images[0]!r} is a convolution: pass input_shape=(channels, ...) of one sample, on which the sizes "
+                "of the layers depend"
             )
         input_shape = (first.in_features,)
     calls = traced(model, torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device))
@@ -104,7 +104,7 @@ def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[
             what = "is called twice; give each place a layer of its own" if name in names else "was not called; remove it"
             raise UnsupportedModelError(f"layer {name!r} {what}")
     starts = [_start(calls, place) for place in places]
-    starts[0] = places[0]  # what comes before the first layer only prepares the input
+    starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
     ends = [*starts[1:], len(calls)]
     head = [call.module for call in calls[: starts[0]]]
     return head, [_block(calls[start:end]) for start, end in zip(starts, ends, strict=True)]
@@ -202,7 +202,7 @@ def _convolution(block: Block, enlarge: Enlarge, bias: bool) -> list[nn.Module]:
     kernel, dilation, rank = layer.kernel_size, layer.dilation, len(layer.kernel_size)
     small, large = block.image[1:], block.seen[1:]
     grow = [math.ceil(a / b) for a, b in zip(large, small, strict=True)]
-    shrink = [max(1, b // a) for a, b in zip(large, small, strict=True)]
+    shrink = [math.ceil(b / a) for a, b in zip(large, small, strict=True)]
     half = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
     plain, transposed = (getattr(nn, f"{kind}{rank}d") for kind in ("Conv", "ConvTranspose"))
     channels = (layer.out_channels, layer.in_channels)

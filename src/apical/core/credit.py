@@ -78,6 +78,14 @@ class CreditRule(nn.Module):
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
         return {}
 
+    def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Populations that the rule compares with each other, (batch, d) both, by layer; empty where there are none."""
+        return {}
+
+    def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Classes (batch,) that can be read out at each depth, by layer; empty where only the output has them."""
+        return {}
+
     def feedback_parameters(self) -> list[nn.Parameter]:
         """Trainable feedback weights that an optimiser may treat apart from the forward weights; empty where none are."""
         return []

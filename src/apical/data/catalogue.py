@@ -266,6 +266,22 @@ ENTRIES |= {
     "mnist-autoencoder": replace(
         ENTRIES["mnist"], what="regression: MNIST's images, normalised, to themselves", classes=784, targets="images"
     ),
+    "fashion-mnist-autoencoder": replace(
+        ENTRIES["fashion-mnist"],
+        what="regression: Fashion-MNIST's images, scaled to 0..1, to themselves",
+        classes=784,
+        mean=(0.0,),
+        std=(1.0,),
+        targets="images",
+    ),
+    "cifar-10-autoencoder": replace(
+        ENTRIES["cifar-10"],
+        what="regression: CIFAR-10's images, scaled to 0..1, to themselves",
+        classes=3072,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        targets="images",
+    ),
     "fashion-mnist-raw": replace(
         ENTRIES["fashion-mnist"], what="clothing, 28x28 grey, scaled to 0..1 only", mean=(0.0,), std=(1.0,)
     ),

@@ -243,12 +243,14 @@ def _layer_panel(
     widths = np.linspace(1.9, 1.0, len(layers)) if named else np.full(len(layers), 0.7)  # thinner on top: none is hidden
     for layer, colour, width in zip(layers, colours, widths, strict=True):
         epochs, mean, deviation, count = _spread(runs, spec.key, layer)
-        means.append(mean)
+        means.append(dict(zip(epochs, mean, strict=True)))
         panel.plot(epochs, mean, color=tuple(colour), linewidth=width, zorder=2)
         if named and count >= 3:
             panel.fill_between(epochs, mean - deviation, mean + deviation, color=tuple(colour), alpha=0.18, linewidth=0)
     if not named:
-        panel.plot(epochs, _column_mean(np.array(means)), color="black", linewidth=1.4, linestyle=(0, (4, 1.5)), zorder=3)
+        everywhere = sorted({epoch for layer_means in means for epoch in layer_means})  # a layer may lack some epochs
+        table = np.array([[layer_means.get(epoch, np.nan) for epoch in everywhere] for layer_means in means])
+        panel.plot(everywhere, _column_mean(table), color="black", linewidth=1.4, linestyle=(0, (4, 1.5)), zorder=3)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 

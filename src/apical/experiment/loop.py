@@ -18,8 +18,8 @@ from apical.data import Augment, Dataset, Split
 from apical.errors import CheckpointError, DivergenceError, InstabilityError
 from apical.experiment import checkpoint
 from apical.experiment.distributed import World
-from apical.experiment.measure import alignment, autocast, conditions, evaluate
-from apical.experiment.optimizer import begin_pass, clip, end_pass, make_optimizer, scheduled
+from apical.experiment.measure import alignment, autocast, conditions, depth_accuracy, evaluate, examples
+from apical.experiment.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.experiment.passes import Pass, passes, total_steps
 from apical.experiment.recipe import Recipe, differences
 from apical.experiment.run_folder import RunFolder, write_json
@@ -228,7 +228,7 @@ class Training:
         with autocast(self.device, self.recipe.amp):
             credit = self.module(inputs, targets)
         credit.backward()
-        clip(self.optimizer, self.recipe.clip, self.recipe.clip_over)
+        shape_gradients(self.optimizer, self.recipe, self.epoch * self.steps_per_epoch + self.step - current.first)
         self.optimizer.step()
         timer.stop()
         if current.is_main:
@@ -296,6 +296,7 @@ class Training:
             "weight_decay": decay,
             "logs": logs,
             "layers": layers,
+            "depths": depth_accuracy(self.rule, self.dataset.test) if probe else {},
             **near,
         }
         self.epoch, self.step = self.epoch + trained, 0
@@ -305,6 +306,8 @@ class Training:
         self._save()
         if self.world.is_main:
             self.folder.append_metrics(self.line)
+            if self.epoch == self.recipe.epochs:
+                self.folder.write_examples(examples(self.rule, self.dataset.test))
 
     def _count_time(self) -> None:
         if self.device.type == "cuda":

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from apical.core.chain import Chain
 from apical.core.credit import CreditRule
+from apical.core.cut import evaluating
 from apical.data import Split
-from apical.diagnostics.alignment import gradient_alignment, layer_alignment
+from apical.diagnostics.alignment import gradient_alignment, layer_alignment, unchanged
 from apical.diagnostics.feedback_conditions import condition_two
 from apical.diagnostics.gauss_newton import minimum_norm_alignment
+from apical.diagnostics.similarity import linear_cka
 from apical.dynamics.control_rule import ControlRule
 from apical.dynamics.feedback_control import output_jacobian
 from apical.errors import InstabilityError, UnsupportedModelError
@@ -19,6 +21,7 @@ from apical.experiment.distributed import World
 from apical.experiment.schedule import generator
 
 EVALUATION_BATCH = 1000
+EXAMPLES = 8
 FIELDS = ("weight_alignment", "norm_ratio", "gradient_alignment", "gradient_norm_ratio")
 
 
@@ -73,7 +76,32 @@ def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str,
     for name in {**gradients, **weights}:
         values = {**weights.get(name, {}), **gradients.get(name, {})}
         layers[name] = {field: _finite(values.get(field)) for field in FIELDS}
+    with unchanged(rule):
+        for name, (a, b) in rule.pairs(*probe_batch(train, probe)).items():
+            layers.setdefault(name, {})["pair_cka"] = _finite(linear_cka(a, b))
     return layers
+
+
+def depth_accuracy(rule: CreditRule, test: Split) -> dict[str, float]:
+    """Accuracy (0 to 1) of the read-out at each depth, by layer name; empty for rules and data without any."""
+    if test.targets.is_floating_point():
+        return {}
+    hits: dict[str, int] = {}
+    with unchanged(rule):
+        for first in range(0, len(test), EVALUATION_BATCH):
+            batch = slice(first, first + EVALUATION_BATCH)
+            for name, classes in rule.read_outs(test.inputs[batch]).items():
+                hits[name] = hits.get(name, 0) + int((classes == test.targets[batch]).sum())
+    return {name: count / len(test) for name, count in hits.items()}
+
+
+def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
+    """The first test images and what an autoencoder makes of them (n, *shape); None where targets are no images."""
+    inputs = test.inputs[:EXAMPLES]
+    if inputs.dim() != 4 or not torch.equal(inputs.flatten(1), test.targets[:EXAMPLES]):
+        return None
+    with unchanged(rule), evaluating(rule), torch.no_grad():
+        return inputs, rule.model(inputs).view_as(inputs)
 
 
 def _finite(value: float | None) -> float | None:

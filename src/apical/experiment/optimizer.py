@@ -8,7 +8,7 @@ from torch import nn
 from apical.core.credit import CreditRule
 from apical.experiment.passes import Pass
 from apical.experiment.recipe import ClipOver, Recipe
-from apical.experiment.schedule import piecewise
+from apical.experiment.schedule import cosine, piecewise
 
 Optimizer = torch.optim.Optimizer
 
@@ -49,6 +49,8 @@ def _feedback_options(recipe: Recipe) -> dict[str, Any]:
 def scheduled(recipe: Recipe, finished: int) -> tuple[float, float]:
     """Learning rate and weight decay of the forward weights once `finished` epochs are done."""
     lr = piecewise(recipe.lr, recipe.lr_epochs, finished)
+    if recipe.lr_cosine:
+        lr = cosine(lr, recipe.lr_min, recipe.lr_cosine, finished)
     return lr, piecewise(recipe.weight_decay, recipe.weight_decay_epochs, finished)
 
 
@@ -70,6 +72,27 @@ def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
         for group in optimizer.param_groups[1:]:
             for parameter in group["params"]:
                 optimizer.state.pop(parameter, None)
+
+
+@torch.no_grad()
+def shape_gradients(optimizer: Optimizer, recipe: Recipe, step: int) -> None:
+    """What a recipe does to gradients before the optimiser's step: warm-up, centralisation, clipping, in this order.
+
+    Args:
+        step: forward steps before this one, over all epochs.
+    """
+    if step < recipe.warmup_steps or recipe.centralise:
+        factor = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if factor < 1:
+                    gradient.mul_(factor)
+                if recipe.centralise and gradient.dim() > 1:
+                    gradient.sub_(gradient.mean(dim=tuple(range(1, gradient.dim())), keepdim=True))
+    clip(optimizer, recipe.clip, recipe.clip_over)
 
 
 def clip(optimizer: Optimizer, largest: float, over: ClipOver = "tensor") -> None:

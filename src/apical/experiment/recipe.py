@@ -33,6 +33,7 @@ FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 """Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
 
 _PASSES = ("pretrain_epochs", "feedback_passes")
+_COUNTS = ("lr_cosine", "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Recipe:
         optimizer: sgd, adam or adamw.
         lr: learning rates; value i + 1 starts after `lr_epochs[i]` finished epochs.
         lr_epochs: numbers of finished epochs at which the next learning rate starts; one fewer than `lr`.
+        lr_cosine: epochs over which the learning rate falls from its one value to `lr_min`, half a cosine; 0 is off.
+        lr_min: see there.
+        warmup_steps: gradients of the first so many forward steps are multiplied by 1/n, 2/n, ...; 0 is off.
+        centralise: subtract from each weight's gradient its mean over all but the first dimension (gradient centralisation).
         momentum: momentum of sgd, beta1 of adam and adamw.
         beta2: beta2 of adam and adamw.
         eps: eps of adam and adamw.
@@ -95,6 +100,10 @@ class Recipe:
     optimizer: Optimizer = "sgd"
     lr: tuple[float, ...] = (0.02,)
     lr_epochs: tuple[int, ...] = ()
+    lr_cosine: int = 0
+    lr_min: float = 0.0
+    warmup_steps: int = 0
+    centralise: bool = False
     momentum: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -130,7 +139,7 @@ class Recipe:
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise ConfigError(f"{_flag(option)} must be positive, got {value}")
-        for option in ("crop", "validation", "threads", "probe", "checkpoint_steps", "seed", *_PASSES):
+        for option in ("crop", "validation", "threads", "probe", "checkpoint_steps", "seed", *_COUNTS, *_PASSES):
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
         for option, known in (
@@ -146,13 +155,15 @@ class Recipe:
             value = getattr(self, option)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{_flag(option)} must be in [0, 1), got {value}")
-        for option in ("clip", "eps", "feedback_eps", "feedback_weight_decay"):
+        for option in ("clip", "eps", "lr_min", "feedback_eps", "feedback_weight_decay"):
             _check_number(option, getattr(self, option), positive=False)
         for option in ("feedback_lr", "pretrain_lr", "feedback_fraction"):
             _check_number(option, getattr(self, option), positive=True)
         if self.feedback_fraction > 1:
             raise ConfigError(f"--feedback-fraction must be at most 1, got {self.feedback_fraction}")
         _check_schedule("lr", self.lr, self.lr_epochs, positive=True)
+        if self.lr_cosine and len(self.lr) > 1:
+            raise ConfigError("--lr-cosine starts from one learning rate; give --lr one value")
         _check_schedule("weight_decay", self.weight_decay, self.weight_decay_epochs, positive=False)
         parse_options(self.rule_options)
 

@@ -11,6 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
+from torch import Tensor
+
 from apical.errors import CheckpointError, ConfigError
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.recipe import Recipe, differences
@@ -25,6 +28,7 @@ class RunFolder:
         self.path = path
         self.config, self.environment = path / "config.json", path / "environment.json"
         self.metrics, self.checkpoint, self.result = path / "metrics.jsonl", path / "checkpoint.pt", path / "result.json"
+        self.examples = path / "examples.npz"
         self._lock: IO[str] | None = None
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> State:
@@ -76,7 +80,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of a run, and nothing else."""
-        for path in (self.result, self.checkpoint, self.metrics, self.environment, self.config):
+        for path in (self.result, self.checkpoint, self.metrics, self.environment, self.config, self.examples):
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
 
@@ -109,6 +113,15 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
+        """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""
+        if examples is None:
+            return
+        temporary = self.examples.with_name(self.examples.name + ".tmp")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, images=examples[0].float().cpu().numpy(), made=examples[1].float().cpu().numpy())
+        temporary.replace(self.examples)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one finished epoch to metrics.jsonl and force it to disk."""

@@ -21,6 +21,15 @@ def piecewise(values: Sequence[float], epochs: Sequence[int], finished: int) -> 
     return values[bisect_right(epochs, finished)]
 
 
+def cosine(start: float, end: float, epochs: int, finished: int) -> float:
+    """Value once `finished` epochs are done, on half a cosine from `start` to `end` over `epochs`.
+
+    >>> [round(cosine(1.0, 0.0, 4, finished), 3) for finished in range(6)]
+    [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * min(finished, epochs) / epochs)) / 2
+
+
 def alignment_decay(lr: float, steps_per_epoch: int, momentum: float) -> tuple[float, int]:
     """Weight decay of the alignment phase and the number of epochs it lasts.
 

@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from apical.errors import ConfigError, unknown_name
+from apical.models.convnets import cnn_elu, cnn_stride, conv_autoencoder
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
 from apical.models.resnet import CifarResNet, ResNet
@@ -17,6 +19,10 @@ _EXAMPLES = {
     "mlp-tanh": "mlp-tanh-256-256-256",
     "mlp-elu": "mlp-elu-256-256",
     "autoencoder": "autoencoder-256-32-256",
+    "cnn-elu": "cnn-elu-128-128-256-256-512",
+    "cnn-elu-bn": "cnn-elu-bn-128-128-256-256-512",
+    "cnn-stride": "cnn-stride-128-128-256-256-512",
+    "conv-autoencoder": "conv-autoencoder-64-128-256-512",
 }
 _IMAGENET_FORM_FROM = 64
 
@@ -59,11 +65,17 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp-elu": mlp_elu,
     "autoencoder": autoencoder,
 }
+_ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = {
+    "cnn-elu": cnn_elu,
+    "cnn-elu-bn": partial(cnn_elu, norm=True),
+    "cnn-stride": cnn_stride,
+    "conv-autoencoder": conv_autoencoder,
+}
 
 
 def names() -> list[str]:
     """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 and the like."""
-    return [*(f"{kind}-<widths>" for kind in _PERCEPTRONS), *_CONVNETS]
+    return [*(f"{kind}-<widths>" for kind in (*_PERCEPTRONS, *_ROWS)), *_CONVNETS]
 
 
 def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -85,11 +97,13 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     """
     if min(input_shape, default=0) < 1 or num_classes < 1:
         raise ConfigError(f"model {name!r} needs non-empty samples and classes; got {input_shape}, {num_classes}")
-    for kind, perceptron in _PERCEPTRONS.items():
+    for kind in (*_PERCEPTRONS, *_ROWS):
         if re.fullmatch(kind + _WIDTHS, name):
             widths = [int(width) for width in name.removeprefix(kind + "-").split("-")]
-            return perceptron(math.prod(input_shape), widths, num_classes)
-    for kind in sorted(_PERCEPTRONS, key=len, reverse=True):
+            if kind in _ROWS:
+                return _ROWS[kind](_image(name, input_shape), widths, num_classes)
+            return _PERCEPTRONS[kind](math.prod(input_shape), widths, num_classes)
+    for kind in sorted((*_PERCEPTRONS, *_ROWS), key=len, reverse=True):
         if name == kind or name.startswith(f"{kind}-"):
             raise ConfigError(f"model {name!r} does not name its hidden widths; write for example {_EXAMPLES[kind]}")
     if name not in _CONVNETS:

@@ -77,6 +77,15 @@ RULES: dict[str, Entry] = {
     "dfc-ss-fixed": Entry(DeepFeedbackControl, "dfc-ss with fixed feedback weights", {"variant": "ss", "learn": "none"}),
     "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
     "ccl": Entry(CounterCurrentLearning, "counter-current learning: two anti-parallel networks, local losses", clip=1.0),
+    "ccl-frozen": Entry(
+        CounterCurrentLearning, "ccl, a control: the feedback network stays random", {"feedback": "frozen"}, clip=1.0
+    ),
+    "ccl-free": Entry(
+        CounterCurrentLearning, "ccl, a control: free codes, that is a classifier per layer", {"feedback": "free"}, clip=1.0
+    ),
+    "ccl-readout": Entry(
+        CounterCurrentLearning, "ccl, a control: only the last layer learns", {"feedback": "none"}, clip=1.0
+    ),
     "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label", clip=1.0),
 }
 

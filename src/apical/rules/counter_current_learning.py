@@ -331,8 +331,10 @@ class CounterCurrentLearning(CreditRule):
         """:meth:`predict` at every depth, by the name of the layer; empty where there are no classes."""
         if self.pair == "match":
             return {}
-        levels = [level for level in self._levels if level]
-        return {self.row[level - 1].name: self.predict(inputs, level) for level in [*levels, len(self.row)]}
+        with evaluating(self):
+            a, b = self._activities(inputs), self.codes()
+        levels = [*(level for level in self._levels if level), len(self.row)]
+        return {self.row[level - 1].name: self._nearest(level, a[level], b[level]) for level in levels}
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, depth: int | None = None) -> Tensor:
@@ -347,8 +349,10 @@ class CounterCurrentLearning(CreditRule):
             there = "none" if self.pair == "match" else ", ".join(map(str, (*self._levels, last)))
             raise ConfigError(f"there is no read-out at depth {depth}; there is at: {there}")
         with evaluating(self):
-            a = self._activities(inputs)[depth].flatten(1)
-            if depth == last:
-                return a.argmax(1)
-            b = self.codes()[depth].flatten(1)
+            return self._nearest(depth, self._activities(inputs)[depth], self.codes()[depth])
+
+    def _nearest(self, depth: int, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.flatten(1), b.flatten(1)
+        if depth == len(self.row):
+            return a.argmax(1)
         return (a @ (b / (b.norm(dim=1, keepdim=True) + EPSILON) if self.pair == "cosine" else b).T).argmax(1)

@@ -1,0 +1,111 @@
+"""Convolutional networks of counter-current learning (arXiv 2409.19841) and its backpropagation baselines.
+
+Each is a plain row of layers; the widths are the channels after each convolution. All kernels are 3x3 with one pixel of
+padding, initial weights are PyTorch's own unless said otherwise.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from apical.errors import ConfigError
+
+SMALL = 1e-3
+"""Factor on the orthogonal weights of an autoencoder's decoder."""
+
+
+def cnn_elu(shape: tuple[int, int, int], widths: Sequence[int], num_classes: int, norm: bool = False) -> nn.Sequential:
+    """Convolution without bias, ELU and 2x2 max-pooling per width, then a linear read-out: (N, *shape) -> (N, num_classes).
+
+    Args:
+        norm: BatchNorm before each convolution, as the paper's backpropagation baseline has it.
+
+    Raises:
+        ConfigError: the images are too small for so many poolings.
+    """
+    channels, *side = shape
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for depth, width in enumerate(widths, start=1):
+        if min(side) < 2:
+            raise _too_small(shape, widths)
+        if norm:
+            layers[f"norm{depth}"] = nn.BatchNorm2d(channels)
+        layers[f"conv{depth}"] = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        layers[f"elu{depth}"] = nn.ELU()
+        layers[f"pool{depth}"] = nn.MaxPool2d(2)
+        channels, side = width, [size // 2 for size in side]
+    layers["flatten"] = nn.Flatten()
+    layers["linear"] = nn.Linear(channels * math.prod(side), num_classes, bias=False)
+    return nn.Sequential(layers)
+
+
+def cnn_stride(shape: tuple[int, int, int], widths: Sequence[int], num_classes: int) -> nn.Sequential:
+    """Convolution of stride 2 with a bias, zero at first, and ELU per width, then a linear read-out without bias.
+
+    Raises:
+        ConfigError: the images are too small for so many strides.
+    """
+    channels, *side = shape
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for depth, width in enumerate(widths, start=1):
+        if min(side) < 2:
+            raise _too_small(shape, widths)
+        layers[f"conv{depth}"] = _zeroed(nn.Conv2d(channels, width, 3, stride=2, padding=1))
+        layers[f"elu{depth}"] = nn.ELU()
+        channels, side = width, [(size + 1) // 2 for size in side]
+    layers["flatten"] = nn.Flatten()
+    layers["linear"] = nn.Linear(channels * math.prod(side), num_classes, bias=False)
+    return nn.Sequential(layers)
+
+
+def conv_autoencoder(shape: tuple[int, int, int], widths: Sequence[int], outputs: int) -> nn.Sequential:
+    """Strided encoder and upsampling decoder with BatchNorm and ReLU: (N, *shape) -> (N, outputs), the flat image again.
+
+    The last of `widths` is the code's channels; the decoder takes them back. Weights are orthogonal, those of the decoder a
+    thousand times smaller, those that make the image zero; biases are zero.
+
+    Raises:
+        ConfigError: `outputs` is not the image's size, or the images are too small for so many strides.
+    """
+    channels, *side = shape
+    if outputs != math.prod(shape):
+        raise ConfigError(f"an autoencoder makes its own images: {math.prod(shape)} outputs, not {outputs}")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    stages = [(channels, side)]
+    for depth, width in enumerate(widths, start=1):
+        if min(side) < 2:
+            raise _too_small(shape, widths)
+        layers[f"conv{depth}"] = _orthogonal(nn.Conv2d(channels, width, 3, stride=2, padding=1), 1.0)
+        layers[f"norm{depth}"], layers[f"relu{depth}"] = nn.BatchNorm2d(width), nn.ReLU()
+        channels, side = width, [(size + 1) // 2 for size in side]
+        stages.append((channels, side))
+    for back, (width, size) in enumerate(reversed(stages[:-1])):
+        depth, last = len(widths) + 1 + back, back == len(widths) - 1
+        layers[f"up{depth}"] = nn.Upsample(size=tuple(size), mode="nearest")
+        layers[f"conv{depth}"] = _orthogonal(nn.Conv2d(channels, width, 3, padding=1), 0.0 if last else SMALL)
+        if not last:
+            layers[f"norm{depth}"], layers[f"relu{depth}"] = nn.BatchNorm2d(width), nn.ReLU()
+        channels = width
+    layers["flatten"] = nn.Flatten()
+    return nn.Sequential(layers)
+
+
+def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@torch.no_grad()
+def _orthogonal(layer: nn.Conv2d, factor: float) -> nn.Conv2d:
+    nn.init.orthogonal_(layer.weight)
+    layer.weight.mul_(factor)
+    return _zeroed(layer)
+
+
+def _too_small(shape: tuple[int, ...], widths: Sequence[int]) -> ConfigError:
+    size = "x".join(map(str, shape[1:]))
+    return ConfigError(f"images of {size} pixels are too small to be halved {len(widths)} times; name fewer widths")
