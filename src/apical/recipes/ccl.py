@@ -5,8 +5,9 @@ released configuration files: a tenth of the training images held out, test at t
 clipped at norm 1. Where paper and code differ, the code: BP has ELU (the paper says tanh), and no warm-up.
 
 The convolutional rows are those of table 3; each rule has the settings of its own released file. Augmentation pads with
-zeros instead of edge pixels. The autoencoder is the paper's with fewer channels, on CIFAR-10 instead of STL-10, in batches of
-128 instead of 32 and without augmentation, so there is no number to compare with but backpropagation's at the same budget.
+zeros instead of edge pixels. The autoencoder is the paper's with fewer channels, on CIFAR-10 instead of STL-10, in batches
+of 128 instead of 32 and without augmentation, so there is no number to compare with but backpropagation's at the same
+budget.
 """
 
 from dataclasses import replace
