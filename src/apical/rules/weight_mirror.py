@@ -79,7 +79,8 @@ class WeightMirror(EdgeRule):
             for name, layer in self.layers.items():
                 feedback = self.feedback.get_buffer(key(name))
                 noise = torch.randn(self.batch, layer.weight[0].numel(), dtype=feedback.dtype, device=feedback.device)
-                feedback.lerp_(mirror(layer.weight, noise), self.rate)
+                with torch.autocast(feedback.device.type, enabled=False):  # the mirror works in the feedback's own precision
+                    feedback.lerp_(mirror(layer.weight, noise), self.rate)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """One mirror step, then the credit of the batch."""
