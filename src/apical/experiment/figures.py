@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from apical.experiment.figure_style import RC, styles
+from apical.experiment.figures_depth import depth_accuracy, reconstructions
 from apical.experiment.report_records import Array, Comparison, Run
 
 _WIDTH = 3.5
@@ -71,6 +72,15 @@ _LAYER_FIGURES = (
         "Norm of each layer's effective feedback weights divided by the norm of its forward weights; at 1 (dotted) they "
         "are equal.",
     ),
+    _LayerFigure(
+        "pair_cka",
+        "pair_cka",
+        "Likeness of the populations that are paired",
+        "CKA of forward and feedback activity",
+        1.0,
+        "Linear centred kernel alignment of each layer's activity with that of the feedback network at the same depth, on a "
+        "fixed probe batch. At 1 (dotted) both tell the samples apart alike.",
+    ),
 )
 
 
@@ -90,6 +100,11 @@ def draw(comparison: Comparison) -> list[Drawing]:
             drawings.append(render(stem, title, f"{caption} {curves}", _curves(comparison, stem, label)))
         for spec in _LAYER_FIGURES:
             drawings.append(render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
+        for stem, title, caption, figure in (
+            ("depth_accuracy", "Accuracy by depth", _DEPTHS, depth_accuracy(comparison)),
+            ("reconstructions", "Reconstructed images", _IMAGES, reconstructions(comparison)),
+        ):
+            drawings.append(render(stem, title, caption, figure))
     return [drawing for drawing in drawings if drawing is not None]
 
 
@@ -114,6 +129,13 @@ _CONDITION_FIGURES = (
 _CURVES = (
     "Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds; with two, thin lines "
     "show each."
+)
+_DEPTHS = (
+    "Accuracy on the test images of the class read out at each layer, after the last epoch; the last layer is the model's "
+    "own output. Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds."
+)
+_IMAGES = (
+    "The first test images, and below them what the model of each rule makes of them after the last epoch (first seed)."
 )
 _FINAL = "Open symbols: one seed each. Filled symbol and bar: mean ± standard deviation over seeds. Only runs that finished."
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ class Run:
         epochs: number of each recorded epoch, ascending; 0 is before training.
         records: the metrics of each epoch in `epochs`.
         result: contents of result.json, None while the run has not ended.
+        examples: images and what the model made of them, each (n, channels, height, width), where the run kept any.
     """
 
     rule: str
@@ -71,6 +73,7 @@ class Run:
     epochs: tuple[int, ...]
     records: tuple[Mapping[str, Any], ...]
     result: Mapping[str, Any] | None
+    examples: tuple[Array, Array] | None = None
 
     @property
     def finished(self) -> bool:
@@ -187,7 +190,21 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
     result = _read_object(folder / "result.json") if (folder / "result.json").exists() else None
     environment = _read_object(folder / "environment.json")
     epochs = tuple(sorted(records))
-    return Run(rule, seed, config, environment, epochs, tuple(records[epoch] for epoch in epochs), result)
+    kept = tuple(records[epoch] for epoch in epochs)
+    return Run(rule, seed, config, environment, epochs, kept, result, _read_examples(folder / "examples.npz"))
+
+
+def _read_examples(path: Path) -> tuple[Array, Array] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, made = file["images"].astype(np.float64), file["made"].astype(np.float64)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if images.ndim != 4 or made.shape != images.shape:
+        raise CheckpointError(f"{path} is damaged: images of shapes {images.shape} and {made.shape}")
+    return images, made
 
 
 def _read_metrics(path: Path) -> dict[int, Mapping[str, Any]]:

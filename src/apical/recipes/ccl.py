@@ -54,8 +54,9 @@ def _study(
 
 
 _RATES = {"fa": 0.05}
-"""Learning rates other than 1, the released one. FA has the best of the paper's grid for it (0.4 to 0.02) by validation over
-ten epochs, on MNIST and on Fashion-MNIST; at 1 it diverges. On CIFAR-10 CCL diverges at 1, and 0.5 is the next of its grid."""
+"""Learning rates other than 1, the released one. FA has the best of the paper's grid for it (0.4 to 0.02) by validation
+over ten epochs, on MNIST and on Fashion-MNIST; at 1 it diverges. On CIFAR-10 CCL is unstable at 1; 0.5 is next in its
+grid."""
 
 
 def _images(data: str, epochs: int, settings: dict[str, Recipe], published: dict[str, tuple[float, float]]) -> Study:
