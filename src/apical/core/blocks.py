@@ -140,10 +140,11 @@ def _block(calls: Sequence[Call]) -> Block:
 def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | None = None) -> list[nn.Sequential]:
     """The mirror image, from the last block's counterpart down: module i maps (n, *row[-1 - i].shape) to its input's shape.
 
-    A Linear layer becomes a Linear layer; a convolution becomes one from its output to its input channels with the same
-    kernel, behind an upsampling where the block shrinks its images, and strided where it enlarges them. Normalisation and
-    activation are those of the population that is made; that at the input is made by the layer alone. Weights are drawn by
-    PyTorch's own law, biases (where the mirrored layer has one) start at zero.
+    A Linear layer becomes a Linear layer without bias (one bias for the codes of all classes would make them alike). A
+    convolution becomes one from its output to its input channels with the same kernel, behind an upsampling where the block
+    shrinks its images, and strided where it enlarges them. Normalisation and activation are those of the population that is
+    made; that at the input is made by the layer alone. Weights are drawn by PyTorch's own law; a convolution's bias, where
+    the mirrored one has a bias, starts at zero.
 
     Args:
         row: the blocks.
@@ -179,7 +180,7 @@ def _back(block: Block, enlarge: Enlarge) -> list[nn.Module]:
     if isinstance(layer, nn.Linear):
         if len(block.shape) != 1 or layer.out_features != block.shape[0]:
             raise _without_mirror(block, "it does not make one vector per sample")
-        back: list[nn.Module] = [nn.Linear(layer.out_features, math.prod(block.input_shape), bias=bias)]
+        back: list[nn.Module] = [nn.Linear(layer.out_features, math.prod(block.input_shape), bias=False)]
         if len(block.input_shape) != 1:
             back.append(nn.Unflatten(1, block.input_shape))
     else:
