@@ -54,6 +54,7 @@ bench: $(VENV)/.apical-installed-dev
 	@echo "== benchmarks"
 	@$(ONE_THREAD) $(BIN) benchmarks/run.py
 	@$(ONE_THREAD) $(BIN) benchmarks/control.py
+	@$(ONE_THREAD) $(BIN) benchmarks/ccl.py
 	@$(BIN) docs/generate.py
 
 docs: $(VENV)/.apical-installed-dev

@@ -1,27 +1,26 @@
 """Counter-current learning has no backward locking: batch t+1 goes forward while batch t is still being learned.
 
-Every weight belongs to one pair, and a pair is complete as soon as its two activities are (l < L; U_L has the loss):
-
     forward   a_l = phi(a_{l-1} U_l^T)              feedback  b_l = phi(b_{l+1} V_{l+1}^T),  b_L = I (a row per class)
-    pair l    U_l, V_{l+1} -= lr clip(gradient of the inner pair loss (a_l, b_l)), each matrix clipped by its own norm
+    update l  U_l, V_{l+1} -= lr clip(gradient of the inner pair loss of a_l, b_l)            U_L: of the cross-entropy
 
-What must wait for what, with (t) the batch:
+Every matrix is clipped by its own norm: a norm over all of them would be a barrier.
 
-    forward l (t+1)    after  update l (t)                             no other update: U_l is in one pair only
-    feedback  (t+1)    after  update L-1 (t), with it all before it    its first matrix V_L is in the last pair
-    update l  (t)      after  forward l (t) and feedback (t)
+What must wait for what:
 
-So of two workers P goes forward through batch t+1 one layer behind Q, which updates by batch t. P makes the feedback pass
-when update L-1 is done, before its own layer L-1: Q needs the codes next, and has only update L to do until they are there.
-Hence the ideal step takes max(T_P, T_Q), T_P = feedback + forward, T_Q = updates; or max(T_P, T_Q + feedback - update L),
-as the cycle update 1..L-1 -> feedback -> update 1 leaves Q nothing else to do. In backpropagation the first update of a
-batch is that of layer L, so that nothing of this overlaps.
+    forward l (t+1)    after  update l (t)       no other: U_l is in one pair only
+    feedback  (t+1)    after  update L-1 (t)     its first matrix, V_L, is in the last pair
+    update l  (t)      after  forward l (t), feedback (t)
 
-Activities have two buffers, by the parity of t: forward l (t+2) follows update l (t+1), and by then Q is done with batch t.
-The codes need only one. Every operation is the same, on the same shapes, as in the sequential order: so are the weights, bit
-for bit, which is checked. On a CPU the workers are two processes with shared tensors and a semaphore per layer and direction
-(they count steps, order memory, and sleep in the kernel); on a GPU they are two streams with events, launched one by one or
-as a CUDA graph.
+P goes forward through batch t+1 one layer behind Q, which updates by batch t; the feedback pass is P's too, as soon as
+update L-1 is done, for Q then has only update L left to do. So a step takes at least max(T_P, T_Q), where T_P = feedback +
+forward, T_Q = updates ("limit"); the cycle update 1..L-1 -> feedback -> update 1 sharpens that to max(T_P, T_Q + max(0,
+feedback - update L)) ("limit_of_cycle"). In backpropagation the layer that goes forward first is updated last: no overlap.
+
+Activities have two buffers, by the parity of t: forward l (t+2) follows update l (t+1), when Q is done with batch t. All is
+computed by the same operations on the same shapes as in sequence, so weights must be equal bit for bit. On a CPU the workers
+are two processes with shared tensors and semaphores per layer (they count steps, order memory, sleep in the kernel); on a
+GPU two streams with events. "cores" says what a second process is worth at the time: how many times the steps of one are
+done by two that have nothing to do with each other. Where it is well below 2, other jobs took the cores.
 
     python benchmarks/wavefront.py [--out benchmarks/wavefront.json] [--device cuda] [--quick]
 """
@@ -32,14 +31,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.multiprocessing as mp
@@ -52,17 +51,13 @@ from apical.core.activations import pulled_back
 from apical.core.pairing import inner, membership
 
 BATCHES, ELU, SCALE = 8, nn.ELU(), 0.5
-"""An even number of batches, so that a CUDA graph of one round of them keeps the buffers' parity."""
-
-MODELS = {
-    "MLP 784-256x5-10": ("mlp-elu-256-256-256-256-256", (1, 28, 28)),
-    "MLP 3072-1024x3-10": ("mlp-elu-1024-1024-1024", (3, 32, 32)),
+SPINS = 400  # tries before a worker sleeps, about 0.1 ms: waking up costs as much
+MODELS = {  # model, input shape, rounds, timed steps per turn
+    "MLP 784-256x5-10": ("mlp-elu-256-256-256-256-256", (1, 28, 28), 31, 12),
+    "MLP 3072-1024x3-10": ("mlp-elu-1024-1024-1024", (3, 32, 32), 13, 6),
 }
-SPINS = 400
-"""Tries before a worker sleeps, about 0.1 ms: waking up costs as much."""
 
-Key = tuple[str, int]
-"""What a worker has done: ("made", l), ("updated", l) or ("coded", 0)."""
+Key = tuple[str, int]  # what a worker has done: ("made", l), ("updated", l) or ("coded", 0)
 
 
 class PartnerError(RuntimeError):
@@ -88,11 +83,6 @@ class Net:
 
     def tensors(self) -> list[Tensor]:
         return [*self.forth, *self.back, *self.a[0], *self.a[1], *self.b, self.inputs, self.members]
-
-    def share(self) -> "Net":
-        for tensor in self.tensors():
-            tensor.share_memory_()
-        return self
 
     def feedback(self) -> None:
         """G's pass on the codes."""
@@ -138,71 +128,54 @@ def make_net(model: str, shape: tuple[int, ...], batch: int, device: str = "cpu"
     return Net(forth, back, (first, second), b, inputs.to(device), members, **options)
 
 
-def sequential(net: Net, first: int, steps: int) -> None:
-    """The reference: G's pass, F's pass, all updates."""
+def sequential(net: Net, first: int, steps: int, sweep: bool = False) -> None:
+    """The reference: G's pass, F's pass, all updates. Or in one sweep: a layer is updated while its activity is cached."""
     for t in range(first, first + steps):
         net.feedback()
-        for run in (net.forward, net.update):
+        for runs in ((net.forward, net.update),) if sweep else ((net.forward,), (net.update,)):
             for level in range(1, net.last + 1):
-                run(level, t)
+                for run in runs:
+                    run(level, t)
 
 
-def single_sweep(net: Net, first: int, steps: int) -> None:
-    """One process, too, but every layer is updated while its activity is in the cache."""
-    for t in range(first, first + steps):
+def settle(net: Net, signals: Any) -> None:
+    """P waits for all updates of a batch."""
+    for level in range(1, net.last + 1):
+        signals.wait(("updated", level))
+
+
+def lead(schedule: str, net: Net, signals: Any, t: int, fresh: bool) -> None:
+    """P's part of batch t; `fresh`: there are no updates of a batch before to wait for. Every post is waited for once."""
+    ahead = schedule == "wavefront"
+    if not (ahead or fresh):
+        settle(net, signals)
+    for level in range(1, net.last + 1):
+        if ahead and not fresh:
+            signals.wait(("updated", level))
+        if ahead and level == (1 if fresh else net.last - 1):
+            net.feedback()
+            signals.post(("coded", 0))
+        net.forward(level, t)
+        signals.post(("made", level))
+
+
+def follow(schedule: str, net: Net, signals: Any, t: int) -> None:
+    """Q's part of batch t: the updates; where only F and G are concurrent, G's pass before them."""
+    if schedule == "wavefront":
+        signals.wait(("coded", 0))
+    else:
         net.feedback()
         for level in range(1, net.last + 1):
-            net.forward(level, t)
-            net.update(level, t)
-
-
-class Signals(Protocol):
-    """How one worker learns what the other has done; every post is waited for once."""
-
-    def wait(self, key: Key) -> None: ...
-
-    def post(self, key: Key) -> None: ...
-
-
-def keys(last: int) -> list[Key]:
-    return [("coded", 0), *((what, level) for level in range(1, last + 1) for what in ("made", "updated"))]
-
-
-def lead(schedule: str, net: Net, signals: Signals, t: int, fresh: bool) -> None:
-    """P's part of batch t. `fresh`: no batch before it, to whose updates to wait for."""
-    if schedule == "concurrent" and not fresh:
-        signals.wait(("updated", net.last))
-    for level in range(1, net.last + 1):
-        if schedule == "wavefront":
-            if not fresh:
-                signals.wait(("updated", level))
-            if level == (1 if fresh else net.last - 1):
-                net.feedback()
-                signals.post(("coded", 0))
-        net.forward(level, t)
-        if schedule == "wavefront" or level == net.last:
-            signals.post(("made", level))
-
-
-def follow(schedule: str, net: Net, signals: Signals, t: int) -> None:
-    """Q's part of batch t: the updates; if only F and G are concurrent, G's pass before them."""
-    if schedule == "concurrent":
-        net.feedback()
-        signals.wait(("made", net.last))
-    else:
-        signals.wait(("coded", 0))
+            signals.wait(("made", level))
     for level in range(1, net.last + 1):
         if schedule == "wavefront":
             signals.wait(("made", level))
         net.update(level, t)
-        if schedule == "wavefront" or level == net.last:
-            signals.post(("updated", level))
+        signals.post(("updated", level))
 
 
-def settle(schedule: str, net: Net, signals: Signals) -> None:
-    """P waits for the last batch's updates."""
-    for level in range(1 if schedule == "wavefront" else net.last, net.last + 1):
-        signals.wait(("updated", level))
+def keys(last: int) -> list[Key]:
+    return [("coded", 0), *((what, level) for level in range(1, last + 1) for what in ("made", "updated"))]
 
 
 class Semaphores:
@@ -228,13 +201,17 @@ class Semaphores:
 
 
 def serve(nets: dict[str, Net], semaphores: dict[Key, Semaphore], pipe: Connection, patience: float) -> None:
-    """Process Q: runs its part of every turn it is told of, until None or until the pipe is closed."""
+    """Process Q: runs its part of every turn it is told of, until the pipe is closed."""
     torch.set_num_threads(1)
     parent = mp.parent_process()
     signals = Semaphores(semaphores, lambda: parent is not None and parent.is_alive(), patience)
     try:
-        while (turn := pipe.recv()) is not None:
-            schedule, first, steps = turn
+        while True:
+            schedule, first, steps = pipe.recv()
+            if schedule == "apart":
+                sequential(nets[schedule], first, steps)
+                signals.post(("coded", 0))
+                continue
             for t in range(first, first + steps):
                 follow(schedule, nets[schedule], signals, t)
     except EOFError:
@@ -251,6 +228,8 @@ class TwoProcesses:
     def __init__(self, nets: dict[str, Net], patience: float = 60.0) -> None:
         context = mp.get_context("spawn")
         self.nets = nets
+        for tensor in (tensor for net in nets.values() for tensor in net.tensors()):
+            tensor.share_memory_()
         semaphores = {key: context.Semaphore(0) for key in keys(max(net.last for net in nets.values()))}
         self.pipe, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=serve, args=(nets, semaphores, theirs, patience), daemon=True)
@@ -264,10 +243,16 @@ class TwoProcesses:
             self.pipe.send((schedule, first, steps))
             for t in range(first, first + steps):
                 lead(schedule, net, self.signals, t, t == first)
-            settle(schedule, net, self.signals)
+            settle(net, self.signals)
         except (PartnerError, OSError) as error:
             self.close()
             raise PartnerError(f"{error}; its exit code: {self.process.exitcode}") from error
+
+    def apart(self, net: Net, first: int, steps: int) -> None:
+        """A control: both processes train in sequence, each a network of its own."""
+        self.pipe.send(("apart", first, steps))
+        sequential(net, first, steps)
+        self.signals.wait(("coded", 0))
 
     def close(self) -> None:
         self.pipe.close()  # an idle Q ends by that
@@ -289,36 +274,111 @@ class Events:
         torch.cuda.current_stream().wait_event(self.events[key])
 
 
-def two_streams(schedule: str, net: Net, signals: Signals, streams: Iterable[Any], first: int, steps: int) -> None:
-    """Both workers from one host thread. Without streams (None, None) simply in that order, for tests of the schedule."""
-    p, q = streams
-    for stream in (p, q):
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
+def two_streams(schedule: str, net: Net, signals: Any, streams: tuple[Any, Any], first: int, steps: int) -> None:
+    """Queue both workers' parts from one host thread, between synchronisations; with streams (None, None) run them so."""
     for t in range(first, first + steps):
-        with torch.cuda.stream(p):
+        with torch.cuda.stream(streams[0]):
             lead(schedule, net, signals, t, t == first)
-        with torch.cuda.stream(q):
+        with torch.cuda.stream(streams[1]):
             follow(schedule, net, signals, t)
-    settle(schedule, net, signals)
-    for stream in (p, q):
-        if stream is not None:
-            torch.cuda.current_stream().wait_stream(stream)
 
 
-def captured(run: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """The same as a CUDA graph of one round of batches; to be called with whole rounds."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run(0, BATCHES)  # libraries make their workspaces
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(0, BATCHES)
+def bench(title: str, batch: int, device: str, quick: bool) -> dict[str, Any]:
+    """A row: all kinds of steps take turns in every round, each turn with as many steps not timed before it."""
+    model, shape, rounds, times = MODELS[title]
+    rounds, times = (3, 4) if quick else (rounds, times)
+    both = ("wavefront", "concurrent")
+    nets = {kind: make_net(model, shape, batch, device) for kind in ("sequential", "sweep", *both, "alone", "apart")}
+    alone, rule = nets["alone"], apical.Backprop(models.build(model, shape, 10).to(device))
+    optimizer, levels = torch.optim.SGD(rule.parameters(), lr=alone.lr), range(1, alone.last + 1)
+    images, labels = alone.inputs.view(BATCHES, batch, *shape), alone.members.argmax(2)
 
-    def replay(first: int, steps: int) -> None:
-        for _ in range(steps // BATCHES):
-            graph.replay()
+    def bp(first: int, steps: int) -> None:
+        for t in range(first, first + steps):
+            optimizer.zero_grad()
+            rule(images[t % BATCHES], labels[t % BATCHES]).backward()
+            optimizer.step()
 
-    return replay
+    def piece(calls: list[Callable[[], None]], first: int, steps: int) -> None:
+        for call in calls * steps:
+            call()
+
+    turns: dict[str, Callable[[int, int], None]] = {
+        "sequential": partial(sequential, nets["sequential"]),
+        "sweep": partial(sequential, nets["sweep"], sweep=True),
+        "forward": partial(piece, [partial(alone.forward, level, 0) for level in levels]),
+        "feedback": partial(piece, [alone.feedback]),
+        "update": partial(piece, [partial(alone.update, level, 0) for level in levels]),
+        "update_last": partial(piece, [partial(alone.update, alone.last, 0)]),
+        "bp": bp,
+    }
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    workers = None if device == "cuda" else TwoProcesses({kind: nets[kind] for kind in (*both, "apart")})
+    for kind in both:
+        if workers is None:
+            streams = torch.cuda.Stream(), torch.cuda.Stream()
+            turns[kind] = partial(two_streams, kind, nets[kind], Events(alone.last), streams)
+        else:
+            turns[kind] = partial(workers.run, kind)
+    if workers is not None:
+        turns["apart"] = partial(workers.apart, alone)
+    turns = {kind: turns[kind] for kind in ("sequential", "wavefront", *reversed(turns))}  # what is compared is neighbours
+    sequential(alone, 0, 1)  # activities for the pieces
+    ms: dict[str, list[float]] = {kind: [] for kind in turns}
+    gc.disable()
+    for turn in range(rounds):
+        for kind, run in turns.items():
+            run(2 * turn * times, times)
+            wait()
+            start = time.perf_counter()
+            run((2 * turn + 1) * times, times)
+            wait()
+            ms[kind].append(1e3 * (time.perf_counter() - start) / times)
+    gc.enable()
+    if workers is not None:
+        workers.close()
+    weights = {kind: [*net.forth, *net.back] for kind, net in nets.items()}
+    equal = {kind: all(map(torch.equal, weights["sequential"], weights[kind])) for kind in ("sweep", *both)}
+    middle = {kind: statistics.median(values) for kind, values in ms.items()}
+    low, speed_up, high = statistics.quantiles([a / b for a, b in zip(ms["sequential"], ms["wavefront"], strict=True)], n=4)
+    p, q = middle["feedback"] + middle["forward"], middle["update"]
+    cycle = q + max(0.0, middle["feedback"] - middle["update_last"])
+    row: dict[str, Any] = {"model": title, "batch": batch, "device": device, "rounds": rounds, "steps_per_round": times}
+    row |= {f"ms_{kind}": round(value, 4) for kind, value in middle.items()}
+    row |= {"speed_up": round(speed_up, 4), "quartiles": [round(low, 4), round(high, 4)]}
+    row["speed_up_of_minima"] = round(min(ms["sequential"]) / min(ms["wavefront"]), 4)
+    row["limit"] = round(middle["sequential"] / max(p, q), 4)
+    row["limit_of_cycle"] = round(middle["sequential"] / max(p, cycle), 4)
+    if "apart" in ms:
+        row["cores"] = round(statistics.median(2 * a / b for a, b in zip(ms["sequential"], ms["apart"], strict=True)), 4)
+    row |= {"bit_equal": equal["wavefront"], "bit_equal_sweep": equal["sweep"], "bit_equal_concurrent": equal["concurrent"]}
+    return row
+
+
+def main() -> None:
+    from run import environment  # beside this file where it is a script; tests import it from the root
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "wavefront.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: the small model, one batch size, few rounds")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS promises no equal bits on several streams
+    torch.set_num_threads(1)
+    rows = []
+    for title in list(MODELS)[: 1 if options.quick else None]:
+        for batch in (128,) if options.quick else (128, 256):
+            rows.append(bench(title, batch, options.device, options.quick))
+            print(json.dumps(rows[-1]), flush=True)
+    found = {**environment(torch.device(options.device)), "clock": "wall"}
+    text = json.dumps({"environment": found, "rows": rows}, indent=1) + "\n"
+    temporary = options.out.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(options.out)
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,8 +12,8 @@ def setting(row: Row) -> str:
     return f"{row.get('model')}, batch {row.get('batch')}" + (f", {precision}" if precision else "")
 
 
-def benchmark_page(benchmarks: Row, control: Row | None = None) -> str:
-    """The page: `benchmarks` is benchmarks/results.json, `control` benchmarks/control.json; both may be empty."""
+def benchmark_page(benchmarks: Row, control: Row | None = None, ccl: Row | None = None, wavefront: Row | None = None) -> str:
+    """The page, of what results.json, control.json, ccl.json and wavefront.json in benchmarks/ hold; all may be empty."""
     parts = [
         NOTE,
         "# Benchmarks",
@@ -39,7 +39,61 @@ def benchmark_page(benchmarks: Row, control: Row | None = None) -> str:
             parts += [f"### {setting(members[0])}", table(header, lines)]
     environment = benchmarks.get("environment")
     parts += ["## Measured with", facts(environment)] if environment else []
-    return joined([*parts, *control_parts(control or {})])
+    return joined([*parts, *control_parts(control or {}), *ccl_parts(ccl or {}), *wavefront_parts(wavefront or {})])
+
+
+def ccl_parts(ccl: Row) -> list[str]:
+    """The tables of counter-current learning; nothing where nothing was measured."""
+    rows = ccl.get("rows") or []
+    if not rows:
+        return []
+    lines = [
+        [
+            f"{row['model']}, batch {row['batch']}",
+            number(row.get("ms_per_step"), 2),
+            number(row.get("ratio_to_bp"), 3),
+            " to ".join(number(value, 2) for value in row.get("quartiles") or ()),
+            *_judged(row),
+        ]
+        for row in rows
+        if row["rule"] == "ccl"
+    ]
+    return [
+        "## Counter-current learning",
+        "One training step, gradients and plain SGD included, against backpropagation of the same model in the same run.",
+        table(("model", "ms per step", "time / BP", "quartiles", "target", "verdict"), lines),
+        "### Measured with",
+        facts(ccl["environment"]),
+    ]
+
+
+def wavefront_parts(wavefront: Row) -> list[str]:
+    """The table of training without backward locking; nothing where nothing was measured."""
+    rows = wavefront.get("rows") or []
+    if not rows:
+        return []
+    lines = [
+        [
+            f"{row['model']}, batch {row['batch']}",
+            number(row.get("ms_sequential"), 2),
+            number(row.get("ms_wavefront"), 2),
+            number(row.get("speed_up"), 2),
+            number(row.get("limit"), 2),
+            number(row.get("ms_bp"), 2),
+            "yes" if row.get("bit_equal") else "no",
+        ]
+        for row in rows
+    ]
+    return [
+        "### Without backward locking",
+        "Counter-current learning with every tensor clipped by itself, on two processes: one runs the feedback network and "
+        "the forward pass of the next batch, layer by layer, while the other updates the layers behind it. Backpropagation "
+        "cannot, because the first layer's gradient arrives last. *Limit* is the sequential time over that of the busier "
+        "process.",
+        table(
+            ("model", "one process, ms", "two processes, ms", "speed-up", "limit", "BP, one process, ms", "same bits"), lines
+        ),
+    ]
 
 
 def control_parts(control: Row) -> list[str]:

@@ -4,7 +4,7 @@
 
 Tables come from `results/<name>/` (a folder that `apical compare` wrote: summary.json and, where kept, compare.json,
 verdicts.json and figures/; or one that a study of its own wrote: results.json and figures), from single files
-`results/<name>.json`, from `benchmarks/results.json` and `benchmarks/control.json`, and from the command line's own
+`results/<name>.json`, from the JSON files in `benchmarks/`, and from the command line's own
 definitions. What is not there is left out. :func:`outputs` is pure, so that a test can compare what is committed with
 what would be written.
 """
@@ -40,9 +40,9 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     studies = sorted(path.parent for path in (root / "results").glob("*/results.json"))
     files = sorted((root / "results").glob("*.json"))
     benchmarks = load(root / "benchmarks" / "results.json") or {}
-    control = load(root / "benchmarks" / "control.json") or {}
+    control, ccl, wavefront = (load(root / "benchmarks" / f"{name}.json") or {} for name in ("control", "ccl", "wavefront"))
     written = {
-        root / "docs" / "benchmarks.md": benchmark_page(benchmarks, control),
+        root / "docs" / "benchmarks.md": benchmark_page(benchmarks, control, ccl, wavefront),
         root / "docs" / "results" / "index.md": results_index(sorted([*folders, *studies]), files),
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},

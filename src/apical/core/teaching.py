@@ -46,7 +46,9 @@ class Taught:
         self.layer, *rest = self.modules
         self.activation = rest[0] if rest else None
         dense = isinstance(self.layer, nn.Linear) and len(rest) < 2
-        self.has_closed_form = dense and (not rest or isinstance(rest[0], ELEMENTWISE)) and not _in_place(self.activation)
+        self.has_closed_form = (
+            dense and (not rest or isinstance(rest[0], (*ELEMENTWISE, nn.Identity))) and not _in_place(self.activation)
+        )
         self.keeps_v = not isinstance(self.activation, FROM_OUTPUT)
 
     def __call__(self, given: Tensor, learns: bool) -> Activity:

@@ -72,6 +72,9 @@ RULES: dict[str, Style] = {
     "dfc-ssa-fixed": Style("Deep feedback control (linearised steady state, fixed feedback)", "#D9A3C2", "p", _DASH),
     "strong-dfc": Style("Strong deep feedback control", "#1E88E5", "s", _DOT_DASH),
     "ccl": Style("Counter-current learning", "#117733", "D", "-"),
+    "ccl-frozen": Style("CCL, feedback network frozen", "#77AA88", "D", _DASH),
+    "ccl-free": Style("CCL, a classifier per layer", "#6A51A3", "s", _DOT_DASH),
+    "ccl-readout": Style("CCL, only the last layer", "#B0567C", "v", _DOT),
 }
 _FURTHER = (
     ("#7F7F7F", "8", "-"),

@@ -282,7 +282,7 @@ def _layer_scale(panel: Axes, comparison: Comparison, spec: _LayerFigure) -> Non
     if spec.reference == 90.0:
         panel.set_ylim(0, max(100.0, 1.03 * values.max()))
         panel.set_yticks(range(0, 181 if values.max() > 110 else 91, 30))
-    elif values.min() > 0 and values.max() > 5 * values.min():
+    elif spec.key != "pair_cka" and values.min() > 0 and values.max() > 5 * values.min():
         panel.set_yscale("log")
         _plain_log_labels(panel)
     else:

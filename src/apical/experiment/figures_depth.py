@@ -17,7 +17,7 @@ def depth_accuracy(comparison: Comparison) -> Figure | None:
     found = {rule: rows for rule, rows in found.items() if rows}
     if not found:
         return None
-    figure = Figure(figsize=(_WIDTH, 2.6))
+    figure = Figure(figsize=(_WIDTH, 2.9))
     axes, style = figure.add_subplot(), styles(comparison.rules)
     names: list[str] = list(dict.fromkeys(name for rows in found.values() for row in rows for name in row))
     for rule, rows in found.items():
@@ -30,7 +30,7 @@ def depth_accuracy(comparison: Comparison) -> Figure | None:
             axes.fill_between(places, mean - deviation, mean + deviation, color=look.colour, alpha=0.15, linewidth=0)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(xlabel="layer at which classes are read out", ylabel="test accuracy (%)")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2, handletextpad=0.5)
     return figure
 
 

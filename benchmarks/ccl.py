@@ -1,0 +1,107 @@
+"""Time of counter-current learning's training step relative to backpropagation's, measured in one run on one thread.
+
+The perceptrons are those of arXiv 2409.19841 for MNIST and CIFAR-10, the convolutional network that for CIFAR-10: the same
+model for both rules, without normalisation, random images and labels. A step is zero_grad, forward and backward pass and
+plain SGD; the rules take turns as in `benchmarks/run.py`.
+
+    python benchmarks/ccl.py [--out benchmarks/ccl.json] [--only mnist]
+"""
+
+import argparse
+import gc
+import json
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apical
+from apical import models
+from run import environment, timed
+
+# title, model, input shape, batch, rounds, timed steps per turn, most that the ratio may be
+CASES: list[tuple[str, str, tuple[int, ...], int, int, int, float | None]] = [
+    ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 32, 40, 20, None),
+    ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 128, 40, 20, 1.10),
+    ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 256, 40, 12, 1.00),
+    ("CIFAR MLP 3072-1024x3-10", "mlp-elu-1024-1024-1024", (3, 32, 32), 128, 15, 3, None),
+    ("CIFAR CNN 128-128-256-256-512", "cnn-elu-128-128-256-256-512", (3, 32, 32), 128, 7, 1, 1.05),
+]
+
+
+def make_step(rule_name: str, model_name: str, shape: tuple[int, ...], size: int) -> Callable[[], None]:
+    """One full training step."""
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(size, *shape), torch.randint(0, 10, (size,))
+    model = models.build(model_name, shape, 10)
+    rule = apical.Backprop(model) if rule_name == "bp" else apical.CounterCurrentLearning(model, input_shape=shape)
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        rule(inputs, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def bench(case: tuple[str, str, tuple[int, ...], int, int, int, float | None]) -> list[dict[str, Any]]:
+    """Rows of one case."""
+    title, model_name, shape, size, rounds, times, target = case
+    steps = {name: make_step(name, model_name, shape, size) for name in ("bp", "ccl")}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, device = random.Random(0), torch.device("cpu")
+    gc.disable()
+    for _ in range(rounds):
+        for name in order.sample(list(steps), 2):
+            seconds[name].append(timed(steps[name], times, device))
+    gc.enable()
+    ratios = [mine / theirs for mine, theirs in zip(seconds["ccl"], seconds["bp"], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    rows = []
+    for name in steps:
+        middle = quartiles[1] if name == "ccl" else 1.0
+        goal = target if name == "ccl" else None
+        row: dict[str, Any] = {
+            "rule": name,
+            "model": title,
+            "batch": size,
+            "device": "cpu",
+            "precision": "float32",
+            "ms_per_step": round(1e3 * statistics.median(seconds[name]), 4),
+            "ratio_to_bp": round(middle, 4),
+            "quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)] if name == "ccl" else [1.0, 1.0],
+            "target": goal,
+            "within_target": None if goal is None else middle <= goal,
+            "rounds": rounds,
+            "steps_per_round": times,
+        }
+        rows.append(row)
+        print(
+            f"{title:32s} batch {size:4d} {name:4s} {row['ms_per_step']:9.3f} ms  {middle:.3f} x bp  {goal or ''}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "ccl.json")
+    parser.add_argument("--only", default="", help="run the models whose name contains this (case ignored)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for case in CASES if options.only.lower() in case[0].lower() for row in bench(case)]
+    text = json.dumps({"environment": environment(torch.device("cpu")), "rows": rows}, indent=1) + "\n"
+    temporary = options.out.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(options.out)
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

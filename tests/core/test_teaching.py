@@ -1,0 +1,76 @@
+"""Blocks that are taught one by one: closed forms equal autograd; gradients scale, accumulate, and are handed over once."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apical.core.teaching import Taught, Teaching
+
+KINDS = [nn.ELU(), nn.ELU(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Softplus(), nn.Identity(), None]
+
+
+def taught(block: Taught, given: Tensor, signal: Tensor) -> list[Tensor]:
+    """Roots of teaching one block."""
+    teaching = Teaching()
+    with torch.no_grad():
+        teaching.teach(block(given, learns=True), signal)
+    roots, signals = teaching.finish()
+    torch.autograd.backward(roots, signals)
+    return roots
+
+
+@pytest.mark.parametrize("activation", KINDS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_closed_forms_equal_autograd(activation: nn.Module | None, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=bias).double()
+    given, signal = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    modules = [layer] if activation is None else [layer, activation]
+    (root,) = taught(Taught(modules), given, signal)
+    assert type(root.grad_fn).__name__ == "KnownGradientsBackward"
+    found = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    (nn.Sequential(*modules)(given) * signal).sum().backward()
+    for mine, parameter in zip(found, layer.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [nn.Conv1d(2, 3, 3), nn.ReLU()],
+        [nn.Linear(4, 3), nn.ReLU(inplace=True)],
+        [nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU()],
+        [nn.Flatten(), nn.Linear(8, 3)],
+    ],
+    ids=str,
+)
+def test_other_blocks_have_a_graph_that_stops_at_their_input(modules: list[nn.Module]) -> None:
+    given = torch.randn(5, 2, 4, requires_grad=True)
+    if isinstance(modules[0], nn.Linear):
+        given = torch.randn(5, 4, requires_grad=True)
+    block = Taught(modules)
+    made = block(given, learns=True).made
+    taught(block, given, torch.randn_like(made))
+    assert all(parameter.grad is not None for module in modules for parameter in module.parameters())
+    assert given.grad is None
+
+
+def test_known_gradients_scale_and_accumulate_and_serve_once() -> None:
+    layer, given, signal = nn.Linear(4, 3), torch.randn(5, 4), torch.randn(5, 3)
+    teaching = Teaching()
+    with torch.no_grad():
+        teaching.teach(Taught([layer])(given, learns=True), signal)
+    (root,), _ = teaching.finish()
+    (3 * root).backward(retain_graph=True)
+    torch.testing.assert_close(layer.weight.grad, 3 * signal.T @ given)
+    with pytest.raises(RuntimeError, match="used already"):
+        root.backward()
+    taught(Taught([layer]), given, signal)
+    torch.testing.assert_close(layer.weight.grad, 4 * signal.T @ given)
+
+
+def test_without_gradient_nothing_is_kept() -> None:
+    activity = Taught([nn.Linear(4, 3), nn.ELU()])(torch.randn(5, 4), learns=False)
+    assert activity.block is None
+    assert not activity.made.requires_grad
