@@ -32,7 +32,8 @@ def inner(a: Tensor, b: Tensor, members: Tensor, scale: float) -> Pulled:
     """The inner-product loss of a pair: a (batch, d), b (K, d), M (batch, K), scale s."""
     weight = WIDTH * scale / (a.shape[1] * members.numel())
     miss = torch.addmm(members, a, b.T, beta=-1)
-    loss = weight * miss.square().sum()
+    flat = miss.view(-1)
+    loss = torch.dot(flat, flat) * weight
     miss = miss * (2 * weight)
     return loss, miss @ b, miss.T @ a
 

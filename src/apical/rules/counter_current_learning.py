@@ -236,7 +236,7 @@ class CounterCurrentLearning(CreditRule):
         loss = self.loss(output, targets)
         teaching.loss(loss * self._height if self.pair == "match" else loss)
         roots, signals = teaching.finish()
-        return Credit(roots, signals, output, loss, {"local": sum(local, loss.new_zeros(()))})
+        return Credit(roots, signals, output, loss, {"local": torch.stack(local).sum() if local else loss.new_zeros(())})
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""
@@ -266,6 +266,11 @@ class CounterCurrentLearning(CreditRule):
         self, level: int, a: Activity, b: Activity, goals: Tensor, teaching: Teaching, unsure: Tensor | None = None
     ) -> Tensor:
         """Teach the two blocks that meet at a depth; returns the pair's loss."""
+        if self.pair == "inner" and a.block is not None and unsure is None:  # vectors in the weights' own precision
+            loss, for_a, for_b = inner(a.made, b.made, goals, self.scale)
+            teaching.teach(a, for_a)
+            teaching.teach(b, for_b)
+            return loss
         with exact(goals.device.type):
             loss, for_a, for_b = self._pull(level, a.made.detach(), b.made.detach(), goals, unsure)
             teaching.teach(a, for_a)
