@@ -186,7 +186,7 @@ STUDIES: dict[str, Study] = {
         {"bp": (51.92, 0.48), "ccl": (56.29, 0.25)},
     ),
     "ccl-autoencoder": Study(
-        "CCL as an autoencoder of CIFAR-10, 50 epochs",
+        "CCL as an autoencoder of small images",
         "minutes on a GPU, days on one CPU core",
         {
             "bp": Row(
