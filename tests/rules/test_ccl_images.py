@@ -189,6 +189,8 @@ def test_without_pairs_only_the_last_layer_learns() -> None:
     rule(images(), LABELS).backward()
     assert gradients(rule).keys() == {"model.linear.weight"}
     assert list(rule.read_outs(images())) == ["linear"]
+    assert not rule.model.conv1.weight.requires_grad
+    assert rule.detach().conv1.weight.requires_grad
 
 
 def test_a_feedback_network_of_ones_own_is_taken_as_it_is() -> None:

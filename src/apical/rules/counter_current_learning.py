@@ -150,6 +150,17 @@ class CounterCurrentLearning(CreditRule):
             self._draw_orthogonal()
         if isinstance(feedback, str) and feedback == "frozen":
             self.feedback.requires_grad_(False)
+        taught = {id(p) for module in self.row[-1].modules for p in module.parameters()}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in taught]
+        self._still = others if isinstance(feedback, str) and feedback == "none" else []
+        for parameter in self._still:  # several processes wait for every gradient that could come
+            parameter.requires_grad_(False)
+
+    def detach(self) -> nn.Module:
+        """See :meth:`apical.core.credit.CreditRule.detach`; what "none" kept still may learn again."""
+        for parameter in self._still:
+            parameter.requires_grad_(True)
+        return super().detach()
 
     def _feedback(self, feedback: object, enlarge: Enlarge) -> list[nn.Module]:
         """G's modules from the top."""
