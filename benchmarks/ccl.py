@@ -9,7 +9,6 @@ plain SGD; the rules take turns as in `benchmarks/run.py`.
 
 import argparse
 import gc
-import json
 import random
 import statistics
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 
 import apical
 from apical import models
-from run import environment, timed
+from run import environment, save, timed
 
 # title, model, input shape, batch, rounds, timed steps per turn, most that the ratio may be
 CASES: list[tuple[str, str, tuple[int, ...], int, int, int, float | None]] = [
@@ -96,11 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row for case in CASES if options.only.lower() in case[0].lower() for row in bench(case)]
-    text = json.dumps({"environment": environment(torch.device("cpu")), "rows": rows}, indent=1) + "\n"
-    temporary = options.out.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(options.out)
-    print(f"written: {options.out}")
+    save(options.out, {"environment": environment(torch.device("cpu")), "rows": rows})
 
 
 if __name__ == "__main__":

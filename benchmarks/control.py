@@ -10,7 +10,6 @@ alone on the same shapes (its floor).
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import time
@@ -28,7 +27,7 @@ from apical import models
 from apical.core.cut import output_error
 from apical.dynamics import feedback_control as control
 from apical.dynamics.trajectory import Loop, trajectory
-from run import environment, timed
+from run import environment, save, timed
 
 DFC = apical.DeepFeedbackControl
 STRONG = apical.StrongDeepFeedbackControl
@@ -196,10 +195,7 @@ def main() -> None:
     rows += bench(AUTOENCODER, {k: v for k, v in WIDE.items() if "dense" not in k}, max(3, options.rounds // 5), 2)
     walks, solve = simulation(options.rounds), solves(3)
     content = {"environment": environment(torch.device("cpu")), "rows": rows, "simulation": walks, "solve": solve}
-    temporary = options.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(options.out)
-    print(f"written: {options.out}")
+    save(options.out, content)
 
 
 if __name__ == "__main__":

@@ -195,6 +195,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def save(out: Path, content: dict[str, Any]) -> None:
+    """Write measurements, whole or not at all."""
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(out)
+    print(f"written: {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
@@ -211,11 +219,7 @@ def main() -> None:
         if options.only.lower() in case[0].lower():
             for amp in (False,) if device.type == "cpu" else (False, True):
                 rows += bench(case, device, amp)
-    text = json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n"
-    temporary = options.out.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(options.out)
-    print(f"written: {options.out}")
+    save(options.out, {"environment": environment(device), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def bench(title: str, batch: int, device: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    from run import environment  # beside this file where it is a script; tests import it from the root
+    from run import environment, save  # beside this file where it is a script; tests import it from the root
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "wavefront.json")
@@ -373,11 +373,7 @@ def main() -> None:
             rows.append(bench(title, batch, options.device, options.quick))
             print(json.dumps(rows[-1]), flush=True)
     found = {**environment(torch.device(options.device)), "clock": "wall"}
-    text = json.dumps({"environment": found, "rows": rows}, indent=1) + "\n"
-    temporary = options.out.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(options.out)
-    print(f"written: {options.out}")
+    save(options.out, {"environment": found, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -74,3 +74,10 @@ def test_without_gradient_nothing_is_kept() -> None:
     activity = Taught([nn.Linear(4, 3), nn.ELU()])(torch.randn(5, 4), learns=False)
     assert activity.block is None
     assert not activity.made.requires_grad
+
+
+def test_a_block_that_begins_in_place_leaves_its_input_alone() -> None:
+    given = torch.randn(5, 4)
+    before = given.clone()
+    Taught([nn.ReLU(inplace=True), nn.Linear(4, 3)])(given, learns=True)
+    assert torch.equal(given, before)

@@ -12,7 +12,7 @@ import torch
 from apical import data
 from apical.data import Dataset, Split
 from apical.errors import CheckpointError, ConfigError
-from apical.experiment import report
+from apical.experiment import loop, report
 from apical.experiment.distributed import World
 from apical.experiment.loop import Training
 from apical.experiment.optimizer import make_optimizer, scheduled, shape_gradients
@@ -23,7 +23,7 @@ from apical.recipes import at_epoch
 from apical.recipes.rules import make_rule, resolve
 
 
-def gradients(recipe: Recipe, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def gradients(recipe: Recipe, step: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Before and after shaping, of a small perceptron."""
     torch.manual_seed(0)
     rule = make_rule(recipe, torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)))
@@ -37,7 +37,7 @@ def gradients(recipe: Recipe, step: int) -> list[tuple[torch.Tensor, torch.Tenso
 
 def test_gradients_grow_over_the_first_steps() -> None:
     recipe = Recipe(warmup_steps=4)
-    for step, factor in ((0, 0.25), (2, 0.75), (3, 1.0), (9, 1.0)):
+    for step, factor in ((0, 0.25), (2, 0.75), (3, 1.0), (9, 1.0), (None, 1.0)):
         for before, after in gradients(recipe, step):
             torch.testing.assert_close(after, factor * before)
 
@@ -118,3 +118,17 @@ def test_read_outs_are_recorded_and_runs_are_compared_at_an_epoch(
     assert row["verdict"] == "outside ± 0.5"
     assert at_epoch.main([str(tmp_path), "--epoch", "7", "--out", str(out)]) == 2
     assert "no run of ccl reached epoch 7" in capsys.readouterr().err
+
+
+def test_passes_of_the_feedback_weights_have_no_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int | None]] = []
+    recipe = Recipe(rule="dfc-ssa", model="mlp-tanh-8", epochs=2, batch_size=32, feedback_passes=2, warmup_steps=3, probe=0)
+    resolved, notes = resolve(recipe, 96)
+    digits = data.load("digits", train_limit=96, test_limit=50)
+    training = Training(resolved, digits, make_rule, RunFolder(tmp_path), World(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(loop, "shape_gradients", lambda _, __, step: seen.append((training.rule.phase, step)))
+    training.start(resume=False, command="test", notes=notes, environment={})
+    for _ in range(2):
+        training.train_epoch()
+    assert [step for phase, step in seen if phase == "forward"] == list(range(6))
+    assert {step for phase, step in seen if phase == "feedback"} == {None}

@@ -64,7 +64,7 @@ class Taught:
             made = v if self.activation is None else self.activation(v)
             return Activity(made, self, given, v if self.keeps_v else made)
         with torch.set_grad_enabled(learns):
-            given = given.detach()
+            given = given.detach().clone() if _in_place(self.modules[0]) else given.detach()  # others read it too
             for module in self.modules:
                 given = module(given)
         return Activity(given)

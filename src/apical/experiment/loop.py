@@ -228,7 +228,8 @@ class Training:
         with autocast(self.device, self.recipe.amp):
             credit = self.module(inputs, targets)
         credit.backward()
-        shape_gradients(self.optimizer, self.recipe, self.epoch * self.steps_per_epoch + self.step - current.first)
+        done = self.epoch * self.steps_per_epoch + self.step - current.first
+        shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
         self.optimizer.step()
         timer.stop()
         if current.is_main:

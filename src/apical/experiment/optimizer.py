@@ -75,14 +75,14 @@ def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
 
 
 @torch.no_grad()
-def shape_gradients(optimizer: Optimizer, recipe: Recipe, step: int) -> None:
+def shape_gradients(optimizer: Optimizer, recipe: Recipe, step: int | None) -> None:
     """What a recipe does to gradients before the optimiser's step: warm-up, centralisation, clipping, in this order.
 
     Args:
-        step: forward steps before this one, over all epochs.
+        step: forward steps before this one, over all epochs; None in a pass of the feedback weights, which has no warm-up.
     """
-    if step < recipe.warmup_steps or recipe.centralise:
-        factor = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    factor = 1.0 if step is None or step >= recipe.warmup_steps else (step + 1) / recipe.warmup_steps
+    if factor < 1 or recipe.centralise:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad

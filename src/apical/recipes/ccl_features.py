@@ -112,7 +112,7 @@ def draw(found: dict[int, dict[str, Panel]], labels: np.ndarray[Any, Any]) -> Fi
     for line, (update, panels) in zip(grid, found.items(), strict=True):
         for axes, name in zip(line, layers, strict=True):
             samples, codes, cka = panels[name]
-            axes.scatter(*samples.T, s=3, c=labels, cmap=colours, vmin=0, vmax=9, linewidths=0, alpha=0.6)
+            axes.scatter(*samples.T, s=3, c=labels, cmap=colours, vmin=0, vmax=9, linewidths=0, alpha=0.6, rasterized=True)
             axes.scatter(*codes.T, s=30, marker="*", c=np.unique(labels), cmap=colours, vmin=0, vmax=9, ec="k", lw=0.4)
             axes.set_title(f"{name}, CKA {cka:.2f}" if update == next(iter(found)) else f"CKA {cka:.2f}", pad=3)
             axes.set_xticks([])

@@ -241,9 +241,9 @@ class CounterCurrentLearning(CreditRule):
                     local.append(self._meet(level, a, b[level], goals, teaching))
         output = self.row[-1](a.made.detach())
         with torch.no_grad():
-            for level in range(1, len(self.row)) if self.mask and levels else ():
-                unsure = self._unsure(output, targets)
-                local.append(self._meet(level, waiting[level - 1], b[level], goals, teaching, unsure))
+            unsure = self._unsure(output, targets) if self.mask else None
+            for level, activity in enumerate(waiting if levels else (), start=1):
+                local.append(self._meet(level, activity, b[level], goals, teaching, unsure))
         loss = self.loss(output, targets)
         teaching.loss(loss * self._height if self.pair == "match" else loss)
         roots, signals = teaching.finish()
