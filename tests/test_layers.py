@@ -16,11 +16,12 @@ LAYERS = {
     "models": {"models", "errors"},
     "data": {"data", "errors"},
     "diagnostics": {"diagnostics", "dynamics", "core", "errors"},
+    "evolution": {"evolution", "rules", "models", "data", "dynamics", "core", "errors"},
     "testing": {"rules", "dynamics", "core", "errors"},
-    "experiment": {"experiment", "diagnostics", "models", "data", "dynamics", "core", "errors"},
-    "recipes": {"recipes", "experiment", "diagnostics", "models", "data", "rules", "dynamics", "core", "errors"},
+    "experiment": {"experiment", "evolution", "rules", "diagnostics", "models", "data", "dynamics", "core", "errors"},
+    "recipes": {"recipes", "experiment", "evolution", "diagnostics", "models", "data", "rules", "dynamics", "core", "errors"},
 }
-OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests"}  # what core, rules and the sides may use
+OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests", "ray", "evotorch", "gymnasium"}  # what core, rules and the sides may use
 
 
 def imports(path: Path) -> set[str]:

@@ -81,7 +81,12 @@ class CutRule(CreditRule):
     Raises:
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no hidden
             activation is found.
+
+    Attributes:
+        plain_roots: make roots that function transforms (`torch.func`) can follow, as compiled graphs get them.
     """
+
+    plain_roots = False
 
     def __init__(
         self,
@@ -105,6 +110,11 @@ class CutRule(CreditRule):
                 self._hooks.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
             elif where == "activation" and isinstance(module, ACTIVATIONS):
                 self._hooks.append(module.register_forward_hook(partial(self._after_activation, name)))
+
+    @property
+    def takes_signals(self) -> bool:
+        """Whether roots are plain unit outputs, to be given their signals: where a graph is compiled or transformed."""
+        return self.plain_roots or torch.compiler.is_compiling()
 
     def hidden_units(self, inputs: Tensor) -> list[str]:
         """Names of the cuts in the order of execution: the module each belongs to, with "#k" when it is used again.
@@ -150,7 +160,7 @@ class CutRule(CreditRule):
 
     def _cut(self, hidden: Tensor) -> Tensor:
         root = hidden
-        if not torch.compiler.is_compiling():
+        if not self.takes_signals:
             root = cast(Any, TeachingSignal).apply(hidden, self._teacher, len(self._cuts))
         self._cuts.append(Cut(root, hidden.shape, hidden.dtype))
         return hidden.detach()

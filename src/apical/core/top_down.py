@@ -1,0 +1,194 @@
+"""The top-down network of TDCA (arXiv 2208.01416): a small perceptron that hands out credit, and its credit diffusion.
+
+It sees what the learner predicts and what it should have predicted, and nothing else: no activity, no weight, no loss.
+
+    s = [p ; y],   z = V3 tanh(V2 tanh(V1 s + b1) + b2) + b3,   one credit per hidden unit and per output
+
+Credit diffusion: z holds only K values per hidden layer, emitted at sites spread evenly over it, and unit i takes
+
+    c_i = sum_k M_ik z_k,   M_ik ~ exp(-(u_i - s_k)^2 / (2 tau^2)) with rows of sum 1,   u_i = (i + 1/2)/n,  s_k = (k + 1/2)/K
+
+with tau = 1/(2K). The paper's own operator is not known (only its abstract could be read); this is our reading of it. A
+diffusing network serves hidden layers of any width.
+"""
+
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apical.errors import ConfigError, UnsupportedModelError
+
+FORMAT = "apical-teacher-1"
+
+
+def diffusion(units: int, sites: int, tau: float | None = None) -> Tensor:
+    """The kernel M (units, sites) in float64; `tau` is 1/(2 sites) unless given.
+
+    >>> diffusion(4, 2).sum(1)
+    tensor([1., 1., 1., 1.], dtype=torch.float64)
+    """
+    at_units = (torch.arange(units, dtype=torch.double) + 0.5) / units
+    at_sites = (torch.arange(sites, dtype=torch.double) + 0.5) / sites
+    width = 1 / (2 * sites) if tau is None else tau
+    return torch.softmax(-((at_units[:, None] - at_sites) ** 2) / (2 * width**2), dim=1)
+
+
+class TopDownNetwork(nn.Module):
+    """Maps [prediction, target] (batch, 2 outputs) to one credit per hidden unit and per output.
+
+    Args:
+        outputs: of the learner: classes, or numbers it predicts.
+        widths: units (channels) of each hidden layer of the learner, in the order of execution.
+        hidden: units in each of the two hidden layers of this network.
+        sites: emission sites per hidden layer (credit diffusion); None emits one credit per unit.
+
+    Raises:
+        ConfigError: a size is not positive.
+
+    >>> network = TopDownNetwork(10, [100, 100, 100])
+    >>> sum(p.numel() for p in network.parameters())
+    11170
+    >>> sum(p.numel() for p in TopDownNetwork(10, [100, 100, 100], sites=10).parameters())
+    2800
+    """
+
+    def __init__(self, outputs: int, widths: Sequence[int], hidden: int = 30, sites: int | None = None) -> None:
+        super().__init__()
+        if min(outputs, hidden, *widths, sites if sites is not None else 1) < 1:
+            raise ConfigError(
+                f"a top-down network needs positive sizes; got outputs={outputs}, widths={list(widths)}, "
+                f"hidden={hidden}, sites={sites}"
+            )
+        self.outputs, self.widths, self.sites = outputs, tuple(widths), sites
+        emitted = sum(self.emissions) + outputs
+        self.body = nn.Sequential(
+            nn.Linear(2 * outputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, emitted)
+        )
+        for layer in self.body:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        self._kernels: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    @property
+    def emissions(self) -> list[int]:
+        """How many values each hidden layer is sent."""
+        return [width if self.sites is None else self.sites for width in self.widths]
+
+    def check(self, outputs: int, widths: Sequence[int]) -> None:
+        """Refuse a learner whose shape this network cannot serve.
+
+        Raises:
+            UnsupportedModelError: another number of outputs or hidden layers, or, without diffusion, other widths.
+        """
+        wanted = f"a learner with hidden widths {list(widths)} and {outputs} outputs"
+        if outputs != self.outputs or len(widths) != len(self.widths):
+            raise UnsupportedModelError(
+                f"the top-down network was made for {len(self.widths)} hidden layers and {self.outputs} outputs and "
+                f"cannot teach {wanted}; evolve one for it: apical evolve --model ..."
+            )
+        if self.sites is None and tuple(widths) != self.widths:
+            raise UnsupportedModelError(
+                f"the top-down network gives one credit to each unit of hidden layers {list(self.widths)} and cannot teach "
+                f"{wanted}; only one with diffusion (apical evolve --sites K) serves other widths"
+            )
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Emitted values (batch, sum of emissions + outputs) from prediction and target (batch, outputs)."""
+        emitted: Tensor = self.body(torch.cat([prediction, target], 1))
+        return emitted
+
+    def credits(self, emitted: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """Credits (batch, width) of each hidden layer, and (batch, outputs) of the output, from emitted values."""
+        *hidden, last = emitted.split([*self.emissions, self.outputs], dim=1)
+        if self.sites is not None:
+            hidden = [z @ self._kernel(width, z).T for z, width in zip(hidden, widths, strict=True)]
+        return [*hidden, last]
+
+    def _kernel(self, units: int, like: Tensor) -> Tensor:
+        place = (units, like.dtype, like.device)
+        if place not in self._kernels:
+            self._kernels[place] = diffusion(units, self.sites or 1).to(like.device, like.dtype)
+        return self._kernels[place]
+
+    def save(self, path: Path | str, provenance: dict[str, Any] | None = None) -> None:
+        """Write weights, sizes and provenance (anything JSON knows) to one file, which appears whole or not at all."""
+        content = {
+            "format": FORMAT,
+            "outputs": self.outputs,
+            "widths": list(self.widths),
+            "hidden": self.body[0].out_features,
+            "sites": self.sites,
+            "weights": self.state_dict(),
+            "provenance": json.dumps(provenance or {}, sort_keys=True),
+        }
+        path = Path(path)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(buffer.getvalue())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+
+
+def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
+    """The top-down network of a file, and the provenance written beside it.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a (whole) teacher file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT:
+            raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
+        network = TopDownNetwork(content["outputs"], content["widths"], content["hidden"], content["sites"])
+        network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
+        return network, json.loads(content["provenance"])
+    except FileNotFoundError:
+        raise ConfigError(f"there is no teacher file {path}; `apical evolve --out DIR` writes DIR/teacher.pt") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{path} is not a teacher file, or is damaged ({type(error).__name__}): evolve it again"
+        ) from error
+
+
+def parameters_of(outputs: int, widths: Sequence[int], hidden: int, sites: int | None) -> int:
+    """Weights and biases of such a network: (2N+1)H + (H+1)H + (H+1)C."""
+    emitted = outputs + sum(width if sites is None else sites for width in widths)
+    return (2 * outputs + 1) * hidden + (hidden + 1) * hidden + (hidden + 1) * emitted
+
+
+def described(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Prediction and target as the top-down network sees them, both (batch, outputs).
+
+    Class indices: softmax probabilities and one-hot labels. Numbers: the output and the targets themselves.
+    """
+    if targets.is_floating_point():
+        return output.flatten(1), targets.flatten(1).to(output.dtype)
+    label = torch.nn.functional.one_hot(targets, output.shape[1]).to(output.dtype)
+    return torch.softmax(output, 1), label
+
+
+def through_softmax(credit: Tensor, prediction: Tensor) -> Tensor:
+    """Credit on probabilities p pulled back to the logits: `p (c - c.p)`, (batch, classes)."""
+    return prediction * (credit - (credit * prediction).sum(1, keepdim=True))
+
+
+def spread(credit: Tensor, shape: torch.Size) -> Tensor:
+    """Teaching signal of a unit output's shape (batch, units, ...) from its credits.
+
+    A credit per channel is that of the channel's mean activity, so each place of a map gets an equal part of it.
+    """
+    if credit.shape == shape:
+        return credit
+    return (credit / math.prod(shape[2:])).view(*credit.shape, *(1,) * (len(shape) - 2)).expand(shape)

@@ -1,0 +1,164 @@
+"""Evolving a top-down network that trains classifiers: its fitness is how well they do after a lifetime under it.
+
+By default each generation has its own task (a sample of images, of a subset of the classes) and its own initial weights, the
+same for all individuals. "fixed" start values are always those of seed 0, as in the released code.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.top_down import TopDownNetwork
+from apical.errors import ConfigError
+from apical.evolution.population import Lifetime, Population, losses
+from apical.evolution.seeds import seed_of
+from apical.models.catalogue import build
+from apical.rules.top_down_credit_assignment import TopDownCreditAssignment
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled set that tasks are drawn from: images (N, ...), labels (N,) in 0..classes-1."""
+
+    inputs: Tensor
+    targets: Tensor
+    classes: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is evolved, and on which tasks.
+
+    Attributes:
+        model: name of the learners' network.
+        lifetime: how a learner is trained.
+        hidden: units in each hidden layer of the top-down network.
+        sites: emission sites per hidden layer of the learner; None emits a credit per unit.
+        ways: classes per task, drawn anew and numbered anew; None takes all, in their order.
+        examples: training images per task; None takes all there are.
+        tasks: per generation; fitness is their mean.
+        starts: "fresh" initial weights for each task, or "fixed" ones for all.
+        zeros: all initial weights are zero.
+        held_out: fitness is the likelihood of images of the task that were not trained on, instead of those that were.
+        seed: of tasks, initial weights and the first top-down network.
+    """
+
+    model: str = "mlp-tanh-32"
+    lifetime: Lifetime = field(default_factory=Lifetime)
+    hidden: int = 16
+    sites: int | None = None
+    ways: int | None = None
+    examples: int | None = 500
+    tasks: int = 1
+    starts: Literal["fresh", "fixed"] = "fresh"
+    zeros: bool = False
+    held_out: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One task: training and held-out images with labels in 0..ways-1."""
+
+    inputs: Tensor
+    targets: Tensor
+    other_inputs: Tensor
+    other_targets: Tensor
+
+
+class Classification:
+    """The task of evolving, for :class:`apical.evolution.workers.Task`.
+
+    Args:
+        sets: one or several labelled sets of images of one shape; each task takes one, in turn.
+        setting: what is evolved.
+
+    Raises:
+        ConfigError: no image sets, of different shapes or too small, or more classes per task than there are.
+    """
+
+    def __init__(self, sets: list[Images], setting: Setting) -> None:
+        self.sets, self.setting = sets, setting
+        if not sets or len({tuple(s.inputs.shape[1:]) for s in sets}) > 1:
+            raise ConfigError(f"tasks need image sets of one shape; got {[tuple(s.inputs.shape[1:]) for s in sets]}")
+        fewest = min(s.classes for s in sets)
+        if setting.ways is None and len({s.classes for s in sets}) > 1:
+            raise ConfigError("image sets with different numbers of classes need a number of classes per task (ways)")
+        self.outputs = setting.ways or fewest
+        if not 2 <= self.outputs <= fewest:
+            raise ConfigError(f"a task needs 2 to {fewest} classes; got ways={setting.ways}")
+        if setting.examples is not None and setting.examples < 1:
+            raise ConfigError(f"a task needs at least one example; got examples={setting.examples}")
+        self.start = self.population.other.flat(dict(self._first.named_parameters(prefix="teacher")))  # type: ignore[union-attr]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("population", "_first")}
+
+    @cached_property
+    def _first(self) -> TopDownNetwork:
+        return self.network(seed_of(self.setting.seed, "teacher"))
+
+    @cached_property
+    def population(self) -> Population:
+        """Learners of the setting's model, each with a top-down network of its own."""
+        rule = TopDownCreditAssignment(self.learner(0), teacher=self._first)
+        inputs = self.sets[0].inputs[:2]
+        return Population(rule, inputs, torch.zeros(len(inputs), dtype=torch.long), "teacher.")
+
+    def learner(self, seed: int) -> nn.Module:
+        """The setting's model with the initial weights of a seed."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            model = build(self.setting.model, tuple(self.sets[0].inputs.shape[1:]), self.outputs)
+        if self.setting.zeros:
+            for parameter in model.parameters():
+                nn.init.zeros_(parameter)
+        return model
+
+    def network(self, seed: int) -> TopDownNetwork:
+        """An unevolved top-down network for the setting's model."""
+        probe = TopDownCreditAssignment(self.learner(0))
+        x = self.sets[0].inputs[:2]
+        _, cuts, _ = probe.run(x)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return TopDownNetwork(self.outputs, [cut.shape[1] for cut in cuts], self.setting.hidden, self.setting.sites)
+
+    def sample(self, seed: int, which: int = 0) -> Sample:
+        """The task of a seed, from the image set `which` (modulo their number)."""
+        images = self.sets[which % len(self.sets)]
+        generator = torch.Generator().manual_seed(seed)
+        labels, index = images.targets, torch.arange(len(images.targets))
+        if self.setting.ways is not None:
+            chosen = torch.randperm(images.classes, generator=generator)[: self.setting.ways]
+            renumbered = torch.full((images.classes,), -1)
+            renumbered[chosen] = torch.arange(len(chosen))
+            labels = renumbered[images.targets]
+            index = (labels >= 0).nonzero().squeeze(1)
+        order = index[torch.randperm(len(index), generator=generator)]
+        take = len(order) if self.setting.examples is None else self.setting.examples
+        if take > len(order):
+            raise ConfigError(f"{take} examples per task, but {images.name or 'the set'} has {len(order)} of these classes")
+        train, other = order[:take], order[take : 2 * take]
+        return Sample(images.inputs[train], labels[train], images.inputs[other], labels[other])
+
+    def begin(self, seed: int) -> Tensor:
+        """Flat initial weights (n,) of a learner."""
+        return self.population.start(self.learner(0 if self.setting.starts == "fixed" else seed))
+
+    def fitness(self, individuals: Tensor, generation: int) -> Tensor:
+        """Minus the negative log-likelihood after a lifetime, averaged over the generation's tasks: (P,)."""
+        total = individuals.new_zeros(len(individuals))
+        for k in range(self.setting.tasks):
+            task = self.sample(seed_of(self.setting.seed, "task", generation, k), generation * self.setting.tasks + k)
+            start = self.begin(seed_of(self.setting.seed, "start", generation, k))
+            weights = self.population.train(
+                start, individuals, task.inputs, task.targets, self.setting.lifetime, seed=seed_of(generation, k)
+            )
+            x, y = (task.other_inputs, task.other_targets) if self.setting.held_out else (task.inputs, task.targets)
+            total -= losses(self.population.outputs(weights, x), y)
+        return total / self.setting.tasks

@@ -1,0 +1,224 @@
+"""Many learners trained at once: the same rule, other weights, other top-down networks, other learning rates.
+
+A lifetime is the training of one learner from its initial weights for a fixed number of steps. `torch.func.vmap` runs the
+lifetimes of a whole population as one, so that each step costs a few large products instead of many small ones. What is
+mapped is the rule itself, as it is: :class:`Population` knows nothing of top-down networks, and trains learners by
+backpropagation or direct feedback alignment just as well.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.modules.batchnorm import _NormBase
+
+from apical.core.credit import Credit, CreditRule
+from apical.core.cut import CutRule
+from apical.errors import ConfigError, DataError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """How one learner is trained: full batches, or `batch_size` examples a step, the same for all of a population.
+
+    Attributes:
+        steps: updates.
+        lr: step size of the optimiser.
+        optimizer: "adam" (with its default betas) or "sgd" (with momentum 0.9).
+        clip: largest norm of the gradient of all weights together; 0 does not clip.
+        batch_size: examples per step, drawn anew each time; None takes all.
+    """
+
+    steps: int = 50
+    lr: float = 0.02
+    optimizer: Literal["adam", "sgd"] = "adam"
+    clip: float = 1.0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0 or self.clip < 0 or (self.batch_size is not None and self.batch_size < 1):
+            raise ConfigError(f"steps, lr and batch size of a lifetime must be positive, clip not negative; got {self}")
+        if self.optimizer not in ("adam", "sgd"):
+            raise ConfigError(f'the optimizer of a lifetime must be "adam" or "sgd", not {self.optimizer!r}')
+
+
+class Layout:
+    """Between a flat vector and the named tensors that it holds, one after the other."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.size = sum(shape.numel() for shape in self.shapes.values())
+
+    def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """(size,), or (P, size) where each tensor has a leading dimension P."""
+        batch = next(iter(parameters.values())).dim() - len(next(iter(self.shapes.values())))
+        return torch.cat([parameters[name].flatten(batch) for name in self.shapes], dim=-1)
+
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views (..., *shape) of a vector (..., size)."""
+        parts = vector.split([shape.numel() for shape in self.shapes.values()], dim=-1)
+        return {
+            name: part.view(*part.shape[:-1], *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+class Population:
+    """Learners that share one rule and differ in their weights.
+
+    Args:
+        rule: any rule made of PyTorch operations that `torch.func` can follow. Its model keeps its own weights.
+        inputs, targets: an example batch, to find the rule's units with.
+        individual: parameters of the rule, besides the model's, that each learner has its own of: those whose name starts
+            with this, such as "teacher.".
+
+    Raises:
+        UnsupportedModelError: the model keeps running statistics, which learners of a population cannot share.
+    """
+
+    def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, individual: str | None = None) -> None:
+        for name, module in rule.model.named_modules():
+            if isinstance(module, _NormBase) and module.track_running_stats:
+                raise UnsupportedModelError(
+                    f"layer {name!r} ({type(module).__name__}) keeps running statistics, which learners trained at once "
+                    "would share; replace it by GroupNorm, or build it with track_running_stats=False"
+                )
+        self.rule = rule
+        if individual is not None:
+            rule.loss = lambda output, targets: output.new_zeros(())  # top-down networks know none; nobody reads it
+        if isinstance(rule, CutRule):
+            rule.plain_roots = True
+        rule(inputs[:2], targets[:2])  # finds the units, draws what is drawn at the first batch
+        named = dict(rule.named_parameters())
+        self.learner = Layout({name: p for name, p in named.items() if name.startswith("model.") and p.requires_grad})
+        chosen = {name: p for name, p in named.items() if individual is not None and name.startswith(individual)}
+        self.other = Layout(chosen) if chosen else None
+
+    def start(self, model: nn.Module) -> Tensor:
+        """Flat weights (n,) of a model like the rule's own."""
+        return self.learner.flat({f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad})
+
+    @cached_property
+    def _gradients(self) -> Callable[..., dict[str, Tensor]]:
+        def gradient(weights: dict[str, Tensor], other: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            def roots(weights: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+                credit: Credit = functional_call(self.rule, {**weights, **other}, (x, y))
+                signals = (torch.ones_like(r) if s is None else s for r, s in zip(credit.roots, credit.signals, strict=True))
+                return tuple(credit.roots), tuple(signals)
+
+            _, pull_back, signals = vjp(roots, weights, has_aux=True)
+            result: dict[str, Tensor] = pull_back(signals)[0]
+            return result
+
+        return gradient
+
+    def gradients(self, weights: Tensor, other: Tensor | None, inputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
+        """The rule's `.grad` for each learner, (P, n), from weights (P, n) and what else is individual (P, m).
+
+        Args:
+            inputs, targets: one batch for all or, with `own`, one for each: (P, batch, ...).
+        """
+        data = 0 if own else None
+        mapped = vmap(self._gradients, in_dims=(0, 0, data, data))
+        named = self.other.named(other) if self.other is not None and other is not None else {}
+        return self.learner.flat(mapped(self.learner.named(weights), named, inputs, targets))
+
+    def outputs(self, weights: Tensor, inputs: Tensor, own: bool = False) -> Tensor:
+        """Model outputs (P, batch, ...) for weights (P, n)."""
+
+        def forward(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            plain = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            result: Tensor = functional_call(self.rule.model, plain, (x,))
+            return result
+
+        with torch.no_grad():
+            result: Tensor = vmap(forward, in_dims=(0, 0 if own else None))(self.learner.named(weights), inputs)
+        return result
+
+    def train(
+        self,
+        start: Tensor,
+        other: Tensor | None,
+        inputs: Tensor,
+        targets: Tensor,
+        lifetime: Lifetime,
+        *,
+        lr: Tensor | None = None,
+        seed: int = 0,
+        own: bool = False,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Weights (P, n) after a lifetime.
+
+        Args:
+            start: initial weights, (P, n), or (n,) where all learners begin alike.
+            other: what else is individual (P, m), such as the top-down networks; None where nothing is.
+            lr: step size of each learner (P,), instead of the lifetime's.
+            seed: of the mini-batches.
+            own: inputs and targets have a leading dimension P.
+            watch: called before each step, and after the last, with the number of finished steps and the weights (P, n).
+
+        Raises:
+            DataError: a mini-batch is larger than the data.
+        """
+        number = other.shape[0] if other is not None else start.shape[0] if lr is None else lr.shape[0]
+        weights = start.expand(number, -1).clone()
+        generator = torch.Generator().manual_seed(seed)
+        examples = inputs.shape[1 if own else 0]
+        if lifetime.batch_size is not None and lifetime.batch_size > examples:
+            raise DataError(f"batches of {lifetime.batch_size} from {examples} examples: take fewer a step")
+        rates = torch.as_tensor(lifetime.lr if lr is None else lr, dtype=weights.dtype, device=weights.device)
+        step = _optimizer(lifetime, weights, rates.view(-1, 1))
+        for done in range(lifetime.steps):
+            if watch is not None:
+                watch(done, weights)
+            x, y = inputs, targets
+            if lifetime.batch_size is not None:
+                index = torch.randperm(examples, generator=generator)[: lifetime.batch_size].to(inputs.device)
+                x, y = (x[:, index], y[:, index]) if own else (x[index], y[index])
+            gradient = self.gradients(weights, other, x, y, own)
+            if lifetime.clip:
+                norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+                gradient.mul_((lifetime.clip / (norm + 1e-6)).clamp(max=1.0))
+            step(gradient)
+        if watch is not None:
+            watch(lifetime.steps, weights)
+        return weights
+
+
+def _optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Callable[[Tensor], None]:
+    """A function that moves `weights` (P, n) in place along gradients (P, n), as `torch.optim` does with each learner's."""
+    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
+    count = 0
+
+    def adam(gradient: Tensor) -> None:
+        nonlocal count
+        count += 1
+        first.lerp_(gradient, 1 - 0.9)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+        scale = (second.sqrt() / (1 - 0.999**count) ** 0.5).add_(1e-8)
+        weights.sub_(first / scale * (rates / (1 - 0.9**count)))
+
+    def sgd(gradient: Tensor) -> None:
+        first.mul_(0.9).add_(gradient)
+        weights.sub_(first * rates)
+
+    return adam if lifetime.optimizer == "adam" else sgd
+
+
+def losses(outputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
+    """Mean negative log-likelihood (P,) of classes (batch,), or mean squared error of numbers, for outputs (P, batch, ...)."""
+    if targets.is_floating_point():
+        wanted = targets if own else targets.expand_as(outputs)
+        return (outputs - wanted).square().flatten(1).mean(1)
+    logs = torch.log_softmax(outputs, -1)
+    index = (targets if own else targets.expand(outputs.shape[0], -1)).unsqueeze(-1)
+    return -logs.gather(-1, index).squeeze(-1).mean(1)
+
+
+def accuracies(outputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
+    """Fraction of right classes (P,) for outputs (P, batch, classes) and targets (batch,), or (P, batch) with `own`."""
+    return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(1)

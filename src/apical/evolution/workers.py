@@ -1,0 +1,122 @@
+"""Who evaluates a population: this process, or a Ray cluster, chunk by chunk and with the same result.
+
+A chunk is evaluated alone, by whoever takes it, so a result depends on the size of the chunks and on nothing else.
+"""
+
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from apical.errors import ConfigError
+
+
+class Task(Protocol):
+    """What top-down networks are evolved for. It must survive pickling, and hold no state from call to call.
+
+    Attributes:
+        start: weights (D,) that evolution starts from.
+    """
+
+    start: Tensor
+
+    def fitness(self, individuals: Tensor, generation: int) -> Tensor:
+        """Fitness (P,) of individuals (P, D), higher being better; all randomness follows from the generation."""
+        ...
+
+
+class Workers(Protocol):
+    """Evaluates populations, until closed."""
+
+    def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
+        """Fitness (P,) of individuals (P, D)."""
+        ...
+
+    def close(self) -> None:
+        """Let the workers go."""
+        ...
+
+
+class Here:
+    """This process, one chunk after the other.
+
+    Args:
+        chunk: individuals evaluated at once; memory grows with it, and with nothing else of the population.
+    """
+
+    def __init__(self, chunk: int = 64) -> None:
+        self.chunk = _checked(chunk)
+
+    def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
+        """Fitness (P,) of individuals (P, D)."""
+        return torch.cat([task.fitness(part, generation) for part in individuals.split(self.chunk)])
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+class RayWorkers:
+    """A Ray cluster: chunks are sent to whatever worker is free, and sent again when a worker or its machine is lost.
+
+    Args:
+        address: "local" starts Ray on this machine; otherwise the address of a running cluster (`ray start --head`).
+        count: workers on this machine, for "local"; None takes one per core.
+        chunk: individuals per piece of work.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers at the address.
+    """
+
+    def __init__(self, address: str = "local", count: int | None = None, chunk: int = 64) -> None:
+        self.chunk = _checked(chunk)
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError(f"--ray needs Ray: pip install 'apical[evolution]' ({error})") from error
+        self._ray = ray
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        self._started = not ray.is_initialized()
+        if self._started:
+            try:
+                if address == "local":
+                    ray.init(address="local", num_cpus=count, **quiet)
+                else:
+                    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                raise ConfigError(f"no Ray cluster answers at {address!r}: start one with `ray start --head`") from error
+        # However often a worker is lost, its chunk is evaluated again; an error of the task's own is not repeated.
+        self._remote = ray.remote(num_cpus=1, max_retries=-1)(_evaluate)
+        self._sent: tuple[Task, Any] | None = None
+
+    def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
+        """Fitness (P,) of individuals (P, D)."""
+        if self._sent is None or self._sent[0] is not task:
+            self._sent = (task, self._ray.put(task))
+        pending = [self._remote.remote(self._sent[1], part.clone(), generation) for part in individuals.split(self.chunk)]
+        try:
+            return torch.cat(self._ray.get(pending))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        if self._started and self._ray.is_initialized():
+            self._ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _evaluate(task: Task, individuals: Tensor, generation: int) -> Tensor:
+    torch.set_num_threads(1)  # one core per worker
+    return task.fitness(individuals, generation)
+
+
+def _checked(chunk: int) -> int:
+    if chunk < 1:
+        raise ConfigError(f"a chunk has at least one individual; got {chunk}")
+    return chunk
