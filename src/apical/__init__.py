@@ -10,6 +10,7 @@ from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.strong_deep_feedback_control import StrongDeepFeedbackControl
+from apical.rules.top_down_credit_assignment import TopDownCreditAssignment
 from apical.rules.weight_mirror import WeightMirror
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ProductFeedbackAlignment",
     "SignSymmetry",
     "StrongDeepFeedbackControl",
+    "TopDownCreditAssignment",
     "WeightMirror",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command line: `apical compare | train | report | data | list`. Torch is imported only when something is trained."""
+"""The command line: `apical compare | train | evolve | report | data | list`. Torch is imported only when something is trained."""
 
 import os
 import shlex
@@ -119,6 +119,8 @@ class Flags:
     """Training images on which gradients are compared with backprop's after each epoch; 0 is off."""
     checkpoint_steps: Annotated[int | None, _arg("N", "(default: after each epoch)")] = None
     """Save also every N steps within an epoch."""
+    teacher: Annotated[Path | None, _arg("FILE", "(default: one shipped for digits)")] = None
+    """Top-down network of tdca, written by `apical evolve`."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
     """Continue what is in --out."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
@@ -170,6 +172,68 @@ class Train(Flags, TrainFlags):
     """Train one rule; under torchrun, with several processes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evolve:
+    """Evolve a top-down network that hands out credit (tdca); writes teacher.pt."""
+
+    out: Annotated[Path, _arg("DIR", "(required)")]
+    """Folder for the evolution; must be new or empty."""
+    recipe: Annotated[str | None, _arg("NAME")] = None
+    """Take the settings of a committed evolution: digits, ... Options given here go before it."""
+    data: Annotated[tuple[str, ...] | None, _arg("NAME ...", "(default: digits)")] = None
+    """Data sets of one image shape; tasks are drawn from them in turn."""
+    model: Annotated[str | None, _arg("NAME", "(default: mlp-tanh-32)")] = None
+    """Network of the learners; see `apical list models`."""
+    generations: Annotated[int | None, _arg("N", "(default: 100)")] = None
+    """Updates of the search distribution."""
+    population: Annotated[int | None, _arg("N", "(default: 64)")] = None
+    """Top-down networks per generation; even."""
+    strategy: Annotated[Literal["pgpe", "pgpe-clipup", "cem"] | None, _arg("pgpe|pgpe-clipup|cem", "(default: pgpe)")] = None
+    """Evolution strategy."""
+    sigma: Annotated[float | None, _arg("X", "(default: 0.1)")] = None
+    """Initial standard deviation of the search."""
+    step: Annotated[float | None, _arg("X", "(default: 0.3)")] = None
+    """Step size of its centre."""
+    hidden: Annotated[int | None, _arg("N", "(default: 16)")] = None
+    """Units in each hidden layer of the top-down network."""
+    sites: Annotated[int | None, _arg("K", "(default: a credit per unit)")] = None
+    """Credit diffusion: emission sites per hidden layer; the teacher then serves layers of any width."""
+    ways: Annotated[int | None, _arg("N", "(default: all)")] = None
+    """Classes per task, drawn anew for each."""
+    examples: Annotated[int | None, _arg("N", "(default: 256)")] = None
+    """Training images per task; 0 takes all."""
+    tasks: Annotated[int | None, _arg("N", "(default: 1)")] = None
+    """Tasks per generation."""
+    starts: Annotated[Literal["fresh", "fixed"] | None, _arg("fresh|fixed", "(default: fresh)")] = None
+    """Initial weights of the learners: new for every task, or always the same."""
+    zeros: Annotated[bool | None, _arg("True|False", "(default: False)")] = None
+    """Learners start with all weights zero."""
+    held_out: Annotated[bool | None, _arg("True|False", "(default: False)")] = None
+    """Judge learners by images they were not trained on."""
+    steps: Annotated[int | None, _arg("N", "(default: 50)")] = None
+    """Updates in a learner's lifetime."""
+    lr: Annotated[float | None, _arg("RATE", "(default: 0.02)")] = None
+    """Learning rate of the learners."""
+    optimizer: Annotated[Literal["adam", "sgd"] | None, _arg("adam|sgd", "(default: adam)")] = None
+    """Optimiser of the learners; sgd has momentum 0.9."""
+    clip: Annotated[float | None, _arg("NORM", "(default: 1)")] = None
+    """Largest norm of a learner's gradient; 0 is off."""
+    batch_size: Annotated[int | None, _arg("N", "(default: all)")] = None
+    """Images per update of a learner."""
+    chunk: Annotated[int | None, _arg("N", "(default: 32)")] = None
+    """Learners trained at once by a worker: more need more memory."""
+    seed: Annotated[int | None, _arg("N", "(default: 0)")] = None
+    """Seed of tasks, weights and populations."""
+    ray: Annotated[str | None, _arg("local|ADDRESS", "(default: off)")] = None
+    """Share the population among the workers of a Ray cluster: one started here, or one that runs (`ray start --head`)."""
+    workers: Annotated[int | None, _arg("N", "(default: one per core)")] = None
+    """Workers of --ray local."""
+    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Continue what is in --out."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace what is in --out."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Write figures and report.html from what a folder holds."""
@@ -212,6 +276,7 @@ class List:
 Command = (
     Annotated[Compare, subcommand("compare", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
+    | Annotated[Evolve, subcommand("evolve", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Data, subcommand("data", prefix_name=False)]
     | Annotated[List, subcommand("list", prefix_name=False)]
@@ -258,6 +323,10 @@ def _run(parsed: Any, command: str) -> int:
         return commands.compare(parsed, command)
     if isinstance(parsed, Train):
         return commands.train(parsed, command)
+    if isinstance(parsed, Evolve):
+        from apical import evolve_command
+
+        return evolve_command.run(parsed, command)
     if isinstance(parsed, Report):
         commands.write_report(parsed.folder)
     elif isinstance(parsed, Data) and isinstance(parsed.action, DataFetch):

@@ -26,7 +26,16 @@ from apical.experiment.recipe import Recipe
 from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
 from apical.experiment.signals import Interrupted, StopSignals
 from apical.recipes.catalogue import STUDIES
-from apical.recipes.rules import RULES, check_options, find_rule, make_rule, merged, options_for, resolve
+from apical.recipes.rules import (
+    RULES,
+    check_options,
+    constructor_options,
+    find_rule,
+    make_rule,
+    merged,
+    options_for,
+    resolve,
+)
 from apical.recipes.study import Study
 
 if TYPE_CHECKING:
@@ -137,9 +146,19 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
         if schedule in given:
             given.setdefault(f"{schedule}_epochs", ())
     options = given.pop("rule_options", ())
+    if flags.teacher is not None:
+        options = (*options, *_taught_by(flags, rule))
     if not hasattr(flags, "rule"):  # of a comparison: for several rules
         options = options_for(rule, options)
     return replace(recipe, **{**given, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+
+
+def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
+    """The option that gives the rule its teacher file; none for those rules of a comparison that have no teacher."""
+    of_them = getattr(flags, "rules", None) or (rule,)
+    if not any("teacher" in constructor_options(find_rule(each)) for each in of_them):
+        raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; tdca has")
+    return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
 
 
 def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:

@@ -16,6 +16,7 @@ from apical.testing import CHECKS, check_oracle
 PFA = apical.ProductFeedbackAlignment
 DFC = apical.DeepFeedbackControl
 CCL = apical.CounterCurrentLearning
+TDCA = apical.TopDownCreditAssignment
 STRONG = apical.StrongDeepFeedbackControl
 RULES = {
     "bp": apical.Backprop,
@@ -46,6 +47,8 @@ RULES = {
     "ccl-cosine": partial(CCL, pair="cosine"),
     "ccl-spread": partial(CCL, pair="cosine", spread=0.5),
     "ccl-input": partial(CCL, input_pair=True),
+    "tdca": TDCA,
+    "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,
     "strong-dfc-simulate": partial(STRONG, solver="simulate", points=12, sigma=0.0, learn="none"),
     "strong-dfc-noise": partial(STRONG, solver="simulate", points=12, learn="noise"),

@@ -32,7 +32,7 @@ def test_rules_of_chains_refuse_resnet20_by_a_module(name: str) -> None:
     assert any(repr(module) in str(refused.value) for module, _ in model.named_modules() if module)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in CHAINS])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in CHAINS and not name.startswith("tdca")])
 def test_resnet20_trains(name: str) -> None:
     torch.manual_seed(0)
     model = models.build("resnet20", (3, 16, 16), 3)

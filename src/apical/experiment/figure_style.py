@@ -75,6 +75,8 @@ RULES: dict[str, Style] = {
     "ccl-frozen": Style("CCL, feedback network frozen", "#77AA88", "D", _DASH),
     "ccl-free": Style("CCL, a classifier per layer", "#6A51A3", "s", _DOT_DASH),
     "ccl-readout": Style("CCL, only the last layer", "#B0567C", "v", _DOT),
+    "tdca": Style("Top-down credit assignment", "#0B5345", "*", "-"),
+    "tdca-unevolved": Style("TDCA, unevolved", "#6C8EAD", "*", _DOT),
 }
 _FURTHER = (
     ("#7F7F7F", "8", "-"),

@@ -22,6 +22,7 @@ from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.strong_deep_feedback_control import StrongDeepFeedbackControl
+from apical.rules.top_down_credit_assignment import TopDownCreditAssignment
 from apical.rules.weight_mirror import WeightMirror
 
 DECAY = 1e-4
@@ -86,6 +87,13 @@ RULES: dict[str, Entry] = {
     "ccl-readout": Entry(
         CounterCurrentLearning, "ccl, a control: only the last layer learns", {"feedback": "none"}, clip=1.0
     ),
+    "tdca": Entry(
+        TopDownCreditAssignment,
+        "top-down credit assignment: an evolved network hands out credit",
+        {"teacher": "digits"},
+        clip=1.0,
+    ),
+    "tdca-unevolved": Entry(TopDownCreditAssignment, "tdca, a control: the top-down network stays random", clip=1.0),
     "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label", clip=1.0),
 }
 

@@ -97,7 +97,9 @@ class TopDownCreditAssignment(CutRule):
     def signals(self, prediction: Tensor, target: Tensor, cuts: list[Cut], output: Tensor, classes: bool) -> list[Tensor]:
         """Teaching signals of each hidden unit's shape and the output's, for predictions and targets (batch, outputs)."""
         widths = [cut.shape[1] for cut in cuts]
-        teacher = self.teacher if self.teacher is not None else self._unevolved(prediction, widths)
+        if self.teacher is None and (not self._drawn or self._drawn[0].body[0].weight.device != prediction.device):
+            self._draw(prediction.shape[1], widths)
+        teacher = self.teacher if self.teacher is not None else self._drawn[0]
         if isinstance(teacher, TopDownNetwork):
             if not self._checked:
                 teacher.check(prediction.shape[1], widths)
@@ -115,14 +117,12 @@ class TopDownCreditAssignment(CutRule):
         ]
 
     @eagerly
-    def _unevolved(self, prediction: Tensor, widths: list[int]) -> TopDownNetwork:
+    def _draw(self, outputs: int, widths: list[int]) -> None:
         like = next(self.model.parameters())
-        if not self._drawn or self._drawn[0].body[0].weight.device != like.device:
-            with torch.random.fork_rng([]):
-                torch.manual_seed(int(self.seed) % 2**63)
-                drawn = TopDownNetwork(prediction.shape[1], widths, self.hidden, self.sites)
-            self._drawn = [drawn.to(like.device, like.dtype).requires_grad_(False)]
-        return self._drawn[0]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(int(self.seed) % 2**63)
+            drawn = TopDownNetwork(outputs, widths, self.hidden, self.sites)
+        self._drawn = [drawn.to(like.device, like.dtype).requires_grad_(False)]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drawn = []  # the seed changes

@@ -1,0 +1,76 @@
+"""The recipe of one evolution: a frozen dataclass whose fields decide the top-down network that comes out. No torch here."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from apical.errors import ConfigError
+
+FREE_FIELDS = ("generations",)
+"""Fields in which a resumed evolution may differ from the saved one (upwards)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolutionRecipe:
+    """Everything that decides the outcome of one evolution.
+
+    Attributes:
+        data: names of the data sets that tasks are drawn from, in turn; of one image shape.
+        model: name of the learners' network.
+        generations: updates of the search distribution.
+        strategy: name of the evolution strategy.
+        population: individuals per generation.
+        sigma: initial standard deviation.
+        step: step size of the centre.
+        hidden: units in each hidden layer of the top-down network.
+        sites: emission sites per hidden layer of the learner (credit diffusion); 0 gives every unit its own credit.
+        ways: classes per task, drawn anew each time; 0 takes all.
+        examples: training images per task; 0 takes all.
+        tasks: per generation.
+        starts: fresh initial weights for every task, or always the same ("fixed").
+        zeros: learners start with all weights zero.
+        held_out: fitness is the likelihood of images that were not trained on.
+        steps: updates in a lifetime.
+        lr: learning rate in it.
+        optimizer: adam or sgd (momentum 0.9).
+        clip: largest norm of the gradient of all weights.
+        batch_size: images per update; 0 takes all of the task's.
+        chunk: learners trained at once by one worker; memory grows with it.
+        seed: of everything random.
+    """
+
+    data: tuple[str, ...] = ("digits",)
+    model: str = "mlp-tanh-32"
+    generations: int = 100
+    strategy: Literal["pgpe", "pgpe-clipup", "cem"] = "pgpe"
+    population: int = 64
+    sigma: float = 0.1
+    step: float = 0.3
+    hidden: int = 16
+    sites: int = 0
+    ways: int = 0
+    examples: int = 256
+    tasks: int = 1
+    starts: Literal["fresh", "fixed"] = "fresh"
+    zeros: bool = False
+    held_out: bool = False
+    steps: int = 50
+    lr: float = 0.02
+    optimizer: Literal["adam", "sgd"] = "adam"
+    clip: float = 1.0
+    batch_size: int = 0
+    chunk: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "population", "hidden", "tasks", "steps", "chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+        for name in ("sites", "ways", "examples", "batch_size", "seed", "clip"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}")
+        if not self.data:
+            raise ConfigError("--data needs at least one data set")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return {**asdict(self), "data": list(self.data)}

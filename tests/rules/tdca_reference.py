@@ -1,0 +1,83 @@
+"""Top-down credit assignment, slower and less complicated: the specification's equations, one example at a time, in NumPy."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def softmax(v: Array) -> Array:
+    shifted = np.exp(v - v.max())
+    return shifted / shifted.sum()
+
+
+def kernel(units: int, sites: int) -> Array:
+    """M[i, k] = exp(-(u_i - s_k)^2 / (2 tau^2)), rows normalised, tau = 1/(2K)."""
+    m = np.zeros((units, sites))
+    for i in range(units):
+        for k in range(sites):
+            m[i, k] = np.exp(-(((i + 0.5) / units - (k + 0.5) / sites) ** 2) / (2 * (1 / (2 * sites)) ** 2))
+        m[i] /= m[i].sum()
+    return m
+
+
+def credits(teacher: list[tuple[Array, Array]], p: Array, y: Array, widths: list[int], sites: int | None) -> list[Array]:
+    """One credit vector per hidden layer, and one for the softmax layer."""
+    (w1, b1), (w2, b2), (w3, b3) = teacher
+    z = w3 @ np.tanh(w2 @ np.tanh(w1 @ np.concatenate([p, y]) + b1) + b2) + b3
+    out, at = [], 0
+    for width in widths:
+        size = width if sites is None else sites
+        part = z[at : at + size]
+        out.append(part if sites is None else kernel(width, sites) @ part)
+        at += size
+    return [*out, z[at:]]
+
+
+def pseudo_gradients(
+    layers: list[tuple[Array, Array]], teacher: list[tuple[Array, Array]], x: Array, labels: Array, sites: int | None = None
+) -> list[tuple[Array, Array]]:
+    """(g_W, g_v) of each layer of a tanh perceptron with a softmax output, averaged over the batch."""
+    total = [(np.zeros_like(w), np.zeros_like(v)) for w, v in layers]
+    for sample, label in zip(x, labels, strict=True):
+        activities = [sample]
+        for w, v in layers[:-1]:
+            activities.append(np.tanh(w @ activities[-1] + v))
+        w, v = layers[-1]
+        p = softmax(w @ activities[-1] + v)
+        y = np.eye(len(p))[label]
+        *hidden, last = credits(teacher, p, y, [len(v) for _, v in layers[:-1]], sites)
+        errors = [c * (1 - a**2) for c, a in zip(hidden, activities[1:], strict=True)]
+        errors.append(p * (last - (last @ p)))
+        for (g_w, g_v), e, a in zip(total, errors, activities, strict=True):
+            g_w += np.outer(e, a) / len(x)
+            g_v += e / len(x)
+    return total
+
+
+def lifetime(
+    layers: list[tuple[Array, Array]],
+    teacher: list[tuple[Array, Array]],
+    x: Array,
+    labels: Array,
+    *,
+    steps: int,
+    lr: float,
+    clip: float,
+    sites: int | None = None,
+) -> list[tuple[Array, Array]]:
+    """Full-batch Adam on clipped pseudo-gradients."""
+    weights = [array.copy() for layer in layers for array in layer]
+    first, second = [np.zeros_like(w) for w in weights], [np.zeros_like(w) for w in weights]
+    for t in range(1, steps + 1):
+        pairs = list(zip(weights[::2], weights[1::2], strict=True))
+        gradient = [g for pair in pseudo_gradients(pairs, teacher, x, labels, sites) for g in pair]
+        norm = np.sqrt(sum((g**2).sum() for g in gradient))
+        gradient = [g * min(1.0, clip / (norm + 1e-6)) for g in gradient]
+        for i, g in enumerate(gradient):
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.999 * second[i] + 0.001 * g**2
+            weights[i] = weights[i] - lr * (first[i] / (1 - 0.9**t)) / (np.sqrt(second[i] / (1 - 0.999**t)) + 1e-8)
+    return list(zip(weights[::2], weights[1::2], strict=True))

@@ -1,0 +1,280 @@
+"""Top-down credit assignment against its equations, its limit, and what the specification says follows from them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tdca_reference as reference
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apical
+from apical import models
+from apical.core.top_down import TopDownNetwork, diffusion, load, parameters_of
+from apical.errors import ConfigError, UnsupportedModelError
+from apical.testing import dense_network, residual_network
+
+Rule = apical.TopDownCreditAssignment
+
+
+def perceptron(sizes: tuple[int, ...] = (6, 5, 4, 3)) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1])).double()
+
+
+def batch(size: int = 7, features: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(size, features, dtype=torch.double, generator=draw), torch.arange(size) % classes
+
+
+def arrays(module: nn.Module) -> list[tuple[Any, Any]]:
+    return [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+class Recorded(nn.Module):
+    """Hands out credits that are known beforehand."""
+
+    def __init__(self, credits: list[Tensor]) -> None:
+        super().__init__()
+        self.credits = credits
+
+    def forward(self, prediction: Tensor, target: Tensor) -> list[Tensor]:
+        return self.credits
+
+
+@pytest.mark.parametrize("sites", [None, 1, 3])
+def test_equals_the_equations_one_example_at_a_time(sites: int | None) -> None:
+    torch.manual_seed(0)
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8, sites=sites).double()
+    nn.init.normal_(teacher.body[0].bias)
+    x, y = batch()
+    Rule(model, teacher=teacher)(x, y).backward()
+    expected = reference.pseudo_gradients(arrays(model), arrays(teacher.body), x.numpy(), y.numpy(), sites)
+    for layer, (g_w, g_v) in zip([m for m in model if isinstance(m, nn.Linear)], expected, strict=True):
+        np.testing.assert_allclose(layer.weight.grad, g_w, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(layer.bias.grad, g_v, rtol=0, atol=1e-14)
+
+
+def exact_credits(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """`B dL/da` of every activation in the order of execution and of the probabilities, and BP's gradients."""
+    seen: list[Tensor] = []
+    kinds = (nn.ReLU, nn.Tanh)
+    hooks = [m.register_forward_hook(lambda m, i, o: seen.append(o)) for m in model.modules() if isinstance(m, kinds)]
+    p = torch.softmax(model(x), 1)
+    for hook in hooks:
+        hook.remove()
+    loss = -p[torch.arange(len(y)), y].log().mean()
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, [*seen, p, *parameters.values()])
+    credits = [len(y) * g for g in found[: len(seen) + 1]]
+    return credits, dict(zip(parameters, found[len(seen) + 1 :], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dense", "residual", "lenet", "mlp-residual"])
+def test_with_the_signals_of_backpropagation_it_is_backpropagation(kind: str) -> None:
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(1)
+    model, shape = {
+        "dense": lambda: (dense_network(), (6,)),
+        "residual": lambda: (residual_network(), (2, 8, 8)),
+        "lenet": lambda: (models.build("lenet", (1, 28, 28), 4).double(), (1, 28, 28)),
+        "mlp-residual": lambda: (models.build("mlp-residual-6-6-6", (5,), 4).double(), (5,)),
+    }[kind]()
+    x, y = torch.randn(6, *shape, dtype=torch.double, generator=draw), torch.arange(6) % 4
+    credits, gradients = exact_credits(model, x, y)
+    Rule(model, teacher=Recorded(credits))(x, y).backward()
+    for name, parameter in model.named_parameters():
+        scale = max(1.0, float(gradients[name].abs().max()))
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-12 * scale, name
+
+
+def test_update_is_the_gradient_of_credit_times_activity_with_the_input_held() -> None:
+    torch.manual_seed(0)
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8).double()
+    x, y = batch()
+    rule = Rule(model, teacher=teacher)
+    rule(x, y).backward()
+    with torch.no_grad():
+        below = model[1](model[0](x))
+        p = torch.softmax(model(x), 1)
+        credit = teacher.credits(teacher(p, F.one_hot(y, 3).double()), [5, 4])[1]
+
+        def value() -> float:
+            return float((credit * model[3](model[2](below))).sum() / len(x))
+
+        for index in [(0, 0), (1, 4), (3, 2)]:
+            step, weight = 1e-6, model[2].weight
+            weight[index] += step
+            up = value()
+            weight[index] -= 2 * step
+            slope = (up - value()) / (2 * step)
+            weight[index] += step
+            assert abs(slope - weight.grad[index]) < 1e-8
+
+
+def test_a_layers_update_depends_on_the_weights_above_only_through_the_prediction() -> None:
+    torch.manual_seed(0)
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8).double()
+    x, y = batch()
+    rule = Rule(model, teacher=teacher)
+    rule(x, y).backward()
+    kept = model[0].weight.grad.clone()
+    p = torch.softmax(model(x), 1).detach()
+    above = [w.detach().clone() for w in model[2].parameters()]
+    for held in (True, False):
+        model.zero_grad()
+        with torch.no_grad():
+            for w, old in zip(model[2].parameters(), above, strict=True):
+                w.copy_(old + 0.5)
+        if held:
+            rule.signals, signals = (lambda prediction, *rest, **named: signals(p, *rest, **named)), rule.signals
+        rule(x, y).backward()
+        if held:
+            assert torch.equal(model[0].weight.grad, kept)
+            rule.signals = signals
+    assert not torch.equal(model[0].weight.grad, kept)  # with a prediction of its own, it does change
+
+
+def test_a_constant_added_to_all_output_credits_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8).double()
+    x, y = batch()
+    rule = Rule(model, teacher=teacher)
+    rule(x, y).backward()
+    kept = model[4].weight.grad.clone()
+    model.zero_grad()
+    with torch.no_grad():
+        teacher.body[4].bias[-3:] += 7.0
+    rule(x, y).backward()
+    assert (model[4].weight.grad - kept).abs().max() < 1e-14
+    assert kept.abs().max() > 1e-3
+
+
+def test_from_zero_weights_backpropagation_is_stuck_and_credit_is_not() -> None:
+    torch.manual_seed(0)
+    x, y = batch()
+    moved = {}
+    for name in ("bp", "tdca"):
+        model = perceptron()
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        teacher = TopDownNetwork(3, [5, 4], hidden=8).double()
+        rule = apical.Backprop(model) if name == "bp" else Rule(model, teacher=teacher)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            rule(x, y).backward()
+            optimizer.step()
+        moved[name] = [float(layer.weight.detach().abs().max()) for layer in model if isinstance(layer, nn.Linear)]
+    assert moved["bp"] == [0.0, 0.0, 0.0]
+    assert min(moved["tdca"]) > 1e-6
+
+
+def test_numbers_as_targets_pass_no_softmax() -> None:
+    torch.manual_seed(0)
+    model = perceptron()
+    x, _ = batch()
+    y = torch.randn(7, 3, dtype=torch.double)
+    output = model(x)
+    output.retain_grad()
+    F.mse_loss(output, y).backward()
+    exact = [p.grad.clone() for p in model[4].parameters()]
+    credit = len(x) * output.grad
+    model.zero_grad()
+    silent = [torch.zeros(7, 5, dtype=torch.double), torch.zeros(7, 4, dtype=torch.double)]
+    Rule(model, F.mse_loss, teacher=Recorded([*silent, credit]))(x, y).backward()
+    for parameter, wanted in zip(model[4].parameters(), exact, strict=True):
+        assert (parameter.grad - wanted).abs().max() < 1e-14
+    assert model[0].weight.grad.abs().max() == 0
+
+
+def test_credit_of_a_channel_is_that_of_its_mean_activity() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 2)).double()
+    x, y = torch.randn(5, 1, 6, 6, dtype=torch.double), torch.arange(5) % 2
+    credit = torch.randn(5, 3, dtype=torch.double)
+    Rule(model, teacher=Recorded([credit, torch.zeros(5, 2, dtype=torch.double)]))(x, y).backward()
+    got = model[0].weight.grad.clone()
+    model.zero_grad()
+    (model[1](model[0](x)).mean((2, 3)) * credit).sum().div(5).backward()
+    assert (got - model[0].weight.grad).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize(("units", "sites"), [(10, 3), (5, 5), (3, 8)])
+def test_diffusion_kernel(units: int, sites: int) -> None:
+    np.testing.assert_allclose(diffusion(units, sites), reference.kernel(units, sites), rtol=0, atol=1e-15)
+    assert (diffusion(units, sites).sum(1) - 1).abs().max() < 1e-15
+
+
+def test_as_many_narrow_sites_as_units_do_not_diffuse() -> None:
+    assert (diffusion(6, 6, tau=1e-3) - torch.eye(6)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("sites", "count"), [(None, 11_170), (10, 2_800), (1, 1_963)])
+def test_parameter_counts_of_the_specification(sites: int | None, count: int) -> None:
+    network = TopDownNetwork(10, [100, 100, 100], 30, sites)
+    assert sum(p.numel() for p in network.parameters()) == count == parameters_of(10, [100, 100, 100], 30, sites)
+
+
+def test_only_the_model_learns() -> None:
+    rule = Rule(perceptron(), teacher=TopDownNetwork(3, [5, 4], hidden=8).double())
+    assert [name for name, p in rule.named_parameters() if p.requires_grad and not name.startswith("model.")] == []
+
+
+def test_silent_teaches_the_last_layer_alone() -> None:
+    model = perceptron()
+    Rule(model, teacher=TopDownNetwork(3, [5, 4], hidden=8).double(), silent=True)(*batch()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["4.weight", "4.bias"]
+
+
+def test_teacher_file_round_trip_and_another_width(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = TopDownNetwork(3, [5, 4], hidden=8, sites=2)
+    teacher.save(tmp_path / "teacher.pt", {"from": "a test"})
+    again, provenance = load(tmp_path / "teacher.pt")
+    assert provenance == {"from": "a test"}
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), again.parameters(), strict=True))
+    wide = perceptron((6, 50, 40, 3)).float()
+    x, y = batch()
+    Rule(wide, teacher=tmp_path / "teacher.pt")(x.float(), y).backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in wide.parameters())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (TopDownNetwork(3, [5], hidden=8), "1 hidden layers and 3 outputs"),
+        (TopDownNetwork(4, [5, 4], hidden=8), "2 hidden layers and 4 outputs"),
+        (TopDownNetwork(3, [5, 9], hidden=8), "only one with diffusion"),
+    ],
+)
+def test_a_teacher_made_for_another_network_is_refused(teacher: TopDownNetwork, said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        Rule(perceptron(), teacher=teacher)(*batch())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a teacher", None])
+def test_a_damaged_or_missing_teacher_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "teacher.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="teacher"):
+        Rule(perceptron(), teacher=path)
+
+
+def test_a_checkpoint_is_no_teacher(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match="not a teacher file"):
+        Rule(perceptron(), teacher=tmp_path / "other.pt")
+
+
+def test_sizes_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="positive sizes"):
+        TopDownNetwork(3, [5, 0])
+    with pytest.raises(ConfigError, match="positive sizes"):
+        TopDownNetwork(3, [5], sites=0)
+
