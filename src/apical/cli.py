@@ -208,6 +208,8 @@ class Evolve:
     """Initial weights of the learners: new for every task, or always the same."""
     zeros: Annotated[bool | None, _arg("True|False", "(default: False)")] = None
     """Learners start with all weights zero."""
+    quiet: Annotated[bool | None, _arg("True|False", "(default: False)")] = None
+    """Start from a top-down network that gives no credit to hidden units."""
     held_out: Annotated[bool | None, _arg("True|False", "(default: False)")] = None
     """Judge learners by images they were not trained on."""
     steps: Annotated[int | None, _arg("N", "(default: 50)")] = None

@@ -175,7 +175,7 @@ def described(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     if targets.is_floating_point():
         return output.flatten(1), targets.flatten(1).to(output.dtype)
-    label = torch.nn.functional.one_hot(targets, output.shape[1]).to(output.dtype)
+    label = (targets.unsqueeze(1) == torch.arange(output.shape[1], device=targets.device)).to(output.dtype)
     return torch.softmax(output, 1), label
 
 

@@ -43,6 +43,7 @@ class Setting:
         tasks: per generation; fitness is their mean.
         starts: "fresh" initial weights for each task, or "fixed" ones for all.
         zeros: all initial weights are zero.
+        quiet: the first top-down network gives no credit to hidden units; they start as random features.
         held_out: fitness is the likelihood of images of the task that were not trained on, instead of those that were.
         seed: of tasks, initial weights and the first top-down network.
     """
@@ -56,6 +57,7 @@ class Setting:
     tasks: int = 1
     starts: Literal["fresh", "fixed"] = "fresh"
     zeros: bool = False
+    quiet: bool = False
     held_out: bool = False
     seed: int = 0
 
@@ -126,7 +128,12 @@ class Classification:
         _, cuts, _ = probe.run(x)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return TopDownNetwork(self.outputs, [cut.shape[1] for cut in cuts], self.setting.hidden, self.setting.sites)
+            widths = [cut.shape[1] for cut in cuts]
+            network = TopDownNetwork(self.outputs, widths, self.setting.hidden, self.setting.sites)
+        if self.setting.quiet:
+            with torch.no_grad():
+                network.body[-1].weight[: -self.outputs] = 0  # type: ignore[index, operator]
+        return network
 
     def sample(self, seed: int, which: int = 0) -> Sample:
         """The task of a seed, from the image set `which` (modulo their number)."""

@@ -28,6 +28,7 @@ class EvolutionRecipe:
         tasks: per generation.
         starts: fresh initial weights for every task, or always the same ("fixed").
         zeros: learners start with all weights zero.
+        quiet: the first top-down network gives no credit to hidden units.
         held_out: fitness is the likelihood of images that were not trained on.
         steps: updates in a lifetime.
         lr: learning rate in it.
@@ -52,6 +53,7 @@ class EvolutionRecipe:
     tasks: int = 1
     starts: Literal["fresh", "fixed"] = "fresh"
     zeros: bool = False
+    quiet: bool = False
     held_out: bool = False
     steps: int = 50
     lr: float = 0.02

@@ -191,6 +191,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         tasks=recipe.tasks,
         starts=recipe.starts,
         zeros=recipe.zeros,
+        quiet=recipe.quiet,
         held_out=recipe.held_out,
         seed=recipe.seed,
     )

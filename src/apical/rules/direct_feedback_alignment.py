@@ -70,13 +70,13 @@ class DirectFeedbackAlignment(CutRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose roots carry `B_l e` to the hidden units' outputs, and the model's output with `e`."""
         output, cuts, teacher = self.run(inputs)
-        loss, error = output_error(self.loss, output, targets)
+        loss, error = output_error(self.loss, output, targets, traced=self.plain_roots)
         errors, names = error.flatten(1), self.hidden_units(inputs)
         for name, cut in zip(names, cuts, strict=True):
             if key(name) not in self.feedback._buffers:
                 self._draw(name, self._size(name, cut.shape, errors), output.device)
         signals: list[Tensor | None] = []
-        if torch.compiler.is_compiling():
+        if self.takes_signals:
             signals = [self.signal(name, cut, errors) for name, cut in zip(names, cuts, strict=True)]
         else:
             teacher.signal = lambda index, scale: self.signal(names[index], cuts[index], errors * scale)
