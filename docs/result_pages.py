@@ -181,6 +181,9 @@ def study_page(folder: Path) -> str:
     if results.get("curves"):
         parts += ["## At the end of training", final_values(results["curves"], results.get("measures") or {})]
     parts += figures(folder, folder.name)
+    for each in results.get("tables") or []:
+        first = next((i for i, cell in enumerate(each["rows"][0]) if cell[:1].isdigit()), len(each["header"]))
+        parts += [f"## {each['title']}", each["note"], table(each["header"], each["rows"], numeric_from=first)]
     for name in ("checks", "settings", "environment"):
         parts += [f"## {name.capitalize()}", facts(results[name])] if flat(results.get(name) or {}) else []
     return joined(parts)
@@ -195,7 +198,7 @@ def _study_verdicts(results: Row) -> list[str]:
                 f"`{row['rule']}`" if row["rule"] else "-",
                 row["what"],
                 row["mark"],
-                significant(row["mean"]) + (f" ± {significant(row['std'], 2)}" if row["std"] is not None else ""),
+                _measured(row),
                 str(row["n"] or "-"),
                 row["source"],
                 row["verdict"],
@@ -213,6 +216,13 @@ def _study_verdicts(results: Row) -> list[str]:
         ]
         parts += ["### Against the axes of the authors' plots", table(("measure", "axis", "mean curves", "verdict"), axes)]
     return parts
+
+
+def _measured(row: Row) -> str:
+    """A mean with its standard deviation or, where there is one, its interval."""
+    if row.get("low") is not None:
+        return f"{significant(row['mean'])} [{significant(row['low'], 3)}, {significant(row['high'], 3)}]"
+    return significant(row["mean"]) + (f" ± {significant(row['std'], 2)}" if row["std"] is not None else "")
 
 
 def _range(limits: Sequence[float] | None) -> str:

@@ -214,7 +214,9 @@ def test_perceptron() -> None:
     (w, b), *_ = network.layers(start[None])
     assert w.abs().max() <= (6 / 16) ** 0.5
     assert not bool(b.any())
-    modules = torch.nn.Sequential(torch.nn.Linear(4, 12), torch.nn.Tanh(), torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 2))
+    modules = torch.nn.Sequential(
+        torch.nn.Linear(4, 12), torch.nn.Tanh(), torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 2)
+    )
     vector = torch.nn.utils.parameters_to_vector(modules.parameters()).detach()
     x = torch.randn(7, 4)
     torch.testing.assert_close(evaluate(network.layers(vector[None]), x.T[None])[0].T, modules(x).detach())

@@ -108,7 +108,9 @@ def test_other_environments_run_with_settings(name: str) -> None:
         assert bool(ended.all()) == (step == 14)
         if step == 0:
             assert not np.array_equal(observations[0], observations[1])
-    task = Reinforcement(Setting(name, ranges={setting: (0.9 * values[0], values[0])}, lifetime=Lifetime(2), steps=9, last=1))
+    task = Reinforcement(
+        Setting(name, ranges={setting: (0.9 * values[0], values[0])}, lifetime=Lifetime(2), steps=9, last=1)
+    )
     assert task.fitness(task.start[None], 0).tolist() == [-9.0]  # nobody is done within 9 steps
 
 
@@ -188,10 +190,18 @@ def test_advantages_by_hand() -> None:
 def alone(task: Reinforcement, start: Tensor, vector: Tensor, individual: int, seed: int) -> tuple[list[float], Tensor]:
     """One individual's lifetime, episode by episode and step by step, from the equations."""
     setting = task.setting
-    policy = torch.nn.Sequential(torch.nn.Linear(4, setting.units), torch.nn.Tanh(), torch.nn.Linear(setting.units, 2)).double()
+    policy = torch.nn.Sequential(
+        torch.nn.Linear(4, setting.units), torch.nn.Tanh(), torch.nn.Linear(setting.units, 2)
+    ).double()
     H = setting.hidden
     teacher = torch.nn.Sequential(
-        *(torch.nn.Linear(5, H), torch.nn.Tanh(), torch.nn.Linear(H, H), torch.nn.Tanh(), torch.nn.Linear(H, setting.units + 2))
+        *(
+            torch.nn.Linear(5, H),
+            torch.nn.Tanh(),
+            torch.nn.Linear(H, H),
+            torch.nn.Tanh(),
+            torch.nn.Linear(H, setting.units + 2),
+        )
     ).double()
     torch.nn.utils.vector_to_parameters(start.clone(), policy.parameters())
     torch.nn.utils.vector_to_parameters(vector, teacher.parameters())
@@ -217,7 +227,9 @@ def alone(task: Reinforcement, start: Tensor, vector: Tensor, individual: int, s
                     break
             episodes.append(steps)
         curve.append(sum(len(steps) for steps in episodes) / setting.episodes)
-        togo = [[sum(setting.discount ** (k - t) * s[k][4] for k in range(t, len(s))) for t in range(len(s))] for s in episodes]
+        togo = [
+            [sum(setting.discount ** (k - t) * s[k][4] for k in range(t, len(s))) for t in range(len(s))] for s in episodes
+        ]
         longest = max(map(len, togo))
         mean = [sum(g[t] for g in togo if t < len(g)) / setting.episodes for t in range(longest)]
         centred = [[g[t] - mean[t] for t in range(len(g))] for g in togo]

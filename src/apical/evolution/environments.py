@@ -61,7 +61,9 @@ class Environments:
             _set_attributes(self.vector.envs, each, name)
         actions, observations = self.vector.single_action_space, self.vector.single_observation_space
         if not isinstance(actions, gymnasium.spaces.Discrete) or len(observations.shape or ()) != 1:
-            raise ConfigError(f"{name} needs discrete actions and observations that are vectors; it has {actions}, {observations}")
+            raise ConfigError(
+                f"{name} needs discrete actions and observations that are vectors; it has {actions}, {observations}"
+            )
         self.actions, self.observations = int(actions.n), int(observations.shape[0])
         self._offset = int(actions.start)
 

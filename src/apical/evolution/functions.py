@@ -8,9 +8,9 @@ T, a perceptron, sees one of two inputs s, of which neither holds a gradient:
     relative   [u ; tanh(10 df / level) ; l]     u = tanh(T) of the last step, df the change of f that it made
 
 With "absolute" it can learn by heart where the minimum lies; so "relative" ones are evolved, and both are tested, on
-functions whose minimum is shifted anew for every start. Each function is 0 at its minima. The learner's coordinates are those
-of the function divided by a unit, so that the box of starts covers the usual domain; where the unit is 1, the usual numbers
-hold. arXiv 2208.01416 names no function and no input (only its abstract could be read): all of this is our choice.
+functions whose minimum is shifted anew for every start. Each function is 0 at its minima. The learner's coordinates are
+those of the function divided by a unit, so that the box of starts covers the usual domain; where the unit is 1, the usual
+numbers hold. arXiv 2208.01416 names no function and no input (only its abstract could be read): all of this is our choice.
 """
 
 import math
@@ -270,7 +270,7 @@ def best_of_random(function: Function, starts: Tensor, shifts: Tensor, seed: int
 
 
 def basin(function: Function, points: Tensor, shifts: Tensor, longest: float = 0.03, steps: int = 300) -> Tensor:
-    """The minimum (S, d) that short steps straight downhill from points (S, d) lead to; only steps that lower f are taken."""
+    """The minimum (S, d) that short steps straight downhill from points (S, d) lead to; only steps that lower f count."""
     x, length = points.clone(), points.new_full((len(points), 1), longest)
     value = function(x - shifts)
     for _ in range(steps):

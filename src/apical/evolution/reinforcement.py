@@ -1,8 +1,8 @@
 """Top-down networks evolved to train policies by credits alone, on gymnasium's environments with discrete actions.
 
 A lifetime is 20 updates of a policy `pi = softmax(W2 tanh(W1 o + v1) + v2)`, each from 4 episodes. For every time step, with
-the action y (one-hot) that was taken and its advantage a, the top-down network turns `[pi ; y ; a]` into credits: c_h for the
-hidden units, c_o for the probabilities. Averaged over all time steps of the update (arXiv 2208.01416 as in
+the action y (one-hot) that was taken and its advantage a, the top-down network turns `[pi ; y ; a]` into credits: c_h for
+the hidden units, c_o for the probabilities. Averaged over all time steps of the update (arXiv 2208.01416 as in
 :mod:`apical.rules.top_down_credit_assignment`),
 
     e_o = pi (c_o - c_o . pi),   e_h = c_h (1 - h^2),   dW2 = mean e_o h^T,   dW1 = mean e_h o^T
@@ -51,8 +51,8 @@ class Steps(NamedTuple):
 
 
 Credits = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From probabilities and one-hot actions (P, actions, B), advantages (P, 1, B) and the policy's readout (P, actions, hidden) to
-credits for hidden units (P, hidden, B) and for probabilities (P, actions, B)."""
+"""From probabilities and one-hot actions (P, actions, B), advantages (P, 1, B) and the policy's readout (P, actions, hidden)
+to credits for hidden units (P, hidden, B) and for probabilities (P, actions, B)."""
 
 
 def reinforce(pi: Tensor, actions: Tensor, advantages: Tensor, readout: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,10 @@ def through_softmax(credit: Tensor, pi: Tensor) -> Tensor:
 
 def advantages(rewards: Tensor, alive: Tensor, discount: float) -> Tensor:
     """Centred and scaled return-to-go (P, T, E); 0 where an episode has ended."""
-    dtype, alive = rewards.dtype, alive.double()  # in float32, equal returns would differ from their mean by enough to matter
+    dtype, alive = (
+        rewards.dtype,
+        alive.double(),
+    )  # in float32, equal returns would differ from their mean by enough to matter
     rewards = rewards * alive
     togo = torch.empty_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
@@ -255,7 +258,7 @@ class Reinforcement:
 
 
 def together(tasks: Sequence[Reinforcement], populations: Tensor, generation: int) -> Tensor:
-    """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed: one simulation costs less than S."""
+    """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one simulation is cheaper."""
     task, individuals = tasks[0], populations.flatten(0, 1)
     P, seeds = populations.shape[1], [partial(seed_of, each.setting.seed, generation) for each in tasks]
     start = torch.stack([task.policy.start(seed("policy")) for seed in seeds]).to(individuals.dtype)

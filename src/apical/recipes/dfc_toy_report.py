@@ -41,8 +41,8 @@ figure img {{ max-width: 100%; }}
 <h2>Reproduce this</h2>
 {command_block(results["command"])}
 <div class="pair">
-<div><h3>Settings</h3>{facts(_pairs(results["settings"]))}</div>
-<div><h3>Versions and machine</h3>{facts(_pairs(results["environment"]))}</div>
+<div><h3>Settings</h3>{facts(pairs(results["settings"]))}</div>
+<div><h3>Versions and machine</h3>{facts(pairs(results["environment"]))}</div>
 </div>
 <p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG; results.json has every curve.</p>
 </body>
@@ -68,7 +68,7 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
         measured = shown(row["mean"], row["std"])
         found = (row["figure"], row["rule"] or _MISSING, row["what"], row["mark"], measured, str(row["n"]), row["source"])
         lines.append([*found, row["verdict"]])
-    return _table(heads, lines)
+    return table(heads, lines)
 
 
 def _axes(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -78,16 +78,18 @@ def _axes(rows: Sequence[Mapping[str, Any]]) -> str:
         inside = {True: "inside", False: "outside", None: "not run"}[row["inside"]]
         limits = " to ".join(f"{limit:g}" for limit in row["limits"])
         lines.append([row["measure"].replace("_", " "), limits, found, inside])
-    return _table(("Measure", "Axis", "Mean curves here", "Verdict"), lines)
+    return table(("Measure", "Axis", "Mean curves here", "Verdict"), lines)
 
 
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """An HTML table, wide ones scroll; every cell is escaped."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _pairs(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+def pairs(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as :func:`apical.experiment.report_html.facts` takes them."""
     return [(key, _plain(value)) for key, value in known.items() if value is not None]
 
 

@@ -1,0 +1,132 @@
+"""Studies without published numbers: verdicts from paired differences to controls, tables, and one page that shows them."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from apical.experiment.figures import Drawing
+from apical.experiment.report_html import STYLE, command_block, facts, figure_block
+from apical.recipes.dfc_toy import compact, rounded
+from apical.recipes.dfc_toy_report import pairs, table
+from apical.recipes.tdca_statistics import interval, paired
+
+Row = dict[str, Any]
+
+
+def difference(figure: str, rule: str, what: str, ours: Sequence[float], theirs: Sequence[float], *, less: bool) -> Row:
+    """A verdict on ours minus theirs, pair by pair: reproduced if its 95 % interval lies on the better side of 0.
+
+    Args:
+        figure: part of the specification that it belongs to.
+        rule, what: which rule, and what is compared.
+        ours, theirs: one value per meta-seed.
+        less: less is better.
+    """
+    found = paired(ours, theirs)
+    middle = found["difference"]
+    low, high = middle["low"], middle["high"]
+    assert low is not None
+    assert high is not None
+    holds = high < 0 if less else low > 0
+    return {
+        "figure": figure,
+        "rule": rule,
+        "what": what,
+        "mark": "interval < 0" if less else "interval > 0",
+        "mean": middle["mean"],
+        "std": None,
+        "low": low,
+        "high": high,
+        "p_student": found["p_student"],
+        "p_sign_flip": found["p_sign_flip"],
+        "n": middle["n"],
+        "source": "our mark",
+        "verdict": "reproduced" if holds else "not reproduced",
+    }
+
+
+def count(figure: str, rule: str, what: str, holds: Sequence[bool], least: int) -> Row:
+    """A verdict on how many of several comparisons hold."""
+    return {
+        "figure": figure,
+        "rule": rule,
+        "what": what,
+        "mark": f"≥ {least} of {len(holds)}",
+        "mean": float(sum(holds)),
+        "std": None,
+        "n": len(holds),
+        "source": "our mark",
+        "verdict": "reproduced" if sum(holds) >= least else "not reproduced",
+    }
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean and 95 % interval over meta-seeds.
+
+    >>> shown([1.0, 2.0, 3.0])
+    '2 [-0.484, 4.48]'
+    """
+    found = interval(values)
+    mean = f"{found['mean']:.3g}"
+    return mean if found["low"] is None else f"{mean} [{found['low']:.3g}, {found['high']:.3g}]"
+
+
+def write(out: Path, results: Mapping[str, Any], drawings: Sequence[Drawing]) -> None:
+    """results.json, each figure as PNG and SVG, and report.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(compact(rounded(results)) + "\n", encoding="utf-8")
+    for drawing in drawings:
+        (out / f"{drawing.stem}.png").write_bytes(drawing.png)
+        (out / f"{drawing.stem}.svg").write_bytes(drawing.svg)
+    (out / "report.html").write_text(page(results, drawings), encoding="utf-8")
+
+
+def page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
+    """The study as one HTML page, without script or network; every name and value is escaped."""
+    title = escape(results["title"])
+    tables = "".join(
+        f"<h2>{escape(each['title'])}</h2><p>{escape(each['note'])}</p>{table(each['header'], each['rows'])}"
+        for each in results["tables"]
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}
+figure img {{ max-width: 100%; }}
+.wide {{ overflow-x: auto; }}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="lead">{escape(results["about"])}</p>
+<h2>Verdicts</h2>
+<p class="note">{escape(results["sources"]["our mark"])}</p>
+{_verdicts(results["verdicts"])}
+<h2>Figures</h2>
+{"".join(map(figure_block, drawings))}
+{tables}
+<h2>Reproduce this</h2>
+{command_block(results["command"])}
+<div class="pair">
+<div><h3>Settings</h3>{facts(pairs(results["settings"]))}</div>
+<div><h3>Versions and machine</h3>{facts(pairs(results["environment"]))}</div>
+</div>
+<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG.</p>
+</body>
+</html>
+"""
+
+
+def _verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = ("Rule", "Quantity", "Mark", "Here, mean [95 % interval]", "p, Student", "p, sign flips", "n", "Verdict")
+    lines = []
+    for row in rows:
+        measured = f"{row['mean']:.4g}"
+        if row.get("low") is not None:
+            measured += f" [{row['low']:.3g}, {row['high']:.3g}]"
+        p = [f"{row[key]:.2g}" if row.get(key) is not None else "-" for key in ("p_student", "p_sign_flip")]
+        lines.append([row["rule"], row["what"], row["mark"], measured, *p, str(row["n"]), row["verdict"]])
+    return table(heads, lines)
