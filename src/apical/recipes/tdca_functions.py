@@ -92,7 +92,7 @@ class Options:
     """Of evolution on Rastrigin, Ackley and Himmelblau in two dimensions, which decide."""
     generations_further: int = 160
     """Of evolution on the other functions in two dimensions."""
-    generations_large: int = 120
+    generations_large: int = 80
     """Of evolution in ten dimensions."""
     starts: int = 256
     """Held-out starts per meta-seed."""

@@ -88,7 +88,8 @@ def _landscape(axes: Axes, case: Any, shift: Tensor) -> None:
     ticks = torch.linspace(-SIDE, SIDE, 161, dtype=torch.double)
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
     values = torch.log1p(case.of(torch.stack([x, y], -1) - shift))
-    axes.contourf(ticks, ticks, values, levels=14, cmap="Greys", vmin=0, vmax=2.2 * float(values.max()))
+    drawn = axes.contourf(ticks, ticks, values, levels=14, cmap="Greys", vmin=0, vmax=2.2 * float(values.max()))
+    drawn.set_rasterized(True)
     minima = case.of.minima(2) + shift
     axes.plot(*minima.T, "*", color="#D55E00", ms=8, mec="white", mew=0.5, zorder=5)
     axes.set(xlim=(-SIDE, SIDE), ylim=(-SIDE, SIDE), aspect="equal", xticks=(-3, 0, 3), yticks=(-3, 0, 3))

@@ -135,7 +135,7 @@ def places_of_test(task: Reinforcement, seed: int, count: int) -> dict[str, Arra
     return {name: np.concatenate(column) for name, column in rows.items()}
 
 
-def tested(task: Reinforcement, seed: int, count: int, methods: Mapping[str, tuple[Credits, float]]) -> dict[str, Any]:
+def compared(task: Reinforcement, seed: int, count: int, methods: Mapping[str, tuple[Credits, float]]) -> dict[str, Any]:
     """Per method: mean return at the end of lifetimes for each setting, and in every update in the training range."""
     start, seeds = starts(task, "test", seed, count)
     places = (TRAIN, *UNSEEN)
@@ -172,7 +172,7 @@ def measured(task: Reinforcement, center: Tensor, seed: int, count: int, rate: f
         "reinforce": (reinforce, rate),
         "reinforce-same-rate": (reinforce, usual),
     }
-    return {"tuned": own, "methods": tested(task, seed, count, methods)}
+    return {"tuned": own, "methods": compared(task, seed, count, methods)}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
