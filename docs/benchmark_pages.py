@@ -12,8 +12,14 @@ def setting(row: Row) -> str:
     return f"{row.get('model')}, batch {row.get('batch')}" + (f", {precision}" if precision else "")
 
 
-def benchmark_page(benchmarks: Row, control: Row | None = None, ccl: Row | None = None, wavefront: Row | None = None) -> str:
-    """The page, of what results.json, control.json, ccl.json and wavefront.json in benchmarks/ hold; all may be empty."""
+def benchmark_page(
+    benchmarks: Row,
+    control: Row | None = None,
+    ccl: Row | None = None,
+    wavefront: Row | None = None,
+    evolution: Row | None = None,
+) -> str:
+    """The page, of what results.json, control.json and so on in benchmarks/ hold; all may be empty."""
     parts = [
         NOTE,
         "# Benchmarks",
@@ -39,7 +45,36 @@ def benchmark_page(benchmarks: Row, control: Row | None = None, ccl: Row | None 
             parts += [f"### {setting(members[0])}", table(header, lines)]
     environment = benchmarks.get("environment")
     parts += ["## Measured with", facts(environment)] if environment else []
-    return joined([*parts, *control_parts(control or {}), *ccl_parts(ccl or {}), *wavefront_parts(wavefront or {})])
+    apart = [*control_parts(control or {}), *ccl_parts(ccl or {}), *wavefront_parts(wavefront or {})]
+    return joined([*parts, *apart, *evolution_parts(evolution or {})])
+
+
+def evolution_parts(evolution: Row) -> list[str]:
+    """The tables of populations of learners; nothing where nothing was measured."""
+    rows, workers = evolution.get("rows") or [], evolution.get("workers") or []
+    if not rows:
+        return []
+    lines = [
+        [
+            row["what"],
+            number(row.get("ms_per_lifetime"), 2),
+            number(row.get("speed_up"), 2),
+            number(row.get("generations_per_hour"), 0),
+            number(row.get("peak_memory_mb"), 0),
+        ]
+        for row in rows
+    ]
+    shared = [[row["what"], number(row.get("seconds"), 2), number(row.get("speed_up"), 2)] for row in workers]
+    return [
+        "## Evolution",
+        "Lifetimes of 256 learners under top-down networks of their own, one thread: 40 full-batch steps of Adam on 256 "
+        "examples, a 16-24-4 tanh perceptron, a top-down network of 628 weights. The plain loop trains one after the other "
+        "with PyTorch's own optimiser and clipping. Memory is what a process needs beyond what it needs for two learners.",
+        table(("lifetimes", "ms each", "speed-up", "generations an hour", "memory, MB"), lines),
+        table(("workers", "s per generation", "speed-up"), shared),
+        "### Measured with",
+        facts(evolution["environment"]),
+    ]
 
 
 def ccl_parts(ccl: Row) -> list[str]:

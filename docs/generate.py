@@ -40,9 +40,11 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     studies = sorted(path.parent for path in (root / "results").glob("*/results.json"))
     files = sorted((root / "results").glob("*.json"))
     benchmarks = load(root / "benchmarks" / "results.json") or {}
-    control, ccl, wavefront = (load(root / "benchmarks" / f"{name}.json") or {} for name in ("control", "ccl", "wavefront"))
+    control, ccl, wavefront, evolution = (
+        load(root / "benchmarks" / f"{name}.json") or {} for name in ("control", "ccl", "wavefront", "evolution")
+    )
     written = {
-        root / "docs" / "benchmarks.md": benchmark_page(benchmarks, control, ccl, wavefront),
+        root / "docs" / "benchmarks.md": benchmark_page(benchmarks, control, ccl, wavefront, evolution),
         root / "docs" / "results" / "index.md": results_index(sorted([*folders, *studies]), files),
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
@@ -127,7 +129,12 @@ def command_blocks(source: Path) -> dict[str, str]:
         "recipes": table(("recipe", "what it is", "cost"), studies, numeric_from=3),
         **{
             block: table(header, options(classes[name]), numeric_from=3)
-            for block, name in (("compare", "CompareFlags"), ("train", "TrainFlags"), ("both", "Flags"))
+            for block, name in (
+                ("compare", "CompareFlags"),
+                ("train", "TrainFlags"),
+                ("both", "Flags"),
+                ("evolve", "Evolve"),
+            )
         },
     }
 

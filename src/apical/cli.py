@@ -1,4 +1,6 @@
-"""The command line: `apical compare | train | evolve | report | data | list`. Torch is imported only when something is trained."""
+"""The command line: `apical compare | train | evolve | landscape | report | data | list`. Torch is imported only by commands
+that compute.
+"""
 
 import os
 import shlex
@@ -119,6 +121,8 @@ class Flags:
     """Training images on which gradients are compared with backprop's after each epoch; 0 is off."""
     checkpoint_steps: Annotated[int | None, _arg("N", "(default: after each epoch)")] = None
     """Save also every N steps within an epoch."""
+    trajectory: Annotated[int | None, _arg("N", "(default: off)")] = None
+    """Keep the weights every N steps, and at start and end, for `apical landscape`."""
     teacher: Annotated[Path | None, _arg("FILE", "(default: one shipped for digits)")] = None
     """Top-down network of tdca, written by `apical evolve`."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
@@ -236,6 +240,28 @@ class Evolve:
     """Replace what is in --out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Landscape:
+    """Draw the ways of finished runs over the loss surface they trained on; they need `--trajectory N`."""
+
+    runs: Positional[Annotated[tuple[Path, ...], _arg("RUNS ...", "(required)")]]
+    """Folders of runs or of comparisons, of one model, data set and loss."""
+    out: Annotated[Path, _arg("DIR", "(required)")]
+    """Folder for landscape.png, .svg and .json; must be new or empty."""
+    plane: Annotated[Literal["pca", "random"], _arg("pca|random", "(default: pca)")] = "pca"
+    """Plane through weight space: that of most of the snapshots' variance, or two filter-normalised random directions."""
+    grid: Annotated[int, _arg("N", "(default: 41)")] = 41
+    """Points of the surface on a side; also those of the straight lines on which barriers are measured."""
+    span: Annotated[float | None, _arg("X", "(default: 1.3 for pca, 1 for random)")] = None
+    """Half-width of the surface: over that of all snapshots (pca), or over the norms of the filters (random)."""
+    examples: Annotated[int, _arg("N", "(default: 1000)")] = 1000
+    """Training images, always the same, of which the loss is taken."""
+    device: Annotated[Device, _arg("auto|cpu|cuda", "(default: auto)")] = "auto"
+    """Where to compute."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace what is in --out."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Write figures and report.html from what a folder holds."""
@@ -279,6 +305,7 @@ Command = (
     Annotated[Compare, subcommand("compare", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
     | Annotated[Evolve, subcommand("evolve", prefix_name=False)]
+    | Annotated[Landscape, subcommand("landscape", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Data, subcommand("data", prefix_name=False)]
     | Annotated[List, subcommand("list", prefix_name=False)]
@@ -329,6 +356,10 @@ def _run(parsed: Any, command: str) -> int:
         from apical import evolve_command
 
         return evolve_command.run(parsed, command)
+    if isinstance(parsed, Landscape):
+        from apical import landscape_command
+
+        return landscape_command.run(parsed, command)
     if isinstance(parsed, Report):
         commands.write_report(parsed.folder)
     elif isinstance(parsed, Data) and isinstance(parsed.action, DataFetch):

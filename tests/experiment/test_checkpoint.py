@@ -33,7 +33,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "flipped"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "end", "noise", "flipped"])
 def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, state())
@@ -41,7 +41,8 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, damage: str) -> Non
     if damage == "flipped":
         for i in range(0, len(content), 40):
             content[i] ^= 0xFF
-    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "noise": b"x" * 999}.get(damage, content))
+    pieces = {"empty": b"", "cut": content[: len(content) // 2], "end": content[:-99], "noise": b"x" * 999}
+    path.write_bytes(pieces.get(damage, content))
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt") as caught:
         checkpoint.load(path)
     assert "\n" not in str(caught.value)

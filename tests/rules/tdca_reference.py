@@ -1,4 +1,4 @@
-"""Top-down credit assignment, slower and less complicated: the specification's equations, one example at a time, in NumPy."""
+"""Top-down credit assignment, slower and less complicated: its equations, one example at a time, in NumPy."""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
 """Top-down credit assignment against its equations, its limit, and what the specification says follows from them."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ Rule = apical.TopDownCreditAssignment
 
 def perceptron(sizes: tuple[int, ...] = (6, 5, 4, 3)) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for a, b in pairwise(sizes[:-1]):
         layers += [nn.Linear(a, b), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1])).double()
 
@@ -125,13 +126,14 @@ def test_a_layers_update_depends_on_the_weights_above_only_through_the_predictio
     kept = model[0].weight.grad.clone()
     p = torch.softmax(model(x), 1).detach()
     above = [w.detach().clone() for w in model[2].parameters()]
+    signals = rule.signals
     for held in (True, False):
         model.zero_grad()
         with torch.no_grad():
             for w, old in zip(model[2].parameters(), above, strict=True):
                 w.copy_(old + 0.5)
         if held:
-            rule.signals, signals = (lambda prediction, *rest, **named: signals(p, *rest, **named)), rule.signals
+            rule.signals = lambda prediction, *rest, **named: signals(p, *rest, **named)
         rule(x, y).backward()
         if held:
             assert torch.equal(model[0].weight.grad, kept)
@@ -277,4 +279,3 @@ def test_sizes_must_be_positive() -> None:
         TopDownNetwork(3, [5, 0])
     with pytest.raises(ConfigError, match="positive sizes"):
         TopDownNetwork(3, [5], sites=0)
-

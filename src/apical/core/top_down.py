@@ -6,7 +6,7 @@ It sees what the learner predicts and what it should have predicted, and nothing
 
 Credit diffusion: z holds only K values per hidden layer, emitted at sites spread evenly over it, and unit i takes
 
-    c_i = sum_k M_ik z_k,   M_ik ~ exp(-(u_i - s_k)^2 / (2 tau^2)) with rows of sum 1,   u_i = (i + 1/2)/n,  s_k = (k + 1/2)/K
+    c_i = sum_k M_ik z_k,  M_ik ~ exp(-(u_i - s_k)^2 / (2 tau^2)), rows of sum 1,  u_i = (i + 1/2)/n,  s_k = (k + 1/2)/K
 
 with tau = 1/(2K). The paper's own operator is not known (only its abstract could be read); this is our reading of it. A
 diffusing network serves hidden layers of any width.

@@ -1,1 +1,1 @@
-"""Evolution of top-down networks: many learners' lifetimes at once, evolution strategies, and workers to share them among."""
+"""Evolution of top-down networks: many learners' lifetimes at once, strategies, and workers that share them."""

@@ -132,7 +132,7 @@ class Classification:
             network = TopDownNetwork(self.outputs, widths, self.setting.hidden, self.setting.sites)
         if self.setting.quiet:
             with torch.no_grad():
-                network.body[-1].weight[: -self.outputs] = 0  # type: ignore[index, operator]
+                network.body[-1].weight[: -self.outputs] = 0  # type: ignore[operator]
         return network
 
     def sample(self, seed: int, which: int = 0) -> Sample:

@@ -9,7 +9,7 @@ backpropagation or direct feedback alignment just as well.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Population:
                 signals = (torch.ones_like(r) if s is None else s for r, s in zip(credit.roots, credit.signals, strict=True))
                 return tuple(credit.roots), tuple(signals)
 
-            _, pull_back, signals = vjp(roots, weights, has_aux=True)
+            _, pull_back, signals = cast(Any, vjp(roots, weights, has_aux=True))
             result: dict[str, Tensor] = pull_back(signals)[0]
             return result
 
@@ -171,7 +171,7 @@ class Population:
         if lifetime.batch_size is not None and lifetime.batch_size > examples:
             raise DataError(f"batches of {lifetime.batch_size} from {examples} examples: take fewer a step")
         rates = torch.as_tensor(lifetime.lr if lr is None else lr, dtype=weights.dtype, device=weights.device)
-        step = _optimizer(lifetime, weights, rates.view(-1, 1))
+        step = inner_optimizer(lifetime, weights, rates.view(-1, 1))
         for done in range(lifetime.steps):
             if watch is not None:
                 watch(done, weights)
@@ -189,7 +189,7 @@ class Population:
         return weights
 
 
-def _optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Callable[[Tensor], None]:
+def inner_optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Callable[[Tensor], None]:
     """A function that moves `weights` (P, n) in place along gradients (P, n), as `torch.optim` does with each learner's."""
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     count = 0
@@ -210,7 +210,7 @@ def _optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Callable[[
 
 
 def losses(outputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
-    """Mean negative log-likelihood (P,) of classes (batch,), or mean squared error of numbers, for outputs (P, batch, ...)."""
+    """Mean negative log-likelihood of classes (batch,) or squared error of numbers: (P,), for outputs (P, batch, ...)."""
     if targets.is_floating_point():
         wanted = targets if own else targets.expand_as(outputs)
         return (outputs - wanted).square().flatten(1).mean(1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from apical.errors import ConfigError
 from apical.evolution.environments import CART_POLE, Array, Environments
 from apical.evolution.perceptron import Perceptron, evaluate, tanh
-from apical.evolution.population import Lifetime, _optimizer
+from apical.evolution.population import Lifetime, inner_optimizer
 from apical.evolution.seeds import seed_of
 
 
@@ -225,7 +225,7 @@ class Reinforcement:
         """
         setting, weights = self.setting, start.clone()
         rates = torch.as_tensor(setting.lifetime.lr if lr is None else lr, dtype=weights.dtype).view(-1, 1)
-        move = _optimizer(setting.lifetime, weights, rates)
+        move = inner_optimizer(setting.lifetime, weights, rates)
         environments = Environments(setting.environment, len(start), setting.episodes, setting.steps, settings)
         returns = []
         for update in range(setting.lifetime.steps):

@@ -3,6 +3,7 @@
 A chunk is evaluated alone, by whoever takes it, so a result depends on the size of the chunks and on nothing else.
 """
 
+import socket
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -74,19 +75,20 @@ class RayWorkers:
             import ray
         except ImportError as error:
             raise ConfigError(f"--ray needs Ray: pip install 'apical[evolution]' ({error})") from error
-        self._ray = ray
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        self._ray: Any = ray
         self._started = not ray.is_initialized()
         if self._started:
-            try:
-                if address == "local":
-                    ray.init(address="local", num_cpus=count, **quiet)
-                else:
-                    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-                raise ConfigError(f"no Ray cluster answers at {address!r}: start one with `ray start --head`") from error
+            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+            if address == "local":
+                self._ray.init(address="local", num_cpus=count, include_dashboard=False, **quiet)
+            else:
+                _knock(address)
+                try:
+                    self._ray.init(address=address, **quiet)
+                except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                    raise ConfigError(f"no Ray cluster answers at {address!r}: start one with `ray start --head`") from error
         # However often a worker is lost, its chunk is evaluated again; an error of the task's own is not repeated.
-        self._remote = ray.remote(num_cpus=1, max_retries=-1)(_evaluate)
+        self._remote = self._ray.remote(num_cpus=1, max_retries=-1)(_evaluate)
         self._sent: tuple[Task, Any] | None = None
 
     def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
@@ -109,6 +111,18 @@ class RayWorkers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _knock(address: str, seconds: float = 5.0) -> None:
+    """Fail soon where nobody listens at host:port: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), seconds).close()
+    except OSError as error:
+        message = f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`"
+        raise ConfigError(message) from error
 
 
 def _evaluate(task: Task, individuals: Tensor, generation: int) -> Tensor:

@@ -70,12 +70,13 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is damaged or lacks a field; the message names both.
+        OSError: it is not there or may not be read.
     """
     remedy = "start again with --overwrite or in another folder"
+    file = open(path, "rb")  # noqa: SIM115 - closed below; torch answers some damage with an OSError, this does not
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
         raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(error)}); {remedy}") from error
     if not isinstance(state, dict):

@@ -70,8 +70,8 @@ def _page(
     loss = "not finite" if last["center"] is None else significant(-last["center"])
     summary = (
         f"{len(lines)} of {config['generations']} generations of {config['population']} individuals in {seconds:.0f} s "
-        f"({3600 * len(lines) / max(seconds, 1e-9):,.0f} generations an hour). After the last one, a learner under the centre "
-        f"of the search distribution ends its lifetime of {config['steps']} steps with a loss of {loss} nats."
+        f"({3600 * len(lines) / max(seconds, 1e-9):,.0f} generations an hour). After the last one, a learner under the "
+        f"centre of the search distribution ends its lifetime of {config['steps']} steps with a loss of {loss} nats."
     )
     settings = [(key, _plain(value)) for key, value in config.items() if key != "command"]
     return f"""<!doctype html>

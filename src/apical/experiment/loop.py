@@ -26,6 +26,7 @@ from apical.experiment.run_folder import RunFolder, write_json
 from apical.experiment.signals import Interrupted, StopSignals
 from apical.experiment.sums import Sums
 from apical.experiment.timing import StepTimer, peak_memory, step_megabytes
+from apical.experiment.trajectory import Recorder
 
 MakeRule = Callable[[Recipe, nn.Module, tuple[int, ...]], CreditRule]
 """Builds the recipe's rule around a model for samples of a shape; importable by name, so that workers can receive it."""
@@ -92,6 +93,8 @@ class Training:
             self.rule = make_rule(recipe, model, dataset.input_shape).to(self.device)
         recipe.check_phases(two_phase=self.rule.learns_apart)
         self.optimizer = make_optimizer(recipe, self.rule)
+        every, forward_steps = recipe.trajectory if world.is_main else 0, recipe.epochs * self.steps_per_epoch
+        self.trajectory = Recorder(folder.trajectory, self.rule.model, every, forward_steps)
         self.dataset = place(dataset, self.device)
         self.module = self._shared()
         self._timer, self._feedback_timer = StepTimer(self.device), StepTimer(self.device)
@@ -138,6 +141,7 @@ class Training:
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
         if not resume:
+            self.trajectory.see(0)
             self._finish_epoch(trained=False)
 
     def train_epoch(self, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -206,6 +210,8 @@ class Training:
         while self.step < current.end:
             self._train_step(current, *self._batch(current, order, self.step - current.first))
             self.step += 1
+            if current.is_main:
+                self.trajectory.see(self.epoch * self.steps_per_epoch + self.step - current.first)
             if self.step == current.end:
                 end_pass(self.optimizer, self.recipe, current)
             if on_step is not None:
@@ -335,6 +341,8 @@ class Training:
         sums = self._sums.state()
         if not self.world.is_main:
             return
+        self.trajectory.save()
+        times = {"times": self._timer.times(), "feedback_times": self._feedback_timer.times()}
         state = {
             "config": self.recipe.to_json(),
             "rule": dict(self.rule.state_dict()),
@@ -342,7 +350,7 @@ class Training:
             "rng": self._rng if self._rng is not None else checkpoint.rng_state(self.device),
             "epoch": self.epoch,
             "step": self.step,
-            "partial": {**sums, "times": self._timer.times(), "feedback_times": self._feedback_timer.times()},
+            "partial": {**sums, **times, "snapshots": len(self.trajectory.steps)},
             "seconds": self.seconds,
             "metrics": self.line,
             "peak_memory_mb": self.peak_memory_mb,
@@ -372,6 +380,7 @@ class Training:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = (str(error).strip().splitlines() or ["damaged"])[0]
             raise CheckpointError(f"checkpoint {path}: field {field!r} does not fit this run ({why})") from error
+        self.trajectory.restore(partial.get("snapshots", 0))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.line, self.peak_memory_mb = state["metrics"], state["peak_memory_mb"]
 

@@ -32,8 +32,9 @@ FEEDBACK_FIELDS = (
 FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 """Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
 
+_BESIDE = ("threads", "device", "checkpoint_steps", "trajectory")
 _PASSES = ("pretrain_epochs", "feedback_passes")
-_COUNTS = ("lr_cosine", "warmup_steps")
+_COUNTS = ("lr_cosine", "warmup_steps", "checkpoint_steps", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Recipe:
         threads: CPU threads; 0 leaves the choice to torch (compare: cores divided by jobs).
         probe: training images of the fixed batch on which alignment is measured after each epoch; 0 is off.
         checkpoint_steps: save also every so many steps within an epoch; 0 saves once per epoch.
+        trajectory: keep the model's weights at the start, every so many forward steps and at the end; 0 is off.
 
     Raises:
         ConfigError: a value is out of range; the message names the option.
@@ -133,13 +135,14 @@ class Recipe:
     threads: int = 0
     probe: int = 256
     checkpoint_steps: int = 0
+    trajectory: int = 0
 
     def __post_init__(self) -> None:
         for option in ("epochs", "batch_size", "train_limit", "test_limit"):
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise ConfigError(f"{_flag(option)} must be positive, got {value}")
-        for option in ("crop", "validation", "threads", "probe", "checkpoint_steps", "seed", *_COUNTS, *_PASSES):
+        for option in ("crop", "validation", "threads", "probe", "seed", *_COUNTS, *_PASSES):
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
         for option, known in (
@@ -217,9 +220,21 @@ class Recipe:
         return fields
 
     def hash(self) -> str:
-        """Twelve hex digits of the fields that decide the result: all but threads, device and checkpoint_steps."""
-        fields = {k: v for k, v in self.to_json().items() if k not in ("threads", "device", "checkpoint_steps")}
+        """Twelve hex digits of the fields that decide the result: all but threads, device, checkpoint_steps, trajectory."""
+        fields = {k: v for k, v in self.to_json().items() if k not in _BESIDE}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def from_json(fields: dict[str, Any]) -> Recipe:
+    """The recipe of a run's config.json; a field that it lacks has its default.
+
+    Raises:
+        ConfigError: a value is out of range.
+        TypeError: a value is of another kind.
+    """
+    known = {name: value for name, value in fields.items() if name in Recipe.__dataclass_fields__}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    return Recipe(**values)
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

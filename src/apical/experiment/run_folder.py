@@ -28,7 +28,7 @@ class RunFolder:
         self.path = path
         self.config, self.environment = path / "config.json", path / "environment.json"
         self.metrics, self.checkpoint, self.result = path / "metrics.jsonl", path / "checkpoint.pt", path / "result.json"
-        self.examples = path / "examples.npz"
+        self.examples, self.trajectory = path / "examples.npz", path / "trajectory.pt"
         self._lock: IO[str] | None = None
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> State:
@@ -80,7 +80,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of a run, and nothing else."""
-        for path in (self.result, self.checkpoint, self.metrics, self.environment, self.config, self.examples):
+        written = (self.result, self.checkpoint, self.metrics, self.environment, self.config, self.examples, self.trajectory)
+        for path in written:
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
 

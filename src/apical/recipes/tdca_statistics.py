@@ -35,8 +35,8 @@ def interval(values: Sequence[float]) -> Interval:
 def sign_flip(differences: Sequence[float]) -> float:
     """Two-sided p-value of the exact sign-flip test that paired differences are symmetric about zero.
 
-    With n pairs the smallest possible value is 2 / 2^n: 0.0625 for five, so five pairs can never be significant at 0.05 by this
-    test alone; :func:`paired` gives Student's test beside it.
+    With n pairs the smallest possible value is 2 / 2^n: 0.0625 for five, so five pairs never reach 0.05 by this test
+    alone; :func:`paired` gives Student's test beside it.
 
     >>> sign_flip([1.0, 2.0, 3.0])
     0.25

@@ -1,7 +1,8 @@
 """Learners trained on tasks that no evolution saw, under every rule: what the classification study compares.
 
-All learners of a task begin with the same weights and see the same images. Each rule that has a learning rate gets it from one
-grid, on validation tasks, by the mean loss there; TDCA and backpropagation are also compared at the same rate.
+All learners of a task begin with the same weights and see the same images. Each rule gets its learning rate from one
+grid, on
+validation tasks, by the mean loss there; TDCA and backpropagation are also compared at the same rate.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,159 @@
+"""A population's lifetimes at once against one after the other, memory against the chunk, and two workers against one.
+
+The inner task is that of our specification of TDCA (arXiv 2208.01416): 16 inputs, 24 tanh units, 4 classes, 256 examples, 40
+full-batch steps of Adam; a top-down network of 628 weights; 256 individuals. The plain loop is what anyone would write: the
+rule, `torch.optim.Adam`, `clip_grad_norm_`.
+
+    python benchmarks/evolution.py [--out benchmarks/evolution.json]
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import apical
+from apical.core.top_down import TopDownNetwork
+from apical.evolution.population import Lifetime, Population, losses
+from apical.evolution.workers import Here, RayWorkers
+from run import environment, save
+
+INPUTS, UNITS, CLASSES, EXAMPLES, HIDDEN, POPULATION = 16, 24, 4, 256, 12, 256
+LIFETIME = Lifetime(steps=40, lr=0.02)
+ROUNDS = 5
+
+
+def learner() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(INPUTS, UNITS), nn.Tanh(), nn.Linear(UNITS, CLASSES))
+
+
+class Inner:
+    """The specification's inner task: Gaussian clusters, three to a class."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        centres = torch.randn(CLASSES * 3, INPUTS)
+        which = torch.arange(EXAMPLES) % len(centres)
+        self.inputs, self.targets = centres[which] + 0.45 * torch.randn(EXAMPLES, INPUTS), which % CLASSES
+        self.state = {name: value.clone() for name, value in learner().state_dict().items()}
+        network = TopDownNetwork(CLASSES, [UNITS], HIDDEN)
+        self.start = torch.cat([p.detach().flatten() for p in network.parameters()])
+
+    def fitness(self, individuals: Tensor, generation: int) -> Tensor:
+        torch.manual_seed(0)
+        model = learner()
+        rule = apical.TopDownCreditAssignment(model, teacher=TopDownNetwork(CLASSES, [UNITS], HIDDEN))
+        population = Population(rule, self.inputs, self.targets, "teacher.")
+        model.load_state_dict(self.state)
+        weights = population.train(population.start(model), individuals, self.inputs, self.targets, LIFETIME)
+        return -losses(population.outputs(weights, self.inputs), self.targets)
+
+    def plain(self, individual: Tensor) -> float:
+        model, network = learner(), TopDownNetwork(CLASSES, [UNITS], HIDDEN)
+        model.load_state_dict(self.state)
+        nn.utils.vector_to_parameters(individual, network.parameters())
+        rule = apical.TopDownCreditAssignment(model, teacher=network)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LIFETIME.lr)
+        for _ in range(LIFETIME.steps):
+            optimizer.zero_grad()
+            rule(self.inputs, self.targets).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), LIFETIME.clip)
+            optimizer.step()
+        with torch.no_grad():
+            return -float(nn.functional.cross_entropy(model(self.inputs), self.targets))
+
+
+def individuals(task: Inner, number: int = POPULATION) -> Tensor:
+    torch.manual_seed(1)
+    return task.start + 0.1 * torch.randn(number, len(task.start))
+
+
+def seconds(call: Any) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def throughput(chunks: tuple[int, ...] = (16, 64, 256)) -> list[dict[str, Any]]:
+    """Milliseconds per lifetime, in turns: the plain loop on 16 individuals, and chunks of several sizes on all."""
+    task = Inner()
+    everyone = individuals(task)
+    few = everyone[:16]
+    together = Here(64).evaluate(task, few, 0)
+    apart = torch.tensor([task.plain(one) for one in few])
+    assert (together - apart).abs().max() < 1e-3, "the two do not compute the same"
+    plain: list[float] = []
+    found: dict[int, list[float]] = {chunk: [] for chunk in chunks}
+    for _ in range(ROUNDS):
+        plain.append(seconds(lambda: [task.plain(one) for one in few]) / len(few))
+        for chunk, times in found.items():
+            times.append(seconds(lambda chunk=chunk: Here(chunk).evaluate(task, everyone, 0)) / POPULATION)
+    rows = [{"what": "plain loop", "ms_per_lifetime": round(1e3 * statistics.median(plain), 3), "speed_up": 1.0}]
+    for chunk, times in found.items():
+        ratios = [a / b for a, b in zip(plain, times, strict=True)]
+        rows.append(
+            {
+                "what": f"chunks of {chunk}",
+                "chunk": chunk,
+                "ms_per_lifetime": round(1e3 * statistics.median(times), 3),
+                "speed_up": round(statistics.median(ratios), 2),
+                "generations_per_hour": round(3600 / (statistics.median(times) * POPULATION)),
+                "peak_memory_mb": memory(chunk),
+            }
+        )
+    return rows
+
+
+def memory(chunk: int) -> float:
+    """MB that a process of its own needs at most for evaluating the population, beyond what it needs before."""
+    code = f"import evolution; print(evolution.grown({chunk}))"
+    here = Path(__file__).parent
+    ended = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    return float(ended.stdout)
+
+
+def grown(chunk: int) -> float:
+    torch.set_num_threads(1)
+    task = Inner()
+    Here(2).evaluate(task, individuals(task, 2), 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Here(chunk).evaluate(task, individuals(task), 0)
+    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
+
+
+def workers() -> list[dict[str, Any]]:
+    """Seconds for the population with one and with two Ray workers on this machine."""
+    task = Inner()
+    everyone = individuals(task)
+    rows: list[dict[str, Any]] = []
+    for count in (1, 2):
+        with RayWorkers("local", count, chunk=64) as there:
+            result = there.evaluate(task, everyone, 0)  # starts the processes
+            times = [seconds(lambda there=there: there.evaluate(task, everyone, 0)) for _ in range(ROUNDS)]
+        assert torch.equal(result, Here(64).evaluate(task, everyone, 0)), "Ray changes the result"
+        rows.append({"what": f"{count} Ray worker{'s' * (count > 1)}", "seconds": round(statistics.median(times), 3)})
+    rows[1]["speed_up"] = round(rows[0]["seconds"] / rows[1]["seconds"], 2)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = throughput()
+    scaling = workers()
+    for row in [*rows, *scaling]:
+        print(row)
+    save(options.out, {"rows": rows, "workers": scaling, "environment": environment(torch.device("cpu"))})
+
+
+if __name__ == "__main__":
+    main()
