@@ -134,6 +134,7 @@ def command_blocks(source: Path) -> dict[str, str]:
                 ("train", "TrainFlags"),
                 ("both", "Flags"),
                 ("evolve", "Evolve"),
+                ("landscape", "Landscape"),
             )
         },
     }
@@ -148,9 +149,10 @@ def options(flags: ast.ClassDef) -> list[list[str]]:
             given = [str(a.value) for call in calls for a in call.args if isinstance(a, ast.Constant)]
             metavar, hint = (*given, "", "")[:2]
             name = ast.unparse(field.target).replace("_", "-")
+            positional = "Positional" in ast.unparse(field.annotation)
             lines.append(
                 [
-                    f"`--{name} {metavar}`".replace(" `", "`"),
+                    f"`{metavar}`" if positional else f"`--{name} {metavar}`".replace(" `", "`"),
                     hint.strip("()").removeprefix("default: "),
                     str(text.value.value),
                 ]
