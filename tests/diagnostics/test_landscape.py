@@ -58,7 +58,9 @@ def test_a_planar_trajectory_lies_in_its_principal_plane() -> None:
     spread = torch.linalg.svdvals(torch.cat([WAY, OTHER]) - torch.cat([WAY, OTHER]).mean(0)).square()
     assert plane.explained == pytest.approx((spread / spread.sum()).tolist())
     assert torch.linalg.matrix_rank(torch.cat([axes, plane.axes]), atol=1e-9) == 2
-    assert (plane.coordinates(first)[-1] >= plane.coordinates(first)[0]).all()
+    for way in (first, first.flip(0)):  # the same components, whose signs are free
+        places = principal_plane([way, second]).coordinates(way)
+        assert (places[-1] > places[0]).all()
 
 
 def test_what_leaves_the_plane_is_told() -> None:
@@ -194,7 +196,7 @@ def test_networks_together_have_the_losses_of_each_alone(batch: int) -> None:
     for i, y in enumerate(ticks):
         for j, x in enumerate(ticks):
             nn.utils.vector_to_parameters(plane.origin + x * plane.axes[0] + y * plane.axes[1], plain.parameters())
-            assert together[i, j] == pytest.approx(float(F.cross_entropy(plain(inputs), TARGETS)), abs=1e-10)
+            assert together[i, j] == pytest.approx(F.cross_entropy(plain(inputs), TARGETS).item(), abs=1e-10)
 
 
 @pytest.mark.parametrize("make", [net, bn_net])
