@@ -8,16 +8,14 @@ from apical.experiment.evolution_recipe import EvolutionRecipe
 EVOLUTIONS: dict[str, EvolutionRecipe] = {
     "digits": EvolutionRecipe(
         data=("digits",),
-        model="mlp-tanh-48-48",
-        sites=8,
+        model="mlp-tanh-32-32",
+        sites=4,
         quiet=True,
-        examples=0,
-        steps=100,
-        lr=0.02,
-        optimizer="sgd",
-        batch_size=32,
-        generations=400,
-        chunk=64,
+        examples=256,
+        steps=50,
+        hidden=20,
+        generations=250,
+        chunk=66,
     ),
 }
 """Recipes of `apical evolve --recipe NAME`; the teacher of that name is shipped with the package."""

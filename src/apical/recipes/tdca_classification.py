@@ -27,7 +27,7 @@ from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
 from apical.evolution.workers import Here
 from apical.experiment.evolving import Evolution
-from apical.experiment.run_folder import environment, write_json
+from apical.experiment.run_folder import commit, environment, write_json
 from apical.recipes.tdca_classification_report import finish
 from apical.recipes.tdca_trials import GRID, Bench, tuned
 
@@ -165,7 +165,7 @@ def cell(out: Path, arm: str, seed: int, train: Images, test: Images, others: di
         found = evolved(arm, seed, train, generations)
         measured = trials(arm, found, test, others)
         kept = {name: value for name, value in found.items() if name not in ("start", "fittest")}
-        write_json(path, {"arm": arm, **kept, **measured, "seconds": time.perf_counter() - begun})
+        write_json(path, {"arm": arm, "commit": commit(), **kept, **measured, "seconds": time.perf_counter() - begun})
         print(f"{arm} seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
     return path
 
@@ -175,9 +175,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="TDCA on classification: evolution, controls, statistics")
     parser.add_argument("--out", type=Path, required=True, help="folder; finished evolutions in it are kept")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to evolve")
+    parser.add_argument("--report", action="store_true", help="evolve nothing; report what is finished")
     parser.add_argument("--generations", type=int, default=GENERATIONS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    missing = [
+        (arm, seed)
+        for seed in range(max(ARMS[arm][1] for arm in options.arms))
+        for arm in options.arms
+        if seed < ARMS[arm][1] and not options.report
+    ]
     train, test = digits()
     others = {}
     for name in ELSEWHERE:
@@ -185,16 +192,16 @@ def main() -> None:
             others[name] = unseen(name)
         except DataError as error:
             print(f"without {name}: {error}")
-    for seed in range(max(ARMS[arm][1] for arm in options.arms)):
-        for arm in options.arms:
-            if seed < ARMS[arm][1]:
-                cell(options.out, arm, seed, train, test, others, options.generations)
+    for arm, seed in missing:
+        cell(options.out, arm, seed, train, test, others, options.generations)
     finish(
         options.out,
         cells(options.out),
         f"python -m apical.recipes.tdca_classification --out {options.out} --generations {options.generations}",
         {
             "generations": options.generations,
+            "evolved at commit": sorted({each["commit"] or "unknown" for each in cells(options.out)}),
+            "meta-seeds planned": {arm: count for arm, (_, count) in ARMS.items()},
             "strategy": asdict(STRATEGY),
             "tasks": TASKS,
             "images for evolution": SEEN,
