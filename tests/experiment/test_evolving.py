@@ -157,3 +157,13 @@ def test_a_teacher_from_a_file_trains_another_width(whole: Path, tmp_path: Path,
     assert "none of the rules fa has a teacher" in capsys.readouterr().err
     assert main(["train", "--rule", "tdca", "--teacher", "no.pt", *options, str(tmp_path / "none")]) == 2
     assert "there is no teacher file no.pt" in capsys.readouterr().err
+
+
+def test_the_shipped_teacher_trains_digits_at_once(tmp_path: Path) -> None:
+    options = ["--data", "digits", "--model", "mlp-tanh-64-64", "--epochs", "4", "--device", "cpu", "--probe", "0"]
+    accuracy = {}
+    for rule in ("tdca", "tdca-unevolved"):
+        assert main(["train", "--rule", rule, *options, "--out", str(tmp_path / rule)]) == 0
+        accuracy[rule] = json.loads((tmp_path / rule / "result.json").read_text())["test_accuracy"]
+    assert accuracy["tdca"] > 0.5
+    assert accuracy["tdca"] > accuracy["tdca-unevolved"] + 0.2

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from apical.errors import ConfigError
 from apical.experiment.evolving import EvolutionFolder
-from apical.experiment.figure_style import RC
+from apical.experiment.figure_style import RC, plain_log
 from apical.experiment.figures import Drawing, render
 from apical.experiment.report_html import STYLE, command_block, facts, figure_block, significant
 from apical.experiment.run_folder import read_json
@@ -34,6 +34,7 @@ def fitness_curves(lines: Sequence[dict[str, Any]]) -> Figure:
         axes.plot(generations, values, label=label, color=colour, linestyle=style, linewidth=1.0)
     if lowest > 0:
         axes.set_yscale("log")
+        plain_log(axes.yaxis)
     axes.set(xlabel="generation", ylabel="loss after a lifetime (nats)")
     figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -87,6 +87,12 @@ _FURTHER = (
 )
 
 
+def plain_log(axis: Any) -> None:
+    """Label the powers of ten of a logarithmic axis as plain numbers, because `$` is no sign of mathematics here."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: "")
+
+
 def styles(rules: Sequence[str]) -> dict[str, Style]:
     """Style of each rule; rules this table does not know yet get the further styles in their order."""
     unknown = [rule for rule in rules if rule not in RULES]

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from apical.experiment.figure_style import RC, styles
+from apical.experiment.figure_style import RC, plain_log, styles
 from apical.experiment.figures import render
 from apical.recipes.control_study import Row, difference, shown, write
 from apical.recipes.tdca_statistics import interval
@@ -246,6 +246,7 @@ def losses_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure:
             label = NAMES[rule] if row == 0 else None
             axes.errorbar(mean, place, xerr=bar, fmt=style.marker, color=style.colour, label=label, elinewidth=0.8)
     axes.set_xscale("log")
+    plain_log(axes.xaxis)
     axes.set_yticks(range(len(arms)), [TITLES[arm] for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel("training loss (nats)")
@@ -262,14 +263,14 @@ def diffusion_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure | None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, key, scale in ((upper, "loss", 1.0), (lower, "accuracy", 100.0)):
         for arm in found:
-            mean, bar = _bar([scale * value for value in values(arms[arm], "tdca", key)], 1e-6)
+            mean, bar = _bar([scale * value for value in values(arms[arm], "tdca", key)])
             axes.errorbar(arms[arm][0]["parameters"], mean, yerr=bar, fmt="o", color="#0B5345", elinewidth=0.8)
             if axes is upper:
                 label = arm.removeprefix("sites-") if arm != "fresh" else "all"
                 axes.annotate(
                     label, (arms[arm][0]["parameters"], mean), xytext=(4, 3), textcoords="offset points", fontsize=7
                 )
-    upper.set(ylabel="loss (nats)", yscale="log")
+    upper.set(ylabel="loss (nats)", ylim=(0, None))
     lower.set(ylabel="accuracy (%)", xlabel="weights of the top-down network")
     return figure
 
@@ -287,5 +288,6 @@ def evolution_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure:
             )
             axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=0.7, alpha=0.8, label=label)
     axes.set(xlabel="generation", ylabel="loss after a lifetime (nats)", yscale="log")
+    plain_log(axes.yaxis)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
