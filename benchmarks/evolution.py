@@ -8,7 +8,6 @@ rule, `torch.optim.Adam`, `clip_grad_norm_`.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -111,8 +110,10 @@ def throughput(chunks: tuple[int, ...] = (16, 64, 256)) -> list[dict[str, Any]]:
     return rows
 
 
-def memory(chunk: int) -> float:
-    """MB that a process of its own needs at most for evaluating the population, beyond what it needs before."""
+def memory(chunk: int) -> float | None:
+    """MB that a process of its own needs at most for evaluating the population, beyond what it needs before; on Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
     code = f"import evolution; print(evolution.grown({chunk}))"
     here = Path(__file__).parent
     ended = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
@@ -123,9 +124,16 @@ def grown(chunk: int) -> float:
     torch.set_num_threads(1)
     task = Inner()
     Here(2).evaluate(task, individuals(task, 2), 0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = resident("VmRSS")
     Here(chunk).evaluate(task, individuals(task), 0)
-    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
+    return round(resident("VmHWM") - before, 1)
+
+
+def resident(field: str) -> float:
+    """MB, as Linux counts them."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
 def workers() -> list[dict[str, Any]]:
