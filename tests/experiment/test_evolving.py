@@ -14,6 +14,8 @@ import torch
 
 from apical.cli import main
 from apical.core.top_down import load
+from apical.recipes.tdca import EVOLUTIONS
+from apical.rules.top_down_credit_assignment import shipped
 
 pytest.importorskip("evotorch")
 SMALL = ("--model", "mlp-tanh-6", "--population", "8", "--hidden", "4", "--steps", "4", "--examples", "30", "--sites", "2")
@@ -45,7 +47,7 @@ def test_it_writes_teachers_with_their_provenance(whole: Path) -> None:
     assert provenance["recipe"]["generations"] == 6
     assert provenance["command"].startswith("apical evolve")
     assert provenance["environment"]["torch"] == torch.__version__
-    assert not same(whole, whole.parent / "whole") or (whole / "best.pt").exists()
+    assert load(whole / "best.pt")[1]["which"] == "fittest of the last generation"
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["best"] >= line["mean"] for line in lines)
@@ -167,3 +169,7 @@ def test_the_shipped_teacher_trains_digits_at_once(tmp_path: Path) -> None:
         accuracy[rule] = json.loads((tmp_path / rule / "result.json").read_text())["test_accuracy"]
     assert accuracy["tdca"] > 0.5
     assert accuracy["tdca"] > accuracy["tdca-unevolved"] + 0.2
+
+
+def test_the_shipped_teacher_was_made_by_the_committed_recipe() -> None:
+    assert load(shipped("digits"))[1]["recipe"] == EVOLUTIONS["digits"].to_json()

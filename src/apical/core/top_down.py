@@ -12,11 +12,9 @@ with tau = 1/(2K). The paper's own operator is not known (only its abstract coul
 diffusing network serves hidden layers of any width.
 """
 
-import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,13 +128,13 @@ class TopDownNetwork(nn.Module):
             "weights": self.state_dict(),
             "provenance": json.dumps(provenance or {}, sort_keys=True),
         }
-        path = Path(path)
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(buffer.getvalue())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        temporary = Path(path).with_name(f"{Path(path).name}.tmp")
+        try:
+            torch.save(content, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:

@@ -83,7 +83,7 @@ class TopDownCreditAssignment(CutRule):
         loss = self.loss(output.detach(), targets).detach()
         prediction, target = described(output.detach(), targets)
         signals = self.signals(prediction, target, cuts, output, classes=not targets.is_floating_point())
-        late.signal = lambda index, scale: (signals[index] * scale).to(cuts[index].dtype)
+        late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)
         given = signals if self.takes_signals else [*(None for _ in cuts), signals[-1]]
         taught = [
             (root, signal)
@@ -112,7 +112,7 @@ class TopDownCreditAssignment(CutRule):
         if classes:
             last = through_softmax(last, prediction)
         return [
-            *(spread(credit, cut.shape) for credit, cut in zip(hidden, cuts, strict=True)),
+            *(spread(credit, cut.shape).to(cut.dtype) for credit, cut in zip(hidden, cuts, strict=True)),
             last.view(output.shape).to(output.dtype),
         ]
 
