@@ -52,7 +52,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     }
     blocks = {
         root / "README.md": {"results": readme_results(folders, benchmarks, studies, control)},
-        root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "cli.py"),
+        root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "flags"),
     }
     for path, contents in blocks.items():
         text = path.read_text(encoding="utf-8")
@@ -116,9 +116,10 @@ def readme_results(
     return "\n\n".join(filter(None, parts)) or "None are kept here yet: `make demo` and `make bench` make some."
 
 
-def command_blocks(source: Path) -> dict[str, str]:
+def command_blocks(folder: Path) -> dict[str, str]:
     """The blocks of the command-line page: options of the commands, and what there is to choose from."""
-    classes = {n.name: n for n in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)}
+    bodies = [ast.parse(path.read_text(encoding="utf-8")).body for path in sorted(folder.glob("*.py"))]
+    classes = {n.name: n for body in bodies for n in body if isinstance(n, ast.ClassDef)}
     header = ("option", "default", "meaning")
     studies = [[f"`{name}`", study.title, study.cost] for name, study in STUDIES.items()]
     return {

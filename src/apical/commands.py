@@ -39,7 +39,7 @@ from apical.recipes.rules import (
 from apical.recipes.study import Study
 
 if TYPE_CHECKING:
-    from apical.cli import Compare, Flags, Train
+    from apical.flags.training import Compare, Flags, Train
 
 DEMO_RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa-o")
 DIVERGED = 3

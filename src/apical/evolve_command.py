@@ -21,7 +21,7 @@ from apical.experiment.signals import Interrupted, StopSignals
 from apical.recipes.tdca import EVOLUTIONS
 
 if TYPE_CHECKING:
-    from apical.cli import Evolve
+    from apical.flags.evolve import Evolve
 
 
 def run(flags: "Evolve", command: str) -> int:

@@ -25,7 +25,7 @@ from apical.experiment.run_folder import check_writable, environment, write_json
 from apical.recipes.rules import LOSSES
 
 if TYPE_CHECKING:
-    from apical.cli import Landscape
+    from apical.flags.landscape import Landscape
 
 SPANS = {"pca": 1.3, "random": 1.0}
 """Half-width of the surface where --span is not given."""
