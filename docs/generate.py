@@ -155,7 +155,7 @@ def options(flags: ast.ClassDef) -> list[list[str]]:
                 [
                     f"`{metavar}`" if positional else f"`--{name} {metavar}`".replace(" `", "`"),
                     hint.strip("()").removeprefix("default: "),
-                    str(text.value.value),
+                    " ".join(str(text.value.value).split()),
                 ]
             )
     return lines
