@@ -1,18 +1,25 @@
 """Sphinx configuration. The pages that docs/generate.py writes are part of the repository."""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
 
 import apical
 
+sys.path.append(str(Path(__file__).parent))  # for the extension beside this file
+
 project = "apical"
 author = "The apical contributors"
 copyright = f"{author}, Apache-2.0"
 release = version = apical.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.bibtex", "myst_nb", "mathml"]
+html_math_renderer = "mathml"
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -23,7 +30,14 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 napoleon_numpy_docstring = False
 
+nb_execution_mode = "force"  # notebooks are run at every build, and an error in one ends it
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["apical.css"]
 html_title = f"apical {release}"
 
 
