@@ -39,6 +39,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["apical.css"]
 html_title = f"apical {release}"
+html_copy_source = False
 
 
 def docstring_to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

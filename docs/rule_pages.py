@@ -81,13 +81,13 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
             if any(row["rule"] == name for row in found):
                 sentence = verdict_sentence([row for row in judged if row["rule"] == name]) if judged else ""
                 rows.append(
-                    [f"[{title(folder)}](../results/{folder.name}.md)", f"`{name}`", *scores(found, name), sentence or "-"]
+                    [f"[{title(folder)}](../results/{folder.name}.md)", f"`{name}`", sentence or "-", *scores(found, name)]
                 )
     parts = ["## Results"]
     if rows:
-        header = ("comparison", "rule", "seeds", "epochs", "score", "backpropagation", "reference numbers")
+        header = ("comparison", "rule", "reference numbers", "seeds", "epochs", "score", "backpropagation")
         parts += ["Test accuracy in %, or test loss where targets are numbers; mean ± standard deviation over seeds."]
-        parts += [table(header, rows, numeric_from=2)]
+        parts += [table(header, rows, numeric_from=3)]
     further = []
     for path in sorted((root / "results").glob("*/results.json")):
         content = load(path)
@@ -208,18 +208,20 @@ def audit_table(audit: Row) -> str:
 
 def accuracies(root: Path) -> str:
     """Test accuracy of the rules in every comparison with many of them."""
-    columns, found = [], {}
+    columns: dict[str, str] = {}
+    found: dict[tuple[str, str], str] = {}
     for folder in sorted(path.parent for path in (root / "results").glob("*/summary.json")):
         rows = load(folder / "summary.json")
         names = list(dict.fromkeys(row["rule"] for row in rows))
         if len(names) >= WIDE and present(rows, "test_accuracy"):
-            columns.append(folder.name)
+            epochs = " / ".join(sorted({str(row.get("epochs")) for row in rows if row.get("status") != "diverged"}))
+            columns[folder.name] = f"[{folder.name}](results/{folder.name}.md), {epochs} epochs"
             found |= {(name, folder.name): _score(rows, name) for name in names}
     if not columns:
         return "No comparison of many rules is kept here yet."
     names = [name for name in RULES if any((name, column) in found for column in columns)]
     lines = [[f"`{name}`", *(found.get((name, column), "-") for column in columns)] for name in names]
-    return table(("rule", *(f"[{column}](results/{column}.md)" for column in columns)), lines)
+    return table(("rule", *columns.values()), lines)
 
 
 def costs(root: Path) -> str:
