@@ -1,5 +1,8 @@
 """Sphinx configuration. The pages that docs/generate.py writes are part of the repository."""
 
+import json
+import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.bibtex
 html_math_renderer = "mathml"
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "author_year"
+bibtex_default_style = "plain"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -34,6 +38,14 @@ nb_execution_mode = "force"  # notebooks are run at every build, and an error in
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+logging.getLogger("traitlets").setLevel(logging.WARNING)
+JUPYTER = Path(__file__).parent / "_build" / "jupyter"  # a kernel of this very Python, which keeps still
+KERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+(JUPYTER / "kernels" / "python3").mkdir(parents=True, exist_ok=True)
+(JUPYTER / "kernels" / "python3" / "kernel.json").write_text(
+    json.dumps({"argv": KERNEL, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
+)
+os.environ["JUPYTER_PATH"] = str(JUPYTER)
 
 html_theme = "furo"
 html_static_path = ["_static"]

@@ -21,7 +21,13 @@ def mathml(latex: str, display: bool) -> str:
         ValueError: there is something in it that is not known.
     """
     latex = re.sub(r"\{(aligned|gathered)\}", lambda m: "{align*}" if m[1] == "aligned" else "{gather*}", latex)
-    root = ElementTree.fromstring(convert(latex, display="block" if display else "inline").replace("<mi>&</mi>", "<mi>\\</mi>"))
+    root = ElementTree.fromstring(
+        convert(latex, display="block" if display else "inline").replace("<mi>&</mi>", "<mi>\\</mi>")
+    )
+    for element in root.iter(f"{NAMESPACE}msup"):
+        if len(element) == 2 and element[1].text in ("\u2032", "\u2033"):  # a prime is raised by itself
+            element.tag = f"{NAMESPACE}mrow"
+            element[1].tag, element[1].attrib = f"{NAMESPACE}mo", {"lspace": "0", "rspace": "0"}
     for element in root.iter():
         text = element.text or ""
         if "\\" in text:

@@ -1,7 +1,7 @@
 """Look at pages as a person would: Chromium without a window loads them in frames of a screen's width and reports.
 
-A small web server hands out the folders and one page of its own, which loads every page to be looked at in a frame, measures it,
-and sends what it found back.
+A small web server hands out the folders and one page of its own, which loads every page to be looked at in a frame, measures
+it, and sends back what it found.
 """
 
 import json
@@ -15,6 +15,10 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+FAULTS = ("overflow", "wide", "broken", "flat", "raw")
+"""What a page may not have: too much width, parts that stick out, images that do not load, equations that take no room or show
+their source."""
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LOOK = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><title>look</title><body><script>
@@ -56,7 +60,9 @@ def chromium() -> str | None:
 class _Handler(SimpleHTTPRequestHandler):
     """Folders by the first part of the path, the page that looks, and its findings."""
 
-    def __init__(self, *arguments: Any, folders: Mapping[str, Path], look: str, found: list[Any], done: threading.Event) -> None:
+    def __init__(
+        self, *arguments: Any, folders: Mapping[str, Path], look: str, found: list[Any], done: threading.Event
+    ) -> None:
         self.folders, self.look, self.found, self.done = folders, look, found, done
         super().__init__(*arguments)
 
@@ -67,7 +73,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path != "/look":
-            return super().do_GET()
+            super().do_GET()
+            return
         body = self.look.encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
@@ -107,6 +114,7 @@ def look_at(
     look = LOOK.replace("PAGES", json.dumps(list(pages))).replace("WIDTHS", json.dumps(list(widths)))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, folders=folders, look=look, found=found, done=done))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    profile.mkdir(parents=True, exist_ok=True)
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     flags += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--window-size=1400,1000"]
     log = profile / "stderr.txt"

@@ -55,7 +55,7 @@ def test_options_go_by_the_class(file: str) -> None:
 
 
 def test_in_a_comparison(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In two worker processes; then more epochs, resumed, with fa: the same rule where the gain is 1, so the same numbers."""
+    """In two worker processes, then resumed, beside fa: the same rule where the gain is 1, so the same numbers."""
     command = ("compare", "--rules", "fa", "mine.py:Louder", "--rule-options", "Louder:gain=1.0", "--out", "out", *QUICK)
     assert main([*command, "--epochs", "1", "--jobs", "2"]) == 0
     assert main([*command, "--epochs", "2", "--resume", "--jobs", "1"]) == 0
