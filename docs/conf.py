@@ -1,18 +1,29 @@
 """Sphinx configuration. The pages that docs/generate.py writes are part of the repository."""
 
+import json
+import logging
+import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
 
 import apical
 
+sys.path.append(str(Path(__file__).parent))  # for the extension beside this file
+
 project = "apical"
 author = "The apical contributors"
 copyright = f"{author}, Apache-2.0"
 release = version = apical.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.bibtex", "myst_nb", "mathml"]
+html_math_renderer = "mathml"
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+bibtex_default_style = "plain"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -23,8 +34,24 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 napoleon_numpy_docstring = False
 
+nb_execution_mode = "force"  # notebooks are run at every build, and an error in one ends it
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+logging.getLogger("traitlets").setLevel(logging.WARNING)
+JUPYTER = Path(__file__).parent / "_build" / "jupyter"  # a kernel of this very Python, which keeps still
+KERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+(JUPYTER / "kernels" / "python3").mkdir(parents=True, exist_ok=True)
+(JUPYTER / "kernels" / "python3" / "kernel.json").write_text(
+    json.dumps({"argv": KERNEL, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
+)
+os.environ["JUPYTER_PATH"] = str(JUPYTER)
+
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["apical.css"]
 html_title = f"apical {release}"
+html_copy_source = False
 
 
 def docstring_to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

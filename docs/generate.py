@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmark_pages import benchmark_page, readme_parts
+from gallery_page import gallery
 from result_pages import (
     comparison_page,
     comparison_table,
@@ -25,6 +26,7 @@ from result_pages import (
     title,
     verdict_sentence,
 )
+from rule_pages import choice, overview, rule_blocks, rule_classes
 from tables import Row, load, table
 
 from apical import models
@@ -45,6 +47,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     )
     written = {
         root / "docs" / "benchmarks.md": benchmark_page(benchmarks, control, ccl, wavefront, evolution),
+        root / "docs" / "gallery.md": gallery(root),
         root / "docs" / "results" / "index.md": results_index(sorted([*folders, *studies]), files),
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
@@ -53,6 +56,9 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     blocks = {
         root / "README.md": {"results": readme_results(folders, benchmarks, studies, control)},
         root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "flags"),
+        root / "docs" / "rules.md": {"overview": overview(root)},
+        root / "docs" / "choose.md": choice(root),
+        **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},
     }
     for path, contents in blocks.items():
         text = path.read_text(encoding="utf-8")
@@ -156,7 +162,7 @@ def options(flags: ast.ClassDef) -> list[list[str]]:
                 [
                     f"`{metavar}`" if positional else f"`--{name} {metavar}`".replace(" `", "`"),
                     hint.strip("()").removeprefix("default: "),
-                    str(text.value.value),
+                    " ".join(str(text.value.value).split()),
                 ]
             )
     return lines

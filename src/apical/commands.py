@@ -22,7 +22,7 @@ from apical.experiment.compare import Job, load_data
 from apical.experiment.distributed import joined, pick_device, under_torchrun
 from apical.experiment.loop import Training
 from apical.experiment.progress import Watch, Watched, describe, results_table, shown_path
-from apical.experiment.recipe import Recipe
+from apical.experiment.recipe import Recipe, rule_name
 from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
 from apical.experiment.signals import Interrupted, StopSignals
 from apical.recipes.catalogue import STUDIES
@@ -57,14 +57,15 @@ def compare(flags: "Compare", command: str) -> int:
     rules = flags.rules or tuple(study.rows if study else DEMO_RULES)
     for rule in rules:
         find_rule(rule)
-    if len(set(rules)) != len(rules):
-        raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}")
+    names = [rule_name(rule) for rule in rules]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
     check_options(rules, flags.rule_options or ())
     drafts = [draft(flags, study, rule) for rule in rules]
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     recipes, notes = prepare(drafts)
-    published = {rule: [asdict(number) for number in study.row(rule).published] for rule in rules} if study else {}
+    published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
         [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
     )
@@ -77,12 +78,12 @@ def compare(flags: "Compare", command: str) -> int:
         jobs=flags.jobs,
         resume=flags.resume,
         overwrite=flags.overwrite,
-        notes=dict(zip(rules, notes, strict=True)),
+        notes=dict(zip(names, notes, strict=True)),
         about={"study": flags.recipe, "published": published, "claims": claims},
     )
     comparison.check(job)
     console = Console()
-    watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in rules for seed in job.seeds]
+    watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in names for seed in job.seeds]
     watch = Watch(console, watched, recipes[0].epochs)
     with StopSignals() as stop:
         try:
@@ -183,7 +184,7 @@ def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:
     for i, recipe in enumerate(recipes):
         if any(apart) and not apart[i] and recipe.has_feedback_passes:
             recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)
-            notes[i].append(f"no feedback passes: {recipe.rule} learns no feedback weights in passes of their own")
+            notes[i].append(f"no feedback passes: {recipe.rule_name} learns no feedback weights in passes of their own")
         recipes[i].check_phases(two_phase=apart[i])
     return recipes, notes
 
@@ -220,7 +221,7 @@ def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(training.recipe.rule, total=training.steps_planned)
+        task = progress.add_task(training.recipe.rule_name, total=training.steps_planned)
         yield lambda step: progress.update(task, completed=training.steps_done), on_line
 
 

@@ -52,8 +52,8 @@ class Job:
 
     @property
     def rules(self) -> list[str]:
-        """Short names of the rules."""
-        return [recipe.rule for recipe in self.recipes]
+        """Names of the rules."""
+        return [recipe.rule_name for recipe in self.recipes]
 
     @property
     def workers(self) -> int:
@@ -143,7 +143,7 @@ def prepare(job: Job) -> None:
             for path in job.out.glob(pattern):
                 path.unlink()
     job.out.mkdir(parents=True, exist_ok=True)
-    recipes = {recipe.rule: recipe.to_json() for recipe in job.recipes}
+    recipes = {recipe.rule_name: recipe.to_json() for recipe in job.recipes}
     about = {"command": job.command, "rules": job.rules, "seeds": list(job.seeds), "recipe": job.recipes[0].to_json()}
     write_json(job.out / "compare.json", {**about, "recipes": recipes, **job.about})
 

@@ -112,7 +112,7 @@ _CONDITION_FIGURES = (
     (
         "minimum_norm_alignment",
         "Alignment of the update with the minimum-norm one",
-        "angle to minimum-norm update (degrees)",
+        "angle to minimum norm (°)",
         "Angle between the weight change a rule asks for and the smallest change that moves every output as wished (damping "
         "1), on a fixed probe batch.",
     ),

@@ -85,11 +85,12 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             if first != other:
                 where = f"{found[0][1]} has {first}"
                 raise ConfigError(f"{path} has another surface: {field} {other}, {where}; draw them apart")
-    cells = [(recipe.rule, recipe.seed) for _, _, recipe in found]
+    cells = [(recipe.rule_name, recipe.seed) for _, _, recipe in found]
     repeated = {rule for rule, seed in cells if cells.count((rule, seed)) > 1}
     runs = []
     for source, path, recipe in found:
-        label = f"{recipe.rule} ({source.name})" if recipe.rule in repeated else recipe.rule
+        name = recipe.rule_name
+        label = f"{name} ({source.name})" if name in repeated else name
         runs.append(Run(label, path, recipe, load(RunFolder(path).trajectory)))
     return runs, diverged
 
@@ -186,7 +187,7 @@ def _row(run: Run, place: Tensor, losses: Losses, plane: Plane, chunk: int) -> d
     moved = travelled(weights)
     return {
         "label": run.label,
-        "rule": run.recipe.rule,
+        "rule": run.recipe.rule_name,
         "seed": run.recipe.seed,
         "folder": str(run.folder),
         "steps": list(run.trajectory.steps),

@@ -176,7 +176,7 @@ class Training:
         lines = self.folder.read_metrics()
         times = {key: [line[key] for line in lines if line.get(key) is not None] for key in _TIMES}
         result = {
-            "rule": self.recipe.rule,
+            "rule": self.recipe.rule_name,
             "seed": self.recipe.seed,
             "epochs": self.epoch,
             **{key: self.line.get(key) for key in _LAST},
@@ -330,7 +330,7 @@ class Training:
     def _diverge(self, what: str, remedy: str = "Try a smaller --lr") -> NoReturn:
         kept = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"
         message = (
-            f"{self.recipe.rule} with seed {self.recipe.seed} diverged in epoch {self.epoch + 1}, step {self.step}, at "
+            f"{self.recipe.rule_name} with seed {self.recipe.seed} diverged in epoch {self.epoch + 1}, step {self.step}, at "
             f"lr {self.lr:g}: {what.rstrip('.')}; {kept}. {remedy}"
         ).rstrip()
         if self.world.is_main and self.line:

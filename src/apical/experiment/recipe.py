@@ -42,7 +42,7 @@ class Recipe:
     """Everything that decides the outcome of one training.
 
     Attributes:
-        rule: short name of the rule, as in `apical list rules`.
+        rule: short name of the rule, as in `apical list rules`, or "path/to/file.py:Class" or "module:Class".
         rule_options: options of the rule's constructor, each "key=value" with a Python literal as value.
         data: name of the data set, as in `apical list data`.
         model: name of the model, as in `apical list models`.
@@ -184,6 +184,11 @@ class Recipe:
         return examples // self.batch_size if self.drop_last else math.ceil(examples / self.batch_size)
 
     @property
+    def rule_name(self) -> str:
+        """The rule's name in folders, tables and figures."""
+        return rule_name(self.rule)
+
+    @property
     def has_feedback_passes(self) -> bool:
         """Whether there are passes in which only feedback weights learn."""
         return bool(self.pretrain_epochs or self.feedback_passes)
@@ -210,8 +215,8 @@ class Recipe:
         for option in _PASSES:
             if getattr(self, option) and not two_phase:
                 raise ConfigError(
-                    f"{_flag(option)} {getattr(self, option)}: rule {self.rule!r} (with these options) learns no feedback "
-                    "weights in passes of their own; leave it out"
+                    f"{_flag(option)} {getattr(self, option)}: rule {self.rule_name!r} (with these options) learns no "
+                    "feedback weights in passes of their own; leave it out"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -223,6 +228,15 @@ class Recipe:
         """Twelve hex digits of the fields that decide the result: all but threads, device, checkpoint_steps, trajectory."""
         fields = {k: v for k, v in self.to_json().items() if k not in _BESIDE}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def rule_name(rule: str) -> str:
+    """What a rule is called in folders, tables and figures: its short name or, of one from a file, its class.
+
+    >>> rule_name("pfa-o"), rule_name("my/rules.py:Mine")
+    ('pfa-o', 'Mine')
+    """
+    return rule.rpartition(":")[2]
 
 
 def from_json(fields: dict[str, Any]) -> Recipe:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from apical.errors import CheckpointError
 from apical.experiment.figure_style import RULES
+from apical.experiment.recipe import rule_name
 
 Array = NDArray[np.float64]
 _MEASURES = (
@@ -155,7 +156,7 @@ def read(folder: Path) -> Comparison:
         return _read_compare(folder)
     if any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "result.json")):
         config = _read_object(folder / "config.json")
-        run = _read_run(folder, str(config.get("rule", "unknown rule")), config.get("seed", 0), config)
+        run = _read_run(folder, rule_name(str(config.get("rule", "unknown rule"))), config.get("seed", 0), config)
         return Comparison(_command(config), (run.rule,), (run,), single=True)
     raise CheckpointError(f"{folder} is neither a compare folder (no runs/ in it) nor a run folder (no config.json)")
 

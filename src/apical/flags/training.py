@@ -117,13 +117,14 @@ class CompareFlags:
     """Options that only compare has; a base of its own, so that they are listed first."""
 
     rules: Annotated[tuple[str, ...] | None, shown("RULE ...", "(default: bp fa dfa usf kp pfa pfa-o)")] = None
-    """Rules to compare; see `apical list rules`."""
+    """Rules to compare; see `apical list rules`. FILE.py:CLASS or MODULE:CLASS is a rule of your own; its code is run."""
     seeds: Annotated[int, shown("K", "(default: 3)")] = 3
     """Seeds 0 to K - 1 of each rule."""
     jobs: Annotated[int, shown("N", "(default: one per core)")] = 0
     """Seeds trained side by side."""
     rule_options: Annotated[tuple[str, ...] | None, shown("[RULE:]KEY=VALUE ...")] = None
-    """Options of one rule, such as pfa:expansion=4, or, without its name, of every rule that knows them."""
+    """Options of one rule, such as pfa:expansion=4, or, without its name, of every rule that knows them. A rule of your own
+    goes by its class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ class TrainFlags:
     """Options that only train has; a base of its own, so that they are listed first."""
 
     rule: Annotated[str, shown("RULE", "(default: bp)")] = "bp"
-    """Rule to train; see `apical list rules`."""
+    """Rule to train; see `apical list rules`. FILE.py:CLASS or MODULE:CLASS is a rule of your own; its code is run."""
     rule_options: Annotated[tuple[str, ...] | None, shown("KEY=VALUE ...")] = None
     """Options of the rule, such as expansion=4."""
     seed: Annotated[int | None, shown("N", "(default: 0)")] = None

@@ -11,8 +11,9 @@ from torch import nn
 
 from apical.core.credit import CreditRule, Loss
 from apical.errors import ApicalError, ConfigError, unknown_name
-from apical.experiment.recipe import Recipe, parse_options
+from apical.experiment.recipe import Recipe, parse_options, rule_name
 from apical.experiment.schedule import alignment_decay
+from apical.recipes import own_rules
 from apical.rules.backprop import Backprop
 from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
@@ -141,11 +142,14 @@ RULES: dict[str, Entry] = {
 
 
 def find_rule(name: str) -> Entry:
-    """The entry of a short name.
+    """The entry of a short name, or of a rule that is not part of apical: "path/to/file.py:Class", "module:Class".
 
     Raises:
-        ConfigError: there is none; names the nearest.
+        ConfigError: there is none; names the nearest, or what is wrong with the file.
     """
+    if ":" in name or name.endswith(".py"):
+        kind = own_rules.load_class(name)
+        return Entry(kind, own_rules.title(kind))
     if name not in RULES:
         raise unknown_name("rule", name, RULES)
     return RULES[name]
@@ -159,7 +163,7 @@ def constructor_options(entry: Entry) -> list[str]:
 def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
     """Those of the comparison's options "[RULE:]key=value" that are for `rule`, as its recipe takes them.
 
-    Without "RULE:" an option is for every rule whose constructor knows it.
+    Without "RULE:" an option is for every rule whose constructor knows it. A rule from a file is called by its class.
 
     >>> options_for("pfa", ("pfa:expansion=4", "kp:form=explicit", "first_layer=True", "nudge=0.1"))
     ('expansion=4', 'first_layer=True')
@@ -167,7 +171,7 @@ def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
     known, chosen = constructor_options(find_rule(rule)), []
     for option in options:
         owner, rest = _owner(option)
-        if owner == rule or (not owner and _key(rest) in known):
+        if owner == rule_name(rule) or (not owner and _key(rest) in known):
             chosen.append(rest)
     return tuple(chosen)
 
@@ -178,12 +182,13 @@ def check_options(rules: Sequence[str], options: Sequence[str]) -> None:
     Raises:
         ConfigError: names the option.
     """
+    names = [rule_name(rule) for rule in rules]
     for option in options:
         owner, rest = _owner(option)
-        if owner and owner not in rules:
-            raise unknown_name("rule in --rule-options", owner, rules)
+        if owner and owner not in names:
+            raise unknown_name("rule in --rule-options", owner, names)
         if not owner and "=" in rest and not any(_key(rest) in constructor_options(find_rule(rule)) for rule in rules):
-            raise ConfigError(f"--rule-options {option}: none of the rules {' '.join(rules)} has an option {_key(rest)!r}")
+            raise ConfigError(f"--rule-options {option}: none of the rules {' '.join(names)} has an option {_key(rest)!r}")
         parse_options((rest,))
 
 
@@ -210,18 +215,18 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     Raises:
         ConfigError: unknown rule or option, or a batch larger than the data.
     """
-    entry, notes = find_rule(recipe.rule), []
+    entry, notes = find_rule(recipe.rule), [] if recipe.rule in RULES else [own_rules.origin(recipe.rule)]
     given, known = parse_options(recipe.rule_options), constructor_options(entry)
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             known_text = ", ".join(known) or "none"
-            raise ConfigError(f"rule {recipe.rule!r} has no option {key!r}{hint} Its options: {known_text}")
+            raise ConfigError(f"rule {recipe.rule_name!r} has no option {key!r}{hint} Its options: {known_text}")
     added = []
     if entry.aligns and recipe.optimizer != "sgd" and "form" not in given:
         added.append("form='explicit'")
-        notes.append(f"{recipe.rule} keeps its feedback explicitly, because {recipe.optimizer} is not linear")
+        notes.append(f"{recipe.rule_name} keeps its feedback explicitly, because {recipe.optimizer} is not linear")
     if recipe.probe and "first_layer" in known and "first_layer" not in given:
         added.append("first_layer=True")
         notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")
@@ -232,14 +237,15 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
         if entry.aligns and recipe.optimizer == "sgd":
             high, epochs = alignment_decay(recipe.lr[0], steps, recipe.momentum)
             decay, decay_epochs = (high, DECAY), (epochs,)
-            notes.append(f"weight decay {high:g} in the first {epochs} epochs aligns the feedback of {recipe.rule}")
+            notes.append(f"weight decay {high:g} in the first {epochs} epochs aligns the feedback of {recipe.rule_name}")
     clip, feedback_decay = recipe.clip, recipe.feedback_weight_decay
     if entry.clip and not clip:
         clip = entry.clip
-        notes.append(f"gradients of {recipe.rule} are clipped at norm {clip:g} per tensor: its updates are not small")
+        notes.append(f"gradients of {recipe.rule_name} are clipped at norm {clip:g} per tensor: its updates are not small")
     if entry.feedback_decay is not None and feedback_decay is None and given.get("learn") != "none":
         feedback_decay = entry.feedback_decay
-        notes.append(f"feedback weights of {recipe.rule} decay with {feedback_decay:g}, which keeps them near the Jacobian")
+        decays = f"feedback weights of {recipe.rule_name} decay with {feedback_decay:g}"
+        notes.append(f"{decays}, which keeps them near the Jacobian")
     options = (*recipe.rule_options, *added)
     recipe = replace(recipe, rule_options=options, clip=clip, feedback_weight_decay=feedback_decay)
     return replace(recipe, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
@@ -270,4 +276,4 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
     except ApicalError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"rule {recipe.rule!r} with options {options}: {error}") from error
+        raise ConfigError(f"rule {recipe.rule_name!r} with options {options}: {error}") from error

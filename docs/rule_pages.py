@@ -1,0 +1,236 @@
+"""The generated parts of the pages on rules: names, audit, results, cost, the overview, and the table to choose by."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmark_pages import setting
+from result_pages import study_sentence, title, verdict_sentence
+from tables import Row, load, loss_spread, number, present, spread, table
+
+import apical
+from apical.core.credit import CreditRule
+from apical.recipes.rules import RULES
+from apical.testing import settings
+
+NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."
+MARK = {True: " ✓", False: " ✗", None: ""}
+WIDE = 5
+"""Rules from which a comparison is wide enough to choose by."""
+
+
+def rule_classes() -> dict[str, type[CreditRule]]:
+    """Page name -> class, of every exported rule."""
+    exported = [getattr(apical, name) for name in apical.__all__]
+    rules = [kind for kind in exported if issubclass(kind, CreditRule) and kind is not CreditRule]
+    order = list(dict.fromkeys(entry.build for entry in RULES.values()))
+    rules.sort(key=lambda kind: order.index(kind) if kind in order else len(order))
+    return {page_name(kind): kind for kind in rules}
+
+
+def page_name(kind: type) -> str:
+    """The page of a rule is called after its file."""
+    return kind.__module__.rpartition(".")[2].replace("_", "-")
+
+
+def short_names(kind: type) -> list[str]:
+    """The rule's names on the command line."""
+    return [name for name, entry in RULES.items() if entry.build is kind]
+
+
+def rule_blocks(kind: type[CreditRule], root: Path) -> dict[str, str]:
+    """The generated blocks of a rule's page."""
+    names = short_names(kind)
+    rows = [[f"`{name}`", RULES[name].title] for name in names]
+    measured = [*audit_part(names, root), *results_part(names, root), *cost_part(names, root)]
+    return {
+        "names": table(("on the command line", "what it is"), rows, numeric_from=2),
+        "measured": "\n\n".join(measured),
+    }
+
+
+def audit_part(names: Sequence[str], root: Path) -> list[str]:
+    """The rule's rows of the audit."""
+    audit = load(root / "results" / "audit" / "audit.json")
+    if audit is None:
+        return ["## Audit", NO_AUDIT]
+    titles = {each["key"]: each["title"] for each in audit["criteria"]}
+    rows = [
+        [f"`{row['rule']}`", titles[key], f"{found['verdict']}{MARK[found.get('good')]}", found["text"]]
+        for row in audit["rows"]
+        if row["rule"] in names
+        for key, found in row["verdicts"].items()
+        if key in titles
+    ]
+    if not rows:
+        return ["## Audit", "The audit that is kept here does not have this rule."]
+    about = (
+        f"Computed by `{audit['command']}` on {audit['model']}; ✓ is what a brain could do, ✗ what it could not. "
+        "{doc}`/choose` has all rules side by side."
+    )
+    return ["## Audit", about, table(("rule", "criterion", "verdict", "evidence"), rows, numeric_from=4)]
+
+
+def results_part(names: Sequence[str], root: Path) -> list[str]:
+    """Every comparison and study that has the rule, with its numbers beside backpropagation's."""
+    rows = []
+    for folder in sorted(path.parent for path in (root / "results").glob("*/summary.json")):
+        found = load(folder / "summary.json")
+        judged = load(folder / "verdicts.json") or []
+        for name in names:
+            if any(row["rule"] == name for row in found):
+                sentence = verdict_sentence([row for row in judged if row["rule"] == name]) if judged else ""
+                rows.append(
+                    [f"[{title(folder)}](../results/{folder.name}.md)", f"`{name}`", sentence or "-", *scores(found, name)]
+                )
+    parts = ["## Results"]
+    if rows:
+        header = ("comparison", "rule", "reference numbers", "seeds", "epochs", "score", "backpropagation")
+        parts += ["Test accuracy in %, or test loss where targets are numbers; mean ± standard deviation over seeds."]
+        parts += [table(header, rows, numeric_from=3)]
+    further = []
+    for path in sorted((root / "results").glob("*/results.json")):
+        content = load(path)
+        mine = [row for row in content.get("verdicts") or [] if _belongs(row["rule"], names)]
+        if mine or any(_belongs(key, names) for key in content.get("curves") or {}):
+            sentence = study_sentence({"verdicts": mine})
+            further.append(f"- [{content['title']}](../results/{path.parent.name}.md). {sentence}".rstrip())
+    for path in sorted((root / "results").glob("*.json")):
+        content = load(path)
+        listed = content.get("rows") if isinstance(content, dict) else content
+        if any(row.get("rule") in names for row in listed or []) or path.stem.split("-")[0] in names:
+            further.append(f"- [{content.get('title', path.stem)}](../results/{path.stem}.md)")
+    parts += ["Studies:", "\n".join(further)] if further else []
+    return parts if len(parts) > 1 else ["## Results", "None are kept here yet."]
+
+
+def _belongs(key: str, names: Sequence[str]) -> bool:
+    """Whether a study's row is about the rule: by its name, or by a form of it such as `tdca-relative`."""
+    if key in RULES:
+        return key in names
+    near = [name for name in RULES if key.startswith(f"{name}-")]
+    return bool(near) and max(near, key=len) in names
+
+
+def scores(rows: Sequence[Row], name: str) -> list[str]:
+    """Seeds, epochs and score of a rule in a comparison, and the score of backpropagation there."""
+    runs = _finished(rows, name)
+    epochs = " / ".join(sorted({str(row.get("epochs")) for row in runs}))
+    return [str(len(runs)), epochs or "-", _score(rows, name), "-" if name == "bp" else _score(rows, "bp")]
+
+
+def _finished(rows: Sequence[Row], name: str) -> list[Row]:
+    return [row for row in rows if row["rule"] == name and row.get("status", "finished") == "finished"]
+
+
+def _score(rows: Sequence[Row], name: str) -> str:
+    runs = _finished(rows, name)
+    accuracies = [100 * value for value in present(runs, "test_accuracy")]
+    return spread(accuracies, 2) if accuracies else loss_spread(present(runs, "test_loss"))
+
+
+def cost_part(names: Sequence[str], root: Path) -> list[str]:
+    """Time and memory of a step relative to backpropagation, wherever it was measured."""
+    lines = [
+        [
+            f"`{row['rule']}`",
+            setting(row),
+            str(row.get("device") or "cpu"),
+            number(row.get("ratio_to_bp"), 2),
+            number(row.get("peak_memory_ratio"), 2),
+        ]
+        for row in benchmark_rows(root)
+        if row["rule"] in names
+    ]
+    about = "A training step against backpropagation's in the same run; {doc}`/benchmarks` says how this was measured."
+    header = ("rule", "model", "device", "time / BP", "peak memory / BP")
+    return ["## Time and memory", about, table(header, lines, numeric_from=3)] if lines else []
+
+
+def benchmark_rows(root: Path) -> list[Row]:
+    """The rows of every benchmark of training steps."""
+    files = [load(root / "benchmarks" / f"{name}.json") or {} for name in ("results", "control", "ccl")]
+    return [row for file in files for row in file.get("rows") or []]
+
+
+def overview(root: Path) -> str:
+    """One line per rule, and the list of the pages."""
+    rows = []
+    for page, kind in rule_classes().items():
+        names = ", ".join(f"`{name}`" for name in short_names(kind))
+        rows.append([f"[`{kind.__name__}`](rules/{page}.md)", names, "yes" if residual(kind) else "no", _time(kind, root)])
+    header = ("rule", "on the command line", "residual networks", "time / BP, MLP")
+    pages = "\n".join(f"rules/{page}" for page in rule_classes())
+    return f"{table(header, rows, numeric_from=3)}\n\n```{{toctree}}\n:hidden:\n\n{pages}\n```"
+
+
+def residual(kind: type[CreditRule]) -> bool:
+    """Whether the rule takes the residual BatchNorm network of the conformance suite, or chains of layers alone."""
+    return len(settings(kind)) == 2
+
+
+def _time(kind: type, root: Path) -> str:
+    """The range of times relative to backpropagation over names and settings of fully connected networks."""
+    ratios = [
+        row["ratio_to_bp"]
+        for row in benchmark_rows(root)
+        if row["rule"] in short_names(kind) and "MLP" in row["model"] and row.get("ratio_to_bp")
+    ]
+    low, high = (f"{value:.2f}" for value in (min(ratios, default=0), max(ratios, default=0)))
+    return "-" if not ratios else low if low == high else f"{low} to {high}"
+
+
+def choice(root: Path) -> dict[str, str]:
+    """The generated blocks of the page on choosing a rule."""
+    audit = load(root / "results" / "audit" / "audit.json")
+    return {"audit": NO_AUDIT if audit is None else audit_table(audit), "accuracy": accuracies(root), "cost": costs(root)}
+
+
+def audit_table(audit: Row) -> str:
+    """All rules by all criteria, what the criteria ask, and for each the rules that do well."""
+    criteria = audit["criteria"]
+    rows = []
+    for row in audit["rows"]:
+        found = [row["verdicts"].get(each["key"]) or {"verdict": "-"} for each in criteria]
+        rows.append([f"`{row['rule']}`", *(f"{each['verdict']}{MARK[each.get('good')]}" for each in found)])
+    asked = []
+    for each in criteria:
+        good = [f"`{row['rule']}`" for row in audit["rows"] if (row["verdicts"].get(each["key"]) or {}).get("good") is True]
+        asked.append([each["title"], each["question"], " ".join(good) or "none"])
+    return "\n\n".join(
+        [
+            f"Computed by `{audit['command']}` on {audit['model']}; ✓ is what a brain could do, ✗ what it could not.",
+            table(("rule", *(each["title"] for each in criteria)), rows, numeric_from=len(criteria) + 1),
+            table(("criterion", "the question", "✓ for"), asked, numeric_from=3),
+        ]
+    )
+
+
+def accuracies(root: Path) -> str:
+    """Test accuracy of the rules in every comparison with many of them."""
+    columns: dict[str, str] = {}
+    found: dict[tuple[str, str], str] = {}
+    for folder in sorted(path.parent for path in (root / "results").glob("*/summary.json")):
+        rows = load(folder / "summary.json")
+        names = list(dict.fromkeys(row["rule"] for row in rows))
+        if len(names) >= WIDE and present(rows, "test_accuracy"):
+            epochs = " / ".join(sorted({str(row.get("epochs")) for row in rows if row.get("status") != "diverged"}))
+            columns[folder.name] = f"[{folder.name}](results/{folder.name}.md), {epochs} epochs"
+            found |= {(name, folder.name): _score(rows, name) for name in names}
+    if not columns:
+        return "No comparison of many rules is kept here yet."
+    names = [name for name in RULES if any((name, column) in found for column in columns)]
+    lines = [[f"`{name}`", *(found.get((name, column), "-") for column in columns)] for name in names]
+    return table(("rule", *columns.values()), lines)
+
+
+def costs(root: Path) -> str:
+    """Time of a step relative to backpropagation: the median over the settings of each kind of network."""
+    kinds = ("MLP", "LeNet", "ResNet")
+    rows = benchmark_rows(root)
+    lines = []
+    for name in RULES:
+        ratios = [[row["ratio_to_bp"] for row in rows if row["rule"] == name and kind in row["model"]] for kind in kinds]
+        if any(ratios):
+            lines.append([f"`{name}`", *(number(statistics.median(each), 2) if each else "-" for each in ratios)])
+    return table(("rule", *(f"{kind}, time / BP" for kind in kinds)), lines) if lines else "No benchmark is kept here yet."
