@@ -16,7 +16,7 @@ from apical.diagnostics.plausibility import Verdict, examine, judge
 from apical.errors import ConfigError
 from apical.experiment.measure import probe_batch
 from apical.experiment.optimizer import make_optimizer, scheduled, shape_gradients
-from apical.experiment.recipe import Recipe
+from apical.experiment.recipe import Recipe, rule_name
 from apical.experiment.schedule import data_order
 from apical.recipes.claims import claimed
 from apical.recipes.rules import find_rule, make_rule, merged, resolve
@@ -81,7 +81,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
         for key, claim in claimed(rule).items()
         if verdicts[key].verdict != "not applicable"
     }
-    return Audited(rule, entry.title, ", ".join(physical), _accuracy(examined, dataset), verdicts, claims)
+    return Audited(rule_name(rule), entry.title, ", ".join(physical), _accuracy(examined, dataset), verdicts, claims)
 
 
 def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:
