@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = ("overflow", "wide", "broken", "flat", "raw")
-"""What a page may not have: too much width, parts that stick out, images that do not load, equations that take no room or show
-their source."""
+"""What a page may not have: too much width, parts that stick out, images that do not load, equations flat or unread."""
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LOOK = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><title>look</title><body><script>
