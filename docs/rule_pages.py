@@ -65,7 +65,7 @@ def audit_part(names: Sequence[str], root: Path) -> list[str]:
     if not rows:
         return ["## Audit", "The audit that is kept here does not have this rule."]
     about = (
-        f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`/audit` says how. ✓ yes, ✗ no, - not applicable. "
+        f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`/audit` says how. ✓ yes, ~ partly, ✗ no, - not applicable. "
         "{doc}`/choose` has all rules side by side."
     )
     forms = [f"`{row['rule']}` with {row['form']}" for row in audit["rows"] if row["rule"] in names and row.get("form")]
@@ -205,7 +205,9 @@ def audit_table(audit: Row) -> str:
     questions += [[c["title"], c["question"], ""] for c in counted]
     return "\n\n".join(
         [
-            f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`audit` says how. ✓ yes, ✗ no, - not applicable.",
+            f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`audit` says how.",
+            "![Rules against criteria](../results/audit/audit.png)",
+            "✓ yes, ~ partly, ✗ no, - not applicable:",
             table(("rule", *(c["title"] for c in asked)), [[n, *v] for n, v in zip(names, verdicts, strict=True)], 99),
             "Robustness in degrees by which updates turn, and cost:",
             table(("rule", *titles), [[n, *v] for n, v in zip(names, numbers, strict=True)], 1),
@@ -216,8 +218,7 @@ def audit_table(audit: Row) -> str:
 
 def sign(verdict: Row) -> str:
     """A verdict as a table shows it."""
-    signs = {"yes": "✓", "no": "✗", "not applicable": "-"}
-    return signs.get(verdict["verdict"], str(verdict["verdict"]))
+    return {"yes": "✓", "no": "✗", "partly": "~", "not applicable": "-"}[verdict["verdict"]]
 
 
 def counted_cell(key: str, verdict: Row, reference: Row | None) -> str:
