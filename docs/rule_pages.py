@@ -65,8 +65,8 @@ def audit_part(names: Sequence[str], root: Path) -> list[str]:
     if not rows:
         return ["## Audit", "The audit that is kept here does not have this rule."]
     about = (
-        f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`/audit` says how. ✓ yes, ~ partly, ✗ no, - not applicable. "
-        "{doc}`/choose` has all rules side by side."
+        f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`/audit` says how. "
+        "✓ yes, ~ partly, ✗ no, - not applicable. {doc}`/choose` has all rules side by side."
     )
     forms = [f"`{row['rule']}` with {row['form']}" for row in audit["rows"] if row["rule"] in names and row.get("form")]
     about += f" Examined in the form that computes as the network would: {'; '.join(forms)}." if forms else ""
