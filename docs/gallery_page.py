@@ -21,6 +21,8 @@ def gallery(root: Path) -> str:
 
 def heading(folder: Path) -> str:
     """What the figures of a folder are about."""
+    if folder.name == "audit":
+        return "Audit of plausibility"
     content = load(folder / "results.json") or {}
     return str(content.get("title") or title(folder))
 
