@@ -198,7 +198,8 @@ def audit_table(audit: Row) -> str:
     rows = []
     for row in audit["rows"]:
         found = [row["verdicts"].get(each["key"]) or {"verdict": "-"} for each in criteria]
-        rows.append([f"`{row['rule']}`", *(f"{each['verdict']}{MARK[each.get('good')]}" for each in found)])
+        said = [f"{each['verdict']}{MARK[each.get('good')]}".replace("not applicable", "-") for each in found]
+        rows.append([f"`{row['rule']}`", *said])
     asked = []
     for each in criteria:
         good = [f"`{row['rule']}`" for row in audit["rows"] if (row["verdicts"].get(each["key"]) or {}).get("good") is True]

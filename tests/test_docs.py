@@ -316,6 +316,37 @@ def test_a_study_of_its_own_becomes_a_page(study: Path) -> None:
     assert "![conditions and alignment against epochs](results/toy/conditions.png)" in readme
 
 
+@pytest.fixture(scope="module")
+def mathml() -> Any:
+    return pytest.importorskip("mathml", reason="the documentation's requirements are not installed").mathml
+
+
+def test_equations_become_mathml(mathml: Any) -> None:
+    assert mathml("a_l", False).count("<msub><mi>a</mi><mi>l</mi></msub>") == 1
+    rows = mathml(r"\begin{aligned} a &= b \\ c &= d \end{aligned}", True)
+    assert rows.count("<mtr>") == 2
+    assert rows.count("text-align: right") == rows.count("text-align: left") == 2
+    assert 'display="block"' in rows
+    assert "<mi>softmax</mi>" in mathml(r"\operatorname{softmax}(x)", False)
+    assert "<msup>" not in mathml("f'(x)", False)
+
+
+@pytest.mark.parametrize("latex", [r"\nosuchcommand x", r"a & b", r"\begin{nosuch} a \end{nosuch}"])
+def test_equations_that_would_not_be_typeset_are_an_error(mathml: Any, latex: str) -> None:
+    with pytest.raises(ValueError, match="no MathML"):
+        mathml(latex, False)
+
+
+def test_every_equation_of_the_pages_is_typeset(mathml: Any) -> None:
+    found = 0
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for display, inline in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", text, re.DOTALL):
+            assert "<math" in mathml(display or inline, bool(display))
+            found += 1
+    assert found > 100
+
+
 def test_the_benchmarks_of_feedback_control_have_their_verdicts() -> None:
     row = {"rule": "dfc-ssa", "model": "mlp", "batch": 128, "precision": "float32", "ms_per_step": 12.5, "ratio_to_bp": 2.5}
     row |= {"quartiles": [2.4, 2.6], "target": 3.0, "within_target": True}
