@@ -142,6 +142,7 @@ def command_blocks(folder: Path) -> dict[str, str]:
                 ("both", "Flags"),
                 ("evolve", "Evolve"),
                 ("landscape", "Landscape"),
+                ("audit", "Audit"),
             )
         },
     }

@@ -10,11 +10,11 @@ from tables import Row, load, loss_spread, number, present, spread, table
 
 import apical
 from apical.core.credit import CreditRule
+from apical.experiment.figures_audit import number_of
 from apical.recipes.rules import RULES
 from apical.testing import settings
 
 NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."
-MARK = {True: " ✓", False: " ✗", None: ""}
 WIDE = 5
 """Rules from which a comparison is wide enough to choose by."""
 
@@ -56,7 +56,7 @@ def audit_part(names: Sequence[str], root: Path) -> list[str]:
         return ["## Audit", NO_AUDIT]
     titles = {each["key"]: each["title"] for each in audit["criteria"]}
     rows = [
-        [f"`{row['rule']}`", titles[key], f"{found['verdict']}{MARK[found.get('good')]}", found["text"]]
+        [f"`{row['rule']}`", titles[key], "" if found["verdict"] == "measured" else sign(found), found["text"]]
         for row in audit["rows"]
         if row["rule"] in names
         for key, found in row["verdicts"].items()
@@ -65,9 +65,11 @@ def audit_part(names: Sequence[str], root: Path) -> list[str]:
     if not rows:
         return ["## Audit", "The audit that is kept here does not have this rule."]
     about = (
-        f"Computed by `{audit['command']}` on {audit['model']}; ✓ is what a brain could do, ✗ what it could not. "
-        "{doc}`/choose` has all rules side by side."
+        f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`/audit` says how. "
+        "✓ yes, ~ partly, ✗ no, - not applicable. {doc}`/choose` has all rules side by side."
     )
+    forms = [f"`{row['rule']}` with {row['form']}" for row in audit["rows"] if row["rule"] in names and row.get("form")]
+    about += f" Examined in the form that computes as the network would: {'; '.join(forms)}." if forms else ""
     return ["## Audit", about, table(("rule", "criterion", "verdict", "evidence"), rows, numeric_from=4)]
 
 
@@ -193,24 +195,41 @@ def choice(root: Path) -> dict[str, str]:
 
 
 def audit_table(audit: Row) -> str:
-    """All rules by all criteria, what the criteria ask, and for each the rules that do well."""
-    criteria = audit["criteria"]
-    rows = []
-    for row in audit["rows"]:
-        found = [row["verdicts"].get(each["key"]) or {"verdict": "-"} for each in criteria]
-        said = [f"{each['verdict']}{MARK[each.get('good')]}".replace("not applicable", "-") for each in found]
-        rows.append([f"`{row['rule']}`", *said])
-    asked = []
-    for each in criteria:
-        good = [f"`{row['rule']}`" for row in audit["rows"] if (row["verdicts"].get(each["key"]) or {}).get("good") is True]
-        asked.append([each["title"], each["question"], " ".join(good) or "none"])
+    """All rules by all criteria, the numbers, what the criteria ask, and for each the rules that do well."""
+    rules, criteria = audit["rows"], audit["criteria"]
+    counted = [c for c in criteria if any(row["verdicts"][c["key"]]["verdict"] == "measured" for row in rules)]
+    asked = [c for c in criteria if c not in counted]
+    names = [f"`{row['rule']}`" for row in rules]
+    verdicts = [[sign(row["verdicts"][c["key"]]) for c in asked] for row in rules]
+    reference = next((row for row in rules if row["rule"] == "bp"), None)
+    numbers = [[counted_cell(c["key"], row["verdicts"][c["key"]], reference) for c in counted] for row in rules]
+    titles = [
+        c["title"] + (", relative to bp" if c["key"] in ("multiply_adds", "held") and reference else "") for c in counted
+    ]
+    good = [[names[i] for i, row in enumerate(rules) if row["verdicts"][c["key"]]["good"]] for c in asked]
+    questions = [[c["title"], c["question"], " ".join(each)] for c, each in zip(asked, good, strict=True)]
+    questions += [[c["title"], c["question"], ""] for c in counted]
     return "\n\n".join(
         [
-            f"Computed by `{audit['command']}` on {audit['model']}; ✓ is what a brain could do, ✗ what it could not.",
-            table(("rule", *(each["title"] for each in criteria)), rows, numeric_from=len(criteria) + 1),
-            table(("criterion", "the question", "✓ for"), asked, numeric_from=3),
+            f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`audit` says how.",
+            "![Rules against criteria](../results/audit/audit.png)",
+            "✓ yes, ~ partly, ✗ no, - not applicable:",
+            table(("rule", *(c["title"] for c in asked)), [[n, *v] for n, v in zip(names, verdicts, strict=True)], 99),
+            "Robustness in degrees by which updates turn, and cost:",
+            table(("rule", *titles), [[n, *v] for n, v in zip(names, numbers, strict=True)], 1),
+            table(("criterion", "the question", "✓ for"), questions, 99),
         ]
     )
+
+
+def sign(verdict: Row) -> str:
+    """A verdict as a table shows it."""
+    return {"yes": "✓", "no": "✗", "partly": "~", "not applicable": "-"}[verdict["verdict"]]
+
+
+def counted_cell(key: str, verdict: Row, reference: Row | None) -> str:
+    """A measured number as a table shows it."""
+    return number_of(key, verdict, reference) if verdict["verdict"] == "measured" else "-"
 
 
 def accuracies(root: Path) -> str:

@@ -40,7 +40,7 @@ def run(folder: Path, command: str, *more: str) -> str:
 def test_the_page_has_what_is_done_here() -> None:
     assert list(FILES) == ["partial_transport.py", "test_partial_transport.py"]
     assert len(FILES["partial_transport.py"].splitlines()) < 40
-    assert [command.split()[0] for command in COMMANDS] == ["python", "apical", "apical"]
+    assert [command.split()[0] for command in COMMANDS] == ["python", "apical", "apical", "apical"]
 
 
 def test_its_test_passes(folder: Path) -> None:
@@ -66,6 +66,17 @@ def test_its_options_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert main([*shlex.split(COMMANDS[2])[1:], "--device", "cpu", "--train-limit", "320", "--jobs", "1"]) == 0
     config = json.loads((folder / "runs/less/runs/PartialTransport/seed-0/config.json").read_text())
     assert "share=0.2" in config["rule_options"]
+
+
+def test_it_is_audited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert main(shlex.split(COMMANDS[3])[1:]) == 0
+    record = json.loads((folder / "audits/partial/audit.json").read_text())
+    found = {row["rule"]: row["verdicts"] for row in record["rows"]}
+    assert list(found) == ["bp", "fa", "PartialTransport"]
+    for key in ("no_sign_transport", "no_magnitude_transport"):
+        assert [found[rule][key]["verdict"] for rule in found] == ["no", "yes", "no"]
+    assert abs(found["PartialTransport"]["no_symmetry"]["numbers"]["degrees"] - 45) < 10
 
 
 def test_it_is_in_the_style_of_the_house(folder: Path) -> None:

@@ -1,6 +1,4 @@
-"""The command line: `apical compare | train | evolve | landscape | report | data | list`. Torch is imported only by commands
-that compute.
-"""
+"""The command line: `apical COMMAND`. Torch is imported only by commands that compute."""
 
 import os
 import shlex
@@ -15,6 +13,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
 from apical.errors import ApicalError
+from apical.flags.audit import Audit
 from apical.flags.evolve import Evolve
 from apical.flags.landscape import Landscape
 from apical.flags.training import Compare, Train
@@ -77,13 +76,14 @@ Command = (
     | Annotated[Train, subcommand("train", prefix_name=False)]
     | Annotated[Evolve, subcommand("evolve", prefix_name=False)]
     | Annotated[Landscape, subcommand("landscape", prefix_name=False)]
+    | Annotated[Audit, subcommand("audit", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Data, subcommand("data", prefix_name=False)]
     | Annotated[List, subcommand("list", prefix_name=False)]
 )
 
 
-MODULES = {Evolve: "apical.evolve_command", Landscape: "apical.landscape_command"}
+MODULES = {Audit: "apical.audit_command", Evolve: "apical.evolve_command", Landscape: "apical.landscape_command"}
 """Where the commands with a module of their own run; imported only then."""
 
 

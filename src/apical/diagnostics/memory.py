@@ -24,9 +24,13 @@ class _Ledger(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
                     self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        self.peak = max(self.peak, sum(size for _, size in self.living().values()))
         return result
+
+    def living(self) -> dict[int, tuple[StorageWeakRef, int]]:
+        """The storages that are alive, and their sizes."""
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        return self.live
 
 
 def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
@@ -46,6 +50,16 @@ def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
     with ledger:
         work()
     return ledger.peak
+
+
+def held_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
+    """Bytes that a rule holds between its call and the backward pass, beyond model, rule and batch."""
+    ledger = _Ledger([*rule.parameters(), *rule.buffers(), inputs, targets])
+    with ledger:
+        credit = rule(inputs, targets)
+    held = sum(size for _, size in ledger.living().values())
+    del credit
+    return held
 
 
 def step_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:

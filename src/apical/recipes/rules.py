@@ -42,6 +42,8 @@ class Entry:
         clip: largest gradient norm per tensor where the recipe sets none, for rules whose updates are not small.
         feedback_decay: weight decay of the feedback weights where the recipe sets none: it bounds feedback that grows along
             a fixed direction.
+        physical: options under which the rule computes as its paper's network would, where its default is a closed form of
+            that; an audit looks at this form.
     """
 
     build: Callable[..., CreditRule]
@@ -50,7 +52,19 @@ class Entry:
     aligns: bool = False
     clip: float = 0.0
     feedback_decay: float | None = None
+    physical: dict[str, Any] = field(default_factory=dict)
 
+
+EXPLICIT = {"form": "explicit"}
+"""Feedback weights are kept as such, not derived from forward weights that got the same updates."""
+
+LITERAL = {"form": "literal"}
+"""Errors pass both of the feedback matrices, which are kept as such and not multiplied first."""
+
+SIMULATED = {"solver": "simulate", "learn": "noise", "points": 60, "dt": 0.05}
+"""The controlled dynamics and the noisy phase run in time, for 15 of the neurons' time constants."""
+
+SIMULATED_FIXED = {key: value for key, value in SIMULATED.items() if key != "learn"}
 
 RULES: dict[str, Entry] = {
     "bp": Entry(Backprop, "backpropagation"),
@@ -59,15 +73,31 @@ RULES: dict[str, Entry] = {
     "usf": Entry(SignSymmetry, "sign symmetry: the signs of the weights, one magnitude", {"variant": "uniform"}),
     "brsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn for every batch", {"variant": "batchwise"}),
     "frsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn once", {"variant": "fixed"}),
-    "kp": Entry(KolenPollack, "Kolen-Pollack: feedback gets the same updates and decay", aligns=True),
+    "kp": Entry(KolenPollack, "Kolen-Pollack: feedback gets the same updates and decay", aligns=True, physical=EXPLICIT),
     "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
-    "pfa": Entry(ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True),
-    "pfa-o": Entry(ProductFeedbackAlignment, "product feedback alignment, orthogonal", {"feedback": "orthogonal"}, True),
+    "pfa": Entry(
+        ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True, physical=LITERAL
+    ),
+    "pfa-o": Entry(
+        ProductFeedbackAlignment,
+        "product feedback alignment, orthogonal",
+        {"feedback": "orthogonal"},
+        True,
+        physical=LITERAL,
+    ),
     "dfc": Entry(
-        DeepFeedbackControl, "deep feedback control, averaged over time", {"variant": "dfc"}, feedback_decay=Q_DECAY
+        DeepFeedbackControl,
+        "deep feedback control, averaged over time",
+        {"variant": "dfc"},
+        feedback_decay=Q_DECAY,
+        physical=SIMULATED,
     ),
     "dfc-ss": Entry(
-        DeepFeedbackControl, "deep feedback control at its steady state", {"variant": "ss"}, feedback_decay=Q_DECAY
+        DeepFeedbackControl,
+        "deep feedback control at its steady state",
+        {"variant": "ss"},
+        feedback_decay=Q_DECAY,
+        physical=SIMULATED,
     ),
     "dfc-ssa": Entry(
         DeepFeedbackControl,
@@ -75,8 +105,15 @@ RULES: dict[str, Entry] = {
         {"variant": "ssa"},
         feedback_decay=Q_DECAY,
     ),
-    "dfc-fixed": Entry(DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}),
-    "dfc-ss-fixed": Entry(DeepFeedbackControl, "dfc-ss with fixed feedback weights", {"variant": "ss", "learn": "none"}),
+    "dfc-fixed": Entry(
+        DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}, physical=SIMULATED_FIXED
+    ),
+    "dfc-ss-fixed": Entry(
+        DeepFeedbackControl,
+        "dfc-ss with fixed feedback weights",
+        {"variant": "ss", "learn": "none"},
+        physical=SIMULATED_FIXED,
+    ),
     "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
     "ccl": Entry(CounterCurrentLearning, "counter-current learning: two anti-parallel networks, local losses", clip=1.0),
     "ccl-frozen": Entry(
@@ -95,7 +132,12 @@ RULES: dict[str, Entry] = {
         clip=1.0,
     ),
     "tdca-unevolved": Entry(TopDownCreditAssignment, "tdca, a control: the top-down network stays random", clip=1.0),
-    "strong-dfc": Entry(StrongDeepFeedbackControl, "strong deep feedback control: the output held at the label", clip=1.0),
+    "strong-dfc": Entry(
+        StrongDeepFeedbackControl,
+        "strong deep feedback control: the output held at the label",
+        clip=1.0,
+        physical={"solver": "simulate", "learn": "noise", "points": 100},
+    ),
 }
 
 

@@ -1,0 +1,159 @@
+"""What one update depends on, and after how many products: the flow of data through a step, operation by operation.
+
+Every tensor carries a :class:`Trace`. An operation joins the traces of what it reads; a product (matrix product,
+convolution) is one step in depth, everything else is none. Depth is therefore time on hardware that computes each layer at
+once. Memory is the identity of a tensor: a view has the trace of its base, and what is written in place joins it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from apical.diagnostics.synapses import Weights, aten, factors
+
+
+class Trace(NamedTuple):
+    """Where a tensor comes from.
+
+    Attributes:
+        depth: products on the longest way to it from anything given.
+        inputs: depends on the inputs.
+        targets: depends on the targets.
+        layers: layers whose forward response it depends on.
+        earliest: products on the shortest way from the output error (the first values that depend on both the model's output
+            and the targets); None if it does not depend on that.
+        latest: the same on the longest way.
+    """
+
+    depth: int = 0
+    inputs: bool = False
+    targets: bool = False
+    layers: frozenset[str] = frozenset()
+    earliest: int | None = None
+    latest: int | None = None
+
+
+NOTHING = Trace()
+
+
+def joined(traces: Iterable[Trace], steps: int, output: str) -> Trace:
+    """Trace of what an operation of `steps` products makes from tensors with these traces.
+
+    >>> error = joined([Trace(3, inputs=True, layers=frozenset({"last"})), Trace(targets=True)], 0, "last")
+    >>> joined([error, Trace()], 1, "last").latest
+    1
+    """
+    traces = list(traces)
+    depth = max((trace.depth for trace in traces), default=0) + steps
+    layers = frozenset().union(*(trace.layers for trace in traces))
+    inputs, targets = any(trace.inputs for trace in traces), any(trace.targets for trace in traces)
+    earliest = [trace.earliest for trace in traces if trace.earliest is not None]
+    latest = [trace.latest for trace in traces if trace.latest is not None]
+    if earliest:
+        return Trace(depth, inputs, targets, layers, min(earliest) + steps, max(latest) + steps)
+    if targets and output in layers:
+        return Trace(depth, inputs, targets, layers, 0, 0)
+    return Trace(depth, inputs, targets, layers)
+
+
+class Dataflow(TorchDispatchMode):
+    """Records one step of a rule while it is active; keep the step small, every tensor stays alive.
+
+    Args:
+        weights: of the layers, by name, in the order of execution.
+        inputs: of the batch.
+        targets: of the batch.
+
+    Attributes:
+        responses: number of forward responses of each layer.
+        operands: fixed tensors (not made from inputs or targets) that were multiplied with something that depends on the
+            targets, and are no forward response: what carries feedback.
+        multiply_adds: of all products.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.weights, self.last = Weights(weights), list(weights)[-1]
+        self.traces: dict[int, Trace] = {}
+        self.alive: list[Tensor] = []
+        self.responses = dict.fromkeys(weights, 0)
+        self.operands: list[Tensor] = []
+        self.multiply_adds = 0
+        self._write(inputs, Trace(inputs=True))
+        self._write(targets, Trace(targets=True))
+
+    def trace(self, tensor: Tensor) -> Trace:
+        """Where the tensor comes from."""
+        return self.traces.get(tensor.untyped_storage()._cdata, NOTHING)
+
+    def made(self, tensor: Tensor) -> bool:
+        """Whether the step made the tensor, or wrote to it."""
+        return tensor.untyped_storage()._cdata in self.traces
+
+    def _write(self, tensor: Tensor, trace: Trace) -> None:
+        self.traces[tensor.untyped_storage()._cdata] = trace
+        self.alive.append(tensor)  # or its memory, the key, would be used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation, and its trace."""
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        places = factors(func, args)
+        trace = joined([self.trace(tensor) for tensor in given], int(bool(places)), self.last)
+        uses = self.weights.uses(func, args)
+        for use in uses:
+            if use.forward:
+                self.responses[use.name] += 1
+                trace = trace._replace(layers=trace.layers | {use.name})
+        if places:
+            self._note(args, places, {use.place for use in uses if use.forward})
+            self.multiply_adds += _multiply_adds(func, args, kwargs, result)
+        before = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in before:
+                self._write(tensor, trace)
+        for tensor in _written(func, args, kwargs):
+            self._write(tensor, trace)
+        return result
+
+    def _note(self, args: tuple[Any, ...], places: tuple[int, ...], forward: set[int]) -> None:
+        for place, other in zip(places, reversed(places), strict=True):
+            factor = args[place]
+            if place in forward or not isinstance(factor, Tensor) or not isinstance(args[other], Tensor):
+                continue
+            fixed = not (self.trace(factor).inputs or self.trace(factor).targets)
+            if fixed and self.trace(args[other]).targets and min(factor.shape[-2:]) > 1:
+                self.operands.append(factor.detach())
+
+
+def _multiply_adds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    if func.overloadpacket in flop_registry:  # which counts two operations for each
+        return int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)) // 2
+    first, second = (args[place] for place in factors(func, args))
+    columns = 1 if second.dim() == 1 else second.shape[0 if func.overloadpacket is aten.linear else -1]
+    return int(first.numel() * columns)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Arguments that the operation writes to."""
+    written = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return written
+
+
+def recorded(rule: Any, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Dataflow:
+    """The flow of one step of a rule, forward and backward; gradients are left in `.grad`, which is cleared before."""
+    rule.zero_grad()
+    flow = Dataflow(weights, inputs, targets)
+    with flow:
+        rule(inputs, targets).backward()
+    return flow
