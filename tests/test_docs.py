@@ -126,14 +126,14 @@ AUDIT = {
     "commit": "abc",
     "model": "mlp-16",
     "seconds": 1.5,
-    "criteria": [{"key": "transport", "title": "Weight transport", "question": "Does a weight need the value of another?"}],
+    "criteria": [{"key": "transport", "title": "No transport", "question": "Does each weight do without the others?"}],
     "rows": [
         {
             "rule": rule,
             "title": rule,
             "verdicts": {"transport": {"verdict": said, "good": good, "text": text, "numbers": {}}},
         }
-        for rule, said, good, text in (("bp", "yes", False, "moved by 3"), ("fa", "no", True, "moved by 0"))
+        for rule, said, good, text in (("bp", "no", False, "moved by 3"), ("fa", "yes", True, "moved by 0"))
     ],
 }
 
@@ -142,10 +142,10 @@ def test_the_audit_becomes_a_table_to_choose_by_and_a_row_on_each_page(tmp_path:
     (tmp_path / "results" / "audit").mkdir(parents=True)
     (tmp_path / "results" / "audit" / "audit.json").write_text(json.dumps(AUDIT))
     choose = generate.choice(tmp_path)["audit"]
-    assert "| rule | Weight transport |\n| --- | --- |\n| `bp` | yes ✗ |\n| `fa` | no ✓ |" in choose
-    assert "| Weight transport | Does a weight need the value of another? | `fa` |" in choose
+    assert "| rule | No transport |\n| --- | --- |\n| `bp` | ✗ |\n| `fa` | ✓ |" in choose
+    assert "| No transport | Does each weight do without the others? | `fa` |" in choose
     page = generate.rule_blocks(apical.FeedbackAlignment, tmp_path)["measured"]
-    assert "| `fa` | Weight transport | no ✓ | moved by 0 |" in page
+    assert "| `fa` | No transport | ✓ | moved by 0 |" in page
     assert "moved by 3" not in page
     absent = generate.rule_blocks(apical.WeightMirror, tmp_path)["measured"]
     assert "The audit that is kept here does not have this rule." in absent
