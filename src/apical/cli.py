@@ -16,6 +16,7 @@ from apical.errors import ApicalError
 from apical.flags.audit import Audit
 from apical.flags.evolve import Evolve
 from apical.flags.landscape import Landscape
+from apical.flags.reproduce import Reproduce
 from apical.flags.training import Compare, Train
 
 DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
@@ -77,13 +78,19 @@ Command = (
     | Annotated[Evolve, subcommand("evolve", prefix_name=False)]
     | Annotated[Landscape, subcommand("landscape", prefix_name=False)]
     | Annotated[Audit, subcommand("audit", prefix_name=False)]
+    | Annotated[Reproduce, subcommand("reproduce", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Data, subcommand("data", prefix_name=False)]
     | Annotated[List, subcommand("list", prefix_name=False)]
 )
 
 
-MODULES = {Audit: "apical.audit_command", Evolve: "apical.evolve_command", Landscape: "apical.landscape_command"}
+MODULES = {
+    Audit: "apical.audit_command",
+    Evolve: "apical.evolve_command",
+    Landscape: "apical.landscape_command",
+    Reproduce: "apical.reproduce_command",
+}
 """Where the commands with a module of their own run; imported only then."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apical.experiment.report_records import Comparison, Run
+from apical.experiment.statistics import bootstrap
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Verdict:
         spread: standard deviation over seeds; None for fewer than two.
         n: seeds.
         verdict: "reproduced", "not reproduced" or "not run".
+        low, high: bootstrap interval of the mean at 95 %; None for fewer than two seeds.
     """
 
     rule: str
@@ -35,6 +37,8 @@ class Verdict:
     spread: float | None
     n: int
     verdict: str
+    low: float | None = None
+    high: float | None = None
 
     def shown(self, value: float) -> str:
         """A value of this quantity as people read it: losses with significant digits, the others with two decimals."""
@@ -111,6 +115,7 @@ def _what(number: Mapping[str, Any]) -> str:
 def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None]) -> Verdict:
     found = [value for value in values if value is not None]
     mean = statistics.mean(found) if found else None
+    interval = bootstrap(found) if found else None
     is_order = "other" in number
     if mean is None:
         verdict = "not run"
@@ -129,6 +134,8 @@ def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None
         spread=statistics.stdev(found) if len(found) > 1 else None,
         n=len(found),
         verdict=verdict,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
     )
 
 

@@ -17,14 +17,29 @@ from typing import Any
 
 import torch
 
+from apical.data import Dataset
 from apical.errors import ConfigError
 from apical.experiment.figures import Drawing
 from apical.experiment.figures_control import conditions, optimal, traces
 from apical.experiment.run_folder import check_writable, environment
+from apical.recipes.cells import kept
 from apical.recipes.dfc_toy_metrics import DAMPING, EIGENVALUE_SAMPLES, MEASURES
 from apical.recipes.dfc_toy_optimal import optimal_feedback
 from apical.recipes.dfc_toy_report import page
-from apical.recipes.dfc_toy_runs import FAST, NOISE, SHOWN, STUDY, History, Plan, curves, load, recipe, train
+from apical.recipes.dfc_toy_runs import (
+    FAST,
+    NOISE,
+    SHOWN,
+    STUDY,
+    History,
+    Plan,
+    curves,
+    load,
+    plain,
+    recipe,
+    restored,
+    train,
+)
 from apical.recipes.dfc_toy_traces import K_P, NUDGE, POINTS, error_left, record, still_moving
 from apical.recipes.dfc_toy_verdicts import SOURCES, judge, tally, within_axes
 
@@ -54,13 +69,15 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         ConfigError: the folder cannot be written, or there are fewer data than asked for.
     """
     check_writable(out)
-    began, around = time.process_time(), environment("cpu", torch.get_num_threads())
+    spent, around = 0.0, environment("cpu", torch.get_num_threads())
     dataset = load(plan)
     histories: dict[str, list[History]] = {}
     for name, seed in plan.jobs():
-        history = train(name, plan, seed, dataset)
+        history, seconds = once(out, name, plan, seed, dataset)
+        spent += seconds
         histories.setdefault(name, []).append(history)
-        print(f"{time.process_time() - began:6.0f} s  {name:14} seed {seed}  {_last(history)}", flush=True)
+        print(f"{spent:6.0f} s  {name:14} seed {seed}  {_last(history)}", flush=True)
+    began = time.process_time()
     trace, cloud = record(plan, points), optimal_feedback(draws)
     lines = {name: curves(each) for name, each in histories.items()}
     results = {
@@ -68,7 +85,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "about": ABOUT,
         "command": command,
         "environment": around,
-        "cpu_seconds": time.process_time() - began,
+        "cpu_seconds": spent + time.process_time() - began,
         "settings": settings(plan, points, draws),
         "measures": {key: measure.label.replace("-\n", "-").replace("\n", " ") for key, measure in MEASURES.items()},
         "sources": SOURCES,
@@ -105,6 +122,13 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
     ]
     write(out, results, drawings)
     return results
+
+
+def once(out: Path, name: str, plan: Plan, seed: int, dataset: Dataset) -> tuple[History, float]:
+    """The history of one training and the seconds it took; kept in `out`/cells, and not trained again if it is there."""
+    config = {"name": name, "seed": seed, "epochs": plan.epochs, "samples": plan.samples}
+    found = kept(out / "cells" / f"{name}-{seed}.json", config, lambda: plain(train(name, plan, seed, dataset)))
+    return restored(found), found["seconds"]
 
 
 def settings(plan: Plan, points: int, draws: int) -> dict[str, Any]:

@@ -8,10 +8,12 @@ The recipes are those of the study `dfc-student-teacher` (the released toy confi
 * `dfc-ssa-noise` learns its feedback from simulated noise, as the authors do; the others by the expectation of that rule.
 """
 
+import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,6 +89,18 @@ class History:
         self.epochs.append(epoch)
         for key, value in values.items():
             self.values.setdefault(key, []).append(value)
+
+
+def plain(history: History) -> dict[str, Any]:
+    """The history as JSON can keep it, which has no NaN and no infinity."""
+    values = {key: [value if math.isfinite(value) else str(value) for value in each] for key, each in history.values.items()}
+    return {**asdict(history), "values": values}
+
+
+def restored(found: Mapping[str, Any]) -> History:
+    """The history that :func:`plain` made this of."""
+    known = {item.name: found[item.name] for item in fields(History)}
+    return History(**{**known, "values": {key: [float(v) for v in each] for key, each in found["values"].items()}})
 
 
 def load(plan: Plan, name: str = "student-teacher") -> Dataset:

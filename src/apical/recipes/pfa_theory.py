@@ -7,6 +7,7 @@ mean 1 and standard deviation 1/sqrt(lambda). Run `python -m apical.recipes.pfa_
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,13 @@ def theory(draws: int = 100, n_out: int = 100, n_in: int = 256, seed: int = 0) -
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the rows as one JSON file."""
     parser = argparse.ArgumentParser(description="PFA's alignment against the expansion ratio (no training)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--draws", type=int, default=100, help="random draws per expansion ratio")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rows = theory(draws=options.draws, seed=options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {

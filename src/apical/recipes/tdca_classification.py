@@ -13,6 +13,7 @@ against backpropagation with its learning rate tuned, at no loss of accuracy.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -170,14 +171,14 @@ def cell(out: Path, arm: str, seed: int, train: Images, test: Images, others: di
     return path
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, and write results.json, figures and report.html."""
     parser = argparse.ArgumentParser(description="TDCA on classification: evolution, controls, statistics")
     parser.add_argument("--out", type=Path, required=True, help="folder; finished evolutions in it are kept")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to evolve")
     parser.add_argument("--report", action="store_true", help="evolve nothing; report what is finished")
     parser.add_argument("--generations", type=int, default=GENERATIONS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     missing = [
         (arm, seed)

@@ -1,0 +1,127 @@
+"""Tables and figures of papers that can be run again by name: `apical reproduce PAPER/TABLE`.
+
+A table is either a study of trainings (:mod:`apical.recipes.catalogue`), run by the engine of `apical compare`, or a module
+with a command line of its own. A budget says how much of it is done. A verdict is given only where the budget reaches what
+it takes: the epoch that a number is about, enough seeds, data that are not cut; else it is "budget too small to tell".
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from apical.recipes.catalogue import STUDIES
+
+Budget = Literal["smoke", "cpu", "paper"]
+BUDGETS: tuple[Budget, ...] = ("smoke", "cpu", "paper")
+
+SEEDS = 3
+"""Seeds from which a verdict is given."""
+
+Sizes = dict[str, int]
+"""Options of a run that decide its size: --epochs, --seeds, --train-limit, --generations ..."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table or figure.
+
+    Attributes:
+        title: one line.
+        budgets: sizes of each budget.
+        study: name of the study that it is; or empty, and then
+        module: with a `main(arguments)` that takes `--out` and the sizes as options.
+        needs: sizes of a module's run from which its verdicts are meant.
+        result: what the module writes: a "folder" with results.json, or a "file" of rows.
+        hours: measured wall-clock hours on two cores, by budget.
+    """
+
+    title: str
+    budgets: dict[Budget, Sizes]
+    study: str = ""
+    module: str = ""
+    needs: Sizes = field(default_factory=dict)
+    result: Literal["folder", "file"] = "folder"
+    hours: dict[Budget, float] = field(default_factory=dict)
+
+
+def _study(name: str, smoke: Sizes, cpu: Sizes, paper: Sizes, hours: dict[Budget, float] | None = None) -> Table:
+    return Table(STUDIES[name].title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
+
+
+def _cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:
+    return {"epochs": epochs, "seeds": seeds, "train_limit": images, "test_limit": 200}
+
+
+PAPERS: dict[str, dict[str, Table]] = {
+    "pfa": {
+        "theory": Table(
+            "Product feedback alignment: the angle follows the expansion ratio",
+            {"smoke": {"draws": 3}, "cpu": {"draws": 100}, "paper": {"draws": 100}},
+            module="apical.recipes.pfa_theory",
+            needs={"draws": 100},
+            result="file",
+        ),
+        "mnist": _study("pfa-mnist", _cut(640), {"epochs": 5, "seeds": 3}, {"epochs": 40, "seeds": 5}),
+        "cifar10-small": _study("pfa-cifar10-small", _cut(128), {"epochs": 8, "seeds": 3}, {"epochs": 8, "seeds": 5}),
+        "cifar10": _study("pfa-cifar10", _cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 250, "seeds": 5}),
+    },
+    "dfc": {
+        "toy": Table(
+            "Deep feedback control on student-teacher regression",
+            {
+                "smoke": {"epochs": 2, "seeds": 1, "samples": 512},
+                "cpu": {"epochs": 150, "seeds": 3, "samples": 5000},
+                "paper": {"epochs": 150, "seeds": 5, "samples": 5000},
+            },
+            module="apical.recipes.dfc_toy",
+            needs={"epochs": 150, "seeds": 3, "samples": 5000},
+        ),
+        "mnist": _study("dfc-mnist", _cut(256), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+    },
+    "ccl": {
+        "mnist": _study("ccl-mnist", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "fashion": _study("ccl-fashion", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "cifar10": _study("ccl-cifar10", _cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "cifar100": _study("ccl-cifar100", _cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "cifar10-cnn": _study("ccl-cifar10-cnn", _cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 100, "seeds": 5}),
+    },
+    "tdca": {
+        "classification": Table(
+            "Top-down credit assignment on classification, with controls",
+            {"smoke": {"generations": 2, "seeds": 1}, "cpu": {"generations": 60}, "paper": {"generations": 60}},
+            module="apical.recipes.tdca_classification",
+            needs={"generations": 60},
+        ),
+        "functions": Table(
+            "Top-down credit assignment on non-convex functions",
+            {
+                "smoke": {
+                    "generations": 2,
+                    "generations_further": 2,
+                    "generations_large": 1,
+                    "seeds": 2,
+                    "starts": 16,
+                },
+                "cpu": {"generations": 400, "seeds": 5},
+                "paper": {"generations": 400, "seeds": 5},
+            },
+            module="apical.recipes.tdca_functions",
+            needs={"generations": 400, "seeds": 5},
+        ),
+        "reinforcement": Table(
+            "Top-down credit assignment on CartPole",
+            {
+                "smoke": {"generations": 1, "seeds": 2, "lifetimes": 4},
+                "cpu": {"generations": 200, "seeds": 5},
+                "paper": {"generations": 200, "seeds": 5},
+            },
+            module="apical.recipes.tdca_reinforcement",
+            needs={"generations": 200, "seeds": 5},
+        ),
+    },
+}
+"""All tables by paper and name. The paper's own sizes of the TDCA studies are not known; "paper" is then what "cpu" is."""
+
+
+def too_small(table: Table, sizes: Sizes) -> bool:
+    """Whether a module's run is smaller than its verdicts are meant for."""
+    return any(sizes[name] < least for name, least in table.needs.items() if name in sizes)
