@@ -75,5 +75,11 @@ def quoted(text: str) -> str:
     return "".join(parts)
 
 
+def without_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Fields of named tuples stand under "Attributes" in the docstring of their class already."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", without_fields)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)  # before napoleon

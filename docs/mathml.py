@@ -11,6 +11,7 @@ from sphinx.writers.html5 import HTML5Translator
 
 NAMESPACE = "{http://www.w3.org/1998/Math/MathML}"
 ElementTree.register_namespace("", NAMESPACE.strip("{}"))
+ENVIRONMENTS = ("aligned", "cases", "matrix", "pmatrix", "bmatrix")
 log = logging.getLogger(__name__)
 
 
@@ -20,7 +21,10 @@ def mathml(latex: str, display: bool) -> str:
     Raises:
         ValueError: there is something in it that is not known.
     """
-    latex = re.sub(r"\{(aligned|gathered)\}", lambda m: "{align*}" if m[1] == "aligned" else "{gather*}", latex)
+    for name in re.findall(r"\\begin\{(.*?)\}", latex):
+        if name not in ENVIRONMENTS:
+            raise ValueError(f"no MathML for the environment {name} in {latex}")
+    latex = latex.replace("{aligned}", "{align*}")  # the name that the converter knows
     root = ElementTree.fromstring(
         convert(latex, display="block" if display else "inline").replace("<mi>&</mi>", "<mi>\\</mi>")
     )

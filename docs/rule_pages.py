@@ -185,13 +185,7 @@ def _time(kind: type, root: Path) -> str:
 def choice(root: Path) -> dict[str, str]:
     """The generated blocks of the page on choosing a rule."""
     audit = load(root / "results" / "audit" / "audit.json")
-    drawn = root / "results" / "audit" / "audit.svg"
-    figure = "\n\n![audit of all rules](../results/audit/audit.svg)" if audit and drawn.exists() else ""
-    return {
-        "audit": NO_AUDIT if audit is None else audit_table(audit) + figure,
-        "accuracy": accuracies(root),
-        "cost": costs(root),
-    }
+    return {"audit": NO_AUDIT if audit is None else audit_table(audit), "accuracy": accuracies(root), "cost": costs(root)}
 
 
 def audit_table(audit: Row) -> str:

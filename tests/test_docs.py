@@ -126,14 +126,14 @@ AUDIT = {
     "commit": "abc",
     "model": "mlp-16",
     "seconds": 1.5,
-    "criteria": [{"key": "transport", "title": "Weight transport", "question": "Does a weight need the value of another?"}],
+    "criteria": [{"key": "transport", "title": "No transport", "question": "Does each weight do without the others?"}],
     "rows": [
         {
             "rule": rule,
             "title": rule,
             "verdicts": {"transport": {"verdict": said, "good": good, "text": text, "numbers": {}}},
         }
-        for rule, said, good, text in (("bp", "yes", False, "moved by 3"), ("fa", "no", True, "moved by 0"))
+        for rule, said, good, text in (("bp", "no", False, "moved by 3"), ("fa", "yes", True, "moved by 0"))
     ],
 }
 
@@ -142,10 +142,10 @@ def test_the_audit_becomes_a_table_to_choose_by_and_a_row_on_each_page(tmp_path:
     (tmp_path / "results" / "audit").mkdir(parents=True)
     (tmp_path / "results" / "audit" / "audit.json").write_text(json.dumps(AUDIT))
     choose = generate.choice(tmp_path)["audit"]
-    assert "| rule | Weight transport |\n| --- | --- |\n| `bp` | yes ✗ |\n| `fa` | no ✓ |" in choose
-    assert "| Weight transport | Does a weight need the value of another? | `fa` |" in choose
+    assert "| rule | No transport |\n| --- | --- |\n| `bp` | ✗ |\n| `fa` | ✓ |" in choose
+    assert "| No transport | Does each weight do without the others? | `fa` |" in choose
     page = generate.rule_blocks(apical.FeedbackAlignment, tmp_path)["measured"]
-    assert "| `fa` | Weight transport | no ✓ | moved by 0 |" in page
+    assert "| `fa` | No transport | ✓ | moved by 0 |" in page
     assert "moved by 3" not in page
     absent = generate.rule_blocks(apical.WeightMirror, tmp_path)["measured"]
     assert "The audit that is kept here does not have this rule." in absent
@@ -314,6 +314,37 @@ def test_a_study_of_its_own_becomes_a_page(study: Path) -> None:
     readme = generate.readme_results([], {}, [study])
     assert "**Toy**\n\nReproduced: 1 of 2 thresholds of our choice. [Verdicts" in readme
     assert "![conditions and alignment against epochs](results/toy/conditions.png)" in readme
+
+
+@pytest.fixture(scope="module")
+def mathml() -> Any:
+    return pytest.importorskip("mathml", reason="the documentation's requirements are not installed").mathml
+
+
+def test_equations_become_mathml(mathml: Any) -> None:
+    assert mathml("a_l", False).count("<msub><mi>a</mi><mi>l</mi></msub>") == 1
+    rows = mathml(r"\begin{aligned} a &= b \\ c &= d \end{aligned}", True)
+    assert rows.count("<mtr>") == 2
+    assert rows.count("text-align: right") == rows.count("text-align: left") == 2
+    assert 'display="block"' in rows
+    assert "<mi>softmax</mi>" in mathml(r"\operatorname{softmax}(x)", False)
+    assert "<msup>" not in mathml("f'(x)", False)
+
+
+@pytest.mark.parametrize("latex", [r"\nosuchcommand x", r"a & b", r"\begin{nosuch} a \end{nosuch}"])
+def test_equations_that_would_not_be_typeset_are_an_error(mathml: Any, latex: str) -> None:
+    with pytest.raises(ValueError, match="no MathML"):
+        mathml(latex, False)
+
+
+def test_every_equation_of_the_pages_is_typeset(mathml: Any) -> None:
+    found = 0
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for display, inline in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", text, re.DOTALL):
+            assert "<math" in mathml(display or inline, bool(display))
+            found += 1
+    assert found > 100
 
 
 def test_the_benchmarks_of_feedback_control_have_their_verdicts() -> None:
