@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nbclient import NotebookClient
 from sphinx.application import Sphinx
 
 import apical
@@ -36,7 +37,8 @@ napoleon_numpy_docstring = False
 
 nb_execution_mode = "force"  # notebooks are run at every build, and an error in one ends it
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # seconds for a cell, where all of them take a few: the machine may be busy
+NotebookClient.startup_timeout.default_value = 300
 nb_merge_streams = True
 logging.getLogger("traitlets").setLevel(logging.WARNING)
 JUPYTER = Path(__file__).parent / "_build" / "jupyter"  # a kernel of this very Python, which keeps still

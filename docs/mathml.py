@@ -38,6 +38,8 @@ def mathml(latex: str, display: bool) -> str:
             raise ValueError(f"no MathML for {text.strip()} in {latex}")
         if element.tag == f"{NAMESPACE}mo" and text.isalpha() and text.isascii():
             element.tag = f"{NAMESPACE}mi"  # the name of a function is no operator with space around it
+        if text == "\u2016":
+            element.set("stretchy", "false")  # both bars of a norm as they are: one of them may carry an exponent
         if side := element.attrib.pop("columnalign", None):  # browsers know the style only
             element.set("style", f"text-align: {side}")
     return ElementTree.tostring(root, encoding="unicode")

@@ -8,6 +8,7 @@ import inspect
 import json
 import pkgutil
 import re
+import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -191,3 +192,11 @@ def test_a_bad_page_is_found_out(tmp_path: Path) -> None:
     assert any("undefined_name" in line for line in console)
     assert len(faults(found)) == 3
     assert not any(by_name["good"][key] for key in browser.FAULTS)
+
+
+@built
+def test_no_page_shows_where_it_was_built() -> None:
+    """Warnings and defaults in examples and notebooks would."""
+    places = (str(ROOT), sys.prefix, str(Path.home()))
+    told = [path.name for path in SITE.rglob("*.html") if any(place in path.read_text(encoding="utf-8") for place in places)]
+    assert not told
