@@ -17,6 +17,7 @@ from apical.flags.audit import Audit
 from apical.flags.evolve import Evolve
 from apical.flags.landscape import Landscape
 from apical.flags.reproduce import Reproduce
+from apical.flags.sweep import Sweep
 from apical.flags.training import Compare, Train
 
 DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
@@ -79,6 +80,7 @@ Command = (
     | Annotated[Landscape, subcommand("landscape", prefix_name=False)]
     | Annotated[Audit, subcommand("audit", prefix_name=False)]
     | Annotated[Reproduce, subcommand("reproduce", prefix_name=False)]
+    | Annotated[Sweep, subcommand("sweep", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Data, subcommand("data", prefix_name=False)]
     | Annotated[List, subcommand("list", prefix_name=False)]
@@ -90,6 +92,7 @@ MODULES = {
     Evolve: "apical.evolve_command",
     Landscape: "apical.landscape_command",
     Reproduce: "apical.reproduce_command",
+    Sweep: "apical.sweep_command",
 }
 """Where the commands with a module of their own run; imported only then."""
 

@@ -36,7 +36,7 @@ from apical.recipes.rules import (
     options_for,
     resolve,
 )
-from apical.recipes.study import Study
+from apical.recipes.study import Study, from_file
 
 if TYPE_CHECKING:
     from apical.flags.training import Compare, Flags, Train
@@ -190,11 +190,13 @@ def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:
 
 
 def find_study(name: str | None) -> Study | None:
-    """The study of that name; None for None.
+    """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None.
 
     Raises:
         ConfigError: there is none; names the nearest.
     """
+    if name is not None and name.endswith(".json"):
+        return from_file(Path(name))
     if name is not None and name not in STUDIES:
         raise unknown_name("recipe", name, STUDIES)
     return STUDIES[name] if name is not None else None

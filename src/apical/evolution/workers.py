@@ -71,22 +71,7 @@ class RayWorkers:
 
     def __init__(self, address: str = "local", count: int | None = None, chunk: int = 64) -> None:
         self.chunk = _checked(chunk)
-        try:
-            import ray
-        except ImportError as error:
-            raise ConfigError(f"--ray needs Ray: pip install 'apical[evolution]' ({error})") from error
-        self._ray: Any = ray
-        self._started = not ray.is_initialized()
-        if self._started:
-            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-            if address == "local":
-                self._ray.init(address="local", num_cpus=count, include_dashboard=False, **quiet)
-            else:
-                _knock(address)
-                try:
-                    self._ray.init(address=address, **quiet)
-                except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-                    raise ConfigError(f"no Ray cluster answers at {address!r}: start one with `ray start --head`") from error
+        self._ray, self._started = connected(address, count)
         # However often a worker is lost, its chunk is evaluated again; an error of the task's own is not repeated.
         self._remote = self._ray.remote(num_cpus=1, max_retries=-1)(_evaluate)
         self._sent: tuple[Task, Any] | None = None
@@ -111,6 +96,35 @@ class RayWorkers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def connected(address: str, count: int | None) -> tuple[Any, bool]:
+    """Ray, and whether it was started or joined here: then whoever asked for it shuts it down.
+
+    Args:
+        address: "local" starts Ray on this machine; otherwise the address of a running cluster (`ray start --head`).
+        count: cores to use on this machine, for "local"; None takes all.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(f"--ray needs Ray: pip install 'apical[evolution]' ({error})") from error
+    found: Any = ray
+    if found.is_initialized():
+        return found, False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        found.init(address="local", num_cpus=count, include_dashboard=False, **quiet)
+        return found, True
+    _knock(address)
+    try:
+        found.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ConfigError(f"no Ray cluster answers at {address!r}: start one with `ray start --head`") from error
+    return found, True
 
 
 def _knock(address: str, seconds: float = 5.0) -> None:

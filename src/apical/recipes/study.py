@@ -1,8 +1,11 @@
 """Studies: the rows of a paper's table or figure, each with its recipe and the numbers it should reproduce."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from apical.experiment.recipe import Recipe
+from apical.errors import ConfigError
+from apical.experiment.recipe import Recipe, from_json
+from apical.experiment.run_folder import read_json
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,20 @@ class Study:
     def row(self, rule: str) -> Row:
         """The row of a rule, or the study's settings for a rule that the study does not have."""
         return self.rows.get(rule) or Row(replace(self.default, rule=rule), ())
+
+
+def from_file(path: Path) -> Study:
+    """The study in a file {"title": ..., "rows": {rule: recipe}}, without published numbers.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no recipes.
+        CheckpointError: it is damaged.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--recipe {path}: there is no such file")
+    content = read_json(path)
+    rows = content.get("rows")
+    if not isinstance(rows, dict) or not rows:
+        raise ConfigError(f'--recipe {path}: the file has no recipes; it needs {{"title": ..., "rows": {{RULE: RECIPE}}}}')
+    recipes = {rule: Row(from_json(fields), ()) for rule, fields in rows.items()}
+    return Study(str(content.get("title", path.name)), "not known", recipes, next(iter(recipes.values())).recipe)

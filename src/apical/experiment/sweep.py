@@ -1,0 +1,203 @@
+"""Trials of a sweep: each is one or more ordinary trainings in run folders of their own, judged by validation images.
+
+The run folders are the ledger. Whatever is killed, a trial whose `result.json` is there is not trained again, and one that
+is not finished goes on from its checkpoint. In a trial the validation images stand where test images do otherwise, so that
+nothing of the test set is looked at.
+
+Ray is used by its tasks alone, not by Ray Tune, whose trials each start a process: six empty trials took Tune 17 seconds and
+plain tasks 2.4 on a machine where a trial may take one. The folders know what Tune's snapshots would.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apical.data import Dataset
+from apical.errors import ApicalError, DivergenceError
+from apical.evolution.workers import connected
+from apical.experiment import workers
+from apical.experiment.compare import load_data
+from apical.experiment.distributed import World
+from apical.experiment.loop import MakeRule, Training
+from apical.experiment.recipe import Recipe
+from apical.experiment.run_folder import RunFolder, environment, write_json
+from apical.experiment.signals import Interrupted, StopSignals
+
+ATTEMPTS = 3
+"""How often in a row trainings may be killed without any of them having got further."""
+
+NOTE = "a trial of a sweep: what is called test here are its validation images"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of one rule.
+
+    Attributes:
+        rule: name.
+        number: 0, 1, ... among the rule's trials.
+        settings: what was chosen.
+        recipes: one per seed.
+        folders: where they are trained.
+    """
+
+    rule: str
+    number: int
+    settings: dict[str, Any]
+    recipes: tuple[Recipe, ...]
+    folders: tuple[Path, ...]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Results of its finished trainings."""
+        return [json.loads((path / "result.json").read_text(encoding="utf-8")) for path in self.folders if finished(path)]
+
+    @property
+    def score(self) -> float | None:
+        """Mean validation accuracy, or minus the mean loss where there are no classes; None if a training diverged."""
+        values = []
+        for result in self.results():
+            accuracy, loss = result.get("test_accuracy"), result.get("test_loss")
+            if result["status"] != "finished" or (accuracy is None and loss is None):
+                return None
+            values.append(-float(loss or 0.0) if accuracy is None else float(accuracy))
+        return sum(values) / len(values) if len(values) == len(self.folders) else None
+
+    def record(self) -> dict[str, Any]:
+        """As sweep.json keeps it."""
+        return {
+            "rule": self.rule,
+            "number": self.number,
+            "settings": self.settings,
+            "score": self.score,
+            "seconds": sum(result.get("seconds") or 0.0 for result in self.results()),
+        }
+
+
+def finished(folder: Path) -> bool:
+    """Whether the training in the folder has ended."""
+    return (folder / "result.json").exists()
+
+
+def for_trials(dataset: Dataset) -> Dataset:
+    """The data of a trial: validation images in place of the test images, which it shall not see."""
+    assert dataset.validation is not None
+    return replace(dataset, test=dataset.validation, validation=None)
+
+
+def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: StopSignals | None = None) -> None:
+    """One training of a trial in this process, from its checkpoint if there is one; a diverged one is finished too.
+
+    Raises:
+        Interrupted: a signal came; it is saved.
+        ApicalError: the recipe cannot be trained.
+    """
+    folder = RunFolder(path)
+    state = folder.check(recipe, resume=True, overwrite=False)
+    if state in ("finished", "diverged"):
+        return
+    training = Training(recipe, for_trials(load_data(recipe)), make_rule, folder, World(0, 1, torch.device("cpu")), stop)
+    around = environment("cpu", torch.get_num_threads())
+    try:
+        training.start(resume=state == "resumable", command=command, notes=[NOTE], environment=around)
+        while training.epoch < recipe.epochs:
+            training.train_epoch()
+    except DivergenceError:
+        if not finished(path):  # before its first epoch had ended
+            write_json(folder.result, training.result("diverged", "diverged in its first epoch"))
+        return
+    finally:
+        folder.unlock()
+    write_json(folder.result, training.result())
+
+
+Execute = Callable[[Sequence[tuple[Recipe, Path]], StopSignals, Callable[[], None]], None]
+"""Trains what is not finished; calls the last argument now and then."""
+
+
+def in_processes(make_rule: MakeRule, command: str, jobs: int) -> Execute:
+    """Train in processes of this machine, `jobs` at a time; what is killed is started again from its checkpoint."""
+
+    def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
+        attempts = 0
+        while left := [(recipe, path) for recipe, path in runs if not finished(path)]:
+            if jobs == 1:
+                for recipe, path in left:
+                    train(recipe, path, make_rule, command, stop)
+                    refresh()
+                continue
+            before = _progress(left)
+            try:
+                count = min(jobs, len(left))
+                workers.run(range(count), count, partial(_share, left, count, make_rule, command), stop, refresh)
+            except ApicalError as error:
+                if "was killed by signal" not in str(error):
+                    raise
+                attempts = 0 if _progress(left) != before else attempts + 1
+                if attempts == ATTEMPTS:
+                    raise
+
+    return execute
+
+
+def _progress(runs: Sequence[tuple[Recipe, Path]]) -> list[tuple[bool, float]]:
+    """What has been saved of each training: it grows with every checkpoint."""
+    found = [(path, path / "checkpoint.pt") for _, path in runs]
+    return [(finished(path), checkpoint.stat().st_mtime if checkpoint.exists() else 0.0) for path, checkpoint in found]
+
+
+def _share(
+    runs: Sequence[tuple[Recipe, Path]], count: int, make_rule: MakeRule, command: str, number: int, stop: StopSignals
+) -> None:
+    """Every `count`-th training, in one process: starting one for each would often take longer than training."""
+    torch.set_num_threads(1)
+    for recipe, path in runs[number::count]:
+        train(recipe, path, make_rule, command, stop)
+
+
+def on_ray(address: str, make_rule: MakeRule, command: str, jobs: int | None) -> Execute:
+    """Train on a Ray cluster that sees the folders; what is lost with a worker or its machine is started again.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers.
+    """
+    ray, _ = connected(address, jobs)
+    remote = ray.remote(num_cpus=1, max_retries=-1)(_alone)
+
+    def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
+        left = [(recipe, path) for recipe, path in runs if not finished(path)]
+        pending = [remote.remote(recipe, path.resolve(), make_rule, command) for recipe, path in left]
+        finished_here = 0
+        try:
+            while pending and not stop.signum:
+                ready, pending = ray.wait(pending, timeout=0.5)
+                ray.get(ready)
+                finished_here += len(ready)
+                refresh()
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        finally:
+            for each in pending:
+                ray.cancel(each, force=True)
+        if stop.signum:
+            raise Interrupted(stop.signum, f"{finished_here} of {len(left)} trainings of this batch")
+
+    return execute
+
+
+def _alone(recipe: Recipe, path: Path, make_rule: MakeRule, command: str) -> None:
+    torch.set_num_threads(1)
+    train(recipe, path, make_rule, command)
+
+
+def clear(out: Path) -> None:
+    """Remove the trials and what is made of them."""
+    for name in ("trials", "final"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("sweep.json", "best.json", "sweep.png", "sweep.svg", "sweep.html"):
+        (out / name).unlink(missing_ok=True)
