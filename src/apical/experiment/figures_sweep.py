@@ -8,8 +8,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
 
 from apical.experiment.figure_style import RC
 from apical.experiment.figures import Drawing, render
@@ -18,9 +19,14 @@ _WIDTH = 3.5
 _PANEL = 1.75
 
 _CAPTION = (
-    "A line per trial, through its settings to its score on validation images (right, and the colour). Thick: the best of its "
-    "rule. Dotted, to the bottom: trials that diverged."
+    "A line per trial, through its settings to its score on validation images (right, and the colour). Thick: the best of "
+    "its rule. Dotted, to the bottom: trials that diverged."
 )
+
+_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, 256)))
+"""Without the lightest yellow, which is lost on white."""
+
+_HALO = [Stroke(linewidth=2, foreground="white"), Normal()]
 
 
 def draw(record: Mapping[str, Any]) -> Drawing | None:
@@ -41,7 +47,7 @@ def coordinates(record: Mapping[str, Any]) -> Figure | None:
     for panel, rule in zip(panels, rules, strict=True):
         _panel(panel, rule, record, norm)
     label = "validation loss" if record["is_loss"] else "validation accuracy (%)"
-    colours = ScalarMappable(norm, matplotlib.colormaps["viridis"])
+    colours = ScalarMappable(norm, _COLOURS)
     figure.colorbar(colours, ax=panels, orientation="horizontal", fraction=0.05, pad=0.03, aspect=40, label=label)
     return figure
 
@@ -51,7 +57,7 @@ def _score(trial: Mapping[str, Any], record: Mapping[str, Any]) -> float:
 
 
 def _panel(panel: Axes, rule: str, record: Mapping[str, Any], norm: Normalize) -> None:
-    axes, colours = record["axes"][rule], matplotlib.colormaps["viridis"]
+    axes = record["axes"][rule]
     trials = [trial for trial in record["trials"] if trial["rule"] == rule]
     best = record["best"].get(rule)
     for trial in trials:
@@ -65,23 +71,27 @@ def _panel(panel: Axes, rule: str, record: Mapping[str, Any], norm: Normalize) -
         panel.plot(
             range(len(axes) + 1),
             [*places, 1 - end if record["is_loss"] else end],
-            color=colours(norm(score)),
+            color=_COLOURS(norm(score)),
             linewidth=2.4 if chosen else 0.9,
             zorder=4 if chosen else 2,
         )
     for x, axis in enumerate(axes):
         panel.axvline(x, color="#444444", linewidth=0.6)
         for place, text in _ticks(axis):
-            panel.text(x + 0.03, place, text, fontsize=6, va="center", ha="left", zorder=6, backgroundcolor="#ffffffaa")
+            side: Any = {"ha": "right"} if x == 0 else {"ha": "left"}
+            panel.text(
+                x + (-0.04 if x == 0 else 0.04), place, text, fontsize=6, va="center", zorder=6, path_effects=_HALO, **side
+            )
     panel.axvline(len(axes), color="#444444", linewidth=0.6)
     top, bottom = (norm.vmin, norm.vmax) if record["is_loss"] else (norm.vmax, norm.vmin)
     for place, value in ((1.0, top), (0.0, bottom)):
-        panel.text(len(axes) - 0.03, place, f"{value:.4g}", fontsize=6, va="center", ha="right", zorder=6)
+        panel.text(len(axes) + 0.04, place, f"{value:.4g}", fontsize=6, va="center", ha="left", zorder=6)
     panel.set_xticks(range(len(axes) + 1), [*(axis["name"] for axis in axes), "score"])
-    panel.set(ylim=(-0.08, 1.08), xlim=(-0.15, len(axes) + 0.15))
+    panel.set(ylim=(-0.08, 1.08), xlim=(-0.17 * len(axes), len(axes) + 0.13 * len(axes)))
     panel.set_yticks([])
     panel.grid(visible=False)
-    panel.spines["left"].set_visible(False)
+    panel.spines[["left", "bottom"]].set_visible(False)
+    panel.tick_params(length=0)
     panel.set_title(rule, loc="left", pad=3, fontweight="bold")
 
 

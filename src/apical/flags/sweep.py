@@ -16,8 +16,8 @@ class SweepFlags:
     rules: Annotated[tuple[str, ...] | None, shown("RULE ...", "(default: bp fa dfa usf kp pfa pfa-o)")] = None
     """Rules to tune, each with as many trials as the others; see `apical list rules`."""
     space: Annotated[tuple[str, ...], shown("[RULE:]KEY=VALUES ...", "(required)")]
-    """What to try: a list (lr=0.01,0.03,0.1) or a range (lr=log(1e-4,1), momentum=uniform(0,0.99)) for a setting of the recipe
-    or an option of the rule; with RULE: only for that one (pfa:expansion=4,10)."""
+    """What to try: a list (lr=0.01,0.03,0.1) or a range (lr=log(1e-4,1), momentum=uniform(0,0.99)) for a setting of the
+    recipe or an option of the rule; with RULE: only for that one (pfa:expansion=4,10)."""
     search: Annotated[Search, shown("grid|random|optuna", "(default: grid)")] = "grid"
     """All combinations of lists; or so many at random; or chosen by Optuna (tree-structured Parzen estimator)."""
     trials: Annotated[int | None, shown("N", "(default: 20)")] = None
