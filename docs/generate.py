@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmark_pages import benchmark_page, readme_parts
 from gallery_page import gallery
+from reproduction_page import reproduction_page
 from result_pages import (
     comparison_page,
     comparison_table,
@@ -41,6 +42,8 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     folders = sorted(path.parent for path in (root / "results").glob("*/summary.json"))
     studies = sorted(path.parent for path in (root / "results").glob("*/results.json"))
     files = sorted((root / "results").glob("*.json"))
+    reproductions = sorted((root / "results" / "reproductions").glob("*.json"))
+    page = {root / "docs" / "results" / "reproductions.md": reproduction_page(reproductions)} if reproductions else {}
     benchmarks = load(root / "benchmarks" / "results.json") or {}
     control, ccl, wavefront, evolution = (
         load(root / "benchmarks" / f"{name}.json") or {} for name in ("control", "ccl", "wavefront", "evolution")
@@ -48,7 +51,10 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     written = {
         root / "docs" / "benchmarks.md": benchmark_page(benchmarks, control, ccl, wavefront, evolution),
         root / "docs" / "gallery.md": gallery(root),
-        root / "docs" / "results" / "index.md": results_index(sorted([*folders, *studies]), files),
+        root / "docs" / "results" / "index.md": results_index(
+            sorted([*folders, *studies]), files, [path.stem for path in page]
+        ),
+        **page,
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
         **{root / "docs" / "results" / f"{path.stem}.md": file_page(path) for path in files},
@@ -143,6 +149,7 @@ def command_blocks(folder: Path) -> dict[str, str]:
                 ("evolve", "Evolve"),
                 ("landscape", "Landscape"),
                 ("audit", "Audit"),
+                ("reproduce", "Reproduce"),
             )
         },
     }

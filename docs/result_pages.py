@@ -272,7 +272,7 @@ def file_page(path: Path) -> str:
     return joined(parts)
 
 
-def results_index(folders: Sequence[Path], files: Sequence[Path]) -> str:
+def results_index(folders: Sequence[Path], files: Sequence[Path], first: Sequence[str] = ()) -> str:
     """The list of the results pages."""
     parts = [
         NOTE,
@@ -280,6 +280,6 @@ def results_index(folders: Sequence[Path], files: Sequence[Path]) -> str:
         "Every number on these pages is computed from files under `results/` in the repository, which the commands named on "
         "them wrote. {doc}`../how-results-are-made` says how.",
     ]
-    names = [path.name for path in folders] + [path.stem for path in files]
+    names = [*first, *(path.name for path in folders)] + [path.stem for path in files]
     parts.append("```{toctree}\n:maxdepth: 1\n\n" + "\n".join(names) + "\n```" if names else "None are kept here yet.")
     return joined(parts)

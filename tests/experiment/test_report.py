@@ -144,7 +144,15 @@ class Page(HTMLParser):
 
 
 def test_report_and_figures_are_written_and_self_contained(written, page):
-    stems = {"accuracy", "loss", "final_accuracy", "weight_alignment", "gradient_alignment", "norm_ratio"}
+    stems = {
+        "accuracy",
+        "accuracy_seconds",
+        "loss",
+        "final_accuracy",
+        "weight_alignment",
+        "gradient_alignment",
+        "norm_ratio",
+    }
     assert {file.name for file in (written / "figures").iterdir()} == {f"{s}.{e}" for s in stems for e in ("png", "svg")}
     links = [value for key, value in page.attributes if key in ("src", "href")]
     assert len(links) == len(stems)

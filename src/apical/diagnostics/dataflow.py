@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from apical.diagnostics.synapses import Weights, aten, factors
+from apical.diagnostics.cost import of_operation
+from apical.diagnostics.synapses import Weights, factors
 
 
 class Trace(NamedTuple):
@@ -113,7 +113,7 @@ class Dataflow(TorchDispatchMode):
                 trace = trace._replace(layers=trace.layers | {use.name})
         if places:
             self._note(args, places, {use.place for use in uses if use.forward})
-            self.multiply_adds += _multiply_adds(func, args, kwargs, result)
+            self.multiply_adds += of_operation(func, args, kwargs, result)
         before = {tensor.untyped_storage()._cdata for tensor in given}
         for tensor in made:
             if tensor.untyped_storage()._cdata not in before:
@@ -130,14 +130,6 @@ class Dataflow(TorchDispatchMode):
             fixed = not (self.trace(factor).inputs or self.trace(factor).targets)
             if fixed and self.trace(args[other]).targets and min(factor.shape[-2:]) > 1:
                 self.operands.append(factor.detach())
-
-
-def _multiply_adds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    if func.overloadpacket in flop_registry:  # which counts two operations for each
-        return int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)) // 2
-    first, second = (args[place] for place in factors(func, args))
-    columns = 1 if second.dim() == 1 else second.shape[0 if func.overloadpacket is aten.linear else -1]
-    return int(first.numel() * columns)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

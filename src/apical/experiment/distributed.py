@@ -4,13 +4,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apical.data import Dataset, Split
 from apical.errors import ConfigError
 
 
@@ -107,3 +108,13 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def place(dataset: Dataset, device: torch.device) -> Dataset:
+    """The data set with all its tensors on `device`."""
+
+    def moved(split: Split) -> Split:
+        return replace(split, inputs=split.inputs.to(device), targets=split.targets.to(device))
+
+    validation = None if dataset.validation is None else moved(dataset.validation)
+    return replace(dataset, train=moved(dataset.train), validation=validation, test=moved(dataset.test))

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from apical.experiment.figure_style import RC, styles
+from apical.experiment.figures_cost import compute, seconds
 from apical.experiment.figures_depth import depth_accuracy, reconstructions
 from apical.experiment.report_records import Array, Comparison, Run
 
@@ -96,15 +97,22 @@ def draw(comparison: Comparison) -> list[Drawing]:
             render("loss", "Training loss", curves, _loss_curves(comparison, "train_loss", "training loss")),
             render(f"final_{stem}", f"Final {score.name}", final, _final_score(comparison)),
         ]
-        for stem, title, label, caption in _CONDITION_FIGURES:
-            drawings.append(render(stem, title, f"{caption} {curves}", _curves(comparison, stem, label)))
+        for name, title, label, caption in _CONDITION_FIGURES:
+            drawings.append(render(name, title, f"{caption} {curves}", _curves(comparison, name, label)))
         for spec in _LAYER_FIGURES:
             drawings.append(render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
-        for stem, title, caption, figure in (
+        for name, title, caption, figure in (
+            (f"{stem}_seconds", f"{score.name.capitalize()} against time", f"{_SECONDS} {curves}", seconds(comparison)),
+            (
+                f"{stem}_compute",
+                f"{score.name.capitalize()} against computation",
+                f"{_COMPUTE} {curves}",
+                compute(comparison),
+            ),
             ("depth_accuracy", "Accuracy by depth", _DEPTHS, depth_accuracy(comparison)),
             ("reconstructions", "Reconstructed images", _IMAGES, reconstructions(comparison)),
         ):
-            drawings.append(render(stem, title, caption, figure))
+            drawings.append(render(name, title, caption, figure))
     return [drawing for drawing in drawings if drawing is not None]
 
 
@@ -129,6 +137,11 @@ _CONDITION_FIGURES = (
 _CURVES = (
     "Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds; with two, thin lines "
     "show each."
+)
+_SECONDS = "After each epoch, against the seconds of training up to there, with whatever else the machine was doing."
+_COMPUTE = (
+    "After each epoch, against the multiply-adds of all training steps up to there, forward and backward, counted in one; "
+    "what a rule computes in a closed form counts as that form."
 )
 _DEPTHS = (
     "Accuracy on the test images of the class read out at each layer, after the last epoch; the last layer is the model's "

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apical import models
-from apical.core.credit import CreditRule
-from apical.data import Augment, Dataset, Split
+from apical.core.credit import CreditRule, Phase
+from apical.data import Augment, Dataset
 from apical.errors import CheckpointError, DivergenceError, InstabilityError
 from apical.experiment import checkpoint
-from apical.experiment.distributed import World
+from apical.experiment.distributed import World, place
 from apical.experiment.measure import alignment, autocast, conditions, depth_accuracy, evaluate, examples
 from apical.experiment.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.experiment.passes import Pass, passes, total_steps
@@ -25,26 +24,16 @@ from apical.experiment.recipe import Recipe, differences
 from apical.experiment.run_folder import RunFolder, write_json
 from apical.experiment.signals import Interrupted, StopSignals
 from apical.experiment.sums import Sums
-from apical.experiment.timing import StepTimer, peak_memory, step_megabytes
+from apical.experiment.timing import StepCost, StepTimer, peak_memory, step_cost
 from apical.experiment.trajectory import Recorder
 
 MakeRule = Callable[[Recipe, nn.Module, tuple[int, ...]], CreditRule]
 """Builds the recipe's rule around a model for samples of a shape; importable by name, so that workers can receive it."""
 
-_LAST = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "train_loss")
+_LAST = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "train_loss", "multiply_adds")
 _TIMES = ("ms_per_step", "feedback_ms_per_step")
 CHECK_EVERY = 20
 """Steps between looks at loss and signals where a look is costly: on a GPU, or with several processes."""
-
-
-def place(dataset: Dataset, device: torch.device) -> Dataset:
-    """The data set with all its tensors on `device`."""
-
-    def moved(split: Split) -> Split:
-        return replace(split, inputs=split.inputs.to(device), targets=split.targets.to(device))
-
-    validation = None if dataset.validation is None else moved(dataset.validation)
-    return replace(dataset, train=moved(dataset.train), validation=validation, test=moved(dataset.test))
 
 
 class Training:
@@ -98,7 +87,7 @@ class Training:
         self.dataset = place(dataset, self.device)
         self.module = self._shared()
         self._timer, self._feedback_timer = StepTimer(self.device), StepTimer(self.device)
-        self._signum = 0
+        self._signum, self._costs = 0, dict[Phase, StepCost]()
         self._sums = Sums(world, classes=not dataset.is_regression)
 
     @property
@@ -160,8 +149,9 @@ class Training:
                 for current in self.passes:
                     self._train_pass(current, on_step)
                 self._count_time()
+                costs = self._step_costs()
                 if self.peak_memory_mb is None and self.device.type == "cpu":
-                    self.peak_memory_mb = self._step_megabytes()
+                    self.peak_memory_mb = max(cost.megabytes for cost in costs.values())
             except InstabilityError as error:
                 self._diverge(str(error), remedy="")
         if peak.megabytes is not None:
@@ -242,15 +232,14 @@ class Training:
             self._sums.add(credit, targets)
         self._sums.log(credit.logs)
 
-    def _step_megabytes(self) -> float:
-        """Peak memory of a step on the CPU, of the phase that takes most."""
-        found = []
-        for current in {item.phase: item for item in self.passes}.values():
+    def _step_costs(self) -> dict[Phase, StepCost]:
+        """What a step takes, by what it learns; measured once, and counted for the epoch."""
+        for current in {item.phase: item for item in self.passes if item.phase not in self._costs}.values():
             self.rule.phase = current.phase
             order = current.order(len(self.dataset.train), self.recipe.seed)
             with autocast(self.device, self.recipe.amp):
-                found.append(step_megabytes(self.rule, self.optimizer, *self._batch(current, order, 0)))
-        return max(found)
+                self._costs[current.phase] = step_cost(self.rule, self.optimizer, *self._batch(current, order, 0))
+        return self._costs
 
     def _between_steps(self, current: Pass) -> None:
         """Look for NaN and signals; save where the recipe asks for it."""
@@ -299,6 +288,7 @@ class Training:
             "ms_per_step": self._timer.median(),
             "feedback_ms_per_step": self._feedback_timer.median(),
             "seconds": self.seconds,
+            "multiply_adds": self._multiply_adds() if trained else 0,
             "lr": lr,
             "weight_decay": decay,
             "logs": logs,
@@ -315,6 +305,11 @@ class Training:
             self.folder.append_metrics(self.line)
             if self.epoch == self.recipe.epochs:
                 self.folder.write_examples(examples(self.rule, self.dataset.test))
+
+    def _multiply_adds(self) -> int:
+        """Of all steps so far, all processes together."""
+        taken = sum(item.steps * self._costs[item.phase].multiply_adds for item in self.passes)
+        return int(self.line.get("multiply_adds") or 0) + self.world.size * taken
 
     def _count_time(self) -> None:
         if self.device.type == "cuda":

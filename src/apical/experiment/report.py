@@ -15,6 +15,7 @@ from typing import Any
 from apical.errors import CheckpointError
 from apical.experiment import figures, report_html
 from apical.experiment.figure_style import styles
+from apical.experiment.protocol import section, sureness
 from apical.experiment.recipe import FEEDBACK_FIELDS, Recipe
 from apical.experiment.report_records import Comparison, Run, Score, read
 from apical.experiment.verdicts import judge
@@ -75,7 +76,7 @@ def write(out: Path) -> Path:
     out = Path(out)
     comparison = read(out)
     drawings = figures.draw(comparison)
-    verdicts = judge(comparison)
+    verdicts, sure = judge(comparison), sureness(comparison)
     page = report_html.render(
         comparison,
         summarise(comparison),
@@ -85,6 +86,7 @@ def write(out: Path) -> Path:
         config=config_rows(comparison),
         environment=environment_rows(comparison),
         verdicts=verdicts,
+        sure=section(sure, comparison.score),
     )
     try:
         (out / "figures").mkdir(exist_ok=True)
@@ -93,6 +95,8 @@ def write(out: Path) -> Path:
             (out / "figures" / f"{drawing.stem}.svg").write_bytes(drawing.svg)
         if verdicts:
             (out / "verdicts.json").write_text(json.dumps([asdict(row) for row in verdicts], indent=1) + "\n", "utf-8")
+        if sure and not comparison.single:
+            (out / "statistics.json").write_text(json.dumps([row.record() for row in sure], indent=1) + "\n", "utf-8")
         partial = out / "report.html.part"
         partial.write_text(page, encoding="utf-8")
         partial.replace(out / "report.html")

@@ -82,6 +82,7 @@ def render(
     config: Sequence[tuple[str, str]],
     environment: Sequence[tuple[str, str]],
     verdicts: Sequence[Verdict] = (),
+    sure: str = "",
 ) -> str:
     """The page as text; every name and value taken from the runs is escaped."""
     figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
@@ -99,6 +100,7 @@ def render(
 {_problems(comparison.runs)}
 <h2>Rules</h2>
 {_rules_table(rows, comparison.score)}
+{sure}
 {_verdicts(verdicts)}
 <h2>Figures</h2>
 <div class="figures">

@@ -5,12 +5,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from apical.core.credit import CreditRule
 from apical.diagnostics.alignment import unchanged
+from apical.diagnostics.cost import multiply_adds
 from apical.diagnostics.memory import step_bytes
 
 
@@ -75,7 +77,7 @@ def peak_memory(device: torch.device, rule: CreditRule, optimizer: torch.optim.O
     """Peak GPU memory within: the run's own tensors at the start plus all that is allocated on top, without the data.
 
     What else lies on the GPU at the start (data, other runs of a comparison) is not counted. None on a CPU, where
-    :func:`step_megabytes` counts instead.
+    `step_cost` counts instead.
     """
     peak = Peak()
     if device.type != "cuda":
@@ -89,12 +91,31 @@ def peak_memory(device: torch.device, rule: CreditRule, optimizer: torch.optim.O
     peak.megabytes = (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
 
 
-def step_megabytes(rule: CreditRule, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> float:
-    """MiB of the run's own tensors plus the peak of one training pass, counted tensor by tensor; changes nothing."""
+class StepCost(NamedTuple):
+    """What one training pass takes.
+
+    Attributes:
+        megabytes: MiB of the run's own tensors plus the peak of the pass, counted tensor by tensor.
+        multiply_adds: of the pass, forward and backward.
+    """
+
+    megabytes: float
+    multiply_adds: int
+
+
+def step_cost(rule: CreditRule, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> StepCost:
+    """Measure one training pass; changes nothing."""
     own = _own_bytes(rule, optimizer)
     with unchanged(rule):
         rule(inputs, targets)  # what is made at the first batch counts as the rule's own
-        return (own + step_bytes(rule, inputs, targets)) / 2**20
+        peak = 0
+
+        def step() -> None:
+            nonlocal peak
+            peak = step_bytes(rule, inputs, targets)
+
+        counted = multiply_adds(step)
+    return StepCost((own + peak) / 2**20, counted)
 
 
 def _own_bytes(rule: CreditRule, optimizer: torch.optim.Optimizer) -> int:
