@@ -5,11 +5,13 @@ import logging
 import os
 import re
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 from nbclient import NotebookClient
 from sphinx.application import Sphinx
+from traitlets.config import Config
 
 import apical
 
@@ -38,7 +40,6 @@ napoleon_numpy_docstring = False
 nb_execution_mode = "force"  # notebooks are run at every build, and an error in one ends it
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds for a cell, where all of them take a few: the machine may be busy
-NotebookClient.startup_timeout.default_value = 300
 nb_merge_streams = True
 logging.getLogger("traitlets").setLevel(logging.WARNING)
 JUPYTER = Path(__file__).parent / "_build" / "jupyter"  # a kernel of this very Python, which keeps still
@@ -48,6 +49,8 @@ KERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}",
     json.dumps({"argv": KERNEL, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
 )
 os.environ["JUPYTER_PATH"] = str(JUPYTER)
+PATIENT = Config({"NotebookClient": {"startup_timeout": 300}})
+NotebookClient.__init__ = partialmethod(NotebookClient.__init__, config=PATIENT)  # myst-nb has no option for it
 
 html_theme = "furo"
 html_static_path = ["_static"]
