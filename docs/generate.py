@@ -150,6 +150,7 @@ def command_blocks(folder: Path) -> dict[str, str]:
                 ("landscape", "Landscape"),
                 ("audit", "Audit"),
                 ("reproduce", "Reproduce"),
+                ("sweep", "SweepFlags"),
             )
         },
     }
