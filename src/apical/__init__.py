@@ -1,5 +1,7 @@
 """Train `nn.Module`s with credit-assignment rules other than backpropagation."""
 
+from typing import TYPE_CHECKING, Any
+
 from apical.core.credit import Credit, CreditRule
 from apical.rules.backprop import Backprop
 from apical.rules.counter_current_learning import CounterCurrentLearning
@@ -17,6 +19,7 @@ __all__ = [
     "Backprop",
     "CounterCurrentLearning",
     "Credit",
+    "CreditClassifier",
     "CreditRule",
     "DeepFeedbackControl",
     "DirectFeedbackAlignment",
@@ -29,3 +32,15 @@ __all__ = [
     "WeightMirror",
 ]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from apical.sklearn_estimator import CreditClassifier
+
+
+def __getattr__(name: str) -> Any:
+    """The scikit-learn classifier, imported when it is asked for: it brings scikit-learn along."""
+    if name == "CreditClassifier":
+        from apical.sklearn_estimator import CreditClassifier
+
+        return CreditClassifier
+    raise AttributeError(f"module 'apical' has no attribute {name!r}")

@@ -25,6 +25,7 @@ from apical.experiment.progress import Watch, Watched, describe, results_table, 
 from apical.experiment.recipe import Recipe, rule_name
 from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
 from apical.experiment.signals import Interrupted, StopSignals
+from apical.experiment.tensorboard import check_installed
 from apical.recipes.catalogue import STUDIES
 from apical.recipes.rules import (
     RULES,
@@ -80,6 +81,7 @@ def compare(flags: "Compare", command: str) -> int:
         overwrite=flags.overwrite,
         notes=dict(zip(names, notes, strict=True)),
         about={"study": flags.recipe, "published": published, "claims": claims},
+        events=flags.tensorboard,
     )
     comparison.check(job)
     console = Console()
@@ -109,7 +111,7 @@ def train(flags: "Train", command: str) -> int:
         torch.set_num_threads(recipe.threads)
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
         (recipe,), (notes,) = prepare([recipe])
-        folder = RunFolder(flags.out)
+        folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
         world.barrier()
         if state == "finished":
@@ -139,8 +141,10 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     """The recipe of one rule: the study's row or the defaults, with the given options in place.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or needs a package that is not there.
     """
+    if flags.tensorboard:
+        check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
     given = flags.given()
     for schedule in ("lr", "weight_decay"):

@@ -37,6 +37,7 @@ class Job:
         jobs: processes side by side; 0 means one per seed, at most one per core.
         notes: per rule, what was chosen for the user.
         about: further entries of compare.json, such as published numbers.
+        events: also write TensorBoard events into the run folders.
     """
 
     recipes: tuple[Recipe, ...]
@@ -49,6 +50,7 @@ class Job:
     overwrite: bool = False
     notes: dict[str, list[str]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    events: bool = False
 
     @property
     def rules(self) -> list[str]:
@@ -62,7 +64,7 @@ class Job:
 
     def folder(self, rule: str, seed: int) -> RunFolder:
         """Folder of one run."""
-        return RunFolder(self.out / "runs" / rule / f"seed-{seed}")
+        return RunFolder(self.out / "runs" / rule / f"seed-{seed}", events=self.events)
 
     def recipe(self, index: int, seed: int) -> Recipe:
         """Recipe of one run, with its share of the cores."""

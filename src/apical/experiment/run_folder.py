@@ -17,15 +17,22 @@ from torch import Tensor
 from apical.errors import CheckpointError, ConfigError
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.recipe import Recipe, differences
+from apical.experiment.tensorboard import Events
 
 State = Literal["fresh", "resumable", "finished", "diverged"]
 
 
 class RunFolder:
-    """Paths, checks, reading and writing of one run folder. Making the object touches nothing on disk."""
+    """Paths, checks, reading and writing of one run folder. Making the object touches nothing on disk.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the folder.
+        events: also write each epoch as TensorBoard events, into events/.
+    """
+
+    def __init__(self, path: Path, *, events: bool = False) -> None:
         self.path = path
+        self._events = Events(path / "events") if events else None
         self.config, self.environment = path / "config.json", path / "environment.json"
         self.metrics, self.checkpoint, self.result = path / "metrics.jsonl", path / "checkpoint.pt", path / "result.json"
         self.examples, self.trajectory = path / "examples.npz", path / "trajectory.pt"
@@ -130,6 +137,8 @@ class RunFolder:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if self._events is not None:
+            self._events.add(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a torn last line is left out.

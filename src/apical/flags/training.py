@@ -100,6 +100,8 @@ class Flags:
     """Keep the weights every N steps, and at start and end, for `apical landscape`."""
     teacher: Annotated[Path | None, shown("FILE", "(default: one shipped for digits)")] = None
     """Top-down network of tdca, written by `apical evolve`."""
+    tensorboard: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Also write each epoch's metrics as TensorBoard events, into events/ of each run."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
     """Continue what is in --out."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False

@@ -1,0 +1,130 @@
+"""A scikit-learn classifier: a perceptron trained by any rule, for pipelines, grids and cross-validation."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from apical import models
+from apical.data import Dataset, Split
+from apical.experiment.recipe import Recipe
+from apical.recipes.audit import train
+from apical.recipes.rules import make_rule, resolve
+
+
+class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A ReLU perceptron trained by a credit-assignment rule.
+
+    Features are standardised with the training data's means and deviations. Rules get the defaults that the command line
+    gives them (weight decay that aligns feedback, clipping). Trained on the CPU in single precision; predicts in double.
+
+    Args:
+        rule: short name (`apical list rules`), or "FILE.py:CLASS" or "MODULE:CLASS".
+        hidden: width of each hidden layer.
+        epochs: passes over the training data.
+        batch_size: samples per step; all of them if there are fewer.
+        lr: learning rate.
+        momentum: of SGD, or beta1 of Adam.
+        optimizer: "sgd", "adam" or "adamw".
+        rule_options: options of the rule, by name.
+        random_state: seed, generator or None, as in scikit-learn.
+
+    Attributes:
+        classes_: (n_classes,) labels.
+        n_features_in_: features seen in `fit`.
+        n_iter_: epochs trained.
+        model_: the trained network, a plain `nn.Module`; maps standardised features (n, n_features_in_) to logits.
+
+    >>> from sklearn.datasets import load_digits
+    >>> images, labels = load_digits(return_X_y=True)
+    >>> classifier = CreditClassifier(rule="fa", hidden=(64,), epochs=5, random_state=0).fit(images[:1000], labels[:1000])
+    >>> bool(classifier.score(images[1000:], labels[1000:]) > 0.8)
+    True
+    """
+
+    def __init__(
+        self,
+        rule: str = "pfa",
+        hidden: Sequence[int] = (256, 256),
+        epochs: int = 20,
+        batch_size: int = 32,
+        lr: float = 0.02,
+        momentum: float = 0.9,
+        optimizer: str = "sgd",
+        rule_options: dict[str, Any] | None = None,
+        random_state: Any = None,
+    ) -> None:
+        self.rule = rule
+        self.hidden = hidden
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.momentum = momentum
+        self.optimizer = optimizer
+        self.rule_options = rule_options
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """Train on samples (n, features) with labels (n,).
+
+        Raises:
+            ValueError: samples or labels are not usable: NaN, wrong shapes, a single class.
+            ApicalError: a name or an option is not usable, or training diverged.
+        """
+        checked: tuple[NDArray[np.float64], NDArray[Any]] = validate_data(self, X, y, dtype=np.float64)
+        x, given = checked
+        check_classification_targets(given)
+        self.classes_, labels = np.unique(given, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"CreditClassifier needs at least two classes; the data have one class in {len(given)} samples")
+        self.mean_, deviation = x.mean(axis=0), x.std(axis=0)
+        self.scale_ = np.where(deviation > 0, deviation, 1.0)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        samples = Split(self._standardised(x).float(), torch.from_numpy(labels.astype(np.int64)))
+        recipe = Recipe(
+            rule=self.rule,
+            rule_options=tuple(f"{key}={value!r}" for key, value in (self.rule_options or {}).items()),
+            model="-".join(["mlp", *map(str, self.hidden)]),
+            epochs=self.epochs,
+            batch_size=min(self.batch_size, len(given)),
+            optimizer=self.optimizer,  # type: ignore[arg-type]
+            lr=(float(self.lr),),
+            momentum=self.momentum,
+            drop_last=False,
+            probe=0,
+            seed=seed,
+        )
+        recipe, _ = resolve(recipe, len(given))
+        dataset = Dataset("samples", samples, None, samples, len(self.classes_), (), (), "given to fit")
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            shape = (x.shape[1],)
+            rule = make_rule(recipe, models.build(recipe.model, shape, len(self.classes_)), shape)
+            train(rule, recipe, dataset)
+        self.model_: nn.Module = rule.detach().double().eval()
+        self.n_iter_ = self.epochs
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities (n, n_classes) of samples (n, features)."""
+        check_is_fitted(self)
+        x: NDArray[np.float64] = validate_data(self, X, reset=False, dtype=np.float64)
+        with torch.no_grad():
+            found: NDArray[np.float64] = self.model_(self._standardised(x)).softmax(1).numpy()
+        return found
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Labels (n,) of samples (n, features)."""
+        chosen = self.predict_proba(X).argmax(axis=1)
+        labels: NDArray[Any] = self.classes_[chosen]
+        return labels
+
+    def _standardised(self, x: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy((x - self.mean_) / self.scale_)
