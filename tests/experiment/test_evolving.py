@@ -14,6 +14,7 @@ import torch
 
 from apical.cli import main
 from apical.core.top_down import load
+from apical.experiment import run_folder
 from apical.recipes.tdca import EVOLUTIONS
 from apical.rules.top_down_credit_assignment import shipped
 
@@ -95,6 +96,28 @@ def test_killed_or_interrupted_it_resumes_with_the_same_result(tmp_path: Path, h
     assert same(tmp_path / "cut", tmp_path / "whole")
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["generation"] for line in lines] == list(range(1, done + 4))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")
+def test_two_evolutions_cannot_share_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    out = tmp_path / "shared"
+    process = start(out, 4000)
+    try:
+        for flag in ("--resume", "--overwrite"):
+            assert evolve(out, "--generations", "4000", flag) == 2
+            captured = capsys.readouterr().err
+            assert f"another process is evolving in {out}; choose another --out" in captured
+            assert len(captured.strip().splitlines()) == 1
+        assert process.poll() is None  # the first goes on undisturbed
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == list(range(1, len(lines) + 1))
+    assert evolve(out, "--generations", "2", "--overwrite") == 0  # the lock ended with its holder
 
 
 @pytest.mark.parametrize(

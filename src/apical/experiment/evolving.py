@@ -8,7 +8,8 @@ evolution, it continues with the same result.
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from apical.evolution.strategy import Search, Strategy, finite
 from apical.evolution.workers import Task, Workers
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.evolution_recipe import FREE_FIELDS, EvolutionRecipe
-from apical.experiment.run_folder import check_writable, read_json, refuse_used, write_json
+from apical.experiment.run_folder import FolderLock, check_writable, read_json, refuse_used, write_json
 
 
 class EvolutionFolder:
@@ -57,6 +58,21 @@ class EvolutionFolder:
                 "resume with the saved ones or choose another --out"
             )
         return self.checkpoint.exists()
+
+    @contextmanager
+    def held(self, recipe: EvolutionRecipe, *, resume: bool, overwrite: bool) -> Iterator[bool]:
+        """Keep other processes out of the folder, then :meth:`check` it: a holder waited for has left files of its own.
+
+        Raises:
+            ConfigError: another process evolves here; or as :meth:`check` does.
+            CheckpointError: as :meth:`check` does.
+        """
+        lock = FolderLock(self.path)
+        lock.hold("evolving")
+        try:
+            yield self.check(recipe, resume=resume, overwrite=overwrite)
+        finally:
+            lock.release()
 
     def create(self, recipe: EvolutionRecipe, command: str, environment: dict[str, Any]) -> None:
         """Make the folder, remove an older evolution's files, write config.json and environment.json."""
