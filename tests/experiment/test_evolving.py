@@ -15,6 +15,8 @@ import torch
 from apical.cli import main
 from apical.core.top_down import load
 from apical.experiment import run_folder
+from apical.experiment.evolution_recipe import EvolutionRecipe
+from apical.experiment.evolving import classification
 from apical.recipes.tdca import EVOLUTIONS
 from apical.rules.top_down_credit_assignment import shipped
 
@@ -96,6 +98,32 @@ def test_killed_or_interrupted_it_resumes_with_the_same_result(tmp_path: Path, h
     assert same(tmp_path / "cut", tmp_path / "whole")
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["generation"] for line in lines] == list(range(1, done + 4))
+
+
+def test_an_evolution_begins_with_a_teacher(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = ["--begin", str(whole / "teacher.pt"), "--sigma", "1e-9", "--generations", "1"]  # hardly moves
+    assert evolve(tmp_path / "on", *first) == 0
+    for name, weight in weights(tmp_path / "on").items():
+        assert torch.allclose(weight, weights(whole)[name], atol=1e-6)
+    assert load(tmp_path / "on" / "teacher.pt")[1]["recipe"]["begin"] == str(whole / "teacher.pt")
+    capsys.readouterr()
+    assert evolve(tmp_path / "other", *first, "--sites", "3", "--relative", "True") == 2
+    said = capsys.readouterr().err
+    assert "cannot begin with" in said
+    assert "emissions: [2] vs [3]; relative: False vs True" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_tasks_take_networks_in_turn() -> None:
+    asked = {"hidden": 4, "sites": 2, "examples": 20, "steps": 2}
+    names = ("mlp-tanh-6", "mlp-5", "mlp-tanh-3")
+    both = classification(EvolutionRecipe(model=names, **asked))
+    alone = [classification(EvolutionRecipe(model=(name,), **asked)) for name in names]
+    individuals = both.start + 0.3 * torch.randn(3, both.start.numel(), generator=torch.Generator().manual_seed(0))
+    for generation in range(4):
+        found = both.fitness(individuals, generation)
+        for turn, task in enumerate(alone):
+            assert torch.equal(found, task.fitness(individuals, generation)) == (turn == generation % 3)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")

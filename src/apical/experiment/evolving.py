@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from apical import data
-from apical.core.top_down import TopDownNetwork
-from apical.errors import CheckpointError, DataError
+from apical.core.top_down import TopDownNetwork, load
+from apical.errors import CheckpointError, ConfigError, DataError
 from apical.evolution.classification import Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.seeds import seed_of
@@ -27,6 +27,7 @@ from apical.evolution.workers import Task, Workers
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.evolution_recipe import FREE_FIELDS, EvolutionRecipe
 from apical.experiment.run_folder import FolderLock, check_writable, read_json, refuse_used, write_json
+from apical.rules.top_down_credit_assignment import shipped
 
 
 class EvolutionFolder:
@@ -182,7 +183,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
     """The recipe's task, with its data loaded.
 
     Raises:
-        ApicalError: a name or size is not usable, or the data are missing or damaged.
+        ApicalError: a name or size is not usable, the data are missing or damaged, or the teacher to begin with is unlike.
     """
     sets = []
     for name in recipe.data:
@@ -198,10 +199,12 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         batch_size=recipe.batch_size or None,
     )
     setting = Setting(
-        model=recipe.model,
+        model=recipe.model[0],
+        others=recipe.model[1:],
         lifetime=lifetime,
         hidden=recipe.hidden,
         sites=recipe.sites or None,
+        relative=recipe.relative,
         ways=recipe.ways or None,
         examples=recipe.examples or None,
         tasks=recipe.tasks,
@@ -211,12 +214,33 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         held_out=recipe.held_out,
         seed=recipe.seed,
     )
-    return Classification(sets, setting)
+    task = Classification(sets, setting)
+    if recipe.begin:
+        task.start = _begun(recipe, task)
+    return task
+
+
+def _begun(recipe: EvolutionRecipe, task: Classification) -> Tensor:
+    """Flat weights (D,) of the teacher that the recipe begins with."""
+    path = shipped(recipe.begin)
+    network, wanted = load(path)[0], task.network(0)
+    unlike = [
+        f"{name}: {getattr(network, name)} vs {getattr(wanted, name)}"
+        for name in ("outputs", "emissions", "hidden", "relative")
+        if getattr(network, name) != getattr(wanted, name)
+    ]
+    if unlike:
+        raise ConfigError(f"an evolution with these options cannot begin with {path} (there vs asked): {'; '.join(unlike)}")
+    other = task.population.other
+    assert other is not None
+    return other.flat({f"teacher.{name}": weight for name, weight in network.state_dict().items()})
 
 
 def strategy(recipe: EvolutionRecipe) -> Strategy:
     """The recipe's evolution strategy."""
-    return Strategy(name=recipe.strategy, population=recipe.population, sigma=recipe.sigma, step=recipe.step)
+    return Strategy(
+        name=recipe.strategy, population=recipe.population, sigma=recipe.sigma, step=recipe.step, decay=recipe.decay
+    )
 
 
 def teacher(task: Classification, weights: Tensor) -> TopDownNetwork:

@@ -8,7 +8,7 @@ from apical.experiment.evolution_recipe import EvolutionRecipe
 EVOLUTIONS: dict[str, EvolutionRecipe] = {
     "digits": EvolutionRecipe(
         data=("digits",),
-        model="mlp-tanh-32-32",
+        model=("mlp-tanh-32-32",),
         sites=4,
         quiet=True,
         examples=256,
