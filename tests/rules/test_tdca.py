@@ -232,7 +232,7 @@ def test_relative_credit_is_that_of_the_prediction_minus_that_of_a_right_one(sit
     got = relative.credits(relative(p, y), [5, 4])
     ours, right = plain.credits(plain(p, y), [5, 4]), plain.credits(plain(y, y), [5, 4])
     for credit, a, b, n in zip(got, ours, right, (5, 4, 1), strict=True):
-        assert (credit - (a - b) / n**0.5).abs().max() < 1e-12
+        assert (credit - (a - b) / n).abs().max() < 1e-12
     assert not any(bool(credit.any()) for credit in relative.credits(relative(y, y), [5, 4]))  # right: left alone
     count = sum(parameter.numel() for parameter in relative.parameters())
     assert count == parameters_of(3, [5, 4], 8, sites, relative=True) < parameters_of(3, [5, 4], 8, sites)

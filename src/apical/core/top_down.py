@@ -11,9 +11,9 @@ Credit diffusion: z holds only K values per hidden layer, emitted at sites sprea
 with tau = 1/(2K). The paper's own operator is not known (only its abstract could be read); this is our reading of it. A
 diffusing network serves hidden layers of any width.
 
-Relative credit, an extension of ours: a learner that is right is left alone, and a wide layer is not pushed harder,
+Relative credit, an extension of ours: a learner that is right is left alone, and the n units of a layer share its credit,
 
-    z = T([p ; y]) - T([y ; y]),   hidden credit divided by sqrt(n), n the width of the layer
+    z = T([p ; y]) - T([y ; y]),   c_i divided by n
 
 Without it a hidden unit gets credit of one sign for as long as training lasts, which tanh bounds and ReLU does not.
 """
@@ -53,7 +53,7 @@ class TopDownNetwork(nn.Module):
         widths: units (channels) of each hidden layer of the learner, in the order of execution.
         hidden: units in each of the two hidden layers of this network.
         sites: emission sites per hidden layer (credit diffusion); None emits one credit per unit.
-        relative: credit is relative to that of a right prediction, and to the square root of a layer's width.
+        relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
 
     Raises:
         ConfigError: a size is not positive.
@@ -123,7 +123,7 @@ class TopDownNetwork(nn.Module):
         """Credits (batch, width) of each hidden layer, and (batch, outputs) of the output, from emitted values."""
         *hidden, last = emitted.split([*self.emissions, self.outputs], dim=1)
         if self.relative:
-            hidden = [z * width**-0.5 for z, width in zip(hidden, widths, strict=True)]
+            hidden = [z / width for z, width in zip(hidden, widths, strict=True)]
         if self.sites is not None:
             hidden = [z @ self._kernel(width, z).T for z, width in zip(hidden, widths, strict=True)]
         return [*hidden, last]

@@ -24,7 +24,7 @@ class EvolutionRecipe:
         decay: the step is multiplied by this after each generation.
         hidden: units in each hidden layer of the top-down network.
         sites: emission sites per hidden layer of the learner (credit diffusion); 0 gives every unit its own credit.
-        relative: credit is relative to that of a right prediction, and to the square root of a layer's width.
+        relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
         ways: classes per task, drawn anew each time; 0 takes all.
         examples: training images per task; 0 takes all.
         tasks: per generation.
