@@ -39,6 +39,7 @@ EVOLUTIONS: dict[str, EvolutionRecipe] = {
         decay=0.992,
     ),
 }
-"""Recipes of `apical evolve --recipe NAME`; the teacher of that name is shipped with the package. The first is evolved in short
-lifetimes under Adam, where nearly any credit that points the right way helps; what the sizes of credit shall be, it says nothing
-about. The second goes on from it in long lifetimes as `apical train` trains: stability is selected for."""
+"""Recipes of `apical evolve --recipe NAME`; the teacher of that name is shipped with the package.
+
+The first is evolved in short lifetimes under Adam, which makes equal steps of whatever credit, so that its direction alone
+is selected for. The second goes on from it in long lifetimes, trained as `apical train` does: sizes and stability count."""
