@@ -18,16 +18,16 @@ from apical.recipes.tdca_diffusion import ARMS, task
 from apical.recipes.tdca_synapses import SynapticCredit
 
 
-class PerUnit(nn.Module):
-    """Each of a unit's weights gets the credit of the unit."""
-
-    def __init__(self, network: TopDownNetwork, fan_in: tuple[int, int]) -> None:
-        super().__init__()
-        self.network, self.fan_in = network, fan_in
-
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        hidden, last = self.network.credits(self.network(prediction, target), self.network.widths)
-        return torch.cat([c.repeat_interleave(n + 1, 1) for c, n in zip((hidden, last), self.fan_in, strict=True)], 1)
+def per_unit(network: TopDownNetwork, fan_in: tuple[int, int]) -> TopDownNetwork:
+    """A network with a credit per weight that gives each of a unit's weights the credit that `network` gives the unit."""
+    units = (*network.widths, network.outputs)
+    emitted = sum(n * (inputs + 1) for n, inputs in zip(units, fan_in, strict=True))
+    wide = TopDownNetwork(network.outputs, [emitted - network.outputs], network.hidden).double()
+    state = network.state_dict()
+    repeats = torch.cat([torch.full((n,), inputs + 1) for n, inputs in zip(units, fan_in, strict=True)])
+    last = {name: state[name].repeat_interleave(repeats, 0) for name in ("body.4.weight", "body.4.bias")}
+    wide.load_state_dict({**state, **last})
+    return wide
 
 
 def learner() -> nn.Sequential:
@@ -42,9 +42,10 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_equal_credit_for_a_units_weights_is_credit_per_unit(silent: bool) -> None:
     torch.manual_seed(0)
     model, network = learner(), TopDownNetwork(3, [4], hidden=8).double()
+    nn.init.normal_(network.body[-1].bias)
     found = []
     for rule in (
-        SynapticCredit(model, PerUnit(network, (6, 4)), silent=silent),
+        SynapticCredit(model, per_unit(network, (6, 4)), silent=silent),
         TopDownCreditAssignment(model, teacher=network, silent=silent),
     ):
         model.zero_grad()
@@ -74,7 +75,7 @@ def test_credit_alone_is_the_gradient() -> None:
 def test_other_networks_are_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(UnsupportedModelError, match="ReLU"):
-        SynapticCredit(model, nn.Identity())
+        SynapticCredit(model, TopDownNetwork(3, [40], hidden=8))
 
 
 def test_weights_of_the_top_down_networks() -> None:

@@ -5,7 +5,8 @@
 
 where credit per unit, which diffusion starts from in :mod:`apical.core.top_down`, has c_ij = c_i. The paper says that
 diffusion cuts the weights of the top-down network; credit per weight is the largest network it can be cut from. It is a
-device of the study of diffusion: for perceptrons with one hidden layer of tanh units.
+device of the study of diffusion, for perceptrons with one hidden layer of tanh units, and written to be fast: the credits of
+the first layer's weights, one for each example, are never laid out.
 """
 
 import torch
@@ -32,7 +33,7 @@ class SynapticCredit(CreditRule):
         UnsupportedModelError: the model is another.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, local: bool = True, silent: bool = False) -> None:
+    def __init__(self, model: nn.Module, teacher: TopDownNetwork, local: bool = True, silent: bool = False) -> None:
         super().__init__(model, F.cross_entropy)
         kinds = [type(m) for m in model.modules() if not list(m.children()) and not isinstance(m, nn.Flatten)]
         if kinds != [nn.Linear, nn.Tanh, nn.Linear]:
@@ -46,14 +47,19 @@ class SynapticCredit(CreditRule):
         a = torch.tanh(F.linear(x, first.weight.detach(), first.bias.detach()))
         output = F.linear(a, second.weight.detach(), second.bias.detach())
         prediction, target = described(output, targets)
-        emitted = self.teacher(prediction, target).detach() / len(x)
-        hidden, last = emitted.split([a.shape[1] * (x.shape[1] + 1), output.shape[1] * (a.shape[1] + 1)], 1)
-        hidden, last = hidden.unflatten(1, (a.shape[1], -1)), last.unflatten(1, (output.shape[1], -1))
+        # The top-down network's last layer is affine: c_b = U t_b, so that sums over examples can be taken before it.
+        top = self.teacher.body[-1]
+        t = with_one(self.teacher.body[:-1](torch.cat([prediction, target], 1))).detach()
+        u = torch.cat([top.weight, top.bias[:, None]], 1).detach()  # type: ignore[list-item,index]
+        hidden, last = u.split([a.shape[1] * (x.shape[1] + 1), output.shape[1] * (a.shape[1] + 1)])
+        hidden, last = hidden.unflatten(0, (a.shape[1], -1)), last.unflatten(0, (output.shape[1], -1))
+        t = t / len(x)
         if self.local:
-            hidden = at_tanh(hidden, x, a)
-            last = at_softmax(last, a, prediction)
+            sums = [at_tanh(hidden, t, x, a), at_softmax(last, t, a, prediction)]
+        else:
+            sums = [hidden @ t.sum(0), last @ t.sum(0)]
         roots = [first.weight, first.bias, second.weight, second.bias]
-        signals = [part for layer in (hidden.sum(0), last.sum(0)) for part in (layer[:, :-1], layer[:, -1])]
+        signals = [part for layer in sums for part in (layer[:, :-1], layer[:, -1])]
         kept = slice(2, None) if self.silent else slice(None)
         return Credit(roots[kept], signals[kept], output, self.loss(output, targets))
 
@@ -63,15 +69,21 @@ def with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
-def at_tanh(credit: Tensor, x: Tensor, a: Tensor) -> Tensor:
-    """`c_ij (1 - a_i^2) x_j` (batch, units, inputs + 1), from inputs x (batch, inputs), activities a (batch, units)."""
-    return credit * (1 - a.square())[:, :, None] * with_one(x)[:, None]
+def at_tanh(u: Tensor, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    """`sum_b c_ij (1 - a_i^2) x_j` (units, inputs + 1) for credits `c_ij = sum_h u_ijh t_h`.
+
+    Args:
+        u: last layer of the top-down network, (units, inputs + 1, h).
+        t: what enters it, (batch, h).
+        x, a: the layer's inputs (batch, inputs) and activities (batch, units).
+    """
+    return torch.einsum("ijh,hij->ij", u, torch.einsum("bh,bi,bj->hij", t, 1 - a.square(), with_one(x)))
 
 
-def at_softmax(credit: Tensor, x: Tensor, p: Tensor) -> Tensor:
-    """`p_i (c_ij - sum_k p_k c_kj) x_j` (batch, classes, inputs + 1): credit on probabilities p, pulled back."""
-    weighted = credit * p[:, :, None]
-    return (weighted - p[:, :, None] * weighted.sum(1, keepdim=True)) * with_one(x)[:, None]
+def at_softmax(u: Tensor, t: Tensor, x: Tensor, p: Tensor) -> Tensor:
+    """`sum_b p_i (c_ij - sum_k p_k c_kj) x_j` (classes, inputs + 1): credit on probabilities p, pulled back; as above."""
+    weighted = torch.einsum("ijh,bh->bij", u, t) * p[:, :, None]
+    return ((weighted - p[:, :, None] * weighted.sum(1, keepdim=True)) * with_one(x)[:, None]).sum(0)
 
 
 class SynapticClassification(Classification):
