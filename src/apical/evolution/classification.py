@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import CreditRule
-from apical.core.top_down import TopDownNetwork
+from apical.core.top_down import TopDownNetwork, load
 from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
-from apical.rules.top_down_credit_assignment import TopDownCreditAssignment
+from apical.rules.top_down_credit_assignment import TopDownCreditAssignment, shipped
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,27 @@ class Classification:
             with torch.no_grad():
                 network.body[-1].weight[: -self.outputs] = 0  # type: ignore[operator]
         return network
+
+    def weights_of(self, teacher: str) -> Tensor:
+        """Flat weights (D,) of a teacher file, or of the shipped one of that name, to start from.
+
+        Raises:
+            ConfigError: there is none, or its sizes are not the setting's.
+        """
+        path = shipped(teacher)
+        network, wanted = load(path)[0], self.network(0)
+        unlike = [
+            f"{name}: {getattr(network, name)} vs {getattr(wanted, name)}"
+            for name in ("outputs", "emissions", "hidden", "relative")
+            if getattr(network, name) != getattr(wanted, name)
+        ]
+        if unlike:
+            raise ConfigError(
+                f"an evolution with these options cannot begin with {path} (there vs asked): {'; '.join(unlike)}"
+            )
+        other = self.population.other
+        assert other is not None
+        return other.flat({f"teacher.{name}": weight for name, weight in network.state_dict().items()})
 
     def sample(self, seed: int, which: int = 0) -> Sample:
         """The task of a seed, from the image set `which` (modulo their number)."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from apical import data
-from apical.core.top_down import TopDownNetwork, load
-from apical.errors import CheckpointError, ConfigError, DataError
+from apical.core.top_down import TopDownNetwork
+from apical.errors import CheckpointError, DataError
 from apical.evolution.classification import Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.seeds import seed_of
@@ -27,7 +27,6 @@ from apical.evolution.workers import Task, Workers
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.evolution_recipe import FREE_FIELDS, EvolutionRecipe
 from apical.experiment.run_folder import FolderLock, check_writable, read_json, refuse_used, write_json
-from apical.rules.top_down_credit_assignment import shipped
 
 
 class EvolutionFolder:
@@ -216,24 +215,8 @@ def classification(recipe: EvolutionRecipe) -> Classification:
     )
     task = Classification(sets, setting)
     if recipe.begin:
-        task.start = _begun(recipe, task)
+        task.start = task.weights_of(recipe.begin)
     return task
-
-
-def _begun(recipe: EvolutionRecipe, task: Classification) -> Tensor:
-    """Flat weights (D,) of the teacher that the recipe begins with."""
-    path = shipped(recipe.begin)
-    network, wanted = load(path)[0], task.network(0)
-    unlike = [
-        f"{name}: {getattr(network, name)} vs {getattr(wanted, name)}"
-        for name in ("outputs", "emissions", "hidden", "relative")
-        if getattr(network, name) != getattr(wanted, name)
-    ]
-    if unlike:
-        raise ConfigError(f"an evolution with these options cannot begin with {path} (there vs asked): {'; '.join(unlike)}")
-    other = task.population.other
-    assert other is not None
-    return other.flat({f"teacher.{name}": weight for name, weight in network.state_dict().items()})
 
 
 def strategy(recipe: EvolutionRecipe) -> Strategy:
