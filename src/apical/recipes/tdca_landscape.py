@@ -45,7 +45,7 @@ EVERY = 45
 """Steps between snapshots."""
 POINTS = 40
 """Steps on a straight line, and on a side of the drawing."""
-TUNING = 3
+TUNING = 8
 """Starts that learning rates are chosen on."""
 RULES = {"tdca": "TDCA", "bp": "BP"}
 TITLE = "TDCA in the loss landscape, against backpropagation"
