@@ -19,7 +19,8 @@ ABOUT = (
     "Learners with one hidden layer of eight tanh units, so small that a top-down network can hand out a credit for every "
     "weight: the case before diffusion. Then a credit per unit, and credit from K sites that spreads over the units. Credit "
     "per weight stands alone as the gradient, or is multiplied by what is local to the synapse (activity and slope) as "
-    "credit per unit always is. Which of these the paper calls undiffused could not be read; both are here."
+    "credit per unit always is. Which of these the paper calls undiffused could not be read; both are here. All evolutions "
+    "have the same number of generations and the same settings, which were chosen for credit per unit."
 )
 SOURCES = {
     "our mark": "Values are means over unseen tasks, paired over meta-seeds (independent evolutions on the same tasks): the "
