@@ -52,7 +52,7 @@ def test_a_tiny_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     seeds = [tdca_landscape.seed_of("landscape", k) for k in range(2)]
     population, way = train("bp", load("digits"), seeds, [rate] * 2)
     ends = [float(F.cross_entropy(output, digits.targets)) for output in population.outputs(way[-1], digits.inputs)]
-    shown = results["tables"][0]["rows"][1][2]
+    shown = results["tables"][0]["rows"][1][4]
     assert float(shown.split()[0]) == pytest.approx(sum(ends) / 2, rel=5e-3)
     assert (tmp_path / "landscape.png").exists()
     capsys.readouterr()
