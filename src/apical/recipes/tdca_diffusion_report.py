@@ -64,8 +64,8 @@ def report(
 
 
 _CAPTION = (
-    "Weights of the top-down network against held-out accuracy on unseen tasks and seconds per generation, for each kind of "
-    "credit; mean over meta-seeds and 95 % interval. The two kinds of credit per weight need equal networks."
+    "Held-out accuracy on unseen tasks and seconds per generation for each kind of credit, with the number of weights of its "
+    "top-down network; mean over meta-seeds and 95 % interval."
 )
 
 
@@ -128,27 +128,17 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def figure(cells: Sequence[Cell]) -> Figure:
-    """Weights of the top-down network against accuracy and time."""
-    drawn = Figure(figsize=(3.5, 3.2))
-    upper, lower = drawn.subplots(2, 1, sharex=True)
-    for axes, key, scale in ((upper, "accuracy", 100.0), (lower, "seconds_per_generation", 1.0)):
-        for arm, title in TITLES.items():
+    """Accuracy and time of each kind of credit, with the weights that its top-down network has."""
+    drawn = Figure(figsize=(5.2, 2.4))
+    for axes, key, scale in zip(
+        drawn.subplots(1, 2, sharey=True), ("accuracy", "seconds_per_generation"), (100.0, 1.0), strict=True
+    ):
+        for row, arm in enumerate(TITLES):
             mean, bar = error_bar([scale * value for value in values(cells, arm, key)])
-            count = cells[0]["arms"][arm]["parameters"]
-            marker = "s" if arm == "weight-alone" else "o"
-            axes.errorbar(count, mean, yerr=bar, fmt=marker, color="#0B5345", elinewidth=0.8)
-            if axes is upper:
-                right = arm.startswith("weight")
-                label = title.replace("per weight, ", "") if right else title.removesuffix(" sites").removesuffix(" site")
-                place = (-6, -9) if right else (4, 3)
-                axes.annotate(
-                    label,
-                    (count, mean),
-                    xytext=place,
-                    textcoords="offset points",
-                    fontsize=7,
-                    ha="right" if right else "left",
-                )
-    upper.set(ylabel="accuracy (%)", xscale="log")
-    lower.set(ylabel="s per generation", xlabel="weights of the top-down network", ylim=(0, None))
+            axes.errorbar(mean, row, xerr=bar, fmt="o", color="#0B5345", elinewidth=0.8)
+        axes.set_xlim(0, 100 if key == "accuracy" else None)
+        axes.set_xlabel("accuracy (%)" if key == "accuracy" else "seconds per generation")
+    counts = [cells[0]["arms"][arm]["parameters"] for arm in TITLES]
+    axes.set_yticks(range(len(TITLES)), [f"{title}: {n}" for title, n in zip(TITLES.values(), counts, strict=True)])
+    axes.set_ylim(len(TITLES) - 0.5, -0.5)
     return drawn
