@@ -64,8 +64,8 @@ def report(
 
 
 _CAPTION = (
-    "Held-out accuracy on unseen tasks and seconds per generation for each kind of credit, with the number of weights of its "
-    "top-down network; mean over meta-seeds and 95 % interval."
+    "Held-out accuracy on unseen tasks and seconds per generation for each kind of credit, with the number of weights of "
+    "its top-down network; mean over meta-seeds and 95 % interval."
 )
 
 
