@@ -32,8 +32,9 @@ def run(flags: "Evolve", command: str) -> int:
     """
     recipe, folder = drafted(flags), EvolutionFolder(flags.out)
     task = classification(recipe)
-    resume = folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
-    with StopSignals() as stop, _workers(flags.ray, flags.workers, recipe.chunk) as workers:
+    folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
+    held = folder.held(recipe, resume=flags.resume, overwrite=flags.overwrite)
+    with StopSignals() as stop, _workers(flags.ray, flags.workers, recipe.chunk) as workers, held as resume:
         around = environment("cpu", torch.get_num_threads())
         if not resume:
             folder.create(recipe, command, around)

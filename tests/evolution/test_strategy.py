@@ -75,6 +75,22 @@ def test_each_strategy_climbs_a_fifty_dimensional_sphere(name: str) -> None:
     assert float(sphere(search.center[None])) > -5.0  # from -50
 
 
+@pytest.mark.parametrize("name", ["pgpe", "pgpe-clipup"])
+def test_the_step_decays_and_a_restored_search_remembers_it(name: str) -> None:
+    """With a decay near zero only the first step counts, but for the momentum of the centre; and so after a restart."""
+    strategy = Strategy(name=name, population=8, step=0.1, decay=1e-9)
+    search, other = Search(strategy, torch.zeros(5)), Search(strategy, torch.zeros(5))
+    search.tell(population := search.ask(0), sphere(population))
+    first = search.center.clone()
+    assert first.any()
+    other.restore(search.state())
+    for each in (search, other):
+        each.tell(population := each.ask(1), sphere(population))
+        assert torch.allclose(each.center, 1.9 * first, rtol=1e-5)  # nothing but 0.9 of the last move
+    with pytest.raises(ConfigError, match="decay of the step"):
+        Strategy(decay=0.0)
+
+
 def test_what_is_not_finite_is_worst() -> None:
     assert finite(torch.tensor([2.0, float("nan"), 1.0, float("inf"), float("-inf")])).tolist() == [2.0, 0.0, 1.0, 0.0, 0.0]
     assert finite(torch.tensor([float("nan")] * 3)).tolist() == [0.0] * 3

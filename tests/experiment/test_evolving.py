@@ -14,6 +14,9 @@ import torch
 
 from apical.cli import main
 from apical.core.top_down import load
+from apical.experiment import run_folder
+from apical.experiment.evolution_recipe import EvolutionRecipe
+from apical.experiment.evolving import classification
 from apical.recipes.tdca import EVOLUTIONS
 from apical.rules.top_down_credit_assignment import shipped
 
@@ -97,6 +100,54 @@ def test_killed_or_interrupted_it_resumes_with_the_same_result(tmp_path: Path, h
     assert [json.loads(line)["generation"] for line in lines] == list(range(1, done + 4))
 
 
+def test_an_evolution_begins_with_a_teacher(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = ["--begin", str(whole / "teacher.pt"), "--sigma", "1e-9", "--generations", "1"]  # hardly moves
+    assert evolve(tmp_path / "on", *first) == 0
+    for name, weight in weights(tmp_path / "on").items():
+        assert torch.allclose(weight, weights(whole)[name], atol=1e-6)
+    assert load(tmp_path / "on" / "teacher.pt")[1]["recipe"]["begin"] == str(whole / "teacher.pt")
+    capsys.readouterr()
+    assert evolve(tmp_path / "other", *first, "--sites", "3", "--relative", "True") == 2
+    said = capsys.readouterr().err
+    assert "cannot begin with" in said
+    assert "emissions: [2] vs [3]; relative: False vs True" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_tasks_take_networks_in_turn() -> None:
+    asked = {"hidden": 4, "sites": 2, "examples": 20, "steps": 2}
+    names = ("mlp-tanh-6", "mlp-5", "mlp-tanh-3")
+    both = classification(EvolutionRecipe(model=names, **asked))
+    alone = [classification(EvolutionRecipe(model=(name,), **asked)) for name in names]
+    individuals = both.start + 0.3 * torch.randn(3, both.start.numel(), generator=torch.Generator().manual_seed(0))
+    for generation in range(4):
+        found = both.fitness(individuals, generation)
+        for turn, task in enumerate(alone):
+            assert torch.equal(found, task.fitness(individuals, generation)) == (turn == generation % 3)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")
+def test_two_evolutions_cannot_share_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    out = tmp_path / "shared"
+    process = start(out, 4000)
+    try:
+        for flag in ("--resume", "--overwrite"):
+            assert evolve(out, "--generations", "4000", flag) == 2
+            captured = capsys.readouterr().err
+            assert f"another process is evolving in {out}; choose another --out" in captured
+            assert len(captured.strip().splitlines()) == 1
+        assert process.poll() is None  # the first goes on undisturbed
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == list(range(1, len(lines) + 1))
+    assert evolve(out, "--generations", "2", "--overwrite") == 0  # the lock ended with its holder
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -161,14 +212,18 @@ def test_a_teacher_from_a_file_trains_another_width(whole: Path, tmp_path: Path,
     assert "there is no teacher file no.pt" in capsys.readouterr().err
 
 
-def test_the_shipped_teacher_trains_digits_at_once(tmp_path: Path) -> None:
-    options = ["--data", "digits", "--model", "mlp-tanh-64-64", "--epochs", "4", "--device", "cpu", "--probe", "0"]
-    accuracy = {}
+@pytest.mark.parametrize("model", ["mlp-256-256", "mlp-tanh-64-64"])
+def test_the_shipped_teacher_trains_digits_at_once(tmp_path: Path, model: str) -> None:
+    """On the model that `apical compare` takes by default, and on another activation and width."""
+    options = ["--data", "digits", "--model", model, "--epochs", "6", "--device", "cpu", "--probe", "0"]
+    accuracy, loss = {}, {}
     for rule in ("tdca", "tdca-unevolved"):
         assert main(["train", "--rule", rule, *options, "--out", str(tmp_path / rule)]) == 0
-        accuracy[rule] = json.loads((tmp_path / rule / "result.json").read_text())["test_accuracy"]
-    assert accuracy["tdca"] > 0.5
+        lines = [json.loads(line) for line in (tmp_path / rule / "metrics.jsonl").read_text().splitlines()]
+        accuracy[rule], loss[rule] = lines[-1]["test_accuracy"], [line["train_loss"] for line in lines[1:]]
+    assert accuracy["tdca"] > 0.8
     assert accuracy["tdca"] > accuracy["tdca-unevolved"] + 0.2
+    assert loss["tdca"][-1] < 0.5 * loss["tdca"][0]
 
 
 def test_the_shipped_teacher_was_made_by_the_committed_recipe() -> None:

@@ -222,6 +222,28 @@ def test_parameter_counts_of_the_specification(sites: int | None, count: int) ->
     assert sum(p.numel() for p in network.parameters()) == count == parameters_of(10, [100, 100, 100], 30, sites)
 
 
+@pytest.mark.parametrize("sites", [None, 2])
+def test_relative_credit_is_that_of_the_prediction_minus_that_of_a_right_one(sites: int | None) -> None:
+    torch.manual_seed(0)
+    relative, plain = (TopDownNetwork(3, [5, 4], 8, sites, relative=is_so).double() for is_so in (True, False))
+    plain.load_state_dict({**relative.state_dict(), "body.4.bias": torch.randn(plain.body[-1].out_features)})
+    p = torch.softmax(torch.randn(7, 3, dtype=torch.double), 1)
+    y = torch.eye(3, dtype=torch.double)[torch.arange(7) % 3]
+    got = relative.credits(relative(p, y), [5, 4])
+    ours, right = plain.credits(plain(p, y), [5, 4]), plain.credits(plain(y, y), [5, 4])
+    for credit, a, b, n in zip(got, ours, right, (5, 4, 1), strict=True):
+        assert (credit - (a - b) / n).abs().max() < 1e-12
+    assert not any(bool(credit.any()) for credit in relative.credits(relative(y, y), [5, 4]))  # right: left alone
+    count = sum(parameter.numel() for parameter in relative.parameters())
+    assert count == parameters_of(3, [5, 4], 8, sites, relative=True) < parameters_of(3, [5, 4], 8, sites)
+
+
+def test_a_file_says_whether_credit_is_relative(tmp_path: Path) -> None:
+    for relative in (True, False):
+        TopDownNetwork(3, [5], 8, 2, relative).save(tmp_path / "teacher.pt")
+        assert load(tmp_path / "teacher.pt")[0].relative is relative
+
+
 def test_only_the_model_learns() -> None:
     rule = Rule(perceptron(), teacher=TopDownNetwork(3, [5, 4], hidden=8).double())
     assert [name for name, p in rule.named_parameters() if p.requires_grad and not name.startswith("model.")] == []

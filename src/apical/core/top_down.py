@@ -10,6 +10,12 @@ Credit diffusion: z holds only K values per hidden layer, emitted at sites sprea
 
 with tau = 1/(2K). The paper's own operator is not known (only its abstract could be read); this is our reading of it. A
 diffusing network serves hidden layers of any width.
+
+Relative credit, an extension of ours: a learner that is right is left alone, and the n units of a layer share its credit,
+
+    z = T([p ; y]) - T([y ; y]),   c_i divided by n
+
+Without it a hidden unit gets credit of one sign for as long as training lasts, which tanh bounds and ReLU does not.
 """
 
 import json
@@ -47,6 +53,7 @@ class TopDownNetwork(nn.Module):
         widths: units (channels) of each hidden layer of the learner, in the order of execution.
         hidden: units in each of the two hidden layers of this network.
         sites: emission sites per hidden layer (credit diffusion); None emits one credit per unit.
+        relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
 
     Raises:
         ConfigError: a size is not positive.
@@ -58,22 +65,30 @@ class TopDownNetwork(nn.Module):
     2800
     """
 
-    def __init__(self, outputs: int, widths: Sequence[int], hidden: int = 30, sites: int | None = None) -> None:
+    def __init__(
+        self, outputs: int, widths: Sequence[int], hidden: int = 30, sites: int | None = None, relative: bool = False
+    ) -> None:
         super().__init__()
         if min(outputs, hidden, *widths, sites if sites is not None else 1) < 1:
             raise ConfigError(
                 f"a top-down network needs positive sizes; got outputs={outputs}, widths={list(widths)}, "
                 f"hidden={hidden}, sites={sites}"
             )
-        self.outputs, self.widths, self.sites = outputs, tuple(widths), sites
+        self.outputs, self.widths, self.hidden = outputs, tuple(widths), hidden
+        self.sites, self.relative = sites, relative
         emitted = sum(self.emissions) + outputs
         self.body = nn.Sequential(
-            nn.Linear(2 * outputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, emitted)
+            nn.Linear(2 * outputs, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, emitted, bias=not relative),  # which a difference would cancel
         )
         for layer in self.body:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self._kernels: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     @property
@@ -102,11 +117,13 @@ class TopDownNetwork(nn.Module):
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Emitted values (batch, sum of emissions + outputs) from prediction and target (batch, outputs)."""
         emitted: Tensor = self.body(torch.cat([prediction, target], 1))
-        return emitted
+        return emitted - self.body(torch.cat([target, target], 1)) if self.relative else emitted
 
     def credits(self, emitted: Tensor, widths: Sequence[int]) -> list[Tensor]:
         """Credits (batch, width) of each hidden layer, and (batch, outputs) of the output, from emitted values."""
         *hidden, last = emitted.split([*self.emissions, self.outputs], dim=1)
+        if self.relative:
+            hidden = [z / width for z, width in zip(hidden, widths, strict=True)]
         if self.sites is not None:
             hidden = [z @ self._kernel(width, z).T for z, width in zip(hidden, widths, strict=True)]
         return [*hidden, last]
@@ -123,8 +140,9 @@ class TopDownNetwork(nn.Module):
             "format": FORMAT,
             "outputs": self.outputs,
             "widths": list(self.widths),
-            "hidden": self.body[0].out_features,
+            "hidden": self.hidden,
             "sites": self.sites,
+            "relative": self.relative,
             "weights": self.state_dict(),
             "provenance": json.dumps(provenance or {}, sort_keys=True),
         }
@@ -147,7 +165,9 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
-        network = TopDownNetwork(content["outputs"], content["widths"], content["hidden"], content["sites"])
+        network = TopDownNetwork(
+            content["outputs"], content["widths"], content["hidden"], content["sites"], content.get("relative", False)
+        )
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
         return network, json.loads(content["provenance"])
     except FileNotFoundError:
@@ -160,10 +180,10 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
         ) from error
 
 
-def parameters_of(outputs: int, widths: Sequence[int], hidden: int, sites: int | None) -> int:
-    """Weights and biases of such a network: (2N+1)H + (H+1)H + (H+1)C."""
+def parameters_of(outputs: int, widths: Sequence[int], hidden: int, sites: int | None, relative: bool = False) -> int:
+    """Weights and biases of such a network: (2N+1)H + (H+1)H + (H+1)C, or HC at the end where credit is relative."""
     emitted = outputs + sum(width if sites is None else sites for width in widths)
-    return (2 * outputs + 1) * hidden + (hidden + 1) * hidden + (hidden + 1) * emitted
+    return (2 * outputs + 1) * hidden + (hidden + 1) * hidden + (hidden + (not relative)) * emitted
 
 
 def described(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from apical.core.top_down import TopDownNetwork
+from apical.core.credit import CreditRule
+from apical.core.top_down import TopDownNetwork, load
 from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
-from apical.rules.top_down_credit_assignment import TopDownCreditAssignment
+from apical.rules.top_down_credit_assignment import TopDownCreditAssignment, shipped
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ class Setting:
 
     Attributes:
         model: name of the learners' network.
+        others: further networks, which tasks take in turn with it; one top-down network serves them all.
         lifetime: how a learner is trained.
         hidden: units in each hidden layer of the top-down network.
         sites: emission sites per hidden layer of the learner; None emits a credit per unit.
+        relative: credit is relative to that of a right prediction.
         ways: classes per task, drawn anew and numbered anew; None takes all, in their order.
         examples: training images per task; None takes all there are.
         tasks: per generation; fitness is their mean.
@@ -49,9 +52,11 @@ class Setting:
     """
 
     model: str = "mlp-tanh-32"
+    others: tuple[str, ...] = ()
     lifetime: Lifetime = field(default_factory=Lifetime)
     hidden: int = 16
     sites: int | None = None
+    relative: bool = False
     ways: int | None = None
     examples: int | None = 500
     tasks: int = 1
@@ -81,6 +86,7 @@ class Classification:
 
     Raises:
         ConfigError: no image sets, of different shapes or too small, or more classes per task than there are.
+        UnsupportedModelError: one top-down network cannot serve all of the learners' networks.
     """
 
     def __init__(self, sets: list[Images], setting: Setting) -> None:
@@ -98,24 +104,37 @@ class Classification:
         self.start = self.population.other.flat(dict(self._first.named_parameters(prefix="teacher")))  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("population", "_first")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("populations", "_first")}
 
     @cached_property
     def _first(self) -> TopDownNetwork:
         return self.network(seed_of(self.setting.seed, "teacher"))
 
-    @cached_property
+    @property
     def population(self) -> Population:
         """Learners of the setting's model, each with a top-down network of its own."""
-        rule = TopDownCreditAssignment(self.learner(0), teacher=self._first)
-        inputs = self.sets[0].inputs[:2]
-        return Population(rule, inputs, torch.zeros(len(inputs), dtype=torch.long), "teacher.")
+        return self.populations[0]
 
-    def learner(self, seed: int) -> nn.Module:
-        """The setting's model with the initial weights of a seed."""
+    @cached_property
+    def populations(self) -> list[Population]:
+        """The same for each network of the learners."""
+        inputs = self.sets[0].inputs[:2]
+        targets = torch.zeros(len(inputs), dtype=torch.long)
+        return [
+            Population(self.rule(self.learner(0, which), self._first), inputs, targets, "teacher.")
+            for which in range(1 + len(self.setting.others))
+        ]
+
+    def rule(self, model: nn.Module, teacher: TopDownNetwork, silent: bool = False) -> CreditRule:
+        """What trains a learner; `silent` withholds the credit of hidden units."""
+        return TopDownCreditAssignment(model, teacher=teacher, silent=silent)
+
+    def learner(self, seed: int, which: int = 0) -> nn.Module:
+        """A learner of the network `which` (modulo their number), with the initial weights of a seed."""
+        names = (self.setting.model, *self.setting.others)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            model = build(self.setting.model, tuple(self.sets[0].inputs.shape[1:]), self.outputs)
+            model = build(names[which % len(names)], tuple(self.sets[0].inputs.shape[1:]), self.outputs)
         if self.setting.zeros:
             for parameter in model.parameters():
                 nn.init.zeros_(parameter)
@@ -129,11 +148,32 @@ class Classification:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             widths = [cut.shape[1] for cut in cuts]
-            network = TopDownNetwork(self.outputs, widths, self.setting.hidden, self.setting.sites)
+            network = TopDownNetwork(self.outputs, widths, self.setting.hidden, self.setting.sites, self.setting.relative)
         if self.setting.quiet:
             with torch.no_grad():
                 network.body[-1].weight[: -self.outputs] = 0  # type: ignore[operator]
         return network
+
+    def weights_of(self, teacher: str) -> Tensor:
+        """Flat weights (D,) of a teacher file, or of the shipped one of that name, to start from.
+
+        Raises:
+            ConfigError: there is none, or its sizes are not the setting's.
+        """
+        path = shipped(teacher)
+        network, wanted = load(path)[0], self.network(0)
+        unlike = [
+            f"{name}: {getattr(network, name)} vs {getattr(wanted, name)}"
+            for name in ("outputs", "emissions", "hidden", "relative")
+            if getattr(network, name) != getattr(wanted, name)
+        ]
+        if unlike:
+            raise ConfigError(
+                f"an evolution with these options cannot begin with {path} (there vs asked): {'; '.join(unlike)}"
+            )
+        other = self.population.other
+        assert other is not None
+        return other.flat({f"teacher.{name}": weight for name, weight in network.state_dict().items()})
 
     def sample(self, seed: int, which: int = 0) -> Sample:
         """The task of a seed, from the image set `which` (modulo their number)."""
@@ -153,19 +193,22 @@ class Classification:
         train, other = order[:take], order[take : 2 * take]
         return Sample(images.inputs[train], labels[train], images.inputs[other], labels[other])
 
-    def begin(self, seed: int) -> Tensor:
-        """Flat initial weights (n,) of a learner."""
-        return self.population.start(self.learner(0 if self.setting.starts == "fixed" else seed))
+    def begin(self, seed: int, which: int = 0) -> Tensor:
+        """Flat initial weights (n,) of a learner of the network `which`."""
+        return self.populations[which].start(self.learner(0 if self.setting.starts == "fixed" else seed, which))
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
         """Minus the negative log-likelihood after a lifetime, averaged over the generation's tasks: (P,)."""
         total = individuals.new_zeros(len(individuals))
         for k in range(self.setting.tasks):
-            task = self.sample(seed_of(self.setting.seed, "task", generation, k), generation * self.setting.tasks + k)
-            start = self.begin(seed_of(self.setting.seed, "start", generation, k))
-            weights = self.population.train(
+            turn = generation * self.setting.tasks + k
+            which = turn // len(self.sets) % len(self.populations)  # each network meets each set
+            population = self.populations[which]
+            task = self.sample(seed_of(self.setting.seed, "task", generation, k), turn)
+            start = self.begin(seed_of(self.setting.seed, "start", generation, k), which)
+            weights = population.train(
                 start, individuals, task.inputs, task.targets, self.setting.lifetime, seed=seed_of(generation, k)
             )
             x, y = (task.other_inputs, task.other_targets) if self.setting.held_out else (task.inputs, task.targets)
-            total -= losses(self.population.outputs(weights, x), y)
+            total -= losses(population.outputs(weights, x), y)
         return total / self.setting.tasks

@@ -33,12 +33,14 @@ class Strategy:
         population: individuals per generation; even, for mirrored pairs.
         sigma: initial standard deviation.
         step: of the centre ("pgpe": that of the released code; "pgpe-clipup": its largest speed is twice that).
+        decay: the step is multiplied by this after each generation ("cem" has none).
     """
 
     name: Name = "pgpe"
     population: int = 64
     sigma: float = 0.1
     step: float = 0.1
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -47,6 +49,8 @@ class Strategy:
             raise ConfigError(f"the population must be even and at least 4, for mirrored pairs; got {self.population}")
         if self.sigma <= 0 or self.step <= 0:
             raise ConfigError(f"sigma and step must be positive; got {self.sigma} and {self.step}")
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"the decay of the step must be above 0 and at most 1; got {self.decay}")
 
 
 SIGMA_DECAY, SIGMA_FLOOR = 0.999, 1e-4
@@ -117,7 +121,9 @@ class Search:
         self._state = self._tell(self._state, population, finite(fitness).to(population.dtype))
         if self.strategy.name != "cem":
             decayed = torch.where(self.sigma > SIGMA_FLOOR, self.sigma * SIGMA_DECAY, self.sigma)
-            self._state = self._state._replace(stdev=decayed)
+            mover = self._state.optimizer_state
+            slower = mover._replace(center_learning_rate=mover.center_learning_rate * self.strategy.decay)
+            self._state = self._state._replace(stdev=decayed, optimizer_state=slower)
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`restore` takes."""

@@ -15,19 +15,22 @@ class EvolutionRecipe:
 
     Attributes:
         data: names of the data sets that tasks are drawn from, in turn; of one image shape.
-        model: name of the learners' network.
+        model: names of the learners' networks; tasks take them in turn.
         generations: updates of the search distribution.
         strategy: name of the evolution strategy.
         population: individuals per generation.
         sigma: initial standard deviation.
         step: step size of the centre.
+        decay: the step is multiplied by this after each generation.
         hidden: units in each hidden layer of the top-down network.
         sites: emission sites per hidden layer of the learner (credit diffusion); 0 gives every unit its own credit.
+        relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
         ways: classes per task, drawn anew each time; 0 takes all.
         examples: training images per task; 0 takes all.
         tasks: per generation.
         starts: fresh initial weights for every task, or always the same ("fixed").
         zeros: learners start with all weights zero.
+        begin: teacher to start from: a file, or the name of a shipped one; empty draws one at random.
         quiet: the first top-down network gives no credit to hidden units.
         held_out: fitness is the likelihood of images that were not trained on.
         steps: updates in a lifetime.
@@ -40,19 +43,22 @@ class EvolutionRecipe:
     """
 
     data: tuple[str, ...] = ("digits",)
-    model: str = "mlp-tanh-32"
+    model: tuple[str, ...] = ("mlp-tanh-32",)
     generations: int = 100
     strategy: Literal["pgpe", "pgpe-clipup", "cem"] = "pgpe"
     population: int = 64
     sigma: float = 0.1
     step: float = 0.3
+    decay: float = 1.0
     hidden: int = 16
     sites: int = 0
+    relative: bool = False
     ways: int = 0
     examples: int = 256
     tasks: int = 1
     starts: Literal["fresh", "fixed"] = "fresh"
     zeros: bool = False
+    begin: str = ""
     quiet: bool = False
     held_out: bool = False
     steps: int = 50
@@ -70,9 +76,9 @@ class EvolutionRecipe:
         for name in ("sites", "ways", "examples", "batch_size", "seed", "clip"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}")
-        if not self.data:
-            raise ConfigError("--data needs at least one data set")
+        if not self.data or not self.model:
+            raise ConfigError(f"--{'model' if self.data else 'data'} needs at least one name")
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON has them."""
-        return {**asdict(self), "data": list(self.data)}
+        return {**asdict(self), "data": list(self.data), "model": list(self.model)}

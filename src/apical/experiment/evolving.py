@@ -8,7 +8,8 @@ evolution, it continues with the same result.
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from apical.evolution.strategy import Search, Strategy, finite
 from apical.evolution.workers import Task, Workers
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.evolution_recipe import FREE_FIELDS, EvolutionRecipe
-from apical.experiment.run_folder import check_writable, read_json, refuse_used, write_json
+from apical.experiment.run_folder import FolderLock, check_writable, read_json, refuse_used, write_json
 
 
 class EvolutionFolder:
@@ -57,6 +58,21 @@ class EvolutionFolder:
                 "resume with the saved ones or choose another --out"
             )
         return self.checkpoint.exists()
+
+    @contextmanager
+    def held(self, recipe: EvolutionRecipe, *, resume: bool, overwrite: bool) -> Iterator[bool]:
+        """Keep other processes out of the folder, then :meth:`check` it: a holder waited for has left files of its own.
+
+        Raises:
+            ConfigError: another process evolves here; or as :meth:`check` does.
+            CheckpointError: as :meth:`check` does.
+        """
+        lock = FolderLock(self.path)
+        lock.hold("evolving")
+        try:
+            yield self.check(recipe, resume=resume, overwrite=overwrite)
+        finally:
+            lock.release()
 
     def create(self, recipe: EvolutionRecipe, command: str, environment: dict[str, Any]) -> None:
         """Make the folder, remove an older evolution's files, write config.json and environment.json."""
@@ -166,7 +182,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
     """The recipe's task, with its data loaded.
 
     Raises:
-        ApicalError: a name or size is not usable, or the data are missing or damaged.
+        ApicalError: a name or size is not usable, the data are missing or damaged, or the teacher to begin with is unlike.
     """
     sets = []
     for name in recipe.data:
@@ -182,10 +198,12 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         batch_size=recipe.batch_size or None,
     )
     setting = Setting(
-        model=recipe.model,
+        model=recipe.model[0],
+        others=recipe.model[1:],
         lifetime=lifetime,
         hidden=recipe.hidden,
         sites=recipe.sites or None,
+        relative=recipe.relative,
         ways=recipe.ways or None,
         examples=recipe.examples or None,
         tasks=recipe.tasks,
@@ -195,12 +213,17 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         held_out=recipe.held_out,
         seed=recipe.seed,
     )
-    return Classification(sets, setting)
+    task = Classification(sets, setting)
+    if recipe.begin:
+        task.start = task.weights_of(recipe.begin)
+    return task
 
 
 def strategy(recipe: EvolutionRecipe) -> Strategy:
     """The recipe's evolution strategy."""
-    return Strategy(name=recipe.strategy, population=recipe.population, sigma=recipe.sigma, step=recipe.step)
+    return Strategy(
+        name=recipe.strategy, population=recipe.population, sigma=recipe.sigma, step=recipe.step, decay=recipe.decay
+    )
 
 
 def teacher(task: Classification, weights: Tensor) -> TopDownNetwork:

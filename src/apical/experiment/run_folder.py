@@ -19,6 +19,9 @@ from apical.experiment.checkpoint import write_atomically
 from apical.experiment.recipe import Recipe, differences
 from apical.experiment.tensorboard import Events
 
+LOCK = ".lock"
+PATIENCE = 10.0
+"""Seconds that a dying holder of a folder is waited for."""
 State = Literal["fresh", "resumable", "finished", "diverged"]
 
 
@@ -36,7 +39,7 @@ class RunFolder:
         self.config, self.environment = path / "config.json", path / "environment.json"
         self.metrics, self.checkpoint, self.result = path / "metrics.jsonl", path / "checkpoint.pt", path / "result.json"
         self.examples, self.trajectory = path / "examples.npz", path / "trajectory.pt"
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(path)
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> State:
         """What starting `recipe` here would mean. Writes nothing.
@@ -92,35 +95,13 @@ class RunFolder:
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
 
-    def lock(self, wait: float = 10.0) -> None:
-        """Hold the folder for this process until it ends, however it ends; waits `wait` seconds for a dying holder.
-
-        Raises:
-            ConfigError: another process trains here.
-        """
-        if os.name != "posix" or self._lock is not None:
-            return
-        import fcntl
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = open(self.path / ".lock", "w")  # noqa: SIM115 - stays open as long as the lock is held
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._lock = file
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.close()
-                    raise ConfigError(f"another process is training in {self.path}; choose another --out") from None
-                time.sleep(0.1)
+    def lock(self, wait: float | None = None) -> None:
+        """Hold the folder for this process; see :meth:`FolderLock.hold`."""
+        self._lock.hold("training", wait)
 
     def unlock(self) -> None:
         """Let others have the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
         """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""
@@ -180,6 +161,48 @@ class RunFolder:
         write_atomically(self.metrics, text.encode())
 
 
+class FolderLock:
+    """Keeps other processes from writing a folder. Making the object touches nothing on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: IO[str] | None = None
+
+    def hold(self, doing: str, wait: float | None = None) -> None:
+        """Hold the folder, made if need be, until the process ends, however it ends.
+
+        Args:
+            doing: what holders do in such a folder, for the message.
+            wait: seconds to wait for a dying holder; None waits :data:`PATIENCE`.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        if os.name != "posix" or self._file is not None:
+            return
+        import fcntl
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = open(self.folder / LOCK, "w")  # noqa: SIM115 - stays open as long as the lock is held
+        deadline = time.monotonic() + (PATIENCE if wait is None else wait)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._file = file
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.close()
+                    raise ConfigError(f"another process is {doing} in {self.folder}; choose another --out") from None
+                time.sleep(0.1)
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 def check_writable(path: Path) -> None:
     """Raise ConfigError unless `path` is a writable folder or can be made. Creates nothing."""
     existing = path.absolute()
@@ -192,8 +215,8 @@ def check_writable(path: Path) -> None:
 
 
 def refuse_used(path: Path) -> None:
-    """Raise ConfigError if the folder holds anything."""
-    if path.is_dir() and any(path.iterdir()):
+    """Raise ConfigError if the folder holds anything but a lock."""
+    if path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
         raise ConfigError(f"--out {path} is not empty; add --resume to continue it, --overwrite to start again")
 
 

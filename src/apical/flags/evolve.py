@@ -21,8 +21,8 @@ class Evolve:
     """Take the settings of a committed evolution: digits, ... Options given here go before it."""
     data: Annotated[tuple[str, ...] | None, shown("NAME ...", "(default: digits)")] = None
     """Data sets of one image shape; tasks are drawn from them in turn."""
-    model: Annotated[str | None, shown("NAME", "(default: mlp-tanh-32)")] = None
-    """Network of the learners; see `apical list models`."""
+    model: Annotated[tuple[str, ...] | None, shown("NAME ...", "(default: mlp-tanh-32)")] = None
+    """Networks of the learners, which tasks take in turn; see `apical list models`."""
     generations: Annotated[int | None, shown("N", "(default: 100)")] = None
     """Updates of the search distribution."""
     population: Annotated[int | None, shown("N", "(default: 64)")] = None
@@ -35,10 +35,14 @@ class Evolve:
     """Initial standard deviation of the search."""
     step: Annotated[float | None, shown("X", "(default: 0.3)")] = None
     """Step size of its centre."""
+    decay: Annotated[float | None, shown("X", "(default: 1)")] = None
+    """The step is multiplied by this after each generation."""
     hidden: Annotated[int | None, shown("N", "(default: 16)")] = None
     """Units in each hidden layer of the top-down network."""
     sites: Annotated[int | None, shown("K", "(default: a credit per unit)")] = None
     """Credit diffusion: emission sites per hidden layer; the teacher then serves layers of any width."""
+    relative: Annotated[bool | None, shown("True|False", "(default: False)")] = None
+    """Credit relative to that of a right prediction: a learner that is right is left alone."""
     ways: Annotated[int | None, shown("N", "(default: all)")] = None
     """Classes per task, drawn anew for each."""
     examples: Annotated[int | None, shown("N", "(default: 256)")] = None
@@ -49,6 +53,8 @@ class Evolve:
     """Initial weights of the learners: new for every task, or always the same."""
     zeros: Annotated[bool | None, shown("True|False", "(default: False)")] = None
     """Learners start with all weights zero."""
+    begin: Annotated[str | None, shown("FILE", "(default: a random one)")] = None
+    """Start from this teacher: a file, or the name of a shipped one."""
     quiet: Annotated[bool | None, shown("True|False", "(default: False)")] = None
     """Start from a top-down network that gives no credit to hidden units."""
     held_out: Annotated[bool | None, shown("True|False", "(default: False)")] = None

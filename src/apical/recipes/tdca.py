@@ -8,14 +8,19 @@ from apical.experiment.evolution_recipe import EvolutionRecipe
 EVOLUTIONS: dict[str, EvolutionRecipe] = {
     "digits": EvolutionRecipe(
         data=("digits",),
-        model="mlp-tanh-32-32",
-        sites=4,
+        model=("mlp-32-32", "mlp-tanh-32-32"),
+        sites=10,
+        relative=True,
         quiet=True,
-        examples=256,
-        steps=50,
         hidden=20,
-        generations=250,
-        chunk=66,
+        examples=512,
+        steps=60,
+        lr=0.01,
+        batch_size=64,
+        generations=700,
+        step=0.2,
+        decay=0.9965,
+        chunk=65,
     ),
 }
 """Recipes of `apical evolve --recipe NAME`; the teacher of that name is shipped with the package."""

@@ -224,7 +224,8 @@ def _elsewhere(cells: Sequence[Cell], part: str, title: str, about: str) -> dict
     }
 
 
-def _bar(found: Sequence[float], floor: float = 0.0) -> tuple[float, list[list[float]]]:
+def error_bar(found: Sequence[float], floor: float = 0.0) -> tuple[float, list[list[float]]]:
+    """Mean, and how far its 95 % interval reaches below (to the floor at most) and above, as Matplotlib takes it."""
     middle = interval(found)
     low, high = middle["low"], middle["high"]
     if low is None or high is None:
@@ -241,7 +242,7 @@ def losses_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure:
     smallest = 1e-5
     for row, cells in enumerate(arms.values()):
         for shift, (rule, style) in enumerate(symbols.items()):
-            mean, bar = _bar(values(cells, rule, "loss"), smallest)
+            mean, bar = error_bar(values(cells, rule, "loss"), smallest)
             place = row + 0.16 * (shift - 1.5)
             label = NAMES[rule] if row == 0 else None
             axes.errorbar(mean, place, xerr=bar, fmt=style.marker, color=style.colour, label=label, elinewidth=0.8)
@@ -263,7 +264,7 @@ def diffusion_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure | None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, key, scale in ((upper, "loss", 1.0), (lower, "accuracy", 100.0)):
         for arm in found:
-            mean, bar = _bar([scale * value for value in values(arms[arm], "tdca", key)])
+            mean, bar = error_bar([scale * value for value in values(arms[arm], "tdca", key)])
             axes.errorbar(arms[arm][0]["parameters"], mean, yerr=bar, fmt="o", color="#0B5345", elinewidth=0.8)
             if axes is upper:
                 label = arm.removeprefix("sites-") if arm != "fresh" else "all"

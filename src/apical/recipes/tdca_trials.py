@@ -18,7 +18,6 @@ from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical.rules.backprop import Backprop
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
-from apical.rules.top_down_credit_assignment import TopDownCreditAssignment
 
 GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Learning rates that every rule is tuned over."""
@@ -57,7 +56,7 @@ class Bench:
         targets = torch.zeros(len(inputs), dtype=torch.long)
         if rule in ("tdca", "silent", "unevolved"):
             network = self.task.network(0)
-            made: CreditRule = TopDownCreditAssignment(model, teacher=network, silent=rule == "silent")
+            made: CreditRule = self.task.rule(model, network, silent=rule == "silent")
             population = Population(made, inputs, targets, "teacher.")
             assert teacher is not None
             return population, teacher
