@@ -49,7 +49,10 @@ def _anchor(record: Row) -> str:
 
 
 def _section(record: Row) -> list[str]:
-    sizes = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in record["sizes"].items())
+    sizes = ", ".join(
+        f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key} {value}"
+        for key, value in record["sizes"].items()
+    )
     used = [f"`{tag}` {SOURCES.get(tag, tag)}" for tag in dict.fromkeys(row["source"] for row in record["rows"])]
     rows = [
         [

@@ -136,6 +136,7 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
 def study_rows(path: Path, sizes: Sizes) -> list[Row]:
     """Every published number of a comparison with what was measured, its interval and the verdict."""
     cut = any(name.endswith("_limit") for name in sizes)
+    epochs = int(sizes["epochs"]) if "epochs" in sizes else None
     return [
         {
             "rule": each.rule,
@@ -146,7 +147,7 @@ def study_rows(path: Path, sizes: Sizes) -> list[Row]:
             "low": each.low,
             "high": each.high,
             "n": each.n,
-            "verdict": verdict(each, sizes.get("epochs"), cut=cut),
+            "verdict": verdict(each, epochs, cut=cut),
         }
         for each in judge(read(path))
     ]

@@ -46,8 +46,8 @@ def test_every_table_can_be_run_at_every_budget(name: str, table: Table) -> None
         assert not too_small(table, table.budgets["paper"])
     else:
         epochs = max(number.epoch for row in STUDIES[table.study].rows.values() for number in row.published)
-        assert table.budgets["paper"]["epochs"] >= epochs
-        assert table.budgets["paper"]["seeds"] >= SEEDS
+        assert int(table.budgets["paper"]["epochs"]) >= epochs
+        assert int(table.budgets["paper"]["seeds"]) >= SEEDS
     assert found(name) == {name: table}
 
 

@@ -16,7 +16,7 @@ BUDGETS: tuple[Budget, ...] = ("smoke", "cpu", "paper")
 SEEDS = 3
 """Seeds from which a verdict is given."""
 
-Sizes = dict[str, int]
+Sizes = dict[str, int | str]
 """Options of a run that decide its size: --epochs, --seeds, --train-limit, --generations ..."""
 
 
@@ -87,9 +87,23 @@ PAPERS: dict[str, dict[str, Table]] = {
     "tdca": {
         "classification": Table(
             "Top-down credit assignment on classification, with controls",
-            {"smoke": {"generations": 2, "seeds": 1}, "cpu": {"generations": 60}, "paper": {"generations": 60}},
+            {
+                "smoke": {"generations": 1, "seeds": 2, "arms": "fresh"},
+                "cpu": {"generations": 60},
+                "paper": {"generations": 60},
+            },
             module="apical.recipes.tdca_classification",
             needs={"generations": 60},
+        ),
+        "diffusion": Table(
+            "Credit diffusion, before and after",
+            {
+                "smoke": {"generations": 1, "seeds": 2},
+                "cpu": {"generations": 40, "seeds": 5},
+                "paper": {"generations": 40, "seeds": 5},
+            },
+            module="apical.recipes.tdca_diffusion",
+            needs={"generations": 40, "seeds": 5},
         ),
         "functions": Table(
             "Top-down credit assignment on non-convex functions",
@@ -124,4 +138,4 @@ PAPERS: dict[str, dict[str, Table]] = {
 
 def too_small(table: Table, sizes: Sizes) -> bool:
     """Whether a module's run is smaller than its verdicts are meant for."""
-    return any(sizes[name] < least for name, least in table.needs.items() if name in sizes)
+    return any(int(sizes[name]) < int(least) for name, least in table.needs.items() if name in sizes)

@@ -178,13 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to evolve")
     parser.add_argument("--report", action="store_true", help="evolve nothing; report what is finished")
     parser.add_argument("--generations", type=int, default=GENERATIONS)
+    parser.add_argument("--seeds", type=int, default=None, help="meta-seeds of each arm, at most; all that are planned")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     missing = [
         (arm, seed)
         for seed in range(max(ARMS[arm][1] for arm in options.arms))
         for arm in options.arms
-        if seed < ARMS[arm][1] and not options.report
+        if seed < min(ARMS[arm][1], options.seeds or ARMS[arm][1]) and not options.report
     ]
     train, test = digits()
     others = {}
