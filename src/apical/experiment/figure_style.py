@@ -76,6 +76,7 @@ RULES: dict[str, Style] = {
     "ccl-free": Style("CCL, a classifier per layer", "#6A51A3", "s", _DOT_DASH),
     "ccl-readout": Style("CCL, only the last layer", "#B0567C", "v", _DOT),
     "tdca": Style("Top-down credit assignment", "#0B5345", "*", "-"),
+    "tdca-silent": Style("TDCA, no credit to hidden units", "#3E8E7E", "*", _DOT_DASH),
     "tdca-unevolved": Style("TDCA, unevolved", "#6C8EAD", "*", _DOT),
 }
 _FURTHER = (

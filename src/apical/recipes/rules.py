@@ -131,6 +131,12 @@ RULES: dict[str, Entry] = {
         {"teacher": "digits"},
         clip=1.0,
     ),
+    "tdca-silent": Entry(
+        TopDownCreditAssignment,
+        "tdca, a control: no credit to hidden units",
+        {"teacher": "digits", "silent": True},
+        clip=1.0,
+    ),
     "tdca-unevolved": Entry(TopDownCreditAssignment, "tdca, a control: the top-down network stays random", clip=1.0),
     "strong-dfc": Entry(
         StrongDeepFeedbackControl,
