@@ -40,7 +40,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classes_: (n_classes,) labels.
         n_features_in_: features seen in `fit`.
         n_iter_: epochs trained.
-        model_: the trained network, a plain `nn.Module`; maps standardised features (n, n_features_in_) to logits.
+        model_: the trained network, a plain `nn.Module`; maps standardised features (n, `n_features_in_`) to logits.
 
     >>> from sklearn.datasets import load_digits
     >>> images, labels = load_digits(return_X_y=True)
