@@ -1,10 +1,16 @@
 """Studies without published numbers: verdicts from paired differences to controls, tables, and one page that shows them."""
 
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import torch
+import tyro
+
+from apical.errors import ApicalError
 from apical.experiment.figures import Drawing
 from apical.experiment.report_html import STYLE, command_block, facts, figure_block
 from apical.recipes.dfc_toy import compact, rounded
@@ -12,6 +18,7 @@ from apical.recipes.dfc_toy_report import pairs, table
 from apical.recipes.tdca_statistics import interval, paired
 
 Row = dict[str, Any]
+Options = TypeVar("Options", bound="Kept")
 
 
 def difference(figure: str, rule: str, what: str, ours: Sequence[float], theirs: Sequence[float], *, less: bool) -> Row:
@@ -130,3 +137,42 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
         p = [f"{row[key]:.2g}" if row.get(key) is not None else "-" for key in ("p_student", "p_sign_flip")]
         lines.append([row["rule"], row["what"], row["mark"], measured, *p, str(row["n"]), row["verdict"]])
     return table(heads, lines)
+
+
+class Kept(Protocol):
+    """Options of a study: at least a folder, in which what is finished is kept."""
+
+    @property
+    def out(self) -> Path:
+        """The folder."""
+        ...
+
+
+def run_command(
+    module: str,
+    options: type[Options],
+    study: Callable[[Options, str], Mapping[str, Any]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """`python -m MODULE ...`: run a study and print its verdicts; returns the exit status.
+
+    Args:
+        module: name, for the record.
+        options: what its command line takes.
+        study: maps options and the command to what results.json holds.
+        arguments: of the command line; None for those of this process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = tyro.cli(options, prog=f"python -m {module}", args=arguments)
+    torch.set_num_threads(1)  # the networks are too small for more
+    try:
+        results = study(chosen, shlex.join(["python", "-m", module, *arguments]))
+    except ApicalError as error:
+        print(f"apical: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from what is in {chosen.out}", file=sys.stderr)
+        return 130
+    for row in results["verdicts"]:
+        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {row['mean']:.4g} {row['mark']}")
+    return 0

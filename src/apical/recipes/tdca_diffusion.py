@@ -6,7 +6,6 @@ are. All evolutions of a meta-seed take turns, generation by generation, so that
 them alike. Each meta-seed is kept in the folder when it is finished, so an interrupted study continues.
 """
 
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,15 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 from tyro.conf import arg
 
-from apical.errors import ApicalError, ConfigError
+from apical.errors import ConfigError
 from apical.evolution.classification import Classification, Images
 from apical.evolution.workers import Here
 from apical.experiment.evolving import Evolution
 from apical.experiment.run_folder import check_writable, environment
 from apical.recipes.cells import kept
+from apical.recipes.control_study import run_command
 from apical.recipes.tdca_classification import BASE, GENERATIONS, LIFETIME, SEEN, STRATEGY, TASKS, digits
 from apical.recipes.tdca_diffusion_report import report
 from apical.recipes.tdca_synapses import SynapticClassification
@@ -122,20 +121,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = tyro.cli(Options, prog="python -m apical.recipes.tdca_diffusion", args=arguments)
-    torch.set_num_threads(1)
-    try:
-        results = study(options, shlex.join(["python", "-m", "apical.recipes.tdca_diffusion", *arguments]))
-    except ApicalError as error:
-        print(f"apical: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is in {options.out}", file=sys.stderr)
-        return 130
-    for row in results["verdicts"]:
-        print(f"{row['verdict']:14}  {row['what']}: {row['mean']:.4g} {row['mark']}")
-    return 0
+    return run_command("apical.recipes.tdca_diffusion", Options, study, arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ minima shifted by numbers that evolution did not see. The baselines follow the t
 rates chosen on validation starts. What is finished stays in the folder `cells`; the same command goes on from there.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 
-from apical.errors import ApicalError, ConfigError
+from apical.errors import ConfigError
 from apical.evolution.functions import (
     FUNCTIONS,
     Function,
@@ -39,6 +37,7 @@ from apical.evolution.workers import Here
 from apical.experiment.evolving import Evolution
 from apical.experiment.run_folder import check_writable, environment
 from apical.recipes.cells import kept
+from apical.recipes.control_study import run_command
 from apical.recipes.tdca_functions_report import report
 
 INPUTS: tuple[Input, ...] = ("absolute", "relative")
@@ -236,20 +235,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = tyro.cli(Options, prog="python -m apical.recipes.tdca_functions", args=arguments)
-    torch.set_num_threads(1)  # the networks are too small for more
-    try:
-        results = study(options, shlex.join(["python", "-m", "apical.recipes.tdca_functions", *arguments]))
-    except ApicalError as error:
-        print(f"apical: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is in {options.out}", file=sys.stderr)
-        return 130
-    for row in results["verdicts"]:
-        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {row['mean']:.4g} {row['mark']}")
-    return 0
+    return run_command("apical.recipes.tdca_functions", Options, study, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Each rule has its learning rate from one grid, by the training loss from starts 
 """
 
 import math
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from typing import Annotated, Any
 import matplotlib
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from tyro.conf import arg
 
@@ -27,7 +25,7 @@ from apical import data
 from apical.core.top_down import load
 from apical.data.dataset import Dataset
 from apical.diagnostics.landscape import barrier, losses_at, points_at_once, principal_plane, surface, tortuosity, travelled
-from apical.errors import ApicalError, ConfigError
+from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical.experiment.figure_style import RC
@@ -35,7 +33,7 @@ from apical.experiment.figures import render
 from apical.experiment.figures_landscape import landscape
 from apical.experiment.run_folder import check_writable, environment
 from apical.models.catalogue import build
-from apical.recipes.control_study import Row, count, difference, shown, write
+from apical.recipes.control_study import Row, count, difference, run_command, shown, write
 from apical.recipes.tdca_trials import GRID
 from apical.rules.backprop import Backprop
 from apical.rules.top_down_credit_assignment import TopDownCreditAssignment, shipped
@@ -248,19 +246,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = tyro.cli(Options, prog="python -m apical.recipes.tdca_landscape", args=arguments)
-    torch.set_num_threads(1)
-    try:
-        results = study(options, shlex.join(["python", "-m", "apical.recipes.tdca_landscape", *arguments]))
-    except ApicalError as error:
-        print(f"apical: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    for row in results["verdicts"]:
-        print(f"{row['verdict']:14}  {row['what']}: {row['mean']:.4g} {row['mark']}")
-    return 0
+    return run_command("apical.recipes.tdca_landscape", Options, study, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ goes on from there.
 """
 
 import io
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
-from apical.errors import ApicalError, CheckpointError, ConfigError
+from apical.errors import CheckpointError, ConfigError
 from apical.evolution.environments import Array
 from apical.evolution.reinforcement import Credits, Reinforcement, Setting, reinforce, together
 from apical.evolution.seeds import seed_of
@@ -32,6 +30,7 @@ from apical.evolution.strategy import Search, Strategy
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.run_folder import check_writable, environment
 from apical.recipes.cells import kept
+from apical.recipes.control_study import run_command
 from apical.recipes.tdca_reinforcement_report import report
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -235,20 +234,7 @@ def _plain(value: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = tyro.cli(Options, prog="python -m apical.recipes.tdca_reinforcement", args=arguments)
-    torch.set_num_threads(1)  # the networks are too small for more
-    try:
-        results = study(options, shlex.join(["python", "-m", "apical.recipes.tdca_reinforcement", *arguments]))
-    except ApicalError as error:
-        print(f"apical: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is in {options.out}", file=sys.stderr)
-        return 130
-    for row in results["verdicts"]:
-        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {row['mean']:.4g} {row['mark']}")
-    return 0
+    return run_command("apical.recipes.tdca_reinforcement", Options, study, arguments)
 
 
 if __name__ == "__main__":
