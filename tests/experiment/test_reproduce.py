@@ -48,6 +48,9 @@ def test_every_table_can_be_run_at_every_budget(name: str, table: Table) -> None
         epochs = max(number.epoch for row in STUDIES[table.study].rows.values() for number in row.published)
         assert int(table.budgets["paper"]["epochs"]) >= epochs
         assert int(table.budgets["paper"]["seeds"]) >= SEEDS
+        smoke = {**STUDIES[table.study].default.to_json(), **table.budgets["smoke"]}
+        looked_at = smoke["train_limit"] + smoke["test_limit"] + smoke["validation"]
+        assert looked_at <= 1500, "a smoke budget is a minute or two"
     assert found(name) == {name: table}
 
 

@@ -44,7 +44,10 @@ class Table:
 
 
 def _study(name: str, smoke: Sizes, cpu: Sizes, paper: Sizes, hours: dict[Budget, float] | None = None) -> Table:
-    return Table(STUDIES[name].title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
+    study = STUDIES[name]
+    if study.default.validation:  # thousands of images, that every rule and seed would look at
+        smoke = {**smoke, "validation": 200}
+    return Table(study.title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
 
 
 def _cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:
