@@ -78,7 +78,6 @@ PAPERS: dict[str, dict[str, Table]] = {
             },
             module="apical.recipes.dfc_toy",
             needs={"epochs": 150, "seeds": 3, "samples": 5000},
-            hours={"cpu": 0.41},
         ),
         "mnist": _study("dfc-mnist", _cut(256), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
     },
