@@ -16,7 +16,7 @@ from apical.errors import ConfigError, unknown_name
 from apical.experiment.distributed import under_torchrun
 from apical.experiment.progress import shown_path
 from apical.experiment.report_records import read
-from apical.experiment.run_folder import check_writable, environment, read_json, refuse_used, write_json
+from apical.experiment.run_folder import FolderLock, check_writable, environment, read_json, refuse_used, write_json
 from apical.experiment.verdicts import Verdict, judge
 from apical.flags.training import Compare
 from apical.recipes.papers import BUDGETS, PAPERS, SEEDS, Budget, Sizes, Table, too_small
@@ -120,6 +120,9 @@ def _compare(table: Table, path: Path, sizes: Sizes, flags: "Reproduce", command
 
 
 def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
+    lock = FolderLock(path) if table.result == "folder" else None
+    if lock is not None:
+        lock.hold("reproducing", wait=0)
     if flags.overwrite:
         shutil.rmtree(path / "cells", ignore_errors=True)
     options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
@@ -131,6 +134,8 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
         return 130
     finally:
         torch.set_num_threads(threads)
+        if lock is not None:
+            lock.release()
 
 
 def study_rows(path: Path, sizes: Sizes) -> list[Row]:
@@ -230,7 +235,7 @@ def _list() -> None:
             shown.add_row(f"{paper}/{name}", table.title, *(cost(table, budget) for budget in BUDGETS))
     console.print(shown)
     console.print(
-        "Hours on two cores, where they were measured. apical reproduce PAPER/TABLE --budget smoke takes a minute or two.",
+        "Hours on two cores, where they were measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.",
         soft_wrap=True,
     )
 

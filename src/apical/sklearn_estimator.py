@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from apical import models
 from apical.data import Dataset, Split
+from apical.experiment.plain_loop import train
 from apical.experiment.recipe import Recipe
-from apical.recipes.audit import train
 from apical.recipes.rules import make_rule, resolve
 
 
@@ -100,9 +100,10 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             drop_last=False,
             probe=0,
             seed=seed,
+            data="the samples given",
         )
         recipe, _ = resolve(recipe, len(given))
-        dataset = Dataset("samples", samples, None, samples, len(self.classes_), (), (), "given to fit")
+        dataset = Dataset("the samples given", samples, None, samples, len(self.classes_), (), (), "given to fit")
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             shape = (x.shape[1],)

@@ -1,8 +1,9 @@
-"""`apical sweep`: equal trials for every rule, judged by validation images; the best of each is tested once."""
+"""`apical sweep`: equal trials for every rule, judged by validation images; the best of each is tested afterwards."""
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -23,12 +24,12 @@ from apical.experiment.figures_sweep import draw
 from apical.experiment.progress import shown_path
 from apical.experiment.recipe import Recipe, rule_name
 from apical.experiment.report_html import STYLE, command_block, figure_block
-from apical.experiment.run_folder import check_writable, environment, read_json, refuse_used, write_json
-from apical.experiment.searching import Grid, Optuna
+from apical.experiment.run_folder import FolderLock, check_writable, environment, read_json, refuse_used, write_json
 from apical.experiment.signals import Interrupted, StopSignals
 from apical.experiment.statistics import bootstrap
 from apical.experiment.sweep import Execute, Trial, clear, in_processes, on_ray
 from apical.recipes.rules import check_options, find_rule, make_rule
+from apical.recipes.searching import Grid, Optuna
 from apical.recipes.space import Axis, applied, grid, space
 
 if TYPE_CHECKING:
@@ -46,14 +47,11 @@ def run(flags: "Sweep", command: str) -> int:
         ApicalError: an option, the space or a folder is not usable.
     """
     rules, drafts, axes = _planned(flags)
-    _open(flags, command, drafts)
-    jobs = flags.jobs or cores()
-    train: Execute = (
-        on_ray(flags.ray, make_rule, command, flags.jobs or None) if flags.ray else in_processes(make_rule, command, jobs)
-    )
+    lock = _open(flags, command, drafts)
+    here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))
     console = Console()
     trials: list[Trial] = []
-    with StopSignals() as stop:
+    with on_ray(flags.ray, make_rule, command, flags.jobs or None) if flags.ray else here as train, StopSignals() as stop:
         try:
             for rule, recipe in zip(rules, drafts, strict=True):
                 trials += _searched(flags, rule, recipe, axes[rule], train, stop, console)
@@ -62,6 +60,8 @@ def run(flags: "Sweep", command: str) -> int:
             status = _test(flags, command, [trial for trial in best if trial], stop, console)
         except Interrupted as interrupted:
             return commands.stopped(interrupted, command)
+        finally:
+            lock.release()
     _tell(console, flags.out, trials, best)
     return status
 
@@ -80,13 +80,20 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
             raise ConfigError(f"{option} must be at least {least}, got {value}")
     if flags.search == "grid" and flags.trials is not None:
         raise ConfigError("--trials is for --search random and optuna; a grid has as many as it has combinations")
+    if flags.tensorboard:
+        raise ConfigError("--tensorboard is for train and compare; a sweep keeps metrics.jsonl of every trial")
     study = commands.find_study(flags.recipe)
     rules = list(dict.fromkeys(flags.rules or (tuple(study.rows) if study else commands.DEMO_RULES)))
     for rule in rules:
         find_rule(rule)
+    names = [rule_name(rule) for rule in rules]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
     check_options(rules, flags.rule_options or ())
     axes = space(rules, flags.space)
     drafts = [replace(commands.draft(flags, study, rule), probe=0) for rule in rules]
+    if len({recipe.epochs for recipe in drafts}) > 1:
+        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     if flags.search == "grid":
         sizes = {rule_name(rule): len(grid(axes[rule])) for rule in rules}
         if len(set(sizes.values())) > 1:
@@ -98,20 +105,22 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     if not drafts[0].validation:
         held_out = max(1, len(load_data(drafts[0]).train) // SHARE)
         drafts = [replace(recipe, validation=held_out) for recipe in drafts]
-    for rule, recipe in zip(rules, drafts, strict=True):  # one setting of each is built, to see that it works
-        first = grid(axes[rule])[0] if flags.search == "grid" else {}
-        commands.prepare([applied(recipe, first)])
+    for rule, recipe in zip(rules, drafts, strict=True):  # settings that are known are built, to see that they work
+        known = grid(axes[rule]) if flags.search == "grid" else [{}]
+        commands.prepare([applied(recipe, settings) for settings in known])
     return rules, drafts, axes
 
 
-def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> None:
-    """Make the folder, or see that the sweep in it is the same."""
+def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
+    """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it."""
     check_writable(flags.out)
+    if not (flags.overwrite or flags.resume):
+        refuse_used(flags.out)
+    lock = FolderLock(flags.out)
+    lock.hold("sweeping", wait=0)
     if flags.overwrite:
         clear(flags.out)
         (flags.out / "plan.json").unlink(missing_ok=True)
-    elif not flags.resume:
-        refuse_used(flags.out)
     plan = {
         "space": list(flags.space),
         "search": flags.search,
@@ -130,9 +139,10 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> None:
                 f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
                 "another --out"
             )
-        return
+        return lock
     flags.out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**plan, "command": command, "environment": environment("cpu", torch.get_num_threads())})
+    return lock
 
 
 def _searched(
@@ -154,7 +164,11 @@ def _searched(
     trials: list[Trial] = []
     name = rule_name(rule)
     while asked := search.ask(batch):
-        made = [_trial(flags, name, len(trials) + i, recipe, settings) for i, settings in enumerate(asked)]
+        recipes, _ = commands.prepare([applied(recipe, settings) for settings in asked])
+        made = [
+            _trial(flags, name, len(trials) + i, settings, prepared)
+            for i, (settings, prepared) in enumerate(zip(asked, recipes, strict=True))
+        ]
         runs = [pair for trial in made for pair in zip(trial.recipes, trial.folders, strict=True)]
         told: set[int] = set()
 
@@ -174,9 +188,8 @@ def _searched(
     return trials
 
 
-def _trial(flags: "Sweep", name: str, number: int, recipe: Recipe, settings: dict[str, Any]) -> Trial:
-    (made,), _ = commands.prepare([applied(recipe, settings)])
-    recipes = tuple(replace(made, seed=seed, threads=1, device="cpu") for seed in range(flags.seeds))
+def _trial(flags: "Sweep", name: str, number: int, settings: dict[str, Any], recipe: Recipe) -> Trial:
+    recipes = tuple(replace(recipe, seed=seed, threads=1) for seed in range(flags.seeds))
     folder = flags.out / "trials" / name / f"{number:03d}"
     folders = tuple(folder / f"seed-{seed}" for seed in range(flags.seeds))
     return Trial(name, number, settings, recipes, folders)
@@ -316,7 +329,8 @@ figure img {{ max-width: 100%; }}
 <body>
 <h1>Sweep</h1>
 <p class="lead">Every rule had as many trials as the others. Trials are judged by validation images; the test images were
-looked at once, for the best trial of each rule trained again with new seeds: <a href="final/report.html">report</a>.</p>
+looked at after the choice, for the best trial of each rule, trained again with new seeds:
+<a href="final/report.html">report</a>.</p>
 {figure}
 <h2>Trials</h2>
 <div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>

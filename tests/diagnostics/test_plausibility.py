@@ -94,6 +94,15 @@ def test_nothing_is_left_behind() -> None:
     assert all(parameter.grad is None for parameter in rule.parameters())
 
 
+def test_a_rule_that_learns_in_its_forward_pass_is_left_as_it_was() -> None:
+    rule = WeightMirror(network(), warmup=3)
+    samples, exact = batch(), Backprop(network())
+    before, drawn = {name: value.clone() for name, value in rule.state_dict().items()}, torch.random.get_rng_state()
+    examine(rule, *samples, exact)
+    assert all(torch.equal(value, before[name]) for name, value in rule.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
 def test_flow_of_backpropagation_is_what_counting_says() -> None:
     rule, (inputs, targets) = Backprop(network()), batch()
     weights = {str(2 * i): layer.weight for i, layer in enumerate(layers(rule.model))}  # type: ignore[arg-type]

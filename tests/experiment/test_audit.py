@@ -52,6 +52,7 @@ def test_a_rule_that_cannot_train_the_model_is_named(capsys: pytest.CaptureFixtu
         (["bpp"], "unknown rule 'bpp'; did you mean 'bp'?"),
         (["bp", "--model", "mpl-8"], "unknown model 'mpl-8'"),
         (["bp", "--data", "digit"], "did you mean 'digits'?"),
+        (["bp", "--data", "student-teacher"], "an audit needs classes"),
         (["bp", "--epochs", "0"], "--epochs must be positive"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apical.core.credit import CreditRule
-from apical.diagnostics.alignment import angle, gradients
+from apical.diagnostics.alignment import angle, gradients, unchanged
 from apical.diagnostics.dataflow import Trace
 from apical.diagnostics.interventions import (
     Probe,
@@ -133,6 +133,11 @@ def examine(rule: CreditRule, inputs: Tensor, targets: Tensor, exact: CreditRule
     Raises:
         ConfigError: the rule does not repeat itself under one seed, so that changes cannot be told from chance.
     """
+    with unchanged(rule), unchanged(exact):
+        return _examined(rule, inputs, targets, exact)
+
+
+def _examined(rule: CreditRule, inputs: Tensor, targets: Tensor, exact: CreditRule) -> Findings:
     probe = Probe(rule, inputs, targets)
     again = probe.updates()
     if any(change(again[layer], update) > MOVED for layer, update in probe.base.items()):
@@ -178,7 +183,7 @@ def symmetry(feedback: Iterable[Tensor], weights: Iterable[Tensor]) -> tuple[flo
                 found.append((angle(matrix, weight), weight.numel()))
             if matrix.dim() == weight.dim() == 2 and matrix.T.shape == weight.shape:
                 found.append((angle(matrix.T, weight), weight.numel()))
-    return min(found, default=None)
+    return min((pair for pair in found if pair[0] == pair[0]), default=None)  # a zero matrix has no angle
 
 
 def _largest(changes: dict[tuple[str, str], float], keep: Callable[[str, str], bool]) -> float:
@@ -299,6 +304,8 @@ def close_to_backprop(found: Findings) -> Verdict:
     if not found.hidden:
         return _nothing_learns()
     mean = sum(found.gradient[layer] for layer in found.hidden) / len(found.hidden)
+    if mean != mean:
+        return Verdict("not applicable", None, "a hidden layer's gradient is zero", {})
     text = f"hidden updates are {mean:.1f} degrees from the gradient on average"
     return Verdict("yes" if mean < CLOSE else "no", mean < CLOSE, text, {"degrees": mean})
 

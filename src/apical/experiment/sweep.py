@@ -4,13 +4,13 @@ The run folders are the ledger. Whatever is killed, a trial whose `result.json` 
 is not finished goes on from its checkpoint. In a trial the validation images stand where test images do otherwise, so that
 nothing of the test set is looked at.
 
-Ray is used by its tasks alone, not by Ray Tune, whose trials each start a process: six empty trials took Tune 17 seconds and
-plain tasks 2.4 on a machine where a trial may take one. The folders know what Tune's snapshots would.
+Ray is used by its tasks alone, not by Ray Tune, which starts a process for each trial, and a trial may be shorter than that.
+The folders know what Tune's snapshots would.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from apical.errors import ApicalError, DivergenceError
 from apical.evolution.workers import connected
 from apical.experiment import workers
 from apical.experiment.compare import load_data
-from apical.experiment.distributed import World
+from apical.experiment.distributed import World, pick_device
 from apical.experiment.loop import MakeRule, Training
 from apical.experiment.recipe import Recipe
-from apical.experiment.run_folder import RunFolder, environment, write_json
+from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
 from apical.experiment.signals import Interrupted, StopSignals
 
 ATTEMPTS = 3
@@ -55,7 +55,7 @@ class Trial:
 
     def results(self) -> list[dict[str, Any]]:
         """Results of its finished trainings."""
-        return [json.loads((path / "result.json").read_text(encoding="utf-8")) for path in self.folders if finished(path)]
+        return [read_json(path / "result.json") for path in self.folders if finished(path)]
 
     @property
     def score(self) -> float | None:
@@ -101,19 +101,19 @@ def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: S
     state = folder.check(recipe, resume=True, overwrite=False)
     if state in ("finished", "diverged"):
         return
-    training = Training(recipe, for_trials(load_data(recipe)), make_rule, folder, World(0, 1, torch.device("cpu")), stop)
-    around = environment("cpu", torch.get_num_threads())
+    device = pick_device(recipe.device)
+    training = Training(recipe, for_trials(load_data(recipe)), make_rule, folder, World(0, 1, device), stop)
+    around = environment(str(device), torch.get_num_threads())
     try:
         training.start(resume=state == "resumable", command=command, notes=[NOTE], environment=around)
         while training.epoch < recipe.epochs:
             training.train_epoch()
+        write_json(folder.result, training.result())
     except DivergenceError:
         if not finished(path):  # before its first epoch had ended
             write_json(folder.result, training.result("diverged", "diverged in its first epoch"))
-        return
     finally:
         folder.unlock()
-    write_json(folder.result, training.result())
 
 
 Execute = Callable[[Sequence[tuple[Recipe, Path]], StopSignals, Callable[[], None]], None]
@@ -160,13 +160,14 @@ def _share(
         train(recipe, path, make_rule, command, stop)
 
 
-def on_ray(address: str, make_rule: MakeRule, command: str, jobs: int | None) -> Execute:
+@contextmanager
+def on_ray(address: str, make_rule: MakeRule, command: str, jobs: int | None) -> Iterator[Execute]:
     """Train on a Ray cluster that sees the folders; what is lost with a worker or its machine is started again.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers.
     """
-    ray, _ = connected(address, jobs)
+    ray, started = connected(address, jobs)
     remote = ray.remote(num_cpus=1, max_retries=-1)(_alone)
 
     def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
@@ -187,7 +188,11 @@ def on_ray(address: str, make_rule: MakeRule, command: str, jobs: int | None) ->
         if stop.signum:
             raise Interrupted(stop.signum, f"{finished_here} of {len(left)} trainings of this batch")
 
-    return execute
+    try:
+        yield execute
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def _alone(recipe: Recipe, path: Path, make_rule: MakeRule, command: str) -> None:

@@ -38,4 +38,4 @@ class SweepFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Flags, SweepFlags):
-    """Tune rules with equal trials on validation images, then test the best of each once."""
+    """Tune rules with equal trials on validation images, then test the best of each."""

@@ -15,9 +15,8 @@ from apical.data.dataset import Dataset
 from apical.diagnostics.plausibility import Verdict, examine, judge
 from apical.errors import ConfigError
 from apical.experiment.measure import probe_batch
-from apical.experiment.optimizer import make_optimizer, scheduled, shape_gradients
+from apical.experiment.plain_loop import train
 from apical.experiment.recipe import Recipe, rule_name
-from apical.experiment.schedule import data_order
 from apical.recipes.claims import claimed
 from apical.recipes.rules import find_rule, make_rule, merged, resolve
 from apical.rules.backprop import Backprop
@@ -62,10 +61,13 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
         seed: of weights, feedback and data order.
 
     Raises:
-        ApicalError: the rule cannot train the model.
+        ApicalError: the rule cannot train the model, or the data have no classes.
     """
     entry = find_rule(rule)
-    recipe, _ = resolve(Recipe(rule=rule, model=model, epochs=epochs, seed=seed, probe=0), len(dataset.train))
+    if dataset.is_regression:
+        raise ConfigError(f"an audit needs classes, and the targets of {dataset.name} are numbers")
+    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, probe=0)
+    recipe, _ = resolve(plain, len(dataset.train))
     physical = tuple(f"{key}={value!r}" for key, value in entry.physical.items())
     slow = replace(recipe, rule_options=merged(recipe.rule_options, physical))
     examined, trained = _made(slow, dataset).double(), _made(recipe, dataset)
@@ -92,36 +94,6 @@ def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:
 
 def _layout(rule: CreditRule) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in rule.state_dict().items()}
-
-
-def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
-    """Train a rule by its recipe, in one pass per epoch that learns forward and feedback weights together.
-
-    Raises:
-        ConfigError: a weight is no longer finite.
-    """
-    rule.train()
-    steps, step = recipe.steps_per_epoch(len(dataset.train)), 0
-    inputs, targets = dataset.train.inputs, dataset.train.targets
-    torch.manual_seed(recipe.seed)
-    optimizer = make_optimizer(recipe, rule)
-    for epoch in range(recipe.epochs):
-        lr, decay = scheduled(recipe, epoch)
-        for number, group in enumerate(optimizer.param_groups):
-            feedback = number > 0 and recipe.feedback_weight_decay is not None
-            group["lr"], group["weight_decay"] = lr, recipe.feedback_weight_decay if feedback else decay
-        order = data_order(len(inputs), recipe.seed, epoch + 1)
-        for chosen in order[: steps * recipe.batch_size].split(recipe.batch_size):
-            optimizer.zero_grad()
-            rule(inputs[chosen], targets[chosen]).backward()
-            shape_gradients(optimizer, recipe, step)
-            optimizer.step()
-            step += 1
-    optimizer.zero_grad()
-    if not all(bool(parameter.isfinite().all()) for parameter in rule.parameters()):
-        raise ConfigError(
-            f"rule {recipe.rule!r} diverged on {recipe.data} within {recipe.epochs} epochs; audit it with fewer"
-        )
 
 
 @torch.no_grad()

@@ -14,7 +14,10 @@ from apical.recipes.rules import constructor_options, find_rule, merged
 Settings = dict[str, Any]
 """Chosen values by name."""
 
-FIXED = ("rule", "rule_options", "data", "epochs", "validation", "test_limit", "device", "threads", "probe", "trajectory")
+FIXED = (
+    *("rule", "rule_options", "data", "loss", "epochs", "validation", "train_limit", "test_limit", "seed"),
+    *("device", "threads", "probe", "trajectory", "checkpoint_steps"),
+)
 """Recipe fields that all trials of a sweep have in common."""
 
 
@@ -137,9 +140,12 @@ def applied(recipe: Recipe, settings: Settings) -> Recipe:
 
 def _typed(name: str, before: Any, value: Any) -> Any:
     """The value as the recipe's field has it: schedules are tuples, counts are whole."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(before, int | float | tuple) and not isinstance(before, bool) and not number:
+        raise ConfigError(f"--space {name}: {value!r} is not a number")
     if isinstance(before, tuple):
         return (float(value),)
-    if isinstance(before, bool) or not isinstance(before, int | float) or not isinstance(value, int | float):
+    if isinstance(before, bool) or not isinstance(before, int | float):
         return value
     if isinstance(before, int):
         if float(value) != int(value):

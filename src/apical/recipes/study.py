@@ -1,9 +1,10 @@
 """Studies: the rows of a paper's table or figure, each with its recipe and the numbers it should reproduce."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from apical.errors import ConfigError
+from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.experiment.recipe import Recipe, from_json
 from apical.experiment.run_folder import read_json
 
@@ -91,5 +92,20 @@ def from_file(path: Path) -> Study:
     rows = content.get("rows")
     if not isinstance(rows, dict) or not rows:
         raise ConfigError(f'--recipe {path}: the file has no recipes; it needs {{"title": ..., "rows": {{RULE: RECIPE}}}}')
-    recipes = {rule: Row(from_json(fields), ()) for rule, fields in rows.items()}
+    recipes = {rule: Row(_recipe(given, f"--recipe {path}, {rule}"), ()) for rule, given in rows.items()}
     return Study(str(content.get("title", path.name)), "not known", recipes, next(iter(recipes.values())).recipe)
+
+
+def _recipe(given: Any, where: str) -> Recipe:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: a recipe is an object of settings, not {given!r}")
+    known = [item.name for item in fields(Recipe)]
+    for name in given:
+        if name not in known:
+            raise unknown_name(f"setting in {where}", name, known)
+    try:
+        return from_json(given)
+    except ApicalError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: a setting has the wrong kind of value ({error})") from error

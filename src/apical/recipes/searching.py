@@ -1,40 +1,10 @@
 """Which settings a sweep tries next: all of a grid, or what Optuna asks for; the same ones for the same seed."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from apical.errors import ConfigError
-
-Settings = dict[str, Any]
-
-
-class AxisLike(Protocol):
-    """See :class:`apical.recipes.space.Axis`."""
-
-    @property
-    def name(self) -> str:
-        """Of the setting."""
-        ...
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """To choose from; empty for a range."""
-        ...
-
-    @property
-    def low(self) -> float:
-        """Of a range."""
-        ...
-
-    @property
-    def high(self) -> float:
-        """Of a range."""
-        ...
-
-    @property
-    def log(self) -> bool:
-        """Sampled by the logarithm."""
-        ...
+from apical.recipes.space import Axis, Settings
 
 
 class Grid:
@@ -69,7 +39,7 @@ class Optuna:
         ConfigError: Optuna is not installed.
     """
 
-    def __init__(self, axes: Sequence[AxisLike], trials: int, seed: int, *, random: bool) -> None:
+    def __init__(self, axes: Sequence[Axis], trials: int, seed: int, *, random: bool) -> None:
         try:
             import optuna
         except ImportError as error:
@@ -97,7 +67,7 @@ class Optuna:
                 self.study.tell(trial, score)
 
 
-def _suggested(trial: Any, axis: AxisLike) -> Any:
+def _suggested(trial: Any, axis: Axis) -> Any:
     if axis.values:
         return axis.values[trial.suggest_categorical(axis.name, list(range(len(axis.values))))]
     return trial.suggest_float(axis.name, axis.low, axis.high, log=axis.log)
