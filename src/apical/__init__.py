@@ -6,6 +6,7 @@ from apical.core.credit import Credit, CreditRule
 from apical.rules.backprop import Backprop
 from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
+from apical.rules.difference_target_propagation import DifferenceTargetPropagation
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.kolen_pollack import KolenPollack
@@ -22,6 +23,7 @@ __all__ = [
     "CreditClassifier",
     "CreditRule",
     "DeepFeedbackControl",
+    "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "KolenPollack",

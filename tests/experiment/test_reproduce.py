@@ -45,12 +45,15 @@ def test_every_table_can_be_run_at_every_budget(name: str, table: Table) -> None
         assert too_small(table, table.budgets["smoke"])
         assert not too_small(table, table.budgets["paper"])
     else:
-        epochs = max(number.epoch for row in STUDIES[table.study].rows.values() for number in row.published)
+        own = STUDIES[table.study]
+        numbers = [number.epoch for row in own.rows.values() for number in row.published]
+        epochs = max(numbers + [claim.epoch for claim in own.claims])
         assert int(table.budgets["paper"]["epochs"]) >= epochs
         assert int(table.budgets["paper"]["seeds"]) >= SEEDS
-        smoke = {**STUDIES[table.study].default.to_json(), **table.budgets["smoke"]}
-        looked_at = smoke["train_limit"] + smoke["test_limit"] + smoke["validation"]
-        assert looked_at <= 1500, "a smoke budget is a minute or two"
+        smoke = {**own.default.to_json(), **table.budgets["smoke"]}
+        if smoke["data"] != "digits":  # which are as few as that
+            looked_at = smoke["train_limit"] + smoke["test_limit"] + smoke["validation"]
+            assert looked_at <= 1500, "a smoke budget is a minute or two"
     assert found(name) == {name: table}
 
 

@@ -20,12 +20,17 @@ STIFF = ("strong-dfc",)
 """Rules that need float64 to be comparable: holding a label at 0.99 multiplies the rounding of the output by a thousand."""
 
 
+NOISY = tuple(name for name in TRAINED if "dtp" in name)
+"""Rules whose feedback learns from noise that every rank draws for itself: theirs stays as it is."""
+
+
 def make(name: str) -> CreditRule:
     """In float64: rules that settle to a tolerance of float32 settle a little differently for other batches."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
-        return make_rule(Recipe(rule=name), models.build("mlp-16-12", (1, 4, 4), 5), (1, 4, 4))
+        options = ("learn=False",) if name in NOISY else ()
+        return make_rule(Recipe(rule=name, rule_options=options), models.build("mlp-16-12", (1, 4, 4), 5), (1, 4, 4))
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -18,6 +18,7 @@ DFC = apical.DeepFeedbackControl
 CCL = apical.CounterCurrentLearning
 TDCA = apical.TopDownCreditAssignment
 STRONG = apical.StrongDeepFeedbackControl
+TP = apical.DifferenceTargetPropagation
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -52,7 +53,14 @@ RULES = {
     "strong-dfc": STRONG,
     "strong-dfc-simulate": partial(STRONG, solver="simulate", points=12, sigma=0.0, learn="none"),
     "strong-dfc-noise": partial(STRONG, solver="simulate", points=12, learn="noise"),
+    "dtp": partial(TP, variant="dtp"),
+    "dtp-drl": TP,
+    "ddtp-linear": partial(TP, variant="linear"),
+    "ddtp-rhl": partial(TP, variant="hidden", neurons=16),
+    "ddtp-control": partial(TP, variant="control"),
+    "ddtp-fixed": partial(TP, variant="linear", learn=False),
 }
+NOISY = ("dtp", "dtp-drl", "ddtp-linear", "ddtp-rhl", "ddtp-control")
 SKIPPED = {
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",
@@ -65,6 +73,8 @@ SKIPPED = {
     ("strong-dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
     ("strong-dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",
     ("strong-dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
+    **{(rule, "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw" for rule in NOISY},
+    **{(rule, "distributed"): "every rank draws its own noise for its half of the batch" for rule in NOISY},
 }
 
 

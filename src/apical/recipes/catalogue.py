@@ -1,6 +1,6 @@
 """All studies by name, as `apical list recipes` shows them."""
 
-from apical.recipes import ccl, dfc, pfa
+from apical.recipes import ccl, dfc, pfa, target_propagation
 from apical.recipes.study import Study
 
-STUDIES: dict[str, Study] = {**pfa.STUDIES, **dfc.STUDIES, **ccl.STUDIES}
+STUDIES: dict[str, Study] = {**pfa.STUDIES, **dfc.STUDIES, **ccl.STUDIES, **target_propagation.STUDIES}

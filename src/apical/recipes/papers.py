@@ -81,6 +81,15 @@ PAPERS: dict[str, dict[str, Table]] = {
         ),
         "mnist": _study("dfc-mnist", _cut(256), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
     },
+    "tp": {
+        "digits": _study(
+            "tp-digits",
+            {"epochs": 1, "seeds": 2},
+            {"epochs": 20, "seeds": 5},
+            {"epochs": 20, "seeds": 10},
+        ),
+        "mnist": _study("tp-mnist", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
+    },
     "ccl": {
         "mnist": _study("ccl-mnist", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}, {"cpu": 0.79}),
         "fashion": _study("ccl-fashion", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),

@@ -17,6 +17,7 @@ from apical.recipes import own_rules
 from apical.rules.backprop import Backprop
 from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
+from apical.rules.difference_target_propagation import DifferenceTargetPropagation
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.kolen_pollack import KolenPollack
@@ -143,6 +144,36 @@ RULES: dict[str, Entry] = {
         "strong deep feedback control: the output held at the label",
         clip=1.0,
         physical={"solver": "simulate", "learn": "noise", "points": 100},
+    ),
+    "dtp": Entry(
+        DifferenceTargetPropagation,
+        "difference target propagation: inverses learned layer by layer",
+        {"variant": "dtp"},
+        clip=1.0,
+    ),
+    "dtp-drl": Entry(
+        DifferenceTargetPropagation,
+        "dtp whose feedback learns by the difference reconstruction loss",
+        {"variant": "drl"},
+        clip=1.0,
+    ),
+    "ddtp-linear": Entry(
+        DifferenceTargetPropagation,
+        "direct difference target propagation: linear maps from the output, learned",
+        {"variant": "linear"},
+        clip=1.0,
+    ),
+    "ddtp-rhl": Entry(
+        DifferenceTargetPropagation,
+        "direct difference target propagation behind a fixed random layer",
+        {"variant": "hidden"},
+        clip=1.0,
+    ),
+    "ddtp-control": Entry(
+        DifferenceTargetPropagation,
+        "ddtp-linear, a control: reconstruction without the difference",
+        {"variant": "control"},
+        clip=1.0,
     ),
 }
 

@@ -225,12 +225,16 @@ def _elsewhere(cells: Sequence[Cell], part: str, title: str, about: str) -> dict
 
 
 def error_bar(found: Sequence[float], floor: float = 0.0) -> tuple[float, list[list[float]]]:
-    """Mean, and how far its 95 % interval reaches below (to the floor at most) and above, as Matplotlib takes it."""
+    """Mean, and how far its 95 % interval reaches below (to the floor at most) and above, as Matplotlib takes it.
+
+    >>> error_bar([1e-6, 2e-6], floor=1e-5)[1][0]
+    [0.0]
+    """
     middle = interval(found)
     low, high = middle["low"], middle["high"]
     if low is None or high is None:
         return middle["mean"], [[0.0], [0.0]]
-    return middle["mean"], [[middle["mean"] - max(low, floor)], [high - middle["mean"]]]
+    return middle["mean"], [[max(0.0, middle["mean"] - max(low, floor))], [high - middle["mean"]]]
 
 
 def losses_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure:

@@ -1,0 +1,267 @@
+"""Difference target propagation and its direct and reconstruction variants (Meulemans et al., arXiv 2006.14331).
+
+    t_L = h_L - eta dL/dh_L,   t_i = g_i(t_above) + h_i - g_i(h_above),   dW_i = 2 [(t_i - h_i) * phi'(v_i)] h_{i-1}^T
+
+Every hidden layer gets a target through a feedback map g_i and learns to reach it. "Above" is the next layer (sequential
+feedback) or the output (direct feedback). g_i learns from noise to undo the forward path: with the difference
+reconstruction loss its Jacobian becomes the pseudo-inverse of the whole path to the output, and the targets those of
+Gauss-Newton; the layerwise loss of the original method inverts one layer at a time, which is not the same.
+
+All targets are kept as their distance d_i = t_i - h_i, computed without the cancellation of `g(t) - g(h)`.
+
+Departures from the released code: the output error is that of the batch's sum, so that eta does not depend on the batch
+size; reconstruction losses are halved and summed over neurons, and those of "dtp" not divided by the variance of the noise,
+beside which they are large (`reduction="mean"` gives theirs); that variance has no floor; the topmost hidden layer keeps its
+forward bias.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.activations import derivative, difference, plain
+from apical.core.chain import Chain, States
+from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.cut import output_error
+from apical.core.local import known_root, local_root
+from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+
+Variant = Literal["dtp", "drl", "linear", "hidden", "control"]
+VARIANTS = ("dtp", "drl", "linear", "hidden", "control")
+DIFFERENCES = ("drl", "linear", "hidden")
+"""Variants whose reconstruction loss is about differences: it is as small as the noise, and divided by its variance."""
+
+
+class Mapped(NamedTuple):
+    """A feedback map at one point: potential v, value g and what it was given z, each (batch, n)."""
+
+    v: Tensor
+    g: Tensor
+    z: Tensor
+
+
+class FeedbackMap(nn.Module):
+    """`g(z) = s(z Q^T + c)`.
+
+    Args:
+        size: neurons n_i it speaks to.
+        given: neurons it hears.
+        activation: s, element-wise.
+        like: tensor whose dtype and device the weights take.
+        bias: c exists; it cancels where s is linear and only differences of g are used.
+    """
+
+    def __init__(self, size: int, given: int, activation: nn.Module, like: Tensor, *, bias: bool) -> None:
+        super().__init__()
+        self.q = nn.Parameter(nn.init.xavier_normal_(like.new_empty(size, given)))
+        self.c = nn.Parameter(like.new_zeros(size)) if bias else None
+        self.activation = activation
+
+    def at(self, z: Tensor) -> Mapped:
+        """The map at z."""
+        v = F.linear(z, self.q, self.c)
+        return Mapped(v, self.activation(v), z)
+
+    def moved(self, at: Mapped, d: Tensor) -> Tensor:
+        """`g(z + d) - g(z)`, (batch, n_i)."""
+        return difference(self.activation, at.v, at.g, F.linear(d, self.q))
+
+    def gradients(self, at: Mapped, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `sum residual * g(z)` with respect to Q and c."""
+        error = residual * derivative(self.activation, at.v, at.g)
+        return error.T @ at.z, error.sum(0)
+
+
+class DifferenceTargetPropagation(CreditRule):
+    """Layers learn to reach targets that learned feedback maps make from the output's.
+
+    | variant | feedback | what its maps minimise |
+    | --- | --- | --- |
+    | "dtp" | from the next layer | `(g_i(f_{i+1}(h_i + noise)) - (h_i + noise))^2` |
+    | "drl" | from the next layer | difference reconstruction loss through all maps above |
+    | "linear" | from the output, linear | difference reconstruction loss |
+    | "hidden" | from the output, behind a fixed random layer | difference reconstruction loss |
+    | "control" | from the output, linear | a plain reconstruction loss, a control |
+
+    Args:
+        model: a chain of weighted layers and element-wise activations; dense layers for "dtp" and "drl".
+        loss: maps (output, targets) to a scalar batch mean.
+        variant: see the table.
+        eta: size of the output target's step.
+        sigma: standard deviation of the noise from which feedback learns.
+        normalised: divide updates by 2 eta, so that the output layer learns by its exact gradient.
+        reduction: "sum" takes half the squared error summed over neurons, "mean" its mean, for "dtp" divided by sigma^2,
+            as the released code does.
+        neurons: of the random layer of "hidden".
+        learn: whether feedback is learned; "linear" with fixed feedback is direct feedback alignment.
+        input_shape: of one sample; needed with convolutions.
+
+    Raises:
+        UnsupportedModelError: the model is no such chain; the module is named.
+        ConfigError: an option is out of range.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    >>> rule = DifferenceTargetPropagation(model, variant="linear")
+    >>> credit = rule(torch.randn(8, 4), torch.randint(3, (8,)))
+    >>> credit.backward()
+    >>> model[0].weight.grad.shape, rule.maps[0].q.grad.shape
+    (torch.Size([6, 4]), torch.Size([6, 3]))
+    """
+
+    two_phase = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        variant: Variant = "drl",
+        eta: float = 0.05,
+        sigma: float = 0.05,
+        normalised: bool = True,
+        reduction: Literal["sum", "mean"] = "sum",
+        neurons: int = 1024,
+        learn: bool = True,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(model, loss)
+        for name, value, known in (("variant", variant, VARIANTS), ("reduction", reduction, ("sum", "mean"))):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        if not (0 < eta < float("inf") and 0 < sigma < float("inf") and neurons >= 1):
+            raise ConfigError(f"eta, sigma and neurons must be positive, got eta={eta}, sigma={sigma}, neurons={neurons}")
+        self.chain = Chain(model, input_shape)
+        self.variant, self.eta, self.sigma, self.normalised, self.reduction = variant, eta, sigma, normalised, reduction
+        self.sequential = variant in ("dtp", "drl")
+        stages = self.chain.stages
+        if self.sequential and (spatial := [stage.name for stage in stages if len(stage.shape) > 1]):
+            raise UnsupportedModelError(
+                f'layer {spatial[0]!r} has no flat output; variant={variant!r} is for dense layers: use variant="linear"'
+            )
+        like = stages[0].layer.weight.detach()
+        outputs, last = stages[-1].size, len(stages) - 2
+        self.maps = nn.ModuleList()
+        for i, stage in enumerate(stages[:-1]):
+            hidden = variant == "hidden" and i < last
+            linear = not (self.sequential or hidden)
+            given = stages[i + 1].size if self.sequential else neurons if hidden else outputs
+            activation = nn.Identity() if linear else plain(stage.activation)
+            self.maps.append(
+                FeedbackMap(stage.size, given, activation, like, bias=not linear or variant == "control").requires_grad_(
+                    learn
+                )
+            )
+        wide = (neurons, outputs) if variant == "hidden" else (0, outputs)
+        random = like.new_empty(wide)
+        self.register_buffer("random", nn.init.xavier_normal_(random) if random.numel() else random)
+
+    random: Tensor
+
+    def feedback_parameters(self) -> list[nn.Parameter]:
+        """The trainable Q_i and c_i."""
+        return [parameter for parameter in self.maps.parameters() if parameter.requires_grad]
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """Q_i^T of sequential feedback, in the shape of the weight W_{i+1} that it undoes."""
+        if not self.sequential:
+            return {}
+        pairs = zip(self.chain.stages[1:], self.maps, strict=True)
+        return {stage.name: g.q.T for stage, g in pairs if isinstance(g, FeedbackMap)}
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            states = self.chain.run(inputs)
+            self._check(states)
+            loss, error = output_error(self.loss, states.r[-1], targets)
+            roots: list[Tensor | None] = []
+            logs: dict[str, Tensor] = {}
+            if self.phase != "feedback":
+                roots += self._forward_roots(states, self.distances(states, error.flatten(1) * (-self.eta * len(error))))
+            if self.phase != "forward" and self.feedback_parameters():
+                learned, logs["reconstruction"] = self._feedback_roots(states)
+                roots += learned
+        kept = [root for root in roots if root is not None]
+        return Credit(kept, [None] * len(kept), states.r[-1], loss, logs)
+
+    def distances(self, states: States, d: Tensor) -> list[Tensor]:
+        """`t_i - h_i` of every layer (batch, n_i), given that of the output."""
+        found = [d]
+        h = [r.flatten(1) for r in states.r[1:]]
+        for i in reversed(range(len(self.maps))):
+            found.insert(0, self._pulled(i, h, found[0] if self.sequential else d)[1])
+        return found
+
+    def _pulled(self, i: int, h: Sequence[Tensor], d: Tensor) -> tuple[Mapped, Tensor, Tensor]:
+        """Map i at the states, its move when what it hears (next layer, or output) moves by d, and its input's move."""
+        g, above = self.maps[i], h[i + 1] if self.sequential else h[-1]
+        assert isinstance(g, FeedbackMap)
+        if self.variant == "hidden" and i < len(self.maps) - 1:
+            v = above @ self.random.T
+            u = v.tanh()
+            above, d = u, difference(nn.Tanh(), v, u, d @ self.random.T)
+        at = g.at(above)
+        return at, g.moved(at, d), d
+
+    def _forward_roots(self, states: States, d: Sequence[Tensor]) -> list[Tensor | None]:
+        factor = -(1 / self.eta if self.normalised else 2.0) / len(d[0])
+        roots = []
+        for i, stage in enumerate(self.chain.stages):
+            signal = d[i].view_as(states.v[i]) * derivative(stage.activation, states.v[i], states.r[i + 1])
+            with torch.enable_grad():
+                roots.append(local_root(stage, signal, states.r[i], factor=factor))
+        return roots
+
+    def _feedback_roots(self, states: States) -> tuple[list[Tensor], Tensor]:
+        """Roots of the feedback weights, and the mean of their reconstruction losses."""
+        h = [r.flatten(1) for r in states.r[1:]]
+        roots: list[Tensor] = []
+        losses = []
+        for i, g in enumerate(self.maps):
+            assert isinstance(g, FeedbackMap)
+            noise = self.sigma * torch.randn_like(states.r[i + 1])
+            at, input_moved, moved, residual = self._reconstructed(i, states, h, noise)
+            scale = 1.0 / len(noise) if self.reduction == "sum" else 2.0 / residual.numel()
+            if self.variant in (("dtp", *DIFFERENCES) if self.reduction == "mean" else DIFFERENCES):
+                scale /= self.sigma**2
+            losses.append(0.5 * scale * residual.square().sum())
+            there = Mapped(at.v + F.linear(input_moved, g.q), at.g + moved, at.z + input_moved)
+            for_q, for_c = g.gradients(there, residual)
+            if self.variant in DIFFERENCES:
+                here = g.gradients(at, residual)
+                for_q, for_c = for_q - here[0], for_c - here[1]
+            with torch.enable_grad():
+                roots.append(known_root(g.q, scale * for_q))
+                if g.c is not None:
+                    roots.append(known_root(g.c, scale * for_c))
+        return roots, torch.stack(losses).mean()
+
+    def _reconstructed(
+        self, i: int, states: States, h: Sequence[Tensor], noise: Tensor
+    ) -> tuple[Mapped, Tensor, Tensor, Tensor]:
+        """Map i at the states, the moves of its input and value that noise at layer i causes, and what they miss it by."""
+        rates, moves = states.r[i + 1] + noise, []
+        for k in range(i + 1, i + 2 if self.variant == "dtp" else len(h)):
+            stage = self.chain.stages[k]
+            rates = stage.activation(stage.layer(stage.seen(rates)))
+            moves.append(rates.flatten(1) - h[k])
+        d = moves[-1]
+        if self.variant == "drl":
+            for k in reversed(range(i + 1, len(self.maps))):
+                d = self._pulled(k, h, d)[1]
+        at, moved, input_moved = self._pulled(i, h, d)
+        residual = moved - noise.flatten(1)
+        if self.variant not in DIFFERENCES:  # not the difference: the map itself is to give h + noise
+            residual = residual + at.g - h[i]
+        return at, input_moved, moved, residual
+
+    def _check(self, states: States) -> None:
+        for stage, v in zip(self.chain.stages, states.v, strict=True):
+            if v.shape[1:] != stage.shape:
+                raise UnsupportedModelError(
+                    f"layer {stage.name!r} gave {tuple(v.shape[1:])} per sample, but the rule was made for {stage.shape}; "
+                    "pass the input_shape of these samples"
+                )

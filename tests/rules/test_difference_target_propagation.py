@@ -1,0 +1,263 @@
+"""Target propagation against its equations (arXiv 2006.14331), written out with autograd and loops, and its limits."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apical
+from apical.core.cut import output_error
+from apical.errors import ConfigError, UnsupportedModelError
+
+TP = apical.DifferenceTargetPropagation
+VARIANTS = ("dtp", "drl", "linear", "hidden", "control")
+SIZES = (6, 5, 7, 4, 3)
+
+
+def network(activation: type[nn.Module] = nn.Tanh, sizes: tuple[int, ...] = SIZES) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for given, size in pairwise(sizes):
+        layers += [nn.Linear(given, size), activation()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def batch(size: int = 9) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, SIZES[0], dtype=torch.double), torch.arange(size) % SIZES[-1]
+
+
+def made(variant: str, seed: int = 0, **options: object) -> apical.DifferenceTargetPropagation:
+    torch.manual_seed(seed)
+    rule = TP(network(), variant=variant, **options)
+    for parameter in rule.maps.parameters():  # biases start at zero, which would hide mistakes
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return rule
+
+
+def gradients(rule: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
+
+
+def feedback(rule: apical.DifferenceTargetPropagation, i: int, z: Tensor) -> Tensor:
+    """g_i by its definition."""
+    g, last = rule.maps[i], len(rule.maps) - 1
+    if rule.variant == "hidden" and i < last:
+        z = torch.tanh(z @ rule.random.T)
+    v = z @ g.q.T + (g.c if g.c is not None else 0)
+    return torch.tanh(v) if rule.sequential or (rule.variant == "hidden" and i < last) else v
+
+
+def above(rule: apical.DifferenceTargetPropagation, layers: list[nn.Linear], i: int, h: Tensor, until: int) -> list[Tensor]:
+    """h_{i+1}..h_until from h_i (layers counted from 0)."""
+    found = []
+    for k in range(i + 1, until + 1):
+        h = layers[k](h)
+        h = torch.tanh(h) if k < len(layers) - 1 else h
+        found.append(h)
+    return found
+
+
+def reference(rule: apical.DifferenceTargetPropagation, x: Tensor, y: Tensor, seed: int) -> dict[str, Tensor]:
+    """Gradients of all local losses by autograd, targets and other layers' weights held."""
+    layers = [m for m in rule.model if isinstance(m, nn.Linear)]
+    last, size = len(layers) - 1, len(x)
+    h, r = [], x
+    for i, layer in enumerate(layers):
+        r = layer(r)
+        r = torch.tanh(r) if i < last else r
+        h.append(r.detach())
+    leaf = h[-1].clone().requires_grad_()
+    e = torch.autograd.grad(F.cross_entropy(leaf, y, reduction="sum"), leaf)[0]
+    t: list[Tensor] = [torch.empty(0)] * len(layers)
+    t[last] = h[last] - rule.eta * e
+    for i in reversed(range(last)):
+        heard, base = (t[i + 1], h[i + 1]) if rule.sequential else (t[last], h[last])
+        t[i] = (feedback(rule, i, heard) + h[i] - feedback(rule, i, base)).detach()
+    found = {}
+    for i, layer in enumerate(layers):
+        a = layer(x if i == 0 else h[i - 1])
+        own = torch.tanh(a) if i < last else a
+        local = (own - t[i]).square().sum() / size / (2 * rule.eta if rule.normalised else 1)
+        for name, parameter in layer.named_parameters():
+            found[f"model.{2 * i}.{name}"] = torch.autograd.grad(local, parameter, retain_graph=True)[0]
+    torch.manual_seed(seed)
+    for i in range(last):
+        noisy = h[i] + rule.sigma * torch.randn_like(h[i])
+        if rule.variant == "dtp":
+            bracket = feedback(rule, i, above(rule, layers, i, noisy, i + 1)[-1]) - noisy
+        elif rule.variant == "drl":
+            z = above(rule, layers, i, noisy, last)[-1]
+            for k in reversed(range(i + 1, last)):
+                z = (feedback(rule, k, z) + h[k] - feedback(rule, k, h[k + 1])).detach()
+            bracket = feedback(rule, i, z) + h[i] - feedback(rule, i, h[i + 1]) - noisy
+        else:
+            z = above(rule, layers, i, noisy, last)[-1]
+            bracket = feedback(rule, i, z) - noisy
+            if rule.variant != "control":
+                bracket = bracket + h[i] - feedback(rule, i, h[last])
+        loss = bracket.square()
+        loss = loss.sum() / (2 * size) if rule.reduction == "sum" else loss.mean()
+        if rule.variant in ("drl", "linear", "hidden") or (rule.variant == "dtp" and rule.reduction == "mean"):
+            loss = loss / rule.sigma**2
+        for name, parameter in rule.maps[i].named_parameters():
+            found[f"maps.{i}.{name}"] = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+    return found
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_updates_are_the_gradients_of_the_local_losses(variant: str, normalised: bool, reduction: str) -> None:
+    rule = made(variant, normalised=normalised, reduction=reduction, eta=0.2, sigma=0.3, neurons=8)
+    x, y = batch()
+    torch.manual_seed(4)
+    rule(x, y).backward()
+    own, expected = gradients(rule), reference(rule, x, y, 4)
+    assert own.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(own[name], value, rtol=1e-10, atol=1e-12), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_output_layer_learns_by_backpropagation(variant: str) -> None:
+    rule, (x, y) = made(variant), batch()
+    rule(x, y).backward()
+    own = gradients(rule)
+    exact = dict(rule.model.named_parameters())
+    expected = torch.autograd.grad(F.cross_entropy(rule.model(x), y), [exact["6.weight"], exact["6.bias"]])
+    assert torch.allclose(own["model.6.weight"], expected[0], rtol=1e-12, atol=1e-15)
+    assert torch.allclose(own["model.6.bias"], expected[1], rtol=1e-12, atol=1e-15)
+
+
+def test_exact_inverses_give_gauss_newton_targets_to_first_order() -> None:
+    errors = []
+    for eta in (1e-2, 1e-3, 1e-4):
+        torch.manual_seed(0)
+        model = network(sizes=(5, 5, 5, 5))
+        rule = TP(model, variant="dtp", eta=eta)
+        x, y = torch.randn(1, 5, dtype=torch.double), torch.tensor([2])
+        states = rule.chain.run(x)
+        error = output_error(F.cross_entropy, states.r[-1], y)[1]
+        for i, g in enumerate(rule.maps):  # g_i(z) = W^-1 (phi^-1(z) - b): its move, computed apart from the rule
+            g.moved = partial(inverse_move, model[2 * (i + 1)], last=i == 1)
+        with torch.no_grad():
+            d = rule.distances(states, -eta * error)
+        jacobian = torch.autograd.functional.jacobian(model[2:], states.r[1])[0, :, 0]
+        newton = -eta * torch.linalg.solve(jacobian, error[0])
+        errors.append(float((d[0][0] - newton).norm() / newton.norm()))
+    assert errors[0] < 0.1
+    for larger, smaller in pairwise(errors):
+        assert 5 < larger / smaller < 20  # O(eta)
+
+
+def inverse_move(layer: nn.Linear, at: object, d: Tensor, *, last: bool) -> Tensor:
+    z = at.z
+    before, after = (z, z + d) if last else (torch.atanh(z), torch.atanh(z + d))
+    return torch.linalg.solve(layer.weight, (after - before).T).T
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_direct_linear_feedback_learns_the_damped_pseudo_inverse(decay: float) -> None:
+    torch.manual_seed(0)
+    model = network(nn.Identity, (4, 6, 3))
+    rule = TP(model, variant="linear")
+    jacobian, q = model[2].weight.detach(), rule.maps[0].q
+    noise = torch.linalg.qr(torch.randn(6, 6, dtype=torch.double))[0] * 6**0.5 * rule.sigma  # covariance sigma^2 I exactly
+    states = rule.chain.run(torch.randn(6, 4, dtype=torch.double))
+    h = [r.flatten(1) for r in states.r[1:]]
+    optimizer = torch.optim.SGD([q], lr=0.5, weight_decay=decay)
+    for _ in range(3000):
+        _, moved_input, _, residual = rule._reconstructed(0, states, h, noise)
+        q.grad = residual.T @ moved_input / len(noise) / rule.sigma**2
+        optimizer.step()
+    expected = jacobian.T @ torch.linalg.inv(jacobian @ jacobian.T + decay * torch.eye(3, dtype=torch.double))
+    assert torch.allclose(q, expected, atol=1e-10)
+
+
+def test_direct_linear_feedback_is_direct_feedback_alignment_with_its_matrix() -> None:
+    x, y = batch()
+    rule = made("linear")
+    aligned = apical.DirectFeedbackAlignment(rule.model)
+    aligned(x, y).backward()
+    rule.model.zero_grad()
+    for i, b in enumerate(aligned.feedback.buffers()):
+        rule.maps[i].q.data = b.T.contiguous()
+    aligned(x, y).backward()
+    expected = gradients(rule.model)
+    rule.zero_grad()
+    rule(x, y).backward()
+    for name, value in gradients(rule.model).items():
+        assert torch.allclose(value, expected[name], rtol=1e-12, atol=1e-14), name
+
+
+def test_transposed_jacobians_of_a_linear_network_make_it_backpropagation() -> None:
+    torch.manual_seed(0)
+    model = network(nn.Identity)
+    rule, (x, y) = TP(model, variant="linear"), batch()
+    path = torch.eye(SIZES[-1], dtype=torch.double)
+    for i in reversed(range(len(rule.maps))):
+        path = path @ model[2 * (i + 1)].weight.detach()
+        rule.maps[i].q.data = path.T.contiguous()
+    rule(x, y).backward()
+    own = gradients(model)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    for name, value in gradients(model).items():
+        assert torch.allclose(own[name], value, rtol=1e-12, atol=1e-14), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_an_error_nothing_moves(variant: str) -> None:
+    rule = made(variant)
+    states = rule.chain.run(batch()[0])
+    assert all(not d.any() for d in rule.distances(states, torch.zeros_like(states.r[-1])))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_phases_learn_what_they_say(variant: str) -> None:
+    rule, (x, y) = made(variant), batch()
+    torch.manual_seed(1)
+    rule(x, y).backward()
+    both = gradients(rule)
+    rule.zero_grad()
+    for phase in ("forward", "feedback"):
+        rule.phase = phase
+        torch.manual_seed(1)
+        rule(x, y).backward()
+    assert all(torch.equal(value, both[name]) for name, value in gradients(rule).items())
+    assert not made(variant, learn=False).learns_apart
+
+
+def test_a_convolution_network_learns_through_direct_feedback() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 4)).double()
+    rule = TP(model, variant="linear", input_shape=(1, 8, 8))
+    x, y = torch.randn(5, 1, 8, 8, dtype=torch.double), torch.arange(5) % 4
+    # with Q the transposed Jacobian of the linear path above, the topmost hidden layer learns by backpropagation
+    rule.maps[0].q.data = (
+        torch.autograd.functional.jacobian(lambda r: model[2:](r)[0], torch.zeros(1, 3, 8, 8).double()).flatten(1).T
+    )
+    rule(x, y).backward()
+    own = gradients(model)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    for name, value in gradients(model).items():
+        assert torch.allclose(own[name], value, rtol=1e-10, atol=1e-13), name
+    with pytest.raises(UnsupportedModelError, match="layer '0' has no flat output"):
+        TP(model, variant="dtp", input_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "dlr"}, "did you mean 'drl'"),
+        ({"eta": 0.0}, "eta, sigma and neurons must be positive"),
+        ({"sigma": -1.0}, "eta, sigma and neurons must be positive"),
+        ({"reduction": "max"}, "reduction"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TP(network(), **options)
