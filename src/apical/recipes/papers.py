@@ -107,6 +107,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             },
             module="apical.recipes.tdca_classification",
             needs={"generations": 60},
+            hours={"cpu": 0.79},
         ),
         "diffusion": Table(
             "Credit diffusion, before and after",
