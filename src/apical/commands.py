@@ -82,6 +82,7 @@ def compare(flags: "Compare", command: str) -> int:
         notes=dict(zip(names, notes, strict=True)),
         about={"study": flags.recipe, "published": published, "claims": claims},
         events=flags.tensorboard,
+        ray=flags.ray,
     )
     comparison.check(job)
     console = Console()

@@ -76,6 +76,8 @@ def place(flags: "Reproduce", name: str, table: Table) -> Path:
 
 def _check(table: Table, path: Path, flags: "Reproduce") -> None:
     check_writable(flags.out)
+    if flags.ray and table.module:
+        raise ConfigError("--ray is for tables of trainings; this one has a program of its own, which runs here")
     if flags.resume or flags.overwrite:
         return
     if table.result == "file" and path.exists():
@@ -115,7 +117,9 @@ def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
 
 def _compare(table: Table, path: Path, sizes: Sizes, flags: "Reproduce", command: str) -> int:
     asked: Any = Compare
-    chosen = asked(out=path, recipe=table.study, jobs=flags.jobs, resume=flags.resume, overwrite=flags.overwrite, **sizes)
+    chosen = asked(
+        out=path, recipe=table.study, jobs=flags.jobs, ray=flags.ray, resume=flags.resume, overwrite=flags.overwrite, **sizes
+    )
     return commands.compare(chosen, command)
 
 

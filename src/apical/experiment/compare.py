@@ -15,6 +15,7 @@ from apical import data
 from apical.data import Dataset
 from apical.errors import DivergenceError
 from apical.experiment import workers
+from apical.experiment.cluster import cluster
 from apical.experiment.distributed import World, pick_device
 from apical.experiment.loop import MakeRule, Training
 from apical.experiment.recipe import Recipe
@@ -38,6 +39,7 @@ class Job:
         notes: per rule, what was chosen for the user.
         about: further entries of compare.json, such as published numbers.
         events: also write TensorBoard events into the run folders.
+        ray: address of a Ray cluster that trains the seeds, or "local"; None trains them here.
     """
 
     recipes: tuple[Recipe, ...]
@@ -51,6 +53,7 @@ class Job:
     notes: dict[str, list[str]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     events: bool = False
+    ray: str | None = None
 
     @property
     def rules(self) -> list[str]:
@@ -117,7 +120,11 @@ def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
         OSError: disk full or no permission.
     """
     prepare(job)
-    if job.workers == 1:
+    if job.ray:
+        there = replace(job, out=job.out.resolve(), resume=True, overwrite=False)  # a task begun again goes on
+        with cluster(job.ray, job.jobs or None) as tasks:
+            tasks(_train_task, [(there, seed) for seed in job.seeds], stop, refresh)
+    elif job.workers == 1:
         for seed in job.seeds:
             with _threads(job.recipe(0, seed).threads):
                 train_seed(job, seed, stop, refresh)
@@ -239,6 +246,11 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _train_task(job: Job, seed: int) -> None:
+    """The same on a cluster, where nobody sends signals."""
+    _train_worker(job, seed, StopSignals())
 
 
 def _train_worker(job: Job, seed: int, stop: StopSignals) -> None:

@@ -20,14 +20,14 @@ import torch
 
 from apical.data import Dataset
 from apical.errors import ApicalError, DivergenceError
-from apical.evolution.workers import connected
 from apical.experiment import workers
+from apical.experiment.cluster import cluster
 from apical.experiment.compare import load_data
 from apical.experiment.distributed import World, pick_device
 from apical.experiment.loop import MakeRule, Training
 from apical.experiment.recipe import Recipe
 from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
-from apical.experiment.signals import Interrupted, StopSignals
+from apical.experiment.signals import StopSignals
 
 ATTEMPTS = 3
 """How often in a row trainings may be killed without any of them having got further."""
@@ -167,32 +167,13 @@ def on_ray(address: str, make_rule: MakeRule, command: str, jobs: int | None) ->
     Raises:
         ConfigError: Ray is not installed, or no cluster answers.
     """
-    ray, started = connected(address, jobs)
-    remote = ray.remote(num_cpus=1, max_retries=-1)(_alone)
+    with cluster(address, jobs) as tasks:
 
-    def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
-        left = [(recipe, path) for recipe, path in runs if not finished(path)]
-        pending = [remote.remote(recipe, path.resolve(), make_rule, command) for recipe, path in left]
-        finished_here = 0
-        try:
-            while pending and not stop.signum:
-                ready, pending = ray.wait(pending, timeout=0.5)
-                ray.get(ready)
-                finished_here += len(ready)
-                refresh()
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
-        finally:
-            for each in pending:
-                ray.cancel(each, force=True)
-        if stop.signum:
-            raise Interrupted(stop.signum, f"{finished_here} of {len(left)} trainings of this batch")
+        def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
+            left = [(recipe, path.resolve(), make_rule, command) for recipe, path in runs if not finished(path)]
+            tasks(_alone, left, stop, refresh)
 
-    try:
         yield execute
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _alone(recipe: Recipe, path: Path, make_rule: MakeRule, command: str) -> None:

@@ -21,6 +21,8 @@ class Reproduce:
     """Folder: a table goes to PAPER-TABLE in it (with -smoke or -paper at these budgets), verdicts to reproductions/."""
     jobs: Annotated[int, shown("N", "(default: one per core)")] = 0
     """Seeds trained side by side."""
+    ray: Annotated[str | None, shown("local|ADDRESS", "(default: off)")] = None
+    """Train on a Ray cluster: one started here, or one that runs (`ray start --head`) and sees --out as a shared folder."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
     """Continue what is there; what is finished stays."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False

@@ -124,6 +124,8 @@ class CompareFlags:
     """Seeds 0 to K - 1 of each rule."""
     jobs: Annotated[int, shown("N", "(default: one per core)")] = 0
     """Seeds trained side by side."""
+    ray: Annotated[str | None, shown("local|ADDRESS", "(default: off)")] = None
+    """Train seeds on a Ray cluster: one started here, or one that runs (`ray start --head`) and sees --out as shared."""
     rule_options: Annotated[tuple[str, ...] | None, shown("[RULE:]KEY=VALUE ...")] = None
     """Options of one rule, such as pfa:expansion=4, or, without its name, of every rule that knows them. A rule of your own
     goes by its class."""
