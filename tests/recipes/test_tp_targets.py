@@ -1,0 +1,48 @@
+"""The study of where targets point."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from apical.core.cut import output_error
+from apical.recipes.tp_targets import main, null_share
+from apical.rules.difference_target_propagation import DifferenceTargetPropagation
+
+
+def test_null_share_is_the_share_of_the_weight_update() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    rule = DifferenceTargetPropagation(model, F.mse_loss, variant="dtp")
+    x, y = torch.randn(1, 4).double(), torch.randn(1, 2).double()
+    rule(x, y).backward()
+    update = model[2].weight.grad.flatten()
+    rows = [torch.autograd.grad(model(x)[0, k], model[2].weight)[0].flatten() for k in range(2)]
+    jacobian = torch.stack(rows)
+    inside = torch.linalg.pinv(jacobian) @ (jacobian @ update)
+    assert torch.allclose(null_share(rule, x, y), (update - inside).norm() / update.norm(), atol=1e-10)
+
+
+def test_gauss_newton_wastes_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 2)).double()
+    rule = DifferenceTargetPropagation(model, F.mse_loss, variant="linear")
+    rule.maps[0].q.data = torch.linalg.pinv(model[2].weight.detach())
+    x, y = torch.randn(3, 4).double(), torch.randn(3, 2).double()
+    assert output_error(rule.loss, model(x), y)[1].abs().min() > 0
+    assert null_share(rule, x, y).max() < 1e-12
+
+
+def test_the_study_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apical.recipes.tp_targets.wasted", lambda name, seed: float(len(name) + seed) * (1 + 0.1 * seed))
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1"]
+    assert main(arguments) == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert {row["verdict"] for row in first["verdicts"]} <= {"reproduced", "not reproduced"}
+    monkeypatch.setattr("apical.recipes.tp_targets.frozen", None)  # nothing is run again
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["verdicts"] == first["verdicts"]
+    assert main(["--out", str(tmp_path), "--seeds", "1"]) == 2
