@@ -93,6 +93,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
             module="apical.recipes.tp_targets",
             needs={"epochs": 20, "seeds": 5},
+            hours={"cpu": 0.09},
         ),
         "mnist": _study("tp-mnist", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
     },

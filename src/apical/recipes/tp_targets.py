@@ -212,7 +212,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "settings": {"seeds": len(cells), **config},
         "sources": {
             "our mark": "The paper's numbers were found in no source that could be read; its orders are tested. Reproduced "
-            "means that the 95 % interval (Student's t, paired over seeds) of the difference lies on the better side of zero."
+            "means that the 95 % interval (Student's t, paired over seeds) of the difference lies on its better side."
         },
         "seconds": round(sum(cell["seconds"] for cell in cells), 1),
         "verdicts": verdicts,
@@ -225,7 +225,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
             },
             {
                 "title": "What is wasted",
-                "note": "Share of the norm of the topmost hidden layer's update in the null space of the output's derivative.",
+                "note": "Share of the topmost hidden layer's update (norm) in the null space of the output's derivative.",
                 "header": ["rule", "share"],
                 "rows": [[name, shown(values("wasted", name))] for name in TOY],
             },
