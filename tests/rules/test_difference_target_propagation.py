@@ -249,6 +249,15 @@ def test_a_convolution_network_learns_through_direct_feedback() -> None:
         TP(model, variant="dtp", input_shape=(1, 8, 8))
 
 
+@pytest.mark.parametrize("kind", [TP, apical.DeepFeedbackControl])
+def test_batches_that_do_not_fit_are_refused(kind: type[apical.CreditRule]) -> None:
+    rule = kind(network())
+    with pytest.raises(ConfigError, match="the batch is empty"):
+        rule(torch.zeros(0, SIZES[0], dtype=torch.double), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(UnsupportedModelError, match="layer '0' gave"):
+        rule(torch.zeros(2, 5, SIZES[0], dtype=torch.double), torch.zeros(2, dtype=torch.long))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

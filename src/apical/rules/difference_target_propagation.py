@@ -175,7 +175,6 @@ class DifferenceTargetPropagation(CreditRule):
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.chain.run(inputs)
-            self._check(states)
             loss, error = output_error(self.loss, states.r[-1], targets)
             roots: list[Tensor | None] = []
             logs: dict[str, Tensor] = {}
@@ -257,11 +256,3 @@ class DifferenceTargetPropagation(CreditRule):
         if self.variant not in DIFFERENCES:  # not the difference: the map itself is to give h + noise
             residual = residual + at.g - h[i]
         return at, input_moved, moved, residual
-
-    def _check(self, states: States) -> None:
-        for stage, v in zip(self.chain.stages, states.v, strict=True):
-            if v.shape[1:] != stage.shape:
-                raise UnsupportedModelError(
-                    f"layer {stage.name!r} gave {tuple(v.shape[1:])} per sample, but the rule was made for {stage.shape}; "
-                    "pass the input_shape of these samples"
-                )
