@@ -8,6 +8,7 @@ from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.difference_target_propagation import DifferenceTargetPropagation
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.equilibrium_propagation import EquilibriumPropagation
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
@@ -25,6 +26,7 @@ __all__ = [
     "DeepFeedbackControl",
     "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
+    "EquilibriumPropagation",
     "FeedbackAlignment",
     "KolenPollack",
     "ProductFeedbackAlignment",

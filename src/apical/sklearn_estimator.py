@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from apical import models
+from apical.core.credit import CreditRule
 from apical.data import Dataset, Split
 from apical.experiment.plain_loop import train
 from apical.experiment.recipe import Recipe
@@ -41,6 +42,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_features_in_: features seen in `fit`.
         n_iter_: epochs trained.
         model_: the trained network, a plain `nn.Module`; maps standardised features (n, `n_features_in_`) to logits.
+        rule_: the rule, whose `predict` gives the answers: not the model's feed-forward pass where a rule settles.
 
     >>> from sklearn.datasets import load_digits
     >>> images, labels = load_digits(return_X_y=True)
@@ -109,7 +111,8 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             shape = (x.shape[1],)
             rule = make_rule(recipe, models.build(recipe.model, shape, len(self.classes_)), shape)
             train(rule, recipe, dataset)
-        self.model_: nn.Module = rule.detach().double().eval()
+        self.rule_: CreditRule = rule.double().eval()
+        self.model_: nn.Module = self.rule_.model
         self.n_iter_ = self.epochs
         return self
 
@@ -118,7 +121,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         x: NDArray[np.float64] = validate_data(self, X, reset=False, dtype=np.float64)
         with torch.no_grad():
-            found: NDArray[np.float64] = self.model_(self._standardised(x)).softmax(1).numpy()
+            found: NDArray[np.float64] = self.rule_.predict(self._standardised(x)).softmax(1).numpy()
         return found
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:

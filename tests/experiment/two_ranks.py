@@ -29,7 +29,7 @@ def make(name: str) -> CreditRule:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
-        options = ("learn=False",) if name in NOISY else ()
+        options = ("learn=False",) if name in NOISY else ("estimator='one-sided'",) if name == "ep-one-sided" else ()
         return make_rule(Recipe(rule=name, rule_options=options), models.build("mlp-16-12", (1, 4, 4), 5), (1, 4, 4))
     finally:
         torch.set_default_dtype(torch.float32)

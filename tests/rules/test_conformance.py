@@ -19,6 +19,7 @@ CCL = apical.CounterCurrentLearning
 TDCA = apical.TopDownCreditAssignment
 STRONG = apical.StrongDeepFeedbackControl
 TP = apical.DifferenceTargetPropagation
+EP = apical.EquilibriumPropagation
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -59,6 +60,13 @@ RULES = {
     "ddtp-rhl": partial(TP, variant="hidden", neurons=16),
     "ddtp-control": partial(TP, variant="control"),
     "ddtp-fixed": partial(TP, variant="linear", learn=False),
+    "ep": EP,
+    "ep-one-sided": partial(EP, estimator="one-sided", free_steps=8, nudged_steps=4),
+    "ep-random-sign": partial(EP, estimator="random-sign", free_steps=8, nudged_steps=4),
+    "ep-directed": partial(EP, weights="directed", free_steps=8, nudged_steps=4),
+    "ep-different": partial(EP, weights="directed", update="different", free_steps=8, nudged_steps=4),
+    "ep-homeostasis": partial(EP, weights="directed", homeostasis=0.1, free_steps=8, nudged_steps=4),
+    "hep": partial(EP, estimator="holomorphic", free_steps=8, nudged_steps=4),
 }
 NOISY = ("dtp", "dtp-drl", "ddtp-linear", "ddtp-rhl", "ddtp-control")
 SKIPPED = {
@@ -73,6 +81,9 @@ SKIPPED = {
     ("strong-dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
     ("strong-dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",
     ("strong-dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
+    ("ep-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
+    ("ep-random-sign", "distributed"): "every rank draws its own sign",
+    ("ep-homeostasis", "distributed"): "every rank draws its own noise",
     **{(rule, "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw" for rule in NOISY},
     **{(rule, "distributed"): "every rank draws its own noise for its half of the batch" for rule in NOISY},
 }

@@ -11,6 +11,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
+from apical.core.sigmoids import ShiftedSigmoid
 from apical.core.units import ACTIVATIONS
 
 ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in (nn.Softmax, nn.PReLU, nn.RReLU))
@@ -59,6 +60,11 @@ def _(activation: nn.Tanh, v: Tensor, r: Tensor) -> Tensor:
 @derivative.register
 def _(activation: nn.Sigmoid, v: Tensor, r: Tensor) -> Tensor:
     return r - r * r
+
+
+@derivative.register
+def _(activation: ShiftedSigmoid, v: Tensor, r: Tensor) -> Tensor:
+    return 4 * (r - r * r)
 
 
 @derivative.register
@@ -118,6 +124,11 @@ def _(activation: nn.Tanh, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
 @difference.register
 def _(activation: nn.Sigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     return _tanh_difference(v / 2, 2 * r - 1, d / 2) / 2
+
+
+@difference.register
+def _(activation: ShiftedSigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _tanh_difference(2 * v - 1, 2 * r - 1, 2 * d) / 2
 
 
 @difference.register

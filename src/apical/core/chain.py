@@ -26,12 +26,15 @@ AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.A
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 """Modules without parameters that are linear: they may stand before a layer and count as a part of it."""
 
+POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
+"""Modules that may also stand between a layer and its activation, where a rule allows it."""
+
 KNOWN = (nn.Linear, _ConvNd, *ELEMENTWISE, *LINEAR)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One layer of a chain: `v = layer(before(r_previous))`, `r = activation(v)`.
+    """One layer of a chain: `v = after(layer(before(r_previous)))`, `r = activation(v)`.
 
     Attributes:
         name: module name of the weighted layer.
@@ -40,6 +43,7 @@ class Stage:
         activation: element-wise and not in place; `nn.Identity()` where the model has none.
         shape: of v, one sample.
         input_shape: of the stage's input, one sample.
+        after: pooling between layer and activation; empty unless the chain was asked to allow it.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Stage:
     activation: nn.Module
     shape: tuple[int, ...]
     input_shape: tuple[int, ...]
+    after: tuple[nn.Module, ...] = ()
 
     @property
     def size(self) -> int:
@@ -57,7 +62,7 @@ class Stage:
     @property
     def is_dense(self) -> bool:
         """Whether the stage is one matrix: a Linear layer on vectors."""
-        return len(self.before) == 0 and isinstance(self.layer, nn.Linear) and len(self.input_shape) == 1
+        return len(self.before) + len(self.after) == 0 and isinstance(self.layer, nn.Linear) and len(self.input_shape) == 1
 
     def seen(self, rates: Tensor) -> Tensor:
         """What the layer itself is given (batch, ...), for the stage's input `rates` (batch, *input_shape)."""
@@ -104,16 +109,18 @@ class Chain:
     Args:
         model: the network; it is only read.
         input_shape: of one sample; needed where a model has convolutions, whose sizes depend on it.
+        pools: whether max-pooling may stand anywhere, and any pooling between a layer and its activation. Only for rules
+            that take neither `before` for linear nor `after` for empty.
 
     Raises:
         UnsupportedModelError: a module is not part of a chain, or the mathematics does not carry over to it; it is named.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None) -> None:
+    def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None, *, pools: bool = False) -> None:
         self.layers = weighted_layers(model)
         for name, module in model.named_modules():
             if not list(module.children()):
-                _check_kind(name, module)
+                _check_kind(name, module, pools=pools)
         first = next(iter(self.layers.values()))
         if input_shape is None:
             if any(isinstance(layer, _ConvNd) for layer in self.layers.values()) or not isinstance(first, nn.Linear):
@@ -123,7 +130,7 @@ class Chain:
                 )
             input_shape = (first.in_features,)
         example = torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device)
-        self.head, self.stages = _stages(traced(model, example), example)
+        self.head, self.stages = _stages(traced(model, example), example, pools=pools)
         unseen = set(self.layers) - {stage.name for stage in self.stages}
         if unseen:
             raise UnsupportedModelError(
@@ -135,6 +142,18 @@ class Chain:
         """W_1..W_L."""
         return [stage.layer.weight for stage in self.stages]
 
+    def enter(self, inputs: Tensor) -> Tensor:
+        """What the first stage is given (batch, *input_shape).
+
+        Raises:
+            ConfigError: the batch is empty.
+        """
+        if len(inputs) == 0:
+            raise ConfigError("the batch is empty: credit is a mean over samples")
+        for module in self.head:
+            inputs = module(inputs)
+        return inputs
+
     def run(self, inputs: Tensor) -> States:
         """The feed-forward pass, without gradient.
 
@@ -142,12 +161,8 @@ class Chain:
             ConfigError: the batch is empty.
             UnsupportedModelError: the samples have not the shape the chain was made for.
         """
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
         with torch.no_grad():
-            for module in self.head:
-                inputs = module(inputs)
-            v, r = [], [inputs]
+            v, r = [], [self.enter(inputs)]
             for stage in self.stages:
                 v.append(stage.layer(stage.seen(r[-1])))
                 if v[-1].shape[1:] != stage.shape:
@@ -170,12 +185,12 @@ class Call(NamedTuple):
     left: int  # version of `made` when it returned
 
 
-def _check_kind(name: str, module: nn.Module) -> None:
+def _check_kind(name: str, module: nn.Module, *, pools: bool) -> None:
     """Refuse modules to which the mathematics does not carry over, whatever their place in the model."""
     what = f"module {name!r} ({type(module).__name__})"
     if isinstance(module, _ConvTransposeNd):
         raise UnsupportedModelError(f"{what}: transposed convolutions are not supported in a chain")
-    if isinstance(module, KNOWN):
+    if isinstance(module, KNOWN) or (pools and isinstance(module, POOLS)):
         return
     if isinstance(module, nn.modules.dropout._DropoutNd):
         raise UnsupportedModelError(f"{what} makes the feed-forward pass random; remove it")
@@ -237,33 +252,37 @@ def traced(model: nn.Module, example: Tensor) -> list[Call]:
     return calls
 
 
-def _stages(calls: list[Call], example: Tensor) -> tuple[list[nn.Module], list[Stage]]:
+def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn.Module], list[Stage]]:
     """Modules before the first layer, and the stages."""
     head: list[nn.Module] = []
     stages: list[Stage] = []
     before: list[nn.Module] = []
+    after: list[nn.Module] = []
     layer: Call | None = None
-    start, used = example, set()
+    start, made, used = example, example, set()
 
     def finish(activation: nn.Module) -> None:
         nonlocal layer
         assert layer is not None
         assert isinstance(layer.module, nn.Linear | _ConvNd)
-        shapes = tuple(layer.made.shape[1:]), tuple(start.shape[1:])
-        stages.append(Stage(layer.name, layer.module, tuple(before), activation, *shapes))
+        shapes = tuple(made.shape[1:]), tuple(start.shape[1:])
+        stages.append(Stage(layer.name, layer.module, tuple(before), activation, *shapes, tuple(after)))
         before.clear()
+        after.clear()
         layer = None
 
     for call in calls:
         if isinstance(call.module, nn.Linear | _ConvNd):
             if layer is not None:
-                made = layer.made
                 finish(nn.Identity())
                 start = made
             if call.name in used:
                 raise UnsupportedModelError(f"layer {call.name!r} is called twice; give each place a layer of its own")
             used.add(call.name)
-            layer = call
+            layer, made = call, call.made
+        elif layer is not None and pools and isinstance(call.module, POOLS):
+            after.append(call.module)
+            made = call.made
         elif layer is not None and isinstance(call.module, ELEMENTWISE):
             finish(plain(call.module))
             start = call.made
@@ -272,9 +291,8 @@ def _stages(calls: list[Call], example: Tensor) -> tuple[list[nn.Module], list[S
         elif not stages and layer is None:
             head.append(plain(call.module))
             start = call.made
-        elif isinstance(call.module, LINEAR):
+        elif isinstance(call.module, LINEAR) or (pools and isinstance(call.module, POOLS)):
             if layer is not None:
-                made = layer.made
                 finish(nn.Identity())
                 start = made
             before.append(call.module)

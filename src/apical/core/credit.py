@@ -51,6 +51,7 @@ class CreditRule(nn.Module):
         loss: maps (output, targets) to a scalar batch mean.
 
     Attributes:
+        feed_forward: the network's answer is the model's feed-forward pass; else the rule has a :meth:`predict` of its own.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
             "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
@@ -60,6 +61,7 @@ class CreditRule(nn.Module):
 
     model: nn.Module
     two_phase: bool = False
+    feed_forward: bool = True
     phase: Phase
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -73,6 +75,11 @@ class CreditRule(nn.Module):
     @abstractmethod
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch: `inputs` (batch, ...), `targets` (batch,) class indices or what the loss takes."""
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """The network's answer to inputs (batch, ...), differentiable; the feed-forward pass unless the rule settles."""
+        result: Tensor = self.model(inputs)
+        return result
 
     def feedback_weights(self) -> dict[str, Tensor]:
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""

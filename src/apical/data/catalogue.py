@@ -282,9 +282,10 @@ ENTRIES |= {
         std=(1.0, 1.0, 1.0),
         targets="images",
     ),
-    "fashion-mnist-raw": replace(
-        ENTRIES["fashion-mnist"], what="clothing, 28x28 grey, scaled to 0..1 only", mean=(0.0,), std=(1.0,)
-    ),
+    **{
+        f"{name}-raw": replace(ENTRIES[name], what=f"{ENTRIES[name].what}, scaled to 0..1 only", mean=(0.0,), std=(1.0,))
+        for name in ("digits", "mnist", "fashion-mnist")
+    },
     "student-teacher": _student_teacher(5),
     "student-teacher-1": _student_teacher(1),
 }

@@ -65,7 +65,10 @@ def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dic
 
 
 def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weight gradients of the rule and of backpropagation, by layer name, on one batch."""
+    """Weight gradients of the rule and of backpropagation, by layer name, on one batch.
+
+    Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through time.
+    """
     layers = {
         name: module.weight
         for name, module in rule.model.named_modules()
@@ -75,7 +78,7 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
         rule(inputs, targets).backward()
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
-        loss = rule.loss(rule.model(inputs), targets)
+        loss = rule.loss(rule.predict(inputs), targets)
         exact = torch.autograd.grad(loss, [layers[name] for name in own])
     return own, dict(zip(own, exact, strict=True))
 

@@ -1,4 +1,4 @@
-"""What is measured after each epoch: loss and accuracy of the plain model, alignment of each layer."""
+"""What is measured after each epoch: loss and accuracy of the answers, alignment of each layer."""
 
 import math
 from contextlib import AbstractContextManager, suppress
@@ -31,7 +31,7 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
 
 
 def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[float, float | None]:
-    """Mean loss and accuracy (0 to 1) of the plain model in evaluation mode; processes share the batches.
+    """Mean loss and accuracy (0 to 1) of the rule's answers, the model in evaluation mode; processes share the batches.
 
     There is no accuracy where the targets are numbers.
     """
@@ -44,7 +44,7 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[fl
         for first in range(0, len(split), EVALUATION_BATCH)[world.rank :: world.size]:
             targets = split.targets[first : first + EVALUATION_BATCH]
             with autocast(world.device, amp):
-                output = model(split.inputs[first : first + EVALUATION_BATCH])
+                output = rule.predict(split.inputs[first : first + EVALUATION_BATCH])
             loss = rule.loss(output.float(), targets).double() * len(targets)
             hits = (output.argmax(-1) == targets).sum().double() if classes else torch.zeros_like(loss)
             sums += torch.stack((loss, hits))
@@ -101,7 +101,7 @@ def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
     if inputs.dim() != 4 or not torch.equal(inputs.flatten(1), test.targets[:EXAMPLES]):
         return None
     with unchanged(rule), evaluating(rule), torch.no_grad():
-        return inputs, rule.model(inputs).view_as(inputs)
+        return inputs, rule.predict(inputs).view_as(inputs)
 
 
 def _finite(value: float | None) -> float | None:
@@ -120,7 +120,7 @@ def conditions(rule: CreditRule, train: Split, probe: int) -> dict[str, float | 
     the layers' input norms) and, for feedback control, Condition 2 (0 to 1); on the probe batch, of dense chains only.
     """
     found: dict[str, float | None] = dict.fromkeys(CONDITIONS)
-    if not probe or _chain(rule) is None:
+    if not probe or not rule.feed_forward or _chain(rule) is None:
         return found
     inputs, targets = probe_batch(train, probe)
     with suppress(InstabilityError):

@@ -14,7 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Amp = Literal["off", "bf16"]
 ClipOver = Literal["tensor", "network"]
-LossName = Literal["cross_entropy", "mse"]
+LossName = Literal["cross_entropy", "squared", "mse"]
 
 FEEDBACK_FIELDS = (
     "feedback_lr",
@@ -63,7 +63,8 @@ class Recipe:
         weight_decay: weight decays, scheduled like `lr`; empty means the rule's default.
         weight_decay_epochs: numbers of finished epochs at which the next weight decay starts.
         clip_over: "tensor" clips each forward tensor by itself, "network" all of them together.
-        loss: cross_entropy for classes, mse for targets that are numbers (mean over batch and elements).
+        loss: cross_entropy for classes, or squared (half the squared distance to one-hot targets); mse for targets that are
+            numbers (mean over batch and elements).
         feedback_lr: learning rate of feedback weights that the rule learns; None: as the forward weights.
         feedback_beta1: their momentum of sgd, beta1 of adam and adamw; None: as the forward weights.
         feedback_beta2: their beta2; None: as the forward weights.
@@ -148,7 +149,7 @@ class Recipe:
         for option, known in (
             ("optimizer", ("sgd", "adam", "adamw")),
             ("amp", ("off", "bf16")),
-            ("loss", ("cross_entropy", "mse")),
+            ("loss", ("cross_entropy", "squared", "mse")),
             ("clip_over", ("tensor", "network")),
             ("device", ("auto", "cpu", "cuda")),
         ):

@@ -54,7 +54,7 @@ class Flags:
     """Weight decays, one after the other."""
     weight_decay_epochs: Annotated[tuple[int, ...] | None, shown("N ...")] = None
     """Finished epochs after which the next weight decay starts."""
-    loss: Annotated[LossName | None, shown("cross_entropy|mse", "(default: cross_entropy)")] = None
+    loss: Annotated[LossName | None, shown("cross_entropy|squared|mse", "(default: cross_entropy)")] = None
     """Loss; mse for data whose targets are numbers."""
     feedback_lr: Annotated[float | None, shown("RATE", "(default: as the forward weights)")] = None
     """Learning rate of feedback weights, where the rule learns them apart."""

@@ -10,7 +10,7 @@ from torch import nn
 from apical.errors import ConfigError, unknown_name
 from apical.models.convnets import cnn_elu, cnn_stride, conv_autoencoder
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_residual, mlp_tanh
+from apical.models.mlp import autoencoder, mlp, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.resnet import CifarResNet, ResNet
 
 _WIDTHS = r"(-[1-9][0-9]{0,6})+"
@@ -18,6 +18,8 @@ _EXAMPLES = {
     "mlp": "mlp-512-512",
     "mlp-tanh": "mlp-tanh-256-256-256",
     "mlp-elu": "mlp-elu-256-256",
+    "mlp-sigmoid": "mlp-sigmoid-256-256",
+    "mlp-clip": "mlp-clip-500",
     "mlp-residual": "mlp-residual-100-100-100",
     "autoencoder": "autoencoder-256-32-256",
     "cnn-elu": "cnn-elu-128-128-256-256-512",
@@ -64,6 +66,8 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp": mlp,
     "mlp-tanh": mlp_tanh,
     "mlp-elu": mlp_elu,
+    "mlp-sigmoid": mlp_sigmoid,
+    "mlp-clip": mlp_clip,
     "mlp-residual": mlp_residual,
     "autoencoder": autoencoder,
 }

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from apical.core.sigmoids import ShiftedSigmoid
 from apical.errors import ConfigError
 from apical.models.initialisation import xavier_, xavier_normal_
 
@@ -42,6 +43,45 @@ def mlp_tanh(in_features: int, widths: Sequence[int], out_features: int) -> nn.S
     model = _perceptron(in_features, widths, out_features, [nn.Tanh] * len(widths))
     xavier_normal_(model)
     return model
+
+
+def mlp_sigmoid(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+    """Perceptron of holomorphic equilibrium propagation (arXiv 2209.00530): `sigma(4 v - 2)` behind hidden layers.
+
+    Initial weights are PyTorch's own: with Xavier's, states that talk both ways cycle more often than they settle.
+
+    Raises:
+        ConfigError: a size is not positive.
+
+    >>> [name for name, _ in mlp_sigmoid(4, [3], 2).named_children()]
+    ['flatten', 'linear1', 'sigmoid1', 'linear2']
+    """
+    model = _perceptron(in_features, widths, out_features, [ShiftedSigmoid] * len(widths))
+    named = ((name.replace("shiftedsigmoid", "sigmoid"), module) for name, module in model.named_children())
+    return nn.Sequential(OrderedDict(named))
+
+
+def mlp_clip(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+    """Perceptron of the first equilibrium propagation: `clip(v, 0, 1)` behind every layer, the last one too.
+
+    Weights are Glorot-uniform, biases zero; trained with the squared error of one-hot targets.
+
+    Raises:
+        ConfigError: a size is not positive.
+
+    >>> [name for name, _ in mlp_clip(4, [3], 2).named_children()]
+    ['flatten', 'linear1', 'clip1', 'linear2', 'clip2']
+    """
+    model = mlp(in_features, widths, out_features, nn.Identity)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear):
+            layers[name] = module
+            nn.init.zeros_(module.bias)
+            layers[name.replace("linear", "clip")] = nn.Hardtanh(0.0, 1.0)
+        elif isinstance(module, nn.Flatten):
+            layers[name] = module
+    return nn.Sequential(layers)
 
 
 def mlp_elu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:

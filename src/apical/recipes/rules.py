@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from apical.core.credit import CreditRule, Loss
+from apical.core.losses import squared_error
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.experiment.recipe import Recipe, parse_options, rule_name
 from apical.experiment.schedule import alignment_decay
@@ -19,6 +20,7 @@ from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.difference_target_propagation import DifferenceTargetPropagation
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.equilibrium_propagation import EquilibriumPropagation
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
@@ -175,6 +177,18 @@ RULES: dict[str, Entry] = {
         {"variant": "control"},
         clip=1.0,
     ),
+    "ep": Entry(EquilibriumPropagation, "equilibrium propagation, symmetric nudges"),
+    "ep-one-sided": Entry(
+        EquilibriumPropagation, "equilibrium propagation, one nudge of random sign", {"estimator": "random-sign"}
+    ),
+    "ep-directed": Entry(
+        EquilibriumPropagation,
+        "equilibrium propagation with weights of their own for each direction",
+        {"weights": "directed"},
+    ),
+    "hep": Entry(
+        EquilibriumPropagation, "holomorphic equilibrium propagation, complex nudges", {"estimator": "holomorphic"}
+    ),
 }
 
 
@@ -288,7 +302,7 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     return replace(recipe, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "squared": squared_error, "mse": F.mse_loss}
 """Losses by the recipe's names."""
 
 _GIVEN = ("loss", "input_shape")
