@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from apical.core.credit import Credit, CreditRule
 from apical.rules.backprop import Backprop
+from apical.rules.corinfomax import CorInfoMax
 from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.difference_target_propagation import DifferenceTargetPropagation
@@ -19,6 +20,7 @@ from apical.rules.weight_mirror import WeightMirror
 
 __all__ = [
     "Backprop",
+    "CorInfoMax",
     "CounterCurrentLearning",
     "Credit",
     "CreditClassifier",

@@ -23,13 +23,16 @@ STIFF = ("strong-dfc",)
 NOISY = tuple(name for name in TRAINED if "dtp" in name)
 """Rules whose feedback learns from noise that every rank draws for itself: theirs stays as it is."""
 
+ONE_SIDED = {"ep-one-sided": ("estimator='one-sided'",), "corinfomax": ("nudge='one-sided'", "forgetting=1.0")}
+"""Rules that draw a sign for every batch, each rank its own, or whose lateral weights follow each rank's own half."""
+
 
 def make(name: str) -> CreditRule:
     """In float64: rules that settle to a tolerance of float32 settle a little differently for other batches."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
-        options = ("learn=False",) if name in NOISY else ("estimator='one-sided'",) if name == "ep-one-sided" else ()
+        options = ("learn=False",) if name in NOISY else ONE_SIDED.get(name, ())
         return make_rule(Recipe(rule=name, rule_options=options), models.build("mlp-16-12", (1, 4, 4), 5), (1, 4, 4))
     finally:
         torch.set_default_dtype(torch.float32)

@@ -20,6 +20,7 @@ TDCA = apical.TopDownCreditAssignment
 STRONG = apical.StrongDeepFeedbackControl
 TP = apical.DifferenceTargetPropagation
 EP = apical.EquilibriumPropagation
+CIM = apical.CorInfoMax
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -67,6 +68,10 @@ RULES = {
     "ep-different": partial(EP, weights="directed", update="different", free_steps=8, nudged_steps=4),
     "ep-homeostasis": partial(EP, weights="directed", homeostasis=0.1, free_steps=8, nudged_steps=4),
     "hep": partial(EP, estimator="holomorphic", free_steps=8, nudged_steps=4),
+    "corinfomax": partial(CIM, nudge="one-sided", free_steps=8, nudged_steps=4),
+    "corinfomax-random-sign": partial(CIM, free_steps=8, nudged_steps=4),
+    "corinfomax-symmetric": partial(CIM, nudge="symmetric", forgetting=1.0, free_steps=8, nudged_steps=4),
+    "corinfomax-sparse": partial(CIM, nudge="one-sided", sparse=(0.1, 0.1, 0.1), free_steps=8, nudged_steps=4),
 }
 NOISY = ("dtp", "dtp-drl", "ddtp-linear", "ddtp-rhl", "ddtp-control")
 SKIPPED = {
@@ -83,6 +88,12 @@ SKIPPED = {
     ("strong-dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
     ("ep-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
     ("ep-random-sign", "distributed"): "every rank draws its own sign",
+    **{
+        (name, "distributed"): "every rank follows the correlations of its own half of the batch; DDP shares those of rank 0"
+        for name in ("corinfomax", "corinfomax-sparse")
+    },
+    ("corinfomax-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
+    ("corinfomax-random-sign", "distributed"): "every rank draws its own sign",
     ("ep-homeostasis", "distributed"): "every rank draws its own noise",
     **{(rule, "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw" for rule in NOISY},
     **{(rule, "distributed"): "every rank draws its own noise for its half of the batch" for rule in NOISY},

@@ -20,7 +20,7 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs, inputs.mean(dim=(2, 3)).argmax(dim=1)
 
 
-CHAINS = [name for name in RULES if "dfc" in name or name.startswith(("ccl", "ep", "hep")) or "dtp" in name]
+CHAINS = [name for name in RULES if "dfc" in name or name.startswith(("ccl", "ep", "hep", "corinfomax")) or "dtp" in name]
 """Rules whose mathematics is about chains of layers."""
 
 

@@ -16,6 +16,20 @@ class ShiftedSigmoid(nn.Module):
         return torch.sigmoid(torch.add(v.new_full((), -2.0), v, alpha=4))
 
 
+def complex_sigmoid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of `sigma(a + ib)`, without overflow; several times faster than with complex numbers.
+
+    >>> re, im = complex_sigmoid(torch.tensor([-200.0, 1.0]), torch.tensor([1.0, 2.0]))
+    >>> torch.allclose(torch.complex(re, im)[1], torch.sigmoid(torch.tensor(1 + 2j))), float(re[0])
+    (True, 0.0)
+    """
+    t = torch.exp(-a.abs())
+    turned = t * torch.cos(b)
+    square = t * t
+    scale = (1 + square + 2 * turned).reciprocal_()
+    return torch.where(a >= 0, torch.ones_like(a), square).add_(turned).mul_(scale), t.mul_(torch.sin(b)).mul_(scale)
+
+
 class DoubleSiLU(nn.Module):
     """`v sigma(v) / 2 + (1 - v/2) sigma(v - 2)`, an analytic `clip(v/2, 0, 1)`.
 

@@ -84,6 +84,7 @@ RULES: dict[str, Style] = {
     "ep-one-sided": Style("EP, one nudge of random sign", "#9683C0", "o", _DOT),
     "ep-directed": Style("EP, directed weights", "#C2185B", "P", _DOT_DASH),
     "hep": Style("Holomorphic EP", "#00897B", "H", "-"),
+    "corinfomax": Style("CorInfoMax", "#A65628", "X", "-"),
     "tdca": Style("Top-down credit assignment", "#0B5345", "*", "-"),
     "tdca-silent": Style("TDCA, no credit to hidden units", "#3E8E7E", "*", _DOT_DASH),
     "tdca-unevolved": Style("TDCA, unevolved", "#6C8EAD", "*", _DOT),

@@ -16,6 +16,7 @@ from apical.experiment.recipe import Recipe, parse_options, rule_name
 from apical.experiment.schedule import alignment_decay
 from apical.recipes import own_rules
 from apical.rules.backprop import Backprop
+from apical.rules.corinfomax import CorInfoMax
 from apical.rules.counter_current_learning import CounterCurrentLearning
 from apical.rules.deep_feedback_control import DeepFeedbackControl
 from apical.rules.difference_target_propagation import DifferenceTargetPropagation
@@ -189,6 +190,7 @@ RULES: dict[str, Entry] = {
     "hep": Entry(
         EquilibriumPropagation, "holomorphic equilibrium propagation, complex nudges", {"estimator": "holomorphic"}
     ),
+    "corinfomax": Entry(CorInfoMax, "correlative information maximisation: layers that predict both ways"),
 }
 
 

@@ -75,6 +75,7 @@ class EquilibriumPropagation(CreditRule):
         damping: share of the old state that a step keeps, in [0, 1).
         noise: standard deviation of what is added to potentials at every step while training.
         tolerance: a phase ends early when no state moves by more in a step; 0 takes all steps.
+        rates: learning rate of each layer, relative to the optimiser's; empty for 1.
         input_shape: of one sample; needed with convolutions.
 
     Raises:
@@ -109,6 +110,7 @@ class EquilibriumPropagation(CreditRule):
         damping: float = 0.0,
         noise: float = 0.0,
         tolerance: float = 0.0,
+        rates: Sequence[float] = (),
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
@@ -125,6 +127,8 @@ class EquilibriumPropagation(CreditRule):
                 f"beta must be positive, steps at least 1 and points at least 2, got beta={beta}, free_steps={free_steps}, "
                 f"nudged_steps={nudged_steps}, points={points}"
             )
+        if any(not 0 < rate < float("inf") for rate in rates):
+            raise ConfigError(f"rates must be positive, got {tuple(rates)}")
         for name, value in (("noise", noise), ("tolerance", tolerance), ("homeostasis", homeostasis)):
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} must not be negative, got {value}")
@@ -143,6 +147,9 @@ class EquilibriumPropagation(CreditRule):
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise)
         self.estimator, self.beta, self.points = estimator, beta, points
         self.free_steps, self.nudged_steps, self.tolerance = free_steps, nudged_steps, tolerance
+        if len(rates) not in (0, len(self.chain.stages)):
+            raise ConfigError(f"rates needs one number for each of the {len(self.chain.stages)} layers, got {len(rates)}")
+        self.rates = tuple(rates) or (1.0,) * len(self.chain.stages)
         self.directed, self.update, self.homeostasis = weights == "directed", update, homeostasis
         if estimator == "holomorphic" and points > 2:
             self._check_complex()
@@ -255,8 +262,8 @@ class EquilibriumPropagation(CreditRule):
         self, x: Tensor, free: list[Tensor], nudged: list[Tensor], targets: Tensor, beta: Phases, c: Phases
     ) -> list[Tensor]:
         """Roots whose gradients are the estimates."""
-        batch, stages, q = len(x), self.network.stages, len(beta.im)
-        parts = [s.view(-1, batch, *s.shape[1:]) for s in nudged]
+        size, stages, q = len(x), self.network.stages, len(beta.im)
+        parts = [s.view(-1, size, *s.shape[1:]) for s in nudged]
         if self.estimator in ("one-sided", "random-sign"):  # the free state is one of the points
             parts = [torch.cat((s, f.unsqueeze(0))) for s, f in zip(parts, free, strict=True)]
             c = Phases(torch.cat((c.re, -c.re)), c.im)
@@ -265,14 +272,15 @@ class EquilibriumPropagation(CreditRule):
         different = self.directed and self.update == "different"
         roots: list[Tensor] = []
         for k, stage in enumerate(stages):
+            batch = size / self.rates[k]
             if k == 0 or different:
                 below = x if k == 0 else free[k - 1]
-                roots += local_roots(stage, changed[k][:real].sum(0), below, batch, batch)
+                roots += local_roots(stage, changed[k][:real].sum(0), below, batch, size)
             if k > 0 and different:
                 roots += weight_root(stage, self.back[k - 1], free[k], changed[k - 1][:real].sum(0), batch)
             elif k > 0:
                 signal, below = c.conjugate_rows(changed[k]).flatten(0, 1), parts[k - 1].flatten(0, 1)
-                roots += local_roots(stage, signal, below, batch, real * batch)
+                roots += local_roots(stage, signal, below, batch, real * size)
                 roots += weight_root(stage, self.back[k - 1], signal, below, batch) if self.directed else []
         if self.network.reader is not None:
             share = -(beta.re * c.re[: len(beta.re)])
@@ -281,11 +289,11 @@ class EquilibriumPropagation(CreditRule):
             error = self.network.errors(self.loss, nudged, targets, q)
             error = Phases(share, share.new_zeros(q)).times(error)
             signal = beta.conjugate_rows(error).flatten(0, 1)
-            roots += local_roots(self.network.reader, signal, nudged[-1], batch, len(share) * batch)
+            roots += local_roots(self.network.reader, signal, nudged[-1], size / self.rates[-1], len(share) * size)
         return roots
 
 
-def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: int, real: int) -> list[Tensor]:
+def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int) -> list[Tensor]:
     """Roots of weight and bias whose gradients are those of `signal . P(W rates + b)` summed over rows, over the batch size.
 
     Args:
@@ -301,7 +309,7 @@ def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: int, real: i
 
 
 def weight_root(
-    stage: Stage, weight: Tensor, signal: Tensor, rates: Tensor, batch: int, *, pulled_back: bool = False
+    stage: Stage, weight: Tensor, signal: Tensor, rates: Tensor, batch: float, *, pulled_back: bool = False
 ) -> list[Tensor]:
     """The root of `weight` alone, which has the shape of the stage's."""
     if not weight.requires_grad:

@@ -1,0 +1,268 @@
+"""Correlative information maximisation (Bozkurt, Pehlevan & Erdogan, arXiv 2306.04810): layers that predict both ways.
+
+    e^f_k = r_k - W^f_k r_{k-1},   e^b_k = r_k - W^b_k r_{k+1}
+
+Each layer climbs its part of the information between neighbouring layers: it spreads its activities (the inverse of their
+correlation matrix, B_k, is kept by lateral weights) and stays near what both neighbours predict of it. With step mu, leak g,
+regulariser eps and gamma = (1 - lambda) / lambda:
+
+    hidden:  u_k <- u_k + mu { (W^f_k r_{k-1} + W^b_k r_{k+1} - 2 u_k) / eps - g u_k + g r_k + 2 gamma B_k r_k }
+    output:  u_K <- u_K + mu { (W^f_K r_{K-1} - u_K) / eps - (g + 1) u_K + g r_K + gamma B_K r_K - beta (r_K - y) }
+    r_k = clip(u_k, 0, 1)
+
+Weights learn the difference of the prediction errors between a nudged phase (beta) and a free one. Forward and backward
+weights learn apart, so neither is the other's transpose; and the field is no gradient, so what they learn is none either.
+
+Departures from the released code: biases, where the model has them, are weights from a unit that is always 1; a third phase
+starts from the free state.
+"""
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.chain import Chain
+from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.local import known_root
+from apical.core.losses import squared_error, wanted
+from apical.core.units import key
+from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+
+Nudge = Literal["one-sided", "random-sign", "symmetric"]
+NUDGES = ("one-sided", "random-sign", "symmetric")
+
+
+class Layers(NamedTuple):
+    """Membrane potentials u_k, activities r_k, and multipliers of the sparse form (batch, 1); from the first layer on."""
+
+    u: list[Tensor]
+    r: list[Tensor]
+    multiplier: list[Tensor]
+
+
+class CorInfoMax(CreditRule):
+    """The network settles without and with a nudge towards the label; forward, backward and lateral weights learn locally.
+
+    Activities live in [0, 1] (or, sparse, are not negative and nearly sum to 1), whatever activations the model names.
+
+    Args:
+        model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them.
+        loss: for reports only; the dynamics nudge the output by `beta (r - y)`, y one-hot.
+        nudge: "one-sided", "random-sign" (the sign of beta drawn for each batch) or "symmetric" (a third phase, -beta).
+        beta: size of the nudge.
+        epsilon: eps.
+        forgetting: lambda, in (0, 1].
+        leak: g.
+        output_leak: the "+ 1" of the output's leak, which is the released code's; 0 climbs the objective alone.
+        step: mu.
+        step_decay: mu_t = max(mu / (step_decay t + 1), step_floor); 0 keeps mu.
+        step_floor: see there.
+        free_steps: T_f.
+        nudged_steps: T_n.
+        exact_inverse: divide the lateral change by `1 + gamma r^T B r`, sample by sample.
+        sparse: rate of each layer's multiplier, which takes the place of the upper bound 1; empty for the box.
+        rates: learning rate of each layer's forward weights, relative to the optimiser's; empty for 1.
+        backward_rates: the same for the backward weights of the hidden layers.
+
+    Attributes:
+        backward: W^b_k.
+        lateral: B_k, updated in every training step, in place.
+
+    Raises:
+        UnsupportedModelError: the model is no such chain; the module is named.
+        ConfigError: an option is out of range.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> rule = CorInfoMax(model)
+    >>> credit = rule(torch.rand(8, 4), torch.randint(3, (8,)))
+    >>> credit.backward()
+    >>> model[0].weight.grad.shape, rule.backward[0].grad.shape
+    (torch.Size([6, 4]), torch.Size([6, 3]))
+    """
+
+    feed_forward = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = squared_error,
+        nudge: Nudge = "random-sign",
+        beta: float = 1.0,
+        epsilon: float = 0.15,
+        forgetting: float = 0.99999,
+        leak: float = 0.5,
+        output_leak: float = 1.0,
+        step: float = 0.05,
+        step_decay: float = 0.0,
+        step_floor: float = 0.001,
+        free_steps: int = 30,
+        nudged_steps: int = 10,
+        exact_inverse: bool = False,
+        sparse: Sequence[float] = (),
+        rates: Sequence[float] = (),
+        backward_rates: Sequence[float] = (),
+    ) -> None:
+        super().__init__(model, loss)
+        if nudge not in NUDGES:
+            raise unknown_name("nudge", nudge, NUDGES)
+        positive = {"beta": beta, "epsilon": epsilon, "step": step, "step_floor": step_floor}
+        for name, value in (*positive.items(), ("leak", leak), ("output_leak", output_leak), ("step_decay", step_decay)):
+            if not (isfinite(value) and value >= 0 and (value > 0 or name not in positive)):
+                raise ConfigError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
+        if not 0 < forgetting <= 1 or min(free_steps, nudged_steps) < 1:
+            raise ConfigError(
+                f"forgetting must be in (0, 1] and steps at least 1, got forgetting={forgetting}, free_steps={free_steps}, "
+                f"nudged_steps={nudged_steps}"
+            )
+        self.chain = Chain(model)
+        stages = self.chain.stages
+        for stage in stages:
+            if not stage.is_dense:
+                raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; corinfomax needs these")
+            if not isinstance(stage.activation, nn.ReLU | nn.Hardtanh | nn.Identity):
+                kind = type(stage.activation).__name__
+                raise UnsupportedModelError(
+                    f"the activation behind layer {stage.name!r} ({kind}) is not the box [0, 1] that corinfomax's activities "
+                    "live in: use ReLU or Hardtanh(0, 1) there"
+                )
+        for name, given, count in (("sparse", sparse, len(stages)), ("rates", rates, len(stages))):
+            if len(given) not in (0, count):
+                raise ConfigError(f"{name} needs one number for each of the {count} layers, got {len(given)}")
+        if len(backward_rates) not in (0, len(stages) - 1):
+            raise ConfigError(f"backward_rates needs {len(stages) - 1} numbers, one per hidden layer, got {len(backward_rates)}")
+        self.nudge, self.beta, self.epsilon, self.forgetting = nudge, beta, epsilon, forgetting
+        self.gamma = (1 - forgetting) / forgetting
+        self.leak, self.output_leak = leak, output_leak
+        self.step, self.step_decay, self.step_floor = step, step_decay, step_floor
+        self.free_steps, self.nudged_steps, self.exact_inverse = free_steps, nudged_steps, exact_inverse
+        self.sparse, self.rates = tuple(sparse), tuple(rates) or (1.0,) * len(stages)
+        self.backward_rates = tuple(backward_rates) or (1.0,) * (len(stages) - 1)
+        like = stages[0].layer.weight.detach()
+        self.backward = nn.ParameterList(
+            nn.Parameter(nn.init.xavier_uniform_(like.new_empty(stage.size, above.size)))
+            for stage, above in zip(stages, stages[1:], strict=False)
+        )
+        self.lateral = nn.Module()
+        for stage in stages:
+            root = nn.init.xavier_uniform_(like.new_empty(stage.size, stage.size))
+            self.lateral.register_buffer(key(stage.name), root @ root.T)
+
+    def feedback_parameters(self) -> list[nn.Parameter]:
+        """W^b_1..W^b_{K-1}."""
+        return list(self.backward)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """(W^b_{k-1})^T, in the shape of the W^f_k whose way it goes back."""
+        above = self.chain.stages[1:]
+        return {stage.name: back.T for stage, back in zip(above, self.backward, strict=True)}
+
+    def inverses(self) -> list[Tensor]:
+        """B_1..B_K."""
+        return [self.lateral.get_buffer(key(stage.name)) for stage in self.chain.stages]
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """r_K (batch, outputs) after T_f free steps; differentiable."""
+        return self._free(self.chain.enter(inputs)).r[-1]
+
+    def _free(self, x: Tensor) -> Layers:
+        u = [x.new_zeros(len(x), stage.size) for stage in self.chain.stages]
+        start = Layers(u, list(u), [x.new_zeros(len(x), 1) for _ in self.sparse])
+        return self.settle(x, start, self.free_steps)
+
+    def settle(self, x: Tensor, start: Layers, steps: int, push: Tensor | None = None, y: Tensor | None = None) -> Layers:
+        """`steps` iterations from a state; layers move in order, each seeing what those below it have just become.
+
+        Args:
+            x: (batch, inputs).
+            start: where from.
+            push: beta, a scalar; None is the free phase.
+            y: targets (batch, outputs) of a nudged phase.
+        """
+        stages, last = self.chain.stages, len(self.chain.stages) - 1
+        spread = [
+            (1 if k == last else 2) * self.gamma * b + self.leak * torch.eye(len(b), dtype=b.dtype, device=b.device)
+            for k, b in enumerate(self.inverses())
+        ]
+        first = stages[0].layer(x)
+        u, r, multiplier = list(start.u), list(start.r), list(start.multiplier)
+        for t in range(steps):
+            mu = max(self.step / (self.step_decay * t + 1), self.step_floor) if self.step_decay else self.step
+            near = mu / self.epsilon
+            for k, stage in enumerate(stages):
+                leak = near + mu * (self.leak + self.output_leak) if k == last else 2 * near + mu * self.leak
+                moved = torch.addmm(u[k], r[k], spread[k], beta=1 - leak, alpha=mu)
+                if k == 0:
+                    moved = moved.add_(first, alpha=near)
+                else:
+                    moved = moved.addmm_(r[k - 1], stage.layer.weight.T, alpha=near)
+                    if stage.layer.bias is not None:
+                        moved = moved.add_(stage.layer.bias, alpha=near)
+                if k < last:
+                    moved = moved.addmm_(r[k + 1], self.backward[k].T, alpha=near)
+                elif push is not None and y is not None:
+                    moved = moved - mu * push * (r[k] - y)
+                if self.sparse:
+                    moved = moved - mu * multiplier[k]
+                    u[k], r[k] = moved, moved.clamp_min(0.0)
+                    excess = r[k].sum(1, keepdim=True) - 1 - multiplier[k] + multiplier[k].clamp_min(0.0)
+                    multiplier[k] = (multiplier[k] + self.sparse[k] * excess).clamp_min(0.0)
+                else:
+                    u[k], r[k] = moved, moved.clamp(0.0, 1.0)
+        return Layers(u, r, multiplier)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit for one batch: `output` and `loss` are those of the free phase."""
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            x = self.chain.enter(inputs)
+            free = self._free(x)
+            output = free.r[-1]
+            y = wanted(output, targets)
+            beta = x.new_full((), self.beta)
+            if self.nudge == "random-sign":
+                beta = beta * (1 - 2 * torch.randint(2, (), device=x.device))
+            start = Layers(list(free.r), list(free.r), list(free.multiplier))  # from the activities, not the old potentials
+            nudged = self.settle(x, start, self.nudged_steps, beta, y)
+            against, width = free, beta
+            if self.nudge == "symmetric":
+                against, width = self.settle(x, start, self.nudged_steps, -beta, y), 2 * beta
+            products = self._contrast(x, nudged.r, against.r, width)
+            if self.training and self.gamma:
+                self._follow(nudged.r)
+            logs = {"dead_outputs": (output.amax(0) <= 0).sum().to(output.dtype)}
+        roots = [known_root(parameter, product) for parameter, product in products if parameter.requires_grad]
+        return Credit(roots, [None] * len(roots), output, self.loss(output, targets), logs)
+
+    def _contrast(
+        self, x: Tensor, nudged: Sequence[Tensor], against: Sequence[Tensor], width: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Parameters, each with minus the change it asks for."""
+        found: list[tuple[Tensor, Tensor]] = []
+        stages = self.chain.stages
+        for k, stage in enumerate(stages):
+            weight, bias, factor = stage.layer.weight, stage.layer.bias, -self.rates[k] / (width * len(x))
+            if k == 0:  # what the input predicts is the same in both phases
+                changed = (nudged[0] - against[0]) * factor
+                product = changed.T @ x
+            else:
+                up, down = nudged[k] - stage.layer(nudged[k - 1]), against[k] - stage.layer(against[k - 1])
+                product = factor * (up.T @ nudged[k - 1] - down.T @ against[k - 1])
+                changed = (up - down) * factor
+            found.append((weight, product))
+            if bias is not None:
+                found.append((bias, changed.sum(0)))
+        for k, back in enumerate(self.backward):
+            up, down = nudged[k] - nudged[k + 1] @ back.T, against[k] - against[k + 1] @ back.T
+            product = up.T @ nudged[k + 1] - down.T @ against[k + 1]
+            found.append((back, -self.backward_rates[k] / (width * len(x)) * product))
+        return found
+
+    def _follow(self, r: Sequence[Tensor]) -> None:
+        """`B_k <- (B_k - gamma mean(z z^T)) / lambda`, `z = B_k r_k`."""
+        for b, each in zip(self.inverses(), r, strict=True):
+            z = each @ b
+            weighed = z / (1 + self.gamma * (z * each).sum(1, keepdim=True)) if self.exact_inverse else z
+            b.sub_(weighed.T @ z, alpha=self.gamma / len(each)).div_(self.forgetting)
