@@ -127,7 +127,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, what: st
 
 
 def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) -> None:
-    """Every trainable parameter gets a finite `.grad`; output and loss are those of the model, or of what `predict` answers."""
+    """Every trainable parameter gets a finite `.grad`; output and loss are those of the model (or of `predict`)."""
     for network, batch in settings(factory):
         rule = _make(factory, network)
         plain = _answer(factory, network, rule, batch(0)[0])
@@ -136,7 +136,11 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
         if credit.output.shape != (8, 4) or credit.loss.dim() != 0:
             raise AssertionError(f"output {tuple(credit.output.shape)} or loss {tuple(credit.loss.shape)} has a wrong shape")
         if not torch.allclose(credit.output, plain, rtol=1e-12, atol=1e-12):
-            raise AssertionError("credit.output is not the output of the model" if rule.feed_forward else "credit.output is not what predict answers")
+            raise AssertionError(
+                "credit.output is not the output of the model"
+                if rule.feed_forward
+                else "credit.output is not what predict answers"
+            )
         if not torch.allclose(credit.loss, F.cross_entropy(credit.output, batch(0)[1])):
             raise AssertionError("credit.loss is not the loss of credit.output")
         credit.backward()

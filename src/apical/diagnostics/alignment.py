@@ -67,7 +67,8 @@ def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dic
 def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weight gradients of the rule and of backpropagation, by layer name, on one batch.
 
-    Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through time.
+    Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through
+    time.
     """
     layers = {
         name: module.weight

@@ -2,9 +2,9 @@
 
     v_k = P(W_k s_{k-1} + b_k) + d/ds_k [ s_{k+1} . P(B_{k+1} s_k) ] - beta de/ds_k,   s_k <- phi_k(v_k)
 
-All layers move at once from the same old state. With B = W this descends an energy; P is pooling, or nothing. The linear maps
-are real, so a complex state is kept as two rows of the batch, its real and its imaginary part: N phases of which all but two
-come in conjugate pairs take N rows per sample, as N real ones would.
+All layers move at once from the same old state. With B = W this descends an energy; P is pooling, or nothing. The linear
+maps are real, so a complex state is kept as two rows of the batch, its real and its imaginary part: N phases of which all
+but two come in conjugate pairs take N rows per sample, as N real ones would.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,7 +88,9 @@ class EquilibriumNetwork:
         found: list[Tensor | None] = [first]
         p, q = (len(phases.re), len(phases.im)) if phases is not None else (1, 0)
         if p + q > 1:
-            found = [torch.cat((first.repeat(p, *[1] * (first.dim() - 1)), first.new_zeros(q * len(first), *first.shape[1:])))]
+            found = [
+                torch.cat((first.repeat(p, *[1] * (first.dim() - 1)), first.new_zeros(q * len(first), *first.shape[1:])))
+            ]
         for stage in self.stages[1:]:
             bias = stage.layer.bias
             if bias is None or q == 0 or not stage.is_dense:
@@ -128,7 +130,12 @@ class EquilibriumNetwork:
         before = s
         for number in range(steps):
             before, s = s, self.step(s, given, back, push, imaginary=imaginary, noisy=noisy)
-            if tolerance and not torch.compiler.is_compiling() and number % LOOK_EVERY == LOOK_EVERY - 1 and float(_change(before, s)) <= tolerance:
+            if (
+                tolerance
+                and not torch.compiler.is_compiling()
+                and number % LOOK_EVERY == LOOK_EVERY - 1
+                and float(_change(before, s)) <= tolerance
+            ):
                 break
         return Settled(s, _change(before, s))
 
@@ -264,7 +271,9 @@ def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor) -> Tensor:
 
     def up(rates: Tensor) -> Tensor:
         seen = stage.seen(rates)
-        return pooled(stage, F.linear(seen, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(seen, weight, None))
+        return pooled(
+            stage, F.linear(seen, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(seen, weight, None)
+        )
 
     result: Tensor = torch.func.vjp(up, s)[1](above)[0]
     return result

@@ -10,7 +10,7 @@ from torch import nn
 from apical.errors import ConfigError, unknown_name
 from apical.models.convnets import cnn_elu, cnn_stride, conv_autoencoder
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import autoencoder, mlp, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
+from apical.models.mlp import autoencoder, mlp, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.resnet import CifarResNet, ResNet
 
 _WIDTHS = r"(-[1-9][0-9]{0,6})+"
@@ -20,6 +20,7 @@ _EXAMPLES = {
     "mlp-elu": "mlp-elu-256-256",
     "mlp-sigmoid": "mlp-sigmoid-256-256",
     "mlp-clip": "mlp-clip-500",
+    "mlp-box": "mlp-box-500",
     "mlp-residual": "mlp-residual-100-100-100",
     "autoencoder": "autoencoder-256-32-256",
     "cnn-elu": "cnn-elu-128-128-256-256-512",
@@ -68,6 +69,7 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp-elu": mlp_elu,
     "mlp-sigmoid": mlp_sigmoid,
     "mlp-clip": mlp_clip,
+    "mlp-box": mlp_box,
     "mlp-residual": mlp_residual,
     "autoencoder": autoencoder,
 }

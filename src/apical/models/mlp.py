@@ -84,6 +84,19 @@ def mlp_clip(in_features: int, widths: Sequence[int], out_features: int) -> nn.S
     return nn.Sequential(layers)
 
 
+def mlp_box(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+    """:func:`mlp_clip` without biases: the perceptron of CorInfoMax (arXiv 2306.04810).
+
+    Raises:
+        ConfigError: a size is not positive.
+    """
+    model = mlp_clip(in_features, widths, out_features)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_parameter("bias", None)
+    return model
+
+
 def mlp_elu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
     """ELU perceptron of counter-current learning (arXiv 2409.19841): no biases, PyTorch's own initial weights.
 

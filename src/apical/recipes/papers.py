@@ -97,6 +97,26 @@ PAPERS: dict[str, dict[str, Table]] = {
         ),
         "mnist": _study("tp-mnist", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
     },
+    "ep": {
+        "digits": _study("ep-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}),
+        "mnist": _study("ep-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 25, "seeds": 5}),
+        "noise": Table(
+            "Equilibrium propagation with noisy neurons, digits",
+            {
+                "smoke": {"epochs": 1, "seeds": 2, "train_limit": 200},
+                "cpu": {"epochs": 15, "seeds": 5},
+                "paper": {"epochs": 15, "seeds": 10},
+            },
+            module="apical.recipes.equilibrium_noise",
+            needs={"epochs": 15, "seeds": 3},
+        ),
+    },
+    "corinfomax": {
+        "digits": _study(
+            "corinfomax-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}
+        ),
+        "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 5, "seeds": 3}, {"epochs": 50, "seeds": 10}),
+    },
     "ccl": {
         "mnist": _study("ccl-mnist", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}, {"cpu": 0.79}),
         "fashion": _study("ccl-fashion", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),

@@ -18,6 +18,7 @@ starts from the free state.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import isfinite
 from typing import Literal, NamedTuple
 
@@ -125,14 +126,16 @@ class CorInfoMax(CreditRule):
             if not isinstance(stage.activation, nn.ReLU | nn.Hardtanh | nn.Identity):
                 kind = type(stage.activation).__name__
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({kind}) is not the box [0, 1] that corinfomax's activities "
-                    "live in: use ReLU or Hardtanh(0, 1) there"
+                    f"the activation behind layer {stage.name!r} ({kind}) is not the box [0, 1] that corinfomax's "
+                    "activities live in: use ReLU or Hardtanh(0, 1) there"
                 )
         for name, given, count in (("sparse", sparse, len(stages)), ("rates", rates, len(stages))):
             if len(given) not in (0, count):
                 raise ConfigError(f"{name} needs one number for each of the {count} layers, got {len(given)}")
         if len(backward_rates) not in (0, len(stages) - 1):
-            raise ConfigError(f"backward_rates needs {len(stages) - 1} numbers, one per hidden layer, got {len(backward_rates)}")
+            raise ConfigError(
+                f"backward_rates needs {len(stages) - 1} numbers, one per hidden layer, got {len(backward_rates)}"
+            )
         self.nudge, self.beta, self.epsilon, self.forgetting = nudge, beta, epsilon, forgetting
         self.gamma = (1 - forgetting) / forgetting
         self.leak, self.output_leak = leak, output_leak
@@ -143,7 +146,7 @@ class CorInfoMax(CreditRule):
         like = stages[0].layer.weight.detach()
         self.backward = nn.ParameterList(
             nn.Parameter(nn.init.xavier_uniform_(like.new_empty(stage.size, above.size)))
-            for stage, above in zip(stages, stages[1:], strict=False)
+            for stage, above in pairwise(stages)
         )
         self.lateral = nn.Module()
         for stage in stages:

@@ -4,8 +4,8 @@
     nudged:  the same with Phi - beta e(s, target)
     dL/dW_k = - d/dbeta dPhi/dW_k at beta = 0 = - d/dbeta [ s_k s_{k-1}^T ]
 
-The network is not run forwards: it settles, and so does its answer (:meth:`EquilibriumPropagation.predict`). The derivative with
-respect to the nudge is taken from a few settled states, one for each nudge beta_p, by weights c_p:
+The network is not run forwards: it settles, and so does its answer (:meth:`EquilibriumPropagation.predict`). The
+derivative with respect to the nudge is taken from a few settled states, one for each nudge beta_p, by weights c_p:
 
 | estimator | nudges | error |
 | --- | --- | --- |
@@ -14,10 +14,10 @@ respect to the nudge is taken from a few settled states, one for each nudge beta
 | "symmetric" (arXiv 2006.03824) | beta, -beta | O(beta^2) |
 | "holomorphic" (arXiv 2209.00530) | beta exp(2 pi i p / N), p = 1..N | O(beta^N) |
 
-With directed weights (arXiv 2006.03824; 2309.02214) a feedback matrix B_k stands in for W_k^T, and the field has no energy: what
-is estimated is only near the gradient where B is near W. Either both learn the symmetric update, and weight decay makes them
-alike; or each learns from what its own neurons saw and how its target neurons moved, and a homeostatic loss makes the
-Jacobian symmetric.
+With directed weights (arXiv 2006.03824; 2309.02214) a feedback matrix B_k stands in for W_k^T, and the field has no
+energy: what is estimated is only near the gradient where B is near W. Either both learn the symmetric update, and weight
+decay makes them alike; or each learns from what its own neurons saw and how its target neurons moved, and a homeostatic
+loss makes the Jacobian symmetric.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ class EquilibriumPropagation(CreditRule):
 
     Args:
         model: a chain of weighted layers and element-wise activations, with pooling where it likes. States of bounded
-            activations (`nn.Hardtanh(0, 1)`, :class:`~apical.core.sigmoids.ShiftedSigmoid`, tanh) settle or cycle; others may
-            run away.
+            activations (`nn.Hardtanh(0, 1)`, :class:`~apical.core.sigmoids.ShiftedSigmoid`, tanh) settle or cycle; others
+            may run away.
         loss: maps (output, targets) to a scalar batch mean; one of cross_entropy and squared_error for complex nudges.
         estimator: see the module.
         beta: size of the nudge.
@@ -129,9 +129,9 @@ class EquilibriumPropagation(CreditRule):
             )
         if any(not 0 < rate < float("inf") for rate in rates):
             raise ConfigError(f"rates must be positive, got {tuple(rates)}")
-        for name, value in (("noise", noise), ("tolerance", tolerance), ("homeostasis", homeostasis)):
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must not be negative, got {value}")
+        for name, number in (("noise", noise), ("tolerance", tolerance), ("homeostasis", homeostasis)):
+            if not 0 <= number < float("inf"):
+                raise ConfigError(f"{name} must not be negative, got {number}")
         if not 0 <= damping < 1:
             raise ConfigError(f"damping must be in [0, 1), got {damping}")
         if homeostasis and weights != "directed":
@@ -143,7 +143,9 @@ class EquilibriumPropagation(CreditRule):
         last = self.chain.stages[-1]
         read_out = isinstance(last.activation, nn.Identity) if output is None else output == "read-out"
         if read_out and len(self.chain.stages) < 2:
-            raise UnsupportedModelError(f'layer {last.name!r} is all there is: there is no state to settle; use output="state"')
+            raise UnsupportedModelError(
+                f'layer {last.name!r} is all there is: there is no state to settle; use output="state"'
+            )
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise)
         self.estimator, self.beta, self.points = estimator, beta, points
         self.free_steps, self.nudged_steps, self.tolerance = free_steps, nudged_steps, tolerance
@@ -173,13 +175,15 @@ class EquilibriumPropagation(CreditRule):
             raise ConfigError(f"complex nudges need a loss whose error is known for complex outputs: {known}; or points=2")
         for stage in self.chain.stages:
             if stage.after or _nonlinear(stage):
-                raise UnsupportedModelError(f"layer {stage.name!r} has pooling beside it that is not for complex states: use points=2")
+                raise UnsupportedModelError(
+                    f"layer {stage.name!r} has pooling beside it that is not for complex states: use points=2"
+                )
             try:
                 stage.activation(torch.zeros(1, dtype=torch.complex64))
             except (RuntimeError, NotImplementedError, TypeError) as error:
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not defined for complex "
-                    "states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
+                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not defined for "
+                    "complex states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
                 ) from error
 
     def feedback_parameters(self) -> list[nn.Parameter]:
@@ -221,7 +225,10 @@ class EquilibriumPropagation(CreditRule):
                 targets = wanted(output, targets)
             beta, weights = self._phases(x)
             q = len(beta.im)
-            rows = [torch.cat((s.repeat(len(beta.re), *[1] * (s.dim() - 1)), s.new_zeros(q * len(s), *s.shape[1:]))) for s in free.s]
+            rows = [
+                torch.cat((s.repeat(len(beta.re), *[1] * (s.dim() - 1)), s.new_zeros(q * len(s), *s.shape[1:])))
+                for s in free.s
+            ]
             nudged = network.settle(
                 rows,
                 network.given(x, beta),
@@ -246,8 +253,8 @@ class EquilibriumPropagation(CreditRule):
         one, none = like.new_ones(1), like.new_zeros(0)
         if self.estimator in ("one-sided", "random-sign"):
             sign = 1 - 2 * torch.randint(2, (1,), device=like.device) if self.estimator == "random-sign" else 1
-            beta = self.beta * sign * one
-            return Phases(beta, none), Phases(-1 / beta, none)
+            signed = self.beta * sign * one
+            return Phases(signed, none), Phases(-1 / signed, none)
         n = self.points if self.estimator == "holomorphic" else 2
         real = [1.0, -1.0] if n % 2 == 0 else [1.0]
         turns = [2 * pi * p / n for p in range(1, (n + 1) // 2)]
