@@ -13,7 +13,7 @@ LAYERS = {
     "core": {"core", "errors"},
     "dynamics": {"dynamics", "core", "errors"},
     "rules": {"dynamics", "core", "errors"},  # and never another rule
-    "models": {"models", "errors"},
+    "models": {"models", "core", "errors"},
     "data": {"data", "errors"},
     "diagnostics": {"diagnostics", "dynamics", "core", "errors"},
     "evolution": {"evolution", "rules", "models", "data", "dynamics", "core", "errors"},

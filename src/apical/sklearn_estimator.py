@@ -111,8 +111,8 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             shape = (x.shape[1],)
             rule = make_rule(recipe, models.build(recipe.model, shape, len(self.classes_)), shape)
             train(rule, recipe, dataset)
+        self.model_: nn.Module = rule.detach()
         self.rule_: CreditRule = rule.double().eval()
-        self.model_: nn.Module = self.rule_.model
         self.n_iter_ = self.epochs
         return self
 

@@ -136,11 +136,7 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
         if credit.output.shape != (8, 4) or credit.loss.dim() != 0:
             raise AssertionError(f"output {tuple(credit.output.shape)} or loss {tuple(credit.loss.shape)} has a wrong shape")
         if not torch.allclose(credit.output, plain, rtol=1e-12, atol=1e-12):
-            raise AssertionError(
-                "credit.output is not the output of the model"
-                if rule.feed_forward
-                else "credit.output is not what predict answers"
-            )
+            raise AssertionError("credit.output is not the output of the model, or what predict answers")
         if not torch.allclose(credit.loss, F.cross_entropy(credit.output, batch(0)[1])):
             raise AssertionError("credit.loss is not the loss of credit.output")
         credit.backward()
@@ -155,11 +151,9 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
 @torch.no_grad()
 def _answer(factory: Factory, network: Callable[[], nn.Module], rule: CreditRule, inputs: Tensor) -> Tensor:
     """Output of a fresh model, or what a fresh rule predicts where that is not its model's feed-forward pass."""
-    if not rule.feed_forward:
-        return _make(factory, network).predict(inputs)
     torch.manual_seed(0)
-    plain: Tensor = network()(inputs)
-    return plain
+    answer: Tensor = network()(inputs) if rule.feed_forward else _make(factory, network).predict(inputs)
+    return answer
 
 
 def check_accumulation(factory: Factory) -> None:

@@ -51,7 +51,7 @@ def test_every_table_can_be_run_at_every_budget(name: str, table: Table) -> None
         assert int(table.budgets["paper"]["epochs"]) >= epochs
         assert int(table.budgets["paper"]["seeds"]) >= SEEDS
         smoke = {**own.default.to_json(), **table.budgets["smoke"]}
-        if smoke["data"] != "digits":  # which are as few as that
+        if not smoke["data"].startswith("digits"):  # which are as few as that
             looked_at = smoke["train_limit"] + smoke["test_limit"] + smoke["validation"]
             assert looked_at <= 1500, "a smoke budget is a minute or two"
     assert found(name) == {name: table}

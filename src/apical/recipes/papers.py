@@ -115,7 +115,7 @@ PAPERS: dict[str, dict[str, Table]] = {
         "digits": _study(
             "corinfomax-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}
         ),
-        "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 5, "seeds": 3}, {"epochs": 50, "seeds": 10}),
+        "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
     },
     "ccl": {
         "mnist": _study("ccl-mnist", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}, {"cpu": 0.79}),
