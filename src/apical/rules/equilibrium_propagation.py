@@ -82,6 +82,9 @@ class EquilibriumPropagation(CreditRule):
         UnsupportedModelError: the model is no such chain, or an activation has no complex form; the module is named.
         ConfigError: an option is out of range.
 
+    Logs: `free_residual` and `nudged_residual` (the largest change of a state in a phase's last step) and, of holomorphic
+    nudges, `off_branch` (:func:`off_branch`).
+
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3))
     >>> rule = EquilibriumPropagation(model, beta=0.1)
     >>> credit = rule(torch.randn(8, 4), torch.randint(3, (8,)))
@@ -240,12 +243,14 @@ class EquilibriumPropagation(CreditRule):
                 noisy=True,
             )
             roots = self._roots(x, free.s, nudged.s, targets, beta, weights)
+            logs = {"free_residual": free.residual, "nudged_residual": nudged.residual}
+            if self.estimator == "holomorphic":
+                logs["off_branch"] = off_branch(free.s, nudged.s, _shares(beta, weights))
         if self.homeostasis:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
                 noise = [torch.randn(DRAWS, *stage.shape, dtype=x.dtype, device=x.device) for stage in network.stages]
                 asymmetry = homeostatic_loss(lambda d: jacobian_product(network.stages, list(self.back), d), noise)
                 roots.append(self.homeostasis * asymmetry)
-        logs = {"free_residual": free.residual, "nudged_residual": nudged.residual}
         return Credit(roots, [None] * len(roots), output, loss, logs)
 
     def _phases(self, like: Tensor) -> tuple[Phases, Phases]:
@@ -290,14 +295,33 @@ class EquilibriumPropagation(CreditRule):
                 roots += local_roots(stage, signal, below, batch, real * size)
                 roots += weight_root(stage, self.back[k - 1], signal, below, batch) if self.directed else []
         if self.network.reader is not None:
-            share = -(beta.re * c.re[: len(beta.re)])
-            if q:
-                share = share + F.pad(beta.im * c.im, (len(beta.re) - q, 0))
+            share = _shares(beta, c)
             error = self.network.errors(self.loss, nudged, targets, q)
             error = Phases(share, share.new_zeros(q)).times(error)
             signal = beta.conjugate_rows(error).flatten(0, 1)
             roots += local_roots(self.network.reader, signal, nudged[-1], size / self.rates[-1], len(share) * size)
         return roots
+
+
+def _shares(beta: Phases, c: Phases) -> Tensor:
+    """`-beta_p c_p`, which is real: how much each settled phase counts in a mean over all (P,)."""
+    share = -beta.re * c.re[: len(beta.re)]
+    return share + F.pad(beta.im * c.im, (len(beta.re) - len(beta.im), 0)) if len(beta.im) else share
+
+
+def off_branch(free: Sequence[Tensor], nudged: Sequence[Tensor], share: Tensor) -> Tensor:
+    """Distance of the phases' mean state from the free one, relative to how far phases lie from it; 0 for zero movement.
+
+    A function that is analytic within the circle of nudges has its value at the centre as its mean on the circle, up to
+    O(beta^N). Where this is not small, nudges are too large for a continuous branch of equilibria, and more of them do not
+    help.
+    """
+    gaps, moves = [], []
+    for s, centre in zip(nudged, free, strict=True):
+        parts = s.view(-1, *centre.shape)[: len(share)]
+        gaps.append(((parts * share.view(-1, *[1] * centre.dim())).sum(0) - centre).abs().amax())
+        moves.append((parts - centre).abs().amax())
+    return torch.stack(gaps).amax() / torch.stack(moves).amax().clamp_min(torch.finfo(free[0].dtype).tiny)
 
 
 def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int) -> list[Tensor]:
