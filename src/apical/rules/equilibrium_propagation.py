@@ -258,7 +258,7 @@ class EquilibriumPropagation(CreditRule):
         one, none = like.new_ones(1), like.new_zeros(0)
         if self.estimator in ("one-sided", "random-sign"):
             sign = 1 - 2 * torch.randint(2, (1,), device=like.device) if self.estimator == "random-sign" else 1
-            signed = self.beta * sign * one
+            signed = sign * one * self.beta
             return Phases(signed, none), Phases(-1 / signed, none)
         n = self.points if self.estimator == "holomorphic" else 2
         real = [1.0, -1.0] if n % 2 == 0 else [1.0]
