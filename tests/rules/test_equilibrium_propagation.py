@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import apical
 from apical import models
+from apical.core.credit import Loss
 from apical.core.losses import squared_error
 from apical.core.sigmoids import DoubleSiLU, ShiftedSigmoid
 from apical.diagnostics.alignment import gradients as against_exact
@@ -128,7 +129,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize(("loss", "error"), [(F.cross_entropy, cross_entropy_error), (squared_error, squared_distance)])
-def test_the_estimate_is_that_of_the_equations(case: str, state: bool, loss: apical.core.credit.Loss, error: Error) -> None:
+def test_the_estimate_is_that_of_the_equations(case: str, state: bool, loss: Loss, error: Error) -> None:
     options, points = CASES[case]
     model = network(state=state)
     rule = EP(model, loss, beta=0.3, free_steps=7, nudged_steps=5, damping=0.25, **options)
@@ -169,7 +170,7 @@ def test_the_first_paper_cuts_off_after_a_damped_step() -> None:
     assert model[3].weight.grad.abs().max() > 1e-3
 
 
-def finite_difference(model: nn.Sequential, loss: apical.core.credit.Loss, steps: int = 3000, h: float = 1e-5) -> Tensor:
+def finite_difference(model: nn.Sequential, loss: Loss, steps: int = 3000, h: float = 1e-5) -> Tensor:
     """Gradient of the loss at the free equilibrium."""
     rule, found = EP(model, loss, free_steps=steps), []
     x, y = batch()

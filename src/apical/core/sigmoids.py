@@ -16,18 +16,21 @@ class ShiftedSigmoid(nn.Module):
         return torch.sigmoid(torch.add(v.new_full((), -2.0), v, alpha=4))
 
 
-def complex_sigmoid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of `sigma(a + ib)`, without overflow; several times faster than with complex numbers.
+def complex_shifted_sigmoid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of `sigma(4 z - 2)` at z = a + ib, by real functions: several times faster than by complex ones.
 
-    >>> re, im = complex_sigmoid(torch.tensor([-200.0, 1.0]), torch.tensor([1.0, 2.0]))
-    >>> torch.allclose(torch.complex(re, im)[1], torch.sigmoid(torch.tensor(1 + 2j))), float(re[0])
-    (True, 0.0)
+    With T = tanh(2a - 1) and t = tan(2b): `1/2 + (T (1 + t^2) + i t (1 - T^2)) / (2 + 2 T^2 t^2)`.
+
+    >>> re, im = complex_shifted_sigmoid(torch.tensor([-200.0, 1.0]), torch.tensor([1.0, 2.0]))
+    >>> expected = ShiftedSigmoid()(torch.tensor([-200.0 + 1.0j, 1.0 + 2.0j]))
+    >>> torch.allclose(torch.complex(re, im), expected, atol=1e-6)
+    True
     """
-    t = torch.exp(-a.abs())
-    turned = t * torch.cos(b)
-    square = t * t
-    scale = (1 + square + 2 * turned).reciprocal_()
-    return torch.where(a >= 0, torch.ones_like(a), square).add_(turned).mul_(scale), t.mul_(torch.sin(b)).mul_(scale)
+    hyperbolic, circular = torch.add(a.new_full((), -1.0), a, alpha=2).tanh_(), (2 * b).tan_()
+    squares = hyperbolic * hyperbolic, circular * circular
+    scale = torch.addcmul(a.new_ones(()), *squares).reciprocal_().mul_(0.5)
+    real = squares[1].add_(1).mul_(hyperbolic).mul_(scale).add_(0.5)
+    return real, squares[0].neg_().add_(1).mul_(circular).mul_(scale)
 
 
 class DoubleSiLU(nn.Module):

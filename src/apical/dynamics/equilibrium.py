@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apical.core.chain import Chain, Stage
 from apical.core.losses import squared_error, wanted
-from apical.core.sigmoids import ShiftedSigmoid, complex_sigmoid
+from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
 
 PROJECTIONS = (nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Identity)
@@ -237,7 +237,7 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
     real = len(v) - 2 * imaginary
     a, b = v[real : real + imaginary], v[real + imaginary :]
     if isinstance(activation, ShiftedSigmoid):
-        return torch.cat((activation(v[:real]), *complex_sigmoid(4 * a - 2, 4 * b)))
+        return torch.cat((activation(v[:real]), *complex_shifted_sigmoid(a, b)))
     z = activation(torch.complex(a, b))
     return torch.cat((activation(v[:real]), z.real, z.imag))
 
