@@ -42,7 +42,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_features_in_: features seen in `fit`.
         n_iter_: epochs trained.
         model_: the trained network, a plain `nn.Module`; maps standardised features (n, `n_features_in_`) to logits.
-        rule_: the rule, whose `predict` gives the answers: not the model's feed-forward pass where a rule settles.
+        rule_: the rule, whose `answer` gives the answers: not the model's feed-forward pass where a rule settles.
 
     >>> from sklearn.datasets import load_digits
     >>> images, labels = load_digits(return_X_y=True)
@@ -121,7 +121,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         x: NDArray[np.float64] = validate_data(self, X, reset=False, dtype=np.float64)
         with torch.no_grad():
-            found: NDArray[np.float64] = self.rule_.predict(self._standardised(x)).softmax(1).numpy()
+            found: NDArray[np.float64] = self.rule_.answer(self._standardised(x)).softmax(1).numpy()
         return found
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:

@@ -127,7 +127,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, what: st
 
 
 def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) -> None:
-    """Every trainable parameter gets a finite `.grad`; output and loss are those of the model (or of `predict`)."""
+    """Every trainable parameter gets a finite `.grad`; output and loss are those of the model (or of `answer`)."""
     for network, batch in settings(factory):
         rule = _make(factory, network)
         plain = _answer(factory, network, rule, batch(0)[0])
@@ -136,7 +136,7 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
         if credit.output.shape != (8, 4) or credit.loss.dim() != 0:
             raise AssertionError(f"output {tuple(credit.output.shape)} or loss {tuple(credit.loss.shape)} has a wrong shape")
         if not torch.allclose(credit.output, plain, rtol=1e-12, atol=1e-12):
-            raise AssertionError("credit.output is not the output of the model, or what predict answers")
+            raise AssertionError("credit.output is not the output of the model, or what `answer` gives")
         if not torch.allclose(credit.loss, F.cross_entropy(credit.output, batch(0)[1])):
             raise AssertionError("credit.loss is not the loss of credit.output")
         credit.backward()
@@ -150,9 +150,9 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
 
 @torch.no_grad()
 def _answer(factory: Factory, network: Callable[[], nn.Module], rule: CreditRule, inputs: Tensor) -> Tensor:
-    """Output of a fresh model, or what a fresh rule predicts where that is not its model's feed-forward pass."""
+    """Output of a fresh model, or what a fresh rule answers where that is not its model's feed-forward pass."""
     torch.manual_seed(0)
-    answer: Tensor = network()(inputs) if rule.feed_forward else _make(factory, network).predict(inputs)
+    answer: Tensor = network()(inputs) if rule.feed_forward else _make(factory, network).answer(inputs)
     return answer
 
 

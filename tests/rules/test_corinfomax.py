@@ -272,7 +272,7 @@ def test_no_label_no_learning() -> None:
     rule = CIM(network(), squared_error, nudge="one-sided", forgetting=1.0, free_steps=2000)
     x, _ = batch()
     with torch.no_grad():
-        answer = rule.predict(x)
+        answer = rule.answer(x)
     rule(x, answer).backward()
     assert max(float(p.grad.abs().max()) for p in rule.parameters()) < 1e-9
 

@@ -181,7 +181,7 @@ def finite_difference(model: nn.Sequential, loss: Loss, steps: int = 3000, h: fl
             for sign in (1, -1):
                 flat[i] += sign * h
                 with torch.no_grad():
-                    values.append(float(loss(rule.predict(x), y)))
+                    values.append(float(loss(rule.answer(x), y)))
                 flat[i] -= sign * h
             found.append((values[0] - values[1]) / (2 * h))
     return torch.tensor(found, dtype=torch.double)
@@ -204,7 +204,7 @@ def test_estimates_reach_the_gradient_at_their_orders() -> None:
 def test_backpropagation_through_the_settling_is_the_implicit_gradient() -> None:
     model, (x, y) = network(), batch()
     rule = EP(model, free_steps=600)
-    F.cross_entropy(rule.predict(x), y).backward()
+    F.cross_entropy(rule.answer(x), y).backward()
     assert (joined(model) - finite_difference(network(), F.cross_entropy, 600)).norm() < 1e-8
     own, exact = against_exact(EP(model, beta=0.02, free_steps=600, nudged_steps=600), x, y)
     assert all((own[name] - exact[name]).norm() < 1e-2 * exact[name].norm() for name in own)
@@ -263,7 +263,7 @@ def test_nothing_to_learn_changes_nothing() -> None:
     rule = EP(model, squared_error, "holomorphic", points=4, free_steps=500)
     x, _ = batch()
     with torch.no_grad():
-        answer = rule.predict(x)
+        answer = rule.answer(x)
     rule(x, answer).backward()
     assert joined(model).abs().max() < 1e-13
 
@@ -276,7 +276,7 @@ def test_a_nudge_that_leaves_the_branch_is_reported() -> None:
         for parameter in model.parameters():
             parameter.data *= 3
         rule = EP(model, beta=beta, free_steps=400, nudged_steps=400, estimator="holomorphic", points=8)
-        F.cross_entropy(rule.predict(batch()[0]), batch()[1]).backward()
+        F.cross_entropy(rule.answer(batch()[0]), batch()[1]).backward()
         exact = joined(model)
         errors[beta] = float((estimated(rule) - exact).norm() / exact.norm())
         told[beta] = float(rule(*batch()).logs["off_branch"])
@@ -397,7 +397,7 @@ def test_a_network_with_symmetric_weights_moves_by_its_adjoint() -> None:
         beta = Phases(torch.tensor([1e-6], dtype=torch.double), torch.empty(0).double())
         plus = net.settle(free, net.given(x), rule._back(), 600, partial(_push, net, y, beta)).s
     bias = [module.bias for module in model if isinstance(module, nn.Linear)]
-    exact = torch.autograd.grad(F.cross_entropy(rule.predict(x), y), bias)
+    exact = torch.autograd.grad(F.cross_entropy(rule.answer(x), y), bias)
     for moved, f, gradient in zip(plus, free, exact, strict=False):
         assert ((moved - f).sum(0) / 1e-6 / len(x) + gradient).abs().max() < 1e-5 * gradient.abs().max()
 
@@ -438,7 +438,7 @@ def test_homeostasis_makes_weights_alike() -> None:
 def test_noise_is_for_training_only() -> None:
     rule, quiet = EP(network(), noise=0.1), EP(network())
     x, y = batch()
-    assert torch.equal(rule.predict(x), quiet.predict(x))
+    assert torch.equal(rule.answer(x), quiet.answer(x))
     assert not torch.equal(rule(x, y).output, quiet(x, y).output)
 
 

@@ -51,7 +51,7 @@ class CreditRule(nn.Module):
         loss: maps (output, targets) to a scalar batch mean.
 
     Attributes:
-        feed_forward: the network's answer is the model's feed-forward pass; else the rule has a :meth:`predict` of its own.
+        feed_forward: the network's answer is the model's feed-forward pass; else the rule has a :meth:`answer` of its own.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
             "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
@@ -76,7 +76,7 @@ class CreditRule(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch: `inputs` (batch, ...), `targets` (batch,) class indices or what the loss takes."""
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    def answer(self, inputs: Tensor) -> Tensor:
         """The network's answer to inputs (batch, ...), differentiable; the feed-forward pass unless the rule settles."""
         result: Tensor = self.model(inputs)
         return result

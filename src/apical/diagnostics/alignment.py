@@ -79,7 +79,7 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
         rule(inputs, targets).backward()
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
-        loss = rule.loss(rule.predict(inputs), targets)
+        loss = rule.loss(rule.answer(inputs), targets)
         exact = torch.autograd.grad(loss, [layers[name] for name in own])
     return own, dict(zip(own, exact, strict=True))
 

@@ -44,7 +44,7 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[fl
         for first in range(0, len(split), EVALUATION_BATCH)[world.rank :: world.size]:
             targets = split.targets[first : first + EVALUATION_BATCH]
             with autocast(world.device, amp):
-                output = rule.predict(split.inputs[first : first + EVALUATION_BATCH])
+                output = rule.answer(split.inputs[first : first + EVALUATION_BATCH])
             loss = rule.loss(output.float(), targets).double() * len(targets)
             hits = (output.argmax(-1) == targets).sum().double() if classes else torch.zeros_like(loss)
             sums += torch.stack((loss, hits))
@@ -101,7 +101,7 @@ def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
     if inputs.dim() != 4 or not torch.equal(inputs.flatten(1), test.targets[:EXAMPLES]):
         return None
     with unchanged(rule), evaluating(rule), torch.no_grad():
-        return inputs, rule.predict(inputs).view_as(inputs)
+        return inputs, rule.answer(inputs).view_as(inputs)
 
 
 def _finite(value: float | None) -> float | None:

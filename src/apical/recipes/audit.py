@@ -98,5 +98,5 @@ def _layout(rule: CreditRule) -> dict[str, torch.Size]:
 
 @torch.no_grad()
 def _accuracy(rule: CreditRule, dataset: Dataset) -> float:
-    predicted = rule.predict(dataset.test.inputs.double()).argmax(1)
+    predicted = rule.answer(dataset.test.inputs.double()).argmax(1)
     return float((predicted == dataset.test.targets).double().mean())

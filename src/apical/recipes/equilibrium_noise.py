@@ -124,7 +124,7 @@ def train(data: str, method: str, noise: float, seed: int, epochs: int, limit: i
             optimizer.step()
     with torch.no_grad():
         hits = [
-            (rule.predict(x).argmax(1) == y).sum()
+            (rule.answer(x).argmax(1) == y).sum()
             for x, y in zip(dataset.test.inputs.split(1000), dataset.test.targets.split(1000), strict=True)
         ]
     return {"accuracy": float(torch.stack(hits).sum() / len(dataset.test))}

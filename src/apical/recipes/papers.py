@@ -100,6 +100,12 @@ PAPERS: dict[str, dict[str, Table]] = {
     "ep": {
         "digits": _study("ep-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}),
         "mnist": _study("ep-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 25, "seeds": 5}),
+        "study": Table(
+            "Equilibrium propagation: gradients, and weights that learn apart",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
+            module="apical.recipes.equilibrium_study",
+            needs={"epochs": 20, "seeds": 5},
+        ),
         "noise": Table(
             "Equilibrium propagation with noisy neurons, digits",
             {

@@ -166,7 +166,7 @@ class CorInfoMax(CreditRule):
         """B_1..B_K."""
         return [self.lateral.get_buffer(key(stage.name)) for stage in self.chain.stages]
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    def answer(self, inputs: Tensor) -> Tensor:
         """r_K (batch, outputs) after T_f free steps; differentiable."""
         return self._free(self.chain.enter(inputs)).r[-1]
 

@@ -4,7 +4,7 @@
     nudged:  the same with Phi - beta e(s, target)
     dL/dW_k = - d/dbeta dPhi/dW_k at beta = 0 = - d/dbeta [ s_k s_{k-1}^T ]
 
-The network is not run forwards: it settles, and so does its answer (:meth:`EquilibriumPropagation.predict`). The
+The network is not run forwards: it settles, and so does its answer (:meth:`EquilibriumPropagation.answer`). The
 derivative with respect to the nudge is taken from a few settled states, one for each nudge beta_p, by weights c_p:
 
 | estimator | nudges | error |
@@ -89,7 +89,7 @@ class EquilibriumPropagation(CreditRule):
     >>> rule = EquilibriumPropagation(model, beta=0.1)
     >>> credit = rule(torch.randn(8, 4), torch.randint(3, (8,)))
     >>> credit.backward()
-    >>> model[0].weight.grad.shape, rule.predict(torch.randn(8, 4)).shape
+    >>> model[0].weight.grad.shape, rule.answer(torch.randn(8, 4)).shape
     (torch.Size([6, 4]), torch.Size([8, 3]))
     """
 
@@ -200,7 +200,7 @@ class EquilibriumPropagation(CreditRule):
     def _back(self) -> list[Tensor]:
         return list(self.back) if self.directed else [stage.layer.weight for stage in self._above]
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    def answer(self, inputs: Tensor) -> Tensor:
         """The answer (batch, outputs) after a free phase; its gradient is that of backpropagation through time."""
         return self.network.output(self._free(self.chain.enter(inputs), noisy=False).s)
 
