@@ -121,6 +121,12 @@ PAPERS: dict[str, dict[str, Table]] = {
         "digits": _study(
             "corinfomax-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}
         ),
+        "study": Table(
+            "CorInfoMax: step sizes, forward learning, alignment, sparseness",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
+            module="apical.recipes.corinfomax_study",
+            needs={"epochs": 20, "seeds": 5},
+        ),
         "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
     },
     "ccl": {
