@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from apical.core.chain import Chain
 from apical.core.cut import output_error
-from apical.recipes.tp_targets import main, null_share
+from apical.diagnostics.gauss_newton import gauss_newton_targets
+from apical.recipes.tp_targets import main, null_share, output_moves, target_updates
 from apical.rules.difference_target_propagation import DifferenceTargetPropagation
 
 
@@ -38,6 +40,11 @@ def test_gauss_newton_wastes_nothing() -> None:
 
 def test_the_study_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apical.recipes.tp_targets.wasted", lambda name, seed: float(len(name) + seed) * (1 + 0.1 * seed))
+    angles = {"gradient": [50.0, 40.0, 30.0, 20.0], "targets": [30.0, 20.0, 10.0, 5.0]}
+    monkeypatch.setattr(
+        "apical.recipes.tp_targets.angles",
+        lambda make, digits, seed, epochs: {k: [x + seed for x in v] for k, v in angles.items()},
+    )
     arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1"]
     assert main(arguments) == 0
     first = json.loads((tmp_path / "results.json").read_text())
@@ -46,3 +53,21 @@ def test_the_study_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Mo
     assert main(arguments) == 0
     assert json.loads((tmp_path / "results.json").read_text())["verdicts"] == first["verdicts"]
     assert main(["--out", str(tmp_path), "--seeds", "1"]) == 2
+
+
+def test_targets_of_a_linear_network_move_its_output_straight() -> None:
+    found = output_moves(0, nn.Identity, networks=5)
+    assert found["targets"] == pytest.approx([1.0, 1.0], abs=1e-9)
+    assert max(found["gradient"]) < 0.99
+
+
+def test_updates_towards_gauss_newton_targets_are_local_products() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(3, 4).double(), torch.arange(3)
+    chain = Chain(model)
+    states = chain.run(x)
+    delta = torch.nn.functional.one_hot(y, 3) - model(x).detach().softmax(1)
+    moved = gauss_newton_targets(chain, states, delta, 0.1)
+    expected = sum(torch.outer(moved[1][b] * (1 - states.r[2][b] ** 2), states.r[1][b]) for b in range(3)) / 3
+    assert torch.allclose(target_updates(chain, x, y, 0.1)[1], expected, atol=1e-12)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apical
+from apical.core.chain import Chain
 from apical.core.cut import output_error
+from apical.diagnostics.gauss_newton import gauss_newton_targets
 from apical.errors import ConfigError, UnsupportedModelError
 
 TP = apical.DifferenceTargetPropagation
@@ -270,3 +272,57 @@ def test_batches_that_do_not_fit_are_refused(kind: type[apical.CreditRule]) -> N
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TP(network(), **options)
+
+
+def test_difference_reconstruction_inverts_a_linear_path_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Q_i with Q_i Q_{i+1}.. = (W_L..W_{i+1})^+ the loss has no gradient; products of layerwise inverses are others."""
+    torch.manual_seed(0)
+    sizes = (6, 5, 4, 2)
+    layers: list[nn.Module] = [nn.Linear(a, b, bias=False) for a, b in pairwise(sizes)]
+    rule = TP(nn.Sequential(*layers).double(), variant="drl", eta=0.1, sigma=0.3)
+    w = [layer.weight.detach() for layer in layers]
+    rule.maps[1].q.data = torch.linalg.pinv(w[2])
+    path = rule.maps[1].q.data @ w[2] @ w[1]  # what map 0 hears of noise at layer 1
+    rule.maps[0].q.data = torch.linalg.pinv(path)
+    whole = rule.maps[0].q.data @ rule.maps[1].q.data
+    assert (whole - torch.linalg.pinv(w[2] @ w[1])).abs().max() < 1e-12
+    layerwise = torch.linalg.pinv(w[1]) @ torch.linalg.pinv(w[2])
+    assert (w[2] @ w[1] @ layerwise - torch.eye(2).double()).abs().max() < 1e-12
+    assert (layerwise - whole).norm() > 0.1 * whole.norm()
+    monkeypatch.setattr(torch, "randn_like", lambda like: torch.eye(len(like), like.shape[1], dtype=like.dtype))
+    rule(
+        torch.randn(5, 6).double(), torch.arange(5) % 2
+    ).backward()  # one unit of noise on each neuron: the exact expectation
+    assert rule.maps[0].q.grad.abs().max() < 1e-12
+    rule.maps[0].q.data = torch.linalg.pinv(w[1])
+    rule.zero_grad()
+    rule(torch.randn(5, 6).double(), torch.arange(5) % 2).backward()
+    assert rule.maps[0].q.grad.abs().max() > 1e-3
+
+
+def test_gauss_newton_targets_waste_nothing_and_end_at_the_gradient() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = network(), batch(1)
+    chain = Chain(model)
+    states = chain.run(x)
+    delta = -output_error(F.cross_entropy, states.r[-1], y)[1]
+    for number, moved in enumerate(gauss_newton_targets(chain, states, delta)[:-1]):
+        layer, slope = model[2 * number], 1 - states.r[number + 1] ** 2
+        update = torch.outer((moved * slope)[0], states.r[number][0])
+        rows = [torch.autograd.grad(model(x)[0, k], layer.weight)[0].flatten() for k in range(SIZES[-1])]
+        jacobian = torch.stack(rows)
+        seen = torch.linalg.pinv(jacobian) @ (jacobian @ update.flatten())
+        assert (seen - update.flatten()).norm() < 1e-9 * update.norm()
+    rule = made("dtp")
+    d = rule.distances(rule.chain.run(x), delta)
+    rows = [torch.autograd.grad(rule.model(x)[0, k], rule.model[0].weight)[0].flatten() for k in range(SIZES[-1])]
+    update = torch.outer((d[0] * (1 - rule.chain.run(x).r[1] ** 2))[0], x[0]).flatten()
+    jacobian = torch.stack(rows)
+    assert (torch.linalg.pinv(jacobian) @ (jacobian @ update) - update).norm() > 0.1 * update.norm()
+
+    damped = gauss_newton_targets(chain, states, delta, damping=1e8)
+    h = states.r[1].clone().requires_grad_()
+    steepest = torch.autograd.grad(F.cross_entropy(model[2:](h), y), h)[0]
+    assert (1e8 * damped[0] + steepest).norm() < 1e-6 * steepest.norm()
+    with pytest.raises(ConfigError, match="damping"):
+        gauss_newton_targets(chain, states, delta, damping=-1.0)

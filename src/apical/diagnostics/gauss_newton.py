@@ -22,7 +22,7 @@ from torch.func import functional_call, vjp
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apical.core.activations import difference as rate_difference
-from apical.core.chain import Chain
+from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
 from apical.core.cut import output_error
 from apical.diagnostics.alignment import angle, unchanged
@@ -120,6 +120,36 @@ def minimum_norm_update(
             prefix = f"{stage.name}." if stage.name else ""
             update |= {prefix + name: change for name, change in zip(own, changes, strict=True)}
     return update
+
+
+@torch.no_grad()
+def gauss_newton_targets(chain: Chain, states: States, delta: Tensor, damping: float = 0.0) -> list[Tensor]:
+    """`t_i - r_i = J_i^T (J_i J_i^T + damping I)^-1 delta`, J_i = d r_L / d r_i, (batch, n_i) each (arXiv 2006.14331).
+
+    Each layer's by itself: were it the only one to move, it would make the output move by delta, to first order. The
+    output's own is delta. Without damping the inverse is the pseudo-inverse.
+
+    Args:
+        chain: the network as a chain of layers.
+        states: of a pass through it.
+        delta: wished change of the output, of the output's shape.
+        damping: not negative.
+
+    Raises:
+        ConfigError: a negative damping.
+    """
+    _require_damping(damping)
+    delta = delta.flatten(1)
+    found = [delta]
+    for i, block in list(enumerate(output_jacobian(chain, states)))[:0:-1]:
+        below = chain.stages[i].transposed(block.reshape(-1, chain.stages[i].size)).view(len(delta), delta.shape[1], -1)
+        if damping:
+            eye = torch.eye(delta.shape[1], dtype=delta.dtype, device=delta.device)
+            moved = below.mT @ torch.linalg.solve(below @ below.mT + damping * eye, delta.unsqueeze(-1))
+        else:
+            moved = torch.linalg.pinv(below) @ delta.unsqueeze(-1)
+        found.insert(0, moved.squeeze(-1))
+    return found
 
 
 def gauss_newton_direction(

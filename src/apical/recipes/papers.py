@@ -96,6 +96,8 @@ PAPERS: dict[str, dict[str, Table]] = {
             hours={"cpu": 0.09},
         ),
         "mnist": _study("tp-mnist", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
+        "fashion": _study("tp-fashion", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
+        "cifar10": _study("tp-cifar10", _cut(256), {"epochs": 2, "seeds": 1}, {"epochs": 100, "seeds": 10}),
     },
     "ep": {
         "digits": _study("ep-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}),

@@ -114,4 +114,58 @@ def _mnist() -> Study:
     return Study("Target propagation on MNIST, 784-5x256-10 tanh", "minutes per epoch", rows, base, claims)
 
 
-STUDIES = {"tp-digits": _digits(), "tp-mnist": _mnist()}
+Tuned = dict[str, tuple[float, float, float, float]]
+"""Rule -> learning rate, eta, learning rate of the feedback, sigma."""
+
+
+def _tuned(
+    title: str, base: Recipe, plain: dict[str, float], tuned: Tuned, *, pretrain: int, extra: int, neurons: int = 1024
+) -> Study:
+    """A study of which only these four are known of each rule: Adam is as PyTorch has it, feedback does not decay."""
+    rows = {rule: Row(replace(base, rule=rule, lr=(lr,)), ()) for rule, lr in plain.items()}
+    for rule, (lr, eta, feedback_lr, sigma) in tuned.items():
+        options = _options(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'")
+        recipe = replace(
+            base,
+            rule=rule,
+            lr=(float(f"{lr / eta:.4g}"),),
+            feedback_lr=feedback_lr,
+            feedback_weight_decay=0.0,
+            rule_options=options + (_options(neurons=neurons) if rule == "ddtp-rhl" else ()),
+        )
+        if rule != "dtp":
+            recipe = replace(recipe, pretrain_epochs=pretrain, feedback_passes=1 + extra)
+        rows[rule] = Row(recipe, ())
+    claims = (Claim("dtp-drl", "dtp", 10, -0.3),)
+    return Study(title, "minutes per epoch", rows, base, claims)
+
+
+def _fashion() -> Study:
+    base = replace(_mnist().default, data="fashion-mnist-raw")
+    tuned = {
+        "dtp": (6.265e-5, 0.2413, 3.660e-4, 0.2675),
+        "dtp-drl": (7.102e-5, 0.08657, 9.698e-5, 0.08433),
+        "ddtp-linear": (8.704e-6, 0.01725, 7.959e-4, 0.09857),
+        "ddtp-rhl": (3.375e-5, 0.02615, 1.157e-5, 0.04388),
+        "ddtp-control": (3.008e-5, 0.03235, 3.121e-5, 0.08487),
+    }
+    plain = {"bp": 2.876e-4, "dfa": 9.403e-4}
+    return _tuned("Target propagation on Fashion-MNIST, 784-5x256-10 tanh", base, plain, tuned, pretrain=6, extra=1)
+
+
+def _cifar10() -> Study:
+    """The pixels are normalised by their own means, not to (-1, 1)."""
+    base = replace(_mnist().default, data="cifar-10", model="mlp-tanh-1024-1024-1024")
+    tuned = {
+        "dtp": (8.083e-6, 0.07273, 2.131e-3, 0.2408),
+        "dtp-drl": (1.412e-5, 0.02621, 1.518e-4, 0.09923),
+        "ddtp-linear": (5.854e-5, 0.06693, 4.781e-5, 0.006339),
+        "ddtp-rhl": (2.259e-6, 0.01618, 9.098e-4, 0.02741),
+        "ddtp-control": (2.832e-6, 0.01017, 3.625e-4, 0.2896),
+    }
+    plain = {"bp": 3.887e-4, "dfa": 3.814e-4}
+    title = "Target propagation on CIFAR-10, 3072-3x1024-10 tanh"
+    return _tuned(title, base, plain, tuned, pretrain=10, extra=2, neurons=2048)
+
+
+STUDIES = {"tp-digits": _digits(), "tp-mnist": _mnist(), "tp-fashion": _fashion(), "tp-cifar10": _cifar10()}
