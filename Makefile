@@ -56,6 +56,7 @@ bench: $(VENV)/.apical-installed-dev
 	@$(ONE_THREAD) $(BIN) benchmarks/control.py
 	@$(ONE_THREAD) $(BIN) benchmarks/ccl.py
 	@$(ONE_THREAD) $(BIN) benchmarks/evolution.py
+	@$(ONE_THREAD) $(BIN) benchmarks/settling.py
 	@$(BIN) docs/generate.py
 
 docs: $(VENV)/.apical-installed-dev

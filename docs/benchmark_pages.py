@@ -18,6 +18,7 @@ def benchmark_page(
     ccl: Row | None = None,
     wavefront: Row | None = None,
     evolution: Row | None = None,
+    settling: Sequence[Row] = (),
 ) -> str:
     """The page, of what results.json, control.json and so on in benchmarks/ hold; all may be empty."""
     parts = [
@@ -46,7 +47,46 @@ def benchmark_page(
     environment = benchmarks.get("environment")
     parts += ["## Measured with", facts(environment)] if environment else []
     apart = [*control_parts(control or {}), *ccl_parts(ccl or {}), *wavefront_parts(wavefront or {})]
+    for each in settling:
+        apart += settling_parts(each)
     return joined([*parts, *apart, *evolution_parts(evolution or {})])
+
+
+def settling_parts(settling: Row) -> list[str]:
+    """The tables of networks that settle, on one device; nothing where nothing was measured."""
+    rows, steps = settling.get("settling") or [], settling.get("training") or []
+    if not rows:
+        return []
+    lines = [
+        [
+            row["rule"],
+            row["phase"],
+            number(row.get("ms_per_step"), 3),
+            number(row.get("ratio_to_forward"), 2),
+            number(row.get("ratio_to_own"), 2),
+            *_judged(row),
+        ]
+        for row in rows
+    ]
+    trained = [
+        [row["rule"], f"`{row['model']}`", number(row.get("ms_per_step"), 2), number(row.get("ratio_to_bp"), 1)]
+        for row in steps
+    ]
+    return [
+        f"## Settling: {settling['environment']['processor']}",
+        f"One step of all layers, {rows[0]['batch']} samples of 784 inputs and as many rows per sample as there are nudges, "
+        "against the matrix products of one forward pass of the whole model on as many rows, and against those that the "
+        "step cannot avoid, both run alone. On a GPU steps of this size wait for kernels to be launched.",
+        table(
+            ("rule", "phase", "ms per step", "time / forward", "time / own products", "target", "verdict"),
+            lines,
+            numeric_from=2,
+        ),
+        "A whole training step at the rules' default numbers of steps.",
+        table(("rule", "model", "ms per step", "time / BP"), trained, numeric_from=2),
+        "### Measured with",
+        facts(settling["environment"]),
+    ]
 
 
 def evolution_parts(evolution: Row) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from apical import models
-from apical.recipes import equilibrium_noise, equilibrium_study
+from apical.recipes import equilibrium_logic, equilibrium_noise, equilibrium_study
 from apical.rules.equilibrium_propagation import EquilibriumPropagation
 
 
@@ -97,3 +97,14 @@ def test_the_published_network_is_what_is_trained() -> None:
     assert [m.weight.shape[0] for m in model if isinstance(m, torch.nn.Linear)] == [256, 256, 10]
     rule = EquilibriumPropagation(model, F.cross_entropy, **setting.methods["N = 10, 0.4"])
     assert (rule.free_steps, rule.nudged_steps, rule.points, rule.beta) == (200, 50, 10, 0.4)
+
+
+def test_the_study_of_logic_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(equilibrium_logic.SETTINGS, "steps of a phase", 20)
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "2"]
+    assert equilibrium_logic.main(arguments) == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert len(first["tables"][0]["rows"]) == 4
+    monkeypatch.setattr(equilibrium_logic, "trained", None)  # nothing is run again
+    assert equilibrium_logic.main(arguments) == 0
+    assert equilibrium_logic.main(["--out", str(tmp_path), "--seeds", "1"]) == 2

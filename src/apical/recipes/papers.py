@@ -108,6 +108,12 @@ PAPERS: dict[str, dict[str, Table]] = {
             module="apical.recipes.equilibrium_study",
             needs={"epochs": 20, "seeds": 5},
         ),
+        "logic": Table(
+            "Complete directed networks on exclusive or",
+            {"smoke": {"epochs": 2, "seeds": 2}, "cpu": {"epochs": 200, "seeds": 5}, "paper": {"epochs": 200, "seeds": 10}},
+            module="apical.recipes.equilibrium_logic",
+            needs={"epochs": 200, "seeds": 3},
+        ),
         "noise": Table(
             "Equilibrium propagation with noisy neurons, digits",
             {

@@ -1,0 +1,179 @@
+"""Complete directed networks on exclusive or, and what they remember of the answer.
+
+Run `python -m apical.recipes.equilibrium_logic --out results/ep-logic`. Settings are those of the authors' notebooks (arXiv
+2006.08798): two inputs and a bias; one-hot outputs and 2 hidden neurons for DEEP, 5 hidden for the baseline; 1000 free and
+1000 nudged steps of 0.05 per epoch, all four patterns at once. A free phase begins where the last nudged phase ended. Such
+networks have memory: the nudge can leave them in a state that answers rightly without having learnt the task. So answers are
+taken twice, at the end of that free phase, and at the end of one that begins from states drawn anew. Each seed is kept in
+the folder when it is finished.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from tyro.conf import arg
+
+from apical.dynamics.complete_network import (
+    Complete,
+    asymmetric_settle,
+    asymmetric_update,
+    is_surely_stable,
+    settle,
+    shrunk,
+)
+from apical.errors import ConfigError
+from apical.experiment.run_folder import check_writable, environment
+from apical.recipes.cells import kept
+from apical.recipes.control_study import count, run_command, write
+
+SETTINGS: dict[str, Any] = {
+    "dt": 0.05,
+    "steps of a phase": 1000,
+    "initial weights": 0.05,
+    "shrinking": 1.5e-4,
+    "deep": "2 hidden, nudge 1, rate 200",
+    "asymmetric": "5 hidden, nudge 10, rate 1",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Complete directed networks on exclusive or."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-logic")
+    """Folder for the results; seeds that are in it already are kept."""
+    seeds: Annotated[int, arg(metavar="K")] = 5
+    """Initial weights and states."""
+    epochs: Annotated[int, arg(metavar="N")] = 200
+    """Updates of the weights."""
+
+
+def patterns() -> tuple[Tensor, Tensor]:
+    """Inputs (4, 2) and one-hot answers (4, 2) of exclusive or."""
+    inputs = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    return inputs, torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 0])).float()
+
+
+def trained(kind: str, seed: int, epochs: int) -> dict[str, Any]:
+    """Smallest share of wrong answers over epochs, its first epoch, and the last share: as left, and from new states."""
+    torch.manual_seed(seed)
+    deep = kind == "deep"
+    network, beta, rate = (Complete(3, 2, 2), 1.0, 200.0) if deep else (Complete(3, 5, 2), 10.0, 1.0)
+    (x, y), mask, dt, steps = patterns(), network.mask(), SETTINGS["dt"], SETTINGS["steps of a phase"]
+    weight = SETTINGS["initial weights"] * torch.randn(network.size, network.size) * mask
+
+    def free_phase(start: Tensor) -> Tensor:
+        if deep:
+            return settle(network, start, weight, steps, dt)[0]
+        return asymmetric_settle(network, start, weight, steps, dt)
+
+    def wrong(s: Tensor) -> float:
+        return float((s[:, -network.outputs :].argmax(1) != y.argmax(1)).float().mean())
+
+    s, left, anew = network.start(x), [], []
+    for _ in range(epochs):
+        free = free_phase(s)
+        left.append(wrong(free))
+        anew.append(wrong(free_phase(network.start(x))))
+        if deep:
+            s, product = settle(network, free, weight, steps, dt, beta, y)
+            change = product / len(x)
+        else:
+            s = asymmetric_settle(network, free, weight, steps, dt, beta, y)
+            change = asymmetric_update(free, s, beta)
+        weight = shrunk(weight + rate * change * mask, SETTINGS["shrinking"]) * mask
+    return {
+        name: {"best": min(errors), "epoch": errors.index(min(errors)), "last": errors[-1]}
+        for name, errors in (("as left", left), ("anew", anew))
+    } | {"surely stable": is_surely_stable(network, weight)}
+
+
+def _cell(seed: int, epochs: int) -> dict[str, Any]:
+    return {kind: trained(kind, seed, epochs) for kind in ("deep", "asymmetric")}
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Run what is not finished yet, then write results.json and report.html.
+
+    Raises:
+        ConfigError: the folder cannot be written, or an option is not usable.
+        CheckpointError: the folder holds parts of a study with other options.
+    """
+    if options.seeds < 2 or options.epochs < 1:
+        raise ConfigError("--seeds must be at least 2, --epochs at least 1")
+    check_writable(options.out)
+    config = {"epochs": options.epochs, **SETTINGS}
+    cells = []
+    for seed in range(options.seeds):
+        cells.append(kept(options.out / "cells" / f"seed-{seed}.json", config, partial(_cell, seed, options.epochs)))
+        print(f"{cells[-1]['seconds']:7.1f} s  seed {seed}", flush=True)
+
+    def solved(kind: str, start: str) -> list[bool]:
+        return [cell[kind][start]["best"] == 0.0 for cell in cells]
+
+    results = {
+        "title": "Complete directed networks on exclusive or",
+        "about": "DEEP, in which what a neuron sends away is its leak, and asymmetric equilibrium propagation, both in "
+        "networks whose every neuron may reach every other. Answers of a free phase that begins where the nudged one "
+        "ended, and "
+        "of one that begins from new states.",
+        "command": command,
+        "environment": environment("cpu", torch.get_num_threads()),
+        "settings": {"seeds": len(cells), **config},
+        "sources": {"our mark": "Counts of seeds that answered all four patterns rightly at the end of some epoch."},
+        "seconds": round(sum(cell["seconds"] for cell in cells), 1),
+        "verdicts": [
+            count("K9", "", "DEEP, as left: seeds that are right on exclusive or", solved("deep", "as left"), 1),
+            count("K9", "", "DEEP, from new states: seeds that are right", solved("deep", "anew"), 1),
+            count(
+                "K9",
+                "",
+                "asymmetric EP, as left: seeds that are not",
+                [not each for each in solved("asymmetric", "as left")],
+                len(cells),
+            ),
+        ],
+        "tables": [
+            {
+                "title": "Seed by seed",
+                "note": "Share of wrong answers, the smallest of all epochs with its first epoch and the last one, and "
+                "whether Gershgorin's condition (sufficient, not necessary) grants stability at the end.",
+                "header": ["network", "seed", "as left", "epoch", "last", "new states", "epoch", "last", "surely stable"],
+                "rows": [
+                    [
+                        kind,
+                        str(seed),
+                        *(
+                            shown
+                            for start in ("as left", "anew")
+                            for shown in (
+                                f"{cell[kind][start]['best']:.2f}",
+                                str(cell[kind][start]["epoch"]),
+                                f"{cell[kind][start]['last']:.2f}",
+                            )
+                        ),
+                        "yes" if cell[kind]["surely stable"] else "no",
+                    ]
+                    for kind in ("deep", "asymmetric")
+                    for seed, cell in enumerate(cells)
+                ],
+            }
+        ],
+    }
+    write(options.out, results, [])
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command("apical.recipes.equilibrium_logic", Options, study, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
