@@ -79,7 +79,10 @@ def test_losses_are_mean_squared_errors_and_there_is_no_accuracy(begin: Callable
     assert training.result()["test_loss"] == found["test_loss"]
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "bp" and not rule.startswith(("ccl", "tdca"))])
+@pytest.mark.parametrize(
+    "rule",
+    [rule for rule in RULES if rule not in ("bp", "corinfomax", "hep") and not rule.startswith(("ccl", "tdca"))],
+)  # corinfomax answers from 0 to 1 only; errors as large as these take hep's nudges off the branch of equilibria
 def test_every_rule_learns_regression(begin: Callable[..., Training], tmp_path: Path, rule: str) -> None:
     training = begin(replace(RECIPE, rule=rule, epochs=30), tmp_path)
     before = training.line["test_loss"]

@@ -467,8 +467,8 @@ def test_complex_nudges_need_what_is_analytic() -> None:
         EP(network(nn.Hardtanh), estimator="holomorphic")
     with pytest.raises(UnsupportedModelError, match="'0' has pooling"):
         EP(convolutional(nn.MaxPool2d(2), "pool"), estimator="holomorphic", input_shape=(1, 8, 8))
-    with pytest.raises(ConfigError, match="cross_entropy, squared_error"):
-        EP(network(), F.mse_loss, estimator="holomorphic")
+    with pytest.raises(ConfigError, match="cross_entropy, squared_error, mse_loss"):
+        EP(network(), F.l1_loss, estimator="holomorphic")
     assert EP(network(DoubleSiLU), estimator="holomorphic")(*batch()).loss.isfinite()
 
 
@@ -505,6 +505,22 @@ def test_rates_multiply_gradients_layer_by_layer() -> None:
     for number, factor in ((0, 2.0), (2, 1.0), (4, 0.5)):
         for own, other in zip(rated.model[number].parameters(), plain.model[number].parameters(), strict=True):
             assert (own.grad - factor * other.grad).abs().max() < 1e-14
+
+
+def test_the_error_of_the_mean_square_is_its_derivative() -> None:
+    x, _ = batch()
+    y = torch.rand(5, 3, dtype=torch.double)
+
+    def mean_square(output: Tensor, targets: Tensor) -> Tensor:  # not known by name: found by autograd
+        return F.mse_loss(output, targets)
+
+    found = []
+    for loss, estimator in ((F.mse_loss, "symmetric"), (mean_square, "symmetric"), (F.mse_loss, "holomorphic")):
+        rule = EP(network(), loss, estimator, beta=0.1, points=2, free_steps=9, nudged_steps=5)
+        rule(x, y).backward()
+        found.append(joined(rule.model))
+    assert (found[0] - found[1]).abs().max() < 1e-13
+    assert (found[0] - found[2]).abs().max() < 1e-13
 
 
 def test_other_losses_find_their_error_by_autograd() -> None:

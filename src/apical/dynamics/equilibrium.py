@@ -222,9 +222,15 @@ def _distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
     return torch.cat((parts[:p] - label, parts[p:])) if q else parts - label
 
 
+def _mean_distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
+    """Of `F.mse_loss`, a mean over outputs too."""
+    return _distance(parts, label, q) * (2 / label.shape[-1])
+
+
 HOLOMORPHIC: dict[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, int], Tensor]] = {
     F.cross_entropy: _softmax_error,
     squared_error: _distance,
+    F.mse_loss: _mean_distance,
 }
 """Losses whose error at the output is known for complex outputs too: (parts, one-hot labels, Q) -> parts."""
 

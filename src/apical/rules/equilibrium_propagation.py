@@ -58,7 +58,7 @@ class EquilibriumPropagation(CreditRule):
         model: a chain of weighted layers and element-wise activations, with pooling where it likes. States of bounded
             activations (`nn.Hardtanh(0, 1)`, :class:`~apical.core.sigmoids.ShiftedSigmoid`, tanh) settle or cycle; others
             may run away.
-        loss: maps (output, targets) to a scalar batch mean; one of cross_entropy and squared_error for complex nudges.
+        loss: maps (output, targets) to a scalar batch mean; for complex nudges cross_entropy, mse_loss or squared_error.
         estimator: see the module.
         beta: size of the nudge.
         points: nudges N of "holomorphic".
