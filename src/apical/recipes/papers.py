@@ -118,7 +118,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             "Equilibrium propagation with noisy neurons, digits",
             {
                 "smoke": {"epochs": 1, "seeds": 2, "train_limit": 200},
-                "cpu": {"epochs": 15, "seeds": 5},
+                "cpu": {"epochs": 15, "seeds": 3},
                 "paper": {"epochs": 15, "seeds": 10},
             },
             module="apical.recipes.equilibrium_noise",
