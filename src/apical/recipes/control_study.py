@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -10,9 +11,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 import tyro
 
-from apical.errors import ApicalError
+from apical.errors import ApicalError, ConfigError
 from apical.experiment.figures import Drawing
 from apical.experiment.report_html import STYLE, command_block, facts, figure_block
+from apical.experiment.run_folder import check_writable, environment
+from apical.recipes.cells import kept
 from apical.recipes.dfc_toy import compact, rounded
 from apical.recipes.dfc_toy_report import pairs, table
 from apical.recipes.tdca_statistics import interval, paired
@@ -77,6 +80,72 @@ def shown(values: Sequence[float]) -> str:
     found = interval(values)
     mean = f"{found['mean']:.3g}"
     return mean if found["low"] is None else f"{mean} [{found['low']:.3g}, {found['high']:.3g}]"
+
+
+Cells = Sequence[dict[str, Any]]
+"""What was kept of each seed."""
+
+
+class BySeed(Protocol):
+    """Options of a study that runs seed by seed."""
+
+    @property
+    def out(self) -> Path:
+        """Folder for the results."""
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data in each training."""
+
+
+def by_seed(
+    options: BySeed,
+    command: str,
+    cell: Callable[[int, int], dict[str, Any]],
+    verdicts: Callable[[Cells], list[Row]],
+    tables: Callable[[Cells], list[Row]],
+    *,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Run the seeds that are not kept yet, then write results.json and report.html.
+
+    Args:
+        options: of the command line.
+        command: that was typed.
+        cell: (seed, epochs) -> what to keep of the seed.
+        verdicts: of all seeds.
+        tables: of all seeds.
+        settings: shown, and held against those with which kept seeds were made.
+        about: title, about and sources of the results.
+
+    Raises:
+        ConfigError: the folder cannot be written, or an option is not usable.
+        CheckpointError: the folder holds seeds with other settings.
+    """
+    if options.seeds < 2 or options.epochs < 1:
+        raise ConfigError("--seeds must be at least 2, --epochs at least 1")
+    check_writable(options.out)
+    config = {"epochs": options.epochs, **settings}
+    cells = []
+    for seed in range(options.seeds):
+        cells.append(kept(options.out / "cells" / f"seed-{seed}.json", config, partial(cell, seed, options.epochs)))
+        print(f"{cells[-1]['seconds']:7.1f} s  seed {seed}", flush=True)
+    results = {
+        **about,
+        "command": command,
+        "environment": environment("cpu", torch.get_num_threads()),
+        "settings": {"seeds": len(cells), **config},
+        "seconds": round(sum(each["seconds"] for each in cells), 1),
+        "verdicts": verdicts(cells),
+        "tables": tables(cells),
+    }
+    write(options.out, results, [])
+    return results
 
 
 def write(out: Path, results: Mapping[str, Any], drawings: Sequence[Drawing]) -> None:

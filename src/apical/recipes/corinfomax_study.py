@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +18,7 @@ from tyro.conf import arg
 from apical import models
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle
-from apical.errors import ConfigError
-from apical.experiment.run_folder import check_writable, environment
-from apical.recipes.cells import kept
-from apical.recipes.control_study import difference, run_command, shown, write
+from apical.recipes.control_study import Cells, Row, by_seed, difference, run_command, shown
 from apical.rules.corinfomax import CorInfoMax
 
 STEPS = (0.015, 0.05, 0.075, 0.15)
@@ -41,6 +37,15 @@ SETTINGS: dict[str, Any] = {
     "sparse": "1e-6 and 0.01",
 }
 SPARSE, NO_MULTIPLIER = (1e-6, 0.01), (0.0, 0.0)
+
+ABOUT: dict[str, Any] = {
+    "title": "CorInfoMax: step sizes, forward learning, alignment, sparseness",
+    "about": "Digits through a network of 100 hidden units.",
+    "sources": {
+        "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
+        "its better side."
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -94,39 +99,11 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
-        CheckpointError: the folder holds parts of a study with other options.
-    """
-    if options.seeds < 2 or options.epochs < 1:
-        raise ConfigError("--seeds must be at least 2, --epochs at least 1")
-    check_writable(options.out)
-    config = {"epochs": options.epochs, **SETTINGS}
-    cells = []
-    for seed in range(options.seeds):
-        cells.append(kept(options.out / "cells" / f"seed-{seed}.json", config, partial(_cell, seed, options.epochs)))
-        print(f"{cells[-1]['seconds']:7.1f} s  seed {seed}", flush=True)
-    results = {
-        "title": "CorInfoMax: step sizes, forward learning, alignment, sparseness",
-        "about": "Digits through a network of 100 hidden units.",
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {"seeds": len(cells), **config},
-        "sources": {
-            "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
-            "its better side."
-        },
-        "seconds": round(sum(cell["seconds"] for cell in cells), 1),
-        "verdicts": verdicts(cells),
-        "tables": tables(cells),
-    }
-    write(options.out, results, [])
-    return results
+    """Run the seeds that are not kept yet, then write results.json and report.html."""
+    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
-def verdicts(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def verdicts(cells: Cells) -> list[Row]:
     """The claims."""
 
     def against(figure: str, what: str, values: Sequence[float], mark: float, *, less: bool = False) -> dict[str, Any]:
@@ -166,7 +143,7 @@ def verdicts(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def tables(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def tables(cells: Cells) -> list[Row]:
     """Every training."""
     rows = [("as reported", [cell["forward"]["1"] for cell in cells])]
     rows += [("forward rate times 0.1", [cell["forward"]["0.1"] for cell in cells])]

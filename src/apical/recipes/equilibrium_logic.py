@@ -11,7 +11,6 @@ the folder when it is finished.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +26,7 @@ from apical.dynamics.complete_network import (
     settle,
     shrunk,
 )
-from apical.errors import ConfigError
-from apical.experiment.run_folder import check_writable, environment
-from apical.recipes.cells import kept
-from apical.recipes.control_study import count, run_command, write
+from apical.recipes.control_study import Cells, Row, by_seed, count, run_command
 
 SETTINGS: dict[str, Any] = {
     "dt": 0.05,
@@ -39,6 +35,15 @@ SETTINGS: dict[str, Any] = {
     "shrinking": 1.5e-4,
     "deep": "2 hidden, nudge 1, rate 200",
     "asymmetric": "5 hidden, nudge 10, rate 1",
+}
+
+ABOUT: dict[str, Any] = {
+    "title": "Complete directed networks on exclusive or",
+    "about": "DEEP, in which what a neuron sends away is its leak, and asymmetric equilibrium propagation, both in "
+    "networks whose every neuron may reach every other. Answers of a free phase that begins where the nudged one "
+    "ended, and "
+    "of one that begins from new states.",
+    "sources": {"our mark": "Counts of seeds that answered all four patterns rightly at the end of some epoch."},
 }
 
 
@@ -99,75 +104,57 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json and report.html.
+    """Run the seeds that are not kept yet, then write results.json and report.html."""
+    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
-    Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
-        CheckpointError: the folder holds parts of a study with other options.
-    """
-    if options.seeds < 2 or options.epochs < 1:
-        raise ConfigError("--seeds must be at least 2, --epochs at least 1")
-    check_writable(options.out)
-    config = {"epochs": options.epochs, **SETTINGS}
-    cells = []
-    for seed in range(options.seeds):
-        cells.append(kept(options.out / "cells" / f"seed-{seed}.json", config, partial(_cell, seed, options.epochs)))
-        print(f"{cells[-1]['seconds']:7.1f} s  seed {seed}", flush=True)
+
+def verdicts(cells: Cells) -> list[Row]:
+    """Whether networks of each kind are ever right, as left and from new states."""
 
     def solved(kind: str, start: str) -> list[bool]:
         return [cell[kind][start]["best"] == 0.0 for cell in cells]
 
-    results = {
-        "title": "Complete directed networks on exclusive or",
-        "about": "DEEP, in which what a neuron sends away is its leak, and asymmetric equilibrium propagation, both in "
-        "networks whose every neuron may reach every other. Answers of a free phase that begins where the nudged one "
-        "ended, and "
-        "of one that begins from new states.",
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {"seeds": len(cells), **config},
-        "sources": {"our mark": "Counts of seeds that answered all four patterns rightly at the end of some epoch."},
-        "seconds": round(sum(cell["seconds"] for cell in cells), 1),
-        "verdicts": [
-            count("K9", "", "DEEP, as left: seeds that are right on exclusive or", solved("deep", "as left"), 1),
-            count("K9", "", "DEEP, from new states: seeds that are right", solved("deep", "anew"), 1),
-            count(
-                "K9",
-                "",
-                "asymmetric EP, as left: seeds that are not",
-                [not each for each in solved("asymmetric", "as left")],
-                len(cells),
-            ),
-        ],
-        "tables": [
-            {
-                "title": "Seed by seed",
-                "note": "Share of wrong answers, the smallest of all epochs with its first epoch and the last one, and "
-                "whether Gershgorin's condition (sufficient, not necessary) grants stability at the end.",
-                "header": ["network", "seed", "as left", "epoch", "last", "new states", "epoch", "last", "surely stable"],
-                "rows": [
-                    [
-                        kind,
-                        str(seed),
-                        *(
-                            shown
-                            for start in ("as left", "anew")
-                            for shown in (
-                                f"{cell[kind][start]['best']:.2f}",
-                                str(cell[kind][start]["epoch"]),
-                                f"{cell[kind][start]['last']:.2f}",
-                            )
-                        ),
-                        "yes" if cell[kind]["surely stable"] else "no",
-                    ]
-                    for kind in ("deep", "asymmetric")
-                    for seed, cell in enumerate(cells)
-                ],
-            }
-        ],
-    }
-    write(options.out, results, [])
-    return results
+    return [
+        count("K9", "", "DEEP, as left: seeds that are right on exclusive or", solved("deep", "as left"), 1),
+        count("K9", "", "DEEP, from new states: seeds that are right", solved("deep", "anew"), 1),
+        count(
+            "K9",
+            "",
+            "asymmetric EP, as left: seeds that are not",
+            [not each for each in solved("asymmetric", "as left")],
+            len(cells),
+        ),
+    ]
+
+
+def tables(cells: Cells) -> list[Row]:
+    """Seed by seed."""
+    return [
+        {
+            "title": "Seed by seed",
+            "note": "Share of wrong answers, the smallest of all epochs with its first epoch and the last one, and "
+            "whether Gershgorin's condition (sufficient, not necessary) grants stability at the end.",
+            "header": ["network", "seed", "as left", "epoch", "last", "new states", "epoch", "last", "surely stable"],
+            "rows": [
+                [
+                    kind,
+                    str(seed),
+                    *(
+                        shown
+                        for start in ("as left", "anew")
+                        for shown in (
+                            f"{cell[kind][start]['best']:.2f}",
+                            str(cell[kind][start]["epoch"]),
+                            f"{cell[kind][start]['last']:.2f}",
+                        )
+                    ),
+                    "yes" if cell[kind]["surely stable"] else "no",
+                ]
+                for kind in ("deep", "asymmetric")
+                for seed, cell in enumerate(cells)
+            ],
+        }
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +23,7 @@ from apical import models
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
-from apical.errors import ConfigError
-from apical.experiment.run_folder import check_writable, environment
-from apical.recipes.cells import kept
-from apical.recipes.control_study import difference, run_command, shown, write
+from apical.recipes.control_study import Cells, Row, by_seed, difference, run_command, shown
 from apical.rules.equilibrium_propagation import EquilibriumPropagation
 
 STEPS = (5, 10, 20, 40)
@@ -44,6 +40,16 @@ SETTINGS: dict[str, Any] = {
     "homeostasis": 1.0,
     "decay": "mlp-sigmoid-64-64, SGD 0.1, batches of 20, weight decay 0.001",
     "original": "mlp-clip-128, 20 free and 4 nudged steps of size 1/2, nudge 1 of random sign, SGD 0.2 and 0.1, batch 20",
+}
+
+ABOUT: dict[str, Any] = {
+    "title": "Equilibrium propagation: gradients, and weights that learn apart",
+    "about": "Digits. How near estimates come to backpropagation through the settling, and what becomes of directed "
+    "weights that start at an angle to each other, with and without the homeostatic loss.",
+    "sources": {
+        "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
+        "its better side."
+    },
 }
 
 
@@ -219,40 +225,11 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
-        CheckpointError: the folder holds parts of a study with other options.
-    """
-    if options.seeds < 2 or options.epochs < 1:
-        raise ConfigError("--seeds must be at least 2, --epochs at least 1")
-    check_writable(options.out)
-    config = {"epochs": options.epochs, **SETTINGS}
-    cells = []
-    for seed in range(options.seeds):
-        cells.append(kept(options.out / "cells" / f"seed-{seed}.json", config, partial(_cell, seed, options.epochs)))
-        print(f"{cells[-1]['seconds']:7.1f} s  seed {seed}", flush=True)
-    results = {
-        "title": "Equilibrium propagation: gradients, and weights that learn apart",
-        "about": "Digits. How near estimates come to backpropagation through the settling, and what becomes of directed "
-        "weights that start at an angle to each other, with and without the homeostatic loss.",
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {"seeds": len(cells), **config},
-        "sources": {
-            "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
-            "its better side."
-        },
-        "seconds": round(sum(cell["seconds"] for cell in cells), 1),
-        "verdicts": verdicts(cells),
-        "tables": tables(cells),
-    }
-    write(options.out, results, [])
-    return results
+    """Run the seeds that are not kept yet, then write results.json and report.html."""
+    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
-def verdicts(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def verdicts(cells: Cells) -> list[Row]:
     """The claims."""
 
     def above(figure: str, rule: str, what: str, values: Sequence[float], mark: float) -> dict[str, Any]:
@@ -296,7 +273,7 @@ def verdicts(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def tables(cells: Cells) -> list[Row]:
     """Cosines by nudged steps, and directed weights."""
     measures = ("cosine", "cosine, layer 1", "symmetry", "accuracy")
     return [
