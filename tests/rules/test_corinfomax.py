@@ -57,7 +57,7 @@ def slow_phase(rule: apical.CorInfoMax, x: Tensor, u: list[Tensor], steps: int, 
 
 
 def slow_step(rule: apical.CorInfoMax, beta: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Changes of forward and backward weights, and the new B, for learning rates 1."""
+    """Changes of forward and backward weights, for learning rates 1 / eps, and the new B."""
     x, labels = batch()
     wf, wb, b = weights(rule), [w.detach() for w in rule.backward], rule.inverses()
     forward, backward = [torch.zeros_like(w) for w in wf], [torch.zeros_like(w) for w in wb]
@@ -69,9 +69,9 @@ def slow_step(rule: apical.CorInfoMax, beta: float) -> tuple[list[Tensor], list[
         for sign, r in ((1, nudged), (-1, free)):
             below = [one, *r]
             for k in range(len(wf)):
-                forward[k] += sign / beta * torch.outer(r[k] - wf[k] @ below[k], below[k]) / len(x)
+                forward[k] += sign / beta * torch.outer(r[k] - wf[k] @ below[k], below[k]) / len(x) / rule.epsilon
             for k in range(len(wb)):
-                backward[k] += sign / beta * torch.outer(r[k] - wb[k] @ r[k + 1], r[k + 1]) / len(x)
+                backward[k] += sign / beta * torch.outer(r[k] - wb[k] @ r[k + 1], r[k + 1]) / len(x) / rule.epsilon
         for k, each in enumerate(b):
             z = each @ nudged[k]
             moments[k] += torch.outer(z, z) / len(x)
@@ -205,7 +205,7 @@ def test_one_layer_is_a_damped_delta_rule(beta: float) -> None:
         free = rule._free(x).r[-1]
     rule(x, labels).backward()
     y = F.one_hot(labels, 3).double()
-    expected = (y - free).T @ x / (1 / rule.epsilon + 1 + beta) / len(x)
+    expected = (y - free).T @ x / (1 / rule.epsilon + 1 + beta) / len(x) / rule.epsilon
     assert (rule.model[0].weight.grad + expected).abs().max() < 1e-10
 
 
@@ -315,7 +315,7 @@ def test_what_is_learned_and_what_is_followed() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, rule.inverses(), strict=True))
     assert set(rule.feedback_weights()) == {"2", "4"}
     rated = CIM(network(), nudge="one-sided", rates=(2.0, 1.0, 1.0), backward_rates=(0.5, 1.0))
-    plain = CIM(network(), nudge="one-sided")
+    plain = CIM(network(), nudge="one-sided", rates=(1.0, 1.0, 1.0), backward_rates=(1.0, 1.0))
     for each in (rated, plain):
         each(*batch()).backward()
     assert (rated.model[0].weight.grad - 2 * plain.model[0].weight.grad).abs().max() < 1e-14

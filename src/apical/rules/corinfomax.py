@@ -65,7 +65,8 @@ class CorInfoMax(CreditRule):
         nudged_steps: T_n.
         exact_inverse: divide the lateral change by `1 + gamma r^T B r`, sample by sample.
         sparse: rate of each layer's multiplier, which takes the place of the upper bound 1; empty for the box.
-        rates: learning rate of each layer's forward weights, relative to the optimiser's; empty for 1.
+        rates: factor of the published update of each layer's forward weights; empty for 1 / eps, with which it is the gradient
+            of the layer's own objective. With 1 the optimiser's learning rates are those of the paper.
         backward_rates: the same for the backward weights of the hidden layers.
 
     Attributes:
@@ -141,8 +142,8 @@ class CorInfoMax(CreditRule):
         self.leak, self.output_leak = leak, output_leak
         self.step, self.step_decay, self.step_floor = step, step_decay, step_floor
         self.free_steps, self.nudged_steps, self.exact_inverse = free_steps, nudged_steps, exact_inverse
-        self.sparse, self.rates = tuple(sparse), tuple(rates) or (1.0,) * len(stages)
-        self.backward_rates = tuple(backward_rates) or (1.0,) * (len(stages) - 1)
+        self.sparse, self.rates = tuple(sparse), tuple(rates) or (1 / epsilon,) * len(stages)
+        self.backward_rates = tuple(backward_rates) or (1 / epsilon,) * (len(stages) - 1)
         like = stages[0].layer.weight.detach()
         self.backward = nn.ParameterList(
             nn.Parameter(nn.init.xavier_uniform_(like.new_empty(stage.size, above.size)))
