@@ -68,6 +68,7 @@ RULES = {
     "ep-different": partial(EP, weights="directed", update="different", free_steps=8, nudged_steps=4),
     "ep-homeostasis": partial(EP, weights="directed", homeostasis=0.1, free_steps=8, nudged_steps=4),
     "hep": partial(EP, estimator="holomorphic", free_steps=8, nudged_steps=4),
+    "hep-cycles": partial(EP, estimator="holomorphic", points=3, cycles=1, free_steps=4, nudged_steps=2),
     "corinfomax": partial(CIM, nudge="one-sided", free_steps=8, nudged_steps=4),
     "corinfomax-random-sign": partial(CIM, free_steps=8, nudged_steps=4),
     "corinfomax-symmetric": partial(CIM, nudge="symmetric", forgetting=1.0, free_steps=8, nudged_steps=4),

@@ -258,6 +258,20 @@ def test_nudged_steps_are_truncated_backpropagation_through_time() -> None:
         assert torch.equal(contrast[told].sign(), -exact[told].sign())
 
 
+def test_going_round_the_circle_is_the_sum_over_its_points() -> None:
+    """Once every phase settles, the mean over full cycles of what the nudge modulates is that of the N points."""
+    options = {"estimator": "holomorphic", "beta": 0.2, "free_steps": 300, "nudged_steps": 300}
+    for points in (4, 5):
+        for state in (False, True):
+            once = estimated(EP(network(state=state), points=points, **options))
+            round_ = estimated(EP(network(state=state), points=points, cycles=2, **options))
+            assert (once - round_).abs().max() < 1e-12
+    short = EP(network(), points=4, cycles=3, **{**options, "nudged_steps": 3})
+    assert (estimated(short) - estimated(EP(network(), points=4, **options))).abs().max() > 1e-6
+    with pytest.raises(ConfigError, match="cycles"):
+        EP(network(), cycles=1)
+
+
 def test_nothing_to_learn_changes_nothing() -> None:
     model = network(state=True)
     rule = EP(model, squared_error, "holomorphic", points=4, free_steps=500)

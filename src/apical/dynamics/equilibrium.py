@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.chain import Chain, Stage
+from apical.core.local import known_root, outer
 from apical.core.losses import squared_error, wanted
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
@@ -287,6 +288,57 @@ def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor) -> Tensor:
 
 def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a - b).abs().amax() for a, b in zip(after, before, strict=True)]).amax()
+
+
+def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int) -> list[Tensor]:
+    """Roots of weight and bias whose gradients are those of `signal . P(W rates + b)` summed over rows, over the batch size.
+
+    Args:
+        real: the first rows, which are real parts: a bias has no imaginary ones.
+    """
+    bias, signal = stage.layer.bias, unpooled(stage, signal, rates)
+    roots = weight_root(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
+    if bias is not None and bias.requires_grad:
+        shared = signal[:real].transpose(0, 1).flatten(1).sum(1) / batch
+        with torch.enable_grad():
+            roots.append(known_root(bias, shared))
+    return roots
+
+
+def weight_root(
+    stage: Stage, weight: Tensor, signal: Tensor, rates: Tensor, batch: float, *, pulled_back: bool = False
+) -> list[Tensor]:
+    """The root of `weight` alone, which has the shape of the stage's."""
+    if not weight.requires_grad:
+        return []
+    signal = signal if pulled_back else unpooled(stage, signal, rates)
+    product = outer(stage, signal, rates) / batch
+    with torch.enable_grad():
+        return [known_root(weight, product)]
+
+
+def unpooled(stage: Stage, signal: Tensor, rates: Tensor) -> Tensor:
+    """The signal at the layer's own output, before pooling."""
+    if not stage.after:
+        return signal
+    v = stage.layer(stage.seen(rates))
+    result: Tensor = torch.func.vjp(lambda each: pooled(stage, each), v)[1](signal)[0]
+    return result
+
+
+def off_branch(free: Sequence[Tensor], nudged: Sequence[Tensor], share: Tensor) -> Tensor:
+    """Distance of the phases' mean state from the free one, relative to how far phases lie from it; 0 for zero movement.
+
+    A function that is analytic within the circle of nudges has its value at the centre as its mean on the circle, up to
+    O(beta^N). Where this is not small, nudges are too large for a continuous branch of equilibria, and more of them do not
+    help.
+    """
+    gaps, moves = [], []
+    for s, centre in zip(nudged, free, strict=True):
+        parts = s.view(-1, *centre.shape)[: len(share)]
+        gaps.append(((parts * share.view(-1, *[1] * centre.dim())).sum(0) - centre).abs().amax())
+        moves.append((parts - centre).abs().amax())
+    return torch.stack(gaps).amax() / torch.stack(moves).amax().clamp_min(torch.finfo(free[0].dtype).tiny)
 
 
 def jacobian_product(stages: Sequence[Stage], back: Sequence[Tensor], d: Sequence[Tensor]) -> list[Tensor]:

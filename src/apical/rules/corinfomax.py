@@ -65,8 +65,8 @@ class CorInfoMax(CreditRule):
         nudged_steps: T_n.
         exact_inverse: divide the lateral change by `1 + gamma r^T B r`, sample by sample.
         sparse: rate of each layer's multiplier, which takes the place of the upper bound 1; empty for the box.
-        rates: factor of the published update of each layer's forward weights; empty for 1 / eps, with which it is the gradient
-            of the layer's own objective. With 1 the optimiser's learning rates are those of the paper.
+        rates: factor of the published update of each layer's forward weights; empty for 1 / eps, with which it is the
+            gradient of the layer's own objective. With 1 the optimiser's learning rates are those of the paper.
         backward_rates: the same for the backward weights of the hidden layers.
 
     Attributes:

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.local import known_root, outer
 from apical.core.losses import wanted
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
@@ -41,7 +40,9 @@ from apical.dynamics.equilibrium import (
     Settled,
     homeostatic_loss,
     jacobian_product,
-    pooled,
+    local_roots,
+    off_branch,
+    weight_root,
 )
 from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, unknown_name
 
@@ -64,6 +65,9 @@ class EquilibriumPropagation(CreditRule):
         points: nudges N of "holomorphic".
         free_steps: T1.
         nudged_steps: T2.
+        cycles: of "holomorphic": 0 starts every nudge from the free state, all in one batch; otherwise the nudge goes round
+            its circle so often, from zeros, each phase going on where the last one ended. The free phase is then for the
+            answer alone.
         output: "read-out" (the last layer reads the states; only its error enters the dynamics) or "state"; None takes
             "state" where the last layer has an activation.
         weights: "symmetric" or "directed".
@@ -83,7 +87,7 @@ class EquilibriumPropagation(CreditRule):
         ConfigError: an option is out of range.
 
     Logs: `free_residual` and `nudged_residual` (the largest change of a state in a phase's last step) and, of holomorphic
-    nudges, `off_branch` (:func:`off_branch`).
+    nudges, `off_branch` (:func:`~apical.dynamics.equilibrium.off_branch`).
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3))
     >>> rule = EquilibriumPropagation(model, beta=0.1)
@@ -104,6 +108,7 @@ class EquilibriumPropagation(CreditRule):
         points: int = 6,
         free_steps: int = 60,
         nudged_steps: int = 30,
+        cycles: int = 0,
         output: Literal["read-out", "state"] | None = None,
         weights: Literal["symmetric", "directed"] = "symmetric",
         update: Literal["same", "different"] = "same",
@@ -137,11 +142,13 @@ class EquilibriumPropagation(CreditRule):
                 raise ConfigError(f"{name} must not be negative, got {number}")
         if not 0 <= damping < 1:
             raise ConfigError(f"damping must be in [0, 1), got {damping}")
+        if cycles < 0 or (cycles and estimator != "holomorphic"):
+            raise ConfigError(f'cycles is for estimator="holomorphic" and not negative, got {cycles} for "{estimator}"')
         if homeostasis and weights != "directed":
             raise ConfigError('homeostasis is for weights="directed"; symmetric weights have nothing to correct')
         self.chain = Chain(model, input_shape, pools=True)
         if bounded:
-            limit = ShiftedSigmoid() if estimator == "holomorphic" and points > 2 else nn.Hardtanh(0.0, 1.0)
+            limit = ShiftedSigmoid() if estimator == "holomorphic" and (points > 2 or cycles) else nn.Hardtanh(0.0, 1.0)
             self.chain.stages = [_bounded(stage, limit) for stage in self.chain.stages]
         last = self.chain.stages[-1]
         read_out = isinstance(last.activation, nn.Identity) if output is None else output == "read-out"
@@ -152,11 +159,12 @@ class EquilibriumPropagation(CreditRule):
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise)
         self.estimator, self.beta, self.points = estimator, beta, points
         self.free_steps, self.nudged_steps, self.tolerance = free_steps, nudged_steps, tolerance
+        self.cycles = cycles
         if len(rates) not in (0, len(self.chain.stages)):
             raise ConfigError(f"rates needs one number for each of the {len(self.chain.stages)} layers, got {len(rates)}")
         self.rates = tuple(rates) or (1.0,) * len(self.chain.stages)
         self.directed, self.update, self.homeostasis = weights == "directed", update, homeostasis
-        if estimator == "holomorphic" and points > 2:
+        if estimator == "holomorphic" and (points > 2 or cycles):
             self._check_complex()
         if homeostasis and (pools := [stage.name for stage in self._above if _nonlinear(stage)]):
             raise UnsupportedModelError(f"layer {pools[0]!r} has max-pooling beside it: homeostasis needs linear paths")
@@ -226,32 +234,57 @@ class EquilibriumPropagation(CreditRule):
             loss = self.loss(output, targets)
             if self.loss in HOLOMORPHIC and output.dim() == 2:
                 targets = wanted(output, targets)
-            beta, weights = self._phases(x)
-            q = len(beta.im)
-            rows = [
-                torch.cat((s.repeat(len(beta.re), *[1] * (s.dim() - 1)), s.new_zeros(q * len(s), *s.shape[1:])))
-                for s in free.s
-            ]
-            nudged = network.settle(
-                rows,
-                network.given(x, beta),
-                self._back(),
-                self.nudged_steps,
-                lambda s: network.nudged_by(network.errors(self.loss, s, targets, q), beta),
-                imaginary=q * len(x),
-                tolerance=self.tolerance,
-                noisy=True,
-            )
-            roots = self._roots(x, free.s, nudged.s, targets, beta, weights)
-            logs = {"free_residual": free.residual, "nudged_residual": nudged.residual}
-            if self.estimator == "holomorphic":
-                logs["off_branch"] = off_branch(free.s, nudged.s, _shares(beta, weights))
+            roots, nudged, logs = self._going_round(x, free.s, targets) if self.cycles else self._nudged(x, free.s, targets)
+            logs |= {"free_residual": free.residual, "nudged_residual": nudged}
         if self.homeostasis:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
                 noise = [torch.randn(DRAWS, *stage.shape, dtype=x.dtype, device=x.device) for stage in network.stages]
                 asymmetry = homeostatic_loss(lambda d: jacobian_product(network.stages, list(self.back), d), noise)
                 roots.append(self.homeostasis * asymmetry)
         return Credit(roots, [None] * len(roots), output, loss, logs)
+
+    def _nudged(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """All nudges at once, from the free state: roots, residual and logs."""
+        network = self.network
+        beta, weights = self._phases(x)
+        q = len(beta.im)
+        rows = [
+            torch.cat((s.repeat(len(beta.re), *[1] * (s.dim() - 1)), s.new_zeros(q * len(s), *s.shape[1:]))) for s in free
+        ]
+        nudged = network.settle(
+            rows,
+            network.given(x, beta),
+            self._back(),
+            self.nudged_steps,
+            lambda s: network.nudged_by(network.errors(self.loss, s, targets, q), beta),
+            imaginary=q * len(x),
+            tolerance=self.tolerance,
+            noisy=True,
+        )
+        roots = self._roots(x, free, nudged.s, targets, beta, weights)
+        logs = {}
+        if self.estimator == "holomorphic":
+            logs["off_branch"] = off_branch(free, nudged.s, _shares(beta, weights))
+        return roots, nudged.residual, logs
+
+    def _going_round(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """One nudge after the other, round the circle again and again."""
+        network, n = self.network, self.points * self.cycles
+        roots: list[Tensor] = []
+        s = [each.new_zeros(2 * len(each), *each.shape[1:]) for each in network.zeros(x)]
+        residual = x.new_zeros(())
+        for turn in [2 * pi * p / self.points for p in range(self.points)] * self.cycles:
+            beta = Phases(self.beta * x.new_tensor([cos(turn)]), self.beta * x.new_tensor([sin(turn)]))
+            weight = Phases(x.new_tensor([-cos(turn)]) / (n * self.beta), x.new_tensor([sin(turn)]) / (n * self.beta))
+
+            def push(s: Sequence[Tensor], beta: Phases = beta) -> Tensor:
+                return network.nudged_by(network.errors(self.loss, s, targets, 1), beta)
+
+            given = network.given(x, beta)
+            settled = network.settle(s, given, self._back(), self.nudged_steps, push, imaginary=len(x), noisy=True)
+            s, residual = settled.s, torch.maximum(residual, settled.residual)
+            roots += self._roots(x, free, s, targets, beta, weight)
+        return roots, residual, {}
 
     def _phases(self, like: Tensor) -> tuple[Phases, Phases]:
         """beta_p and c_p; of a conjugate pair only one is settled, with twice the weight."""
@@ -307,57 +340,6 @@ def _shares(beta: Phases, c: Phases) -> Tensor:
     """`-beta_p c_p`, which is real: how much each settled phase counts in a mean over all (P,)."""
     share = -beta.re * c.re[: len(beta.re)]
     return share + F.pad(beta.im * c.im, (len(beta.re) - len(beta.im), 0)) if len(beta.im) else share
-
-
-def off_branch(free: Sequence[Tensor], nudged: Sequence[Tensor], share: Tensor) -> Tensor:
-    """Distance of the phases' mean state from the free one, relative to how far phases lie from it; 0 for zero movement.
-
-    A function that is analytic within the circle of nudges has its value at the centre as its mean on the circle, up to
-    O(beta^N). Where this is not small, nudges are too large for a continuous branch of equilibria, and more of them do not
-    help.
-    """
-    gaps, moves = [], []
-    for s, centre in zip(nudged, free, strict=True):
-        parts = s.view(-1, *centre.shape)[: len(share)]
-        gaps.append(((parts * share.view(-1, *[1] * centre.dim())).sum(0) - centre).abs().amax())
-        moves.append((parts - centre).abs().amax())
-    return torch.stack(gaps).amax() / torch.stack(moves).amax().clamp_min(torch.finfo(free[0].dtype).tiny)
-
-
-def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int) -> list[Tensor]:
-    """Roots of weight and bias whose gradients are those of `signal . P(W rates + b)` summed over rows, over the batch size.
-
-    Args:
-        real: the first rows, which are real parts: a bias has no imaginary ones.
-    """
-    bias, signal = stage.layer.bias, unpooled(stage, signal, rates)
-    roots = weight_root(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
-    if bias is not None and bias.requires_grad:
-        shared = signal[:real].transpose(0, 1).flatten(1).sum(1) / batch
-        with torch.enable_grad():
-            roots.append(known_root(bias, shared))
-    return roots
-
-
-def weight_root(
-    stage: Stage, weight: Tensor, signal: Tensor, rates: Tensor, batch: float, *, pulled_back: bool = False
-) -> list[Tensor]:
-    """The root of `weight` alone, which has the shape of the stage's."""
-    if not weight.requires_grad:
-        return []
-    signal = signal if pulled_back else unpooled(stage, signal, rates)
-    product = outer(stage, signal, rates) / batch
-    with torch.enable_grad():
-        return [known_root(weight, product)]
-
-
-def unpooled(stage: Stage, signal: Tensor, rates: Tensor) -> Tensor:
-    """The signal at the layer's own output, before pooling."""
-    if not stage.after:
-        return signal
-    v = stage.layer(stage.seen(rates))
-    result: Tensor = torch.func.vjp(lambda each: pooled(stage, each), v)[1](signal)[0]
-    return result
 
 
 def _bounded(stage: Stage, limit: nn.Module) -> Stage:
