@@ -244,7 +244,10 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
     real = len(v) - 2 * imaginary
     a, b = v[real : real + imaginary], v[real + imaginary :]
     if isinstance(activation, ShiftedSigmoid):
-        return torch.cat((activation(v[:real]), *complex_shifted_sigmoid(a, b)))
+        made = torch.empty_like(v)  # filled piece by piece: joining pieces would copy them all
+        torch.sigmoid(torch.add(v.new_full((), -2.0), v[:real], alpha=4), out=made[:real])
+        made[real : real + imaginary], made[real + imaginary :] = complex_shifted_sigmoid(a, b)
+        return made
     z = activation(torch.complex(a, b))
     return torch.cat((activation(v[:real]), z.real, z.imag))
 
