@@ -81,10 +81,11 @@ def test_losses_are_mean_squared_errors_and_there_is_no_accuracy(begin: Callable
 
 @pytest.mark.parametrize(
     "rule",
-    [rule for rule in RULES if rule not in ("bp", "corinfomax", "hep") and not rule.startswith(("ccl", "tdca"))],
-)  # corinfomax answers from 0 to 1 only; errors as large as these take hep's nudges off the branch of equilibria
+    [rule for rule in RULES if rule not in ("bp", "corinfomax") and not rule.startswith(("ccl", "tdca"))],
+)  # corinfomax answers from 0 to 1 only
 def test_every_rule_learns_regression(begin: Callable[..., Training], tmp_path: Path, rule: str) -> None:
-    training = begin(replace(RECIPE, rule=rule, epochs=30), tmp_path)
+    options = ("beta=0.1",) if rule == "hep" else ()  # errors are large: nudges of 0.4 leave the branch (off_branch 0.3)
+    training = begin(replace(RECIPE, rule=rule, rule_options=options, epochs=30), tmp_path)
     before = training.line["test_loss"]
     for _ in range(30):
         after = training.train_epoch()["test_loss"]

@@ -492,6 +492,8 @@ def test_complex_nudges_need_what_is_analytic() -> None:
         ({"beta": 0.0}, "beta"),
         ({"points": 1}, "points"),
         ({"free_steps": 0}, "free_steps"),
+        ({"nudged_steps": 2.5}, "whole numbers"),
+        ({"weights": "directed", "asymmetry": float("nan")}, "asymmetry"),
         ({"damping": 1.0}, "damping"),
         ({"noise": -1.0}, "noise"),
         ({"estimator": "best"}, "estimator"),
@@ -511,6 +513,16 @@ def test_a_read_out_alone_has_nothing_to_settle() -> None:
         EP(nn.Sequential(nn.Linear(4, 3)))
     with pytest.raises(UnsupportedModelError, match="'1'"):
         EP(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+
+
+def test_input_that_cannot_be_settled_is_named() -> None:
+    x, y = batch()
+    with pytest.raises(InstabilityError, match="inputs or weights"):
+        EP(network())(x * float("nan"), y)
+    with pytest.raises(UnsupportedModelError, match=r"'0' gave .*input_shape"):
+        EP(convolutional(nn.MaxPool2d(2), "pool"), input_shape=(1, 8, 8))(torch.rand(2, 1, 10, 10).double(), y[:2])
+    with pytest.raises(ConfigError, match=r"\(3,\) do not fit outputs of shape \(3, 3\)"):
+        squared_error(torch.rand(3, 3), torch.rand(3))
 
 
 def test_rates_multiply_gradients_layer_by_layer() -> None:

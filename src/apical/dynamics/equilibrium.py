@@ -19,6 +19,7 @@ from apical.core.local import known_root, outer
 from apical.core.losses import squared_error, wanted
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
+from apical.errors import UnsupportedModelError
 
 PROJECTIONS = (nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Identity)
 """Activations that change nothing they have made: with them a step may be damped before it is cut off, as in 2017."""
@@ -84,8 +85,16 @@ class EquilibriumNetwork:
         Args:
             inputs: what the first stage is given (batch, ...).
             phases: rows for these; None is one real phase.
+
+        Raises:
+            UnsupportedModelError: the samples have not the shape the chain was made for.
         """
         first = pooled(self.stages[0], self.stages[0].layer(self.stages[0].seen(inputs)))
+        if first.shape[1:] != self.stages[0].shape:
+            raise UnsupportedModelError(
+                f"layer {self.stages[0].name!r} gave {tuple(first.shape[1:])} per sample, but the rule was made for "
+                f"{self.stages[0].shape}; pass the input_shape of these samples"
+            )
         found: list[Tensor | None] = [first]
         p, q = (len(phases.re), len(phases.im)) if phases is not None else (1, 0)
         if p + q > 1:

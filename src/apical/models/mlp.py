@@ -48,7 +48,7 @@ def mlp_tanh(in_features: int, widths: Sequence[int], out_features: int) -> nn.S
 def mlp_sigmoid(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
     """Perceptron of holomorphic equilibrium propagation (arXiv 2209.00530): `sigma(4 v - 2)` behind hidden layers.
 
-    Initial weights are PyTorch's own: with Xavier's, states that talk both ways cycle more often than they settle.
+    Initial weights are PyTorch's own, smaller than Xavier's: whether states that talk both ways settle depends on them.
 
     Raises:
         ConfigError: a size is not positive.

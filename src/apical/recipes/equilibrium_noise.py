@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -22,7 +23,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.data import load
-from apical.errors import ConfigError, InstabilityError
+from apical.errors import ApicalError, ConfigError, InstabilityError
 from apical.experiment.run_folder import check_writable, environment
 from apical.recipes.cells import kept
 from apical.recipes.control_study import difference, run_command, shown, write
@@ -158,6 +159,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
                 method, noise, seed = running[done]
                 accuracy, seconds = cells[running[done]]["accuracy"], cells[running[done]]["seconds"]
                 print(f"{seconds:7.1f} s  seed {seed}  noise {noise:g}  {method}: {100 * accuracy:.2f} %", flush=True)
+        except BrokenProcessPool as error:
+            raise ApicalError(f"a training was killed; the same command goes on from what is in {options.out}") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

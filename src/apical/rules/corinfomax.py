@@ -114,10 +114,11 @@ class CorInfoMax(CreditRule):
         for name, value in (*positive.items(), ("leak", leak), ("output_leak", output_leak), ("step_decay", step_decay)):
             if not (isfinite(value) and value >= 0 and (value > 0 or name not in positive)):
                 raise ConfigError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-        if not 0 < forgetting <= 1 or min(free_steps, nudged_steps) < 1:
+        whole = isinstance(free_steps, int) and isinstance(nudged_steps, int)
+        if not (0 < forgetting <= 1 and whole and min(free_steps, nudged_steps) >= 1):
             raise ConfigError(
-                f"forgetting must be in (0, 1] and steps at least 1, got forgetting={forgetting}, free_steps={free_steps}, "
-                f"nudged_steps={nudged_steps}"
+                f"forgetting must be in (0, 1] and steps whole numbers from 1, got forgetting={forgetting}, "
+                f"free_steps={free_steps}, nudged_steps={nudged_steps}"
             )
         self.chain = Chain(model)
         stages = self.chain.stages

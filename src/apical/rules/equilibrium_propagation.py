@@ -130,14 +130,24 @@ class EquilibriumPropagation(CreditRule):
         ):
             if value not in known:
                 raise unknown_name(name, value, known)
-        if not (beta > 0 and isfinite(beta)) or min(points - 1, free_steps, nudged_steps) < 1:
+        counts = (points - 1, free_steps, nudged_steps)
+        if (
+            not (beta > 0 and isfinite(beta))
+            or min(counts) < 1
+            or not all(isinstance(each, int) for each in (*counts, cycles))
+        ):
             raise ConfigError(
-                f"beta must be positive, steps at least 1 and points at least 2, got beta={beta}, free_steps={free_steps}, "
-                f"nudged_steps={nudged_steps}, points={points}"
+                f"beta must be positive, steps at least 1 and points at least 2, in whole numbers, got beta={beta}, "
+                f"free_steps={free_steps}, nudged_steps={nudged_steps}, points={points}"
             )
         if any(not 0 < rate < float("inf") for rate in rates):
             raise ConfigError(f"rates must be positive, got {tuple(rates)}")
-        for name, number in (("noise", noise), ("tolerance", tolerance), ("homeostasis", homeostasis)):
+        for name, number in (
+            ("noise", noise),
+            ("tolerance", tolerance),
+            ("homeostasis", homeostasis),
+            ("asymmetry", asymmetry),
+        ):
             if not 0 <= number < float("inf"):
                 raise ConfigError(f"{name} must not be negative, got {number}")
         if not 0 <= damping < 1:
@@ -226,9 +236,12 @@ class EquilibriumPropagation(CreditRule):
             x = self.chain.enter(inputs)
             free = self._free(x, noisy=True)
             if not torch.compiler.is_compiling() and not free.residual.isfinite():
+                finite = x.isfinite().all() and all(stage.layer.weight.isfinite().all() for stage in self.chain.stages)
                 raise InstabilityError(
                     "the free phase of equilibrium propagation runs away: its states have no bound; use bounded activations "
                     "(--model mlp-sigmoid-256 or mlp-clip-256), smaller weights or fewer steps"
+                    if finite
+                    else "the free phase of equilibrium propagation is not finite because inputs or weights are not"
                 )
             output = network.output(free.s)
             loss = self.loss(output, targets)
