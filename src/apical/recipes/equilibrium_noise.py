@@ -55,7 +55,7 @@ def _holomorphic(points: int, beta: float, free: int, nudged: int) -> dict[str, 
 SETTINGS = {
     "digits": Setting(
         "digits",
-        "mlp-sigmoid-64-64-64",
+        "mlp-sigmoid-64-64",
         0.05,
         20,
         {
