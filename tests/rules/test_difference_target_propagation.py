@@ -13,6 +13,7 @@ from apical.core.chain import Chain
 from apical.core.cut import output_error
 from apical.diagnostics.gauss_newton import gauss_newton_targets
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.rules.difference_target_propagation import Mapped
 
 TP = apical.DifferenceTargetPropagation
 VARIANTS = ("dtp", "drl", "linear", "hidden", "control")
@@ -154,10 +155,11 @@ def test_exact_inverses_give_gauss_newton_targets_to_first_order() -> None:
         assert 5 < larger / smaller < 20  # O(eta)
 
 
-def inverse_move(layer: nn.Linear, at: object, d: Tensor, *, last: bool) -> Tensor:
+def inverse_move(layer: nn.Linear, at: Mapped, d: Tensor, *, last: bool) -> Mapped:
     z = at.z
     before, after = (z, z + d) if last else (torch.atanh(z), torch.atanh(z + d))
-    return torch.linalg.solve(layer.weight, (after - before).T).T
+    move = torch.linalg.solve(layer.weight, (after - before).T).T
+    return Mapped(move, move, d)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
@@ -168,10 +170,10 @@ def test_direct_linear_feedback_learns_the_damped_pseudo_inverse(decay: float) -
     jacobian, q = model[2].weight.detach(), rule.maps[0].q
     noise = torch.linalg.qr(torch.randn(6, 6, dtype=torch.double))[0] * 6**0.5 * rule.sigma  # covariance sigma^2 I exactly
     states = rule.chain.run(torch.randn(6, 4, dtype=torch.double))
-    h = [r.flatten(1) for r in states.r[1:]]
     optimizer = torch.optim.SGD([q], lr=0.5, weight_decay=decay)
     for _ in range(3000):
-        _, moved_input, _, residual = rule._reconstructed(0, states, h, noise)
+        moved = rule._reconstructed(0, states, rule.points(states), noise)
+        moved_input, residual = moved.z, moved.g - noise
         q.grad = residual.T @ moved_input / len(noise) / rule.sigma**2
         optimizer.step()
     expected = jacobian.T @ torch.linalg.inv(jacobian @ jacobian.T + decay * torch.eye(3, dtype=torch.double))

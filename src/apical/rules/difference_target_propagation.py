@@ -16,13 +16,13 @@ forward bias.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.activations import derivative, difference, plain
+from apical.core.activations import difference, plain, pulled_back
 from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import output_error
@@ -36,11 +36,13 @@ DIFFERENCES = ("drl", "linear", "hidden")
 
 
 class Mapped(NamedTuple):
-    """A feedback map at one point: potential v, value g and what it was given z, each (batch, n)."""
+    """A feedback map at one point: potential v, value g, what it was given z, and z's own potential where a fixed random
+    layer makes z; each (batch, n)."""
 
     v: Tensor
     g: Tensor
     z: Tensor
+    random: Tensor | None = None
 
 
 class FeedbackMap(nn.Module):
@@ -60,18 +62,19 @@ class FeedbackMap(nn.Module):
         self.c = nn.Parameter(like.new_zeros(size)) if bias else None
         self.activation = activation
 
-    def at(self, z: Tensor) -> Mapped:
+    def at(self, z: Tensor, random: Tensor | None = None) -> Mapped:
         """The map at z."""
         v = F.linear(z, self.q, self.c)
-        return Mapped(v, self.activation(v), z)
+        return Mapped(v, self.activation(v), z, random)
 
-    def moved(self, at: Mapped, d: Tensor) -> Tensor:
-        """`g(z + d) - g(z)`, (batch, n_i)."""
-        return difference(self.activation, at.v, at.g, F.linear(d, self.q))
+    def moved(self, at: Mapped, d: Tensor) -> Mapped:
+        """How v, g and z move when z moves by d, each (batch, n)."""
+        dv = F.linear(d, self.q)
+        return Mapped(dv, difference(self.activation, at.v, at.g, dv), d)
 
     def gradients(self, at: Mapped, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Of `sum residual * g(z)` with respect to Q and c."""
-        error = residual * derivative(self.activation, at.v, at.g)
+        error = pulled_back(self.activation, at.v, at.g, residual)
         return error.T @ at.z, error.sum(0)
 
 
@@ -176,59 +179,70 @@ class DifferenceTargetPropagation(CreditRule):
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.chain.run(inputs)
             loss, error = output_error(self.loss, states.r[-1], targets)
+            at = self.points(states)
             roots: list[Tensor | None] = []
             logs: dict[str, Tensor] = {}
             if self.phase != "feedback":
-                roots += self._forward_roots(states, self.distances(states, error.flatten(1) * (-self.eta * len(error))))
+                d = error.flatten(1) * (-self.eta * len(error))
+                roots += self._forward_roots(states, self.distances(states, d, at))
             if self.phase != "forward" and self.feedback_parameters():
-                learned, logs["reconstruction"] = self._feedback_roots(states)
+                learned, logs["reconstruction"] = self._feedback_roots(states, at)
                 roots += learned
         kept = [root for root in roots if root is not None]
         return Credit(kept, [None] * len(kept), states.r[-1], loss, logs)
 
-    def distances(self, states: States, d: Tensor) -> list[Tensor]:
-        """`t_i - h_i` of every layer (batch, n_i), given that of the output."""
-        found = [d]
-        h = [r.flatten(1) for r in states.r[1:]]
-        for i in reversed(range(len(self.maps))):
-            found.insert(0, self._pulled(i, h, found[0] if self.sequential else d)[1])
+    def points(self, states: States) -> list[Mapped]:
+        """Every feedback map at what it hears of the states: the next layer, or the output."""
+        h = [r.flatten(1) for r in states.r[2:]]
+        found = []
+        for i in range(len(self.maps)):
+            heard, random = h[i if self.sequential else -1], None
+            if self.variant == "hidden" and i < len(self.maps) - 1:
+                random = heard @ self.random.T
+                heard = random.tanh()
+            found.append(self._map(i).at(heard, random))
         return found
 
-    def _pulled(self, i: int, h: Sequence[Tensor], d: Tensor) -> tuple[Mapped, Tensor, Tensor]:
-        """Map i at the states, its move when what it hears (next layer, or output) moves by d, and its input's move."""
-        g, above = self.maps[i], h[i + 1] if self.sequential else h[-1]
-        assert isinstance(g, FeedbackMap)
-        if self.variant == "hidden" and i < len(self.maps) - 1:
-            v = above @ self.random.T
-            u = v.tanh()
-            above, d = u, difference(nn.Tanh(), v, u, d @ self.random.T)
-        at = g.at(above)
-        return at, g.moved(at, d), d
+    def distances(self, states: States, d: Tensor, at: Sequence[Mapped] | None = None) -> list[Tensor]:
+        """`t_i - h_i` of every layer (batch, n_i), given that of the output, and :meth:`points` where they are at hand."""
+        found, at = [d], self.points(states) if at is None else at
+        for i in reversed(range(len(self.maps))):
+            found.insert(0, self._moved(i, at[i], found[0] if self.sequential else d).g)
+        return found
+
+    def _map(self, i: int) -> FeedbackMap:
+        return cast(FeedbackMap, self.maps[i])
+
+    def _moved(self, i: int, at: Mapped, d: Tensor) -> Mapped:
+        """How map i moves when what it hears (next layer, or output) moves by d."""
+        if at.random is not None:
+            d = difference(nn.Tanh(), at.random, at.z, d @ self.random.T)
+        return self._map(i).moved(at, d)
 
     def _forward_roots(self, states: States, d: Sequence[Tensor]) -> list[Tensor | None]:
         factor = -(1 / self.eta if self.normalised else 2.0) / len(d[0])
         roots = []
         for i, stage in enumerate(self.chain.stages):
-            signal = d[i].view_as(states.v[i]) * derivative(stage.activation, states.v[i], states.r[i + 1])
+            signal = pulled_back(stage.activation, states.v[i], states.r[i + 1], d[i].view_as(states.v[i]))
             with torch.enable_grad():
                 roots.append(local_root(stage, signal, states.r[i], factor=factor))
         return roots
 
-    def _feedback_roots(self, states: States) -> tuple[list[Tensor], Tensor]:
+    def _feedback_roots(self, states: States, points: Sequence[Mapped]) -> tuple[list[Tensor], Tensor]:
         """Roots of the feedback weights, and the mean of their reconstruction losses."""
-        h = [r.flatten(1) for r in states.r[1:]]
         roots: list[Tensor] = []
         losses = []
-        for i, g in enumerate(self.maps):
-            assert isinstance(g, FeedbackMap)
-            noise = self.sigma * torch.randn_like(states.r[i + 1])
-            at, input_moved, moved, residual = self._reconstructed(i, states, h, noise)
+        for i, at in enumerate(points):
+            g, noise = self._map(i), self.sigma * torch.randn_like(states.r[i + 1])
+            moved = self._reconstructed(i, states, points, noise)
+            residual = moved.g - noise.flatten(1)
+            if self.variant not in DIFFERENCES:  # not the difference: the map itself is to give h + noise
+                residual = residual + at.g - states.r[i + 1].flatten(1)
             scale = 1.0 / len(noise) if self.reduction == "sum" else 2.0 / residual.numel()
             if self.variant in (("dtp", *DIFFERENCES) if self.reduction == "mean" else DIFFERENCES):
                 scale /= self.sigma**2
             losses.append(0.5 * scale * residual.square().sum())
-            there = Mapped(at.v + F.linear(input_moved, g.q), at.g + moved, at.z + input_moved)
-            for_q, for_c = g.gradients(there, residual)
+            for_q, for_c = g.gradients(Mapped(at.v + moved.v, at.g + moved.g, at.z + moved.z), residual)
             if self.variant in DIFFERENCES:
                 here = g.gradients(at, residual)
                 for_q, for_c = for_q - here[0], for_c - here[1]
@@ -238,21 +252,13 @@ class DifferenceTargetPropagation(CreditRule):
                     roots.append(known_root(g.c, scale * for_c))
         return roots, torch.stack(losses).mean()
 
-    def _reconstructed(
-        self, i: int, states: States, h: Sequence[Tensor], noise: Tensor
-    ) -> tuple[Mapped, Tensor, Tensor, Tensor]:
-        """Map i at the states, the moves of its input and value that noise at layer i causes, and what they miss it by."""
-        rates, moves = states.r[i + 1] + noise, []
-        for k in range(i + 1, i + 2 if self.variant == "dtp" else len(h)):
-            stage = self.chain.stages[k]
+    def _reconstructed(self, i: int, states: States, points: Sequence[Mapped], noise: Tensor) -> Mapped:
+        """How map i moves when noise at layer i has gone up, and come down again to it."""
+        rates, top = states.r[i + 1] + noise, i + 1 if self.variant == "dtp" else len(self.maps)
+        for stage in self.chain.stages[i + 1 : top + 1]:
             rates = stage.activation(stage.layer(stage.seen(rates)))
-            moves.append(rates.flatten(1) - h[k])
-        d = moves[-1]
+        d = (rates - states.r[top + 1]).flatten(1)
         if self.variant == "drl":
             for k in reversed(range(i + 1, len(self.maps))):
-                d = self._pulled(k, h, d)[1]
-        at, moved, input_moved = self._pulled(i, h, d)
-        residual = moved - noise.flatten(1)
-        if self.variant not in DIFFERENCES:  # not the difference: the map itself is to give h + noise
-            residual = residual + at.g - h[i]
-        return at, input_moved, moved, residual
+                d = self._moved(k, points[k], d).g
+        return self._moved(i, points[i], d)
