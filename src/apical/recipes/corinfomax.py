@@ -4,6 +4,7 @@ Hyper-parameters of MNIST are those of the reported runs; published accuracies w
 authors' repository, for 50 epochs and ten seeds. Learning rates fall by 5 % an epoch; in the released code they jump at
 epoch 15 to 0.9^epoch, and so do ours on MNIST. Of the systems compared with, the repository's rates are not all stated:
 those of backpropagation and feedback alignment are ours, and their networks have ReLU hidden layers and a linear output.
+On digits networks have 200 hidden units: with 100, a class stays silent in some seeds.
 """
 
 from dataclasses import replace
@@ -29,7 +30,7 @@ def _digits() -> Study:
     lr, lr_epochs = falling(2.0, 20, jump=False)
     base = Recipe(
         data="digits-raw",
-        model="mlp-box-100",
+        model="mlp-box-200",
         loss="squared",
         epochs=20,
         batch_size=20,
@@ -40,15 +41,15 @@ def _digits() -> Study:
     )
     plain = replace(base, lr=(0.2,), lr_epochs=())
     rows = {
-        "bp": Row(replace(plain, rule="bp", model="mlp-100"), ()),
-        "ep-one-sided": Row(replace(plain, rule="ep-one-sided", model="mlp-clip-100", rule_options=ORIGINAL), ()),
+        "bp": Row(replace(plain, rule="bp", model="mlp-200"), ()),
+        "ep-one-sided": Row(replace(plain, rule="ep-one-sided", model="mlp-clip-200", rule_options=ORIGINAL), ()),
         "corinfomax": Row(
             replace(base, rule="corinfomax", rule_options=("rates=(1.0, 0.7)", "backward_rates=(0.15,)")),
             (Published("accuracy", 20, 95.5, 5.5, "ours"),),
         ),
     }
     claims = (Claim("corinfomax", "ep-one-sided", 20, -5.0),)
-    return Study("CorInfoMax on digits, 64-100-10", "seconds", rows, base, claims)
+    return Study("CorInfoMax on digits, 64-200-10", "seconds", rows, base, claims)
 
 
 def _mnist() -> Study:

@@ -18,7 +18,7 @@ from tyro.conf import arg
 from apical import models
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle
-from apical.recipes.control_study import Cells, Row, by_seed, difference, run_command, shown
+from apical.recipes.control_study import Cells, Row, at_least, by_seed, difference, run_command, shown
 from apical.rules.corinfomax import CorInfoMax
 
 STEPS = (0.015, 0.05, 0.075, 0.15)
@@ -43,7 +43,7 @@ ABOUT: dict[str, Any] = {
     "about": "Digits through a network of 100 hidden units.",
     "sources": {
         "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
-        "its better side."
+        "its better side; for the accuracy of P1, that mean and worst seed reach the mark that was set on them."
     },
 }
 
@@ -118,7 +118,7 @@ def verdicts(cells: Cells) -> list[Row]:
     gap = [abs(a - b) for a, b in zip(at(0.05), at(0.075), strict=True)]
     sparse, dense = ([cell[key] for cell in cells] for key in ("sparse", "not sparse"))
     return [
-        against("P1", "accuracy", of("accuracy"), 0.9),
+        at_least("P1", "corinfomax", "accuracy", of("accuracy"), 0.9, 0.75),
         against("P1", "degrees between both ways after training", of("after"), 30),
         against("P2", "degrees lost", [a - b for a, b in zip(of("before"), of("after"), strict=True)], 10),
         against("P3", "accuracy at step 0.05 and 0.075, distance", gap, 0.05, less=True),

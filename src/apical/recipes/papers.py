@@ -90,10 +90,10 @@ PAPERS: dict[str, dict[str, Table]] = {
         ),
         "targets": Table(
             "Target propagation: where targets point",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
             module="apical.recipes.tp_targets",
-            needs={"epochs": 20, "seeds": 5},
-            hours={"cpu": 0.09},
+            needs={"epochs": 20, "seeds": 10},
+            hours={"cpu": 0.18},
         ),
         "mnist": _study("tp-mnist", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
         "fashion": _study("tp-fashion", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
@@ -118,22 +118,22 @@ PAPERS: dict[str, dict[str, Table]] = {
             "Equilibrium propagation with noisy neurons, digits",
             {
                 "smoke": {"epochs": 1, "seeds": 2, "train_limit": 200},
-                "cpu": {"epochs": 15, "seeds": 3},
+                "cpu": {"epochs": 15, "seeds": 5},
                 "paper": {"epochs": 15, "seeds": 10},
             },
             module="apical.recipes.equilibrium_noise",
-            needs={"epochs": 15, "seeds": 3},
+            needs={"epochs": 15, "seeds": 5},
         ),
     },
     "corinfomax": {
         "digits": _study(
-            "corinfomax-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}
+            "corinfomax-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 10}, {"epochs": 20, "seeds": 10}
         ),
         "study": Table(
             "CorInfoMax: step sizes, forward learning, alignment, sparseness",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
             module="apical.recipes.corinfomax_study",
-            needs={"epochs": 20, "seeds": 5},
+            needs={"epochs": 20, "seeds": 10},
         ),
         "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
     },
