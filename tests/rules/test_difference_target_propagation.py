@@ -16,7 +16,8 @@ from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.difference_target_propagation import Mapped
 
 TP = apical.DifferenceTargetPropagation
-VARIANTS = ("dtp", "drl", "linear", "hidden", "control")
+VARIANTS = ("dtp", "drl", "linear", "hidden", "control", "lee")
+KINDS = [({"variant": name}) for name in VARIANTS] + [{"variant": "hidden", "recurrent": True}]
 SIZES = (6, 5, 7, 4, 3)
 
 
@@ -43,11 +44,12 @@ def gradients(rule: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
 
 
-def feedback(rule: apical.DifferenceTargetPropagation, i: int, z: Tensor) -> Tensor:
-    """g_i by its definition."""
+def feedback(rule: apical.DifferenceTargetPropagation, i: int, z: Tensor, own: Tensor) -> Tensor:
+    """g_i by its definition, given also the state of layer i."""
     g, last = rule.maps[i], len(rule.maps) - 1
     if rule.variant == "hidden" and i < last:
         z = torch.tanh(z @ rule.random.T)
+        z = torch.cat((z, own), 1) if rule.recurrent else z
     v = z @ g.q.T + (g.c if g.c is not None else 0)
     return torch.tanh(v) if rule.sequential or (rule.variant == "hidden" and i < last) else v
 
@@ -77,7 +79,12 @@ def reference(rule: apical.DifferenceTargetPropagation, x: Tensor, y: Tensor, se
     t[last] = h[last] - rule.eta * e
     for i in reversed(range(last)):
         heard, base = (t[i + 1], h[i + 1]) if rule.sequential else (t[last], h[last])
-        t[i] = (feedback(rule, i, heard) + h[i] - feedback(rule, i, base)).detach()
+        if rule.variant == "lee" and i == last - 1:
+            below = h[i].clone().requires_grad_()
+            total = F.cross_entropy(layers[last](below), y, reduction="sum")
+            t[i] = h[i] - rule.eta * torch.autograd.grad(total, below)[0]
+        else:
+            t[i] = (feedback(rule, i, heard, h[i]) + h[i] - feedback(rule, i, base, h[i])).detach()
     found = {}
     for i, layer in enumerate(layers):
         a = layer(x if i == 0 else h[i - 1])
@@ -86,23 +93,23 @@ def reference(rule: apical.DifferenceTargetPropagation, x: Tensor, y: Tensor, se
         for name, parameter in layer.named_parameters():
             found[f"model.{2 * i}.{name}"] = torch.autograd.grad(local, parameter, retain_graph=True)[0]
     torch.manual_seed(seed)
-    for i in range(last):
+    for i in range(len(rule.maps)):
         noisy = h[i] + rule.sigma * torch.randn_like(h[i])
-        if rule.variant == "dtp":
-            bracket = feedback(rule, i, above(rule, layers, i, noisy, i + 1)[-1]) - noisy
+        if rule.variant in ("dtp", "lee"):
+            bracket = feedback(rule, i, above(rule, layers, i, noisy, i + 1)[-1], h[i]) - noisy
         elif rule.variant == "drl":
             z = above(rule, layers, i, noisy, last)[-1]
             for k in reversed(range(i + 1, last)):
-                z = (feedback(rule, k, z) + h[k] - feedback(rule, k, h[k + 1])).detach()
-            bracket = feedback(rule, i, z) + h[i] - feedback(rule, i, h[i + 1]) - noisy
+                z = (feedback(rule, k, z, h[k]) + h[k] - feedback(rule, k, h[k + 1], h[k])).detach()
+            bracket = feedback(rule, i, z, h[i]) + h[i] - feedback(rule, i, h[i + 1], h[i]) - noisy
         else:
             z = above(rule, layers, i, noisy, last)[-1]
-            bracket = feedback(rule, i, z) - noisy
+            bracket = feedback(rule, i, z, h[i]) - noisy
             if rule.variant != "control":
-                bracket = bracket + h[i] - feedback(rule, i, h[last])
+                bracket = bracket + h[i] - feedback(rule, i, h[last], h[i])
         loss = bracket.square()
         loss = loss.sum() / (2 * size) if rule.reduction == "sum" else loss.mean()
-        if rule.variant in ("drl", "linear", "hidden") or (rule.variant == "dtp" and rule.reduction == "mean"):
+        if rule.variant in ("drl", "linear", "hidden") or (rule.variant in ("dtp", "lee") and rule.reduction == "mean"):
             loss = loss / rule.sigma**2
         for name, parameter in rule.maps[i].named_parameters():
             found[f"maps.{i}.{name}"] = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
@@ -111,9 +118,9 @@ def reference(rule: apical.DifferenceTargetPropagation, x: Tensor, y: Tensor, se
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_updates_are_the_gradients_of_the_local_losses(variant: str, normalised: bool, reduction: str) -> None:
-    rule = made(variant, normalised=normalised, reduction=reduction, eta=0.2, sigma=0.3, neurons=8)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_updates_are_the_gradients_of_the_local_losses(kind: dict[str, object], normalised: bool, reduction: str) -> None:
+    rule = made(**kind, normalised=normalised, reduction=reduction, eta=0.2, sigma=0.3, neurons=8)
     x, y = batch()
     torch.manual_seed(4)
     rule(x, y).backward()
@@ -121,6 +128,18 @@ def test_updates_are_the_gradients_of_the_local_losses(variant: str, normalised:
     assert own.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(own[name], value, rtol=1e-10, atol=1e-12), name
+
+
+def test_one_hidden_layer_with_a_target_down_the_loss_is_backpropagation() -> None:
+    torch.manual_seed(0)
+    rule = TP(network(nn.Identity, (6, 5, 3)), variant="lee")
+    x, y = batch()
+    rule(x, y).backward()
+    assert not rule.feedback_parameters()
+    weights = [module.weight for module in rule.model if isinstance(module, nn.Linear)]
+    exact = torch.autograd.grad(F.cross_entropy(rule.model(x), y), weights)
+    for weight, expected in zip(weights, exact, strict=True):
+        assert torch.allclose(weight.grad, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

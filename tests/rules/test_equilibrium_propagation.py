@@ -15,6 +15,7 @@ import apical
 from apical import models
 from apical.core.credit import Loss
 from apical.core.losses import squared_error
+from apical.core.pooling import SoftmaxPool2d
 from apical.core.sigmoids import DoubleSiLU, ShiftedSigmoid
 from apical.diagnostics.alignment import gradients as against_exact
 from apical.dynamics.equilibrium import Phases, homeostatic_loss, jacobian_product
@@ -312,7 +313,7 @@ def convolutional(pool: nn.Module, first: str) -> nn.Sequential:
     ).double()
 
 
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2)])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), SoftmaxPool2d(2)])
 @pytest.mark.parametrize("first", ["pool", "activation"])
 def test_convolutions_settle_by_the_derivative_of_the_energy(pool: nn.Module, first: str) -> None:
     model = convolutional(pool, first)
@@ -344,6 +345,82 @@ def test_convolutions_settle_by_the_derivative_of_the_energy(pool: nn.Module, fi
         model.parameters(), torch.autograd.grad(objective, list(model.parameters())), strict=True
     ):
         assert (parameter.grad - expected).abs().max() < 1e-12
+
+
+def pooled_twice() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 3, 3, padding=1), SoftmaxPool2d(2, 1.5), DoubleSiLU()),
+        *(nn.Conv2d(3, 4, 3, padding=1), SoftmaxPool2d(2, 1.5), DoubleSiLU()),
+        *(nn.Flatten(), nn.Linear(16, 3)),
+    ).double()
+
+
+def test_softmax_pooling_is_a_weighted_mean_of_each_window_and_analytic() -> None:
+    torch.manual_seed(0)
+    pool, v = SoftmaxPool2d(2, 3.0), torch.randn(2, 3, 5, 5).double()
+    window = v[1, 2, 2:4, 0:2].flatten()
+    assert torch.allclose(pool(v)[1, 2, 1, 0], (window * (3 * window).exp()).sum() / (3 * window).exp().sum(), atol=1e-14)
+    assert torch.allclose(pool(v.to(torch.complex128)).real, pool(v), atol=1e-14)
+    z, h = torch.complex(v, torch.rand_like(v)), 1e-6
+    along, across = ((pool(z + step) - pool(z - step)) / (2 * step) for step in (h, 1j * h))
+    assert (along - across).abs().max() < 1e-8  # Cauchy-Riemann
+    with pytest.raises(ConfigError, match="softmax pooling must be positive"):
+        SoftmaxPool2d(2, 0.0)
+
+
+@pytest.mark.parametrize("points", [2, 3, 4])
+def test_softmax_pooling_settles_by_the_complex_energy(points: int) -> None:
+    """Every nudge for itself, by automatic differentiation of the energy of complex states and the limit's definition."""
+    model, beta = pooled_twice(), 0.3
+    torch.manual_seed(1)
+    x, y = torch.rand(4, 1, 8, 8).double(), torch.arange(4) % 3
+    options = {"estimator": "holomorphic", "points": points, "beta": beta, "free_steps": 9, "nudged_steps": 5}
+    rule = EP(model, **options, input_shape=(1, 8, 8))
+    rule(x, y).backward()
+    conv1, conv2, reader = (m for m in model if isinstance(m, nn.Conv2d | nn.Linear))
+    pool, act, label = model[1], model[2], F.one_hot(y, 3).double()
+    kind = torch.complex128
+
+    def conv(layer: nn.Conv2d, s: Tensor) -> Tensor:
+        return F.conv2d(s, layer.weight.to(kind), layer.bias.to(kind), padding=1)
+
+    def phi(s: list[Tensor], nudge: complex) -> Tensor:
+        total = (s[0] * pool(conv(conv1, x.to(kind)))).sum() + (s[1] * pool(conv(conv2, s[0]))).sum()
+        logits = s[1].flatten(1) @ reader.weight.T.to(kind) + reader.bias
+        return total - nudge * (logits.exp().sum(1).log() - (logits * label).sum(1)).sum()
+
+    def settle(s: list[Tensor], steps: int, nudge: complex) -> list[Tensor]:
+        for _ in range(steps):
+            leaves = [each.detach().requires_grad_() for each in s]
+            moves = torch.autograd.grad(phi(leaves, nudge), leaves, torch.ones((), dtype=kind))
+            s = [act(move.conj()) for move in moves]  # autograd gives the conjugate of a derivative
+        return s
+
+    free = settle([torch.zeros(4, 3, 4, 4, dtype=kind), torch.zeros(4, 4, 2, 2, dtype=kind)], 9, 0)
+    objective = torch.zeros((), dtype=kind)
+    for p in range(points):
+        nudge = beta * cmath.exp(2j * pi * p / points)
+        objective = objective - phi(settle(free, 5, nudge), nudge) / nudge / points / 4
+    parameters = list(model.parameters())
+    for parameter, expected in zip(parameters, torch.autograd.grad(objective.real, parameters), strict=True):
+        assert (parameter.grad - expected).abs().max() < 1e-12
+
+
+def test_complex_nudges_of_a_pooled_network_come_near_backpropagation() -> None:
+    model = pooled_twice()
+    torch.manual_seed(1)
+    x, y = torch.rand(4, 1, 8, 8).double(), torch.arange(4) % 3
+    errors = []
+    for points in (2, 4):
+        rule = EP(
+            model, estimator="holomorphic", points=points, beta=0.3, free_steps=200, nudged_steps=200, input_shape=(1, 8, 8)
+        )
+        own, exact = against_exact(rule, x, y)
+        errors.append(max(float((own[name] - exact[name]).norm() / exact[name].norm()) for name in own))
+        rule.detach()
+    assert errors[0] < 0.05
+    assert errors[1] < 0.1 * errors[0]
 
 
 # Directed weights.
@@ -481,6 +558,8 @@ def test_complex_nudges_need_what_is_analytic() -> None:
         EP(network(nn.Hardtanh), estimator="holomorphic")
     with pytest.raises(UnsupportedModelError, match="'0' has pooling"):
         EP(convolutional(nn.MaxPool2d(2), "pool"), estimator="holomorphic", input_shape=(1, 8, 8))
+    with pytest.raises(UnsupportedModelError, match="has pooling"):
+        EP(convolutional(SoftmaxPool2d(2), "activation"), estimator="holomorphic", input_shape=(1, 8, 8))
     with pytest.raises(ConfigError, match="cross_entropy, squared_error, mse_loss"):
         EP(network(), F.l1_loss, estimator="holomorphic")
     assert EP(network(DoubleSiLU), estimator="holomorphic")(*batch()).loss.isfinite()

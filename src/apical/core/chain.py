@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from apical.core.activations import ELEMENTWISE, plain
+from apical.core.pooling import SoftmaxPool2d
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
@@ -26,7 +27,7 @@ AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.A
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 """Modules without parameters that are linear: they may stand before a layer and count as a part of it."""
 
-POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
+POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, SoftmaxPool2d)
 """Modules that may also stand between a layer and its activation, where a rule allows it."""
 
 KNOWN = (nn.Linear, _ConvNd, *ELEMENTWISE, *LINEAR)

@@ -16,6 +16,18 @@ class ShiftedSigmoid(nn.Module):
         return torch.sigmoid(torch.add(v.new_full((), -2.0), v, alpha=4))
 
 
+class HalfClip(nn.Module):
+    """`clip(v/2, 0, 1)`, of the convolutional networks of arXiv 2006.03824.
+
+    >>> HalfClip()(torch.tensor([-1.0, 1.0, 3.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Element-wise."""
+        return (v / 2).clamp(0.0, 1.0)
+
+
 def complex_shifted_sigmoid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of `sigma(4 z - 2)` at z = a + ib, by real functions, which are faster.
 

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from apical.core.sigmoids import DoubleSiLU, ShiftedSigmoid
+from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid
 from apical.errors import UnsupportedModelError
 
 Layer: TypeAlias = nn.Linear | _ConvNd
@@ -22,7 +22,7 @@ ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LogSigmoid),
     *(nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Softmax),
-    *(ShiftedSigmoid, DoubleSiLU),
+    *(ShiftedSigmoid, DoubleSiLU, HalfClip),
 )
 """Element-wise nonlinearities at whose output a unit ends."""
 

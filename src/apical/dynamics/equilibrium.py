@@ -19,6 +19,7 @@ from apical.core.local import known_root, outer
 from apical.core.losses import squared_error, wanted
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
+from apical.dynamics.complex_pooling import pooled, unpooled
 from apical.errors import UnsupportedModelError
 
 PROJECTIONS = (nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Identity)
@@ -169,7 +170,7 @@ class EquilibriumNetwork:
                 if above.is_dense:
                     v = torch.addmm(v, s[k + 1], back[k]) if k == 0 else v.addmm_(s[k + 1], back[k])
                 else:
-                    v = v + pulled(above, back[k], s[k + 1], s[k])
+                    v = v + pulled(above, back[k], s[k + 1], s[k], imaginary)
             elif push is not None:
                 v = v + push(s)
             if noisy and self.noise:
@@ -261,13 +262,6 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
     return torch.cat((activation(v[:real]), z.real, z.imag))
 
 
-def pooled(stage: Stage, v: Tensor) -> Tensor:
-    """`P(v)`, of the state's shape."""
-    for module in stage.after:
-        v = module(v)
-    return v
-
-
 def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor:
     """`P(W s + b)`; `given` is the bias, or rows of it."""
     weight = stage.layer.weight
@@ -277,10 +271,10 @@ def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor
     if given is not None:
         bias = given.view(-1, *[1] * (v.dim() - 2))
         v = torch.cat((v[: len(v) - imaginary] + bias, v[len(v) - imaginary :])) if imaginary else v + bias
-    return pooled(stage, v)
+    return pooled(stage, v, imaginary)
 
 
-def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor) -> Tensor:
+def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor, imaginary: int = 0) -> Tensor:
     """`d/ds [ above . P(weight s) ]`, of the shape of s."""
     layer = stage.layer
     if isinstance(layer, nn.Linear) and all(isinstance(module, nn.Flatten) for module in stage.before):
@@ -290,11 +284,10 @@ def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor) -> Tensor:
 
     def up(rates: Tensor) -> Tensor:
         seen = stage.seen(rates)
-        return pooled(
-            stage, F.linear(seen, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(seen, weight, None)
-        )
+        return F.linear(seen, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(seen, weight, None)
 
-    result: Tensor = torch.func.vjp(up, s)[1](above)[0]
+    made = torch.func.vjp(up, s)
+    result: Tensor = made[1](unpooled(stage, above, made[0], imaginary))[0]
     return result
 
 
@@ -302,13 +295,15 @@ def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a - b).abs().amax() for a, b in zip(after, before, strict=True)]).amax()
 
 
-def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int) -> list[Tensor]:
+def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int, imaginary: int = 0) -> list[Tensor]:
     """Roots of weight and bias whose gradients are those of `signal . P(W rates + b)` summed over rows, over the batch size.
 
     Args:
+        signal: with imaginary rows, complex conjugate.
         real: the first rows, which are real parts: a bias has no imaginary ones.
+        imaginary: the last rows, imaginary parts of those before them.
     """
-    bias, signal = stage.layer.bias, unpooled(stage, signal, rates)
+    bias, signal = stage.layer.bias, _at_layer(stage, signal, rates, imaginary)
     roots = weight_root(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
     if bias is not None and bias.requires_grad:
         shared = signal[:real].transpose(0, 1).flatten(1).sum(1) / batch
@@ -318,24 +313,27 @@ def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real:
 
 
 def weight_root(
-    stage: Stage, weight: Tensor, signal: Tensor, rates: Tensor, batch: float, *, pulled_back: bool = False
+    stage: Stage,
+    weight: Tensor,
+    signal: Tensor,
+    rates: Tensor,
+    batch: float,
+    imaginary: int = 0,
+    *,
+    pulled_back: bool = False,
 ) -> list[Tensor]:
     """The root of `weight` alone, which has the shape of the stage's."""
     if not weight.requires_grad:
         return []
-    signal = signal if pulled_back else unpooled(stage, signal, rates)
+    signal = signal if pulled_back else _at_layer(stage, signal, rates, imaginary)
     product = outer(stage, signal, rates) / batch
     with torch.enable_grad():
         return [known_root(weight, product)]
 
 
-def unpooled(stage: Stage, signal: Tensor, rates: Tensor) -> Tensor:
+def _at_layer(stage: Stage, signal: Tensor, rates: Tensor, imaginary: int) -> Tensor:
     """The signal at the layer's own output, before pooling."""
-    if not stage.after:
-        return signal
-    v = stage.layer(stage.seen(rates))
-    result: Tensor = torch.func.vjp(lambda each: pooled(stage, each), v)[1](signal)[0]
-    return result
+    return unpooled(stage, signal, stage.linear(rates), imaginary, conjugate=True) if stage.after else signal
 
 
 def off_branch(free: Sequence[Tensor], nudged: Sequence[Tensor], share: Tensor) -> Tensor:

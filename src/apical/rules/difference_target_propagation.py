@@ -29,8 +29,10 @@ from apical.core.cut import output_error
 from apical.core.local import known_root, local_root
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
-Variant = Literal["dtp", "drl", "linear", "hidden", "control"]
-VARIANTS = ("dtp", "drl", "linear", "hidden", "control")
+Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
+VARIANTS = ("dtp", "drl", "linear", "hidden", "control", "lee")
+LAYERWISE = ("dtp", "lee")
+"""Variants whose maps each undo one layer."""
 DIFFERENCES = ("drl", "linear", "hidden")
 """Variants whose reconstruction loss is about differences: it is as small as the noise, and divided by its variance."""
 
@@ -88,17 +90,19 @@ class DifferenceTargetPropagation(CreditRule):
     | "linear" | from the output, linear | difference reconstruction loss |
     | "hidden" | from the output, behind a fixed random layer | difference reconstruction loss |
     | "control" | from the output, linear | a plain reconstruction loss, a control |
+    | "lee" | as "dtp", but the topmost hidden layer's target is a step down the loss (Lee et al. 2015) | as "dtp" |
 
     Args:
-        model: a chain of weighted layers and element-wise activations; dense layers for "dtp" and "drl".
+        model: a chain of weighted layers and element-wise activations; dense layers for "dtp", "drl" and "lee".
         loss: maps (output, targets) to a scalar batch mean.
         variant: see the table.
         eta: size of the output target's step.
         sigma: standard deviation of the noise from which feedback learns.
         normalised: divide updates by 2 eta, so that the output layer learns by its exact gradient.
-        reduction: "sum" takes half the squared error summed over neurons, "mean" its mean, for "dtp" divided by sigma^2,
-            as the released code does.
+        reduction: "sum" takes half the squared error summed over neurons, "mean" its mean, for "dtp" and "lee" divided by
+            sigma^2, as the released code does.
         neurons: of the random layer of "hidden".
+        recurrent: the maps of "hidden" also hear their own layer's state, without the noise that they are to undo.
         learn: whether feedback is learned; "linear" with fixed feedback is direct feedback alignment.
         input_shape: of one sample; needed with convolutions.
 
@@ -126,6 +130,7 @@ class DifferenceTargetPropagation(CreditRule):
         normalised: bool = True,
         reduction: Literal["sum", "mean"] = "sum",
         neurons: int = 1024,
+        recurrent: bool = False,
         learn: bool = True,
         input_shape: Sequence[int] | None = None,
     ) -> None:
@@ -135,9 +140,11 @@ class DifferenceTargetPropagation(CreditRule):
                 raise unknown_name(name, value, known)
         if not (0 < eta < float("inf") and 0 < sigma < float("inf") and neurons >= 1):
             raise ConfigError(f"eta, sigma and neurons must be positive, got eta={eta}, sigma={sigma}, neurons={neurons}")
+        if recurrent and variant != "hidden":
+            raise ConfigError(f'recurrent=True is for variant="hidden", not "{variant}"')
         self.chain = Chain(model, input_shape)
         self.variant, self.eta, self.sigma, self.normalised, self.reduction = variant, eta, sigma, normalised, reduction
-        self.sequential = variant in ("dtp", "drl")
+        self.sequential, self.recurrent = variant in ("drl", *LAYERWISE), recurrent
         stages = self.chain.stages
         if self.sequential and (spatial := [stage.name for stage in stages if len(stage.shape) > 1]):
             raise UnsupportedModelError(
@@ -146,10 +153,10 @@ class DifferenceTargetPropagation(CreditRule):
         like = stages[0].layer.weight.detach()
         outputs, last = stages[-1].size, len(stages) - 2
         self.maps = nn.ModuleList()
-        for i, stage in enumerate(stages[:-1]):
+        for i, stage in enumerate(stages[: -2 if variant == "lee" else -1]):
             hidden = variant == "hidden" and i < last
             linear = not (self.sequential or hidden)
-            given = stages[i + 1].size if self.sequential else neurons if hidden else outputs
+            given = stages[i + 1].size if self.sequential else neurons + recurrent * stage.size if hidden else outputs
             activation = nn.Identity() if linear else plain(stage.activation)
             self.maps.append(
                 FeedbackMap(stage.size, given, activation, like, bias=not linear or variant == "control").requires_grad_(
@@ -170,7 +177,7 @@ class DifferenceTargetPropagation(CreditRule):
         """Q_i^T of sequential feedback, in the shape of the weight W_{i+1} that it undoes."""
         if not self.sequential:
             return {}
-        pairs = zip(self.chain.stages[1:], self.maps, strict=True)
+        pairs = zip(self.chain.stages[1:], self.maps, strict=False)
         return {stage.name: g.q.T for stage, g in pairs if isinstance(g, FeedbackMap)}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -200,12 +207,17 @@ class DifferenceTargetPropagation(CreditRule):
             if self.variant == "hidden" and i < len(self.maps) - 1:
                 random = heard @ self.random.T
                 heard = random.tanh()
+                if self.recurrent:
+                    heard = torch.cat((heard, states.r[i + 1].flatten(1)), 1)
             found.append(self._map(i).at(heard, random))
         return found
 
     def distances(self, states: States, d: Tensor, at: Sequence[Mapped] | None = None) -> list[Tensor]:
         """`t_i - h_i` of every layer (batch, n_i), given that of the output, and :meth:`points` where they are at hand."""
         found, at = [d], self.points(states) if at is None else at
+        if self.variant == "lee" and len(self.chain.stages) > 1:
+            top = self.chain.stages[-1]
+            found.insert(0, top.transposed(pulled_back(top.activation, states.v[-1], states.r[-1], d)))
         for i in reversed(range(len(self.maps))):
             found.insert(0, self._moved(i, at[i], found[0] if self.sequential else d).g)
         return found
@@ -216,7 +228,8 @@ class DifferenceTargetPropagation(CreditRule):
     def _moved(self, i: int, at: Mapped, d: Tensor) -> Mapped:
         """How map i moves when what it hears (next layer, or output) moves by d."""
         if at.random is not None:
-            d = difference(nn.Tanh(), at.random, at.z, d @ self.random.T)
+            heard = at.z[:, : len(self.random)]
+            d = F.pad(difference(nn.Tanh(), at.random, heard, d @ self.random.T), (0, at.z.shape[1] - len(self.random)))
         return self._map(i).moved(at, d)
 
     def _forward_roots(self, states: States, d: Sequence[Tensor]) -> list[Tensor | None]:
@@ -239,7 +252,7 @@ class DifferenceTargetPropagation(CreditRule):
             if self.variant not in DIFFERENCES:  # not the difference: the map itself is to give h + noise
                 residual = residual + at.g - states.r[i + 1].flatten(1)
             scale = 1.0 / len(noise) if self.reduction == "sum" else 2.0 / residual.numel()
-            if self.variant in (("dtp", *DIFFERENCES) if self.reduction == "mean" else DIFFERENCES):
+            if self.variant in DIFFERENCES or (self.variant in LAYERWISE and self.reduction == "mean"):
                 scale /= self.sigma**2
             losses.append(0.5 * scale * residual.square().sum())
             for_q, for_c = g.gradients(Mapped(at.v + moved.v, at.g + moved.g, at.z + moved.z), residual)
@@ -254,7 +267,7 @@ class DifferenceTargetPropagation(CreditRule):
 
     def _reconstructed(self, i: int, states: States, points: Sequence[Mapped], noise: Tensor) -> Mapped:
         """How map i moves when noise at layer i has gone up, and come down again to it."""
-        rates, top = states.r[i + 1] + noise, i + 1 if self.variant == "dtp" else len(self.maps)
+        rates, top = states.r[i + 1] + noise, i + 1 if self.variant in LAYERWISE else len(self.maps)
         for stage in self.chain.stages[i + 1 : top + 1]:
             rates = stage.activation(stage.layer(stage.seen(rates)))
         d = (rates - states.r[top + 1]).flatten(1)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.losses import wanted
+from apical.core.pooling import SoftmaxPool2d
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
     HOLOMORPHIC,
@@ -176,8 +177,12 @@ class EquilibriumPropagation(CreditRule):
         self.directed, self.update, self.homeostasis = weights == "directed", update, homeostasis
         if estimator == "holomorphic" and (points > 2 or cycles):
             self._check_complex()
-        if homeostasis and (pools := [stage.name for stage in self._above if _nonlinear(stage)]):
-            raise UnsupportedModelError(f"layer {pools[0]!r} has max-pooling beside it: homeostasis needs linear paths")
+        if homeostasis and (
+            pools := [stage.name for stage in self._above if any(map(_bends, (*stage.before, *stage.after)))]
+        ):
+            raise UnsupportedModelError(
+                f"layer {pools[0]!r} has pooling beside it that is not linear: homeostasis needs linear paths"
+            )
         turn = asymmetry / 180 * pi
         self.back = nn.ParameterList()
         for stage in self._above if self.directed else ():
@@ -195,9 +200,10 @@ class EquilibriumPropagation(CreditRule):
             known = ", ".join(getattr(loss, "__name__", "?") for loss in HOLOMORPHIC)
             raise ConfigError(f"complex nudges need a loss whose error is known for complex outputs: {known}; or points=2")
         for stage in self.chain.stages:
-            if stage.after or _nonlinear(stage):
+            if any(_bends(module) for module in stage.before) or any(_is_max(module) for module in stage.after):
                 raise UnsupportedModelError(
-                    f"layer {stage.name!r} has pooling beside it that is not for complex states: use points=2"
+                    f"layer {stage.name!r} has pooling beside it that is not for complex states: use averages, "
+                    "or SoftmaxPool2d between layer and activation, or points=2"
                 )
             try:
                 stage.activation(torch.zeros(1, dtype=torch.complex64))
@@ -338,8 +344,8 @@ class EquilibriumPropagation(CreditRule):
                 roots += weight_root(stage, self.back[k - 1], free[k], changed[k - 1][:real].sum(0), batch)
             elif k > 0:
                 signal, below = c.conjugate_rows(changed[k]).flatten(0, 1), parts[k - 1].flatten(0, 1)
-                roots += local_roots(stage, signal, below, batch, real * size)
-                roots += weight_root(stage, self.back[k - 1], signal, below, batch) if self.directed else []
+                roots += local_roots(stage, signal, below, batch, real * size, q * size)
+                roots += weight_root(stage, self.back[k - 1], signal, below, batch, q * size) if self.directed else []
         if self.network.reader is not None:
             share = _shares(beta, c)
             error = self.network.errors(self.loss, nudged, targets, q)
@@ -359,5 +365,10 @@ def _bounded(stage: Stage, limit: nn.Module) -> Stage:
     return replace(stage, activation=limit) if isinstance(stage.activation, nn.ReLU) else stage
 
 
-def _nonlinear(stage: Stage) -> bool:
-    return any(isinstance(module, nn.modules.pooling._MaxPoolNd) for module in (*stage.before, *stage.after))
+def _is_max(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.pooling._MaxPoolNd)
+
+
+def _bends(module: nn.Module) -> bool:
+    """Whether a module beside a layer is not linear."""
+    return _is_max(module) or isinstance(module, SoftmaxPool2d)
