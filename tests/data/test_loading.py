@@ -335,6 +335,13 @@ def test_raw_fashion_is_scaled_only(places):
     torch.testing.assert_close(raw.train.inputs, torch.from_numpy(pixels) / 255)
 
 
+def test_cifar_by_more_than_one_standard_deviation(places):
+    plain, third = ENTRIES["cifar-10"], ENTRIES["cifar-10-std3"]
+    assert third.mean == plain.mean
+    assert third.std == pytest.approx([3 * each for each in plain.std])
+    assert third.layouts == plain.layouts
+
+
 @pytest.mark.parametrize(("name", "outputs"), [("student-teacher", 5), ("student-teacher-1", 1)])
 def test_student_teacher(name, outputs):
     whole = data.load(name, validation=1000)

@@ -286,6 +286,14 @@ ENTRIES |= {
         f"{name}-raw": replace(ENTRIES[name], what=f"{ENTRIES[name].what}, scaled to 0..1 only", mean=(0.0,), std=(1.0,))
         for name in ("digits", "mnist", "fashion-mnist")
     },
+    **{
+        f"cifar-10-std{factor:g}": replace(
+            ENTRIES["cifar-10"],
+            what=f"{ENTRIES['cifar-10'].what}, divided by {factor:g} standard deviations",
+            std=tuple(factor * each for each in ENTRIES["cifar-10"].std),
+        )
+        for factor in (1.5, 3.0)
+    },
     "student-teacher": _student_teacher(5),
     "student-teacher-1": _student_teacher(1),
 }

@@ -7,8 +7,10 @@ from functools import partial
 
 from torch import nn
 
+from apical.core.pooling import SoftmaxPool2d
+from apical.core.sigmoids import DoubleSiLU, HalfClip
 from apical.errors import ConfigError, unknown_name
-from apical.models.convnets import cnn_elu, cnn_stride, conv_autoencoder
+from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.resnet import CifarResNet, ResNet
@@ -26,6 +28,9 @@ _EXAMPLES = {
     "cnn-elu": "cnn-elu-128-128-256-256-512",
     "cnn-elu-bn": "cnn-elu-bn-128-128-256-256-512",
     "cnn-stride": "cnn-stride-128-128-256-256-512",
+    "cnn-clip": "cnn-clip-128-256-512-512",
+    "cnn-silu": "cnn-silu-128-256-512-512",
+    "cnn-softmax-pool": "cnn-softmax-pool-128-256-512-512",
     "conv-autoencoder": "conv-autoencoder-64-128-256-512",
 }
 _IMAGENET_FORM_FROM = 64
@@ -77,6 +82,9 @@ _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = 
     "cnn-elu": cnn_elu,
     "cnn-elu-bn": partial(cnn_elu, norm=True),
     "cnn-stride": cnn_stride,
+    "cnn-clip": partial(cnn_pooled, pool=partial(nn.MaxPool2d, 2), activation=HalfClip),
+    "cnn-silu": partial(cnn_pooled, pool=SoftmaxPool2d, activation=DoubleSiLU),
+    "cnn-softmax-pool": partial(cnn_pooled, pool=SoftmaxPool2d, activation=nn.ReLU),
     "conv-autoencoder": conv_autoencoder,
 }
 

@@ -1,4 +1,5 @@
-"""Convolutional networks of counter-current learning (arXiv 2409.19841) and its backpropagation baselines.
+"""Convolutional networks of counter-current learning (arXiv 2409.19841) and its backpropagation baselines, and of
+equilibrium propagation (arXiv 2006.03824, 2209.00530).
 
 Each is a plain row of layers; the widths are the channels after each convolution. All kernels are 3x3 with one pixel of
 padding, initial weights are PyTorch's own unless said otherwise.
@@ -6,7 +7,7 @@ padding, initial weights are PyTorch's own unless said otherwise.
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -58,6 +59,36 @@ def cnn_stride(shape: tuple[int, int, int], widths: Sequence[int], num_classes: 
         channels, side = width, [(size + 1) // 2 for size in side]
     layers["flatten"] = nn.Flatten()
     layers["linear"] = nn.Linear(channels * math.prod(side), num_classes, bias=False)
+    return nn.Sequential(layers)
+
+
+def cnn_pooled(
+    shape: tuple[int, int, int],
+    widths: Sequence[int],
+    num_classes: int,
+    pool: Callable[[], nn.Module],
+    activation: Callable[[], nn.Module],
+) -> nn.Sequential:
+    """Convolution, pooling and activation per width, then a linear read-out; the last convolution does not pad.
+
+    Args:
+        pool: halves the sides; it stands before the activation, so that an equilibrium network pools potentials.
+
+    Raises:
+        ConfigError: the images are too small for so many poolings.
+    """
+    channels, *side = shape
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for depth, width in enumerate(widths, start=1):
+        padding = int(depth < len(widths))
+        side = [(size - 2 + 2 * padding) // 2 for size in side]
+        if min(side) < 1:
+            raise _too_small(shape, widths)
+        layers[f"conv{depth}"] = nn.Conv2d(channels, width, 3, padding=padding)
+        layers[f"pool{depth}"], layers[f"activation{depth}"] = pool(), activation()
+        channels = width
+    layers["flatten"] = nn.Flatten()
+    layers["linear"] = nn.Linear(channels * math.prod(side), num_classes)
     return nn.Sequential(layers)
 
 

@@ -26,7 +26,7 @@ from apical.data import load
 from apical.errors import ApicalError, ConfigError, InstabilityError
 from apical.experiment.run_folder import check_writable, environment
 from apical.recipes.cells import kept
-from apical.recipes.control_study import difference, run_command, shown, write
+from apical.recipes.control_study import at_least, difference, run_command, shown, write
 from apical.rules.equilibrium_propagation import EquilibriumPropagation
 
 NOISE = 0.04
@@ -185,7 +185,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         },
         "sources": {
             "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on the better side "
-            "of the mark, or of the other's."
+            "of the mark; or, where the mark is a mean's (not worse than one-sided), that the mean reaches it."
         },
         "seconds": round(sum(cell["seconds"] for cell in cells.values()), 1),
         "verdicts": verdicts(options.data, values, options.seeds),
@@ -224,7 +224,8 @@ def verdicts(data: str, values: Any, seeds: int) -> list[dict[str, Any]]:
     rows = [against("K1", two, 0.0, 0.93, less=False)]
     for other in ("one-sided, 0.02", "one-sided, 0.1", "one-sided, 1"):
         what = f"N = 2, 0.4, without noise: accuracy minus that of {other}"
-        rows.append(difference("K1", "ep", what, values(two, 0.0), values(other, 0.0), less=False))
+        gained = [a - b for a, b in zip(values(two, 0.0), values(other, 0.0), strict=True)]
+        rows.append(at_least("K1", "ep", what, gained, 0.0))
     rows += [against("K2", two, NOISE, 0.9, less=False), against("K2", "N = 6, 0.4", NOISE, 0.9, less=False)]
     return [*rows, against("K2", "one-sided, 0.02", NOISE, 0.5, less=True)]
 

@@ -136,6 +136,8 @@ PAPERS: dict[str, dict[str, Table]] = {
             needs={"epochs": 20, "seeds": 10},
         ),
         "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
+        "fashion": _study("corinfomax-fashion", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
+        "cifar10": _study("corinfomax-cifar10", _cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 50, "seeds": 10}),
     },
     "ccl": {
         "mnist": _study("ccl-mnist", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}, {"cpu": 0.79}),
