@@ -144,6 +144,8 @@ PAPERS: dict[str, dict[str, Table]] = {
         "fashion": _study("ccl-fashion", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "cifar10": _study("ccl-cifar10", _cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "cifar100": _study("ccl-cifar100", _cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "mnist-others": _study("ccl-mnist-others", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "fashion-others": _study("ccl-fashion-others", _cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "cifar10-cnn": _study("ccl-cifar10-cnn", _cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 100, "seeds": 5}),
     },
     "tdca": {
