@@ -57,6 +57,7 @@ bench: $(VENV)/.apical-installed-dev
 	@$(ONE_THREAD) $(BIN) benchmarks/ccl.py
 	@$(ONE_THREAD) $(BIN) benchmarks/evolution.py
 	@$(ONE_THREAD) $(BIN) benchmarks/settling.py
+	@$(ONE_THREAD) $(BIN) benchmarks/floors.py
 	@$(BIN) docs/generate.py
 
 docs: $(VENV)/.apical-installed-dev

@@ -50,7 +50,9 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     )
     settling = [load(root / "benchmarks" / f"{name}.json") or {} for name in ("settling", "settling-cuda")]
     written = {
-        root / "docs" / "benchmarks.md": benchmark_page(benchmarks, control, ccl, wavefront, evolution, settling),
+        root / "docs" / "benchmarks.md": benchmark_page(
+            benchmarks, control, ccl, wavefront, evolution, settling, load(root / "benchmarks" / "floors.json")
+        ),
         root / "docs" / "gallery.md": gallery(root),
         root / "docs" / "results" / "index.md": results_index(
             sorted([*folders, *studies]), files, [path.stem for path in page]

@@ -12,6 +12,7 @@ derivative with respect to the nudge is taken from a few settled states, one for
 | "one-sided" | 0, beta | O(beta) |
 | "random-sign" | 0, beta or -beta, drawn for each batch | O(beta), 0 on average to first order |
 | "symmetric" (arXiv 2006.03824) | beta, -beta | O(beta^2) |
+| "five-point" (its authors' repository) | beta, -beta, 2 beta, -2 beta | O(beta^4) |
 | "holomorphic" (arXiv 2209.00530) | beta exp(2 pi i p / N), p = 1..N | O(beta^N) |
 
 With directed weights (arXiv 2006.03824; 2309.02214) a feedback matrix B_k stands in for W_k^T, and the field has no
@@ -47,8 +48,8 @@ from apical.dynamics.equilibrium import (
 )
 from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, unknown_name
 
-Estimator = Literal["one-sided", "random-sign", "symmetric", "holomorphic"]
-ESTIMATORS = ("one-sided", "random-sign", "symmetric", "holomorphic")
+Estimator = Literal["one-sided", "random-sign", "symmetric", "five-point", "holomorphic"]
+ESTIMATORS = ("one-sided", "random-sign", "symmetric", "five-point", "holomorphic")
 DRAWS = 5
 """Noise vectors from which the homeostatic loss is estimated."""
 
@@ -312,6 +313,9 @@ class EquilibriumPropagation(CreditRule):
             sign = 1 - 2 * torch.randint(2, (1,), device=like.device) if self.estimator == "random-sign" else 1
             signed = sign * one * self.beta
             return Phases(signed, none), Phases(-1 / signed, none)
+        if self.estimator == "five-point":
+            steps = self.beta * like.new_tensor([1.0, -1.0, 2.0, -2.0])
+            return Phases(steps, none), Phases(-like.new_tensor([8.0, -8.0, -1.0, 1.0]) / (12 * self.beta), none)
         n = self.points if self.estimator == "holomorphic" else 2
         real = [1.0, -1.0] if n % 2 == 0 else [1.0]
         turns = [2 * pi * p / n for p in range(1, (n + 1) // 2)]
