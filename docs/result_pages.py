@@ -152,8 +152,35 @@ def comparison_page(folder: Path) -> str:
     verdicts = load(folder / "verdicts.json")
     if verdicts:
         parts += ["## Against reference numbers", verdict_sentence(verdicts), sources(verdicts), verdict_table(verdicts)]
+        parts += distances(verdicts, load(folder / "summary.json"))
     parts += figures(folder / "figures", f"{folder.name}/figures")
     return joined(parts)
+
+
+def distances(verdicts: Sequence[Row], summary: Sequence[Row]) -> list[str]:
+    """How far the accuracies of runs that ended before their reference's epoch are from it: no verdicts."""
+    lines, seen = [], set()
+    for row in sorted(verdicts, key=lambda each: each["epoch"]):
+        ends = [run for run in summary if run["rule"] == row["rule"] and run.get("test_accuracy") is not None]
+        ends = [run for run in ends if run["status"] == "finished" and run["epochs"] < row["epoch"]]
+        if row["verdict"] != "not run" or row["what"] != "test accuracy, %" or not ends or row["rule"] in seen:
+            continue
+        seen.add(row["rule"])
+        ours = statistics.mean(100 * run["test_accuracy"] for run in ends)
+        epochs = "/".join(map(str, sorted({run["epochs"] for run in ends})))
+        lines.append(
+            [
+                f"`{row['rule']}`",
+                f"{row['published']:.2f} after {row['epoch']} epochs",
+                f"{ours:.2f} after {epochs}",
+                f"{ours - row['published']:+.2f}",
+                str(len(ends)),
+            ]
+        )
+    if not lines:
+        return []
+    about = "Where training ended before the reference's epoch there is no verdict; these are the distances, in points."
+    return [about, table(("rule", "reference", "measured", "distance", "seeds"), lines)]
 
 
 def figures(folder: Path, where: str) -> list[str]:

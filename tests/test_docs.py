@@ -237,6 +237,17 @@ def test_verdicts_are_listed_and_counted(comparison: Path) -> None:
     assert "| at least 0.00 | fig | -1.00 | 2 | not reproduced |" in page
 
 
+def test_runs_that_ended_early_state_their_distance(comparison: Path) -> None:
+    row = {"rule": "bp", "what": "test accuracy, %", "published": 97.0, "tolerance": 0.5, "tag": "fig", "measured": None}
+    row |= {"n": 0, "spread": None, "verdict": "not run"}
+    (comparison / "verdicts.json").write_text(json.dumps([{**row, "epoch": 40}, {**row, "epoch": 20}]))
+    page = generate.comparison_page(comparison)
+    assert "| `bp` | 97.00 after 20 epochs | 96.50 after 1 | -0.50 | 2 |" in page
+    assert "97.00 after 40 epochs" not in page
+    (comparison / "verdicts.json").write_text(json.dumps([{**row, "epoch": 1}]))  # it ran to there and has no number
+    assert "points." not in generate.comparison_page(comparison)
+
+
 def test_small_losses_are_no_zeros(comparison: Path) -> None:
     rows = [
         {"rule": "dfc", "seed": seed, "epochs": 1, "test_accuracy": None, "test_loss": 0.1125, "train_loss": loss}
