@@ -130,6 +130,7 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
     if flags.overwrite:
         shutil.rmtree(path / "cells", ignore_errors=True)
     options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    options += ["--jobs", str(flags.jobs)] if table.side_by_side else []
     threads = torch.get_num_threads()
     try:
         return int(import_module(table.module).main(["--out", str(path), *options]) or 0)

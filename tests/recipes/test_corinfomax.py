@@ -37,7 +37,7 @@ def test_the_study_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Mo
         }
 
     monkeypatch.setattr(corinfomax_study, "trained", trained)
-    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1"]
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]
     assert corinfomax_study.main(arguments) == 0
     first = json.loads((tmp_path / "results.json").read_text())
     told = {row["what"]: row["verdict"] for row in first["verdicts"]}

@@ -1,6 +1,8 @@
 """The studies of equilibrium propagation."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from apical import models
+from apical.errors import ApicalError
 from apical.recipes import equilibrium_logic, equilibrium_noise, equilibrium_study
+from apical.recipes.cells import side_by_side
 from apical.recipes.control_study import at_least
 from apical.rules.equilibrium_propagation import EquilibriumPropagation
 
@@ -62,7 +66,7 @@ def test_the_study_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Mo
         equilibrium_study, "decaying", lambda digits, seed, epochs: {"before": 90.0, "after": 50.0 + seed, "accuracy": 0.9}
     )
     monkeypatch.setattr(equilibrium_study, "original", lambda seed, epochs: 0.95 + 0.001 * seed)
-    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1"]
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]
     assert equilibrium_study.main(arguments) == 0
     first = json.loads((tmp_path / "results.json").read_text())
     assert {row["verdict"] for row in first["verdicts"]} == {"reproduced", "not reproduced"}
@@ -118,10 +122,34 @@ def test_the_published_network_is_what_is_trained() -> None:
 
 def test_the_study_of_logic_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(equilibrium_logic.SETTINGS, "steps of a phase", 20)
-    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "2"]
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "2", "--jobs", "1"]
     assert equilibrium_logic.main(arguments) == 0
     first = json.loads((tmp_path / "results.json").read_text())
     assert len(first["tables"][0]["rows"]) == 2 * len(equilibrium_logic.NETWORKS)
     monkeypatch.setattr(equilibrium_logic, "trained", None)  # nothing is run again
     assert equilibrium_logic.main(arguments) == 0
     assert equilibrium_logic.main(["--out", str(tmp_path), "--seeds", "1"]) == 2
+
+
+def test_seeds_side_by_side_come_to_the_same(tmp_path: Path) -> None:
+    tables = []
+    for jobs in ("1", "2"):
+        arguments = ["--out", str(tmp_path / jobs), "--seeds", "2", "--epochs", "1", "--jobs", jobs]
+        assert equilibrium_logic.main(arguments) == 0
+        tables.append(json.loads((tmp_path / jobs / "results.json").read_text())["tables"])
+    assert tables[0] == tables[1]
+    assert equilibrium_logic.main(["--out", str(tmp_path / "none"), "--jobs", "-1"]) == 2
+
+
+def _deadly(part: int) -> int:
+    if part:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part
+
+
+def test_a_killed_process_is_told_in_one_line(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    assert dict(side_by_side(1, [3, 4], str, tmp_path)) == {3: "3", 4: "4"}
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ApicalError, match="a training was killed; the same command goes on"):
+        list(side_by_side(2, [0, 1], _deadly, tmp_path))

@@ -45,7 +45,7 @@ def test_the_study_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Mo
         "apical.recipes.tp_targets.angles",
         lambda make, digits, seed, epochs: {k: [x + seed for x in v] for k, v in angles.items()},
     )
-    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1"]
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]
     assert main(arguments) == 0
     first = json.loads((tmp_path / "results.json").read_text())
     assert {row["verdict"] for row in first["verdicts"]} <= {"reproduced", "not reproduced"}

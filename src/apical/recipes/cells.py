@@ -1,11 +1,17 @@
 """Parts of a study that are kept as they are finished, one JSON file each, so that nothing is computed twice or lost."""
 
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from apical.errors import CheckpointError
+import torch
+
+from apical.errors import ApicalError, CheckpointError
 from apical.experiment.run_folder import read_json, write_json
 
 
@@ -27,3 +33,40 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return content
+
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
+
+
+def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made], out: Path) -> Iterator[tuple[Part, Made]]:
+    """Each part with what `make` makes of it, as they are finished; every part has one torch thread.
+
+    Args:
+        jobs: processes, 0 for one per core; 1 stays in this process.
+        parts: are handed to other processes, as `make` is, so both can be pickled.
+        out: named where a process was killed; what `make` keeps there need not be made again.
+
+    Raises:
+        ApicalError: a process was killed.
+    """
+    threads = torch.get_num_threads()
+    jobs = min(jobs or os.cpu_count() or 1, len(parts))
+    if jobs == 1:
+        torch.set_num_threads(1)
+        try:
+            for part in parts:
+                yield part, make(part)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(make, part): part for part in parts}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        except BrokenProcessPool as error:
+            raise ApicalError(f"a training was killed; the same command goes on from what is in {out}") from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -15,7 +15,7 @@ from apical.errors import ApicalError, ConfigError
 from apical.experiment.figures import Drawing
 from apical.experiment.report_html import STYLE, command_block, facts, figure_block
 from apical.experiment.run_folder import check_writable, environment
-from apical.recipes.cells import kept
+from apical.recipes.cells import kept, side_by_side
 from apical.recipes.dfc_toy import compact, rounded
 from apical.recipes.dfc_toy_report import pairs, table
 from apical.recipes.tdca_statistics import interval, paired
@@ -119,6 +119,10 @@ class BySeed(Protocol):
     def epochs(self) -> int:
         """Passes over the data in each training."""
 
+    @property
+    def jobs(self) -> int:
+        """Seeds side by side, 0 for one per core."""
+
 
 def by_seed(
     options: BySeed,
@@ -135,7 +139,7 @@ def by_seed(
     Args:
         options: of the command line.
         command: that was typed.
-        cell: (seed, epochs) -> what to keep of the seed.
+        cell: (seed, epochs) -> what to keep of the seed; a module's function, for other processes are handed it.
         verdicts: of all seeds.
         tables: of all seeds.
         settings: shown, and held against those with which kept seeds were made.
@@ -145,18 +149,20 @@ def by_seed(
         ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds seeds with other settings.
     """
-    if options.seeds < 2 or options.epochs < 1:
-        raise ConfigError("--seeds must be at least 2, --epochs at least 1")
+    if options.seeds < 2 or options.epochs < 1 or options.jobs < 0:
+        raise ConfigError("--seeds must be at least 2, --epochs at least 1, --jobs not negative")
     check_writable(options.out)
     config = {"epochs": options.epochs, **settings}
-    cells = []
-    for seed in range(options.seeds):
-        cells.append(kept(options.out / "cells" / f"seed-{seed}.json", config, partial(cell, seed, options.epochs)))
-        print(f"{cells[-1]['seconds']:7.1f} s  seed {seed}", flush=True)
+    found: dict[int, dict[str, Any]] = {}
+    make = partial(_kept_seed, options.out, config, cell)
+    for seed, made in side_by_side(options.jobs, range(options.seeds), make, options.out):
+        found[seed] = made
+        print(f"{made['seconds']:7.1f} s  seed {seed}", flush=True)
+    cells = [found[seed] for seed in range(options.seeds)]
     results = {
         **about,
         "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
+        "environment": environment("cpu", 1),
         "settings": {"seeds": len(cells), **config},
         "seconds": round(sum(each["seconds"] for each in cells), 1),
         "verdicts": verdicts(cells),
@@ -164,6 +170,12 @@ def by_seed(
     }
     write(options.out, results, [])
     return results
+
+
+def _kept_seed(
+    out: Path, config: Mapping[str, Any], cell: Callable[[int, int], dict[str, Any]], seed: int
+) -> dict[str, Any]:
+    return kept(out / "cells" / f"seed-{seed}.json", config, partial(cell, seed, config["epochs"]))
 
 
 def write(out: Path, results: Mapping[str, Any], drawings: Sequence[Drawing]) -> None:

@@ -58,6 +58,8 @@ class Options:
     """Initial weights and data orders."""
     epochs: Annotated[int, arg(metavar="N")] = 20
     """Over the digits."""
+    jobs: Annotated[int, arg(metavar="N")] = 0
+    """Seeds side by side; 0: one per core."""
 
 
 def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **options: Any) -> dict[str, float]:

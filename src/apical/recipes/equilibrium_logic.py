@@ -72,6 +72,8 @@ class Options:
     """Initial weights and states."""
     epochs: Annotated[int, arg(metavar="N")] = 200
     """Updates of the weights."""
+    jobs: Annotated[int, arg(metavar="N")] = 0
+    """Seeds side by side; 0: one per core."""
 
 
 def patterns() -> tuple[Tensor, Tensor]:

@@ -7,14 +7,10 @@ finished, so an interrupted study continues. With `--data mnist` networks and ph
 epochs there).
 """
 
-import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,9 +19,9 @@ from tyro.conf import arg
 
 from apical import models
 from apical.data import load
-from apical.errors import ApicalError, ConfigError, InstabilityError
+from apical.errors import ConfigError, InstabilityError
 from apical.experiment.run_folder import check_writable, environment
-from apical.recipes.cells import kept
+from apical.recipes.cells import kept, side_by_side
 from apical.recipes.control_study import at_least, difference, run_command, shown, write
 from apical.rules.equilibrium_propagation import EquilibriumPropagation
 
@@ -131,8 +127,8 @@ def train(data: str, method: str, noise: float, seed: int, epochs: int, limit: i
     return {"accuracy": float(torch.stack(hits).sum() / len(dataset.test))}
 
 
-def _cell(options: Options, method: str, noise: float, seed: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def _cell(options: Options, part: tuple[str, float, int]) -> dict[str, Any]:
+    method, noise, seed = part
     config = {"data": options.data, "epochs": options.epochs, "train limit": options.train_limit}
     path = options.out / "cells" / f"{method.replace(' ', '').replace(',', '-')}-{noise:g}-{seed}.json"
     return kept(path, config, partial(train, options.data, method, noise, seed, options.epochs, options.train_limit))
@@ -151,19 +147,10 @@ def study(options: Options, command: str) -> dict[str, Any]:
     setting = SETTINGS[options.data]
     parts = [(m, noise, seed) for seed in range(options.seeds) for noise in (0.0, NOISE) for m in setting.methods]
     cells: dict[tuple[str, float, int], dict[str, Any]] = {}
-    with ProcessPoolExecutor(options.jobs or os.cpu_count() or 1, get_context("spawn")) as pool:
-        running = {pool.submit(_cell, options, *part): part for part in parts}
-        try:
-            for done in as_completed(running):
-                cells[running[done]] = done.result()
-                method, noise, seed = running[done]
-                accuracy, seconds = cells[running[done]]["accuracy"], cells[running[done]]["seconds"]
-                print(f"{seconds:7.1f} s  seed {seed}  noise {noise:g}  {method}: {100 * accuracy:.2f} %", flush=True)
-        except BrokenProcessPool as error:
-            raise ApicalError(f"a training was killed; the same command goes on from what is in {options.out}") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for part, made in side_by_side(options.jobs, parts, partial(_cell, options), options.out):
+        cells[part], (method, noise, seed) = made, part
+        accuracy, seconds = made["accuracy"], made["seconds"]
+        print(f"{seconds:7.1f} s  seed {seed}  noise {noise:g}  {method}: {100 * accuracy:.2f} %", flush=True)
 
     def values(method: str, noise: float) -> list[float]:
         return [cells[method, noise, seed]["accuracy"] for seed in range(options.seeds)]

@@ -63,6 +63,8 @@ class Options:
     """Initial weights and data orders."""
     epochs: Annotated[int, arg(metavar="N")] = 20
     """Over the digits."""
+    jobs: Annotated[int, arg(metavar="N")] = 0
+    """Seeds side by side; 0: one per core."""
 
 
 def directions(digits: Dataset, seed: int) -> dict[str, float]:

@@ -31,6 +31,7 @@ class Table:
         module: with a `main(arguments)` that takes `--out` and the sizes as options.
         needs: sizes of a module's run from which its verdicts are meant.
         result: what the module writes: a "folder" with results.json, or a "file" of rows.
+        side_by_side: whether the module takes --jobs.
         hours: measured wall-clock hours on two virtual cores that other work shared, by budget.
     """
 
@@ -40,6 +41,7 @@ class Table:
     module: str = ""
     needs: Sizes = field(default_factory=dict)
     result: Literal["folder", "file"] = "folder"
+    side_by_side: bool = False
     hours: dict[Budget, float] = field(default_factory=dict)
 
 
@@ -92,6 +94,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             "Target propagation: where targets point",
             {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
             module="apical.recipes.tp_targets",
+            side_by_side=True,
             needs={"epochs": 20, "seeds": 10},
             hours={"cpu": 0.18},
         ),
@@ -106,12 +109,14 @@ PAPERS: dict[str, dict[str, Table]] = {
             "Equilibrium propagation: gradients, and weights that learn apart",
             {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
             module="apical.recipes.equilibrium_study",
+            side_by_side=True,
             needs={"epochs": 20, "seeds": 5},
         ),
         "logic": Table(
             "Complete directed networks on exclusive or",
             {"smoke": {"epochs": 2, "seeds": 2}, "cpu": {"epochs": 200, "seeds": 5}, "paper": {"epochs": 200, "seeds": 10}},
             module="apical.recipes.equilibrium_logic",
+            side_by_side=True,
             needs={"epochs": 200, "seeds": 3},
         ),
         "noise": Table(
@@ -122,6 +127,7 @@ PAPERS: dict[str, dict[str, Table]] = {
                 "paper": {"epochs": 15, "seeds": 10},
             },
             module="apical.recipes.equilibrium_noise",
+            side_by_side=True,
             needs={"epochs": 15, "seeds": 5},
         ),
     },
@@ -133,6 +139,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             "CorInfoMax: step sizes, forward learning, alignment, sparseness",
             {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
             module="apical.recipes.corinfomax_study",
+            side_by_side=True,
             needs={"epochs": 20, "seeds": 10},
         ),
         "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),

@@ -85,6 +85,8 @@ class Options:
     """Initial weights, data orders and toy networks."""
     epochs: Annotated[int, arg(metavar="N")] = 20
     """Over the digits."""
+    jobs: Annotated[int, arg(metavar="N")] = 0
+    """Seeds side by side; 0: one per core."""
 
 
 def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:
