@@ -48,10 +48,16 @@ class Swap(saved_tensors_hooks):
     def __init__(self, layer: Layer, feedback: Callable[[], Tensor]) -> None:
         super().__init__(self.pack, self.unpack)
         self.layer, self.feedback = layer, feedback
+        self._own = layer._parameters
+
+    def _weight(self) -> Tensor:
+        """The layer's weight; attributes of modules take a microsecond, which shows beside small layers."""
+        weight = self._own.get("weight")
+        return self.layer.weight if weight is None else weight
 
     def pack(self, saved: Tensor) -> Any:
         """(the tensor or None for the weight, is it transposed, version)."""
-        weight = self.layer.weight
+        weight = self._weight()
         if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
             return saved, False, saved._version
         if saved.shape == weight.shape and saved.stride() == weight.stride():
@@ -66,7 +72,7 @@ class Swap(saved_tensors_hooks):
     def unpack(self, packed: tuple[Tensor | None, bool, int]) -> Tensor:
         """The feedback weight, or the tensor that was kept, unless it was changed since."""
         saved, transposed, version = packed
-        if (self.layer.weight if saved is None else saved)._version != version:
+        if (self._weight() if saved is None else saved)._version != version:
             raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
         if saved is not None:
             return saved
@@ -187,6 +193,8 @@ class EdgeRule(CreditRule):
     def feedback_weight(self, name: str) -> Tensor:
         """Effective feedback weight of one layer, in the shape of the layer's weight."""
         compute, tensors = self.feedback_of(name)
+        if not torch.is_grad_enabled():  # as in a backward pass
+            return compute(self.geometries[name], *tensors)
         with torch.no_grad():
             return compute(self.geometries[name], *tensors)
 
