@@ -222,6 +222,35 @@ def test_a_comparison_leaves_feedback_passes_to_the_rules_that_learn_feedback(
     assert not any("no feedback passes" in note for note in notes[1])
 
 
+def test_it_is_told_where_what_is_trained_differs_from_the_model() -> None:
+    from apical import commands
+    from apical.experiment.recipe import Recipe
+
+    asked = [
+        Recipe(rule=rule, model=model, train_limit=64, device="cpu")
+        for rule, model in (
+            ("bp", "mlp-8"),
+            ("ep", "mlp-8"),
+            ("hep", "mlp-sigmoid-8"),
+            ("corinfomax", "mlp-8"),
+            ("corinfomax", "mlp-box-8"),
+        )
+    ]
+    told: list[str] = []
+    _, notes = commands.prepare(asked, told.append)
+    assert told == [
+        "ep: ReLU states behind linear1 are cut off at 1 (bounded=False leaves them)",
+        "corinfomax: activities of linear1 and linear2 live in [0, 1], whatever activation stands behind them",
+    ]
+    assert [any(line.endswith(note) for line in told for note in each) for each in notes] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
 @pytest.mark.parametrize("what", ["rules", "models", "data", "recipes"])
 def test_lists(capsys: pytest.CaptureFixture[str], what: str) -> None:
     assert main(["list", what]) == 0

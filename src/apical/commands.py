@@ -3,9 +3,10 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ def compare(flags: "Compare", command: str) -> int:
     drafts = [draft(flags, study, rule) for rule in rules]
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
-    recipes, notes = prepare(drafts)
+    console = Console()
+    recipes, notes = prepare(drafts, partial(console.print, highlight=False, markup=False, soft_wrap=True))
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
         [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
@@ -85,7 +87,6 @@ def compare(flags: "Compare", command: str) -> int:
         ray=flags.ray,
     )
     comparison.check(job)
-    console = Console()
     watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in names for seed in job.seeds]
     watch = Watch(console, watched, recipes[0].epochs)
     with StopSignals() as stop:
@@ -111,7 +112,7 @@ def train(flags: "Train", command: str) -> int:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
-        (recipe,), (notes,) = prepare([recipe])
+        (recipe,), (notes,) = prepare([recipe], print if world.is_main else None)
         folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
         world.barrier()
@@ -167,8 +168,12 @@ def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
     return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
 
 
-def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:
+def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None) -> tuple[list[Recipe], list[list[str]]]:
     """The recipes with the rules' defaults, and notes on them; builds each model and rule once, to see that it works.
+
+    Args:
+        drafts: as asked for.
+        tell: is told how what is trained differs from the models as they are named.
 
     Raises:
         ApicalError: a name, size or option is not usable, or the data are missing or damaged.
@@ -184,7 +189,10 @@ def prepare(drafts: Sequence[Recipe]) -> tuple[list[Recipe], list[list[str]]]:
         recipe.check_targets(are_numbers=dataset.is_regression)
         rule = make_rule(recipe, models.build(recipe.model, dataset.input_shape, dataset.classes), dataset.input_shape)
         recipes.append(recipe)
-        notes.append(chosen)
+        notes.append([*chosen, *rule.remarks])
+        if tell is not None:
+            for remark in rule.remarks:
+                tell(f"{recipe.rule_name}: {remark}")
         apart.append(rule.learns_apart)
     for i, recipe in enumerate(recipes):
         if any(apart) and not apart[i] and recipe.has_feedback_passes:

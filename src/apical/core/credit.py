@@ -81,6 +81,11 @@ class CreditRule(nn.Module):
         result: Tensor = self.model(inputs)
         return result
 
+    @property
+    def remarks(self) -> list[str]:
+        """How what is trained differs from the model as its modules say it, in sentences; empty where it does not."""
+        return []
+
     def feedback_weights(self) -> dict[str, Tensor]:
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
         return {}

@@ -155,6 +155,14 @@ class CorInfoMax(CreditRule):
             root = nn.init.xavier_uniform_(like.new_empty(stage.size, stage.size))
             self.lateral.register_buffer(key(stage.name), root @ root.T)
 
+    @property
+    def remarks(self) -> list[str]:
+        """That activities live in the box, whatever stands behind a layer."""
+        boxed = [stage.name for stage in self.chain.stages if not isinstance(stage.activation, nn.Hardtanh)]
+        if not boxed or self.sparse:
+            return []
+        return [f"activities of {' and '.join(boxed)} live in [0, 1], whatever activation stands behind them"]
+
     def feedback_parameters(self) -> list[nn.Parameter]:
         """W^b_1..W^b_{K-1}."""
         return list(self.backward)

@@ -159,8 +159,10 @@ class EquilibriumPropagation(CreditRule):
         if homeostasis and weights != "directed":
             raise ConfigError('homeostasis is for weights="directed"; symmetric weights have nothing to correct')
         self.chain = Chain(model, input_shape, pools=True)
+        self._cut_off: list[str] = []
         if bounded:
             limit = ShiftedSigmoid() if estimator == "holomorphic" and (points > 2 or cycles) else nn.Hardtanh(0.0, 1.0)
+            self._cut_off = [stage.name for stage in self.chain.stages if isinstance(stage.activation, nn.ReLU)]
             self.chain.stages = [_bounded(stage, limit) for stage in self.chain.stages]
         last = self.chain.stages[-1]
         read_out = isinstance(last.activation, nn.Identity) if output is None else output == "read-out"
@@ -190,6 +192,12 @@ class EquilibriumPropagation(CreditRule):
             weight = stage.layer.weight.detach()
             drawn = torch.empty_like(weight).normal_(0.0, float(weight.std()) if weight.numel() > 1 else 1.0)
             self.back.append(nn.Parameter(cos(turn) * weight + sin(turn) * drawn))
+
+    @property
+    def remarks(self) -> list[str]:
+        """That states of ReLU layers are bounded."""
+        behind = " and ".join(self._cut_off)
+        return [f"ReLU states behind {behind} are cut off at 1 (bounded=False leaves them)"] if behind else []
 
     @property
     def _above(self) -> list[Stage]:
