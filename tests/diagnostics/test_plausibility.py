@@ -14,6 +14,7 @@ from apical import (
     CounterCurrentLearning,
     DeepFeedbackControl,
     DirectFeedbackAlignment,
+    EquilibriumPropagation,
     FeedbackAlignment,
     KolenPollack,
     SignSymmetry,
@@ -395,3 +396,10 @@ def test_held_bytes_are_those_of_the_activities() -> None:
 def test_every_criterion_asks_a_question() -> None:
     assert len({criterion.key for criterion in CRITERIA}) == len(CRITERIA)
     assert all(criterion.question for criterion in CRITERIA)
+
+
+def test_networks_that_settle_have_no_order_between_layers() -> None:
+    rule, exact = EquilibriumPropagation(network(), free_steps=8, nudged_steps=4), Backprop(network())
+    found = judge(examine(rule, torch.rand(6, 6, dtype=torch.double), torch.arange(6) % 4, exact))
+    assert found["no_backward_locking"].verdict == "not applicable"
+    assert "settle together" in found["no_backward_locking"].text

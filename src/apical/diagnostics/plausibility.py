@@ -89,6 +89,7 @@ class Findings:
         multiply_adds: of a step.
         parameters: numbers that feedback needs beside the model.
         held: bytes held between the rule's call and its backward pass.
+        settles: the rule's network answers by settling, all layers together.
         turned: degrees by which hidden updates turn, on average, with noisy, sparse and quantised feedback; NaN where
             nothing could be changed.
     """
@@ -109,6 +110,7 @@ class Findings:
     multiply_adds: int
     parameters: int
     held: int
+    settles: bool
     turned: dict[str, float]
 
     @property
@@ -167,6 +169,7 @@ def _examined(rule: CreditRule, inputs: Tensor, targets: Tensor, exact: CreditRu
         multiply_adds=probe.flow.multiply_adds,
         parameters=sum(t.untyped_storage().nbytes() // t.element_size() for t in probe.feedback),
         held=held_bytes(rule, inputs, targets),
+        settles=not rule.feed_forward,
         turned=turned,
     )
 
@@ -261,6 +264,9 @@ def no_backward_locking(found: Findings) -> Verdict:
         return Verdict("yes", True, "no hidden update waits for the output error", {})
     first = [trace.earliest or 0 for trace in traces]
     last = [trace.latest or 0 for trace in traces]
+    if found.settles:  # paths of many steps have one length for all layers, whichever way credit takes
+        text = "layers settle together: credit has no order between them, and all updates wait until they have"
+        return Verdict("not applicable", None, text, {})
     numbers: dict[str, float] = {"first": first[0], "last": last[0], "top_first": first[-1], "top_last": last[-1]}
     text = f"products from the output error to the updates, lowest to topmost hidden layer: {', '.join(map(str, first))}"
     text += f" at the earliest, {', '.join(map(str, last))} at the latest" if first != last else ""
