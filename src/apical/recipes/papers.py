@@ -96,7 +96,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             module="apical.recipes.tp_targets",
             side_by_side=True,
             needs={"epochs": 20, "seeds": 10},
-            hours={"cpu": 0.18},
+            hours={"cpu": 0.25},
         ),
         "mnist": _study("tp-mnist", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
         "fashion": _study("tp-fashion", _cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
@@ -111,6 +111,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             module="apical.recipes.equilibrium_study",
             side_by_side=True,
             needs={"epochs": 20, "seeds": 5},
+            hours={"cpu": 0.14},
         ),
         "logic": Table(
             "Complete directed networks on exclusive or",
@@ -118,6 +119,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             module="apical.recipes.equilibrium_logic",
             side_by_side=True,
             needs={"epochs": 200, "seeds": 3},
+            hours={"cpu": 0.17},
         ),
         "noise": Table(
             "Equilibrium propagation with noisy neurons, digits",
@@ -129,6 +131,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             module="apical.recipes.equilibrium_noise",
             side_by_side=True,
             needs={"epochs": 15, "seeds": 5},
+            hours={"cpu": 0.42},
         ),
     },
     "corinfomax": {
@@ -141,6 +144,7 @@ PAPERS: dict[str, dict[str, Table]] = {
             module="apical.recipes.corinfomax_study",
             side_by_side=True,
             needs={"epochs": 20, "seeds": 10},
+            hours={"cpu": 0.12},
         ),
         "mnist": _study("corinfomax-mnist", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
         "fashion": _study("corinfomax-fashion", _cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
