@@ -48,7 +48,7 @@ test: $(VENV)/.apical-installed-dev
 	@echo "== documentation"
 	@$(SPHINX)
 	@echo "== tests"
-	@$(ONE_THREAD) $(BIN) -m pytest -q -n $(WORKERS)
+	@$(ONE_THREAD) $(BIN) -m pytest -q -n $(WORKERS) --dist loadgroup
 
 bench: $(VENV)/.apical-installed-dev
 	@echo "== benchmarks"

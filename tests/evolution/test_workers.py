@@ -18,6 +18,7 @@ from apical.evolution.workers import Here, RayWorkers
 from apical.experiment.evolving import Evolution
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.xdist_group("ray")  # two clusters at once hinder each other
 QUIET: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
 
 

@@ -14,6 +14,7 @@ import pytest
 from apical.cli import main
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.xdist_group("ray")  # two clusters at once hinder each other
 psutil = pytest.importorskip("psutil")
 
 SMALL = ["--rules", "bp", "fa", "--model", "mlp-16", "--train-limit", "640", "--test-limit", "100", "--seeds", "2"]
@@ -32,7 +33,7 @@ def scores(out: Path) -> list[tuple[str, int, float, float]]:
 
 def test_a_cluster_trains_the_same_and_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
-    arguments = [*SMALL, "--epochs", "25", "--threads", "1", "--probe", "0"]
+    arguments = [*SMALL, "--epochs", "10", "--threads", "1", "--probe", "0"]
     assert main(["compare", *arguments, "--jobs", "1", "--out", str(here)]) == 0
     command = [sys.executable, "-m", "apical", "compare", *arguments, "--ray", "local", "--jobs", "2", "--out", str(there)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -193,6 +193,7 @@ def test_a_random_sweep(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("out/trials/bp/*/seed-*/result.json"))) == 6
 
 
+@pytest.mark.xdist_group("ray")
 def test_a_cluster_gives_the_same_trials(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     arguments = ["--rules", "bp", "--space", "lr=0.001,0.1", "--final-seeds", "0", "--ray", "local"]

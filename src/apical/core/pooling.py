@@ -18,8 +18,8 @@ class SoftmaxPool2d(nn.Module):
     Raises:
         ConfigError: an option is not positive.
 
-    >>> SoftmaxPool2d(2)(torch.tensor([[[[0.0, 0.0], [0.0, 9.0]]]])).round(decimals=2)
-    tensor([[[[9.]]]])
+    >>> SoftmaxPool2d(2)(Tensor([[[[3.0, 3.0], [3.0, 3.0]]]])).item()
+    3.0
     """
 
     def __init__(self, kernel_size: int = 2, sharpness: float = 1.0) -> None:
