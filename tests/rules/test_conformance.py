@@ -59,10 +59,13 @@ RULES = {
     "dtp-drl": TP,
     "ddtp-linear": partial(TP, variant="linear"),
     "ddtp-rhl": partial(TP, variant="hidden", neurons=16),
+    "ddtp-recurrent": partial(TP, variant="hidden", neurons=16, recurrent=True),
     "ddtp-control": partial(TP, variant="control"),
+    "dtp-lee": partial(TP, variant="lee"),
     "ddtp-fixed": partial(TP, variant="linear", learn=False),
     "ep": EP,
     "ep-one-sided": partial(EP, estimator="one-sided", free_steps=8, nudged_steps=4),
+    "ep-five-point": partial(EP, estimator="five-point", free_steps=8, nudged_steps=4),
     "ep-random-sign": partial(EP, estimator="random-sign", free_steps=8, nudged_steps=4),
     "ep-directed": partial(EP, weights="directed", free_steps=8, nudged_steps=4),
     "ep-different": partial(EP, weights="directed", update="different", free_steps=8, nudged_steps=4),
@@ -74,7 +77,7 @@ RULES = {
     "corinfomax-symmetric": partial(CIM, nudge="symmetric", forgetting=1.0, free_steps=8, nudged_steps=4),
     "corinfomax-sparse": partial(CIM, nudge="one-sided", sparse=(0.1, 0.1, 0.1), free_steps=8, nudged_steps=4),
 }
-NOISY = ("dtp", "dtp-drl", "ddtp-linear", "ddtp-rhl", "ddtp-control")
+NOISY = ("dtp", "dtp-drl", "ddtp-linear", "ddtp-rhl", "ddtp-recurrent", "ddtp-control", "dtp-lee")
 SKIPPED = {
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",
