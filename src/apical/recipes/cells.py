@@ -1,10 +1,13 @@
 """Parts of a study that are kept as they are finished, one JSON file each, so that nothing is computed twice or lost."""
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,12 +64,28 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
             torch.set_num_threads(threads)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        running = {pool.submit(make, part): part for part in parts}
+        with _interrupts_ignored():
+            running = {pool.submit(make, part): part for part in parts}
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool as error:
             raise ApicalError(f"a training was killed; the same command goes on from what is in {out}") from error
         except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes begun within do not hear Ctrl-C, which would make each print a traceback; this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
