@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from apical.core.chain import Chain
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.local import known_root
-from apical.core.losses import squared_error, wanted
+from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
@@ -108,6 +108,7 @@ class CorInfoMax(CreditRule):
         backward_rates: Sequence[float] = (),
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "correlative information maximisation")
         if nudge not in NUDGES:
             raise unknown_name("nudge", nudge, NUDGES)
         positive = {"beta": beta, "epsilon": epsilon, "step": step, "step_floor": step_floor}
@@ -247,7 +248,9 @@ class CorInfoMax(CreditRule):
                 self._follow(nudged.r)
             logs = {"dead_outputs": (output.amax(0) <= 0).sum().to(output.dtype)}
         roots = [known_root(parameter, product) for parameter, product in products if parameter.requires_grad]
-        return Credit(roots, [None] * len(roots), output, self.loss(output, targets), logs)
+        loss = value_at(self.loss, output, targets)
+        roots += terms(loss)
+        return Credit(roots, [None] * len(roots), output, loss, logs)
 
     def _contrast(
         self, x: Tensor, nudged: Sequence[Tensor], against: Sequence[Tensor], width: Tensor

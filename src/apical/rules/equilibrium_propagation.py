@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.losses import wanted
+from apical.core.losses import terms, value_at, wanted
 from apical.core.pooling import SoftmaxPool2d
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
@@ -259,10 +259,11 @@ class EquilibriumPropagation(CreditRule):
                     else "the free phase of equilibrium propagation is not finite because inputs or weights are not"
                 )
             output = network.output(free.s)
-            loss = self.loss(output, targets)
+            loss = value_at(self.loss, output, targets)
             if self.loss in HOLOMORPHIC and output.dim() == 2:
                 targets = wanted(output, targets)
             roots, nudged, logs = self._going_round(x, free.s, targets) if self.cycles else self._nudged(x, free.s, targets)
+            roots += terms(loss)
             logs |= {"free_residual": free.residual, "nudged_residual": nudged}
         if self.homeostasis:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
