@@ -71,6 +71,17 @@ class Placement(tuple[Row, ...]):
                 return row.path
         raise KeyError(layer)
 
+    def layers(self) -> str:
+        """Names of the modules by path, in a line.
+
+        >>> Placement([Row("0", "Linear", (5, 4), "exact"), Row("2", "Linear", (5, 5), "exact")]).layers()
+        'exact: 0, 2'
+        """
+        paths: dict[str, list[str]] = {}
+        for row in self:
+            paths.setdefault(row.path, []).append(row.layer or "(model)")
+        return "; ".join(f"{path}: {', '.join(names)}" for path, names in paths.items())
+
     def summary(self) -> str:
         """How many modules have which path, in a line.
 
