@@ -17,7 +17,7 @@ LAYERS = {
     "data": {"data", "errors"},
     "diagnostics": {"diagnostics", "dynamics", "core", "errors"},
     "evolution": {"evolution", "rules", "models", "data", "dynamics", "core", "errors"},
-    "testing": {"rules", "dynamics", "core", "errors"},
+    "testing": {"testing", "rules", "dynamics", "core", "errors"},
     "experiment": {"experiment", "evolution", "diagnostics", "models", "data", "dynamics", "core", "errors"},
     "recipes": {
         "recipes",
