@@ -32,10 +32,10 @@ def test_tasks_errors_and_ends() -> None:
     assert [value for _, value in first] == [4.0, 4.0]
     assert [value for _, value in second] == [6.0, 6.0]
     assert [process for process, _ in first] == [process for process, _ in second]
-    with pytest.raises(RankError, match="rank 0: (?s:.*)ValueError: planted"):
+    with pytest.raises(RankError, match=r"rank 0: (?s:.*)ValueError: planted"):
         on_two_ranks(one_fails)
     third = on_two_ranks(summed, 1.5)
     assert [value for _, value in third] == [4.0, 4.0]
     assert third[0][0] != first[0][0]
-    with pytest.raises(RankError, match="rank [01]"):
+    with pytest.raises(RankError, match=r"rank [01]"):
         on_two_ranks(one_ends)
