@@ -56,7 +56,7 @@ class CorInfoMax(CreditRule):
 
     Args:
         model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them.
-        loss: for reports only; the dynamics nudge the output by `beta (r - y)`, y one-hot.
+        loss: for reports, and for parameters in it; the dynamics nudge the output by `beta (r - y)`, y one-hot.
         nudge: "one-sided", "random-sign" (the sign of beta drawn for each batch) or "symmetric" (a third phase, -beta).
         beta: size of the nudge.
         epsilon: eps.

@@ -37,6 +37,7 @@ from torch.nn.modules.conv import _ConvNd
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
+from apical.core.losses import no_class, output_error, refuse_options, terms
 from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.errors import ConfigError, unknown_name
@@ -124,6 +125,7 @@ class CounterCurrentLearning(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "counter-current learning", ("ignore_index",))
         if pair not in ("auto", "inner", "cosine", "match"):
             raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
         if enlarge not in ("nearest", "transposed"):
@@ -244,10 +246,16 @@ class CounterCurrentLearning(CreditRule):
             unsure = self._unsure(output, targets) if self.mask else None
             for level, activity in waiting.items():
                 local[level] = self._meet(level, activity, b[level], goals, teaching, unsure)
-        loss = self.loss(output, targets)
-        teaching.loss(loss * self._height if self.pair == "match" else loss)
+        if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
+            loss, error = output_error(self.loss, output, targets)
+            teaching.teach(Activity(output), error * self._height)
+            for term in terms(loss):
+                teaching.loss(term)
+        else:
+            loss = self.loss(output, targets)
+            teaching.loss(loss)
         roots, signals = teaching.finish()
-        return Credit(roots, signals, output, loss, self._logs(local, loss))
+        return Credit(roots, signals, output.detach(), loss, self._logs(local, loss))
 
     def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
         """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
@@ -257,7 +265,12 @@ class CounterCurrentLearning(CreditRule):
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""
-        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+        if self.pair == "match":
+            return targets
+        try:
+            return membership(targets, len(self.classes), self.classes.dtype)
+        except RuntimeError as error:
+            raise no_class(len(self.classes)) from error
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""
