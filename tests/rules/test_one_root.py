@@ -209,7 +209,9 @@ def test_closures_and_gradient_scaling_are_the_plain_loop(name: str) -> None:
         same(other, plain)
 
 
-@pytest.mark.parametrize("name", [name for name, f in RULES.items() if not hasattr(make(name), "calls") or "explicit" in name])
+@pytest.mark.parametrize(
+    "name", [name for name, f in RULES.items() if not hasattr(make(name), "calls") or "explicit" in name]
+)
 def test_lbfgs(name: str) -> None:
     """The loss goes down, or at least the search ends with finite weights, under an optimiser that needs closures."""
     rule = make(name)

@@ -90,7 +90,6 @@ def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN))
             )
 
 
-
 def squared_error(output: Tensor, targets: Tensor) -> Tensor:
     """`1/2 |output - target|^2` per sample, the mean over the batch; class labels stand for one-hot targets.
 

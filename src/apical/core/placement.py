@@ -166,6 +166,8 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
     tensors = _tensors(every, parameters)
+    generators = [v for m in every for v in m.__dict__.values() if isinstance(v, torch.Generator)]
+    states = [(generator, generator.get_state()) for generator in generators]
     grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for m in every for q in m.parameters(recurse=False)]
     devices = {t.device.index for t, _ in tensors if t.is_cuda}
     devices |= {q.device.index for q, *_ in grads if q.is_cuda}
@@ -180,6 +182,8 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
                 for tensor, value in tensors:
                     if not torch.equal(tensor, value):
                         tensor.copy_(value)
+            for generator, state in states:
+                generator.set_state(state)
             for parameter, grad, before in grads:
                 parameter.grad = grad
                 if grad is not None and before is not None:

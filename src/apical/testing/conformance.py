@@ -23,6 +23,7 @@ from apical.rules.backprop import Backprop
 from apical.testing.comparison import Factory, Setting, gradients, make, require_same, train
 from apical.testing.distributed import check_distributed
 from apical.testing.networks import dense_batch, dense_network, image_batch, residual_network
+from apical.testing.odd_check import check_odd_modules
 
 
 def settings(factory: Factory) -> list[Setting]:
@@ -251,6 +252,7 @@ CHECKS: dict[str, Callable[[Factory], None]] = {
     "compile": check_compile,
     "unsupported": check_unsupported,
     "distributed": check_distributed,
+    "odd_modules": check_odd_modules,
 }
 
 
