@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
     ),
     "bilinear": (nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4)), None, r"'1' \(Bilinear\).*replace it"),
     "no layer": (nn.Sequential(nn.ReLU()), (4,), "no Linear or convolution"),
-    "no shape": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), None, r"Sequential has convolutions: pass input_shape"),
+    "no shape": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), None, r"layer '0' is a convolution: pass input_shape"),
     "wrong shape": (
         nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()),
         (3, 6, 6),
