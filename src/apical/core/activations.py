@@ -147,10 +147,11 @@ def complex_parts(activation: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, 
 
 
 def plain(activation: nn.Module) -> nn.Module:
-    """The activation, not in place."""
+    """The activation, not in place; `stands_for` of a copy is the original."""
     if not getattr(activation, "inplace", False):
         return activation
     twin = copy(activation)
+    twin.__dict__["stands_for"] = activation
     twin.inplace = False  # type: ignore[assignment]
     return twin
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.activations import complex_parts
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.losses import wanted
@@ -215,7 +216,7 @@ class EquilibriumPropagation(CreditRule):
                     "or SoftmaxPool2d between layer and activation, or points=2"
                 )
             try:
-                stage.activation(torch.zeros(1, dtype=torch.complex64))
+                complex_parts(stage.activation, torch.zeros(1), torch.zeros(1))
             except (RuntimeError, NotImplementedError, TypeError) as error:
                 raise UnsupportedModelError(
                     f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not defined for "
