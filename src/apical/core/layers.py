@@ -37,7 +37,7 @@ NORMS = (_NormBase, nn.GroupNorm)
 AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
-POOLS = (pooling._MaxPoolNd, pooling._AvgPoolNd, SoftmaxPool2d)
+POOLS = (pooling._MaxPoolNd, *AVERAGES, SoftmaxPool2d)
 SHAPES = (nn.Flatten, nn.Unflatten, nn.Upsample, nn.Identity)
 
 
