@@ -1,19 +1,19 @@
 """Activations: which modules they are, their derivative, and the difference `phi(v + d) - phi(v)` without cancellation.
 
-Control signals are small beside the potentials they act on. Taken as a difference of two rates, their effect loses four
-digits in float32; the identities here keep them all. Activations without one of their own fall back to the plain
-difference. What is known of a type holds for its own forward alone: a subclass that overrides it is an activation, but not
-known to act on each neuron alone.
+What is known of a type holds for its own forward alone: a subclass that overrides it is an activation, but not known to act
+on each neuron alone. Differences are in :mod:`apical.core.differences`; an activation without one of its own is evaluated in
+float64 where its potentials are of lower precision.
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apical.core.differences import DIFFERENCES
+from apical.core.differences import plain as plain
 from apical.core.layers import runs_own_forward
 from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid, complex_shifted_sigmoid
 from apical.errors import ConfigError
@@ -129,11 +129,16 @@ def pulled_back(activation: nn.Module, v: Tensor, r: Tensor, signal: Tensor) -> 
 
 
 def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`."""
+    """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`; without an identity, and in float64, the plain one."""
     found = known(activation)
     if found is not None and found.difference is not None:
         return found.difference(activation, v, r, d)
-    moved: Tensor = plain(activation)(v + d)
+    phi = plain(activation)
+    if v.dtype != torch.float64 and v.device.type != "mps":  # which has no float64
+        wide = v.double()
+        change: Tensor = phi(wide + d) - phi(wide)
+        return change.to(v.dtype)
+    moved: Tensor = phi(v + d)
     return moved - r
 
 
@@ -146,46 +151,11 @@ def complex_parts(activation: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, 
     return z.real, z.imag
 
 
-def plain(activation: nn.Module) -> nn.Module:
-    """The activation, not in place."""
-    if not getattr(activation, "inplace", False):
-        return activation
-    twin = copy(activation)
-    twin.inplace = False  # type: ignore[assignment]
-    return twin
-
-
-def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    """`tanh(v + d) - tanh(v) = tanh(d) (1 - r tanh(v + d)) = s (1 - r^2) / (1 + r s)` with `s = tanh(d)`, `r = tanh(v)`.
-
-    The last form spares one hyperbolic tangent of two where d does not undo v, and in float32 both where d is so small that
-    `s = d - d^3/3` (the next term is `2 d^5/15`). On a GPU, and in compiled graphs, they cost less than looking would.
-    """
-    if d.is_cpu and d.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(d)
-        largest = max(-low.item(), high.item())
-        if largest < 0.5:
-            small = largest < 0.02 and d.dtype == torch.float32
-            s = torch.addcmul(d, d * d, d, value=-1 / 3) if small else torch.tanh(d)
-            one = d.new_ones(())
-            return torch.addcmul(one, r, r, value=-1).mul_(s).div_(torch.addcmul(one, r, s))
-    return torch.addcmul(d.new_ones(()), r, torch.tanh(v + d), value=-1).mul_(torch.tanh(d))
-
-
-def _relu_difference(v: Tensor, d: Tensor) -> Tensor:
-    return torch.where(v > 0, torch.maximum(d, -v), (v + d).clamp_min(0))
-
-
-def _leaky_difference(activation: nn.LeakyReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    slope = activation.negative_slope
-    return slope * d + (1 - slope) * _relu_difference(v, d)
-
-
 _ATEN = torch.ops.aten
 
 TYPES |= {kind: Activation(kind.forward, elementwise=False) for kind in (nn.PReLU, nn.RReLU, nn.Softmax)}
 TYPES |= {
-    kind: Activation(kind.forward)
+    kind: Activation(kind.forward, difference=DIFFERENCES.get(kind))
     for kind in (
         *(nn.ReLU6, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid),
         *(nn.Hardswish, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, DoubleSiLU, HalfClip),
@@ -196,45 +166,46 @@ TYPES |= {
         nn.Identity.forward,
         derivative=lambda _, v, r: torch.ones_like(v),
         pulled_back=lambda _, v, r, signal: signal,
-        difference=lambda _, v, r, d: d,
+        difference=DIFFERENCES[nn.Identity],
         from_output=True,
     ),
     nn.Tanh: Activation(
         nn.Tanh.forward,
         derivative=lambda _, v, r: 1 - r * r,
         pulled_back=lambda _, v, r, signal: _ATEN.tanh_backward(signal, r),
-        difference=lambda _, v, r, d: _tanh_difference(v, r, d),
+        difference=DIFFERENCES[nn.Tanh],
         from_output=True,
     ),
     nn.Sigmoid: Activation(
         nn.Sigmoid.forward,
         derivative=lambda _, v, r: r - r * r,
         pulled_back=lambda _, v, r, signal: _ATEN.sigmoid_backward(signal, r),
-        difference=lambda _, v, r, d: _tanh_difference(v / 2, 2 * r - 1, d / 2) / 2,
+        difference=DIFFERENCES[nn.Sigmoid],
         from_output=True,
     ),
     ShiftedSigmoid: Activation(
         ShiftedSigmoid.forward,
         derivative=lambda _, v, r: 4 * (r - r * r),
-        difference=lambda _, v, r, d: _tanh_difference(2 * v - 1, 2 * r - 1, 2 * d) / 2,
+        difference=DIFFERENCES[ShiftedSigmoid],
         complex_parts=lambda _, a, b: complex_shifted_sigmoid(a, b),
     ),
     nn.ReLU: Activation(
         nn.ReLU.forward,
         derivative=lambda _, v, r: (v > 0).to(v.dtype),
         pulled_back=lambda _, v, r, signal: _ATEN.threshold_backward(signal, r, 0),
-        difference=lambda _, v, r, d: _relu_difference(v, d),
+        difference=DIFFERENCES[nn.ReLU],
         from_output=True,
     ),
     nn.LeakyReLU: Activation(
         nn.LeakyReLU.forward,
         derivative=lambda self, v, r: torch.where(v > 0, torch.ones_like(v), self.negative_slope),
-        difference=_leaky_difference,
+        difference=DIFFERENCES[nn.LeakyReLU],
     ),
     nn.ELU: Activation(
         nn.ELU.forward,
         derivative=lambda self, v, r: torch.where(v > 0, 1.0, r + self.alpha).to(v.dtype),
         pulled_back=lambda self, v, r, signal: _ATEN.elu_backward(signal, self.alpha, 1.0, 1.0, True, r),
+        difference=DIFFERENCES[nn.ELU],
         from_output=True,
     ),
 }

@@ -27,13 +27,17 @@ class Effective(nn.Module):
     """Mixin of the plain layers: weight and bias are those that another layer computes.
 
     Attributes:
-        source: the other layer; no submodule.
+        stands_for: the other layer; no submodule.
         name: its name.
     """
 
-    source: nn.Module
+    stands_for: nn.Module
     name: str
     _computed: Computed | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies take along: not the graph of the last batch."""
+        return self.__dict__ | {"_computed": None}
 
     def forget(self) -> None:
         """Compute the weight anew when it is needed next: a batch begins."""
@@ -41,13 +45,13 @@ class Effective(nn.Module):
 
     def _now(self) -> Computed:
         known = self._computed
-        if known is None or known.state != _state(self.source):
-            weight = effective_weight(self.source)
+        if known is None or known.state != _state(self.stands_for):
+            weight = effective_weight(self.stands_for)
             if weight is None:
-                raise unknown_weight(self.name, self.source)
+                raise unknown_weight(self.name, self.stands_for)
             with torch.enable_grad():
-                bias = getattr(self.source, "bias", None)
-            known = self.__dict__["_computed"] = Computed(weight, bias, _state(self.source))
+                bias = getattr(self.stands_for, "bias", None)
+            known = self.__dict__["_computed"] = Computed(weight, bias, _state(self.stands_for))
         return known
 
     @property
@@ -112,7 +116,7 @@ def affine(name: str, layer: nn.Module) -> Layer:
         )
         plain.__class__ = (EffectiveConv1d, EffectiveConv2d, EffectiveConv3d)[rank - 1]
     plain._parameters.clear()
-    plain.__dict__.update(source=layer, name=name, _computed=None)
+    plain.__dict__.update(stands_for=layer, name=name, _computed=None)
     return cast(Layer, plain)
 
 
@@ -129,9 +133,10 @@ def _like(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
     return plain
 
 
-def source(layer: nn.Module) -> nn.Module:
-    """The layer of the model behind one that :func:`affine` has made."""
-    return layer.source if isinstance(layer, Effective) else layer
+def original(module: nn.Module) -> nn.Module:
+    """The module of the model behind one that stands for it: an effective layer, or an activation that is not in place."""
+    found: nn.Module = module.__dict__.get("stands_for", module)
+    return found
 
 
 def require_affine(name: str, layer: nn.Module) -> None:
@@ -161,7 +166,7 @@ def unknown_weight(name: str, layer: nn.Module) -> UnsupportedModelError:
 
 def is_changed_by_hooks(module: nn.Module, given: Tensor) -> bool:
     """Whether hooks change what a module makes of an input; those that only look do not."""
-    module = source(module)
+    module = original(module)
     if not is_hooked(module) or all(computes_weight(hook) for hook in _hooks(module)):
         return False
     with torch.no_grad():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, plain
-from apical.core.affine import affine, is_changed_by_hooks, require_affine, source
+from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
 from apical.core.layers import (
     Layer,
     is_hooked,
@@ -124,6 +124,7 @@ class Chain:
             _check_kind(name, module, pools=pools)
         example = example_of(model, self.layers, input_shape)
         self.head, self.stages = _stages(traced(model, example), example, pools=pools)
+        self._made = tuple(self.stages)  # rules may bound activations, but look at the model's own all the same
         unseen = set(self.layers) - {stage.name for stage in self.stages}
         if unseen:
             raise UnsupportedModelError(
@@ -152,21 +153,21 @@ class Chain:
     def _check(self, inputs: Tensor) -> None:
         """Refuse what was changed after the chain was made: weights, forward methods, and hooks that change outputs."""
         hooked = False
-        for stage in self.stages:
+        for stage in self._made:
             require_affine(stage.name, stage.layer)
-            for module in (*stage.before, *stage.after, stage.activation):
+            for module in map(original, (*stage.before, *stage.after, stage.activation)):
                 if "forward" in module.__dict__ and not runs_own_forward(module, type(module).forward):
                     raise UnsupportedModelError(
                         f"module {self._name(module)} was given another forward after the rule was made; make it a type of "
                         "modules, and the rule after that"
                     )
                 hooked = hooked or is_hooked(module)
-            hooked = hooked or is_hooked(source(stage.layer))
+            hooked = hooked or is_hooked(original(stage.layer))
         if not hooked or torch.compiler.is_compiling():
             return
         with torch.no_grad():
             rates = inputs
-            for stage in self.stages:
+            for stage in self._made:
                 for module in (*stage.before, stage.layer, *stage.after, stage.activation):
                     if is_changed_by_hooks(module, rates):
                         raise UnsupportedModelError(
@@ -177,7 +178,7 @@ class Chain:
 
     def _name(self, module: nn.Module) -> str:
         """The module's name and type, for messages; activations may be copies that are not in place."""
-        module = source(module)
+        module = original(module)
         names = {id(own): name for name, own in self.model.named_modules()}
         return f"{names.get(id(module), '?')!r} ({type(module).__name__})"
 
@@ -222,11 +223,12 @@ def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Seque
     if input_shape is None:
         if images := [name for name, layer in layers.items() if geometry(layer) is not None]:
             raise UnsupportedModelError(
-                f"layer {images[0]!r} is a convolution: pass input_shape=(channels, ...) of one sample, on which the sizes of "
-                "the layers depend"
+                f"layer {images[0]!r} is a convolution: pass input_shape=(channels, ...) of one sample, on which the sizes "
+                "of the layers depend"
             )
         input_shape = (first.weight.shape[1],)
-    return torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device)
+    like = next(iter(first.parameters()))  # a weight that hooks compute may be of an older dtype until the next call
+    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
 
 
 def _check_kind(name: str, module: nn.Module, *, pools: bool) -> None:
@@ -274,21 +276,22 @@ def _names(calls: Sequence[Call]) -> str:
 def _traced(model: nn.Module, example: Tensor, *, training: bool) -> list[Call]:
     calls: list[Call] = []
     names = {id(module): name for name, module in leaves(model)}
+    given: tuple[Any, ...] = ()
     entered = 0
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal entered
-        entered = args[0]._version if args and isinstance(args[0], Tensor) else 0
+        nonlocal given, entered
+        given, entered = args, args[0]._version if args and isinstance(args[0], Tensor) else 0
 
     def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
-        if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(made, Tensor):
+        if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(made, Tensor):
             raise UnsupportedModelError(f"module {names[id(module)]!r} does not map one tensor to one tensor")
-        calls.append(Call(names[id(module)], module, args[0], made, entered, made._version))
+        calls.append(Call(names[id(module)], module, given[0], made, entered, made._version))
 
     modes = [(module, module.training) for module in model.modules()]
     computing = [module for module in model.modules() if id(module) in names]
     inside = {id(part) for module in computing for part in module.modules()}
-    hooks = [module.register_forward_pre_hook(enter) for module in computing]
+    hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in computing]
     hooks += [module.register_forward_hook(note) for module in computing]
     try:
         with torch.random.fork_rng([example.device] if example.is_cuda else []):

@@ -37,7 +37,7 @@ NORMS = (_NormBase, nn.GroupNorm)
 AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
-POOLS = (pooling._MaxPoolNd, pooling._AvgPoolNd, SoftmaxPool2d)
+POOLS = (pooling._MaxPoolNd, *AVERAGES, SoftmaxPool2d)
 SHAPES = (nn.Flatten, nn.Unflatten, nn.Upsample, nn.Identity)
 
 
@@ -81,7 +81,7 @@ def _dense(layer: nn.Module) -> Geometry | None:
 def register_layer(
     kind: type[nn.Module],
     *,
-    geometry: Callable[[Any], Geometry | None] = _dense,
+    geometry: Callable[[Any], Geometry | None] | None = None,
     weight: Callable[[Any], Tensor] = _own_weight,
 ) -> None:
     """Make a type of modules known as weighted layers, in every rule.
@@ -91,8 +91,8 @@ def register_layer(
 
     Args:
         kind: the type; a subclass that overrides `forward` again is not covered.
-        geometry: geometry of the backward map; dense by default. For convolutions see
-            :class:`apical.core.transport.Geometry`.
+        geometry: geometry of the backward map, as a function of the layer; that of the type it inherits from by default, or
+            else None, which is dense. For convolutions see :class:`apical.core.transport.Geometry`.
         weight: the effective weight, computed from the parameters so that autograd can follow; `layer.weight` by default.
 
     Raises:
@@ -107,7 +107,9 @@ def register_layer(
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"register_layer takes a subclass of nn.Module, not {kind!r}")
-    _GEOMETRY.register(kind, geometry)
+    inherited = _GEOMETRY.dispatch(kind)
+    unknown = inherited is _GEOMETRY.dispatch(object)
+    _GEOMETRY.register(kind, geometry or (_dense if unknown else inherited))
     _LAYERS[kind] = LayerType(kind.forward, weight)
 
 

@@ -98,9 +98,10 @@ class Teaching:
         self._gradients: list[Tensor] = []
 
     def loss(self, loss: Tensor) -> None:
-        """Teach the block behind a scalar loss."""
-        self.roots.append(loss)
-        self.signals.append(None)
+        """Teach the block behind a scalar loss, unless it is frozen."""
+        if loss.requires_grad or not torch.is_grad_enabled():
+            self.roots.append(loss)
+            self.signals.append(None)
 
     def teach(self, activity: Activity, signal: Tensor) -> None:
         """Teach a block `signal`, the gradient of what it shall descend with respect to its output, of that one's size.
