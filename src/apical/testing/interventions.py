@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
-from apical.core.edge import EdgeRule, stored
+from apical.core.edge import EdgeRule
 from apical.testing.effective_weight import effective_weight
 from apical.testing.trial import Gradients, Trial
 
@@ -27,7 +27,15 @@ def fed_back(rule: EdgeRule, weights: Mapping[str, Tensor]) -> Iterator[None]:
     own_feedback, own_pathway = rule.feedback_of, rule.pathway
 
     def feedback_of(name: str) -> Any:
-        return (stored, (weights[name],)) if name in weights else own_feedback(name)
+        compute, tensors = own_feedback(name)
+        if name not in weights:
+            return compute, tensors
+
+        def replaced(shape: Any, weight: Tensor, *tensors: Tensor) -> Tensor:
+            compute(shape, *tensors)  # draws the random numbers that the rule draws
+            return weight
+
+        return replaced, (weights[name], *tensors)
 
     def pathway(name: str, inputs: Tensor) -> Any:
         return None if name in weights else own_pathway(name, inputs)
