@@ -92,7 +92,7 @@ class StandardisedConv(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolution with the centred kernel."""
-        return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)  # type: ignore[no-any-return]
 
 
 class Wrapped(nn.Module):
