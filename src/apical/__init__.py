@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from apical.core.activations import register_activation
 from apical.core.credit import Credit, CreditRule
+from apical.core.layers import register_layer
 from apical.rules.backprop import Backprop
 from apical.rules.corinfomax import CorInfoMax
 from apical.rules.counter_current_learning import CounterCurrentLearning
@@ -36,6 +38,8 @@ __all__ = [
     "StrongDeepFeedbackControl",
     "TopDownCreditAssignment",
     "WeightMirror",
+    "register_activation",
+    "register_layer",
 ]
 __version__ = "0.1.0"
 

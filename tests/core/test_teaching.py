@@ -56,6 +56,60 @@ def test_other_blocks_have_a_graph_that_stops_at_their_input(modules: list[nn.Mo
     assert given.grad is None
 
 
+class Offset(nn.Linear):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) + self.weight.square().sum()
+
+
+class Squared(nn.ReLU):
+    def forward(self, v: Tensor) -> Tensor:
+        return super().forward(v) ** 2
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *call: call[2].sin())
+    return module
+
+
+def given_forward(module: nn.Module) -> nn.Module:
+    module.forward = lambda v: v.cos() if isinstance(module, nn.Tanh) else v @ module.weight.T.abs() + module.bias
+    return module
+
+
+ODD: dict[str, list[nn.Module]] = {
+    "overridden layer": [Offset(4, 3), nn.Tanh()],
+    "overridden activation": [nn.Linear(4, 3), Squared()],
+    "hooked layer": [hooked(nn.Linear(4, 3)), nn.Tanh()],
+    "hooked activation": [nn.Linear(4, 3), hooked(nn.Tanh())],
+    "forward on layer": [given_forward(nn.Linear(4, 3)), nn.Tanh()],
+    "forward on activation": [nn.Linear(4, 3), given_forward(nn.Tanh())],
+    "learnt slope": [nn.Linear(4, 3), nn.PReLU()],
+    "softmax": [nn.Linear(4, 3), nn.Softmax(1)],
+    "unknown module": [nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 2))],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_closed_forms_are_not_taken_where_modules_compute_something_else(kind: str) -> None:
+    torch.manual_seed(0)
+    modules = [module.double() for module in ODD[kind]]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    given, block = torch.randn(5, 4).double(), Taught(modules)
+    signal = torch.randn_like(nn.Sequential(*modules)(given))
+    (root,) = taught(block, given, signal)
+    assert type(root.grad_fn).__name__ != "KnownGradientsBackward"
+    found = [parameter.grad.clone() for parameter in parameters]
+    expected = torch.autograd.grad((nn.Sequential(*modules)(given) * signal).sum(), parameters)
+    for mine, gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_frozen_block_has_no_root() -> None:
+    teaching = Teaching()
+    teaching.loss(nn.Linear(2, 1).requires_grad_(False)(torch.ones(1, 2)).sum())
+    assert teaching.finish() == ([], [])
+
+
 def test_known_gradients_scale_and_accumulate_and_serve_once() -> None:
     layer, given, signal = nn.Linear(4, 3), torch.randn(5, 4), torch.randn(5, 3)
     teaching = Teaching()

@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from apical.core.activations import is_activation
 from apical.core.credit import CreditRule, Loss
-from apical.core.units import ACTIVATIONS, weighted_layers
+from apical.core.units import weighted_layers
 from apical.errors import UnsupportedModelError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -108,7 +109,7 @@ class CutRule(CreditRule):
         for name, module in model.named_modules():
             if name in self.layers:
                 self._hooks.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
-            elif where == "activation" and isinstance(module, ACTIVATIONS):
+            elif where == "activation" and is_activation(module):
                 self._hooks.append(module.register_forward_hook(partial(self._after_activation, name)))
 
     @property

@@ -32,14 +32,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
+from apical.core.layers import is_weighted
 from apical.core.losses import no_class, output_error, refuse_options, terms
 from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.core.teaching import Activity, Taught, Teaching
+from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
 
 Pair = Literal["auto", "inner", "cosine", "match"]
@@ -131,7 +132,7 @@ class CounterCurrentLearning(CreditRule):
         if enlarge not in ("nearest", "transposed"):
             raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
-        images = any(isinstance(block.layer, _ConvNd) for block in self.row)
+        images = any(geometry(block.layer) is not None for block in self.row)
         self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
         self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
         self.spread = (0.5 if images and self.pair == "cosine" else 0.0) if spread is None else spread
@@ -200,7 +201,7 @@ class CounterCurrentLearning(CreditRule):
     def _draw_orthogonal(self) -> None:
         for block, module in zip(reversed(self.row), self.feedback, strict=False):
             for layer in module.modules():
-                if isinstance(layer, nn.Linear | _ConvNd):
+                if is_weighted(layer):
                     nn.init.orthogonal_(layer.weight)
                     with torch.no_grad():
                         enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
@@ -219,7 +220,7 @@ class CounterCurrentLearning(CreditRule):
         """G's weights beside those of F that they face, by the name of F's layer; see :func:`apical.core.blocks.facing`."""
         found = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
-            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+            layers = [layer for layer in module.modules() if is_weighted(layer)]
             weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
             if weight is not None:
                 found[block.name] = weight

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from apical.core.activations import difference, plain, pulled_back
 from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.losses import output_error, terms
 from apical.core.local import known_root, local_root
+from apical.core.losses import output_error, terms
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
