@@ -335,7 +335,14 @@ def check_distributed(factory: Factory) -> None:
     torch.manual_seed(1)
     _train(rule, range(4))
     _same(ranks[0], ranks[1], 0.0, "the two ranks")
-    _same(ranks[0], rule.state_dict(), 1e-10, "two ranks against one process")
+    _same(ranks[0], _trained(rule), 1e-10, "two ranks against one process")
+
+
+def _trained(rule: CreditRule) -> dict[str, Tensor]:
+    """What a rule has learned, in whatever form one process or several keep it: the model, the feedback, other buffers."""
+    model = {f"model.{name}": value for name, value in rule.model.state_dict().items()}
+    feedback = {f"feedback of {name}": value for name, value in rule.feedback_weights().items()}
+    return {**({} if feedback else rule.state_dict()), **model, **feedback}
 
 
 def _rank(rank: int, factory: Factory, folder: str) -> None:
@@ -351,7 +358,7 @@ def _rank(rank: int, factory: Factory, folder: str) -> None:
         optimizer.zero_grad()
         parallel(inputs[rank::2], targets[rank::2]).backward()
         optimizer.step()
-    torch.save(rule.state_dict(), Path(folder) / f"{rank}.part")
+    torch.save(_trained(rule), Path(folder) / f"{rank}.part")
     (Path(folder) / f"{rank}.part").rename(Path(folder) / f"{rank}.pt")
     while not (Path(folder) / f"{1 - rank}.pt").exists():  # nobody leaves while the other still communicates
         time.sleep(0.01)
