@@ -79,7 +79,7 @@ ZOO: dict[str, Specimen] = {
     "mobilenet": Specimen("MobileNet", images.MobileNet, _normal(3, 8, 8), _classes(10)),
     "senet": Specimen("SENet", images.SeNet, _normal(3, 8, 8), _classes(10)),
     "unet": Specimen("UNet", images.UNet, _normal(1, 8, 8), _classes(3, 8, 8)),
-    "gpt": Specimen("hand-written GPT", sequences.Gpt, _classes(11, 6), _classes(11, 6), per_token),
+    "gpt": Specimen("hand-written GPT", sequences.Gpt, _classes(11, 5), _classes(11, 5), per_token),
     "vit": Specimen("vision transformer", sequences.Vit, _normal(3, 8, 8), _classes(10)),
     "rnn": Specimen("hand-written RNN, three lengths", sequences.Rnn, _normal(6, 5), _classes(4)),
     "masked": Specimen("masked and standardised layers", sequences.MaskedAndStandardised, _normal(6), _classes(4)),
