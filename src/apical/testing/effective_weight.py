@@ -63,10 +63,11 @@ def _convolution(layer: _ConvNd, forward: Callable[[Tensor], Tensor], weight: Te
     y = forward(x)
     impulse = torch.zeros_like(y)
     channel = torch.arange(c_out)
-    impulse[(channel, channel, *at)] = 1.0
+    place: list[Any] = [channel, channel, *at]
+    impulse[tuple(place)] = 1.0
     (error,) = torch.autograd.grad(y, x, impulse)
     index: list[Any] = [slice(None), slice(None)]
-    index += [slice(int(f), int(f + e), int(di)) for f, e, di in zip(first, extent, layer.dilation, strict=True)]
+    index += [slice(f, f + e, di) for f, e, di in zip(first, extent, layer.dilation, strict=True)]
     window = error[tuple(index)]
     group = channel // (c_out // layer.groups)
     inputs = group[:, None] * per_group + torch.arange(per_group)

@@ -5,11 +5,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
-from apical.core.edge import EdgeRule, stored
+from apical.core.edge import EdgeRule
 from apical.testing.effective_weight import effective_weight
 from apical.testing.trial import Gradients, Trial
 
@@ -27,7 +27,15 @@ def fed_back(rule: EdgeRule, weights: Mapping[str, Tensor]) -> Iterator[None]:
     own_feedback, own_pathway = rule.feedback_of, rule.pathway
 
     def feedback_of(name: str) -> Any:
-        return (stored, (weights[name],)) if name in weights else own_feedback(name)
+        compute, tensors = own_feedback(name)
+        if name not in weights:
+            return compute, tensors
+
+        def replaced(shape: Any, weight: Tensor, *tensors: Tensor) -> Tensor:
+            compute(shape, *tensors)  # draws the random numbers that the rule draws
+            return weight
+
+        return replaced, (weights[name], *tensors)
 
     def pathway(name: str, inputs: Tensor) -> Any:
         return None if name in weights else own_pathway(name, inputs)
@@ -180,13 +188,18 @@ def _with_feedback(trial: Trial, rule: EdgeRule, weights: Mapping[str, Tensor]) 
 
 
 def _with_signals(trial: Trial, rule: CutRule, on: list[int]) -> Gradients:
-    """Gradients with random signals at the hidden units in `on`, none at the others, and the error at the output."""
+    """Gradients with random signals at the hidden units in `on`, none at the others, and the loss's error at the output."""
     with _plain_roots(rule) as roots:
 
         def backward(credit: Credit) -> None:
             generator = torch.Generator().manual_seed(1)
             hidden = [id(root) for root in roots]
-            pairs = [(r, s) for r, s in zip(credit.roots, credit.signals, strict=True) if id(r) not in hidden]
+            error = _output_error(trial, credit)
+            pairs = [
+                (root, error if error is not None and root.shape == error.shape and root.dim() else signal)
+                for root, signal in zip(credit.roots, credit.signals, strict=True)
+                if id(root) not in hidden and not isinstance(root, nn.Parameter)
+            ]
             for index in on:
                 if roots[index].requires_grad:
                     signal = torch.randn(roots[index].shape, generator=generator).to(roots[index])
@@ -194,6 +207,15 @@ def _with_signals(trial: Trial, rule: CutRule, on: list[int]) -> Gradients:
             torch.autograd.backward([r for r, _ in pairs], [s for _, s in pairs])
 
         return trial.step(backward)
+
+
+def _output_error(trial: Trial, credit: Credit) -> Tensor | None:
+    """The gradient of the loss at the output, of its shape; None where the output is not one tensor."""
+    output = credit._output
+    if not isinstance(output, Tensor):
+        return None
+    leaf = output.detach().requires_grad_()
+    return torch.autograd.grad(trial.loss(leaf), leaf)[0]
 
 
 def _number_of_units(trial: Trial, rule: CutRule) -> int:

@@ -46,7 +46,7 @@ class Scaled(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`2 (W x + b)`."""
-        return 2 * super().forward(x)
+        return super().forward(x) * 2
 
 
 class Quantised(nn.Linear):
@@ -78,7 +78,7 @@ class Single(nn.Linear):
         super().__init__(D, D)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Single":
-        super()._apply(lambda t: fn(t).float() if t.is_floating_point() else fn(t), recurse)
+        super()._apply(lambda t: fn(t).float() if t.is_floating_point() else fn(t), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class StandardisedConv(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolution with the centred kernel."""
-        return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)  # type: ignore[no-any-return]
 
 
 class Wrapped(nn.Module):
@@ -225,7 +225,7 @@ class Orphan(nn.Module):
 
 
 def _pruned() -> nn.Module:
-    layer = nn.Linear(D, D)
+    layer = nn.Linear(D, D).double()
     prune.random_unstructured(layer, "weight", 0.5)
     return layer
 

@@ -37,7 +37,7 @@ class Trial:
         self.rule, self.model, self.inputs, self.targets = rule, rule.model, inputs, targets
         kinds = [q.dtype for q in self.model.parameters()]
         eps = max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=1e-7)
-        self.tolerance = min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
+        self.tolerance = 1e-9 if eps < 1e-12 else min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
 
     @contextmanager
     def sandbox(self) -> Iterator[None]:
@@ -87,7 +87,8 @@ class Trial:
     @cached_property
     def placement(self) -> Placement:
         """The rule's own statement."""
-        return self.rule.placement(self.inputs)
+        with self.sandbox():
+            return self.rule.placement(self.inputs)
 
     def path(self, parameter: str) -> str:
         """Path of the row whose module holds the parameter; "" where none does."""
