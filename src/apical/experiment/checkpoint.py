@@ -94,8 +94,8 @@ def load(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"checkpoint {path}: field {field!r} is missing or damaged; {_REMEDY}")
     if state["format"] != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; {_REMEDY}")
-    for field in ("epoch", "step", "seconds"):
-        if not 0 <= state[field] < math.inf:
+    for field in ("epoch", "step", "seconds", "peak_memory_mb"):
+        if state[field] is not None and not 0 <= state[field] < math.inf:
             raise CheckpointError(f"checkpoint {path}: field {field!r} is {state[field]}; {_REMEDY}")
     return state
 

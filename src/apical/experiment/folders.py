@@ -36,8 +36,8 @@ def refuse_links(path: Path, out: Path) -> None:
     """Raise ConfigError if `path` within the folder `out` leads out of it, through a link: nothing out there is removed."""
     if not path.resolve().is_relative_to(out.resolve()):
         raise ConfigError(
-            f"--overwrite removes nothing outside {out}, and {path} is a link to {path.resolve()}; remove the link or choose "
-            "another --out"
+            f"--overwrite removes nothing outside {out}, and {path} is a link to {path.resolve()}; "
+            "remove the link or choose another --out"
         )
 
 

@@ -281,8 +281,7 @@ class Training:
             near = conditions(self.rule, self.dataset.train, probe)
         if not math.isfinite(test_loss):
             self._diverge("the test loss is not finite")
-        if not trained:
-            self._untrained = max(self._untrained, test_loss)
+        self._untrained = self._untrained if trained else max(self._untrained, test_loss)
         if has_diverged(loss, test_loss, self._untrained):
             self._diverge(f"the training loss rose to {loss:.4g}, over {FACTOR:g} times that of an untrained network")
         self._check_parameters()
@@ -391,10 +390,9 @@ class Training:
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
         """Within, torch's global generators are this run's own, so that runs trained in turn do not mix."""
-        others = checkpoint.rng_state(self.device)
-        if self._rng is not None:
-            checkpoint.set_rng_state(self._rng, self.device)
-        self._rng = None
+        others, own, self._rng = checkpoint.rng_state(self.device), self._rng, None
+        if own is not None:
+            checkpoint.set_rng_state(own, self.device)
         try:
             yield
         finally:

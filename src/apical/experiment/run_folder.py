@@ -122,9 +122,9 @@ class RunFolder:
         """Hold the folder for this process; see :meth:`FolderLock.hold`."""
         self._lock.hold("training", wait)
 
-    def unlock(self) -> None:
-        """Let others have the folder."""
-        self._lock.release()
+    def unlock(self, *, remove: bool = False) -> None:
+        """Let others have the folder; see :meth:`FolderLock.release`."""
+        self._lock.release(remove=remove)
 
     def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
         """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""

@@ -104,6 +104,11 @@ def write_state(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, sealed(value))
 
 
+def write_page(path: Path, page: str) -> None:
+    """Write an HTML page atomically; a name in it that is no text, such as a folder's, is written in escapes."""
+    write_atomically(path, page.encode("utf-8", errors="backslashreplace"))
+
+
 def brief(error: BaseException) -> str:
     """The first line of an error, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
