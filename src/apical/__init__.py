@@ -63,7 +63,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a part of the package, imported when it is asked for: torch takes a second, in which the command line obeys Ctrl-C."""
+    """A public name or part, imported when it is asked for: torch takes long, and the command line obeys Ctrl-C before."""
     if name in ("core", "dynamics", "errors", "rules"):
         return import_module(f"apical.{name}")
     if name not in _HOMES:

@@ -21,8 +21,16 @@ DEEPEST = 64
 REMEDY = "start again with --overwrite or in another folder"
 
 
-def parse(text: str) -> Any:
+class NotAnObjectError(ValueError):
+    """JSON, but not an object."""
+
+
+def parse(text: str, *, finite: bool = True) -> Any:
     """The value of a JSON text.
+
+    Args:
+        text: of one value.
+        finite: refuse numbers that are not.
 
     Raises:
         ValueError: it is not JSON, has a number that is not finite or too large an integer, or is nested too deeply.
@@ -35,7 +43,8 @@ def parse(text: str) -> Any:
     ValueError: 1e999 is not finite
     """
     try:
-        value = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_integer)
+        number = _number if finite else float
+        value = json.loads(text, parse_constant=number, parse_float=number, parse_int=_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]
@@ -51,15 +60,19 @@ def parse(text: str) -> Any:
     raise ValueError("it is nested too deeply")
 
 
-def parse_object(text: str) -> dict[str, Any]:
+def parse_object(text: str, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object of a text, without its checksum, which is compared.
+
+    Args:
+        text: of one object.
+        finite: refuse numbers that are not, also where there is no checksum; where there is one, there are none.
 
     Raises:
         ValueError: it is not an object, or as :func:`parse` does, or the checksum is another.
     """
-    value = parse(text)
+    value = parse(text, finite=finite)
     if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
+        raise NotAnObjectError("it is not a JSON object")
     seal = value.pop(SEAL, None)
     if seal is not None and seal != checksum(value):
         raise ValueError("its checksum does not match its content")
