@@ -103,7 +103,7 @@ class TopDownCreditAssignment(CutRule):
         if self.teacher is None and (not self._drawn or self._drawn[0].body[0].weight.device != prediction.device):
             self._draw(prediction.shape[1], widths)
         teacher = self.teacher if self.teacher is not None else self._drawn[0]
-        counts = target.sum(1) if classes else torch.ones_like(target[:, 0])  # 0 where the loss ignores the label
+        counts = target.sum(1) if classes and not self.plain_roots else None  # 0 where the loss ignores the label
         if isinstance(teacher, TopDownNetwork):
             if not self._checked:
                 teacher.check(prediction.shape[1], widths)
@@ -133,8 +133,10 @@ class TopDownCreditAssignment(CutRule):
         super()._load_from_state_dict(*args)
 
 
-def _share(credit: Tensor, counts: Tensor) -> Tensor:
+def _share(credit: Tensor, counts: Tensor | None) -> Tensor:
     """Each sample's share of the mean of credits (batch, ...) over the samples that count, (batch,) of ones and zeros."""
+    if counts is None:
+        return credit / len(credit)
     return credit * counts.view(-1, *[1] * (credit.dim() - 1)) / counts.sum()
 
 
