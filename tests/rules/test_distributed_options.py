@@ -1,4 +1,4 @@
-"""Every rule under every option of `DistributedDataParallel`: two ranks stay equal, and equal one process on the joined batch.
+"""Every rule under the options of `DistributedDataParallel`: ranks stay equal, and equal one process on the joined batch.
 
 One pair of processes serves all rules and options, because a start costs seconds.
 """
@@ -6,7 +6,6 @@ One pair of processes serves all rules and options, because a start costs second
 import os
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -95,10 +94,10 @@ def rank_of_two(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     spawn(rank_of_two, (str(folder),), nprocs=2)
-    yield [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

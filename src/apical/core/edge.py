@@ -274,6 +274,7 @@ class WrappedForward:
 
     def __init__(self, layer: nn.Module, wrapper: Callable[..., Tensor]) -> None:
         self.layer, self.wrapper, self.before = layer, wrapper, layer.__dict__.get("forward")
+        wrapper.before = self.before  # type: ignore[attr-defined]
         layer.__dict__["forward"] = wrapper
 
     def remove(self) -> None:

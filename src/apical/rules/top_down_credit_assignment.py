@@ -103,16 +103,15 @@ class TopDownCreditAssignment(CutRule):
         if self.teacher is None and (not self._drawn or self._drawn[0].body[0].weight.device != prediction.device):
             self._draw(prediction.shape[1], widths)
         teacher = self.teacher if self.teacher is not None else self._drawn[0]
-        present = target.sum(1, keepdim=True) if classes else torch.ones_like(target[:, :1])  # 0: the loss ignores the label
-        count = present.sum()
+        counts = target.sum(1) if classes else torch.ones_like(target[:, 0])  # 0 where the loss ignores the label
         if isinstance(teacher, TopDownNetwork):
             if not self._checked:
                 teacher.check(prediction.shape[1], widths)
                 self._checked = True
-            emitted = teacher(prediction, target) * present / count  # the batch mean of (1), where it costs least
+            emitted = _share(teacher(prediction, target), counts)  # the batch mean of (1), where it costs least
             credits = teacher.credits(emitted, widths)
         else:
-            credits = [credit * present / count for credit in teacher(prediction, target)]
+            credits = [_share(credit, counts) for credit in teacher(prediction, target)]
         *hidden, last = (credit.detach() for credit in credits)
         if classes:
             last = through_softmax(last, prediction)
@@ -132,6 +131,11 @@ class TopDownCreditAssignment(CutRule):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drawn = []  # the seed changes
         super()._load_from_state_dict(*args)
+
+
+def _share(credit: Tensor, counts: Tensor) -> Tensor:
+    """Each sample's share of the mean of credits (batch, ...) over the samples that count, (batch,) of ones and zeros."""
+    return credit * counts.view(-1, *[1] * (credit.dim() - 1)) / counts.sum()
 
 
 def shipped(name: str) -> str:
