@@ -1,4 +1,4 @@
-"""Types of a user's own: one call makes a layer or an activation known to every rule, and it is trained as a built-in one."""
+"""Types of a user's own: one call makes a layer or an activation known to every rule, which then trains it as its own."""
 
 from collections.abc import Callable
 
