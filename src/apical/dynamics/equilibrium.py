@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from apical.core.chain import Chain, Stage
 from apical.core.local import known_root, outer
 from apical.core.losses import squared_error, wanted
+from apical.core.noise import normal
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
 from apical.dynamics.complex_pooling import pooled, unpooled
@@ -52,6 +53,19 @@ class Phases(NamedTuple):
         turned = real[p - q :] * re[p - q :] - imaginary * im
         return torch.cat((real[: p - q] * re[: p - q], turned, imaginary * re[p - q :] + real[p - q :] * im))
 
+    @property
+    def complex(self) -> Tensor:
+        """The numbers themselves (P,), real where all of them are."""
+        return torch.complex(self.re, F.pad(self.im, (len(self.re) - len(self.im), 0))) if len(self.im) else self.re
+
+    def complex_values(self, rows: Tensor, batch: int) -> Tensor:
+        """Values of phases (P, batch, ...) from rows (P batch + Q batch, ...), real where all phases are."""
+        p, q = len(self.re), len(self.im)
+        parts = rows.view(p + q, batch, *rows.shape[1:])
+        if q == 0:
+            return parts
+        return torch.complex(parts[:p], torch.cat((torch.zeros_like(parts[: p - q]), parts[p:])))
+
     def conjugate_rows(self, parts: Tensor) -> Tensor:
         """Imaginary parts with the other sign: the sum over rows of `a' b` is then the real part of the sum of `a b`."""
         q = len(self.im)
@@ -73,10 +87,19 @@ class EquilibriumNetwork:
         read_out: the last stage only reads the states; else it is one of them.
         damping: share of the old state that each step keeps, in [0, 1).
         noise: standard deviation of what is added to potentials at every step of a training phase.
+        generator: of the noise; None draws from PyTorch's global state.
     """
 
-    def __init__(self, chain: Chain, *, read_out: bool, damping: float = 0.0, noise: float = 0.0) -> None:
-        self.chain, self.damping, self.noise = chain, damping, noise
+    def __init__(
+        self,
+        chain: Chain,
+        *,
+        read_out: bool,
+        damping: float = 0.0,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.chain, self.damping, self.noise, self.generator = chain, damping, noise, generator
         self.stages = chain.stages[:-1] if read_out else chain.stages
         self.reader = chain.stages[-1] if read_out else None
 
@@ -175,7 +198,7 @@ class EquilibriumNetwork:
                 v = v + push(s)
             if noisy and self.noise:
                 real = len(v) - imaginary
-                disturbed = v[:real] + self.noise * torch.randn_like(v[:real])
+                disturbed = v[:real] + self.noise * normal(v[:real], self.generator)
                 v = torch.cat((disturbed, v[real:])) if imaginary else disturbed
             moved.append(self._moved(stage, s[k], v, imaginary))
         return moved
