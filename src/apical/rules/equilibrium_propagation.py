@@ -36,25 +36,20 @@ from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.feedback import put
 from apical.core.losses import wanted
-from apical.core.noise import coins, initial, normal
-from apical.core.pooling import SoftmaxPool2d
+from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
-    HOLOMORPHIC,
     EquilibriumNetwork,
-    Phases,
     Settled,
     homeostatic_loss,
-    is_holomorphic,
     jacobian_product,
     local_roots,
-    off_branch,
     weight_root,
 )
+from apical.dynamics.holomorphic import HOLOMORPHIC, bends, require_complex
+from apical.dynamics.phases import ESTIMATORS, Estimator, Phases, off_branch, phases, shares
 from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, unknown_name
 
-Estimator = Literal["one-sided", "random-sign", "symmetric", "five-point", "holomorphic"]
-ESTIMATORS = ("one-sided", "random-sign", "symmetric", "five-point", "holomorphic")
 DRAWS = 5
 """Noise vectors from which the homeostatic loss is estimated."""
 
@@ -95,7 +90,7 @@ class EquilibriumPropagation(CreditRule):
         ConfigError: an option is out of range.
 
     Logs: `free_residual` and `nudged_residual` (the largest change of a state in a phase's last step) and, of holomorphic
-    nudges, `off_branch` (:func:`~apical.dynamics.equilibrium.off_branch`).
+    nudges, `off_branch` (:func:`~apical.dynamics.phases.off_branch`).
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3))
     >>> rule = EquilibriumPropagation(model, beta=0.1)
@@ -192,9 +187,9 @@ class EquilibriumPropagation(CreditRule):
         self.rates = tuple(rates) or (1.0,) * len(self.chain.stages)
         self.directed, self.update, self.homeostasis = weights == "directed", update, homeostasis
         if estimator == "holomorphic" and (points > 2 or cycles):
-            self._check_complex()
+            require_complex(self.chain.stages, self.loss)
         if homeostasis and (
-            pools := [stage.name for stage in self._above if any(map(_bends, (*stage.before, *stage.after)))]
+            pools := [stage.name for stage in self._above if any(map(bends, (*stage.before, *stage.after)))]
         ):
             raise UnsupportedModelError(
                 f"layer {pools[0]!r} has pooling beside it that is not linear: homeostasis needs linear paths"
@@ -216,23 +211,6 @@ class EquilibriumPropagation(CreditRule):
     def _above(self) -> list[Stage]:
         """Stages 2..K, whose weights carry states both ways."""
         return self.network.stages[1:]
-
-    def _check_complex(self) -> None:
-        if self.loss not in HOLOMORPHIC:
-            known = ", ".join(getattr(loss, "__name__", "?") for loss in HOLOMORPHIC)
-            raise ConfigError(f"complex nudges need a loss whose error is known for complex outputs: {known}; or points=2")
-        for stage in self.chain.stages:
-            bent = [module for module in stage.before if _bends(module)] + list(filter(_is_max, stage.after))
-            if bent:
-                raise UnsupportedModelError(
-                    f"layer {stage.name!r} has {type(bent[0]).__name__} beside it, which is not for complex states: use "
-                    "average pooling, or SoftmaxPool2d between layer and activation, or points=2"
-                )
-            if not is_holomorphic(stage.activation):
-                raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
-                    "complex states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
-                )
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """B_2..B_K of directed weights."""
@@ -322,7 +300,7 @@ class EquilibriumPropagation(CreditRule):
                 rounds = [(beta, settled) for beta, _, settled in self._rounds(x, targets)][-self.points :]
                 each = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s]) for beta, settled in rounds]
             else:
-                beta, _ = self._phases(x)
+                beta, _ = phases(self.estimator, self.beta, self.points, x, self.generator)
                 settled = self._settle_nudged(x, free.s, targets, beta)
                 each = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s])]
             nudged = [torch.cat(layer) for layer in zip(*(s for _, s in each), strict=True)]
@@ -330,12 +308,12 @@ class EquilibriumPropagation(CreditRule):
 
     def _nudged(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
         """All nudges at once, from the free state: roots, residual and logs."""
-        beta, weights = self._phases(x)
+        beta, weights = phases(self.estimator, self.beta, self.points, x, self.generator)
         nudged = self._settle_nudged(x, free, targets, beta)
         roots = self._roots(x, free, nudged.s, targets, beta, weights)
         logs = {}
         if self.estimator == "holomorphic":
-            logs["off_branch"] = off_branch(free, nudged.s, _shares(beta, weights))
+            logs["off_branch"] = off_branch(free, nudged.s, shares(beta, weights))
         return roots, nudged.residual, logs
 
     def _settle_nudged(self, x: Tensor, free: list[Tensor], targets: Tensor, beta: Phases) -> Settled:
@@ -379,26 +357,6 @@ class EquilibriumPropagation(CreditRule):
             s = settled.s
             yield beta, weight, settled
 
-    def _phases(self, like: Tensor) -> tuple[Phases, Phases]:
-        """beta_p and c_p; of a conjugate pair only one is settled, with twice the weight."""
-        one, none = like.new_ones(1), like.new_zeros(0)
-        if self.estimator in ("one-sided", "random-sign"):
-            sign = coins((1,), like, self.generator) if self.estimator == "random-sign" else 1
-            signed = sign * one * self.beta
-            return Phases(signed, none), Phases(-1 / signed, none)
-        if self.estimator == "five-point":
-            steps = self.beta * like.new_tensor([1.0, -1.0, 2.0, -2.0])
-            return Phases(steps, none), Phases(-like.new_tensor([8.0, -8.0, -1.0, 1.0]) / (12 * self.beta), none)
-        n = self.points if self.estimator == "holomorphic" else 2
-        real = [1.0, -1.0] if n % 2 == 0 else [1.0]
-        turns = [2 * pi * p / n for p in range(1, (n + 1) // 2)]
-        re, im = real + [cos(turn) for turn in turns], [sin(turn) for turn in turns]
-        times = [1.0] * len(real) + [2.0] * len(turns)
-        beta = Phases(self.beta * like.new_tensor(re), self.beta * like.new_tensor(im))
-        c_re = [-m / (n * self.beta) * x for m, x in zip(times, re, strict=True)]  # 1 / exp(i turn) = exp(-i turn)
-        c_im = [2 / (n * self.beta) * y for y in im]
-        return beta, Phases(like.new_tensor(c_re), like.new_tensor(c_im))
-
     def _roots(
         self, x: Tensor, free: list[Tensor], nudged: list[Tensor], targets: Tensor, beta: Phases, c: Phases
     ) -> list[Tensor]:
@@ -424,18 +382,12 @@ class EquilibriumPropagation(CreditRule):
                 roots += local_roots(stage, signal, below, batch, real * size, q * size)
                 roots += weight_root(stage, self.back[k - 1], signal, below, batch, q * size) if self.directed else []
         if self.network.reader is not None:
-            share = _shares(beta, c)
+            share = shares(beta, c)
             error = self.network.errors(self.loss, nudged, targets, q)
             error = Phases(share, share.new_zeros(q)).times(error)
             signal = beta.conjugate_rows(error).flatten(0, 1)
             roots += local_roots(self.network.reader, signal, nudged[-1], size / self.rates[-1], len(share) * size)
         return roots
-
-
-def _shares(beta: Phases, c: Phases) -> Tensor:
-    """`-beta_p c_p`, which is real: how much each settled phase counts in a mean over all (P,)."""
-    share = -beta.re * c.re[: len(beta.re)]
-    return share + F.pad(beta.im * c.im, (len(beta.re) - len(beta.im), 0)) if len(beta.im) else share
 
 
 def _bounded(stage: Stage, limit: nn.Module) -> Stage:
@@ -444,12 +396,3 @@ def _bounded(stage: Stage, limit: nn.Module) -> Stage:
 
 def _spread(weight: Tensor) -> float:
     return float(weight.std()) if weight.numel() > 1 else 1.0
-
-
-def _is_max(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.pooling._MaxPoolNd)
-
-
-def _bends(module: nn.Module) -> bool:
-    """Whether a module beside a layer is not linear."""
-    return _is_max(module) or isinstance(module, SoftmaxPool2d)
