@@ -81,7 +81,7 @@ def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[
     Raises:
         UnsupportedModelError: the model is no such row, or a module has no place in one; it is named.
     """
-    layers = weighted_layers(model)
+    layers = weighted_layers(model, exact=None)
     for name, module in model.named_modules():
         if not list(module.children()) and not isinstance(module, KNOWN) and _is_torch(module):
             raise UnsupportedModelError(

@@ -118,7 +118,7 @@ class Chain:
     """
 
     def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None, *, pools: bool = False) -> None:
-        self.layers = weighted_layers(model)
+        self.layers = weighted_layers(model, exact=None)
         for name, module in model.named_modules():
             if not list(module.children()):
                 _check_kind(name, module, pools=pools)

@@ -6,9 +6,28 @@ the same, but takes the general path (:func:`computes_plainly` is false).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+Layer: TypeAlias = nn.Linear | _ConvNd
+"""Layers with a weight between two populations: these are what credit-assignment rules differ in."""
+
+LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag)
+"""Layers without such a weight: scales, shifts, slopes, look-ups. They always keep their exact derivative."""
+
+
+def is_weighted(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether the module is a layer with a weight between two populations."""
+    return isinstance(module, nn.Linear | _ConvNd)
+
+
+def is_local(module: nn.Module) -> bool:
+    """Whether the module has parameters but no weight between two populations."""
+    return isinstance(module, LOCAL)
+
 
 OWN_FORWARD: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
