@@ -27,7 +27,7 @@ AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.A
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 """Modules without parameters that are linear: they may stand before a layer and count as a part of it."""
 
-POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, SoftmaxPool2d)
+POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, SoftmaxPool2d)
 """Modules that may also stand between a layer and its activation, where a rule allows it."""
 
 KNOWN = (nn.Linear, _ConvNd, *ELEMENTWISE, *LINEAR)

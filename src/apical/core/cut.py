@@ -207,18 +207,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = False) -> tuple[Tensor, Tensor]:
-    """Loss and `e = dL/d output` (of the output's shape), without touching the model's graph.
-
-    Args:
-        traced: within a function transform.
-    """
-    if traced or torch.compiler.is_compiling():  # the one way that compiler and transforms can trace; the other is quicker
-        error, value = torch.func.grad_and_value(loss)(output.detach(), targets)
-        return value, error
-    leaf = output.detach().requires_grad_()
-    with torch.enable_grad():
-        value = loss(leaf, targets)
-    return value.detach(), torch.autograd.grad(value, leaf)[0]

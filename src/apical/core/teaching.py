@@ -129,16 +129,13 @@ class KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        """Zero. The gradients are not saved as tensors of the graph: then `.grad` can take them over without a copy."""
-        ctx.gradients = gradients
+        """Zero."""
+        ctx.save_for_backward(*gradients)
         return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times `scale`; once."""
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of this credit were used already; call the rule again")
-        gradients, ctx.gradients = ctx.gradients, None
-        if scale.is_cuda or scale.item() != 1.0:
-            gradients = [gradient * scale for gradient in gradients]
-        return (None, *gradients)
+        """The gradients times `scale`. Times one they are handed over as they are: `.grad` takes them without a copy."""
+        if not scale.is_cuda and scale.item() == 1.0:
+            return (None, *ctx.saved_tensors)
+        return (None, *(gradient * scale for gradient in ctx.saved_tensors))

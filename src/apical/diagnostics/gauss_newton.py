@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apical.core.activations import difference as rate_difference
 from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
-from apical.core.cut import output_error
+from apical.core.losses import output_error
 from apical.diagnostics.alignment import angle, unchanged
 from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
 from apical.dynamics.feedback_control import output_jacobian

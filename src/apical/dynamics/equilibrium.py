@@ -262,6 +262,18 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
     return torch.cat((activation(v[:real]), z.real, z.imag))
 
 
+def is_holomorphic(activation: nn.Module) -> bool:
+    """Whether an activation takes complex states and has the same derivative in every direction (Cauchy-Riemann)."""
+    x = torch.tensor([-2.1, -0.7, 0.3, 0.9, 1.6, 2.8], dtype=torch.float64)
+    z, h = torch.complex(x, 0.1 * x.flip(0)), 1e-6
+    try:
+        along, across = ((activation(z + step) - activation(z - step)) / (2 * step) for step in (h, 1j * h))
+        same = (activation(torch.complex(x, torch.zeros_like(x))) - activation(x)).abs().amax()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return bool((along - across).abs().amax() < 1e-6) and bool(same < 1e-12)
+
+
 def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor:
     """`P(W s + b)`; `given` is the bias, or rows of it."""
     weight = stage.layer.weight

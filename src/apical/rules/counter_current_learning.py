@@ -231,23 +231,29 @@ class CounterCurrentLearning(CreditRule):
         with torch.no_grad():
             b = self._codes(targets, learns)
             goals = self._goals(targets)
-            a, waiting = Activity(self._prepared(inputs)), []
-            local = [self._meet(0, a, b[0], goals, teaching)] if 0 in levels else []
-            for level, block in enumerate(self._forth, start=1):
-                a = block(a.made, learns)
-                if self.mask:
-                    waiting.append(a)
+            a, local = Activity(self._prepared(inputs)), {}
+            waiting: dict[int, Activity] = {}  # for the mask, which the output decides
+            for level in range(len(self.row)):
+                a = self._forth[level - 1](a.made, learns) if level else a
+                if level in levels and self.mask:
+                    waiting[level] = a
                 elif level in levels:  # at once, while the activity is in the cache
-                    local.append(self._meet(level, a, b[level], goals, teaching))
+                    local[level] = self._meet(level, a, b[level], goals, teaching)
         output = self.row[-1](a.made.detach())
         with torch.no_grad():
             unsure = self._unsure(output, targets) if self.mask else None
-            for level, activity in enumerate(waiting if levels else (), start=1):
-                local.append(self._meet(level, activity, b[level], goals, teaching, unsure))
+            for level, activity in waiting.items():
+                local[level] = self._meet(level, activity, b[level], goals, teaching, unsure)
         loss = self.loss(output, targets)
         teaching.loss(loss * self._height if self.pair == "match" else loss)
         roots, signals = teaching.finish()
-        return Credit(roots, signals, output, loss, {"local": torch.stack(local).sum() if local else loss.new_zeros(())})
+        return Credit(roots, signals, output, loss, self._logs(local, loss))
+
+    def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
+        """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
+        names = {level: self.row[level - 1].name if level else "input" for level in local}
+        total = torch.stack(list(local.values())).sum() if local else loss.new_zeros(())
+        return {"local": total, **{f"local {names[level]}": value for level, value in local.items()}}
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""

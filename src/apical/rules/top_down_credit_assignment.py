@@ -80,7 +80,7 @@ class TopDownCreditAssignment(CutRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose roots carry the top-down credits to the hidden units' outputs and to the model's output."""
         output, cuts, late = self.run(inputs)
-        loss = self.loss(output.detach(), targets).detach()
+        loss = value_at(self.loss, output, targets)
         prediction, target = described(output.detach(), targets)
         signals = self.signals(prediction, target, cuts, output, classes=not targets.is_floating_point())
         late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)
@@ -92,7 +92,8 @@ class TopDownCreditAssignment(CutRule):
         ]
         if self.silent:
             taught = taught[-1:]
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], output, loss)
+        taught += [(term, None) for term in terms(loss)]
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
 
     def signals(self, prediction: Tensor, target: Tensor, cuts: list[Cut], output: Tensor, classes: bool) -> list[Tensor]:
         """Teaching signals of each hidden unit's shape and the output's, for predictions and targets (batch, outputs)."""
