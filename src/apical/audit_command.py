@@ -140,6 +140,9 @@ def _tell(record: dict[str, Any]) -> None:
         say(f"* measured otherwise than claimed in {record['claims']}:")
     for line in disagreements:
         say(f"  {line}")
+    say("What the error of each layer passes through:")
+    for row in record["rows"]:
+        say(f"  {row['rule']}: {row['placement']}")
     for rule, why in record["refused"].items():
         say(f"not audited: {rule}: {why}")
     say(f"{len(record['rows'])} rules in {record['seconds']:.0f} s")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
+from apical.core.placement import Placement, layer_paths, place, undisturbed
 from apical.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -160,6 +161,7 @@ class CreditRule(nn.Module):
     two_phase: bool = False
     feed_forward: bool = True
     phase: Phase
+    _placement: Placement | None = None
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -197,6 +199,26 @@ class CreditRule(nn.Module):
     def feedback_weights(self) -> dict[str, Tensor]:
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
         return {}
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
+        return layer_paths(self.model, inputs, "signal of its own")
+
+    def placement(self, inputs: Tensor) -> Placement:
+        """A table of every module with parameters and what its error passes through, for inputs (batch, ...).
+
+        The model runs, but weights, buffers, gradients and random generators stay as they are. `repr(rule)` has a summary
+        afterwards.
+        """
+        self.require_attached()
+        with undisturbed(self):
+            placement = place(self.model, self.credit_paths(inputs))
+        self._placement = placement
+        return placement
+
+    def extra_repr(self) -> str:
+        """A summary of the placement, once it is known."""
+        return "" if self._placement is None else f"placement: {self._placement.summary()}"
 
     def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Populations that the rule compares with each other, (batch, d) both, by layer; empty where there are none."""

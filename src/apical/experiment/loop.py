@@ -15,7 +15,7 @@ from apical import models
 from apical.core.credit import CreditRule, Phase
 from apical.data import Augment, Dataset
 from apical.errors import CheckpointError, DivergenceError, InstabilityError
-from apical.experiment import checkpoint
+from apical.experiment import checkpoint, placement_section
 from apical.experiment.distributed import World, place
 from apical.experiment.measure import alignment, autocast, conditions, depth_accuracy, evaluate, examples
 from apical.experiment.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
@@ -129,6 +129,7 @@ class Training:
         elif self.world.is_main:
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
+            placement_section.keep(self.folder.path, self.rule, self.dataset.train.inputs)
         if not resume:
             self.trajectory.see(0)
             self._finish_epoch(trained=False)

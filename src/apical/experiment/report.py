@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apical.errors import CheckpointError
-from apical.experiment import figures, report_html
+from apical.experiment import figures, placement_section, report_html
 from apical.experiment.figure_style import styles
 from apical.experiment.protocol import section, sureness
 from apical.experiment.recipe import FEEDBACK_FIELDS, Recipe
@@ -87,6 +87,7 @@ def write(out: Path) -> Path:
         environment=environment_rows(comparison),
         verdicts=verdicts,
         sure=section(sure, comparison.score),
+        placement=placement_section.section(out, comparison.rules),
     )
     try:
         (out / "figures").mkdir(exist_ok=True)
