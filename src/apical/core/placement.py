@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apical.core.units import LOCAL
+from apical.core.layers import LOCAL
 
 LOCAL_PATH = "exact (local)"
 """Path of modules that hand nothing from one population to another: scales, shifts, slopes, look-ups."""
