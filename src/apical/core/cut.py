@@ -185,7 +185,7 @@ class CutRule(CreditRule):
             output, done = self._cutting.cut_pass(inputs, False)
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)  # as after the first of these passes
+                    buffer.data.copy_(value)  # as after the first of these passes
         raise UnsupportedModelError(
             "the model takes another path at each call, and on none of them is the error known to stay within its units; "
             "make the path depend on the inputs or on PyTorch's random numbers, or name further cuts: units=('NAME', ...)"

@@ -204,6 +204,7 @@ class Pass:
         self.cuts: list[Cut] = []
         self.near: str | None = None  # the last weighted layer
         self.last: Tensor | None = None  # what came out of the last cut
+        self.version = 0  # of that tensor then
         self.at: Vertex | None = None  # and what went in
         self.counts: dict[str, int] = {}
         self.owners: list[str] = [""]
@@ -234,7 +235,7 @@ class Pass:
         if not torch.compiler.is_compiling():
             if self.learns and not torch.is_grad_enabled():
                 refuse_hidden(name)
-            at = self.at if output is self.last else vertex(output) if isinstance(output, Tensor) else None
+            at = self.at if self.is_cut(output) else vertex(output) if isinstance(output, Tensor) else None
             self.sites.append((name, at))
 
     def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
@@ -243,14 +244,14 @@ class Pass:
             self.events.append(f"~{name}")
             return None
         name = self.number(name)
-        if name in self.cutting.inside or name in self.cutting.tail or output is self.last:
+        if name in self.cutting.inside or name in self.cutting.tail or self.is_cut(output):
             self.events.append(f"~{name}")
             return None
         return self.cut(name, output, output is given)
 
     def point(self, name: str, output: Any) -> Tensor | None:
         """Cut at a module's output."""
-        if not isinstance(output, Tensor) or output is self.last:
+        if not isinstance(output, Tensor) or self.is_cut(output):
             return None
         return self.cut(self.number(name), output)
 
@@ -268,7 +269,7 @@ class Pass:
         name = self.called(function)
         if name in cutting.bases:
             name = self.number(name)
-            if name in cutting.points and result is not self.last:
+            if name in cutting.points and not self.is_cut(result):
                 return self.cut(name, result)
         return result
 
@@ -292,7 +293,12 @@ class Pass:
             self.last = hidden.detach_()  # whoever holds the tensor that was changed in place
         else:
             self.last = sever(hidden)
+        self.version = self.last._version
         return self.last
+
+    def is_cut(self, output: Any) -> bool:
+        """Whether this is what came out of the last cut, unchanged."""
+        return output is self.last and self.last is not None and self.last._version == self.version
 
     def _axis(self, shape: torch.Size) -> int:
         """The channels' axis: that of the last layer's outputs, if it can be told by their number."""

@@ -179,7 +179,7 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
             with torch.no_grad():
                 for tensor, value in tensors:
                     if not torch.equal(tensor, value):
-                        tensor.copy_(value)
+                        tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
             for parameter, grad, before in grads:
                 parameter.grad = grad
                 if grad is not None and before is not None:

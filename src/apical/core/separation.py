@@ -64,12 +64,12 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
     search = _Search(cutting, trace, [at for at in map(vertex, outputs) if at is not None])
     while True:
         reached = search.reached()
-        astray = [at for at in search.sites if reached.leaks(at)]
-        joined = [] if merges else [at for at in search.weighted if reached.merged.get(at) is not None]
-        if not astray and not joined:
+        layers = [at for at in search.weighted if reached.leaks(at) or not merges and reached.merged[at] is not None]
+        astray = layers or [at for at in search.others if reached.leaks(at)]
+        if not astray:
             return search.result(reached)
-        if not mends or not any([search.mend(at) for at in dict.fromkeys((*astray, *joined))]):
-            raise search.refusal((astray + joined)[0])
+        if not mends or not search.mend(astray):
+            raise search.refusal(astray[0])
 
 
 def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
@@ -162,22 +162,31 @@ class _Search:
         """How errors travel now."""
         return self.graph.reach(self.output, self.marks, self.weighted)
 
-    def mend(self, site: Vertex) -> bool:
-        """End a unit above a site, or take activations out of it; false if nothing can be done."""
-        chain = self.graph.chain(site, self.output, self.weighted)
-        end = next((i for i, at in enumerate(chain) if at in self.marks), len(chain))
-        if end < len(chain) and self._clear(chain[end], site):
-            return True
-        free = [at for at in chain[:end] if at in self.names and at not in self.output]
-        if not free:
-            return False
-        name = self.names[free[-1]]
+    def mend(self, sites: Iterable[Vertex]) -> bool:
+        """End units above sites, or take activations out of them; false if nothing can be done."""
+        fresh: set[Vertex] = set()  # whether they are enough is seen in the next round
+        done = False
+        for site in sites:
+            chain = self.graph.chain(site, self.output, self.weighted)
+            end = next((i for i, at in enumerate(chain) if at in self.marks), len(chain))
+            if end < len(chain) and (chain[end] in fresh or self._clear(chain[end], site)):
+                done = True
+                continue
+            free = [at for at in chain[:end] if at in self.names and at not in self.output]
+            if free:
+                fresh |= self._end(free[-1])
+                self._clear(free[-1], site)
+                done = True
+        return done
+
+    def _end(self, at: Vertex) -> set[Vertex]:
+        """End a unit there, and wherever the same module is called."""
+        name = self.names[at]
         self.cutting.add_points([name])
-        for call in self.trace.calls:
-            if call.kind in ("module", "function") and call.at in self.graph.children and _point(call) == name:
-                self.marks.setdefault(call.at, call)
-        self._clear(free[-1], site)
-        return True
+        same = [call for call in self.trace.calls if call.kind in ("module", "function") and _point(call) == name]
+        ends = {call.at: call for call in same if call.at in self.graph.children and call.at not in self.marks}
+        self.marks |= ends
+        return set(ends)
 
     def _clear(self, top: Vertex, site: Vertex) -> bool:
         """Take activations between the two out of the cuts; whether there were any."""

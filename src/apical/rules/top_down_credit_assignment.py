@@ -120,35 +120,39 @@ class TopDownCreditAssignment(CutRule):
         if classes:  # the mean over rows that have a label
             told = y.sum(1, keepdim=True)
             share = told * (rows / told.sum().clamp(min=1))
-            credits = [credit * share for credit in credits]
-        *hidden, last = (credit.view(*places, -1) for credit in credits)
+            credits = [credit * share.view(-1, *(1,) * (credit.dim() - 1)) for credit in credits]
+        hidden, last = credits[:-1], credits[-1].view(*places, -1)
         if classes:
             last = through_softmax(last, prediction)
-        return [*(delivered(matched(c, cut), cut) for c, cut in zip(hidden, cuts, strict=True)), last]
+        return [*(self._delivered(c, cut, places) for c, cut in zip(hidden, cuts, strict=True)), last]
+
+    @staticmethod
+    def _delivered(credit: Tensor, cut: Cut, places: torch.Size) -> Tensor:
+        """A credit per channel, or one for each of the unit's neurons, as a signal of the unit's shape."""
+        if credit.dim() > 2 and credit.shape == cut.shape:
+            return credit.to(cut.dtype)
+        return delivered(matched(credit.view(*places, -1), cut), cut)
 
     def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
         """Credits (rows, width) of each unit and (rows, outputs) of the output, for one example a row, as parts of a mean."""
-        outputs = prediction.shape[1]
-        if self.teacher is None:
-            teacher: nn.Module = self._unevolved(outputs, widths, prediction.device)
-        else:
-            teacher = self.teacher
+        sizes = (prediction.shape[1], *widths)
+        if self.teacher is None and (
+            sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != prediction.device
+        ):
+            self._draw(sizes, prediction.device)
+        teacher = self.teacher if self.teacher is not None else self._drawn[sizes]
         if not isinstance(teacher, TopDownNetwork):
             return [credit / len(prediction) for credit in teacher(prediction, target)]
-        teacher.check(outputs, widths)
+        teacher.check(sizes[0], widths)
         return teacher.credits(teacher(prediction, target) / len(prediction), widths)
 
     @eagerly
-    def _unevolved(self, outputs: int, widths: list[int], device: torch.device) -> TopDownNetwork:
-        """A network for units of these widths, drawn once from the seed."""
-        key = (outputs, *widths)
-        if key not in self._drawn or self._drawn[key].body[0].weight.device != device:
-            with torch.random.fork_rng([]):
-                torch.manual_seed(int(self.seed) % 2**63)
-                drawn = TopDownNetwork(outputs, widths, self.hidden, self.sites)
-            like = next(self.model.parameters())
-            self._drawn[key] = drawn.to(device, like.dtype).requires_grad_(False)
-        return self._drawn[key]
+    def _draw(self, sizes: tuple[int, ...], device: torch.device) -> None:
+        """A network for an output and units of these sizes, from the seed."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(int(self.seed) % 2**63)
+            drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites)
+        self._drawn[sizes] = drawn.to(device, next(self.model.parameters()).dtype).requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drawn.clear()  # the seed changes
