@@ -154,7 +154,9 @@ class DirectFeedbackAlignment(CutRule):
         """Draw the matrix of a unit that is met first, or see that it fits."""
         size, at = self._size(cut, errors), key(cut.name)
         if at not in self.feedback._buffers:
-            self._draw(cut.name, size, errors.device)
+            is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
+            share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
+            self._draw(cut.name, size, share, errors.device)
         elif self.feedback._buffers[at].shape != size:
             raise ConfigError(
                 f"the feedback of unit {cut.name!r} has the shape {tuple(self.feedback._buffers[at].shape)}, and this batch "
@@ -178,16 +180,14 @@ class DirectFeedbackAlignment(CutRule):
         return {name: place for place, name in enumerate(names[names.index(first) + 1 :])}
 
     @eagerly
-    def _draw(self, name: str, size: tuple[int, ...], device: torch.device) -> None:
+    def _draw(self, name: str, size: tuple[int, ...], share: float, device: torch.device) -> None:
         place = self._places.get(name)
         if place is None:  # further uses, functions, blocks: by name
             place = int.from_bytes(sha256(name.encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed((int(self.seed) + place) % 2**63)
         parameter = next(self.model.parameters())
         value = nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype), generator=generator)
-        if self.scale == "map" and self.kind == "full":
-            value = value / self._shares.get(name, 1.0) ** 0.5
-        self.feedback.register_buffer(key(name), value.to(device))
+        self.feedback.register_buffer(key(name), value.div_(share**0.5).to(device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         start = f"{prefix}feedback."
