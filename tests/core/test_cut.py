@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit
-from apical.core.cut import CutRule, output_error
+from apical.core.cut import CutRule
+from apical.core.losses import output_error
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.testing import residual_network

@@ -352,3 +352,94 @@ def test_digits_are_learned_in_five_epochs(pair: str) -> None:
         scores[hidden] = float((rule.predict(digits.test.inputs) == digits.test.targets).float().mean())
     assert scores[True] > 0.9
     assert scores[True] > scores[False] + 0.05
+
+
+class Masked:
+    """The masked rule beside the slow reference in which a sure sample's activities are zero in every pair."""
+
+    def __init__(self, pair: str, spread: float, input_pair: bool, sure: tuple[int, ...]) -> None:
+        options = {"pair": pair, "spread": spread} if pair == "cosine" else {"pair": pair}
+        model = network()
+        self.inputs, _ = batch()
+        with torch.no_grad():  # the output is sure of its class where the last layer's weights are large
+            hidden = model[:-1](self.inputs)
+            wished = torch.full((6, 3), 1 / 3, dtype=torch.double).log()
+            self.labels = torch.arange(6) % 3
+            for i in sure:
+                wished[i, self.labels[i]] += 9.0
+            solution = torch.linalg.lstsq(torch.cat((hidden, torch.ones(6, 1).double()), 1), wished).solution
+            model[-1].weight.copy_(solution[:-1].T)
+            model[-1].bias.copy_(solution[-1])
+        self.rule = CounterCurrentLearning(model, mask=True, input_pair=input_pair, **options)
+        self.spread, self.pair = spread, pair
+
+    def expected(self) -> dict[str, Tensor]:
+        nets = slow(self.rule, ref.ELU)
+        a, b = ref.forward(nets, self.inputs), ref.feedback(nets)
+        chance = torch.softmax(a[-1].detach(), 1)
+        keep = [bool(abs(chance[i, label] - 1) >= 0.1) for i, label in enumerate(self.labels)]
+        scale = DEFAULT_SCALE[self.pair]
+        a[:-1] = [torch.stack([row if k else torch.zeros_like(row) for row, k in zip(p, keep, strict=True)]) for p in a[:-1]]
+        meet = [(p, q) for p, q in zip(a[:-1], b[:-1], strict=True) if q is not None]
+        loss = sum(ref.pair_loss(p, q, self.labels, self.pair, scale, self.spread) for p, q in meet)
+        loss = loss + ref.cross_entropy(a[-1], self.labels)
+        leaves = {f"u{i}": u for i, u in enumerate(nets.u)} | {f"v{i}": v for i, v in enumerate(nets.v) if v is not None}
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+
+    def own(self) -> dict[str, Tensor]:
+        self.rule.zero_grad()
+        self.rule(self.inputs, self.labels).backward()
+        layers = [m for m in self.rule.model.modules() if isinstance(m, nn.Linear)]
+        offset = len(layers) - len(self.rule.feedback)
+        found = {f"u{i}": layer.weight.grad for i, layer in enumerate(layers)}
+        return found | {f"v{offset + i}": m[0].weight.grad for i, m in enumerate(reversed(self.rule.feedback))}
+
+
+@pytest.mark.parametrize("sure", [(), (1, 4), tuple(range(6))], ids=["none", "two", "all"])
+@pytest.mark.parametrize("input_pair", [False, True])
+@pytest.mark.parametrize(("pair", "spread"), [("inner", 0.0), ("cosine", 0.0)])
+def test_a_masked_sample_is_absent_from_every_pair(
+    pair: str, spread: float, input_pair: bool, sure: tuple[int, ...]
+) -> None:
+    masked = Masked(pair, spread, input_pair, sure)
+    own, expected = masked.own(), masked.expected()
+    for name, value in expected.items():
+        assert (own[name] - (0 if value is None else value)).abs().max() < 1e-10, name
+    if len(sure) == 6:
+        assert all(not own[name].any() for name in own if name != f"u{len(masked.rule.row) - 1}")
+    else:
+        assert all(own[name].any() for name in own)
+
+
+@pytest.mark.parametrize("input_pair", [False, True])
+def test_with_spread_a_masked_sample_is_left_out_of_both_terms_and_codes_still_spread(input_pair: bool) -> None:
+    part, whole = Masked("cosine", 0.4, input_pair, (1, 4)), Masked("cosine", 0.4, input_pair, tuple(range(6)))
+    before = {name: grad.clone() for name, grad in part.own().items()}
+    part.inputs[1] += 1e-5  # still sure: nothing but the output layer hears of it
+    after = part.own()
+    top = f"u{len(part.rule.row) - 1}"
+    assert all((before[name] - after[name]).abs().max() < 1e-12 for name in before if name != top)
+    own = whole.own()
+    assert all(not own[name].any() for name in own if name[0] == "u" and name != top)
+    assert any(own[name].any() for name in own if name[0] == "v")
+
+
+def test_masked_samples_teach_no_free_codes() -> None:
+    masked = Masked("inner", 0.0, True, tuple(range(6)))
+    rule = CounterCurrentLearning(masked.rule.model, mask=True, input_pair=True, feedback="free")
+    rule(masked.inputs, masked.labels).backward()
+    assert len(rule.feedback) == 4
+    assert all(not codes.rows.grad.any() for codes in rule.feedback)
+
+
+def test_the_logs_have_the_loss_of_every_pair() -> None:
+    rule = CounterCurrentLearning(network(), input_pair=True)
+    credit = rule(*batch())
+    nets = slow(rule, ref.ELU)
+    inputs, labels = batch()
+    expected = ref.local_losses(nets, inputs, labels, "inner", 0.5)[:-1]
+    names = ["local input", "local 0", "local 2", "local 4"]
+    assert list(credit.logs) == ["local", *names]
+    for name, value in zip(names, expected, strict=True):
+        assert abs(credit.logs[name] - value) < 1e-12
+    assert abs(credit.logs["local"] - sum(expected)) < 1e-12

@@ -301,7 +301,68 @@ def test_the_sparse_form_has_a_multiplier_in_place_of_the_bound() -> None:
     assert (moved.u[0] - (without.u[0] - rule.step * start.multiplier[0])).abs().max() < 1e-12
     assert torch.equal(moved.r[0], moved.u[0].clamp_min(0))
     inner = start.multiplier[0] + 0.3 * (-start.multiplier[0] + moved.r[0].sum(1, keepdim=True) - 1 + start.multiplier[0])
-    assert (moved.multiplier[0] - inner.clamp_min(0)).abs().max() < 1e-12
+    assert (moved.multiplier[0] - inner).abs().max() < 1e-12
+
+
+def slow_sparse_phase(
+    rule: apical.CorInfoMax, x: Tensor, u: list[Tensor], price: list[float], steps: int, beta: float, y: Tensor
+) -> tuple[list[Tensor], list[float]]:
+    """Appendix E, one sample: Lambda = ReLU(Lambda'), and Lambda' <- Lambda' + eta (-Lambda' + sum r - 1 + Lambda)."""
+    wf, wb, b = weights(rule), [w.detach() for w in rule.backward], rule.inverses()
+    eps, gamma, g, last = rule.epsilon, rule.gamma, rule.leak, len(wf) - 1
+    u, r, inner = [v.clone() for v in u], [v.clamp_min(0) for v in u], list(price)
+    for _ in range(steps):
+        for k in range(last + 1):
+            multiplier = max(inner[k], 0.0)
+            basal = wf[k] @ (x if k == 0 else r[k - 1])
+            if k < last:
+                voltage = eps * (2 * gamma * b[k] @ r[k] + g * r[k] - multiplier) + wb[k] @ r[k + 1]
+                du = -g * u[k] + (basal - u[k]) / eps + (voltage - u[k]) / eps
+            else:
+                voltage = gamma * b[k] @ r[k] + g * r[k] - multiplier - beta * (r[k] - y)
+                du = -g * u[k] + (basal - u[k]) / eps + (voltage - rule.output_leak * u[k])
+            u[k] = u[k] + rule.step * du
+            r[k] = u[k].clamp_min(0)
+            inner[k] = inner[k] + rule.sparse[k] * (-inner[k] + float(r[k].sum()) - 1 + multiplier)
+    return r, inner
+
+
+def test_the_sparse_form_keeps_what_lies_below_its_multiplier() -> None:
+    """Lambda' sinks below zero while a layer is quiet, and has to come back before the multiplier acts."""
+    rule = CIM(network(), nudge="one-sided", sparse=(0.3, 0.2, 0.5), forgetting=0.9, free_steps=25, nudged_steps=6)
+    for stage in rule.chain.stages:
+        stage.layer.weight.data.mul_(1.7).abs_()
+    x, labels = batch()
+    with torch.no_grad():
+        free = rule._free(x)
+        y = F.one_hot(labels, 3).double()
+        nudged = rule.settle(x, Layers(list(free.r), list(free.r), list(free.multiplier)), 6, x.new_ones(()), y)
+    signs = set()
+    for i, one in enumerate(x):
+        zeros = [torch.zeros(n).double() for n in SIZES[1:]]
+        r, inner = slow_sparse_phase(rule, one, zeros, [0.0, 0.0, 0.0], 25, 0.0, y[i])
+        for k in range(3):
+            assert (free.r[k][i] - r[k]).abs().max() < 1e-12
+            assert abs(float(free.multiplier[k][i]) - inner[k]) < 1e-12
+            signs.add(inner[k] < 0)
+        r, inner = slow_sparse_phase(rule, one, r, inner, 6, 1.0, y[i])
+        for k in range(3):
+            assert (nudged.r[k][i] - r[k]).abs().max() < 1e-12
+            assert abs(float(nudged.multiplier[k][i]) - inner[k]) < 1e-12
+    assert signs == {True, False}  # both of them happen
+
+
+def test_what_lies_below_the_multiplier_is_forgotten_at_its_own_rate() -> None:
+    """A layer that is silent for ever: Lambda' = -1 + (1 + Lambda'_0)(1 - eta)^t, where it is negative."""
+    rule = CIM(network(), sparse=(0.3, 0.2, 0.1))
+    for stage in rule.chain.stages:
+        stage.layer.weight.data.zero_()
+    for back in rule.backward:
+        back.data.zero_()
+    with torch.no_grad():
+        free = rule.settle(batch()[0], rule._free(batch()[0][:, :]), 0)
+    for eta, multiplier in zip(rule.sparse, free.multiplier, strict=True):
+        assert (multiplier + 1 - (1 - eta) ** rule.free_steps).abs().max() < 1e-12
 
 
 def test_what_is_learned_and_what_is_followed() -> None:

@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from apical.core.activations import is_activation
 from apical.core.credit import CreditRule, Loss
-from apical.core.units import ACTIVATIONS, weighted_layers
+from apical.core.units import weighted_layers
 from apical.errors import UnsupportedModelError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -108,7 +109,7 @@ class CutRule(CreditRule):
         for name, module in model.named_modules():
             if name in self.layers:
                 self._hooks.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
-            elif where == "activation" and isinstance(module, ACTIVATIONS):
+            elif where == "activation" and is_activation(module):
                 self._hooks.append(module.register_forward_hook(partial(self._after_activation, name)))
 
     @property
@@ -207,18 +208,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = False) -> tuple[Tensor, Tensor]:
-    """Loss and `e = dL/d output` (of the output's shape), without touching the model's graph.
-
-    Args:
-        traced: within a function transform.
-    """
-    if traced or torch.compiler.is_compiling():  # the one way that compiler and transforms can trace; the other is quicker
-        error, value = torch.func.grad_and_value(loss)(output.detach(), targets)
-        return value, error
-    leaf = output.detach().requires_grad_()
-    with torch.enable_grad():
-        value = loss(leaf, targets)
-    return value.detach(), torch.autograd.grad(value, leaf)[0]

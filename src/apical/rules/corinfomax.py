@@ -10,6 +10,10 @@ regulariser eps and gamma = (1 - lambda) / lambda:
     output:  u_K <- u_K + mu { (W^f_K r_{K-1} - u_K) / eps - (g + 1) u_K + g r_K + gamma B_K r_K - beta (r_K - y) }
     r_k = clip(u_k, 0, 1)
 
+The sparse form bounds the sum of a layer's activities by 1, at a price Lambda_k = ReLU(Lambda'_k) taken off its field:
+
+    r_k = ReLU(u_k),   Lambda'_k <- Lambda'_k + eta_k (sum_j r_kj - 1 + Lambda_k - Lambda'_k)
+
 Weights learn the difference of the prediction errors between a nudged phase (beta) and a free one. Forward and backward
 weights learn apart, so neither is the other's transpose; and the field is no gradient, so what they learn is none either.
 
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from apical.core.chain import Chain
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.local import known_root
-from apical.core.losses import squared_error, wanted
+from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
@@ -37,7 +41,8 @@ NUDGES = ("one-sided", "random-sign", "symmetric")
 
 
 class Layers(NamedTuple):
-    """Membrane potentials u_k, activities r_k, and multipliers of the sparse form (batch, 1); from the first layer on."""
+    """Membrane potentials u_k, activities r_k, and Lambda'_k of the sparse form (batch, 1), whose positive part is its
+    multiplier; from the first layer on."""
 
     u: list[Tensor]
     r: list[Tensor]
@@ -51,7 +56,7 @@ class CorInfoMax(CreditRule):
 
     Args:
         model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them.
-        loss: for reports only; the dynamics nudge the output by `beta (r - y)`, y one-hot.
+        loss: for reports, and for parameters in it; the dynamics nudge the output by `beta (r - y)`, y one-hot.
         nudge: "one-sided", "random-sign" (the sign of beta drawn for each batch) or "symmetric" (a third phase, -beta).
         beta: size of the nudge.
         epsilon: eps.
@@ -64,7 +69,7 @@ class CorInfoMax(CreditRule):
         free_steps: T_f.
         nudged_steps: T_n.
         exact_inverse: divide the lateral change by `1 + gamma r^T B r`, sample by sample.
-        sparse: rate of each layer's multiplier, which takes the place of the upper bound 1; empty for the box.
+        sparse: rate eta_k of each layer's multiplier, which takes the place of the upper bound 1; empty for the box.
         rates: factor of the published update of each layer's forward weights; empty for 1 / eps, with which it is the
             gradient of the layer's own objective. With 1 the optimiser's learning rates are those of the paper.
         backward_rates: the same for the backward weights of the hidden layers.
@@ -108,6 +113,7 @@ class CorInfoMax(CreditRule):
         backward_rates: Sequence[float] = (),
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "correlative information maximisation")
         if nudge not in NUDGES:
             raise unknown_name("nudge", nudge, NUDGES)
         positive = {"beta": beta, "epsilon": epsilon, "step": step, "step_floor": step_floor}
@@ -218,10 +224,11 @@ class CorInfoMax(CreditRule):
                 elif push is not None and y is not None:
                     moved = moved - mu * push * (r[k] - y)
                 if self.sparse:
-                    moved = moved - mu * multiplier[k]
+                    price = multiplier[k].clamp_min(0.0)  # Lambda_k = ReLU(Lambda'_k); Lambda' itself may be negative
+                    moved = moved - mu * price
                     u[k], r[k] = moved, moved.clamp_min(0.0)
-                    excess = r[k].sum(1, keepdim=True) - 1 - multiplier[k] + multiplier[k].clamp_min(0.0)
-                    multiplier[k] = (multiplier[k] + self.sparse[k] * excess).clamp_min(0.0)
+                    excess = r[k].sum(1, keepdim=True) - 1
+                    multiplier[k] = multiplier[k] + self.sparse[k] * (price - multiplier[k] + excess)
                 else:
                     u[k], r[k] = moved, moved.clamp(0.0, 1.0)
         return Layers(u, r, multiplier)
@@ -247,7 +254,9 @@ class CorInfoMax(CreditRule):
                 self._follow(nudged.r)
             logs = {"dead_outputs": (output.amax(0) <= 0).sum().to(output.dtype)}
         roots = [known_root(parameter, product) for parameter, product in products if parameter.requires_grad]
-        return Credit(roots, [None] * len(roots), output, self.loss(output, targets), logs)
+        loss = value_at(self.loss, output, targets)
+        roots += terms(loss)
+        return Credit(roots, [None] * len(roots), output, loss, logs)
 
     def _contrast(
         self, x: Tensor, nudged: Sequence[Tensor], against: Sequence[Tensor], width: Tensor

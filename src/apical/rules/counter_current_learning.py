@@ -32,13 +32,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
+from apical.core.layers import is_weighted
+from apical.core.losses import no_class, output_error, refuse_options, terms
 from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.core.teaching import Activity, Taught, Teaching
+from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
 
 Pair = Literal["auto", "inner", "cosine", "match"]
@@ -124,12 +126,13 @@ class CounterCurrentLearning(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "counter-current learning", ("ignore_index",))
         if pair not in ("auto", "inner", "cosine", "match"):
             raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
         if enlarge not in ("nearest", "transposed"):
             raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
-        images = any(isinstance(block.layer, _ConvNd) for block in self.row)
+        images = any(geometry(block.layer) is not None for block in self.row)
         self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
         self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
         self.spread = (0.5 if images and self.pair == "cosine" else 0.0) if spread is None else spread
@@ -198,7 +201,7 @@ class CounterCurrentLearning(CreditRule):
     def _draw_orthogonal(self) -> None:
         for block, module in zip(reversed(self.row), self.feedback, strict=False):
             for layer in module.modules():
-                if isinstance(layer, nn.Linear | _ConvNd):
+                if is_weighted(layer):
                     nn.init.orthogonal_(layer.weight)
                     with torch.no_grad():
                         enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
@@ -217,7 +220,7 @@ class CounterCurrentLearning(CreditRule):
         """G's weights beside those of F that they face, by the name of F's layer; see :func:`apical.core.blocks.facing`."""
         found = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
-            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+            layers = [layer for layer in module.modules() if is_weighted(layer)]
             weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
             if weight is not None:
                 found[block.name] = weight
@@ -231,27 +234,44 @@ class CounterCurrentLearning(CreditRule):
         with torch.no_grad():
             b = self._codes(targets, learns)
             goals = self._goals(targets)
-            a, waiting = Activity(self._prepared(inputs)), []
-            local = [self._meet(0, a, b[0], goals, teaching)] if 0 in levels else []
-            for level, block in enumerate(self._forth, start=1):
-                a = block(a.made, learns)
-                if self.mask:
-                    waiting.append(a)
+            a, local = Activity(self._prepared(inputs)), {}
+            waiting: dict[int, Activity] = {}  # for the mask, which the output decides
+            for level in range(len(self.row)):
+                a = self._forth[level - 1](a.made, learns) if level else a
+                if level in levels and self.mask:
+                    waiting[level] = a
                 elif level in levels:  # at once, while the activity is in the cache
-                    local.append(self._meet(level, a, b[level], goals, teaching))
+                    local[level] = self._meet(level, a, b[level], goals, teaching)
         output = self.row[-1](a.made.detach())
         with torch.no_grad():
             unsure = self._unsure(output, targets) if self.mask else None
-            for level, activity in enumerate(waiting if levels else (), start=1):
-                local.append(self._meet(level, activity, b[level], goals, teaching, unsure))
-        loss = self.loss(output, targets)
-        teaching.loss(loss * self._height if self.pair == "match" else loss)
+            for level, activity in waiting.items():
+                local[level] = self._meet(level, activity, b[level], goals, teaching, unsure)
+        if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
+            loss, error = output_error(self.loss, output, targets)
+            teaching.teach(Activity(output), error * self._height)
+            for term in terms(loss):
+                teaching.loss(term)
+        else:
+            loss = self.loss(output, targets)
+            teaching.loss(loss)
         roots, signals = teaching.finish()
-        return Credit(roots, signals, output, loss, {"local": torch.stack(local).sum() if local else loss.new_zeros(())})
+        return Credit(roots, signals, output.detach(), loss, self._logs(local, loss))
+
+    def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
+        """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
+        names = {level: self.row[level - 1].name if level else "input" for level in local}
+        total = torch.stack(list(local.values())).sum() if local else loss.new_zeros(())
+        return {"local": total, **{f"local {names[level]}": value for level, value in local.items()}}
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""
-        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+        if self.pair == "match":
+            return targets
+        try:
+            return membership(targets, len(self.classes), self.classes.dtype)
+        except RuntimeError as error:
+            raise no_class(len(self.classes)) from error
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from apical.core.activations import difference, plain, pulled_back
 from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.cut import output_error
 from apical.core.local import known_root, local_root
+from apical.core.losses import output_error, terms
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
@@ -191,7 +191,7 @@ class DifferenceTargetPropagation(CreditRule):
             logs: dict[str, Tensor] = {}
             if self.phase != "feedback":
                 d = error.flatten(1) * (-self.eta * len(error))
-                roots += self._forward_roots(states, self.distances(states, d, at))
+                roots += [*self._forward_roots(states, self.distances(states, d, at)), *terms(loss)]
             if self.phase != "forward" and self.feedback_parameters():
                 learned, logs["reconstruction"] = self._feedback_roots(states, at)
                 roots += learned

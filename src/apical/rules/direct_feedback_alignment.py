@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
-from apical.core.cut import Cut, CutRule, eagerly, output_error
+from apical.core.cut import Cut, CutRule, eagerly
+from apical.core.losses import output_error, terms
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -86,7 +87,8 @@ class DirectFeedbackAlignment(CutRule):
         ]
         if output.requires_grad:
             taught.append((output, error))
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], output, loss)
+        taught += [(term, None) for term in terms(loss)]
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
 
     def signal(self, name: str, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, outputs)."""

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.losses import wanted
+from apical.core.losses import terms, value_at, wanted
 from apical.core.pooling import SoftmaxPool2d
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
@@ -41,6 +41,7 @@ from apical.dynamics.equilibrium import (
     Phases,
     Settled,
     homeostatic_loss,
+    is_holomorphic,
     jacobian_product,
     local_roots,
     off_branch,
@@ -170,6 +171,11 @@ class EquilibriumPropagation(CreditRule):
             raise UnsupportedModelError(
                 f'layer {last.name!r} is all there is: there is no state to settle; use output="state"'
             )
+        if read_out and last.after:
+            raise UnsupportedModelError(
+                f"layer {last.name!r} reads the states out and has {type(last.after[0]).__name__} behind it, which no state "
+                'is: put the pooling before the layer, or use output="state"'
+            )
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise)
         self.estimator, self.beta, self.points = estimator, beta, points
         self.free_steps, self.nudged_steps, self.tolerance = free_steps, nudged_steps, tolerance
@@ -209,18 +215,17 @@ class EquilibriumPropagation(CreditRule):
             known = ", ".join(getattr(loss, "__name__", "?") for loss in HOLOMORPHIC)
             raise ConfigError(f"complex nudges need a loss whose error is known for complex outputs: {known}; or points=2")
         for stage in self.chain.stages:
-            if any(_bends(module) for module in stage.before) or any(_is_max(module) for module in stage.after):
+            bent = [module for module in stage.before if _bends(module)] + list(filter(_is_max, stage.after))
+            if bent:
                 raise UnsupportedModelError(
-                    f"layer {stage.name!r} has pooling beside it that is not for complex states: use averages, "
-                    "or SoftmaxPool2d between layer and activation, or points=2"
+                    f"layer {stage.name!r} has {type(bent[0]).__name__} beside it, which is not for complex states: use "
+                    "average pooling, or SoftmaxPool2d between layer and activation, or points=2"
                 )
-            try:
-                stage.activation(torch.zeros(1, dtype=torch.complex64))
-            except (RuntimeError, NotImplementedError, TypeError) as error:
+            if not is_holomorphic(stage.activation):
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not defined for "
+                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
                     "complex states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
-                ) from error
+                )
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """B_2..B_K of directed weights."""
@@ -259,10 +264,11 @@ class EquilibriumPropagation(CreditRule):
                     else "the free phase of equilibrium propagation is not finite because inputs or weights are not"
                 )
             output = network.output(free.s)
-            loss = self.loss(output, targets)
+            loss = value_at(self.loss, output, targets)
             if self.loss in HOLOMORPHIC and output.dim() == 2:
                 targets = wanted(output, targets)
             roots, nudged, logs = self._going_round(x, free.s, targets) if self.cycles else self._nudged(x, free.s, targets)
+            roots += terms(loss)
             logs |= {"free_residual": free.residual, "nudged_residual": nudged}
         if self.homeostasis:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):

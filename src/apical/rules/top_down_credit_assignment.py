@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.cut import Cut, CutRule, eagerly
+from apical.core.losses import refuse_options, terms, value_at
 from apical.core.top_down import TopDownNetwork, described, load, spread, through_softmax
 from apical.errors import ConfigError
 
@@ -33,7 +34,7 @@ class TopDownCreditAssignment(CutRule):
 
     Args:
         model: network whose activations are modules; what lies between two activations is one unit.
-        loss: maps (output, targets) to a scalar batch mean; it is reported, and nothing learns from it.
+        loss: maps (output, targets) to a scalar batch mean; it is reported, and only parameters in it learn from it.
         teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one ("digits"). None
             draws an unevolved one at the first batch, as a control.
         hidden: units in each hidden layer of an unevolved top-down network.
@@ -66,6 +67,7 @@ class TopDownCreditAssignment(CutRule):
         exact: Collection[str] = (),
     ) -> None:
         super().__init__(model, loss, "activation", exact)
+        refuse_options(loss, "top-down credit assignment")
         if isinstance(teacher, Path | str):
             teacher = load(shipped(str(teacher)))[0]
         self.hidden, self.sites, self.silent = hidden, sites, silent
@@ -80,7 +82,7 @@ class TopDownCreditAssignment(CutRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose roots carry the top-down credits to the hidden units' outputs and to the model's output."""
         output, cuts, late = self.run(inputs)
-        loss = self.loss(output.detach(), targets).detach()
+        loss = value_at(self.loss, output, targets)
         prediction, target = described(output.detach(), targets)
         signals = self.signals(prediction, target, cuts, output, classes=not targets.is_floating_point())
         late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)
@@ -92,7 +94,8 @@ class TopDownCreditAssignment(CutRule):
         ]
         if self.silent:
             taught = taught[-1:]
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], output, loss)
+        taught += [(term, None) for term in terms(loss)]
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
 
     def signals(self, prediction: Tensor, target: Tensor, cuts: list[Cut], output: Tensor, classes: bool) -> list[Tensor]:
         """Teaching signals of each hidden unit's shape and the output's, for predictions and targets (batch, outputs)."""
@@ -100,14 +103,15 @@ class TopDownCreditAssignment(CutRule):
         if self.teacher is None and (not self._drawn or self._drawn[0].body[0].weight.device != prediction.device):
             self._draw(prediction.shape[1], widths)
         teacher = self.teacher if self.teacher is not None else self._drawn[0]
+        counts = target.sum(1) if classes else torch.ones_like(target[:, 0])  # 0 where the loss ignores the label
         if isinstance(teacher, TopDownNetwork):
             if not self._checked:
                 teacher.check(prediction.shape[1], widths)
                 self._checked = True
-            emitted = teacher(prediction, target) / prediction.shape[0]  # the batch mean of (1), where it costs least
+            emitted = _share(teacher(prediction, target), counts)  # the batch mean of (1), where it costs least
             credits = teacher.credits(emitted, widths)
         else:
-            credits = [credit / prediction.shape[0] for credit in teacher(prediction, target)]
+            credits = [_share(credit, counts) for credit in teacher(prediction, target)]
         *hidden, last = (credit.detach() for credit in credits)
         if classes:
             last = through_softmax(last, prediction)
@@ -127,6 +131,11 @@ class TopDownCreditAssignment(CutRule):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drawn = []  # the seed changes
         super()._load_from_state_dict(*args)
+
+
+def _share(credit: Tensor, counts: Tensor) -> Tensor:
+    """Each sample's share of the mean of credits (batch, ...) over the samples that count, (batch,) of ones and zeros."""
+    return credit * counts.view(-1, *[1] * (credit.dim() - 1)) / counts.sum()
 
 
 def shipped(name: str) -> str:
