@@ -57,7 +57,7 @@ class Graph:
         roots: vertices of the model's output, and of cuts that ended other parts of the graph.
 
     Attributes:
-        order: every vertex, none before those that it is computed from... seen from the roots: parents first.
+        order: every vertex, what is computed first last.
         children: what each vertex is computed from.
         parameters: ids of the leaves that enter at a vertex.
     """
@@ -143,7 +143,7 @@ class Graph:
                     if depth[first] >= depth[other]:
                         first = nearest[first] if first is not None else None
                     else:
-                        other = nearest[other] if other is not None else None  # noqa: PLW2901
+                        other = nearest[other] if other is not None else None
             nearest[at], depth[at] = first, depth[first] + 1
             for child in self.children[at]:
                 parents.setdefault(child, []).append(at)

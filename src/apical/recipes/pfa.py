@@ -11,7 +11,6 @@ from itertools import pairwise
 from apical.experiment.recipe import Recipe
 from apical.recipes.study import Claim, Published, Row, Study
 
-
 XAVIER = ("scale='xavier'",)
 """DFA's feedback to feature maps at the size with which our numbers were measured."""
 
