@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apical.core.units import LOCAL
+from apical.core.layers import is_local
 
 LOCAL_PATH = "exact (local)"
 """Path of modules that hand nothing from one population to another: scales, shifts, slopes, look-ups."""
@@ -107,9 +107,9 @@ def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
 def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
     """`path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
 
-    Any module with parameters that is not one of :data:`apical.core.units.LOCAL` counts as weighted.
+    Any module with parameters that is not one of :data:`apical.core.layers.LOCAL` counts as weighted.
     """
-    modules = {name: own for name, (module, own) in _modules(model).items() if not isinstance(module, LOCAL)}
+    modules = {name: own for name, (module, own) in _modules(model).items() if not is_local(module)}
     reached = _reached(model, [q for own in modules.values() for q in own.values() if q.requires_grad], inputs)
     paths = {}
     for name, own in modules.items():
