@@ -1,10 +1,10 @@
-"""Blocks that are taught one by one: closed forms equal autograd; gradients scale, accumulate, and are handed over once."""
+"""Blocks that are taught one by one: closed forms equal autograd; gradients scale, accumulate, and are handed over."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from apical.core.teaching import Taught, Teaching
+from apical.core.teaching import KnownGradients, Taught, Teaching
 
 KINDS = [nn.ELU(), nn.ELU(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Softplus(), nn.Identity(), None]
 
@@ -110,7 +110,7 @@ def test_a_frozen_block_has_no_root() -> None:
     assert teaching.finish() == ([], [])
 
 
-def test_known_gradients_scale_and_accumulate_and_serve_once() -> None:
+def test_known_gradients_scale_and_accumulate() -> None:
     layer, given, signal = nn.Linear(4, 3), torch.randn(5, 4), torch.randn(5, 3)
     teaching = Teaching()
     with torch.no_grad():
@@ -118,10 +118,21 @@ def test_known_gradients_scale_and_accumulate_and_serve_once() -> None:
     (root,), _ = teaching.finish()
     (3 * root).backward(retain_graph=True)
     torch.testing.assert_close(layer.weight.grad, 3 * signal.T @ given)
-    with pytest.raises(RuntimeError, match="used already"):
+    root.backward()
+    torch.testing.assert_close(layer.weight.grad, 4 * signal.T @ given)
+    with pytest.raises(RuntimeError, match="a second time"):
         root.backward()
     taught(Taught([layer]), given, signal)
-    torch.testing.assert_close(layer.weight.grad, 4 * signal.T @ given)
+    torch.testing.assert_close(layer.weight.grad, 5 * signal.T @ given)
+
+
+def test_known_gradients_are_handed_over_without_a_copy() -> None:
+    weight, gradients = nn.Parameter(torch.randn(4, 3)), [torch.randn(4, 3)]
+    place = gradients[0].data_ptr()
+    root = KnownGradients.apply(gradients, weight)
+    del gradients
+    root.backward()
+    assert weight.grad.data_ptr() == place
 
 
 def test_without_gradient_nothing_is_kept() -> None:

@@ -1,6 +1,5 @@
 """`credit.loss` is the one root of every rule's whole update: whatever a trainer does with a loss, it does to the update."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit, CreditRule
-from apical.core.losses import squared_error
 from apical.errors import ConfigError
 from apical.testing import Factory, dense_network, settings
 

@@ -67,12 +67,11 @@ def register_activation(
     Raises:
         ConfigError: `kind` is no type of modules.
 
-    >>> import apical
     >>> class Cube(nn.Module):
     ...     def forward(self, v):
     ...         return v**3
     >>> register_activation(Cube, derivative=lambda module, v, r: 3 * v**2)
-    >>> apical.core.activations.derivative(Cube(), torch.tensor(2.0), torch.tensor(8.0))
+    >>> derivative(Cube(), torch.tensor(2.0), torch.tensor(8.0))
     tensor(12.)
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):

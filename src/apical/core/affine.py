@@ -82,6 +82,8 @@ class EffectiveConv3d(Effective, nn.Conv3d):  # type: ignore[override]
 
 
 def _state(source: nn.Module) -> list[tuple[int, int]]:
+    if torch.compiler.is_compiling():  # one graph is one batch, at whose beginning the weight is forgotten
+        return []
     return [(id(tensor), tensor._version) for tensor in (*source.parameters(), *source.buffers())]
 
 

@@ -104,6 +104,10 @@ class States(NamedTuple):
     v: list[Tensor]
     r: list[Tensor]
 
+    def rows(self, samples: Tensor | slice) -> "States":
+        """Some samples."""
+        return States([each[samples] for each in self.v], [each[samples] for each in self.r])
+
 
 class Chain:
     """A model seen as a feed-forward chain of stages.

@@ -181,7 +181,7 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
             with torch.no_grad():
                 for tensor, value in tensors:
                     if not torch.equal(tensor, value):
-                        tensor.copy_(value)
+                        tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
             for generator, state in states:
                 generator.set_state(state)
             for parameter, grad, before in grads:
