@@ -164,7 +164,7 @@ class PlasticRule(EdgeRule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to the tensors of this very object."""
-        return {**self.__dict__, "_steps": None}
+        return {**super().__getstate__(), "_steps": None}
 
     def _plastics(self) -> nn.ParameterDict:
         return cast(nn.ParameterDict, self._modules[self.PLASTIC])
