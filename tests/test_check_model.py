@@ -173,7 +173,7 @@ def test_planted_faults_are_found_and_named(kind: Callable[..., CreditRule], mes
 
 
 def test_another_update_when_compiled_is_found() -> None:
-    with pytest.raises(AssertionError, match="compiled, the gradient of .* is another one"):
+    with pytest.raises(AssertionError, match=r"compiled, the gradient of .* is another one"):
         check_model(OtherCompiled(network()), *batch())
 
 
