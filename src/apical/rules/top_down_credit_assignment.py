@@ -135,7 +135,7 @@ class TopDownCreditAssignment(CutRule):
         return delivered(matched(credit.view(*places, -1), cut), cut)
 
     def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
-        """Credits (rows, width) of each unit and (rows, outputs) of the output, for one example a row, as parts of a mean."""
+        """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
         sizes = (prediction.shape[1], *widths)
         if self.teacher is None and (
             sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != prediction.device
