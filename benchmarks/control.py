@@ -24,7 +24,7 @@ from torch import Tensor
 
 import apical
 from apical import models
-from apical.core.cut import output_error
+from apical.core.losses import output_error
 from apical.dynamics import feedback_control as control
 from apical.dynamics.trajectory import Loop, trajectory
 from run import environment, save, timed

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apical.core.activations import ELEMENTWISE, derivative, difference, plain
+from apical.core.activations import TYPES, derivative, difference, plain
 
+ELEMENTWISE = [
+    kind for kind, known in TYPES.items() if known.elementwise and kind.__module__.startswith(("torch", "apical"))
+]
 MODULES = [kind(0.5, 0.1) if kind is nn.Threshold else kind() for kind in ELEMENTWISE]
 MODULES += [nn.Identity(), nn.LeakyReLU(0.3), nn.Softplus(2.0, 5.0), nn.Hardtanh(-0.3, 0.7), nn.ELU(0.4), nn.GELU("tanh")]
 MODULES += [nn.CELU(0.6), nn.Softshrink(0.2)]

@@ -1,9 +1,12 @@
 """Every way a model can be refused, and that following the message's remedy makes it accepted and trained."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import apical
 from apical.core.units import key, weighted_layers
@@ -15,13 +18,13 @@ def net(*middle: nn.Module) -> nn.Sequential:
 
 
 def refused(model: nn.Module, *words: str, exact: tuple[str, ...] = ()) -> str:
-    keys = list(model.state_dict())
+    keys, hooks = list(model.state_dict()), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     with pytest.raises(UnsupportedModelError) as caught:
         weighted_layers(model, exact)
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in {caught.value}"
     assert list(model.state_dict()) == keys  # refused before anything is changed
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     return str(caught.value)
 
 
@@ -201,11 +204,115 @@ def test_unknown_layer(where: str) -> None:
     assert list(rule.layers) == ["3"]  # the layer of known kind above; nothing inside the exact module
 
 
-def test_parametrised_weight_is_refused_or_trained_with_the_remedy() -> None:
-    torch.manual_seed(0)
-    model = net(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.ReLU())
-    refused(model, "'2.parametrizations.weight'", "exact=('2.parametrizations.weight',)")
-    trains(model, exact=("2.parametrizations.weight",))
+class Scaled(nn.Module):
+    """A parametrisation with a parameter and a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.hyper = nn.Linear(6, 6)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.gain * self.hyper(weight)
+
+
+def pruned(layer: nn.Linear) -> nn.Linear:
+    return prune.random_unstructured(layer, "weight", 0.5)
+
+
+WEIGHTS = {
+    "new weight norm": nn.utils.parametrizations.weight_norm,
+    "new spectral norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "parametrisation with parameters": lambda layer: parametrize.register_parametrization(layer, "weight", Scaled()),
+    "parametrised bias": lambda layer: parametrize.register_parametrization(layer, "bias", nn.Tanh()),
+    "old weight norm": nn.utils.weight_norm,
+    "old spectral norm": nn.utils.spectral_norm,
+    "prune": pruned,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_parameters_behind_a_computed_weight_belong_to_the_layer(kind: str, shared: bool) -> None:
+    model = net(WEIGHTS[kind](nn.Linear(6, 6)), nn.ReLU())
+    assert list(weighted_layers(model, shared=shared)) == ["0", "2", "4"]
+    assert weighted_layers(model, shared=shared)["2"] is model[2]
+
+
+class Quantised(nn.Linear):
+    """A layer with a module of its own that has a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.step = Orphan().to_empty(device="cpu")
+
+
+def test_modules_within_a_layer_belong_to_it_but_layers_within_it_are_layers() -> None:
+    assert list(weighted_layers(net(Quantised()))) == ["0", "2", "2.step.first", "2.step.last", "3"]
+
+
+def test_parametrised_norm() -> None:
+    norm = parametrize.register_parametrization(nn.LayerNorm(6), "weight", nn.Softplus())
+    assert list(weighted_layers(net(norm))) == ["0", "3"]
+
+
+def test_every_offender_is_named_at_once() -> None:
+    model = nn.ModuleDict(
+        {"a": Orphan(), "b": Orphan(), "c": Recurrent(nn.LSTM(6, 6)), "d": Pair(), "lazy": nn.LazyLinear(2)}
+    )
+    model["a"].offset = nn.Parameter(torch.zeros(6))
+    model["e"], model["f"] = Tied(), Tied()
+    model["again"] = model["e"]
+    model["last"] = model["d"].form
+    message = refused(
+        model,
+        "module 'again' is the same object as module 'e'",
+        "module 'last' is the same object as module 'd.form'",
+        "parameter 'e.up.weight' is shared with 'e.down.weight', parameter 'f.up.weight' is shared with 'f.down.weight'",
+        "module 'lazy' is lazy",
+        "layers 'c.cell' (LSTM), 'd.form' (Bilinear) are not supported",
+        "parameters 'a.gain', 'a.offset', 'b.gain' are orphans: they belong directly to Orphan and to no layer; move them",
+        "or pass exact=('c.cell', 'd.form', 'a.gain', 'a.offset', 'b.gain') to give them their exact derivative",
+    )
+    assert "again.down" not in message  # the outermost module says it all
+    model = nn.ModuleDict({"a": model["a"], "b": model["b"], "c": model["c"], "d": model["d"]})
+    assert len(weighted_layers(model, ("c.cell", "d.form", "a.gain", "a.offset", "b.gain"))) == 4
+
+
+def test_unknown_names_in_exact_are_all_named() -> None:
+    refused(net(), "'nowhere', 'nor.here'", exact=("nowhere", "0", "nor.here"))
+
+
+@pytest.mark.parametrize("make", [Orphan, lambda: net(Pair())])
+def test_rules_without_the_option_do_not_advise_it(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        weighted_layers(make(), None)
+    assert "exact" not in str(caught.value)
+
+
+def test_shared_modules_count_once_under_their_first_name() -> None:
+    layer, block = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    model = net(layer, nn.ReLU(), layer, block, block)
+    assert list(weighted_layers(model, shared=True)) == ["0", "2", "5.0", "7"]
+
+
+def test_shared_parameters_are_allowed_between_layers_alone() -> None:
+    assert list(weighted_layers(Tied(), shared=True)) == ["down", "up", "head"]
+    model = nn.ModuleDict({"table": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+    model["head"].weight = model["table"].weight
+    assert list(weighted_layers(model, shared=True)) == ["head"]
+    orphan = Orphan()
+    orphan.gain = orphan.first.weight  # a function of the model's own may use it, which no rule would see
+    with pytest.raises(UnsupportedModelError, match="'gain' is an orphan"):
+        weighted_layers(orphan, shared=True)
+
+
+def test_either_name_of_a_shared_module_may_be_exact() -> None:
+    pair = Pair()
+    for name in ("2", "3", "3.form"):
+        assert list(weighted_layers(net(pair, pair), (name,), shared=True)) == ["0", "4"]
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(6), nn.LazyBatchNorm1d()], ids=lambda module: type(module).__name__)

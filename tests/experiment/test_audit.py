@@ -34,6 +34,8 @@ def test_what_is_kept(folder: Path) -> None:
     assert by_rule["fa"]["verdicts"]["parameters"]["numbers"]["parameters"] == 48 * 32 + 32 * 10
     assert by_rule["dfa"]["verdicts"]["parameters"]["numbers"]["parameters"] == 10 * (48 + 32)
     assert by_rule["bp"]["claims"]["no_sign_transport"] == {"claimed": "no", "agrees": True}
+    assert all(row["placement"] for row in record["rows"])
+    assert by_rule["bp"]["placement"].startswith("exact: ")
     for name in ("audit.png", "audit.svg"):
         assert (folder / name).stat().st_size > 10_000
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from apical.core.chain import Chain
-from apical.core.cut import output_error
+from apical.core.losses import output_error
 from apical.diagnostics.gauss_newton import gauss_newton_targets
 from apical.recipes.tp_targets import main, null_share, output_moves, target_updates
 from apical.rules.difference_target_propagation import DifferenceTargetPropagation

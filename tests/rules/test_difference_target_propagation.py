@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.chain import Chain
-from apical.core.cut import output_error
+from apical.core.losses import output_error
 from apical.diagnostics.gauss_newton import gauss_newton_targets
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.difference_target_propagation import Mapped

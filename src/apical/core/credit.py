@@ -1,13 +1,18 @@
 """The contract between a rule and PyTorch: a rule maps a batch to a :class:`Credit`; `credit.backward()` writes `.grad`."""
 
+import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import register_pytree_node
 
+from apical.core.placement import Placement, layer_paths, place, undisturbed
 from apical.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -17,27 +22,120 @@ Phase = Literal["both", "forward", "feedback"]
 """What a call of a rule learns."""
 
 
-@dataclass
+class OneRoot(torch.autograd.Function):
+    """A loss's value, whose backward pass hands every root its signal times the gradient of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, signals: Sequence[Tensor | None], *roots: Tensor) -> Tensor:
+        """The value; roots may be parameters."""
+        ctx.save_for_backward(*signals)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """`scale * signal` for each root, multiplied in the wider of the two types."""
+        return (None, None, *(scale if signal is None else _scaled(signal, scale) for signal in ctx.saved_tensors))
+
+
+def _scaled(signal: Tensor, scale: Tensor) -> Tensor:
+    wide = torch.promote_types(signal.dtype, scale.dtype)
+    return (signal.to(wide) * scale.to(signal.device, wide)).to(signal.dtype)
+
+
+class NoCreditBehind(torch.autograd.Function):
+    """The output of a rule whose credit does not travel through it; a backward pass that arrives there is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, leaf: Tensor) -> Tensor:
+        """The output; `leaf` is any leaf that requires a gradient."""
+        ctx.set_materialize_grads(False)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor | None) -> tuple[None, None]:
+        """Refuse an error."""
+        if error is not None:
+            raise ConfigError(
+                "a loss made of credit.output would not train the layers under this rule, whose credit does not travel "
+                "through the output; put the term into the loss that the rule is given, or use credit.output.detach()"
+            )
+        return None, None
+
+
+@dataclass(init=False, repr=False, eq=False)  # DistributedDataParallel looks for tensors in the fields of dataclasses
 class Credit:
     """What a rule found out about one batch.
 
-    Attributes:
-        roots: scalars (losses, energies) or unit outputs from which `backward` starts.
+    There are two ways to the same gradients: :meth:`backward`, and `credit.loss.backward()`, which any trainer can call on
+    any multiple of the loss or on its sum with other terms.
+
+    Args:
+        roots: scalars (losses, energies), unit outputs or parameters from which a backward pass starts.
         signals: the teaching signal of each root, of the root's shape; None means 1 (scalar roots only).
-        output: the model's output on the batch, detached from nothing the rule needs.
+        output: the model's output on the batch. With a graph, a loss that a user makes of it must deliver the rule's own
+            update; rules for which it would not hand over the output detached.
         loss: scalar loss of that output.
         logs: scalars worth plotting, named by the rule.
     """
 
-    roots: Sequence[Tensor]
-    signals: Sequence[Tensor | None]
-    output: Tensor
     loss: Tensor
-    logs: dict[str, Tensor] = field(default_factory=dict)
 
-    def backward(self) -> None:
-        """Accumulate into `.grad` minus the weight change the rule asks for (one call per `Credit`)."""
-        torch.autograd.backward(list(self.roots), list(self.signals))
+    def __init__(
+        self,
+        roots: Sequence[Tensor],
+        signals: Sequence[Tensor | None],
+        output: Tensor,
+        loss: Tensor,
+        logs: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.roots, self.signals, self.logs = roots, signals, {} if logs is None else logs
+        self._output, self._loss = output, loss
+        self._root: Tensor | None = None
+        self._learns = torch.is_grad_enabled()
+
+    @property  # type: ignore[no-redef]
+    def loss(self) -> Tensor:
+        """The loss, and the root of the whole update: `(s * credit.loss).backward()` adds `s` times it to `.grad`.
+
+        Without a graph where no gradient is recorded, when the rule is called or here.
+        """
+        if len(self.roots) == 1 and self.roots[0] is self._loss and self.signals[0] is None:
+            return self._loss
+        if not (self._learns and torch.is_grad_enabled()):
+            return self._loss.detach()
+        if self._root is None:
+            value = self._loss.detach()
+            self._root = cast(Tensor, cast(Any, OneRoot).apply(value, self.signals, *self.roots))
+        return self._root
+
+    @property
+    def output(self) -> Tensor:
+        """The model's output.
+
+        Under backpropagation and the edge rules a loss made of it delivers the rule's update. Under every other rule a
+        backward pass that reaches it raises a :class:`apical.errors.ConfigError`; its values are free to use.
+        """
+        if self._output.requires_grad or not (self._learns and torch.is_grad_enabled()):
+            return self._output
+        result: Tensor = cast(Any, NoCreditBehind).apply(self._output, torch.empty(0, requires_grad=True))
+        return result
+
+    def backward(self, retain_graph: bool | None = None) -> None:
+        """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
+        torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)
+
+
+def _flattened(credit: Credit) -> tuple[list[Tensor], tuple[str, ...]]:
+    return [credit.loss, credit._output, *credit.logs.values()], tuple(credit.logs)
+
+
+def _unflattened(tensors: Sequence[Tensor], names: tuple[str, ...]) -> Credit:
+    loss, output, *logs = tensors
+    return Credit([loss], [None], output, loss, dict(zip(names, logs, strict=True)))
+
+
+register_pytree_node(Credit, _flattened, cast(Any, _unflattened), serialized_type_name="apical.Credit")
 
 
 class CreditRule(nn.Module):
@@ -63,6 +161,7 @@ class CreditRule(nn.Module):
     two_phase: bool = False
     feed_forward: bool = True
     phase: Phase
+    _placement: Placement | None = None
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -70,7 +169,18 @@ class CreditRule(nn.Module):
         self.loss = loss
         self._hooks: list[Any] = []
         self._attached = True
+        self._warned = False
         self.phase = "both"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
+        credit = super().__call__(*args, **kwargs)
+        if not (self._warned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            loss = getattr(credit, "_loss", None)
+            if type(loss) is Tensor and loss.is_cpu and not math.isfinite(loss.item()):
+                self._warned = True
+                warnings.warn(_why_not_finite(args), RuntimeWarning, stacklevel=2)
+        return credit
 
     @abstractmethod
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -89,6 +199,26 @@ class CreditRule(nn.Module):
     def feedback_weights(self) -> dict[str, Tensor]:
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
         return {}
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
+        return layer_paths(self.model, inputs, "signal of its own")
+
+    def placement(self, inputs: Tensor) -> Placement:
+        """A table of every module with parameters and what its error passes through, for inputs (batch, ...).
+
+        The model runs, but weights, buffers, gradients and random generators stay as they are. `repr(rule)` has a summary
+        afterwards.
+        """
+        self.require_attached()
+        with undisturbed(self):
+            placement = place(self.model, self.credit_paths(inputs))
+        self._placement = placement
+        return placement
+
+    def extra_repr(self) -> str:
+        """A summary of the placement, once it is known."""
+        return "" if self._placement is None else f"placement: {self._placement.summary()}"
 
     def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Populations that the rule compares with each other, (batch, d) both, by layer; empty where there are none."""
@@ -123,3 +253,11 @@ class CreditRule(nn.Module):
         self._hooks.clear()
         self._attached = False
         return self.model
+
+
+def _why_not_finite(args: Sequence[Any]) -> str:
+    batch = zip(("inputs", "targets"), args, strict=False)
+    odd = [name for name, value in batch if isinstance(value, Tensor) and not bool(value.isfinite().all())]
+    if odd:
+        return f"the loss is not finite because the {' and '.join(odd)} hold NaN or infinite values; clean the data"
+    return "the loss is not finite although the inputs are: training has diverged; lower the learning rate or clip gradients"

@@ -1,9 +1,93 @@
-"""Losses that PyTorch does not have in this form."""
+"""Losses: what PyTorch does not have in this form, their error at the output, and the terms they hold beside it.
 
+A loss may hold more than a distance of output and targets: a penalty on weights, a temperature that is learned. Rules that
+differentiate the loss at the output only take such terms as a further root of the credit, so that the parameters in them get
+the exact gradient of the term, on top of whatever the rule gives them.
+"""
+
+from functools import partial
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
+from apical.core.credit import Loss
 from apical.errors import ConfigError
+
+PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+"""Options of PyTorch's losses that change what a label asks for, and the values with which they do nothing."""
+
+
+def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = False) -> tuple[Tensor, Tensor]:
+    """Loss and `e = dL/d output` (of the output's shape), without touching the model's graph.
+
+    The loss requires a gradient if and only if it holds terms with parameters; :func:`terms` makes them roots.
+
+    Args:
+        loss: maps (output, targets) to a scalar.
+        output: (batch, ...).
+        targets: what the loss takes.
+        traced: within a function transform.
+
+    Raises:
+        ConfigError: the loss does not depend on the output.
+    """
+    if traced or torch.compiler.is_compiling():  # the one way that compiler and transforms can trace; the other is quicker
+        with torch.enable_grad():  # for terms
+            error, value = torch.func.grad_and_value(loss)(output.detach(), targets)
+        return value, error.detach()
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # whose tensors have no gradients
+            return output_error(loss, output.clone(), targets.clone())
+    leaf = output.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf, targets)
+    learned = value.grad_fn is not None and _reaches_others(value.grad_fn, leaf)
+    error = torch.autograd.grad(value, leaf, retain_graph=learned, allow_unused=True)[0] if value.requires_grad else None
+    if error is None:
+        raise ConfigError("the loss does not depend on the output in a way that autograd can follow; do not detach it there")
+    return value if learned else value.detach(), error
+
+
+def value_at(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
+    """Loss of an output whose graph is left out; it requires a gradient if and only if it holds terms with parameters."""
+    with torch.enable_grad():
+        return loss(output.detach(), targets)
+
+
+def terms(value: Tensor) -> list[Tensor]:
+    """The loss as a root for the parameters in it; none where it has none. `value`: see :func:`output_error`."""
+    return [value] if value.requires_grad else []
+
+
+def _reaches_others(root: Node, leaf: Tensor) -> bool:
+    """Whether a graph ends at other leaves that require a gradient than `leaf`."""
+    waiting, seen = [root], {root}
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                if getattr(node, "variable", leaf) is not leaf:
+                    return True
+                seen.add(node)
+                waiting.append(node)
+    return False
+
+
+def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN)) -> None:
+    """Refuse options of a loss that a rule which learns from the labels would leave out of the update.
+
+    Raises:
+        ConfigError: `loss` is one of PyTorch's modules, or a `functools.partial`, with such an option.
+    """
+    for name in names:
+        given = loss.keywords.get(name, PLAIN[name]) if isinstance(loss, partial) else PLAIN[name]
+        given = getattr(loss, name, given) if isinstance(loss, nn.modules.loss._Loss) else given
+        if given is not PLAIN[name] and (isinstance(given, Tensor) or given != PLAIN[name]):
+            raise ConfigError(
+                f"{rule} learns from the labels and not from the loss, so the option {name} of the loss would not reach the "
+                "update; leave it out, or choose a rule that follows the loss"
+            )
 
 
 def squared_error(output: Tensor, targets: Tensor) -> Tensor:
@@ -14,7 +98,7 @@ def squared_error(output: Tensor, targets: Tensor) -> Tensor:
         targets: (batch,) class labels, or numbers of the output's shape.
 
     Raises:
-        ConfigError: numbers of another shape, which would be spread over the output unnoticed.
+        ConfigError: numbers of another shape, which would be spread over the output unnoticed; or a label that is no class.
 
     >>> import torch
     >>> squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
@@ -29,4 +113,14 @@ def wanted(output: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != output.shape:
             raise ConfigError(f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}")
         return targets.to(output.dtype)
-    return F.one_hot(targets, output.shape[-1]).to(output.dtype)
+    try:
+        return F.one_hot(targets, output.shape[-1]).to(output.dtype)
+    except RuntimeError as error:
+        raise no_class(output.shape[-1]) from error
+
+
+def no_class(classes: int) -> ConfigError:
+    """What to say of a label that is no class."""
+    return ConfigError(
+        f"a label lies outside the {classes} classes of the output; leave samples that the loss ignores out of the batch"
+    )

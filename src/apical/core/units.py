@@ -1,30 +1,14 @@
 """Which modules of a model a rule treats as layers, found and validated before anything is changed."""
 
-from collections.abc import Collection
-from typing import TypeAlias
+from collections.abc import Collection, Iterator
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid
+from apical.core.activations import is_activation
+from apical.core.layers import Layer as Layer
+from apical.core.layers import is_local, is_registered, is_weighted
 from apical.errors import UnsupportedModelError
-
-Layer: TypeAlias = nn.Linear | _ConvNd
-
-"""Layers with a weight between two populations: these are what credit-assignment rules differ in."""
-
-LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag)
-"""Layers without such a weight: scales, shifts, slopes, look-ups. They always keep their exact derivative."""
-
-ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LogSigmoid),
-    *(nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Softmax),
-    *(ShiftedSigmoid, DoubleSiLU, HalfClip),
-)
-"""Element-wise nonlinearities at whose output a unit ends."""
 
 
 def key(name: str) -> str:
@@ -36,64 +20,166 @@ def key(name: str) -> str:
     return name.replace(".", "/") or "model"
 
 
-def weighted_layers(model: nn.Module, exact: Collection[str] = ()) -> dict[str, Layer]:
+def weighted_layers(model: nn.Module, exact: Collection[str] | None = (), shared: bool = False) -> dict[str, Layer]:
     """All weighted layers of the model by name, in registration order.
+
+    Parameters of a parametrisation, and of other modules inside a weighted layer, belong to that layer.
 
     Args:
         model: the network; it is only read.
-        exact: names of modules or parameters that shall keep their exact derivative although no rule knows them.
+        exact: names of modules or parameters that shall keep their exact derivative although no rule knows them; None for
+            rules without this option.
+        shared: whether a module may be registered under several names (it counts once, under the first), and layers may
+            share a parameter.
 
     Raises:
         UnsupportedModelError: a module used under two names, a parameter shared by two modules, an orphan parameter,
-            an unknown layer with parameters, a lazy layer, an unknown name in `exact`, or no weighted layer at all.
+            an unknown layer with parameters, a lazy layer, an unknown name in `exact`, or no weighted layer at all. Every
+            offender is named.
     """
-    _check_names(model, exact)
+    _check_names(model, exact or ())
     layers: dict[str, Layer] = {}
-    seen: dict[int, str] = {}
+    names: dict[nn.Module, str] = {}
+    inside: set[nn.Module] = set()
     owner: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        where = f"module {name!r}" if name else "the model itself"
-        own = dict(module.named_parameters(recurse=False))
-        if next(module.parameters(), None) is not None and seen.setdefault(id(module), name) != name:
-            raise UnsupportedModelError(
-                f"{where} is the same object as module {seen[id(module)]!r}; give each place its own module"
-            )
-        if any(name == e or name.startswith(f"{e}.") for e in exact):
+    faults = Faults()
+    exempt = {m for name, m in model.named_modules(remove_duplicate=False) if _is_exact(name, exact)} if shared else set()
+    for name, module in model.named_modules(remove_duplicate=shared):
+        weighted = next(module.parameters(), None) is not None
+        if weighted and names.setdefault(module, name) != name:
+            faults.doubles[name] = names[module]
             continue
-        for parameter_name, parameter in own.items():
-            full = f"{name}.{parameter_name}" if name else parameter_name
-            if isinstance(parameter, UninitializedParameter):
-                raise UnsupportedModelError(f"{where} is lazy: run one batch through the model before making the rule")
-            if full not in exact and owner.setdefault(id(parameter), full) != full:
-                raise UnsupportedModelError(
-                    f"parameter {full!r} is shared with {owner[id(parameter)]!r}; untie them: copy one to its own tensor"
-                )
-        own = {p: q for p, q in own.items() if (f"{name}.{p}" if name else p) not in exact}
-        if isinstance(module, nn.Linear | _ConvNd):
+        if _is_exact(name, exact) or module in exempt:
+            continue
+        own = {
+            _joined(name, p): q for p, q in module.named_parameters(recurse=False) if _joined(name, p) not in (exact or ())
+        }
+        if any(isinstance(parameter, UninitializedParameter) for parameter in own.values()):
+            faults.lazy.append(name)
+            continue
+        for full, parameter in own.items():
+            if owner.setdefault(id(parameter), full) != full and not shared:
+                faults.tied[full] = owner[id(parameter)]
+        if is_weighted(module) and module not in inside:
             layers[name] = module
-        elif own and not isinstance(module, LOCAL):
-            raise _unknown(name, module, next(iter(own)))
+            inside |= _belonging(module)
+        elif is_local(module) or is_activation(module):
+            inside |= _belonging(module)
+        elif own and module not in inside:
+            faults.add(name, module, own)
+    faults.report(advises_exact=exact is not None)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no Linear or convolution layer to assign credit to")
     return layers
 
 
+def _joined(name: str, parameter: str) -> str:
+    return f"{name}.{parameter}" if name else parameter
+
+
+def _is_exact(name: str, exact: Collection[str] | None) -> bool:
+    return any(name == e or name.startswith(f"{e}.") for e in exact or ())
+
+
+def _belonging(layer: nn.Module) -> set[nn.Module]:
+    """The modules inside a layer that are a part of it: parametrisations, and others but for layers of known kind.
+
+    Everything inside a layer of a registered type belongs to it.
+    """
+    parametrisations = getattr(layer, "parametrizations", None)
+    within = set(parametrisations.modules()) if isinstance(parametrisations, nn.Module) else set()
+    whole = is_registered(layer)
+    return within | {module for module in layer.modules() if module is not layer and (whole or not is_weighted(module))}
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that compute, by name: layers and activations with whatever is inside them, and others without children."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if is_weighted(module) or is_local(module) or is_activation(module):
+            inside.update(module.modules())
+        elif next(module.children(), None) is not None:
+            continue
+        yield name, module
+
+
 def _check_names(model: nn.Module, exact: Collection[str]) -> None:
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in exact:
-        if name not in known:
-            raise UnsupportedModelError(f"exact names {name!r}, but the model has no such module or parameter")
+    unknown = [name for name in exact if name not in known]
+    if unknown:
+        raise UnsupportedModelError(f"exact names {_listed(unknown)}, but the model has no such module or parameter")
 
 
-def _unknown(name: str, module: nn.Module, parameter: str) -> UnsupportedModelError:
-    full = f"{name}.{parameter}" if name else parameter
-    if type(module).__module__.startswith("torch.nn"):
-        return UnsupportedModelError(
-            f"layer {name!r} ({type(module).__name__}) is not supported: no feedback transport is known for it; "
-            f"replace it, or pass exact=({name!r},) to give it its exact derivative"
-        )
-    return UnsupportedModelError(
-        f"parameter {full!r} is an orphan: it belongs directly to {type(module).__name__} and to no layer; "
-        f"move it into a layer, or pass exact=({full!r},) to give it its exact derivative"
-    )
+class Faults:
+    """What keeps a model from being trained, to be reported at once.
+
+    Attributes:
+        doubles: names under which a module is registered again, and its first name; the outermost modules only.
+        tied: names of parameters that are the same tensor as another, and that one's name.
+        lazy: names of lazy modules.
+        unknown: modules of PyTorch with parameters of which no backward map is known.
+        orphans: names of parameters outside layers, and the type that holds each.
+    """
+
+    def __init__(self) -> None:
+        self.doubles: dict[str, str] = {}
+        self.tied: dict[str, str] = {}
+        self.lazy: list[str] = []
+        self.unknown: dict[str, nn.Module] = {}
+        self.orphans: dict[str, str] = {}
+
+    def add(self, name: str, module: nn.Module, own: Collection[str]) -> None:
+        """Note a module with parameters that is no layer of known kind."""
+        if type(module).__module__.startswith("torch.nn"):
+            self.unknown[name] = module
+        else:
+            self.orphans |= dict.fromkeys(own, type(module).__name__)
+
+    def report(self, *, advises_exact: bool) -> None:
+        """Raise if there is any fault.
+
+        Raises:
+            UnsupportedModelError: names every offender, and the remedies.
+        """
+        parts = []
+        doubles = {n: first for n, first in self.doubles.items() if n.rpartition(".")[0] not in self.doubles}
+        if doubles:
+            same = ", ".join(f"module {n!r} is the same object as module {first!r}" for n, first in doubles.items())
+            parts.append(f"{same}; give each place its own module")
+        if self.tied:
+            same = ", ".join(f"parameter {n!r} is shared with {first!r}" for n, first in self.tied.items())
+            parts.append(f"{same}; untie them: copy one to its own tensor")
+        if self.lazy:
+            what = _counted("module", self.lazy, "is", "are") if self.lazy != [""] else "the model itself is"
+            parts.append(f"{what} lazy: run one batch through the model before making the rule")
+        if self.unknown:
+            kinds = ", ".join(f"{n!r} ({type(module).__name__})" for n, module in self.unknown.items())
+            one = len(self.unknown) == 1
+            parts.append(
+                f"{'layer' if one else 'layers'} {kinds} {'is' if one else 'are'} not supported: no feedback transport is "
+                f"known for {'it; replace it' if one else 'them; replace them'}"
+            )
+        if self.orphans:
+            kinds, one = ", ".join(dict.fromkeys(self.orphans.values())), len(self.orphans) == 1
+            parts.append(
+                f"{_counted('parameter', self.orphans, 'is an orphan: it belongs', 'are orphans: they belong')} directly to "
+                f"{kinds} and to no layer; move {'it' if one else 'them'} into a layer"
+            )
+        if not parts:
+            return
+        strange = (*self.unknown, *self.orphans)
+        if strange and advises_exact:
+            one = len(strange) == 1
+            parts[-1] += f", or pass exact={strange!r} to give {'it its' if one else 'them their'} exact derivative"
+        raise UnsupportedModelError("; ".join(parts))
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _counted(noun: str, names: Collection[str], singular: str, plural: str) -> str:
+    return f"{noun} {_listed(names)} {singular}" if len(names) == 1 else f"{noun}s {_listed(names)} {plural}"

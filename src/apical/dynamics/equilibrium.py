@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.activations import complex_parts
 from apical.core.chain import Chain, Stage
 from apical.core.local import known_root, outer
 from apical.core.losses import wanted
@@ -215,8 +216,7 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
         torch.sigmoid(torch.add(v.new_full((), -2.0), v[:real], alpha=4), out=made[:real])
         made[real : real + imaginary], made[real + imaginary :] = complex_shifted_sigmoid(a, b)
         return made
-    z = activation(torch.complex(a, b))
-    return torch.cat((activation(v[:real]), z.real, z.imag))
+    return torch.cat((activation(v[:real]), *complex_parts(activation, a, b)))
 
 
 def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor:

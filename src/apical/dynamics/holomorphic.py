@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.activations import complex_parts
 from apical.core.chain import Stage
 from apical.core.losses import squared_error
 from apical.core.pooling import SoftmaxPool2d
@@ -45,9 +46,13 @@ def is_holomorphic(activation: nn.Module) -> bool:
     """Whether an activation takes complex states and has the same derivative in every direction (Cauchy-Riemann)."""
     x = torch.tensor([-2.1, -0.7, 0.3, 0.9, 1.6, 2.8], dtype=torch.float64)
     z, h = torch.complex(x, 0.1 * x.flip(0)), 1e-6
+
+    def phi(z: Tensor) -> Tensor:
+        return torch.complex(*complex_parts(activation, z.real, z.imag))
+
     try:
-        along, across = ((activation(z + step) - activation(z - step)) / (2 * step) for step in (h, 1j * h))
-        same = (activation(torch.complex(x, torch.zeros_like(x))) - activation(x)).abs().amax()
+        along, across = ((phi(z + step) - phi(z - step)) / (2 * step) for step in (h, 1j * h))
+        same = (phi(torch.complex(x, torch.zeros_like(x))) - activation(x)).abs().amax()
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return bool((along - across).abs().amax() < 1e-6) and bool(same < 1e-12)

@@ -83,6 +83,7 @@ def render(
     environment: Sequence[tuple[str, str]],
     verdicts: Sequence[Verdict] = (),
     sure: str = "",
+    placement: str = "",
 ) -> str:
     """The page as text; every name and value taken from the runs is escaped."""
     figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
@@ -112,6 +113,7 @@ def render(
 <div><h3>Settings</h3>{facts(config)}</div>
 <div><h3>Versions and machine</h3>{facts(environment)}</div>
 </div>
+{placement}
 <h2>Every run</h2>
 {_runs_table(comparison.runs, comparison.score)}
 <p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG, in the folder figures.</p>

@@ -36,6 +36,7 @@ class Audited:
         accuracy: of the test images after training.
         verdicts: by criterion.
         claims: what a paper claims, by criterion, and whether the verdict agrees.
+        placement: layers by what their error passes through, in a line.
     """
 
     rule: str
@@ -44,6 +45,7 @@ class Audited:
     accuracy: float
     verdicts: dict[str, Verdict]
     claims: dict[str, dict[str, Any]]
+    placement: str
 
     def record(self) -> dict[str, Any]:
         """The row as JSON keeps it."""
@@ -83,7 +85,9 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
         for key, claim in claimed(rule).items()
         if verdicts[key].verdict != "not applicable"
     }
-    return Audited(rule_name(rule), entry.title, ", ".join(physical), _accuracy(examined, dataset), verdicts, claims)
+    form, accuracy = ", ".join(physical), _accuracy(examined, dataset)
+    placement = examined.placement(inputs.double()).layers()
+    return Audited(rule_name(rule), entry.title, form, accuracy, verdicts, claims, placement)
 
 
 def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:

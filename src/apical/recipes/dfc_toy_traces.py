@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apical.core.cut import output_error
+from apical.core.losses import output_error
 from apical.dynamics.trajectory import Trace
 from apical.experiment.measure import probe_batch
 from apical.recipes.dfc_toy_metrics import twin

@@ -25,7 +25,7 @@ from apical import models
 from apical.core.activations import derivative
 from apical.core.chain import Chain
 from apical.core.credit import CreditRule
-from apical.core.cut import output_error
+from apical.core.losses import output_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
 from apical.diagnostics.gauss_newton import gauss_newton_targets

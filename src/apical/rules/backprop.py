@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.placement import layer_paths
 
 
 class Backprop(CreditRule):
@@ -29,6 +30,10 @@ class Backprop(CreditRule):
         output = self.model(inputs)
         loss = self.loss(output, targets)
         return Credit([loss], [None], output, loss)
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """Exact for every layer that is trained."""
+        return layer_paths(self.model, inputs, "exact")
 
     def feedback_weights(self) -> dict[str, Tensor]:
         """Backprop has no feedback weights of its own."""

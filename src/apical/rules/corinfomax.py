@@ -34,7 +34,7 @@ from apical.core.chain import Chain
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.feedback import put
 from apical.core.local import known_root
-from apical.core.losses import squared_error, wanted
+from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.noise import coins, initial
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
@@ -68,7 +68,7 @@ class CorInfoMax(CreditRule):
 
     Args:
         model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them.
-        loss: for reports only; the dynamics nudge the output by `beta (r - y)`, y one-hot.
+        loss: for reports, and for parameters in it; the dynamics nudge the output by `beta (r - y)`, y one-hot.
         nudge: "one-sided", "random-sign" (the sign of beta drawn for each batch) or "symmetric" (a third phase, -beta).
         beta: size of the nudge.
         epsilon: eps.
@@ -127,6 +127,7 @@ class CorInfoMax(CreditRule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "correlative information maximisation")
         self.generator = generator
         if nudge not in NUDGES:
             raise unknown_name("nudge", nudge, NUDGES)
@@ -272,7 +273,9 @@ class CorInfoMax(CreditRule):
                 self._follow(nudged.r)
             logs = {"dead_outputs": (output.amax(0) <= 0).sum().to(output.dtype)}
         roots = [known_root(parameter, product) for parameter, product in products if parameter.requires_grad]
-        return Credit(roots, [None] * len(roots), output, self.loss(output, targets), logs)
+        loss = value_at(self.loss, output, targets)
+        roots += terms(loss)
+        return Credit(roots, [None] * len(roots), output, loss, logs)
 
     def _phases(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, "Phases"]:
         """Input of the first layer, targets that fit, and the settled phases."""

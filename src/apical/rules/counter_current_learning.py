@@ -32,7 +32,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
@@ -40,8 +39,11 @@ from apical.core.codes import FreeCodes
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
 from apical.core.feedback import put
+from apical.core.layers import is_weighted
+from apical.core.losses import no_class, output_error, refuse_options, terms
 from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.core.teaching import Activity, Taught, Teaching
+from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
 
 Pair = Literal["auto", "inner", "cosine", "match"]
@@ -108,12 +110,13 @@ class CounterCurrentLearning(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "counter-current learning", ("ignore_index",))
         if pair not in ("auto", "inner", "cosine", "match"):
             raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
         if enlarge not in ("nearest", "transposed"):
             raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
-        images = any(isinstance(block.layer, _ConvNd) for block in self.row)
+        images = any(geometry(block.layer) is not None for block in self.row)
         self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
         self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
         self.spread = (0.5 if images and self.pair == "cosine" else 0.0) if spread is None else spread
@@ -182,7 +185,7 @@ class CounterCurrentLearning(CreditRule):
     def _draw_orthogonal(self) -> None:
         for block, module in zip(reversed(self.row), self.feedback, strict=False):
             for layer in module.modules():
-                if isinstance(layer, nn.Linear | _ConvNd):
+                if is_weighted(layer):
                     kind = torch.promote_types(layer.weight.dtype, torch.float32)  # half precision has no factors
                     drawn = nn.init.orthogonal_(layer.weight.detach().to(kind))
                     with torch.no_grad():
@@ -203,7 +206,7 @@ class CounterCurrentLearning(CreditRule):
         """G's weights beside those of F that they face, by the name of F's layer; see :func:`apical.core.blocks.facing`."""
         found = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
-            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+            layers = [layer for layer in module.modules() if is_weighted(layer)]
             weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
             if weight is not None:
                 found[block.name] = weight
@@ -217,7 +220,7 @@ class CounterCurrentLearning(CreditRule):
         """
         known: dict[str, dict[str, Tensor]] = {}
         for block, module in zip(reversed(self.row), self.feedback, strict=False):
-            layers = [part for part in module.modules() if isinstance(part, nn.Linear | _ConvNd)]
+            layers = [part for part in module.modules() if is_weighted(part)]
             if isinstance(module, FreeCodes):
                 known[block.name] = {"B": module.rows}
             elif len(layers) == 1:
@@ -255,10 +258,17 @@ class CounterCurrentLearning(CreditRule):
             unsure = self._unsure(output, targets) if self.mask else None
             for level, activity in waiting.items():
                 local[level] = self._meet(level, activity, b[level], goals, teaching, unsure)
-        loss = self.loss(output, fitted(self.loss, output, targets))
-        teaching.loss(loss * self._height if self.pair == "match" else loss)
+        targets = fitted(self.loss, output, targets)
+        if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
+            loss, error = output_error(self.loss, output, targets)
+            teaching.teach(Activity(output), error * self._height)
+            for term in terms(loss):
+                teaching.loss(term)
+        else:
+            loss = self.loss(output, targets)
+            teaching.loss(loss)
         roots, signals = teaching.finish()
-        return Credit(roots, signals, output, loss, self._logs(local, loss))
+        return Credit(roots, signals, output.detach(), loss, self._logs(local, loss))
 
     def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
         """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
@@ -268,7 +278,12 @@ class CounterCurrentLearning(CreditRule):
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""
-        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+        if self.pair == "match":
+            return targets
+        try:
+            return membership(targets, len(self.classes), self.classes.dtype)
+        except RuntimeError as error:
+            raise no_class(len(self.classes)) from error
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""

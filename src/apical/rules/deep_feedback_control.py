@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from apical.core.batch import counted, fitted
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss
-from apical.core.cut import output_error
+from apical.core.losses import output_error, terms
 from apical.dynamics import feedback_control as control
 from apical.dynamics.control_rule import LOOK_EVERY, ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.dynamics.controller import Leak
@@ -163,6 +163,7 @@ class DeepFeedbackControl(ControlRule):
                 roots, logs = self._solved(states, self.delta(error), Resolvent(gains, self.loop.a))
             if backward:
                 roots += self._feedback_roots(states, rows)
+            roots += terms(loss) if forward else []
         kept = [root for root in roots if root is not None]
         return Credit(kept, [None] * len(kept), output, loss, logs)
 

@@ -26,9 +26,9 @@ from apical.core.activations import difference, plain, pulled_back
 from apical.core.batch import counted, fitted, require_one_type, require_precision
 from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.cut import output_error
 from apical.core.feedback import put
 from apical.core.local import known_root, local_root
+from apical.core.losses import output_error, terms
 from apical.core.noise import initial, normal
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
@@ -241,7 +241,7 @@ class DifferenceTargetPropagation(CreditRule):
             roots: list[Tensor | None] = []
             logs: dict[str, Tensor] = {}
             if self.phase != "feedback":
-                roots += self._forward_roots(states, self.distances(states, self.delta(error), at))
+                roots += [*self._forward_roots(states, self.distances(states, self.delta(error), at)), *terms(loss)]
             if self.phase != "forward" and self.feedback_parameters():
                 learned, losses = self._feedback_roots(states, at)
                 roots += learned

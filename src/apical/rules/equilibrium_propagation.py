@@ -35,7 +35,7 @@ from apical.core.batch import fitted, require_classes, require_one_type, require
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.feedback import put
-from apical.core.losses import wanted
+from apical.core.losses import terms, value_at, wanted
 from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
@@ -250,9 +250,10 @@ class EquilibriumPropagation(CreditRule):
         network = self.network
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             x, free, output, targets = self._answered(inputs, targets)
-            loss = self.loss(output, targets)
+            loss = value_at(self.loss, output, targets)
             targets = self._labels(output, targets)
             roots, nudged, logs = self._going_round(x, free.s, targets) if self.cycles else self._nudged(x, free.s, targets)
+            roots += terms(loss)
             logs |= {"free_residual": free.residual, "nudged_residual": nudged}
         if self.homeostasis:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):

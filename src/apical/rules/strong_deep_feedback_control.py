@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from apical.core.batch import counted, fitted, require_classes
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss
+from apical.core.losses import no_class, refuse_options, terms, value_at
 from apical.dynamics import feedback_control as control
 from apical.dynamics.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.dynamics.controller import Leak
@@ -49,7 +50,8 @@ class StrongDeepFeedbackControl(ControlRule):
 
     Args:
         model: a chain of weighted layers and element-wise activations (see :class:`apical.core.chain.Chain`).
-        loss: maps (output, targets) to a scalar batch mean; integer targets are classes, others the wished output itself.
+        loss: maps (output, targets) to a scalar batch mean, for reports: the controller knows the targets alone. Integer
+            targets are classes, others the wished output itself.
         solver: "steady" or "simulate".
         label: probability of the true class in the target.
         alpha, k_p, dt, points, tau, leak: the controller and its step, see :class:`apical.dynamics.trajectory.Loop`.
@@ -115,6 +117,7 @@ class StrongDeepFeedbackControl(ControlRule):
         loop = Loop(alpha, k_p, dt, points, tau, leak, sigma=sigma, sigma_output=sigma_output, tau_noise=tau_noise)
         if not dt <= tau_slow < 1:
             raise ConfigError(f"tau_slow must lie between dt={dt} and 1, the controller's time constant; got {tau_slow}")
+        refuse_options(loss, "strong deep feedback control")
         super().__init__(model, loss, loop, loop, difference, feedback, learn, learn_output, input_shape, generator)
         self.solver, self.label, self.tolerance, self.slow = solver, label, tolerance, dt / tau_slow
         depths = range(len(self.chain.stages), 0, -1)
@@ -128,9 +131,10 @@ class StrongDeepFeedbackControl(ControlRule):
             states = self.run(inputs)
             output = states.r[-1]
             targets = fitted(self.loss, output, targets)
-            loss = self.loss(output, targets)
+            loss = value_at(self.loss, output, targets)
             walk = self._simulated if self.solver == "simulate" else self._steady
             roots, logs = walk(*self._counted(states, targets))
+            roots += terms(loss) if self.phase != "feedback" else []
         kept = [root for root in roots if root is not None]
         return Credit(kept, [None] * len(kept), output, loss, logs)
 
@@ -149,7 +153,10 @@ class StrongDeepFeedbackControl(ControlRule):
             raise ConfigError(f"class labels need shape (batch,), got {tuple(targets.shape)}")
         require_classes(targets, classes)
         goal = output.new_full((len(output), classes), (1 - self.label) / (classes - 1))
-        return goal.scatter_(1, targets.unsqueeze(1), self.label), True
+        try:
+            return goal.scatter_(1, targets.unsqueeze(1), self.label), True
+        except RuntimeError as error:
+            raise no_class(classes) from error
 
     def _counted(self, states: States, targets: Tensor) -> tuple[States, Tensor, bool]:
         """States and goals of the samples that have one: a negative class label takes a sample out."""

@@ -1,0 +1,211 @@
+"""Where each layer's error comes from: a table, found by running the model once and leaving everything as it was."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.layers import is_local
+
+LOCAL_PATH = "exact (local)"
+"""Path of modules that hand nothing from one population to another: scales, shifts, slopes, look-ups."""
+_WIDTHS = (32, 20, 20, 44)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module with parameters.
+
+    Attributes:
+        layer: name of the module; "" is the model itself.
+        kind: its class.
+        shape: of its weight, or of its first parameter where it has no `weight`.
+        path: what its error passes through: "own feedback", "cut at 'NAME'", "exact", "merged with 'NAME'", "frozen", "no
+            credit", "signal of its own", "exact (local)", or a few words of the rule's.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    path: str
+
+
+class Placement(tuple[Row, ...]):
+    """Rows in the order in which the model registers its modules; prints as an aligned table.
+
+    >>> print(Placement([Row("0", "Linear", (5, 4), "own feedback"), Row("2", "LayerNorm", (5,), "exact (local)")]))
+    layer  type       weight  error passes through
+    0      Linear     5x4     own feedback
+    2      LayerNorm  5       exact (local)
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "weight", "error passes through")
+        lines = [header, *((row.layer or "(model)", row.kind, "x".join(map(str, row.shape)), row.path) for row in self)]
+        widths = [min(most, max(map(len, column))) for most, column in zip(_WIDTHS, zip(*lines, strict=True), strict=True)]
+        text = []
+        for line in lines:
+            cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(line, widths, strict=True)]
+            for i in range(max(map(len, cells))):
+                parts = [(cell[i] if i < len(cell) else "").ljust(width) for cell, width in zip(cells, widths, strict=True)]
+                text.append("  ".join(parts).rstrip())
+        return "\n".join(text)
+
+    __repr__ = __str__
+
+    def path(self, layer: str) -> str:
+        """What the error of one layer passes through.
+
+        Raises:
+            KeyError: no such row.
+        """
+        for row in self:
+            if row.layer == layer:
+                return row.path
+        raise KeyError(layer)
+
+    def layers(self) -> str:
+        """Names of the modules by path, in a line.
+
+        >>> Placement([Row("0", "Linear", (5, 4), "exact"), Row("2", "Linear", (5, 5), "exact")]).layers()
+        'exact: 0, 2'
+        """
+        paths: dict[str, list[str]] = {}
+        for row in self:
+            paths.setdefault(row.path, []).append(row.layer or "(model)")
+        return "; ".join(f"{path}: {', '.join(names)}" for path, names in paths.items())
+
+    def summary(self) -> str:
+        """How many modules have which path, in a line.
+
+        >>> Placement([Row("0", "Linear", (5, 4), "cut at '1'"), Row("2", "Linear", (5, 5), "cut at '3'")]).summary()
+        '2 cut'
+        """
+        kinds = Counter(row.path.split(" at '")[0].split(" with '")[0] for row in self)
+        return ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+
+
+def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
+    """The table of a model, given the paths of its weighted layers; other modules with parameters are exact and local."""
+    rows = []
+    for name, (module, own) in _modules(model).items():
+        path = paths.get(name, LOCAL_PATH if any(q.requires_grad for q in own.values()) else "frozen")
+        kind = type(module).__name__.removeprefix("Parametrized")
+        weight = getattr(module, "weight", None)
+        first = next(iter(own.values()))
+        rows.append(Row(name, kind, tuple((weight if isinstance(weight, Tensor) else first).shape), path))
+    return Placement(rows)
+
+
+def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
+    """`path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
+
+    Any module with parameters that is not one of :data:`apical.core.layers.LOCAL` counts as weighted.
+    """
+    modules = {name: own for name, (module, own) in _modules(model).items() if not is_local(module)}
+    reached = _reached(model, [q for own in modules.values() for q in own.values() if q.requires_grad], inputs)
+    paths = {}
+    for name, own in modules.items():
+        trained = [id(q) for q in own.values() if q.requires_grad]
+        paths[name] = (path if any(i in reached for i in trained) else "no credit") if trained else "frozen"
+    return paths
+
+
+def _reached(model: nn.Module, parameters: list[nn.Parameter], inputs: Any) -> set[int]:
+    """Ids of the parameters that the output depends on: as the modules are now or, failing that, in evaluation."""
+    reached: set[int] = set()
+    for mode in (None, False):
+        with torch.enable_grad(), undisturbed(model):
+            if mode is not None:
+                model.train(mode)
+            output = model(inputs)
+            leaves = torch.utils._pytree.tree_leaves(output)
+            total = [x.abs().sum() for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+            if total:
+                start = torch.stack([t.to(total[0].device, torch.float64) for t in total]).sum()
+                grads = torch.autograd.grad(start, parameters, allow_unused=True)
+                reached |= {id(q) for q, g in zip(parameters, grads, strict=True) if g is not None}
+        if len(reached) == len(set(map(id, parameters))):
+            break
+    return reached
+
+
+def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Each module that has parameters of its own, by name."""
+    modules = {}
+    for name, module in model.named_modules():
+        own = {} if "parametrizations" in name.split(".") else _own_parameters(module)
+        if own:
+            modules[name] = (module, own)
+    return modules
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a module by name, the weight first; those behind a parametrisation count as the module's."""
+    own = dict(module.named_parameters(recurse=False))
+    if "parametrizations" in module._modules:
+        own |= dict(module.get_submodule("parametrizations").named_parameters())
+    return dict(sorted(own.items(), key=lambda item: "weight" not in item[0]))
+
+
+@contextmanager
+def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]:
+    """Run anything within; afterwards modules, gradients, buffers and random generators are as they were.
+
+    Args:
+        modules: whose state is kept.
+        parameters: also restore the values of the parameters.
+    """
+    every = list(dict.fromkeys(m for module in modules for m in module.modules()))
+    attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
+    tensors = _tensors(every, parameters)
+    generators = [v for m in every for v in m.__dict__.values() if isinstance(v, torch.Generator)]
+    states = [(generator, generator.get_state()) for generator in generators]
+    grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for m in every for q in m.parameters(recurse=False)]
+    devices = {t.device.index for t, _ in tensors if t.is_cuda}
+    devices |= {q.device.index for q, *_ in grads if q.is_cuda}
+    with torch.random.fork_rng([device for device in devices if device is not None]):
+        try:
+            yield
+        finally:
+            for module, saved in attributes:
+                module.__dict__.clear()
+                module.__dict__.update({key: _restored(*value) for key, value in saved.items()})
+            with torch.no_grad():
+                for tensor, value in tensors:
+                    if not torch.equal(tensor, value):
+                        tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
+            for generator, state in states:
+                generator.set_state(state)
+            for parameter, grad, before in grads:
+                parameter.grad = grad
+                if grad is not None and before is not None:
+                    grad.detach().copy_(before)
+
+
+def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tensor, Tensor]]:
+    kept = [t for m in modules for t in m._buffers.values() if t is not None]
+    if parameters:
+        kept += [t for m in modules for t in m._parameters.values() if t is not None]
+    return [(t, t.detach().clone()) for t in {id(t): t for t in kept}.values()]
+
+
+def _shallow(value: Any) -> tuple[Any, Any]:
+    """The value, and a copy of what it holds where it is a plain container."""
+    return value, value.copy() if isinstance(value, dict | list | set) else None
+
+
+def _restored(value: Any, content: Any) -> Any:
+    if isinstance(value, list):
+        value[:] = content
+    elif content is not None:
+        value.clear()
+        value.update(content)
+    return value
