@@ -137,8 +137,9 @@ def _like(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
 
 def original(module: nn.Module) -> nn.Module:
     """The module of the model behind one that stands for it: an effective layer, or an activation that is not in place."""
-    found: nn.Module = module.__dict__.get("stands_for", module)
-    return found
+    while "stands_for" in module.__dict__:
+        module = module.__dict__["stands_for"]
+    return module
 
 
 def require_affine(name: str, layer: nn.Module) -> None:

@@ -1,0 +1,99 @@
+"""Activation checkpointing: parts of the model whose forward pass is repeated during the backward pass, without the rule.
+
+non-reentrant   saved-tensor hooks drop what autograd keeps; the repeated pass supplies it again, matched by position. A
+                rule may add nothing to what autograd keeps there, and take nothing away: :func:`sever` cuts the graph in
+                place of `detach`, and :func:`aside` keeps the rule's own tensors out of the checkpoint.
+reentrant       the pass runs without gradient inside an autograd function, whose backward repeats it, unseen by the rule.
+"""
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
+
+from apical.errors import UnsupportedModelError
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in the oldest versions of PyTorch
+_APPLY = cast(Any, torch.autograd.Function.apply).__func__.__code__
+
+
+def is_checkpointed() -> bool:
+    """Whether a non-reentrant activation checkpoint is recording now."""
+    if torch.compiler.is_compiling():
+        return False  # a compiler plans the repeated pass from the whole graph
+    if _top_hooks is None:
+        return _caller(cast(Any, checkpoint.checkpoint).__wrapped__.__code__) is not None
+    hooks = _top_hooks(True)
+    return hooks is not None and "_checkpoint_hook." in hooks[0].__qualname__
+
+
+def are_tensors_hooked() -> bool:
+    """Whether anybody's saved-tensor hooks are at work now (a checkpoint's; offloading to the CPU)."""
+    return is_checkpointed() if _top_hooks is None else _top_hooks(True) is not None
+
+
+def refuse_hidden(name: str) -> None:
+    """Refuse a layer called without gradient inside an autograd function, as reentrant checkpointing does.
+
+    To be asked where a rule that was called with gradients meets a layer called without: a model may do so on purpose (a
+    frozen backbone under `torch.no_grad`), and then its layer gets no credit.
+
+    Raises:
+        UnsupportedModelError: names the layer and the function.
+    """
+    frame = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _caller(_APPLY)
+    if frame is not None:
+        raise UnsupportedModelError(
+            f"layer {name!r} runs inside the autograd function {frame.f_locals['cls'].__name__}, out of the rule's sight; "
+            "where this is activation checkpointing, pass use_reentrant=False, or remove it"
+        )
+
+
+def refuse_checkpointing(name: str) -> None:
+    """Refuse a layer that runs inside an activation checkpoint of either kind, for rules that cannot work there.
+
+    Raises:
+        UnsupportedModelError: names the layer.
+    """
+    if is_checkpointed():
+        raise UnsupportedModelError(
+            f"layer {name!r} runs inside torch.utils.checkpoint, which repeats its forward pass without the rule; "
+            "remove the checkpoint, or train with a rule of the feedback-alignment family"
+        )
+    refuse_hidden(name)
+
+
+class _Sever(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> None:
+        return None
+
+
+def sever(inputs: Tensor) -> Tensor:
+    """`inputs` without its past, as `detach`, except that what follows still looks differentiable to a checkpoint."""
+    result: Tensor = cast(Any, _Sever).apply(inputs) if is_checkpointed() else inputs.detach()
+    return result
+
+
+def aside() -> saved_tensors_hooks:
+    """Context in which autograd keeps tensors as they are, whatever hooks (a checkpoint's) are at work outside."""
+    return saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
+
+
+def _caller(code: Any) -> Any:
+    """The innermost frame on the stack that runs `code`."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame
