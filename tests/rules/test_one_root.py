@@ -44,6 +44,8 @@ def gradients(rule: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor], factor: float = 1.0, tolerance: float = 1e-12) -> None:
     assert a.keys() == b.keys()
     for name, value in b.items():
+        if value.numel() == 0:  # feedback in closed form
+            continue
         gap = (a[name] - factor * value).abs().max()
         assert gap <= tolerance * max(1.0, abs(factor) * float(value.abs().max())), (name, float(gap))
 
@@ -207,9 +209,7 @@ def test_closures_and_gradient_scaling_are_the_plain_loop(name: str) -> None:
         same(other, plain)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, f in RULES.items() if not hasattr(make(name), "calls") or "explicit" in name]
-)
+@pytest.mark.parametrize("name", RULES)
 def test_lbfgs(name: str) -> None:
     """The loss goes down, or at least the search ends with finite weights, under an optimiser that needs closures."""
     rule = make(name)
