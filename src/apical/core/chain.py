@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
+from apical.core.containers import Containers
 from apical.core.layers import (
     Layer,
     is_hooked,
@@ -128,6 +129,7 @@ class Chain:
             _check_kind(name, module, pools=pools)
         example = example_of(model, self.layers, input_shape)
         self.head, self.stages = _stages(traced(model, example), example, pools=pools)
+        self._containers = Containers(model)
         self._made = tuple(self.stages)  # rules may bound activations, but look at the model's own all the same
         unseen = set(self.layers) - {stage.name for stage in self.stages}
         if unseen:
@@ -149,9 +151,17 @@ class Chain:
         """
         if len(inputs) == 0:
             raise ConfigError("the batch is empty: credit is a mean over samples")
+        self._containers.require_intact(inputs, self._feed_forward)
         for module in self.head:
             inputs = module(inputs)
         self._check(inputs)
+        return inputs
+
+    def _feed_forward(self, inputs: Tensor) -> Tensor:
+        for stage in (None, *self._made):
+            modules = self.head if stage is None else (*stage.before, stage.layer, *stage.after, stage.activation)
+            for module in modules:
+                inputs = module(inputs)
         return inputs
 
     def _check(self, inputs: Tensor) -> None:
