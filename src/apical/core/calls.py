@@ -20,7 +20,15 @@ NAMES = (
 )
 """Activations by their names in `torch.nn.functional`, `torch` and `Tensor`; with "_" behind they work in place."""
 
-AVERAGES = ("mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
+AVERAGES = (
+    "mean",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+)
 """Functions that average over places, so that the error at each place has only its share."""
 
 FUNCTIONS = frozenset(

@@ -77,7 +77,7 @@ class CutRule(CreditRule):
         self._separation: Separation | None = None  # of the last traced pass
         self._patterns: set[Pattern] = set()
         self._shares: dict[str, float] = {}
-        self._right: set[tuple[str, ...]] = set()  # call sequences whose cuts are known to be right
+        self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
         self._last: set[int] = set()  # ids of parameters that the output's own error may reach
 
     @property
@@ -157,10 +157,10 @@ class CutRule(CreditRule):
 
     def _is_right(self, output: Tensor, done: Pass) -> bool:
         """Whether no error goes round the cuts of a pass: its calls were seen before, and so was what the output reaches."""
-        sequence = tuple(done.events)
+        sequence = (self.model.training, *done.events)
         if self.takes_signals or not done.learns:
-            names = [cut.name for cut in done.cuts]
-            return not done.learns or sequence in self._right or self._separation is None or names == self._separation.units
+            names = None if self._separation is None else self._separation.units
+            return not done.learns or sequence in self._right or names in (None, [cut.name for cut in done.cuts])
         return sequence in self._right and all(id(leaf) in self._last for leaf in leaves(output.grad_fn))
 
     @eagerly
@@ -172,13 +172,13 @@ class CutRule(CreditRule):
         """
         if self.takes_signals:
             raise UnsupportedModelError(
-                "the model called its layers in an order that was not seen before, inside a function transform or a compiled "
+                "the model called its layers in an order not seen before, inside a function transform or a compiled "
                 "graph; call the rule on such a batch outside first"
             )
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):
             if verify(self._cutting, done, [output], self._patterns):
-                self._right.add(tuple(done.events))
+                self._right.add((self.model.training, *done.events))
                 self._last |= {id(leaf) for leaf in leaves(output.grad_fn)}
                 return output, done
             self._trace(inputs)

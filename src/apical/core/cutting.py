@@ -65,6 +65,10 @@ class Cut(NamedTuple):
     name: str = ""
     axis: int = -1
 
+    def bare(self) -> "Cut":
+        """The same without the graph, for what the graph itself keeps."""
+        return self._replace(root=self.root.detach())
+
     @property
     def width(self) -> int:
         """Channels of the unit."""
@@ -168,7 +172,7 @@ class Cutting:
         return output, now
 
     def trace(self, inputs: Any) -> tuple[Any, "Trace"]:
-        """The model's output, from a pass without cuts of which everything is noted. Leaves the model as it was, but runs it.
+        """The model's output, from a pass without cuts of which everything is noted.
 
         Inputs of real numbers require a gradient in it, so that the graph is whole where layers are frozen.
         """
@@ -293,12 +297,13 @@ class Pass:
             self.last = hidden.detach_()  # whoever holds the tensor that was changed in place
         else:
             self.last = sever(hidden)
-        self.version = self.last._version
+        if self.learns:
+            self.version = self.last._version
         return self.last
 
     def is_cut(self, output: Any) -> bool:
         """Whether this is what came out of the last cut, unchanged."""
-        return output is self.last and self.last is not None and self.last._version == self.version
+        return output is self.last and self.last is not None and (not self.learns or self.last._version == self.version)
 
     def _axis(self, shape: torch.Size) -> int:
         """The channels' axis: that of the last layer's outputs, if it can be told by their number."""

@@ -57,7 +57,7 @@ class Graph:
         roots: vertices of the model's output, and of cuts that ended other parts of the graph.
 
     Attributes:
-        order: every vertex, none before those that it is computed from... seen from the roots: parents first.
+        order: every vertex, what is computed first last.
         children: what each vertex is computed from.
         parameters: ids of the leaves that enter at a vertex.
     """

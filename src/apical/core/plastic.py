@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule
-from apical.core.layers import computes_plainly
 from apical.core.mismatch import Mismatch
 from apical.core.steps import FROZEN, FUNCTION, Steps
 from apical.core.units import key
@@ -153,10 +152,6 @@ class PlasticRule(EdgeRule):
             self._steps = Steps(self)
         return self._steps
 
-    def is_plain(self, name: str) -> bool:
-        """Whether the layer computes with its own weight as it is."""
-        return computes_plainly(self.layers[name])
-
     def detach(self) -> nn.Module:
         """Remove everything from the model and return it."""
         self.steps.remove()
@@ -164,7 +159,7 @@ class PlasticRule(EdgeRule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to the tensors of this very object."""
-        return {**self.__dict__, "_steps": None}
+        return {**super().__getstate__(), "_steps": None}
 
     def _plastics(self) -> nn.ParameterDict:
         return cast(nn.ParameterDict, self._modules[self.PLASTIC])

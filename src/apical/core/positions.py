@@ -56,8 +56,8 @@ def matched(errors: Tensor, cut: Cut) -> Tensor:
     if len(rows) > 1 and shape[0] == rows[1]:  # moments first: (time, batch, outputs)
         return matched(errors.transpose(0, 1), cut)
     raise UnsupportedModelError(
-        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows[0]} rows, so it "
-        "cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
+        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows[0]} rows, so "
+        "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
     )
 
 

@@ -1,10 +1,10 @@
 """Where to cut so that every weighted layer hears its own teaching signal, and no error goes round a cut.
 
-A model is cut at its activations. That does not part all layers: a residual stream passes activations by, a skip may be taken
-before one, an activation may be a formula of the user's own. From one pass without cuts, autograd's graph tells which layers
-an error reaches from two units of which one lies above the other (round a cut), or through another layer's weight. For each of
-them a unit is ended at the last tensor that all paths from it pass before the next layer: a residual sum, a block's output, the
-result of a formula, at worst the layer's own output. Activations within such a unit end none.
+A model is cut at its activations. That does not part all layers: a residual stream passes activations by, a skip may be
+taken before one, an activation may be a formula of the user's own. From one pass without cuts, autograd's graph tells which
+layers an error reaches from two units, one above the other (round a cut), or through another layer's weight. For
+each of them a unit ends at the last tensor that all paths from it pass before the next layer: a residual sum, a block's
+output, the result of a formula, at worst the layer's own output. An activation within such a unit ends none.
 """
 
 from collections.abc import Iterable, Iterator
@@ -74,8 +74,8 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
 
 def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
     """Whether errors reach every site of a pass with cuts in a way that was found to be right."""
-    last = max((i for i, event in enumerate(done.events) if event in cutting.layers), default=-1)
-    if any(base(event[1:]) and event[1:] in cutting.tail for event in done.events[:last] if event[0:1] == "~"):
+    last = max((i for i, event in enumerate(done.events) if event in cutting.layers), default=0)
+    if not cutting.tail.isdisjoint(event.removeprefix("~") for event in done.events[:last]):
         return False
     roots = {at: cut.name for cut in done.cuts if (at := vertex(cut.root)) is not None}
     output = [at for at in map(vertex, outputs) if at is not None]
@@ -85,9 +85,9 @@ def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: se
     for at, name in (*weighted.items(), *others.items()):
         reach = reached.at(at)
         merged = at in weighted and reach.merged is not None
-        if len(reach.roots) > 1 or merged:
-            if _pattern(name, [roots[r] if r is not None else OUTPUT for r in reach.roots], merged) not in patterns:
-                return False
+        units = [OUTPUT if root is None else roots[root] for root in reach.roots]
+        if (len(units) > 1 or merged) and _pattern(name, units, merged) not in patterns:
+            return False
     return True
 
 

@@ -205,14 +205,14 @@ def described(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.is_floating_point():
         if targets.numel() != output.numel() or targets.shape[0] != output.shape[0]:
             raise ConfigError(
-                f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}; give numbers of "
-                "the output's shape, or class indices"
+                f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}; give numbers "
+                "of the output's shape, or class indices"
             )
         return output, targets.reshape(output.shape).to(output.dtype)
     if targets.shape != output.shape[:-1] or output.shape[-1] < 2:
         raise ConfigError(
-            f"class indices of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}: top-down credit "
-            "needs one output for each of at least two classes, or targets of floating-point numbers"
+            f"class indices of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}: top-down "
+            "credit needs one output for each of at least two classes, or targets of floating-point numbers"
         )
     label = (targets.unsqueeze(-1) == torch.arange(output.shape[-1], device=targets.device)).to(output.dtype)
     return torch.softmax(output, -1), label

@@ -99,7 +99,8 @@ class DirectFeedbackAlignment(CutRule):
         if self.takes_signals:
             signals = [self.signal(cut, errors) for cut in cuts]
         else:
-            teacher.signal = lambda index, scale: self.signal(cuts[index], errors * scale)
+            units = [cut.bare() for cut in cuts]
+            teacher.signal = lambda index, scale: self.signal(units[index], errors * scale)
             signals = [None for _ in cuts]
         taught: list[tuple[Tensor, Tensor | None]] = [
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
@@ -143,7 +144,7 @@ class DirectFeedbackAlignment(CutRule):
             raise ConfigError(f"set_feedback: there is no unit or layer {name!r} with feedback; units: {names}")
         if B.shape != known.shape:
             raise ConfigError(
-                f"set_feedback: B of unit {unit!r} has the shape {tuple(known.shape)} (outputs, neurons), not {tuple(B.shape)}"
+                f"set_feedback: B of unit {unit!r} is {tuple(known.shape)}, outputs by neurons, not {tuple(B.shape)}"
             )
         known.copy_(B)
 
@@ -152,6 +153,8 @@ class DirectFeedbackAlignment(CutRule):
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
         """Draw the matrix of a unit that is met first, or see that it fits."""
+        if cut.shape[0] != errors.shape[0] and self.where == "activation":
+            matched(errors, cut)  # raises here rather than in the backward pass
         size, at = self._size(cut, errors), key(cut.name)
         if at not in self.feedback._buffers:
             is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own

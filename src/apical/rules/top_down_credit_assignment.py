@@ -135,7 +135,7 @@ class TopDownCreditAssignment(CutRule):
         return delivered(matched(credit.view(*places, -1), cut), cut)
 
     def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
-        """Credits (rows, width) of each unit and (rows, outputs) of the output, for one example a row, as parts of a mean."""
+        """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
         sizes = (prediction.shape[1], *widths)
         if self.teacher is None and (
             sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != prediction.device
@@ -158,13 +158,6 @@ class TopDownCreditAssignment(CutRule):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drawn.clear()  # the seed changes
         super()._load_from_state_dict(*args)
-
-
-def _share(credit: Tensor, counts: Tensor | None) -> Tensor:
-    """Each sample's share of the mean of credits (batch, ...) over the samples that count, (batch,) of ones and zeros."""
-    if counts is None:
-        return credit / len(credit)
-    return credit * counts.view(-1, *[1] * (credit.dim() - 1)) / counts.sum()
 
 
 def shipped(name: str) -> str:
