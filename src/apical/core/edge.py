@@ -271,7 +271,7 @@ class EdgeRule(CreditRule):
             return self.model(inputs)
         finally:
             for wrapped, _ in self._sites.values():
-                wrapped.rule = None
+                wrapped.rule = wrapped.site = None
 
     def call_layer(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass, with its feedback, while the rule is at work."""
@@ -306,13 +306,14 @@ class EdgeRule(CreditRule):
         around = aside if is_checkpointed() else nullcontext
         with around():
             below = inputs if shape is None else padded_input(layer, inputs)
-        pathway = self.pathway(name, below)
+            pathway = self.pathway(name, below)
+            if pathway is not None or inputs.requires_grad:
+                self._require_affine(site, call, inputs)
+                site.call = call
+                feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
+                site.call = None
         if pathway is None and not inputs.requires_grad:
             return call(inputs)
-        self._require_affine(site, call, inputs)
-        site.call = call
-        feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
-        site.call = None
         output = call(sever(inputs))
         if not (output.requires_grad or below.requires_grad):  # a frozen layer still hands the error down
             return output
