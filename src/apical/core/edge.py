@@ -23,6 +23,7 @@ from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, require_affine
 from apical.core.layers import computes_plainly
+from apical.core.outside_use import OutsideUse
 from apical.core.placement import layer_paths
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
 from apical.core.swap import Swap
@@ -137,7 +138,7 @@ class EdgeRule(CreditRule):
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
         self._unseen = set(self._weighted)
         self._batches = 0
-        self._may_swap = False
+        self._may_swap = self._watched = False
         self._attach()
 
     def _attach(self) -> None:
@@ -261,17 +262,30 @@ class EdgeRule(CreditRule):
         compiling = torch.compiler.is_compiling()
         device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
+        watch = None if compiling or self._watched else OutsideUse(self, self._weights_in(substitutes))
         for wrapped, site in self._sites.values():
             if not compiling and site.placed.get("forward") is not wrapped:
                 wrapped.require_in_place(site.name)
-            wrapped.rule, wrapped.site = self, site
+            wrapped.rule, wrapped.site = watch or self, site
         try:
-            if substitutes:
-                return torch.func.functional_call(self.model, substitutes, (inputs,))
-            return self.model(inputs)
+            with watch or nullcontext():
+                if substitutes:
+                    output = torch.func.functional_call(self.model, substitutes, (inputs,))
+                else:
+                    output = self.model(inputs)
+            if watch is not None:
+                watch.report()
+            return output
         finally:
+            self._watched = self._watched or (watch is not None and watch.found is None)
             for wrapped, _ in self._sites.values():
                 wrapped.rule = wrapped.site = None
+
+    def _weights_in(self, substitutes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each layer's weight parameter, or what stands in for it."""
+        own = {name: layer._parameters.get("weight") for name, layer in self._weighted.items()}
+        weights = {name: substitutes.get(f"{name}.weight".lstrip("."), weight) for name, weight in own.items()}
+        return {name: weight for name, weight in weights.items() if weight is not None}
 
     def call_layer(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass, with its feedback, while the rule is at work."""
