@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # in the processes, which know n
 from test_conformance import RULES, SKIPPED
 
 from apical.core.credit import CreditRule
+from apical.core.plastic import PlasticRule
 from apical.testing import dense_network
 
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -73,6 +74,15 @@ def train(module: nn.Module, share: slice, apart: bool) -> None:
         optimizer.step()
 
 
+def learned(rule: CreditRule) -> dict[str, Tensor]:
+    """The rule's state; the values of plastic feedback, which one process and several keep in different forms."""
+    state = rule.state_dict()
+    if not isinstance(rule, PlasticRule):
+        return state
+    feedback = {f"feedback of {name}": value for name, value in rule.feedback_weights().items()}
+    return {**{name: value for name, value in state.items() if name.startswith(("model.", "loss."))}, **feedback}
+
+
 def rank_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
@@ -83,7 +93,7 @@ def rank_of_two(rank: int, folder: str) -> None:
             rule = make(name)
             try:
                 train(DistributedDataParallel(rule, **keywords), slice(rank, None, 2), option == "no_sync")
-                found[f"{name}/{option}"] = rule.state_dict()
+                found[f"{name}/{option}"] = learned(rule)
             except Exception as error:
                 found[f"{name}/{option}"] = f"{type(error).__name__}: {error}"
     torch.save(found, Path(folder) / f"{rank}.part")
@@ -106,11 +116,13 @@ def test_ranks_are_equal_and_equal_one_process(name: str, option: str, ranks: li
     first, second = (found[f"{name}/{option}"] for found in ranks)
     assert isinstance(first, dict), first
     assert isinstance(second, dict), second
-    trained = {key for key, _ in make(name).named_parameters()}
+    trained = first.keys() & {key for key, _ in make(name).named_parameters()} | {
+        key for key in first if "feedback of" in key
+    }
     assert all(torch.equal(first[key], second[key]) for key in trained)
     if (name, "distributed") in SKIPPED:
         return
     rule = make(name)
     train(rule, slice(None), option == "no_sync")
-    for key, value in rule.state_dict().items():
+    for key, value in learned(rule).items():
         torch.testing.assert_close(first[key], value, rtol=1e-10, atol=1e-10)

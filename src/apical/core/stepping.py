@@ -4,10 +4,12 @@ The user makes the optimiser and never hands it over, so one pair of torch's glo
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -106,6 +108,11 @@ def skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found.sum() > 0)
 
 
+def distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Arrival:
     """Hook of a weight: notes which gradient has arrived, so that whoever changes it before the step is noticed.
 
@@ -128,6 +135,12 @@ class Arrival:
         self.fresh = True
         if weight._version != self._version:
             self.moves, self._version = self.moves + 1, weight._version
+        self._note(weight)
+        if distributed():  # the average over processes is made at the very end of the backward pass
+            later = torch.autograd.Variable._execution_engine.queue_callback
+            later(partial(later, partial(self._note, weight)))
+
+    def _note(self, weight: Tensor) -> None:
         gradient = weight.grad
         if gradient is None or gradient.is_sparse:
             self.mark = None

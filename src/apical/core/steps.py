@@ -4,12 +4,11 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from apical.core.mismatch import Mismatch, Watch
-from apical.core.stepping import Arrival, Group, Signature, ignore, observe, signature, skipped, unchanged
+from apical.core.stepping import Arrival, Group, Signature, distributed, ignore, observe, signature, skipped, unchanged
 from apical.core.units import key
 from apical.errors import ConfigError
 
@@ -165,11 +164,7 @@ class Steps:
             return FUNCTION
         if not weight.requires_grad or arrival is None:
             return FROZEN
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
+        if distributed():
             return "several processes share their gradients"
         if type(optimizer) is not SGD or (group or {}).get("differentiable"):
             return f"the optimiser is {type(optimizer).__name__}, not torch.optim.SGD"
@@ -251,11 +246,6 @@ class Steps:
         del rule._mismatches()[key(name)]
         rule.reasons[name] = reason
         self._watches.pop(name, None)
-
-
-def distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def alike(group: Group, other: Group) -> bool:

@@ -115,7 +115,7 @@ class KolenPollack(PlasticRule):
         return {
             f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
             for name, layer in self.layers.items()
-            if self.tapped(name)
+            if self.mismatch_of(name) is None and self.tapped(name)
         }
 
     def to_weight(self, name: str, plastic: Tensor) -> Tensor:
