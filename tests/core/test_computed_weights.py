@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 import apical
 from apical.core.credit import CreditRule
@@ -472,3 +473,64 @@ def test_corinfomax_trains_a_known_weight_and_refuses_others() -> None:
     model[1], model[3] = nn.ReLU(), nn.ReLU()
     with pytest.raises(UnsupportedModelError, match="layer '0'"):
         apical.CorInfoMax(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("kind", ["weight norm", "pruned"])
+def test_compiled_chains_hand_the_gradient_on_too(kind: str) -> None:
+    inputs, targets = batch()
+    found = []
+    for compiled in (False, True):
+        model, _ = twins(KNOWN[kind])
+        torch.manual_seed(3)
+        rule = apical.DifferenceTargetPropagation(model, learn=False)
+        torch._dynamo.reset()
+        run = torch.compile(rule, backend="aot_eager", fullgraph=True) if compiled else rule
+        run(inputs, targets).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for eager, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-12, atol=1e-14)
+
+
+class Checkpointed(nn.Module):
+    """A chain whose first half is recomputed in the backward pass."""
+
+    def __init__(self, chain: nn.Sequential, reentrant: bool | None) -> None:
+        super().__init__()
+        self.chain, self.reentrant = chain, reentrant
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.chain(h)
+        return self.chain[2:](checkpoint(self.chain[:2], h, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["dtp", "dfc", "ep", "ccl"])
+def test_activation_checkpoints_change_nothing(name: str, reentrant: bool) -> None:
+    inputs, targets = batch()
+    found = []
+    for option in (None, reentrant):
+        model = Checkpointed(twins(Masked if name == "ccl" else nn.Linear)[0], option)
+        torch.manual_seed(3)
+        credited((CHAINS | BLOCKS)[name](model), inputs, targets)
+        found.append([parameter.grad for parameter in model.parameters()])
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "Masked", "hooked"])
+def test_blocks_under_autocast_follow_autograd(kind: str) -> None:
+    """The signal is the same, so gradients differ from those without autocast by bfloat16's digits alone."""
+    inputs, targets = batch()
+    found = []
+    for enabled in (False, True):
+        model, _ = twins((KNOWN | UNKNOWN)[kind])
+        model = model.float()
+        torch.manual_seed(3)
+        rule = apical.CounterCurrentLearning(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            credited(rule, inputs.float(), targets)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert 0 < (found[1] - found[0]).norm() < 0.03 * found[0].norm()

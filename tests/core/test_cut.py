@@ -176,14 +176,15 @@ def test_dense_direct_feedback_alignment_in_loops() -> None:
     equal(gradients(model), expected)
 
 
+@pytest.mark.parametrize("scale", ["map", "xavier"])
 @pytest.mark.parametrize("feedback", ["full", "broadcast"])
-def test_convolutional_direct_feedback_alignment_in_loops(feedback: str) -> None:
-    """Each neuron of the map hears `B e` (or each channel, the whole map over); kernels sum over positions and samples."""
+def test_convolutional_direct_feedback_alignment_in_loops(feedback: str, scale: str) -> None:
+    """Each neuron of the map hears `B e` (or each channel, its part of it everywhere); kernels sum over positions and samples."""
     model = nn.Sequential(
         nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 2, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 4)
     )
     inputs, targets = torch.randn(3, 2, 4, 4), torch.tensor([0, 3, 1])
-    rule = apical.DirectFeedbackAlignment(model, feedback=feedback)
+    rule = apical.DirectFeedbackAlignment(model, feedback=feedback, scale=scale)
     rule(inputs, targets).backward()
     with torch.no_grad():
         h1 = model[1](model[0](inputs))
@@ -200,7 +201,8 @@ def test_convolutional_direct_feedback_alignment_in_loops(feedback: str) -> None
         assert b.shape == ((4, channels * rows * columns) if feedback == "full" else (4, channels))
         for n, c, i, j in itertools.product(range(3), range(channels), range(rows), range(columns)):
             neuron = c * rows * columns + i * columns + j if feedback == "full" else c
-            delta = sum(e[n, k] * b[k, neuron] for k in range(4)) * (1 - h[n, c, i, j] ** 2)
+            part = 1 / (rows * columns) if feedback == "broadcast" and scale == "map" else 1
+            delta = part * sum(e[n, k] * b[k, neuron] for k in range(4)) * (1 - h[n, c, i, j] ** 2)
             window = below[n, :, i * stride : i * stride + 2, j * stride : j * stride + 2]
             expected[f"{layer}.weight"][c] += delta * window
             expected[f"{layer}.bias"][c] += delta
@@ -329,7 +331,10 @@ def test_broadcast_is_constant_over_the_map_and_full_is_not() -> None:
     for feedback, spread in (("broadcast", False), ("full", True)):
         model = residual_network()
         units = received(*(module for module in model.modules() if isinstance(module, nn.ReLU)))
-        apical.DirectFeedbackAlignment(model, feedback=feedback)(inputs, targets).backward()
+        rule = apical.DirectFeedbackAlignment(model, feedback=feedback)
+        rule(inputs, targets)
+        units.clear()
+        rule(inputs, targets).backward()
         assert len(units) == 5
         for signal in (unit.grad for unit in units):
             assert bool(signal.std((2, 3)).max() > 1e-6) == spread
@@ -438,19 +443,12 @@ class FunctionalActivation(nn.Module):
         return self.last(F.relu(self.first(x)))
 
 
-def test_no_activation_module_is_an_error_with_its_remedy() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"F\.relu.*nn\.ReLU"):
-        apical.DirectFeedbackAlignment(FunctionalActivation())(*vectors())
-    fixed = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
-    apical.DirectFeedbackAlignment(fixed)(*vectors()).backward()
+def test_no_activation_is_an_error_with_its_remedy_where_nothing_else_may_be_cut() -> None:
+    linear = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    with pytest.raises(UnsupportedModelError, match=r"no activation.*units='auto'"):
+        apical.DirectFeedbackAlignment(linear, units="activation")(*vectors())
+    assert apical.DirectFeedbackAlignment(linear).hidden_units(vectors()[0]) == ["0"]
     apical.DirectFeedbackAlignment(FunctionalActivation(), leaky=True)(*vectors()).backward()  # cuts at inputs need none
-
-
-def test_layer_that_is_never_called_is_named() -> None:
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
-    model[1].spare = nn.Linear(2, 2)
-    with pytest.raises(UnsupportedModelError, match=r"'1\.spare'"):
-        apical.DirectFeedbackAlignment(model)(*vectors())
 
 
 class ByKeyword(FunctionalActivation):
@@ -458,9 +456,15 @@ class ByKeyword(FunctionalActivation):
         return self.last(input=F.relu(self.first(input=x)))
 
 
-def test_leaky_layer_called_by_keyword_is_named() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'first'.*keyword"):
-        apical.DirectFeedbackAlignment(ByKeyword(), leaky=True)(*vectors())
+@pytest.mark.parametrize("leaky", [False, True])
+def test_layers_may_be_called_by_keyword(leaky: bool) -> None:
+    results, (inputs, targets) = [], vectors()
+    for kind in (FunctionalActivation, ByKeyword):
+        torch.manual_seed(1)
+        rule = apical.DirectFeedbackAlignment(kind(), leaky=leaky)
+        rule(inputs, targets).backward()
+        results.append(gradients(rule.model))
+    equal(*results, 0.0)
 
 
 def test_single_layer_is_backpropagation() -> None:
@@ -487,3 +491,80 @@ def test_leaky_broadcast_through_layers_that_pad_by_themselves(padding: dict[str
 def test_unknown_feedback() -> None:
     with pytest.raises(ConfigError, match="'sparse'"):
         apical.DirectFeedbackAlignment(nn.Linear(6, 4), feedback="sparse")
+
+
+def test_unknown_scale_and_units() -> None:
+    with pytest.raises(ConfigError, match="'big'"):
+        apical.DirectFeedbackAlignment(nn.Linear(6, 4), scale="big")
+    with pytest.raises(ConfigError, match="'blocks'"):
+        apical.DirectFeedbackAlignment(nn.Linear(6, 4), units="blocks")
+
+
+def deep(pool: str) -> nn.Sequential:
+    ends = {
+        "global": (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+        "flat": (nn.Flatten(), nn.Linear(16 * 256, 10)),
+        "average": (nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16 * 16, 10)),
+    }
+    convolutions = ((3, 16), (16, 16))
+    layers = [part for a, b in convolutions for part in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())]
+    model = nn.Sequential(*layers, *ends[pool])
+    for layer in model:
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+    return model
+
+
+@pytest.mark.parametrize("pool", ["global", "flat", "average"])
+def test_errors_at_maps_are_as_long_as_backpropagations(pool: str) -> None:
+    """Behind an average over n places the true error is 1/sqrt(n) as long; "xavier" feedback ignores that."""
+    inputs, targets = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    ratio = {}
+    for scale in ("map", "xavier"):
+        torch.manual_seed(2)
+        model = deep(pool)
+        rule = apical.DirectFeedbackAlignment(model, scale=scale)
+        rule(inputs, targets).backward()
+        norm = {name: float(g.norm()) for name, g in gradients(model).items()}
+        F.cross_entropy(model(inputs), targets).backward()
+        exact = gradients(model)
+        ratio[scale] = [norm[name] / float(exact[name].norm()) for name in ("0.weight", "3.weight")]
+    assert all(1 / 4 < r < 4 for r in ratio["map"]), ratio
+    places = {"global": 256, "flat": 1, "average": 16}[pool]
+    for mapped, plain in zip(ratio["map"], ratio["xavier"], strict=True):
+        assert abs(plain / mapped / places**0.5 - 1) < 1e-10
+
+
+def test_maps_of_another_size_are_refused_by_full_feedback_and_served_by_broadcast() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+
+    rule = apical.DirectFeedbackAlignment(model())
+    rule(torch.randn(4, 3, 8, 8), torch.arange(4)).backward()
+    with pytest.raises(ConfigError, match=r"'1'.*another size.*broadcast"):
+        rule(torch.randn(4, 3, 9, 9), torch.arange(4))
+    rule = apical.DirectFeedbackAlignment(model(), feedback="broadcast")
+    for size in (8, 9):
+        rule(torch.randn(4, 3, size, size), torch.arange(4)).backward()
+
+
+def test_set_feedback() -> None:
+    model, (inputs, targets) = Reused(), vectors()
+    rule = apical.DirectFeedbackAlignment(model)
+    with pytest.raises(ConfigError, match="none before the first batch"):
+        rule.set_feedback("act", torch.zeros(4, 5))
+    rule(inputs, targets)
+    for name in ("first", "act"):  # the layer, or the unit that its error passes
+        b = torch.randn(4, 5)
+        rule.set_feedback(name, B=b)
+        assert torch.equal(rule.feedback.get_buffer("act"), b)
+    rule.set_feedback("act#2", B=torch.zeros(4, 5))
+    assert not rule.feedback.get_buffer("act#2").any()
+    with pytest.raises(ConfigError, match=r"\(4, 5\).*\(5, 4\)"):
+        rule.set_feedback("act", B=torch.zeros(5, 4))
+    with pytest.raises(ConfigError, match=r"'again' hears the units 'act#1', 'act#2'"):
+        rule.set_feedback("again", B=torch.zeros(4, 5))
+    with pytest.raises(ConfigError, match=r"'last' learns by its exact gradient"):
+        rule.set_feedback("last", B=torch.zeros(4, 5))
+    with pytest.raises(ConfigError, match="no unit or layer 'nine'"):
+        rule.set_feedback("nine", B=torch.zeros(4, 5))

@@ -1,4 +1,4 @@
-"""Types of a user's own: one call makes a layer or an activation known to every rule, and it is trained as a built-in one."""
+"""Types of a user's own: one call makes a layer or an activation known to every rule, which then trains it as its own."""
 
 from collections.abc import Callable
 
@@ -46,6 +46,22 @@ class Twice(nn.ReLU):
         return 2 * super().forward(v)
 
 
+class Lecun(nn.Tanh):
+    """A tanh by inheritance, but another one."""
+
+    def __init__(self, scale: float = 1.7159) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.scale * torch.tanh(2 / 3 * v)
+
+
+class LecunAlone(nn.Module):
+    def forward(self, v: Tensor) -> Tensor:
+        return 1.7159 * torch.tanh(2 / 3 * v)
+
+
 class Again(Twice):
     def forward(self, v: Tensor) -> Tensor:
         return -super().forward(v)
@@ -70,6 +86,8 @@ apical.register_activation(Bend, derivative=lambda module, v, r: 1 - r * r, diff
 apical.register_activation(Step, complex_parts=logistic_parts)
 apical.register_activation(Slope, elementwise=False)
 apical.register_activation(Twice)
+apical.register_activation(Lecun, derivative=lambda module, v, r: 2 / 3 * (module.scale - r * r / module.scale))
+apical.register_activation(LecunAlone)
 apical.register_layer(Dense)
 
 
@@ -104,9 +122,9 @@ def model_of(layer: Callable[[int, int], nn.Module], phi: Callable[[], nn.Module
     return model.double()
 
 
-def gradients(make: Callable[[nn.Module], CreditRule], model: nn.Module) -> list[Tensor]:
+def gradients(make: Callable[[nn.Module], CreditRule], model: nn.Module, dtype: torch.dtype = torch.double) -> list[Tensor]:
     torch.manual_seed(1)
-    inputs, targets = torch.randn(8, 5, dtype=torch.double), torch.arange(8) % 3
+    inputs, targets = torch.randn(8, 5, dtype=torch.double).to(dtype), torch.arange(8) % 3
     rule = make(model)
     torch.manual_seed(2)
     rule(inputs, targets).backward()
@@ -123,6 +141,34 @@ def test_every_rule_trains_it_as_the_built_in_one(name: str, own: str) -> None:
     assert len(mine) == len(expected) >= 6
     for gradient, wanted in zip(mine, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
+
+
+INHERITED = {
+    **{name: RULES[name] for name in ("dfa", "dtp", "dfc-ss", "ccl")},
+    "dfc-simulate": lambda model: apical.DeepFeedbackControl(model, solver="simulate", points=20),
+    "ep-hardtanh": lambda model: apical.EquilibriumPropagation(model, damping=0.3, free_steps=20, nudged_steps=10),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the steady state is not a stable one")
+@pytest.mark.parametrize("name", INHERITED)
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+def test_a_type_is_not_taken_for_the_one_it_inherits_from(name: str, dtype: torch.dtype) -> None:
+    """In float32 too, where the simulation has a series for tanh alone."""
+    found = [
+        gradients(lambda model: INHERITED[name](model.to(dtype)), model_of(nn.Linear, phi), dtype)
+        for phi in (Lecun, LecunAlone)
+    ]
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.double else {"rtol": 2e-3, "atol": 2e-5}
+    for gradient, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, wanted, **tolerance)
+
+
+def test_a_bounded_relu_is_not_one_by_inheritance() -> None:
+    rule = apical.EquilibriumPropagation(model_of(nn.Linear, Twice))
+    assert rule.remarks == []
+    v = torch.tensor([3.0])
+    assert rule.chain.stages[0].activation(v) == 6
 
 
 def test_complex_parts_serve_holomorphic_equilibrium_propagation() -> None:

@@ -476,7 +476,7 @@ def test_backpropagation_between_steps_is_no_step_of_the_feedback(make: Any) -> 
 
 @each_rule
 def test_evaluations_change_nothing(make: Any) -> None:
-    """In inference mode a frozen layer is not taken out of the closed form, which would leave tensors of that mode behind."""
+    """A layer that is frozen for an evaluation is not taken out of the closed form, with tensors of that mode."""
 
     def weights(rule: Any, step: int) -> None:
         if isinstance(rule, Literal) or step % 10:

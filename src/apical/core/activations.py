@@ -67,12 +67,11 @@ def register_activation(
     Raises:
         ConfigError: `kind` is no type of modules.
 
-    >>> import apical
     >>> class Cube(nn.Module):
     ...     def forward(self, v):
     ...         return v**3
     >>> register_activation(Cube, derivative=lambda module, v, r: 3 * v**2)
-    >>> apical.core.activations.derivative(Cube(), torch.tensor(2.0), torch.tensor(8.0))
+    >>> derivative(Cube(), torch.tensor(2.0), torch.tensor(8.0))
     tensor(12.)
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -81,17 +80,48 @@ def register_activation(
     _nearest.clear()
 
 
+class Itself(nn.Module):
+    """An activation whose type inherits from another known one and computes something else: no longer an instance of that.
+
+    Args:
+        activation: the activation; no submodule.
+    """
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["stands_for"] = activation
+
+    def forward(self, v: Tensor) -> Tensor:
+        """What the activation makes of v."""
+        made: Tensor = self.__dict__["stands_for"](v)
+        return made
+
+
+def itself(activation: nn.Module) -> nn.Module:
+    """The activation, such that `isinstance` of a known type means that it computes what that type does."""
+    kind = type(activation)
+    inherits = any(base in TYPES and base.forward is not kind.forward for base in kind.__mro__)
+    return Itself(activation) if inherits else activation
+
+
 _nearest: dict[type[nn.Module], Activation | None] = {}
 
 
 def known(activation: nn.Module) -> Activation | None:
     """What is known of the module's type, if the module runs that type's own forward."""
+    activation = _own(activation)
     kind = type(activation)
     if kind not in _nearest:
         found = next((TYPES[each] for each in kind.__mro__ if each in TYPES), None)
         _nearest[kind] = found if found is not None and kind.forward is found.forward else None
     found = _nearest[kind]
     return found if found is not None and runs_own_forward(activation, found.forward) else None
+
+
+def _own(activation: nn.Module) -> nn.Module:
+    """The module that formulas are about."""
+    own: nn.Module = activation.__dict__["stands_for"] if isinstance(activation, Itself) else activation
+    return own
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -115,7 +145,7 @@ def derivative(activation: nn.Module, v: Tensor, r: Tensor) -> Tensor:
     """`phi'(v)`, of v's shape, given also `r = phi(v)`; at a kink the one-sided value that autograd takes."""
     found = known(activation)
     if found is not None and found.derivative is not None:
-        return found.derivative(activation, v, r)
+        return found.derivative(_own(activation), v, r)
     slope: Tensor = torch.func.jvp(plain(activation), (v,), (torch.ones_like(v),))[1]
     return slope
 
@@ -124,7 +154,7 @@ def pulled_back(activation: nn.Module, v: Tensor, r: Tensor, signal: Tensor) -> 
     """`phi'(v) * signal`, given also `r = phi(v)`; in one sweep over memory where PyTorch has one."""
     found = known(activation)
     if found is not None and found.pulled_back is not None:
-        return found.pulled_back(activation, v, r, signal)
+        return found.pulled_back(_own(activation), v, r, signal)
     return signal * derivative(activation, v, r)
 
 
@@ -132,7 +162,7 @@ def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor
     """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`; without an identity, and in float64, the plain one."""
     found = known(activation)
     if found is not None and found.difference is not None:
-        return found.difference(activation, v, r, d)
+        return found.difference(_own(activation), v, r, d)
     phi = plain(activation)
     if v.dtype != torch.float64 and v.device.type != "mps":  # which has no float64
         wide = v.double()
@@ -146,7 +176,7 @@ def complex_parts(activation: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, 
     """Real and imaginary part of `phi(a + ib)`, of a's shape."""
     found = known(activation)
     if found is not None and found.complex_parts is not None:
-        return found.complex_parts(activation, a, b)
+        return found.complex_parts(_own(activation), a, b)
     z: Tensor = plain(activation)(torch.complex(a, b))
     return z.real, z.imag
 

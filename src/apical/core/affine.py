@@ -82,6 +82,8 @@ class EffectiveConv3d(Effective, nn.Conv3d):  # type: ignore[override]
 
 
 def _state(source: nn.Module) -> list[tuple[int, int]]:
+    if torch.compiler.is_compiling():  # one graph is one batch, at whose beginning the weight is forgotten
+        return []
     return [(id(tensor), tensor._version) for tensor in (*source.parameters(), *source.buffers())]
 
 
@@ -135,8 +137,9 @@ def _like(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
 
 def original(module: nn.Module) -> nn.Module:
     """The module of the model behind one that stands for it: an effective layer, or an activation that is not in place."""
-    found: nn.Module = module.__dict__.get("stands_for", module)
-    return found
+    while "stands_for" in module.__dict__:
+        module = module.__dict__["stands_for"]
+    return module
 
 
 def require_affine(name: str, layer: nn.Module) -> None:

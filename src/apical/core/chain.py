@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.activations import is_activation, is_elementwise, plain
+from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
 from apical.core.layers import (
     Layer,
@@ -103,6 +103,10 @@ class States(NamedTuple):
 
     v: list[Tensor]
     r: list[Tensor]
+
+    def rows(self, samples: Tensor | slice) -> "States":
+        """Some samples."""
+        return States([each[samples] for each in self.v], [each[samples] for each in self.r])
 
 
 class Chain:
@@ -356,7 +360,7 @@ def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn
             after.append(call.module)
             made = call.made
         elif layer is not None and _acts(call.module):
-            finish(plain(call.module))
+            finish(itself(plain(call.module)))
             start = call.made
         elif isinstance(call.module, nn.Identity) and is_linear(call.module):
             continue

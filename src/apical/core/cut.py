@@ -2,23 +2,30 @@
 
 A unit is what lies between two cuts: a weighted layer with its normalisation, the residual sum and the activation at
 whose output the unit ends. The next unit reads that output detached, so no error crosses a cut; one backward pass from all
-unit outputs at once, each with its own signal, then makes every unit's local gradient.
+unit outputs at once, each with its own signal, then makes every unit's local gradient. :mod:`apical.core.separation` finds
+the cuts, and makes sure that no error goes round them.
 """
 
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from apical.core.activations import is_activation
 from apical.core.credit import CreditRule, Loss
+from apical.core.cutting import Cut, Cutting, Pass, Teacher
+from apical.core.graph import leaves
+from apical.core.placement import undisturbed
+from apical.core.separation import OUTPUT, Pattern, Separation, separate, verify
 from apical.core.units import weighted_layers
-from apical.errors import UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+ATTEMPTS = 8
+"""Passes that may be tried until one takes a path whose cuts are known to be right."""
 
 
 def eagerly(method: Method) -> Method:
@@ -26,62 +33,23 @@ def eagerly(method: Method) -> Method:
     return cast(Method, torch.compiler.disable(method))
 
 
-class Teacher:
-    """Makes the teaching signals of one pass, each not before the backward pass reaches its unit.
-
-    Signals made in advance would all exist at once, beside every activation that backward still needs.
-
-    Attributes:
-        signal: `signal(index of the unit, scale) -> teaching signal` of the unit output's shape, times the scalar scale;
-            set after the forward pass, when the output error is known.
-    """
-
-    signal: Callable[[int, Tensor], Tensor]
-
-
-class TeachingSignal(torch.autograd.Function):
-    """A scalar zero whose backward pass hands `teacher.signal(index, scale)` to `hidden`."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, teacher: Teacher, index: int) -> Tensor:
-        """Zero; the unit's output is not kept."""
-        ctx.teacher, ctx.index = teacher, index
-        return hidden.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        """The signal, made now."""
-        return ctx.teacher.signal(ctx.index, scale), None, None
-
-
-class Cut(NamedTuple):
-    """One hidden unit in one pass.
-
-    Attributes:
-        root: where backward starts: a scalar that carries the teacher's signal; under `torch.compile`, which plans memory
-            itself, the unit's output.
-        shape: of the unit's output (batch, ...).
-        dtype: of the unit's output.
-    """
-
-    root: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-
-
 class CutRule(CreditRule):
     """Base of the rules that hand a teaching signal to every hidden unit.
 
     Args:
-        model: network whose activations are modules (`nn.ReLU()`, not `F.relu`), used once or several times each.
+        model: any network; activations may be modules (`nn.ReLU()`) or functions (`F.relu`), used once or several times.
         loss: maps (output, targets) to a scalar batch mean.
         where: "activation" cuts behind every hidden activation (behind the residual sum), so that no error crosses;
             "input" cuts before every weighted layer but the first and leaves residual connections whole.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
+        units: "auto" also cuts wherever an error would go round those cuts, or pass one layer's weight on its way to
+            another (residual streams, skips taken before an activation, activations that are formulas); "activation" cuts
+            behind activations only, and refuses a model where an error would go round them; names of modules are further
+            cuts besides those of "auto".
 
     Raises:
-        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no hidden
-            activation is found.
+        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no place is found where
+            the way round the cuts could be cut.
 
     Attributes:
         plain_roots: make roots that function transforms (`torch.func`) can follow, as compiled graphs get them.
@@ -95,22 +63,22 @@ class CutRule(CreditRule):
         loss: Loss,
         where: Literal["activation", "input"] = "activation",
         exact: Collection[str] = (),
+        units: Literal["auto", "activation"] | Sequence[str] = "auto",
     ) -> None:
         super().__init__(model, loss)
-        self.layers = weighted_layers(model, exact)
-        self.where = where
-        self._hidden: list[str] | None = None
-        self._mode: Literal["off", "trace", "cut"] = "off"
-        self._events: list[tuple[str, bool]] = []  # (module name, is a cut point), in the order of execution
-        self._cuts: list[Cut] = []
-        self._teacher = Teacher()
-        self._calls = 0  # of activations (or layers) so far in this pass
-        self._before = 0  # activations before the first layer: they belong to no unit
-        for name, module in model.named_modules():
-            if name in self.layers:
-                self._hooks.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
-            elif where == "activation" and is_activation(module):
-                self._hooks.append(module.register_forward_hook(partial(self._after_activation, name)))
+        self.layers = weighted_layers(model, exact, shared=True)
+        self.where, self.units = where, units
+        named = [] if isinstance(units, str) else list(units)
+        _check_units(model, units, named)
+        self._cutting = Cutting(model, self.layers, where == "input")
+        self._hooks = self._cutting.hooks
+        weakref.finalize(self, _remove, self._hooks)
+        self._cutting.add_points(named)
+        self._separation: Separation | None = None  # of the last traced pass
+        self._patterns: set[Pattern] = set()
+        self._shares: dict[str, float] = {}
+        self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
+        self._last: set[int] = set()  # ids of parameters that the output's own error may reach
 
     @property
     def takes_signals(self) -> bool:
@@ -120,82 +88,130 @@ class CutRule(CreditRule):
     def hidden_units(self, inputs: Tensor) -> list[str]:
         """Names of the cuts in the order of execution: the module each belongs to, with "#k" when it is used again.
 
-        The first call runs `inputs` through the model, leaving the state of model and random generators as it was.
+        Runs `inputs` through the model, leaving the state of model and random generators as it was.
         """
-        if self._hidden is None:
-            self._hidden = self._trace(inputs)
-        return self._hidden
+        if self.where == "input":
+            with undisturbed(self.model), torch.no_grad():
+                return [cut.name for cut in self._cutting.cut_pass(inputs, True)[1].cuts]
+        return self._trace(inputs).units
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
+        if self.where == "input":
+            return super().credit_paths(inputs)
+        paths = self._trace(inputs).paths
+        return {name: self._path(layer, paths.get(name, [])) for name, layer in self.layers.items()}
+
+    @staticmethod
+    def _path(layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
+        if not any(parameter.requires_grad for parameter in layer.parameters()):
+            return "frozen"
+        merged = list(dict.fromkeys(through for _, through in calls if through is not None))
+        units = list(dict.fromkeys(unit for above, _ in calls for unit in above))
+        if not units:
+            return "no credit"
+        if merged:
+            return f"merged with {merged[0]!r}"
+        named = [f"cut at {unit!r}" for unit in units if unit != OUTPUT]
+        return ", ".join(named + ["exact"] * (OUTPUT in units))
 
     @eagerly
-    def _trace(self, inputs: Tensor) -> list[str]:
-        devices = [inputs.device] if inputs.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad(), evaluating(self.model), self._during("trace"):
-            self.model(inputs)
-        weighted = [i for i, (name, _) in enumerate(self._events) if name in self.layers]
-        unseen = set(self.layers) - {self._events[i][0] for i in weighted}
-        if unseen:
+    def _trace(self, inputs: Tensor) -> Separation:
+        """Find the cuts for these inputs."""
+        self.require_attached()
+        with undisturbed(self.model):
+            output, trace = self._cutting.trace(inputs)
+            if not isinstance(output, Tensor):
+                raise _no_tensor(type(self).__name__, output)
+        found = separate(self._cutting, trace, [output], self.units == "activation", self.units != "activation")
+        if self.units == "activation" and not found.units and len(trace.sites) > 1:
             raise UnsupportedModelError(
-                f"layer {min(unseen)!r} was not called as a module in the forward pass; call it, or remove it"
+                "no activation was called between the weighted layers, so there is no hidden unit to send a signal to; pass "
+                "units='auto' to cut between layers, or use activations"
             )
-        self._before = sum(is_cut for _, is_cut in self._events[: weighted[0]])
-        names = [name for name, is_cut in self._events[weighted[0] + 1 : weighted[-1] + 1] if is_cut]
-        if len(self.layers) > 1 and not names:
-            raise UnsupportedModelError(
-                "no activation module was called between the weighted layers, so there is no hidden unit to send a "
-                "signal to; functional activations (F.relu) cannot be seen: use modules (nn.ReLU)"
-            )
-        return [f"{n}#{names[:i].count(n)}" if n in names[:i] else n for i, n in enumerate(names)]
+        self._patterns |= found.patterns
+        self._shares = {**found.shares, **self._shares}
+        self._separation = found
+        return found
 
     def run(self, inputs: Tensor) -> tuple[Tensor, list[Cut], Teacher]:
         """Forward pass with cuts: the model's output (batch, ...), its cuts, and the teacher to be told the signals.
 
         A root that does not require a gradient belongs to a unit without trainable parameters.
+
+        Raises:
+            ConfigError: the batch is empty.
+            UnsupportedModelError: the output is no tensor; or errors would go round the cuts.
         """
         self.require_attached()
-        self.hidden_units(inputs)
-        self._teacher = teacher = Teacher()
-        with self._during("cut"):
-            output = self.model(inputs)
-        cuts, self._cuts, self._teacher = self._cuts, [], Teacher()  # only the graph keeps this pass alive
-        return output, cuts, teacher
+        if isinstance(inputs, Tensor) and inputs.dim() and not len(inputs):
+            raise ConfigError(f"the batch is empty: inputs have the shape {tuple(inputs.shape)}; leave it out")
+        if self.where == "activation" and self._separation is None:
+            self._trace(inputs)
+        output, done = self._cutting.cut_pass(inputs, self.takes_signals)
+        if not isinstance(output, Tensor):
+            raise _no_tensor(type(self).__name__, output)
+        if self.where == "activation" and not self._is_right(output, done):
+            output, done = self._retried(inputs, output, done)
+        return output, done.cuts, done.teacher
 
-    def _cut(self, hidden: Tensor) -> Tensor:
-        root = hidden
-        if not self.takes_signals:
-            root = cast(Any, TeachingSignal).apply(hidden, self._teacher, len(self._cuts))
-        self._cuts.append(Cut(root, hidden.shape, hidden.dtype))
-        return hidden.detach()
+    def _is_right(self, output: Tensor, done: Pass) -> bool:
+        """Whether no error goes round the cuts of a pass: its calls were seen before, and so was what the output reaches."""
+        sequence = (self.model.training, *done.events)
+        if self.takes_signals or not done.learns:
+            names = None if self._separation is None else self._separation.units
+            return not done.learns or sequence in self._right or names in (None, [cut.name for cut in done.cuts])
+        return sequence in self._right and all(id(leaf) in self._last for leaf in leaves(output.grad_fn))
 
-    @contextmanager
-    def _during(self, mode: Literal["trace", "cut"]) -> Iterator[None]:
-        self._mode = mode
-        self._cuts, self._calls = [], 0
-        if mode == "trace":
-            self._events = []
-        try:
-            yield
-        finally:
-            self._mode = "off"
+    @eagerly
+    def _retried(self, inputs: Tensor, output: Tensor, done: Pass) -> tuple[Tensor, Pass]:
+        """The pass itself, if its cuts turn out to be right, or another one with further cuts.
 
-    def _before_layer(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._mode == "trace":
-            self._events.append((name, self.where == "input"))
-        elif self._mode == "cut" and self.where == "input":
-            self._calls += 1
-            if not args:
-                raise UnsupportedModelError(f"layer {name!r} was called with keyword arguments; pass its input by position")
-            if self._calls > 1:
-                return (self._cut(args[0]), *args[1:])
-        return None
+        Raises:
+            UnsupportedModelError: each pass takes a path of its own.
+        """
+        if self.takes_signals:
+            raise UnsupportedModelError(
+                "the model called its layers in an order not seen before, inside a function transform or a compiled "
+                "graph; call the rule on such a batch outside first"
+            )
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        for _ in range(ATTEMPTS):
+            if verify(self._cutting, done, [output], self._patterns):
+                self._right.add((self.model.training, *done.events))
+                self._last |= {id(leaf) for leaf in leaves(output.grad_fn)}
+                return output, done
+            self._trace(inputs)
+            output, done = self._cutting.cut_pass(inputs, False)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.data.copy_(value)  # as after the first of these passes
+        raise UnsupportedModelError(
+            "the model takes another path at each call, and on none of them is the error known to stay within its units; "
+            "make the path depend on the inputs or on PyTorch's random numbers, or name further cuts: units=('NAME', ...)"
+        )
 
-    def _after_activation(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._mode == "trace":
-            self._events.append((name, True))
-        elif self._mode == "cut":
-            self._calls += 1
-            if self._before < self._calls <= self._before + len(self._hidden or ()):
-                return self._cut(output)
-        return None
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def _check_units(model: nn.Module, units: str | Sequence[str], named: list[str]) -> None:
+    if isinstance(units, str) and units not in ("auto", "activation"):
+        raise ConfigError(f"units must be 'auto', 'activation' or a list of names of modules, not {units!r}")
+    known = dict(model.named_modules())
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        raise ConfigError(f"units names {', '.join(map(repr, unknown))}, but the model has no such module")
+
+
+def _no_tensor(rule: str, output: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the model's output is a {type(output).__name__}, and {rule} needs the one tensor whose error it sends to the "
+        "units; wrap the model in a module that returns that tensor"
+    )
 
 
 @contextmanager

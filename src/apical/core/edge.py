@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.effective import effective_weight, probe, require_affine
+from apical.core.effective import measured_weight, require_affine
 from apical.core.layers import computes_plainly
+from apical.core.placement import layer_paths
+from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
-from apical.core.units import Layer, weighted_layers
-from apical.core.wrapped import Attachment, Wrapped
-from apical.errors import UnsupportedModelError
+from apical.core.units import key, weighted_layers
+from apical.core.wrapped import Attachment
+from apical.errors import ConfigError, UnsupportedModelError
 
 Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 """`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
@@ -111,36 +113,6 @@ def weight_tap(
     return result
 
 
-class Site:
-    """What a rule knows of one layer.
-
-    Attributes:
-        name, layer: as the model has them.
-        forward: the layer's own forward method.
-        shape: its geometry.
-        swap: its swap; None where the rule has no feedback for it (the first layer).
-        plain: the layer applies its own weight and bias, and nothing else, as far as is known.
-        swaps: autograd keeps the weight itself, as far as is known.
-        affine: the layer is affine in its input with the geometry of its weight: known of its type, or verified.
-        probed: the same, verified at inputs made up for it.
-        varies: it computes with another weight at every call.
-        call: the layer's forward pass as a function of its input, while it is called.
-    """
-
-    __slots__ = tuple("affine call forward layer name own placed plain probed shape swap swaps varies".split())
-
-    def __init__(self, name: str, wrapped: Wrapped, swap: Swap | None) -> None:
-        layer = cast(Layer, wrapped.layer)
-        self.name, self.layer, self.forward, self.swap = name, layer, wrapped.forward, swap
-        self.shape = geometry(layer)
-        self.own, self.placed = layer._parameters, layer.__dict__
-        self.plain = self.swaps = self.affine = self.probed = computes_plainly(layer)
-        self.varies = False
-        self.call: Callable[[Tensor], Any] | None = None
-        if not self.plain and swap is not None:
-            self.probed, self.varies = probe(name, layer, self.forward)
-
-
 class EdgeRule(CreditRule):
     """Base of the rules that send the error through feedback of their own, layer by layer (FA, sign symmetry, KP, WM, PFA).
 
@@ -157,9 +129,9 @@ class EdgeRule(CreditRule):
 
     def __init__(self, model: nn.Module, loss: Loss, exact: Collection[str] = (), first_layer: bool = False) -> None:
         super().__init__(model, loss)
-        self._weighted = weighted_layers(model, exact)
+        self._weighted = weighted_layers(model, exact, shared=True)
         first = next(iter(self._weighted))
-        self._first = None if first_layer or _trains_before(model, first) else first
+        self._first = None if first_layer or trains_before(model, first) else first
         self.layers = {name: layer for name, layer in self._weighted.items() if name != self._first}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
@@ -201,7 +173,7 @@ class EdgeRule(CreditRule):
         return None
 
     def is_plain(self, name: str) -> bool:
-        """Whether the layer computes with its own weight as it is; another's gradient is not that of the weight it applies."""
+        """Whether the layer computes with its own weight as it is; otherwise `delta h^T` is not the weight's gradient."""
         site = self._sites[name][1]
         return site.plain and computes_plainly(site.layer)
 
@@ -219,7 +191,40 @@ class EdgeRule(CreditRule):
                 f"layer {name!r} makes its weight anew at every call, which {type(self).__name__} cannot follow under "
                 "torch.compile; train without torch.compile"
             )
-        return effective_weight(site.layer, site.call)
+        return measured_weight(site.layer, site.call)
+
+    def random_feedback(self, generator: torch.Generator | None = None) -> nn.Module:
+        """A buffer for each layer, drawn from the Xavier uniform law of its weight; layers that share a weight share it."""
+        feedback, drawn = nn.Module(), {}
+        for name, layer in self.layers.items():
+            weight = layer.weight.detach()
+            if id(layer.weight) not in drawn or not self.is_plain(name):
+                empty = torch.empty_like(weight, device=None if generator is None else generator.device)
+                drawn[id(layer.weight)] = nn.init.xavier_uniform_(empty, generator=generator).to(weight.device)
+            feedback.register_buffer(key(name), drawn[id(layer.weight)])
+        return feedback
+
+    def copy_feedback(self, feedback: nn.Module, name: str, value: Tensor) -> None:
+        """Copy a matrix into the buffer of one layer.
+
+        Raises:
+            ConfigError: unknown layer, or a wrong shape.
+        """
+        if name not in self.layers:
+            raise ConfigError(f"no layer {name!r} holds feedback; there are {', '.join(map(repr, self.layers))}")
+        buffer = feedback.get_buffer(key(name))
+        if value.shape != buffer.shape:
+            raise ConfigError(f"feedback of layer {name!r} has shape {tuple(buffer.shape)}, not {tuple(value.shape)}")
+        with torch.no_grad():
+            buffer.copy_(value)
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """What the error of each layer passes through on its way down."""
+        paths = layer_paths(self.model, inputs, "exact")
+        for name in self._weighted:
+            if paths.get(name) == "exact":
+                paths[name] = "own feedback" if name in self.layers else "no layer below"
+        return paths
 
     def feedback_weight(self, name: str) -> Tensor:
         """Effective feedback weight of one layer, in the shape of the layer's weight."""
@@ -271,7 +276,7 @@ class EdgeRule(CreditRule):
         if not torch.is_grad_enabled():
             refuse_hidden(site.name)
             return site.forward(*args, **kwargs)
-        inputs = args[0] if args else _only_tensor(site.name, kwargs)
+        inputs = args[0] if args else only_tensor(site.name, kwargs)
         if self._unseen:
             self._unseen.discard(site.name)
         swap = site.swap
@@ -281,22 +286,21 @@ class EdgeRule(CreditRule):
                     f"layer {site.name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
                 )
             return site.forward(*args, **kwargs)
-        if self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked():
-            if self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None:
-                swap.met = False
-                with swap:
-                    output = site.forward(*args, **kwargs)
-                if swap.met:
-                    return output
-                site.swaps = False
-                site.affine = torch.is_autocast_enabled(inputs.device.type)  # there another tensor is to be expected
-        return self._with_edge(site, _of_input(site.forward, inputs, args, kwargs), inputs)
+        swaps = self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked()
+        if swaps and (self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None):
+            swap.met = False
+            with swap:
+                output = site.forward(*args, **kwargs)
+            if swap.met:
+                return output
+            site.swaps = False
+            site.affine = torch.is_autocast_enabled(inputs.device.type)  # there another tensor is to be expected
+        return self._with_edge(site, of_input(site.forward, inputs, args, kwargs), inputs)
 
     def _with_edge(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> Any:
         name, layer, shape = site.name, site.layer, site.shape
         if site.plain and "weight" not in site.own:  # since the rule was made
-            site.plain = site.affine = False
-            site.probed, site.varies = probe(name, layer, site.forward)
+            site.look_again()
         around = aside if is_checkpointed() else nullcontext
         with around():
             below = inputs if shape is None else padded_input(layer, inputs)
@@ -334,51 +338,10 @@ class EdgeRule(CreditRule):
         Raises:
             UnsupportedModelError: names the layer.
         """
-        parts = leaves(loss)
+        parts = graph_leaves(loss)
         for name in sorted(self._unseen):
             if any(id(parameter) in parts for key, parameter in self._weighted[name].named_parameters() if key != "bias"):
                 raise UnsupportedModelError(
                     f"layer {name!r} was not called as a module in the forward pass, so no feedback can be attached to it; "
                     f"call it, or remove it, or pass exact=({name!r},)"
                 )
-
-
-def leaves(loss: Tensor) -> set[int]:
-    """Identities of the tensors whose gradient the graph of `loss` leads to."""
-    found, seen, stack = set(), set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack.extend(below for below, _ in node.next_functions)
-    return found
-
-
-def _trains_before(model: nn.Module, first: str) -> bool:
-    """Whether trainable parameters are registered before the layer named `first`."""
-    for name, parameter in model.named_parameters():
-        if not first or name.startswith(f"{first}."):
-            return False
-        if parameter.requires_grad:
-            return True
-    return False
-
-
-def _only_tensor(name: str, kwargs: dict[str, Any]) -> Tensor:
-    """The input of a layer that was called with keyword arguments alone."""
-    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
-    if len(tensors) != 1:
-        raise UnsupportedModelError(f"layer {name!r} was called with several keyword arguments; pass its input by position")
-    return tensors[0]
-
-
-def _of_input(
-    forward: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[Tensor], Any]:
-    """The call as a function of the input alone."""
-    if args:
-        return lambda x: forward(x, *args[1:], **kwargs)
-    return lambda x: forward(**{key: x if value is inputs else value for key, value in kwargs.items()})

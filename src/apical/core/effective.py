@@ -1,4 +1,4 @@
-"""The weight a layer really computes with, where that is a function of its parameter: masked, quantised, standardised, scaled.
+"""The weight a layer really computes with, where that is a function of its parameter: masked, quantised, scaled.
 
 An edge replaces the backward map of such a layer at its own output. That is right only where the layer is affine in its
 input, with the geometry of its `weight`; both are read off the layer's own derivative.
@@ -6,7 +6,6 @@ input, with the geometry of its `weight`; both are read off the layer's own deri
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import singledispatch
 from itertools import product
 from math import ceil
 from typing import Any, cast
@@ -17,19 +16,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from apical.core.layers import computes_plainly
+from apical.core.layers import computes_plainly, effective_weight, is_registered
 from apical.core.transport import Geometry, geometry, padded_input, pads_itself, transport, weight_gradient
 from apical.errors import UnsupportedModelError
 
 Call = Callable[[Tensor], Any]
 
 
-@singledispatch
-def effective_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
+def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
     """W of `a = W h + b` as the layer computes it now, in the shape of its `weight`; without gradient.
 
-    Random numbers and buffers are left as they were, so that the layer's next call computes with this very weight. A type
-    that knows its weight can register a quicker way: `effective_weight.register(MyLayer)`.
+    Random numbers and buffers are left as they were, so that the layer's next call computes with this very weight. Types
+    registered with a function for their weight (:func:`apical.core.layers.register_layer`) are asked for it.
 
     Args:
         layer: a layer of a type with known :func:`geometry`.
@@ -38,6 +36,11 @@ def effective_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
     weight = cast(Tensor, layer.weight).detach()
     if call is None and computes_plainly(layer):
         return weight
+    if is_registered(layer):
+        with unchanged(layer, weight.device):
+            known = effective_weight(layer)
+        if known is not None:
+            return known.detach()
     call = call or (layer.forward if layer._forward_hooks else layer)
     shape = geometry(layer)
     inputs, errors_for = _probe(shape, layer, weight)
@@ -46,7 +49,7 @@ def effective_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
         errors = errors_for(output.detach())
         below = pull(errors)[0]
     else:
-        with undisturbed(layer, weight.device), torch.enable_grad():
+        with unchanged(layer, weight.device), torch.enable_grad():
             output = call(inputs.requires_grad_())
             errors = errors_for(output.detach())
             below = torch.autograd.grad(output, inputs, errors)[0]
@@ -58,8 +61,8 @@ def effective_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
 def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Inputs (zero), and the errors at the output that read the weight, each of its entries exactly once.
 
-    An error that is one at a single output neuron reaches the inputs that this neuron sees, by the weights it sees them with.
-    A transposed convolution's neurons see but every stride-th tap: there as many neighbours as the stride has steps are asked.
+    An error of one at a single output neuron reaches the inputs that this neuron sees, by the weights it sees them with. A
+    neuron of a transposed convolution sees one in `stride` taps: there as many neighbours as the stride are asked.
     """
     if shape is None:
         n_out, n_in = weight.shape
@@ -105,14 +108,14 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
     """
     shape, seen, generator = geometry(layer), _Precision(), torch.Generator().manual_seed(0)
     leaf = (inputs.detach() + torch.randn(inputs.shape, generator=generator).to(inputs)).requires_grad_()
+    with unchanged(layer, inputs.device), torch.enable_grad(), seen:
+        output = call(leaf)  # what the model itself gets wrong is none of ours
     try:
-        with undisturbed(layer, inputs.device), torch.enable_grad(), seen:
-            output = call(leaf)
-        with undisturbed(layer, inputs.device), torch.no_grad():
+        with unchanged(layer, inputs.device), torch.no_grad():
             offset = call(torch.zeros_like(leaf))
         delta = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
         exact = torch.autograd.grad(output, leaf, delta)[0]
-        weight = effective_weight(layer, call)
+        weight = measured_weight(layer, call)
         with torch.enable_grad():
             below = padded_input(layer, leaf)
             carried = transport(shape, delta, weight, below.detach())
@@ -135,7 +138,7 @@ def probe(name: str, layer: nn.Module, call: Call) -> tuple[bool, bool]:
     try:
         inputs = torch.ones_like(_probe(geometry(layer), layer, weight)[0][:2])
         require_affine(name, layer, call, inputs)
-        with undisturbed(layer, weight.device), torch.no_grad():
+        with unchanged(layer, weight.device), torch.no_grad():
             return True, not torch.equal(call(inputs), call(inputs))
     except Exception:  # not to be called like this: its first batch will tell
         return False, True
@@ -161,7 +164,7 @@ class _Precision(TorchFunctionMode):
 
 
 @contextmanager
-def undisturbed(layer: nn.Module, device: torch.device) -> Iterator[None]:
+def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Random numbers, buffers and attributes of a layer as they were, once it has been called."""
     modules = list(layer.modules())
     attributes = [module.__dict__.copy() for module in modules]

@@ -181,7 +181,7 @@ def runs_own_forward(module: nn.Module, forward: Callable[..., Any] | None = Non
 
 def _keeps_forward(module: nn.Module) -> bool:
     bound = module.__dict__.get("forward")
-    while bound is not None:
+    while bound is not None and getattr(bound, "__func__", None) is not type(module).forward:  # a copy's own forward
         if not hasattr(bound, "before"):
             return False
         bound = bound.before

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apical.core.layers import LOCAL
+from apical.core.layers import is_local
 
 LOCAL_PATH = "exact (local)"
 """Path of modules that hand nothing from one population to another: scales, shifts, slopes, look-ups."""
@@ -109,7 +109,7 @@ def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
 
     Any module with parameters that is not one of :data:`apical.core.layers.LOCAL` counts as weighted.
     """
-    modules = {name: own for name, (module, own) in _modules(model).items() if not isinstance(module, LOCAL)}
+    modules = {name: own for name, (module, own) in _modules(model).items() if not is_local(module)}
     reached = _reached(model, [q for own in modules.values() for q in own.values() if q.requires_grad], inputs)
     paths = {}
     for name, own in modules.items():
@@ -181,7 +181,7 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
             with torch.no_grad():
                 for tensor, value in tensors:
                     if not torch.equal(tensor, value):
-                        tensor.copy_(value)
+                        tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
             for generator, state in states:
                 generator.set_state(state)
             for parameter, grad, before in grads:

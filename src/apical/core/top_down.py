@@ -19,8 +19,8 @@ Without it a hidden unit gets credit of one sign for as long as training lasts, 
 """
 
 import json
-import math
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,9 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
         ConfigError: there is no such file, or it is not a (whole) teacher file.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:
+                raise ValueError(f"{member} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
@@ -187,26 +190,34 @@ def parameters_of(outputs: int, widths: Sequence[int], hidden: int, sites: int |
 
 
 def described(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Prediction and target as the top-down network sees them, both (batch, outputs).
+    """Prediction and target as the top-down network sees them, both (batch, *places, outputs).
 
-    Class indices: softmax probabilities and one-hot labels. Numbers: the output and the targets themselves.
+    Class indices: softmax probabilities and one-hot labels; rows of zeros where an index is negative, as those are that
+    losses ignore. Numbers: the output and the targets themselves.
+
+    Args:
+        output: (batch, *places, outputs).
+        targets: class indices (batch, *places), or numbers of the output's shape; (batch,) for one output.
+
+    Raises:
+        ConfigError: targets that fit neither way.
     """
     if targets.is_floating_point():
-        return output.flatten(1), targets.flatten(1).to(output.dtype)
-    label = (targets.unsqueeze(1) == torch.arange(output.shape[1], device=targets.device)).to(output.dtype)
-    return torch.softmax(output, 1), label
+        if targets.numel() != output.numel() or targets.shape[0] != output.shape[0]:
+            raise ConfigError(
+                f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}; give numbers "
+                "of the output's shape, or class indices"
+            )
+        return output, targets.reshape(output.shape).to(output.dtype)
+    if targets.shape != output.shape[:-1] or output.shape[-1] < 2:
+        raise ConfigError(
+            f"class indices of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}: top-down "
+            "credit needs one output for each of at least two classes, or targets of floating-point numbers"
+        )
+    label = (targets.unsqueeze(-1) == torch.arange(output.shape[-1], device=targets.device)).to(output.dtype)
+    return torch.softmax(output, -1), label
 
 
 def through_softmax(credit: Tensor, prediction: Tensor) -> Tensor:
-    """Credit on probabilities p pulled back to the logits: `p (c - c.p)`, (batch, classes)."""
-    return prediction * (credit - (credit * prediction).sum(1, keepdim=True))
-
-
-def spread(credit: Tensor, shape: torch.Size) -> Tensor:
-    """Teaching signal of a unit output's shape (batch, units, ...) from its credits.
-
-    A credit per channel is that of the channel's mean activity, so each place of a map gets an equal part of it.
-    """
-    if credit.shape == shape:
-        return credit
-    return (credit / math.prod(shape[2:])).view(*credit.shape, *(1,) * (len(shape) - 2)).expand(shape)
+    """Credit on probabilities p pulled back to the logits: `p (c - c.p)`, (..., classes)."""
+    return prediction * (credit - (credit * prediction).sum(-1, keepdim=True))

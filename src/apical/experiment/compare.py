@@ -244,7 +244,7 @@ def summarise(job: Job) -> list[dict[str, Any]]:
                 "ratio_to_bp": None,
                 "memory_mb": None,
                 "commit": read_json(folder.environment).get("commit"),
-                **read_json(folder.result),
+                **folder.read_result(),
             }
             result["memory_mb"] = result.pop("peak_memory_mb", None)
             rows.append(result)

@@ -195,6 +195,9 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
     result = _checked(folder / "result.json", check_result) if (folder / "result.json").exists() else None
     environment = _read_object(folder / "environment.json")
     epochs = tuple(sorted(records))
+    done = (result or {}).get("epochs")
+    if isinstance(done, int) and done > 0 and done not in records:
+        raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, with which the run ended, is not in it")
     kept = tuple(records[epoch] for epoch in epochs)
     return Run(rule, seed, config, environment, epochs, kept, result, _read_examples(folder / "examples.npz"))
 

@@ -20,7 +20,8 @@ from apical.experiment.folders import check_writable as check_writable
 from apical.experiment.provenance import commit as commit
 from apical.experiment.provenance import environment as environment
 from apical.experiment.recipe import Recipe, differences
-from apical.experiment.state import parse_object, read_json, sealed, write_state
+from apical.experiment.report_checks import check_result
+from apical.experiment.state import REMEDY, brief, parse_object, read_json, sealed, write_state
 from apical.experiment.state import write_json as write_json
 from apical.experiment.tensorboard import Events
 
@@ -133,6 +134,21 @@ class RunFolder:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, images=examples[0].float().cpu().numpy(), made=examples[1].float().cpu().numpy())
         write_atomically(self.examples, buffer.getvalue())
+
+    def read_result(self) -> dict[str, Any]:
+        """What result.json says.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        result = read_json(self.result)
+        try:
+            check_result(result)
+            if not {"rule", "seed", "status", "test_loss", "train_loss", "ms_per_step"} <= result.keys():
+                raise TypeError("it lacks a measurement")
+        except TypeError as error:
+            raise CheckpointError(f"{self.result} is damaged ({brief(error)}); {REMEDY}") from None
+        return result
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one finished epoch to metrics.jsonl and force it to disk."""

@@ -29,7 +29,7 @@ from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe
 from apical.experiment.run_folder import RunFolder
 from apical.experiment.signals import StopSignals
-from apical.experiment.state import read_json, write_state
+from apical.experiment.state import write_state
 
 ATTEMPTS = 3
 """How often in a row trainings may be killed without any of them having got further."""
@@ -57,7 +57,7 @@ class Trial:
 
     def results(self) -> list[dict[str, Any]]:
         """Results of its finished trainings."""
-        return [read_json(path / "result.json") for path in self.folders if finished(path)]
+        return [RunFolder(path).read_result() for path in self.folders if finished(path)]
 
     @property
     def score(self) -> float | None:

@@ -8,18 +8,26 @@ last layer learns by its exact gradient, which is local.
 "full" feedback gives each neuron of a feature map its own row of B_l. "broadcast" gives each channel one number for the
 whole map, as in the code of arXiv 2108.13446, which places it at the layers' inputs and lets exact errors leak through
 residual connections; `leaky=True` does that too, for comparison with its published numbers.
+
+Where a network answers at many places (tokens, pixels), each place of a unit hears the error of its own place through
+one matrix (outputs, channels); units with places of their own hear the sum, see :mod:`apical.core.positions`. So do units
+with tokens in a network with one answer, in equal parts: their number may vary.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
-from apical.core.cut import Cut, CutRule, eagerly
+from apical.core.cut import CutRule, eagerly
+from apical.core.cutting import Cut
 from apical.core.losses import output_error, terms
+from apical.core.positions import class_axis, delivered, matched, ordered
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -28,20 +36,25 @@ from apical.errors import ConfigError
 class DirectFeedbackAlignment(CutRule):
     """The output error reaches every hidden unit directly through a fixed random matrix.
 
-    B_l is drawn from the Xavier uniform law of its shape (outputs, neurons), at the first batch, when sizes are known.
+    B_l is drawn from the Xavier uniform law of its shape (outputs, neurons), when its unit is met first; all follow from one
+    seed and the units' names. At feature maps it is smaller by what pooling divides errors by: see `scale`.
 
     Args:
-        model: network whose activations are modules; what lies between two activations is one unit.
+        model: any network; what lies between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean.
         feedback: "full", or "broadcast": one number per channel (at dense units the two are the same). With `leaky`,
             broadcast passes the error through a transposed convolution with a fixed kernel of the layer's geometry.
         leaky: replace the error at every weighted layer's input instead of behind every activation, so that
             residual connections still carry exact errors.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
+        units: where there are cuts, see :class:`apical.core.cut.CutRule`.
+        scale: of feedback to feature maps. "map": full feedback is divided by the square root of the number of places that
+            averages above the unit take together (the length of the true error shrinks by that), broadcast feedback by the
+            number of places of the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
 
     Raises:
-        ConfigError: unknown feedback.
-        UnsupportedModelError: no activation modules between the layers.
+        ConfigError: unknown feedback, units or scale.
+        UnsupportedModelError: see :class:`apical.core.cut.CutRule`.
 
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = DirectFeedbackAlignment(model)
@@ -60,27 +73,34 @@ class DirectFeedbackAlignment(CutRule):
         feedback: Literal["full", "broadcast"] = "full",
         leaky: bool = False,
         exact: Collection[str] = (),
+        units: Literal["auto", "activation"] | Sequence[str] = "auto",
+        scale: Literal["map", "xavier"] = "map",
     ) -> None:
         if feedback not in ("full", "broadcast"):
             raise ConfigError(f'feedback must be "full" or "broadcast", not {feedback!r}')
-        super().__init__(model, loss, "input" if leaky else "activation", exact)
+        if scale not in ("map", "xavier"):
+            raise ConfigError(f'scale must be "map" or "xavier", not {scale!r}')
+        super().__init__(model, loss, "input" if leaky else "activation", exact, units)
         self.kind = feedback
+        self.scale = "xavier" if leaky else scale
         self.feedback = nn.Module()
         self.register_buffer("seed", torch.randint(2**62, ()))  # all B_l follow from it, on every rank alike
+        self._places = self._order()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose roots carry `B_l e` to the hidden units' outputs, and the model's output with `e`."""
         output, cuts, teacher = self.run(inputs)
         loss, error = output_error(self.loss, output, targets, traced=self.plain_roots)
-        errors, names = error.flatten(1), self.hidden_units(inputs)
-        for name, cut in zip(names, cuts, strict=True):
-            if key(name) not in self.feedback._buffers:
-                self._draw(name, self._size(name, cut.shape, errors), output.device)
+        axis = class_axis(output, targets, isinstance(self._topmost(), _ConvNd))
+        errors = ordered(error, axis)
+        for cut in cuts:
+            self._prepare(cut, errors)
         signals: list[Tensor | None] = []
         if self.takes_signals:
-            signals = [self.signal(name, cut, errors) for name, cut in zip(names, cuts, strict=True)]
+            signals = [self.signal(cut, errors) for cut in cuts]
         else:
-            teacher.signal = lambda index, scale: self.signal(names[index], cuts[index], errors * scale)
+            units = [cut.bare() for cut in cuts]
+            teacher.signal = lambda index, scale: self.signal(units[index], errors * scale)
             signals = [None for _ in cuts]
         taught: list[tuple[Tensor, Tensor | None]] = [
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
@@ -90,31 +110,87 @@ class DirectFeedbackAlignment(CutRule):
         taught += [(term, None) for term in terms(loss)]
         return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
 
-    def signal(self, name: str, cut: Cut, errors: Tensor) -> Tensor:
-        """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, outputs)."""
-        b = self.feedback.get_buffer(key(name)).to(errors.dtype)
+    def signal(self, cut: Cut, errors: Tensor) -> Tensor:
+        """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs)."""
+        b = self.feedback.get_buffer(key(cut.name)).to(errors.dtype)
         if b.dim() > 2:  # a kernel of the layer that reads this tensor
-            return _broadcast(self.layers[name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
-        result = errors @ b
-        if result.numel() < cut.shape.numel():  # one number per channel
-            return result.view(*result.shape, *(1,) * (len(cut.shape) - 2)).expand(cut.shape).to(cut.dtype)
-        return result.view(cut.shape).to(cut.dtype)
+            return _broadcast(self.layers[cut.name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
+        result = matched(errors, cut) @ b
+        if result.dim() == 2 and result.shape[1] == cut.shape[1:].numel():
+            return result.view(cut.shape).to(cut.dtype)
+        return delivered(result, cut, divided=self.scale == "map")
 
-    def _size(self, name: str, shape: torch.Size, errors: Tensor) -> tuple[int, ...]:
-        outputs = errors.shape[1]
-        if self.kind == "full" or len(shape) == 2:
-            return (outputs, shape[1:].numel())
-        if self.where == "activation":
-            return (outputs, shape[1])
-        return (outputs, shape[1], *self.layers[name.split("#")[0]].weight.shape[2:])
+    def set_feedback(self, name: str, B: Tensor) -> None:
+        """Set the feedback matrix of a unit, by its own name or that of a weighted layer whose error passes its cut.
+
+        Args:
+            name: of the unit ("relu1", "relu1#2") or layer.
+            B: (outputs, neurons of the unit) or, one number per channel, (outputs, channels); see `feedback`.
+
+        Raises:
+            ConfigError: there is no such unit, or the matrix has another shape.
+        """
+        unit = name
+        paths = self._separation.paths if self._separation is not None else {}
+        if name in paths and key(name) not in self.feedback._buffers:
+            above = sorted({unit for units, _ in paths[name] for unit in units})
+            if len(above) != 1 or not above[0]:
+                has = "learns by its exact gradient" if above == [""] else f"hears the units {', '.join(map(repr, above))}"
+                raise ConfigError(f"layer {name!r} {has}; set_feedback needs the name of one unit")
+            unit = above[0]
+        known = self.feedback._buffers.get(key(unit))
+        if known is None:
+            names = ", ".join(sorted(b.replace("/", ".") for b in self.feedback._buffers)) or "none before the first batch"
+            raise ConfigError(f"set_feedback: there is no unit or layer {name!r} with feedback; units: {names}")
+        if B.shape != known.shape:
+            raise ConfigError(
+                f"set_feedback: B of unit {unit!r} is {tuple(known.shape)}, outputs by neurons, not {tuple(B.shape)}"
+            )
+        known.copy_(B)
+
+    def _topmost(self) -> nn.Module:
+        return next(reversed(self.layers.values()))
+
+    def _prepare(self, cut: Cut, errors: Tensor) -> None:
+        """Draw the matrix of a unit that is met first, or see that it fits."""
+        if cut.shape[0] != errors.shape[0] and self.where == "activation":
+            matched(errors, cut)  # raises here rather than in the backward pass
+        size, at = self._size(cut, errors), key(cut.name)
+        if at not in self.feedback._buffers:
+            is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
+            share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
+            self._draw(cut.name, size, share, errors.device)
+        elif self.feedback._buffers[at].shape != size:
+            raise ConfigError(
+                f"the feedback of unit {cut.name!r} has the shape {tuple(self.feedback._buffers[at].shape)}, and this batch "
+                f"needs {tuple(size)}: maps or outputs of another size; feedback='broadcast' serves maps of any size"
+            )
+
+    def _size(self, cut: Cut, errors: Tensor) -> tuple[int, ...]:
+        outputs = errors.shape[-1]
+        dense = len(cut.shape) == 2
+        if self.where == "input" and self.kind == "broadcast" and not dense:
+            return (outputs, cut.shape[1], *self.layers[cut.name.split("#")[0]].weight.shape[2:])
+        if dense or self.kind == "broadcast" or errors.dim() > 2 or (cut.axis == -1 and self.where == "activation"):
+            return (outputs, cut.width)
+        return (outputs, cut.shape[1:].numel())
+
+    def _order(self) -> dict[str, int]:
+        """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""
+        first = next(iter(self.layers))
+        kinds = self.layers if self.where == "input" else self._cutting.activations
+        names = [name for name, _ in self.model.named_modules() if name in kinds or name == first]
+        return {name: place for place, name in enumerate(names[names.index(first) + 1 :])}
 
     @eagerly
-    def _draw(self, name: str, size: tuple[int, ...], device: torch.device) -> None:
-        position = (self._hidden or []).index(name)
-        generator = torch.Generator().manual_seed((int(self.seed) + position) % 2**63)
+    def _draw(self, name: str, size: tuple[int, ...], share: float, device: torch.device) -> None:
+        place = self._places.get(name)
+        if place is None:  # further uses, functions, blocks: by name
+            place = int.from_bytes(sha256(name.encode()).digest()[:7], "big")
+        generator = torch.Generator().manual_seed((int(self.seed) + place) % 2**63)
         parameter = next(self.model.parameters())
         value = nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype), generator=generator)
-        self.feedback.register_buffer(key(name), value.to(device))
+        self.feedback.register_buffer(key(name), value.div_(share**0.5).to(device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         start = f"{prefix}feedback."

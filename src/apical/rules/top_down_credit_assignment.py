@@ -12,18 +12,21 @@ residual block each activation has credit of its own, so that no transposed weig
 backpropagates one step.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
-from apical.core.cut import Cut, CutRule, eagerly
+from apical.core.cut import CutRule, eagerly
+from apical.core.cutting import Cut
 from apical.core.losses import refuse_options, terms, value_at
-from apical.core.top_down import TopDownNetwork, described, load, spread, through_softmax
+from apical.core.positions import class_axis, delivered, matched, ordered
+from apical.core.top_down import TopDownNetwork, described, load, through_softmax
 from apical.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent / "evolution" / "teachers"
@@ -33,7 +36,7 @@ class TopDownCreditAssignment(CutRule):
     """A top-down network maps [prediction, target] to a credit for every unit.
 
     Args:
-        model: network whose activations are modules; what lies between two activations is one unit.
+        model: any network; what lies between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean; it is reported, and only parameters in it learn from it.
         teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one ("digits"). None
             draws an unevolved one at the first batch, as a control.
@@ -41,11 +44,12 @@ class TopDownCreditAssignment(CutRule):
         sites: emission sites per hidden layer of an unevolved one; None gives each unit a credit of its own.
         silent: hand out no credit to hidden units, as a control: only the last layer learns.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
+        units: where there are cuts, see :class:`apical.core.cut.CutRule`.
 
     Raises:
-        ConfigError: the teacher file is missing or damaged.
-        UnsupportedModelError: no activation modules between the layers; or, at the first batch, the teacher was made for
-            another number of layers, units or outputs.
+        ConfigError: the teacher file is missing or damaged; or targets do not fit the outputs.
+        UnsupportedModelError: see :class:`apical.core.cut.CutRule`; or the teacher was made for another number of layers,
+            units or outputs.
 
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     >>> rule = TopDownCreditAssignment(model, teacher=TopDownNetwork(3, [5], hidden=8))
@@ -65,15 +69,15 @@ class TopDownCreditAssignment(CutRule):
         sites: int | None = None,
         silent: bool = False,
         exact: Collection[str] = (),
+        units: Literal["auto", "activation"] | Sequence[str] = "auto",
     ) -> None:
-        super().__init__(model, loss, "activation", exact)
+        super().__init__(model, loss, "activation", exact, units)
         refuse_options(loss, "top-down credit assignment")
         if isinstance(teacher, Path | str):
             teacher = load(shipped(str(teacher)))[0]
         self.hidden, self.sites, self.silent = hidden, sites, silent
         self.register_buffer("seed", torch.randint(2**62, ()))  # an unevolved teacher follows from it, on every rank alike
-        self._drawn: list[TopDownNetwork] = []  # the unevolved teacher; in a list, so that no state dict repeats it
-        self._checked = False
+        self._drawn: dict[tuple[int, ...], TopDownNetwork] = {}  # unevolved teachers; no state dict repeats them
         for parameter in teacher.parameters() if teacher is not None else ():
             parameter.requires_grad_(False)
         first = next(model.parameters())
@@ -83,8 +87,14 @@ class TopDownCreditAssignment(CutRule):
         """Credit whose roots carry the top-down credits to the hidden units' outputs and to the model's output."""
         output, cuts, late = self.run(inputs)
         loss = value_at(self.loss, output, targets)
-        prediction, target = described(output.detach(), targets)
-        signals = self.signals(prediction, target, cuts, output, classes=not targets.is_floating_point())
+        if not isinstance(targets, Tensor):
+            raise ConfigError(f"top-down credit needs targets that are a tensor, not a {type(targets).__name__}")
+        *_, topmost = self.layers.values()
+        axis = class_axis(output, targets, isinstance(topmost, _ConvNd))
+        moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
+        prediction, target = described(ordered(output.detach(), axis), ordered(targets, axis) if moved else targets)
+        *hidden, last = self.signals(prediction, target, cuts, classes=not targets.is_floating_point())
+        signals = [*hidden, last.movedim(-1, axis).reshape(output.shape).to(output.dtype)]
         late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)
         given = signals if self.takes_signals else [*(None for _ in cuts), signals[-1]]
         taught = [
@@ -97,45 +107,57 @@ class TopDownCreditAssignment(CutRule):
         taught += [(term, None) for term in terms(loss)]
         return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
 
-    def signals(self, prediction: Tensor, target: Tensor, cuts: list[Cut], output: Tensor, classes: bool) -> list[Tensor]:
-        """Teaching signals of each hidden unit's shape and the output's, for predictions and targets (batch, outputs)."""
-        widths = [cut.shape[1] for cut in cuts]
-        if self.teacher is None and (not self._drawn or self._drawn[0].body[0].weight.device != prediction.device):
-            self._draw(prediction.shape[1], widths)
-        teacher = self.teacher if self.teacher is not None else self._drawn[0]
-        counts = target.sum(1) if classes else torch.ones_like(target[:, 0])  # 0 where the loss ignores the label
-        if isinstance(teacher, TopDownNetwork):
-            if not self._checked:
-                teacher.check(prediction.shape[1], widths)
-                self._checked = True
-            emitted = _share(teacher(prediction, target), counts)  # the batch mean of (1), where it costs least
-            credits = teacher.credits(emitted, widths)
-        else:
-            credits = [_share(credit, counts) for credit in teacher(prediction, target)]
-        *hidden, last = (credit.detach() for credit in credits)
+    def signals(self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool) -> list[Tensor]:
+        """Teaching signals of each hidden unit's shape, and the output's (batch, *places, outputs).
+
+        Args:
+            prediction, target: (batch, *places, outputs).
+            classes: targets are class indices; rows of the target without a one count for nothing.
+        """
+        widths = [cut.width for cut in cuts]
+        places, rows = prediction.shape[:-1], prediction.numel() // prediction.shape[-1]
+        p, y = (part.reshape(rows, -1) for part in (prediction, target))
+        credits = [credit.detach() for credit in self._credits(p, y, widths)]
+        if classes and not self.plain_roots:  # the mean over rows that have a label
+            told = y.sum(1, keepdim=True)
+            share = told * (rows / told.sum().clamp(min=1))
+            credits = [credit * share.view(-1, *(1,) * (credit.dim() - 1)) for credit in credits]
+        hidden, last = credits[:-1], credits[-1].view(*places, -1)
         if classes:
             last = through_softmax(last, prediction)
-        return [
-            *(spread(credit, cut.shape).to(cut.dtype) for credit, cut in zip(hidden, cuts, strict=True)),
-            last.view(output.shape).to(output.dtype),
-        ]
+        return [*(self._delivered(c, cut, places) for c, cut in zip(hidden, cuts, strict=True)), last]
+
+    @staticmethod
+    def _delivered(credit: Tensor, cut: Cut, places: torch.Size) -> Tensor:
+        """A credit per channel, or one for each of the unit's neurons, as a signal of the unit's shape."""
+        if credit.dim() > 2 and credit.shape == cut.shape:
+            return credit.to(cut.dtype)
+        return delivered(matched(credit.view(*places, -1), cut), cut)
+
+    def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
+        """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
+        sizes = (prediction.shape[1], *widths)
+        if self.teacher is None and (
+            sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != prediction.device
+        ):
+            self._draw(sizes, prediction.device)
+        teacher = self.teacher if self.teacher is not None else self._drawn[sizes]
+        if not isinstance(teacher, TopDownNetwork):
+            return [credit / len(prediction) for credit in teacher(prediction, target)]
+        teacher.check(sizes[0], widths)
+        return teacher.credits(teacher(prediction, target) / len(prediction), widths)
 
     @eagerly
-    def _draw(self, outputs: int, widths: list[int]) -> None:
-        like = next(self.model.parameters())
+    def _draw(self, sizes: tuple[int, ...], device: torch.device) -> None:
+        """A network for an output and units of these sizes, from the seed."""
         with torch.random.fork_rng([]):
             torch.manual_seed(int(self.seed) % 2**63)
-            drawn = TopDownNetwork(outputs, widths, self.hidden, self.sites)
-        self._drawn = [drawn.to(like.device, like.dtype).requires_grad_(False)]
+            drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites)
+        self._drawn[sizes] = drawn.to(device, next(self.model.parameters()).dtype).requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._drawn = []  # the seed changes
+        self._drawn.clear()  # the seed changes
         super()._load_from_state_dict(*args)
-
-
-def _share(credit: Tensor, counts: Tensor) -> Tensor:
-    """Each sample's share of the mean of credits (batch, ...) over the samples that count, (batch,) of ones and zeros."""
-    return credit * counts.view(-1, *[1] * (credit.dim() - 1)) / counts.sum()
 
 
 def shipped(name: str) -> str:

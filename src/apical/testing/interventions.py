@@ -189,24 +189,30 @@ def _with_feedback(trial: Trial, rule: EdgeRule, weights: Mapping[str, Tensor]) 
 
 def _with_signals(trial: Trial, rule: CutRule, on: list[int]) -> Gradients:
     """Gradients with random signals at the hidden units in `on`, none at the others, and the loss's error at the output."""
-    with _plain_roots(rule) as roots:
+    roots: list[Tensor] = []
 
-        def backward(credit: Credit) -> None:
-            generator = torch.Generator().manual_seed(1)
-            hidden = [id(root) for root in roots]
-            error = _output_error(trial, credit)
-            pairs = [
-                (root, error if error is not None and root.shape == error.shape and root.dim() else signal)
-                for root, signal in zip(credit.roots, credit.signals, strict=True)
-                if id(root) not in hidden and not isinstance(root, nn.Parameter)
-            ]
-            for index in on:
-                if roots[index].requires_grad:
-                    signal = torch.randn(roots[index].shape, generator=generator).to(roots[index])
-                    pairs.append((roots[index], signal))
-            torch.autograd.backward([r for r, _ in pairs], [s for _, s in pairs])
+    def plainly(inputs: Any, targets: Any) -> Credit:
+        rule(inputs, targets)  # so that this order of calls was seen
+        torch.manual_seed(0)
+        with _plain_roots(rule, roots):
+            return rule(inputs, targets)  # type: ignore[no-any-return]
 
-        return trial.step(backward)
+    def backward(credit: Credit) -> None:
+        generator = torch.Generator().manual_seed(1)
+        hidden = [id(root) for root in roots]
+        error = _output_error(trial, credit)
+        pairs = [
+            (root, error if error is not None and root.shape == error.shape and root.dim() else signal)
+            for root, signal in zip(credit.roots, credit.signals, strict=True)
+            if id(root) not in hidden and not isinstance(root, nn.Parameter)
+        ]
+        for index in on:
+            if roots[index].requires_grad:
+                signal = torch.randn(roots[index].shape, generator=generator).to(roots[index])
+                pairs.append((roots[index], signal))
+        torch.autograd.backward([r for r, _ in pairs], [s for _, s in pairs])
+
+    return trial.step(backward, plainly)
 
 
 def _output_error(trial: Trial, credit: Credit) -> Tensor | None:
@@ -219,15 +225,15 @@ def _output_error(trial: Trial, credit: Credit) -> Tensor | None:
 
 
 def _number_of_units(trial: Trial, rule: CutRule) -> int:
-    with _plain_roots(rule) as roots, trial.sandbox():
+    roots: list[Tensor] = []
+    with trial.sandbox(), _plain_roots(rule, roots):
         rule(trial.inputs, trial.targets)
-        return len(roots)
+    return len(roots)
 
 
 @contextmanager
-def _plain_roots(rule: CutRule) -> Iterator[list[Tensor]]:
-    """Within, the rule's roots are the outputs of units; yields those of the hidden units in the latest pass."""
-    roots: list[Tensor] = []
+def _plain_roots(rule: CutRule, roots: list[Tensor]) -> Iterator[None]:
+    """Within, the rule's roots are the outputs of units; those of the hidden ones are put into `roots`."""
     before, run = rule.plain_roots, rule.run
 
     def recorded(*args: Any) -> Any:
@@ -237,7 +243,7 @@ def _plain_roots(rule: CutRule) -> Iterator[list[Tensor]]:
 
     rule.__dict__.update(plain_roots=True, run=recorded)
     try:
-        yield roots
+        yield
     finally:
         rule.__dict__["plain_roots"] = before
         del rule.__dict__["run"]

@@ -51,12 +51,11 @@ class Trial:
         self,
         backward: Callable[[Credit], None] = direct,
         rule: Callable[..., Credit] | None = None,
-        batch: tuple[Any, Any] | None = None,
     ) -> Gradients:
         """Gradients that one step of the rule makes in the model."""
         with self.sandbox():
             made = self.rule if rule is None else rule
-            backward(made(*(batch or (self.inputs, self.targets))))
+            backward(made(self.inputs, self.targets))
             return self.collected()
 
     def exact(self) -> Gradients:

@@ -1,4 +1,4 @@
-"""Small versions of well-known image networks, written as people write them: functional activations, streams, concatenation."""
+"""Small versions of well-known image networks, as people write them: functional activations, streams, concatenation."""
 
 import torch
 import torch.nn.functional as F

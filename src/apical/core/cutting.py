@@ -1,0 +1,399 @@
+"""What a rule with cuts hangs on a model: hooks that end a unit at an activation's output, and what they see in one pass.
+
+Hooks know a :class:`Cutting`, not the rule, so that a rule that nobody holds any more vanishes, and its hooks with it.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from apical.core.activations import is_activation
+from apical.core.calls import AVERAGES, FUNCTIONS, Calls
+from apical.core.checkpointing import refuse_hidden, sever
+from apical.core.graph import Vertex, vertex
+from apical.errors import UnsupportedModelError
+
+
+class Teacher:
+    """Makes the teaching signals of one pass, each not before the backward pass reaches its unit.
+
+    Signals made in advance would all exist at once, beside every activation that backward still needs.
+
+    Attributes:
+        signal: `signal(index of the unit, scale) -> teaching signal` of the unit output's shape, times the scalar scale;
+            set after the forward pass, when the output error is known.
+    """
+
+    signal: Callable[[int, Tensor], Tensor]
+
+
+class TeachingSignal(torch.autograd.Function):
+    """A scalar zero whose backward pass hands `teacher.signal(index, scale)` to `hidden`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, teacher: Teacher, index: int) -> Tensor:
+        """Zero; the unit's output is not kept."""
+        ctx.teacher, ctx.index = teacher, index
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        """The signal, made now."""
+        return ctx.teacher.signal(ctx.index, scale), None, None
+
+
+class Cut(NamedTuple):
+    """One hidden unit in one pass.
+
+    Attributes:
+        root: where backward starts: a scalar that carries the teacher's signal; under `torch.compile`, which plans memory
+            itself, the unit's output.
+        shape: of the unit's output (batch, ...).
+        dtype: of the unit's output.
+        name: of the module, or function call, whose output this is, with "#k" when it is used again.
+        axis: the channels' axis: 1 behind a convolution, else the last.
+    """
+
+    root: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    name: str = ""
+    axis: int = -1
+
+    def bare(self) -> "Cut":
+        """The same without the graph, for what the graph itself keeps."""
+        return self._replace(root=self.root.detach())
+
+    @property
+    def width(self) -> int:
+        """Channels of the unit."""
+        return self.shape[self.axis]
+
+    @property
+    def places(self) -> int:
+        """Places of each sample that the unit has channels at: pixels, tokens; 1 for a dense unit."""
+        return self.shape[1:].numel() // max(self.width, 1)
+
+
+class Call(NamedTuple):
+    """One call in a traced pass.
+
+    Attributes:
+        kind: of what: a weighted layer, an activation, any module, any function.
+        name: of the module or function, with "#k" for its further calls.
+        base: the same without "#k".
+        at: its output in autograd's graph; None where it needs no gradient.
+        first: whether no weighted layer was called before.
+    """
+
+    kind: Literal["layer", "activation", "module", "function"]
+    name: str
+    base: str
+    at: Vertex | None
+    first: bool = False
+
+
+class Cutting:
+    """Where a model is cut, and the hooks that do it during :meth:`cut_pass`.
+
+    Attributes:
+        activations: names of activation modules.
+        points: further cuts: names of modules, cut at every call, and of function calls.
+        bases: names of function calls among the points, without "#k".
+        inside: names of activation calls within a unit, where there is no cut.
+        tail: names of activation calls behind the last weighted layer.
+        is_functional: whether some cut is at a function's call, so that calls must be heard.
+        now: the pass that is under way.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], at_inputs: bool) -> None:
+        self.model, self.layers, self.at_inputs = model, layers, at_inputs
+        self.modules = dict(model.named_modules())
+        self.activations = {name for name, module in self.modules.items() if is_activation(module)}
+        self.points: set[str] = set()
+        self.bases: set[str] = set()
+        self.inside: set[str] = set()
+        self.tail: set[str] = set()
+        self.is_functional = False
+        self.now: Pass | Trace | None = None
+        self.hooks: list[Any] = []
+        for name, module in self.modules.items():
+            if name in layers and at_inputs:
+                self.hooks.append(module.register_forward_pre_hook(partial(_before_layer, self, name), with_kwargs=True))
+            elif name in layers:
+                self.hooks.append(module.register_forward_hook(partial(_after_layer, self, name)))
+            elif name in self.activations and not at_inputs:
+                self.hooks.append(module.register_forward_hook(partial(_after_activation, self, name)))
+
+    def add_points(self, names: Collection[str]) -> None:
+        """Cut at the outputs of these modules too; other names are function calls."""
+        for name in sorted(set(names) - self.points):
+            self.points.add(name)
+            if name in self.modules:
+                self.hooks.append(self.modules[name].register_forward_hook(partial(_after_point, self, name)))
+            else:
+                self.bases.add(name.partition("#")[0])
+                self.hear_functions()
+
+    def hear_functions(self) -> None:
+        """From now on, cut at function calls too."""
+        if not self.is_functional:
+            self.is_functional = True
+            self.hooks += self._owners()
+
+    def _owners(self) -> list[Any]:
+        """Hooks that keep count of whose code runs."""
+        hooks: list[Any] = []
+        for name, module in self.modules.items():
+            if name not in self.layers:
+                hooks.append(module.register_forward_pre_hook(partial(_enter, self, name)))
+                hooks.append(module.register_forward_hook(partial(_leave, self, name)))
+        return hooks
+
+    @contextmanager
+    def _under_way(self, now: "Pass | Trace", functions: bool) -> Iterator[None]:
+        self.now = now
+        try:
+            with Calls(now) if functions else nullcontext():
+                yield
+        finally:
+            self.now = None
+
+    def cut_pass(self, inputs: Any, plain: bool) -> tuple[Any, "Pass"]:
+        """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves."""
+        now = Pass(self, plain)
+        with self._under_way(now, self.is_functional):
+            output = self.model(inputs)
+        return output, now
+
+    def trace(self, inputs: Any) -> tuple[Any, "Trace"]:
+        """The model's output, from a pass without cuts of which everything is noted.
+
+        Inputs of real numbers require a gradient in it, so that the graph is whole where layers are frozen.
+        """
+        now = Trace(self)
+        hooks = [] if self.is_functional else self._owners()
+        hooks += [layer.register_forward_hook(partial(_noted, self, name)) for name, layer in self.layers.items()]
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), self._under_way(now, True):
+                if isinstance(inputs, Tensor):
+                    inputs = inputs.detach().clone()
+                    if inputs.is_floating_point():
+                        inputs = inputs.requires_grad_().clone()
+                return self.model(inputs), now
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Pass:
+    """A forward pass with cuts.
+
+    Attributes:
+        events: names of what was called, in order; "~" before activations without a cut.
+        sites: each call of a weighted layer, and its output in the graph.
+        cuts: the units that ended.
+    """
+
+    def __init__(self, cutting: Cutting, plain: bool = False) -> None:
+        self.cutting, self.plain = cutting, plain
+        self.teacher = Teacher()
+        self.events: list[str] = []
+        self.sites: list[tuple[str, Vertex | None]] = []
+        self.cuts: list[Cut] = []
+        self.near: str | None = None  # the last weighted layer
+        self.last: Tensor | None = None  # what came out of the last cut
+        self.version = 0  # of that tensor then
+        self.at: Vertex | None = None  # and what went in
+        self.counts: dict[str, int] = {}
+        self.owners: list[str] = [""]
+        self.learns = torch.is_grad_enabled()
+
+    def number(self, name: str) -> str:
+        """The name of this call."""
+        count = self.counts.get(name, 0)
+        self.counts[name] = count + 1
+        return f"{name}#{count}" if count else name
+
+    def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Cut at the input of a weighted layer, if it is not the first."""
+        near, self.near = self.near, name
+        if near is None:
+            self.events.append(name)
+            return None
+        if args:
+            return (self.cut(self.number(name), args[0]), *args[1:]), kwargs
+        if "input" in kwargs:
+            return args, {**kwargs, "input": self.cut(self.number(name), kwargs["input"])}
+        raise UnsupportedModelError(f"layer {name!r} was called without its input; pass it by position")
+
+    def layer(self, name: str, output: Any) -> None:
+        """Note a call of a weighted layer."""
+        self.events.append(name)
+        self.near = name
+        if not torch.compiler.is_compiling():
+            if self.learns and not torch.is_grad_enabled():
+                refuse_hidden(name)
+            at = self.at if self.is_cut(output) else vertex(output) if isinstance(output, Tensor) else None
+            self.sites.append((name, at))
+
+    def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
+        """Cut at an activation's output, unless it has no unit of its own. `given` is its input."""
+        if self.near is None:
+            self.events.append(f"~{name}")
+            return None
+        name = self.number(name)
+        if name in self.cutting.inside or name in self.cutting.tail or self.is_cut(output):
+            self.events.append(f"~{name}")
+            return None
+        return self.cut(name, output, output is given)
+
+    def point(self, name: str, output: Any) -> Tensor | None:
+        """Cut at a module's output."""
+        if not isinstance(output, Tensor) or self.is_cut(output):
+            return None
+        return self.cut(self.number(name), output)
+
+    def left(self, name: str, output: Any) -> None:
+        """A module's forward pass is over."""
+
+    def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
+        """Cut at a function's result where it is an activation or a further point."""
+        cutting = self.cutting
+        if cutting.at_inputs or self.owners[-1] in cutting.activations:
+            return result
+        if function in FUNCTIONS:
+            hidden = self.activation(self.called(function), result, args[0] if args else None)
+            return result if hidden is None else hidden
+        name = self.called(function)
+        if name in cutting.bases:
+            name = self.number(name)
+            if name in cutting.points and not self.is_cut(result):
+                return self.cut(name, result)
+        return result
+
+    def called(self, function: Callable[..., Any]) -> str:
+        """Name of a function's calls by the module whose code runs."""
+        owner = self.owners[-1]
+        name = getattr(function, "__name__", "function")
+        return f"{owner}.F.{name}" if owner else f"F.{name}"
+
+    def cut(self, name: str, hidden: Tensor, in_place: bool = False) -> Tensor:
+        """End a unit: what is returned has the same numbers, and no past."""
+        root = hidden
+        if not self.plain:
+            root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))
+        self.events.append(name)
+        self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, self._axis(hidden.shape)))
+        if torch.compiler.is_compiling():
+            return hidden.detach()
+        self.at = vertex(hidden)
+        if in_place and not self.plain and hidden.requires_grad and not hidden._is_view():
+            self.last = hidden.detach_()  # whoever holds the tensor that was changed in place
+        else:
+            self.last = sever(hidden)
+        if self.learns:
+            self.version = self.last._version
+        return self.last
+
+    def is_cut(self, output: Any) -> bool:
+        """Whether this is what came out of the last cut, unchanged."""
+        return output is self.last and self.last is not None and (not self.learns or self.last._version == self.version)
+
+    def _axis(self, shape: torch.Size) -> int:
+        """The channels' axis: that of the last layer's outputs, if it can be told by their number."""
+        layer = self.cutting.layers.get(self.near or "")
+        if len(shape) < 3 or not isinstance(layer, _ConvNd):
+            return -1
+        channels = layer.in_channels if self.cutting.at_inputs else layer.out_channels
+        return -1 if shape[-1] == channels != shape[1] else 1
+
+
+class Trace(Pass):
+    """A forward pass without cuts of which every call is noted.
+
+    Attributes:
+        calls: in order.
+        shrinkage: how many places each average took together.
+    """
+
+    def __init__(self, cutting: Cutting) -> None:
+        super().__init__(cutting)
+        self.calls: list[Call] = []
+        self.shrinkage: dict[Vertex, float] = {}
+
+    def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Nothing is cut."""
+
+    def layer(self, name: str, output: Any) -> None:
+        """Note a layer's output."""
+        super().layer(name, output)
+        self.calls.append(Call("layer", self.number(name), name, self.sites[-1][1]))
+
+    def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
+        """Note an activation's output."""
+        first = self.near is None
+        self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
+        return None
+
+    def point(self, name: str, output: Any) -> Tensor | None:
+        """Noted as every module's output."""
+        return None
+
+    def left(self, name: str, output: Any) -> None:
+        """Note a module's output."""
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            number = self.number(f"{name}:output").replace(":output", "", 1)
+            self.calls.append(Call("module", number, name, vertex(output)))
+
+    def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
+        """Note a function's result."""
+        if self.owners[-1] in self.cutting.activations:
+            return result
+        name = self.called(function)
+        if function in FUNCTIONS:
+            self.activation(name, result, None)
+        elif isinstance(result, Tensor) and result.grad_fn is not None:
+            at = cast(Vertex, vertex(result))
+            self.calls.append(Call("function", self.number(name), name, at))
+            if getattr(function, "__name__", "") in AVERAGES and args and isinstance(args[0], Tensor):
+                self.shrinkage[at] = args[0].numel() / max(result.numel(), 1)
+        return result
+
+
+def _before_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return cutting.now.before_layer(name, args, kwargs) if cutting.now is not None else None
+
+
+def _after_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if cutting.now is not None:
+        cutting.now.layer(name, output)
+
+
+def _after_activation(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return cutting.now.activation(name, output, args[0] if args else None) if cutting.now is not None else None
+
+
+def _after_point(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return cutting.now.point(name, output) if cutting.now is not None else None
+
+
+def _enter(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if cutting.now is not None:
+        cutting.now.owners.append(name)
+
+
+def _leave(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if cutting.now is not None:
+        cutting.now.owners.pop()
+        cutting.now.left(name, output)
+
+
+def _noted(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if cutting.now is not None:
+        cutting.now.left(name, output)

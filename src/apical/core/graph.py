@@ -1,0 +1,202 @@
+"""What autograd recorded of a forward pass, read as units: which errors reach which layer, and where a cut would part them.
+
+A vertex is an output of an autograd node. A *site* is a use of weights: the output of a layer's call, or the vertex at which
+another parameter enters. A *mark* is a vertex at which the graph is cut, or will be: the unit that ends there starts a
+backward pass of its own, and nothing comes through from above. The root is the model's output.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+Vertex = tuple[Node, int]
+"""An autograd node and the number of its output."""
+
+SEVERED = "_SeverBackward"
+"""Name of the node at which :func:`apical.core.checkpointing.sever` ends a graph."""
+
+
+def vertex(tensor: Tensor) -> Vertex | None:
+    """Where the tensor stands in the graph; None for one without a past."""
+    return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+
+def leaves(node: Node | None) -> Iterator[Tensor]:
+    """Leaves that require a gradient, below a node, without its being kept: a quick look below the topmost cut."""
+    waiting, seen = [node] if node is not None else [], {node}
+    while waiting:
+        below = waiting.pop()
+        leaf = getattr(below, "variable", None)
+        if leaf is not None:
+            yield leaf
+        elif below.name() != SEVERED:
+            for child, _ in below.next_functions:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+
+
+class Reach(NamedTuple):
+    """How errors reach one site.
+
+    Attributes:
+        roots: the marks (as vertices; None is the model's output) whose errors arrive, not stopped by another mark.
+        merged: a further weighted site whose weight an error passes on its way, or None.
+    """
+
+    roots: frozenset[Vertex | None]
+    merged: Vertex | None
+
+
+class Graph:
+    """The graph below some tensors.
+
+    Args:
+        roots: vertices of the model's output, and of cuts that ended other parts of the graph.
+
+    Attributes:
+        order: every vertex, what is computed first last.
+        children: what each vertex is computed from.
+        parameters: ids of the leaves that enter at a vertex.
+    """
+
+    def __init__(self, roots: Collection[Vertex]) -> None:
+        self.roots = list(dict.fromkeys(roots))
+        self.children: dict[Vertex, list[Vertex]] = {}
+        self.parameters: dict[Vertex, list[int]] = {}
+        self.order: list[Vertex] = []
+        waiting: list[tuple[Vertex, bool]] = [(root, False) for root in self.roots]
+        while waiting:
+            at, is_done = waiting.pop()
+            if is_done:
+                self.order.append(at)
+            elif at not in self.children:
+                self._open(at)
+                waiting.append((at, True))
+                waiting += [(child, False) for child in self.children[at] if child not in self.children]
+        self.order.reverse()
+
+    def _open(self, at: Vertex) -> None:
+        below: list[tuple[Any, int]] = [] if at[0].name() == SEVERED else list(at[0].next_functions)
+        known = [(child, number) for child, number in below if child is not None]
+        self.children[at] = [each for each in known if not hasattr(each[0], "variable")]
+        self.parameters[at] = [id(child.variable) for child, _ in known if hasattr(child, "variable")]
+
+    def reach(self, output: Collection[Vertex], marks: Collection[Vertex], weighted: Collection[Vertex]) -> "Reached":
+        """How errors travel when the graph is cut at `marks`, and the weights are at the `weighted` sites."""
+        return Reached(self, set(output), set(marks), set(weighted))
+
+    def chain(self, site: Vertex, output: Collection[Vertex], weighted: Collection[Vertex]) -> list[Vertex]:
+        """Vertices that every path from the output to the site passes, with no other weighted site below; nearest first."""
+        above = self._dominators(frozenset(output))
+        weights = set(weighted)
+        hot: dict[Vertex, bool] = {site: False}  # of those above the site: a weighted site lies between
+        for at in reversed(self.order):
+            below = [child for child in self.children[at] if child in hot]
+            if at != site and below:
+                hot[at] = any(hot[child] or (child != site and child in weights) for child in below)
+        found: list[Vertex] = []
+        at: Vertex | None = site
+        while at is not None and not hot.get(at, True) and (at == site or at not in weights):
+            found.append(at)
+            at = above.get(at)
+        return found
+
+    def between(self, top: Vertex, site: Vertex) -> set[Vertex]:
+        """Vertices on paths from `top` down to the site, without these two."""
+        up = {site}
+        for at in reversed(self.order):
+            if any(child in up for child in self.children[at]):
+                up.add(at)
+        down, waiting = set(), [top]
+        while waiting:
+            for child in self.children[waiting.pop()]:
+                if child in up and child not in down:
+                    down.add(child)
+                    waiting.append(child)
+        return down - {top, site}
+
+    def shares(self, output: Collection[Vertex], shrinkage: Mapping[Vertex, float]) -> dict[Vertex, float]:
+        """For each vertex, the product of the shrinkages that all its paths from the output pass."""
+        above = self._dominators(frozenset(output))
+        result: dict[Vertex, float] = {}
+        for at in self.order:
+            parent = above.get(at)
+            result[at] = 1.0 if parent is None else result.get(parent, 1.0) * shrinkage.get(parent, 1.0)
+        return result
+
+    def _dominators(self, output: frozenset[Vertex]) -> dict[Vertex, Vertex | None]:
+        """Each vertex's nearest dominator (Cooper, Harvey & Kennedy 2001); None is the output as a whole."""
+        if getattr(self, "_for", None) == output:
+            return self._nearest
+        parents: dict[Vertex, list[Vertex | None]] = {at: [None] for at in output}
+        nearest: dict[Vertex, Vertex | None] = {}
+        depth: dict[Vertex | None, int] = {None: 0}
+        for at in self.order:
+            if at not in parents:
+                continue  # not below the output
+            first, *rest = parents[at]
+            for other in rest:
+                while first != other:
+                    if depth[first] >= depth[other]:
+                        first = nearest[first] if first is not None else None
+                    else:
+                        other = nearest[other] if other is not None else None
+            nearest[at], depth[at] = first, depth[first] + 1
+            for child in self.children[at]:
+                parents.setdefault(child, []).append(at)
+        self._for, self._nearest = output, nearest
+        return nearest
+
+
+class Reached:
+    """Errors on their way down a graph that is cut at marks.
+
+    Attributes:
+        direct: for each vertex, the roots whose errors arrive there, as bits: bit 0 is the output, bit i mark i.
+        merged: for each vertex, a weighted site that an error passes on its way there, or None.
+        above: for each mark's bit, the bits of all units above it.
+    """
+
+    def __init__(self, graph: Graph, output: set[Vertex], marks: set[Vertex], weighted: set[Vertex]) -> None:
+        self.number: dict[Vertex | None, int] = {None: 0}
+        self.number |= {at: i for i, at in enumerate((at for at in graph.order if at in marks), start=1)}
+        self.marks: list[Vertex | None] = list(self.number)
+        self.weighted = weighted
+        self.direct: dict[Vertex, int] = dict.fromkeys(graph.order, 0)
+        self.merged: dict[Vertex, Vertex | None] = dict.fromkeys(graph.order)
+        self.above: list[int] = [0] * len(self.number)
+        for at in output:
+            self.direct[at] |= 1
+        for at in graph.order:
+            bits, passed = self.direct[at], self.merged[at]
+            if at in marks:
+                own = self.number[at]
+                for i in _bits(bits):
+                    self.above[own] |= 1 << i | self.above[i]
+                bits, passed = 1 << own, None
+                self.direct[at], self.merged[at] = bits, None
+            if at in weighted:
+                passed = at
+            for child in graph.children[at]:
+                self.direct[child] |= bits
+                if passed is not None and bits:
+                    self.merged[child] = passed
+
+    def at(self, site: Vertex) -> Reach:
+        """How errors reach a site."""
+        return Reach(frozenset(self.marks[i] for i in _bits(self.direct[site])), self.merged[site])
+
+    def leaks(self, site: Vertex) -> bool:
+        """Whether an error arrives round a cut: from two units, one of which is above the other."""
+        bits = self.direct[site]
+        return any(self.above[i] & bits for i in _bits(bits)) if bits & (bits - 1) else False
+
+
+def _bits(number: int) -> Iterator[int]:
+    while number:
+        low = number & -number
+        yield low.bit_length() - 1
+        number ^= low

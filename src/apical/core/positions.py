@@ -1,0 +1,71 @@
+"""Answers at many places: which errors a unit hears that has places itself (pixels, tokens, moments), or has none.
+
+The error is brought into the order (batch, places, outputs), what a unit hears is (batch, places, channels), and
+
+    same places            each place hears its own error
+    one answer per sample  each of n places hears 1/n of it, as behind mean pooling
+    other places           each of n places hears 1/n of the sum over the answer's places
+    other axes, same rows  (time * batch, ...) beside (time, batch, ...): row for row
+"""
+
+import torch
+from torch import Tensor
+
+from apical.core.cutting import Cut
+from apical.errors import UnsupportedModelError
+
+
+def class_axis(output: Tensor, targets: object, convolution: bool) -> int:
+    """Axis of the output that holds classes or numbers, 1 or -1; the others are batch and places.
+
+    Class indices leave one axis of the output over, the second as PyTorch's losses have it or the last. Numbers: the second
+    behind a convolution, else the last.
+    """
+    shape = output.shape
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dim() == output.dim() - 1:
+        if targets.shape == (*shape[:1], *shape[2:]):
+            return 1 if output.dim() > 2 else -1
+        if targets.shape == shape[:-1]:
+            return -1
+    return 1 if convolution and output.dim() > 2 else -1
+
+
+def ordered(values: Tensor, axis: int) -> Tensor:
+    """(batch, *places, outputs) from values whose outputs are on `axis`."""
+    return values.movedim(axis, -1) if values.dim() > 1 else values.unsqueeze(-1)
+
+
+def matched(errors: Tensor, cut: Cut) -> Tensor:
+    """What the unit hears of errors (batch, *places, outputs): rows of its own batch and places, or one row per sample.
+
+    Returns:
+        (batch, *places, outputs) with the unit's batch and places, or (batch, outputs), to be divided among its places.
+
+    Raises:
+        UnsupportedModelError: neither its batch nor its rows are those of the output.
+    """
+    shape = list(cut.shape)
+    del shape[cut.axis if len(shape) > 1 else len(shape) :]
+    rows = list(errors.shape[:-1])
+    if shape == rows:
+        return errors
+    if shape[0] == rows[0]:
+        return errors.flatten(1, -2).sum(1) if len(rows) > 1 else errors
+    if torch.Size(shape).numel() == torch.Size(rows).numel():
+        return errors.reshape(*shape, errors.shape[-1])
+    if len(rows) > 1 and shape[0] == rows[1]:  # moments first: (time, batch, outputs)
+        return matched(errors.transpose(0, 1), cut)
+    raise UnsupportedModelError(
+        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows[0]} rows, so "
+        "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
+    )
+
+
+def delivered(values: Tensor, cut: Cut, divided: bool = True) -> Tensor:
+    """The signal of the unit's shape from values (batch, *places, channels), or (batch, channels), divided among places."""
+    if values.dim() == len(cut.shape):
+        return values.movedim(-1, cut.axis).to(cut.dtype)
+    shape = [values.shape[0], *(1 for _ in cut.shape[2:])]
+    shape.insert(cut.axis % len(cut.shape), values.shape[1])
+    part = values / cut.places if divided else values
+    return part.view(shape).expand(cut.shape).to(cut.dtype)

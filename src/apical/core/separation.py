@@ -1,0 +1,229 @@
+"""Where to cut so that every weighted layer hears its own teaching signal, and no error goes round a cut.
+
+A model is cut at its activations. That does not part all layers: a residual stream passes activations by, a skip may be
+taken before one, an activation may be a formula of the user's own. From one pass without cuts, autograd's graph tells which
+layers an error reaches from two units, one above the other (round a cut), or through another layer's weight. For
+each of them a unit ends at the last tensor that all paths from it pass before the next layer: a residual sum, a block's
+output, the result of a formula, at worst the layer's own output. An activation within such a unit ends none.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from apical.core.cutting import Call, Cutting, Pass, Trace
+from apical.core.graph import Graph, Reached, Vertex, vertex
+from apical.errors import UnsupportedModelError
+
+Pattern = tuple[str, tuple[str, ...], bool]
+"""A site's layer or parameter, the units whose errors reach it, and whether through another layer; without "#k"."""
+
+TURNS = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
+"""A weight turned before it is used."""
+
+OUTPUT = ""
+"""Name of the unit of the model's output."""
+
+
+class Separation(NamedTuple):
+    """How a traced pass is to be cut.
+
+    Attributes:
+        units: names of the cuts, in the order of execution.
+        patterns: how errors reach the sites then.
+        paths: for each call of a weighted layer, the units whose errors reach it and a layer that they pass, or None.
+        shares: for each cut, into how many parts averages above it divide an error.
+    """
+
+    units: list[str]
+    patterns: set[Pattern]
+    paths: dict[str, list[tuple[list[str], str | None]]]
+    shares: dict[str, float]
+
+
+def base(name: str) -> str:
+    """A call's name without its number.
+
+    >>> base("cell.act#3")
+    'cell.act'
+    """
+    return name.partition("#")[0]
+
+
+def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: bool, mends: bool) -> Separation:
+    """Find the cuts of a traced pass; new ones are added to `cutting`.
+
+    Args:
+        merges: leave layers together that no activation parts.
+        mends: cut where an error would go round the others; else refuse.
+
+    Raises:
+        UnsupportedModelError: names the layer, and the way round the cuts.
+    """
+    search = _Search(cutting, trace, [at for at in map(vertex, outputs) if at is not None])
+    while True:
+        reached = search.reached()
+        layers = [at for at in search.weighted if reached.leaks(at) or (not merges and reached.merged[at] is not None)]
+        astray = layers or [at for at in search.others if reached.leaks(at)]
+        if not astray:
+            return search.result(reached)
+        if not mends or not search.mend(astray):
+            raise search.refusal(astray[0])
+
+
+def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
+    """Whether errors reach every site of a pass with cuts in a way that was found to be right."""
+    last = max((i for i, event in enumerate(done.events) if event in cutting.layers), default=0)
+    if not cutting.tail.isdisjoint(event.removeprefix("~") for event in done.events[:last]):
+        return False
+    roots = {at: cut.name for cut in done.cuts if (at := vertex(cut.root)) is not None}
+    output = [at for at in map(vertex, outputs) if at is not None]
+    graph = Graph([*output, *roots])
+    weighted, others = sites_of(cutting, graph, done)
+    reached = graph.reach(output, roots, weighted)
+    for at, name in (*weighted.items(), *others.items()):
+        reach = reached.at(at)
+        merged = at in weighted and reach.merged is not None
+        units = [OUTPUT if root is None else roots[root] for root in reach.roots]
+        if (len(units) > 1 or merged) and _pattern(name, units, merged) not in patterns:
+            return False
+    return True
+
+
+def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, str], dict[Vertex, str]]:
+    """Sites in the graph: outputs of weighted layers' calls, and where other parameters enter, by name."""
+    weighted = {at: name for name, at in done.sites if at is not None and at in graph.children}
+    called = {name for name, _ in done.sites}
+    within = {id(p) for name in called for p in cutting.layers[name].parameters()}
+    names = {id(p): (name, owner) for name, p, owner in _parameters(cutting) if id(p) not in within}
+    others: dict[Vertex, str] = {}
+    turned: dict[Vertex, str] = {}  # weights of layers that were not called: F.linear(x, layer.weight)
+    for at in graph.order:
+        for name, owner in (names[i] for i in graph.parameters[at] if i in names):
+            if owner is None:
+                others[at] = name
+            elif at[0].name() in TURNS:
+                turned[at] = owner
+            else:
+                weighted.setdefault(at, owner)
+    for at in graph.order if turned else ():
+        for child in graph.children[at]:
+            if child in turned:
+                weighted.setdefault(at, turned[child])
+    return weighted, others
+
+
+def _parameters(cutting: Cutting) -> Iterator[tuple[str, Tensor, str | None]]:
+    owners = {id(p): name for name, layer in cutting.layers.items() for p in layer.parameters()}
+    for name, parameter in cutting.model.named_parameters():
+        yield name, parameter, owners.get(id(parameter))
+
+
+def _pattern(site: str, units: Iterable[str], merged: bool) -> Pattern:
+    return site, tuple(sorted(map(base, units))), merged
+
+
+class _Search:
+    """The marks on a traced graph."""
+
+    def __init__(self, cutting: Cutting, trace: Trace, output: list[Vertex]) -> None:
+        self.cutting, self.trace, self.output = cutting, trace, output
+        self.graph = Graph(output)
+        self.weighted, self.others = sites_of(cutting, self.graph, trace)
+        self.sites = {**self.others, **self.weighted}
+        cutting.tail = self._tail()
+        self.names: dict[Vertex, str] = {}
+        for kind in ("module", "function"):
+            for call in trace.calls:
+                if call.kind == kind and call.at is not None:
+                    self.names.setdefault(call.at, _point(call))
+        self.marks = {call.at: call for call in reversed(trace.calls) if call.at in self.graph.children and self._ends(call)}
+
+    def _tail(self) -> set[str]:
+        """Activations above the topmost layers belong to the model's output."""
+        graph, calls = self.graph, self.trace.calls
+        below: set[Vertex] = set()
+        for at in graph.order:
+            if at in below or at in self.weighted:
+                below.update(graph.children[at])
+        last = max((i for i, call in enumerate(calls) if call.kind == "layer"), default=-1)
+        activations = [(i, call) for i, call in enumerate(calls) if call.kind == "activation"]
+        return {c.name for i, c in activations if not (c.at in below if c.at in graph.children else i < last)}
+
+    def _ends(self, call: Call) -> bool:
+        """Whether a unit ends there."""
+        cutting = self.cutting
+        if call.kind == "activation":
+            return not call.first and call.name not in cutting.tail | cutting.inside
+        return call.kind in ("module", "function") and _point(call) in cutting.points
+
+    def reached(self) -> Reached:
+        """How errors travel now."""
+        return self.graph.reach(self.output, self.marks, self.weighted)
+
+    def mend(self, sites: Iterable[Vertex]) -> bool:
+        """End units above sites, or take activations out of them; false if nothing can be done."""
+        fresh: set[Vertex] = set()  # whether they are enough is seen in the next round
+        done = False
+        for site in sites:
+            chain = self.graph.chain(site, self.output, self.weighted)
+            end = next((i for i, at in enumerate(chain) if at in self.marks), len(chain))
+            if end < len(chain) and (chain[end] in fresh or self._clear(chain[end], site)):
+                done = True
+                continue
+            free = [at for at in chain[:end] if at in self.names and at not in self.output]
+            if free:
+                fresh |= self._end(free[-1])
+                self._clear(free[-1], site)
+                done = True
+        return done
+
+    def _end(self, at: Vertex) -> set[Vertex]:
+        """End a unit there, and wherever the same module is called."""
+        name = self.names[at]
+        self.cutting.add_points([name])
+        same = [call for call in self.trace.calls if call.kind in ("module", "function") and _point(call) == name]
+        ends = {call.at: call for call in same if call.at in self.graph.children and call.at not in self.marks}
+        self.marks |= ends
+        return set(ends)
+
+    def _clear(self, top: Vertex, site: Vertex) -> bool:
+        """Take activations between the two out of the cuts; whether there were any."""
+        within = [at for at in self.graph.between(top, site) if at in self.marks and self.marks[at].kind == "activation"]
+        for at in within:
+            self.cutting.inside.add(self.marks.pop(at).name)
+        return bool(within)
+
+    def refusal(self, site: Vertex) -> UnsupportedModelError:
+        """What is wrong, where, and what to do."""
+        cuts = sorted({base(call.name) for call in self.marks.values()})
+        round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"
+        return UnsupportedModelError(
+            f"the error would reach {self.sites[site]!r} round {round_}, over a residual connection or a skip; name modules "
+            "whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
+        )
+
+    def result(self, reached: Reached) -> Separation:
+        """What was found."""
+        patterns: set[Pattern] = set()
+        paths: dict[str, list[tuple[list[str], str | None]]] = {}
+        for at, name in self.sites.items():
+            reach = reached.at(at)
+            merged = self.weighted[reach.merged] if at in self.weighted and reach.merged is not None else None
+            units = sorted(OUTPUT if root is None else self.marks[root].name for root in reach.roots)
+            patterns.add(_pattern(name, units, merged is not None))
+            if at in self.weighted:
+                paths.setdefault(name, []).append((units, merged))
+        ends = [call for call in self.trace.calls if self._ends(call)]
+        ends = [call for call in ends if call.at not in self.marks or self.marks[call.at] is call]
+        if any(call.kind == "activation" and call.base not in self.cutting.activations for call in ends):
+            self.cutting.hear_functions()
+        shares = self.graph.shares(self.output, self.trace.shrinkage)
+        parts = {call.name: shares.get(call.at, 1.0) for call in ends if call.at is not None}
+        return Separation([call.name for call in ends], patterns, paths, parts)
+
+
+def _point(call: Call) -> str:
+    """Name of a further cut there: modules are cut at every call, functions at one."""
+    return call.name if call.kind == "function" else call.base
