@@ -82,9 +82,10 @@ class PlasticRule(EdgeRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
-        if not torch.compiler.is_compiling():
-            self._before_forward()
-        self._called = True
+        if torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                self._before_forward()
+            self._called = True
         return super().forward(inputs, targets)
 
     def _before_forward(self) -> None:
