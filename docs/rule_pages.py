@@ -22,7 +22,7 @@ WIDE = 5
 def rule_classes() -> dict[str, type[CreditRule]]:
     """Page name -> class, of every exported rule."""
     exported = [getattr(apical, name) for name in apical.__all__]
-    rules = [kind for kind in exported if issubclass(kind, CreditRule) and kind is not CreditRule]
+    rules = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, CreditRule) and kind is not CreditRule]
     order = list(dict.fromkeys(entry.build for entry in RULES.values()))
     rules.sort(key=lambda kind: order.index(kind) if kind in order else len(order))
     return {page_name(kind): kind for kind in rules}

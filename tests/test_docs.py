@@ -65,6 +65,8 @@ def test_the_code_on_the_page_runs(page: Path) -> None:
         assert names["right"] > 0.8
     if "message" in names:
         assert names["message"].startswith("parameter '1.gain' is an orphan")
+        assert len(names["trained"]) == 11 * 6
+        assert all(names["trained"] + names["masked"])
     if page.name == "feedback-control.md":
         assert names["margin"] > 0
         assert names["sentence"] is None
@@ -101,7 +103,7 @@ def test_every_rule_is_documented() -> None:
     pages = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "rules").glob("*.md")}
     for name in apical.__all__:
         kind = getattr(apical, name)
-        if issubclass(kind, CreditRule) and kind is not CreditRule:
+        if isinstance(kind, type) and issubclass(kind, CreditRule) and kind is not CreditRule:
             assert f"`{name}`" in readme
             assert f"`{name}`" in index
             page = pages.pop(kind.__module__.rpartition(".")[2].replace("_", "-"))

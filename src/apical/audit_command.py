@@ -1,9 +1,8 @@
 """`apical audit`: rules are trained shortly, measured, shown as a table, and kept with a figure."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,12 @@ from apical.experiment.checkpoint import write_atomically
 from apical.experiment.compare import load_data
 from apical.experiment.distributed import under_torchrun
 from apical.experiment.figures_audit import SIGNS, draw, number_of
+from apical.experiment.folders import check_writable, refuse_used
 from apical.experiment.progress import shown_path
+from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe
-from apical.experiment.run_folder import check_writable, environment, write_json
+from apical.experiment.run_folder import FolderLock
+from apical.experiment.state import write_json
 from apical.recipes.audit import audit
 from apical.recipes.claims import PFA_TABLE
 from apical.recipes.rules import RULES, find_rule
@@ -50,10 +52,17 @@ def run(flags: "Audit", command: str) -> int:
         dataset = replace(dataset, train=Split(dataset.train.inputs[:IMAGES], dataset.train.targets[:IMAGES]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the matrices are small
+    held = nullcontext() if flags.out is None else FolderLock(flags.out).held("auditing", wait=0)
     try:
-        rows, refused = _audited(rules, flags, dataset)
+        with held:
+            _check(flags)  # again: its last holder may have written it since
+            return _run(rules, flags, dataset, command, started)
     finally:
         torch.set_num_threads(threads)
+
+
+def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, started: float) -> int:
+    rows, refused = _audited(rules, flags, dataset)
     if not rows:
         raise ConfigError("; ".join(f"{rule}: {why}" for rule, why in refused.items()))
     where = environment("cpu", 1)
@@ -74,7 +83,6 @@ def run(flags: "Audit", command: str) -> int:
     _tell(record)
     if flags.out is not None:
         drawing = draw(record)
-        flags.out.mkdir(parents=True, exist_ok=True)
         write_json(flags.out / "audit.json", record)
         write_atomically(flags.out / "audit.png", drawing.png)
         write_atomically(flags.out / "audit.svg", drawing.svg)
@@ -91,8 +99,8 @@ def _check(flags: "Audit") -> None:
     out: Path | None = flags.out
     if out is not None:
         check_writable(out)
-        if out.is_dir() and os.listdir(out) and not flags.overwrite:
-            raise ConfigError(f"--out {out} is not empty; add --overwrite to replace the audit in it")
+        if not flags.overwrite:
+            refuse_used(out, "add --overwrite to replace the audit in it")
 
 
 def _audited(rules: Sequence[str], flags: "Audit", dataset: Dataset) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -1,9 +1,11 @@
 """The command line: `apical COMMAND`. Torch is imported only by commands that compute."""
 
+import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +21,7 @@ from apical.flags.landscape import Landscape
 from apical.flags.reproduce import Reproduce
 from apical.flags.sweep import Sweep
 from apical.flags.training import Compare, Train
+from apical.interrupts import LINE, STATUS, Raise, end, handled
 
 DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
 
@@ -117,32 +120,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _status(parsed: Any, command: str) -> int:
     try:
-        return _run(parsed, command)
+        with handled(end):
+            run = _runner(parsed)
+        with handled(Raise()):
+            return run(parsed, command)
     except ApicalError as error:
         message = str(error)
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        message = (error.strerror or str(error)) + where
+        message = _said(error, parsed)
+    except SystemExit as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{frame.filename}, line {frame.lineno}, ended the program (SystemExit: {error.code})"
     except KeyboardInterrupt:
-        return 130
+        print(LINE, file=sys.stderr, flush=True)
+        return STATUS
     # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke
     print("apical: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
 
 
-def _run(parsed: Any, command: str) -> int:
-    from apical import commands  # imports torch
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _said(error: OSError, parsed: Any) -> str:
+    """An error of the system in one line; a full disk's with the folder and how to go on."""
+    out = getattr(parsed, "out", None) or getattr(parsed, "folder", None)
+    where = error.filename or (out if error.errno in _FULL else None)
+    text = (error.strerror or str(error)) + (f": {where}" if where else "")
+    if error.errno in _FULL and hasattr(parsed, "resume"):
+        text += f"; what was saved in {out} is kept: make room, then give the same command with --resume"
+    return text
+
+
+def _runner(parsed: Any) -> Callable[[Any, str], int]:
+    """What runs a command; imports torch and all that the command needs."""
+    from apical import commands
 
     if isinstance(parsed, Compare):
-        return commands.compare(parsed, command)
+        return commands.compare
     if isinstance(parsed, Train):
-        return commands.train(parsed, command)
+        return commands.train
     if type(parsed) in MODULES:
-        return int(import_module(MODULES[type(parsed)]).run(parsed, command))
-    if isinstance(parsed, Report):
-        commands.write_report(parsed.folder)
-    elif isinstance(parsed, Data) and isinstance(parsed.action, DataFetch):
-        commands.fetch(parsed.action.name)
-    else:
-        commands.listing("data" if isinstance(parsed, Data) else parsed.what)
-    return 0
+        run: Callable[[Any, str], int] = import_module(MODULES[type(parsed)]).run
+        return run
+
+    def simple(parsed: Any, command: str) -> int:
+        if isinstance(parsed, Report):
+            commands.write_report(parsed.folder)
+        elif isinstance(parsed, Data) and isinstance(parsed.action, DataFetch):
+            commands.fetch(parsed.action.name)
+        else:
+            commands.listing("data" if isinstance(parsed, Data) else parsed.what)
+        return 0
+
+    return simple

@@ -23,9 +23,11 @@ from apical.experiment.compare import Job, load_data
 from apical.experiment.distributed import joined, pick_device, under_torchrun
 from apical.experiment.loop import Training
 from apical.experiment.progress import Watch, Watched, describe, results_table, shown_path
+from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe, rule_name
-from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
+from apical.experiment.run_folder import RunFolder
 from apical.experiment.signals import Interrupted, StopSignals
+from apical.experiment.state import read_json, write_state
 from apical.experiment.tensorboard import check_installed
 from apical.recipes.catalogue import STUDIES
 from apical.recipes.rules import (
@@ -114,8 +116,7 @@ def train(flags: "Train", command: str) -> int:
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
         (recipe,), (notes,) = prepare([recipe], print if world.is_main else None)
         folder = RunFolder(flags.out, events=flags.tensorboard)
-        state = folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
-        world.barrier()
+        state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
         if state == "finished":
             if world.is_main:
                 print(f"{shown_path(flags.out)} is already finished: {recipe.epochs} epochs")
@@ -134,7 +135,7 @@ def train(flags: "Train", command: str) -> int:
         except Interrupted as interrupted:
             return stopped(interrupted, command) if world.is_main else 128 + interrupted.signum
         if world.is_main:
-            write_json(folder.result, training.result())
+            write_state(folder.result, training.result())
             print(f"results: {shown_path(flags.out)}")
     return 0
 

@@ -1,6 +1,5 @@
 """`apical landscape`: from finished runs with trajectories to their loss surface, its figure and its numbers."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,13 @@ from apical.experiment.checkpoint import write_atomically
 from apical.experiment.compare import load_data
 from apical.experiment.distributed import pick_device, under_torchrun
 from apical.experiment.figures_landscape import draw
+from apical.experiment.folders import check_writable, refuse_used
 from apical.experiment.landscape import check_weights, evaluations, find, measure, plane_of, watched
 from apical.experiment.measure import probe_batch
 from apical.experiment.progress import shown_path
-from apical.experiment.run_folder import check_writable, environment, write_json
+from apical.experiment.provenance import environment
+from apical.experiment.run_folder import FolderLock
+from apical.experiment.state import write_json
 from apical.recipes.rules import LOSSES
 
 if TYPE_CHECKING:
@@ -40,6 +42,12 @@ def run(flags: "Landscape", command: str) -> int:
         ApicalError: an option or a folder is not usable, or the runs do not go together.
     """
     _check(flags)
+    with FolderLock(flags.out).held("drawing", wait=0):
+        _check(flags)  # again: its last holder may have written it since
+        return _run(flags, command)
+
+
+def _run(flags: "Landscape", command: str) -> int:
     runs, diverged = find(flags.runs)
     recipe, device = runs[0].recipe, pick_device(flags.device)
     dataset = load_data(recipe)
@@ -81,12 +89,11 @@ def _check(flags: "Landscape") -> None:
     if flags.span is not None and not 0 < flags.span < float("inf"):
         raise ConfigError(f"--span must be positive and finite, got {flags.span}")
     check_writable(flags.out)
-    if flags.out.is_dir() and os.listdir(flags.out) and not flags.overwrite:
-        raise ConfigError(f"--out {flags.out} is not empty; add --overwrite to replace the landscape in it")
+    if not flags.overwrite:
+        refuse_used(flags.out, "add --overwrite to replace the landscape in it")
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     drawing = draw(record)
     write_json(out / "landscape.json", record)
     write_atomically(out / "landscape.png", drawing.png)

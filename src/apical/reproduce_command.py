@@ -1,6 +1,5 @@
 """`apical reproduce`: tables of papers by name, at a budget, with verdicts computed from tolerance and data."""
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -14,9 +13,12 @@ from rich.table import Table as Shown
 from apical import commands
 from apical.errors import ConfigError, unknown_name
 from apical.experiment.distributed import under_torchrun
+from apical.experiment.folders import check_writable, refuse_links, refuse_used, remove_tree
 from apical.experiment.progress import shown_path
+from apical.experiment.provenance import environment
 from apical.experiment.report_records import read
-from apical.experiment.run_folder import FolderLock, check_writable, environment, read_json, refuse_used, write_json
+from apical.experiment.run_folder import FolderLock
+from apical.experiment.state import read_json, write_json
 from apical.experiment.verdicts import Verdict, judge
 from apical.flags.training import Compare
 from apical.recipes.papers import BUDGETS, PAPERS, SEEDS, Budget, Sizes, Table, too_small
@@ -78,6 +80,8 @@ def _check(table: Table, path: Path, flags: "Reproduce") -> None:
     check_writable(flags.out)
     if flags.ray and table.module:
         raise ConfigError("--ray is for tables of trainings; this one has a program of its own, which runs here")
+    if flags.overwrite:
+        refuse_links(path / "cells", path)
     if flags.resume or flags.overwrite:
         return
     if table.result == "file" and path.exists():
@@ -124,11 +128,11 @@ def _compare(table: Table, path: Path, sizes: Sizes, flags: "Reproduce", command
 
 
 def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
-    lock = FolderLock(path) if table.result == "folder" else None
-    if lock is not None:
-        lock.hold("reproducing", wait=0)
+    lock = FolderLock(path) if table.result == "folder" else FolderLock(path.parent, f".{path.name}.lock")
+    lock.hold("reproducing", wait=0)
+    _check(table, path, flags)  # again: its last holder may have written it since
     if flags.overwrite:
-        shutil.rmtree(path / "cells", ignore_errors=True)
+        remove_tree(path / "cells", path)
     options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     options += ["--jobs", str(flags.jobs)] if table.side_by_side else []
     threads = torch.get_num_threads()
@@ -139,8 +143,7 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
         return 130
     finally:
         torch.set_num_threads(threads)
-        if lock is not None:
-            lock.release()
+        lock.release()
 
 
 def study_rows(path: Path, sizes: Sizes) -> list[Row]:

@@ -21,11 +21,14 @@ from apical.experiment.checkpoint import write_atomically
 from apical.experiment.compare import Job, cores, load_data
 from apical.experiment.distributed import under_torchrun
 from apical.experiment.figures_sweep import draw
+from apical.experiment.folders import check_writable, refuse_used
 from apical.experiment.progress import shown_path
+from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe, rule_name
 from apical.experiment.report_html import STYLE, command_block, figure_block
-from apical.experiment.run_folder import FolderLock, check_writable, environment, read_json, refuse_used, write_json
+from apical.experiment.run_folder import FolderLock
 from apical.experiment.signals import Interrupted, StopSignals
+from apical.experiment.state import read_json, write_json, write_page, write_state
 from apical.experiment.statistics import bootstrap
 from apical.experiment.sweep import Execute, Trial, clear, in_processes, on_ray
 from apical.recipes.rules import check_options, find_rule, make_rule
@@ -113,14 +116,15 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
 
 def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
     """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it."""
-    check_writable(flags.out)
-    if not (flags.overwrite or flags.resume):
-        refuse_used(flags.out)
     lock = FolderLock(flags.out)
-    lock.hold("sweeping", wait=0)
+    for held in (False, True):  # what was seen before it is held may have changed
+        check_writable(flags.out)
+        if not (flags.overwrite or flags.resume):
+            refuse_used(flags.out)
+        if not held:
+            lock.hold("sweeping", wait=0)
     if flags.overwrite:
         clear(flags.out)
-        (flags.out / "plan.json").unlink(missing_ok=True)
     plan = {
         "space": list(flags.space),
         "search": flags.search,
@@ -140,8 +144,7 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
                 "another --out"
             )
         return lock
-    flags.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**plan, "command": command, "environment": environment("cpu", torch.get_num_threads())})
+    write_state(path, {**plan, "command": command, "environment": environment("cpu", torch.get_num_threads())})
     return lock
 
 
@@ -233,7 +236,7 @@ def _keep(
         write_atomically(flags.out / "sweep.png", drawing.png)
         write_atomically(flags.out / "sweep.svg", drawing.svg)
     figure = figure_block(drawing) if drawing is not None else ""
-    write_atomically(flags.out / "sweep.html", page(record, figure).encode())
+    write_page(flags.out / "sweep.html", page(record, figure))
 
 
 def _test(flags: "Sweep", command: str, best: Sequence[Trial], stop: StopSignals, console: Console) -> int:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from apical.core.chain import Chain
 from apical.errors import UnsupportedModelError
@@ -147,6 +148,21 @@ class Square(nn.Module):
         return x * x
 
 
+class Bent(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() ** 2
+
+
+class Maximum(nn.AvgPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, self.kernel_size)
+
+
+class Scale(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * x
+
+
 class Pair(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -213,6 +229,32 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
         None,
         r"input of module 'second'.*a function",
     ),
+    "dropout in training": (
+        Forward(lambda m, x: m.second(F.dropout(m.act(m.first(x)), 0.5, m.training))),
+        None,
+        r"input of module 'second' is not the output of module 'act'.*a function",
+    ),
+    "noise in training": (
+        Forward(lambda m, x: m.second(m.act(m.first(x)) + (torch.randn(4) if m.training else 0))),
+        None,
+        r"input of module 'second' is not the output of module 'act'.*a function",
+    ),
+    "other modules in training": (
+        Forward(lambda m, x: m.second(m.act(m.first(x))) if m.training else m.second(m.first(x))),
+        None,
+        r"Forward calls other modules in training mode \('first', 'act', 'second'\) than in evaluation mode \('first', 'sec",
+    ),
+    "overridden activation": (
+        nn.Sequential(nn.Linear(4, 4), Bent(), nn.Linear(4, 4)),
+        None,
+        r"'1' \(Bent\) is not known.*apical.register_activation\(Bent\)",
+    ),
+    "overridden pool": (
+        nn.Sequential(nn.Conv2d(1, 2, 2), Maximum(2), nn.Conv2d(2, 2, 2)),
+        (1, 6, 6),
+        r"'1' \(Maximum\) is not known",
+    ),
+    "overridden identity": (nn.Sequential(nn.Linear(4, 4), Scale()), None, r"'1' \(Scale\) is not known"),
     "scaled input": (
         Forward(lambda m, x: m.second(m.first(2 * x))),
         None,
@@ -248,7 +290,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
     ),
     "bilinear": (nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4)), None, r"'1' \(Bilinear\).*replace it"),
     "no layer": (nn.Sequential(nn.ReLU()), (4,), "no Linear or convolution"),
-    "no shape": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), None, r"Sequential has convolutions: pass input_shape"),
+    "no shape": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), None, r"layer '0' is a convolution: pass input_shape"),
     "wrong shape": (
         nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()),
         (3, 6, 6),
@@ -264,3 +306,46 @@ def test_what_is_no_chain_is_refused_by_name(name: str) -> None:
         Chain(model, shape)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model.training
+
+
+CHANGES = {
+    "hook on activation": ("1", lambda model: model[1].register_forward_hook(lambda m, given, made: made**2)),
+    "hook before activation": ("1", lambda model: model[1].register_forward_pre_hook(lambda m, given: (given[0] + 1,))),
+    "hook on pool": ("3", lambda model: model[3].register_forward_hook(lambda m, given, made: made + 1)),
+    "hook on layer": ("2", lambda model: model[2].register_forward_hook(lambda m, given, made: made + 1)),
+    "forward of activation": ("1", lambda model: setattr(model[1], "forward", torch.sin)),
+    "forward of pool": ("3", lambda model: setattr(model[3], "forward", lambda x: F.max_pool2d(x, 2))),
+    "forward of layer": ("2", lambda model: setattr(model[2], "forward", lambda x: model[2]._conv_forward(x, 1.0, None))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_after_the_chain_are_refused_at_the_next_batch(change: str) -> None:
+    name, make = CHANGES[change]
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 2), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3))
+    )
+    chain, inputs = Chain(model, (1, 6, 6)), torch.randn(2, 1, 6, 6)
+    chain.run(inputs)
+    make(model)
+    with pytest.raises(UnsupportedModelError, match=f"'{name}'"):
+        chain.run(inputs)
+    with pytest.raises(UnsupportedModelError, match=f"'{name}'"):
+        chain.enter(inputs)
+
+
+def test_hooks_that_only_look_are_welcome() -> None:
+    model, seen = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), []
+    chain, inputs = Chain(model), torch.randn(2, 4)
+    expected = chain.run(inputs)
+    for module in model:
+        module.register_forward_hook(lambda module, given, made: seen.append(made))
+        module.register_forward_pre_hook(lambda module, given: None)
+    states = chain.run(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(states.v + states.r, expected.v + expected.r, strict=True))
+    assert seen
+
+
+def test_checkpointed_segments_are_seen_through() -> None:
+    model = Forward(lambda m, x: m.second(checkpoint(lambda y: m.act(m.first(y)), x, use_reentrant=False)))
+    assert [stage.name for stage in Chain(model).stages] == ["first", "second"]

@@ -1,13 +1,16 @@
 """The contract: what `Credit.backward` accumulates, and what a rule leaves on a model."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import apical
 from apical.core.credit import Credit, CreditRule
-from apical.errors import ConfigError
+from apical.errors import ConfigError, InstabilityError
 
 
 def test_backward_sends_each_signal_through_its_own_root() -> None:
@@ -77,3 +80,114 @@ def test_a_detached_rule_refuses_to_work(rule: type[CreditRule]) -> None:
     each.detach()
     with pytest.raises(ConfigError, match=r"detached.*make a new rule"):
         each(torch.randn(8, 4), torch.arange(8) % 3)
+
+
+def test_the_loss_hands_every_root_its_signal_times_the_incoming_gradient() -> None:
+    """Roots may be parameters, unit outputs and scalars; `d (s loss)` arrives as s times each signal."""
+    leaf = torch.tensor([1.0, 2.0], dtype=torch.double, requires_grad=True)
+    w = torch.tensor([2.0, 3.0], dtype=torch.double, requires_grad=True)
+    signals = [torch.tensor([5.0, 7.0], dtype=torch.double), torch.tensor([10.0, -1.0], dtype=torch.double), None]
+    value = torch.tensor(4.0, dtype=torch.double)
+    credit = Credit([leaf, w**2, w.prod()], signals, w**2, value)
+    (credit.loss / 4).backward()
+    assert torch.equal(leaf.grad, signals[0] / 4)
+    assert torch.equal(w.grad, torch.tensor([2 * 2 * 10.0 + 3.0, 2 * 3 * -1.0 + 2.0], dtype=torch.double) / 4)
+    assert credit.loss == value
+
+
+def test_a_loss_that_is_the_only_root_is_itself() -> None:
+    loss = torch.tensor(1.0, requires_grad=True) * 2
+    assert Credit([loss], [None], loss, loss).loss is loss
+
+
+def test_roots_added_later_count() -> None:
+    w = torch.tensor(1.0, requires_grad=True)
+    loss = 2 * w
+    credit = Credit([loss], [None], loss, loss)
+    credit.roots, credit.signals = [*credit.roots, 3 * w], [*credit.signals, None]
+    credit.loss.backward()
+    assert w.grad == 5.0
+
+
+def test_half_precision_signals_are_scaled_before_they_are_rounded() -> None:
+    """A scale that float16 cannot hold (65536, where `GradScaler` begins) times a small signal is a number."""
+    w = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    signal = torch.tensor([1e-3, -1e-3], dtype=torch.float16)
+    credit = Credit([w * 1], [signal], w, torch.tensor(1.0))
+    (65536 * credit.loss).backward()
+    assert torch.equal(w.grad, (65536 * signal.float()).half())
+
+
+def test_a_loss_that_nothing_learns_from_says_so() -> None:
+    loss = torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        Credit([], [], loss, loss).loss.backward()
+
+
+def test_a_credit_is_a_tree_of_tensors() -> None:
+    """What wrappers do to outputs they may do to a credit; both ways of learning are there afterwards."""
+    results = []
+    for way in ("backward", "loss", "plain"):
+        w = torch.tensor([2.0, 3.0], dtype=torch.double, requires_grad=True)
+        credit = Credit([w**2, w.prod()], [torch.ones(2).double(), None], (w**2).detach(), w.sum(), {"x": w.sum().detach()})
+        if way != "plain":
+            credit = tree_map(lambda tensor: 2 * tensor, credit)
+        (credit.loss if way == "loss" else credit).backward()
+        results.append(w.grad)
+    assert torch.equal(credit.output.detach() * 2, tree_map(lambda tensor: 2 * tensor, credit).output.detach())
+    assert torch.equal(results[0], 2 * results[2])
+    assert torch.equal(results[1], 2 * results[2])
+    assert tree_map(lambda tensor: 2 * tensor, credit).logs == {"x": torch.tensor(10.0, dtype=torch.double)}
+
+
+def test_values_of_an_output_without_credit_are_free_to_use() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    credit = apical.DirectFeedbackAlignment(model)(torch.randn(4, 3), torch.arange(4) % 2)
+    output = credit.output
+    assert torch.equal(output, model(torch.zeros(0, 3)).new_tensor(output.detach().numpy()))
+    output.add_(1)  # in place too
+    assert output.argmax(1).shape == (4,)
+    with pytest.raises(ConfigError, match=r"does not travel through the output.*detach"):
+        output.sum().backward()
+    credit.backward()
+
+
+RULES = [kind for name in apical.__all__ if isinstance(kind := getattr(apical, name), type) and issubclass(kind, CreditRule)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RULES if kind is not CreditRule])
+def test_inputs_that_are_not_numbers_are_named_once(kind: type[CreditRule]) -> None:
+    rule = kind(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    inputs, targets = torch.rand(4, 6), torch.arange(4) % 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule(inputs, targets)
+    inputs[0, 0] = float("nan")
+    if kind is apical.EquilibriumPropagation:
+        with pytest.raises(InstabilityError, match="inputs or weights"):
+            rule(inputs, targets)
+        return
+    with pytest.warns(RuntimeWarning, match="not finite because the inputs hold NaN or infinite values"):
+        rule(inputs, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule(inputs, targets)
+
+
+def test_infinite_targets_are_named() -> None:
+    rule, targets = apical.FeedbackAlignment(nn.Linear(3, 2), F.mse_loss), torch.full((4, 2), torch.inf)
+    with pytest.warns(RuntimeWarning, match="because the targets hold"):
+        rule(torch.ones(4, 3), targets)
+
+
+def test_a_loss_that_is_not_finite_without_such_inputs_is_divergence() -> None:
+    model = nn.Linear(3, 2)
+    rule = apical.Backprop(model)
+    rule.model.weight.data.fill_(float("nan"))
+    with pytest.warns(RuntimeWarning, match="training has diverged"):
+        rule(torch.ones(4, 3), torch.arange(4) % 2)
+    tokens = apical.Backprop(
+        nn.Sequential(nn.Embedding(3, 2), nn.Flatten()), lambda output, targets: output.sum() * torch.inf
+    )
+    with pytest.warns(RuntimeWarning, match="training has diverged"):
+        tokens(torch.ones(4, 1, dtype=torch.long), torch.arange(4) % 2)

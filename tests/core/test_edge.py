@@ -410,17 +410,26 @@ def test_layer_used_functionally_is_named_and_the_remedy_works() -> None:
     equal(gradients(rule.model), exact)
 
 
-def test_layer_called_by_keyword_is_named() -> None:
+@pytest.mark.parametrize("name", ["fa", "usf", "pfa-literal", "pfa-fused"])
+def test_layer_called_by_keyword(name: str) -> None:
     class Keyword(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, by_keyword: bool) -> None:
             super().__init__()
-            self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+            torch.manual_seed(0)
+            self.first, self.last, self.by_keyword = nn.Linear(4, 3), nn.Linear(3, 2), by_keyword
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(input=torch.relu(self.first(x)))
+            h = torch.relu(self.first(x))
+            return self.last(input=h) if self.by_keyword else self.last(h)
 
-    with pytest.raises(UnsupportedModelError, match=r"'last'.*position"):
-        apical.FeedbackAlignment(Keyword(), squares)(torch.randn(5, 4), torch.randn(5, 2))
+    results, inputs = [], torch.randn(5, 4)
+    for by_keyword in (False, True):
+        model = Keyword(by_keyword)
+        torch.manual_seed(1)
+        rule = RULES[name](model, squares)
+        rule(inputs, inputs).backward()
+        results.append(gradients(rule))
+    equal(*results)
 
 
 class Reversed(nn.Module):

@@ -1,10 +1,10 @@
-"""Blocks that are taught one by one: closed forms equal autograd; gradients scale, accumulate, and are handed over once."""
+"""Blocks that are taught one by one: closed forms equal autograd; gradients scale, accumulate, and are handed over."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from apical.core.teaching import Taught, Teaching
+from apical.core.teaching import KnownGradients, Taught, Teaching
 
 KINDS = [nn.ELU(), nn.ELU(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Softplus(), nn.Identity(), None]
 
@@ -56,7 +56,61 @@ def test_other_blocks_have_a_graph_that_stops_at_their_input(modules: list[nn.Mo
     assert given.grad is None
 
 
-def test_known_gradients_scale_and_accumulate_and_serve_once() -> None:
+class Offset(nn.Linear):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) + self.weight.square().sum()
+
+
+class Squared(nn.ReLU):
+    def forward(self, v: Tensor) -> Tensor:
+        return super().forward(v) ** 2
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *call: call[2].sin())
+    return module
+
+
+def given_forward(module: nn.Module) -> nn.Module:
+    module.forward = lambda v: v.cos() if isinstance(module, nn.Tanh) else v @ module.weight.T.abs() + module.bias
+    return module
+
+
+ODD: dict[str, list[nn.Module]] = {
+    "overridden layer": [Offset(4, 3), nn.Tanh()],
+    "overridden activation": [nn.Linear(4, 3), Squared()],
+    "hooked layer": [hooked(nn.Linear(4, 3)), nn.Tanh()],
+    "hooked activation": [nn.Linear(4, 3), hooked(nn.Tanh())],
+    "forward on layer": [given_forward(nn.Linear(4, 3)), nn.Tanh()],
+    "forward on activation": [nn.Linear(4, 3), given_forward(nn.Tanh())],
+    "learnt slope": [nn.Linear(4, 3), nn.PReLU()],
+    "softmax": [nn.Linear(4, 3), nn.Softmax(1)],
+    "unknown module": [nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 2))],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_closed_forms_are_not_taken_where_modules_compute_something_else(kind: str) -> None:
+    torch.manual_seed(0)
+    modules = [module.double() for module in ODD[kind]]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    given, block = torch.randn(5, 4).double(), Taught(modules)
+    signal = torch.randn_like(nn.Sequential(*modules)(given))
+    (root,) = taught(block, given, signal)
+    assert type(root.grad_fn).__name__ != "KnownGradientsBackward"
+    found = [parameter.grad.clone() for parameter in parameters]
+    expected = torch.autograd.grad((nn.Sequential(*modules)(given) * signal).sum(), parameters)
+    for mine, gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_frozen_block_has_no_root() -> None:
+    teaching = Teaching()
+    teaching.loss(nn.Linear(2, 1).requires_grad_(False)(torch.ones(1, 2)).sum())
+    assert teaching.finish() == ([], [])
+
+
+def test_known_gradients_scale_and_accumulate() -> None:
     layer, given, signal = nn.Linear(4, 3), torch.randn(5, 4), torch.randn(5, 3)
     teaching = Teaching()
     with torch.no_grad():
@@ -64,10 +118,21 @@ def test_known_gradients_scale_and_accumulate_and_serve_once() -> None:
     (root,), _ = teaching.finish()
     (3 * root).backward(retain_graph=True)
     torch.testing.assert_close(layer.weight.grad, 3 * signal.T @ given)
-    with pytest.raises(RuntimeError, match="used already"):
+    root.backward()
+    torch.testing.assert_close(layer.weight.grad, 4 * signal.T @ given)
+    with pytest.raises(RuntimeError, match="a second time"):
         root.backward()
     taught(Taught([layer]), given, signal)
-    torch.testing.assert_close(layer.weight.grad, 4 * signal.T @ given)
+    torch.testing.assert_close(layer.weight.grad, 5 * signal.T @ given)
+
+
+def test_known_gradients_are_handed_over_without_a_copy() -> None:
+    weight, gradients = nn.Parameter(torch.randn(4, 3)), [torch.randn(4, 3)]
+    place = gradients[0].data_ptr()
+    root = KnownGradients.apply(gradients, weight)
+    del gradients
+    root.backward()
+    assert weight.grad.data_ptr() == place
 
 
 def test_without_gradient_nothing_is_kept() -> None:

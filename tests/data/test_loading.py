@@ -309,7 +309,8 @@ def test_every_known_set_has_complete_facts():
         assert len(known.mean) == len(known.std) == known.shape[0]
         assert (known.made is not None) != bool(known.layouts and known.remote is not None), name
         if known.remote is not None:
-            assert all(len(md5) == 32 for md5 in (known.remote.members or known.remote.files).values())
+            assert known.remote.base.startswith("https://")
+            assert all(len(checksum) in (32, 64) for checksum in (known.remote.members or known.remote.files).values())
             assert any(layout.folder == known.remote.folder for layout in known.layouts)
     assert issubclass(DataError, ApicalError)
 

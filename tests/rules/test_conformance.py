@@ -10,6 +10,7 @@ import torch
 
 import apical
 from apical.core.credit import CreditRule
+from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.testing import CHECKS, check_oracle
 
@@ -32,11 +33,13 @@ RULES = {
     "brsf": partial(apical.SignSymmetry, variant="batchwise"),
     "frsf": partial(apical.SignSymmetry, variant="fixed"),
     "kp": apical.KolenPollack,
+    "kp-closed": partial(apical.KolenPollack, form="closed"),
     "kp-explicit": partial(apical.KolenPollack, form="explicit"),
     "wm": partial(apical.WeightMirror, warmup=10),
     "pfa": PFA,
     "pfa-first": partial(PFA, first_layer=True),
     "pfa-o": partial(PFA, feedback="orthogonal"),
+    "pfa-closed": partial(PFA, form="closed"),
     "pfa-explicit": partial(PFA, form="explicit"),
     "pfa-literal": partial(PFA, form="literal"),
     "pfa-fused": partial(PFA, form="fused"),
@@ -130,18 +133,20 @@ def copy_parameters(rule: CreditRule) -> None:
         rule.feedback[key(name)].data.copy_(layer.weight.detach())
 
 
-def no_difference(rule: CreditRule) -> None:
-    """Closed Kolen-Pollack and PFA-o after infinitely long decay: c = 0."""
-    for name in rule.layers:
-        rule._mismatch(name).scale.data.zero_()
+def feedback_equals_weight(rule: CreditRule) -> None:
+    """Kolen-Pollack in any form: B := W."""
+    for name, layer in rule.layers.items():
+        rule.set_feedback(name, B=layer.weight.detach())
 
 
-def no_difference_no_mixing(rule: CreditRule) -> None:
-    """PFA with c = 0 and M = I."""
-    no_difference(rule)
-    for name in rule.layers:
-        mixing = rule.expansion.get_buffer(key(name))
-        mixing.copy_(torch.eye(len(mixing)))
+def expansion_is_identity(rule: CreditRule) -> None:
+    """PFA in any form: B := I and R := W, padded with zeros where m is larger."""
+    for name, layer in rule.layers.items():
+        shape, weight = rule.geometries[name], layer.weight.detach()
+        rows = as_matrix(shape, weight)
+        m = len(rows) * 10 if rule.form != "closed" and rule.feedback == "random" else len(rows)
+        r = torch.cat([rows, rows.new_zeros(m - len(rows), rows.shape[1])])
+        rule.set_feedback(name, B=torch.eye(len(rows), m).to(weight), R=from_matrix(shape, r, weight))
 
 
 def absolute_weights(rule: CreditRule) -> None:
@@ -165,12 +170,15 @@ def product_equals_weight(rule: CreditRule) -> None:
 ORACLES = {
     "fa": (apical.FeedbackAlignment, copy_weights),
     "wm": (partial(apical.WeightMirror, warmup=0), no_mirroring),
-    "kp": (apical.KolenPollack, no_difference),
+    "kp": (apical.KolenPollack, feedback_equals_weight),
+    "kp-closed": (partial(apical.KolenPollack, form="closed"), feedback_equals_weight),
     "kp-explicit": (partial(apical.KolenPollack, form="explicit"), copy_parameters),
     "usf": (apical.SignSymmetry, equal_magnitudes),
     "frsf": (partial(apical.SignSymmetry, variant="fixed"), absolute_weights),
-    "pfa": (PFA, no_difference_no_mixing),
-    "pfa-o": (partial(PFA, feedback="orthogonal"), no_difference),
+    "pfa": (PFA, expansion_is_identity),
+    "pfa-closed": (partial(PFA, form="closed"), expansion_is_identity),
+    "pfa-o": (partial(PFA, feedback="orthogonal"), expansion_is_identity),
+    "pfa-o-closed": (partial(PFA, feedback="orthogonal", form="closed"), expansion_is_identity),
     "pfa-literal": (partial(PFA, feedback="identity", form="literal"), product_equals_weight),
     "pfa-fused": (partial(PFA, feedback="identity", form="fused"), product_equals_weight),
 }

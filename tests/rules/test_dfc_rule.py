@@ -163,7 +163,8 @@ def test_autoencoder_goes_below_and_gives_the_dense_gradients(variant: str, monk
     below = rule(inputs, targets)
     below.backward()
     through, feedback = [p.grad.clone() for p in model.parameters()], [q.grad for q in rule.feedback_parameters()]
-    assert built == [Seen]
+    assert set(built) == {Seen}  # more than one where so strong a nudge needs further Newton steps
+    before = len(built)
     if variant == "ssa":  # the mean over 70 outputs and 3 samples, of which the target takes each sample's own part
         delta = -30.0 * 2 / 70 * (model(inputs) - targets).detach()
         assert far(through, ref.ssa(net, inputs, rule.q, delta, 0.2)) < 1e-10
@@ -171,7 +172,7 @@ def test_autoencoder_goes_below_and_gives_the_dense_gradients(variant: str, monk
     rule.zero_grad()
     dense = rule(inputs, targets)
     dense.backward()
-    assert built == [Seen]
+    assert len(built) == before
     assert far([p.grad for p in model.parameters()], through) < 1e-11
     assert far([q.grad for q in rule.feedback_parameters()], feedback) < 1e-11
     torch.testing.assert_close(dense.logs["control"], below.logs["control"], rtol=1e-11, atol=0)

@@ -150,7 +150,9 @@ def test_every_form_runs_in_single_precision_and_agrees_with_double(name: str, d
         assert (double - single).norm() < 3e-3 * double.norm()  # going round, what is alike in all phases cancels in the end
 
 
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(4), nn.LPPool2d(2.0, 2), nn.FractionalMaxPool2d(2, 4)])
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(4), nn.LPPool2d(2.0, 2), nn.FractionalMaxPool2d(2, 4)]
+)
 @pytest.mark.parametrize("between", [True, False])
 def test_pooling_that_is_not_analytic_is_refused_by_name(pool: nn.Module, between: bool) -> None:
     front = [pool, ShiftedSigmoid()] if between else [ShiftedSigmoid(), pool]

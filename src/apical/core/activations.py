@@ -1,163 +1,241 @@
-"""Element-wise activations: derivative, and the difference `phi(v + d) - phi(v)` without cancellation.
+"""Activations: which modules they are, their derivative, and the difference `phi(v + d) - phi(v)` without cancellation.
 
-Control signals are small beside the potentials they act on. Taken as a difference of two rates, their effect loses four
-digits in float32; the identities here keep them all. Activations without one of their own fall back to the plain
-difference.
+What is known of a type holds for its own forward alone: a subclass that overrides it is an activation, but not known to act
+on each neuron alone. Differences are in :mod:`apical.core.differences`; an activation without one of its own is evaluated in
+float64 where its potentials are of lower precision.
 """
 
-from copy import copy
-from functools import singledispatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apical.core.sigmoids import ShiftedSigmoid
-from apical.core.units import ACTIVATIONS
+from apical.core.differences import DIFFERENCES
+from apical.core.differences import plain as plain
+from apical.core.layers import runs_own_forward
+from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid, complex_shifted_sigmoid
+from apical.errors import ConfigError
 
-ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in (nn.Softmax, nn.PReLU, nn.RReLU))
-"""Activations that act on each neuron alone, with neither parameters nor randomness."""
+
+@dataclass(frozen=True)
+class Activation:
+    """What is known of a type of activations; each formula takes the module first, then tensors of one shape.
+
+    Attributes:
+        forward: the method that the rest is about.
+        elementwise: whether it acts on each neuron alone, with neither parameters nor randomness.
+        derivative: `phi'(v)` given v and `r = phi(v)`; None leaves it to autograd.
+        pulled_back: `phi'(v) * signal` given v, r and the signal, in one sweep over memory.
+        difference: `phi(v + d) - phi(v)` given v, r and d; None takes the plain difference.
+        complex_parts: real and imaginary part of `phi(a + ib)` given a and b; None applies the module to complex numbers.
+        from_output: whether the derivative needs r alone.
+    """
+
+    forward: Callable[..., Any]
+    elementwise: bool = True
+    derivative: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    pulled_back: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
+    difference: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
+    complex_parts: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    from_output: bool = False
 
 
-@singledispatch
+TYPES: dict[type[nn.Module], Activation] = {}
+"""The registered types."""
+
+
+def register_activation(
+    kind: type[nn.Module],
+    *,
+    elementwise: bool = True,
+    derivative: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
+    difference: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None,
+    complex_parts: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Make a type of modules known as activations, in every rule.
+
+    Args:
+        kind: the type; a subclass that overrides `forward` again is not covered.
+        elementwise: whether it acts on each neuron alone, with neither parameters nor randomness; chains take no others.
+        derivative: `phi'(v)` as a function of (module, v, r) with `r = phi(v)`; autograd's by default.
+        difference: `phi(v + d) - phi(v)` as a function of (module, v, r, d), where the plain difference would cancel.
+        complex_parts: real and imaginary part of `phi(a + ib)` as a function of (module, a, b), for holomorphic equilibrium
+            propagation; by default the module is applied to complex numbers.
+
+    Raises:
+        ConfigError: `kind` is no type of modules.
+
+    >>> class Cube(nn.Module):
+    ...     def forward(self, v):
+    ...         return v**3
+    >>> register_activation(Cube, derivative=lambda module, v, r: 3 * v**2)
+    >>> derivative(Cube(), torch.tensor(2.0), torch.tensor(8.0))
+    tensor(12.)
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ConfigError(f"register_activation takes a subclass of nn.Module, not {kind!r}")
+    TYPES[kind] = Activation(kind.forward, elementwise, derivative, None, difference, complex_parts)
+    _nearest.clear()
+
+
+class Itself(nn.Module):
+    """An activation whose type inherits from another known one and computes something else: no longer an instance of that.
+
+    Args:
+        activation: the activation; no submodule.
+    """
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["stands_for"] = activation
+
+    def forward(self, v: Tensor) -> Tensor:
+        """What the activation makes of v."""
+        made: Tensor = self.__dict__["stands_for"](v)
+        return made
+
+
+def itself(activation: nn.Module) -> nn.Module:
+    """The activation, such that `isinstance` of a known type means that it computes what that type does."""
+    kind = type(activation)
+    inherits = any(base in TYPES and base.forward is not kind.forward for base in kind.__mro__)
+    return Itself(activation) if inherits else activation
+
+
+_nearest: dict[type[nn.Module], Activation | None] = {}
+
+
+def known(activation: nn.Module) -> Activation | None:
+    """What is known of the module's type, if the module runs that type's own forward."""
+    activation = _own(activation)
+    kind = type(activation)
+    if kind not in _nearest:
+        found = next((TYPES[each] for each in kind.__mro__ if each in TYPES), None)
+        _nearest[kind] = found if found is not None and kind.forward is found.forward else None
+    found = _nearest[kind]
+    return found if found is not None and runs_own_forward(activation, found.forward) else None
+
+
+def _own(activation: nn.Module) -> nn.Module:
+    """The module that formulas are about."""
+    own: nn.Module = activation.__dict__["stands_for"] if isinstance(activation, Itself) else activation
+    return own
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is an activation, at whose output a unit ends, whatever its forward computes."""
+    return isinstance(module, tuple(TYPES)) and not isinstance(module, nn.Identity)
+
+
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether the module is known to act on each neuron alone, with neither parameters nor randomness."""
+    found = known(module)
+    return found is not None and found.elementwise
+
+
+def needs_output_alone(activation: nn.Module) -> bool:
+    """Whether the derivative is known from the output."""
+    found = known(activation)
+    return found is not None and found.from_output
+
+
 def derivative(activation: nn.Module, v: Tensor, r: Tensor) -> Tensor:
     """`phi'(v)`, of v's shape, given also `r = phi(v)`; at a kink the one-sided value that autograd takes."""
+    found = known(activation)
+    if found is not None and found.derivative is not None:
+        return found.derivative(_own(activation), v, r)
     slope: Tensor = torch.func.jvp(plain(activation), (v,), (torch.ones_like(v),))[1]
     return slope
 
 
-@singledispatch
 def pulled_back(activation: nn.Module, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
     """`phi'(v) * signal`, given also `r = phi(v)`; in one sweep over memory where PyTorch has one."""
+    found = known(activation)
+    if found is not None and found.pulled_back is not None:
+        return found.pulled_back(_own(activation), v, r, signal)
     return signal * derivative(activation, v, r)
 
 
-@singledispatch
 def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`."""
-    moved: Tensor = plain(activation)(v + d)
+    """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`; without an identity, and in float64, the plain one."""
+    found = known(activation)
+    if found is not None and found.difference is not None:
+        return found.difference(_own(activation), v, r, d)
+    phi = plain(activation)
+    if v.dtype != torch.float64 and v.device.type != "mps":  # which has no float64
+        wide = v.double()
+        change: Tensor = phi(wide + d) - phi(wide)
+        return change.to(v.dtype)
+    moved: Tensor = phi(v + d)
     return moved - r
 
 
-def plain(activation: nn.Module) -> nn.Module:
-    """The activation, not in place."""
-    if not getattr(activation, "inplace", False):
-        return activation
-    twin = copy(activation)
-    twin.inplace = False  # type: ignore[assignment]
-    return twin
+def complex_parts(activation: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of `phi(a + ib)`, of a's shape."""
+    found = known(activation)
+    if found is not None and found.complex_parts is not None:
+        return found.complex_parts(_own(activation), a, b)
+    z: Tensor = plain(activation)(torch.complex(a, b))
+    return z.real, z.imag
 
 
-@derivative.register
-def _(activation: nn.Identity, v: Tensor, r: Tensor) -> Tensor:
-    return torch.ones_like(v)
+_ATEN = torch.ops.aten
 
-
-@derivative.register
-def _(activation: nn.Tanh, v: Tensor, r: Tensor) -> Tensor:
-    return 1 - r * r
-
-
-@derivative.register
-def _(activation: nn.Sigmoid, v: Tensor, r: Tensor) -> Tensor:
-    return r - r * r
-
-
-@derivative.register
-def _(activation: ShiftedSigmoid, v: Tensor, r: Tensor) -> Tensor:
-    return 4 * (r - r * r)
-
-
-@derivative.register
-def _(activation: nn.ReLU, v: Tensor, r: Tensor) -> Tensor:
-    return (v > 0).to(v.dtype)
-
-
-@derivative.register
-def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor) -> Tensor:
-    return torch.where(v > 0, torch.ones_like(v), activation.negative_slope)
-
-
-@derivative.register
-def _(activation: nn.ELU, v: Tensor, r: Tensor) -> Tensor:
-    return torch.where(v > 0, 1.0, r + activation.alpha).to(v.dtype)
-
-
-@pulled_back.register
-def _(activation: nn.Identity, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
-    return signal
-
-
-@pulled_back.register
-def _(activation: nn.Tanh, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.tanh_backward(signal, r)
-    return result
-
-
-@pulled_back.register
-def _(activation: nn.Sigmoid, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.sigmoid_backward(signal, r)
-    return result
-
-
-@pulled_back.register
-def _(activation: nn.ReLU, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.threshold_backward(signal, r, 0)
-    return result
-
-
-@pulled_back.register
-def _(activation: nn.ELU, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.elu_backward(signal, activation.alpha, 1.0, 1.0, True, r)
-    return result
-
-
-@difference.register
-def _(activation: nn.Identity, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return d
-
-
-@difference.register
-def _(activation: nn.Tanh, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _tanh_difference(v, r, d)
-
-
-@difference.register
-def _(activation: nn.Sigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _tanh_difference(v / 2, 2 * r - 1, d / 2) / 2
-
-
-@difference.register
-def _(activation: ShiftedSigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _tanh_difference(2 * v - 1, 2 * r - 1, 2 * d) / 2
-
-
-@difference.register
-def _(activation: nn.ReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _relu_difference(v, d)
-
-
-@difference.register
-def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    slope = activation.negative_slope
-    return slope * d + (1 - slope) * _relu_difference(v, d)
-
-
-def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    """`tanh(v + d) - tanh(v) = tanh(d) (1 - r tanh(v + d)) = s (1 - r^2) / (1 + r s)` with `s = tanh(d)`, `r = tanh(v)`.
-
-    The last form spares one hyperbolic tangent of two where d does not undo v, and in float32 both where d is so small that
-    `s = d - d^3/3` (the next term is `2 d^5/15`). On a GPU, and in compiled graphs, they cost less than looking would.
-    """
-    if d.is_cpu and d.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(d)
-        largest = max(-low.item(), high.item())
-        if largest < 0.5:
-            small = largest < 0.02 and d.dtype == torch.float32
-            s = torch.addcmul(d, d * d, d, value=-1 / 3) if small else torch.tanh(d)
-            one = d.new_ones(())
-            return torch.addcmul(one, r, r, value=-1).mul_(s).div_(torch.addcmul(one, r, s))
-    return torch.addcmul(d.new_ones(()), r, torch.tanh(v + d), value=-1).mul_(torch.tanh(d))
-
-
-def _relu_difference(v: Tensor, d: Tensor) -> Tensor:
-    return torch.where(v > 0, torch.maximum(d, -v), (v + d).clamp_min(0))
+TYPES |= {kind: Activation(kind.forward, elementwise=False) for kind in (nn.PReLU, nn.RReLU, nn.Softmax)}
+TYPES |= {
+    kind: Activation(kind.forward, difference=DIFFERENCES.get(kind))
+    for kind in (
+        *(nn.ReLU6, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid),
+        *(nn.Hardswish, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, DoubleSiLU, HalfClip),
+    )
+}
+TYPES |= {
+    nn.Identity: Activation(
+        nn.Identity.forward,
+        derivative=lambda _, v, r: torch.ones_like(v),
+        pulled_back=lambda _, v, r, signal: signal,
+        difference=DIFFERENCES[nn.Identity],
+        from_output=True,
+    ),
+    nn.Tanh: Activation(
+        nn.Tanh.forward,
+        derivative=lambda _, v, r: 1 - r * r,
+        pulled_back=lambda _, v, r, signal: _ATEN.tanh_backward(signal, r),
+        difference=DIFFERENCES[nn.Tanh],
+        from_output=True,
+    ),
+    nn.Sigmoid: Activation(
+        nn.Sigmoid.forward,
+        derivative=lambda _, v, r: r - r * r,
+        pulled_back=lambda _, v, r, signal: _ATEN.sigmoid_backward(signal, r),
+        difference=DIFFERENCES[nn.Sigmoid],
+        from_output=True,
+    ),
+    ShiftedSigmoid: Activation(
+        ShiftedSigmoid.forward,
+        derivative=lambda _, v, r: 4 * (r - r * r),
+        difference=DIFFERENCES[ShiftedSigmoid],
+        complex_parts=lambda _, a, b: complex_shifted_sigmoid(a, b),
+    ),
+    nn.ReLU: Activation(
+        nn.ReLU.forward,
+        derivative=lambda _, v, r: (v > 0).to(v.dtype),
+        pulled_back=lambda _, v, r, signal: _ATEN.threshold_backward(signal, r, 0),
+        difference=DIFFERENCES[nn.ReLU],
+        from_output=True,
+    ),
+    nn.LeakyReLU: Activation(
+        nn.LeakyReLU.forward,
+        derivative=lambda self, v, r: torch.where(v > 0, torch.ones_like(v), self.negative_slope),
+        difference=DIFFERENCES[nn.LeakyReLU],
+    ),
+    nn.ELU: Activation(
+        nn.ELU.forward,
+        derivative=lambda self, v, r: torch.where(v > 0, 1.0, r + self.alpha).to(v.dtype),
+        pulled_back=lambda self, v, r, signal: _ATEN.elu_backward(signal, self.alpha, 1.0, 1.0, True, r),
+        difference=DIFFERENCES[nn.ELU],
+        from_output=True,
+    ),
+}

@@ -16,25 +16,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
+from torch.nn.modules.conv import _ConvNd
 
-from apical.core.chain import Call, traced
-from apical.core.units import ACTIVATIONS, Layer, weighted_layers
+from apical.core.activations import is_activation
+from apical.core.chain import Call, example_of, traced
+from apical.core.layers import Layer, is_known_in_row, is_norm, is_own, is_weighted, shapes_input
+from apical.core.transport import geometry
+from apical.core.units import leaves, weighted_layers
 from apical.errors import UnsupportedModelError
 
 Enlarge = Literal["nearest", "transposed"]
-
-POOLS = (_MaxPoolNd, _AvgPoolNd, _AdaptiveMaxPoolNd, _AdaptiveAvgPoolNd)
-LEADS = (nn.Flatten, nn.Unflatten, nn.Upsample, nn.Identity)
-"""Modules that, right before a layer, belong to that layer's block; elsewhere they belong to the block before."""
-
-COPIED = (_NormBase, nn.GroupNorm, *ACTIVATIONS)
-"""What a mirror copies, so that paired populations live in the same range."""
-
-KNOWN = (nn.Linear, _ConvNd, *COPIED, *POOLS, *LEADS, _DropoutNd)
 
 
 @dataclass(frozen=True)
@@ -82,22 +73,13 @@ def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[
         UnsupportedModelError: the model is no such row, or a module has no place in one; it is named.
     """
     layers = weighted_layers(model, exact=None)
-    for name, module in model.named_modules():
-        if not list(module.children()) and not isinstance(module, KNOWN) and _is_torch(module):
+    for name, module in leaves(model):
+        if is_own(module) and not (is_weighted(module) or is_activation(module) or is_known_in_row(module)):
             raise UnsupportedModelError(
                 f"module {name!r} ({type(module).__name__}) has no place in a row of blocks; replace it"
             )
-    first = next(iter(layers.values()))
-    if input_shape is None:
-        images = [name for name, layer in layers.items() if isinstance(layer, _ConvNd)]
-        if images or not isinstance(first, nn.Linear):
-            raise UnsupportedModelError(
-                f"layer {images[0]!r} is a convolution: pass input_shape=(channels, ...) of one sample, on which the sizes "
-                "of the layers depend"
-            )
-        input_shape = (first.in_features,)
-    calls = traced(model, torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device))
-    places = [i for i, call in enumerate(calls) if isinstance(call.module, nn.Linear | _ConvNd)]
+    calls = traced(model, example_of(model, layers, input_shape))
+    places = [i for i, call in enumerate(calls) if is_weighted(call.module)]
     names = [calls[i].name for i in places]
     for name in layers:
         if names.count(name) != 1:
@@ -110,20 +92,16 @@ def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[
     return head, [_block(calls[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
-def _is_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn")
-
-
 def _start(calls: Sequence[Call], place: int) -> int:
     """Where the block of the layer at `place` starts: at the leading modules right before it."""
-    while place and isinstance(calls[place - 1].module, LEADS):
+    while place and shapes_input(calls[place - 1].module):
         place -= 1
     return place
 
 
 def _block(calls: Sequence[Call]) -> Block:
-    layer = next(call for call in calls if isinstance(call.module, nn.Linear | _ConvNd))
-    assert isinstance(layer.module, nn.Linear | _ConvNd)
+    layer = next(call for call in calls if is_weighted(call.module))
+    assert is_weighted(layer.module)
     given, made = tuple(calls[0].given.shape[1:]), tuple(calls[-1].made.shape[1:])
     last = calls[-1]
     return Block(
@@ -158,7 +136,10 @@ def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | N
     for level in range(len(row) - 1, len(row) - 1 - (len(row) if depths is None else depths), -1):
         block, below = row[level], row[level - 1] if level else None
         like = block.layer.weight
-        modules = [*_back(block, enlarge), *(_fresh(m) for m in (below.tail if below else ()) if isinstance(m, COPIED))]
+        modules = [
+            *_back(block, enlarge),
+            *(_fresh(m) for m in (below.tail if below else ()) if is_norm(m) or is_activation(m)),
+        ]
         mirror = nn.Sequential(*modules).to(device=like.device, dtype=like.dtype)
         _check(block, mirror)
         result.append(mirror)
@@ -176,14 +157,16 @@ def _fresh(module: nn.Module) -> nn.Module:
 
 def _back(block: Block, enlarge: Enlarge) -> list[nn.Module]:
     """The counterpart's layer, with what shapes its input and output."""
-    layer, bias = block.layer, block.layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        if len(block.shape) != 1 or layer.out_features != block.shape[0]:
+    layer, bias = block.layer, getattr(block.layer, "bias", None) is not None
+    if geometry(layer) is None:
+        if len(block.shape) != 1 or layer.weight.shape[0] != block.shape[0]:
             raise _without_mirror(block, "it does not make one vector per sample")
-        back: list[nn.Module] = [nn.Linear(layer.out_features, math.prod(block.input_shape), bias=False)]
+        back: list[nn.Module] = [nn.Linear(block.shape[0], math.prod(block.input_shape), bias=False)]
         if len(block.input_shape) != 1:
             back.append(nn.Unflatten(1, block.input_shape))
     else:
+        if not isinstance(layer, _ConvNd):
+            raise _without_mirror(block, "its type is no convolution of PyTorch's")
         if len(block.image) != len(layer.kernel_size) + 1 or len(block.seen) != len(block.image):
             raise _without_mirror(block, f"it maps shape {block.input_shape} to {block.shape}")
         back = [] if block.image == block.shape else [nn.Unflatten(1, block.image)]
@@ -242,7 +225,8 @@ def _without_mirror(block: Block, why: str) -> UnsupportedModelError:
 
 def is_transposed(layer: Layer) -> bool:
     """Whether the layer keeps its weight as (in, out, ...) instead of (out, in, ...)."""
-    return isinstance(layer, _ConvTransposeNd)
+    shape = geometry(layer)
+    return shape is not None and shape.transposed
 
 
 def facing(weight: Tensor, layer: Layer, back: Layer) -> Tensor | None:

@@ -8,29 +8,30 @@ their outputs on one to the next.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from apical.core.activations import ELEMENTWISE, plain
-from apical.core.pooling import SoftmaxPool2d
+from apical.core.activations import is_activation, is_elementwise, itself, plain
+from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
+from apical.core.layers import (
+    Layer,
+    is_hooked,
+    is_linear,
+    is_maximum,
+    is_own,
+    is_pool,
+    is_random,
+    is_weighted,
+    runs_own_forward,
+)
 from apical.core.transport import geometry, pads_itself, transport
-from apical.core.units import Layer, weighted_layers
+from apical.core.units import leaves, weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
-
-AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
-"""Modules without parameters that are linear: they may stand before a layer and count as a part of it."""
-
-POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, SoftmaxPool2d)
-"""Modules that may also stand between a layer and its activation, where a rule allows it."""
-
-KNOWN = (nn.Linear, _ConvNd, *ELEMENTWISE, *LINEAR)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Stage:
 
     Attributes:
         name: module name of the weighted layer.
-        layer: the layer.
+        layer: the layer, or a plain one of its effective weight (:mod:`apical.core.affine`).
         before: linear modules without parameters between the last activation and the layer.
         activation: element-wise and not in place; `nn.Identity()` where the model has none.
         shape: of v, one sample.
@@ -103,6 +104,10 @@ class States(NamedTuple):
     v: list[Tensor]
     r: list[Tensor]
 
+    def rows(self, samples: Tensor | slice) -> "States":
+        """Some samples."""
+        return States([each[samples] for each in self.v], [each[samples] for each in self.r])
+
 
 class Chain:
     """A model seen as a feed-forward chain of stages.
@@ -118,20 +123,12 @@ class Chain:
     """
 
     def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None, *, pools: bool = False) -> None:
-        self.layers = weighted_layers(model, exact=None)
-        for name, module in model.named_modules():
-            if not list(module.children()):
-                _check_kind(name, module, pools=pools)
-        first = next(iter(self.layers.values()))
-        if input_shape is None:
-            if any(isinstance(layer, _ConvNd) for layer in self.layers.values()) or not isinstance(first, nn.Linear):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} has convolutions: pass input_shape=(channels, ...) of one sample, "
-                    "on which the sizes of its layers depend"
-                )
-            input_shape = (first.in_features,)
-        example = torch.zeros(1, *input_shape, dtype=first.weight.dtype, device=first.weight.device)
+        self.model, self.layers = model, weighted_layers(model, exact=None)
+        for name, module in leaves(model):
+            _check_kind(name, module, pools=pools)
+        example = example_of(model, self.layers, input_shape)
         self.head, self.stages = _stages(traced(model, example), example, pools=pools)
+        self._made = tuple(self.stages)  # rules may bound activations, but look at the model's own all the same
         unseen = set(self.layers) - {stage.name for stage in self.stages}
         if unseen:
             raise UnsupportedModelError(
@@ -148,12 +145,46 @@ class Chain:
 
         Raises:
             ConfigError: the batch is empty.
+            UnsupportedModelError: a module no longer computes what the chain was made of.
         """
         if len(inputs) == 0:
             raise ConfigError("the batch is empty: credit is a mean over samples")
         for module in self.head:
             inputs = module(inputs)
+        self._check(inputs)
         return inputs
+
+    def _check(self, inputs: Tensor) -> None:
+        """Refuse what was changed after the chain was made: weights, forward methods, and hooks that change outputs."""
+        hooked = False
+        for stage in self._made:
+            require_affine(stage.name, stage.layer)
+            for module in map(original, (*stage.before, *stage.after, stage.activation)):
+                if "forward" in module.__dict__ and not runs_own_forward(module, type(module).forward):
+                    raise UnsupportedModelError(
+                        f"module {self._name(module)} was given another forward after the rule was made; make it a type of "
+                        "modules, and the rule after that"
+                    )
+                hooked = hooked or is_hooked(module)
+            hooked = hooked or is_hooked(original(stage.layer))
+        if not hooked or torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            rates = inputs
+            for stage in self._made:
+                for module in (*stage.before, stage.layer, *stage.after, stage.activation):
+                    if is_changed_by_hooks(module, rates):
+                        raise UnsupportedModelError(
+                            f"a hook on module {self._name(module)} changes what it computes, which a chain's equations do "
+                            "not see; make the change a module of its own"
+                        )
+                    rates = module(rates)
+
+    def _name(self, module: nn.Module) -> str:
+        """The module's name and type, for messages; activations may be copies that are not in place."""
+        module = original(module)
+        names = {id(own): name for name, own in self.model.named_modules()}
+        return f"{names.get(id(module), '?')!r} ({type(module).__name__})"
 
     def run(self, inputs: Tensor) -> States:
         """The feed-forward pass, without gradient.
@@ -186,51 +217,90 @@ class Call(NamedTuple):
     left: int  # version of `made` when it returned
 
 
+def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Sequence[int] | None) -> Tensor:
+    """Zeros in the place of one sample (1, *input_shape), of the first layer's dtype.
+
+    Raises:
+        UnsupportedModelError: the shape is not given, and the layers do not tell it.
+    """
+    first = next(iter(layers.values()))
+    if input_shape is None:
+        if images := [name for name, layer in layers.items() if geometry(layer) is not None]:
+            raise UnsupportedModelError(
+                f"layer {images[0]!r} is a convolution: pass input_shape=(channels, ...) of one sample, on which the sizes "
+                "of the layers depend"
+            )
+        input_shape = (first.weight.shape[1],)
+    like = next(iter(first.parameters()))  # a weight that hooks compute may be of an older dtype until the next call
+    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+
+
 def _check_kind(name: str, module: nn.Module, *, pools: bool) -> None:
     """Refuse modules to which the mathematics does not carry over, whatever their place in the model."""
     what = f"module {name!r} ({type(module).__name__})"
-    if isinstance(module, _ConvTransposeNd):
-        raise UnsupportedModelError(f"{what}: transposed convolutions are not supported in a chain")
-    if isinstance(module, KNOWN) or (pools and isinstance(module, POOLS)):
+    if is_weighted(module):
+        if (shape := geometry(module)) is not None and shape.transposed:
+            raise UnsupportedModelError(f"{what}: transposed convolutions are not supported in a chain")
         return
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if is_elementwise(module) or is_linear(module) or (pools and is_pool(module)):
+        return
+    if is_random(module):
         raise UnsupportedModelError(f"{what} makes the feed-forward pass random; remove it")
-    if isinstance(module, nn.modules.pooling._MaxPoolNd):
+    if is_maximum(module) and not isinstance(module, nn.modules.pooling._AdaptiveMaxPoolNd):
         raise UnsupportedModelError(f"{what} is not linear; use average pooling or strides")
-    if next(module.parameters(), None) is None and next(module.buffers(), None) is None and not _is_torch(module):
+    if next(module.parameters(), None) is None and next(module.buffers(), None) is None and not is_own(module):
         return  # a container that calls functions: the trace will show whether it breaks the chain
     raise UnsupportedModelError(
         f"{what} is not supported in a chain of weighted layers and element-wise activations; remove it or use another rule"
     )
 
 
-def _is_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn")
+def traced(model: nn.Module, example: Tensor) -> list[Call]:
+    """The modules that compute in the order in which the model calls them, each given what the one before has made.
+
+    Layers run in evaluation mode; modules that contain others run once in each mode, to see what they do in training alone.
+
+    Raises:
+        UnsupportedModelError: the calls are no chain, or depend on the mode.
+    """
+    training, calls = (_traced(model, example.clone(), training=training) for training in (True, False))
+    if [call.module for call in training] != [call.module for call in calls]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} calls other modules in training mode ({_names(training)}) than in evaluation mode "
+            f"({_names(calls)}); call the same ones in both"
+        )
+    return calls
+
+
+def _names(calls: Sequence[Call]) -> str:
+    return ", ".join(repr(call.name) for call in calls)
 
 
 @torch.no_grad()
-def traced(model: nn.Module, example: Tensor) -> list[Call]:
-    """The leaf modules in the order in which the model calls them, each given what the one before has made."""
+def _traced(model: nn.Module, example: Tensor, *, training: bool) -> list[Call]:
     calls: list[Call] = []
-    names = {id(module): name for name, module in model.named_modules() if not list(module.children())}
+    names = {id(module): name for name, module in leaves(model)}
+    given: tuple[Any, ...] = ()
     entered = 0
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal entered
-        entered = args[0]._version if args and isinstance(args[0], Tensor) else 0
+        nonlocal given, entered
+        given, entered = args, args[0]._version if args and isinstance(args[0], Tensor) else 0
 
     def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
-        if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(made, Tensor):
+        if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(made, Tensor):
             raise UnsupportedModelError(f"module {names[id(module)]!r} does not map one tensor to one tensor")
-        calls.append(Call(names[id(module)], module, args[0], made, entered, made._version))
+        calls.append(Call(names[id(module)], module, given[0], made, entered, made._version))
 
     modes = [(module, module.training) for module in model.modules()]
-    leaves = [module for module in model.modules() if id(module) in names]
-    hooks = [module.register_forward_pre_hook(enter) for module in leaves]
-    hooks += [module.register_forward_hook(note) for module in leaves]
+    computing = [module for module in model.modules() if id(module) in names]
+    inside = {id(part) for module in computing for part in module.modules()}
+    hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in computing]
+    hooks += [module.register_forward_hook(note) for module in computing]
     try:
         with torch.random.fork_rng([example.device] if example.is_cuda else []):
-            model.eval()
+            for module, _ in modes:
+                module.training = training and id(module) not in inside
             output = model(example)
     except (RuntimeError, ValueError) as error:
         shape = tuple(example.shape[1:])
@@ -238,19 +308,25 @@ def traced(model: nn.Module, example: Tensor) -> list[Call]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
     last, version, maker = example, 0, "the input"
     for call in calls:
         if call.given is not last or call.entered != version:
             raise UnsupportedModelError(
                 f"the input of module {call.name!r} is not the output of {maker}: a function, a sum or a branch lies "
-                "between them, and the model is no chain; make it a chain of modules or use another rule"
+                "between them, and the model is no chain; make it a chain of modules (nn.ReLU in place of F.relu) or use "
+                "another rule"
             )
         last, version, maker = call.made, call.left, f"module {call.name!r}"
     if output is not last or output._version != version:
         raise UnsupportedModelError(f"the model's output is not that of {maker}: a function follows it; make it a module")
     return calls
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether the module is an element-wise activation other than the identity."""
+    return is_activation(module) and is_elementwise(module)
 
 
 def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn.Module], list[Stage]]:
@@ -265,15 +341,14 @@ def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn
     def finish(activation: nn.Module) -> None:
         nonlocal layer
         assert layer is not None
-        assert isinstance(layer.module, nn.Linear | _ConvNd)
         shapes = tuple(made.shape[1:]), tuple(start.shape[1:])
-        stages.append(Stage(layer.name, layer.module, tuple(before), activation, *shapes, tuple(after)))
+        stages.append(Stage(layer.name, affine(layer.name, layer.module), tuple(before), activation, *shapes, tuple(after)))
         before.clear()
         after.clear()
         layer = None
 
     for call in calls:
-        if isinstance(call.module, nn.Linear | _ConvNd):
+        if is_weighted(call.module):
             if layer is not None:
                 finish(nn.Identity())
                 start = made
@@ -281,28 +356,29 @@ def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn
                 raise UnsupportedModelError(f"layer {call.name!r} is called twice; give each place a layer of its own")
             used.add(call.name)
             layer, made = call, call.made
-        elif layer is not None and pools and isinstance(call.module, POOLS):
+        elif layer is not None and pools and is_pool(call.module):
             after.append(call.module)
             made = call.made
-        elif layer is not None and isinstance(call.module, ELEMENTWISE):
-            finish(plain(call.module))
+        elif layer is not None and _acts(call.module):
+            finish(itself(plain(call.module)))
             start = call.made
-        elif isinstance(call.module, nn.Identity):
+        elif isinstance(call.module, nn.Identity) and is_linear(call.module):
             continue
         elif not stages and layer is None:
             head.append(plain(call.module))
             start = call.made
-        elif isinstance(call.module, LINEAR) or (pools and isinstance(call.module, POOLS)):
+        elif is_linear(call.module) or (pools and is_pool(call.module)):
             if layer is not None:
                 finish(nn.Identity())
                 start = made
             before.append(call.module)
         else:
             what = f"module {call.name!r} ({type(call.module).__name__})"
-            if isinstance(call.module, ELEMENTWISE):
+            if _acts(call.module):
                 raise UnsupportedModelError(f"{what} does not follow a weighted layer directly; move it behind one")
             raise UnsupportedModelError(
-                f"{what} is not known to be linear or element-wise; replace it by modules of torch.nn or use another rule"
+                f"{what} is not known to be linear or element-wise; replace it by modules of torch.nn, make it known by "
+                f"apical.register_activation({type(call.module).__name__}), or use another rule"
             )
     if layer is not None:
         finish(nn.Identity())

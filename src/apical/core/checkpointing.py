@@ -30,6 +30,11 @@ def is_checkpointed() -> bool:
     return hooks is not None and "_checkpoint_hook." in hooks[0].__qualname__
 
 
+def are_tensors_hooked() -> bool:
+    """Whether anybody's saved-tensor hooks are at work now (a checkpoint's; offloading to the CPU)."""
+    return is_checkpointed() if _top_hooks is None else _top_hooks(True) is not None
+
+
 def refuse_hidden(name: str) -> None:
     """Refuse a layer called without gradient inside an autograd function, as reentrant checkpointing does.
 

@@ -260,4 +260,4 @@ def _why_not_finite(args: Sequence[Any]) -> str:
     odd = [name for name, value in batch if isinstance(value, Tensor) and not bool(value.isfinite().all())]
     if odd:
         return f"the loss is not finite because the {' and '.join(odd)} hold NaN or infinite values; clean the data"
-    return "the loss is not finite although the inputs are: training has diverged; lower the learning rate, or clip gradients"
+    return "the loss is not finite although the inputs are: training has diverged; lower the learning rate or clip gradients"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from apical.core.activations import is_activation
 from apical.core.calls import AVERAGES, FUNCTIONS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.graph import Vertex, vertex
-from apical.core.units import ACTIVATIONS
 from apical.errors import UnsupportedModelError
 
 
@@ -114,7 +114,7 @@ class Cutting:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], at_inputs: bool) -> None:
         self.model, self.layers, self.at_inputs = model, layers, at_inputs
         self.modules = dict(model.named_modules())
-        self.activations = {name for name, module in self.modules.items() if isinstance(module, ACTIVATIONS)}
+        self.activations = {name for name, module in self.modules.items() if is_activation(module)}
         self.points: set[str] = set()
         self.bases: set[str] = set()
         self.inside: set[str] = set()

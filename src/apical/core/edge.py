@@ -4,25 +4,32 @@ A rule of this family is one pure function per layer, the feedback weight, evalu
 ways lead the error through it; both leave the layer's weight gradient and every other module to autograd.
 
     swap   while the layer runs, autograd keeps a note in place of the weight; when it asks for the weight to make the error
-           at the input, it is given the feedback weight. Costs next to nothing, and knows no layer types.
+           at the input, it is given the feedback weight (:mod:`apical.core.swap`). Costs next to nothing.
     edge   the layer's input is detached, and an identity on its output carries the error to the old input by
-           :func:`apical.core.transport.transport`. For what a swap cannot do: autocast, `torch.compile`, and pathways that
-           are not one matrix.
+           :func:`apical.core.transport.transport`. For what a swap cannot do: layers that compute with a function of their
+           weight, autocast, `torch.compile`, activation checkpoints, and pathways that are not one matrix.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.effective import measured_weight, require_affine
+from apical.core.layers import computes_plainly
+from apical.core.placement import layer_paths
+from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
+from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
-from apical.core.units import Layer, weighted_layers
-from apical.errors import UnsupportedModelError
+from apical.core.units import key, weighted_layers
+from apical.core.wrapped import Attachment
+from apical.errors import ConfigError, UnsupportedModelError
 
 Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 """`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
@@ -35,49 +42,6 @@ tensor or None. `template` has the shape of the input; it is None when nobody ne
 def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
     """The plainest feedback weight: a stored one."""
     return feedback
-
-
-class Swap(saved_tensors_hooks):
-    """While one layer runs, autograd keeps a note in place of the layer's weight, and other tensors as they are.
-
-    Args:
-        layer: the layer.
-        feedback: makes the feedback weight, when the backward pass asks for the weight.
-    """
-
-    def __init__(self, layer: Layer, feedback: Callable[[], Tensor]) -> None:
-        super().__init__(self.pack, self.unpack)
-        self.layer, self.feedback = layer, feedback
-        self._own = layer._parameters
-
-    def _weight(self) -> Tensor:
-        """The layer's weight; attributes of modules take a microsecond, which shows beside small layers."""
-        weight = self._own.get("weight")
-        return self.layer.weight if weight is None else weight
-
-    def pack(self, saved: Tensor) -> Any:
-        """(the tensor or None for the weight, is it transposed, version)."""
-        weight = self._weight()
-        if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
-            return saved, False, saved._version
-        if saved.shape == weight.shape and saved.stride() == weight.stride():
-            return None, False, weight._version
-        if saved.shape == weight.shape[::-1] and saved.stride() == weight.stride()[::-1]:
-            return None, True, weight._version
-        raise UnsupportedModelError(
-            f"a {type(self.layer).__name__} keeps its weight {tuple(weight.shape)} in the form {tuple(saved.shape)}, "
-            "for which no feedback is known"
-        )
-
-    def unpack(self, packed: tuple[Tensor | None, bool, int]) -> Tensor:
-        """The feedback weight, or the tensor that was kept, unless it was changed since."""
-        saved, transposed, version = packed
-        if (self._weight() if saved is None else saved)._version != version:
-            raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
-        if saved is not None:
-            return saved
-        feedback = self.feedback()
-        return feedback.T if transposed else feedback
 
 
 class FeedbackEdge(torch.autograd.Function):
@@ -156,7 +120,8 @@ class EdgeRule(CreditRule):
         model: network of Linear and convolution layers of any kind; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         exact: names of modules or parameters without known transport that keep their exact derivative.
-        first_layer: also hold feedback for the first layer. Nothing reads it in training; it is there to be looked at.
+        first_layer: hold feedback for the first registered layer in any case. Otherwise only where trainable parameters are
+            registered before it (an embedding): these get their error through it.
 
     Raises:
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
@@ -164,18 +129,35 @@ class EdgeRule(CreditRule):
 
     def __init__(self, model: nn.Module, loss: Loss, exact: Collection[str] = (), first_layer: bool = False) -> None:
         super().__init__(model, loss)
-        layers = weighted_layers(model, exact)
-        self._first = None if first_layer else next(iter(layers))
-        self.layers = {name: layer for name, layer in layers.items() if name != self._first}
+        self._weighted = weighted_layers(model, exact, shared=True)
+        first = next(iter(self._weighted))
+        self._first = None if first_layer or trains_before(model, first) else first
+        self.layers = {name: layer for name, layer in self._weighted.items() if name != self._first}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
-        self._active = False
-        self._may_swap = False
-        self._swaps = {name: Swap(layer, partial(self.feedback_weight, name)) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
-        self._unseen = set(layers)
-        self._hooks = [
-            WrappedForward(layer, partial(self._call, name, layer, layer.forward)) for name, layer in layers.items()
-        ]
+        self._unseen = set(self._weighted)
+        self._batches = 0
+        self._may_swap = False
+        self._attach()
+
+    def _attach(self) -> None:
+        hold = Attachment(self, self._weighted.values())
+        self._hooks.append(hold)
+        self._sites = {
+            name: (
+                wrapped,
+                Site(name, wrapped, Swap(layer, partial(self.feedback_weight, name)) if name in self.layers else None),
+            )
+            for (name, layer), wrapped in zip(self._weighted.items(), hold.wrapped, strict=True)
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": [], "_sites": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._attached:
+            self._attach()
 
     @abstractmethod
     def feedback_of(self, name: str) -> Feedback:
@@ -189,6 +171,60 @@ class EdgeRule(CreditRule):
             inputs: the layer's (padded) input in this forward pass.
         """
         return None
+
+    def is_plain(self, name: str) -> bool:
+        """Whether the layer computes with its own weight as it is; otherwise `delta h^T` is not the weight's gradient."""
+        site = self._sites[name][1]
+        return site.plain and computes_plainly(site.layer)
+
+    def forward_weight(self, name: str) -> Tensor:
+        """The weight that the layer computes with: its parameter, or what it makes of it in this forward pass.
+
+        Raises:
+            UnsupportedModelError: under `torch.compile`, a layer whose weight is another at every call.
+        """
+        site = self._sites[name][1]
+        if self.is_plain(name):
+            return site.layer.weight
+        if site.varies and torch.compiler.is_compiling():
+            raise UnsupportedModelError(
+                f"layer {name!r} makes its weight anew at every call, which {type(self).__name__} cannot follow under "
+                "torch.compile; train without torch.compile"
+            )
+        return measured_weight(site.layer, site.call)
+
+    def random_feedback(self, generator: torch.Generator | None = None) -> nn.Module:
+        """A buffer for each layer, drawn from the Xavier uniform law of its weight; layers that share a weight share it."""
+        feedback, drawn = nn.Module(), {}
+        for name, layer in self.layers.items():
+            weight = layer.weight.detach()
+            if id(layer.weight) not in drawn or not self.is_plain(name):
+                empty = torch.empty_like(weight, device=None if generator is None else generator.device)
+                drawn[id(layer.weight)] = nn.init.xavier_uniform_(empty, generator=generator).to(weight.device)
+            feedback.register_buffer(key(name), drawn[id(layer.weight)])
+        return feedback
+
+    def copy_feedback(self, feedback: nn.Module, name: str, value: Tensor) -> None:
+        """Copy a matrix into the buffer of one layer.
+
+        Raises:
+            ConfigError: unknown layer, or a wrong shape.
+        """
+        if name not in self.layers:
+            raise ConfigError(f"no layer {name!r} holds feedback; there are {', '.join(map(repr, self.layers))}")
+        buffer = feedback.get_buffer(key(name))
+        if value.shape != buffer.shape:
+            raise ConfigError(f"feedback of layer {name!r} has shape {tuple(buffer.shape)}, not {tuple(value.shape)}")
+        with torch.no_grad():
+            buffer.copy_(value)
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """What the error of each layer passes through on its way down."""
+        paths = layer_paths(self.model, inputs, "exact")
+        for name in self._weighted:
+            if paths.get(name) == "exact":
+                paths[name] = "own feedback" if name in self.layers else "no layer below"
+        return paths
 
     def feedback_weight(self, name: str) -> Tensor:
         """Effective feedback weight of one layer, in the shape of the layer's weight."""
@@ -209,76 +245,103 @@ class EdgeRule(CreditRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss: its graph carries the feedback edges."""
         self.require_attached()
-        substitutes = self.substitutes()
-        self._may_swap = not (torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs.device.type))
-        self._active = True
-        try:
-            if substitutes:
-                output = torch.func.functional_call(self.model, substitutes, (inputs,))
-            else:
-                output = self.model(inputs)
-        finally:
-            self._active = False
-        if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise UnsupportedModelError(
-                f"layer {min(self._unseen)!r} was not called as a module in the forward pass, so no feedback can be "
-                f"attached to it; call it, or remove it, or pass exact=({min(self._unseen)!r},)"
-            )
+        output = self._run(inputs) if torch.is_grad_enabled() else self.model(inputs)
         loss = self.loss(output, targets)
+        if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._batches += 1
+            if self._batches & (self._batches - 1) == 0:  # every time would cost; only at first might miss a rare branch
+                self._require_calls(loss)
         return Credit([loss], [None], output, loss)
 
-    def _call(
-        self,
-        name: str,
-        layer: Layer,
-        forward: Callable[..., Tensor],
-        inputs: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The layer's forward pass, with its feedback edge while the rule is at work."""
-        if not self._active or not torch.is_grad_enabled():
-            return forward(*(() if inputs is None else (inputs,)), *args, **kwargs)
-        if inputs is None:
-            raise UnsupportedModelError(f"layer {name!r} was called with keyword arguments; pass its input by position")
+    def _run(self, inputs: Tensor) -> Any:
+        """The model's output, with this rule at work."""
+        substitutes = self.substitutes()
+        compiling = torch.compiler.is_compiling()
+        device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
+        self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
+        for wrapped, site in self._sites.values():
+            if not compiling and site.placed.get("forward") is not wrapped:
+                wrapped.require_in_place(site.name)
+            wrapped.rule, wrapped.site = self, site
+        try:
+            if substitutes:
+                return torch.func.functional_call(self.model, substitutes, (inputs,))
+            return self.model(inputs)
+        finally:
+            for wrapped, _ in self._sites.values():
+                wrapped.rule = None
+
+    def call_layer(self, site: Site, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward pass, with its feedback, while the rule is at work."""
+        if not torch.is_grad_enabled():
+            refuse_hidden(site.name)
+            return site.forward(*args, **kwargs)
+        inputs = args[0] if args else only_tensor(site.name, kwargs)
         if self._unseen:
-            self._unseen.discard(name)
-        if name == self._first:
+            self._unseen.discard(site.name)
+        swap = site.swap
+        if swap is None:
             if inputs.requires_grad:
                 raise UnsupportedModelError(
-                    f"layer {name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
+                    f"layer {site.name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
                 )
-            return forward(inputs, *args, **kwargs)
-        if self._one_matrix and self._may_swap and inputs.requires_grad:
-            with self._swaps[name]:
-                return forward(inputs, *args, **kwargs)
-        shape = self.geometries[name]
-        below = padded_input(layer, inputs) if shape is not None else inputs
+            return site.forward(*args, **kwargs)
+        swaps = self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked()
+        if swaps and (self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None):
+            swap.met = False
+            with swap:
+                output = site.forward(*args, **kwargs)
+            if swap.met:
+                return output
+            site.swaps = False
+            site.affine = torch.is_autocast_enabled(inputs.device.type)  # there another tensor is to be expected
+        return self._with_edge(site, of_input(site.forward, inputs, args, kwargs), inputs)
+
+    def _with_edge(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> Any:
+        name, layer, shape = site.name, site.layer, site.shape
+        if site.plain and "weight" not in site.own:  # since the rule was made
+            site.look_again()
+        around = aside if is_checkpointed() else nullcontext
+        with around():
+            below = inputs if shape is None else padded_input(layer, inputs)
         pathway = self.pathway(name, below)
         if pathway is None and not inputs.requires_grad:
-            return forward(inputs, *args, **kwargs)
-        if pathway is None and self._may_swap:
-            with self._swaps[name]:
-                return forward(inputs, *args, **kwargs)
-        output = forward(inputs.detach(), *args, **kwargs)
+            return call(inputs)
+        self._require_affine(site, call, inputs)
+        site.call = call
+        feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
+        site.call = None
+        output = call(sever(inputs))
         if not (output.requires_grad or below.requires_grad):  # a frozen layer still hands the error down
             return output
-        feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
-        path = pathway[0] if pathway is not None else None
-        result: Tensor = cast(Any, FeedbackEdge).apply(output, below, feedback, path, shape, *tensors)
-        return result
+        with around():
+            return cast(Any, FeedbackEdge).apply(output, below, feedback, pathway and pathway[0], shape, *tensors)
 
+    def _require_affine(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> None:
+        """Verify once that an edge stands for the layer's backward map."""
+        if site.affine or inputs.numel() == 0:
+            return
+        if not torch.compiler.is_compiling():
+            require_affine(site.name, site.layer, call, inputs)
+            site.affine = True
+        elif not site.probed:
+            raise UnsupportedModelError(
+                f"layer {site.name!r} ({type(site.layer).__name__}) must be seen at work before torch.compile: "
+                "call the rule once on a batch without it"
+            )
 
-class WrappedForward:
-    """A layer whose calls go through `wrapper`, until :meth:`remove`: a third of the cost of a pair of forward hooks."""
+    def _require_calls(self, loss: Tensor) -> None:
+        """Refuse layers whose weight takes part in the loss although they were never called.
 
-    def __init__(self, layer: nn.Module, wrapper: Callable[..., Tensor]) -> None:
-        self.layer, self.wrapper, self.before = layer, wrapper, layer.__dict__.get("forward")
-        layer.__dict__["forward"] = wrapper
+        A layer that takes no part (stochastic depth, an expert without samples, an auxiliary head) gets no credit.
 
-    def remove(self) -> None:
-        """Give the layer its own forward method back."""
-        if self.layer.__dict__.get("forward") is self.wrapper:
-            del self.layer.__dict__["forward"]
-            if self.before is not None:
-                self.layer.__dict__["forward"] = self.before
+        Raises:
+            UnsupportedModelError: names the layer.
+        """
+        parts = graph_leaves(loss)
+        for name in sorted(self._unseen):
+            if any(id(parameter) in parts for key, parameter in self._weighted[name].named_parameters() if key != "bias"):
+                raise UnsupportedModelError(
+                    f"layer {name!r} was not called as a module in the forward pass, so no feedback can be attached to it; "
+                    f"call it, or remove it, or pass exact=({name!r},)"
+                )

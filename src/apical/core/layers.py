@@ -1,16 +1,31 @@
-"""The registry of layer types: which modules are weighted layers, and whether one computes with its own weight as it is.
+"""The registry of module types: what rules know about a layer, in place of lists of types in each of them.
 
-A closed form, or a swap of the weight, is right only where a layer runs its type's own forward on its own parameter. A
-subclass that masks, standardises, quantises or scales its weight, a parametrisation, pruning or weight norm is a layer all
-the same, but takes the general path (:func:`computes_plainly` is false).
+Weighted layers carry a weight between two populations. Of their types two things are known: how an error goes back through
+any matrix in the weight's place (:func:`apical.core.transport.geometry`), and which weight their forward applies. A closed
+form, or a swap of the weight, is right only where a layer runs its type's own forward on its own parameter. A subclass that
+masks, standardises, quantises or scales its weight, a parametrisation, pruning or weight norm is a layer all the same, but
+takes the general path (:func:`computes_plainly` is false): through its effective weight, or through autograd.
+
+Activations have a registry of the same kind in :mod:`apical.core.activations`.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeGuard
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeGuard, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import pooling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from apical.core.pooling import SoftmaxPool2d
+from apical.core.transport import Geometry, geometry
+from apical.errors import ConfigError
 
 Layer: TypeAlias = nn.Linear | _ConvNd
 """Layers with a weight between two populations: these are what credit-assignment rules differ in."""
@@ -18,45 +33,197 @@ Layer: TypeAlias = nn.Linear | _ConvNd
 LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag)
 """Layers without such a weight: scales, shifts, slopes, look-ups. They always keep their exact derivative."""
 
+NORMS = (_NormBase, nn.GroupNorm)
+AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
+LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
+MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
+POOLS = (pooling._MaxPoolNd, *AVERAGES, SoftmaxPool2d)
+SHAPES = (nn.Flatten, nn.Unflatten, nn.Upsample, nn.Identity)
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What is known of a type of weighted layers.
+
+    Attributes:
+        forward: the method that applies the effective weight and the bias, and nothing else.
+        weight: the effective weight, as a function of the layer.
+    """
+
+    forward: Callable[..., Any]
+    weight: Callable[[Any], Tensor]
+
+
+def _own_weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    return weight
+
+
+PLAIN = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+OWN_FORWARD: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in PLAIN}
+"""PyTorch's layer types, and the forward method that applies `weight` and `bias` and nothing else."""
+
+_PLAIN = set(OWN_FORWARD.values())
+_APPLIED = {kind.__dict__["_conv_forward"] for kind in PLAIN if "_conv_forward" in kind.__dict__}
+_LAYERS: dict[type[nn.Module], LayerType] = {kind: LayerType(kind.forward, _own_weight) for kind in PLAIN}
+
+
+_GEOMETRY = geometry
+
+
+def _dense(layer: nn.Module) -> Geometry | None:
+    return None
+
+
+def register_layer(
+    kind: type[nn.Module],
+    *,
+    geometry: Callable[[Any], Geometry | None] | None = None,
+    weight: Callable[[Any], Tensor] = _own_weight,
+) -> None:
+    """Make a type of modules known as weighted layers, in every rule.
+
+    Its forward must map an input h to `weight(layer) h + layer.bias`. The module has an attribute `weight` of the layout of
+    nn.Linear's or a convolution's, which may be a property; `bias` may be None or missing.
+
+    Args:
+        kind: the type; a subclass that overrides `forward` again is not covered.
+        geometry: geometry of the backward map, as a function of the layer; that of the type it inherits from by default, or
+            else None, which is dense. For convolutions see :class:`apical.core.transport.Geometry`.
+        weight: the effective weight, computed from the parameters so that autograd can follow; `layer.weight` by default.
+
+    Raises:
+        ConfigError: `kind` is no type of modules.
+
+    >>> class Masked(nn.Linear):
+    ...     def forward(self, h):
+    ...         return nn.functional.linear(h, self.weight.tril(), self.bias)
+    >>> register_layer(Masked, weight=lambda layer: layer.weight.tril())
+    >>> effective_weight(Masked(2, 2))[0, 1].item()
+    0.0
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ConfigError(f"register_layer takes a subclass of nn.Module, not {kind!r}")
+    inherited = _GEOMETRY.dispatch(kind)
+    unknown = inherited is _GEOMETRY.dispatch(object)
+    _GEOMETRY.register(kind, geometry or (_dense if unknown else inherited))
+    _LAYERS[kind] = LayerType(kind.forward, weight)
+
 
 def is_weighted(module: nn.Module) -> TypeGuard[Layer]:
     """Whether the module is a layer with a weight between two populations."""
-    return isinstance(module, nn.Linear | _ConvNd)
+    return _GEOMETRY.dispatch(type(module)) is not _GEOMETRY.dispatch(object)
+
+
+def is_registered(module: nn.Module) -> bool:
+    """Whether the module's type is one that :func:`register_layer` has made known."""
+    return any(kind in _LAYERS and kind not in OWN_FORWARD for kind in type(module).__mro__)
 
 
 def is_local(module: nn.Module) -> bool:
-    """Whether the module has parameters but no weight between two populations."""
+    """Whether the module may have parameters, but no weight between two populations."""
     return isinstance(module, LOCAL)
 
 
-OWN_FORWARD: dict[type[nn.Module], Callable[..., Any]] = {
-    kind: kind.forward
-    for kind in (
-        nn.Linear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    )
-}
-"""Each registered layer type, and the forward method that applies `weight` and `bias` and nothing else."""
-
-_PLAIN = set(OWN_FORWARD.values())
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module normalises by statistics over batch, channels or groups."""
+    return isinstance(module, NORMS)
 
 
-def computes_plainly(layer: nn.Module) -> bool:
-    """Whether the layer runs its type's own forward on a weight that is its own parameter.
+def is_random(module: nn.Module) -> bool:
+    """Whether the module makes the forward pass random."""
+    return isinstance(module, _DropoutNd)
 
-    To be asked at every call: pruning or a parametrisation may come after the rule. A forward that a rule put on the
-    instance (it has an attribute `before`, what stood there) does not count.
+
+def is_maximum(module: nn.Module) -> bool:
+    """Whether the module pools by maxima."""
+    return isinstance(module, MAXIMA)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is linear, without parameters, and so may count as a part of the layer that follows it."""
+    return isinstance(module, LINEAR) and runs_own_forward(module)
+
+
+def is_pool(module: nn.Module) -> bool:
+    """Whether the module pools windows by maxima, averages or softmax, and so may stand between layer and activation."""
+    return isinstance(module, POOLS) and runs_own_forward(module)
+
+
+def shapes_input(module: nn.Module) -> bool:
+    """Whether the module, right before a layer, shapes that layer's input; elsewhere it shapes the output before it."""
+    return isinstance(module, SHAPES)
+
+
+def is_known_in_row(module: nn.Module) -> bool:
+    """Whether the module may stand anywhere behind a layer, given that autograd takes its derivative."""
+    return isinstance(module, (*NORMS, *AVERAGES, *MAXIMA, *SHAPES, _DropoutNd))
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether the module's type is PyTorch's."""
+    return type(module).__module__.startswith("torch.nn")
+
+
+def runs_own_forward(module: nn.Module, forward: Callable[..., Any] | None = None) -> bool:
+    """Whether a module runs `forward`, by default that of its nearest type in PyTorch or here: nobody has overridden it.
+
+    A forward that a rule put on the instance (it has an attribute `before`, what stood there) does not count.
     """
-    if type(layer).forward not in _PLAIN or "weight" not in layer._parameters:
-        return False
-    bound = layer.__dict__.get("forward")
-    while bound is not None:
+    if forward is None:
+        ours = (k for k in type(module).__mro__ if k.__module__.startswith(("torch.nn.modules", "apical.core")))
+        forward = next(iter(ours), nn.Module).forward  # type: ignore[attr-defined]
+    return type(module).forward is forward and _keeps_forward(module)
+
+
+def _keeps_forward(module: nn.Module) -> bool:
+    bound = module.__dict__.get("forward")
+    while bound is not None and getattr(bound, "__func__", None) is not type(module).forward:  # a copy's own forward
         if not hasattr(bound, "before"):
             return False
         bound = bound.before
     return True
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than run its forward method: hooks may change what it is given or makes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def computes_plainly(layer: nn.Module) -> bool:
+    """Whether the layer runs its type's own forward on a weight that is its own parameter; of PyTorch's types alone.
+
+    To be asked at every call: pruning or a parametrisation may come after the rule. A forward that a rule put on the
+    instance (it has an attribute `before`, what stood there) does not count.
+    """
+    kind = type(layer)
+    if kind.forward not in _PLAIN or "weight" not in layer._parameters or hasattr(kind, "weight") or hasattr(kind, "bias"):
+        return False
+    applied = getattr(kind, "_conv_forward", None)
+    return (applied is None or applied in _APPLIED) and _keeps_forward(layer)
+
+
+def effective_weight(layer: nn.Module) -> Tensor | None:
+    """The weight that the layer's forward applies, with its graph to the parameters; None where that is not known.
+
+    It is known of PyTorch's types, also parametrised, pruned, or with weight or spectral norm, and of registered types.
+    """
+    kind = next((each for each in type(layer).__mro__ if each in _LAYERS), None)
+    applied = getattr(type(layer), "_conv_forward", None)
+    if kind is None or not runs_own_forward(layer, _LAYERS[kind].forward):
+        return None
+    if kind in OWN_FORWARD and not (applied is None or applied in _APPLIED):
+        return None
+    with torch.enable_grad():
+        for hook in layer._forward_pre_hooks.values():
+            if computes_weight(hook):
+                cast(Any, hook)(layer, ())
+        return _LAYERS[kind].weight(layer)
+
+
+def computes_weight(hook: object) -> bool:
+    """Whether a forward pre-hook is PyTorch's own that computes a layer's weight."""
+    return isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm)

@@ -54,7 +54,7 @@ def local_root(
 ) -> Tensor | None:
     """Root whose gradient is the outer product of `signal` and what the layer is given at its stage's input `rates`.
 
-    Returns None where the layer has nothing to train.
+    Returns None where the layer has nothing to train, and in inference mode, where nothing learns.
 
     Args:
         product: the weight's gradient, where it is known already; `signal` then only serves the bias.
@@ -62,7 +62,8 @@ def local_root(
     """
     layer = stage.layer
     bias = layer.bias
-    if not (layer.weight.requires_grad or (bias is not None and bias.requires_grad)):
+    trains = layer.weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not trains or (not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()):
         return None
     if product is not None:
         known = known_root(layer.weight, factor * product)

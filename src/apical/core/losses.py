@@ -34,7 +34,8 @@ def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = 
         ConfigError: the loss does not depend on the output.
     """
     if traced or torch.compiler.is_compiling():  # the one way that compiler and transforms can trace; the other is quicker
-        error, value = torch.func.grad_and_value(loss)(output.detach(), targets)
+        with torch.enable_grad():  # for terms
+            error, value = torch.func.grad_and_value(loss)(output.detach(), targets)
         return value, error.detach()
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # whose tensors have no gradients
@@ -87,7 +88,6 @@ def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN))
                 f"{rule} learns from the labels and not from the loss, so the option {name} of the loss would not reach the "
                 "update; leave it out, or choose a rule that follows the loss"
             )
-
 
 
 def squared_error(output: Tensor, targets: Tensor) -> Tensor:

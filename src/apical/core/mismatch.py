@@ -1,82 +1,146 @@
 """The mismatch between two weights that receive the same gradient, without storing the second one.
 
-If a feedback weight R is updated with `B^T` times the gradient of W, by the same linear optimiser (SGD with any learning
-rate schedule, momentum, Nesterov and weight decay), then `E = R - B^T W` obeys a recursion without gradients,
+If a feedback weight R is updated with `B^T` times the gradient of W, by the same SGD (any learning rate schedule, momentum,
+Nesterov and weight decay), then `E = R - B^T W` obeys a recursion without gradients,
 
-    v <- mu v + omega E,   E <- E - eta v      so      E_t = c_t E_0  with one scalar c.
+    v <- mu v + (1 - dampening) omega E,   E <- E - eta v      so      E_t = c_t E_0  with one scalar c
 
-c is therefore an ordinary parameter with zero gradient: the user's own optimiser advances it, whatever its schedule.
-Two probes beside it, with gradients g and 2g, verify that the optimiser is linear.
+and a second basis element where v begins as a matrix of its own: `E_t = c_0t E_0 + c_1t E_1`. What is stored beside E is the
+feedback itself, `F = W + E`: when W moves otherwise than by the optimiser, F stays, and E is measured anew.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apical.core.credit import Credit
+from apical.core.stepping import Group, strided
 from apical.errors import ConfigError
 
-PROBE = 1e-4  # small against any gradient norm, yet large enough that no adaptive optimiser's epsilon hides it
+TINY = 1e-30  # below this a coefficient only makes denormal numbers, which are slow
 
 
 class Mismatch(nn.Module):
-    """`c_t E_0` of one layer; `scale` holds (c, probe, probe) and must be in the optimiser with the layer's weight.
+    """`F - W = sum_k c_k E_k` of one layer, and the feedback F.
 
     Args:
-        initial: E_0, of any shape.
+        initial: E_0, with c = 1 and v = 0.
+        velocity: E_1, with c = 0 and v = 1; None where nothing moves yet.
     """
 
     initial: Tensor
-    probe: Tensor
+    velocity: Tensor | None
+    feedback: Tensor
 
-    def __init__(self, initial: Tensor) -> None:
+    def __init__(self, initial: Tensor, velocity: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("initial", initial)
-        # two dimensions, so that "decay matrices only" parameter groups treat it as they treat the weight
-        self.scale = nn.Parameter(torch.tensor([[1.0, 0.0, 0.0]], dtype=initial.dtype, device=initial.device))
-        self.register_buffer("probe", probe_gradient(self.scale.detach()), persistent=False)
-        self._versions = (0, 0)
-        self._left_behind = 0
+        self.register_buffer("velocity", velocity)
+        self.register_buffer("feedback", torch.empty_like(initial), persistent=False)
+        self.c, self.v = [1.0, 0.0], [0.0, 1.0]
 
-    def check_optimizer(self, rule: str, weight: Tensor) -> None:
-        """Verify that the optimiser moves `scale` with the layer's weight, and the probes in proportion to their gradients.
+    def get_extra_state(self) -> Tensor:
+        """(2, 2) float64: c and v; not a buffer, so that no `.half()` rounds them."""
+        return torch.tensor([self.c, self.v], dtype=torch.float64)
 
-        Not every optimiser that is not linear shows in this: one that scales a whole matrix jointly (Muon) does not.
+    def set_extra_state(self, state: Any) -> None:
+        """Take c and v from a state dict."""
+        self.c, self.v = state.tolist()
+
+    def advance(self, group: Group, first: bool) -> None:
+        """One step of SGD without a gradient, in Python's float64.
+
+        Args:
+            group: the options of the weight's group.
+            first: SGD begins a new momentum, with the whole of the first gradient.
+        """
+        lr, decay, momentum = float(group["lr"]), group["weight_decay"], group["momentum"]
+        for k in range(1 if self.velocity is None else 2):
+            step = decay * self.c[k]
+            if momentum:
+                self.v[k] = step if first else momentum * self.v[k] + (1 - group["dampening"]) * step
+                step = step + momentum * self.v[k] if group["nesterov"] else self.v[k]
+            self.c[k] -= lr * step
+
+    def follow(self, weight: Tensor) -> None:
+        """`F = W + sum_k c_k E_k` in place, for a detached weight."""
+        self.matched(weight, self.feedback)
+
+    def matched(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """`W + sum_k c_k E_k`."""
+        c = [value if abs(value) > TINY else 0.0 for value in self.c]
+        result = torch.add(weight, self.initial, alpha=c[0], out=out)
+        return result if self.velocity is None else result.add_(self.velocity, alpha=c[1])
+
+    def drift(self) -> Tensor:
+        """V: by how much the momentum of the feedback exceeds that of the weight, in the space of the weight."""
+        result = self.initial * self.v[0]
+        return result if self.velocity is None else result.add_(self.velocity, alpha=self.v[1])
+
+    def measure(self, weight: Tensor) -> None:
+        """Begin anew from the feedback as it is and a (detached) weight that was moved from outside."""
+        moving = self.v[0] != 0 or self.velocity is not None
+        self.velocity = self.drift() if moving else None
+        self.initial = self.feedback - weight
+        self.c, self.v = [1.0, 0.0], [0.0, 1.0]
+        self.follow(weight)
+
+
+class Watch:
+    """Whether a weight is still what the last step left.
+
+    Args:
+        weight: the parameter.
+        mismatch: its mismatch.
+    """
+
+    def __init__(self, weight: nn.Parameter, mismatch: Mismatch) -> None:
+        self.parameter, self.mismatch = weight, mismatch
+        self.steps = 0
+        self._version = -1
+        self._careful = weight.device.type == "cpu"  # elsewhere a comparison waits for the device
+        self._missed = torch.zeros((), dtype=torch.bool, device=weight.device)
+        self._bind()
+
+    def _bind(self) -> None:
+        self.weight = self.parameter.detach()
+        self._address = self.parameter.data_ptr()
+        self._values = strided(self.weight)
+        self._sample = self._values.clone()
+
+    def stepped(self) -> None:
+        """The optimiser moved the weight: the feedback follows."""
+        if self.parameter.data_ptr() != self._address or self.parameter.dtype != self.weight.dtype:
+            self._bind()
+        self.mismatch.follow(self.weight)
+        self._sample.copy_(self._values)
+        self._version = self.parameter._version
+        self.steps += 1
+
+    def moved(self) -> bool:
+        """Whether anything else moved it since: by its version, by a few values, at first and now and then by all.
 
         Raises:
-            ConfigError: `scale` is not in the optimiser; or the optimiser is not linear (Adam, RMSProp, clipping by
-                value), and the closed form is not valid.
+            ConfigError: on an accelerator, where the few values are compared without waiting, it was seen too late.
         """
-        versions = (weight._version, self.scale._version)
-        moved = [new != old for new, old in zip(versions, self._versions, strict=True)]
-        self._versions = versions
-        self._left_behind = self._left_behind + 1 if moved == [True, False] else 0
-        if self._left_behind >= 3:  # once or twice could be somebody's own change of the weight
+        due = self.steps < 3 or self.steps % 64 == 0
+        noticed = self._version != self.parameter._version or self._address != self.parameter.data_ptr()
+        if not (noticed or due or self._sample_differs()):
+            return False
+        if due and not self._careful and bool(self._missed):
             raise ConfigError(
-                f"the optimiser moves the weights but not {rule}'s own parameters: give it rule.parameters(), "
-                "not model.parameters()"
+                f"a weight {tuple(self.weight.shape)} was changed through .data between steps, which is seen too late on "
+                'this device; change it under torch.no_grad(), or build the rule with form="explicit"'
             )
-        _, one, two = self.scale.detach()[0].tolist()
-        if abs(two - 2 * one) > 1e-5 * abs(one):
-            raise ConfigError(
-                f"{rule} in closed form needs an optimiser that is linear in the gradient (torch.optim.SGD with any "
-                'momentum, decay and schedule), but this one is not; build the rule with form="explicit"'
-            )
+        self._bind()
+        if torch.equal(self.mismatch.matched(self.weight), self.mismatch.feedback):
+            self._version = self.parameter._version
+            return False
+        self._careful = True
+        return True
 
-
-def probe_gradient(scale: Tensor) -> Tensor:
-    """Gradient of `scale`: zero for c, in proportion 1:2 for the probes."""
-    return torch.tensor([[0.0, PROBE, 2 * PROBE]], dtype=scale.dtype, device=scale.device)
-
-
-def matched(weight: Tensor, initial: Tensor, scale: Tensor) -> Tensor:
-    """`W + c E_0`, in the layout of `initial`."""
-    return torch.addcmul(weight, initial, scale[0, 0])
-
-
-def with_scales(credit: Credit, mismatches: Sequence[Mismatch]) -> Credit:
-    """The credit with every mismatch's `scale` among its roots: its gradient is known beforehand."""
-    credit.roots = [*credit.roots, *(mismatch.scale for mismatch in mismatches)]
-    credit.signals = [*credit.signals, *(mismatch.probe for mismatch in mismatches)]
-    return credit
+    def _sample_differs(self) -> bool:
+        if self._careful:
+            return not torch.equal(self._sample, self._values)
+        self._missed.logical_or_((self._sample != self._values).any())
+        return False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apical.core.layers import LOCAL
+from apical.core.layers import is_local
 
 LOCAL_PATH = "exact (local)"
 """Path of modules that hand nothing from one population to another: scales, shifts, slopes, look-ups."""
@@ -107,9 +107,9 @@ def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
 def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
     """`path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
 
-    Any module with parameters that is not one of :data:`apical.core.units.LOCAL` counts as weighted.
+    Any module with parameters that is not one of :data:`apical.core.layers.LOCAL` counts as weighted.
     """
-    modules = {name: own for name, (module, own) in _modules(model).items() if not isinstance(module, LOCAL)}
+    modules = {name: own for name, (module, own) in _modules(model).items() if not is_local(module)}
     reached = _reached(model, [q for own in modules.values() for q in own.values() if q.requires_grad], inputs)
     paths = {}
     for name, own in modules.items():
@@ -166,6 +166,8 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
     tensors = _tensors(every, parameters)
+    generators = [v for m in every for v in m.__dict__.values() if isinstance(v, torch.Generator)]
+    states = [(generator, generator.get_state()) for generator in generators]
     grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for m in every for q in m.parameters(recurse=False)]
     devices = {t.device.index for t, _ in tensors if t.is_cuda}
     devices |= {q.device.index for q, *_ in grads if q.is_cuda}
@@ -180,6 +182,8 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
                 for tensor, value in tensors:
                     if not torch.equal(tensor, value):
                         tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
+            for generator, state in states:
+                generator.set_state(state)
             for parameter, grad, before in grads:
                 parameter.grad = grad
                 if grad is not None and before is not None:

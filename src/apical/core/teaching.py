@@ -12,10 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from apical.core.activations import ELEMENTWISE, pulled_back
-
-FROM_OUTPUT = (nn.ELU, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.Identity)
-"""Activations whose derivative is known from their output."""
+from apical.core.activations import is_elementwise, needs_output_alone, pulled_back
+from apical.core.layers import computes_plainly, is_hooked
 
 
 class Activity(NamedTuple):
@@ -45,11 +43,7 @@ class Taught:
         self.modules = tuple(modules)
         self.layer, *rest = self.modules
         self.activation = rest[0] if rest else None
-        dense = isinstance(self.layer, nn.Linear) and len(rest) < 2
-        self.has_closed_form = (
-            dense and (not rest or isinstance(rest[0], (*ELEMENTWISE, nn.Identity))) and not _in_place(self.activation)
-        )
-        self.keeps_v = not isinstance(self.activation, FROM_OUTPUT)
+        self.is_dense = isinstance(self.layer, nn.Linear) and len(rest) < 2
 
     def __call__(self, given: Tensor, learns: bool) -> Activity:
         """Run the block on an input (batch, ...), to which it will not send errors back. To be called without gradient.
@@ -58,16 +52,31 @@ class Taught:
             given: the input.
             learns: whether the block may be taught afterwards.
         """
-        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(given.device.type)  # autograd knows better there
-        if learns and self.has_closed_form and given.dim() == 2 and not plain:
+        if learns and self.has_closed_form(given):
             v = self.layer(given)
-            made = v if self.activation is None else self.activation(v)
-            return Activity(made, self, given, v if self.keeps_v else made)
+            if self.activation is None:
+                return Activity(v, self, given, v)
+            made = self.activation(v)
+            return Activity(made, self, given, made if needs_output_alone(self.activation) else v)
         with torch.set_grad_enabled(learns):
             given = given.detach().clone() if _in_place(self.modules[0]) else given.detach()  # others read it too
             for module in self.modules:
                 given = module(given)
         return Activity(given)
+
+    def has_closed_form(self, given: Tensor) -> bool:
+        """Whether the gradients for this input are known without autograd: to be asked at every call.
+
+        Layer and activation must run their types' own forward, without hooks, on the layer's own weight.
+        """
+        if not self.is_dense or given.dim() != 2 or torch.compiler.is_compiling():
+            return False
+        if torch.is_autocast_enabled(given.device.type):  # autograd knows better there
+            return False
+        if is_hooked(self.layer) or not computes_plainly(self.layer):
+            return False
+        phi = self.activation
+        return phi is None or (is_elementwise(phi) and not (_in_place(phi) or is_hooked(phi)))
 
 
 def _in_place(module: nn.Module | None) -> bool:
@@ -89,9 +98,10 @@ class Teaching:
         self._gradients: list[Tensor] = []
 
     def loss(self, loss: Tensor) -> None:
-        """Teach the block behind a scalar loss."""
-        self.roots.append(loss)
-        self.signals.append(None)
+        """Teach the block behind a scalar loss, unless it is frozen."""
+        if loss.requires_grad or not torch.is_grad_enabled():
+            self.roots.append(loss)
+            self.signals.append(None)
 
     def teach(self, activity: Activity, signal: Tensor) -> None:
         """Teach a block `signal`, the gradient of what it shall descend with respect to its output, of that one's size.

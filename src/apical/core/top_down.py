@@ -20,6 +20,7 @@ Without it a hidden unit gets credit of one sign for as long as training lasts, 
 
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,9 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
         ConfigError: there is no such file, or it is not a (whole) teacher file.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:
+                raise ValueError(f"{member} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")

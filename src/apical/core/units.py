@@ -1,22 +1,14 @@
 """Which modules of a model a rule treats as layers, found and validated before anything is changed."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from apical.core.activations import is_activation
 from apical.core.layers import Layer as Layer
-from apical.core.layers import is_local, is_weighted
-from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid
+from apical.core.layers import is_local, is_registered, is_weighted
 from apical.errors import UnsupportedModelError
-
-ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LogSigmoid),
-    *(nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Softmax),
-    *(ShiftedSigmoid, DoubleSiLU, HalfClip),
-)
-"""Element-wise nonlinearities at whose output a unit ends."""
 
 
 def key(name: str) -> str:
@@ -71,7 +63,7 @@ def weighted_layers(model: nn.Module, exact: Collection[str] | None = (), shared
         if is_weighted(module) and module not in inside:
             layers[name] = module
             inside |= _belonging(module)
-        elif is_local(module):
+        elif is_local(module) or is_activation(module):
             inside |= _belonging(module)
         elif own and module not in inside:
             faults.add(name, module, own)
@@ -90,10 +82,27 @@ def _is_exact(name: str, exact: Collection[str] | None) -> bool:
 
 
 def _belonging(layer: nn.Module) -> set[nn.Module]:
-    """The modules inside a layer that are a part of it: parametrisations, and whatever else is no weighted layer itself."""
+    """The modules inside a layer that are a part of it: parametrisations, and others but for layers of known kind.
+
+    Everything inside a layer of a registered type belongs to it.
+    """
     parametrisations = getattr(layer, "parametrizations", None)
     within = set(parametrisations.modules()) if isinstance(parametrisations, nn.Module) else set()
-    return within | {module for module in layer.modules() if module is not layer and not is_weighted(module)}
+    whole = is_registered(layer)
+    return within | {module for module in layer.modules() if module is not layer and (whole or not is_weighted(module))}
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that compute, by name: layers and activations with whatever is inside them, and others without children."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if is_weighted(module) or is_local(module) or is_activation(module):
+            inside.update(module.modules())
+        elif next(module.children(), None) is not None:
+            continue
+        yield name, module
 
 
 def _check_names(model: nn.Module, exact: Collection[str]) -> None:

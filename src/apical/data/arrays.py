@@ -1,5 +1,6 @@
 """Both splits of a set as they come from disk, the readers of .npz and LIBSVM files, and the embedded digits."""
 
+import io
 import zipfile
 import zlib
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from apical.data import containers
 from apical.errors import DataError
 
 Labelled = tuple[NDArray[Any], NDArray[Any]]
@@ -20,12 +22,13 @@ class Arrays(NamedTuple):
     test: Labelled
 
 
-NPZ_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+NPZ_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
 
 
 def read_npz(path: Path, names: tuple[str, ...], remedy: str = "replace it") -> list[NDArray[Any]]:
     """The arrays `names` of a .npz file (never unpickling anything); `DataError` when damaged or incomplete."""
     try:
+        containers.check_zip(path)
         with np.load(path, allow_pickle=False) as archive:
             return [np.asarray(archive[name]) for name in names]
     except NPZ_DAMAGE as error:
@@ -68,7 +71,8 @@ def read_usps_libsvm(folder: Path, remedy: str) -> Arrays:
     def split(name: str) -> Labelled:
         path = folder / name
         try:
-            images, labels = load_svmlight_file(str(path), n_features=256, dtype=np.float32, zero_based=False)
+            lines = io.BytesIO(containers.bzip2(containers.content(path)))
+            images, labels = load_svmlight_file(lines, n_features=256, dtype=np.float32, zero_based=False)
         except (OSError, EOFError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); {remedy}") from error
         return 1000 * images.toarray().reshape(-1, 1, 16, 16), labels.astype(np.int64) - 1

@@ -39,9 +39,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Remote:
-    """Where a set is published: `files` at `base` with their md5, kept in `folder`.
+    """Where a set is published: `files` at `base` with their checksums, kept in `folder`.
 
-    With `members` the one file is a .tar.gz of which just these members (path and md5) are kept.
+    A checksum is SHA-256 (64 hex digits) where a file with the published md5 was at hand to compute it from, otherwise the
+    published md5 itself (32 digits), which shows a broken download but would not stop a forged one.
+
+    With `members` the one file is a .tar.gz of which just these members (path and checksum) are kept.
     """
 
     base: str
@@ -97,8 +100,8 @@ def _idx_layout(folder: str) -> Layout:
     return Layout(folder, _MNIST_FILES, idx.read_folder, 60000, 10000)
 
 
-def _idx_files(*md5s: str) -> dict[str, str]:
-    return {f"{name}.gz": md5 for name, md5 in zip(idx.FILES, md5s, strict=True)}
+def _idx_files(*checksums: str) -> dict[str, str]:
+    return {f"{name}.gz": checksum for name, checksum in zip(idx.FILES, checksums, strict=True)}
 
 
 ENTRIES: dict[str, Entry] = {
@@ -124,9 +127,9 @@ ENTRIES: dict[str, Entry] = {
             "MNIST/raw",
             _idx_files(
                 "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "d53e105ee54ea40749a09fcbcd1e9432",
-                "9fb629c4189551a2d022fa330f9573f3",
-                "ec29112dd5afa0611ce80d1b7f02629c",
+                "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+                "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
             ),
         ),
     ),
@@ -138,13 +141,13 @@ ENTRIES: dict[str, Entry] = {
         (0.3530,),
         (_idx_layout("FashionMNIST/raw"),),
         remote=Remote(
-            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
             "FashionMNIST/raw",
             _idx_files(
-                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                "25c81989df183df01b3e8a0aad5dffbe",
-                "bef4ecab320f06d8554ea6380940ec79",
-                "bb300cfdad3c16e7a12a480ee83cd310",
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
             ),
         ),
     ),
@@ -169,13 +172,13 @@ ENTRIES: dict[str, Entry] = {
             "cifar-10-batches-py",
             {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"},
             {
-                "data_batch_1": "c99cafc152244af753f735de768cd75f",
-                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-                "data_batch_4": "634d18415352ddfa80567beed471001a",
-                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-                "test_batch": "40351d587109b95175f43aff81a1287e",
-                "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+                "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
+                "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
+                "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
+                "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
+                "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
+                "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
+                "batches.meta": "f962466ef690d46b226450fb9aadc74ba4bc64a76aa526b5827fe4bc5c7125cb",
             },
         ),
     ),
@@ -219,7 +222,7 @@ ENTRIES: dict[str, Entry] = {
             Layout("KMNIST-test", _KMNIST_TEST, arrays.read_kmnist, 0, 10000, "test split only"),
         ),
         remote=Remote(
-            "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+            "https://codh.rois.ac.jp/kmnist/dataset/kmnist/",
             "KMNIST/raw",
             _idx_files(
                 "bdb82020997e1d708af4cf47b453dcf7",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apical.data import containers
 from apical.data.arrays import Arrays, Labelled
 from apical.errors import DataError
 
@@ -98,7 +99,7 @@ def read_batch(path: Path, label_key: str, remedy: str = "replace it") -> Labell
     Raises `DataError` naming the file for a damaged file and for a pickle that holds more than plain data.
     """
     try:
-        content = _Reader(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = _Reader(io.BytesIO(containers.content(path)), encoding="bytes").load()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything

@@ -10,7 +10,6 @@ Decoding takes seconds, so the decoded bytes are kept in the cache folder; a dam
 
 import hashlib
 import json
-import lzma
 import os
 import tempfile
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apical.data import containers
 from apical.data.arrays import Arrays, Labelled, read_npz
 from apical.data.roots import cache_folder
 from apical.errors import DataError
 
-_SIDE = 32
+_SIDE, _HEADER = 32, 1 << 16
 _NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -53,11 +53,13 @@ def _decode(residuals: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def read_batch(path: Path, label_key: str, remedy: str = "replace it") -> Labelled:
     """Images (N, 3, 32, 32) uint8 and labels (N,) of one .xz batch; `DataError` when it is damaged."""
     try:
-        header, _, body = lzma.decompress(path.read_bytes()).partition(b"\n")
+        content = containers.xz(containers.content(path))
+        header = content[:_HEADER].partition(b"\n")[0]
+        body = memoryview(content)[len(header) + 1 :]
         facts = json.loads(header)
         count, keys, digest = int(facts["n"]), list(facts["label_keys"]), str(facts["images_sha256"])
         planes, position = facts["planes"], keys.index(label_key)
-    except (OSError, lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} is damaged or not a compact CIFAR batch ({reason}); {remedy}") from error
     pixels = 3 * count * _SIDE**2

@@ -38,11 +38,11 @@ def fetch(name: str, root: Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if remote.members is None:
-            for file, md5 in remote.files.items():
-                _download(remote.base + file, md5, folder / file)
+            for file, checksum in remote.files.items():
+                _download(remote.base + file, checksum, folder / file)
         elif not _whole(folder, remote.members):
-            ((file, md5),) = remote.files.items()
-            archive = _download(remote.base + file, md5, top / file)
+            ((file, checksum),) = remote.files.items()
+            archive = _download(remote.base + file, checksum, top / file)
             _extract(archive, folder, remote)
             archive.unlink()
     except OSError as error:
@@ -50,7 +50,7 @@ def fetch(name: str, root: Path | None = None) -> Path:
     return folder
 
 
-def _download(url: str, md5: str, target: Path) -> Path:
+def _download(url: str, checksum: str, target: Path) -> Path:
     """One file, through pooch; a resumed download with a wrong checksum is tried once more from the start."""
     import pooch
 
@@ -59,7 +59,8 @@ def _download(url: str, md5: str, target: Path) -> Path:
     for attempt in (1, 2):
         resumed = part.exists()
         try:
-            pooch.retrieve(url, known_hash=f"md5:{md5}", fname=target.name, path=target.parent, downloader=Resume(part))
+            known = f"{_algorithm(checksum)}:{checksum}"
+            pooch.retrieve(url, known_hash=known, fname=target.name, path=target.parent, downloader=Resume(part))
             return target
         except requests.RequestException as error:
             raise DataError(_reason(url, part, error)) from error
@@ -129,13 +130,19 @@ def _bar() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
 
-def _md5(path: Path) -> str:
+def _algorithm(checksum: str) -> str:
+    return {32: "md5", 64: "sha256"}[len(checksum)]
+
+
+def _is_whole(path: Path, checksum: str) -> bool:
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        return hashlib.file_digest(file, _algorithm(checksum)).hexdigest() == checksum
 
 
 def _whole(folder: Path, members: dict[str, str]) -> bool:
-    return all((folder / name).is_file() and _md5(folder / name) == md5 for name, md5 in members.items())
+    return all(_is_whole(folder / name, checksum) for name, checksum in members.items())
 
 
 def _extract(archive: Path, folder: Path, remote: Remote) -> None:

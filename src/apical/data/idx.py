@@ -4,7 +4,6 @@ A file holds two zero bytes, a type code (8: unsigned bytes), the number of dime
 big-endian 32-bit integer, and then the values in row-major order. It may be gzip-compressed.
 """
 
-import gzip
 import math
 import zlib
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from apical.data import containers
 from apical.data.arrays import Arrays
 from apical.errors import DataError
 
@@ -64,13 +64,17 @@ def read_folder(folder: Path, remedy: str) -> Arrays:
 
 def _content(path: Path, remedy: str) -> bytes:
     try:
-        content = path.read_bytes()
+        content = containers.content(path)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); {remedy}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from error
     if not content.startswith(_GZIP_MAGIC):
         return content
     try:
-        return gzip.decompress(content)
+        return containers.gunzip(content)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); {remedy}") from error
     except EOFError as error:
         raise DataError(f"{path} is truncated (its gzip stream ends early); {remedy}") from error
     except (OSError, zlib.error) as error:

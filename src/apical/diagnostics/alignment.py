@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import CreditRule
+from apical.core.layers import is_weighted
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -73,7 +74,7 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
     layers = {
         name: module.weight
         for name, module in rule.model.named_modules()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
+        if is_weighted(module) and module.weight.is_leaf and module.weight.requires_grad
     }
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule(inputs, targets).backward()

@@ -22,8 +22,10 @@ from torch.func import functional_call, vjp
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apical.core.activations import difference as rate_difference
+from apical.core.affine import original
 from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
+from apical.core.layers import is_weighted
 from apical.core.losses import output_error
 from apical.diagnostics.alignment import angle, unchanged
 from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
@@ -112,7 +114,7 @@ def minimum_norm_update(
         moved = torch.einsum("bkn,bk->bn", block, weighted).view_as(states.v[i])
         if difference == "rate":
             moved = rate_difference(stage.activation, states.v[i], states.r[i + 1], moved)
-        own = {name: p for name, p in stage.layer.named_parameters(recurse=False) if p.requires_grad}
+        own = {name: p for name, p in original(stage.layer).named_parameters() if p.requires_grad}
         if own:
             with torch.enable_grad():
                 v = stage.layer(stage.seen(states.r[i]))
@@ -304,7 +306,7 @@ def _angles(model: nn.Module, asked: Mapping[str, Tensor], wanted: Update) -> di
     angles: dict[str, float] = {}
     for layer, module in model.named_modules():
         own = [name for name in both if name.rpartition(".")[0] == layer]
-        if own and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        if own and is_weighted(module):
             angles[layer] = over(own)
     return angles | {"all": over(both)}
 

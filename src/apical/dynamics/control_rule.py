@@ -14,8 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from apical.core.batch import require_one_type, require_precision
 from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
+from apical.core.feedback import put
 from apical.core.local import known_root, local_root, outer
 from apical.dynamics import feedback_control as control
 from apical.dynamics.feedback_control import Controlled
@@ -44,6 +46,7 @@ class ControlRule(CreditRule):
         learn: "expected" or "noise" trains Q, by the expectation of the local rule or by simulating it; "none" fixes Q.
         learn_output: train Q_L too; it stays the identity otherwise.
         input_shape: of one sample; needed with convolutions.
+        generator: for initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
         UnsupportedModelError: the model is no such chain; the module is named.
@@ -63,8 +66,10 @@ class ControlRule(CreditRule):
         learn: Learn,
         learn_output: bool,
         input_shape: Sequence[int] | None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
+        self.generator = generator
         for name, value, known in (
             ("difference", difference, ("rate", "voltage")),
             ("feedback", feedback, ("product", "random")),
@@ -76,12 +81,14 @@ class ControlRule(CreditRule):
             raise ConfigError(f"learning the feedback needs noise: its sigma must be positive, got {sleep.sigma}")
         self.loop, self.sleep, self.difference, self.learn = loop, sleep, difference, learn
         self.chain = Chain(model, input_shape)
-        initial = control.product_feedback if feedback == "product" else control.random_feedback
-        self.feedback = nn.ParameterList(initial(self.chain))
+        require_precision(type(self).__name__, self.chain.weights[0])
+        self.feedback = nn.ParameterList(
+            control.product_feedback(self.chain) if feedback == "product" else control.random_feedback(self.chain, generator)
+        )
         for i, weights in enumerate(self.feedback):
             weights.requires_grad_(learn != "none" and (learn_output or i < len(self.feedback) - 1))
         self.factor = 2.0  # of the forward rule
-        self.calls = 0
+        self.calls, self.solves, self._quiet = 0, 0, 0
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """The trainable Q_i."""
@@ -96,10 +103,44 @@ class ControlRule(CreditRule):
         """The feed-forward states of a batch.
 
         Raises:
-            ConfigError: the batch is empty.
+            ConfigError: the batch is empty, or the model was moved without the rule.
             UnsupportedModelError: the samples have not the shape the rule was made for.
         """
+        require_precision(type(self).__name__, self.chain.weights[0])
+        require_one_type(type(self).__name__, self.chain.weights[0], self.feedback)
         return self.chain.run(inputs)
+
+    def set_feedback(self, layer: str, **matrices: Tensor) -> None:
+        """Set the feedback weights of a layer: `Q` (n_i, n_L), which carries the control to it.
+
+        Raises:
+            ConfigError: unknown layer or symbol, or another shape.
+        """
+        known = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
+        put(type(self).__name__, layer, known, matrices)
+
+    def named_states(
+        self, states: States, target: Tensor, u: Tensor, state: Controlled, basal: Sequence[Tensor]
+    ) -> dict[str, list[Tensor]]:
+        """What :meth:`states` of the rules returns.
+
+        Args:
+            states: the feed-forward states.
+            target: of the output (batch, n_L).
+            u: control.
+            state: the controlled network; its q are the apical potentials.
+            basal: shifts of the basal potentials.
+        """
+        return {
+            "v_minus": states.v,
+            "r_minus": states.r[1:],
+            "target": [target],
+            "u": [u],
+            "v": [v + d for v, d in zip(states.v, state.d, strict=True)],
+            "r": [r + rho for r, rho in zip(states.r[1:], state.rho, strict=True)],
+            "v_ff": [v + b for v, b in zip(states.v, basal, strict=True)],
+            "v_fb": list(state.q),
+        }
 
     def roots_at(self, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Tensor | None]:
         """Roots of the forward rule at one controlled state, with soma-minus-basal potentials q."""
@@ -150,11 +191,28 @@ class ControlRule(CreditRule):
             pairs = zip(self.feedback, gradients, strict=True)
             return [known_root(weights, gradient) for weights, gradient in pairs if weights.requires_grad]
 
-    def cause(self, states: States) -> str:
-        """Which parameter to change, from the eigenvalues of the loop on a few samples."""
+    def cause(self, states: States, *, moves: bool = True) -> str:
+        """Which parameter to change, from the eigenvalues of the loop on a few samples.
+
+        Args:
+            moves: see :meth:`watch`.
+        """
         few = States([v[:4] for v in states.v], [r[:4] for r in states.r])
         gains = control.loop_gains(control.output_jacobian(self.chain, few), self.q)
-        return self.advice(gains) or f"reduce dt={self.loop.dt:g}"
+        if moves:
+            return self.advice(gains) or f"reduce dt={self.loop.dt:g}"
+        return self._violation(gains) or self.remedy
+
+    @property
+    def remedy(self) -> str:
+        """What helps a steady state that is not found although its loop looks stable."""
+        return f"raise alpha={self.loop.alpha:g}"
+
+    def warn(self, message: str) -> None:
+        """Warn, but of one call in :data:`LOOK_EVERY` at most."""
+        if self.solves >= self._quiet:
+            self._quiet = self.solves + LOOK_EVERY
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def advice(self, gains: Sequence[Tensor]) -> str | None:
         """What :func:`apical.dynamics.stability.advice` says of the first samples' `M_i`."""
@@ -167,7 +225,7 @@ class ControlRule(CreditRule):
         """Now and then, warn of a controller that would be unstable if it were simulated.
 
         Only where the M_i are made anyway: neither wide outputs, which are solved through the layer below, nor the steady
-        state of strong control are watched; their logs carry the residual instead.
+        state of strong control are watched; of these the residual alone tells, in the logs and in a warning.
 
         Args:
             gains: M_i of every stage.

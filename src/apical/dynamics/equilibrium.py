@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.activations import complex_parts
 from apical.core.chain import Chain, Stage
 from apical.core.local import known_root, outer
-from apical.core.losses import squared_error, wanted
+from apical.core.losses import wanted
+from apical.core.noise import normal
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
 from apical.dynamics.complex_pooling import pooled, unpooled
+from apical.dynamics.holomorphic import HOLOMORPHIC
+from apical.dynamics.phases import Phases
 from apical.errors import UnsupportedModelError
 
 PROJECTIONS = (nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Identity)
@@ -30,32 +34,6 @@ LOOK_EVERY = 8
 
 Push = Callable[[Sequence[Tensor]], Tensor]
 """What the nudge adds to the potentials of the last layer of states, given all of them; rows as theirs."""
-
-
-class Phases(NamedTuple):
-    """One complex number per phase: `re` (P,), and `im` (Q,) of the last Q of them; the others are real.
-
-    Values of phases are parts (P + Q, batch, ...): P real parts, then Q imaginary ones.
-    """
-
-    re: Tensor
-    im: Tensor
-
-    def times(self, parts: Tensor) -> Tensor:
-        """Each phase's value times its number, of the same shape."""
-        p, q = len(self.re), len(self.im)
-        shape = (-1, *[1] * (parts.dim() - 1))
-        re = self.re.view(shape)
-        if q == 0:
-            return parts * re
-        im, real, imaginary = self.im.view(shape), parts[:p], parts[p:]
-        turned = real[p - q :] * re[p - q :] - imaginary * im
-        return torch.cat((real[: p - q] * re[: p - q], turned, imaginary * re[p - q :] + real[p - q :] * im))
-
-    def conjugate_rows(self, parts: Tensor) -> Tensor:
-        """Imaginary parts with the other sign: the sum over rows of `a' b` is then the real part of the sum of `a b`."""
-        q = len(self.im)
-        return torch.cat((parts[: len(parts) - q], -parts[len(parts) - q :])) if q else parts
 
 
 class Settled(NamedTuple):
@@ -73,10 +51,19 @@ class EquilibriumNetwork:
         read_out: the last stage only reads the states; else it is one of them.
         damping: share of the old state that each step keeps, in [0, 1).
         noise: standard deviation of what is added to potentials at every step of a training phase.
+        generator: of the noise; None draws from PyTorch's global state.
     """
 
-    def __init__(self, chain: Chain, *, read_out: bool, damping: float = 0.0, noise: float = 0.0) -> None:
-        self.chain, self.damping, self.noise = chain, damping, noise
+    def __init__(
+        self,
+        chain: Chain,
+        *,
+        read_out: bool,
+        damping: float = 0.0,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.chain, self.damping, self.noise, self.generator = chain, damping, noise, generator
         self.stages = chain.stages[:-1] if read_out else chain.stages
         self.reader = chain.stages[-1] if read_out else None
 
@@ -175,7 +162,7 @@ class EquilibriumNetwork:
                 v = v + push(s)
             if noisy and self.noise:
                 real = len(v) - imaginary
-                disturbed = v[:real] + self.noise * torch.randn_like(v[:real])
+                disturbed = v[:real] + self.noise * normal(v[:real], self.generator)
                 v = torch.cat((disturbed, v[real:])) if imaginary else disturbed
             moved.append(self._moved(stage, s[k], v, imaginary))
         return moved
@@ -217,35 +204,6 @@ class EquilibriumNetwork:
         return self.reader.transposed(push).view(-1, *self.stages[-1].shape)
 
 
-def _softmax_error(parts: Tensor, label: Tensor, q: int) -> Tensor:
-    p = len(parts) - q
-    real = parts[: p - q].softmax(-1) - label
-    if q == 0:
-        return real
-    shifted = parts[p - q : p] - parts[p - q : p].amax(-1, keepdim=True)
-    power = torch.polar(shifted.exp(), parts[p:])
-    share = power / power.sum(-1, keepdim=True)
-    return torch.cat((real, share.real - label, share.imag))
-
-
-def _distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
-    p = len(parts) - q
-    return torch.cat((parts[:p] - label, parts[p:])) if q else parts - label
-
-
-def _mean_distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
-    """Of `F.mse_loss`, a mean over outputs too."""
-    return _distance(parts, label, q) * (2 / label.shape[-1])
-
-
-HOLOMORPHIC: dict[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, int], Tensor]] = {
-    F.cross_entropy: _softmax_error,
-    squared_error: _distance,
-    F.mse_loss: _mean_distance,
-}
-"""Losses whose error at the output is known for complex outputs too: (parts, one-hot labels, Q) -> parts."""
-
-
 def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
     """The activation of rows of which the last `imaginary` are imaginary parts of those before them."""
     if imaginary == 0:
@@ -258,20 +216,7 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
         torch.sigmoid(torch.add(v.new_full((), -2.0), v[:real], alpha=4), out=made[:real])
         made[real : real + imaginary], made[real + imaginary :] = complex_shifted_sigmoid(a, b)
         return made
-    z = activation(torch.complex(a, b))
-    return torch.cat((activation(v[:real]), z.real, z.imag))
-
-
-def is_holomorphic(activation: nn.Module) -> bool:
-    """Whether an activation takes complex states and has the same derivative in every direction (Cauchy-Riemann)."""
-    x = torch.tensor([-2.1, -0.7, 0.3, 0.9, 1.6, 2.8], dtype=torch.float64)
-    z, h = torch.complex(x, 0.1 * x.flip(0)), 1e-6
-    try:
-        along, across = ((activation(z + step) - activation(z - step)) / (2 * step) for step in (h, 1j * h))
-        same = (activation(torch.complex(x, torch.zeros_like(x))) - activation(x)).abs().amax()
-    except (RuntimeError, NotImplementedError, TypeError):
-        return False
-    return bool((along - across).abs().amax() < 1e-6) and bool(same < 1e-12)
+    return torch.cat((activation(v[:real]), *complex_parts(activation, a, b)))
 
 
 def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor:
@@ -346,21 +291,6 @@ def weight_root(
 def _at_layer(stage: Stage, signal: Tensor, rates: Tensor, imaginary: int) -> Tensor:
     """The signal at the layer's own output, before pooling."""
     return unpooled(stage, signal, stage.linear(rates), imaginary, conjugate=True) if stage.after else signal
-
-
-def off_branch(free: Sequence[Tensor], nudged: Sequence[Tensor], share: Tensor) -> Tensor:
-    """Distance of the phases' mean state from the free one, relative to how far phases lie from it; 0 for zero movement.
-
-    A function that is analytic within the circle of nudges has its value at the centre as its mean on the circle, up to
-    O(beta^N). Where this is not small, nudges are too large for a continuous branch of equilibria, and more of them do not
-    help.
-    """
-    gaps, moves = [], []
-    for s, centre in zip(nudged, free, strict=True):
-        parts = s.view(-1, *centre.shape)[: len(share)]
-        gaps.append(((parts * share.view(-1, *[1] * centre.dim())).sum(0) - centre).abs().amax())
-        moves.append((parts - centre).abs().amax())
-    return torch.stack(gaps).amax() / torch.stack(moves).amax().clamp_min(torch.finfo(free[0].dtype).tiny)
 
 
 def jacobian_product(stages: Sequence[Stage], back: Sequence[Tensor], d: Sequence[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import derivative, difference
 from apical.core.chain import Chain, Stage, States
+from apical.core.noise import initial
 from apical.dynamics.trajectory import Loop
 
 WIDE = 64
@@ -102,11 +103,11 @@ def product_feedback(chain: Chain) -> list[Tensor]:
     return feedback[::-1]
 
 
-def random_feedback(chain: Chain) -> list[Tensor]:
+def random_feedback(chain: Chain, generator: torch.Generator | None = None) -> list[Tensor]:
     """`Q_L = I`, the others Xavier-normal (n_i, n_L)."""
     weight = chain.weights[-1]
     n = chain.stages[-1].size
-    hidden = [nn.init.xavier_normal_(weight.new_empty(stage.size, n).detach()) for stage in chain.stages[:-1]]
+    hidden = [initial(nn.init.xavier_normal_, (stage.size, n), weight.detach(), generator) for stage in chain.stages[:-1]]
     return [*hidden, torch.eye(n, dtype=weight.dtype, device=weight.device)]
 
 
@@ -168,6 +169,12 @@ def controlled_pass(chain: Chain, states: States, pushes: Sequence[Tensor]) -> C
         state.d.append(stage.linear(state.rho[-1], push) if i else push)
         state.rho.append(difference(stage.activation, states.v[i], states.r[i + 1], state.d[-1]))
     return state
+
+
+def controlled_states(states: States, state: Controlled) -> States:
+    """The states themselves under control."""
+    v = [each + d for each, d in zip(states.v, state.d, strict=True)]
+    return States(v, [states.r[0], *(each + rho for each, rho in zip(states.r[1:], state.rho, strict=True))])
 
 
 def linear_pass(chain: Chain, gains: Sequence[Tensor], pushes: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apical.core.chain import Chain, States
-from apical.dynamics.feedback_control import Controlled, apical, controlled_pass, gains_and_mean
+from apical.dynamics.feedback_control import Controlled, apical, controlled_pass, controlled_states, gains_and_mean
 
 PASSES = 12
 """Quasi-Newton steps between two Jacobians."""
@@ -167,9 +167,3 @@ class _Problem(NamedTuple):
             gain=gain,
             stride=stride,
         )
-
-
-def controlled_states(states: States, state: Controlled) -> States:
-    """The states themselves under control."""
-    v = [each + d for each, d in zip(states.v, state.d, strict=True)]
-    return States(v, [states.r[0], *(each + rho for each, rho in zip(states.r[1:], state.rho, strict=True))])

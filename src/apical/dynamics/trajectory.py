@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import difference
 from apical.core.chain import Chain, Stage, States
+from apical.core.noise import normal
 from apical.dynamics.controller import Leak
 from apical.errors import ConfigError, InstabilityError
 
@@ -128,6 +129,7 @@ def trajectory(
     loop: Loop,
     *,
     basal: bool = True,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Moment]:
     """Walk along the controlled dynamics from the feed-forward state; T - 1 moments.
 
@@ -137,7 +139,8 @@ def trajectory(
         feedback: Q_i (n_i, n_L).
         error: shift of the output (batch, n_L) -> output error e; `delta - rho` for a target delta away.
         loop: the controller.
-        basal: whether moments carry the basal compartments.
+        basal: whether moments carry the basal compartments, `W r` of their own instant.
+        generator: of the noise; None draws from PyTorch's global state.
 
     Raises:
         InstabilityError: a potential or the control became NaN or infinite.
@@ -174,7 +177,7 @@ def trajectory(
                 if plain:
                     torch.mm(seen, backward[i], out=fed[i].view(batch, -1))
                 else:
-                    _apical_step(fed[i], noise[i], (seen @ backward[i]).view_as(fed[i]), sigmas[i], loop)
+                    _apical_step(fed[i], noise[i], (seen @ backward[i]).view_as(fed[i]), sigmas[i], loop, generator)
                 if i:
                     below[i] = chain.stages[i].linear(rho[i - 1])
                 d[i].lerp_(below[i] + fed[i], loop.kappa)
@@ -225,9 +228,11 @@ class _RateShift:
         return torch.mul(self._sum, d, out=self._rho)
 
 
-def _apical_step(fed: Tensor, noise: Tensor, control: Tensor, sigma: float, loop: Loop) -> None:
+def _apical_step(
+    fed: Tensor, noise: Tensor, control: Tensor, sigma: float, loop: Loop, generator: torch.Generator | None
+) -> None:
     """The apical compartment one step on, in place: filtered control and noise."""
-    fresh = torch.randn_like(fed) if sigma else None
+    fresh = normal(fed, generator) if sigma else None
     if loop.tau_noise is not None:
         if fresh is not None:
             noise.mul_(1 - loop.dt / loop.tau_noise).add_(fresh, alpha=math.sqrt(loop.dt) / loop.tau_noise)

@@ -130,7 +130,11 @@ class Search:
         return _to_dict(self._state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state` of a search with the same strategy."""
+        """Continue from :meth:`state` of a search with the same strategy.
+
+        Raises:
+            ValueError: it is of another one, or damaged.
+        """
         self._state = _from_dict(self._state, state)
 
 
@@ -153,8 +157,16 @@ def _to_dict(state: Any) -> dict[str, Any]:
     }
 
 
-def _from_dict(state: Any, saved: dict[str, Any]) -> Any:
-    changed = {
-        name: _from_dict(getattr(state, name), value) if isinstance(value, dict) else value for name, value in saved.items()
-    }
+def _from_dict(state: Any, saved: Any) -> Any:
+    own = _to_dict(state)
+    if not isinstance(saved, dict) or saved.keys() != own.keys():
+        raise ValueError("its state is of another strategy")
+    changed = {}
+    for name, value in saved.items():
+        if isinstance(own[name], dict):
+            changed[name] = _from_dict(getattr(state, name), value)
+            continue
+        if not isinstance(value, Tensor) or value.shape != own[name].shape or value.dtype != own[name].dtype:
+            raise ValueError(f"its {name} is of another kind or shape")
+        changed[name] = value
     return state._replace(**changed)

@@ -10,7 +10,10 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from apical.errors import ConfigError
+from apical.errors import ApicalError, ConfigError
+
+RETRIES = 5
+"""How often a piece of work whose worker was lost is given to another one."""
 
 
 class Task(Protocol):
@@ -72,8 +75,8 @@ class RayWorkers:
     def __init__(self, address: str = "local", count: int | None = None, chunk: int = 64) -> None:
         self.chunk = _checked(chunk)
         self._ray, self._started = connected(address, count)
-        # However often a worker is lost, its chunk is evaluated again; an error of the task's own is not repeated.
-        self._remote = self._ray.remote(num_cpus=1, max_retries=-1)(_evaluate)
+        # The chunk of a worker that is lost is evaluated again; an error of the task's own is not repeated.
+        self._remote = self._ray.remote(num_cpus=1, max_retries=RETRIES)(_evaluate)
         self._sent: tuple[Task, Any] | None = None
 
     def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
@@ -85,6 +88,8 @@ class RayWorkers:
             return torch.cat(self._ray.get(pending))
         except self._ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
+        except self._ray.exceptions.RayError as error:
+            raise lost(error) from None
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
@@ -96,6 +101,15 @@ class RayWorkers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def lost(error: Exception) -> ApicalError:
+    """Ray's error for work whose workers were lost again and again, in one line."""
+    what = str(error).strip().partition("\n")[0].rstrip(".")
+    return ApicalError(
+        f"Ray lost the workers of one task {RETRIES + 1} times, perhaps for want of memory, or because its code ends them "
+        f"({type(error).__name__}: {what[:120]}); continue with --resume"
+    )
 
 
 def connected(address: str, count: int | None) -> tuple[Any, bool]:

@@ -1,11 +1,18 @@
-"""Checkpoints that are either whole or not there, and that load without running code."""
+"""Checkpoints that are either whole or not there, carry checksums of what they hold, and load without running code."""
 
+import hashlib
 import io
+import math
 import os
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from apical.errors import CheckpointError
 
@@ -23,25 +30,36 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "metrics": dict,
     "peak_memory_mb": (float, type(None)),
 }
+SEAL = "sha256"
+"""Field with the SHA-256 of every other field."""
+_REMEDY = "start again with --overwrite or in another folder"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Put `content` at `path` so that a crash at any moment leaves the old file or the new one.
 
+    A link at `path` is replaced; what it points to stays as it is.
+
     Raises:
-        OSError: it cannot be written; the old file is still there and nothing else is left behind.
+        OSError: it cannot be written; it names `path`, the old file is still there and nothing else is left behind.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
         raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -60,9 +78,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written; an older checkpoint stays.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_sealed(path, {"format": FORMAT, **state})
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -72,21 +88,89 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged or lacks a field; the message names both.
         OSError: it is not there or may not be read.
     """
-    remedy = "start again with --overwrite or in another folder"
+    state = read_sealed(path, f"checkpoint {path}")
+    for field, kind in FIELDS.items():
+        if not isinstance(state.get(field), kind) or isinstance(state.get(field), bool):
+            raise CheckpointError(f"checkpoint {path}: field {field!r} is missing or damaged; {_REMEDY}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; {_REMEDY}")
+    for field in ("epoch", "step", "seconds", "peak_memory_mb"):
+        if state[field] is not None and not 0 <= state[field] < math.inf:
+            raise CheckpointError(f"checkpoint {path}: field {field!r} is {state[field]}; {_REMEDY}")
+    return state
+
+
+def write_sealed(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, texts and containers of them atomically, with the checksum of every field.
+
+    Raises:
+        OSError: it cannot be written; an older file stays.
+    """
+    buffer = io.BytesIO()
+    torch.save({**state, SEAL: {name: digest(value) for name, value in state.items()}}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_sealed(path: Path, name: str) -> dict[str, Any]:
+    """The fields of such a file, on the CPU, each with the checksum it was written with.
+
+    A file without checksums is from an earlier version: it is read, and a line on stderr says so; those that zip keeps of
+    its members are compared all the same.
+
+    Args:
+        path: the file.
+        name: what messages call it.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        OSError: it is not there or may not be read.
+    """
     file = open(path, "rb")  # noqa: SIM115 - closed below; torch answers some damage with an OSError, this does not
     try:
-        with file:
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about damage
+            with zipfile.ZipFile(file) as archive:
+                if (member := archive.testzip()) is not None:
+                    raise ValueError(f"{member} in it has another checksum")
+            file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("it holds no fields")
+        seal = state.pop(SEAL, None)
+        if seal is None:
+            print(f"apical: {name} is from an earlier version and has no checksums of its content", file=sys.stderr)
+            return state
+        wrong = next((field for field in {**state, **seal} if seal.get(field) != digest(state.get(field))), None)
     except Exception as error:  # a damaged file makes torch raise almost anything
-        raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(error)}); {remedy}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"checkpoint {path} is no checkpoint of apical; {remedy}")
-    for field, kind in FIELDS.items():
-        if not isinstance(state.get(field), kind):
-            raise CheckpointError(f"checkpoint {path}: field {field!r} is missing or damaged; {remedy}")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; {remedy}")
+        raise CheckpointError(f"{name} is damaged ({_first_line(error)}); {_REMEDY}") from error
+    if wrong is not None:
+        raise CheckpointError(f"{name}: field {wrong!r} is damaged (its checksum does not match); {_REMEDY}")
     return state
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of nested dictionaries, lists and tuples of tensors, numbers and texts: kind, shape and every bit."""
+    seen = hashlib.sha256()
+    _add(seen, value)
+    return seen.hexdigest()
+
+
+def _add(seen: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        seen.update(f"tensor {plain.dtype} {tuple(plain.shape)};".encode())
+        seen.update(plain.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        seen.update(f"mapping {len(value)};".encode())
+        for key, inner in value.items():
+            _add(seen, key)
+            _add(seen, inner)
+    elif isinstance(value, list | tuple):
+        seen.update(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)};".encode())
+        for inner in value:
+            _add(seen, inner)
+    else:
+        seen.update(f"{type(value).__name__} {value!r};".encode(errors="surrogatepass"))
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from apical.evolution.workers import connected
+from apical.errors import ApicalError
+from apical.evolution.workers import RETRIES, connected, lost
 from apical.experiment.signals import Interrupted, StopSignals
 
 Run = Callable[[Callable[..., None], Sequence[tuple[Any, ...]], StopSignals, Callable[[], None]], None]
@@ -15,7 +16,8 @@ Run = Callable[[Callable[..., None], Sequence[tuple[Any, ...]], StopSignals, Cal
 def cluster(address: str, jobs: int | None) -> Iterator[Run]:
     """Connect to a cluster, or start one here that is shut down afterwards.
 
-    A task that is stopped by a signal is killed: its run goes on from its last checkpoint.
+    A task that is stopped by a signal is killed: its run goes on from its last checkpoint. One whose worker is lost starts
+    again, at most :data:`RETRIES` times.
 
     Args:
         address: of the cluster, or "local".
@@ -29,7 +31,7 @@ def cluster(address: str, jobs: int | None) -> Iterator[Run]:
     def run(
         body: Callable[..., None], calls: Sequence[tuple[Any, ...]], stop: StopSignals, refresh: Callable[[], None]
     ) -> None:
-        remote = ray.remote(num_cpus=1, max_retries=-1)(body)
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(body)
         pending = [remote.remote(*arguments) for arguments in calls]
         ended = 0
         try:
@@ -39,7 +41,11 @@ def cluster(address: str, jobs: int | None) -> Iterator[Run]:
                 ended += len(ready)
                 refresh()
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ApicalError | OSError):
+                raise error.cause from None
             raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayError as error:
+            raise lost(error) from None
         finally:
             for each in pending:
                 ray.cancel(each, force=True)

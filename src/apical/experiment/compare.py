@@ -17,12 +17,17 @@ from apical.errors import DivergenceError
 from apical.experiment import workers
 from apical.experiment.cluster import cluster
 from apical.experiment.distributed import World, pick_device
+from apical.experiment.folders import check_writable, refuse_links, refuse_used
 from apical.experiment.loop import MakeRule, Training
+from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe
-from apical.experiment.run_folder import RunFolder, check_writable, environment, read_json, refuse_used, write_json
+from apical.experiment.run_folder import FolderLock, RunFolder
 from apical.experiment.signals import Interrupted, StopSignals
+from apical.experiment.state import read_json, write_json, write_state
 
 Refresh = Callable[[], None]
+RUNS = ("runs", "runs/*", "runs/*/seed-*")
+"""Where the folders of a comparison's runs are, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,9 @@ def check(job: Job) -> None:
     check_writable(job.out)
     if not (job.resume or job.overwrite):
         refuse_used(job.out)
+    if job.overwrite:
+        for path in (job.out / "figures", *(path for pattern in RUNS for path in job.out.glob(pattern))):
+            refuse_links(path, job.out)
     for seed in job.seeds:
         for index, rule in enumerate(job.rules):
             job.folder(rule, seed).check(job.recipe(index, seed), resume=job.resume, overwrite=job.overwrite)
@@ -110,16 +118,23 @@ def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
     """Train everything, then write summary.json; returns its rows.
 
     Args:
-        job: what to train; :func:`check` has passed.
+        job: what to train; :func:`check` has passed, and passes again once the folder is held.
         stop: signals to obey.
         refresh: called now and then, to show progress.
 
     Raises:
+        ConfigError: another process compares in the folder, or has done so since it was checked.
         Interrupted: a signal came; every run is saved.
         ApicalError: a worker failed.
         OSError: disk full or no permission.
     """
-    prepare(job)
+    with FolderLock(job.out).held("comparing"):
+        check(job)
+        prepare(job)
+        return _run(job, stop, refresh)
+
+
+def _run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
     if job.ray:
         there = replace(job, out=job.out.resolve(), resume=True, overwrite=False)  # a task begun again goes on
         with cluster(job.ray, job.jobs or None) as tasks:
@@ -139,22 +154,20 @@ def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
 def prepare(job: Job) -> None:
     """Make the folder and compare.json; with `overwrite`, first remove an older comparison's files and nothing else."""
     if job.overwrite:
-        for folder in sorted(job.out.glob("runs/*/seed-*")):
+        for folder in sorted(job.out.glob(RUNS[-1])):
             held = RunFolder(folder)
             held.lock(wait=0)
             held.clear()
-            held.unlock()
-            (folder / ".lock").unlink(missing_ok=True)
-            for emptied in (folder, folder.parent):
-                if not any(emptied.iterdir()):
-                    emptied.rmdir()
+            held.unlock(remove=True)
+            if not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
         for pattern in ("summary.json", "report.html", "figures/*.png", "figures/*.svg"):
             for path in job.out.glob(pattern):
                 path.unlink()
     job.out.mkdir(parents=True, exist_ok=True)
     recipes = {recipe.rule_name: recipe.to_json() for recipe in job.recipes}
     about = {"command": job.command, "rules": job.rules, "seeds": list(job.seeds), "recipe": job.recipes[0].to_json()}
-    write_json(job.out / "compare.json", {**about, "recipes": recipes, **job.about})
+    write_state(job.out / "compare.json", {**about, "recipes": recipes, **job.about})
 
 
 def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None:
@@ -176,7 +189,7 @@ def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None
     for training in open_runs:
         result = training.result()
         result["ratio_to_bp"] = ratio_to_bp(training.folder, job.folder("bp", seed))
-        write_json(training.folder.result, result)
+        write_state(training.folder.result, result)
         training.folder.unlock()
     refresh()
 
@@ -187,11 +200,12 @@ def _open_runs(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> list
     dataset: Dataset | None = None
     for index, rule in enumerate(job.rules):
         recipe, folder = job.recipe(index, seed), job.folder(rule, seed)
-        state = folder.check(recipe, resume=job.resume, overwrite=job.overwrite)
-        if state in ("finished", "diverged"):
-            continue
         if stop.signum:
             raise Interrupted(stop.signum, "the start")
+        state = folder.claim(recipe, resume=job.resume, overwrite=job.overwrite)
+        if state in ("finished", "diverged"):
+            folder.unlock()
+            continue
         world = World(0, 1, pick_device(recipe.device))
         dataset = runs[-1].dataset if runs else load_data(recipe)
         training = Training(recipe, dataset, job.make_rule, folder, world, stop)
@@ -230,7 +244,7 @@ def summarise(job: Job) -> list[dict[str, Any]]:
                 "ratio_to_bp": None,
                 "memory_mb": None,
                 "commit": read_json(folder.environment).get("commit"),
-                **read_json(folder.result),
+                **folder.read_result(),
             }
             result["memory_mb"] = result.pop("peak_memory_mb", None)
             rows.append(result)

@@ -9,11 +9,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from apical.errors import ConfigError
+from apical.experiment.checkpoint import write_atomically
 from apical.experiment.evolving import EvolutionFolder
 from apical.experiment.figure_style import RC, plain_log
 from apical.experiment.figures import Drawing, render
 from apical.experiment.report_html import STYLE, command_block, facts, figure_block, significant
-from apical.experiment.run_folder import read_json
+from apical.experiment.state import read_json, write_page
 
 _WIDTH = 3.5
 
@@ -56,11 +57,10 @@ def write(folder: EvolutionFolder) -> Path:
     with matplotlib.rc_context(RC):
         drawing = render("fitness", "Fitness over generations", caption, fitness_curves(lines))
     assert drawing is not None
-    (folder.path / "fitness.png").write_bytes(drawing.png)
-    (folder.path / "fitness.svg").write_bytes(drawing.svg)
-    page = folder.path / "report.html"
-    page.write_text(_page(folder.path, lines, config, around, drawing), encoding="utf-8")
-    return page
+    write_atomically(folder.path / "fitness.png", drawing.png)
+    write_atomically(folder.path / "fitness.svg", drawing.svg)
+    write_page(folder.path / "report.html", _page(folder.path, lines, config, around, drawing))
+    return folder.path / "report.html"
 
 
 def _page(
@@ -90,7 +90,7 @@ def _page(
 <h2>Use it</h2>
 <pre><code>apical compare --rules bp tdca --teacher {escape(str(path / "teacher.pt"))} --out runs/tdca</code></pre>
 <h2>Reproduce this</h2>
-{command_block(config["command"])}
+{command_block(str(config.get("command", "")))}
 <div class="pair">
 <div><h3>Settings</h3>{facts(settings)}</div>
 <div><h3>Versions and machine</h3>{facts([(k, _plain(v)) for k, v in around.items() if v is not None])}</div>

@@ -5,7 +5,6 @@ chosen by its luck as well as by its merit. A generation is either finished and 
 evolution, it continues with the same result.
 """
 
-import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +23,11 @@ from apical.evolution.population import Lifetime
 from apical.evolution.seeds import seed_of
 from apical.evolution.strategy import Search, Strategy, finite
 from apical.evolution.workers import Task, Workers
-from apical.experiment.checkpoint import write_atomically
+from apical.experiment.checkpoint import read_sealed, write_atomically, write_sealed
 from apical.experiment.evolution_recipe import FREE_FIELDS, EvolutionRecipe
-from apical.experiment.run_folder import FolderLock, check_writable, read_json, refuse_used, write_json
+from apical.experiment.folders import check_writable, refuse_used
+from apical.experiment.run_folder import FolderLock
+from apical.experiment.state import brief, parse_object, read_json, sealed, write_state
 
 
 class EvolutionFolder:
@@ -57,6 +58,10 @@ class EvolutionFolder:
                 f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
                 "resume with the saved ones or choose another --out"
             )
+        if odd := [name for name in FREE_FIELDS if type(saved.get(name)) is not type(asked[name])]:
+            raise CheckpointError(
+                f"{self.config} is damaged ({odd[0]} is {saved.get(odd[0])!r}); start again with --overwrite"
+            )
         return self.checkpoint.exists()
 
     @contextmanager
@@ -79,18 +84,40 @@ class EvolutionFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for old in (self.result, self.checkpoint, self.metrics, self.teacher, self.best):
             old.unlink(missing_ok=True)
-        write_json(self.config, {**recipe.to_json(), "command": command})
-        write_json(self.environment, environment)
+        write_state(self.config, {**recipe.to_json(), "command": command})
+        write_state(self.environment, environment)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Finished generations; a torn last line is left out."""
+        """Finished generations; a torn last line is left out.
+
+        Raises:
+            CheckpointError: a line is damaged.
+        """
         if not self.metrics.exists():
             return []
-        whole = self.metrics.read_text(encoding="utf-8").rpartition("\n")[0]
         try:
-            return [json.loads(line) for line in whole.splitlines() if line]
-        except ValueError:
-            raise CheckpointError(f"{self.metrics} is damaged; start again with --overwrite") from None
+            whole = self.metrics.read_text(encoding="utf-8").rpartition("\n")[0]
+            lines = [parse_object(line) for line in whole.split("\n") if line]
+            for line in lines:
+                check_line(line)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.metrics} is damaged ({brief(error)}); start again with --overwrite") from None
+        return lines
+
+
+_MEASURED = {"best": float, "mean": float, "failed": int, "sigma": float, "seconds": float, "center": (float, type(None))}
+
+
+def check_line(line: dict[str, Any]) -> None:
+    """Refuse what is not the line of a finished generation.
+
+    Raises:
+        ValueError: it lacks a measurement, or has one of another kind.
+    """
+    kinds: dict[str, Any] = {"generation": int, **_MEASURED}
+    for name, kind in kinds.items():
+        if not isinstance(line.get(name, ""), kind):
+            raise ValueError(f"{name} is {line.get(name)!r}")
 
 
 class Evolution:
@@ -150,28 +177,36 @@ class Evolution:
         assert self.folder is not None
         path = self.folder.checkpoint
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = read_sealed(path, f"checkpoint {path}")
             self.search.restore(saved["search"])
             self.generation, self.line, self.fittest = saved["generation"], saved["line"], saved["fittest"]
-            if self.search.center.shape != self.task.start.shape:
+            check_line(self.line)
+            if type(self.generation) is not int or self.line["generation"] != self.generation:
+                raise ValueError("its last line is of another generation")
+            if not self.search.center.shape == self.search.sigma.shape == self.fittest.shape == self.task.start.shape:
                 raise ValueError("it has another number of weights")
-        except OSError:
+            if not bool((self.search.center + self.search.sigma + self.fittest).isfinite().all()):
+                raise ValueError("weights in it are not finite")
+            self.search.ask(0)  # what does not fit together shows here
+        except (CheckpointError, OSError):
             raise
-        except Exception as error:  # a damaged file makes torch raise almost anything
-            raise CheckpointError(f"checkpoint {path} is damaged ({error}); start again with --overwrite") from error
+        except Exception as error:  # the state is the strategy's own
+            raise CheckpointError(f"checkpoint {path} is damaged ({brief(error)}); start again with --overwrite") from error
         lines = [line for line in self.folder.lines() if line["generation"] < self.generation]
-        text = "".join(json.dumps(line) + "\n" for line in [*lines, self.line])
+        if [line["generation"] for line in lines] != list(range(1, self.generation)):
+            raise CheckpointError(
+                f"{self.folder.metrics} lacks a generation before {self.generation}; start again with --overwrite"
+            )
+        text = "".join(json.dumps(sealed(line)) + "\n" for line in [*lines, self.line])
         write_atomically(self.folder.metrics, text.encode())
 
     def _keep(self) -> None:
         if self.folder is None:
             return
-        buffer = io.BytesIO()
         state = {"search": self.search.state(), "generation": self.generation, "line": self.line, "fittest": self.fittest}
-        torch.save(state, buffer)
-        write_atomically(self.folder.checkpoint, buffer.getvalue())
+        write_sealed(self.folder.checkpoint, state)
         with open(self.folder.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(self.line, allow_nan=False) + "\n")
+            file.write(json.dumps(sealed(self.line)) + "\n")
 
 
 def _number(value: Tensor) -> float | None:
@@ -273,5 +308,5 @@ def evolve(
     origin = {**provenance, "recipe": recipe.to_json(), "result": result}
     teacher(task, evolution.search.center).save(folder.teacher, {**origin, "which": "centre of the search distribution"})
     teacher(task, evolution.fittest).save(folder.best, {**origin, "which": "fittest of the last generation"})
-    write_json(folder.result, result)
+    write_state(folder.result, result)
     return result

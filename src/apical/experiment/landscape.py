@@ -23,8 +23,9 @@ from apical.diagnostics.landscape import (
 )
 from apical.errors import CheckpointError, ConfigError
 from apical.experiment.recipe import Recipe, from_json
-from apical.experiment.run_folder import RunFolder, read_json
+from apical.experiment.run_folder import RunFolder
 from apical.experiment.schedule import generator
+from apical.experiment.state import read_json
 from apical.experiment.trajectory import Trajectory, load
 
 PlaneName = Literal["pca", "random"]

@@ -17,12 +17,15 @@ from apical.data import Augment, Dataset
 from apical.errors import CheckpointError, DivergenceError, InstabilityError
 from apical.experiment import checkpoint, placement_section
 from apical.experiment.distributed import World, place
+from apical.experiment.divergence import FACTOR, chance_loss, has_diverged
 from apical.experiment.measure import alignment, autocast, conditions, depth_accuracy, evaluate, examples
 from apical.experiment.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.experiment.passes import Pass, passes, total_steps
 from apical.experiment.recipe import Recipe, differences
-from apical.experiment.run_folder import RunFolder, write_json
+from apical.experiment.restore import check_line, check_place, restore_optimizer, restore_partial, restore_rule
+from apical.experiment.run_folder import RunFolder
 from apical.experiment.signals import Interrupted, StopSignals
+from apical.experiment.state import brief, write_state
 from apical.experiment.sums import Sums
 from apical.experiment.timing import StepCost, StepTimer, peak_memory, step_cost
 from apical.experiment.trajectory import Recorder
@@ -89,6 +92,7 @@ class Training:
         self._timer, self._feedback_timer = StepTimer(self.device), StepTimer(self.device)
         self._signum, self._costs = 0, dict[Phase, StepCost]()
         self._sums = Sums(world, classes=not dataset.is_regression)
+        self._untrained = chance_loss(self.rule, self.dataset.test, dataset.classes)
 
     @property
     def lr(self) -> float:
@@ -126,6 +130,8 @@ class Training:
             self.folder.rewind_metrics(self.line)
             self.folder.result.unlink(missing_ok=True)
             self.folder.write_config(self.recipe, command=command, notes=notes)
+            if self.epoch == self.recipe.epochs:  # it was killed between its last checkpoint and its end
+                self.folder.write_examples(examples(self.rule, self.dataset.test))
         elif self.world.is_main:
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
@@ -259,8 +265,8 @@ class Training:
             self._count_time()
             self._save()
             if self._signum:
-                where = f"epoch {self.epoch + 1}, step {self.step}" + ("" if current.is_main else f" ({current.kind} pass)")
-                raise Interrupted(self._signum, where)
+                kind = "" if current.is_main else f" ({current.kind} pass)"
+                raise Interrupted(self._signum, f"epoch {self.epoch + 1}, step {self.step}{kind}")
 
     def _finish_epoch(self, *, trained: bool) -> None:
         """Measure, check, save, append the line."""
@@ -276,6 +282,9 @@ class Training:
             near = conditions(self.rule, self.dataset.train, probe)
         if not math.isfinite(test_loss):
             self._diverge("the test loss is not finite")
+        self._untrained = self._untrained if trained else max(self._untrained, test_loss)
+        if has_diverged(loss, test_loss, self._untrained):
+            self._diverge(f"the training loss rose to {loss:.4g}, over {FACTOR:g} times that of an untrained network")
         self._check_parameters()
         lr, decay = scheduled(self.recipe, self.epoch)
         self.line = {
@@ -330,7 +339,7 @@ class Training:
             f"lr {self.lr:g}: {what.rstrip('.')}; {kept}. {remedy}"
         ).rstrip()
         if self.world.is_main and self.line:
-            write_json(self.folder.result, self.result("diverged", message))
+            write_state(self.folder.result, self.result("diverged", message))
         raise DivergenceError(message)
 
     def _save(self) -> None:
@@ -346,7 +355,7 @@ class Training:
             "rng": self._rng if self._rng is not None else checkpoint.rng_state(self.device),
             "epoch": self.epoch,
             "step": self.step,
-            "partial": {**sums, **times, "snapshots": len(self.trajectory.steps)},
+            "partial": {**sums, **times, "snapshots": len(self.trajectory.steps), "untrained": self._untrained},
             "seconds": self.seconds,
             "metrics": self.line,
             "peak_memory_mb": self.peak_memory_mb,
@@ -358,35 +367,33 @@ class Training:
         unlike = differences(state["config"], self.recipe.to_json())
         if unlike:
             raise CheckpointError(f"checkpoint {path} has other options (saved vs asked): {'; '.join(unlike)}")
-        if state["epoch"] + bool(state["step"]) > self.recipe.epochs:
-            raise CheckpointError(f"checkpoint {path} is in epoch {state['epoch'] + bool(state['step'])}, past --epochs")
-        field = "rule"
+        field = "step"
         try:
-            self.rule.load_state_dict(state["rule"])
+            check_place(self.recipe, state["epoch"], state["step"], self.steps_per_epoch)
+            field = "rule"
+            restore_rule(self.rule, state["rule"])
             field = "optimizer"
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore_optimizer(self.optimizer, state["optimizer"])
             field = "partial"
-            partial = state["partial"]
-            self._sums.restore(partial)
-            self._timer.restore(partial["times"])
-            self._feedback_timer.restore(partial.get("feedback_times", []))
+            snapshots, untrained = restore_partial(state["partial"], self._sums, self._timer, self._feedback_timer)
+            field = "metrics"
+            check_line(state["metrics"], state["epoch"])
             field = "rng"
             with self._own_randomness():
                 checkpoint.set_rng_state(state["rng"], self.device)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = (str(error).strip().splitlines() or ["damaged"])[0]
-            raise CheckpointError(f"checkpoint {path}: field {field!r} does not fit this run ({why})") from error
-        self.trajectory.restore(partial.get("snapshots", 0))
+            raise CheckpointError(f"checkpoint {path}: field {field!r} does not fit this run ({brief(error)})") from error
+        self.trajectory.restore(snapshots)
+        self._untrained = max(self._untrained, untrained)
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.line, self.peak_memory_mb = state["metrics"], state["peak_memory_mb"]
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
         """Within, torch's global generators are this run's own, so that runs trained in turn do not mix."""
-        others = checkpoint.rng_state(self.device)
-        if self._rng is not None:
-            checkpoint.set_rng_state(self._rng, self.device)
-        self._rng = None
+        others, own, self._rng = checkpoint.rng_state(self.device), self._rng, None
+        if own is not None:
+            checkpoint.set_rng_state(own, self.device)
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apical.core.credit import CreditRule
 from apical.errors import CheckpointError
-from apical.experiment.run_folder import read_json, write_json
+from apical.experiment.state import read_json, write_json
 
 FILE = "placement.json"
 SAMPLES = 4

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from apical.errors import ConfigError, unknown_name
 
@@ -247,9 +247,39 @@ def from_json(fields: dict[str, Any]) -> Recipe:
         ConfigError: a value is out of range.
         TypeError: a value is of another kind.
     """
+    check_kinds(fields)
     known = {name: value for name, value in fields.items() if name in Recipe.__dataclass_fields__}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     return Recipe(**values)
+
+
+def check_kinds(fields: dict[str, Any]) -> None:
+    """Refuse values that are not of their fields' kinds, as JSON has them; other names are left alone.
+
+    Raises:
+        TypeError: names the first field, and its value.
+
+    >>> check_kinds({"lr": [0.1, "fast"]})
+    Traceback (most recent call last):
+        ...
+    TypeError: lr is [0.1, 'fast']
+    """
+    for name, kind in get_type_hints(Recipe).items():
+        if name in fields and not _is_of(fields[name], kind):
+            raise TypeError(f"{name} is {fields[name]!r}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in parts
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(item, parts[0]) for item in value)
+    if parts:  # a union
+        return any(_is_of(value, part) for part in parts)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

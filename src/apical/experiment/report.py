@@ -14,10 +14,12 @@ from typing import Any
 
 from apical.errors import CheckpointError
 from apical.experiment import figures, placement_section, report_html
+from apical.experiment.checkpoint import write_atomically
 from apical.experiment.figure_style import styles
 from apical.experiment.protocol import section, sureness
 from apical.experiment.recipe import FEEDBACK_FIELDS, Recipe
 from apical.experiment.report_records import Comparison, Run, Score, read
+from apical.experiment.state import write_page
 from apical.experiment.verdicts import judge
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
@@ -92,15 +94,15 @@ def write(out: Path) -> Path:
     try:
         (out / "figures").mkdir(exist_ok=True)
         for drawing in drawings:
-            (out / "figures" / f"{drawing.stem}.png").write_bytes(drawing.png)
-            (out / "figures" / f"{drawing.stem}.svg").write_bytes(drawing.svg)
+            write_atomically(out / "figures" / f"{drawing.stem}.png", drawing.png)
+            write_atomically(out / "figures" / f"{drawing.stem}.svg", drawing.svg)
         if verdicts:
-            (out / "verdicts.json").write_text(json.dumps([asdict(row) for row in verdicts], indent=1) + "\n", "utf-8")
+            write_atomically(
+                out / "verdicts.json", (json.dumps([asdict(row) for row in verdicts], indent=1) + "\n").encode()
+            )
         if sure and not comparison.single:
-            (out / "statistics.json").write_text(json.dumps([row.record() for row in sure], indent=1) + "\n", "utf-8")
-        partial = out / "report.html.part"
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out / "report.html")
+            write_atomically(out / "statistics.json", (json.dumps([row.record() for row in sure], indent=1) + "\n").encode())
+        write_page(out / "report.html", page)
     except OSError as error:
         raise CheckpointError(f"the report cannot be written to {out}: {error.strerror or error}") from error
     return out / "report.html"

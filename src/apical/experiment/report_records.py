@@ -9,7 +9,8 @@ import math
 import re
 import shlex
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from apical.data.containers import check_zip
 from apical.errors import CheckpointError
 from apical.experiment.figure_style import RULES
 from apical.experiment.recipe import rule_name
+from apical.experiment.report_checks import check_config, check_plan, check_result
+from apical.experiment.state import NotAnObjectError, brief, parse_object
 
 Array = NDArray[np.float64]
 _MEASURES = (
@@ -155,20 +159,20 @@ def read(folder: Path) -> Comparison:
     if (folder / "runs").is_dir():
         return _read_compare(folder)
     if any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "result.json")):
-        config = _read_object(folder / "config.json")
+        config = _checked(folder / "config.json", check_config)
         run = _read_run(folder, rule_name(str(config.get("rule", "unknown rule"))), config.get("seed", 0), config)
         return Comparison(_command(config), (run.rule,), (run,), single=True)
     raise CheckpointError(f"{folder} is neither a compare folder (no runs/ in it) nor a run folder (no config.json)")
 
 
 def _read_compare(folder: Path) -> Comparison:
-    plan = _read_object(folder / "compare.json")
+    plan = _checked(folder / "compare.json", check_plan)
     recipe, recipes = plan.get("recipe") or {}, plan.get("recipes") or {}
     runs: dict[tuple[str, int], Run] = {}
     for path in sorted((folder / "runs").glob("*/seed-*")):
         seed = re.fullmatch(r"seed-(\d+)", path.name)
         if seed and path.is_dir():
-            config = {**recipe, **recipes.get(path.parent.name, {}), **_read_object(path / "config.json")}
+            config = {**recipe, **recipes.get(path.parent.name, {}), **_checked(path / "config.json", check_config)}
             runs[path.parent.name, int(seed[1])] = _read_run(path, path.parent.name, int(seed[1]), config)
     planned = [str(rule) for rule in plan.get("rules") or []]
     for rule in planned:
@@ -188,9 +192,12 @@ def _read_compare(folder: Path) -> Comparison:
 
 def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> Run:
     records = _read_metrics(folder / "metrics.jsonl")
-    result = _read_object(folder / "result.json") if (folder / "result.json").exists() else None
+    result = _checked(folder / "result.json", check_result) if (folder / "result.json").exists() else None
     environment = _read_object(folder / "environment.json")
     epochs = tuple(sorted(records))
+    done = (result or {}).get("epochs")
+    if isinstance(done, int) and done > 0 and done not in records:
+        raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, with which the run ended, is not in it")
     kept = tuple(records[epoch] for epoch in epochs)
     return Run(rule, seed, config, environment, epochs, kept, result, _read_examples(folder / "examples.npz"))
 
@@ -199,9 +206,10 @@ def _read_examples(path: Path) -> tuple[Array, Array] | None:
     if not path.exists():
         return None
     try:
+        check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             images, made = file["images"].astype(np.float64), file["made"].astype(np.float64)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if images.ndim != 4 or made.shape != images.shape:
         raise CheckpointError(f"{path} is damaged: images of shapes {images.shape} and {made.shape}")
@@ -219,7 +227,7 @@ def _read_metrics(path: Path) -> dict[int, Mapping[str, Any]]:
         if not line.strip():
             continue
         record = _parse(line, f"{path}, line {number}")
-        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        if type(record.get("epoch")) is not int:
             raise CheckpointError(f"{path}, line {number}: no metrics record with an epoch number")
         layers = record.get("layers") or {}
         if not isinstance(layers, dict) or not all(isinstance(row, dict) for row in layers.values()):
@@ -232,15 +240,20 @@ def _read_metrics(path: Path) -> dict[int, Mapping[str, Any]]:
     return records
 
 
+def _checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The JSON object in `path`, of the kinds that the check asks for; empty if there is no such file."""
+    content = _read_object(path)
+    try:
+        check(content)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {brief(error)}") from error
+    return content
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; empty if there is no such file."""
     text = _read_text(path)
-    if not path.exists():
-        return {}
-    content = _parse(text, str(path))
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return content
+    return _parse(text, str(path)) if path.exists() else {}
 
 
 def _read_text(path: Path) -> str:
@@ -250,11 +263,15 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        return parse_object(text, finite=False)  # earlier versions wrote NaN for what had diverged
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{where} is damaged: not JSON ({error.msg})") from error
+    except NotAnObjectError:
+        raise CheckpointError(f"{where} does not hold a JSON object") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where} is damaged: {brief(error)}") from error
 
 
 def _command(record: Mapping[str, Any]) -> str:

@@ -1,13 +1,11 @@
 """The folder of one run: config.json, environment.json, metrics.jsonl, checkpoint.pt and, written last, result.json."""
 
+import io
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
-from datetime import UTC, datetime
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -16,10 +14,17 @@ from torch import Tensor
 
 from apical.errors import CheckpointError, ConfigError
 from apical.experiment.checkpoint import write_atomically
+from apical.experiment.distributed import World
+from apical.experiment.folders import LOCK, is_used, refuse_used
+from apical.experiment.folders import check_writable as check_writable
+from apical.experiment.provenance import commit as commit
+from apical.experiment.provenance import environment as environment
 from apical.experiment.recipe import Recipe, differences
+from apical.experiment.report_checks import check_result
+from apical.experiment.state import REMEDY, brief, parse_object, read_json, sealed, write_state
+from apical.experiment.state import write_json as write_json
 from apical.experiment.tensorboard import Events
 
-LOCK = ".lock"
 PATIENCE = 10.0
 """Seconds that a dying holder of a folder is waited for."""
 State = Literal["fresh", "resumable", "finished", "diverged"]
@@ -66,12 +71,31 @@ class RunFolder:
             result = read_json(self.result)
             if result.get("status") == "diverged":
                 return "diverged"
-            done = int(result.get("epochs", 0))
+            done = result.get("epochs")
+            if not isinstance(done, int) or result.get("status") != "finished":
+                raise CheckpointError(f"{self.result} is damaged; start again with --overwrite or in another folder")
             if done > recipe.epochs:
                 raise CheckpointError(f"{self.path} has {done} finished epochs, more than --epochs {recipe.epochs}")
             if done == recipe.epochs:
                 return "finished"
         return "resumable" if self.checkpoint.exists() else "fresh"
+
+    def claim(self, recipe: Recipe, *, resume: bool, overwrite: bool, world: World | None = None) -> State:
+        """:meth:`check` it, hold it for this process, and check it again: its last holder may have left a run in it.
+
+        Under torchrun every process checks and the main one holds it.
+
+        Raises:
+            ConfigError, CheckpointError: as :meth:`check` does, or another process trains in it.
+        """
+        self.check(recipe, resume=resume, overwrite=overwrite)
+        if world is not None:
+            world.barrier()
+        if world is None or world.is_main:
+            self.lock()
+        if world is not None:
+            world.barrier()
+        return self.check(recipe, resume=resume, overwrite=overwrite)
 
     def create(self, recipe: Recipe, *, command: str, notes: list[str], environment: dict[str, Any]) -> None:
         """Make the folder, remove an older run's files, write config.json and environment.json.
@@ -82,11 +106,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.clear()
         self.write_config(recipe, command=command, notes=notes)
-        write_json(self.environment, environment)
+        write_state(self.environment, environment)
 
     def write_config(self, recipe: Recipe, *, command: str, notes: list[str]) -> None:
         """Write config.json: the recipe's fields, the command, and notes on what was chosen for the user."""
-        write_json(self.config, {**recipe.to_json(), "command": command, "notes": notes})
+        write_state(self.config, {**recipe.to_json(), "command": command, "notes": notes})
 
     def clear(self) -> None:
         """Remove the files of a run, and nothing else."""
@@ -99,25 +123,43 @@ class RunFolder:
         """Hold the folder for this process; see :meth:`FolderLock.hold`."""
         self._lock.hold("training", wait)
 
-    def unlock(self) -> None:
-        """Let others have the folder."""
-        self._lock.release()
+    def unlock(self, *, remove: bool = False) -> None:
+        """Let others have the folder; see :meth:`FolderLock.release`."""
+        self._lock.release(remove=remove)
 
     def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
         """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""
         if examples is None:
             return
-        temporary = self.examples.with_name(self.examples.name + ".tmp")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, images=examples[0].float().cpu().numpy(), made=examples[1].float().cpu().numpy())
-        temporary.replace(self.examples)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=examples[0].float().cpu().numpy(), made=examples[1].float().cpu().numpy())
+        write_atomically(self.examples, buffer.getvalue())
+
+    def read_result(self) -> dict[str, Any]:
+        """What result.json says.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        result = read_json(self.result)
+        try:
+            check_result(result)
+            if not {"rule", "seed", "status", "test_loss", "train_loss", "ms_per_step"} <= result.keys():
+                raise TypeError("it lacks a measurement")
+        except TypeError as error:
+            raise CheckpointError(f"{self.result} is damaged ({brief(error)}); {REMEDY}") from None
+        return result
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one finished epoch to metrics.jsonl and force it to disk."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(sealed(line)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self.metrics)
+            raise
         if self._events is not None:
             self._events.add(line)
 
@@ -135,8 +177,8 @@ class RunFolder:
             if not text:
                 continue
             try:
-                line = json.loads(text)
-                if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
+                line = parse_object(text)
+                if not isinstance(line.get("epoch"), int):
                     raise ValueError
                 lines.append(line)
             except ValueError:
@@ -157,19 +199,26 @@ class RunFolder:
         lines = [line for line in self.read_metrics() if line["epoch"] < epoch]
         if [line["epoch"] for line in lines] != list(range(epoch)):
             raise CheckpointError(f"{self.metrics} lacks an epoch before {epoch}; start again with --overwrite")
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*lines, last])
+        text = "".join(json.dumps(sealed(line)) + "\n" for line in [*lines, last])
         write_atomically(self.metrics, text.encode())
 
 
 class FolderLock:
-    """Keeps other processes from writing a folder. Making the object touches nothing on disk."""
+    """Keeps other processes from writing a folder. Making the object touches nothing on disk.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: is kept.
+        name: of the file that is locked in it.
+    """
+
+    def __init__(self, folder: Path, name: str = LOCK) -> None:
+        self.folder, self.path = folder, folder / name
         self._file: IO[str] | None = None
 
     def hold(self, doing: str, wait: float | None = None) -> None:
         """Hold the folder, made if need be, until the process ends, however it ends.
+
+        What was seen of the folder before may have changed meanwhile: look again once it is held.
 
         Args:
             doing: what holders do in such a folder, for the message.
@@ -182,106 +231,54 @@ class FolderLock:
             return
         import fcntl
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = open(self.folder / LOCK, "w")  # noqa: SIM115 - stays open as long as the lock is held
         deadline = time.monotonic() + (PATIENCE if wait is None else wait)
         while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a")  # noqa: SIM115 - stays open as long as the lock is held
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._file = file
-                return
+                if _is_at(file, self.path):
+                    self._file = file
+                    return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    file.close()
                     raise ConfigError(f"another process is {doing} in {self.folder}; choose another --out") from None
                 time.sleep(0.1)
+            finally:
+                if self._file is None:
+                    file.close()
 
-    def release(self) -> None:
-        """Let others have the folder."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def release(self, *, remove: bool = False) -> None:
+        """Let others have the folder.
 
+        Args:
+            remove: the lock's file too, and the folder if nothing else is in it.
+        """
+        if self._file is None:
+            return
+        if remove:
+            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # unless something else is in it
+                self.folder.rmdir()
+        self._file.close()
+        self._file = None
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError unless `path` is a writable folder or can be made. Creates nothing."""
-    existing = path.absolute()
-    while not existing.exists() and existing.parent != existing:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ConfigError(f"--out {path}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {path}: no permission to write in {existing}")
-
-
-def refuse_used(path: Path) -> None:
-    """Raise ConfigError if the folder holds anything but a lock."""
-    if path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
-        raise ConfigError(f"--out {path} is not empty; add --resume to continue it, --overwrite to start again")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged; start again with --overwrite or in another folder")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
-def environment(device: str, threads: int, processes: int = 1) -> dict[str, Any]:
-    """What environment.json says: versions, commit, machine, device, start time."""
-    import torch
-
-    import apical
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "apical": apical.__version__,
-        "commit": commit(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "threads": threads,
-        "processes": processes,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-@lru_cache(maxsize=1)
-def commit() -> str | None:
-    """The git commit apical runs from, with "+changes" if the files differ from it; None for an installed package."""
-    folder = Path(__file__).resolve().parents[1]
-    try:
-        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
-        return _git(folder, "rev-parse", "HEAD") + ("+changes" if _git(folder, "status", "--porcelain", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
+    @contextmanager
+    def held(self, doing: str, wait: float | None = None) -> Iterator[None]:
+        """Within, hold the folder; after an error in which nothing was written, no trace of that is left."""
+        was_there = self.folder.is_dir()
+        self.hold(doing, wait)
         try:
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        except OSError:
-            pass
-    return platform.processor() or platform.machine()
+            yield
+        except BaseException:
+            self.release(remove=not was_there and not is_used(self.folder))
+            raise
+        self.release()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one at `path`: its last holder may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -36,6 +36,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._previous[signum] = signal.signal(signum, self._receive)
+                if getattr(self._previous[signum], "came", False):  # before, and its exception got lost
+                    self.signum = signum
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -69,13 +69,18 @@ class Sums:
         """Continue from a checkpoint; the sums go to the main process, because they are those of all.
 
         Raises:
-            KeyError, AttributeError: the state is damaged.
+            KeyError, AttributeError, TypeError, ValueError: the state is damaged.
         """
+        logs, counts = state.get("logs", {}), state.get("counts", {})
+        if any(value.numel() != 1 for value in (state["loss"], state["hits"], *logs.values())):
+            raise ValueError("sums that are not single numbers")
+        if logs.keys() != counts.keys() or not all(type(count) is int for count in (state["examples"], *counts.values())):
+            raise ValueError("counts that are not whole numbers")
         device, share = self._world.device, int(self._world.is_main)
         self.loss, self.hits = state["loss"].to(device) * share, state["hits"].to(device) * share
         self.examples = state["examples"]
-        self._logs = {name: value.to(device) * share for name, value in state.get("logs", {}).items()}
-        self._counts = dict(state.get("counts", {}))
+        self._logs = {name: value.to(device) * share for name, value in logs.items()}
+        self._counts = dict(counts)
 
 
 def _finite(value: float) -> float | None:

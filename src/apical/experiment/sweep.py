@@ -8,7 +8,6 @@ Ray is used by its tasks alone, not by Ray Tune, which starts a process for each
 The folders know what Tune's snapshots would.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,10 +23,13 @@ from apical.experiment import workers
 from apical.experiment.cluster import cluster
 from apical.experiment.compare import load_data
 from apical.experiment.distributed import World, pick_device
+from apical.experiment.folders import refuse_links, remove_tree
 from apical.experiment.loop import MakeRule, Training
+from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe
-from apical.experiment.run_folder import RunFolder, environment, read_json, write_json
+from apical.experiment.run_folder import RunFolder
 from apical.experiment.signals import StopSignals
+from apical.experiment.state import write_state
 
 ATTEMPTS = 3
 """How often in a row trainings may be killed without any of them having got further."""
@@ -55,7 +57,7 @@ class Trial:
 
     def results(self) -> list[dict[str, Any]]:
         """Results of its finished trainings."""
-        return [read_json(path / "result.json") for path in self.folders if finished(path)]
+        return [RunFolder(path).read_result() for path in self.folders if finished(path)]
 
     @property
     def score(self) -> float | None:
@@ -98,8 +100,9 @@ def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: S
         ApicalError: the recipe cannot be trained.
     """
     folder = RunFolder(path)
-    state = folder.check(recipe, resume=True, overwrite=False)
+    state = folder.claim(recipe, resume=True, overwrite=False)
     if state in ("finished", "diverged"):
+        folder.unlock()
         return
     device = pick_device(recipe.device)
     training = Training(recipe, for_trials(load_data(recipe)), make_rule, folder, World(0, 1, device), stop)
@@ -108,10 +111,10 @@ def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: S
         training.start(resume=state == "resumable", command=command, notes=[NOTE], environment=around)
         while training.epoch < recipe.epochs:
             training.train_epoch()
-        write_json(folder.result, training.result())
+        write_state(folder.result, training.result())
     except DivergenceError:
         if not finished(path):  # before its first epoch had ended
-            write_json(folder.result, training.result("diverged", "diverged in its first epoch"))
+            write_state(folder.result, training.result("diverged", "diverged in its first epoch"))
     finally:
         folder.unlock()
 
@@ -182,8 +185,14 @@ def _alone(recipe: Recipe, path: Path, make_rule: MakeRule, command: str) -> Non
 
 
 def clear(out: Path) -> None:
-    """Remove the trials and what is made of them."""
+    """Remove the trials and what is made of them, and nothing outside the folder.
+
+    Raises:
+        ConfigError: a folder of trials is a link to elsewhere.
+    """
     for name in ("trials", "final"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("sweep.json", "best.json", "sweep.png", "sweep.svg", "sweep.html"):
+        refuse_links(out / name, out)
+    for name in ("trials", "final"):
+        remove_tree(out / name, out)
+    for name in ("plan.json", "sweep.json", "best.json", "sweep.png", "sweep.svg", "sweep.html"):
         (out / name).unlink(missing_ok=True)

@@ -4,7 +4,6 @@ The file is rewritten whole with every checkpoint, before it, and a resumed run 
 so a run that was killed at any moment ends with the file of an uninterrupted one.
 """
 
-import io
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from apical.diagnostics.landscape import flat
 from apical.errors import CheckpointError
-from apical.experiment.checkpoint import write_atomically
+from apical.experiment.checkpoint import read_sealed, write_sealed
 
 FORMAT = 1
 
@@ -68,9 +67,7 @@ class Recorder:
         named = dict(self.model.named_parameters())
         shapes = [list(parameter.shape) for parameter in named.values()]
         content = {"format": FORMAT, "names": [*named], "shapes": shapes, "steps": self.steps, "weights": self._weights}
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_atomically(self.path, buffer.getvalue())
+        write_sealed(self.path, content)
         self._saved = len(self.steps)
 
     def restore(self, count: int) -> None:
@@ -102,12 +99,10 @@ def load(path: Path) -> Trajectory:
         OSError: it may not be read.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; torch answers some damage with an OSError, this does not
+        content = read_sealed(path, str(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; {_REMEDY}") from None
     try:
-        with file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ValueError
         shapes = tuple(tuple(int(side) for side in shape) for shape in content["shapes"])
@@ -115,6 +110,8 @@ def load(path: Path) -> Trajectory:
         weights = torch.stack(content["weights"])
         if weights.shape != (len(steps), sum(map(math.prod, shapes))) or len(names) != len(shapes):
             raise ValueError
-    except Exception as error:  # a damaged file makes torch raise almost anything
+        if not weights.is_floating_point() or list(steps) != sorted({*steps}) or min(steps, default=0) < 0:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged; {_REMEDY}") from error
     return Trajectory(names, shapes, steps, weights)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -100,6 +101,10 @@ def _work(body: Body, seed: int, sender: Connection) -> None:
             body(seed, stop)
         except (ApicalError, OSError, Interrupted) as error:
             sender.send(error)
+        except SystemExit as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{frame.filename}, line {frame.lineno}"
+            sender.send(ApicalError(f"{where}, ended the process of seed {seed} (SystemExit: {error.code})"))
 
 
 def _die_with_parent() -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from apical.errors import ApicalError, CheckpointError
-from apical.experiment.run_folder import read_json, write_json
+from apical.experiment.state import read_json, write_state
 
 
 def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -26,7 +26,8 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
     """
     if path.exists():
         found = read_json(path)
-        unlike = {key: value for key, value in config.items() if found.get("config", {}).get(key) != value}
+        saved = found.get("config")
+        unlike = {key: value for key, value in config.items() if not isinstance(saved, dict) or saved.get(key) != value}
         if unlike:
             raise CheckpointError(f"{path} was made with other settings than {unlike}; choose another --out")
         return found
@@ -34,7 +35,7 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
     made = make()
     content = {"config": dict(config), "seconds": round(time.perf_counter() - begun, 2), **made}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_state(path, content)
     return content
 
 

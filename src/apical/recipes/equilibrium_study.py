@@ -23,6 +23,7 @@ from apical import models
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
+from apical.dynamics.phases import phases
 from apical.recipes.control_study import Cells, Row, by_seed, difference, run_command, shown
 from apical.rules.equilibrium_propagation import EquilibriumPropagation
 
@@ -141,7 +142,7 @@ def adjoint_cosines(rule: EquilibriumPropagation, inputs: Tensor, targets: Tenso
     loss = rule.loss(network.output(settled), targets) * size
     exact = [g.flatten(1) for g in torch.autograd.grad(loss, leaves)]
     with torch.no_grad():
-        beta, _ = rule._phases(x)
+        beta, _ = phases(rule.estimator, rule.beta, rule.points, x, rule.generator)
         rows = [s.detach().repeat(2, 1) for s in settled]
         twice = network.settle(
             rows,

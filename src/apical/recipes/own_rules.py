@@ -74,7 +74,7 @@ def _file(path: Path, shown: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         specification.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() in a script that is no module
         del sys.modules[name]
         raise ConfigError(f"{shown} cannot be loaded: {_said(error, path)}") from error
     return module
@@ -83,12 +83,12 @@ def _file(path: Path, shown: str) -> ModuleType:
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         hint = "" if "/" not in name else "; for a file, say path/to/file.py:Class"
         raise ConfigError(f"module {name} cannot be imported: {type(error).__name__}: {error}{hint}") from error
 
 
-def _said(error: Exception, path: Path) -> str:
+def _said(error: BaseException, path: Path) -> str:
     """The exception, and the line of the file at which it came up."""
     lines = [error.lineno] if isinstance(error, SyntaxError) else []
     lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]

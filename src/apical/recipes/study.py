@@ -6,7 +6,7 @@ from typing import Any
 
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.experiment.recipe import Recipe, from_json
-from apical.experiment.run_folder import read_json
+from apical.experiment.state import read_json
 
 
 @dataclass(frozen=True)

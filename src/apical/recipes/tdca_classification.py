@@ -11,7 +11,6 @@ against backpropagation with its learning rate tuned, at no loss of accuracy.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -28,7 +27,8 @@ from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
 from apical.evolution.workers import Here
 from apical.experiment.evolving import Evolution
-from apical.experiment.run_folder import commit, environment, write_json
+from apical.experiment.run_folder import commit, environment
+from apical.experiment.state import read_json, write_json
 from apical.recipes.tdca_classification_report import finish
 from apical.recipes.tdca_trials import GRID, Bench, tuned
 
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def cells(out: Path) -> list[dict[str, Any]]:
     """What is finished, in the order of arms and meta-seeds."""
-    found = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    found = [read_json(path) for path in sorted((out / "cells").glob("*.json"))]
     return sorted(found, key=lambda cell: (list(ARMS).index(cell["arm"]), cell["seed"]))
 
 

@@ -29,10 +29,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apical.core.batch import fitted, require_classes, require_one_type, require_precision
 from apical.core.chain import Chain
 from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.feedback import put
 from apical.core.local import known_root
 from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
+from apical.core.noise import coins, initial
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
@@ -49,6 +52,15 @@ class Layers(NamedTuple):
     multiplier: list[Tensor]
 
 
+class Phases(NamedTuple):
+    """Settled phases: free, nudged, what that is compared with, and the difference of their nudges."""
+
+    free: Layers
+    nudged: Layers
+    against: Layers
+    width: Tensor
+
+
 class CorInfoMax(CreditRule):
     """The network settles without and with a nudge towards the label; forward, backward and lateral weights learn locally.
 
@@ -56,7 +68,7 @@ class CorInfoMax(CreditRule):
 
     Args:
         model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them.
-        loss: for reports only; the dynamics nudge the output by `beta (r - y)`, y one-hot.
+        loss: for reports, and for parameters in it; the dynamics nudge the output by `beta (r - y)`, y one-hot.
         nudge: "one-sided", "random-sign" (the sign of beta drawn for each batch) or "symmetric" (a third phase, -beta).
         beta: size of the nudge.
         epsilon: eps.
@@ -73,6 +85,7 @@ class CorInfoMax(CreditRule):
         rates: factor of the published update of each layer's forward weights; empty for 1 / eps, with which it is the
             gradient of the layer's own objective. With 1 the optimiser's learning rates are those of the paper.
         backward_rates: the same for the backward weights of the hidden layers.
+        generator: for the start of W^b and B and for drawn signs; None draws from PyTorch's global state.
 
     Attributes:
         backward: W^b_k.
@@ -111,9 +124,11 @@ class CorInfoMax(CreditRule):
         sparse: Sequence[float] = (),
         rates: Sequence[float] = (),
         backward_rates: Sequence[float] = (),
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
         refuse_options(loss, "correlative information maximisation")
+        self.generator = generator
         if nudge not in NUDGES:
             raise unknown_name("nudge", nudge, NUDGES)
         positive = {"beta": beta, "epsilon": epsilon, "step": step, "step_floor": step_floor}
@@ -152,13 +167,14 @@ class CorInfoMax(CreditRule):
         self.sparse, self.rates = tuple(sparse), tuple(rates) or (1 / epsilon,) * len(stages)
         self.backward_rates = tuple(backward_rates) or (1 / epsilon,) * (len(stages) - 1)
         like = stages[0].layer.weight.detach()
+        require_precision(type(self).__name__, like)
         self.backward = nn.ParameterList(
-            nn.Parameter(nn.init.xavier_uniform_(like.new_empty(stage.size, above.size)))
+            nn.Parameter(initial(nn.init.xavier_uniform_, (stage.size, above.size), like, generator))
             for stage, above in pairwise(stages)
         )
         self.lateral = nn.Module()
         for stage in stages:
-            root = nn.init.xavier_uniform_(like.new_empty(stage.size, stage.size))
+            root = initial(nn.init.xavier_uniform_, (stage.size, stage.size), like, generator)
             self.lateral.register_buffer(key(stage.name), root @ root.T)
 
     @property
@@ -177,6 +193,18 @@ class CorInfoMax(CreditRule):
         """(W^b_{k-1})^T, in the shape of the W^f_k whose way it goes back."""
         above = self.chain.stages[1:]
         return {stage.name: back.T for stage, back in zip(above, self.backward, strict=True)}
+
+    def set_feedback(self, layer: str, **matrices: Tensor) -> None:
+        """Set matrices of a layer k: lateral weights `B` (n_k, n_k), or `Wb`, W^b_{k-1} (n_{k-1}, n_k) from it downwards.
+
+        Raises:
+            ConfigError: unknown layer or symbol, or another shape.
+        """
+        stages = self.chain.stages
+        known = {stage.name: {"B": b} for stage, b in zip(stages, self.inverses(), strict=True)}
+        for stage, back in zip(stages[1:], self.backward, strict=True):
+            known[stage.name]["Wb"] = back
+        put(type(self).__name__, layer, known, matrices)
 
     def inverses(self) -> list[Tensor]:
         """B_1..B_K."""
@@ -237,18 +265,9 @@ class CorInfoMax(CreditRule):
         """Credit for one batch: `output` and `loss` are those of the free phase."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            x = self.chain.enter(inputs)
-            free = self._free(x)
+            x, targets, phases = self._phases(inputs, targets)
+            free, nudged, against, width = phases.free, phases.nudged, phases.against, phases.width
             output = free.r[-1]
-            y = wanted(output, targets)
-            beta = x.new_full((), self.beta)
-            if self.nudge == "random-sign":
-                beta = beta * (1 - 2 * torch.randint(2, (), device=x.device))
-            start = Layers(list(free.r), list(free.r), list(free.multiplier))  # from the activities, not the old potentials
-            nudged = self.settle(x, start, self.nudged_steps, beta, y)
-            against, width = free, beta
-            if self.nudge == "symmetric":
-                against, width = self.settle(x, start, self.nudged_steps, -beta, y), 2 * beta
             products = self._contrast(x, nudged.r, against.r, width)
             if self.training and self.gamma:
                 self._follow(nudged.r)
@@ -257,6 +276,39 @@ class CorInfoMax(CreditRule):
         loss = value_at(self.loss, output, targets)
         roots += terms(loss)
         return Credit(roots, [None] * len(roots), output, loss, logs)
+
+    def _phases(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, "Phases"]:
+        """Input of the first layer, targets that fit, and the settled phases."""
+        like = self.chain.weights[0]
+        require_precision(type(self).__name__, like)
+        require_one_type(type(self).__name__, like, [*self.backward, *self.inverses()])
+        x = self.chain.enter(inputs)
+        free = self._free(x)
+        targets = fitted(squared_error, free.r[-1], fitted(self.loss, free.r[-1], targets))
+        if targets.dim() == 1:
+            require_classes(targets, free.r[-1].shape[1])
+        y = wanted(free.r[-1], targets)
+        beta = x.new_full((), self.beta)
+        if self.nudge == "random-sign":
+            beta = beta * coins((), x, self.generator)
+        start = Layers(list(free.r), list(free.r), list(free.multiplier))  # from the activities, not the old potentials
+        nudged = self.settle(x, start, self.nudged_steps, beta, y)
+        if self.nudge == "symmetric":
+            opposite = self.settle(x, start, self.nudged_steps, -beta, y)
+            return x, targets, Phases(free, nudged, opposite, 2 * beta)
+        return x, targets, Phases(free, nudged, free, beta)
+
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """Activities r_k of a batch, layer by layer (batch, n_k); nothing is learned.
+
+        "free"; "nudged", by +-beta as drawn; "against", what the nudged phase is compared with: the free one or the opposite
+        nudge; and "width" (one number), the difference of their nudges.
+        """
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            _, _, phases = self._phases(inputs, targets)
+            free, nudged, against, width = phases
+            return {"free": free.r, "nudged": nudged.r, "against": against.r, "width": [width]}
 
     def _contrast(
         self, x: Tensor, nudged: Sequence[Tensor], against: Sequence[Tensor], width: Tensor

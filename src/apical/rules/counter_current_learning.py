@@ -32,13 +32,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
+from apical.core.codes import FreeCodes
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
+from apical.core.feedback import put
+from apical.core.layers import is_weighted
+from apical.core.losses import no_class, output_error, refuse_options, terms
 from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.core.teaching import Activity, Taught, Teaching
+from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
 
 Pair = Literal["auto", "inner", "cosine", "match"]
@@ -51,25 +56,6 @@ SURE = 0.1
 def exact(device: str) -> AbstractContextManager[object]:
     """No autocast within; costs nothing where there is none."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-class FreeCodes(nn.Module):
-    """A control: in place of a block of G, codes that are parameters of their own, one row per class.
-
-    Args:
-        classes: K.
-        shape: of one row.
-        like: gives dtype and device.
-    """
-
-    def __init__(self, classes: int, shape: tuple[int, ...], like: Tensor) -> None:
-        super().__init__()
-        bound = math.prod(shape) ** -0.5
-        self.rows = nn.Parameter(torch.empty(classes, *shape, dtype=like.dtype, device=like.device).uniform_(-bound, bound))
-
-    def forward(self, above: Tensor) -> Tensor:
-        """The rows (K, *shape), whatever is above."""
-        return self.rows
 
 
 class CounterCurrentLearning(CreditRule):
@@ -124,12 +110,13 @@ class CounterCurrentLearning(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "counter-current learning", ("ignore_index",))
         if pair not in ("auto", "inner", "cosine", "match"):
             raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
         if enlarge not in ("nearest", "transposed"):
             raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
-        images = any(isinstance(block.layer, _ConvNd) for block in self.row)
+        images = any(geometry(block.layer) is not None for block in self.row)
         self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
         self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
         self.spread = (0.5 if images and self.pair == "cosine" else 0.0) if spread is None else spread
@@ -198,9 +185,11 @@ class CounterCurrentLearning(CreditRule):
     def _draw_orthogonal(self) -> None:
         for block, module in zip(reversed(self.row), self.feedback, strict=False):
             for layer in module.modules():
-                if isinstance(layer, nn.Linear | _ConvNd):
-                    nn.init.orthogonal_(layer.weight)
+                if is_weighted(layer):
+                    kind = torch.promote_types(layer.weight.dtype, torch.float32)  # half precision has no factors
+                    drawn = nn.init.orthogonal_(layer.weight.detach().to(kind))
                     with torch.no_grad():
+                        layer.weight.copy_(drawn)
                         enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
                         layer.weight.mul_(0.0 if block is self.row[0] else 1e-3 if enlarges else 1.0)
 
@@ -217,16 +206,41 @@ class CounterCurrentLearning(CreditRule):
         """G's weights beside those of F that they face, by the name of F's layer; see :func:`apical.core.blocks.facing`."""
         found = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
-            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+            layers = [layer for layer in module.modules() if is_weighted(layer)]
             weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
             if weight is not None:
                 found[block.name] = weight
         return found
 
+    def set_feedback(self, layer: str, **matrices: Tensor) -> None:
+        """Set `G`, the weight of the feedback block that faces a layer, (d_{l-1}, d_l) or a kernel; or free codes `B`.
+
+        Raises:
+            ConfigError: unknown layer or symbol, or another shape.
+        """
+        known: dict[str, dict[str, Tensor]] = {}
+        for block, module in zip(reversed(self.row), self.feedback, strict=False):
+            layers = [part for part in module.modules() if is_weighted(part)]
+            if isinstance(module, FreeCodes):
+                known[block.name] = {"B": module.rows}
+            elif len(layers) == 1:
+                known[block.name] = {"G": layers[0].weight}
+        put(type(self).__name__, layer, known, matrices)
+
+    @torch.no_grad()
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """Activities "a", a_0..a_L (batch, ...), and codes "b", b_0..b_L (K, ...), in evaluation mode; nothing is learned.
+
+        Of "match" the codes are (batch, ...). Depths without a block of the feedback network have an empty b.
+        """
+        self._check(inputs, targets)
+        with evaluating(self):
+            return {"a": self._activities(inputs), "b": self.codes(targets)}
+
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
         self.require_attached()
-        self._check(targets)
+        self._check(inputs, targets)
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
@@ -244,10 +258,17 @@ class CounterCurrentLearning(CreditRule):
             unsure = self._unsure(output, targets) if self.mask else None
             for level, activity in waiting.items():
                 local[level] = self._meet(level, activity, b[level], goals, teaching, unsure)
-        loss = self.loss(output, targets)
-        teaching.loss(loss * self._height if self.pair == "match" else loss)
+        targets = fitted(self.loss, output, targets)
+        if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
+            loss, error = output_error(self.loss, output, targets)
+            teaching.teach(Activity(output), error * self._height)
+            for term in terms(loss):
+                teaching.loss(term)
+        else:
+            loss = self.loss(output, targets)
+            teaching.loss(loss)
         roots, signals = teaching.finish()
-        return Credit(roots, signals, output, loss, self._logs(local, loss))
+        return Credit(roots, signals, output.detach(), loss, self._logs(local, loss))
 
     def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
         """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
@@ -257,7 +278,12 @@ class CounterCurrentLearning(CreditRule):
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""
-        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+        if self.pair == "match":
+            return targets
+        try:
+            return membership(targets, len(self.classes), self.classes.dtype)
+        except RuntimeError as error:
+            raise no_class(len(self.classes)) from error
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""
@@ -320,16 +346,22 @@ class CounterCurrentLearning(CreditRule):
 
     def _unsure(self, output: Tensor, labels: Tensor) -> Tensor:
         """1 for samples whose class is not sure yet, otherwise 0 (batch, 1)."""
-        sure = output.detach().float().softmax(1).gather(1, labels.unsqueeze(1)) > 1 - SURE
+        sure = output.detach().flatten(1).float().softmax(1).gather(1, labels.unsqueeze(1)) > 1 - SURE
         return (~sure).to(self.row[-1].layer.weight.dtype)
 
-    def _check(self, targets: Tensor) -> None:
+    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+        if len(inputs) == 0:
+            raise ConfigError("the batch is empty: credit is a mean over samples")
+        if targets.dim() == 0 or len(targets) != len(inputs):
+            raise ConfigError(f"{len(inputs)} inputs came with targets of shape {tuple(targets.shape)}")
+        like = self.row[-1].layer.weight
+        require_one_type(type(self).__name__, like, [self.classes])
         classes = not targets.is_floating_point() and targets.dim() == 1
         if self.pair != "match" and not classes:
             raise ConfigError(f"counter-current learning with pair={self.pair!r} needs one class label per sample")
-        if self.pair == "match" and not (
-            targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)
-        ):
+        if self.pair != "match":
+            require_classes(targets, len(self.classes))
+        elif not (targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)):
             raise ConfigError("counter-current learning with pair='match' needs targets of the output's size")
 
     def _activities(self, inputs: Tensor) -> list[Tensor]:
@@ -342,7 +374,7 @@ class CounterCurrentLearning(CreditRule):
     @torch.no_grad()
     def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """The activities that meet at each depth, (batch, d) both, by the name of F's layer below; in evaluation mode."""
-        self._check(targets)
+        self._check(inputs, targets)
         with evaluating(self):
             a, b = self._activities(inputs), self.codes(targets)
         own = [row if self.pair == "match" or not len(row) else row[targets] for row in b]

@@ -25,18 +25,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.batch import counted, fitted
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss
 from apical.core.losses import output_error, terms
 from apical.dynamics import feedback_control as control
-from apical.dynamics.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
+from apical.dynamics.control_rule import LOOK_EVERY, ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.dynamics.controller import Leak
 from apical.dynamics.feedback_control import Controlled, Resolvent
+from apical.dynamics.newton import settle
 from apical.dynamics.trajectory import Loop, Moment, Trace, correlation, end, record, trajectory
 from apical.errors import ConfigError, InstabilityError, unknown_name
 
 SOLVERS = {"dfc": ("closed-form", "simulate"), "ss": ("steady", "simulate"), "ssa": ("closed-form",)}
 """The solvers of each variant, the default first."""
+
+CLOSE = 1e-3
+"""Residual, relative to the way to the target, above which a steady state counts as not found."""
+
+LINEAR = 0.1
+"""The same of the linearised control, which is off by design, as far as its closed form may be trusted."""
 
 
 class DeepFeedbackControl(ControlRule):
@@ -57,13 +65,15 @@ class DeepFeedbackControl(ControlRule):
         tau: time constant of the potentials.
         leak: "code" lets the whole control leak, as in the authors' programs; "paper" its integral only.
         proactive, instant_transmission: order of the updates within a step, see :class:`apical.dynamics.trajectory.Loop`.
-        newton: Newton iterations of the solver "steady".
+        newton: first steps of the solver "steady", with the slope at the feed-forward state; samples they leave farther than
+            a thousandth of the way from their target go on with damped Newton steps. The log `residual` says what is left.
         difference: "rate" compares `phi(v)`, "voltage" the potentials themselves.
         feedback: initial Q: "product" of the forward weights, or "random".
         learn: "expected" or "noise" trains Q, by the expectation of the local rule or by simulating it; "none" fixes Q.
         learn_output: train Q_L too; it stays the identity otherwise.
         alpha_fb, k_p_fb, dt_fb, points_fb, tau_fb, tau_apical_fb, sigma_fb: the loop and the noise of the feedback phase.
         input_shape: of one sample; needed with convolutions.
+        generator: for random initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
         UnsupportedModelError: the model is no such chain; the module is named.
@@ -105,6 +115,7 @@ class DeepFeedbackControl(ControlRule):
         tau_apical_fb: float = 0.3,
         sigma_fb: float = 0.01,
         input_shape: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         if variant not in SOLVERS:
             raise unknown_name("variant", variant, SOLVERS)
@@ -119,7 +130,7 @@ class DeepFeedbackControl(ControlRule):
         sleep = Loop(
             *(alpha_fb, k_p_fb, dt_fb, points_fb, tau_fb, leak), proactive=False, tau_apical=tau_apical_fb, sigma=sigma_fb
         )
-        super().__init__(model, loss, loop, sleep, difference, feedback, learn, learn_output, input_shape)
+        super().__init__(model, loss, loop, sleep, difference, feedback, learn, learn_output, input_shape, generator)
         self.variant, self.solver, self.nudge, self.newton = variant, chosen, nudge, newton
         self.factor = 1 / nudge if normalised else 2.0
         self.correlations = [correlation(sleep, depth) for depth in range(len(self.chain.stages), 0, -1)]
@@ -130,7 +141,8 @@ class DeepFeedbackControl(ControlRule):
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
             output = states.r[-1]
-            loss, error = output_error(self.loss, output, targets)
+            loss, error = output_error(self.loss, output, fitted(self.loss, output, targets))
+            states, error = _counted(states, targets, error)
             forward = self.phase != "feedback"
             backward = self.phase != "forward" and bool(self.feedback_parameters())
             roots: list[Tensor | None] = []
@@ -158,14 +170,71 @@ class DeepFeedbackControl(ControlRule):
         return error.flatten(1) * (-self.nudge * len(error))
 
     def _solved(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-        iterations = self.newton if self.variant == "ss" else 0
-        u, state, residual = control.steady_state(self.chain, states, self.q, delta, resolvent, iterations)
+        u, state, residual = self._steady(states, delta, resolvent)
         self._refuse(u, states, delta, residual if self.variant == "ss" else None)
         q = state.q
         if self.variant == "dfc":
             q = control.time_averaged(self.chain, self.q, state, resolvent, u, self.loop)
         left = residual.norm(dim=1).sum() / delta.norm(dim=1).sum().clamp_min(torch.finfo(delta.dtype).tiny)
+        self._look(left, states, delta, residual)
         return self.roots_at(states, state, q), {"control": u.norm(dim=1).mean(), "residual": left}
+
+    def _steady(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[Tensor, Controlled, Tensor]:
+        """The steady state, or the linearised one: control, state, and what is left of the equation (batch, n_L)."""
+        if self.variant != "ss":
+            return control.steady_state(self.chain, states, self.q, delta, resolvent, 0)
+        return self._finished(
+            states, delta, *control.steady_state(self.chain, states, self.q, delta, resolvent, self.newton)
+        )
+
+    def _finished(
+        self, states: States, delta: Tensor, u: Tensor, state: Controlled, residual: Tensor
+    ) -> tuple[Tensor, Controlled, Tensor]:
+        """The same where samples that the first few steps left far from a steady state have gone on by damped Newton."""
+        if torch.compiler.is_compiling():
+            return u, state, residual
+        late = ~_settled(residual, delta)
+        if not bool(late.any()):
+            return u, state, residual
+        rows = late.nonzero().squeeze(1)
+        tolerance = 1e-10 if delta.dtype == torch.float64 else 1e-5
+        found = settle(self.chain, states.rows(rows), self.q, delta[rows], u[rows], self._resolvent, self.loop.a, tolerance)
+        lost = ~found.any(1, keepdim=True) & ~u[rows].isfinite().all(1, keepdim=True)  # is to be refused
+        u = u.index_copy(0, rows, torch.where(lost, u[rows], found))
+        state = control.controlled_pass(self.chain, states, control.apical(self.chain, self.q, u))
+        return u, state, state.rho[-1].flatten(1) + self.loop.a * u - delta
+
+    def _resolvent(self, states: States) -> Resolvent:
+        """`(M + a I)^-1` at any states."""
+        if control.goes_below(self.chain, self.q):
+            return control.WideResolvent(self.chain, states, self.q, self.loop.a)
+        return Resolvent(control.gains_and_mean(self.chain, states, self.q, mean=False)[0], self.loop.a)
+
+    def _look(self, left: Tensor, states: States, delta: Tensor, residual: Tensor) -> None:
+        """Warn of a steady state that was not reached, and now and then of a linearisation that does not hold."""
+        if torch.compiler.is_compiling():
+            return
+        if self.variant == "ss":
+            late = ~_settled(residual, delta)
+            if bool(late.any()):
+                worst = float((residual.norm(dim=1) / delta.norm(dim=1)).amax())
+                cause = self.cause(states.rows(late.nonzero().squeeze(1)), moves=False)
+                self.warn(
+                    f"no steady state was found for {int(late.sum())} of {len(late)} samples (largest residual {worst:.1e} "
+                    f"of the way to the target): {cause}"
+                )
+        elif self.solves % LOOK_EVERY == 0 and float(left) > LINEAR:
+            other = "variant='ss'" if self.variant == "ssa" else "solver='simulate'"
+            self.warn(
+                f"the linearised control misses its target by {float(left):.1e} of the way there; the closed form is for "
+                f"weak control: lower nudge={self.nudge:g} or pass {other}"
+            )
+        self.solves += 1
+
+    @property
+    def remedy(self) -> str:
+        """See :attr:`apical.dynamics.control_rule.ControlRule.remedy`."""
+        return f"lower nudge={self.nudge:g} or raise alpha={self.loop.alpha:g}"
 
     def _simulated(self, states: States, delta: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         moments = self._walk(states, delta, basal=self.variant == "dfc")
@@ -188,7 +257,9 @@ class DeepFeedbackControl(ControlRule):
         return roots, {"control": last.u.norm(dim=1).mean(), "settled": settled.to(delta.dtype).mean()}
 
     def _walk(self, states: States, delta: Tensor, *, basal: bool) -> Iterator[Moment]:
-        return trajectory(self.chain, states, self.q, lambda rho: delta - rho, self.loop, basal=basal)
+        return trajectory(
+            self.chain, states, self.q, lambda rho: delta - rho, self.loop, basal=basal, generator=self.generator
+        )
 
     def _feedback_roots(self, states: States, rows: list[Tensor]) -> list[Tensor | None]:
         """Roots of the feedback rule, given the batch means of the R_i if they are known; its decay is the optimiser's."""
@@ -198,7 +269,8 @@ class DeepFeedbackControl(ControlRule):
             strengths = [-c * self.sleep.sigma**2 for c in self.correlations]
             return self.feedback_roots([scale * c * each.T for c, each in zip(strengths, rows, strict=True)])
         seen = NoiseCorrelation(self.q, states)
-        for moment in trajectory(self.chain, states, self.q, torch.neg, self.sleep, basal=False):
+        walk = trajectory(self.chain, states, self.q, torch.neg, self.sleep, basal=False, generator=self.generator)
+        for moment in walk:
             seen(moment)
         return self.feedback_roots([scale * each for each in seen.mean()])
 
@@ -210,12 +282,44 @@ class DeepFeedbackControl(ControlRule):
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
-            _, error = output_error(self.loss, states.r[-1], targets)
+            _, error = output_error(self.loss, states.r[-1], fitted(self.loss, states.r[-1], targets))
             return record(states, self._walk(states, self.delta(error), basal=True), self.loop.dt)
+
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """States of a batch under control, layer by layer, each (batch, *shape); nothing is learned.
+
+        Feed-forward potentials "v_minus" and rates "r_minus"; the output's "target" r_L*, the control "u" (both alone in
+        their lists, (batch, n_L)); and under it the potentials "v", rates "r", basal "v_ff" and apical potentials "v_fb":
+        at the steady state, the linearised one, or the end of the simulation, as the variant and its solver have it.
+        """
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            states = self.run(inputs)
+            _, error = output_error(self.loss, states.r[-1], fitted(self.loss, states.r[-1], targets))
+            states, error = _counted(states, targets, error)
+            delta = self.delta(error)
+            target = states.r[-1].flatten(1) + delta
+            if self.solver == "simulate":
+                last, basal = end(self.chain, self._walk(states, delta, basal=True))
+                return self.named_states(states, target, last.u, Controlled(last.apical, last.d, last.rho), basal)
+            u, state, _ = self._steady(states, delta, self._resolvent(states))
+            return self.named_states(states, target, u, state, [d - q for d, q in zip(state.d, state.q, strict=True)])
 
     def _refuse(self, u: Tensor, states: States, delta: Tensor, residual: Tensor | None) -> None:
         """Never let a control that is not finite make weights that are not."""
         if torch.compiler.is_compiling() or not bool(delta.isfinite().all()):
             return
         if not bool(u.isfinite().all()) or (residual is not None and not bool(residual.isfinite().all())):
-            raise InstabilityError(f"the controller has no finite steady state; {self.cause(states)}")
+            raise InstabilityError(f"the controller has no finite steady state; {self.cause(states, moves=False)}")
+
+
+def _settled(residual: Tensor, delta: Tensor) -> Tensor:
+    """Which samples are at rest (batch,), or have no finite target."""
+    near: Tensor = residual.norm(dim=1) <= CLOSE * delta.norm(dim=1)
+    return near | ~delta.isfinite().all(1)
+
+
+def _counted(states: States, targets: Tensor, error: Tensor) -> tuple[States, Tensor]:
+    """States and errors of the samples that the loss does not ignore."""
+    rows = counted(targets, error)
+    return (states, error) if rows is None else (states.rows(rows), error[rows])

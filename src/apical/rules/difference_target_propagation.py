@@ -23,10 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.activations import difference, plain, pulled_back
+from apical.core.batch import counted, fitted, require_one_type, require_precision
 from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.losses import output_error, terms
+from apical.core.feedback import put
 from apical.core.local import known_root, local_root
+from apical.core.losses import output_error, terms
+from apical.core.noise import initial, normal
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
@@ -56,11 +59,21 @@ class FeedbackMap(nn.Module):
         activation: s, element-wise.
         like: tensor whose dtype and device the weights take.
         bias: c exists; it cancels where s is linear and only differences of g are used.
+        generator: of the first weights; None draws from PyTorch's global state.
     """
 
-    def __init__(self, size: int, given: int, activation: nn.Module, like: Tensor, *, bias: bool) -> None:
+    def __init__(
+        self,
+        size: int,
+        given: int,
+        activation: nn.Module,
+        like: Tensor,
+        *,
+        bias: bool,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
-        self.q = nn.Parameter(nn.init.xavier_normal_(like.new_empty(size, given)))
+        self.q = nn.Parameter(initial(nn.init.xavier_normal_, (size, given), like, generator))
         self.c = nn.Parameter(like.new_zeros(size)) if bias else None
         self.activation = activation
 
@@ -105,6 +118,7 @@ class DifferenceTargetPropagation(CreditRule):
         recurrent: the maps of "hidden" also hear their own layer's state, without the noise that they are to undo.
         learn: whether feedback is learned; "linear" with fixed feedback is direct feedback alignment.
         input_shape: of one sample; needed with convolutions.
+        generator: for initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
         UnsupportedModelError: the model is no such chain; the module is named.
@@ -133,8 +147,10 @@ class DifferenceTargetPropagation(CreditRule):
         recurrent: bool = False,
         learn: bool = True,
         input_shape: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
+        self.generator = generator
         for name, value, known in (("variant", variant, VARIANTS), ("reduction", reduction, ("sum", "mean"))):
             if value not in known:
                 raise unknown_name(name, value, known)
@@ -151,6 +167,7 @@ class DifferenceTargetPropagation(CreditRule):
                 f'layer {spatial[0]!r} has no flat output; variant={variant!r} is for dense layers: use variant="linear"'
             )
         like = stages[0].layer.weight.detach()
+        require_precision(type(self).__name__, like)
         outputs, last = stages[-1].size, len(stages) - 2
         self.maps = nn.ModuleList()
         for i, stage in enumerate(stages[: -2 if variant == "lee" else -1]):
@@ -158,14 +175,12 @@ class DifferenceTargetPropagation(CreditRule):
             linear = not (self.sequential or hidden)
             given = stages[i + 1].size if self.sequential else neurons + recurrent * stage.size if hidden else outputs
             activation = nn.Identity() if linear else plain(stage.activation)
-            self.maps.append(
-                FeedbackMap(stage.size, given, activation, like, bias=not linear or variant == "control").requires_grad_(
-                    learn
-                )
-            )
+            bias = not linear or variant == "control"
+            made = FeedbackMap(stage.size, given, activation, like, bias=bias, generator=generator)
+            self.maps.append(made.requires_grad_(learn))
         wide = (neurons, outputs) if variant == "hidden" else (0, outputs)
-        random = like.new_empty(wide)
-        self.register_buffer("random", nn.init.xavier_normal_(random) if random.numel() else random)
+        drawn = initial(nn.init.xavier_normal_, wide, like, generator) if wide[0] else like.new_empty(wide)
+        self.register_buffer("random", drawn)
 
     random: Tensor
 
@@ -180,23 +195,60 @@ class DifferenceTargetPropagation(CreditRule):
         pairs = zip(self.chain.stages[1:], self.maps, strict=False)
         return {stage.name: g.q.T for stage, g in pairs if isinstance(g, FeedbackMap)}
 
+    def set_feedback(self, layer: str, **matrices: Tensor) -> None:
+        """Set the map g_i that speaks to a layer: `Q` (n_i, what it hears) and, where it has a bias, `c` (n_i,).
+
+        Raises:
+            ConfigError: unknown layer or symbol, or another shape.
+        """
+        known: dict[str, dict[str, Tensor]] = {}
+        for stage, i in zip(self.chain.stages, range(len(self.maps)), strict=False):
+            g = self._map(i)
+            known[stage.name] = {"Q": g.q} if g.c is None else {"Q": g.q, "c": g.c}
+        put(type(self).__name__, layer, known, matrices)
+
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """Activities "h" and targets "t" of every layer, each (batch, n_i); nothing is learned."""
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            states, _, error, _ = self._answered(inputs, targets)
+            h = [r.flatten(1) for r in states.r[1:]]
+            d = self.distances(states, self.delta(error))
+            first = len(h) - len(d)  # "lee" with one layer has targets for all of them too
+            return {"h": h, "t": [rates + shift for rates, shift in zip(h[first:], d, strict=True)]}
+
+    def delta(self, error: Tensor) -> Tensor:
+        """How far the output's target lies from it, (batch, n_L), for the loss's gradient `error`."""
+        return error.flatten(1) * (-self.eta * len(error))
+
+    def _answered(self, inputs: Tensor, targets: Tensor) -> tuple[States, Tensor, Tensor, Tensor]:
+        """States and errors of the samples that the loss does not ignore, its value, and the output of all."""
+        weight = self.chain.weights[0]
+        require_precision(type(self).__name__, weight)
+        require_one_type(type(self).__name__, weight, self.maps.parameters())
+        states = self.chain.run(inputs)
+        output = states.r[-1]
+        loss, error = output_error(self.loss, output, fitted(self.loss, output, targets))
+        rows = counted(targets, error)
+        return (states, loss, error, output) if rows is None else (states.rows(rows), loss, error[rows], output)
+
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            states = self.chain.run(inputs)
-            loss, error = output_error(self.loss, states.r[-1], targets)
+            states, loss, error, output = self._answered(inputs, targets)
             at = self.points(states)
             roots: list[Tensor | None] = []
             logs: dict[str, Tensor] = {}
             if self.phase != "feedback":
-                d = error.flatten(1) * (-self.eta * len(error))
-                roots += [*self._forward_roots(states, self.distances(states, d, at)), *terms(loss)]
+                roots += [*self._forward_roots(states, self.distances(states, self.delta(error), at)), *terms(loss)]
             if self.phase != "forward" and self.feedback_parameters():
-                learned, logs["reconstruction"] = self._feedback_roots(states, at)
+                learned, losses = self._feedback_roots(states, at)
                 roots += learned
+                names = [f"reconstruction {stage.name}" for stage in self.chain.stages]
+                logs = {"reconstruction": torch.stack(losses).mean(), **dict(zip(names, losses, strict=False))}
         kept = [root for root in roots if root is not None]
-        return Credit(kept, [None] * len(kept), states.r[-1], loss, logs)
+        return Credit(kept, [None] * len(kept), output, loss, logs)
 
     def points(self, states: States) -> list[Mapped]:
         """Every feedback map at what it hears of the states: the next layer, or the output."""
@@ -241,12 +293,12 @@ class DifferenceTargetPropagation(CreditRule):
                 roots.append(local_root(stage, signal, states.r[i], factor=factor))
         return roots
 
-    def _feedback_roots(self, states: States, points: Sequence[Mapped]) -> tuple[list[Tensor], Tensor]:
-        """Roots of the feedback weights, and the mean of their reconstruction losses."""
+    def _feedback_roots(self, states: States, points: Sequence[Mapped]) -> tuple[list[Tensor], list[Tensor]]:
+        """Roots of the feedback weights, and the reconstruction loss of every map."""
         roots: list[Tensor] = []
         losses = []
         for i, at in enumerate(points):
-            g, noise = self._map(i), self.sigma * torch.randn_like(states.r[i + 1])
+            g, noise = self._map(i), self.sigma * normal(states.r[i + 1], self.generator)
             moved = self._reconstructed(i, states, points, noise)
             residual = moved.g - noise.flatten(1)
             if self.variant not in DIFFERENCES:  # not the difference: the map itself is to give h + noise
@@ -263,7 +315,7 @@ class DifferenceTargetPropagation(CreditRule):
                 roots.append(known_root(g.q, scale * for_q))
                 if g.c is not None:
                     roots.append(known_root(g.c, scale * for_c))
-        return roots, torch.stack(losses).mean()
+        return roots, losses
 
     def _reconstructed(self, i: int, states: States, points: Sequence[Mapped], noise: Tensor) -> Mapped:
         """How map i moves when noise at layer i has gone up, and come down again to it."""

@@ -21,8 +21,9 @@ decay makes them alike; or each learns from what its own neurons saw and how its
 loss makes the Jacobian symmetric.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import cos, isfinite, pi, sin
 from typing import Literal
 
@@ -30,27 +31,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.batch import fitted, require_classes, require_one_type, require_precision
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.feedback import put
 from apical.core.losses import terms, value_at, wanted
-from apical.core.pooling import SoftmaxPool2d
+from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
-    HOLOMORPHIC,
     EquilibriumNetwork,
-    Phases,
     Settled,
     homeostatic_loss,
-    is_holomorphic,
     jacobian_product,
     local_roots,
-    off_branch,
     weight_root,
 )
+from apical.dynamics.holomorphic import HOLOMORPHIC, bends, require_complex
+from apical.dynamics.phases import ESTIMATORS, Estimator, Phases, off_branch, phases, shares
 from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, unknown_name
 
-Estimator = Literal["one-sided", "random-sign", "symmetric", "five-point", "holomorphic"]
-ESTIMATORS = ("one-sided", "random-sign", "symmetric", "five-point", "holomorphic")
 DRAWS = 5
 """Noise vectors from which the homeostatic loss is estimated."""
 
@@ -84,13 +83,14 @@ class EquilibriumPropagation(CreditRule):
         tolerance: a phase ends early when no state moves by more in a step; 0 takes all steps.
         rates: learning rate of each layer, relative to the optimiser's; empty for 1.
         input_shape: of one sample; needed with convolutions.
+        generator: for B's start, noise and drawn signs; None draws from PyTorch's global state.
 
     Raises:
         UnsupportedModelError: the model is no such chain, or an activation has no complex form; the module is named.
         ConfigError: an option is out of range.
 
     Logs: `free_residual` and `nudged_residual` (the largest change of a state in a phase's last step) and, of holomorphic
-    nudges, `off_branch` (:func:`~apical.dynamics.equilibrium.off_branch`).
+    nudges, `off_branch` (:func:`~apical.dynamics.phases.off_branch`).
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3))
     >>> rule = EquilibriumPropagation(model, beta=0.1)
@@ -123,6 +123,7 @@ class EquilibriumPropagation(CreditRule):
         tolerance: float = 0.0,
         rates: Sequence[float] = (),
         input_shape: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
         for name, value, known in (
@@ -160,6 +161,7 @@ class EquilibriumPropagation(CreditRule):
         if homeostasis and weights != "directed":
             raise ConfigError('homeostasis is for weights="directed"; symmetric weights have nothing to correct')
         self.chain = Chain(model, input_shape, pools=True)
+        require_precision(type(self).__name__, self.chain.weights[0])
         self._cut_off: list[str] = []
         if bounded:
             limit = ShiftedSigmoid() if estimator == "holomorphic" and (points > 2 or cycles) else nn.Hardtanh(0.0, 1.0)
@@ -176,8 +178,8 @@ class EquilibriumPropagation(CreditRule):
                 f"layer {last.name!r} reads the states out and has {type(last.after[0]).__name__} behind it, which no state "
                 'is: put the pooling before the layer, or use output="state"'
             )
-        self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise)
-        self.estimator, self.beta, self.points = estimator, beta, points
+        self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise, generator=generator)
+        self.estimator, self.beta, self.points, self.generator = estimator, beta, points, generator
         self.free_steps, self.nudged_steps, self.tolerance = free_steps, nudged_steps, tolerance
         self.cycles = cycles
         if len(rates) not in (0, len(self.chain.stages)):
@@ -185,9 +187,9 @@ class EquilibriumPropagation(CreditRule):
         self.rates = tuple(rates) or (1.0,) * len(self.chain.stages)
         self.directed, self.update, self.homeostasis = weights == "directed", update, homeostasis
         if estimator == "holomorphic" and (points > 2 or cycles):
-            self._check_complex()
+            require_complex(self.chain.stages, self.loss)
         if homeostasis and (
-            pools := [stage.name for stage in self._above if any(map(_bends, (*stage.before, *stage.after)))]
+            pools := [stage.name for stage in self._above if any(map(bends, (*stage.before, *stage.after)))]
         ):
             raise UnsupportedModelError(
                 f"layer {pools[0]!r} has pooling beside it that is not linear: homeostasis needs linear paths"
@@ -196,7 +198,7 @@ class EquilibriumPropagation(CreditRule):
         self.back = nn.ParameterList()
         for stage in self._above if self.directed else ():
             weight = stage.layer.weight.detach()
-            drawn = torch.empty_like(weight).normal_(0.0, float(weight.std()) if weight.numel() > 1 else 1.0)
+            drawn = initial(partial(nn.init.normal_, std=_spread(weight)), weight.shape, weight, generator)
             self.back.append(nn.Parameter(cos(turn) * weight + sin(turn) * drawn))
 
     @property
@@ -210,23 +212,6 @@ class EquilibriumPropagation(CreditRule):
         """Stages 2..K, whose weights carry states both ways."""
         return self.network.stages[1:]
 
-    def _check_complex(self) -> None:
-        if self.loss not in HOLOMORPHIC:
-            known = ", ".join(getattr(loss, "__name__", "?") for loss in HOLOMORPHIC)
-            raise ConfigError(f"complex nudges need a loss whose error is known for complex outputs: {known}; or points=2")
-        for stage in self.chain.stages:
-            bent = [module for module in stage.before if _bends(module)] + list(filter(_is_max, stage.after))
-            if bent:
-                raise UnsupportedModelError(
-                    f"layer {stage.name!r} has {type(bent[0]).__name__} beside it, which is not for complex states: use "
-                    "average pooling, or SoftmaxPool2d between layer and activation, or points=2"
-                )
-            if not is_holomorphic(stage.activation):
-                raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
-                    "complex states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
-                )
-
     def feedback_parameters(self) -> list[nn.Parameter]:
         """B_2..B_K of directed weights."""
         return list(self.back)
@@ -234,6 +219,17 @@ class EquilibriumPropagation(CreditRule):
     def feedback_weights(self) -> dict[str, Tensor]:
         """What carries states downwards: B_k, or W_k itself."""
         return {stage.name: back for stage, back in zip(self._above, self._back(), strict=True)}
+
+    def set_feedback(self, layer: str, **matrices: Tensor) -> None:
+        """Set the feedback weight `B` of a layer, in the shape of its weight; of directed weights only.
+
+        Raises:
+            ConfigError: unknown layer or symbol, or another shape.
+        """
+        if not self.directed:
+            raise ConfigError('symmetric weights are their own feedback: pass weights="directed" to set B')
+        known = {stage.name: {"B": back} for stage, back in zip(self._above, self.back, strict=True)}
+        put(type(self).__name__, layer, known, matrices)
 
     def _back(self) -> list[Tensor]:
         return list(self.back) if self.directed else [stage.layer.weight for stage in self._above]
@@ -253,39 +249,80 @@ class EquilibriumPropagation(CreditRule):
         self.require_attached()
         network = self.network
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            x = self.chain.enter(inputs)
-            free = self._free(x, noisy=True)
-            if not torch.compiler.is_compiling() and not free.residual.isfinite():
-                finite = x.isfinite().all() and all(stage.layer.weight.isfinite().all() for stage in self.chain.stages)
-                raise InstabilityError(
-                    "the free phase of equilibrium propagation runs away: its states have no bound; use bounded activations "
-                    "(--model mlp-sigmoid-256 or mlp-clip-256), smaller weights or fewer steps"
-                    if finite
-                    else "the free phase of equilibrium propagation is not finite because inputs or weights are not"
-                )
-            output = network.output(free.s)
+            x, free, output, targets = self._answered(inputs, targets)
             loss = value_at(self.loss, output, targets)
-            if self.loss in HOLOMORPHIC and output.dim() == 2:
-                targets = wanted(output, targets)
+            targets = self._labels(output, targets)
             roots, nudged, logs = self._going_round(x, free.s, targets) if self.cycles else self._nudged(x, free.s, targets)
             roots += terms(loss)
             logs |= {"free_residual": free.residual, "nudged_residual": nudged}
         if self.homeostasis:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
-                noise = [torch.randn(DRAWS, *stage.shape, dtype=x.dtype, device=x.device) for stage in network.stages]
+                noise = [normal(x.new_empty(DRAWS, *stage.shape), self.generator) for stage in network.stages]
                 asymmetry = homeostatic_loss(lambda d: jacobian_product(network.stages, list(self.back), d), noise)
                 roots.append(self.homeostasis * asymmetry)
         return Credit(roots, [None] * len(roots), output, loss, logs)
 
+    def _answered(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Settled, Tensor, Tensor]:
+        """What the first layer is given, the free state, the output, and targets that fit it."""
+        weight = self.chain.weights[0]
+        require_precision(type(self).__name__, weight)
+        require_one_type(type(self).__name__, weight, self.back)
+        x = self.chain.enter(inputs)
+        free = self._free(x, noisy=True)
+        if not torch.compiler.is_compiling() and not free.residual.isfinite():
+            finite = x.isfinite().all() and all(stage.layer.weight.isfinite().all() for stage in self.chain.stages)
+            raise InstabilityError(
+                "the free phase of equilibrium propagation runs away: its states have no bound; use bounded activations "
+                "(--model mlp-sigmoid-256 or mlp-clip-256), smaller weights or fewer steps"
+                if finite
+                else "the free phase of equilibrium propagation is not finite because inputs or weights are not"
+            )
+        output = self.network.output(free.s)
+        targets = fitted(self.loss, output, targets)
+        if targets.dim() == 1 and output.dim() == 2 and self.loss in HOLOMORPHIC:
+            require_classes(targets, output.shape[1])
+        return x, free, output, targets
+
+    def _labels(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Targets as numbers of the output's shape, where the loss's error is known by them."""
+        return wanted(output, targets) if self.loss in HOLOMORPHIC and output.dim() == 2 else targets
+
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """States of a batch, layer by layer; nothing is learned.
+
+        "free": s_k (batch, *shape) of the free phase; "nudged": s_k (P, batch, *shape) under each of the nudges "beta" (P,),
+        complex where nudges are. Of a conjugate pair of nudges only one is settled. With `cycles`, of the last one.
+        """
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            x, free, output, targets = self._answered(inputs, targets)
+            targets = self._labels(output, targets)
+            if self.cycles:
+                rounds = [(beta, settled) for beta, _, settled in self._rounds(x, targets)][-self.points :]
+                each = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s]) for beta, settled in rounds]
+            else:
+                beta, _ = phases(self.estimator, self.beta, self.points, x, self.generator)
+                settled = self._settle_nudged(x, free.s, targets, beta)
+                each = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s])]
+            nudged = [torch.cat(layer) for layer in zip(*(s for _, s in each), strict=True)]
+            return {"free": free.s, "nudged": nudged, "beta": [torch.cat([beta for beta, _ in each])]}
+
     def _nudged(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
         """All nudges at once, from the free state: roots, residual and logs."""
-        network = self.network
-        beta, weights = self._phases(x)
-        q = len(beta.im)
+        beta, weights = phases(self.estimator, self.beta, self.points, x, self.generator)
+        nudged = self._settle_nudged(x, free, targets, beta)
+        roots = self._roots(x, free, nudged.s, targets, beta, weights)
+        logs = {}
+        if self.estimator == "holomorphic":
+            logs["off_branch"] = off_branch(free, nudged.s, shares(beta, weights))
+        return roots, nudged.residual, logs
+
+    def _settle_nudged(self, x: Tensor, free: list[Tensor], targets: Tensor, beta: Phases) -> Settled:
+        network, q = self.network, len(beta.im)
         rows = [
             torch.cat((s.repeat(len(beta.re), *[1] * (s.dim() - 1)), s.new_zeros(q * len(s), *s.shape[1:]))) for s in free
         ]
-        nudged = network.settle(
+        return network.settle(
             rows,
             network.given(x, beta),
             self._back(),
@@ -295,18 +332,20 @@ class EquilibriumPropagation(CreditRule):
             tolerance=self.tolerance,
             noisy=True,
         )
-        roots = self._roots(x, free, nudged.s, targets, beta, weights)
-        logs = {}
-        if self.estimator == "holomorphic":
-            logs["off_branch"] = off_branch(free, nudged.s, _shares(beta, weights))
-        return roots, nudged.residual, logs
 
     def _going_round(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
         """One nudge after the other, round the circle again and again."""
-        network, n = self.network, self.points * self.cycles
         roots: list[Tensor] = []
-        s = [each.new_zeros(2 * len(each), *each.shape[1:]) for each in network.zeros(x)]
         residual = x.new_zeros(())
+        for beta, weight, settled in self._rounds(x, targets):
+            residual = torch.maximum(residual, settled.residual)
+            roots += self._roots(x, free, settled.s, targets, beta, weight)
+        return roots, residual, {}
+
+    def _rounds(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Phases, Phases, Settled]]:
+        """Each nudge with its weight and what it settles to, from where the last one ended."""
+        network, n = self.network, self.points * self.cycles
+        s = [each.new_zeros(2 * len(each), *each.shape[1:]) for each in network.zeros(x)]
         for turn in [2 * pi * p / self.points for p in range(self.points)] * self.cycles:
             beta = Phases(self.beta * x.new_tensor([cos(turn)]), self.beta * x.new_tensor([sin(turn)]))
             weight = Phases(x.new_tensor([-cos(turn)]) / (n * self.beta), x.new_tensor([sin(turn)]) / (n * self.beta))
@@ -316,29 +355,8 @@ class EquilibriumPropagation(CreditRule):
 
             given = network.given(x, beta)
             settled = network.settle(s, given, self._back(), self.nudged_steps, push, imaginary=len(x), noisy=True)
-            s, residual = settled.s, torch.maximum(residual, settled.residual)
-            roots += self._roots(x, free, s, targets, beta, weight)
-        return roots, residual, {}
-
-    def _phases(self, like: Tensor) -> tuple[Phases, Phases]:
-        """beta_p and c_p; of a conjugate pair only one is settled, with twice the weight."""
-        one, none = like.new_ones(1), like.new_zeros(0)
-        if self.estimator in ("one-sided", "random-sign"):
-            sign = 1 - 2 * torch.randint(2, (1,), device=like.device) if self.estimator == "random-sign" else 1
-            signed = sign * one * self.beta
-            return Phases(signed, none), Phases(-1 / signed, none)
-        if self.estimator == "five-point":
-            steps = self.beta * like.new_tensor([1.0, -1.0, 2.0, -2.0])
-            return Phases(steps, none), Phases(-like.new_tensor([8.0, -8.0, -1.0, 1.0]) / (12 * self.beta), none)
-        n = self.points if self.estimator == "holomorphic" else 2
-        real = [1.0, -1.0] if n % 2 == 0 else [1.0]
-        turns = [2 * pi * p / n for p in range(1, (n + 1) // 2)]
-        re, im = real + [cos(turn) for turn in turns], [sin(turn) for turn in turns]
-        times = [1.0] * len(real) + [2.0] * len(turns)
-        beta = Phases(self.beta * like.new_tensor(re), self.beta * like.new_tensor(im))
-        c_re = [-m / (n * self.beta) * x for m, x in zip(times, re, strict=True)]  # 1 / exp(i turn) = exp(-i turn)
-        c_im = [2 / (n * self.beta) * y for y in im]
-        return beta, Phases(like.new_tensor(c_re), like.new_tensor(c_im))
+            s = settled.s
+            yield beta, weight, settled
 
     def _roots(
         self, x: Tensor, free: list[Tensor], nudged: list[Tensor], targets: Tensor, beta: Phases, c: Phases
@@ -365,7 +383,7 @@ class EquilibriumPropagation(CreditRule):
                 roots += local_roots(stage, signal, below, batch, real * size, q * size)
                 roots += weight_root(stage, self.back[k - 1], signal, below, batch, q * size) if self.directed else []
         if self.network.reader is not None:
-            share = _shares(beta, c)
+            share = shares(beta, c)
             error = self.network.errors(self.loss, nudged, targets, q)
             error = Phases(share, share.new_zeros(q)).times(error)
             signal = beta.conjugate_rows(error).flatten(0, 1)
@@ -373,20 +391,9 @@ class EquilibriumPropagation(CreditRule):
         return roots
 
 
-def _shares(beta: Phases, c: Phases) -> Tensor:
-    """`-beta_p c_p`, which is real: how much each settled phase counts in a mean over all (P,)."""
-    share = -beta.re * c.re[: len(beta.re)]
-    return share + F.pad(beta.im * c.im, (len(beta.re) - len(beta.im), 0)) if len(beta.im) else share
-
-
 def _bounded(stage: Stage, limit: nn.Module) -> Stage:
     return replace(stage, activation=limit) if isinstance(stage.activation, nn.ReLU) else stage
 
 
-def _is_max(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.pooling._MaxPoolNd)
-
-
-def _bends(module: nn.Module) -> bool:
-    """Whether a module beside a layer is not linear."""
-    return _is_max(module) or isinstance(module, SoftmaxPool2d)
+def _spread(weight: Tensor) -> float:
+    return float(weight.std()) if weight.numel() > 1 else 1.0

@@ -8,9 +8,8 @@ independently of it (the initialisation of the comparisons in arXiv 2405.20594 a
 
 from collections.abc import Collection
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from apical.core.credit import Loss
 from apical.core.edge import EdgeRule, Feedback, stored
@@ -26,7 +25,9 @@ class FeedbackAlignment(EdgeRule):
         exact: names of modules or parameters without known transport that keep their exact derivative.
         first_layer: also draw feedback for the first layer (read-outs only, no effect on training).
 
-    >>> from torch import nn
+    Layers that share one weight share its feedback.
+
+    >>> from torch import Tensor, nn
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = FeedbackAlignment(model)
     >>> optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
@@ -44,9 +45,19 @@ class FeedbackAlignment(EdgeRule):
         first_layer: bool = False,
     ) -> None:
         super().__init__(model, loss, exact, first_layer)
-        self.feedback = nn.Module()
-        for name, layer in self.layers.items():
-            self.feedback.register_buffer(key(name), nn.init.xavier_uniform_(torch.empty_like(layer.weight).detach()))
+        self.feedback = self.random_feedback()
+
+    def set_feedback(self, name: str, B: Tensor) -> None:
+        """Replace the matrix U of one layer, and of those that share its weight.
+
+        Args:
+            name: the layer.
+            B: of the shape of the layer's weight.
+
+        Raises:
+            ConfigError: unknown layer, or a wrong shape.
+        """
+        self.copy_feedback(self.feedback, name, B)
 
     def feedback_of(self, name: str) -> Feedback:
         """The fixed matrix U of this layer."""

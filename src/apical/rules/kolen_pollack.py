@@ -5,29 +5,23 @@
 Feedback and forward weight receive the same update and the same weight decay, so their difference decays: `B - W` shrinks
 to zero at the rate of the decay, which must be positive. Local: B's synapse sees the same two activities as W's.
 
-Form "closed" (default) stores the initial difference and one scalar (:mod:`apical.core.mismatch`): exact for SGD with any
-momentum, decay and schedule, and no second gradient, momentum or update. Form "explicit" keeps B as a parameter, for any
-optimiser.
+While `torch.optim.SGD` moves W and B alike, `B = W + c (B_0 - W_0)` with one number c (:mod:`apical.core.mismatch`), and B
+needs no gradient, momentum or update of its own. Form "auto" (default) uses this layer by layer where it is exact, and keeps
+B as a parameter where it is not (:mod:`apical.core.plastic`).
 """
 
 from collections.abc import Collection
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.credit import Credit, Loss
-from apical.core.edge import EdgeRule, Feedback, stored, weight_tap
-from apical.core.mismatch import Mismatch, matched, with_scales
-from apical.core.transport import Geometry
-from apical.core.units import key
+from apical.core.credit import Loss
+from apical.core.edge import Feedback, Pathway, stored, weight_tap
+from apical.core.plastic import PlasticRule
+from apical.core.transport import Geometry, transport, weight_gradient
 from apical.errors import ConfigError
-
-
-def grown_together(shape: Geometry | None, weight: Tensor, difference: Tensor, scale: Tensor) -> Tensor:
-    """`W + c (B_0 - W_0)`."""
-    return matched(weight, difference, scale)
 
 
 def same_gradient(gradient: Tensor, shape: Geometry | None) -> Tensor:
@@ -35,20 +29,29 @@ def same_gradient(gradient: Tensor, shape: Geometry | None) -> Tensor:
     return gradient
 
 
-class KolenPollack(EdgeRule):
+def literal_feedback(
+    shape: Geometry | None, delta: Tensor, template: Tensor | None, inputs: Tensor, feedback: Tensor
+) -> tuple[Tensor | None, ...]:
+    """`B^T delta` and `dB = delta h^T`."""
+    below = None if template is None else transport(shape, delta, feedback, template)
+    return below, None, weight_gradient(shape, delta, inputs, feedback).to(feedback.dtype)
+
+
+class KolenPollack(PlasticRule):
     """Feedback weights that receive the forward weights' updates and so grow equal to them.
 
-    Give `rule.parameters()` to the optimiser, with a positive weight decay, all in groups with equal options.
+    Give `rule.parameters()` to the optimiser, with a positive weight decay.
 
     Args:
         model: network of Linear and convolution layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
-        form: "closed" for SGD, "explicit" for any optimiser.
+        form: "explicit" holds B as a parameter; "closed" never does, and refuses what it cannot follow exactly; "auto" takes
+            for each layer the closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
 
     Raises:
-        ConfigError: unknown form; or, while training, a closed form under an optimiser that it is not valid for.
+        ConfigError: unknown form; or, while training, an optimiser without B, or what the closed form cannot follow.
 
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = KolenPollack(model)
@@ -61,54 +64,64 @@ class KolenPollack(EdgeRule):
     True
     """
 
+    PLASTIC, MISMATCH = "feedback", "difference"
+
     def __init__(
         self,
         model: nn.Module,
         loss: Loss = F.cross_entropy,
-        form: Literal["closed", "explicit"] = "closed",
+        form: Literal["auto", "closed", "explicit"] = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
     ) -> None:
-        if form not in ("closed", "explicit"):
-            raise ConfigError(f'form must be "closed" or "explicit", not {form!r}')
-        super().__init__(model, loss, exact, first_layer)
-        self.form = form
-        self.calls = 0
-        self.difference = nn.ModuleDict()
-        self.feedback = nn.ParameterDict()
+        if form not in ("auto", "closed", "explicit"):
+            raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
+        super().__init__(model, loss, exact, first_layer, form)
         for name, layer in self.layers.items():
-            weight = layer.weight.detach()
-            initial = nn.init.xavier_uniform_(torch.empty_like(weight))
-            if form == "closed":
-                self.difference[key(name)] = Mismatch(initial - weight)
-            else:
-                self.feedback[key(name)] = nn.Parameter(initial)
+            self.hold(name, nn.init.xavier_uniform_(torch.empty_like(layer.weight.detach())))
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose root is the loss; now and then the closed form checks its optimiser."""
-        if self.form == "closed" and self.layers and not torch.compiler.is_compiling():
-            self.calls += 1
-            if self.calls in (2, 3, 4) or self.calls % 100 == 0:
-                name, layer = next(iter(self.layers.items()))
-                self._mismatch(name).check_optimizer("KolenPollack", layer.weight)
-        credit = super().forward(inputs, targets)
-        return with_scales(credit, [self._mismatch(name) for name in self.layers]) if self.form == "closed" else credit
+    def set_feedback(self, name: str, B: Tensor) -> None:
+        """Replace B of one layer; its momentum in the optimiser stays.
+
+        Args:
+            name: the layer.
+            B: of the shape of the layer's weight.
+
+        Raises:
+            ConfigError: unknown layer, or a wrong shape.
+        """
+        self.reopen(name)
+        if B.shape != self.layers[name].weight.shape:
+            raise ConfigError(f"B of layer {name!r} has shape {tuple(self.layers[name].weight.shape)}, not {tuple(B.shape)}")
+        self.replace(name, B.to(self.layers[name].weight))
 
     def feedback_of(self, name: str) -> Feedback:
-        """B of this layer, stored or as `W + c (B_0 - W_0)`."""
-        if self.form == "explicit":
-            return stored, (self.feedback[key(name)].detach(),)
-        mismatch = self._mismatch(name)
-        return grown_together, (self.layers[name].weight, mismatch.initial, mismatch.scale)
+        """B of this layer."""
+        mismatch = self.mismatch_of(name)
+        return stored, (self.plastic_of(name).detach() if mismatch is None else mismatch.feedback,)
 
-    def _mismatch(self, name: str) -> Mismatch:
-        return cast(Mismatch, self.difference._modules[key(name)])
+    def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
+        """B's own gradient, where it cannot be made from that of the weight."""
+        if self.mismatch_of(name) is not None or self.tapped(name):
+            return None
+        return literal_feedback, (inputs.detach(), self.plastic_of(name))
+
+    def has_pathway(self) -> bool:
+        """Whether any B has a gradient of its own."""
+        return any(self.mismatch_of(name) is None and not self.tapped(name) for name in self.layers)
 
     def substitutes(self) -> dict[str, Tensor]:
-        """In explicit form, weights whose gradient is also B's."""
-        if self.form == "closed":
-            return {}
+        """Weights whose gradient is also B's."""
         return {
-            f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.feedback[key(name)], same_gradient, None)
+            f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
             for name, layer in self.layers.items()
+            if self.mismatch_of(name) is None and self.tapped(name)
         }
+
+    def to_weight(self, name: str, plastic: Tensor) -> Tensor:
+        """B itself."""
+        return plastic.clone()
+
+    def from_weight(self, name: str, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight.clone()

@@ -13,30 +13,28 @@ Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
 
     literal   as written above
     fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser
-    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): SGD with any momentum, decay and
-              schedule, no sparse masks
+    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while SGD moves W and R alike, no
+              sparse masks
 
 Departures from the released code: a grouped convolution gets a block-diagonal B; R of the first layer is optional.
 """
 
 import math
 from collections.abc import Collection
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
-from apical.core.edge import EdgeRule, Feedback, Pathway, weight_tap
-from apical.core.mismatch import Mismatch, matched, with_scales
+from apical.core.edge import Feedback, Pathway, stored, weight_tap
+from apical.core.plastic import Form, PlasticRule
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
 
 WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping
-
-Form = Literal["auto", "closed", "explicit", "literal", "fused"]
 
 
 def product(shape: Geometry | None, expansion: Tensor, weight: Tensor) -> Tensor:
@@ -61,31 +59,13 @@ def literal_feedback(
     return below, None, None, (gradient * mask[0] if mask else gradient), *(None for _ in mask)
 
 
-def fused_product(shape: Geometry | None, expansion: Tensor, plastic: Tensor) -> Tensor:
-    """`B R`; R's gradient is made from W's by :func:`shared_gradient`."""
-    return product(shape, expansion, plastic)
-
-
-def closed_product(shape: Geometry | None, weight: Tensor, initial: Tensor, scale: Tensor, *mixing: Tensor) -> Tensor:
-    """`M (W + c E)`; M is absent where it is the identity."""
-    feedback = matched(weight, initial, scale)
-    return product(shape, mixing[0], feedback) if mixing else feedback
-
-
 def mixed_first(
-    shape: Geometry | None,
-    delta: Tensor,
-    template: Tensor | None,
-    weight: Tensor,
-    initial: Tensor,
-    scale: Tensor,
-    mixing: Tensor,
+    shape: Geometry | None, delta: Tensor, template: Tensor | None, mixing: Tensor, feedback: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """`(W + c E)^T (M delta)`: the cheaper order where the batch is smaller than the layer is wide."""
+    """`F^T (M delta)`: the cheaper order where the batch is smaller than the layer is wide."""
     if template is None:
-        return None, None, None, None, None
-    mixed = delta @ mixing.to(delta.dtype)
-    return transport(shape, mixed, matched(weight, initial, scale), template), None, None, None, None
+        return None, None, None
+    return transport(shape, delta @ mixing.to(delta.dtype), feedback, template), None, None
 
 
 def shared_gradient(gradient: Tensor, shape: Geometry | None, expansion: Tensor, plastic: Tensor, *mask: Tensor) -> Tensor:
@@ -116,7 +96,15 @@ def orthogonal_matrix(n_out: int, groups: int, like: Tensor) -> Tensor:
     return result.to(like.dtype)
 
 
-class ProductFeedbackAlignment(EdgeRule):
+def mixing_matrix(b: Tensor) -> Tensor | None:
+    """`M = B B^T` (n_out, n_out); None where it is the identity."""
+    exact = b.double()
+    square = exact @ exact.T
+    distance = float((square - torch.eye(len(b), dtype=square.dtype, device=b.device)).abs().max())
+    return None if distance < 100 * torch.finfo(b.dtype).eps else square.to(b.dtype)
+
+
+class ProductFeedbackAlignment(PlasticRule):
     """The error travels back through a fixed expansion matrix B and a plastic matrix R.
 
     Give `rule.parameters()` to the optimiser with one weight decay for all, large during the first epoch(s): the mismatch
@@ -128,13 +116,15 @@ class ProductFeedbackAlignment(EdgeRule):
         expansion: lambda >= 1, the size of r over the layer's output; ignored unless feedback is "random".
         feedback: "random" B; "orthogonal" B with lambda = 1 (PFA-o); "identity", which makes the rule Kolen-Pollack.
         density: fraction of non-zero entries in B and R; B is scaled up by 1/sqrt(density), R is not (as in the paper).
-        form: "auto" is "closed" for dense feedback and "explicit" for sparse; "explicit" holds R as a parameter, for any
-            optimiser, and takes "literal" or "fused" by layer, whichever costs less; these two can be forced.
+        form: "explicit" holds R as a parameter, and takes "literal" or "fused" by layer, whichever costs less; these two can
+            be forced; "closed" never holds R, and refuses what it cannot follow exactly; "auto" takes for each layer the
+            closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
 
     Raises:
-        ConfigError: an option out of range; or, while training, the closed form under an optimiser it is not valid for.
+        ConfigError: an option out of range; or, while training, an optimiser without R, or what the closed form cannot
+            follow.
 
     >>> model = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 3))
     >>> rule = ProductFeedbackAlignment(model, expansion=10)
@@ -150,6 +140,8 @@ class ProductFeedbackAlignment(EdgeRule):
     True
     """
 
+    PLASTIC, MISMATCH = "plastic", "mismatch"
+
     def __init__(
         self,
         model: nn.Module,
@@ -162,13 +154,10 @@ class ProductFeedbackAlignment(EdgeRule):
         first_layer: bool = False,
     ) -> None:
         _check_options(expansion, feedback, density, form)
-        super().__init__(model, loss, exact, first_layer)
-        self.form: Form = ("closed" if density == 1.0 else "explicit") if form == "auto" else form
-        self.density = density
-        self.calls = 0
+        super().__init__(model, loss, exact, first_layer, form, sparse=density < 1.0 and form == "auto")
+        self.feedback, self.density = feedback, density
         self._rows = 0
-        self.expansion, self.mask = nn.Module(), nn.Module()
-        self.mismatch, self.plastic = nn.ModuleDict(), nn.ParameterDict()
+        self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, layer.weight.detach(), expansion, feedback)
 
@@ -193,68 +182,119 @@ class ProductFeedbackAlignment(EdgeRule):
             mask = (torch.rand_like(r) < self.density).to(r.dtype)
             self.mask.register_buffer(key(name), mask)
             r *= mask
+        self._begin(name, b, r)
+
+    def _begin(self, name: str, b: Tensor, r: Tensor) -> None:
+        """Hold B and R, or what the closed form keeps of them: M and the mismatch."""
+        self.expansion.register_buffer(key(name), b)
         if self.form != "closed":
-            self.expansion.register_buffer(key(name), b)
-            self.plastic[key(name)] = nn.Parameter(r)
-            return
-        target = product(shape, b, r)
-        if feedback == "random":
-            mixing = b.double() @ b.double().T
-            target = product(shape, torch.linalg.inv(mixing), target.double()).to(weight.dtype)
-            self.expansion.register_buffer(key(name), mixing.to(weight.dtype))
-        self.mismatch[key(name)] = Mismatch(target - weight)
+            self.hold(name, r)
+        elif self.mismatch_of(name) is None:
+            self.hold(name, r)
+            self.expansion.register_buffer(key(name), mixing_matrix(b))
+        else:
+            self.replace(name, r)
+            self.expansion.register_buffer(key(name), mixing_matrix(b))
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose root is the loss; now and then the closed form checks its optimiser."""
+        """Credit whose root is the loss."""
         self._rows = len(inputs)
-        if self.form == "closed" and self.layers and not torch.compiler.is_compiling():
-            self.calls += 1
-            if self.calls in (2, 3, 4) or self.calls % 100 == 0:
-                name, layer = next(iter(self.layers.items()))
-                self._mismatch(name).check_optimizer("ProductFeedbackAlignment", layer.weight)
-        credit = super().forward(inputs, targets)
-        return with_scales(credit, [self._mismatch(name) for name in self.layers]) if self.form == "closed" else credit
+        return super().forward(inputs, targets)
+
+    def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
+        """Replace B, R or both of one layer; R's momentum in the optimiser stays.
+
+        Args:
+            name: the layer.
+            B: (n_out, m).
+            R: the layer's weight with m output channels.
+
+        Raises:
+            ConfigError: unknown layer, a wrong shape, or one matrix alone in closed form, which holds neither.
+        """
+        self.reopen(name)
+        closed = self.form == "closed"
+        if closed and (B is None or R is None):
+            raise ConfigError(f'in closed form B and R of layer {name!r} are set together; form="auto" keeps them apart')
+        if closed and self.steps.moving(name):
+            raise ConfigError(f'the feedback of layer {name!r} has a momentum, which form="closed" keeps for one B only')
+        like = self.layers[name].weight
+        b = (self.expansion.get_buffer(key(name)) if B is None else B).to(like)
+        r = (self.plastic_of(name).detach() if R is None else R).to(like)
+        shape, n_out = self.geometries[name], len(as_matrix(self.geometries[name], like))
+        if b.dim() != 2 or len(b) != n_out:
+            raise ConfigError(f"B of layer {name!r} must have {n_out} rows, one per output channel, not {tuple(b.shape)}")
+        wanted = from_matrix(shape, b.T @ as_matrix(shape, like.detach()), like).shape
+        if r.shape != wanted or (not closed and r.shape != self.plastic_of(name).shape):
+            raise ConfigError(f"R of layer {name!r} has shape {tuple(wanted)} with this B, not {tuple(r.shape)}")
+        if closed:
+            self._begin(name, b, r)
+        else:
+            self.expansion.register_buffer(key(name), b.clone())
+            self.replace(name, r)
 
     def literal(self, name: str) -> bool:
         """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
-        if self.form == "explicit":
-            return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
-        return self.form == "literal"
+        if self.mismatch_of(name) is not None:
+            return False
+        if self.form == "literal" or not self.tapped(name):
+            return True
+        if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
+            return False
+        return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
 
     def feedback_of(self, name: str) -> Feedback:
-        """B R of this layer."""
-        if self.form != "closed":
-            return fused_product, (self.expansion.get_buffer(key(name)), self.plastic[key(name)].detach())
-        mismatch, mixing = self._mismatch(name), self.expansion._buffers.get(key(name))
-        tensors = (self.layers[name].weight, mismatch.initial, mismatch.scale)
-        return closed_product, (tensors if mixing is None else (*tensors, mixing))
+        """B R of this layer, as `M F` in closed form."""
+        mismatch = self.mismatch_of(name)
+        if mismatch is None:
+            return product, (self.expansion.get_buffer(key(name)), self.plastic_of(name).detach())
+        mixing = self._mixing(name)
+        return (stored, (mismatch.feedback,)) if mixing is None else (product, (mixing, mismatch.feedback))
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
         """The literal form, and for dense layers the cheaper order of the closed one."""
         if self.literal(name):
-            tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic[key(name)], *self._mask(name))
+            tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic_of(name), *self._mask(name))
             return literal_feedback, tensors
-        mixing = self.expansion._buffers.get(key(name)) if self.form == "closed" and self.geometries[name] is None else None
-        if mixing is not None and inputs.requires_grad:
+        mismatch, mixing = self.mismatch_of(name), self._mixing(name)
+        if mismatch is not None and mixing is not None and self.geometries[name] is None and inputs.requires_grad:
             n_in, rows = inputs.shape[-1], inputs.numel() // inputs.shape[-1]
             if mixing.numel() * (n_in - rows) > WORTH_A_PATHWAY:
-                return mixed_first, self.feedback_of(name)[1]
+                return mixed_first, (mixing, mismatch.feedback)
         return None
 
     def substitutes(self) -> dict[str, Tensor]:
         """In the fused form, weights whose gradient also makes R's."""
-        if self.form == "closed":
-            return {}
         taps = {}
         for name, layer in self.layers.items():
-            if not self.literal(name):
-                b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic[key(name)], self.geometries[name]
+            if self.mismatch_of(name) is None and not self.literal(name):
+                b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
                 tensors = (b, plastic.detach(), *self._mask(name))
                 taps[f"{name}.weight".lstrip(".")] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
         return taps
 
-    def _mismatch(self, name: str) -> Mismatch:
-        return cast(Mismatch, self.mismatch._modules[key(name)])
+    def to_weight(self, name: str, plastic: Tensor) -> Tensor:
+        """`M^-1 B R`."""
+        b, shape = self.expansion.get_buffer(key(name)), self.geometries[name]
+        target = product(shape, b, plastic)
+        if mixing_matrix(b) is None:
+            return target
+        exact = b.double()
+        return product(shape, torch.linalg.inv(exact @ exact.T), target.double()).to(plastic.dtype)
+
+    def from_weight(self, name: str, weight: Tensor) -> Tensor:
+        """`B^T W`."""
+        return shared_gradient(weight, self.geometries[name], self.expansion.get_buffer(key(name)), weight)
+
+    def settle(self, name: str) -> None:
+        """M of a layer in closed form."""
+        if self.form == "auto":
+            mixing = mixing_matrix(self.expansion.get_buffer(key(name)))
+            self.mixing.register_buffer(key(name), mixing, persistent=False)
+
+    def _mixing(self, name: str) -> Tensor | None:
+        """M of a layer in closed form; None where it is the identity."""
+        return (self.expansion if self.form == "closed" else self.mixing)._buffers.get(key(name))
 
     def _mask(self, name: str) -> tuple[Tensor, ...]:
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()

@@ -11,7 +11,8 @@ weights the angle between K and W is arccos(sqrt(3)/2) = 30 degrees in the first
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,9 +31,18 @@ def uniform_signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> 
     return weight.sign().mul_(magnitude)
 
 
-def drawn_signs(shape: Geometry | None, weight: Tensor, bound: Tensor) -> Tensor:
+def drawn_signs(
+    shape: Geometry | None, weight: Tensor, bound: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
     """`|U| sign(W)` with U drawn now, uniform in (-bound, bound)."""
-    return weight.sign().mul_(torch.rand_like(weight)).mul_(bound)
+    if generator is None:
+        return weight.sign().mul_(torch.rand_like(weight)).mul_(bound)
+    return weight.sign().mul_(_drawn(weight, generator)).mul_(bound)
+
+
+def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers uniform in [0, 1)."""
+    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
 
 
 def fixed_signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
@@ -52,6 +62,7 @@ class SignSymmetry(EdgeRule):
             code of arXiv 1811.03567, sqrt(2/(k^2 c_out)) for convolutions and 1/sqrt(n_in) for dense layers.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        generator: for the magnitudes that are drawn; None draws from PyTorch's global state.
 
     Raises:
         ConfigError: unknown variant or scale.
@@ -71,13 +82,14 @@ class SignSymmetry(EdgeRule):
         scale: Literal["xavier", "kaiming", "xiao"] = "xavier",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         if variant not in ("uniform", "batchwise", "fixed"):
             raise ConfigError(f'variant must be "uniform", "batchwise" or "fixed", not {variant!r}')
         if scale not in ("xavier", "kaiming", "xiao"):
             raise ConfigError(f'scale must be "xavier", "kaiming" or "xiao", not {scale!r}')
         super().__init__(model, loss, exact, first_layer)
-        self.variant = variant
+        self.variant, self.generator = variant, generator
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():
             weight = layer.weight.detach()
@@ -85,13 +97,33 @@ class SignSymmetry(EdgeRule):
             if variant != "uniform":
                 value = value * math.sqrt(3.0)  # bound of the uniform law with that standard deviation
             if variant == "fixed":
-                value = torch.rand_like(weight) * value
+                drawn = torch.rand_like(weight) if generator is None else _drawn(weight, generator)
+                value = drawn * value
             self.magnitude.register_buffer(key(name), value)
 
     def feedback_of(self, name: str) -> Feedback:
-        """Signs of this layer's weight with the variant's magnitude; "batchwise" draws from the global random state."""
-        compute = {"uniform": uniform_signs, "batchwise": drawn_signs, "fixed": fixed_signs}[self.variant]
-        return compute, (self.layers[name].weight, self.magnitude.get_buffer(key(name)))
+        """Signs of the weight that this layer computes with, with the variant's magnitude; "batchwise" draws it now."""
+        compute: Callable[..., Tensor] = {"uniform": uniform_signs, "fixed": fixed_signs}.get(self.variant, drawn_signs)
+        if self.variant == "batchwise" and self.generator is not None:
+            compute = partial(drawn_signs, generator=self.generator)
+        return compute, (self.forward_weight(name), self.magnitude.get_buffer(key(name)))
+
+    def set_feedback(self, name: str, U: Tensor) -> None:
+        """Replace U_0 of one layer in variant "fixed"; the feedback is `|U_0| sign(W)`.
+
+        Args:
+            name: the layer.
+            U: of the shape of the layer's weight.
+
+        Raises:
+            ConfigError: unknown layer, a wrong shape, or another variant, in which there is nothing to set.
+        """
+        if self.variant != "fixed":
+            raise ConfigError(
+                f'sign symmetry in variant "{self.variant}" makes its feedback from the weights alone; there is nothing to '
+                'set, use variant="fixed"'
+            )
+        self.copy_feedback(self.magnitude, name, U.abs())
 
 
 def standard_deviation(layer: Layer, scale: str) -> float:

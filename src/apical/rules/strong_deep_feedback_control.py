@@ -29,16 +29,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.batch import counted, fitted, require_classes
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss
 from apical.core.losses import no_class, refuse_options, terms, value_at
 from apical.dynamics import feedback_control as control
 from apical.dynamics.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.dynamics.controller import Leak
-from apical.dynamics.feedback_control import Controlled
-from apical.dynamics.strong_control import Held, controlled_states, error_left, hold, outcome, outcome_slope
-from apical.dynamics.trajectory import Loop, Moment, Trace, correlation, record, trajectory
+from apical.dynamics.feedback_control import Controlled, controlled_states
+from apical.dynamics.strong_control import Held, error_left, hold, outcome, outcome_slope
+from apical.dynamics.trajectory import Loop, Moment, Trace, correlation, end, record, trajectory
 from apical.errors import ConfigError, InstabilityError, unknown_name
+
+CLOSE = 1e-3
+"""Residual, relative to the error without control, above which a goal counts as not reached."""
 
 
 class StrongDeepFeedbackControl(ControlRule):
@@ -61,6 +65,7 @@ class StrongDeepFeedbackControl(ControlRule):
         learn: "expected" or "noise" trains Q; "none" fixes it. The solver "steady" has no noise to learn from.
         learn_output: train Q_L too; it stays the identity otherwise.
         input_shape: of one sample; needed with convolutions.
+        generator: for random initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
         UnsupportedModelError: the model is no such chain; the module is named.
@@ -97,6 +102,7 @@ class StrongDeepFeedbackControl(ControlRule):
         learn: Learn = "expected",
         learn_output: bool = False,
         input_shape: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         if solver not in ("steady", "simulate"):
             raise unknown_name("solver", solver, ("steady", "simulate"))
@@ -112,7 +118,7 @@ class StrongDeepFeedbackControl(ControlRule):
         if not dt <= tau_slow < 1:
             raise ConfigError(f"tau_slow must lie between dt={dt} and 1, the controller's time constant; got {tau_slow}")
         refuse_options(loss, "strong deep feedback control")
-        super().__init__(model, loss, loop, loop, difference, feedback, learn, learn_output, input_shape)
+        super().__init__(model, loss, loop, loop, difference, feedback, learn, learn_output, input_shape, generator)
         self.solver, self.label, self.tolerance, self.slow = solver, label, tolerance, dt / tau_slow
         depths = range(len(self.chain.stages), 0, -1)
         self.correlations = [correlation(loop, depth, self.slow) for depth in depths]
@@ -124,9 +130,10 @@ class StrongDeepFeedbackControl(ControlRule):
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
             output = states.r[-1]
+            targets = fitted(self.loss, output, targets)
             loss = value_at(self.loss, output, targets)
             walk = self._simulated if self.solver == "simulate" else self._steady
-            roots, logs = walk(states, *self.goal(output, targets))
+            roots, logs = walk(*self._counted(states, targets))
             roots += terms(loss) if self.phase != "feedback" else []
         kept = [root for root in roots if root is not None]
         return Credit(kept, [None] * len(kept), output, loss, logs)
@@ -134,21 +141,53 @@ class StrongDeepFeedbackControl(ControlRule):
     def goal(self, output: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
         """Where the controller drives the outcome, (batch, n_L), and whether that is a distribution over classes."""
         if targets.is_floating_point():
+            if targets[0].numel() != output[0].numel():
+                raise ConfigError(
+                    f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}"
+                )
             return targets.to(output.dtype).reshape(len(output), -1), False
         classes = output.flatten(1).shape[1]
         if classes < 2:
             raise ConfigError("class labels need a model of at least 2 outputs, got 1; pass floating-point targets")
+        if targets.dim() != 1:
+            raise ConfigError(f"class labels need shape (batch,), got {tuple(targets.shape)}")
+        require_classes(targets, classes)
         goal = output.new_full((len(output), classes), (1 - self.label) / (classes - 1))
         try:
             return goal.scatter_(1, targets.unsqueeze(1), self.label), True
         except RuntimeError as error:
             raise no_class(classes) from error
 
+    def _counted(self, states: States, targets: Tensor) -> tuple[States, Tensor, bool]:
+        """States and goals of the samples that have one: a negative class label takes a sample out."""
+        rows = counted(targets, torch.zeros_like(states.r[-1]))
+        if rows is not None:
+            states, targets = states.rows(rows), targets[rows]
+        return states, *self.goal(states.r[-1], targets)
+
     def hold(self, inputs: Tensor, targets: Tensor) -> Held:
         """The controlled steady state of a batch: control, deviations, residual."""
         with torch.no_grad():
             states = self.run(inputs)
-            return self._hold(states, *self.goal(states.r[-1], targets))
+            return self._hold(*self._counted(states, fitted(self.loss, states.r[-1], targets)))
+
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """States of a batch under control, layer by layer, each (batch, *shape); nothing is learned.
+
+        Feed-forward potentials "v_minus" and rates "r_minus"; the "target" (of classes, their probabilities) and the control
+        "u" (both alone in their lists, (batch, n_L)); and under it the potentials "v", rates "r", basal "v_ff" and apical
+        potentials "v_fb": at the steady state, or the end of the simulation.
+        """
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            found = self.run(inputs)
+            found, goal, classes = self._counted(found, fitted(self.loss, found.r[-1], targets))
+            if self.solver == "simulate":
+                last, basal = end(self.chain, self._walk(found, goal, classes))
+                return self.named_states(found, goal, last.u, Controlled(last.apical, last.d, last.rho), basal)
+            held = self._hold(found, goal, classes)
+            basal = [d - q for d, q in zip(held.state.d, held.state.q, strict=True)]
+            return self.named_states(found, goal, held.u, held.state, basal)
 
     def _hold(self, states: States, goal: Tensor, classes: bool) -> Held:
         tolerance = self.tolerance or (1e-10 if goal.dtype == torch.float64 else 1e-5)
@@ -156,6 +195,7 @@ class StrongDeepFeedbackControl(ControlRule):
 
     def _steady(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         held = self._hold(states, goal, classes)
+        self._look(held, states)
         roots: list[Tensor | None] = []
         if self.phase != "feedback":
             roots += self.roots_at(states, held.state, held.state.q)
@@ -163,6 +203,25 @@ class StrongDeepFeedbackControl(ControlRule):
             roots += self._expected(controlled_states(states, held.state), classes)
         effort = sum((each.square().flatten(1).sum(1) for each in held.state.q), torch.zeros_like(held.residual)) / 2
         return roots, {"effort": effort.mean(), "residual": held.residual.max()}
+
+    def _look(self, held: Held, states: States) -> None:
+        """Warn of goals that were not reached."""
+        late = held.residual > max(CLOSE, 10 * (self.tolerance or 0.0))
+        if bool(late.any()):
+            cause = self.cause(states.rows(late.nonzero().squeeze(1)), moves=False)
+            self.warn(
+                f"{int(late.sum())} of {len(late)} outputs are not held at their goal (largest residual "
+                f"{float(held.residual.amax()):.1e} of the error without control): {cause}"
+            )
+        self.solves += 1
+
+    @property
+    def remedy(self) -> str:
+        """See :attr:`apical.dynamics.control_rule.ControlRule.remedy`."""
+        return (
+            f"raise alpha={self.loop.alpha:g}, lower label={self.label:g}, or give the last layer an activation that can "
+            "reach the targets"
+        )
 
     def _learns_feedback(self) -> bool:
         return self.phase != "forward" and bool(self.feedback_parameters())
@@ -210,9 +269,10 @@ class StrongDeepFeedbackControl(ControlRule):
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
-            return record(states, self._walk(states, *self.goal(states.r[-1], targets)), self.loop.dt)
+            states, goal, classes = self._counted(states, fitted(self.loss, states.r[-1], targets))
+            return record(states, self._walk(states, goal, classes), self.loop.dt)
 
     def _walk(self, states: States, goal: Tensor, classes: bool) -> Iterator[Moment]:
         output = states.r[-1].flatten(1)
         error = partial(error_left, output, goal, classes=classes)
-        return trajectory(self.chain, states, self.q, error, self.loop, basal=True)
+        return trajectory(self.chain, states, self.q, error, self.loop, basal=True, generator=self.generator)

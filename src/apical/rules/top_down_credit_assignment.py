@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, eagerly
 from apical.core.cutting import Cut
-from apical.core.losses import terms, value_at
+from apical.core.losses import refuse_options, terms, value_at
 from apical.core.positions import class_axis, delivered, matched, ordered
 from apical.core.top_down import TopDownNetwork, described, load, through_softmax
 from apical.errors import ConfigError
@@ -37,7 +37,7 @@ class TopDownCreditAssignment(CutRule):
 
     Args:
         model: any network; what lies between two cuts is one unit, see `units`.
-        loss: maps (output, targets) to a scalar batch mean; it is reported, and nothing learns from it.
+        loss: maps (output, targets) to a scalar batch mean; it is reported, and only parameters in it learn from it.
         teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one ("digits"). None
             draws an unevolved one at the first batch, as a control.
         hidden: units in each hidden layer of an unevolved top-down network.
@@ -72,6 +72,7 @@ class TopDownCreditAssignment(CutRule):
         units: Literal["auto", "activation"] | Sequence[str] = "auto",
     ) -> None:
         super().__init__(model, loss, "activation", exact, units)
+        refuse_options(loss, "top-down credit assignment")
         if isinstance(teacher, Path | str):
             teacher = load(shipped(str(teacher)))[0]
         self.hidden, self.sites, self.silent = hidden, sites, silent
@@ -93,7 +94,9 @@ class TopDownCreditAssignment(CutRule):
         moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
         prediction, target = described(ordered(output.detach(), axis), ordered(targets, axis) if moved else targets)
         classes = not targets.is_floating_point()
-        ignores = classes and (self.takes_signals or not targets.is_cpu or bool((targets < 0).any()))
+        ignores = classes and not self.plain_roots
+        if ignores and not self.takes_signals and targets.is_cpu:
+            ignores = bool((targets < 0).any())
         *hidden, last = self.signals(prediction, target, cuts, classes=classes, ignores=ignores)
         signals = [*hidden, last.movedim(-1, axis).reshape(output.shape).to(output.dtype)]
         late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)

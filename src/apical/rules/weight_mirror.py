@@ -8,6 +8,8 @@ copies the forward weight into the feedback weight:
 
 Local: B's synapse sees x and y. The price is a second mode in which the layers are driven one at a time.
 
+For a layer that computes with a function of its parameter, W is the weight it computes with.
+
 Departures from the released code: Gaussian noise on one receptive field, linear response without bias, and an averaging
 rate rho instead of growth control, which in that code is computed and never stored. The angle to W settles near
 arctan(sqrt(rho fan_in / (2 batch))).
@@ -42,6 +44,7 @@ class WeightMirror(EdgeRule):
         warmup: mirror steps taken at construction.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        generator: for initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
         ConfigError: rate outside [0, 1], or batch < 1.
@@ -62,25 +65,41 @@ class WeightMirror(EdgeRule):
         warmup: int = 500,
         exact: Collection[str] = (),
         first_layer: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         if not 0.0 <= rate <= 1.0 or batch < 1:
             raise ConfigError(f"rate must lie in [0, 1] and batch be positive, not rate={rate}, batch={batch}")
         super().__init__(model, loss, exact, first_layer)
-        self.rate, self.batch = rate, batch
-        self.feedback = nn.Module()
-        for name, layer in self.layers.items():
-            self.feedback.register_buffer(key(name), nn.init.xavier_uniform_(torch.empty_like(layer.weight).detach()))
+        self.rate, self.batch, self.generator = rate, batch, generator
+        self.feedback = self.random_feedback(generator)
         self.mirror(warmup)
 
     @torch.no_grad()
     def mirror(self, steps: int = 1) -> None:
-        """Take `steps` mirror steps on every layer."""
-        for _ in range(steps if self.rate else 0):
-            for name, layer in self.layers.items():
+        """Take `steps` mirror steps on every layer, which keeps the weight it computes with meanwhile."""
+        if not self.rate:
+            return
+        weights = {name: self.forward_weight(name) for name in self.layers}
+        for _ in range(steps):
+            for name, weight in weights.items():
                 feedback = self.feedback.get_buffer(key(name))
-                noise = torch.randn(self.batch, layer.weight[0].numel(), dtype=feedback.dtype, device=feedback.device)
+                device = feedback.device if self.generator is None else self.generator.device
+                size = (self.batch, weight[0].numel())
+                noise = torch.randn(size, generator=self.generator, dtype=feedback.dtype, device=device).to(feedback.device)
                 with torch.autocast(feedback.device.type, enabled=False):  # the mirror works in the feedback's own precision
-                    feedback.lerp_(mirror(layer.weight, noise), self.rate)
+                    feedback.lerp_(mirror(weight.to(feedback), noise), self.rate)
+
+    def set_feedback(self, name: str, B: Tensor) -> None:
+        """Replace the matrix B of one layer; the next mirror steps move it on.
+
+        Args:
+            name: the layer.
+            B: of the shape of the layer's weight.
+
+        Raises:
+            ConfigError: unknown layer, or a wrong shape.
+        """
+        self.copy_feedback(self.feedback, name, B)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """One mirror step, then the credit of the batch."""

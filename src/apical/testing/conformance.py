@@ -8,70 +8,22 @@ factory refuses the residual network by an `UnsupportedModelError` that quotes t
 is used.
 """
 
-import os
-import pickle
 import tempfile
-import time
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
-from torch.nn.parallel import DistributedDataParallel
 
-from apical.core.credit import CreditRule, Loss
+from apical.core.credit import CreditRule
 from apical.errors import UnsupportedModelError
 from apical.rules.backprop import Backprop
-
-Factory = Callable[[nn.Module, Loss], CreditRule]
-Setting = tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, Tensor]]]
-
-
-class _Block(nn.Module):
-    """Pre-sum convolution block with a projection shortcut, as in a ResNet."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.norm1, self.relu1 = nn.BatchNorm2d(c_out), nn.ReLU()
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.norm2, self.relu2 = nn.BatchNorm2d(c_out), nn.ReLU()
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, c_in, h, w) -> (batch, c_out, h/stride, w/stride)."""
-        hidden = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
-        result: Tensor = self.relu2(hidden + self.shortcut(x))
-        return result
-
-
-def dense_network() -> nn.Sequential:
-    """Small float64 network for inputs (batch, 6) and 4 classes."""
-    layers = (nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 4))
-    return nn.Sequential(*layers).double()
-
-
-def residual_network() -> nn.Sequential:
-    """Small float64 residual BatchNorm network for inputs (batch, 2, 8, 8) and 4 classes."""
-    stem = (nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
-    return nn.Sequential(*stem, _Block(4, 4, 1), _Block(4, 6, 2), *head).double()
-
-
-def _dense_batch(seed: int, size: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(size, 6, dtype=torch.double, generator=generator)
-    return inputs, torch.randint(0, 4, (size,), generator=generator)
-
-
-def _image_batch(seed: int, size: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(size, 2, 8, 8, dtype=torch.double, generator=generator)
-    return inputs, torch.randint(0, 4, (size,), generator=generator)
+from apical.testing.comparison import Factory, Setting, gradients, make, require_same, train
+from apical.testing.distributed import check_distributed
+from apical.testing.networks import dense_batch, dense_network, image_batch, residual_network
+from apical.testing.odd_check import check_odd_modules
 
 
 def settings(factory: Factory) -> list[Setting]:
@@ -81,7 +33,7 @@ def settings(factory: Factory) -> list[Setting]:
         AssertionError: the rule refuses the residual network without quoting the name of one of its modules, or leaves a
             trace on the network it refused.
     """
-    both: list[Setting] = [(dense_network, _dense_batch), (residual_network, _image_batch)]
+    both: list[Setting] = [(dense_network, dense_batch), (residual_network, image_batch)]
     torch.manual_seed(0)
     model = residual_network()
     names = [name for name, _ in model.named_modules() if name]
@@ -98,38 +50,10 @@ def settings(factory: Factory) -> list[Setting]:
     return both
 
 
-def _make(factory: Factory, network: Callable[[], nn.Module] = dense_network, seed: int = 0) -> CreditRule:
-    torch.manual_seed(seed)
-    return factory(network(), F.cross_entropy)
-
-
-def _gradients(rule: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
-
-
-def _train(rule: nn.Module, steps: range, optimizer: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:
-    optimizer = optimizer or torch.optim.SGD(rule.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-    for step in steps:
-        optimizer.zero_grad()
-        rule(*_dense_batch(step)).backward()
-        optimizer.step()
-    return optimizer
-
-
-def _same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, what: str) -> None:
-    if a.keys() != b.keys():
-        raise AssertionError(f"{what}: different tensors: {sorted(a.keys() ^ b.keys())}")
-    for name, value in a.items():
-        if value.is_floating_point():
-            far = (value.to(b[name]) - b[name]).abs().max() if value.numel() else torch.zeros(())
-            if not far <= tolerance * max(1.0, float(b[name].abs().max() if value.numel() else 0.0)):
-                raise AssertionError(f"{what}: {name!r} differs by {float(far):.3g}")
-
-
 def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) -> None:
     """Every trainable parameter gets a finite `.grad`; output and loss are those of the model (or of `answer`)."""
     for network, batch in settings(factory):
-        rule = _make(factory, network)
+        rule = make(factory, network)
         plain = _answer(factory, network, rule, batch(0)[0])
         torch.manual_seed(1)
         credit = rule(*batch(0))
@@ -140,7 +64,7 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
         if not torch.allclose(credit.loss, F.cross_entropy(credit.output, batch(0)[1])):
             raise AssertionError("credit.loss is not the loss of credit.output")
         credit.backward()
-        first = _gradients(rule)
+        first = gradients(rule)
         for name, parameter in rule.named_parameters():
             if parameter.requires_grad and name not in first and name not in without_gradient:
                 raise AssertionError(f"parameter {name!r} got no gradient; declare it in without_gradient if meant")
@@ -152,22 +76,22 @@ def check_gradients(factory: Factory, without_gradient: Collection[str] = ()) ->
 def _answer(factory: Factory, network: Callable[[], nn.Module], rule: CreditRule, inputs: Tensor) -> Tensor:
     """Output of a fresh model, or what a fresh rule answers where that is not its model's feed-forward pass."""
     torch.manual_seed(0)
-    answer: Tensor = network()(inputs) if rule.feed_forward else _make(factory, network).answer(inputs)
+    answer: Tensor = network()(inputs) if rule.feed_forward else make(factory, network).answer(inputs)
     return answer
 
 
 def check_accumulation(factory: Factory) -> None:
     """The gradients of a second backward pass add up to those of the first."""
-    summed, apart = _make(factory), _make(factory)
+    summed, apart = make(factory), make(factory)
     parts = []
     for seed in range(2):
         for rule in (summed, apart):
             torch.manual_seed(seed)
-            rule(*_dense_batch(seed)).backward()
-        parts.append(_gradients(apart))
+            rule(*dense_batch(seed)).backward()
+        parts.append(gradients(apart))
         apart.zero_grad()
     both = {name: parts[0][name] + parts[1][name] for name in parts[0]}
-    _same(_gradients(summed), both, 1e-12, "a second backward does not add up")
+    require_same(gradients(summed), both, 1e-12, "a second backward does not add up")
 
 
 def check_detach(factory: Factory) -> None:
@@ -182,7 +106,7 @@ def check_detach(factory: Factory) -> None:
     if not torch.equal(model(inputs), before):
         raise AssertionError("while the rule is attached, the model alone gives another output")
     F.cross_entropy(model(inputs), targets).backward()
-    attached = _gradients(model)
+    attached = gradients(model)
     if rule.detach() is not model:
         raise AssertionError("detach() must return the model it was given")
     left = [name for name, module in model.named_modules() if _hooked(module)]
@@ -190,7 +114,9 @@ def check_detach(factory: Factory) -> None:
         raise AssertionError(f"hooks are left on {left}")
     model.zero_grad()
     F.cross_entropy(model(inputs), targets).backward()
-    _same(attached, _gradients(model), 1e-12, "the model alone does not backpropagate exactly while the rule is attached")
+    require_same(
+        attached, gradients(model), 1e-12, "the model alone does not backpropagate exactly while the rule is attached"
+    )
     if list(model.state_dict()) != keys or [type(m) for m in model.modules()] != kinds:
         raise AssertionError("the model's state-dict keys or classes changed")
     if not torch.equal(model.eval()(inputs), before):
@@ -208,61 +134,61 @@ def check_determinism(factory: Factory) -> None:
     """Same seed, same bits."""
     states = []
     for _ in range(2):
-        rule = _make(factory)
+        rule = make(factory)
         torch.manual_seed(1)
-        _train(rule, range(3))
+        train(rule, range(3))
         states.append(rule.state_dict())
-    _same(states[0], states[1], 0.0, "two runs with one seed")
+    require_same(states[0], states[1], 0.0, "two runs with one seed")
 
 
 def check_state_dict(factory: Factory) -> None:
     """A rule restored from its state dict takes the bit-same next steps."""
-    rule = _make(factory)
-    optimizer = _train(rule, range(3))
+    rule = make(factory)
+    optimizer = train(rule, range(3))
     state, optimizer_state = rule.state_dict(), optimizer.state_dict()
     with tempfile.TemporaryDirectory() as folder:
         torch.save((state, optimizer_state), Path(folder) / "state.pt")
         state, optimizer_state = torch.load(Path(folder) / "state.pt", weights_only=True)
-    other = _make(factory, seed=9)
+    other = make(factory, seed=9)
     other.load_state_dict(state)
     other_optimizer = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     other_optimizer.load_state_dict(optimizer_state)
     for each, its in ((rule, optimizer), (other, other_optimizer)):
         torch.manual_seed(3)
-        _train(each, range(3, 6), its)
-    _same(other.state_dict(), rule.state_dict(), 0.0, "after a state-dict round trip")
+        train(each, range(3, 6), its)
+    require_same(other.state_dict(), rule.state_dict(), 0.0, "after a state-dict round trip")
 
 
 def check_batch_mean(factory: Factory) -> None:
     """The gradient is a batch mean: a batch twice over gives what the batch gives."""
     results = []
     for copies in (1, 2):
-        rule = _make(factory)
-        inputs, targets = _dense_batch(0)
+        rule = make(factory)
+        inputs, targets = dense_batch(0)
         torch.manual_seed(1)
         rule(inputs.repeat(copies, 1), targets.repeat(copies)).backward()
-        results.append(_gradients(rule))
-    _same(results[0], results[1], 1e-12, "a batch twice over")
+        results.append(gradients(rule))
+    require_same(results[0], results[1], 1e-12, "a batch twice over")
 
 
 def check_compile(factory: Factory) -> None:
     """`torch.compile(rule, fullgraph=True)` gives the same gradients (graph capture; no C++ compiler is needed)."""
-    rule = _make(factory)
+    rule = make(factory)
     torch.manual_seed(1)
-    rule(*_dense_batch(0)).backward()
+    rule(*dense_batch(0)).backward()
     rule.zero_grad()
     torch.manual_seed(2)
-    rule(*_dense_batch(1)).backward()
-    eager = _gradients(rule)
-    other = _make(factory)
+    rule(*dense_batch(1)).backward()
+    eager = gradients(rule)
+    other = make(factory)
     torch.manual_seed(1)
-    other(*_dense_batch(0)).backward()
+    other(*dense_batch(0)).backward()
     other.zero_grad()
     torch._dynamo.reset()
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
     torch.manual_seed(2)
-    compiled(*_dense_batch(1)).backward()
-    _same(_gradients(other), eager, 1e-12, "compiled")
+    compiled(*dense_batch(1)).backward()
+    require_same(gradients(other), eager, 1e-12, "compiled")
 
 
 def check_unsupported(factory: Factory) -> None:
@@ -274,7 +200,7 @@ def check_unsupported(factory: Factory) -> None:
         model.add_module("last", nn.Linear(6, 4))
         try:
             rule = factory(model.double(), F.cross_entropy)
-            rule(*_dense_batch(0)).backward()
+            rule(*dense_batch(0)).backward()
         except UnsupportedModelError as error:
             if name not in str(error):
                 raise AssertionError(f"the error does not name the unsupported module {name!r}: {error}") from error
@@ -303,59 +229,17 @@ class _Adapter(nn.Module):
 def check_oracle(factory: Factory, oracle: Callable[[CreditRule], None]) -> None:
     """In the limit that `oracle` puts the rule into, its gradients are backpropagation's, to 1e-12."""
     for network, batch in settings(factory):
-        rule = _make(factory, network)
+        rule = make(factory, network)
         rule(*batch(0)).backward()  # whatever is made at the first batch exists from here on
         rule.zero_grad()
         oracle(rule)
         rule(*batch(1)).backward()
-        own = _gradients(rule.model)
+        own = gradients(rule.model)
         rule.detach()
         rule.zero_grad()
         exact = Backprop(rule.model)
         exact(*batch(1)).backward()
-        _same(own, _gradients(rule.model), 1e-12, "in its oracle limit the rule is not backpropagation")
-
-
-def check_distributed(factory: Factory) -> None:
-    """Two gloo ranks under DistributedDataParallel, half the batch each, equal one process on the joined batch."""
-    try:
-        pickle.dumps(factory)
-    except Exception as error:
-        raise AssertionError(f"the factory must be importable by other processes (no lambda): {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            spawn(_rank, (factory, folder), nprocs=2)
-        except ProcessExitedException as error:
-            raise AssertionError(
-                f"a rank ended before its end ({error}); is the module that defines the factory importable from sys.path?"
-            ) from error
-        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    torch.manual_seed(0)
-    rule = factory(dense_network(), F.cross_entropy)
-    torch.manual_seed(1)
-    _train(rule, range(4))
-    _same(ranks[0], ranks[1], 0.0, "the two ranks")
-    _same(ranks[0], rule.state_dict(), 1e-10, "two ranks against one process")
-
-
-def _rank(rank: int, factory: Factory, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    rule = factory(dense_network(), F.cross_entropy)
-    torch.manual_seed(1)
-    parallel = DistributedDataParallel(rule)
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-    for step in range(4):
-        inputs, targets = _dense_batch(step)
-        optimizer.zero_grad()
-        parallel(inputs[rank::2], targets[rank::2]).backward()
-        optimizer.step()
-    torch.save(rule.state_dict(), Path(folder) / f"{rank}.part")
-    (Path(folder) / f"{rank}.part").rename(Path(folder) / f"{rank}.pt")
-    while not (Path(folder) / f"{1 - rank}.pt").exists():  # nobody leaves while the other still communicates
-        time.sleep(0.01)
-    os._exit(0)  # gloo's destructor can wait for ever for a thread that waits for the interpreter lock
+        require_same(own, gradients(rule.model), 1e-12, "in its oracle limit the rule is not backpropagation")
 
 
 CHECKS: dict[str, Callable[[Factory], None]] = {
@@ -368,6 +252,7 @@ CHECKS: dict[str, Callable[[Factory], None]] = {
     "compile": check_compile,
     "unsupported": check_unsupported,
     "distributed": check_distributed,
+    "odd_modules": check_odd_modules,
 }
 
 

@@ -1,0 +1,182 @@
+"""Layers whose weight is a function of parameters, as plain layers of their effective weight.
+
+Rules of whole chains write down products with each layer's weight. A layer that masks, normalises or reparametrises its
+weight is given to them as a plain layer of PyTorch's whose `weight` is the effective one, computed once a batch and with its
+graph, so that a gradient written for it reaches the parameters behind it.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.layers import Layer, computes_plainly, computes_weight, effective_weight, is_hooked, is_weighted
+from apical.core.transport import geometry
+from apical.errors import UnsupportedModelError
+
+
+class Computed(NamedTuple):
+    """An effective weight and bias, and the state of the parameters and buffers that they were computed from."""
+
+    weight: Tensor
+    bias: Tensor | None
+    state: list[tuple[int, int]]
+
+
+class Effective(nn.Module):
+    """Mixin of the plain layers: weight and bias are those that another layer computes.
+
+    Attributes:
+        stands_for: the other layer; no submodule.
+        name: its name.
+    """
+
+    stands_for: nn.Module
+    name: str
+    _computed: Computed | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies take along: not the graph of the last batch."""
+        return self.__dict__ | {"_computed": None}
+
+    def forget(self) -> None:
+        """Compute the weight anew when it is needed next: a batch begins."""
+        self.__dict__["_computed"] = None
+
+    def _now(self) -> Computed:
+        known = self._computed
+        if known is None or known.state != _state(self.stands_for):
+            weight = effective_weight(self.stands_for)
+            if weight is None:
+                raise unknown_weight(self.name, self.stands_for)
+            with torch.enable_grad():
+                bias = getattr(self.stands_for, "bias", None)
+            known = self.__dict__["_computed"] = Computed(weight, bias, _state(self.stands_for))
+        return known
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, with its graph."""
+        return self._now().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The effective bias, with its graph."""
+        return self._now().bias
+
+
+class EffectiveLinear(Effective, nn.Linear):  # type: ignore[misc, override]
+    """A dense layer."""
+
+
+class EffectiveConv1d(Effective, nn.Conv1d):  # type: ignore[override]
+    """A convolution over sequences."""
+
+
+class EffectiveConv2d(Effective, nn.Conv2d):  # type: ignore[override]
+    """A convolution over images."""
+
+
+class EffectiveConv3d(Effective, nn.Conv3d):  # type: ignore[override]
+    """A convolution over volumes."""
+
+
+def _state(source: nn.Module) -> list[tuple[int, int]]:
+    if torch.compiler.is_compiling():  # one graph is one batch, at whose beginning the weight is forgotten
+        return []
+    return [(id(tensor), tensor._version) for tensor in (*source.parameters(), *source.buffers())]
+
+
+def affine(name: str, layer: nn.Module) -> Layer:
+    """The layer itself, if it computes with its own weight as it is; else a plain one of its effective weight.
+
+    Raises:
+        UnsupportedModelError: the effective weight is not known, or no plain convolution applies it.
+    """
+    if computes_plainly(layer):
+        assert is_weighted(layer)
+        return layer
+    weight = effective_weight(layer)
+    if weight is None:
+        raise unknown_weight(name, layer)
+    shape = geometry(layer)
+    plain: nn.Module
+    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        plain = _like(layer)
+    elif shape is None:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        plain.__class__ = EffectiveLinear
+    else:
+        rank = len(shape.stride)
+        plain = getattr(nn, f"Conv{rank}d")(
+            *(weight.shape[1] * shape.groups, weight.shape[0], weight.shape[2:]),
+            stride=shape.stride,
+            padding=shape.padding,
+            dilation=shape.dilation,
+            groups=shape.groups,
+            device="meta",
+        )
+        plain.__class__ = (EffectiveConv1d, EffectiveConv2d, EffectiveConv3d)[rank - 1]
+    plain._parameters.clear()
+    plain.__dict__.update(stands_for=layer, name=name, _computed=None)
+    return cast(Layer, plain)
+
+
+def _like(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
+    """A layer of PyTorch's type with the other's options, which are its attributes, and without its parameters or hooks."""
+    kinds = {nn.Conv1d: EffectiveConv1d, nn.Conv2d: EffectiveConv2d, nn.Conv3d: EffectiveConv3d}
+    kind: Any = next((twin for base, twin in kinds.items() if isinstance(layer, base)), EffectiveLinear)
+    plain: nn.Module = kind.__new__(kind)
+    nn.Module.__init__(plain)
+    fresh = set(plain.__dict__)
+    plain.__dict__.update(
+        (key, value) for key, value in layer.__dict__.items() if key not in {*fresh, "forward", "weight", "bias"}
+    )
+    return plain
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module of the model behind one that stands for it: an effective layer, or an activation that is not in place."""
+    while "stands_for" in module.__dict__:
+        module = module.__dict__["stands_for"]
+    return module
+
+
+def require_affine(name: str, layer: nn.Module) -> None:
+    """At each batch: the layer still computes what :func:`affine` took it for.
+
+    Raises:
+        UnsupportedModelError: it was parametrised, pruned or given another forward since.
+    """
+    if isinstance(layer, Effective):
+        layer.forget()
+    elif not computes_plainly(layer):
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(layer).__name__}) no longer computes with its own weight as it is: it was parametrised, "
+            "pruned, or given another forward after the rule was made; make the rule after that"
+        )
+
+
+def unknown_weight(name: str, layer: nn.Module) -> UnsupportedModelError:
+    """Refusal of a layer whose effective weight is not known."""
+    kind = type(layer).__name__
+    if "forward" in layer.__dict__:
+        what, remedy = "has a forward of its own on the instance", "make it a type of modules and register that"
+    else:
+        what, remedy = "has a forward of its own, whose effective weight is not known", "register it"
+    return UnsupportedModelError(f"layer {name!r} ({kind}) {what}; {remedy}: apical.register_layer({kind}, weight=...)")
+
+
+def is_changed_by_hooks(module: nn.Module, given: Tensor) -> bool:
+    """Whether hooks change what a module makes of an input; those that only look do not."""
+    module = original(module)
+    if not is_hooked(module) or all(computes_weight(hook) for hook in _hooks(module)):
+        return False
+    with torch.no_grad():
+        made: Tensor = module(given.clone())  # first: a hook may compute the weight
+        own: Tensor = module.forward(given.clone())
+    return not (own.shape == made.shape and torch.equal(own, made))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

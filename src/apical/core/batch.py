@@ -1,0 +1,117 @@
+"""What a batch must be for rules that compute with targets themselves: shapes, classes, precision."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import Loss
+from apical.core.losses import squared_error
+from apical.errors import ConfigError, UnsupportedModelError
+
+ELEMENTWISE = (
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, squared_error),
+    *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits),
+)
+"""Losses that compare outputs and targets element by element, and spread the smaller over the larger unasked."""
+
+MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
+"""The same as modules."""
+
+
+def fitted(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
+    """Targets in the output's shape where the loss compares element by element, (N,) for (N, 1) among them; else as given.
+
+    Raises:
+        ConfigError: another number of samples, or numbers of another shape.
+    """
+    if targets.dim() == 0 or len(targets) != len(output):
+        raise ConfigError(
+            f"{len(output)} inputs came with targets of shape {tuple(targets.shape)}: give one for each sample"
+        )
+    known = getattr(loss, "func", loss)
+    if targets.shape == output.shape or not (known in ELEMENTWISE or isinstance(known, MODULES)):
+        return targets
+    if not targets.is_floating_point():
+        if known is squared_error:
+            return targets
+        name = getattr(known, "__name__", type(known).__name__)
+        raise ConfigError(f"{name} compares numbers, not class labels: pass one-hot targets, or squared_error as the loss")
+    if _without_ones(targets) != _without_ones(output):
+        raise ConfigError(f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}")
+    return targets.view_as(output)
+
+
+def _without_ones(values: Tensor) -> tuple[int, ...]:
+    return tuple(size for size in values.shape[1:] if size != 1)
+
+
+def require_classes(targets: Tensor, classes: int) -> None:
+    """Refuse class labels that are none of 0..classes - 1; nothing of the kind is asked of compiled graphs.
+
+    Raises:
+        ConfigError: naming the label.
+    """
+    if targets.is_floating_point() or torch.compiler.is_compiling() or not targets.numel():
+        return
+    low, high = (int(each) for each in torch.aminmax(targets))
+    if low < 0:
+        raise ConfigError(
+            f"the targets have the label {low}, but every sample needs a class here: leave samples to be ignored out of the "
+            "batch (ignore_index)"
+        )
+    if high >= classes:
+        raise ConfigError(f"the targets have the label {high}, but the model has {classes} outputs, for classes from 0")
+
+
+def counted(targets: Tensor, error: Tensor) -> Tensor | None:
+    """Numbers of the samples that count (n,), or None where all do: the loss leaves out those of a negative class.
+
+    Args:
+        targets: class labels (batch,); of any others every sample counts.
+        error: the loss's gradient (batch, ...), which is zero for samples left out.
+
+    Raises:
+        ConfigError: no sample counts.
+    """
+    if targets.is_floating_point() or targets.dim() != 1 or torch.compiler.is_compiling() or bool((targets >= 0).all()):
+        return None
+    rows = ((targets >= 0) | error.flatten(1).any(1)).nonzero().squeeze(1)
+    if len(rows) == 0:
+        raise ConfigError("the loss ignores every sample of the batch: there is no credit to assign")
+    return rows if len(rows) < len(targets) else None
+
+
+def require_precision(rule: str, weight: Tensor) -> None:
+    """Refuse half precision, in which the small differences of activities that a rule learns from are lost.
+
+    Raises:
+        UnsupportedModelError: the weight is neither float32 nor float64.
+    """
+    if weight.dtype not in (torch.float32, torch.float64):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise UnsupportedModelError(
+            f"{rule} learns from small differences of activities, which {kind} rounds away: keep the model in float32 "
+            "(model.float())"
+        )
+
+
+def require_one_type(rule: str, weight: Tensor, feedback: Iterable[Tensor]) -> None:
+    """Refuse a model that was moved without its rule.
+
+    Args:
+        rule: its name.
+        weight: of the model.
+        feedback: what the rule itself holds; the first is looked at.
+
+    Raises:
+        ConfigError: dtype or device differ.
+    """
+    own = next(iter(feedback), None)
+    if own is None or (own.dtype is weight.dtype and own.device == weight.device):
+        return
+    raise ConfigError(
+        f"the model is {weight.dtype} on {weight.device}, but the feedback of {rule} is {own.dtype} on {own.device}: move "
+        "the rule, which moves both (rule.to(...)), not the model alone"
+    )

@@ -1,0 +1,250 @@
+"""`phi(v + d) - phi(v)` of single activations, without cancellation: (activation, v, r, d) -> of v's shape, `r = phi(v)`.
+
+Control signals are small beside the potentials they act on. Taken as a difference of two rates, their effect loses four
+digits in float32 and more; the identities here keep them all.
+"""
+
+import math
+from collections.abc import Callable
+from copy import copy
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid
+
+
+def plain(activation: nn.Module) -> nn.Module:
+    """The activation, not in place; `stands_for` of a copy is the original."""
+    if not getattr(activation, "inplace", False):
+        return activation
+    twin = copy(activation)
+    twin.__dict__["stands_for"] = activation
+    twin.inplace = False  # type: ignore[assignment]
+    return twin
+
+
+Difference: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+DIFFERENCES: dict[type[nn.Module], Difference] = {}
+"""By type of activation."""
+
+
+def _of(*kinds: type[nn.Module]) -> Callable[[Difference], Difference]:
+    def note(formula: Difference) -> Difference:
+        DIFFERENCES.update(dict.fromkeys(kinds, formula))
+        return formula
+
+    return note
+
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+
+GAUSS = tuple(
+    (0.5 + sign * 0.5 * node, 0.5 * weight)
+    for node, weight in (
+        (0.0, 128 / 225),
+        (0.5384693101056831, 0.47862867049936647),
+        (0.906179845938664, 0.23692688505618908),
+    )
+    for sign in ((1, -1) if node else (1,))
+)
+"""Nodes and weights of Gauss and Legendre on [0, 1], five of them."""
+
+
+@_of(nn.Identity)
+def _(activation: nn.Identity, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return d
+
+
+@_of(nn.Tanh)
+def _(activation: nn.Tanh, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _tanh_difference(v, r, d)
+
+
+@_of(nn.Sigmoid)
+def _(activation: nn.Sigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _tanh_difference(v / 2, 2 * r - 1, d / 2) / 2
+
+
+@_of(ShiftedSigmoid)
+def _(activation: ShiftedSigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _tanh_difference(2 * v - 1, 2 * r - 1, 2 * d) / 2
+
+
+@_of(nn.ReLU)
+def _(activation: nn.ReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _relu_difference(v, d)
+
+
+@_of(nn.LeakyReLU)
+def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    slope = activation.negative_slope
+    return slope * d + (1 - slope) * _relu_difference(v, d)
+
+
+@_of(nn.Hardtanh, nn.ReLU6)
+def _(activation: nn.Hardtanh, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _clip_difference(v, d, activation.min_val, activation.max_val)
+
+
+@_of(nn.Hardsigmoid)
+def _(activation: nn.Hardsigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _clip_difference(v, d, -3.0, 3.0) / 6
+
+
+@_of(HalfClip)
+def _(activation: HalfClip, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _clip_difference(v, d, 0.0, 2.0) / 2
+
+
+@_of(nn.Softshrink)
+def _(activation: nn.Softshrink, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return d - _clip_difference(v, d, -activation.lambd, activation.lambd)
+
+
+@_of(nn.Hardshrink)
+def _(activation: nn.Hardshrink, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    moved = plain(activation)(v + d)
+    return torch.where((r != 0) & (moved != 0), d, moved - r)
+
+
+@_of(nn.Threshold)
+def _(activation: nn.Threshold, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    both = (v > activation.threshold) & (v + d > activation.threshold)
+    return torch.where(both, d, plain(activation)(v + d) - r)
+
+
+@_of(nn.Hardswish)
+def _(activation: nn.Hardswish, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return d * F.hardsigmoid(v + d) + v * _clip_difference(v, d, -3.0, 3.0) / 6
+
+
+@_of(nn.ELU)
+def _(activation: nn.ELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _elu_difference(v, d, activation.alpha)
+
+
+@_of(nn.CELU)
+def _(activation: nn.CELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return activation.alpha * _elu_difference(v / activation.alpha, d / activation.alpha, 1.0)
+
+
+@_of(nn.SELU)
+def _(activation: nn.SELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return SELU_SCALE * _elu_difference(v, d, SELU_ALPHA)
+
+
+@_of(nn.Softplus)
+def _(activation: nn.Softplus, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    beta, moved = activation.beta, v + d
+    curved = (beta * v <= activation.threshold) & (beta * moved <= activation.threshold)
+    linear = (beta * v > activation.threshold) & (beta * moved > activation.threshold)
+    change = _softplus_difference(beta * v, beta * d) / beta
+    return torch.where(curved, change, torch.where(linear, d, activation(moved) - r))
+
+
+@_of(nn.LogSigmoid)
+def _(activation: nn.LogSigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return -_softplus_difference(-v, -d)
+
+
+@_of(nn.Softsign)
+def _(activation: nn.Softsign, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    moved = v + d
+    crossing = torch.where(v * moved < 0, 2 * v.abs() * moved, 0.0)
+    return (d + crossing) / ((1 + v.abs()) * (1 + moved.abs()))
+
+
+@_of(nn.Tanhshrink)
+def _(activation: nn.Tanhshrink, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    s, t, square = torch.tanh(d), torch.tanh(v), d * d
+    series = d * square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835 - square * 1382 / 155925))))
+    rest = torch.where(d.abs() < 0.1, series, d - s)  # d - tanh d
+    change = (rest + t * s * (d + t)) / (1 + t * s)
+    return torch.where(d.abs() < 1, change, activation(v + d) - r)
+
+
+@_of(nn.SiLU)
+def _(activation: nn.SiLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return _silu_difference(v, d)
+
+
+@_of(DoubleSiLU)
+def _(activation: DoubleSiLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    return (_silu_difference(v, d) - _silu_difference(v - 2, d)) / 2
+
+
+@_of(nn.Mish)
+def _(activation: nn.Mish, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    soft, rise = F.softplus(v), _softplus_difference(v, d)
+    gate = torch.tanh(soft)
+    change = _tanh_difference(soft, gate, rise)
+    return d * (gate + change) + v * change
+
+
+@_of(nn.GELU)
+def _(activation: nn.GELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    moved = v + d
+    if activation.approximate == "tanh":  # v sigma(2 g(v)), g a cubic
+        scale = 2 * math.sqrt(2 / math.pi)
+        inner = scale * (v + 0.044715 * v**3)
+        rise = scale * d * (1 + 0.044715 * (3 * v * moved + d * d))
+        gate = torch.sigmoid(inner)
+        change = _tanh_difference(inner / 2, 2 * gate - 1, rise / 2) / 2
+        return d * torch.sigmoid(inner + rise) + v * change
+    rise = torch.zeros_like(v)  # of the normal distribution function, from its density
+    for node, weight in GAUSS:
+        rise = rise + weight * torch.exp(-((v + node * d) ** 2) / 2)
+    small = d * rise / math.sqrt(2 * math.pi)
+    below = torch.special.ndtr(v)
+    small = d * torch.special.ndtr(moved) + v * small
+    return torch.where(d.abs() < 0.5, small, moved * torch.special.ndtr(moved) - v * below)
+
+
+def _clip_difference(v: Tensor, d: Tensor, low: float, high: float) -> Tensor:
+    """Of `clip(v, low, high)`: how much of d falls inside."""
+    below, above = (v - low + d).clamp(0.0, high - low), (v - high + d).clamp(low - high, 0.0)
+    inside = torch.maximum(torch.minimum(d, high - v), low - v)
+    return torch.where(v < low, below, torch.where(v > high, above, inside))
+
+
+def _elu_difference(v: Tensor, d: Tensor, alpha: float) -> Tensor:
+    """`relu` rises by its own difference, and `alpha (e^w - 1)`, w = min(v, 0), by `alpha e^w (e^dw - 1)`."""
+    rise = _relu_difference(v, d)
+    return rise + alpha * v.clamp_max(0).exp() * torch.expm1(torch.where((v > 0) & (v + d > 0), 0.0, d - rise))
+
+
+def _softplus_difference(v: Tensor, d: Tensor) -> Tensor:
+    """`log(1 + e^(v+d)) - log(1 + e^v) = log1p(sigma(v) (e^d - 1))`; the plain one where e^d is too large a number."""
+    change = torch.log1p(torch.sigmoid(v) * torch.expm1(d.clamp_max(20)))
+    return torch.where(d > 20, F.softplus(v + d) - F.softplus(v), change)
+
+
+def _silu_difference(v: Tensor, d: Tensor) -> Tensor:
+    """Of `v sigma(v)`, by the rule for products: `d sigma(v+d) + v (sigma(v+d) - sigma(v))`."""
+    change = _tanh_difference(v / 2, 2 * torch.sigmoid(v) - 1, d / 2) / 2
+    return d * torch.sigmoid(v + d) + v * change
+
+
+def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+    """`tanh(v + d) - tanh(v) = tanh(d) (1 - r tanh(v + d)) = s (1 - r^2) / (1 + r s)` with `s = tanh(d)`, `r = tanh(v)`.
+
+    The last form spares one hyperbolic tangent of two where d does not undo v, and in float32 both where d is so small that
+    `s = d - d^3/3` (the next term is `2 d^5/15`). On a GPU, and in compiled graphs, they cost less than looking would.
+    """
+    if d.is_cpu and d.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(d)
+        largest = max(-low.item(), high.item())
+        if largest < 0.5:
+            small = largest < 0.02 and d.dtype == torch.float32
+            s = torch.addcmul(d, d * d, d, value=-1 / 3) if small else torch.tanh(d)
+            one = d.new_ones(())
+            return torch.addcmul(one, r, r, value=-1).mul_(s).div_(torch.addcmul(one, r, s))
+    return torch.addcmul(d.new_ones(()), r, torch.tanh(v + d), value=-1).mul_(torch.tanh(d))
+
+
+def _relu_difference(v: Tensor, d: Tensor) -> Tensor:
+    return torch.where(v > 0, torch.maximum(d, -v), (v + d).clamp_min(0))

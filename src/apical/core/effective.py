@@ -1,0 +1,181 @@
+"""The weight a layer really computes with, where that is a function of its parameter: masked, quantised, scaled.
+
+An edge replaces the backward map of such a layer at its own output. That is right only where the layer is affine in its
+input, with the geometry of its `weight`; both are read off the layer's own derivative.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from math import ceil
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from apical.core.layers import computes_plainly, effective_weight, is_registered
+from apical.core.transport import Geometry, geometry, padded_input, pads_itself, transport, weight_gradient
+from apical.errors import UnsupportedModelError
+
+Call = Callable[[Tensor], Any]
+
+
+def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
+    """W of `a = W h + b` as the layer computes it now, in the shape of its `weight`; without gradient.
+
+    Random numbers and buffers are left as they were, so that the layer's next call computes with this very weight. Types
+    registered with a function for their weight (:func:`apical.core.layers.register_layer`) are asked for it.
+
+    Args:
+        layer: a layer of a type with known :func:`geometry`.
+        call: the layer's forward pass; the layer itself unless given.
+    """
+    weight = cast(Tensor, layer.weight).detach()
+    if call is None and computes_plainly(layer):
+        return weight
+    if is_registered(layer):
+        with unchanged(layer, weight.device):
+            known = effective_weight(layer)
+        if known is not None:
+            return known.detach()
+    call = call or (layer.forward if layer._forward_hooks else layer)
+    shape = geometry(layer)
+    inputs, errors_for = _probe(shape, layer, weight)
+    if torch.compiler.is_compiling():
+        output, pull = cast(Any, torch.func.vjp(call, inputs))
+        errors = errors_for(output.detach())
+        below = pull(errors)[0]
+    else:
+        with unchanged(layer, weight.device), torch.enable_grad():
+            output = call(inputs.requires_grad_())
+            errors = errors_for(output.detach())
+            below = torch.autograd.grad(output, inputs, errors)[0]
+    if pads_itself(layer):
+        below = F.pad(below, cast(_ConvNd, layer)._reversed_padding_repeated_twice)
+    return weight_gradient(shape, errors, below, weight).to(weight.dtype)
+
+
+def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Inputs (zero), and the errors at the output that read the weight, each of its entries exactly once.
+
+    An error of one at a single output neuron reaches the inputs that this neuron sees, by the weights it sees them with. A
+    neuron of a transposed convolution sees one in `stride` taps: there as many neighbours as the stride are asked.
+    """
+    if shape is None:
+        n_out, n_in = weight.shape
+        return weight.new_zeros(n_out, n_in), lambda output: torch.eye(n_out, dtype=output.dtype, device=output.device)
+    padding = shape.padding
+    if pads_itself(layer):
+        padding = tuple(cast(_ConvNd, layer)._reversed_padding_repeated_twice[-2::-2])  # before each dimension
+    reach = [d * (k - 1) for d, k in zip(shape.dilation, weight.shape[2:], strict=True)]
+    sizes = list(zip(padding, shape.stride, reach, strict=True))
+    if shape.transposed:
+        rows, channels = weight.shape[1], weight.shape[0]
+        first, steps = [max(0, r - p) for p, _, r in sizes], [range(s) for s in shape.stride]
+        extent = [(max(0, r - p) + p) // s + 1 + p + s for p, s, r in sizes]
+    else:
+        rows, channels = weight.shape[0] // shape.groups, weight.shape[1] * shape.groups
+        first, steps = [ceil(p / s) for p, s, _ in sizes], [range(1) for _ in sizes]
+        extent = [p + s + r + 1 for p, s, r in sizes]
+    offsets = list(product(*steps))
+
+    def errors(output: Tensor) -> Tensor:
+        """(rows * offsets, groups * rows, ...): one at one neuron of each group."""
+        result = output.new_zeros(rows, len(offsets), shape.groups, rows, *output.shape[2:])
+        each = torch.arange(rows, device=output.device)
+        for i, offset in enumerate(offsets):
+            at: tuple[Any, ...] = (each, i, slice(None), each, *(f + o for f, o in zip(first, offset, strict=True)))
+            result[at] = 1.0
+        return result.view(rows * len(offsets), shape.groups * rows, *output.shape[2:])
+
+    return weight.new_zeros(rows * len(offsets), channels, *extent), errors
+
+
+def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> None:
+    """Verify that the layer is affine in its input with the geometry of its weight, forwards and backwards, near `inputs`.
+
+    Args:
+        name: the layer's name, for the message.
+        layer: the layer; random numbers and buffers are left as they were.
+        call: its forward pass.
+        inputs: what it was called with, not empty.
+
+    Raises:
+        UnsupportedModelError: it is not.
+    """
+    shape, seen, generator = geometry(layer), _Precision(), torch.Generator().manual_seed(0)
+    leaf = (inputs.detach() + torch.randn(inputs.shape, generator=generator).to(inputs)).requires_grad_()
+    with unchanged(layer, inputs.device), torch.enable_grad(), seen:
+        output = call(leaf)  # what the model itself gets wrong is none of ours
+    try:
+        with unchanged(layer, inputs.device), torch.no_grad():
+            offset = call(torch.zeros_like(leaf))
+        delta = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
+        exact = torch.autograd.grad(output, leaf, delta)[0]
+        weight = measured_weight(layer, call)
+        with torch.enable_grad():
+            below = padded_input(layer, leaf)
+            carried = transport(shape, delta, weight, below.detach())
+        forward = torch.autograd.grad(carried, delta, below.detach().to(carried.dtype), retain_graph=True)[0]
+        backward = carried if below is leaf else torch.autograd.grad(below, leaf, carried.to(below.dtype))[0]
+        affine = seen.close(output - offset, forward) and seen.close(exact, backward)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        affine = False
+    if not affine:
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(layer).__name__}) computes more than an affine map of its input with the shape of its "
+            "weight, so no feedback can stand in for it; put what is not affine into a module of its own, or pass "
+            f"exact=({name!r},)"
+        )
+
+
+def probe(name: str, layer: nn.Module, call: Call) -> tuple[bool, bool]:
+    """Whether the layer is affine at inputs made up for it, and whether its weight is another at every call."""
+    weight = cast(Tensor, layer.weight).detach()
+    try:
+        inputs = torch.ones_like(_probe(geometry(layer), layer, weight)[0][:2])
+        require_affine(name, layer, call, inputs)
+        with unchanged(layer, weight.device), torch.no_grad():
+            return True, not torch.equal(call(inputs), call(inputs))
+    except Exception:  # not to be called like this: its first batch will tell
+        return False, True
+
+
+class _Precision(TorchFunctionMode):
+    """Notes the coarsest floating-point type met, and compares tensors accordingly."""
+
+    eps = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in (*args, result):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+        return result
+
+    def close(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors are equal but for rounding."""
+        bound = 1e-8 if self.eps < 1e-12 else 1e-3 if self.eps < 1e-6 else 0.05
+        a, b = a.detach().double(), b.detach().double()
+        return a.shape == b.shape and bool((a - b).norm() <= bound * b.norm())
+
+
+@contextmanager
+def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Random numbers, buffers and attributes of a layer as they were, once it has been called."""
+    modules = list(layer.modules())
+    attributes = [module.__dict__.copy() for module in modules]
+    buffers = [module._buffers.copy() for module in modules]
+    for module in modules:
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.clone()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, kept, own in zip(modules, attributes, buffers, strict=True):
+            module.__dict__.update(kept)
+            module._buffers.update(own)

@@ -1,0 +1,235 @@
+"""Rules whose feedback learns with the weights: R receives `B^T` times the gradient of W (Kolen-Pollack, PFA).
+
+Two forms of the same mathematics, layer by layer:
+
+    explicit   R is a parameter with a gradient of its own, for any optimiser.
+    closed     F = W + c E_0 instead of R (:mod:`apical.core.mismatch`), while `torch.optim.SGD` moves W and R alike.
+
+Form "auto" begins explicitly. Before the first step has moved anything it looks at the optimiser and at the gradients as
+they are by then, and takes the closed form for every layer where that is exact. Before a step that would not be, it goes
+back, with R and R's momentum as they would be by now, or raises.
+"""
+
+import json
+from abc import abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.credit import Credit, Loss
+from apical.core.edge import EdgeRule
+from apical.core.mismatch import Mismatch
+from apical.core.steps import FROZEN, FUNCTION, Steps
+from apical.core.units import key
+from apical.errors import ConfigError
+
+Form = Literal["auto", "closed", "explicit", "literal", "fused"]
+
+
+class PlasticRule(EdgeRule):
+    """Base of the rules with plastic feedback.
+
+    Args:
+        model, loss, exact, first_layer: see :class:`apical.core.edge.EdgeRule`.
+        form: "auto", "closed", or any other name for explicit.
+    """
+
+    PLASTIC: ClassVar[str]
+    """Name of the `nn.ParameterDict` that holds the R of every layer; without elements in closed form."""
+
+    MISMATCH: ClassVar[str]
+    """Name of the `nn.ModuleDict` that holds the mismatch of the layers in closed form."""
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, exact: Collection[str], first_layer: bool, form: Form, sparse: bool = False
+    ) -> None:
+        super().__init__(model, loss, exact, first_layer)
+        self.form: Form = form
+        self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
+        if form == "auto":
+            self.decisions = Decisions(self.reasons)
+        setattr(self, self.PLASTIC, nn.ParameterDict())
+        setattr(self, self.MISMATCH, nn.ModuleDict())
+        self.register_state_dict_pre_hook(_measure)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_follow_again)  # type: ignore[no-untyped-call]
+        counts = Counter(id(layer.weight) for layer in self.layers.values())
+        self._tied = {name for name, layer in self.layers.items() if counts[id(layer.weight)] > 1}
+        self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
+        self._called = False
+        self._steps: Steps | None = Steps(self)
+
+    @abstractmethod
+    def to_weight(self, name: str, plastic: Tensor) -> Tensor:
+        """`M^-1 B R`, the weight for which the path `B R` is `M W`; of the layer's weight's shape."""
+
+    @abstractmethod
+    def from_weight(self, name: str, weight: Tensor) -> Tensor:
+        """`B^T W`, of R's shape."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """Which layers keep their feedback explicitly although the form is "auto", and why."""
+        layers = defaultdict(list)
+        for name, reason in self.reasons.items():
+            layers[reason].append(repr(name))
+        return [
+            f"{type(self).__name__} keeps the feedback of {', '.join(names)} explicitly: {reason}"
+            for reason, names in layers.items()
+        ]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit whose root is the loss."""
+        if not torch.compiler.is_compiling():
+            self._before_forward()
+        self._called = True
+        return super().forward(inputs, targets)
+
+    def _before_forward(self) -> None:
+        """Layers that were frozen or that no longer compute plainly have no closed form from here on."""
+        steps = self.steps
+        self._tapped.clear()
+        for name, layer in self.layers.items():
+            plain = self.is_plain(name)
+            if self.mismatch_of(name) is None:
+                if plain and name not in self._tied:
+                    self._tapped.add(name)
+            elif not plain:
+                steps.open(name, FUNCTION)
+            elif not layer.weight.requires_grad:
+                steps.open(name, FROZEN)
+            else:
+                steps.require(name)
+        self._one_matrix = not self.has_pathway()
+
+    def has_pathway(self) -> bool:
+        """Whether any layer may lead the error otherwise than by one feedback weight."""
+        return True
+
+    def tapped(self, name: str) -> bool:
+        """Whether the gradient of R can be made from that of the weight; else R has a pathway of its own."""
+        return name in self._tapped
+
+    def plastic_of(self, name: str) -> nn.Parameter:
+        """R of one layer; without elements in closed form."""
+        return cast(nn.Parameter, self._plastics()._parameters[key(name)])
+
+    def mismatch_of(self, name: str) -> Mismatch | None:
+        """The mismatch of one layer; None where it is explicit."""
+        return cast(Mismatch | None, self._mismatches()._modules.get(key(name)))
+
+    def hold(self, name: str, plastic: Tensor) -> None:
+        """Begin with R_0 = `plastic`, in the form that was asked for."""
+        if self.form == "closed":
+            weight = self.layers[name].weight.detach()
+            self.close(name, Mismatch(self.to_weight(name, plastic).sub_(weight)), weight)
+        else:
+            self._plastics()[key(name)] = nn.Parameter(plastic)
+
+    def replace(self, name: str, plastic: Tensor) -> None:
+        """R := `plastic`, from here on and in any form; its momentum stays."""
+        if self.form == "closed":
+            mismatch = cast(Mismatch, self.mismatch_of(name))
+            mismatch.feedback.copy_(self.to_weight(name, plastic))
+            mismatch.measure(self.layers[name].weight.detach())
+        else:
+            self.plastic_of(name).data.copy_(plastic)
+
+    def reopen(self, name: str) -> None:
+        """Explicit again, and to be decided anew at the next step; for whoever changes B or R."""
+        if name not in self.layers:
+            raise ConfigError(f"no layer {name!r} holds feedback; there are {', '.join(map(repr, self.layers))}")
+        if self.form == "auto" and self.mismatch_of(name) is not None:
+            self.steps.open(name, "")
+            del self.reasons[name]
+
+    @property
+    def steps(self) -> Steps:
+        """What it knows of its optimiser; made anew for a copy of a rule."""
+        if self._steps is None:
+            self._steps = Steps(self)
+        return self._steps
+
+    def detach(self) -> nn.Module:
+        """Remove everything from the model and return it."""
+        self.steps.remove()
+        return super().detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to the tensors of this very object."""
+        return {**super().__getstate__(), "_steps": None}
+
+    def _plastics(self) -> nn.ParameterDict:
+        return cast(nn.ParameterDict, self._modules[self.PLASTIC])
+
+    def _mismatches(self) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self._modules[self.MISMATCH])
+
+    def settle(self, name: str) -> None:
+        """Make what the closed form of one layer needs beside the mismatch; called when B is known."""
+
+    def close(self, name: str, mismatch: Mismatch, weight: Tensor) -> None:
+        """The closed form from here on."""
+        self.settle(name)
+        mismatch.follow(weight)
+        self._mismatches()[key(name)] = mismatch
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Take the form that each layer has in the state, before the children load their tensors."""
+        for name in self.layers if self.form == "auto" else ():
+            plastic, weight = self.plastic_of(name), self.layers[name].weight.detach()
+            if f"{prefix}{self.MISMATCH}.{key(name)}.initial" in state_dict:
+                plastic.data = plastic.data.new_empty(0)
+                self.close(name, Mismatch(torch.zeros_like(weight)), weight)
+            elif self.mismatch_of(name) is not None:
+                plastic.data = self.from_weight(name, weight)
+                del self._mismatches()[key(name)]
+        for name in self.layers:
+            mismatch, velocity = self.mismatch_of(name), f"{prefix}{self.MISMATCH}.{key(name)}.velocity"
+            if mismatch is not None:
+                mismatch.velocity = torch.zeros_like(mismatch.initial) if velocity in state_dict else None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _measure(rule: nn.Module, *_: Any) -> None:
+    """Before the state is saved: a weight that was moved from outside is measured, so that the state says it all."""
+    assert isinstance(rule, PlasticRule)
+    for name, layer in rule.layers.items():
+        mismatch = rule.mismatch_of(name)
+        weight = layer.weight.detach()
+        if mismatch is not None and not torch.equal(mismatch.matched(weight), mismatch.feedback):
+            mismatch.measure(weight)
+
+
+def _follow_again(rule: nn.Module, *_: Any) -> None:
+    """After a state was loaded: the feedback that it means."""
+    assert isinstance(rule, PlasticRule)
+    for name, layer in rule.layers.items():
+        mismatch = rule.mismatch_of(name)
+        if mismatch is not None:
+            rule.settle(name)
+            mismatch.follow(layer.weight.detach())
+    rule.steps.forget()
+
+
+class Decisions(nn.Module):
+    """The layers that were found to need the explicit form, and why: part of the rule's state, so that it stays so.
+
+    Args:
+        reasons: sentence by layer; this very dictionary is filled on loading.
+    """
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__()
+        self.reasons = reasons
+
+    def get_extra_state(self) -> Tensor:
+        """JSON, as bytes in a tensor."""
+        return torch.tensor(list(json.dumps(self.reasons).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the reasons from a state dict."""
+        self.reasons.clear()
+        self.reasons.update(json.loads(bytes(state.tolist())))

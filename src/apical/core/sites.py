@@ -1,0 +1,105 @@
+"""The places where a rule of the feedback-alignment family puts its feedback: one a layer, and how the layer is called."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from apical.core.effective import probe
+from apical.core.layers import computes_plainly
+from apical.core.swap import Swap
+from apical.core.transport import geometry
+from apical.core.units import Layer
+from apical.core.wrapped import Wrapped
+from apical.errors import UnsupportedModelError
+
+
+class Site:
+    """What a rule knows of one layer.
+
+    Attributes:
+        name, layer: as the model has them.
+        forward: the layer's own forward method.
+        shape: its geometry.
+        swap: its swap; None where the rule has no feedback for it (the first layer).
+        plain: the layer applies its own weight and bias, and nothing else, as far as is known.
+        swaps: autograd keeps the weight itself, as far as is known.
+        affine: the layer is affine in its input with the geometry of its weight: known of its type, or verified.
+        probed: the same, verified at inputs made up for it.
+        varies: it computes with another weight at every call.
+        call: the layer's forward pass as a function of its input, while it is called.
+    """
+
+    __slots__ = tuple(
+        [
+            "affine",
+            "call",
+            "forward",
+            "layer",
+            "name",
+            "own",
+            "placed",
+            "plain",
+            "probed",
+            "shape",
+            "swap",
+            "swaps",
+            "varies",
+        ]
+    )
+
+    def __init__(self, name: str, wrapped: Wrapped, swap: Swap | None) -> None:
+        layer = cast(Layer, wrapped.layer)
+        self.name, self.layer, self.forward, self.swap = name, layer, wrapped.forward, swap
+        self.shape = geometry(layer)
+        self.own, self.placed = layer._parameters, layer.__dict__
+        self.call: Callable[[Tensor], Any] | None = None
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find out how the layer computes, as far as can be told without a batch."""
+        self.plain = self.swaps = self.affine = self.probed = computes_plainly(self.layer)
+        self.varies = False
+        if not self.plain and self.swap is not None:
+            self.probed, self.varies = probe(self.name, self.layer, self.forward)
+
+
+def graph_leaves(loss: Tensor) -> set[int]:
+    """Identities of the tensors whose gradient the graph of `loss` leads to."""
+    found, seen, stack = set(), set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack.extend(below for below, _ in node.next_functions)
+    return found
+
+
+def trains_before(model: nn.Module, first: str) -> bool:
+    """Whether trainable parameters are registered before the layer named `first`."""
+    for name, parameter in model.named_parameters():
+        if not first or name.startswith(f"{first}."):
+            return False
+        if parameter.requires_grad:
+            return True
+    return False
+
+
+def only_tensor(name: str, kwargs: dict[str, Any]) -> Tensor:
+    """The input of a layer that was called with keyword arguments alone."""
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    if len(tensors) != 1:
+        raise UnsupportedModelError(f"layer {name!r} was called with several keyword arguments; pass its input by position")
+    return tensors[0]
+
+
+def of_input(
+    forward: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Tensor], Any]:
+    """The call as a function of the input alone."""
+    if args:
+        return lambda x: forward(x, *args[1:], **kwargs)
+    return lambda x: forward(**{key: x if value is inputs else value for key, value in kwargs.items()})

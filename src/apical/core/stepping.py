@@ -1,0 +1,171 @@
+"""Steps of optimisers, as a rule sees them: it is told before and after each step of any `torch.optim.Optimizer`.
+
+The user makes the optimiser and never hands it over, so one pair of torch's global hooks serves all rules of the process.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+Group = dict[str, Any]
+"""One of an optimiser's `param_groups`."""
+
+Signature = list[tuple[Group, int]]
+
+
+class Observer(Protocol):
+    """What is told of steps."""
+
+    def concerns(self, optimizer: Optimizer) -> bool:
+        """Whether the optimiser holds any parameter of interest; asked at every step of every optimiser."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Gradients are there and nothing has moved; may raise."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """The step is done."""
+
+
+_observers: WeakSet[Observer] = WeakSet()
+_handles: list[Any] = []
+
+
+def observe(observer: Observer) -> None:
+    """Tell `observer` of all steps from now on; it is not kept alive."""
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before))
+        _handles.append(register_optimizer_step_post_hook(_after))
+    _observers.add(observer)
+
+
+def ignore(observer: Observer) -> None:
+    """Tell it no more, and leave nothing in torch when it was the last one."""
+    _observers.discard(observer)
+    if not _observers:
+        while _handles:
+            _handles.pop().remove()
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    observers = [observer for observer in _observers if observer.concerns(optimizer)]
+    if not observers:
+        return None
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        for observer in observers:
+            observer.before_step(optimizer)
+        return None
+    wrapped = _told_after(closure, optimizer, observers)
+    return (args[0], *([wrapped, *args[2:]] if len(args) > 1 else ())), (
+        kwargs if len(args) > 1 else {**kwargs, "closure": wrapped}
+    )
+
+
+def _told_after(closure: Callable[[], Any], optimizer: Optimizer, observers: list[Observer]) -> Callable[[], Any]:
+    """The user's closure, after whose first call gradients are there."""
+    told = False
+
+    def wrapped() -> Any:
+        nonlocal told
+        loss = closure()
+        if not told:
+            told = True
+            for observer in observers:
+                observer.before_step(optimizer)
+        return loss
+
+    return wrapped
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for observer in [observer for observer in _observers if observer.concerns(optimizer)]:
+        observer.after_step(optimizer)
+
+
+def signature(optimizer: Optimizer) -> Signature:
+    """The optimiser's groups and how many parameters each holds, to see whether any were added or replaced."""
+    return [(group, len(group["params"])) for group in optimizer.param_groups]
+
+
+def unchanged(optimizer: Optimizer, known: Signature) -> bool:
+    """Whether the optimiser still has the groups of `known`."""
+    groups = optimizer.param_groups
+    return len(groups) == len(known) and all(
+        group is old and len(group["params"]) == size for group, (old, size) in zip(groups, known, strict=True)
+    )
+
+
+def skipped(optimizer: Optimizer) -> bool:
+    """Whether a `GradScaler` found infinities and a fused step left everything as it was."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.sum() > 0)
+
+
+def distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class Arrival:
+    """Hook of a weight: notes which gradient has arrived, so that whoever changes it before the step is noticed.
+
+    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`.
+
+    Attributes:
+        fresh: set at every arrival; the observer of steps clears it.
+        moves: arrivals that found the weight in a new version; the observer of steps clears it.
+    """
+
+    def __init__(self) -> None:
+        self.mark: tuple[int, int] | None = None
+        self.sampled = True
+        self.fresh = False
+        self.moves, self._version = 0, -1
+        self._sample: Tensor | None = None
+
+    def __call__(self, weight: Tensor) -> None:
+        """Called by autograd once the gradient of one backward pass has been added."""
+        self.fresh = True
+        if weight._version != self._version:
+            self.moves, self._version = self.moves + 1, weight._version
+        self._note(weight)
+        if distributed():  # the average over processes is made at the very end of the backward pass
+            later = torch.autograd.Variable._execution_engine.queue_callback
+            later(partial(later, partial(self._note, weight)))
+
+    def _note(self, weight: Tensor) -> None:
+        gradient = weight.grad
+        if gradient is None or gradient.is_sparse:
+            self.mark = None
+            return
+        self.mark = (gradient.data_ptr(), gradient._version)
+        self._sample = strided(gradient).clone() if self.sampled and gradient.device.type == "cpu" else None
+
+    def untouched(self, gradient: Tensor) -> bool:
+        """Whether `gradient` is the one that arrived, up to a power of two by which a `GradScaler` divides."""
+        if self.mark != (gradient.data_ptr(), gradient._version):
+            return not bool(gradient.any())
+        if self._sample is None:
+            return True
+        now, then = strided(gradient), self._sample
+        if torch.equal(now, then) or not bool(now.isfinite().all()):
+            return True
+        place = int(then.abs().argmax())
+        ratio = float(now[place] / then[place])
+        return ratio > 0 and ratio.hex().startswith("0x1.0000000000000p") and torch.equal(then * ratio, now)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """About 64 elements of a dense tensor, as a view of it."""
+    flat = tensor.detach()
+    if not flat.is_contiguous():
+        flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
+    flat = flat.reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)]

@@ -1,0 +1,265 @@
+"""The optimiser's steps as a rule with plastic feedback sees them: which form is exact for each layer, before each step."""
+
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from apical.core.mismatch import Mismatch, Watch
+from apical.core.stepping import Arrival, Group, Signature, distributed, ignore, observe, signature, skipped, unchanged
+from apical.core.units import key
+from apical.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apical.core.plastic import PlasticRule
+
+Places = dict[str, tuple[Group | None, Group | None]]
+"""By layer: the groups of an optimiser that hold the weight and the feedback."""
+
+FUNCTION = "the layer computes with a function of its weight"
+FROZEN = "its weight is frozen"
+OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
+OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+
+class Steps:
+    """What a rule knows of the optimiser that moves its weights: decides the form of every layer, and keeps it exact.
+
+    Args:
+        rule: the rule; it is not kept alive.
+    """
+
+    def __init__(self, rule: "PlasticRule") -> None:
+        self._rule = ref(rule)
+        self._known: WeakKeyDictionary[Optimizer, tuple[Signature, Places]] = WeakKeyDictionary()
+        self._moving: dict[str, tuple[Group, bool]] = {}
+        self._lonely: dict[str, int] = {}
+        self._hooks: list[Any] = []
+        self._arrivals: dict[str, Arrival] = {}
+        self.forget()
+        for name, layer in rule.layers.items() if rule.form in ("auto", "closed") else ():
+            weight = layer._parameters.get("weight")
+            if weight is not None and weight.requires_grad and weight.is_leaf:
+                self._arrivals[name] = Arrival()
+                self._hooks.append(weight.register_post_accumulate_grad_hook(self._arrivals[name]))
+        observe(self)
+
+    @property
+    def rule(self) -> "PlasticRule":
+        """The rule."""
+        return cast("PlasticRule", self._rule())
+
+    def remove(self) -> None:
+        """Stop, and leave nothing on the weights."""
+        ignore(self)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def forget(self) -> None:
+        """A state was loaded: whatever was known of weights and optimiser is no longer so."""
+        self._watches: dict[str, Watch] = {}
+        self._optimizer: ref[Optimizer] | None = None
+        self._moving.clear()
+
+    def concerns(self, optimizer: Optimizer) -> bool:
+        """Whether it holds a weight or an R of the rule."""
+        known = self._known.get(optimizer)
+        if known is None or not unchanged(optimizer, known[0]):
+            known = self._known[optimizer] = (signature(optimizer), self._places(optimizer))
+        return bool(known[1])
+
+    def _places(self, optimizer: Optimizer) -> Places:
+        rule, places = self._rule(), {}
+        if rule is None:
+            return {}
+        held = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in rule.layers.items():
+            weight = layer._parameters.get("weight")
+            plastic = None if rule.form == "closed" else rule.plastic_of(name)
+            groups = held.get(id(weight)), held.get(id(plastic))
+            if groups != (None, None):
+                places[name] = groups
+        return places
+
+    def require(self, name: str) -> None:
+        """Refuse a closed form whose weight moves without any step that was announced."""
+        arrival = self._arrivals.get(name)
+        if arrival is not None and arrival.moves > 3:
+            raise ConfigError(
+                f"the weight of layer {name!r} moves without the steps of a torch.optim.Optimizer, which "
+                f'{type(self.rule).__name__} in closed form cannot follow: build the rule with form="explicit"'
+            )
+
+    def moving(self, name: str) -> bool:
+        """Whether a layer in closed form has a velocity."""
+        mismatch = cast(Mismatch, self.rule.mismatch_of(name))
+        return mismatch.v[0] != 0 or mismatch.velocity is not None
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Decide the form of each layer; refuse, or go back to the explicit one, where the closed one would not be exact."""
+        rule, places = self.rule, self._known[optimizer][1]
+        self._moving.clear()
+        for arrival in self._arrivals.values():
+            arrival.moves = 0
+        for name, (group, other) in places.items():
+            if rule.mismatch_of(name) is not None:
+                self._keep_closed(name, optimizer, group, other)
+                continue
+            self._count_steps_alone(name, group, other)
+            if rule.form == "auto" and name not in rule.reasons:
+                self._decide(name, optimizer, group, other)
+        for name in self._arrivals:
+            if name in self._watches:
+                self._arrivals[name].sampled = self._watches[name].steps < 3 or self._watches[name].steps % 16 == 15
+                self._arrivals[name].fresh = False
+        rule._called = False
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Advance the mismatches by the step that was just taken."""
+        if self._moving and not skipped(optimizer):
+            self._optimizer = ref(optimizer)
+            for name, (group, first) in self._moving.items():
+                watch = self._watches[name]
+                watch.mismatch.advance(group, first)
+                watch.stepped()
+        self._moving.clear()
+
+    def _count_steps_alone(self, name: str, group: Group | None, other: Group | None) -> None:
+        plastic, weight = self.rule.plastic_of(name), self.rule.layers[name].weight
+        if other is not None or not plastic.requires_grad:
+            self._lonely[name] = 0
+        elif group is not None and weight.grad is not None:
+            self._lonely[name] = self._lonely.get(name, 0) + 1
+            if self._lonely[name] >= 3:  # R may have an optimiser of its own, which steps after this one
+                raise ConfigError(
+                    f"the optimiser moves the weight of layer {name!r} but not {type(self.rule).__name__}'s feedback for "
+                    "it: give it rule.parameters(), not model.parameters()"
+                )
+
+    def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> None:
+        rule, plastic = self.rule, self.rule.plastic_of(name)
+        weight = rule.layers[name].weight
+        if plastic.grad is None and plastic.requires_grad and (weight.grad is None or not rule._called):
+            return  # nothing of this layer moves in this step, or not by this rule
+        reason = self._obstacle(name, optimizer, group, other)
+        if reason is not None:
+            rule.reasons[name] = reason
+            return
+        held = rule.to_weight(name, plastic.detach())
+        mine, its = (optimizer.state.get(p, {}).get("momentum_buffer") for p in (weight, plastic))
+        velocity = None if mine is None else rule.to_weight(name, its).sub_(mine)
+        rule.close(name, Mismatch(held.sub_(weight.detach()), velocity), weight.detach())
+        plastic.data, plastic.grad = plastic.data.new_empty(0), None
+        optimizer.state.pop(plastic, None)
+        self._move(name, optimizer, cast(Group, group))
+
+    def _obstacle(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> str | None:
+        """Why the layer cannot take the closed form in this step; None where it can."""
+        rule, plastic = self.rule, self.rule.plastic_of(name)
+        weight, arrival = rule.layers[name].weight, self._arrivals.get(name)
+        if not rule.is_plain(name):
+            return FUNCTION
+        if not weight.requires_grad or arrival is None:
+            return FROZEN
+        if distributed():
+            return "several processes share their gradients"
+        if type(optimizer) is not SGD or (group or {}).get("differentiable"):
+            return f"the optimiser is {type(optimizer).__name__}, not torch.optim.SGD"
+        if group is None or other is None:
+            return "its weight and its feedback have different optimisers"
+        if not alike(group, other):
+            return OPTIONS_DIFFER
+        if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
+            return "its weight or its feedback has no dense gradient of its own"
+        if not arrival.untouched(weight.grad) or _hooked(weight):
+            return "gradients were changed between backward pass and step (clipping, or anything of the kind)"
+        if not _equal(plastic.grad, rule.from_weight(name, weight.grad)):
+            return "the gradient of its feedback is not that of its weight (a penalty on the weight, a tied weight, a clip)"
+        mine, its = (optimizer.state.get(p, {}).get("momentum_buffer") for p in (weight, plastic))
+        if (mine is None) != (its is None):
+            return "only one of its weight and its feedback has a momentum in the optimiser"
+        return None
+
+    def _keep_closed(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> None:
+        rule, weight = self.rule, self.rule.layers[name].weight
+        if group is None or weight.grad is None:
+            return None
+        if type(optimizer) is not SGD or group.get("differentiable"):
+            return self.open(name, f"the optimiser is {type(optimizer).__name__}, not torch.optim.SGD", optimizer)
+        if other is not None and not alike(group, other):
+            return self.open(name, OPTIONS_DIFFER, optimizer)
+        arrival = self._arrivals.get(name)
+        if arrival is not None and arrival.fresh and not rule._called:
+            self.open(name, "its weight also learns from what is not this rule's", optimizer)
+            rule.plastic_of(name).grad = None
+            return None
+        if arrival is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
+            raise ConfigError(
+                f"the gradient of layer {name!r} was changed between backward pass and step (clipping, or anything of the "
+                f"kind), which {type(rule).__name__} in closed form cannot do to the feedback: build the rule with "
+                'form="explicit"'
+            )
+        before = None if self._optimizer is None else self._optimizer()
+        if self._optimizer is not None and before is not optimizer and "momentum_buffer" in optimizer.state.get(weight, {}):
+            raise ConfigError(
+                f"two optimisers take turns with the weight of layer {name!r}, each with a momentum of its own: build the "
+                f'{type(rule).__name__} with form="explicit"'
+            )
+        return self._move(name, optimizer, group)
+
+    def _move(self, name: str, optimizer: Optimizer, group: Group) -> None:
+        """The step to come moves this weight by SGD."""
+        weight = cast(nn.Parameter, self.rule.layers[name].weight)
+        watch = self._watches.get(name)
+        mismatch = cast(Mismatch, self.rule.mismatch_of(name))
+        if watch is None or watch.parameter is not weight or watch.mismatch is not mismatch:
+            watch = self._watches[name] = Watch(weight, mismatch)
+        if watch.moved():
+            mismatch.measure(watch.weight)
+        self._moving[name] = (group, optimizer.state.get(weight, {}).get("momentum_buffer") is None)
+
+    def open(self, name: str, reason: str, optimizer: Optimizer | None = None) -> None:
+        """Back to the explicit form: R = B^T F, with the gradient and the momentum that it would have by now.
+
+        Raises:
+            ConfigError: the form "closed" was asked for.
+        """
+        rule = self.rule
+        if rule.form == "closed":
+            raise ConfigError(
+                f"{type(rule).__name__} in closed form cannot train layer {name!r}: {reason}; build the rule with "
+                'form="explicit", or "auto"'
+            )
+        mismatch, plastic = cast(Mismatch, rule.mismatch_of(name)), rule.plastic_of(name)
+        weight = self._watches[name].parameter if name in self._watches else rule.layers[name].weight
+        optimizer = optimizer or (None if self._optimizer is None else self._optimizer())
+        plastic.data = rule.from_weight(name, mismatch.feedback)
+        if weight.grad is not None:
+            plastic.grad = rule.from_weight(name, weight.grad)
+        state = {} if optimizer is None else optimizer.state.get(weight, {})
+        if state.get("momentum_buffer") is not None:
+            momentum = rule.from_weight(name, mismatch.drift().add_(state["momentum_buffer"]))
+            cast(Optimizer, optimizer).state[plastic]["momentum_buffer"] = momentum
+        del rule._mismatches()[key(name)]
+        rule.reasons[name] = reason
+        self._watches.pop(name, None)
+
+
+def alike(group: Group, other: Group) -> bool:
+    """Whether SGD moves the parameters of both groups in the same way."""
+    return group is other or all(group[option] == other[option] for option in OPTIONS)
+
+
+def _hooked(weight: Tensor) -> bool:
+    """Whether somebody else's hook may change the weight's gradient."""
+    after = (weight._post_accumulate_grad_hooks or {}).values()
+    return bool(weight._backward_hooks) or not all(isinstance(hook, Arrival) for hook in after)
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding."""
+    allowed = 1e3 * torch.finfo(expected.dtype).eps
+    return found.shape == expected.shape and bool((found - expected).norm() <= allowed * expected.norm())

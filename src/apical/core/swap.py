@@ -1,0 +1,62 @@
+"""The swap: while one layer runs, autograd keeps a note in place of its weight, and is given the feedback when it asks."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from apical.core.units import Layer
+from apical.errors import UnsupportedModelError
+
+
+class Swap(saved_tensors_hooks):
+    """While one layer runs, autograd keeps a note in place of the layer's weight, and other tensors as they are.
+
+    Args:
+        layer: the layer.
+        feedback: makes the feedback weight, when the backward pass asks for the weight.
+
+    Attributes:
+        met: autograd kept the weight since this was last set to False. Where it did not, the layer computes with another
+            tensor, and the error would pass through that.
+    """
+
+    def __init__(self, layer: Layer, feedback: Callable[[], Tensor]) -> None:
+        super().__init__(self.pack, self.unpack)
+        self.layer, self.feedback = layer, feedback
+        self.met = False
+        self._own = layer._parameters
+
+    def _weight(self) -> Tensor:
+        """The layer's weight; attributes of modules take a microsecond, which shows beside small layers."""
+        weight = self._own.get("weight")
+        return self.layer.weight if weight is None else weight
+
+    def pack(self, saved: Tensor) -> Any:
+        """(the tensor or None for the weight, is it transposed, version)."""
+        weight = self._weight()
+        if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+            return saved, False, saved._version
+        self.met = True
+        if saved.shape == weight.shape and saved.stride() == weight.stride():
+            return None, False, weight._version
+        if saved.shape == weight.shape[::-1] and saved.stride() == weight.stride()[::-1]:
+            return None, True, weight._version
+        raise UnsupportedModelError(
+            f"a {type(self.layer).__name__} keeps its weight {tuple(weight.shape)} in the form {tuple(saved.shape)}, "
+            "for which no feedback is known"
+        )
+
+    def unpack(self, packed: tuple[Tensor | None, bool, int]) -> Tensor:
+        """The feedback weight, or the tensor that was kept, unless it was changed since."""
+        saved, transposed, version = packed
+        kept = self._weight() if saved is None else saved
+        if kept._version != version:
+            raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
+        if saved is not None:
+            return saved
+        feedback = self.feedback()
+        if feedback.dtype != kept.dtype or feedback.device != kept.device:  # the model was moved without the rule
+            feedback = feedback.to(kept)
+        return feedback.T if transposed else feedback

@@ -1,0 +1,96 @@
+"""Layers whose calls go through the rule at work: one wrapper a layer, however many rules are attached to it."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from apical.errors import ConfigError
+
+
+class Wrapped:
+    """Stands in place of a layer's forward method, and hands its calls to the rule at work, if one is.
+
+    Copies and pickles hold the layer's own forward method: a copied model has no rule attached.
+
+    Attributes:
+        before: the forward that stood on the instance before, or None.
+        forward: what a call without a rule runs.
+        rule: the rule at work: its `call_layer(site, *args, **kwargs)` takes the calls.
+        site: what that rule knows of the layer.
+        attached: number of rules that hold this wrapper.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        before = layer.__dict__.get("forward")
+        if getattr(before, "__func__", None) is type(layer).forward and getattr(before, "__self__", None) is layer:
+            before = None  # left by a copy
+        self.layer, self.before, self.attached = layer, before, 0
+        self.forward = layer.forward if before is None else before
+        self.rule: Any = None
+        self.site: Any = None
+        layer.__dict__["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer under the rule at work."""
+        rule = self.rule
+        if rule is None:
+            return self.forward(*args, **kwargs)
+        return rule.call_layer(self.site, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (self.layer, "forward")) if self.before is None else (_itself, (self.before,))
+
+    def release(self) -> None:
+        """One rule less; after the last, the layer has its own forward method again."""
+        self.attached -= 1
+        if self.attached == 0 and self.layer.__dict__.get("forward") is self:
+            del self.layer.__dict__["forward"]
+            if self.before is not None:
+                self.layer.__dict__["forward"] = self.before
+
+    def require_in_place(self, name: str) -> None:
+        """Refuse to work where something else has taken the wrapper's place.
+
+        Raises:
+            ConfigError: somebody gave the layer another forward method after the rule was made.
+        """
+        if self.layer.__dict__.get("forward") is not self:
+            raise ConfigError(
+                f"layer {name!r} was given another forward method after the rule was made; make the rule afterwards"
+            )
+
+
+class Attachment:
+    """One rule's hold on layers, until :meth:`remove` or until the rule is no more.
+
+    Args:
+        rule: who holds on; only weakly referenced.
+        layers: the layers to wrap.
+    """
+
+    def __init__(self, rule: object, layers: Iterable[nn.Module]) -> None:
+        self.wrapped = [_wrapper(layer) for layer in layers]
+        for each in self.wrapped:
+            each.attached += 1
+        self._release = weakref.finalize(rule, _release, self.wrapped)
+        self._release.atexit = False
+
+    def remove(self) -> None:
+        """Let go of every layer."""
+        self._release()
+
+
+def _wrapper(layer: nn.Module) -> Wrapped:
+    existing = layer.__dict__.get("forward")
+    return existing if isinstance(existing, Wrapped) else Wrapped(layer)
+
+
+def _release(wrapped: list[Wrapped]) -> None:
+    for each in wrapped:
+        each.release()
+
+
+def _itself(forward: Any) -> Any:
+    return forward

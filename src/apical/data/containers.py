@@ -1,0 +1,95 @@
+"""Compressed files, read up to a limit: what a small file unpacks to may be without end."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zipfile
+from pathlib import Path
+
+LIMIT = 1 << 28
+"""Bytes that a file may have, and may unpack to; the largest of a known set have 55 million."""
+_MEMORY = 1 << 28
+_PIECE = 1 << 20
+_XZ_MAGIC, _BZ2_MAGIC = b"\xfd7zXZ\0", b"BZh"
+
+
+def content(path: Path, limit: int = LIMIT) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ValueError: it is too large.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        read = file.read(limit + 1)
+    if len(read) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    return read
+
+
+def xz(packed: bytes, limit: int = LIMIT) -> bytes:
+    """What one .xz stream unpacks to.
+
+    Raises:
+        ValueError: it is none, is damaged, ends early, is followed by something, or unpacks to more than `limit` bytes.
+    """
+    if not packed.startswith(_XZ_MAGIC):
+        raise ValueError("it is not an .xz file")
+    try:
+        return _stream(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY), packed, limit)
+    except lzma.LZMAError as error:
+        raise ValueError(str(error)) from error
+
+
+def bzip2(packed: bytes, limit: int = LIMIT) -> bytes:
+    """What one .bz2 stream unpacks to; raises as :func:`xz` does."""
+    if not packed.startswith(_BZ2_MAGIC):
+        raise ValueError("it is not a .bz2 file")
+    try:
+        return _stream(bz2.BZ2Decompressor(), packed, limit)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+
+
+def gunzip(packed: bytes, limit: int = LIMIT) -> bytes:
+    """What a .gz file unpacks to.
+
+    Raises:
+        ValueError: it unpacks to more than `limit` bytes.
+        EOFError, OSError, zlib.error: it ends early or is damaged.
+    """
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+        return _limited(file.read(limit + 1), limit)
+
+
+def check_zip(path: Path, limit: int = LIMIT) -> None:
+    """Refuse a .zip or .npz file that unpacks to more than `limit` bytes.
+
+    Raises:
+        ValueError: it does.
+        zipfile.BadZipFile, OSError: it is damaged or cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > limit:
+            raise ValueError(f"it unpacks to more than {limit:,} bytes")
+
+
+def _stream(decompressor: lzma.LZMADecompressor | bz2.BZ2Decompressor, packed: bytes, limit: int) -> bytes:
+    pieces, size = [decompressor.decompress(packed, _PIECE)], 0
+    while not decompressor.eof:
+        size += len(pieces[-1])
+        if decompressor.needs_input:
+            raise ValueError("it ends early")
+        if size > limit:
+            break
+        pieces.append(decompressor.decompress(b"", _PIECE))
+    if decompressor.eof and decompressor.unused_data:
+        raise ValueError("something follows its end")
+    return _limited(b"".join(pieces), limit)
+
+
+def _limited(unpacked: bytes, limit: int) -> bytes:
+    if len(unpacked) > limit:
+        raise ValueError(f"it unpacks to more than {limit:,} bytes")
+    return unpacked

@@ -1,0 +1,92 @@
+"""What complex states ask of a network: losses, pooling and activations that are analytic."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.activations import complex_parts
+from apical.core.chain import Stage
+from apical.core.losses import squared_error
+from apical.core.pooling import SoftmaxPool2d
+from apical.errors import ConfigError, UnsupportedModelError
+
+
+def _softmax_error(parts: Tensor, label: Tensor, q: int) -> Tensor:
+    p = len(parts) - q
+    real = parts[: p - q].softmax(-1) - label
+    if q == 0:
+        return real
+    shifted = parts[p - q : p] - parts[p - q : p].amax(-1, keepdim=True)
+    power = torch.polar(shifted.exp(), parts[p:])
+    share = power / power.sum(-1, keepdim=True)
+    return torch.cat((real, share.real - label, share.imag))
+
+
+def _distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
+    p = len(parts) - q
+    return torch.cat((parts[:p] - label, parts[p:])) if q else parts - label
+
+
+def _mean_distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
+    """Of `F.mse_loss`, a mean over outputs too."""
+    return _distance(parts, label, q) * (2 / label.shape[-1])
+
+
+HOLOMORPHIC: dict[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, int], Tensor]] = {
+    F.cross_entropy: _softmax_error,
+    squared_error: _distance,
+    F.mse_loss: _mean_distance,
+}
+"""Losses whose error at the output is known for complex outputs too: (parts, one-hot labels, Q) -> parts."""
+
+
+def is_holomorphic(activation: nn.Module) -> bool:
+    """Whether an activation takes complex states and has the same derivative in every direction (Cauchy-Riemann)."""
+    x = torch.tensor([-2.1, -0.7, 0.3, 0.9, 1.6, 2.8], dtype=torch.float64)
+    z, h = torch.complex(x, 0.1 * x.flip(0)), 1e-6
+
+    def phi(z: Tensor) -> Tensor:
+        return torch.complex(*complex_parts(activation, z.real, z.imag))
+
+    try:
+        along, across = ((phi(z + step) - phi(z - step)) / (2 * step) for step in (h, 1j * h))
+        same = (phi(torch.complex(x, torch.zeros_like(x))) - activation(x)).abs().amax()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return bool((along - across).abs().amax() < 1e-6) and bool(same < 1e-12)
+
+
+def require_complex(stages: Sequence[Stage], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Refuse what is not for complex states.
+
+    Raises:
+        ConfigError: the loss.
+        UnsupportedModelError: pooling or an activation; the layer is named.
+    """
+    if loss not in HOLOMORPHIC:
+        known = ", ".join(getattr(loss, "__name__", "?") for loss in HOLOMORPHIC)
+        raise ConfigError(f"complex nudges need a loss whose error is known for complex outputs: {known}; or points=2")
+    for stage in stages:
+        bent = [module for module in stage.before if bends(module)] + list(filter(is_max, stage.after))
+        if bent:
+            raise UnsupportedModelError(
+                f"layer {stage.name!r} has {type(bent[0]).__name__} beside it, which is not for complex states: use "
+                "average pooling, or SoftmaxPool2d between layer and activation, or points=2"
+            )
+        if not is_holomorphic(stage.activation):
+            raise UnsupportedModelError(
+                f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
+                "complex states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
+            )
+
+
+def is_max(module: nn.Module) -> bool:
+    """Whether a module takes maxima."""
+    return isinstance(module, nn.modules.pooling._MaxPoolNd)
+
+
+def bends(module: nn.Module) -> bool:
+    """Whether a module beside a layer is not linear."""
+    return is_max(module) or isinstance(module, SoftmaxPool2d)

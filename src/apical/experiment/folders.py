@@ -1,0 +1,55 @@
+"""Folders that commands write: whether one is used, and removing what is in it and nothing else."""
+
+import os
+import shutil
+from pathlib import Path
+
+from apical.errors import ConfigError
+
+LOCK = ".lock"
+"""File by which a process holds a folder."""
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError unless `path` is a writable folder or can be made. Creates nothing."""
+    existing = path.absolute()
+    while not existing.exists() and existing.parent != existing:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"--out {path}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {path}: no permission to write in {existing}")
+
+
+def is_used(path: Path) -> bool:
+    """Whether the folder is there and holds anything but a lock."""
+    return path.is_dir() and any(file.name != LOCK for file in path.iterdir())
+
+
+def refuse_used(path: Path, remedy: str = "add --resume to continue it, --overwrite to start again") -> None:
+    """Raise ConfigError if the folder holds anything but a lock."""
+    if is_used(path):
+        raise ConfigError(f"--out {path} is not empty; {remedy}")
+
+
+def refuse_links(path: Path, out: Path) -> None:
+    """Raise ConfigError if `path` within the folder `out` leads out of it, through a link: nothing out there is removed."""
+    if not path.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(
+            f"--overwrite removes nothing outside {out}, and {path} is a link to {path.resolve()}; "
+            "remove the link or choose another --out"
+        )
+
+
+def remove_tree(path: Path, out: Path) -> None:
+    """Remove the folder `path` within `out` and all that is in it, if it is there; links in it go, what they lead to stays.
+
+    Raises:
+        ConfigError: `path` leads out of the folder.
+        OSError: something cannot be removed.
+    """
+    refuse_links(path, out)
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,274 @@
+"""Is a rule what it says, on your own model? :func:`check_model` finds out by intervention."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from apical.core.credit import Credit, CreditRule
+from apical.core.placement import Placement, undisturbed
+from apical.rules.backprop import Backprop
+from apical.testing import interventions
+from apical.testing.interventions import NotApplicableError
+from apical.testing.trial import Gradients, Trial
+
+
+@dataclass
+class ModelReport:
+    """What :func:`check_model` did.
+
+    Attributes:
+        rule: class of the rule.
+        placement: the rule's own statement of where each layer's error comes from.
+        passed: what each check that ran has tried, by its name.
+        skipped: why the others did not apply.
+    """
+
+    rule: str
+    placement: Placement
+    passed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.rule}: {len(self.passed)} checks passed, {len(self.skipped)} did not apply"]
+        lines += [f"  passed  {name}: {tried}" for name, tried in self.passed.items()]
+        lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join([*lines, "", str(self.placement)])
+
+
+def check_gradients_and_output(trial: Trial) -> str:
+    """Gradients are finite, and the output is the model's own."""
+    for name, grad in trial.usual.items():
+        if not bool(grad.isfinite().all()):
+            raise AssertionError(f"the gradient of {name!r} is not finite")
+    if not trial.usual:
+        raise AssertionError("no parameter of the model got a gradient")
+    if trial.rule.feed_forward and not trial.is_stochastic:
+        with trial.sandbox():
+            output = tree_leaves(trial.rule(trial.inputs, trial.targets)._output)
+            output = [x.detach().clone() for x in output if isinstance(x, Tensor)]
+        with trial.sandbox(), torch.no_grad():
+            plain = [x for x in tree_leaves(trial.model(trial.inputs)) if isinstance(x, Tensor)]
+        if any(not _close(a, b, trial.tolerance) for a, b in zip(output, plain, strict=True)):
+            raise AssertionError("credit.output is not what the model answers")
+    return f"{len(trial.usual)} parameters"
+
+
+def check_placement(trial: Trial) -> str:
+    """What is said to be frozen or without credit gets no gradient, all else does, and backpropagation is exact."""
+    for name, parameter in trial.model.named_parameters():
+        path, has = trial.path(name), name in trial.usual
+        if path in ("frozen", "no credit") and has and bool(trial.usual[name].any()):
+            raise AssertionError(f"{name!r} is said to be {path!r}, but it got a gradient")
+        if path not in ("frozen", "no credit") and not has and parameter.requires_grad and name in trial.backprop:
+            raise AssertionError(f"{name!r} is said to be {path!r}, but it got no gradient")
+    if isinstance(trial.rule, Backprop):
+        interventions.require_backprop(trial, trial.usual, "under backpropagation")
+    return f"{len(trial.placement)} modules"
+
+
+def check_not_backprop(trial: Trial) -> str:
+    """A rule that claims signals of its own is not backpropagation."""
+    layers = [row.layer for row in trial.placement if row.path == "signal of its own"]
+    if not layers:
+        raise NotApplicableError("no layer is said to have a signal of its own")
+    others = trial.far(trial.usual, trial.backprop)
+    if not any(trial.path(name) == "signal of its own" for name in others):
+        raise AssertionError(
+            f"layer {layers[0]!r} is said to have a signal of its own, but all gradients are backpropagation's"
+        )
+    return f"{len(others)} parameters differ"
+
+
+def check_determinism(trial: Trial) -> str:
+    """One seed, one update."""
+    far = trial.far(trial.step(), trial.usual)
+    if far:
+        raise AssertionError(f"two steps from one seed differ in the gradient of {min(far)!r}")
+    return "one step twice"
+
+
+def check_scaled_loss(trial: Trial) -> str:
+    """`(3 * credit.loss).backward()` makes three times the update."""
+
+    def scaled(credit: Credit) -> None:
+        (3 * credit.loss).backward()
+
+    far = trial.far(trial.step(scaled), {name: 3 * grad for name, grad in trial.usual.items()})
+    if far:
+        raise AssertionError(f"(3 * credit.loss).backward() does not make three times the gradient of {min(far)!r}")
+    return "3 times the loss"
+
+
+def check_compiled(trial: Trial) -> str:
+    """Compiled, the rule makes the same update."""
+    if trial.is_stochastic:
+        raise NotApplicableError("the model draws random numbers, which a compiler may draw in another order")
+    torch._dynamo.reset()
+    try:
+        with trial.sandbox():
+            trial.loss(torch.compile(trial.model, backend="aot_eager")(trial.inputs)).backward()
+            exact = trial.collected()
+        if trial.far(exact, trial.backprop):
+            raise NotApplicableError("the model itself computes something else when compiled")
+    except NotApplicableError:
+        raise
+    except Exception as error:
+        raise NotApplicableError(f"the model itself does not compile ({type(error).__name__})") from None
+    finally:
+        torch._dynamo.reset()
+    try:
+        compiled: Callable[..., Credit] = torch.compile(trial.rule, backend="aot_eager")
+        grads = trial.step(rule=compiled)
+    finally:
+        torch._dynamo.reset()
+    far = trial.far(grads, trial.usual)
+    if far:
+        name = max(far, key=lambda name: far[name])
+        raise AssertionError(f"compiled, the gradient of {name!r} is another one (it differs by {far[name]:.2g} of it)")
+    return "aot_eager"
+
+
+def check_autocast(trial: Trial) -> str:
+    """Under autocast the update points where it points without."""
+    kind = next(trial.model.parameters()).device.type
+
+    def lower(make: Callable[[], Gradients]) -> Gradients:
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            return make()
+
+    try:
+        plain = _cosine(lower(trial.exact), trial.backprop)
+    except Exception as error:
+        raise NotApplicableError(f"the model itself does not run under autocast ({type(error).__name__})") from None
+    cosine = _cosine(lower(trial.step), trial.usual)
+    if not cosine >= min(0.99, plain - 0.01):
+        raise AssertionError(
+            f"under autocast the update has a cosine of {cosine:.3f} with that without (backprop: {plain:.3f})"
+        )
+    return f"cosine {cosine:.4f}"
+
+
+def check_batch_sizes(trial: Trial) -> str:
+    """A smaller batch in between is learned from as well, and changes nothing for the next."""
+    size = _size(trial.inputs)
+    if size < 4 or _size(trial.targets) != size:
+        raise NotApplicableError("the batch has no first dimension of four samples or more that inputs and targets share")
+    half = (trial.inputs[: size // 2], trial.targets[: size // 2])
+    _other_batch(trial, half, f"a batch of {size // 2}")
+    return f"{size} and {size // 2} samples"
+
+
+def check_lengths(trial: Trial) -> str:
+    """Sequences of another length are learned from as well, and change nothing for the next."""
+    inputs, targets = trial.inputs, trial.targets
+    if not isinstance(inputs, Tensor) or inputs.dim() < 2 or inputs.shape[1] < 3:
+        raise NotApplicableError("inputs are no sequences")
+    tried = []
+    for length in (inputs.shape[1] - 1, inputs.shape[1] // 2):
+        shorter = [targets[:, :length]] if isinstance(targets, Tensor) and targets.dim() > 1 else []
+        for wanted in (targets, *shorter):
+            batch = (inputs[:, :length], wanted)
+            try:
+                with trial.sandbox():
+                    trial.rule.loss(trial.model(batch[0]), wanted)
+            except Exception:
+                continue
+            _other_batch(trial, batch, f"sequences of length {length}")
+            tried.append(length)
+            break
+    if not tried:
+        raise NotApplicableError("the model takes inputs of this length only")
+    return f"lengths {inputs.shape[1]}, {', '.join(map(str, tried))}"
+
+
+CHECKS: dict[str, Callable[[Trial], str]] = {
+    "gradients": check_gradients_and_output,
+    "placement": check_placement,
+    "determinism": check_determinism,
+    "scaled loss": check_scaled_loss,
+    "feedback reaches below": interventions.check_feedback_reach,
+    "zero feedback": interventions.check_feedback_zero,
+    "feedback = weight": interventions.check_feedback_exact,
+    "feedback differs": interventions.check_feedback_differs,
+    "zero signals": interventions.check_signals_zero,
+    "signals reach their unit": interventions.check_signals_reach,
+    "signals differ": interventions.check_signals_differ,
+    "not backprop": check_not_backprop,
+    "batch sizes": check_batch_sizes,
+    "lengths": check_lengths,
+    "autocast": check_autocast,
+    "compiled": check_compiled,
+}
+"""Checks of :func:`check_model`: each raises AssertionError, or NotApplicableError, or says what it tried."""
+
+
+def check_model(rule: CreditRule, inputs: Any, targets: Any, *, skip: Collection[str] = ()) -> ModelReport:
+    """Test a rule on your own model and batch by intervention; both are left as they were found.
+
+    Args:
+        rule: made around the model, in the precision in which it will be trained.
+        inputs: a batch (batch, ...), small: each layer takes several steps.
+        targets: what the rule's loss takes.
+        skip: names of checks from :data:`CHECKS` to leave out; "compiled" takes seconds.
+
+    Returns:
+        What was tried, what did not apply and why; print it.
+
+    Raises:
+        AssertionError: the first thing that is not as it should be, with the layer's name.
+        ApicalError: the rule refuses the model.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    >>> report = check_model(Backprop(model), torch.randn(8, 4), torch.arange(8) % 3, skip=("compiled",))
+    >>> report.passed["placement"]
+    '2 modules'
+    """
+    if unknown := set(skip) - CHECKS.keys():
+        raise ValueError(f"skip names no checks: {sorted(unknown)}; known: {', '.join(CHECKS)}")
+    trial = Trial(rule, inputs, targets)
+    with undisturbed(rule, parameters=True):
+        rule(inputs, targets)  # whatever is made at the first batch exists from here on
+        report = ModelReport(type(rule).__name__, trial.placement)
+        for name, check in CHECKS.items():
+            if name in skip:
+                report.skipped[name] = "skipped on request"
+                continue
+            try:
+                report.passed[name] = check(trial)
+            except NotApplicableError as reason:
+                report.skipped[name] = str(reason)
+    return report
+
+
+def _other_batch(trial: Trial, batch: tuple[Any, Any], what: str) -> None:
+    """Learn from another batch, then from the usual one, in one sandbox."""
+    with trial.sandbox():
+        trial.rule(*batch).backward()
+        for name, grad in trial.collected().items():
+            if not bool(grad.isfinite().all()):
+                raise AssertionError(f"on {what} the gradient of {name!r} is not finite")
+
+
+def _cosine(a: Gradients, b: Gradients) -> float:
+    dot, first, second = 0.0, 0.0, 0.0
+    for name in a.keys() & b.keys():
+        x, y = a[name].double().flatten(), b[name].double().flatten()
+        dot, first, second = dot + float(x @ y), first + float(x @ x), second + float(y @ y)
+    return dot / (first * second) ** 0.5 if first and second else 1.0
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, Tensor) and value.dim() else 0

@@ -1,0 +1,168 @@
+"""Experiments on somebody's rule and model: each runs one step in a sandbox and hands back the gradients it made."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from apical.core.credit import Credit, CreditRule
+from apical.core.placement import Placement, undisturbed
+
+Gradients = dict[str, Tensor]
+"""Gradients by parameter name; a parameter without one is missing."""
+
+
+def direct(credit: Credit) -> None:
+    """`credit.backward()`."""
+    credit.backward()
+
+
+class Trial:
+    """A rule and a batch. Every method leaves rule, model, gradients and random generators as they are.
+
+    Args:
+        rule: the rule with its model.
+        inputs: (batch, ...).
+        targets: what the rule's loss takes.
+
+    Attributes:
+        tolerance: relative error that counts as equal in the model's precision.
+    """
+
+    def __init__(self, rule: CreditRule, inputs: Any, targets: Any) -> None:
+        self.rule, self.model, self.inputs, self.targets = rule, rule.model, inputs, targets
+        kinds = [q.dtype for q in self.model.parameters()]
+        eps = max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=1e-7)
+        self.tolerance = 1e-9 if eps < 1e-12 else min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
+
+    @contextmanager
+    def sandbox(self) -> Iterator[None]:
+        """Within, no gradient is there, the random generators start from a fixed seed, and whatever changes is undone."""
+        with undisturbed(self.rule, parameters=True), torch.enable_grad():
+            self.rule.zero_grad()
+            torch.manual_seed(0)
+            yield
+
+    def step(
+        self,
+        backward: Callable[[Credit], None] = direct,
+        rule: Callable[..., Credit] | None = None,
+    ) -> Gradients:
+        """Gradients that one step of the rule makes in the model."""
+        with self.sandbox():
+            made = self.rule if rule is None else rule
+            backward(made(self.inputs, self.targets))
+            return self.collected()
+
+    def exact(self) -> Gradients:
+        """Gradients of the model's own loss by backpropagation, without the rule."""
+        with self.sandbox():
+            self.loss(self.model(self.inputs)).backward()
+            return self.collected()
+
+    def loss(self, output: Any) -> Tensor:
+        """The rule's loss of an output."""
+        value: Tensor = self.rule.loss(output, self.targets)
+        return value
+
+    def collected(self) -> Gradients:
+        """Copies of the gradients that are in the model now."""
+        return {name: q.grad.detach().clone() for name, q in self.model.named_parameters() if q.grad is not None}
+
+    @cached_property
+    def usual(self) -> Gradients:
+        """Gradients of an ordinary step."""
+        return self.step()
+
+    @cached_property
+    def backprop(self) -> Gradients:
+        """Gradients of backpropagation."""
+        return self.exact()
+
+    @cached_property
+    def placement(self) -> Placement:
+        """The rule's own statement."""
+        with self.sandbox():
+            return self.rule.placement(self.inputs)
+
+    def path(self, parameter: str) -> str:
+        """Path of the row whose module holds the parameter; "" where none does."""
+        rows = [row for row in self.placement if parameter.startswith(f"{row.layer}." if row.layer else "")]
+        return max(rows, key=lambda row: len(row.layer)).path if rows else ""
+
+    @cached_property
+    def is_stochastic(self) -> bool:
+        """Whether the model's output depends on the random generators."""
+        outputs = []
+        for seed in range(3):
+            with self.sandbox(), torch.no_grad():
+                torch.manual_seed(seed)
+                outputs.append([x.clone() for x in tree_leaves(self.model(self.inputs)) if isinstance(x, Tensor)])
+        return any(
+            len(a) != len(b) or any(x.shape != y.shape or not torch.equal(x, y) for x, y in zip(a, b, strict=True))
+            for a, b in ((outputs[0], other) for other in outputs[1:])
+        )
+
+    def below(self, layer: nn.Module) -> set[str]:
+        """Names of the parameters that the layer's input depends on."""
+        seen: list[Tensor] = []
+        with self.sandbox():
+            hook = layer.register_forward_pre_hook(partial(_record, seen), with_kwargs=True)
+            self.model(self.inputs)
+            hook.remove()
+            starts = [x.abs().sum() for x in seen if x.requires_grad]
+            if starts:
+                torch.autograd.backward(starts)
+            return set(self.collected())
+
+    def through(self, layer: nn.Module) -> set[str]:
+        """Names of the parameters that the loss depends on through this layer's input alone."""
+        with self.sandbox():
+            hook = layer.register_forward_pre_hook(_detached, with_kwargs=True)
+            loss = self.loss(self.model(self.inputs))
+            hook.remove()
+            if loss.requires_grad:
+                loss.backward()
+            others = self.collected()
+        return {name for name, grad in self.backprop.items() if bool(grad.any()) and not _any(others.get(name))}
+
+    def far(self, a: Gradients, b: Gradients, names: Mapping[str, Any] | set[str] | None = None) -> dict[str, float]:
+        """Parameters on which two sets of gradients differ by more than the tolerance, and by how much, relative to b's."""
+        scale = max((float(g.abs().max()) for g in b.values() if g.numel()), default=0.0)
+        result = {}
+        for name in names if names is not None else a.keys() | b.keys():
+            x, y = a.get(name), b.get(name)
+            if x is None and y is None:
+                continue
+            x, y = _filled(x, y), _filled(y, x)
+            difference = float((x - y).abs().max()) if x.numel() else 0.0
+            size = max(float(y.abs().max()) if y.numel() else 0.0, 1e-3 * scale)
+            if not difference <= self.tolerance * size:
+                result[name] = difference / size if size else float("inf")
+        return result
+
+
+def _filled(grad: Tensor | None, other: Tensor | None) -> Tensor:
+    if grad is not None:
+        return grad
+    assert other is not None
+    return torch.zeros_like(other)
+
+
+def _any(grad: Tensor | None) -> bool:
+    return grad is not None and bool(grad.any())
+
+
+def _record(seen: list[Tensor], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    seen += [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+
+
+def _detached(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut(x: Any) -> Any:
+        return x.detach() if isinstance(x, Tensor) else x
+
+    return torch.utils._pytree.tree_map(cut, (args, kwargs))  # type: ignore[no-any-return]

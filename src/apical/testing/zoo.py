@@ -1,0 +1,108 @@
+"""Models as people write them, in small: on each, every rule trains as it says or refuses by name (:func:`outcome`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import CreditRule, Loss
+from apical.errors import ConfigError, UnsupportedModelError
+from apical.testing import zoo_images as images
+from apical.testing import zoo_sequences as sequences
+from apical.testing.model import ModelReport, check_model
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One model and how to feed it.
+
+    Attributes:
+        title: what it is.
+        make: makes it.
+        inputs: makes a batch (batch, ...) from a generator.
+        targets: makes targets.
+        loss: maps (output, targets) to a scalar batch mean.
+    """
+
+    title: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[torch.Generator], Tensor]
+    targets: Callable[[torch.Generator], Tensor]
+    loss: Loss = field(default=F.cross_entropy)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one rule on one model.
+
+    Attributes:
+        trained: every check of :func:`apical.testing.check_model` that applies passed.
+        checks: names of those.
+        refused: why the rule refuses the model, if it does.
+        fault: what was found wrong, if anything.
+    """
+
+    trained: bool
+    checks: tuple[str, ...] = ()
+    refused: str = ""
+    fault: str = ""
+
+
+def per_token(output: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of (batch, length, classes)."""
+    return F.cross_entropy(output.flatten(0, 1), targets.flatten())
+
+
+def of_dictionary(output: Any, targets: Tensor) -> Tensor:
+    """Cross-entropy of `output["logits"]`."""
+    return F.cross_entropy(output["logits"], targets)
+
+
+def _normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda generator: torch.randn(6, *shape, dtype=torch.double, generator=generator)
+
+
+def _classes(number: int, *shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda generator: torch.randint(number, (6, *shape), generator=generator)
+
+
+ZOO: dict[str, Specimen] = {
+    "mnist-example": Specimen(
+        "PyTorch's basic MNIST example", images.MnistExample, _normal(1, 12, 12), _classes(10), F.nll_loss
+    ),
+    "vgg": Specimen("VGG", images.Vgg, _normal(3, 8, 8), _classes(10)),
+    "preact-resnet": Specimen("pre-activation ResNet", images.PreActivationResNet, _normal(3, 8, 8), _classes(10)),
+    "densenet": Specimen("DenseNet", images.DenseNet, _normal(3, 8, 8), _classes(10)),
+    "mobilenet": Specimen("MobileNet", images.MobileNet, _normal(3, 8, 8), _classes(10)),
+    "senet": Specimen("SENet", images.SeNet, _normal(3, 8, 8), _classes(10)),
+    "unet": Specimen("UNet", images.UNet, _normal(1, 8, 8), _classes(3, 8, 8)),
+    "gpt": Specimen("hand-written GPT", sequences.Gpt, _classes(11, 5), _classes(11, 5), per_token),
+    "vit": Specimen("vision transformer", sequences.Vit, _normal(3, 8, 8), _classes(10)),
+    "rnn": Specimen("hand-written RNN, three lengths", sequences.Rnn, _normal(6, 5), _classes(4)),
+    "masked": Specimen("masked and standardised layers", sequences.MaskedAndStandardised, _normal(6), _classes(4)),
+    "shared": Specimen("a layer used three times", sequences.Shared, _normal(6), _classes(4)),
+    "frozen": Specimen("a frozen layer", sequences.frozen, _normal(6), _classes(4)),
+    "weight-norm": Specimen("weight norm", sequences.weight_normed, _normal(6), _classes(4)),
+    "dict": Specimen("an output in a dictionary", sequences.DictOutput, _normal(6), _classes(4), of_dictionary),
+    "stochastic-depth": Specimen("stochastic depth", sequences.StochasticDepth, _normal(6), _classes(4)),
+    "experts": Specimen("mixture of experts", sequences.MixtureOfExperts, _normal(6), _classes(4)),
+}
+"""By short name."""
+
+
+def outcome(factory: Callable[..., CreditRule], specimen: Specimen, skip: tuple[str, ...] = ()) -> Outcome:
+    """Make the rule around a new model, in double precision, and check it."""
+    torch.manual_seed(0)
+    model = specimen.make().double()
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = specimen.inputs(generator), specimen.targets(generator)
+    try:
+        report: ModelReport = check_model(factory(model, specimen.loss), inputs, targets, skip=skip)
+    except (UnsupportedModelError, ConfigError) as error:
+        return Outcome(False, refused=" ".join(str(error).split()))
+    except Exception as error:
+        return Outcome(False, fault=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return Outcome(True, tuple(report.passed))

@@ -1,0 +1,128 @@
+"""Every rule under the options of `DistributedDataParallel`: ranks stay equal, and equal one process on the joined batch.
+
+One pair of processes serves all rules and options, because a start costs seconds.
+"""
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent))  # in the processes, which know no conftest
+
+from test_conformance import RULES, SKIPPED
+
+from apical.core.credit import CreditRule
+from apical.core.plastic import PlasticRule
+from apical.testing import dense_network
+
+OPTIONS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "static": {"static_graph": True},
+    "unused": {"find_unused_parameters": True},
+    "no_sync": {},
+}
+
+
+class Temperature(nn.Module):
+    """A loss with a parameter, which every rank must get a gradient for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.tensor(1.5, dtype=torch.double))
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output * self.t, targets)
+
+
+def make(name: str) -> CreditRule:
+    torch.manual_seed(0)
+    complex_states = name.startswith("hep")
+    return RULES[name](dense_network(), F.cross_entropy if complex_states else Temperature())
+
+
+def train(module: nn.Module, share: slice, apart: bool) -> None:
+    """Three steps, by `credit.backward()` and by `credit.loss.backward()` in turn.
+
+    Args:
+        share: what of a batch this process sees.
+        apart: each step has two micro-batches, of which only the second tells the other rank.
+    """
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    torch.manual_seed(1)
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(1 + apart):
+            generator = torch.Generator().manual_seed(2 * step + part)
+            inputs = torch.rand(8, 6, dtype=torch.double, generator=generator)[share]
+            targets = torch.randint(0, 4, (8,), generator=generator)[share]
+            waits = apart and part == 0 and isinstance(module, DistributedDataParallel)
+            with module.no_sync() if waits else nullcontext():
+                credit = module(inputs, targets)
+                (credit.loss if step % 2 else credit).backward()
+        optimizer.step()
+
+
+def learned(rule: CreditRule) -> dict[str, Tensor]:
+    """The rule's state; the values of plastic feedback, which one process and several keep in different forms."""
+    state = rule.state_dict()
+    if not isinstance(rule, PlasticRule):
+        return state
+    feedback = {f"feedback of {name}": value for name, value in rule.feedback_weights().items()}
+    return {**{name: value for name, value in state.items() if name.startswith(("model.", "loss."))}, **feedback}
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    found: dict[str, Any] = {}
+    for name in RULES:
+        for option, keywords in OPTIONS.items():
+            rule = make(name)
+            try:
+                train(DistributedDataParallel(rule, **keywords), slice(rank, None, 2), option == "no_sync")
+                found[f"{name}/{option}"] = learned(rule)
+            except Exception as error:
+                found[f"{name}/{option}"] = f"{type(error).__name__}: {error}"
+    torch.save(found, Path(folder) / f"{rank}.part")
+    (Path(folder) / f"{rank}.part").rename(Path(folder) / f"{rank}.pt")
+    while not (Path(folder) / f"{1 - rank}.pt").exists():  # nobody leaves while the other still communicates
+        time.sleep(0.01)
+    os._exit(0)  # gloo's destructor can wait for ever for a thread that waits for the interpreter lock
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(rank_of_two, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", RULES)
+def test_ranks_are_equal_and_equal_one_process(name: str, option: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (found[f"{name}/{option}"] for found in ranks)
+    assert isinstance(first, dict), first
+    assert isinstance(second, dict), second
+    trained = first.keys() & {key for key, _ in make(name).named_parameters()} | {
+        key for key in first if "feedback of" in key
+    }
+    assert all(torch.equal(first[key], second[key]) for key in trained)
+    if (name, "distributed") in SKIPPED:
+        return
+    rule = make(name)
+    train(rule, slice(None), option == "no_sync")
+    for key, value in learned(rule).items():
+        torch.testing.assert_close(first[key], value, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,220 @@
+"""What a loss says beside the distance of output and targets is in the update, or it is refused."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_conformance import RULES
+from torch import Tensor, nn
+
+import apical
+from apical.core.losses import output_error, squared_error, terms, value_at
+from apical.errors import ConfigError
+from apical.testing import dense_network
+
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.double)
+SMALL_NUDGE = {
+    "dfc": {"nudge": 1e-6},
+    "dfc-ss": {"nudge": 1e-6},
+    "dfc-ssa": {"nudge": 1e-6},
+    "dtp-drl": {"eta": 1e-6},
+    "dtp": {"eta": 1e-6},
+    "ddtp-rhl": {"eta": 1e-6},
+    "ep": {"beta": 1e-4},
+    "ep-directed": {"beta": 1e-4},
+}
+"""Rules that nudge are linear in the error only for small nudges."""
+
+
+def update(name: str, loss: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    factory = partial(RULES[name], **SMALL_NUDGE.get(name, {}))
+    rule = factory(dense_network(), loss)
+    torch.manual_seed(1)
+    rule(inputs, targets).backward()
+    return {key: p.grad for key, p in rule.model.named_parameters() if p.grad is not None}
+
+
+def refuses(name: str, loss: Any) -> str | None:
+    """What a rule says to a loss that ignores samples, where it cannot follow it."""
+    if name.startswith("hep") and loss is not F.cross_entropy:
+        return "complex"
+    visible = loss is not F.cross_entropy and getattr(loss, "ignore_index", 0) != -100
+    if name.startswith(("strong-dfc", "corinfomax", "ccl", "tdca")) and visible:
+        return "ignore_index"
+    one_hot = name.startswith(("strong-dfc", "corinfomax", "ccl", "hep"))
+    if one_hot or (name.startswith("ep") and loss is F.cross_entropy):
+        return "out of the batch"
+    return None
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.rand(8, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=7), partial(F.cross_entropy, ignore_index=0)],
+)
+@pytest.mark.parametrize("name", RULES)
+def test_samples_that_the_loss_ignores_teach_nothing(name: str, loss: Any) -> None:
+    """The update is that of the batch without them; or the rule says what to do."""
+    inputs, targets = batch()
+    ignored = targets == 0
+    if not (isinstance(loss, partial) or getattr(loss, "ignore_index", -100) == 7):
+        targets = targets.masked_fill(ignored, -100)
+    elif isinstance(loss, nn.Module):
+        targets = targets.masked_fill(ignored, 7)
+    refused = refuses(name, loss)
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            update(name, loss, inputs, targets)
+        return
+    found = update(name, loss, inputs, targets)
+    if name.startswith(("ep", "dfc", "dtp", "ddtp")) and name not in SMALL_NUDGE:
+        return
+    expected = update(name, loss, inputs[~ignored], targets[~ignored])
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        gap = (found[key] - value).abs().max()
+        assert gap <= (1e-3 if name in SMALL_NUDGE else 1e-12) * value.abs().max(), (key, float(gap))
+
+
+FOLLOWS_THE_LOSS = ["bp", "fa", "pfa", "kp", "dfa", "dtp-drl", "ep", "ccl"]
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(WEIGHTS), partial(F.cross_entropy, label_smoothing=0.3)])
+@pytest.mark.parametrize("name", FOLLOWS_THE_LOSS)
+def test_the_error_at_the_output_is_that_of_the_whole_loss(name: str, loss: Any) -> None:
+    """The last layer's bias gets the summed error at the output; from settled states it is the same for small nudges."""
+    torch.manual_seed(0)
+    inputs, targets = batch()
+    rule = partial(RULES[name], **SMALL_NUDGE.get(name, {}))(dense_network(), loss)
+    credit = rule(inputs, targets)
+    credit.backward()
+    error = output_error(loss, credit.output.detach(), targets)[1]
+    bias = rule.model[4].bias.grad
+    assert torch.allclose(bias, error.sum(0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(WEIGHTS),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(ignore_index=0),
+        nn.NLLLoss(WEIGHTS),
+        partial(F.cross_entropy, weight=WEIGHTS),
+        partial(F.cross_entropy, label_smoothing=0.1),
+    ],
+)
+@pytest.mark.parametrize("name", ["strong-dfc", "corinfomax", "tdca"])
+def test_rules_that_learn_from_labels_refuse_options_they_would_drop(name: str, loss: Any) -> None:
+    with pytest.raises(ConfigError, match=r"option (weight|label_smoothing|ignore_index) of the loss would not reach"):
+        RULES[name](dense_network(), loss)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), partial(F.cross_entropy, reduction="mean"), nn.MSELoss()])
+@pytest.mark.parametrize("name", ["strong-dfc", "corinfomax", "tdca"])
+def test_options_that_change_nothing_are_taken(name: str, loss: Any) -> None:
+    RULES[name](dense_network(), loss)
+
+
+def test_output_error_of_a_plain_loss_keeps_no_graph() -> None:
+    output, targets = torch.randn(8, 4, requires_grad=True), batch()[1]
+    value, error = output_error(F.cross_entropy, output, targets)
+    assert not value.requires_grad
+    assert terms(value) == []
+    torch.testing.assert_close(error, torch.autograd.grad(F.cross_entropy(output, targets), output)[0])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_parameter_in_the_loss_makes_it_a_root(traced: bool) -> None:
+    t = torch.tensor(2.0, dtype=torch.double, requires_grad=True)
+    output, targets = torch.randn(8, 4, dtype=torch.double, requires_grad=True), batch()[1]
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(t.exp() * output, targets)
+
+    with torch.no_grad():
+        value, error = output_error(loss, output, targets, traced=traced)
+    (root,) = terms(value)
+    expected = torch.autograd.grad(loss(output, targets), [t, output])
+    torch.testing.assert_close(error, expected[1])
+    assert not error.requires_grad
+    root.backward()
+    torch.testing.assert_close(t.grad, expected[0])
+    assert output.grad is None
+
+
+def test_a_penalty_reached_through_a_long_graph_is_found_once() -> None:
+    """The walk along the loss's graph visits every node once: 2^200 paths lead to the weight."""
+    w = torch.tensor(0.5, dtype=torch.double, requires_grad=True)
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        path = output.mean()
+        for _ in range(200):
+            path = (path + path) / 2
+        return path + squared_error(output, targets)
+
+    assert not output_error(loss, torch.randn(8, 4), batch()[1])[0].requires_grad
+    assert output_error(lambda o, t: loss(o, t) + w, torch.randn(8, 4).double(), batch()[1])[0].requires_grad
+
+
+def test_a_loss_that_autograd_cannot_follow_is_refused() -> None:
+    w = torch.tensor(0.5, requires_grad=True)
+    for loss in (
+        lambda output, targets: torch.tensor(float(output.sum())),
+        lambda output, targets: w * output.detach().sum(),
+    ):
+        with pytest.raises(ConfigError, match="does not depend on the output"):
+            apical.DirectFeedbackAlignment(dense_network(), loss)(*batch())
+
+
+def test_value_at_leaves_the_outputs_graph_out() -> None:
+    output = torch.randn(8, 4, requires_grad=True)
+    assert not value_at(F.cross_entropy, output, batch()[1]).requires_grad
+    t = torch.ones((), requires_grad=True)
+    value_at(lambda o, y: F.cross_entropy(o * t, y), output, batch()[1]).backward()
+    assert output.grad is None
+    assert t.grad is not None
+
+
+@pytest.mark.parametrize("rule", [apical.Backprop, apical.FeedbackAlignment])
+def test_a_penalty_on_captured_activities_travels_on_by_the_rules_own_feedback(rule: type[apical.CreditRule]) -> None:
+    """It is an error at that activity: with the feedback weights B = W it gives backpropagation's update."""
+    results = []
+    for kind in (rule, apical.Backprop):
+        torch.manual_seed(0)
+        model, seen = dense_network(), []
+        model[3].register_forward_hook(lambda module, args, made, seen=seen: seen.append(made))
+        taught = kind(model, lambda o, y, seen=seen: F.cross_entropy(o, y) + seen[-1].square().mean())
+        if isinstance(taught, apical.FeedbackAlignment):
+            for name, buffer in taught.feedback.named_buffers():
+                buffer.copy_(model[int(name)].weight.detach())
+        taught(*batch()).backward()
+        results.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+def test_a_penalty_on_activities_captured_before_a_cut_teaches_their_own_unit() -> None:
+    updates = []
+    for strength in (0.0, 0.3):
+        torch.manual_seed(0)
+        model, seen = dense_network(), []
+        model[2].register_forward_hook(lambda module, args, made, seen=seen: seen.append(made))
+        rule = apical.DirectFeedbackAlignment(
+            model, lambda o, y, seen=seen, s=strength: F.cross_entropy(o, y) + s * seen[-1].square().mean()
+        )
+        torch.manual_seed(1)
+        rule(*batch()).backward()
+        updates.append([p.grad.clone() for p in model.parameters()])
+    torch.manual_seed(0)
+    model = dense_network()
+    below = model[:2](batch()[0]).detach()
+    own = torch.autograd.grad(0.3 * model[2](below).square().mean(), list(model[2].parameters()))
+    moved = [after - before for before, after in zip(*updates, strict=True)]
+    for index, expected in enumerate([0, 0, *own, 0, 0]):
+        torch.testing.assert_close(moved[index], torch.zeros_like(moved[index]) + expected, rtol=1e-12, atol=1e-14)

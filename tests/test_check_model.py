@@ -1,0 +1,255 @@
+"""check_model finds planted faults and says which, leaves everything as it was, and says what it did not try."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apical
+from apical.core.credit import Credit, CreditRule
+from apical.errors import UnsupportedModelError
+from apical.testing import check_model
+from apical.testing.model import CHECKS
+
+QUICK = ("compiled",)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    return nn.Sequential(*layers).double()
+
+
+def batch(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 6, dtype=dtype, generator=generator), torch.randint(4, (8,), generator=generator)
+
+
+class SilentBackprop(apical.FeedbackAlignment):
+    """Has feedback weights, and does not use them."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        self.require_attached()
+        output = self.model(inputs)
+        loss = self.loss(output, targets)
+        return Credit([loss], [None], output, loss)
+
+
+class Elsewhere(apical.FeedbackAlignment):
+    """Feedback of one layer also decides how much a layer above it learns."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        loss = credit.loss + self.feedback_weight("2").square().sum() * self.model[4].weight.sum()
+        return Credit([loss], [None], credit.output.detach(), loss)
+
+
+class Leaks(apical.FeedbackAlignment):
+    """Adds a little of the exact gradient."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        exact = self.loss(self.model(inputs), targets)
+        return Credit([credit.loss + 0.1 * exact], [None], credit.output.detach(), credit.loss)
+
+
+class CutsLeak(apical.DirectFeedbackAlignment):
+    """The same with cuts."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        exact = self.loss(self.model(inputs), targets)
+        return Credit([*credit.roots, exact], [*credit.signals, None], credit.output.detach(), credit.loss.detach())
+
+
+class OtherOutput(apical.Backprop):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        output = self.model(inputs) + 1
+        loss = self.loss(output, targets)
+        return Credit([loss], [None], output, loss)
+
+
+class NotANumber(apical.Backprop):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        return Credit(credit.roots, [torch.tensor(float("nan"), dtype=torch.double)], credit.output, credit.loss)
+
+
+class Doubled(apical.Backprop):
+    """Is not what its placement says."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        return Credit(credit.roots, [torch.tensor(2.0, dtype=torch.double)], credit.output, credit.loss)
+
+
+class SaysFrozen(apical.Backprop):
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        return super().credit_paths(inputs) | {"2": "frozen"}
+
+
+class SaysTrained(apical.Backprop):
+    """Says that a layer is trained which the model does not use for this batch."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        self.model[2].requires_grad_(False)
+        credit = super().forward(inputs, targets)
+        self.model[2].requires_grad_(True)
+        return credit
+
+
+class ClaimsOwnSignals(CreditRule):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        output = self.model(inputs)
+        loss = self.loss(output, targets)
+        return Credit([loss], [None], output, loss)
+
+
+class Unseeded(apical.Backprop):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        signal = torch.tensor(1 + random.random(), dtype=torch.double)
+        return Credit(credit.roots, [signal], credit.output, credit.loss)
+
+
+class LossIsNoRoot(apical.FeedbackAlignment):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        loss = self.loss(self.model(inputs), targets)
+        made = Credit(credit.roots, credit.signals, credit.output, loss)
+        made.__class__ = PlainLoss
+        return made
+
+
+class PlainLoss(Credit):
+    """Whose loss backpropagates."""
+
+    @property
+    def loss(self) -> Tensor:
+        return self._loss
+
+
+class OtherCompiled(apical.Backprop):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        return super().forward(2 * inputs if torch.compiler.is_compiling() else inputs, targets)
+
+
+class OtherUnderAutocast(apical.Backprop):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        return super().forward(-inputs if torch.is_autocast_enabled("cpu") else inputs, targets)
+
+
+class SmallBatchesFail(apical.Backprop):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        credit = super().forward(inputs, targets)
+        factor = 1.0 if len(inputs) == 8 else float("nan")
+        return Credit(credit.roots, [torch.tensor(factor, dtype=torch.double)], credit.output, credit.loss)
+
+
+FAULTS = {
+    SilentBackprop: "other feedback of layer '2' changes nothing below it",
+    Elsewhere: r"other feedback of layer '2' changes '4\.weight', which does not lie below it",
+    Leaks: "with zero feedback of layer '2' an error still reaches '0",
+    OtherOutput: "credit.output is not what the model answers",
+    NotANumber: "gradient of .* is not finite",
+    SaysFrozen: r"'2\.weight' is said to be 'frozen', but it got a gradient",
+    SaysTrained: r"'2\.weight' is said to be 'exact', but it got no gradient",
+    Doubled: "under backpropagation the gradient of .* is not backpropagation's",
+    ClaimsOwnSignals: "said to have a signal of its own, but all gradients are backpropagation's",
+    Unseeded: "two steps from one seed differ|not backpropagation's",
+    LossIsNoRoot: "does not make three times the gradient",
+    OtherUnderAutocast: "under autocast the update has a cosine",
+    SmallBatchesFail: "on a batch of 4 the gradient of .* is not finite",
+}
+
+
+@pytest.mark.parametrize(("kind", "message"), FAULTS.items())
+def test_planted_faults_are_found_and_named(kind: Callable[..., CreditRule], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_model(kind(network(), F.cross_entropy), *batch(), skip=QUICK)
+
+
+def test_another_update_when_compiled_is_found() -> None:
+    with pytest.raises(AssertionError, match=r"compiled, the gradient of .* is another one"):
+        check_model(OtherCompiled(network()), *batch())
+
+
+def test_exact_errors_round_the_cuts_are_found() -> None:
+    with pytest.raises(AssertionError, match="with all signals zero an error still reaches '0"):
+        check_model(CutsLeak(network()), *batch(), skip=QUICK)
+
+
+@pytest.mark.parametrize(
+    "kind", [apical.Backprop, apical.FeedbackAlignment, apical.KolenPollack, apical.DeepFeedbackControl]
+)
+def test_everything_is_left_as_it_was_found(kind: Callable[..., CreditRule]) -> None:
+    rule = kind(network())
+    rule(*batch()).backward()
+    state = {name: value.clone() for name, value in rule.state_dict().items()}
+    grads = {name: q.grad.clone() for name, q in rule.named_parameters() if q.grad is not None}
+    ids = {name: id(q.grad) for name, q in rule.named_parameters()}
+    attributes, random_state = set(rule.__dict__), torch.get_rng_state()
+    check_model(rule, *batch(), skip=QUICK)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert set(rule.__dict__) == attributes
+    assert rule.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in rule.state_dict().items())
+    assert {name: id(q.grad) for name, q in rule.named_parameters()} == ids
+    assert all(torch.equal(dict(rule.named_parameters())[name].grad, grad) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.FeedbackAlignment])
+def test_models_in_lower_precision(kind: Callable[..., CreditRule], dtype: torch.dtype) -> None:
+    report = check_model(kind(network().to(dtype)), *batch(dtype), skip=QUICK)
+    assert "feedback = weight" in report.passed or kind is apical.Backprop
+
+
+def test_the_report_says_what_was_tried_and_what_not() -> None:
+    report = check_model(apical.FeedbackAlignment(network()), *batch(), skip=QUICK)
+    assert report.passed["feedback = weight"] == "2 layers"
+    assert report.passed["batch sizes"] == "8 and 4 samples"
+    assert report.skipped["compiled"] == "skipped on request"
+    assert report.skipped["zero signals"] == "the rule makes no cuts"
+    assert report.passed.keys() | report.skipped.keys() == CHECKS.keys()
+    assert not report.passed.keys() & report.skipped.keys()
+    text = str(report)
+    assert "checks passed" in text
+    assert str(report.placement) in text
+
+
+def test_sequences_are_tried_in_three_lengths() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.act, self.out = nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.act(self.read(x)).mean(1))
+
+    report = check_model(apical.FeedbackAlignment(Mean()), torch.randn(8, 6, 5), torch.arange(8) % 4, skip=QUICK)
+    assert report.passed["lengths"] == "lengths 6, 5, 3"
+
+
+def test_compiled_is_checked_or_said_why_not() -> None:
+    assert check_model(apical.FeedbackAlignment(network()), *batch()).passed["compiled"] == "aot_eager"
+
+    class Draws(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(super().forward(x), 0.5)
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Draws(8, 4)).double()
+    assert "random" in check_model(apical.Backprop(model), *batch()).skipped["compiled"]
+
+
+def test_a_refusal_comes_through() -> None:
+    with pytest.raises(UnsupportedModelError, match="'1'"):
+        check_model(apical.FeedbackAlignment(nn.Sequential(nn.Linear(6, 8), nn.Bilinear(8, 8, 4))), *batch())
+
+
+def test_unknown_checks_are_refused() -> None:
+    with pytest.raises(ValueError, match="colour"):
+        check_model(apical.Backprop(network()), *batch(), skip=("colour",))

@@ -1,0 +1,41 @@
+"""A pair of ranks serves task after task, hands errors over, and is replaced when one ends."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from apical.testing.two_ranks import RankError, on_two_ranks
+
+
+def summed(rank: int, value: float) -> tuple[int, float]:
+    total = torch.tensor(value + rank)
+    dist.all_reduce(total)
+    return os.getpid(), float(total)
+
+
+def one_fails(rank: int) -> None:
+    if rank == 0:
+        raise ValueError("planted")
+    dist.barrier()  # waits for the other for ever
+
+
+def one_ends(rank: int) -> None:
+    if rank == 1:
+        os._exit(3)
+    dist.barrier()
+
+
+def test_tasks_errors_and_ends() -> None:
+    first, second = on_two_ranks(summed, 1.5), on_two_ranks(summed, 2.5)
+    assert [value for _, value in first] == [4.0, 4.0]
+    assert [value for _, value in second] == [6.0, 6.0]
+    assert [process for process, _ in first] == [process for process, _ in second]
+    with pytest.raises(RankError, match=r"rank 0: (?s:.*)ValueError: planted"):
+        on_two_ranks(one_fails)
+    third = on_two_ranks(summed, 1.5)
+    assert [value for _, value in third] == [4.0, 4.0]
+    assert third[0][0] != first[0][0]
+    with pytest.raises(RankError, match=r"rank [01]"):
+        on_two_ranks(one_ends)
