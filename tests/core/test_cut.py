@@ -179,7 +179,7 @@ def test_dense_direct_feedback_alignment_in_loops() -> None:
 @pytest.mark.parametrize("scale", ["map", "xavier"])
 @pytest.mark.parametrize("feedback", ["full", "broadcast"])
 def test_convolutional_direct_feedback_alignment_in_loops(feedback: str, scale: str) -> None:
-    """Each neuron of the map hears `B e` (or each channel, its part of it everywhere); kernels sum over positions and samples."""
+    """Each neuron of the map hears `B e` (or each channel, its part everywhere); kernels sum over positions and samples."""
     model = nn.Sequential(
         nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 2, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 4)
     )
