@@ -195,13 +195,15 @@ class EdgeRule(CreditRule):
 
     def random_feedback(self, generator: torch.Generator | None = None) -> nn.Module:
         """A buffer for each layer, drawn from the Xavier uniform law of its weight; layers that share a weight share it."""
-        feedback, drawn = nn.Module(), {}
+        feedback = nn.Module()
+        drawn: dict[int | str, Tensor] = {}
         for name, layer in self.layers.items():
             weight = layer.weight.detach()
-            if id(layer.weight) not in drawn or not self.is_plain(name):
+            use = id(layer.weight) if self.is_plain(name) else name
+            if use not in drawn:
                 empty = torch.empty_like(weight, device=None if generator is None else generator.device)
-                drawn[id(layer.weight)] = nn.init.xavier_uniform_(empty, generator=generator).to(weight.device)
-            feedback.register_buffer(key(name), drawn[id(layer.weight)])
+                drawn[use] = nn.init.xavier_uniform_(empty, generator=generator).to(weight.device)
+            feedback.register_buffer(key(name), drawn[use])
         return feedback
 
     def copy_feedback(self, feedback: nn.Module, name: str, value: Tensor) -> None:
