@@ -135,6 +135,8 @@ class EdgeRule(CreditRule):
         self.layers = {name: layer for name, layer in self._weighted.items() if name != self._first}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
+        every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+        self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
         self._batches = 0
         self._may_swap = False
@@ -267,7 +269,8 @@ class EdgeRule(CreditRule):
             wrapped.rule, wrapped.site = self, site
         try:
             if substitutes:
-                return torch.func.functional_call(self.model, substitutes, (inputs,))
+                # a module under two names would keep its substitute if it were put in by both
+                return torch.func.functional_call(self.model, substitutes, (inputs,), tie_weights=not self._aliased)
             return self.model(inputs)
         finally:
             for wrapped, _ in self._sites.values():
