@@ -44,8 +44,8 @@ def gradients(rule: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor], factor: float = 1.0, tolerance: float = 1e-12) -> None:
     assert a.keys() == b.keys()
     for name, value in b.items():
-        gap = (a[name] - factor * value).abs().max()
-        assert gap <= tolerance * max(1.0, abs(factor) * float(value.abs().max())), (name, float(gap))
+        gap = float((a[name] - factor * value).abs().sum())
+        assert gap <= tolerance * max(1.0, abs(factor) * float(value.abs().sum())), (name, gap)
 
 
 def check_scaled_loss(factory: Factory) -> None:
@@ -67,8 +67,8 @@ def check_scaled_loss(factory: Factory) -> None:
             if found.keys() != whole.keys():
                 raise AssertionError(f"credit.loss does not reach {sorted(found.keys() ^ whole.keys())}")
             for name, gradient in found.items():
-                gap = float((gradient - scale * whole[name]).abs().max())
-                if not gap <= 1e-12 * abs(scale) * max(1.0, float(whole[name].abs().max())):
+                gap = float((gradient - scale * whole[name]).abs().sum())
+                if not gap <= 1e-12 * abs(scale) * max(1.0, float(whole[name].abs().sum())):
                     raise AssertionError(f"the loss times {scale} changes the gradient of {name!r} by {gap:.3g} too much")
 
 
@@ -107,10 +107,13 @@ def test_the_loss_behaves_as_a_scalar(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_second_backward_pass_is_refused_or_doubles(name: str, way: str) -> None:
     rule, once = make(name), make(name)
-    credit_of(once).backward()
-    credit = credit_of(rule)
-    back = credit.backward if way == "backward" else credit.loss.backward
+    credits = credit_of(once), credit_of(rule)
+    torch.manual_seed(2)  # batchwise sign symmetry draws in the backward pass
+    credits[0].backward()
+    back = credits[1].backward if way == "backward" else credits[1].loss.backward
+    torch.manual_seed(2)
     back(retain_graph=True)
+    torch.manual_seed(2)
     back()
     same(gradients(rule), gradients(once), 2.0)
     with pytest.raises(RuntimeError, match="a second time"):
@@ -156,7 +159,7 @@ def test_four_micro_batches_are_one_batch(name: str) -> None:
     same(gradients(parts), gradients(whole))
 
 
-def train(rule: CreditRule, step: Callable[[torch.optim.Optimizer, Callable[[], Tensor]], None], clip: float) -> None:
+def train(rule: CreditRule, step: Callable[[torch.optim.Optimizer, Callable[[], Tensor]], None]) -> None:
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
 
     def closure() -> Tensor:
@@ -200,16 +203,14 @@ def test_closures_and_gradient_scaling_are_the_plain_loop(name: str) -> None:
         partial(with_scaler, torch.amp.GradScaler(device="cpu", init_scale=2.0**10)),
     ):
         rule = make(name)
-        train(rule, step, 1.0)
-        results.append({key: p.detach().clone() for key, p in rule.named_parameters()})
+        train(rule, step)
+        results.append({key: p.detach().clone() for key, p in rule.model.named_parameters()} | rule.feedback_weights())
     plain, *others = results
     for other in others:
         same(other, plain)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, f in RULES.items() if not hasattr(make(name), "calls") or "explicit" in name]
-)
+@pytest.mark.parametrize("name", [name for name in RULES if "closed" not in name])  # which is for SGD alone, and says so
 def test_lbfgs(name: str) -> None:
     """The loss goes down, or at least the search ends with finite weights, under an optimiser that needs closures."""
     rule = make(name)

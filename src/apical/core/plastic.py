@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule
-from apical.core.layers import computes_plainly
 from apical.core.mismatch import Mismatch
 from apical.core.steps import FROZEN, FUNCTION, Steps
 from apical.core.units import key
@@ -153,10 +152,6 @@ class PlasticRule(EdgeRule):
         if self._steps is None:
             self._steps = Steps(self)
         return self._steps
-
-    def is_plain(self, name: str) -> bool:
-        """Whether the layer computes with its own weight as it is."""
-        return computes_plainly(self.layers[name])
 
     def detach(self) -> nn.Module:
         """Remove everything from the model and return it."""

@@ -160,13 +160,6 @@ class TopDownCreditAssignment(CutRule):
         super()._load_from_state_dict(*args)
 
 
-def _share(credit: Tensor, counts: Tensor | None) -> Tensor:
-    """Each sample's share of the mean of credits (batch, ...) over the samples that count, (batch,) of ones and zeros."""
-    if counts is None:
-        return credit / len(credit)
-    return credit * counts.view(-1, *[1] * (credit.dim() - 1)) / counts.sum()
-
-
 def shipped(name: str) -> str:
     """Path of the teacher shipped under that name; any other name is a path already."""
     path = SHIPPED / f"{name}.pt"
