@@ -250,8 +250,8 @@ def test_any_number_of_steps(make: type[nn.Module], kind: type[CreditRule]) -> N
             rule.feedback.load_state_dict(kept)
 
 
-def test_a_steps_feedback_does_not_depend_on_the_first_batch() -> None:
-    """So ranks that begin with sequences of other lengths have the same matrices."""
+def test_one_matrix_serves_every_step_whatever_the_first_batch_was() -> None:
+    """So ranks that begin with sequences of other lengths have the same matrix; steps not met before hear it too."""
     torch.manual_seed(3)
     rules = [DFA(Rnn(nn.Tanh())) for _ in range(2)]
     rules[1].load_state_dict(rules[0].state_dict())
@@ -259,9 +259,13 @@ def test_a_steps_feedback_does_not_depend_on_the_first_batch() -> None:
         rule = rules[steps[0] == 6]
         for number in steps:
             rule(*sequences(number))
-    assert len(list(rules[0].feedback.buffers())) == 6
-    for name, matrix in rules[0].feedback.named_buffers():
-        assert torch.equal(matrix, rules[1].feedback.get_buffer(name))
+    (matrix,), (other,) = (list(rule.feedback.buffers()) for rule in rules)
+    assert torch.equal(matrix, other)
+    next(rule.feedback.buffers()).zero_()
+    rule.zero_grad()
+    rule(*sequences(9)).backward()
+    learns = {name for name, gradient in gradients(rule.model).items() if gradient.any()}
+    assert {name.split(".")[0] for name in learns} == {list(rule.layers)[-1].split(".")[0]}
 
 
 def test_a_state_dict_holds_the_steps_that_were_met() -> None:

@@ -18,7 +18,7 @@ from apical.core.credit import CreditRule, Loss
 from apical.core.cutting import Cut, Cutting, Pass, Teacher
 from apical.core.graph import leaves
 from apical.core.placement import undisturbed
-from apical.core.separation import OUTPUT, Pattern, Separation, separate, verify
+from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.units import weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -77,6 +77,7 @@ class CutRule(CreditRule):
         self._separation: Separation | None = None  # of the last traced pass
         self._patterns: set[Pattern] = set()
         self._shares: dict[str, float] = {}
+        self._firsts: dict[str, str] = {}
         self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
         self._last: set[int] = set()  # ids of parameters that the output's own error may reach
 
@@ -95,6 +96,13 @@ class CutRule(CreditRule):
                 return [cut.name for cut in self._cutting.cut_pass(inputs, True)[1].cuts]
         return self._trace(inputs).units
 
+    def first_use(self, unit: str) -> str:
+        """The unit itself, or the first of the steps at which a recurrent network uses it."""
+        if unit not in self._firsts:  # a step more than before
+            uses = {first for use, first in self._firsts.items() if base(use) == base(unit)}
+            return uses.pop() if len(uses) == 1 else unit
+        return self._firsts[unit]
+
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
         if self.where == "input":
@@ -102,12 +110,11 @@ class CutRule(CreditRule):
         paths = self._trace(inputs).paths
         return {name: self._path(layer, paths.get(name, [])) for name, layer in self.layers.items()}
 
-    @staticmethod
-    def _path(layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
+    def _path(self, layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
         if not any(parameter.requires_grad for parameter in layer.parameters()):
             return "frozen"
         merged = list(dict.fromkeys(through for _, through in calls if through is not None))
-        units = list(dict.fromkeys(unit for above, _ in calls for unit in above))
+        units = list(dict.fromkeys(self.first_use(unit) for above, _ in calls for unit in above))
         if not units:
             return "no credit"
         if merged:
@@ -132,6 +139,7 @@ class CutRule(CreditRule):
         self._patterns |= found.patterns
         self._shares = {**found.shares, **self._shares}
         self._separation = found
+        self._firsts = {**first_uses(found), **self._firsts}
         return found
 
     def run(self, inputs: Tensor) -> tuple[Tensor, list[Cut], Teacher]:

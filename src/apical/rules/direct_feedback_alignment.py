@@ -112,7 +112,7 @@ class DirectFeedbackAlignment(CutRule):
 
     def signal(self, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs)."""
-        b = self.feedback.get_buffer(key(cut.name)).to(errors.dtype)
+        b = self.feedback.get_buffer(self._at(cut.name)).to(errors.dtype)
         if b.dim() > 2:  # a kernel of the layer that reads this tensor
             return _broadcast(self.layers[cut.name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
         result = matched(errors, cut) @ b
@@ -132,13 +132,13 @@ class DirectFeedbackAlignment(CutRule):
         """
         unit = name
         paths = self._separation.paths if self._separation is not None else {}
-        if name in paths and key(name) not in self.feedback._buffers:
-            above = sorted({unit for units, _ in paths[name] for unit in units})
+        if name in paths and self._at(name) not in self.feedback._buffers:
+            above = sorted({self.first_use(unit) for units, _ in paths[name] for unit in units})
             if len(above) != 1 or not above[0]:
                 has = "learns by its exact gradient" if above == [""] else f"hears the units {', '.join(map(repr, above))}"
                 raise ConfigError(f"layer {name!r} {has}; set_feedback needs the name of one unit")
             unit = above[0]
-        known = self.feedback._buffers.get(key(unit))
+        known = self.feedback._buffers.get(self._at(unit))
         if known is None:
             names = ", ".join(sorted(b.replace("/", ".") for b in self.feedback._buffers)) or "none before the first batch"
             raise ConfigError(f"set_feedback: there is no unit or layer {name!r} with feedback; units: {names}")
@@ -148,6 +148,10 @@ class DirectFeedbackAlignment(CutRule):
             )
         known.copy_(B)
 
+    def _at(self, unit: str) -> str:
+        """Key of a unit's matrix: one for all steps of a recurrent network."""
+        return key(self.first_use(unit))
+
     def _topmost(self) -> nn.Module:
         return next(reversed(self.layers.values()))
 
@@ -155,12 +159,12 @@ class DirectFeedbackAlignment(CutRule):
         """Draw the matrix of a unit that is met first, or see that it fits."""
         if cut.shape[0] != errors.shape[0] and self.where == "activation":
             matched(errors, cut)  # raises here rather than in the backward pass
-        size, at = self._size(cut, errors), key(cut.name)
+        size, at = self._size(cut, errors), self._at(cut.name)
         known = self.feedback._buffers.get(at)
         if known is None:
             is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
             share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
-            self._draw(cut.name, size, share, errors.device)
+            self._draw(self.first_use(cut.name), size, share, errors.device)
         elif known.shape != size:
             raise ConfigError(
                 f"the feedback of unit {cut.name!r} has the shape {tuple(known.shape)}, and this batch needs {tuple(size)}: "
