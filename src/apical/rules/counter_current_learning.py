@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
-from apical.core.codes import FreeCodes
+from apical.core.codes import FreeCodes, draw_orthogonal, held
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
-from apical.core.losses import no_class, output_error, refuse_options, terms
+from apical.core.losses import output_error, refuse_options, terms
 from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
@@ -134,7 +134,7 @@ class CounterCurrentLearning(CreditRule):
         codes = torch.eye(0 if self.pair == "match" else math.prod(top), dtype=like.dtype, device=like.device)
         self.register_buffer("classes", codes.view(-1, *top), persistent=False)  # b_L
         if orthogonal and isinstance(feedback, str):
-            self._draw_orthogonal()
+            draw_orthogonal(self.row, self.feedback)
         if isinstance(feedback, str) and feedback == "frozen":
             self.feedback.requires_grad_(False)
         taught = {id(p) for module in self.row[-1].modules for p in module.parameters()}
@@ -182,17 +182,6 @@ class CounterCurrentLearning(CreditRule):
                 )
         return modules
 
-    def _draw_orthogonal(self) -> None:
-        for block, module in zip(reversed(self.row), self.feedback, strict=False):
-            for layer in module.modules():
-                if is_weighted(layer):
-                    kind = torch.promote_types(layer.weight.dtype, torch.float32)  # half precision has no factors
-                    drawn = nn.init.orthogonal_(layer.weight.detach().to(kind))
-                    with torch.no_grad():
-                        layer.weight.copy_(drawn)
-                        enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
-                        layer.weight.mul_(0.0 if block is self.row[0] else 1e-3 if enlarges else 1.0)
-
     @property
     def _levels(self) -> range:
         """Depths of the pairs."""
@@ -218,13 +207,7 @@ class CounterCurrentLearning(CreditRule):
         Raises:
             ConfigError: unknown layer or symbol, or another shape.
         """
-        known: dict[str, dict[str, Tensor]] = {}
-        for block, module in zip(reversed(self.row), self.feedback, strict=False):
-            layers = [part for part in module.modules() if is_weighted(part)]
-            if isinstance(module, FreeCodes):
-                known[block.name] = {"B": module.rows}
-            elif len(layers) == 1:
-                known[block.name] = {"G": layers[0].weight}
+        known = {block.name: held(m) for block, m in zip(reversed(self.row), self.feedback, strict=False)}
         put(type(self).__name__, layer, known, matrices)
 
     @torch.no_grad()
@@ -278,12 +261,7 @@ class CounterCurrentLearning(CreditRule):
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""
-        if self.pair == "match":
-            return targets
-        try:
-            return membership(targets, len(self.classes), self.classes.dtype)
-        except RuntimeError as error:
-            raise no_class(len(self.classes)) from error
+        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""
