@@ -116,7 +116,8 @@ class Credit:
         Under backpropagation and the edge rules a loss made of it delivers the rule's update. Under every other rule a
         backward pass that reaches it raises a :class:`apical.errors.ConfigError`; its values are free to use.
         """
-        if self._output.requires_grad or not (self._learns and torch.is_grad_enabled()):
+        whole = not isinstance(self._output, Tensor)  # a dictionary, with a graph of its own
+        if whole or self._output.requires_grad or not (self._learns and torch.is_grad_enabled()):
             return self._output
         result: Tensor = cast(Any, NoCreditBehind).apply(self._output, torch.empty(0, requires_grad=True))
         return result

@@ -23,6 +23,7 @@ from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, require_affine
 from apical.core.layers import computes_plainly
+from apical.core.outside_use import OutsideUse
 from apical.core.placement import layer_paths
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
 from apical.core.swap import Swap
@@ -135,9 +136,11 @@ class EdgeRule(CreditRule):
         self.layers = {name: layer for name, layer in self._weighted.items() if name != self._first}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
+        every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+        self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
         self._batches = 0
-        self._may_swap = False
+        self._may_swap = self._watched = False
         self._attach()
 
     def _attach(self) -> None:
@@ -195,13 +198,15 @@ class EdgeRule(CreditRule):
 
     def random_feedback(self, generator: torch.Generator | None = None) -> nn.Module:
         """A buffer for each layer, drawn from the Xavier uniform law of its weight; layers that share a weight share it."""
-        feedback, drawn = nn.Module(), {}
+        feedback = nn.Module()
+        drawn: dict[int | str, Tensor] = {}
         for name, layer in self.layers.items():
             weight = layer.weight.detach()
-            if id(layer.weight) not in drawn or not self.is_plain(name):
+            use = id(layer.weight) if self.is_plain(name) else name
+            if use not in drawn:
                 empty = torch.empty_like(weight, device=None if generator is None else generator.device)
-                drawn[id(layer.weight)] = nn.init.xavier_uniform_(empty, generator=generator).to(weight.device)
-            feedback.register_buffer(key(name), drawn[id(layer.weight)])
+                drawn[use] = nn.init.xavier_uniform_(empty, generator=generator).to(weight.device)
+            feedback.register_buffer(key(name), drawn[use])
         return feedback
 
     def copy_feedback(self, feedback: nn.Module, name: str, value: Tensor) -> None:
@@ -259,17 +264,32 @@ class EdgeRule(CreditRule):
         compiling = torch.compiler.is_compiling()
         device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
+        watch = None if compiling or self._watched else OutsideUse(self, self._weights_in(substitutes))
         for wrapped, site in self._sites.values():
             if not compiling and site.placed.get("forward") is not wrapped:
                 wrapped.require_in_place(site.name)
-            wrapped.rule, wrapped.site = self, site
+            wrapped.rule, wrapped.site = watch or self, site
         try:
-            if substitutes:
-                return torch.func.functional_call(self.model, substitutes, (inputs,))
-            return self.model(inputs)
+            with watch or nullcontext():
+                if substitutes:
+                    # a module under two names would keep its substitute if it were put in by both
+                    tie = not self._aliased
+                    output = torch.func.functional_call(self.model, substitutes, (inputs,), tie_weights=tie)
+                else:
+                    output = self.model(inputs)
+            if watch is not None:
+                watch.report()
+            return output
         finally:
+            self._watched = self._watched or (watch is not None and watch.found is None)
             for wrapped, _ in self._sites.values():
-                wrapped.rule = None
+                wrapped.rule = wrapped.site = None
+
+    def _weights_in(self, substitutes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each layer's weight parameter, or what stands in for it."""
+        own = {name: layer._parameters.get("weight") for name, layer in self._weighted.items()}
+        weights = {name: substitutes.get(f"{name}.weight".lstrip("."), weight) for name, weight in own.items()}
+        return {name: weight for name, weight in weights.items() if weight is not None}
 
     def call_layer(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass, with its feedback, while the rule is at work."""
@@ -304,13 +324,14 @@ class EdgeRule(CreditRule):
         around = aside if is_checkpointed() else nullcontext
         with around():
             below = inputs if shape is None else padded_input(layer, inputs)
-        pathway = self.pathway(name, below)
+            pathway = self.pathway(name, below)
+            if pathway is not None or inputs.requires_grad:
+                self._require_affine(site, call, inputs)
+                site.call = call
+                feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
+                site.call = None
         if pathway is None and not inputs.requires_grad:
             return call(inputs)
-        self._require_affine(site, call, inputs)
-        site.call = call
-        feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
-        site.call = None
         output = call(sever(inputs))
         if not (output.requires_grad or below.requires_grad):  # a frozen layer still hands the error down
             return output

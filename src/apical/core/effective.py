@@ -41,6 +41,7 @@ def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
             known = effective_weight(layer)
         if known is not None:
             return known.detach()
+    weight = weight.to(next(layer.parameters()))  # an old weight norm or pruning keeps that of its last call
     call = call or (layer.forward if layer._forward_hooks else layer)
     shape = geometry(layer)
     inputs, errors_for = _probe(shape, layer, weight)

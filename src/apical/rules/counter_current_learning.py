@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
 from apical.core.codes import FreeCodes, draw_orthogonal, held
+from apical.core.containers import Containers
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
 from apical.core.feedback import put
@@ -116,6 +117,7 @@ class CounterCurrentLearning(CreditRule):
         if enlarge not in ("nearest", "transposed"):
             raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
+        self._containers = Containers(model)
         images = any(geometry(block.layer) is not None for block in self.row)
         self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
         self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
@@ -224,6 +226,7 @@ class CounterCurrentLearning(CreditRule):
         """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
         self.require_attached()
         self._check(inputs, targets)
+        self._containers.require_intact(inputs, self._feed_forward)
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
@@ -341,6 +344,9 @@ class CounterCurrentLearning(CreditRule):
             require_classes(targets, len(self.classes))
         elif not (targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)):
             raise ConfigError("counter-current learning with pair='match' needs targets of the output's size")
+
+    def _feed_forward(self, inputs: Tensor) -> Tensor:
+        return self._activities(inputs)[-1]
 
     def _activities(self, inputs: Tensor) -> list[Tensor]:
         """a_0..a_L."""

@@ -27,7 +27,8 @@ class FeedbackAlignment(EdgeRule):
 
     Layers that share one weight share its feedback.
 
-    >>> from torch import Tensor, nn
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = FeedbackAlignment(model)
     >>> optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
