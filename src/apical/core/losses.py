@@ -116,11 +116,7 @@ def wanted(output: Tensor, targets: Tensor) -> Tensor:
     try:
         return F.one_hot(targets, output.shape[-1]).to(output.dtype)
     except RuntimeError as error:
-        raise no_class(output.shape[-1]) from error
-
-
-def no_class(classes: int) -> ConfigError:
-    """What to say of a label that is no class."""
-    return ConfigError(
-        f"a label lies outside the {classes} classes of the output; leave samples that the loss ignores out of the batch"
-    )
+        raise ConfigError(
+            f"a label lies outside the {output.shape[-1]} classes of the output; leave samples that the loss ignores out of "
+            "the batch"
+        ) from error

@@ -41,7 +41,7 @@ from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
-from apical.core.losses import no_class, output_error, refuse_options, terms
+from apical.core.losses import output_error, refuse_options, terms
 from apical.core.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
@@ -264,12 +264,7 @@ class CounterCurrentLearning(CreditRule):
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M of the labels; for "match" nothing more than the targets."""
-        if self.pair == "match":
-            return targets
-        try:
-            return membership(targets, len(self.classes), self.classes.dtype)
-        except RuntimeError as error:
-            raise no_class(len(self.classes)) from error
+        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from apical.core.batch import counted, fitted, require_classes
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss
-from apical.core.losses import no_class, refuse_options, terms, value_at
+from apical.core.losses import refuse_options, terms, value_at
 from apical.dynamics import feedback_control as control
 from apical.dynamics.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.dynamics.controller import Leak
@@ -153,10 +153,7 @@ class StrongDeepFeedbackControl(ControlRule):
             raise ConfigError(f"class labels need shape (batch,), got {tuple(targets.shape)}")
         require_classes(targets, classes)
         goal = output.new_full((len(output), classes), (1 - self.label) / (classes - 1))
-        try:
-            return goal.scatter_(1, targets.unsqueeze(1), self.label), True
-        except RuntimeError as error:
-            raise no_class(classes) from error
+        return goal.scatter_(1, targets.unsqueeze(1), self.label), True
 
     def _counted(self, states: States, targets: Tensor) -> tuple[States, Tensor, bool]:
         """States and goals of the samples that have one: a negative class label takes a sample out."""
