@@ -1,7 +1,7 @@
 """What a model does outside the modules that compute: hooks on containers, and forward methods put on them later.
 
-Rules that call a model's layers themselves never call its containers. Whether those only contain is seen when a rule is made;
-here it is seen whether that is still so.
+Rules that call a model's layers do not call its containers. That these compute nothing is seen when a rule is made,
+and here at each batch.
 """
 
 from collections.abc import Callable
@@ -50,6 +50,6 @@ class Containers:
             isinstance(made, Tensor) and made.shape == expected.shape and torch.allclose(made, expected, equal_nan=True)
         ):
             raise UnsupportedModelError(
-                f"a hook or a forward on module {' or '.join(touched)} changes what the model computes, which this rule does not "
-                "see; make the change a module of its own"
+                f"a hook or a forward on module {' or '.join(touched)} changes what the model computes, which this rule "
+                "does not see; make the change a module of its own"
             )

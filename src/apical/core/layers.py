@@ -67,7 +67,7 @@ OWN_FORWARD: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for
 """PyTorch's layer types, and the forward method that applies `weight` and `bias` and nothing else."""
 
 _PLAIN = set(OWN_FORWARD.values())
-_APPLIED = {kind.__dict__["_conv_forward"] for kind in PLAIN if "_conv_forward" in kind.__dict__}
+_APPLIED = {getattr(kind, "_conv_forward") for kind in PLAIN if hasattr(kind, "_conv_forward")}  # noqa: B009
 _overrides: dict[type[nn.Module], bool] = {}  # what the forward method of a type with PyTorch's own relies on
 _LAYERS: dict[type[nn.Module], LayerType] = {kind: LayerType(kind.forward, _own_weight) for kind in PLAIN}
 

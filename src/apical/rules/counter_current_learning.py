@@ -226,7 +226,7 @@ class CounterCurrentLearning(CreditRule):
         """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
         self.require_attached()
         self._check(inputs, targets)
-        self._containers.require_intact(inputs, self._feed_forward)
+        self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
@@ -344,9 +344,6 @@ class CounterCurrentLearning(CreditRule):
             require_classes(targets, len(self.classes))
         elif not (targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)):
             raise ConfigError("counter-current learning with pair='match' needs targets of the output's size")
-
-    def _feed_forward(self, inputs: Tensor) -> Tensor:
-        return self._activities(inputs)[-1]
 
     def _activities(self, inputs: Tensor) -> list[Tensor]:
         """a_0..a_L."""
