@@ -491,7 +491,7 @@ def test_a_random_weight_is_refused_where_a_graph_cannot_follow_it(make: Callabl
 
 
 def test_alignment_is_measured_to_the_weight_that_is_applied() -> None:
-    model, inputs = network("dense-masked")
+    model, _ = network("dense-masked")
     rule = apical.FeedbackAlignment(model, squares)
     use(rule, {"2": 3 * masked(model[2].weight.detach())})
     found = layer_alignment(rule)["2"]
