@@ -29,6 +29,7 @@ from result_pages import (
 )
 from rule_pages import choice, overview, rule_blocks, rule_classes
 from tables import Row, load, table
+from zoo_page import zoo_page
 
 from apical import models
 from apical.recipes.catalogue import STUDIES
@@ -54,6 +55,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
             benchmarks, control, ccl, wavefront, evolution, settling, load(root / "benchmarks" / "floors.json")
         ),
         root / "docs" / "gallery.md": gallery(root),
+        root / "docs" / "zoo.md": zoo_page(load(root / "benchmarks" / "zoo.json") or {}),
         root / "docs" / "results" / "index.md": results_index(
             sorted([*folders, *studies]), files, [path.stem for path in page]
         ),

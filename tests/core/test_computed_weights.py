@@ -312,6 +312,32 @@ def test_blocks_follow_what_is_changed_after_the_rule(change: str) -> None:
     same(model, plain)
 
 
+OUTSIDE: dict[str, Callable[[nn.Sequential], object]] = {
+    "hook": lambda model: model.register_forward_hook(lambda module, given, made: 2 * made),
+    "hook before": lambda model: model.register_forward_pre_hook(lambda module, given: (given[0] + 1,)),
+    "inner hook": lambda model: model[1].register_forward_hook(lambda module, given, made: 2 * made),
+    "forward": lambda model: setattr(model[1], "forward", lambda h: model[1][0](h).sin()),
+}
+
+
+@pytest.mark.parametrize("change", OUTSIDE)
+@pytest.mark.parametrize("name", CHAINS | BLOCKS)
+def test_what_containers_do_later_is_refused(name: str, change: str) -> None:
+    inputs, targets = batch()
+    layers = list(twins(nn.Linear)[0])
+    model = nn.Sequential(nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:]))
+    rule = (CHAINS | BLOCKS)[name](model)
+    rule(inputs, targets).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    watch = model.register_forward_hook(lambda module, given, made: None)
+    rule(inputs, targets).backward()  # who only looks is welcome
+    watch.remove()
+    assert len(expected) == 6
+    OUTSIDE[change](model)
+    with pytest.raises(UnsupportedModelError, match=r"on module '1?' \(Sequential\) changes what the model computes"):
+        rule(inputs, targets)
+
+
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_follow_weights_that_move(name: str) -> None:
     """The effective weight is that of each batch, also where memory is reused in place."""
@@ -419,7 +445,7 @@ def with_weight(twin: nn.Conv2d, layer: nn.Module, weight: Tensor | None = None)
 
 @pytest.mark.filterwarnings("ignore:the steady state is not a stable one")
 @pytest.mark.parametrize("kind", IMAGES)
-@pytest.mark.parametrize("name", ["dtp", "dfc", "dfc-ss", "ep", "ep-directed"])
+@pytest.mark.parametrize("name", ["dtp", "dfc", "dfc-ss", "ep", "ep-directed", "ccl"])
 def test_convolutions_of_a_known_weight(name: str, kind: str) -> None:
     options = {
         "dtp": lambda model: apical.DifferenceTargetPropagation(model, variant="linear", input_shape=(2, 4, 4)),
@@ -429,6 +455,7 @@ def test_convolutions_of_a_known_weight(name: str, kind: str) -> None:
         "ep-directed": lambda model: apical.EquilibriumPropagation(
             model, weights="directed", free_steps=15, input_shape=(2, 4, 4)
         ),
+        "ccl": lambda model: apical.CounterCurrentLearning(model, input_shape=(2, 4, 4)),
     }
     make, plainer = IMAGES[kind]
     model = pooled(make())
@@ -458,6 +485,23 @@ def test_a_convolution_that_overrides_what_applies_the_weight() -> None:
     rule = apical.CounterCurrentLearning(model, input_shape=(2, 4, 4))
     credited(rule, torch.randn(7, 2, 4, 4, dtype=torch.double), torch.arange(7) % OUT)
     assert model[0].weight.grad.mean((1, 2, 3)).abs().max() < 1e-12 < model[0].weight.grad.abs().max()
+
+
+class Single(nn.Linear):
+    """Keeps its weight in single precision, whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(lambda t: fn(t).float(), recurse)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
+
+
+@pytest.mark.parametrize("name", CHAINS | BLOCKS)
+def test_a_weight_of_another_type_is_refused(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Single(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    with pytest.raises(UnsupportedModelError, match=r"layer '2' \(Single\)"):
+        (CHAINS | BLOCKS)[name](model)
 
 
 def test_corinfomax_trains_a_known_weight_and_refuses_others() -> None:

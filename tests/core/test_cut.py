@@ -13,6 +13,7 @@ from apical.core.credit import Credit
 from apical.core.cut import CutRule
 from apical.core.losses import output_error
 from apical.core.units import key
+from apical.data import load
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.testing import residual_network
 
@@ -179,7 +180,7 @@ def test_dense_direct_feedback_alignment_in_loops() -> None:
 @pytest.mark.parametrize("scale", ["map", "xavier"])
 @pytest.mark.parametrize("feedback", ["full", "broadcast"])
 def test_convolutional_direct_feedback_alignment_in_loops(feedback: str, scale: str) -> None:
-    """Each neuron of the map hears `B e` (or each channel, its part of it everywhere); kernels sum over positions and samples."""
+    """Each neuron of the map hears `B e` (or each channel, its part everywhere); kernels sum over positions and samples."""
     model = nn.Sequential(
         nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 2, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 4)
     )
@@ -568,3 +569,25 @@ def test_set_feedback() -> None:
         rule.set_feedback("last", B=torch.zeros(4, 5))
     with pytest.raises(ConfigError, match="no unit or layer 'nine'"):
         rule.set_feedback("nine", B=torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("scale", ["map", "xavier"])
+def test_a_small_convolutional_network_does_not_explode(scale: str) -> None:
+    """At a rate at which backpropagation is stable; errors that grow with the map are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+    digits = load("digits").train
+    inputs, targets = digits.inputs.view(-1, 1, 8, 8).double(), digits.targets
+    rule = apical.DirectFeedbackAlignment(model, scale=scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    highest = 0.0
+    for batch in torch.randperm(len(inputs)).split(16):
+        optimizer.zero_grad()
+        credit = rule(inputs[batch], targets[batch])
+        credit.backward()
+        optimizer.step()
+        highest = max(highest, float(credit.loss.detach()))
+    assert (highest < 3) == (scale == "map")

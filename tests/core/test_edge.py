@@ -505,3 +505,23 @@ def test_compiled_without_graph_breaks(name: str) -> None:
     equal(gradients(rule), eager)
     model_only = backprop(rule.model, inputs)
     assert not torch.allclose(model_only["0.weight"], eager["model.0.weight"])  # the graph really held the feedback
+
+
+def test_a_layer_under_two_names_keeps_its_parameter() -> None:
+    """Substitutes of its weight are taken out again, whichever name they went in by."""
+
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Linear(5, 5)
+            self.last = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+    model = TwoNames()
+    weight = model.first.weight
+    rule = apical.KolenPollack(model, form="explicit", first_layer=True)
+    rule(torch.randn(4, 5), torch.arange(4) % 3).backward()
+    assert model.first.weight is weight
+    assert weight.grad is not None

@@ -246,3 +246,15 @@ def test_only_types_of_modules_can_be_registered(register: Callable[[object], No
     for wrong in (F.relu, nn.ReLU(), int):
         with pytest.raises(ConfigError, match=r"takes a subclass of nn.Module"):
             register(wrong)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_every_type_of_pytorchs_computes_plainly(kind: type[nn.Module]) -> None:
+    assert computes_plainly(kind(2, 2) if kind is nn.Linear else kind(2, 2, 1))
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_transposed_convolutions_compute_plainly(kind: type[nn.Module]) -> None:
+    layer = kind(2, 3, 2)
+    assert computes_plainly(layer)
+    assert effective_weight(layer) is layer.weight

@@ -63,13 +63,12 @@ def test_scales_and_slopes_are_accepted_and_trained(module: nn.Module) -> None:
     trains(net(nn.Linear(6, 6), module))
 
 
-def test_embedding_before_the_first_layer_is_trained_with_the_remedy_of_the_message() -> None:
+def test_embedding_before_the_first_layer_is_trained_through_that_layers_feedback() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
     inputs, targets = torch.randint(0, 9, (32, 2)), torch.arange(32) % 4
-    with pytest.raises(UnsupportedModelError, match="first_layer=True"):
-        apical.FeedbackAlignment(model)(inputs, targets)
-    rule = apical.FeedbackAlignment(model, first_layer=True)
+    rule = apical.FeedbackAlignment(model)
+    assert list(rule.layers) == ["2", "4"]
     rule(inputs, targets).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from apical.cli import main
+from apical.errors import ApicalError
+from apical.evolution.workers import RETRIES
+from apical.experiment.cluster import cluster
+from apical.experiment.signals import StopSignals
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")  # two clusters at once hinder each other
@@ -58,3 +62,19 @@ def test_tables_with_programs_of_their_own_stay_here(tmp_path: Path, capsys: pyt
     assert main(["reproduce", "dfc/toy", "--ray", "local", "--out", str(tmp_path)]) == 2
     assert "--ray is for tables of trainings" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def end(folder: str) -> None:
+    """What kills its worker every time."""
+    with open(Path(folder) / "tries", "a") as file:
+        file.write("x")
+    os._exit(1)
+
+
+def test_a_task_that_kills_its_worker_for_ever_is_given_up(tmp_path: Path) -> None:
+    with (
+        cluster("local", 1) as tasks,
+        pytest.raises(ApicalError, match=r"Ray lost the workers of one task 6 times.*--resume"),
+    ):
+        tasks(end, [(str(tmp_path),)], StopSignals(), lambda: None)
+    assert (tmp_path / "tries").read_text() == "x" * (RETRIES + 1)

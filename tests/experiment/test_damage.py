@@ -65,6 +65,7 @@ KINDS = (
     Kind("both/compare.json", ("report", "{}")),
     Kind("both/runs/bp/seed-0/config.json", (*COMPARE, "--resume", "--out", "{}")),
     Kind("both/runs/fa/seed-0/result.json", (*COMPARE, "--resume", "--out", "{}")),
+    Kind("both/runs/bp/seed-0/metrics.jsonl", (*COMPARE[:-1], "2", "--resume", "--out", "{}")),
     Kind("evolution/config.json", (*EVOLVE, "--generations", "3", "--resume", "--out", "{}")),
     Kind("evolution/checkpoint.pt", (*EVOLVE, "--generations", "3", "--resume", "--out", "{}")),
     Kind("evolution/metrics.jsonl", (*EVOLVE, "--generations", "3", "--resume", "--out", "{}")),
@@ -186,7 +187,7 @@ def copied(whole: Path, kind: Kind, tmp_path: Path) -> Path:
         shutil.rmtree(old)
     shutil.copytree(whole / kind.folder, tmp_path / kind.folder)
     if "--epochs" in kind.command and kind.file.endswith(("metrics.jsonl", ".pt")):
-        (tmp_path / kind.folder / "result.json").unlink(missing_ok=True)  # as of a run that was killed
+        (tmp_path / kind.file).with_name("result.json").unlink(missing_ok=True)  # as of a run that was killed
     return tmp_path / kind.file
 
 

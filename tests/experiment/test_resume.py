@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends bit for bit where an uninterrupted one ends."""
 
+import gc
 import json
 import random
 import signal
@@ -9,14 +10,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from apical.cli import main
+from apical.data import Dataset, Split
 from apical.errors import CheckpointError
+from apical.experiment.distributed import World
 from apical.experiment.loop import Training
 from apical.experiment.recipe import Recipe
+from apical.experiment.run_folder import RunFolder
 from apical.experiment.signals import Interrupted, StopSignals
+from apical.recipes.rules import make_rule, resolve
 
 Begin = Callable[..., Training]
 Same = Callable[[Path, Path], None]
@@ -135,3 +141,77 @@ def test_a_signal_saves_and_says_how_to_continue(apical: Start, tmp_path: Path, 
     assert output.strip().endswith("--resume")
     assert errors == ""
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_examples_lost_after_the_last_checkpoint_are_written_again(
+    digits: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the last checkpoint and examples.npz; an autoencoder's are those of an uninterrupted run."""
+    pictures = [Split(split.inputs, split.inputs.flatten(1)) for split in (digits.train, digits.test)]
+    dataset = replace(digits, train=pictures[0], test=pictures[1], classes=64)
+    recipe, _ = resolve(replace(small, loss="mse", probe=0), len(dataset.train))
+
+    def run(path: Path, *, resume: bool = False) -> Training:
+        training = Training(recipe, dataset, make_rule, RunFolder(path), World(0, 1, torch.device("cpu")))
+        training.start(resume=resume, command="test", notes=[], environment={"commit": None})
+        while training.epoch < recipe.epochs:
+            training.train_epoch()
+        training.folder.unlock()
+        return training
+
+    run(tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_examples", kill)
+        with pytest.raises(Killed):
+            run(tmp_path / "part")
+    assert not (tmp_path / "part" / "examples.npz").exists()
+    gc.collect()  # the killed training's lock
+    run(tmp_path / "part", resume=True)
+    whole, part = (np.load(tmp_path / name / "examples.npz") for name in ("whole", "part"))
+    assert np.array_equal(whole["made"], part["made"])
+    assert np.array_equal(whole["images"], part["images"])
+
+
+@pytest.mark.parametrize("name", ["linear1.weight", "linear2.weight"])
+def test_one_flipped_bit_in_a_stored_weight_is_seen(begin: Begin, small: Recipe, tmp_path: Path, name: str) -> None:
+    training = begin(small, tmp_path)
+    training.folder.unlock()
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    at = content.find(training.rule.state_dict()[f"model.{name}"].numpy().tobytes())
+    assert at > 0
+    content[at + 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="has another checksum"):
+        begin(small, tmp_path, resume=True)
+
+
+def test_a_weight_changed_by_another_program_is_seen_by_its_field(begin: Begin, small: Recipe, tmp_path: Path) -> None:
+    begin(small, tmp_path).folder.unlock()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    saved["rule"]["model.linear1.weight"][0, 0] += 1e-7
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="field 'rule' is damaged"):
+        begin(small, tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_so(
+    begin: Begin, small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], assert_same_state: Same
+) -> None:
+    begin(small, tmp_path / "part").folder.unlock()
+    path = tmp_path / "part" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["sha256"], saved["partial"]["untrained"]
+    torch.save(saved, path)
+    begin(small, tmp_path / "part", resume=True).train_epoch()
+    said = capsys.readouterr().err
+    assert said == f"apical: checkpoint {path} is from an earlier version and has no checksums of its content\n"
+    begin(small, tmp_path / "whole").train_epoch()
+    assert_same_state(tmp_path / "whole" / "checkpoint.pt", path)

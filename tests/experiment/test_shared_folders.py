@@ -52,7 +52,9 @@ def test_what_another_process_finished_meanwhile_is_refused(
 
     def late(lock: FolderLock, doing: str, wait: float | None = None) -> None:
         if not theirs:
-            folder = lock.folder if lock.path.name == folders.LOCK else lock.folder / lock.path.name[1:].removesuffix(".lock")
+            folder = (
+                lock.folder if lock.path.name == folders.LOCK else lock.folder / lock.path.name[1:].removesuffix(".lock")
+            )
             if folder.suffix == ".json":
                 folder.parent.mkdir(parents=True)
                 folder.write_text("their result")

@@ -99,3 +99,24 @@ def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path, capsys: 
     assert main(["compare", "--rules", "mine.py:Louder", "other.py:Louder", "--out", "out"]) == 2
     assert "--rules names a rule twice" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit()", "raise SystemExit", "exit(3)"])
+def test_a_file_that_ends_the_program_is_said(file: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(file).write_text(f"{RULE}\n\n{code}\n")
+    assert main(["train", "--rule", f"{file}:Louder", "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("apical: error: mine.py cannot be loaded: SystemExit:")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_rule_that_ends_the_program_while_it_trains_is_said(
+    file: str, jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(file).write_text(f"import sys\n{RULE}\n    def forward(self, inputs, targets):\n        sys.exit(7)\n")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "mine.py, line" in said
+    assert "(SystemExit: 7)" in said
+    assert said.count("\n") == 1

@@ -33,13 +33,11 @@ RULES = {
     "brsf": partial(apical.SignSymmetry, variant="batchwise"),
     "frsf": partial(apical.SignSymmetry, variant="fixed"),
     "kp": apical.KolenPollack,
-    "kp-closed": partial(apical.KolenPollack, form="closed"),
     "kp-explicit": partial(apical.KolenPollack, form="explicit"),
     "wm": partial(apical.WeightMirror, warmup=10),
     "pfa": PFA,
     "pfa-first": partial(PFA, first_layer=True),
     "pfa-o": partial(PFA, feedback="orthogonal"),
-    "pfa-closed": partial(PFA, form="closed"),
     "pfa-explicit": partial(PFA, form="explicit"),
     "pfa-literal": partial(PFA, form="literal"),
     "pfa-fused": partial(PFA, form="fused"),
@@ -188,3 +186,9 @@ ORACLES = {
 def test_oracle_limit_is_backprop(name: str) -> None:
     factory, oracle = ORACLES[name]
     check_oracle(factory, oracle)
+
+
+@pytest.mark.parametrize("check", ["gradients", "detach", "state_dict", "compile", "distributed"])
+@pytest.mark.parametrize("rule", [apical.KolenPollack, PFA], ids=["kp", "pfa"])
+def test_conformance_of_closed_forms(rule: type[CreditRule], check: str) -> None:
+    CHECKS[check](partial(rule, form="closed"))

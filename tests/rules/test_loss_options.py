@@ -44,7 +44,7 @@ def refuses(name: str, loss: Any) -> str | None:
     visible = loss is not F.cross_entropy and getattr(loss, "ignore_index", 0) != -100
     if name.startswith(("strong-dfc", "corinfomax", "ccl", "tdca")) and visible:
         return "ignore_index"
-    one_hot = name.startswith(("strong-dfc", "corinfomax", "ccl", "hep"))
+    one_hot = name.startswith(("corinfomax", "ccl", "hep"))
     if one_hot or (name.startswith("ep") and loss is F.cross_entropy):
         return "out of the batch"
     return None

@@ -475,6 +475,22 @@ def test_backpropagation_between_steps_is_no_step_of_the_feedback(make: Any) -> 
 
 
 @each_rule
+def test_evaluations_change_nothing(make: Any) -> None:
+    """A layer that is frozen for an evaluation is not taken out of the closed form, with tensors of that mode."""
+
+    def weights(rule: Any, step: int) -> None:
+        if isinstance(rule, Literal) or step % 10:
+            return
+        rule.model[2].weight.requires_grad_(False)
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert not rule(*batch(step)).loss.requires_grad
+        rule.model[2].weight.requires_grad_(True)
+
+    assert closed(agree(make, loop(weights=weights, steps=60))) == ["2", "4"]
+
+
+@each_rule
 def test_a_penalty_on_the_weights_is_not_shared(make: Any) -> None:
     model = net()
 

@@ -301,3 +301,72 @@ def test_sizes_must_be_positive() -> None:
         TopDownNetwork(3, [5, 0])
     with pytest.raises(ConfigError, match="positive sizes"):
         TopDownNetwork(3, [5], sites=0)
+
+
+def test_numbers_for_one_output_may_lack_its_axis() -> None:
+    results = []
+    for shape in ((7,), (7, 1)):
+        torch.manual_seed(0)
+        model = perceptron((6, 5, 4, 1))
+        x, _ = batch()
+        Rule(model, lambda o, t: F.mse_loss(o, t.view(7, 1)))(x, torch.arange(7.0).double().view(shape)).backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("targets", [torch.randn(7, 2), torch.zeros(7, 3, dtype=torch.long), torch.randn(3, 7)])
+def test_targets_that_do_not_fit_are_refused(targets: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"do not fit outputs of shape \(7, 3\)"):
+        Rule(perceptron(), lambda o, t: o.sum())(batch()[0], targets)
+    with pytest.raises(ConfigError, match="at least two classes"):
+        Rule(perceptron((6, 5, 1)), lambda o, t: o.sum())(batch()[0], torch.zeros(7, dtype=torch.long))
+
+
+def test_ignored_labels_count_for_nothing() -> None:
+    """The update is that of the batch without them."""
+    torch.manual_seed(0)
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8).double()
+    rule, (x, y) = Rule(model, teacher=teacher), batch()
+    y[2] = y[5] = -100
+    rule(x, y).backward()
+    ignoring = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    rule(x[y >= 0], y[y >= 0]).backward()
+    for parameter, value in zip(model.parameters(), ignoring, strict=True):
+        assert (parameter.grad - value).abs().max() < 1e-15
+
+
+def test_tokens_are_taught_one_at_a_time() -> None:
+    """A network without mixing: (batch, places) tokens learn as batch * places samples."""
+    torch.manual_seed(0)
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8).double()
+    rule = Rule(model, lambda o, t: F.cross_entropy(o.flatten(0, -2), t.flatten()), teacher=teacher)
+    x, y = torch.randn(4, 6, 6).double(), torch.arange(24).view(4, 6) % 3
+    results = []
+    for inputs, targets in ((x, y), (x.flatten(0, 1), y.flatten())):
+        rule(inputs, targets).backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() < 1e-15
+
+
+def test_credits_of_backpropagation_at_functions_are_backpropagation() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.tanh(self.b(x.new_ones(()) * F.relu(self.a(x)))))
+
+    torch.manual_seed(0)
+    model, (x, y) = Functional().double(), batch()
+    h = [F.relu(model.a(x))]
+    h.append(torch.tanh(model.b(h[0])))
+    p = torch.softmax(model.c(h[1]), 1)
+    loss = -p[torch.arange(7), y].log().mean()
+    exact = torch.autograd.grad(loss, [*h, p, *model.parameters()])
+    Rule(model, teacher=Recorded([7 * g for g in exact[:3]]))(x, y).backward()
+    for parameter, gradient in zip(model.parameters(), exact[3:], strict=True):
+        assert (parameter.grad - gradient).abs().max() < 1e-14

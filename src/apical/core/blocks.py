@@ -102,6 +102,11 @@ def _start(calls: Sequence[Call], place: int) -> int:
 def _block(calls: Sequence[Call]) -> Block:
     layer = next(call for call in calls if is_weighted(call.module))
     assert is_weighted(layer.module)
+    if (own := layer.module.weight.dtype) != calls[-1].made.dtype:
+        raise UnsupportedModelError(
+            f"layer {layer.name!r} ({type(layer.module).__name__}) keeps its weight in {own}, but its block makes "
+            f"{calls[-1].made.dtype}; keep the weight in that type, or use another rule"
+        )
     given, made = tuple(calls[0].given.shape[1:]), tuple(calls[-1].made.shape[1:])
     last = calls[-1]
     return Block(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
+from apical.core.containers import Containers
 from apical.core.layers import (
     Layer,
     is_hooked,
@@ -128,7 +129,11 @@ class Chain:
             _check_kind(name, module, pools=pools)
         example = example_of(model, self.layers, input_shape)
         self.head, self.stages = _stages(traced(model, example), example, pools=pools)
-        self._made = tuple(self.stages)  # rules may bound activations, but look at the model's own all the same
+        self._containers = Containers(model)
+        self._affine = [(stage.name, stage.layer, original(stage.layer)) for stage in self.stages]
+        self._modules = [m for stage in self.stages for m in (*stage.before, stage.layer, *stage.after, stage.activation)]
+        layers = {stage.layer for stage in self.stages}
+        self._others = [original(module) for module in self._modules if module not in layers]
         unseen = set(self.layers) - {stage.name for stage in self.stages}
         if unseen:
             raise UnsupportedModelError(
@@ -149,36 +154,40 @@ class Chain:
         """
         if len(inputs) == 0:
             raise ConfigError("the batch is empty: credit is a mean over samples")
+        self._containers.require_intact(inputs, self._feed_forward)
         for module in self.head:
             inputs = module(inputs)
         self._check(inputs)
         return inputs
 
+    def _feed_forward(self, inputs: Tensor) -> Tensor:
+        for module in (*self.head, *self._modules):
+            inputs = module(inputs)
+        return inputs
+
     def _check(self, inputs: Tensor) -> None:
         """Refuse what was changed after the chain was made: weights, forward methods, and hooks that change outputs."""
         hooked = False
-        for stage in self._made:
-            require_affine(stage.name, stage.layer)
-            for module in map(original, (*stage.before, *stage.after, stage.activation)):
-                if "forward" in module.__dict__ and not runs_own_forward(module, type(module).forward):
-                    raise UnsupportedModelError(
-                        f"module {self._name(module)} was given another forward after the rule was made; make it a type of "
-                        "modules, and the rule after that"
-                    )
-                hooked = hooked or is_hooked(module)
-            hooked = hooked or is_hooked(original(stage.layer))
+        for name, layer, own in self._affine:
+            require_affine(name, layer)
+            hooked = hooked or is_hooked(own)
+        for module in self._others:
+            if "forward" in module.__dict__ and not runs_own_forward(module, type(module).forward):
+                raise UnsupportedModelError(
+                    f"module {self._name(module)} was given another forward after the rule was made; make it a type of "
+                    "modules, and the rule after that"
+                )
+            hooked = hooked or is_hooked(module)
         if not hooked or torch.compiler.is_compiling():
             return
         with torch.no_grad():
-            rates = inputs
-            for stage in self._made:
-                for module in (*stage.before, stage.layer, *stage.after, stage.activation):
-                    if is_changed_by_hooks(module, rates):
-                        raise UnsupportedModelError(
-                            f"a hook on module {self._name(module)} changes what it computes, which a chain's equations do "
-                            "not see; make the change a module of its own"
-                        )
-                    rates = module(rates)
+            for module in self._modules:
+                if is_changed_by_hooks(module, inputs):
+                    raise UnsupportedModelError(
+                        f"a hook on module {self._name(module)} changes what it computes, which a chain's equations do "
+                        "not see; make the change a module of its own"
+                    )
+                inputs = module(inputs)
 
     def _name(self, module: nn.Module) -> str:
         """The module's name and type, for messages; activations may be copies that are not in place."""

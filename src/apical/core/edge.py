@@ -136,6 +136,8 @@ class EdgeRule(CreditRule):
         self.layers = {name: layer for name, layer in self._weighted.items() if name != self._first}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
+        every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+        self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
         self._batches = 0
         self._may_swap = self._watched = False
@@ -270,7 +272,9 @@ class EdgeRule(CreditRule):
         try:
             with watch or nullcontext():
                 if substitutes:
-                    output = torch.func.functional_call(self.model, substitutes, (inputs,))
+                    # a module under two names would keep its substitute if it were put in by both
+                    tie = not self._aliased
+                    output = torch.func.functional_call(self.model, substitutes, (inputs,), tie_weights=tie)
                 else:
                     output = self.model(inputs)
             if watch is not None:

@@ -23,7 +23,7 @@ def put(rule: str, layer: str, known: Mapping[str, Mapping[str, Tensor]], given:
     if layer not in known:
         raise ConfigError(f"{rule} has no feedback at a layer {layer!r}; it has at: {', '.join(map(repr, known)) or 'none'}")
     own = known[layer]
-    symbols = ", ".join(own)
+    symbols = ", ".join(own) or "none that can be set"
     if not given:
         raise ConfigError(f"no matrix was given for layer {layer!r}; {rule} has there: {symbols}")
     for symbol, matrix in given.items():

@@ -67,6 +67,7 @@ class Graph:
         self.children: dict[Vertex, list[Vertex]] = {}
         self.parameters: dict[Vertex, list[int]] = {}
         self.order: list[Vertex] = []
+        self._dominated: tuple[frozenset[Vertex], dict[Vertex, Vertex | None]] | None = None
         waiting: list[tuple[Vertex, bool]] = [(root, False) for root in self.roots]
         while waiting:
             at, is_done = waiting.pop()
@@ -97,12 +98,12 @@ class Graph:
             below = [child for child in self.children[at] if child in hot]
             if at != site and below:
                 hot[at] = any(hot[child] or (child != site and child in weights) for child in below)
-        found: list[Vertex] = []
-        at: Vertex | None = site
-        while at is not None and not hot.get(at, True) and (at == site or at not in weights):
-            found.append(at)
-            at = above.get(at)
-        return found
+        chain: list[Vertex] = []
+        top: Vertex | None = site
+        while top is not None and not hot.get(top, True) and (top == site or top not in weights):
+            chain.append(top)
+            top = above.get(top)
+        return chain
 
     def between(self, top: Vertex, site: Vertex) -> set[Vertex]:
         """Vertices on paths from `top` down to the site, without these two."""
@@ -129,8 +130,8 @@ class Graph:
 
     def _dominators(self, output: frozenset[Vertex]) -> dict[Vertex, Vertex | None]:
         """Each vertex's nearest dominator (Cooper, Harvey & Kennedy 2001); None is the output as a whole."""
-        if getattr(self, "_for", None) == output:
-            return self._nearest
+        if self._dominated is not None and self._dominated[0] == output:
+            return self._dominated[1]
         parents: dict[Vertex, list[Vertex | None]] = {at: [None] for at in output}
         nearest: dict[Vertex, Vertex | None] = {}
         depth: dict[Vertex | None, int] = {None: 0}
@@ -147,7 +148,7 @@ class Graph:
             nearest[at], depth[at] = first, depth[first] + 1
             for child in self.children[at]:
                 parents.setdefault(child, []).append(at)
-        self._for, self._nearest = output, nearest
+        self._dominated = output, nearest
         return nearest
 
 

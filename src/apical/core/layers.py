@@ -68,6 +68,7 @@ OWN_FORWARD: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for
 
 _PLAIN = set(OWN_FORWARD.values())
 _APPLIED = {kind.__dict__["_conv_forward"] for kind in PLAIN if "_conv_forward" in kind.__dict__}
+_overrides: dict[type[nn.Module], bool] = {}  # what the forward method of a type with PyTorch's own relies on
 _LAYERS: dict[type[nn.Module], LayerType] = {kind: LayerType(kind.forward, _own_weight) for kind in PLAIN}
 
 
@@ -200,10 +201,13 @@ def computes_plainly(layer: nn.Module) -> bool:
     instance (it has an attribute `before`, what stood there) does not count.
     """
     kind = type(layer)
-    if kind.forward not in _PLAIN or "weight" not in layer._parameters or hasattr(kind, "weight") or hasattr(kind, "bias"):
+    if kind.forward not in _PLAIN or "weight" not in layer._parameters:
         return False
-    applied = getattr(kind, "_conv_forward", None)
-    return (applied is None or applied in _APPLIED) and _keeps_forward(layer)
+    if kind not in _overrides:
+        applied = getattr(kind, "_conv_forward", None)
+        own = hasattr(kind, "weight") or hasattr(kind, "bias")  # properties
+        _overrides[kind] = own or not (applied is None or applied in _APPLIED)
+    return not _overrides[kind] and _keeps_forward(layer)
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:

@@ -55,8 +55,9 @@ class PlasticRule(EdgeRule):
         setattr(self, self.MISMATCH, nn.ModuleDict())
         self.register_state_dict_pre_hook(_measure)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_follow_again)  # type: ignore[no-untyped-call]
-        counts = Counter(id(layer.weight) for layer in self.layers.values())
-        self._tied = {name for name, layer in self.layers.items() if counts[id(layer.weight)] > 1}
+        weights = {name: layer.weight for name, layer in self.layers.items()}  # held: an id is one object's while it lives
+        counts = Counter(map(id, weights.values()))
+        self._tied = {name for name, weight in weights.items() if counts[id(weight)] > 1}
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
         self._called = False
         self._steps: Steps | None = Steps(self)
@@ -82,9 +83,10 @@ class PlasticRule(EdgeRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
-        if not torch.compiler.is_compiling():
-            self._before_forward()
-        self._called = True
+        if torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                self._before_forward()
+            self._called = True
         return super().forward(inputs, targets)
 
     def _before_forward(self) -> None:

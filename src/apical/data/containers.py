@@ -14,13 +14,14 @@ _PIECE = 1 << 20
 _XZ_MAGIC, _BZ2_MAGIC = b"\xfd7zXZ\0", b"BZh"
 
 
-def content(path: Path, limit: int = LIMIT) -> bytes:
+def content(path: Path, limit: int | None = None) -> bytes:
     """The bytes of a file.
 
     Raises:
         ValueError: it is too large.
         OSError: it cannot be read.
     """
+    limit = LIMIT if limit is None else limit
     with open(path, "rb") as file:
         read = file.read(limit + 1)
     if len(read) > limit:
@@ -28,7 +29,7 @@ def content(path: Path, limit: int = LIMIT) -> bytes:
     return read
 
 
-def xz(packed: bytes, limit: int = LIMIT) -> bytes:
+def xz(packed: bytes, limit: int | None = None) -> bytes:
     """What one .xz stream unpacks to.
 
     Raises:
@@ -42,7 +43,7 @@ def xz(packed: bytes, limit: int = LIMIT) -> bytes:
         raise ValueError(str(error)) from error
 
 
-def bzip2(packed: bytes, limit: int = LIMIT) -> bytes:
+def bzip2(packed: bytes, limit: int | None = None) -> bytes:
     """What one .bz2 stream unpacks to; raises as :func:`xz` does."""
     if not packed.startswith(_BZ2_MAGIC):
         raise ValueError("it is not a .bz2 file")
@@ -52,30 +53,33 @@ def bzip2(packed: bytes, limit: int = LIMIT) -> bytes:
         raise ValueError(str(error)) from error
 
 
-def gunzip(packed: bytes, limit: int = LIMIT) -> bytes:
+def gunzip(packed: bytes, limit: int | None = None) -> bytes:
     """What a .gz file unpacks to.
 
     Raises:
         ValueError: it unpacks to more than `limit` bytes.
         EOFError, OSError, zlib.error: it ends early or is damaged.
     """
+    limit = LIMIT if limit is None else limit
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
         return _limited(file.read(limit + 1), limit)
 
 
-def check_zip(path: Path, limit: int = LIMIT) -> None:
+def check_zip(path: Path, limit: int | None = None) -> None:
     """Refuse a .zip or .npz file that unpacks to more than `limit` bytes.
 
     Raises:
         ValueError: it does.
         zipfile.BadZipFile, OSError: it is damaged or cannot be read.
     """
+    limit = LIMIT if limit is None else limit
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > limit:
             raise ValueError(f"it unpacks to more than {limit:,} bytes")
 
 
-def _stream(decompressor: lzma.LZMADecompressor | bz2.BZ2Decompressor, packed: bytes, limit: int) -> bytes:
+def _stream(decompressor: lzma.LZMADecompressor | bz2.BZ2Decompressor, packed: bytes, limit: int | None) -> bytes:
+    limit = LIMIT if limit is None else limit
     pieces, size = [decompressor.decompress(packed, _PIECE)], 0
     while not decompressor.eof:
         size += len(pieces[-1])

@@ -231,7 +231,7 @@ def ratio_to_bp(folder: RunFolder, bp: RunFolder) -> float | None:
 
 
 def _times(folder: RunFolder) -> dict[int, float]:
-    return {line["epoch"]: line["ms_per_step"] for line in folder.read_metrics() if line["ms_per_step"]}
+    return {line["epoch"]: line["ms_per_step"] for line in folder.read_metrics() if line.get("ms_per_step")}
 
 
 def summarise(job: Job) -> list[dict[str, Any]]:

@@ -1,10 +1,9 @@
 """What a person sees while runs train: a live table or plain lines, read from the run folders, and the final table."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from apical.errors import CheckpointError
+from apical.experiment.restore import check_line
 from apical.experiment.run_folder import RunFolder
+from apical.experiment.state import parse_object, read_json
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Watched:
     line: dict[str, Any] = field(default_factory=dict)
 
     def news(self) -> list[dict[str, Any]]:
-        """Whole lines that metrics.jsonl has gained since the last look."""
+        """Whole lines that metrics.jsonl has gained since the last look; it is for the training to refuse damaged ones."""
         try:
             with open(self.folder.metrics, "rb") as file:
                 if file.seek(0, 2) < self.read:  # rewound by a resume
@@ -38,7 +40,12 @@ class Watched:
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self.read += len(whole)
-        lines = [json.loads(text) for text in whole.splitlines() if text]
+        lines = []
+        for text in whole.split(b"\n"):
+            with suppress(ValueError):
+                line = parse_object(text.decode())
+                check_line(line, line.get("epoch"))
+                lines.append(line)
         if lines:
             self.line = lines[-1]
         return lines
@@ -47,8 +54,8 @@ class Watched:
     def diverged(self) -> bool:
         """Whether result.json says that the run diverged."""
         try:
-            return bool(json.loads(self.folder.result.read_text())["status"] == "diverged")
-        except (OSError, ValueError, KeyError):
+            return bool(read_json(self.folder.result).get("status") == "diverged")
+        except (OSError, CheckpointError):
             return False
 
 

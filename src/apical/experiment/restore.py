@@ -75,21 +75,26 @@ def restore_partial(state: dict[str, Any], sums: Sums, timer: StepTimer, feedbac
     return snapshots, untrained
 
 
-def check_line(line: dict[str, Any], epoch: int) -> None:
+def check_line(line: dict[str, Any], epoch: object) -> None:
     """Refuse what is not the metrics of a finished epoch.
 
     Raises:
         ValueError, TypeError: it is of another epoch, lacks a measurement, or has one that is not a finite number.
     """
-    if line.get("epoch") != epoch or not {"train_loss", "test_loss", "ms_per_step"} <= line.keys():
+    if type(epoch) is not int or line.get("epoch") != epoch or not {"train_loss", "test_loss", "ms_per_step"} <= line.keys():
         raise ValueError(f"not those of epoch {epoch}")
-    _check_leaves(line)
+    check_leaves(line)
 
 
-def _check_leaves(values: dict[str, Any]) -> None:
+def check_leaves(values: dict[str, Any]) -> None:
+    """Refuse nested measurements that are neither finite numbers nor None.
+
+    Raises:
+        ValueError: names the first.
+    """
     for name, value in values.items():
         if isinstance(value, dict):
-            _check_leaves(value)
+            check_leaves(value)
         elif not isinstance(name, str) or not (value is None or _alike(value, 0.0)):
             raise ValueError(f"{name} is {value!r}")
 

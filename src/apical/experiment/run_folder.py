@@ -21,6 +21,7 @@ from apical.experiment.provenance import commit as commit
 from apical.experiment.provenance import environment as environment
 from apical.experiment.recipe import Recipe, differences
 from apical.experiment.report_checks import check_result
+from apical.experiment.restore import check_leaves
 from apical.experiment.state import REMEDY, brief, parse_object, read_json, sealed, write_state
 from apical.experiment.state import write_json as write_json
 from apical.experiment.tensorboard import Events
@@ -178,8 +179,9 @@ class RunFolder:
                 continue
             try:
                 line = parse_object(text)
-                if not isinstance(line.get("epoch"), int):
+                if type(line.get("epoch")) is not int:
                     raise ValueError
+                check_leaves(line)
                 lines.append(line)
             except ValueError:
                 if number >= len(texts) - 1:

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import Enlarge, blocks, facing, mirrored
-from apical.core.codes import FreeCodes
+from apical.core.codes import FreeCodes, draw_orthogonal, held
+from apical.core.containers import Containers
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.cut import evaluating
 from apical.core.feedback import put
@@ -116,6 +117,7 @@ class CounterCurrentLearning(CreditRule):
         if enlarge not in ("nearest", "transposed"):
             raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
+        self._containers = Containers(model)
         images = any(geometry(block.layer) is not None for block in self.row)
         self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
         self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
@@ -134,7 +136,7 @@ class CounterCurrentLearning(CreditRule):
         codes = torch.eye(0 if self.pair == "match" else math.prod(top), dtype=like.dtype, device=like.device)
         self.register_buffer("classes", codes.view(-1, *top), persistent=False)  # b_L
         if orthogonal and isinstance(feedback, str):
-            self._draw_orthogonal()
+            draw_orthogonal(self.row, self.feedback)
         if isinstance(feedback, str) and feedback == "frozen":
             self.feedback.requires_grad_(False)
         taught = {id(p) for module in self.row[-1].modules for p in module.parameters()}
@@ -182,17 +184,6 @@ class CounterCurrentLearning(CreditRule):
                 )
         return modules
 
-    def _draw_orthogonal(self) -> None:
-        for block, module in zip(reversed(self.row), self.feedback, strict=False):
-            for layer in module.modules():
-                if is_weighted(layer):
-                    kind = torch.promote_types(layer.weight.dtype, torch.float32)  # half precision has no factors
-                    drawn = nn.init.orthogonal_(layer.weight.detach().to(kind))
-                    with torch.no_grad():
-                        layer.weight.copy_(drawn)
-                        enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
-                        layer.weight.mul_(0.0 if block is self.row[0] else 1e-3 if enlarges else 1.0)
-
     @property
     def _levels(self) -> range:
         """Depths of the pairs."""
@@ -218,13 +209,7 @@ class CounterCurrentLearning(CreditRule):
         Raises:
             ConfigError: unknown layer or symbol, or another shape.
         """
-        known: dict[str, dict[str, Tensor]] = {}
-        for block, module in zip(reversed(self.row), self.feedback, strict=False):
-            layers = [part for part in module.modules() if is_weighted(part)]
-            if isinstance(module, FreeCodes):
-                known[block.name] = {"B": module.rows}
-            elif len(layers) == 1:
-                known[block.name] = {"G": layers[0].weight}
+        known = {block.name: held(m) for block, m in zip(reversed(self.row), self.feedback, strict=False)}
         put(type(self).__name__, layer, known, matrices)
 
     @torch.no_grad()
@@ -241,6 +226,7 @@ class CounterCurrentLearning(CreditRule):
         """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
         self.require_attached()
         self._check(inputs, targets)
+        self._containers.require_intact(inputs, self._feed_forward)
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
@@ -363,6 +349,9 @@ class CounterCurrentLearning(CreditRule):
             require_classes(targets, len(self.classes))
         elif not (targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)):
             raise ConfigError("counter-current learning with pair='match' needs targets of the output's size")
+
+    def _feed_forward(self, inputs: Tensor) -> Tensor:
+        return self._activities(inputs)[-1]
 
     def _activities(self, inputs: Tensor) -> list[Tensor]:
         """a_0..a_L."""

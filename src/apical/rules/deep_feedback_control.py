@@ -13,7 +13,9 @@ DFC averages the forward rule over the trajectory, DFC-SS takes its steady state
 system, `u = (J Q + a I)^-1 delta`. `solver="simulate"` integrates the equations; "closed-form" (DFC, SSA) and "steady" (SS)
 give what the integration settles to, hundreds of times faster.
 
-Departures: lambda is per sample (the authors' first code divides it by the batch); samples that do not converge are kept.
+Departures: lambda is per sample (the authors' first code divides it by the batch); samples that do not converge are kept,
+and said. Without instant transmission the forward rule compares a potential with the basal one of the same instant, as the
+paper has it, `v_i^ff[t] = W_i r_{i-1}[t] + b_i`; the authors' program, with `W_i r_{i-1}[t-1] + b_i`, the one that drove it.
 With `learn="expected"` the feedback update is the expectation of the local rule over the noise, not itself a local rule.
 The decay beta is left to the optimiser.
 """
@@ -170,39 +172,40 @@ class DeepFeedbackControl(ControlRule):
         return error.flatten(1) * (-self.nudge * len(error))
 
     def _solved(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-        u, state, residual = self._steady(states, delta, resolvent)
+        u, state, residual, late = self._steady(states, delta, resolvent)
         self._refuse(u, states, delta, residual if self.variant == "ss" else None)
         q = state.q
         if self.variant == "dfc":
             q = control.time_averaged(self.chain, self.q, state, resolvent, u, self.loop)
         left = residual.norm(dim=1).sum() / delta.norm(dim=1).sum().clamp_min(torch.finfo(delta.dtype).tiny)
-        self._look(left, states, delta, residual)
+        if late is not None:
+            self._say_late(states.rows(late), residual[late], delta[late], len(delta))
+        elif self.variant != "ss":
+            self._look(left)
+        if not torch.compiler.is_compiling():  # a number that changes would be compiled again and again
+            self.solves += 1
         return self.roots_at(states, state, q), {"control": u.norm(dim=1).mean(), "residual": left}
 
-    def _steady(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[Tensor, Controlled, Tensor]:
-        """The steady state, or the linearised one: control, state, and what is left of the equation (batch, n_L)."""
-        if self.variant != "ss":
-            return control.steady_state(self.chain, states, self.q, delta, resolvent, 0)
-        return self._finished(
-            states, delta, *control.steady_state(self.chain, states, self.q, delta, resolvent, self.newton)
-        )
+    def _steady(
+        self, states: States, delta: Tensor, resolvent: Resolvent
+    ) -> tuple[Tensor, Controlled, Tensor, Tensor | None]:
+        """The steady state, or the linearised one: control, state, what is left of the equation (batch, n_L).
 
-    def _finished(
-        self, states: States, delta: Tensor, u: Tensor, state: Controlled, residual: Tensor
-    ) -> tuple[Tensor, Controlled, Tensor]:
-        """The same where samples that the first few steps left far from a steady state have gone on by damped Newton."""
-        if torch.compiler.is_compiling():
-            return u, state, residual
-        late = ~_settled(residual, delta)
-        if not bool(late.any()):
-            return u, state, residual
-        rows = late.nonzero().squeeze(1)
+        And which samples have not reached it, None where all have; samples that the first few steps leave far from it go on
+        by damped Newton.
+        """
+        steps = self.newton if self.variant == "ss" else 0
+        u, state, residual = control.steady_state(self.chain, states, self.q, delta, resolvent, steps)
+        late = None if steps == 0 or torch.compiler.is_compiling() else _late(residual, delta)
+        if late is None:
+            return u, state, residual, None
         tolerance = 1e-10 if delta.dtype == torch.float64 else 1e-5
-        found = settle(self.chain, states.rows(rows), self.q, delta[rows], u[rows], self._resolvent, self.loop.a, tolerance)
-        lost = ~found.any(1, keepdim=True) & ~u[rows].isfinite().all(1, keepdim=True)  # is to be refused
-        u = u.index_copy(0, rows, torch.where(lost, u[rows], found))
+        found = settle(self.chain, states.rows(late), self.q, delta[late], u[late], self._resolvent, self.loop.a, tolerance)
+        lost = ~found.any(1, keepdim=True) & ~u[late].isfinite().all(1, keepdim=True)  # is to be refused
+        u = u.index_copy(0, late, torch.where(lost, u[late], found))
         state = control.controlled_pass(self.chain, states, control.apical(self.chain, self.q, u))
-        return u, state, state.rho[-1].flatten(1) + self.loop.a * u - delta
+        residual = state.rho[-1].flatten(1) + self.loop.a * u - delta
+        return u, state, residual, _late(residual, delta)
 
     def _resolvent(self, states: States) -> Resolvent:
         """`(M + a I)^-1` at any states."""
@@ -210,26 +213,23 @@ class DeepFeedbackControl(ControlRule):
             return control.WideResolvent(self.chain, states, self.q, self.loop.a)
         return Resolvent(control.gains_and_mean(self.chain, states, self.q, mean=False)[0], self.loop.a)
 
-    def _look(self, left: Tensor, states: States, delta: Tensor, residual: Tensor) -> None:
-        """Warn of a steady state that was not reached, and now and then of a linearisation that does not hold."""
-        if torch.compiler.is_compiling():
+    def _say_late(self, states: States, residual: Tensor, delta: Tensor, batch: int) -> None:
+        """Warn of the samples given, of a batch, that have no steady state within reach."""
+        worst = float((residual.norm(dim=1) / delta.norm(dim=1)).amax())
+        self.warn(
+            f"no steady state was found for {len(delta)} of {batch} samples (largest residual {worst:.1e} of the way to the "
+            f"target): {self.cause(states, moves=False)}"
+        )
+
+    def _look(self, left: Tensor) -> None:
+        """Warn, now and then, of a linearisation that does not hold."""
+        if torch.compiler.is_compiling() or self.solves % LOOK_EVERY or not float(left) > LINEAR:
             return
-        if self.variant == "ss":
-            late = ~_settled(residual, delta)
-            if bool(late.any()):
-                worst = float((residual.norm(dim=1) / delta.norm(dim=1)).amax())
-                cause = self.cause(states.rows(late.nonzero().squeeze(1)), moves=False)
-                self.warn(
-                    f"no steady state was found for {int(late.sum())} of {len(late)} samples (largest residual {worst:.1e} "
-                    f"of the way to the target): {cause}"
-                )
-        elif self.solves % LOOK_EVERY == 0 and float(left) > LINEAR:
-            other = "variant='ss'" if self.variant == "ssa" else "solver='simulate'"
-            self.warn(
-                f"the linearised control misses its target by {float(left):.1e} of the way there; the closed form is for "
-                f"weak control: lower nudge={self.nudge:g} or pass {other}"
-            )
-        self.solves += 1
+        other = "variant='ss'" if self.variant == "ssa" else "solver='simulate'"
+        self.warn(
+            f"the linearised control misses its target by {float(left):.1e} of the way there; the closed form is for weak "
+            f"control: lower nudge={self.nudge:g} or pass {other}"
+        )
 
     @property
     def remedy(self) -> str:
@@ -302,7 +302,7 @@ class DeepFeedbackControl(ControlRule):
             if self.solver == "simulate":
                 last, basal = end(self.chain, self._walk(states, delta, basal=True))
                 return self.named_states(states, target, last.u, Controlled(last.apical, last.d, last.rho), basal)
-            u, state, _ = self._steady(states, delta, self._resolvent(states))
+            u, state, *_ = self._steady(states, delta, self._resolvent(states))
             return self.named_states(states, target, u, state, [d - q for d, q in zip(state.d, state.q, strict=True)])
 
     def _refuse(self, u: Tensor, states: States, delta: Tensor, residual: Tensor | None) -> None:
@@ -313,10 +313,13 @@ class DeepFeedbackControl(ControlRule):
             raise InstabilityError(f"the controller has no finite steady state; {self.cause(states, moves=False)}")
 
 
-def _settled(residual: Tensor, delta: Tensor) -> Tensor:
-    """Which samples are at rest (batch,), or have no finite target."""
-    near: Tensor = residual.norm(dim=1) <= CLOSE * delta.norm(dim=1)
-    return near | ~delta.isfinite().all(1)
+def _late(residual: Tensor, delta: Tensor) -> Tensor | None:
+    """Numbers of the samples that are not at rest although their target is finite; None where there are none."""
+    near = residual.norm(dim=1) <= CLOSE * delta.norm(dim=1)
+    if bool(near.all()):
+        return None
+    late = (~near & delta.isfinite().all(1)).nonzero().squeeze(1)
+    return late if len(late) else None
 
 
 def _counted(states: States, targets: Tensor, error: Tensor) -> tuple[States, Tensor]:

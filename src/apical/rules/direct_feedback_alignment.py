@@ -156,14 +156,15 @@ class DirectFeedbackAlignment(CutRule):
         if cut.shape[0] != errors.shape[0] and self.where == "activation":
             matched(errors, cut)  # raises here rather than in the backward pass
         size, at = self._size(cut, errors), key(cut.name)
-        if at not in self.feedback._buffers:
+        known = self.feedback._buffers.get(at)
+        if known is None:
             is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
             share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
             self._draw(cut.name, size, share, errors.device)
-        elif self.feedback._buffers[at].shape != size:
+        elif known.shape != size:
             raise ConfigError(
-                f"the feedback of unit {cut.name!r} has the shape {tuple(self.feedback._buffers[at].shape)}, and this batch "
-                f"needs {tuple(size)}: maps or outputs of another size; feedback='broadcast' serves maps of any size"
+                f"the feedback of unit {cut.name!r} has the shape {tuple(known.shape)}, and this batch needs {tuple(size)}: "
+                "maps or outputs of another size; feedback='broadcast' serves maps of any size"
             )
 
     def _size(self, cut: Cut, errors: Tensor) -> tuple[int, ...]:

@@ -93,7 +93,11 @@ class TopDownCreditAssignment(CutRule):
         axis = class_axis(output, targets, isinstance(topmost, _ConvNd))
         moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
         prediction, target = described(ordered(output.detach(), axis), ordered(targets, axis) if moved else targets)
-        *hidden, last = self.signals(prediction, target, cuts, classes=not targets.is_floating_point())
+        classes = not targets.is_floating_point()
+        ignores = classes and not self.plain_roots
+        if ignores and not self.takes_signals and targets.is_cpu:
+            ignores = bool((targets < 0).any())
+        *hidden, last = self.signals(prediction, target, cuts, classes=classes, ignores=ignores)
         signals = [*hidden, last.movedim(-1, axis).reshape(output.shape).to(output.dtype)]
         late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)
         given = signals if self.takes_signals else [*(None for _ in cuts), signals[-1]]
@@ -107,18 +111,21 @@ class TopDownCreditAssignment(CutRule):
         taught += [(term, None) for term in terms(loss)]
         return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
 
-    def signals(self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool) -> list[Tensor]:
+    def signals(
+        self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool = True
+    ) -> list[Tensor]:
         """Teaching signals of each hidden unit's shape, and the output's (batch, *places, outputs).
 
         Args:
             prediction, target: (batch, *places, outputs).
-            classes: targets are class indices; rows of the target without a one count for nothing.
+            classes: targets are class indices.
+            ignores: rows of the target without a one count for nothing.
         """
         widths = [cut.width for cut in cuts]
         places, rows = prediction.shape[:-1], prediction.numel() // prediction.shape[-1]
         p, y = (part.reshape(rows, -1) for part in (prediction, target))
         credits = [credit.detach() for credit in self._credits(p, y, widths)]
-        if classes and not self.plain_roots:  # the mean over rows that have a label
+        if classes and ignores:  # the mean over rows that have a label
             told = y.sum(1, keepdim=True)
             share = told * (rows / told.sum().clamp(min=1))
             credits = [credit * share.view(-1, *(1,) * (credit.dim() - 1)) for credit in credits]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,12 +192,6 @@ def _with_signals(trial: Trial, rule: CutRule, on: list[int]) -> Gradients:
     """Gradients with random signals at the hidden units in `on`, none at the others, and the loss's error at the output."""
     roots: list[Tensor] = []
 
-    def plainly(inputs: Any, targets: Any) -> Credit:
-        rule(inputs, targets)  # so that this order of calls was seen
-        torch.manual_seed(0)
-        with _plain_roots(rule, roots):
-            return rule(inputs, targets)  # type: ignore[no-any-return]
-
     def backward(credit: Credit) -> None:
         generator = torch.Generator().manual_seed(1)
         hidden = [id(root) for root in roots]
@@ -212,7 +207,7 @@ def _with_signals(trial: Trial, rule: CutRule, on: list[int]) -> Gradients:
                 pairs.append((roots[index], signal))
         torch.autograd.backward([r for r, _ in pairs], [s for _, s in pairs])
 
-    return trial.step(backward, plainly)
+    return trial.step(backward, partial(_plainly, rule, roots))
 
 
 def _output_error(trial: Trial, credit: Credit) -> Tensor | None:
@@ -226,9 +221,17 @@ def _output_error(trial: Trial, credit: Credit) -> Tensor | None:
 
 def _number_of_units(trial: Trial, rule: CutRule) -> int:
     roots: list[Tensor] = []
-    with trial.sandbox(), _plain_roots(rule, roots):
-        rule(trial.inputs, trial.targets)
+    with trial.sandbox():
+        _plainly(rule, roots, trial.inputs, trial.targets)
     return len(roots)
+
+
+def _plainly(rule: CutRule, roots: list[Tensor], inputs: Any, targets: Any) -> Credit:
+    """A credit whose roots are the outputs of units."""
+    rule(inputs, targets)  # so that this order of calls was seen
+    torch.manual_seed(0)
+    with _plain_roots(rule, roots):
+        return rule(inputs, targets)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Which rule trains which model: every rule on every model of `apical.testing.zoo`, by intervention.
+
+    python benchmarks/zoo.py [--out benchmarks/zoo.json] [--rules fa dfa] [--skip compiled]
+
+For each pair `apical.testing.check_model` runs in double precision; what it found is kept: the checks that passed, the
+sentence of a refusal, or the fault.
+"""
+
+import argparse
+import inspect
+import time
+import warnings
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import apical
+from apical.core.credit import Loss
+from apical.recipes.rules import RULES, Entry
+from apical.testing.model import CHECKS
+from apical.testing.zoo import ZOO, outcome
+from run import environment, save
+
+
+def made(entry: Entry, shape: tuple[int, ...], model: nn.Module, loss: Loss) -> apical.CreditRule:
+    """The rule around a model for samples of a shape."""
+    sized = {"input_shape": shape} if "input_shape" in inspect.signature(entry.build).parameters else {}
+    return entry.build(model, loss=loss, **sized, **entry.options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "zoo.json")
+    parser.add_argument("--rules", nargs="*", choices=list(RULES), default=list(RULES))
+    parser.add_argument("--skip", nargs="*", choices=list(CHECKS), default=[], help="checks to leave out")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    begun = time.perf_counter()
+    for rule in options.rules:
+        for name, specimen in ZOO.items():
+            shape = tuple(specimen.inputs(torch.Generator()).shape[1:])
+            result = outcome(partial(made, RULES[rule], shape), specimen, tuple(options.skip))
+            rows.append({"rule": rule, "model": name, **asdict(result)})
+            print(rule, name, "trained" if result.trained else result.refused or f"FAULT: {result.fault}", flush=True)
+    content = {
+        "models": {name: specimen.title for name, specimen in ZOO.items()},
+        "checks": {name: " ".join((check.__doc__ or "").split()) for name, check in CHECKS.items()},
+        "skipped": options.skip,
+        "rows": rows,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "environment": environment(torch.device("cpu")),
+    }
+    save(options.out, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Rules on models as people write them, in small."""
+
+import pytest
+
+import apical
+from apical.testing.zoo import ZOO, outcome
+
+SLOW = ("compiled",)
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_edges_train_everything(model: str) -> None:
+    result = outcome(apical.FeedbackAlignment, ZOO[model], skip=SLOW)
+    assert result.trained, result
+    assert {"feedback reaches below", "zero feedback", "feedback = weight"} <= set(result.checks)
+
+
+CUTS = {
+    "dict": "needs the one tensor whose error it sends",
+    "experts": "it cannot be told which errors belong to which samples",
+}
+"""What direct feedback refuses, and why."""
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_cuts_train_everything_whose_rows_are_samples(model: str) -> None:
+    result = outcome(apical.DirectFeedbackAlignment, ZOO[model], skip=SLOW)
+    if model in CUTS:
+        assert CUTS[model] in result.refused
+    else:
+        assert result.trained, result
+        assert {"zero signals", "signals reach their unit"} <= set(result.checks)
+
+
+def test_a_chain_rule_refuses_what_is_no_chain_by_name() -> None:
+    result = outcome(apical.DeepFeedbackControl, ZOO["preact-resnet"], skip=SLOW)
+    assert not result.trained
+    assert "'" in result.refused
+
+
+def test_a_fault_is_told_apart_from_a_refusal() -> None:
+    class Silent(apical.FeedbackAlignment):
+        def forward(self, inputs, targets):
+            output = self.model(inputs)
+            loss = self.loss(output, targets)
+            return apical.Credit([loss], [None], output, loss)
+
+    result = outcome(Silent, ZOO["masked"], skip=SLOW)
+    assert not result.trained
+    assert not result.refused
+    assert "changes nothing below" in result.fault
