@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import apical
 from apical.core.effective import measured_weight
 from apical.core.units import key
+from apical.diagnostics.alignment import layer_alignment
 from apical.errors import UnsupportedModelError
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -487,3 +488,12 @@ def test_a_random_weight_is_refused_where_a_graph_cannot_follow_it(make: Callabl
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"torch\.compile"):
         torch.compile(rule, backend="aot_eager", fullgraph=True)(inputs, inputs)
+
+
+def test_alignment_is_measured_to_the_weight_that_is_applied() -> None:
+    model, _ = network("dense-masked")
+    rule = apical.FeedbackAlignment(model, squares)
+    use(rule, {"2": 3 * masked(model[2].weight.detach())})
+    found = layer_alignment(rule)["2"]
+    assert abs(found["weight_alignment"]) < 1e-6
+    assert abs(found["norm_ratio"] - 3) < 1e-9

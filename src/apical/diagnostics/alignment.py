@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import CreditRule
+from apical.core.effective import measured_weight
 from apical.core.layers import is_weighted
 
 
@@ -29,7 +30,7 @@ def norm_ratio(a: Tensor, b: Tensor) -> float:
 
 
 def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
-    """Angle and norm ratio of each layer's effective feedback weight to its forward weight.
+    """Angle and norm ratio of each layer's effective feedback weight to the weight it computes with.
 
     For product feedback alignment this is the path alignment of arXiv 2405.20594, for the others the weight alignment.
     """
@@ -37,11 +38,18 @@ def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
     with unchanged(rule), torch.no_grad():
         return {
             name: {
-                "weight_alignment": angle(feedback, modules[name].weight),
-                "norm_ratio": norm_ratio(feedback, modules[name].weight),
+                "weight_alignment": angle(feedback, _weight(modules[name])),
+                "norm_ratio": norm_ratio(feedback, _weight(modules[name])),
             }
             for name, feedback in rule.feedback_weights().items()
         }
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The weight that the module computes with."""
+    weight = measured_weight(module) if is_weighted(module) else module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
