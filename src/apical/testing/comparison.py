@@ -41,5 +41,5 @@ def require_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, w
     for name, value in a.items():
         if value.is_floating_point():
             far = (value.to(b[name]) - b[name]).abs().max() if value.numel() else torch.zeros(())
-            if not far <= tolerance * max(1.0, float(b[name].abs().max() if value.numel() else 0.0)):
+            if not far <= tolerance * max(1.0, float(b[name].detach().abs().max() if value.numel() else 0.0)):
                 raise AssertionError(f"{what}: {name!r} differs by {float(far):.3g}")
