@@ -85,6 +85,9 @@ def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[
         if names.count(name) != 1:
             what = "is called twice; give each place a layer of its own" if name in names else "was not called; remove it"
             raise UnsupportedModelError(f"layer {name!r} {what}")
+    kind = next(iter(layers.values())).weight.dtype
+    if odd := next((name for name, layer in layers.items() if layer.weight.dtype != kind), None):
+        raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
     starts = [_start(calls, place) for place in places]
     starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
     ends = [*starts[1:], len(calls)]

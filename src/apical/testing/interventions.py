@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
 from apical.core.edge import EdgeRule
+from apical.core.placement import undisturbed
 from apical.testing.effective_weight import effective_weight
 from apical.testing.trial import Gradients, Trial
 
@@ -90,7 +91,8 @@ def check_feedback_exact(trial: Trial) -> str:
     """With feedback equal to the effective weights the update is backpropagation's."""
     rule = _edge_rule(trial)
     weights = effective_weights(trial, rule)
-    require_backprop(trial, _with_feedback(trial, rule, weights), "with feedback equal to the weights")
+    with _still(trial) as still:
+        require_backprop(still, _with_feedback(still, rule, weights), "with feedback equal to the weights")
     return _count(list(weights), len(rule.layers), "layer")
 
 
@@ -181,6 +183,17 @@ def effective_weights(trial: Trial, rule: EdgeRule) -> dict[str, Tensor]:
         if first is None or second is None or not torch.equal(first, second):
             raise NotApplicableError(f"layer {name!r} ({type(layer).__name__}) applies no fixed matrix that can be measured")
     return probes[0]
+
+
+@contextmanager
+def _still(trial: Trial) -> Iterator[Trial]:
+    """The trial or, where the model draws random numbers (between which rules may draw theirs), one in evaluation mode."""
+    if not trial.is_stochastic:
+        yield trial
+        return
+    with undisturbed(trial.model):
+        trial.model.eval()
+        yield Trial(trial.rule, trial.inputs, trial.targets)
 
 
 def _with_feedback(trial: Trial, rule: EdgeRule, weights: Mapping[str, Tensor]) -> Gradients:

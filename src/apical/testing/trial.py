@@ -124,9 +124,9 @@ class Trial:
         with self.sandbox():
             hook = layer.register_forward_pre_hook(_detached, with_kwargs=True)
             loss = self.loss(self.model(self.inputs))
-            hook.remove()
             if loss.requires_grad:
-                loss.backward()
+                loss.backward()  # which may run checkpointed layers again
+            hook.remove()
             others = self.collected()
         return {name for name, grad in self.backprop.items() if bool(grad.any()) and not _any(others.get(name))}
 
