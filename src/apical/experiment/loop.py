@@ -364,8 +364,7 @@ class Training:
 
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.folder.checkpoint
-        unlike = differences(state["config"], self.recipe.to_json())
-        if unlike:
+        if unlike := differences(state["config"], self.recipe.to_json()):
             raise CheckpointError(f"checkpoint {path} has other options (saved vs asked): {'; '.join(unlike)}")
         field = "step"
         try:
