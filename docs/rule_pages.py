@@ -8,7 +8,7 @@ from benchmark_pages import setting
 from result_pages import study_sentence, title, verdict_sentence
 from tables import Row, load, loss_spread, number, present, spread, table
 
-import apical
+import apical.exports
 from apical.core.credit import CreditRule
 from apical.experiment.figures_audit import number_of
 from apical.recipes.rules import RULES
@@ -21,7 +21,7 @@ WIDE = 5
 
 def rule_classes() -> dict[str, type[CreditRule]]:
     """Page name -> class, of every exported rule."""
-    exported = [getattr(apical, name) for name in apical.__all__]
+    exported = vars(apical.exports).values()
     rules = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, CreditRule) and kind is not CreditRule]
     order = list(dict.fromkeys(entry.build for entry in RULES.values()))
     rules.sort(key=lambda kind: order.index(kind) if kind in order else len(order))

@@ -29,14 +29,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ("src/apical/rules/binary_feedback.py", "tests/rules/test_binary_feedback.py"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(block(f"file: {path}"), encoding="utf-8")
-    export, names = block("line: src/apical/__init__.py"), root / "src/apical/recipes/rules.py"
-    with open(root / "src/apical/__init__.py", "a", encoding="utf-8") as file:
-        file.write(export)
+    names = root / "src/apical/recipes/rules.py"
+    with open(root / "src/apical/exports.py", "a", encoding="utf-8") as file:
+        file.write(block("line: src/apical/exports.py"))
     start = "RULES: dict[str, Entry] = {\n"
     text = names.read_text(encoding="utf-8")
     assert start in text
     entry = f"{start}{block('entry: src/apical/recipes/rules.py')}"
-    names.write_text(text.replace(start, f"{export}{entry}"), encoding="utf-8")
+    names.write_text(text.replace(start, f"{block('import: src/apical/recipes/rules.py')}{entry}"), encoding="utf-8")
     return root
 
 
@@ -57,6 +57,13 @@ def test_the_rule_is_short() -> None:
 def test_its_test_passes(copy: Path) -> None:
     options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
     assert "1 passed" in run(copy, "pytest", *options, "tests/rules/test_binary_feedback.py")
+
+
+def test_it_is_public(copy: Path) -> None:
+    (copy / "user.py").write_text(
+        "import apical\nfrom apical import BinaryFeedbackAlignment\n\nassert 'BinaryFeedbackAlignment' in apical.__all__\n"
+    )
+    run(copy, "user")
 
 
 def test_the_command_line_knows_it(copy: Path) -> None:
