@@ -1,7 +1,14 @@
 """The page that says which rule trains which model, of what `benchmarks/zoo.py` measured."""
 
+import re
+
 from result_pages import NOTE, joined
 from tables import Row, facts, table
+
+NAME = re.compile(r"'([^']+)'(?: \(\w+\))?")
+DETAIL = re.compile(
+    rf"{NAME.pattern}|[\[(][\d, ]+[\])]|\b\d+x?\d*\b|\b\w+(?=, which needs one tensor| needs the one tensor)"
+)
 
 
 def zoo_page(zoo: Row) -> str:
@@ -11,7 +18,9 @@ def zoo_page(zoo: Row) -> str:
         "# Which rule trains which model",
         "Small versions of models as people write them, each with every rule. *Trained* means that every applicable check "
         "of {py:func}`~apical.testing.check_model` passed: by intervention, each layer gets the rule's credit, and nothing "
-        "gets backpropagation's in its place. Otherwise the rule refuses the model, for the numbered reason below.",
+        "gets backpropagation's in its place. Otherwise the rule refuses the model: the table has the number of the "
+        "reason below, and the first module that it names. Rules that simulate or invert a whole network take chains and "
+        "rows of blocks only, which few of these models are. {doc}`bring-your-own-model` has the remedies.",
     ]
     rows = zoo.get("rows") or []
     if not rows:
@@ -21,20 +30,34 @@ def zoo_page(zoo: Row) -> str:
     reasons: dict[str, int] = {}
     cells: dict[tuple[str, str], str] = {}
     for row in rows:
-        if row["trained"]:
-            cells[row["model"], row["rule"]] = "trained"
-        else:
-            why = f"Fault: {row['fault']}" if row["fault"] else row["refused"]
-            cells[row["model"], row["rule"]] = f"no ({reasons.setdefault(why, len(reasons) + 1)})"
-    parts.append(table(("rule", *models.values()), [[f"`{r}`", *(cells[m, r] for m in models)] for r in rules], 99))
+        why = f"Fault: {row['fault']}" if row["fault"] else row["refused"]
+        cells[row["model"], row["rule"]] = "trained" if row["trained"] else _refusal(why, reasons)
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for rule in rules:
+        columns.setdefault(tuple(cells[model, rule] for model in models), []).append(rule)
+    header = ["model", *(" ".join(f"`{rule}`" for rule in group) for group in columns.values())]
+    parts.append(table(header, [[title, *line] for title, *line in zip(models.values(), *columns, strict=True)], 99))
     parts += ["## Refused because", "\n".join(f"{i}. {_plain(why)}" for why, i in reasons.items())]
     passed = dict.fromkeys(rules, frozenset[str]())
     for row in rows:
         passed[row["rule"]] |= frozenset(row["checks"])
-    checks = [[name, text, ", ".join(f"`{r}`" for r in rules if name in passed[r])] for name, text in zoo["checks"].items()]
-    parts += ["## What was checked", table(("check", "what must hold", "tried with"), checks, 99)]
+    checks = [[name, text, " ".join(f"`{r}`" for r in rules if name in passed[r])] for name, text in zoo["checks"].items()]
+    applied = [line for line in checks if line[2]]
+    parts += [
+        "## What was checked",
+        "All models were run in double precision. Compilation is slow, so one rule of each kind, feedback edges and cuts, "
+        "was compiled; `check_model` compiles any rule on a model of yours.",
+        table(("check", "what must hold", "passed by"), applied, 99),
+    ]
     about = {"command": "python benchmarks/zoo.py", "seconds": zoo.get("seconds"), **(zoo.get("environment") or {})}
     return joined([*parts, facts(about)])
+
+
+def _refusal(why: str, reasons: dict[str, int]) -> str:
+    """The number of a sentence whose names and numbers are left out, and the first name in it."""
+    named = NAME.search(why)
+    found = reasons.setdefault(DETAIL.sub("…", why), len(reasons) + 1)
+    return f"no ({found}) `{named[1]}`" if named else f"no ({found})"
 
 
 def _plain(text: str) -> str:

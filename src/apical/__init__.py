@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """A public name or a part, imported when first needed: torch takes long, and the command line obeys Ctrl-C before."""
+        """A public name or a part, imported when first needed: torch takes long, and Ctrl-C must work before."""
         if name == "CreditClassifier":
             return import_module("apical.sklearn_estimator").CreditClassifier
         if name.startswith("_") and name != "__all__":

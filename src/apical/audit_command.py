@@ -153,7 +153,8 @@ def _tell(record: dict[str, Any]) -> None:
         say(f"  {row['rule']}: {row['placement']}")
     for rule, why in record["refused"].items():
         say(f"not audited: {rule}: {why}")
-    say(f"{len(record['rows'])} rules in {record['seconds']:.0f} s")
+    number = len(record["rows"])
+    say(f"{number} {'rule' if number == 1 else 'rules'} in {record['seconds']:.0f} s")
 
 
 @contextmanager

@@ -23,8 +23,8 @@ def test_every_rule_of_a_comparison_has_its_table(tmp_path: Path) -> None:
         placement_section.keep(folder, apical.Backprop(network()), torch.randn(10, 6))
     page = placement_section.section(tmp_path, ("bp", "fa", "dfa"))
     assert page.count("<table") == 2
-    assert "<h3>bp</h3>" in page
-    assert "<h3>fa</h3>" not in page
+    assert "<summary><b>bp</b>: 2 exact</summary>" in page
+    assert "<b>fa</b>" not in page
     assert "<td>0</td><td>Linear</td><td>5x6</td><td>exact</td>" in page
 
 
@@ -41,7 +41,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<td>&lt;b&gt;</td><td>&amp;</td><td>2</td><td>cut at &#x27;&lt;i&gt;&#x27;</td>" in page
 
 
-@pytest.mark.parametrize("text", ["{", '{"rows": 3}', '{"rows": [1]}', "{}", "[]"])
+@pytest.mark.parametrize("text", ["{", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{"path": 1}]}', "{}", "[]"])
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / placement_section.FILE).write_text(text)
     with pytest.raises(CheckpointError, match=placement_section.FILE):

@@ -88,8 +88,17 @@ class Placement(tuple[Row, ...]):
         >>> Placement([Row("0", "Linear", (5, 4), "cut at '1'"), Row("2", "Linear", (5, 5), "cut at '3'")]).summary()
         '2 cut'
         """
-        kinds = Counter(row.path.split(" at '")[0].split(" with '")[0] for row in self)
-        return ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        return path_summary(row.path for row in self)
+
+
+def path_summary(paths: Iterable[str]) -> str:
+    """How many paths there are of each kind, whatever module they name.
+
+    >>> path_summary(["cut at '1'", "cut at '3'", "exact"])
+    '2 cut, 1 exact'
+    """
+    kinds = Counter(path.split(" at '")[0].split(" with '")[0] for path in paths)
+    return ", ".join(f"{number} {kind}" for kind, number in kinds.items())
 
 
 def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from apical.core.credit import CreditRule
+from apical.core.placement import path_summary
 from apical.errors import CheckpointError
 from apical.experiment.state import read_json, write_json
 
@@ -32,16 +33,15 @@ def section(out: Path, rules: Sequence[str]) -> str:
         paths = [out / FILE, *sorted((out / "runs" / rule).glob(f"seed-*/{FILE}"))]
         path = next((path for path in paths if path.is_file()), None)
         if path is not None:
-            tables.append(f"<h3>{escape(rule)}</h3>\n{_table(_rows(path))}")
-    if not tables:
-        return ""
-    text = "\n".join(tables)
-    return f"<h2>What each layer's error passes through</h2>\n<details><summary>Placement</summary>\n{text}\n</details>"
+            rows = _rows(path)
+            summary = f"<b>{escape(rule)}</b>: {escape(path_summary(row['path'] for row in rows))}"
+            tables.append(f"<details><summary>{summary}</summary>\n{_table(rows)}\n</details>")
+    return "\n".join(["<h2>What each layer's error passes through</h2>", *tables]) if tables else ""
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
     rows = read_json(path).get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("path"), str) for row in rows):
         raise CheckpointError(f"{path} is damaged: it has no list of rows")
     return rows
 

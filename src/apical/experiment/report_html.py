@@ -36,6 +36,7 @@ thead th { border-bottom: 1.5px solid #1b1b1b; line-height: 1.25; }
 th.n, td.n { text-align: right; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
 .rules td:first-child { min-width: 11.5rem; }
+.placement td { overflow-wrap: anywhere; }
 th small, td small { color: #555; font-weight: 400; font-size: .82em; }
 th small, td small { display: block; line-height: 1.3; }
 .swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem; }

@@ -1,5 +1,6 @@
 """Is a rule what it says, on your own model? :func:`check_model` finds out by intervention."""
 
+import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +34,11 @@ class ModelReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.rule}: {len(self.passed)} checks passed, {len(self.skipped)} did not apply"]
+        lines = [f"{self.rule}: {len(self.passed)} checks passed, {len(self.skipped)} skipped"]
         lines += [f"  passed  {name}: {tried}" for name, tried in self.passed.items()]
-        lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
+        for why in dict.fromkeys(self.skipped.values()):
+            names = ", ".join(name for name, reason in self.skipped.items() if reason == why)
+            lines += textwrap.wrap(f"  skipped {names}: {why}", 80, subsequent_indent=" " * 10)
         return "\n".join([*lines, "", str(self.placement)])
 
 
