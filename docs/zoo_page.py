@@ -63,4 +63,5 @@ def _refusal(why: str, reasons: dict[str, int]) -> str:
 
 def _plain(text: str) -> str:
     """A sentence of the program's, so that Markdown does not read anything into it."""
-    return "".join(f"\\{c}" if c in "*_<>[]`" else c for c in text).replace("--", r"\-\-")
+    plain = "".join(f"\\{c}" if c in "*_<>[]`" else c for c in text)
+    return re.sub(r"apical \w+ --.*", r"`\g<0>`", plain)
