@@ -117,10 +117,7 @@ def _audited(rules: Sequence[str], flags: "Audit", dataset: Dataset) -> tuple[li
 
 def _tell(record: dict[str, Any]) -> None:
     console = Console()
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("rule", vertical="bottom")
-    for criterion in record["criteria"]:
-        table.add_column(criterion["title"], justify="center", vertical="bottom", min_width=5)
+    lines = [["rule", *(criterion["title"] for criterion in record["criteria"])]]
     reference = next((row for row in record["rows"] if row["rule"] == "bp"), None)
     for row in record["rows"]:
         cells = []
@@ -129,7 +126,14 @@ def _tell(record: dict[str, Any]) -> None:
             verdict = row["verdicts"][key]
             sign = SIGNS.get(verdict["verdict"]) or number_of(key, verdict, reference)
             cells.append(sign + ("*" if key in row["claims"] and not row["claims"][key]["agrees"] else ""))
-        table.add_row(row["rule"], *cells)
+        lines.append([row["rule"], *cells])
+    if 6 * len(lines[0]) > console.width:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, title in enumerate(lines[0]):
+        table.add_column(title, justify="center" if i else "left", vertical="bottom", min_width=5)
+    for cells in lines[1:]:
+        table.add_row(*cells)
     console.print(table, soft_wrap=False)
 
     def say(text: str) -> None:
