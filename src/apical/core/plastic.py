@@ -98,6 +98,7 @@ class PlasticRule(EdgeRule):
             if self.mismatch_of(name) is None:
                 if plain and name not in self._tied:
                     self._tapped.add(name)
+                steps.warn_of_feedback_that_rests(name)
             elif not plain:
                 steps.open(name, FUNCTION)
             elif not layer.weight.requires_grad:
@@ -180,6 +181,9 @@ class PlasticRule(EdgeRule):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take the form that each layer has in the state, before the children load their tensors."""
+        for name in self.layers:
+            if self.mismatch_of(name) is not None:
+                self.steps.remember(name)
         for name in self.layers if self.form == "auto" else ():
             plastic, weight = self.plastic_of(name), self.layers[name].weight.detach()
             if f"{prefix}{self.MISMATCH}.{key(name)}.initial" in state_dict:

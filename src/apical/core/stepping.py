@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 Group = dict[str, Any]
@@ -102,6 +103,12 @@ def unchanged(optimizer: Optimizer, known: Signature) -> bool:
     )
 
 
+def is_hooked(optimizer: Optimizer) -> bool:
+    """Whether hooks of others run within its step, which may change gradients or weights unseen."""
+    everywhere = len(hooks._global_optimizer_pre_hooks) + len(hooks._global_optimizer_post_hooks) > len(_handles)
+    return everywhere or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def skipped(optimizer: Optimizer) -> bool:
     """Whether a `GradScaler` found infinities and a fused step left everything as it was."""
     found: Tensor | None = getattr(optimizer, "found_inf", None)
@@ -116,29 +123,39 @@ def distributed() -> bool:
 class Arrival:
     """Hook of a weight: notes which gradient has arrived, so that whoever changes it before the step is noticed.
 
-    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`.
+    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`. A weight
+    that moves through `.data` is seen once many gradients have arrived since the last step of an optimiser.
 
     Attributes:
         fresh: set at every arrival; the observer of steps clears it.
-        moves: arrivals that found the weight in a new version; the observer of steps clears it.
+        moves: arrivals that found the weight moved; :meth:`stepped` clears it.
     """
 
     def __init__(self) -> None:
         self.mark: tuple[int, int] | None = None
         self.sampled = True
         self.fresh = False
-        self.moves, self._version = 0, -1
+        self.moves, self._arrived, self._version = 0, 0, -1
+        self._weight: Tensor | None = None
         self._sample: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> None:
         """Called by autograd once the gradient of one backward pass has been added."""
         self.fresh = True
-        if weight._version != self._version:
+        self._arrived += 1
+        values = strided(weight) if self._arrived > 3 else None
+        moved = values is not None and self._weight is not None and not torch.equal(values, self._weight)
+        if moved or weight._version != self._version:
             self.moves, self._version = self.moves + 1, weight._version
+        self._weight = None if values is None else values.clone()
         self._note(weight)
         if distributed():  # the average over processes is made at the very end of the backward pass
             later = torch.autograd.Variable._execution_engine.queue_callback
             later(partial(later, partial(self._note, weight)))
+
+    def stepped(self) -> None:
+        """An optimiser takes a step."""
+        self.moves = self._arrived = 0
 
     def _note(self, weight: Tensor) -> None:
         gradient = weight.grad
@@ -151,7 +168,7 @@ class Arrival:
     def untouched(self, gradient: Tensor) -> bool:
         """Whether `gradient` is the one that arrived, up to a power of two by which a `GradScaler` divides."""
         if self.mark != (gradient.data_ptr(), gradient._version):
-            return not bool(gradient.any())
+            return not (self.fresh or bool(gradient.any()))  # zeros are its own unless they replace what has arrived
         if self._sample is None:
             return True
         now, then = strided(gradient), self._sample
