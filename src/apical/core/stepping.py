@@ -5,7 +5,7 @@ The user makes the optimiser and never hands it over, so one pair of torch's glo
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakSet
 
 import torch
@@ -128,6 +128,8 @@ class Arrival:
 
     Attributes:
         fresh: set at every arrival; the observer of steps clears it.
+        watched: the weight's own gradient is told apart from others since the last step (:func:`noted`).
+        foreign: others have arrived.
         moves: arrivals that found the weight moved; :meth:`stepped` clears it.
     """
 
@@ -137,6 +139,9 @@ class Arrival:
         self.fresh = False
         self.moves, self._arrived, self._version = 0, 0, -1
         self._weight: Tensor | None = None
+        self.watched = self.foreign = self._unknown = False
+        self._own: Tensor | None = None
+        self._restarts = False
         self._sample: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> None:
@@ -148,6 +153,10 @@ class Arrival:
         if moved or weight._version != self._version:
             self.moves, self._version = self.moves + 1, weight._version
         self._weight = None if values is None else values.clone()
+        if self.watched:
+            self._compare(weight)
+        else:
+            self._unknown = True
         self._note(weight)
         if distributed():  # the average over processes is made at the very end of the backward pass
             later = torch.autograd.Variable._execution_engine.queue_callback
@@ -156,6 +165,29 @@ class Arrival:
     def stepped(self) -> None:
         """An optimiser takes a step."""
         self.moves = self._arrived = 0
+        self.watched = self.foreign = self._unknown = False
+
+    def watch(self) -> None:
+        """From here on every gradient of the rule is announced; one that has arrived before is another's."""
+        if not self.watched:
+            self.watched, self.foreign = True, self._unknown
+
+    def expect(self, weight: Tensor, gradient: Tensor) -> None:
+        """The rule's own gradient is about to be added to the weight's."""
+        if self._own is None:
+            self._restarts = weight.grad is None or not bool(weight.grad.any())
+            self._own = _spread(gradient).clone() if weight.grad is None else _spread(gradient) + _spread(weight.grad)
+        else:
+            self._own = self._own + _spread(gradient)
+
+    def _compare(self, weight: Tensor) -> None:
+        own, self._own, now = self._own, None, weight.grad
+        if own is None or now is None or now.is_sparse:
+            self.foreign = True
+            return
+        difference = (_spread(now) - own).norm()
+        astray = bool(difference > 1e4 * torch.finfo(own.dtype).eps * own.norm())
+        self.foreign = astray or (self.foreign and not self._restarts)
 
     def _note(self, weight: Tensor) -> None:
         gradient = weight.grad
@@ -177,6 +209,35 @@ class Arrival:
         place = int(then.abs().argmax())
         ratio = float(now[place] / then[place])
         return ratio > 0 and ratio.hex().startswith("0x1.0000000000000p") and torch.equal(then * ratio, now)
+
+
+class Noted(torch.autograd.Function):
+    """The weight itself; its backward tells an :class:`Arrival` what it hands on."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, arrival: Arrival) -> Tensor:
+        """Return `weight`."""
+        ctx.weight, ctx.arrival = weight, arrival
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient itself."""
+        ctx.arrival.expect(ctx.weight, gradient)
+        return gradient, None
+
+
+def noted(weight: Tensor, arrival: Arrival) -> Tensor:
+    """`weight`, whose gradient in what follows `arrival` can tell from others."""
+    arrival.watch()
+    result: Tensor = cast(Any, Noted).apply(weight, arrival)
+    return result
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """About 64 elements in the order of the indices, however the tensor lies in memory."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)]
 
 
 def strided(tensor: Tensor) -> Tensor:

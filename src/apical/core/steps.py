@@ -16,6 +16,7 @@ from apical.core.stepping import (
     distributed,
     ignore,
     is_hooked,
+    noted,
     observe,
     signature,
     skipped,
@@ -141,6 +142,14 @@ class Steps:
             )
         self._apart[name] = (times, *now)
 
+    def taps(self) -> dict[str, Tensor]:
+        """At first and now and then: weights of closed layers, which tell the rule's own gradient from others."""
+        found = {}
+        for name, arrival in self._arrivals.items() if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
+            if arrival.sampled and name in self._watches and self.rule.mismatch_of(name) is not None:
+                found[f"{name}.weight".lstrip(".")] = noted(self._watches[name].parameter, arrival)
+        return found
+
     def moving(self, name: str) -> bool:
         """Whether a layer in closed form has a velocity."""
         mismatch = cast(Mismatch, self.rule.mismatch_of(name))
@@ -150,8 +159,6 @@ class Steps:
         """Decide the form of each layer; refuse, or go back to the explicit one, where the closed one would not be exact."""
         rule, places = self.rule, self._known[optimizer][1]
         self._moving.clear()
-        for arrival in self._arrivals.values():
-            arrival.stepped()
         for name, (group, other) in places.items():
             if rule.mismatch_of(name) is not None:
                 self._keep_closed(name, optimizer, group, other)
@@ -163,6 +170,8 @@ class Steps:
             if name in self._watches:
                 self._arrivals[name].sampled = self._watches[name].steps < 3 or self._watches[name].steps % 16 == 15
                 self._arrivals[name].fresh = False
+        for arrival in self._arrivals.values():
+            arrival.stepped()
         rule._called = False
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -250,6 +259,11 @@ class Steps:
             self.open(name, "its weight also learns from what is not this rule's", optimizer)
             rule.plastic_of(name).grad = None
             return None
+        if arrival is not None and arrival.foreign:
+            raise ConfigError(
+                f"the weight of layer {name!r} also receives gradients that are not {type(rule).__name__}'s (a penalty, another "
+                'loss, a hook), which it cannot keep from its feedback in closed form: build the rule with form="explicit"'
+            )
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
                 f"the gradient of layer {name!r} was changed between backward pass and step (clipping, or anything of the "
@@ -278,7 +292,7 @@ class Steps:
         if watch.momentum is not None and momentum is not None and momentum is not watch.momentum and self.moving(name):
             raise ConfigError(
                 f"the optimiser's momentum of layer {name!r} was replaced, while that of its feedback is a part of "
-                f"{type(rule).__name__}'s own state: load both states, or build the rule with form=\"explicit\""
+                f'{type(rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
             )
 
     def _move(self, name: str, optimizer: Optimizer, group: Group) -> None:

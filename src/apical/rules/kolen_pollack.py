@@ -113,7 +113,7 @@ class KolenPollack(PlasticRule):
 
     def substitutes(self) -> dict[str, Tensor]:
         """Weights whose gradient is also B's."""
-        return {
+        return self.steps.taps() | {
             f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
             for name, layer in self.layers.items()
             if self.mismatch_of(name) is None and self.tapped(name)

@@ -266,7 +266,7 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def substitutes(self) -> dict[str, Tensor]:
         """In the fused form, weights whose gradient also makes R's."""
-        taps = {}
+        taps = self.steps.taps()
         for name, layer in self.layers.items():
             if self.mismatch_of(name) is None and not self.literal(name):
                 b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
