@@ -37,7 +37,7 @@ class DirectFeedbackAlignment(CutRule):
     """The output error reaches every hidden unit directly through a fixed random matrix.
 
     B_l is drawn from the Xavier uniform law of its shape (outputs, neurons), when its unit is met first; all follow from one
-    seed and the units' names. At feature maps it is smaller by what pooling divides errors by: see `scale`.
+    seed and the units' names. At feature maps it is smaller by what the layers above shrink errors by: see `scale`.
 
     Args:
         model: any network; what lies between two cuts is one unit, see `units`.
@@ -48,9 +48,12 @@ class DirectFeedbackAlignment(CutRule):
             residual connections still carry exact errors.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
         units: where there are cuts, see :class:`apical.core.cut.CutRule`.
-        scale: of feedback to feature maps. "map": full feedback is divided by the square root of the number of places that
-            averages above the unit take together (the length of the true error shrinks by that), broadcast feedback by the
-            number of places of the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
+        scale: of feedback to feature maps. "map": full feedback is as long as true errors are when training starts. It is
+            divided by the square root of the number of places that averages above the unit take together, and multiplied by
+            the gain, if below 1, of each layer above it that all paths pass and no normalisation follows: the root mean
+            square of its weight over that of the Xavier law, 0.58 for a square layer in PyTorch's default initialisation.
+            (Maximum pooling leaves their length as it is.) Broadcast feedback is divided by the number of places of
+            the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
 
     Raises:
         ConfigError: unknown feedback, units or scale.
