@@ -26,8 +26,9 @@ from torch.nn.modules.conv import _ConvNd
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, eagerly
 from apical.core.cutting import Cut
-from apical.core.losses import output_error, terms
-from apical.core.positions import class_axis, delivered, matched, ordered
+from apical.core.losses import terms
+from apical.core.outputs import detached, output_errors, side_by_side, tensors
+from apical.core.positions import class_axis, delivered, matched
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -93,9 +94,14 @@ class DirectFeedbackAlignment(CutRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose roots carry `B_l e` to the hidden units' outputs, and the model's output with `e`."""
         output, cuts, teacher = self.run(inputs)
-        loss, error = output_error(self.loss, output, targets, traced=self.plain_roots)
-        axis = class_axis(output, targets, isinstance(self._topmost(), _ConvNd))
-        errors = ordered(error, axis)
+        outputs = tensors(output)
+        loss, found = output_errors(self.loss, output, targets, traced=self.plain_roots)
+        self.require_ends(output, found)
+        read = [(part, error) for part, error in zip(outputs, found, strict=True) if error is not None]
+        convolution = isinstance(self._topmost(), _ConvNd)
+        errors = side_by_side([e for _, e in read], [class_axis(part, targets, convolution) for part, _ in read])
+        if not torch.is_grad_enabled():
+            cuts = []  # validation, perhaps with other outputs
         for cut in cuts:
             self._prepare(cut, errors)
         signals: list[Tensor | None] = []
@@ -108,10 +114,9 @@ class DirectFeedbackAlignment(CutRule):
         taught: list[tuple[Tensor, Tensor | None]] = [
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
         ]
-        if output.requires_grad:
-            taught.append((output, error))
+        taught += [(part, error) for part, error in read if part.requires_grad]
         taught += [(term, None) for term in terms(loss)]
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], detached(output), loss)
 
     def signal(self, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs)."""
