@@ -13,38 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apical.core.activations import is_activation
-from apical.core.calls import AVERAGES, FUNCTIONS, Calls
+from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
+from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
+from apical.core.signals import Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
-
-
-class Teacher:
-    """Makes the teaching signals of one pass, each not before the backward pass reaches its unit.
-
-    Signals made in advance would all exist at once, beside every activation that backward still needs.
-
-    Attributes:
-        signal: `signal(index of the unit, scale) -> teaching signal` of the unit output's shape, times the scalar scale;
-            set after the forward pass, when the output error is known.
-    """
-
-    signal: Callable[[int, Tensor], Tensor]
-
-
-class TeachingSignal(torch.autograd.Function):
-    """A scalar zero whose backward pass hands `teacher.signal(index, scale)` to `hidden`."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, teacher: Teacher, index: int) -> Tensor:
-        """Zero; the unit's output is not kept."""
-        ctx.teacher, ctx.index = teacher, index
-        return hidden.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        """The signal, made now."""
-        return ctx.teacher.signal(ctx.index, scale), None, None
 
 
 class Cut(NamedTuple):
@@ -253,11 +227,11 @@ class Pass:
             return None
         return self.cut(name, output, output is given)
 
-    def point(self, name: str, output: Any) -> Tensor | None:
-        """Cut at a module's output."""
+    def point(self, name: str, output: Any, given: Any = None) -> Tensor | None:
+        """Cut at a module's output. `given` is its input."""
         if not isinstance(output, Tensor) or self.is_cut(output):
             return None
-        return self.cut(self.number(name), output)
+        return self.cut(self.number(name), output, output is given)
 
     def left(self, name: str, output: Any) -> None:
         """A module's forward pass is over."""
@@ -274,7 +248,7 @@ class Pass:
         if name in cutting.bases:
             name = self.number(name)
             if name in cutting.points and not self.is_cut(result):
-                return self.cut(name, result)
+                return self.cut(name, result, bool(args) and result is args[0])
         return result
 
     def called(self, function: Callable[..., Any]) -> str:
@@ -319,7 +293,7 @@ class Trace(Pass):
 
     Attributes:
         calls: in order.
-        shrinkage: how many places each average took together.
+        shrinkage: what divides the squared length of an error on its way down: averages and layers with small weights.
     """
 
     def __init__(self, cutting: Cutting) -> None:
@@ -333,7 +307,10 @@ class Trace(Pass):
     def layer(self, name: str, output: Any) -> None:
         """Note a layer's output."""
         super().layer(name, output)
-        self.calls.append(Call("layer", self.number(name), name, self.sites[-1][1]))
+        at = self.sites[-1][1]
+        self.calls.append(Call("layer", self.number(name), name, at))
+        if at is not None:
+            self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[name]))
 
     def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
         """Note an activation's output."""
@@ -341,7 +318,7 @@ class Trace(Pass):
         self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
         return None
 
-    def point(self, name: str, output: Any) -> Tensor | None:
+    def point(self, name: str, output: Any, given: Any = None) -> Tensor | None:
         """Noted as every module's output."""
         return None
 
@@ -361,8 +338,11 @@ class Trace(Pass):
         elif isinstance(result, Tensor) and result.grad_fn is not None:
             at = cast(Vertex, vertex(result))
             self.calls.append(Call("function", self.number(name), name, at))
-            if getattr(function, "__name__", "") in AVERAGES and args and isinstance(args[0], Tensor):
+            kind = getattr(function, "__name__", "")
+            if kind in AVERAGES and args and isinstance(args[0], Tensor):
                 self.shrinkage[at] = args[0].numel() / max(result.numel(), 1)
+            elif kind in NORMALISATIONS and args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
+                self.shrinkage.pop(cast(Vertex, vertex(args[0])), None)  # it undoes the layer's gain
         return result
 
 
@@ -380,7 +360,7 @@ def _after_activation(cutting: Cutting, name: str, module: nn.Module, args: tupl
 
 
 def _after_point(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return cutting.now.point(name, output) if cutting.now is not None else None
+    return cutting.now.point(name, output, args[0] if args else None) if cutting.now is not None else None
 
 
 def _enter(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
