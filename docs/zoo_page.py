@@ -36,7 +36,8 @@ def zoo_page(zoo: Row) -> str:
     for rule in rules:
         columns.setdefault(tuple(cells[model, rule] for model in models), []).append(rule)
     header = ["model", *(" ".join(f"`{rule}`" for rule in group) for group in columns.values())]
-    parts.append(table(header, [[title, *line] for title, *line in zip(models.values(), *columns, strict=True)], 99))
+    body = table(header, [[title, *line] for title, *line in zip(models.values(), *columns, strict=True)], 99)
+    parts.append(f":::{{container}} small\n{body}\n:::")
     parts += ["## Refused because", "\n".join(f"{i}. {_plain(why)}" for why, i in reasons.items())]
     passed = dict.fromkeys(rules, frozenset[str]())
     for row in rows:
@@ -62,4 +63,5 @@ def _refusal(why: str, reasons: dict[str, int]) -> str:
 
 def _plain(text: str) -> str:
     """A sentence of the program's, so that Markdown does not read anything into it."""
-    return "".join(f"\\{c}" if c in "*_<>[]`" else c for c in text)
+    plain = "".join(f"\\{c}" if c in "*_<>[]`" else c for c in text)
+    return re.sub(r"apical \w+ --.*", r"`\g<0>`", plain)

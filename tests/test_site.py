@@ -116,7 +116,8 @@ def test_everything_public_is_in_the_reference() -> None:
     exported = {f"apical.{name}" for name in apical.__all__} - {"apical.Credit", "apical.CreditRule"}
     assert exported <= known
     assert {"apical.core.credit.Credit", "apical.core.credit.CreditRule", "apical.testing.check_rule"} <= known
-    missing = [name for package in PACKAGES for name in public(package) if name not in known]
+    shown = known | {getattr(apical, name).__module__ + f".{name}" for name in apical.__all__}
+    missing = [name for package in PACKAGES for name in public(package) if name not in shown]
     assert not missing, f"add to docs/api.md: {missing}"
 
 

@@ -215,14 +215,14 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
     "rrelu": (nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)), None, r"'1' \(RReLU\).*remove it"),
     "softmax": (nn.Sequential(nn.Linear(4, 5), nn.Softmax(1)), None, r"'1' \(Softmax\).*remove it"),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.ReLU()), (1, 6, 6), r"'0' \(ConvTranspose2d\): transposed"),
-    "residual": (Forward(residual), None, r"output is not that of module 'second': a function follows"),
+    "residual": (Forward(residual), None, r"output is not the output of module 'second': a function follows"),
     "inner sum": (
         Forward(inner_residual),
         None,
         r"input of module 'second' is not the output of module 'first'.*sum.*chain",
     ),
     "sum in place": (Forward(residual_in_place), None, r"input of module 'act' is not the output of module 'first'.*sum"),
-    "output in place": (Forward(output_in_place), None, r"not that of module 'second': a function follows it; make it"),
+    "output in place": (Forward(output_in_place), None, r"is not the output of module 'second': a function follows it"),
     "functional": (Forward(lambda m, x: m.second(F.relu(m.first(x)))), None, r"input of module 'second'.*a function"),
     "functional in place": (
         Forward(lambda m, x: m.second(F.relu_(m.first(x)))),
@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
     "scaled input": (
         Forward(lambda m, x: m.second(m.first(2 * x))),
         None,
-        r"input of module 'first' is not the output of the input",
+        r"input of module 'first' is not the model's input",
     ),
     "branch": (
         Forward(lambda m, x: (m.first(x), m.second(x))[1]),

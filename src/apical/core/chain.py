@@ -319,17 +319,16 @@ def _traced(model: nn.Module, example: Tensor, *, training: bool) -> list[Call]:
             hook.remove()
         for module, mode in modes:
             module.training = mode
-    last, version, maker = example, 0, "the input"
+    last, version, source = example, 0, "the model's input"
     for call in calls:
         if call.given is not last or call.entered != version:
             raise UnsupportedModelError(
-                f"the input of module {call.name!r} is not the output of {maker}: a function, a sum or a branch lies "
-                "between them, and the model is no chain; make it a chain of modules (nn.ReLU in place of F.relu) or use "
-                "another rule"
+                f"the input of module {call.name!r} is not {source}: a function, a sum or a branch lies between them, so "
+                "the model is not a chain; make it a chain of modules (nn.ReLU in place of F.relu) or use another rule"
             )
-        last, version, maker = call.made, call.left, f"module {call.name!r}"
+        last, version, source = call.made, call.left, f"the output of module {call.name!r}"
     if output is not last or output._version != version:
-        raise UnsupportedModelError(f"the model's output is not that of {maker}: a function follows it; make it a module")
+        raise UnsupportedModelError(f"the model's output is not {source}: a function follows it; make it a module")
     return calls
 
 

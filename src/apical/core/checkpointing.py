@@ -1,9 +1,10 @@
 """Activation checkpointing: parts of the model whose forward pass is repeated during the backward pass, without the rule.
 
-non-reentrant   saved-tensor hooks drop what autograd keeps; the repeated pass supplies it again, matched by position. A
-                rule may add nothing to what autograd keeps there, and take nothing away: :func:`sever` cuts the graph in
-                place of `detach`, and :func:`aside` keeps the rule's own tensors out of the checkpoint.
-reentrant       the pass runs without gradient inside an autograd function, whose backward repeats it, unseen by the rule.
+Non-reentrant: saved-tensor hooks drop what autograd keeps, and the repeated pass supplies it again, matched by position. A
+rule may add nothing to what autograd keeps there, and take nothing away: :func:`sever` cuts the graph in place of `detach`,
+and :func:`aside` keeps the rule's own tensors out of the checkpoint.
+
+Reentrant: the pass runs without gradient inside an autograd function, whose backward repeats it, unseen by the rule.
 """
 
 import sys
