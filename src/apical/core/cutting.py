@@ -17,6 +17,7 @@ from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
+from apical.core.rows import Labels, Rows
 from apical.core.signals import Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
 
@@ -31,6 +32,7 @@ class Cut(NamedTuple):
         dtype: of the unit's output.
         name: of the module, or function call, whose output this is, with "#k" when it is used again.
         axis: the channels' axis: 1 behind a convolution, else the last.
+        rows: the samples of its rows, where they are not those of the batch; see :mod:`apical.core.rows`.
     """
 
     root: Tensor
@@ -38,6 +40,7 @@ class Cut(NamedTuple):
     dtype: torch.dtype
     name: str = ""
     axis: int = -1
+    rows: Labels | None = None
 
     def bare(self) -> "Cut":
         """The same without the graph, for what the graph itself keeps."""
@@ -82,6 +85,7 @@ class Cutting:
         inside: names of activation calls within a unit, where there is no cut.
         tail: names of activation calls behind the last weighted layer.
         is_functional: whether some cut is at a function's call, so that calls must be heard.
+        moves_rows: whether rows of some unit are not those of the batch.
         now: the pass that is under way.
     """
 
@@ -94,6 +98,7 @@ class Cutting:
         self.inside: set[str] = set()
         self.tail: set[str] = set()
         self.is_functional = False
+        self.moves_rows = False
         self.now: Pass | Trace | None = None
         self.hooks: list[Any] = []
         for name, module in self.modules.items():
@@ -133,7 +138,7 @@ class Cutting:
     def _under_way(self, now: "Pass | Trace", functions: bool) -> Iterator[None]:
         self.now = now
         try:
-            with Calls(now) if functions else nullcontext():
+            with now.rows or nullcontext(), Calls(now) if functions else nullcontext():
                 yield
         finally:
             self.now = None
@@ -141,6 +146,10 @@ class Cutting:
     def cut_pass(self, inputs: Any, plain: bool) -> tuple[Any, "Pass"]:
         """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves."""
         now = Pass(self, plain)
+        if self.moves_rows:
+            if torch.compiler.is_compiling():
+                raise UnsupportedModelError("the model moves rows of the batch, which is followed in eager mode only")
+            now.rows = Rows(inputs)
         with self._under_way(now, self.is_functional):
             output = self.model(inputs)
         return output, now
@@ -154,12 +163,14 @@ class Cutting:
         hooks = [] if self.is_functional else self._owners()
         hooks += [layer.register_forward_hook(partial(_noted, self, name)) for name, layer in self.layers.items()]
         try:
-            with torch.inference_mode(False), torch.enable_grad(), self._under_way(now, True):
+            with torch.inference_mode(False), torch.enable_grad():
                 if isinstance(inputs, Tensor):
                     inputs = inputs.detach().clone()
                     if inputs.is_floating_point():
                         inputs = inputs.requires_grad_().clone()
-                return self.model(inputs), now
+                now.rows = Rows(inputs)
+                with self._under_way(now, True):
+                    return self.model(inputs), now
         finally:
             for hook in hooks:
                 hook.remove()
@@ -187,6 +198,7 @@ class Pass:
         self.counts: dict[str, int] = {}
         self.owners: list[str] = [""]
         self.learns = torch.is_grad_enabled()
+        self.rows: Rows | None = None
 
     def number(self, name: str) -> str:
         """The name of this call."""
@@ -263,7 +275,8 @@ class Pass:
         if not self.plain:
             root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))
         self.events.append(name)
-        self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, self._axis(hidden.shape)))
+        rows = None if self.rows is None else self.rows.of(hidden)
+        self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, self._axis(hidden.shape), rows))
         if torch.compiler.is_compiling():
             return hidden.detach()
         self.at = vertex(hidden)
@@ -315,6 +328,7 @@ class Trace(Pass):
     def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
         """Note an activation's output."""
         first = self.near is None
+        self._watch(output)
         self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
         return None
 
@@ -322,9 +336,15 @@ class Trace(Pass):
         """Noted as every module's output."""
         return None
 
+    def _watch(self, output: Tensor) -> None:
+        """From now on, follow the samples if this is a unit that could have moved rows."""
+        if not self.cutting.moves_rows and self.rows is not None:
+            self.cutting.moves_rows = self.rows.of(output) is not None
+
     def left(self, name: str, output: Any) -> None:
         """Note a module's output."""
         if isinstance(output, Tensor) and output.grad_fn is not None:
+            self._watch(output)
             number = self.number(f"{name}:output").replace(":output", "", 1)
             self.calls.append(Call("module", number, name, vertex(output)))
 

@@ -68,8 +68,8 @@ def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
     if isinstance(value, Tensor) and _nodes(value.grad_fn) & _nodes(output.grad_fn):
         raise ConfigError(
             f"the loss reads activities inside the model, and {type(rule).__name__} learns from its derivative with respect "
-            "to the output alone: that term would be left out of the update; remove it, or choose a rule that follows it, such "
-            "as DirectFeedbackAlignment or FeedbackAlignment"
+            "to the output alone: that term would be left out of the update; remove it, or choose a rule that follows it, "
+            "such as DirectFeedbackAlignment or FeedbackAlignment"
         )
 
 

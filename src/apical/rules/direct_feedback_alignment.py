@@ -28,7 +28,7 @@ from apical.core.cut import CutRule, eagerly
 from apical.core.cutting import Cut
 from apical.core.losses import terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
-from apical.core.positions import class_axis, delivered, matched
+from apical.core.positions import class_axis, delivered, is_routed, matched, routed
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -123,6 +123,8 @@ class DirectFeedbackAlignment(CutRule):
         b = self.feedback.get_buffer(self._at(cut.name)).to(errors.dtype)
         if b.dim() > 2:  # a kernel of the layer that reads this tensor
             return _broadcast(self.layers[cut.name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
+        if is_routed(errors, cut):
+            return routed(errors @ b, cut)
         result = matched(errors, cut) @ b
         if result.dim() == 2 and result.shape[1] == cut.shape[1:].numel():
             return result.view(cut.shape).to(cut.dtype)
@@ -165,7 +167,7 @@ class DirectFeedbackAlignment(CutRule):
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
         """Draw the matrix of a unit that is met first, or see that it fits."""
-        if cut.shape[0] != errors.shape[0] and self.where == "activation":
+        if cut.shape[0] != errors.shape[0] and not is_routed(errors, cut) and self.where == "activation":
             matched(errors, cut)  # raises here rather than in the backward pass
         size, at = self._size(cut, errors), self._at(cut.name)
         known = self.feedback._buffers.get(at)

@@ -26,7 +26,7 @@ from apical.core.cut import CutRule, eagerly
 from apical.core.cutting import Cut
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.outputs import detached, tensors
-from apical.core.positions import class_axis, delivered, matched, ordered
+from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.top_down import TopDownNetwork, described, load, through_softmax
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -144,9 +144,10 @@ class TopDownCreditAssignment(CutRule):
     @staticmethod
     def _delivered(credit: Tensor, cut: Cut, places: torch.Size) -> Tensor:
         """A credit per channel, or one for each of the unit's neurons, as a signal of the unit's shape."""
-        if credit.dim() > 2 and credit.shape == cut.shape:
+        if credit.dim() > 2 and credit.shape == cut.shape and cut.rows is None:
             return credit.to(cut.dtype)
-        return delivered(matched(credit.view(*places, -1), cut), cut)
+        values = credit.view(*places, -1)
+        return routed(values, cut) if is_routed(values, cut) else delivered(matched(values, cut), cut)
 
     def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
         """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
