@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import apical
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.errors import UnsupportedModelError
+from apical.rules.backprop import Backprop
 from apical.testing import CHECKS, check_rule, dense_network, settings
 
 SKIP = ("compile", "distributed")  # the slow ones; the planted faults do not concern them
@@ -22,6 +23,10 @@ class Exact(CreditRule):
         output = self.model(inputs)
         loss = self.loss(output, targets)
         return Credit([loss], [self.signal(inputs)], output, loss)
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """Exact everywhere, which a rule that is backpropagation has to say."""
+        return Backprop(self.model, self.loss).credit_paths(inputs)
 
     def signal(self, inputs: Tensor) -> Tensor | None:
         """Factor on the whole gradient."""

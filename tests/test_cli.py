@@ -86,7 +86,7 @@ def test_train_writes_a_run_folder_and_finishes_once(capsys: pytest.CaptureFixtu
     assert main(train) == 0
     assert "epoch   1/1" in capsys.readouterr().out
     files = {path.name for path in out.iterdir()} - {".lock"}
-    assert files == {"config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "result.json"}
+    assert files == {"config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "result.json", "placement.json"}
     config = json.loads((out / "config.json").read_text())
     assert config["rule_options"] == ["expansion=4", "first_layer=True"]
     assert config["command"].startswith("apical train --rule pfa")

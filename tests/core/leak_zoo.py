@@ -348,6 +348,20 @@ class InPlace(nn.Module):
         return self.c(h)
 
 
+class InPlaceStream(nn.Module):
+    """A residual stream that is added to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x += self.b(F.relu(x))
+        x.add_(self.c(F.relu(x)))
+        return self.d(x)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -450,6 +464,7 @@ ZOO = {
     "linear": (lambda: own(nn.Identity), vectors, F.cross_entropy, (), ("4.",)),
     "skip": (SkipBefore, vectors, F.cross_entropy, (), ("c.",)),
     "in-place": (InPlace, vectors, F.cross_entropy, (), ("c.",)),
+    "in-place-stream": (InPlaceStream, vectors, F.cross_entropy, (), ("d.",)),
     "tied": (Tied, tokens, token_loss, (), ("tokens.",)),
     "functions-of-weights": (functions_of_weights, images, F.cross_entropy, (), ("8.",)),
     "by-function": (ByFunction, vectors, F.cross_entropy, (), ("c.",)),

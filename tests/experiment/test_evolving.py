@@ -214,11 +214,12 @@ def test_a_teacher_from_a_file_trains_another_width(whole: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("model", ["mlp-256-256", "mlp-tanh-64-64"])
 def test_the_shipped_teacher_trains_digits_at_once(tmp_path: Path, model: str) -> None:
-    """On the model that `apical compare` takes by default, and on another activation and width."""
+    """On the model that `apical compare` takes by default, and on another activation and width; unevolved it fails."""
     options = ["--data", "digits", "--model", model, "--epochs", "6", "--device", "cpu", "--probe", "0"]
     accuracy, loss = {}, {}
     for rule in ("tdca", "tdca-unevolved"):
-        assert main(["train", "--rule", rule, *options, "--out", str(tmp_path / rule)]) == 0
+        ended = main(["train", "--rule", rule, *options, "--out", str(tmp_path / rule)])
+        assert ended == 0 or rule == "tdca-unevolved"  # that one may diverge
         lines = [json.loads(line) for line in (tmp_path / rule / "metrics.jsonl").read_text().splitlines()]
         accuracy[rule], loss[rule] = lines[-1]["test_accuracy"], [line["train_loss"] for line in lines[1:]]
     assert accuracy["tdca"] > 0.8

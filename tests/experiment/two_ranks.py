@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apical import models
 from apical.core.credit import CreditRule
+from apical.core.plastic import PlasticRule
 from apical.experiment.distributed import leave
 from apical.experiment.recipe import Recipe
 from apical.recipes.rules import RULES, make_rule
@@ -51,7 +52,13 @@ def train(rule: CreditRule, rank: int, size: int) -> dict[str, torch.Tensor]:
         inputs = inputs.to(next(rule.parameters()).dtype)
         module(inputs[rank::size], targets[rank::size]).backward()
         optimizer.step()
-    return {key: value.clone() for key, value in rule.state_dict().items()}
+    state = rule.state_dict()
+    if isinstance(rule, PlasticRule):  # explicit in two processes and closed in one: the same feedback, kept in another form
+        state = {
+            **rule.model.state_dict(),
+            **{f"feedback of {key}": value for key, value in rule.feedback_weights().items()},
+        }
+    return {key: value.clone() for key, value in state.items()}
 
 
 if __name__ == "__main__":

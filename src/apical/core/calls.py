@@ -31,6 +31,9 @@ AVERAGES = (
 )
 """Functions that average over places, so that the error at each place has only its share."""
 
+NORMALISATIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+"""Functions behind which the size of weights does not matter."""
+
 FUNCTIONS = frozenset(
     function
     for name in NAMES

@@ -10,10 +10,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import register_pytree_node
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
+from apical.core.diagnosis import explained, require_loss_of_output
 from apical.core.placement import Placement, layer_paths, place, undisturbed
-from apical.errors import ConfigError
+from apical.errors import ApicalError, ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
@@ -116,15 +117,21 @@ class Credit:
         Under backpropagation and the edge rules a loss made of it delivers the rule's update. Under every other rule a
         backward pass that reaches it raises a :class:`apical.errors.ConfigError`; its values are free to use.
         """
-        whole = not isinstance(self._output, Tensor)  # a dictionary, with a graph of its own
-        if whole or self._output.requires_grad or not (self._learns and torch.is_grad_enabled()):
+        parts = [part for part in tree_leaves(self._output) if isinstance(part, Tensor)]
+        if any(part.requires_grad for part in parts) or not (self._learns and torch.is_grad_enabled()):
             return self._output
-        result: Tensor = cast(Any, NoCreditBehind).apply(self._output, torch.empty(0, requires_grad=True))
+        result: Tensor = tree_map(_without_credit, self._output)  # a dictionary stays one
         return result
 
     def backward(self, retain_graph: bool | None = None) -> None:
         """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
         torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)
+
+
+def _without_credit(part: Any) -> Any:
+    if not isinstance(part, Tensor) or not part.is_floating_point():
+        return part
+    return cast(Any, NoCreditBehind).apply(part, torch.empty(0, requires_grad=True))
 
 
 def _flattened(credit: Credit) -> tuple[list[Tensor], tuple[str, ...]]:
@@ -151,6 +158,8 @@ class CreditRule(nn.Module):
 
     Attributes:
         feed_forward: the network's answer is the model's feed-forward pass; else the rule has a :meth:`answer` of its own.
+        output_alone: the rule asks the loss for its derivative with respect to the output, and would leave out terms that
+            read other activities of the model; such losses are refused at the first batch.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
             "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
@@ -161,6 +170,7 @@ class CreditRule(nn.Module):
     model: nn.Module
     two_phase: bool = False
     feed_forward: bool = True
+    output_alone: bool = False
     phase: Phase
     _placement: Placement | None = None
 
@@ -171,16 +181,32 @@ class CreditRule(nn.Module):
         self._hooks: list[Any] = []
         self._attached = True
         self._warned = False
+        self._is_fresh = True
         self.phase = "both"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
-        credit = super().__call__(*args, **kwargs)
-        if not (self._warned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().__call__(*args, **kwargs)
+        first = self._is_fresh and torch.is_grad_enabled()
+        if first and self.output_alone and len(args) == 2:
+            require_loss_of_output(self, *args)
+        try:
+            credit = super().__call__(*args, **kwargs)
             loss = getattr(credit, "_loss", None)
-            if type(loss) is Tensor and loss.is_cpu and not math.isfinite(loss.item()):
-                self._warned = True
-                warnings.warn(_why_not_finite(args), RuntimeWarning, stacklevel=2)
+            if loss is not None and not (isinstance(loss, Tensor) and not loss.dim()):
+                raise TypeError("the loss is no scalar tensor")
+        except ApicalError:
+            raise
+        except (TypeError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
+            reason = explained(self, *args) if len(args) == 2 else None
+            if reason is None:
+                raise
+            raise reason from error
+        self._is_fresh = self._is_fresh and not first
+        if not self._warned and type(loss) is Tensor and loss.is_cpu and not math.isfinite(loss.item()):
+            self._warned = True
+            warnings.warn(_why_not_finite(args), RuntimeWarning, stacklevel=2)
         return credit
 
     @abstractmethod

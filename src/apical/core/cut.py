@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import CreditRule, Loss
-from apical.core.cutting import Cut, Cutting, Pass, Teacher
+from apical.core.cutting import Cut, Cutting, Pass
 from apical.core.graph import leaves
+from apical.core.outputs import tensors
 from apical.core.placement import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
+from apical.core.signals import Teacher
 from apical.core.units import weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -79,6 +81,7 @@ class CutRule(CreditRule):
         self._shares: dict[str, float] = {}
         self._firsts: dict[str, str] = {}
         self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
+        self._graded: list[bool] = []  # which outputs depend on anything
         self._last: set[int] = set()  # ids of parameters that the output's own error may reach
 
     @property
@@ -128,9 +131,10 @@ class CutRule(CreditRule):
         self.require_attached()
         with undisturbed(self.model):
             output, trace = self._cutting.trace(inputs)
-            if not isinstance(output, Tensor):
+            if not tensors(output):
                 raise _no_tensor(type(self).__name__, output)
-        found = separate(self._cutting, trace, [output], self.units == "activation", self.units != "activation")
+            self._graded = [part.requires_grad for part in tensors(output)]
+        found = separate(self._cutting, trace, tensors(output), self.units == "activation", self.units != "activation")
         if self.units == "activation" and not found.units and len(trace.sites) > 1:
             raise UnsupportedModelError(
                 "no activation was called between the weighted layers, so there is no hidden unit to send a signal to; pass "
@@ -142,14 +146,16 @@ class CutRule(CreditRule):
         self._firsts = {**first_uses(found), **self._firsts}
         return found
 
-    def run(self, inputs: Tensor) -> tuple[Tensor, list[Cut], Teacher]:
+    def run(self, inputs: Tensor) -> tuple[Any, list[Cut], Teacher]:
         """Forward pass with cuts: the model's output (batch, ...), its cuts, and the teacher to be told the signals.
+
+        There may be several outputs, in a dictionary, tuple or list.
 
         A root that does not require a gradient belongs to a unit without trainable parameters.
 
         Raises:
             ConfigError: the batch is empty.
-            UnsupportedModelError: the output is no tensor; or errors would go round the cuts.
+            UnsupportedModelError: the output holds no tensor; or errors would go round the cuts.
         """
         self.require_attached()
         if isinstance(inputs, Tensor) and inputs.dim() and not len(inputs):
@@ -157,22 +163,39 @@ class CutRule(CreditRule):
         if self.where == "activation" and self._separation is None:
             self._trace(inputs)
         output, done = self._cutting.cut_pass(inputs, self.takes_signals)
-        if not isinstance(output, Tensor):
+        if not tensors(output):
             raise _no_tensor(type(self).__name__, output)
         if self.where == "activation" and not self._is_right(output, done):
             output, done = self._retried(inputs, output, done)
         return output, done.cuts, done.teacher
 
-    def _is_right(self, output: Tensor, done: Pass) -> bool:
+    def require_ends(self, output: Any, errors: Sequence[Tensor | None]) -> None:
+        """Refuse a loss that reads a hidden unit's output, whose exact error would be lost at the cut.
+
+        Raises:
+            UnsupportedModelError: which of the model's outputs it is.
+        """
+        parts = tensors(output)
+        if len(parts) > 1 and not self.takes_signals and torch.is_grad_enabled() and len(parts) == len(self._graded):
+            for number, (part, error, graded) in enumerate(zip(parts, errors, self._graded, strict=True)):
+                if error is not None and graded and not part.requires_grad and any(p.requires_grad for p in parts):
+                    raise UnsupportedModelError(
+                        f"the loss reads tensor {number} of the model's output, which is the output of a hidden unit, and "
+                        f"{type(self).__name__} sends no exact error there; detach it, or leave it out of the loss"
+                    )
+
+    def _is_right(self, output: Any, done: Pass) -> bool:
         """Whether no error goes round the cuts of a pass: its calls were seen before, and so was what the output reaches."""
         sequence = (self.model.training, *done.events)
         if self.takes_signals or not done.learns:
             names = None if self._separation is None else self._separation.units
             return not done.learns or sequence in self._right or names in (None, [cut.name for cut in done.cuts])
-        return sequence in self._right and all(id(leaf) in self._last for leaf in leaves(output.grad_fn))
+        return sequence in self._right and all(
+            id(leaf) in self._last for part in tensors(output) for leaf in leaves(part.grad_fn)
+        )
 
     @eagerly
-    def _retried(self, inputs: Tensor, output: Tensor, done: Pass) -> tuple[Tensor, Pass]:
+    def _retried(self, inputs: Tensor, output: Any, done: Pass) -> tuple[Any, Pass]:
         """The pass itself, if its cuts turn out to be right, or another one with further cuts.
 
         Raises:
@@ -185,9 +208,9 @@ class CutRule(CreditRule):
             )
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):
-            if verify(self._cutting, done, [output], self._patterns):
+            if verify(self._cutting, done, tensors(output), self._patterns):
                 self._right.add((self.model.training, *done.events))
-                self._last |= {id(leaf) for leaf in leaves(output.grad_fn)}
+                self._last |= {id(leaf) for part in tensors(output) for leaf in leaves(part.grad_fn)}
                 return output, done
             self._trace(inputs)
             output, done = self._cutting.cut_pass(inputs, False)
@@ -217,8 +240,8 @@ def _check_units(model: nn.Module, units: str | Sequence[str], named: list[str])
 
 def _no_tensor(rule: str, output: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the model's output is a {type(output).__name__}, and {rule} needs the one tensor whose error it sends to the "
-        "units; wrap the model in a module that returns that tensor"
+        f"the model's output is a {type(output).__name__}, and {rule} needs a tensor whose error it sends to the units, or "
+        "several in a dictionary, tuple or list; wrap the model in a module that returns them"
     )
 
 

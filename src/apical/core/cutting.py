@@ -13,38 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apical.core.activations import is_activation
-from apical.core.calls import AVERAGES, FUNCTIONS, Calls
+from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
+from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
+from apical.core.rows import Labels, Rows
+from apical.core.signals import Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
-
-
-class Teacher:
-    """Makes the teaching signals of one pass, each not before the backward pass reaches its unit.
-
-    Signals made in advance would all exist at once, beside every activation that backward still needs.
-
-    Attributes:
-        signal: `signal(index of the unit, scale) -> teaching signal` of the unit output's shape, times the scalar scale;
-            set after the forward pass, when the output error is known.
-    """
-
-    signal: Callable[[int, Tensor], Tensor]
-
-
-class TeachingSignal(torch.autograd.Function):
-    """A scalar zero whose backward pass hands `teacher.signal(index, scale)` to `hidden`."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, teacher: Teacher, index: int) -> Tensor:
-        """Zero; the unit's output is not kept."""
-        ctx.teacher, ctx.index = teacher, index
-        return hidden.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        """The signal, made now."""
-        return ctx.teacher.signal(ctx.index, scale), None, None
 
 
 class Cut(NamedTuple):
@@ -57,6 +32,7 @@ class Cut(NamedTuple):
         dtype: of the unit's output.
         name: of the module, or function call, whose output this is, with "#k" when it is used again.
         axis: the channels' axis: 1 behind a convolution, else the last.
+        rows: the samples of its rows, where they are not those of the batch; see :mod:`apical.core.rows`.
     """
 
     root: Tensor
@@ -64,6 +40,7 @@ class Cut(NamedTuple):
     dtype: torch.dtype
     name: str = ""
     axis: int = -1
+    rows: Labels | None = None
 
     def bare(self) -> "Cut":
         """The same without the graph, for what the graph itself keeps."""
@@ -108,6 +85,7 @@ class Cutting:
         inside: names of activation calls within a unit, where there is no cut.
         tail: names of activation calls behind the last weighted layer.
         is_functional: whether some cut is at a function's call, so that calls must be heard.
+        moves_rows: whether rows of some unit are not those of the batch.
         now: the pass that is under way.
     """
 
@@ -120,6 +98,7 @@ class Cutting:
         self.inside: set[str] = set()
         self.tail: set[str] = set()
         self.is_functional = False
+        self.moves_rows = False
         self.now: Pass | Trace | None = None
         self.hooks: list[Any] = []
         for name, module in self.modules.items():
@@ -159,7 +138,7 @@ class Cutting:
     def _under_way(self, now: "Pass | Trace", functions: bool) -> Iterator[None]:
         self.now = now
         try:
-            with Calls(now) if functions else nullcontext():
+            with now.rows or nullcontext(), Calls(now) if functions else nullcontext():
                 yield
         finally:
             self.now = None
@@ -167,6 +146,10 @@ class Cutting:
     def cut_pass(self, inputs: Any, plain: bool) -> tuple[Any, "Pass"]:
         """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves."""
         now = Pass(self, plain)
+        if self.moves_rows:
+            if torch.compiler.is_compiling():
+                raise UnsupportedModelError("the model moves rows of the batch, which is followed in eager mode only")
+            now.rows = Rows(inputs)
         with self._under_way(now, self.is_functional):
             output = self.model(inputs)
         return output, now
@@ -180,12 +163,14 @@ class Cutting:
         hooks = [] if self.is_functional else self._owners()
         hooks += [layer.register_forward_hook(partial(_noted, self, name)) for name, layer in self.layers.items()]
         try:
-            with torch.inference_mode(False), torch.enable_grad(), self._under_way(now, True):
+            with torch.inference_mode(False), torch.enable_grad():
                 if isinstance(inputs, Tensor):
                     inputs = inputs.detach().clone()
                     if inputs.is_floating_point():
                         inputs = inputs.requires_grad_().clone()
-                return self.model(inputs), now
+                now.rows = Rows(inputs)
+                with self._under_way(now, True):
+                    return self.model(inputs), now
         finally:
             for hook in hooks:
                 hook.remove()
@@ -213,6 +198,7 @@ class Pass:
         self.counts: dict[str, int] = {}
         self.owners: list[str] = [""]
         self.learns = torch.is_grad_enabled()
+        self.rows: Rows | None = None
 
     def number(self, name: str) -> str:
         """The name of this call."""
@@ -253,11 +239,11 @@ class Pass:
             return None
         return self.cut(name, output, output is given)
 
-    def point(self, name: str, output: Any) -> Tensor | None:
-        """Cut at a module's output."""
+    def point(self, name: str, output: Any, given: Any = None) -> Tensor | None:
+        """Cut at a module's output. `given` is its input."""
         if not isinstance(output, Tensor) or self.is_cut(output):
             return None
-        return self.cut(self.number(name), output)
+        return self.cut(self.number(name), output, output is given)
 
     def left(self, name: str, output: Any) -> None:
         """A module's forward pass is over."""
@@ -274,7 +260,7 @@ class Pass:
         if name in cutting.bases:
             name = self.number(name)
             if name in cutting.points and not self.is_cut(result):
-                return self.cut(name, result)
+                return self.cut(name, result, bool(args) and result is args[0])
         return result
 
     def called(self, function: Callable[..., Any]) -> str:
@@ -289,7 +275,8 @@ class Pass:
         if not self.plain:
             root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))
         self.events.append(name)
-        self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, self._axis(hidden.shape)))
+        rows = None if self.rows is None else self.rows.of(hidden)
+        self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, self._axis(hidden.shape), rows))
         if torch.compiler.is_compiling():
             return hidden.detach()
         self.at = vertex(hidden)
@@ -319,7 +306,7 @@ class Trace(Pass):
 
     Attributes:
         calls: in order.
-        shrinkage: how many places each average took together.
+        shrinkage: what divides the squared length of an error on its way down: averages and layers with small weights.
     """
 
     def __init__(self, cutting: Cutting) -> None:
@@ -333,21 +320,31 @@ class Trace(Pass):
     def layer(self, name: str, output: Any) -> None:
         """Note a layer's output."""
         super().layer(name, output)
-        self.calls.append(Call("layer", self.number(name), name, self.sites[-1][1]))
+        at = self.sites[-1][1]
+        self.calls.append(Call("layer", self.number(name), name, at))
+        if at is not None:
+            self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[name]))
 
     def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
         """Note an activation's output."""
         first = self.near is None
+        self._watch(output)
         self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
         return None
 
-    def point(self, name: str, output: Any) -> Tensor | None:
+    def point(self, name: str, output: Any, given: Any = None) -> Tensor | None:
         """Noted as every module's output."""
         return None
+
+    def _watch(self, output: Tensor) -> None:
+        """From now on, follow the samples if this is a unit that could have moved rows."""
+        if not self.cutting.moves_rows and self.rows is not None:
+            self.cutting.moves_rows = self.rows.of(output) is not None
 
     def left(self, name: str, output: Any) -> None:
         """Note a module's output."""
         if isinstance(output, Tensor) and output.grad_fn is not None:
+            self._watch(output)
             number = self.number(f"{name}:output").replace(":output", "", 1)
             self.calls.append(Call("module", number, name, vertex(output)))
 
@@ -361,8 +358,11 @@ class Trace(Pass):
         elif isinstance(result, Tensor) and result.grad_fn is not None:
             at = cast(Vertex, vertex(result))
             self.calls.append(Call("function", self.number(name), name, at))
-            if getattr(function, "__name__", "") in AVERAGES and args and isinstance(args[0], Tensor):
+            kind = getattr(function, "__name__", "")
+            if kind in AVERAGES and args and isinstance(args[0], Tensor):
                 self.shrinkage[at] = args[0].numel() / max(result.numel(), 1)
+            elif kind in NORMALISATIONS and args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
+                self.shrinkage.pop(cast(Vertex, vertex(args[0])), None)  # it undoes the layer's gain
         return result
 
 
@@ -380,7 +380,7 @@ def _after_activation(cutting: Cutting, name: str, module: nn.Module, args: tupl
 
 
 def _after_point(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return cutting.now.point(name, output) if cutting.now is not None else None
+    return cutting.now.point(name, output, args[0] if args else None) if cutting.now is not None else None
 
 
 def _enter(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

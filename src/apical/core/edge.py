@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.effective import measured_weight, require_affine
+from apical.core.effective import measured_weight, require_affine, weight_now
 from apical.core.layers import computes_plainly
 from apical.core.outside_use import OutsideUse
 from apical.core.placement import layer_paths
@@ -201,7 +201,7 @@ class EdgeRule(CreditRule):
         feedback = nn.Module()
         drawn: dict[int | str, Tensor] = {}
         for name, layer in self.layers.items():
-            weight = layer.weight.detach()
+            weight = weight_now(layer)
             use = id(layer.weight) if self.is_plain(name) else name
             if use not in drawn:
                 empty = torch.empty_like(weight, device=None if generator is None else generator.device)

@@ -33,9 +33,9 @@ def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
         layer: a layer of a type with known :func:`geometry`.
         call: the layer's forward pass; the layer itself unless given.
     """
-    weight = cast(Tensor, layer.weight).detach()
     if call is None and computes_plainly(layer):
-        return weight
+        return cast(Tensor, layer.weight).detach()
+    weight = weight_now(layer)
     if is_registered(layer):
         with unchanged(layer, weight.device):
             known = effective_weight(layer)
@@ -57,6 +57,14 @@ def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
     if pads_itself(layer):
         below = F.pad(below, cast(_ConvNd, layer)._reversed_padding_repeated_twice)
     return weight_gradient(shape, errors, below, weight).to(weight.dtype)
+
+
+def weight_now(layer: nn.Module) -> Tensor:
+    """The layer's attribute `weight`, detached; where looking at it moves buffers (spectral norm), they are put back."""
+    if "weight" in layer._parameters or torch.compiler.is_compiling():
+        return cast(Tensor, layer.weight).detach()
+    with unchanged(layer, next(layer.parameters()).device):
+        return cast(Tensor, layer.weight).detach()
 
 
 def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -135,7 +143,7 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
 
 def probe(name: str, layer: nn.Module, call: Call) -> tuple[bool, bool]:
     """Whether the layer is affine at inputs made up for it, and whether its weight is another at every call."""
-    weight = cast(Tensor, layer.weight).detach()
+    weight = weight_now(layer)
     try:
         inputs = torch.ones_like(_probe(geometry(layer), layer, weight)[0][:2])
         require_affine(name, layer, call, inputs)

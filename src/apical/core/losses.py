@@ -5,12 +5,15 @@ differentiate the loss at the output only take such terms as a further root of t
 the exact gradient of the term, on top of whatever the rule gives them.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils._pytree import tree_map
 
 from apical.core.credit import Loss
 from apical.errors import ConfigError
@@ -33,27 +36,45 @@ def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = 
     Raises:
         ConfigError: the loss does not depend on the output.
     """
+    value, (error,) = loss_and_errors(lambda parts: loss(parts[0], targets), [output], traced)
+    if error is None:
+        raise _independent()
+    return value, error
+
+
+def loss_and_errors(loss: Callable[[list[Tensor]], Tensor], parts: list[Tensor], traced: bool) -> tuple[Tensor, list[Any]]:
+    """Loss of several outputs, and its derivative with respect to each: None where it does not depend on one.
+
+    Raises:
+        ConfigError: it depends on none.
+    """
     if traced or torch.compiler.is_compiling():  # the one way that compiler and transforms can trace; the other is quicker
         with torch.enable_grad():  # for terms
-            error, value = torch.func.grad_and_value(loss)(output.detach(), targets)
-        return value, error.detach()
+            errors, value = torch.func.grad_and_value(loss)([part.detach() for part in parts])
+        return value, [error.detach() for error in errors]
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # whose tensors have no gradients
-            return output_error(loss, output.clone(), targets.clone())
-    leaf = output.detach().requires_grad_()
+            return loss_and_errors(loss, [part.clone() for part in parts], traced)
+    leaves = [part.detach().requires_grad_() for part in parts]
     with torch.enable_grad():
-        value = loss(leaf, targets)
-    learned = value.grad_fn is not None and _reaches_others(value.grad_fn, leaf)
-    error = torch.autograd.grad(value, leaf, retain_graph=learned, allow_unused=True)[0] if value.requires_grad else None
-    if error is None:
-        raise ConfigError("the loss does not depend on the output in a way that autograd can follow; do not detach it there")
-    return value if learned else value.detach(), error
+        value = loss(leaves)
+    if not value.requires_grad:
+        raise _independent()
+    learned = value.grad_fn is not None and _reaches_others(value.grad_fn, leaves)
+    errors = torch.autograd.grad(value, leaves, retain_graph=learned, allow_unused=True)
+    if all(error is None for error in errors):
+        raise _independent()
+    return value if learned else value.detach(), list(errors)
 
 
-def value_at(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
+def _independent() -> ConfigError:
+    return ConfigError("the loss does not depend on the output in a way that autograd can follow; do not detach it there")
+
+
+def value_at(loss: Loss, output: Any, targets: Tensor) -> Tensor:
     """Loss of an output whose graph is left out; it requires a gradient if and only if it holds terms with parameters."""
     with torch.enable_grad():
-        return loss(output.detach(), targets)
+        return loss(tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, output), targets)
 
 
 def terms(value: Tensor) -> list[Tensor]:
@@ -61,13 +82,15 @@ def terms(value: Tensor) -> list[Tensor]:
     return [value] if value.requires_grad else []
 
 
-def _reaches_others(root: Node, leaf: Tensor) -> bool:
-    """Whether a graph ends at other leaves that require a gradient than `leaf`."""
+def _reaches_others(root: Node, leaves: list[Tensor]) -> bool:
+    """Whether a graph ends at other leaves that require a gradient than these."""
+    own = {id(leaf) for leaf in leaves}
     waiting, seen = [root], {root}
     while waiting:
         for node, _ in waiting.pop().next_functions:
             if node is not None and node not in seen:
-                if getattr(node, "variable", leaf) is not leaf:
+                leaf = getattr(node, "variable", None)
+                if leaf is not None and id(leaf) not in own:
                     return True
                 seen.add(node)
                 waiting.append(node)

@@ -80,7 +80,11 @@ class Mismatch(nn.Module):
     def measure(self, weight: Tensor) -> None:
         """Begin anew from the feedback as it is and a (detached) weight that was moved from outside."""
         moving = self.v[0] != 0 or self.velocity is not None
-        self.velocity = self.drift() if moving else None
+        self.restart(weight, self.drift() if moving else None)
+
+    def restart(self, weight: Tensor, drift: Tensor | None) -> None:
+        """Begin anew from the feedback as it is, with V = `drift`."""
+        self.velocity = drift
         self.initial = self.feedback - weight
         self.c, self.v = [1.0, 0.0], [0.0, 1.0]
         self.follow(weight)
@@ -92,7 +96,14 @@ class Watch:
     Args:
         weight: the parameter.
         mismatch: its mismatch.
+
+    Attributes:
+        plastic: version of R, which is empty meanwhile: whoever changes it does not know that.
+        momentum: the optimiser's momentum of the weight after the last step.
     """
+
+    plastic: int = -1
+    momentum: Tensor | None = None
 
     def __init__(self, weight: nn.Parameter, mismatch: Mismatch) -> None:
         self.parameter, self.mismatch = weight, mismatch
@@ -107,6 +118,11 @@ class Watch:
         self._address = self.parameter.data_ptr()
         self._values = strided(self.weight)
         self._sample = self._values.clone()
+        self._sum = self._total()
+
+    def _total(self) -> Tensor:
+        """Sum of all values, which tells a change of any of them."""
+        return self.weight.sum(dtype=torch.promote_types(self.weight.dtype, torch.float32))
 
     def stepped(self) -> None:
         """The optimiser moved the weight: the feedback follows."""
@@ -114,14 +130,15 @@ class Watch:
             self._bind()
         self.mismatch.follow(self.weight)
         self._sample.copy_(self._values)
+        self._sum = self._total()
         self._version = self.parameter._version
         self.steps += 1
 
     def moved(self) -> bool:
-        """Whether anything else moved it since: by its version, by a few values, at first and now and then by all.
+        """Whether anything else moved it since: by its version, a few values and the sum; at first and now and then by all.
 
         Raises:
-            ConfigError: on an accelerator, where the few values are compared without waiting, it was seen too late.
+            ConfigError: on an accelerator, where values are compared without waiting, it was seen too late.
         """
         due = self.steps < 3 or self.steps % 64 == 0
         noticed = self._version != self.parameter._version or self._address != self.parameter.data_ptr()
@@ -141,6 +158,6 @@ class Watch:
 
     def _sample_differs(self) -> bool:
         if self._careful:
-            return not torch.equal(self._sample, self._values)
-        self._missed.logical_or_((self._sample != self._values).any())
+            return not (torch.equal(self._sample, self._values) and torch.equal(self._sum, self._total()))
+        self._missed.logical_or_((self._sample != self._values).any() | (self._sum != self._total()))
         return False

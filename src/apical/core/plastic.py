@@ -55,9 +55,9 @@ class PlasticRule(EdgeRule):
         setattr(self, self.MISMATCH, nn.ModuleDict())
         self.register_state_dict_pre_hook(_measure)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_follow_again)  # type: ignore[no-untyped-call]
-        weights = {name: layer.weight for name, layer in self.layers.items()}  # held: an id is one object's while it lives
-        counts = Counter(map(id, weights.values()))
-        self._tied = {name for name, weight in weights.items() if counts[id(weight)] > 1}
+        own = {name: layer._parameters.get("weight") for name, layer in self.layers.items()}
+        counts = Counter(id(weight) for weight in own.values() if weight is not None)
+        self._tied = {name for name, weight in own.items() if counts[id(weight)] > 1}
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
         self._called = False
         self._steps: Steps | None = Steps(self)
@@ -98,6 +98,7 @@ class PlasticRule(EdgeRule):
             if self.mismatch_of(name) is None:
                 if plain and name not in self._tied:
                     self._tapped.add(name)
+                steps.warn_of_feedback_that_rests(name)
             elif not plain:
                 steps.open(name, FUNCTION)
             elif not layer.weight.requires_grad:
@@ -180,6 +181,9 @@ class PlasticRule(EdgeRule):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take the form that each layer has in the state, before the children load their tensors."""
+        for name in self.layers:
+            if self.mismatch_of(name) is not None:
+                self.steps.remember(name)
         for name in self.layers if self.form == "auto" else ():
             plastic, weight = self.plastic_of(name), self.layers[name].weight.detach()
             if f"{prefix}{self.MISMATCH}.{key(name)}.initial" in state_dict:

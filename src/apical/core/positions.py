@@ -8,6 +8,8 @@ The error is brought into the order (batch, places, outputs), what a unit hears 
     other axes, same rows  (time * batch, ...) beside (time, batch, ...): row for row
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,8 @@ def matched(errors: Tensor, cut: Cut) -> Tensor:
     shape = list(cut.shape)
     del shape[cut.axis if len(shape) > 1 else len(shape) :]
     rows = list(errors.shape[:-1])
+    if cut.rows is not None and cut.rows[0] == 1 and len(rows) > 1 and shape == [rows[1], rows[0]]:
+        return errors.transpose(0, 1)  # moments first
     if shape == rows:
         return errors
     if shape[0] == rows[0]:
@@ -59,6 +63,44 @@ def matched(errors: Tensor, cut: Cut) -> Tensor:
         f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows[0]} rows, so "
         "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
     )
+
+
+def is_routed(errors: Tensor, cut: Cut) -> bool:
+    """Whether samples must be looked up by the unit's rows, because rows or places of the answer do not tell them."""
+    if cut.rows is None:
+        return False
+    axis, owners = cut.rows
+    shape = list(cut.shape)
+    del shape[cut.axis if len(shape) > 1 else len(shape) :]
+    rows = list(errors.shape[:-1])
+    samples = torch.arange(rows[0], dtype=owners.dtype, device=owners.device)
+    if axis == 0 and len(rows) > 1 and len(owners) == torch.Size(rows).numel() == torch.Size(shape).numel():
+        return not torch.equal(owners, samples.repeat_interleave(len(owners) // rows[0]))
+    return not (axis == 1 and len(rows) > 1 and shape == [rows[1], rows[0]] and torch.equal(owners, samples))
+
+
+def routed(values: Tensor, cut: Cut) -> Tensor:
+    """The signal of the unit's shape from values (batch, *places, channels or neurons) by the samples of its rows.
+
+    Each of the n places and rows that a sample has in the unit hears 1/n of the sum over the sample's answers.
+    """
+    axis, owners = cast(tuple[int, Tensor], cut.rows)
+    owners = owners.to(values.device, torch.long)
+    samples = values.flatten(1, -2).sum(1) if values.dim() > 2 else values
+    if len(owners) and int(owners.max()) >= len(samples):
+        raise UnsupportedModelError(
+            f"the unit at {cut.name!r} has rows of more samples than the model's output of {len(samples)} rows; return "
+            "(batch, ...) from the model"
+        )
+    share = torch.bincount(owners, minlength=len(samples))[owners].to(values.dtype)
+    part = samples[owners] / share.unsqueeze(1)
+    if axis == 0 and part.shape[1] == cut.shape[1:].numel():
+        return part.view(cut.shape).to(cut.dtype)
+    shape = [1 for _ in cut.shape]
+    channels = cut.axis % len(shape)
+    shape[axis], shape[channels] = len(owners), part.shape[1]
+    part = part * len(owners) * cut.width / max(cut.shape.numel(), 1)
+    return (part if axis < channels else part.T).reshape(shape).expand(cut.shape).to(cut.dtype)
 
 
 def delivered(values: Tensor, cut: Cut, divided: bool = True) -> Tensor:

@@ -5,13 +5,14 @@ The user makes the optimiser and never hands it over, so one pair of torch's glo
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 Group = dict[str, Any]
@@ -102,6 +103,12 @@ def unchanged(optimizer: Optimizer, known: Signature) -> bool:
     )
 
 
+def is_hooked(optimizer: Optimizer) -> bool:
+    """Whether hooks of others run within its step, which may change gradients or weights unseen."""
+    everywhere = len(hooks._global_optimizer_pre_hooks) + len(hooks._global_optimizer_post_hooks) > len(_handles)
+    return everywhere or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def skipped(optimizer: Optimizer) -> bool:
     """Whether a `GradScaler` found infinities and a fused step left everything as it was."""
     found: Tensor | None = getattr(optimizer, "found_inf", None)
@@ -116,29 +123,71 @@ def distributed() -> bool:
 class Arrival:
     """Hook of a weight: notes which gradient has arrived, so that whoever changes it before the step is noticed.
 
-    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`.
+    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`. A weight
+    that moves through `.data` is seen once many gradients have arrived since the last step of an optimiser.
 
     Attributes:
         fresh: set at every arrival; the observer of steps clears it.
-        moves: arrivals that found the weight in a new version; the observer of steps clears it.
+        watched: the weight's own gradient is told apart from others since the last step (:func:`noted`).
+        foreign: others have arrived.
+        moves: arrivals that found the weight moved; :meth:`stepped` clears it.
     """
 
     def __init__(self) -> None:
         self.mark: tuple[int, int] | None = None
         self.sampled = True
         self.fresh = False
-        self.moves, self._version = 0, -1
+        self.moves, self._arrived, self._version = 0, 0, -1
+        self._weight: Tensor | None = None
+        self.watched = self.foreign = self._unknown = False
+        self._own: Tensor | None = None
+        self._restarts = False
         self._sample: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> None:
         """Called by autograd once the gradient of one backward pass has been added."""
         self.fresh = True
-        if weight._version != self._version:
+        self._arrived += 1
+        values = strided(weight) if self._arrived > 3 else None
+        moved = values is not None and self._weight is not None and not torch.equal(values, self._weight)
+        if moved or weight._version != self._version:
             self.moves, self._version = self.moves + 1, weight._version
+        self._weight = None if values is None else values.clone()
+        if self.watched:
+            self._compare(weight)
+        else:
+            self._unknown = True
         self._note(weight)
         if distributed():  # the average over processes is made at the very end of the backward pass
             later = torch.autograd.Variable._execution_engine.queue_callback
             later(partial(later, partial(self._note, weight)))
+
+    def stepped(self) -> None:
+        """An optimiser takes a step."""
+        self.moves = self._arrived = 0
+        self.watched = self.foreign = self._unknown = False
+
+    def watch(self) -> None:
+        """From here on every gradient of the rule is announced; one that has arrived before is another's."""
+        if not self.watched:
+            self.watched, self.foreign = True, self._unknown
+
+    def expect(self, weight: Tensor, gradient: Tensor) -> None:
+        """The rule's own gradient is about to be added to the weight's."""
+        if self._own is None:
+            self._restarts = weight.grad is None or not bool(weight.grad.any())
+            self._own = _spread(gradient).clone() if weight.grad is None else _spread(gradient) + _spread(weight.grad)
+        else:
+            self._own = self._own + _spread(gradient)
+
+    def _compare(self, weight: Tensor) -> None:
+        own, self._own, now = self._own, None, weight.grad
+        if own is None or now is None or now.is_sparse:
+            self.foreign = True
+            return
+        difference = (_spread(now) - own).norm()
+        astray = bool(difference > 1e4 * torch.finfo(own.dtype).eps * own.norm())
+        self.foreign = astray or (self.foreign and not self._restarts)
 
     def _note(self, weight: Tensor) -> None:
         gradient = weight.grad
@@ -151,7 +200,7 @@ class Arrival:
     def untouched(self, gradient: Tensor) -> bool:
         """Whether `gradient` is the one that arrived, up to a power of two by which a `GradScaler` divides."""
         if self.mark != (gradient.data_ptr(), gradient._version):
-            return not bool(gradient.any())
+            return not (self.fresh or bool(gradient.any()))  # zeros are its own unless they replace what has arrived
         if self._sample is None:
             return True
         now, then = strided(gradient), self._sample
@@ -160,6 +209,35 @@ class Arrival:
         place = int(then.abs().argmax())
         ratio = float(now[place] / then[place])
         return ratio > 0 and ratio.hex().startswith("0x1.0000000000000p") and torch.equal(then * ratio, now)
+
+
+class Noted(torch.autograd.Function):
+    """The weight itself; its backward tells an :class:`Arrival` what it hands on."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, arrival: Arrival) -> Tensor:
+        """Return `weight`."""
+        ctx.weight, ctx.arrival = weight, arrival
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient itself."""
+        ctx.arrival.expect(ctx.weight, gradient)
+        return gradient, None
+
+
+def noted(weight: Tensor, arrival: Arrival) -> Tensor:
+    """`weight`, whose gradient in what follows `arrival` can tell from others."""
+    arrival.watch()
+    result: Tensor = cast(Any, Noted).apply(weight, arrival)
+    return result
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """About 64 elements in the order of the indices, however the tensor lies in memory."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)]
 
 
 def strided(tensor: Tensor) -> Tensor:

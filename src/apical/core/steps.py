@@ -1,5 +1,6 @@
 """The optimiser's steps as a rule with plastic feedback sees them: which form is exact for each layer, before each step."""
 
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -8,7 +9,20 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from apical.core.mismatch import Mismatch, Watch
-from apical.core.stepping import Arrival, Group, Signature, distributed, ignore, observe, signature, skipped, unchanged
+from apical.core.stepping import (
+    Arrival,
+    Group,
+    Signature,
+    distributed,
+    ignore,
+    is_hooked,
+    noted,
+    observe,
+    signature,
+    skipped,
+    strided,
+    unchanged,
+)
 from apical.core.units import key
 from apical.errors import ConfigError
 
@@ -21,6 +35,8 @@ Places = dict[str, tuple[Group | None, Group | None]]
 FUNCTION = "the layer computes with a function of its weight"
 FROZEN = "its weight is frozen"
 OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
+REPLACED = "its weight was replaced by another parameter"
+HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
@@ -36,6 +52,8 @@ class Steps:
         self._known: WeakKeyDictionary[Optimizer, tuple[Signature, Places]] = WeakKeyDictionary()
         self._moving: dict[str, tuple[Group, bool]] = {}
         self._lonely: dict[str, int] = {}
+        self._apart: dict[str, tuple[int, Tensor, Tensor]] = {}
+        self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._hooks: list[Any] = []
         self._arrivals: dict[str, Arrival] = {}
         self.forget()
@@ -57,6 +75,12 @@ class Steps:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def remember(self, name: str) -> None:
+        """A state is about to be loaded; where it comes without the optimiser's, the feedback's momentum stays."""
+        if name in self._watches and self.moving(name):
+            watch = self._watches[name]
+            self._drifts[name] = watch.mismatch.drift(), watch.momentum
 
     def forget(self) -> None:
         """A state was loaded: whatever was known of weights and optimiser is no longer so."""
@@ -85,13 +109,46 @@ class Steps:
         return places
 
     def require(self, name: str) -> None:
-        """Refuse a closed form whose weight moves without any step that was announced."""
+        """Refuse a closed form whose weight moves without any step that was announced; leave it for another parameter."""
+        if name in self._watches and self._watches[name].parameter is not self.rule.layers[name].weight:
+            return self.open(name, REPLACED)
         arrival = self._arrivals.get(name)
         if arrival is not None and arrival.moves > 3:
             raise ConfigError(
                 f"the weight of layer {name!r} moves without the steps of a torch.optim.Optimizer, which "
                 f'{type(self.rule).__name__} in closed form cannot follow: build the rule with form="explicit"'
             )
+
+    def warn_of_feedback_that_rests(self, name: str) -> None:
+        """Warn of an explicit form whose weight moves, by whatever loop, while its feedback does not."""
+        rule = self.rule
+        weight, plastic = rule.layers[name]._parameters.get("weight"), rule.plastic_of(name)
+        times, *before = self._apart.get(name, (0,))
+        held = any(places.get(name, (None, None))[1] is not None for _, places in self._known.values())
+        if times < 0 or weight is None or not weight.requires_grad or not plastic.requires_grad or held:
+            return
+        now = strided(weight).clone(), strided(plastic).clone()
+        if before and not torch.equal(before[1], now[1]):
+            times = -1
+        elif before and not torch.equal(before[0], now[0]):
+            times += 1
+        if times > 3:
+            times = -1
+            warnings.warn(
+                f"the weight of layer {name!r} moves but {type(rule).__name__}'s feedback for it does not: where a loop trains "
+                "it, update all of rule.parameters(), not model.parameters() alone",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._apart[name] = (times, *now)
+
+    def taps(self) -> dict[str, Tensor]:
+        """At first and now and then: weights of closed layers, which tell the rule's own gradient from others."""
+        found = {}
+        for name, arrival in self._arrivals.items() if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
+            if arrival.sampled and name in self._watches and self.rule.mismatch_of(name) is not None:
+                found[f"{name}.weight".lstrip(".")] = noted(self._watches[name].parameter, arrival)
+        return found
 
     def moving(self, name: str) -> bool:
         """Whether a layer in closed form has a velocity."""
@@ -102,8 +159,6 @@ class Steps:
         """Decide the form of each layer; refuse, or go back to the explicit one, where the closed one would not be exact."""
         rule, places = self.rule, self._known[optimizer][1]
         self._moving.clear()
-        for arrival in self._arrivals.values():
-            arrival.moves = 0
         for name, (group, other) in places.items():
             if rule.mismatch_of(name) is not None:
                 self._keep_closed(name, optimizer, group, other)
@@ -115,6 +170,8 @@ class Steps:
             if name in self._watches:
                 self._arrivals[name].sampled = self._watches[name].steps < 3 or self._watches[name].steps % 16 == 15
                 self._arrivals[name].fresh = False
+        for arrival in self._arrivals.values():
+            arrival.stepped()
         rule._called = False
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -125,6 +182,7 @@ class Steps:
                 watch = self._watches[name]
                 watch.mismatch.advance(group, first)
                 watch.stepped()
+                watch.momentum = optimizer.state.get(watch.parameter, {}).get("momentum_buffer")
         self._moving.clear()
 
     def _count_steps_alone(self, name: str, group: Group | None, other: Group | None) -> None:
@@ -168,6 +226,8 @@ class Steps:
             return "several processes share their gradients"
         if type(optimizer) is not SGD or (group or {}).get("differentiable"):
             return f"the optimiser is {type(optimizer).__name__}, not torch.optim.SGD"
+        if is_hooked(optimizer):
+            return HOOKED
         if group is None or other is None:
             return "its weight and its feedback have different optimisers"
         if not alike(group, other):
@@ -185,18 +245,26 @@ class Steps:
 
     def _keep_closed(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> None:
         rule, weight = self.rule, self.rule.layers[name].weight
-        if group is None or weight.grad is None:
+        arrival = self._arrivals.get(name)
+        if group is None or (weight.grad is None and not (arrival is not None and arrival.fresh)):
             return None
         if type(optimizer) is not SGD or group.get("differentiable"):
             return self.open(name, f"the optimiser is {type(optimizer).__name__}, not torch.optim.SGD", optimizer)
+        if is_hooked(optimizer):
+            return self.open(name, HOOKED, optimizer)
         if other is not None and not alike(group, other):
             return self.open(name, OPTIONS_DIFFER, optimizer)
-        arrival = self._arrivals.get(name)
+        self._require_untouched(name, optimizer)
         if arrival is not None and arrival.fresh and not rule._called:
             self.open(name, "its weight also learns from what is not this rule's", optimizer)
             rule.plastic_of(name).grad = None
             return None
-        if arrival is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
+        if arrival is not None and arrival.foreign:
+            raise ConfigError(
+                f"the weight of layer {name!r} also receives gradients that are not {type(rule).__name__}'s (a penalty, another "
+                'loss, a hook), which it cannot keep from its feedback in closed form: build the rule with form="explicit"'
+            )
+        if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
                 f"the gradient of layer {name!r} was changed between backward pass and step (clipping, or anything of the "
                 f"kind), which {type(rule).__name__} in closed form cannot do to the feedback: build the rule with "
@@ -210,6 +278,23 @@ class Steps:
             )
         return self._move(name, optimizer, group)
 
+    def _require_untouched(self, name: str, optimizer: Optimizer) -> None:
+        """Refuse what was done to R or its momentum by somebody who does not know that the closed form holds neither."""
+        rule, watch = self.rule, self._watches.get(name)
+        if watch is None:
+            return
+        if rule.form == "auto" and rule.plastic_of(name)._version != watch.plastic:
+            raise ConfigError(
+                f"the feedback of layer {name!r} was changed between steps, but {type(rule).__name__} does not hold it while "
+                'it follows the weight in closed form: use rule.set_feedback, or build the rule with form="explicit"'
+            )
+        momentum = optimizer.state.get(watch.parameter, {}).get("momentum_buffer")
+        if watch.momentum is not None and momentum is not None and momentum is not watch.momentum and self.moving(name):
+            raise ConfigError(
+                f"the optimiser's momentum of layer {name!r} was replaced, while that of its feedback is a part of "
+                f'{type(rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
+            )
+
     def _move(self, name: str, optimizer: Optimizer, group: Group) -> None:
         """The step to come moves this weight by SGD."""
         weight = cast(nn.Parameter, self.rule.layers[name].weight)
@@ -217,6 +302,10 @@ class Steps:
         mismatch = cast(Mismatch, self.rule.mismatch_of(name))
         if watch is None or watch.parameter is not weight or watch.mismatch is not mismatch:
             watch = self._watches[name] = Watch(weight, mismatch)
+            watch.plastic = -1 if self.rule.form == "closed" else self.rule.plastic_of(name)._version
+            drift, momentum = self._drifts.pop(name, (None, None))
+            if momentum is not None and momentum is optimizer.state.get(weight, {}).get("momentum_buffer"):
+                mismatch.restart(watch.weight, drift)
         if watch.moved():
             mismatch.measure(watch.weight)
         self._moving[name] = (group, optimizer.state.get(weight, {}).get("momentum_buffer") is None)
@@ -237,8 +326,10 @@ class Steps:
         weight = self._watches[name].parameter if name in self._watches else rule.layers[name].weight
         optimizer = optimizer or (None if self._optimizer is None else self._optimizer())
         plastic.data = rule.from_weight(name, mismatch.feedback)
-        if weight.grad is not None:
-            plastic.grad = rule.from_weight(name, weight.grad)
+        own = rule.layers[name]._parameters.get("weight")
+        gradient = (weight if own is None else own).grad
+        if gradient is not None:
+            plastic.grad = rule.from_weight(name, gradient)
         state = {} if optimizer is None else optimizer.state.get(weight, {})
         if state.get("momentum_buffer") is not None:
             momentum = rule.from_weight(name, mismatch.drift().add_(state["momentum_buffer"]))

@@ -54,6 +54,7 @@ class ControlRule(CreditRule):
     """
 
     two_phase = True
+    output_alone = True
 
     def __init__(
         self,

@@ -104,6 +104,7 @@ class CorInfoMax(CreditRule):
     """
 
     feed_forward = False
+    output_alone = True
 
     def __init__(
         self,

@@ -133,6 +133,7 @@ class DifferenceTargetPropagation(CreditRule):
     """
 
     two_phase = True
+    output_alone = True
 
     def __init__(
         self,

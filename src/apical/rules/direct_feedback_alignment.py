@@ -26,8 +26,9 @@ from torch.nn.modules.conv import _ConvNd
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, eagerly
 from apical.core.cutting import Cut
-from apical.core.losses import output_error, terms
-from apical.core.positions import class_axis, delivered, matched, ordered
+from apical.core.losses import terms
+from apical.core.outputs import detached, output_errors, side_by_side, tensors
+from apical.core.positions import class_axis, delivered, is_routed, matched, routed
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -37,7 +38,7 @@ class DirectFeedbackAlignment(CutRule):
     """The output error reaches every hidden unit directly through a fixed random matrix.
 
     B_l is drawn from the Xavier uniform law of its shape (outputs, neurons), when its unit is met first; all follow from one
-    seed and the units' names. At feature maps it is smaller by what pooling divides errors by: see `scale`.
+    seed and the units' names. At feature maps it is smaller by what the layers above shrink errors by: see `scale`.
 
     Args:
         model: any network; what lies between two cuts is one unit, see `units`.
@@ -48,9 +49,12 @@ class DirectFeedbackAlignment(CutRule):
             residual connections still carry exact errors.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
         units: where there are cuts, see :class:`apical.core.cut.CutRule`.
-        scale: of feedback to feature maps. "map": full feedback is divided by the square root of the number of places that
-            averages above the unit take together (the length of the true error shrinks by that), broadcast feedback by the
-            number of places of the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
+        scale: of feedback to feature maps. "map": full feedback is as long as true errors are when training starts. It is
+            divided by the square root of the number of places that averages above the unit take together, and multiplied by
+            the gain, if below 1, of each layer above it that all paths pass and no normalisation follows: the root mean
+            square of its weight over that of the Xavier law, 0.58 for a square layer in PyTorch's default initialisation.
+            (Maximum pooling leaves their length as it is.) Broadcast feedback is divided by the number of places of
+            the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
 
     Raises:
         ConfigError: unknown feedback, units or scale.
@@ -90,9 +94,14 @@ class DirectFeedbackAlignment(CutRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose roots carry `B_l e` to the hidden units' outputs, and the model's output with `e`."""
         output, cuts, teacher = self.run(inputs)
-        loss, error = output_error(self.loss, output, targets, traced=self.plain_roots)
-        axis = class_axis(output, targets, isinstance(self._topmost(), _ConvNd))
-        errors = ordered(error, axis)
+        outputs = tensors(output)
+        loss, found = output_errors(self.loss, output, targets, traced=self.plain_roots)
+        self.require_ends(output, found)
+        read = [(part, error) for part, error in zip(outputs, found, strict=True) if error is not None]
+        convolution = isinstance(self._topmost(), _ConvNd)
+        errors = side_by_side([e for _, e in read], [class_axis(part, targets, convolution) for part, _ in read])
+        if not torch.is_grad_enabled():
+            cuts = []  # validation, perhaps with other outputs
         for cut in cuts:
             self._prepare(cut, errors)
         signals: list[Tensor | None] = []
@@ -105,16 +114,17 @@ class DirectFeedbackAlignment(CutRule):
         taught: list[tuple[Tensor, Tensor | None]] = [
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
         ]
-        if output.requires_grad:
-            taught.append((output, error))
+        taught += [(part, error) for part, error in read if part.requires_grad]
         taught += [(term, None) for term in terms(loss)]
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], detached(output), loss)
 
     def signal(self, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs)."""
         b = self.feedback.get_buffer(self._at(cut.name)).to(errors.dtype)
         if b.dim() > 2:  # a kernel of the layer that reads this tensor
             return _broadcast(self.layers[cut.name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
+        if is_routed(errors, cut):
+            return routed(errors @ b, cut)
         result = matched(errors, cut) @ b
         if result.dim() == 2 and result.shape[1] == cut.shape[1:].numel():
             return result.view(cut.shape).to(cut.dtype)
@@ -157,7 +167,7 @@ class DirectFeedbackAlignment(CutRule):
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
         """Draw the matrix of a unit that is met first, or see that it fits."""
-        if cut.shape[0] != errors.shape[0] and self.where == "activation":
+        if cut.shape[0] != errors.shape[0] and not is_routed(errors, cut) and self.where == "activation":
             matched(errors, cut)  # raises here rather than in the backward pass
         size, at = self._size(cut, errors), self._at(cut.name)
         known = self.feedback._buffers.get(at)

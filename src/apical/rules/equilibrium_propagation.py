@@ -101,6 +101,7 @@ class EquilibriumPropagation(CreditRule):
     """
 
     feed_forward = False
+    output_alone = True
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
+from apical.core.effective import weight_now
 from apical.core.plastic import PlasticRule
 from apical.core.transport import Geometry, transport, weight_gradient
 from apical.errors import ConfigError
@@ -78,7 +79,7 @@ class KolenPollack(PlasticRule):
             raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
         super().__init__(model, loss, exact, first_layer, form)
         for name, layer in self.layers.items():
-            self.hold(name, nn.init.xavier_uniform_(torch.empty_like(layer.weight.detach())))
+            self.hold(name, nn.init.xavier_uniform_(torch.empty_like(weight_now(layer))))
 
     def set_feedback(self, name: str, B: Tensor) -> None:
         """Replace B of one layer; its momentum in the optimiser stays.
@@ -112,7 +113,7 @@ class KolenPollack(PlasticRule):
 
     def substitutes(self) -> dict[str, Tensor]:
         """Weights whose gradient is also B's."""
-        return {
+        return self.steps.taps() | {
             f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
             for name, layer in self.layers.items()
             if self.mismatch_of(name) is None and self.tapped(name)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
+from apical.core.effective import weight_now
 from apical.core.plastic import Form, PlasticRule
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
@@ -159,7 +160,7 @@ class ProductFeedbackAlignment(PlasticRule):
         self._rows = 0
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
-            self._draw(name, layer.weight.detach(), expansion, feedback)
+            self._draw(name, weight_now(layer), expansion, feedback)
 
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
         """Draw B and R_0 of one layer and keep what the form needs of them."""
@@ -265,7 +266,7 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def substitutes(self) -> dict[str, Tensor]:
         """In the fused form, weights whose gradient also makes R's."""
-        taps = {}
+        taps = self.steps.taps()
         for name, layer in self.layers.items():
             if self.mismatch_of(name) is None and not self.literal(name):
                 b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import Loss
 from apical.core.edge import EdgeRule, Feedback
+from apical.core.effective import weight_now
 from apical.core.transport import Geometry, as_matrix, geometry
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -92,7 +93,7 @@ class SignSymmetry(EdgeRule):
         self.variant, self.generator = variant, generator
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():
-            weight = layer.weight.detach()
+            weight = weight_now(layer)
             value = torch.as_tensor(standard_deviation(layer, scale), dtype=weight.dtype, device=weight.device)
             if variant != "uniform":
                 value = value * math.sqrt(3.0)  # bound of the uniform law with that standard deviation
@@ -128,11 +129,11 @@ class SignSymmetry(EdgeRule):
 
 def standard_deviation(layer: Layer, scale: str) -> float:
     """Standard deviation of the forward weight under the named initialisation law."""
-    weight = layer.weight
+    weight = weight_now(layer)
     if scale == "xavier":
         fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
         return math.sqrt(2.0 / (fan_in + fan_out))
-    rows = as_matrix(geometry(layer), weight.detach())
+    rows = as_matrix(geometry(layer), weight)
     if scale == "kaiming":
         return 1.0 / math.sqrt(3.0 * rows.shape[1])
     if isinstance(layer, nn.Linear):

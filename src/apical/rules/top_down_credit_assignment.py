@@ -25,9 +25,10 @@ from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, eagerly
 from apical.core.cutting import Cut
 from apical.core.losses import refuse_options, terms, value_at
-from apical.core.positions import class_axis, delivered, matched, ordered
+from apical.core.outputs import detached, tensors
+from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.top_down import TopDownNetwork, described, load, through_softmax
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 SHIPPED = Path(__file__).parent.parent / "evolution" / "teachers"
 
@@ -85,8 +86,14 @@ class TopDownCreditAssignment(CutRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose roots carry the top-down credits to the hidden units' outputs and to the model's output."""
-        output, cuts, late = self.run(inputs)
-        loss = value_at(self.loss, output, targets)
+        whole, cuts, late = self.run(inputs)
+        output, *others = tensors(whole)
+        if others:
+            raise UnsupportedModelError(
+                f"the model has {1 + len(others)} outputs, and top-down credit assignment needs the one that the targets "
+                "are for; wrap the model in a module that returns that tensor"
+            )
+        loss = value_at(self.loss, whole, targets)
         if not isinstance(targets, Tensor):
             raise ConfigError(f"top-down credit needs targets that are a tensor, not a {type(targets).__name__}")
         *_, topmost = self.layers.values()
@@ -109,7 +116,7 @@ class TopDownCreditAssignment(CutRule):
         if self.silent:
             taught = taught[-1:]
         taught += [(term, None) for term in terms(loss)]
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], output.detach(), loss)
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], detached(whole), loss)
 
     def signals(
         self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool = True
@@ -137,9 +144,10 @@ class TopDownCreditAssignment(CutRule):
     @staticmethod
     def _delivered(credit: Tensor, cut: Cut, places: torch.Size) -> Tensor:
         """A credit per channel, or one for each of the unit's neurons, as a signal of the unit's shape."""
-        if credit.dim() > 2 and credit.shape == cut.shape:
+        if credit.dim() > 2 and credit.shape == cut.shape and cut.rows is None:
             return credit.to(cut.dtype)
-        return delivered(matched(credit.view(*places, -1), cut), cut)
+        values = credit.view(*places, -1)
+        return routed(values, cut) if is_routed(values, cut) else delivered(matched(values, cut), cut)
 
     def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
         """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""

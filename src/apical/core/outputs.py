@@ -1,0 +1,58 @@
+"""Models with several outputs: dictionaries, tuples and lists of tensors, of which the loss reads some.
+
+The output error of such a model is that of all outputs that the loss reads, side by side: each of them learns by its own
+error, and hidden units hear all.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from apical.core.credit import Loss
+from apical.core.losses import loss_and_errors
+from apical.core.positions import ordered
+from apical.errors import UnsupportedModelError
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Tensors of real numbers in an output, in order."""
+    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def detached(output: Any) -> Any:
+    """The same values without a graph."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+
+
+def output_errors(loss: Loss, output: Any, targets: Any, *, traced: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss and the error at each tensor of :func:`tensors`, see :func:`apical.core.losses.output_error`.
+
+    The error is None where the loss does not read the tensor.
+    """
+    leaves, structure = tree_flatten(output)
+    real = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def value(parts: list[Tensor]) -> Tensor:
+        given = dict(zip(real, parts, strict=True))
+        return loss(tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], structure), targets)
+
+    return loss_and_errors(value, [leaves[i] for i in real], traced)
+
+
+def side_by_side(errors: list[Tensor], axes: list[int]) -> Tensor:
+    """(batch, *places, all outputs) from errors whose outputs are on `axes`; where places differ, their sums.
+
+    Raises:
+        UnsupportedModelError: the numbers of rows differ.
+    """
+    parts = [ordered(error, axis) for error, axis in zip(errors, axes, strict=True)]
+    if len({part.shape[0] for part in parts}) > 1:
+        shapes = ", ".join(str(tuple(error.shape)) for error in errors)
+        raise UnsupportedModelError(
+            f"the loss reads outputs of shapes {shapes}, whose rows cannot be matched; return (batch, ...) from the model"
+        )
+    if len({part.shape[:-1] for part in parts}) > 1:
+        parts = [part.flatten(1, -2).sum(1) if part.dim() > 2 else part for part in parts]
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]

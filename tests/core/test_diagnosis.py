@@ -1,0 +1,96 @@
+"""Losses and targets that a rule cannot use are refused in words, and no term of a loss is left out unsaid."""
+
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "rules"))
+
+from test_conformance import RULES
+
+import apical
+from apical.core.credit import CreditRule
+from apical.errors import ApicalError
+from apical.testing import dense_network
+
+FOLLOWS_LABELS = ("ccl", "corinfomax", "ep", "hep")
+
+
+def make(name: str, loss: Any) -> CreditRule:
+    torch.manual_seed(0)
+    return RULES[name](dense_network(), loss)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(8, 6, dtype=torch.double), torch.arange(8) % 4
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda output, targets: float(F.cross_entropy(output, targets)), "float"),
+        (partial(F.cross_entropy, reduction="none"), r"shape \(8,\)"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_tensor(name: str, loss: Any, words: str) -> None:
+    try:
+        rule = make(name, loss)
+    except ApicalError:
+        return  # refused when the rule is made
+    with pytest.raises(ApicalError) as info:
+        rule(*batch())
+    if not name.startswith(FOLLOWS_LABELS):
+        assert info.match(words)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_several_targets_are_taken_or_refused_in_words(name: str) -> None:
+    try:
+        rule = make(name, lambda output, targets: F.cross_entropy(output, targets[0]) + (output[:, 0] - targets[1]).mean())
+    except ApicalError:
+        return
+    inputs, labels = batch()
+    with suppress(ApicalError):
+        rule(inputs, (labels, inputs[:, 0])).backward()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_term_that_reads_activities_is_followed_or_refused(name: str) -> None:
+    model, kept = dense_network(), {}
+    found = []
+    for weight in (0.0, 0.1):
+        torch.manual_seed(0)
+        model = dense_network()
+        first = next(m for m in model.modules() if isinstance(m, nn.Linear))
+        first.register_forward_hook(lambda module, inputs, output: kept.__setitem__("a", output))
+
+        def loss(output: Tensor, targets: Tensor, weight: float = weight) -> Tensor:
+            return F.cross_entropy(output, targets) + weight * kept["a"].square().sum()
+
+        try:
+            rule = RULES[name](model, loss)
+            torch.manual_seed(2)
+            rule(*batch()).backward()
+        except ApicalError:
+            return
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert not all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_output_is_named_when_the_loss_does_not_take_it() -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": super().forward(x)}
+
+    for rule in (apical.FeedbackAlignment, apical.DirectFeedbackAlignment):
+        with pytest.raises(ApicalError, match=r"output is a dict.*wrap"):
+            rule(Named(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)))(torch.rand(8, 6), torch.arange(8) % 4)

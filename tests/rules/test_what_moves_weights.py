@@ -1,0 +1,262 @@
+"""Kolen-Pollack and PFA in the default form are their explicit form, whatever moves weights and gradients; or they say so.
+
+The layers are larger than the samples by which changes are noticed. The explicit form, in which B and R are parameters like
+any other, is the reference; tests/rules/test_plastic_feedback.py holds it against the equations.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apical
+from apical.errors import ConfigError
+
+RULES = {"kp": apical.KolenPollack, "pfa-o": partial(apical.ProductFeedbackAlignment, feedback="orthogonal")}
+each_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+Act = Callable[[Any, Any, int], object]
+
+
+@pytest.fixture(autouse=True)
+def _double() -> object:
+    torch.set_default_dtype(torch.double)
+    yield
+    torch.set_default_dtype(torch.float)
+
+
+def build(make: Callable[..., Any], form: str) -> Any:
+    torch.manual_seed(0)
+    sizes = (12, 30, 28, 26)
+    layers = [module for a, b in zip(sizes, sizes[1:], strict=False) for module in (nn.Linear(a, b), nn.Tanh())]
+    return make(nn.Sequential(*layers, nn.Linear(26, 3)), form=form)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 12, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+
+
+def sgd(rule: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(rule.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def train(rule: Any, *, start: Act | None = None, before: Act | None = None, after: Act | None = None) -> None:
+    optimizer = sgd(rule)
+    for step in range(45):
+        optimizer.zero_grad()
+        if start is not None:
+            start(rule, optimizer, step)
+        rule(*batch(step)).backward()
+        if before is not None:
+            before(rule, optimizer, step)
+        optimizer.step()
+        if after is not None:
+            after(rule, optimizer, step)
+
+
+def agree(make: Callable[..., Any], run: Callable[[Any], None]) -> Any:
+    """The rule in its default form, after it was found to be where the explicit one is."""
+    explicit, rule = build(make, "explicit"), build(make, "auto")
+    for each in (explicit, rule):
+        run(each)
+    for own, expected in zip(rule.model.parameters(), explicit.model.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
+    feedback = explicit.feedback_weights()
+    for name, own in rule.feedback_weights().items():
+        torch.testing.assert_close(own, feedback[name], rtol=1e-9, atol=1e-10)
+    return rule
+
+
+def at(when: int, change: Callable[[Tensor], object]) -> Act:
+    """Change the weight of a layer through `.data`, which leaves no version behind."""
+    return lambda rule, optimizer, step: step == when and change(rule.model[2].weight.data)
+
+
+def clamped(rule: Any, optimizer: Any, step: int) -> None:
+    for parameter in rule.model.parameters():
+        parameter.data.clamp_(-0.15, 0.15)
+
+
+MOVES = {
+    "one element": at(20, lambda w: w[1, 1].fill_(3.0)),
+    "one row": at(20, lambda w: w[7].zero_()),
+    "one column": at(20, lambda w: w[:, 7].zero_()),
+    "few elements": at(20, lambda w: w.mul_(w.abs() > w.abs().flatten().kthvalue(5).values)),
+    "rows swapped": at(20, lambda w: w.copy_(w[torch.arange(len(w)).roll(1)])),
+    "clamped at every step": clamped,
+}
+
+
+@each_rule
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_any_element_may_move_through_data(make: Any, move: Act) -> None:
+    assert not agree(make, partial(train, after=move)).remarks
+
+
+def hooked(kind: str) -> Callable[[Any], None]:
+    """A hook of the user's within the optimiser's step, there from the beginning or later."""
+
+    def clip(optimizer: Any, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-1e-3, 1e-3)
+
+    def run(rule: Any) -> None:
+        def shrink(optimizer: Any, args: Any, kwargs: Any) -> None:
+            rule.model[2].weight.data.clamp_(-0.1, 0.1)
+
+        def add(rule: Any, optimizer: Any, step: int) -> None:
+            if step == (20 if "later" in kind else 0):
+                if "before" in kind:
+                    optimizer.register_step_pre_hook(clip)
+                else:
+                    optimizer.register_step_post_hook(shrink)
+
+        train(rule, start=add)
+
+    return run
+
+
+@each_rule
+@pytest.mark.parametrize("kind", ["before", "before, later", "after", "after, later"])
+def test_hooks_within_the_optimisers_step(make: Any, kind: str) -> None:
+    (remark,) = agree(make, hooked(kind)).remarks
+    assert "hooks run within the optimiser's step" in remark
+
+
+def replaced(rule: Any, optimizer: Any, step: int) -> None:
+    if step == 20:
+        old, parameters = rule.model[2].weight, optimizer.param_groups[0]["params"]
+        rule.model[2].weight = nn.Parameter(2 * old.detach())
+        parameters[next(i for i, parameter in enumerate(parameters) if parameter is old)] = rule.model[2].weight
+
+
+@each_rule
+def test_a_weight_that_is_replaced_by_another_parameter(make: Any) -> None:
+    (remark,) = agree(make, partial(train, start=replaced)).remarks
+    assert "'2' explicitly: its weight was replaced" in remark
+
+
+@each_rule
+def test_a_state_that_comes_back_without_the_optimisers(make: Any) -> None:
+    """R's momentum stays where the optimiser is, as that of any parameter."""
+
+    def run(rule: Any) -> None:
+        kept: dict[str, Any] = {}
+
+        def act(rule: Any, optimizer: Any, step: int) -> None:
+            if step == 10:
+                kept.update(copy.deepcopy(rule.state_dict()))
+            if step == 30:
+                rule.load_state_dict(kept)
+
+        train(rule, after=act)
+
+    assert not agree(make, run).remarks
+
+
+def optimiser_alone() -> Act:
+    kept: list[Any] = []
+
+    def act(rule: Any, optimizer: Any, step: int) -> None:
+        if step == 10:
+            kept.append(copy.deepcopy(optimizer.state_dict()))
+        if step == 30:
+            optimizer.load_state_dict(kept[0])
+
+    return act
+
+
+def lost(rule: Any, optimizer: Any, step: int) -> None:
+    if step == 20:
+        rule.model[2].weight.grad = None
+
+
+def zeroed(rule: Any, optimizer: Any, step: int) -> None:
+    if step == 20:
+        rule.model[2].weight.grad.zero_()
+
+
+def feedback_too(rule: Any, optimizer: Any, step: int) -> None:
+    with torch.no_grad():
+        for parameter in rule.parameters():
+            parameter.mul_(0.99)
+
+
+def penalty(rule: Any, optimizer: Any, step: int) -> None:
+    if step >= 20:
+        rule.model[2].weight.abs().sum().backward()
+
+
+def other_loss(rule: Any, optimizer: Any, step: int) -> None:
+    if step >= 20:
+        x, y = batch(step)
+        nn.functional.cross_entropy(rule.model(x), y).backward()
+
+
+def gradient_hook(rule: Any, optimizer: Any, step: int) -> None:
+    if step == 20:
+        rule.model[2].weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+REFUSED: dict[str, tuple[dict[str, Act], str]] = {
+    "the optimiser's state alone": ({"after": optimiser_alone()}, "layer '2' was replaced, while .* load both states"),
+    "a gradient lost": ({"before": lost}, "gradient of layer '2' was changed"),
+    "a gradient zeroed": ({"before": zeroed}, "gradient of layer '2' was changed"),
+    "all parameters shrunk": ({"after": feedback_too}, "feedback of layer '2' was changed between steps"),
+    "a penalty before": ({"start": penalty}, "layer '2' also receives gradients"),
+    "a penalty after": ({"before": penalty}, "layer '2' also receives gradients"),
+    "another loss": ({"before": other_loss}, "layer '2' also receives gradients"),
+    "a hook on the weight": ({"start": gradient_hook}, "layer '2' also receives gradients"),
+}
+
+
+@each_rule
+@pytest.mark.parametrize(("acts", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_the_closed_form_cannot_do_to_the_feedback_is_refused(make: Any, acts: dict[str, Act], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(build(make, "auto"), **acts)
+    train(build(make, "explicit"), **acts)  # the remedy
+
+
+def by_hand(parameters: Callable[[Any], Any], through_data: bool) -> Callable[[Any], None]:
+    def run(rule: Any) -> None:
+        for step in range(12):
+            rule.zero_grad()
+            rule(*batch(step)).backward()
+            with torch.no_grad():
+                for parameter in (p for p in parameters(rule) if p.grad is not None):
+                    (parameter.data if through_data else parameter).sub_(0.05 * parameter.grad)
+
+    return run
+
+
+@each_rule
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_loop_by_hand_that_forgets_the_feedback_is_warned(make: Any, through_data: bool, recwarn: Any) -> None:
+    by_hand(lambda rule: rule.parameters(), through_data)(build(make, "auto"))
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match=r"feedback for it does not.* update all of rule.parameters\(\)"):
+        by_hand(lambda rule: rule.model.parameters(), through_data)(build(make, "auto"))
+
+
+@each_rule
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_loop_by_hand_after_an_optimiser_is_refused(make: Any, through_data: bool) -> None:
+    rule = build(make, "auto")
+    train(rule)
+    with pytest.raises(ConfigError, match="moves without the steps of a torch.optim.Optimizer"):
+        by_hand(lambda rule: rule.parameters(), through_data)(rule)
+
+
+@each_rule
+def test_a_second_loss_of_the_rule_is_its_own(make: Any) -> None:
+    def second(rule: Any, optimizer: Any, step: int) -> None:
+        rule(*batch(step + 100)).backward()
+
+    assert not agree(make, partial(train, before=second)).remarks
