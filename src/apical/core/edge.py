@@ -250,6 +250,11 @@ class EdgeRule(CreditRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss: its graph carries the feedback edges."""
         self.require_attached()
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise ConfigError(
+                f"{type(self).__name__} does not work under the transforms of torch.func (grad, vmap); call backward() on "
+                "the loss, of torch.func.functional_call too if need be"
+            )
         output = self._run(inputs) if torch.is_grad_enabled() else self.model(inputs)
         loss = self.loss(output, targets)
         if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -266,6 +271,8 @@ class EdgeRule(CreditRule):
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
         watch = None if compiling or self._watched else OutsideUse(self, self._weights_in(substitutes))
         for wrapped, site in self._sites.values():
+            if type(site.own.get("weight")) is Tensor:  # torch.func.functional_call, over when the backward pass asks
+                self._may_swap = False
             if not compiling and site.placed.get("forward") is not wrapped:
                 wrapped.require_in_place(site.name)
             wrapped.rule, wrapped.site = watch or self, site
@@ -296,7 +303,7 @@ class EdgeRule(CreditRule):
         if not torch.is_grad_enabled():
             refuse_hidden(site.name)
             return site.forward(*args, **kwargs)
-        inputs = args[0] if args else only_tensor(site.name, kwargs)
+        inputs = args[0] if args and isinstance(args[0], Tensor) else only_tensor(site.name, args, kwargs)
         if self._unseen:
             self._unseen.discard(site.name)
         swap = site.swap

@@ -88,9 +88,13 @@ def trains_before(model: nn.Module, first: str) -> bool:
     return False
 
 
-def only_tensor(name: str, kwargs: dict[str, Any]) -> Tensor:
+def only_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input of a layer that was called with keyword arguments alone."""
     tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    if args:
+        raise UnsupportedModelError(
+            f"layer {name!r} was called with {type(args[0]).__name__} in the place of its input; pass its input first"
+        )
     if len(tensors) != 1:
         raise UnsupportedModelError(f"layer {name!r} was called with several keyword arguments; pass its input by position")
     return tensors[0]
