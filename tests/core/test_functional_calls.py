@@ -144,3 +144,32 @@ ODD: dict[str, Callable[[], nn.Module]] = {
 def test_layers_that_no_feedback_can_stand_in_for_are_refused_by_name(make: Any, kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"layer '(1|layer)'"):
         build(make, ODD[kind]().double())(*batch())
+
+
+class OverTime(nn.Linear):
+    """Twice the weight, on (batch, steps, features) and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, steps, features = x.shape
+        rows = nn.functional.linear(x.reshape(samples * steps, features), 2 * self.weight, self.bias)
+        return rows.view(samples, steps, -1)
+
+
+@pytest.mark.parametrize("name", ["fa", "signs", "kp", "pfa"])
+def test_a_layer_that_takes_sequences_alone_has_the_feedback_of_its_weight(name: str) -> None:
+    """Feedback alignment with the weight applied is backpropagation; others are it with their own feedback."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), OverTime(4, 3), nn.Flatten()).double()
+    x, y = torch.randn(6, 2, 5, dtype=torch.double), torch.arange(6)
+    rule = build(RULES[name], model)
+    if name == "fa":
+        rule.set_feedback("2", 2 * model[2].weight.detach())
+    rule(x, y).backward()
+    credit = model[0].weight.grad.clone()
+    feedback = rule.feedback_weight("2")
+    h = torch.tanh(model[0](x))
+    delta = torch.autograd.grad(nn.functional.cross_entropy(output := model[2:](h), y), output)[0].view(6, 2, 3)
+    below = (delta @ feedback) * (1 - h**2)
+    torch.testing.assert_close(credit, torch.einsum("bti,btj->ij", below, x), rtol=1e-11, atol=1e-13)
+    if name == "signs":
+        assert torch.equal(feedback.sign(), model[2].weight.sign())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.effective import measured_weight, require_affine, weight_now
+from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
 from apical.core.layers import computes_plainly
 from apical.core.outside_use import OutsideUse
 from apical.core.placement import layer_paths
@@ -194,7 +194,10 @@ class EdgeRule(CreditRule):
                 f"layer {name!r} makes its weight anew at every call, which {type(self).__name__} cannot follow under "
                 "torch.compile; train without torch.compile"
             )
-        return measured_weight(site.layer, site.call)
+        call = site.call
+        if call is None and site.dimensions > 2:
+            call = of_rows(site.forward if site.layer._forward_hooks else site.layer, site.shape, site.dimensions)
+        return measured_weight(site.layer, call)
 
     def random_feedback(self, generator: torch.Generator | None = None) -> nn.Module:
         """A buffer for each layer, drawn from the Xavier uniform law of its weight; layers that share a weight share it."""
@@ -334,7 +337,8 @@ class EdgeRule(CreditRule):
             pathway = self.pathway(name, below)
             if pathway is not None or inputs.requires_grad:
                 self._require_affine(site, call, inputs)
-                site.call = call
+                site.dimensions = inputs.dim()
+                site.call = of_rows(call, shape, site.dimensions)
                 feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
                 site.call = None
         if pathway is None and not inputs.requires_grad:
