@@ -7,6 +7,7 @@ any other, is the reference; tests/rules/test_plastic_feedback.py holds it again
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def _double() -> object:
 def build(make: Callable[..., Any], form: str) -> Any:
     torch.manual_seed(0)
     sizes = (12, 30, 28, 26)
-    layers = [module for a, b in zip(sizes, sizes[1:], strict=False) for module in (nn.Linear(a, b), nn.Tanh())]
+    layers = [module for a, b in pairwise(sizes) for module in (nn.Linear(a, b), nn.Tanh())]
     return make(nn.Sequential(*layers, nn.Linear(26, 3)), form=form)
 
 
@@ -250,7 +251,7 @@ def test_a_loop_by_hand_that_forgets_the_feedback_is_warned(make: Any, through_d
 def test_a_loop_by_hand_after_an_optimiser_is_refused(make: Any, through_data: bool) -> None:
     rule = build(make, "auto")
     train(rule)
-    with pytest.raises(ConfigError, match="moves without the steps of a torch.optim.Optimizer"):
+    with pytest.raises(ConfigError, match=r"moves without the steps of a torch.optim.Optimizer"):
         by_hand(lambda rule: rule.parameters(), through_data)(rule)
 
 

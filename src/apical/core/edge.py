@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.effective import measured_weight, require_affine, weight_now
+from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
 from apical.core.layers import computes_plainly
 from apical.core.outside_use import OutsideUse
 from apical.core.placement import layer_paths
@@ -194,7 +194,10 @@ class EdgeRule(CreditRule):
                 f"layer {name!r} makes its weight anew at every call, which {type(self).__name__} cannot follow under "
                 "torch.compile; train without torch.compile"
             )
-        return measured_weight(site.layer, site.call)
+        call = site.call
+        if call is None and site.dimensions > 2:
+            call = of_rows(site.forward if site.layer._forward_hooks else site.layer, site.shape, site.dimensions)
+        return measured_weight(site.layer, call)
 
     def random_feedback(self, generator: torch.Generator | None = None) -> nn.Module:
         """A buffer for each layer, drawn from the Xavier uniform law of its weight; layers that share a weight share it."""
@@ -250,6 +253,11 @@ class EdgeRule(CreditRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss: its graph carries the feedback edges."""
         self.require_attached()
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise ConfigError(
+                f"{type(self).__name__} does not work under the transforms of torch.func (grad, vmap); call backward() on "
+                "the loss, of torch.func.functional_call too if need be"
+            )
         output = self._run(inputs) if torch.is_grad_enabled() else self.model(inputs)
         loss = self.loss(output, targets)
         if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -266,6 +274,8 @@ class EdgeRule(CreditRule):
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
         watch = None if compiling or self._watched else OutsideUse(self, self._weights_in(substitutes))
         for wrapped, site in self._sites.values():
+            if type(site.own.get("weight")) is Tensor:  # torch.func.functional_call, over when the backward pass asks
+                self._may_swap = False
             if not compiling and site.placed.get("forward") is not wrapped:
                 wrapped.require_in_place(site.name)
             wrapped.rule, wrapped.site = watch or self, site
@@ -296,7 +306,7 @@ class EdgeRule(CreditRule):
         if not torch.is_grad_enabled():
             refuse_hidden(site.name)
             return site.forward(*args, **kwargs)
-        inputs = args[0] if args else only_tensor(site.name, kwargs)
+        inputs = args[0] if args and isinstance(args[0], Tensor) else only_tensor(site.name, args, kwargs)
         if self._unseen:
             self._unseen.discard(site.name)
         swap = site.swap
@@ -327,7 +337,8 @@ class EdgeRule(CreditRule):
             pathway = self.pathway(name, below)
             if pathway is not None or inputs.requires_grad:
                 self._require_affine(site, call, inputs)
-                site.call = call
+                site.dimensions = inputs.dim()
+                site.call = of_rows(call, shape, site.dimensions)
                 feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
                 site.call = None
         if pathway is None and not inputs.requires_grad:

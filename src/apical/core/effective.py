@@ -124,7 +124,7 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
             offset = call(torch.zeros_like(leaf))
         delta = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
         exact = torch.autograd.grad(output, leaf, delta)[0]
-        weight = measured_weight(layer, call)
+        weight = measured_weight(layer, of_rows(call, shape, inputs.dim()))
         with torch.enable_grad():
             below = padded_input(layer, leaf)
             carried = transport(shape, delta, weight, below.detach())
@@ -139,6 +139,14 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
             "weight, so no feedback can stand in for it; put what is not affine into a module of its own, or pass "
             f"exact=({name!r},)"
         )
+
+
+def of_rows(call: Call, shape: Geometry | None, dimensions: int) -> Call:
+    """The call on (rows, n_in), which a dense layer is given with as many dimensions as it takes."""
+    between = dimensions - 2
+    if shape is not None or between < 1:
+        return call
+    return lambda rows: call(rows.reshape(len(rows), *[1] * between, rows.shape[-1])).reshape(len(rows), -1)
 
 
 def probe(name: str, layer: nn.Module, call: Call) -> tuple[bool, bool]:

@@ -27,6 +27,7 @@ class Site:
         affine: the layer is affine in its input with the geometry of its weight: known of its type, or verified.
         probed: the same, verified at inputs made up for it.
         varies: it computes with another weight at every call.
+        dimensions: of its input, when it was last called.
         call: the layer's forward pass as a function of its input, while it is called.
     """
 
@@ -34,6 +35,7 @@ class Site:
         [
             "affine",
             "call",
+            "dimensions",
             "forward",
             "layer",
             "name",
@@ -54,6 +56,7 @@ class Site:
         self.shape = geometry(layer)
         self.own, self.placed = layer._parameters, layer.__dict__
         self.call: Callable[[Tensor], Any] | None = None
+        self.dimensions = 2
         self.look_again()
 
     def look_again(self) -> None:
@@ -88,9 +91,13 @@ def trains_before(model: nn.Module, first: str) -> bool:
     return False
 
 
-def only_tensor(name: str, kwargs: dict[str, Any]) -> Tensor:
+def only_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input of a layer that was called with keyword arguments alone."""
     tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    if args:
+        raise UnsupportedModelError(
+            f"layer {name!r} was called with {type(args[0]).__name__} in the place of its input; pass its input first"
+        )
     if len(tensors) != 1:
         raise UnsupportedModelError(f"layer {name!r} was called with several keyword arguments; pass its input by position")
     return tensors[0]

@@ -111,7 +111,8 @@ class Steps:
     def require(self, name: str) -> None:
         """Refuse a closed form whose weight moves without any step that was announced; leave it for another parameter."""
         if name in self._watches and self._watches[name].parameter is not self.rule.layers[name].weight:
-            return self.open(name, REPLACED)
+            self.open(name, REPLACED)
+            return
         arrival = self._arrivals.get(name)
         if arrival is not None and arrival.moves > 3:
             raise ConfigError(
@@ -135,8 +136,8 @@ class Steps:
         if times > 3:
             times = -1
             warnings.warn(
-                f"the weight of layer {name!r} moves but {type(rule).__name__}'s feedback for it does not: where a loop trains "
-                "it, update all of rule.parameters(), not model.parameters() alone",
+                f"the weight of layer {name!r} moves but {type(rule).__name__}'s feedback for it does not: where a loop "
+                "trains it, update all of rule.parameters(), not model.parameters() alone",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -261,8 +262,9 @@ class Steps:
             return None
         if arrival is not None and arrival.foreign:
             raise ConfigError(
-                f"the weight of layer {name!r} also receives gradients that are not {type(rule).__name__}'s (a penalty, another "
-                'loss, a hook), which it cannot keep from its feedback in closed form: build the rule with form="explicit"'
+                f"the weight of layer {name!r} also receives gradients that are not {type(rule).__name__}'s (a penalty, "
+                "another loss, a hook), which it cannot keep from its feedback in closed form: build the rule with "
+                'form="explicit"'
             )
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
@@ -285,8 +287,8 @@ class Steps:
             return
         if rule.form == "auto" and rule.plastic_of(name)._version != watch.plastic:
             raise ConfigError(
-                f"the feedback of layer {name!r} was changed between steps, but {type(rule).__name__} does not hold it while "
-                'it follows the weight in closed form: use rule.set_feedback, or build the rule with form="explicit"'
+                f"the feedback of layer {name!r} was changed between steps, but {type(rule).__name__} does not hold it "
+                'while it follows the weight in closed form: use rule.set_feedback, or build the rule with form="explicit"'
             )
         momentum = optimizer.state.get(watch.parameter, {}).get("momentum_buffer")
         if watch.momentum is not None and momentum is not None and momentum is not watch.momentum and self.moving(name):

@@ -71,7 +71,7 @@ def mixed_first(
 
 def shared_gradient(gradient: Tensor, shape: Geometry | None, expansion: Tensor, plastic: Tensor, *mask: Tensor) -> Tensor:
     """`dR = B^T dW` from the weight gradient dW, on R's mask where R is sparse."""
-    result = from_matrix(shape, expansion.T @ as_matrix(shape, gradient), plastic)
+    result = from_matrix(shape, expansion.T.to(gradient.dtype) @ as_matrix(shape, gradient), plastic)
     return result * mask[0] if mask else result
 
 

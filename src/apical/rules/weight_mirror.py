@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule, Feedback, stored
 from apical.core.units import key
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 
 def mirror(weight: Tensor, noise: Tensor) -> Tensor:
@@ -79,6 +79,12 @@ class WeightMirror(EdgeRule):
         """Take `steps` mirror steps on every layer, which keeps the weight it computes with meanwhile."""
         if not self.rate:
             return
+        for name, layer in self.layers.items():
+            if not (self.is_plain(name) or self._sites[name][1].probed):
+                raise UnsupportedModelError(
+                    f"layer {name!r} ({type(layer).__name__}) does not map noise alone by an affine map, as the weight "
+                    f"mirror needs; put what else it does into a module of its own, or pass exact=({name!r},)"
+                )
         weights = {name: self.forward_weight(name) for name in self.layers}
         for _ in range(steps):
             for name, weight in weights.items():
