@@ -301,3 +301,34 @@ def test_a_generator_makes_the_rule_independent_of_the_global_state(make: Any) -
 
     first, second = run(1), run(2)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TwoNames(nn.Module):
+    """One layer under two names, the first of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.again(torch.tanh(self.first(x)))))
+
+
+def test_a_first_layer_of_two_names_holds_feedback() -> None:
+    """K = W for both uses is backpropagation; K = 0 stops the error on its way to the first use."""
+    torch.manual_seed(0)
+    model, x, y = TwoNames().double(), torch.randn(8, 6).double(), torch.arange(8) % 4
+    rule = apical.FeedbackAlignment(model)
+    exact = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for name, layer in (("first", model.first), ("last", model.last)):
+        rule.set_feedback(name, B=layer.weight.detach())
+    rule(x, y).backward()
+    for parameter, gradient in zip(model.parameters(), exact, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+    rule.zero_grad()
+    rule.set_feedback("first", B=torch.zeros(6, 6).double())
+    rule(x, y).backward()
+    hidden = torch.tanh(model.first(x)).detach()
+    (above,) = torch.autograd.grad(F.cross_entropy(model.last(torch.tanh(model.again(hidden))), y), [model.first.weight])
+    torch.testing.assert_close(model.first.weight.grad, above, rtol=1e-12, atol=1e-14)

@@ -121,8 +121,8 @@ class EdgeRule(CreditRule):
         model: network of Linear and convolution layers of any kind; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         exact: names of modules or parameters without known transport that keep their exact derivative.
-        first_layer: hold feedback for the first registered layer in any case. Otherwise only where trainable parameters are
-            registered before it (an embedding): these get their error through it.
+        first_layer: hold feedback for the first registered layer in any case. Otherwise only where it has a second name, or
+            trainable parameters are registered before it (an embedding): these get their error through it.
 
     Raises:
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
@@ -132,11 +132,12 @@ class EdgeRule(CreditRule):
         super().__init__(model, loss)
         self._weighted = weighted_layers(model, exact, shared=True)
         first = next(iter(self._weighted))
-        self._first = None if first_layer or trains_before(model, first) else first
+        every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+        is_reused = every.count(id(self._weighted[first])) > 1
+        self._first = None if first_layer or is_reused or trains_before(model, first) else first
         self.layers = {name: layer for name, layer in self._weighted.items() if name != self._first}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
-        every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
         self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
         self._batches = 0
