@@ -100,6 +100,9 @@ class Watch:
     Attributes:
         plastic: version of R, which is empty meanwhile: whoever changes it does not know that.
         momentum: the optimiser's momentum of the weight after the last step.
+
+    The sum of all values is taken where the weight is read anyway: before the layer's forward pass. Where changes turn out
+    to come between that and the step, it is taken there too.
     """
 
     plastic: int = -1
@@ -110,6 +113,7 @@ class Watch:
         self.steps = 0
         self._version = -1
         self._careful = weight.device.type == "cpu"  # elsewhere a comparison waits for the device
+        self._seen = self._late = False
         self._missed = torch.zeros((), dtype=torch.bool, device=weight.device)
         self._bind()
 
@@ -134,6 +138,11 @@ class Watch:
         self._version = self.parameter._version
         self.steps += 1
 
+    def look(self) -> None:
+        """Before a forward pass: whether the sum is still that after the last step."""
+        if self._careful and not self._seen and not torch.equal(self._sum, self._total()):
+            self._seen = True
+
     def moved(self) -> bool:
         """Whether anything else moved it since: by its version, a few values and the sum; at first and now and then by all.
 
@@ -142,7 +151,8 @@ class Watch:
         """
         due = self.steps < 3 or self.steps % 64 == 0
         noticed = self._version != self.parameter._version or self._address != self.parameter.data_ptr()
-        if not (noticed or due or self._sample_differs()):
+        seen, self._seen = self._seen, False
+        if not (noticed or due or seen or self._sample_differs()):
             return False
         if due and not self._careful and bool(self._missed):
             raise ConfigError(
@@ -153,11 +163,13 @@ class Watch:
         if torch.equal(self.mismatch.matched(self.weight), self.mismatch.feedback):
             self._version = self.parameter._version
             return False
+        self._late = self._late or not (noticed or seen)
         self._careful = True
         return True
 
     def _sample_differs(self) -> bool:
         if self._careful:
-            return not (torch.equal(self._sample, self._values) and torch.equal(self._sum, self._total()))
+            same = torch.equal(self._sample, self._values) and (not self._late or torch.equal(self._sum, self._total()))
+            return not same
         self._missed.logical_or_((self._sample != self._values).any() | (self._sum != self._total()))
         return False
