@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import CreditRule, Loss
-from apical.core.cutting import Cut, Cutting, Pass
+from apical.core.cutting import Cutting, Pass
 from apical.core.graph import leaves
 from apical.core.outputs import tensors
 from apical.core.placement import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
-from apical.core.signals import Teacher
+from apical.core.signals import Cut, Teacher
 from apical.core.units import weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
 

@@ -11,50 +11,16 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from apical.core.activations import is_activation
 from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
-from apical.core.rows import Labels, Rows
-from apical.core.signals import Teacher, TeachingSignal
+from apical.core.rows import Rows
+from apical.core.signals import Cut, Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
-
-
-class Cut(NamedTuple):
-    """One hidden unit in one pass.
-
-    Attributes:
-        root: where backward starts: a scalar that carries the teacher's signal; under `torch.compile`, which plans memory
-            itself, the unit's output.
-        shape: of the unit's output (batch, ...).
-        dtype: of the unit's output.
-        name: of the module, or function call, whose output this is, with "#k" when it is used again.
-        axis: the channels' axis: 1 behind a convolution, else the last.
-        rows: the samples of its rows, where they are not those of the batch; see :mod:`apical.core.rows`.
-    """
-
-    root: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    name: str = ""
-    axis: int = -1
-    rows: Labels | None = None
-
-    def bare(self) -> "Cut":
-        """The same without the graph, for what the graph itself keeps."""
-        return self._replace(root=self.root.detach())
-
-    @property
-    def width(self) -> int:
-        """Channels of the unit."""
-        return self.shape[self.axis]
-
-    @property
-    def places(self) -> int:
-        """Places of each sample that the unit has channels at: pixels, tokens; 1 for a dense unit."""
-        return self.shape[1:].numel() // max(self.width, 1)
 
 
 class Call(NamedTuple):
@@ -152,6 +118,8 @@ class Cutting:
             now.rows = Rows(inputs)
         with self._under_way(now, self.is_functional):
             output = self.model(inputs)
+        if now.rows is not None:
+            now.cuts = now.rows.tell(now.cuts, output)
         return output, now
 
     def trace(self, inputs: Any) -> tuple[Any, "Trace"]:
@@ -170,7 +138,11 @@ class Cutting:
                         inputs = inputs.requires_grad_().clone()
                 now.rows = Rows(inputs)
                 with self._under_way(now, True):
-                    return self.model(inputs), now
+                    output = self.model(inputs)
+                self.moves_rows |= any(
+                    now.rows.of(part) is not None for part in tree_leaves(output) if isinstance(part, Tensor)
+                )
+                return output, now
         finally:
             for hook in hooks:
                 hook.remove()
@@ -306,6 +278,7 @@ class Trace(Pass):
 
     Attributes:
         calls: in order.
+        folds: numbers of rows of tensors in which each sample has several rows, one behind the other.
         shrinkage: what divides the squared length of an error on its way down: averages and layers with small weights.
     """
 
@@ -313,6 +286,7 @@ class Trace(Pass):
         super().__init__(cutting)
         self.calls: list[Call] = []
         self.shrinkage: dict[Vertex, float] = {}
+        self.folds: set[int] = set()
 
     def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Nothing is cut."""
@@ -339,7 +313,7 @@ class Trace(Pass):
     def _watch(self, output: Tensor) -> None:
         """From now on, follow the samples if this is a unit that could have moved rows."""
         if not self.cutting.moves_rows and self.rows is not None:
-            self.cutting.moves_rows = self.rows.of(output) is not None
+            self.cutting.moves_rows = self.rows.moves(output, self.folds)
 
     def left(self, name: str, output: Any) -> None:
         """Note a module's output."""

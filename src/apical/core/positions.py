@@ -8,12 +8,11 @@ The error is brought into the order (batch, places, outputs), what a unit hears 
     other axes, same rows  (time * batch, ...) beside (time, batch, ...): row for row
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from apical.core.cutting import Cut
+from apical.core.rows import Labels
+from apical.core.signals import Cut
 from apical.errors import UnsupportedModelError
 
 
@@ -67,16 +66,21 @@ def matched(errors: Tensor, cut: Cut) -> Tensor:
 
 def is_routed(errors: Tensor, cut: Cut) -> bool:
     """Whether samples must be looked up by the unit's rows, because rows or places of the answer do not tell them."""
-    if cut.rows is None:
+    if cut.rows is None and cut.answers is None:
         return False
-    axis, owners = cut.rows
     shape = list(cut.shape)
     del shape[cut.axis if len(shape) > 1 else len(shape) :]
     rows = list(errors.shape[:-1])
-    samples = torch.arange(rows[0], dtype=owners.dtype, device=owners.device)
-    if axis == 0 and len(rows) > 1 and len(owners) == torch.Size(rows).numel() == torch.Size(shape).numel():
-        return not torch.equal(owners, samples.repeat_interleave(len(owners) // rows[0]))
-    return not (axis == 1 and len(rows) > 1 and shape == [rows[1], rows[0]] and torch.equal(owners, samples))
+    unit, answer = _samples(cut.rows, shape, errors), _samples(cut.answers, rows, errors)
+    if len(rows) > 1 and len(shape) > 1 and shape[:2] == [rows[1], rows[0]] and torch.equal(unit, answer.transpose(0, 1)):
+        return False  # moments first
+    return not (unit.numel() == answer.numel() and torch.equal(unit.flatten(), answer.flatten()))
+
+
+def _samples(labels: Labels | None, shape: list[int], like: Tensor) -> Tensor:
+    """The sample of each row and place, in their shape."""
+    axis, owners = labels if labels is not None else (0, torch.arange(shape[0], dtype=torch.int32, device=like.device))
+    return owners.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
 
 
 def routed(values: Tensor, cut: Cut) -> Tensor:
@@ -84,15 +88,17 @@ def routed(values: Tensor, cut: Cut) -> Tensor:
 
     Each of the n places and rows that a sample has in the unit hears 1/n of the sum over the sample's answers.
     """
-    axis, owners = cast(tuple[int, Tensor], cut.rows)
-    owners = owners.to(values.device, torch.long)
-    samples = values.flatten(1, -2).sum(1) if values.dim() > 2 else values
-    if len(owners) and int(owners.max()) >= len(samples):
+    axis, owners = cut.rows or (0, torch.arange(cut.shape[0], device=values.device))
+    owners = owners.long()
+    answers = _samples(cut.answers, list(values.shape[:-1]), values).flatten().long()
+    count = int(answers.max()) + 1
+    if len(owners) and int(owners.max()) >= count:
         raise UnsupportedModelError(
-            f"the unit at {cut.name!r} has rows of more samples than the model's output of {len(samples)} rows; return "
-            "(batch, ...) from the model"
+            f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {count} rows, so "
+            "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
         )
-    share = torch.bincount(owners, minlength=len(samples))[owners].to(values.dtype)
+    samples = values.new_zeros(count, values.shape[-1]).index_add_(0, answers, values.flatten(0, -2))
+    share = torch.bincount(owners, minlength=count)[owners].to(values.dtype)
     part = samples[owners] / share.unsqueeze(1)
     if axis == 0 and part.shape[1] == cut.shape[1:].numel():
         return part.view(cut.shape).to(cut.dtype)

@@ -61,6 +61,26 @@ class Rows(TorchFunctionMode):
             return None
         return found
 
+    def moves(self, tensor: Tensor, folds: set[int]) -> bool:
+        """Whether samples must be followed; where places are only folded into rows, their number goes to `folds`."""
+        found = self.of(tensor)
+        if found is None:
+            return False
+        axis, owners = found
+        each = len(owners) // max(self.batch, 1)
+        if axis == 0 and torch.equal(owners, _numbers(self.batch, tensor).repeat_interleave(each)):
+            folds.add(len(owners))
+            return False
+        return True
+
+    def tell(self, cuts: list[Any], output: Any) -> list[Any]:
+        """The cuts with the labels of the output; without any where the output leaves samples out, as no batch does."""
+        first = next((leaf for leaf in _tensors(output) if leaf.is_floating_point()), None)
+        answers = None if first is None else self.of(first)
+        if answers is not None and len(answers[1].unique()) < self.batch:
+            return [cut._replace(rows=None) for cut in cuts]
+        return [cut._replace(answers=answers) for cut in cuts]
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

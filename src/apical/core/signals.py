@@ -1,10 +1,12 @@
-"""Teaching signals that are made when the backward pass asks for them."""
+"""Hidden units of a pass, and teaching signals that are made when the backward pass asks for them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from apical.core.rows import Labels
 
 
 class Teacher:
@@ -33,3 +35,39 @@ class TeachingSignal(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         """The signal, made now."""
         return ctx.teacher.signal(ctx.index, scale), None, None
+
+
+class Cut(NamedTuple):
+    """One hidden unit in one pass.
+
+    Attributes:
+        root: where backward starts: a scalar that carries the teacher's signal; under `torch.compile`, which plans memory
+            itself, the unit's output.
+        shape: of the unit's output (batch, ...).
+        dtype: of the unit's output.
+        name: of the module, or function call, whose output this is, with "#k" when it is used again.
+        axis: the channels' axis: 1 behind a convolution, else the last.
+        rows, answers: the samples of its rows, and of the output's, where rows move; see :mod:`apical.core.rows`.
+    """
+
+    root: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    name: str = ""
+    axis: int = -1
+    rows: Labels | None = None
+    answers: Labels | None = None
+
+    def bare(self) -> "Cut":
+        """The same without the graph, for what the graph itself keeps."""
+        return self._replace(root=self.root.detach())
+
+    @property
+    def width(self) -> int:
+        """Channels of the unit."""
+        return self.shape[self.axis]
+
+    @property
+    def places(self) -> int:
+        """Places of each sample that the unit has channels at: pixels, tokens; 1 for a dense unit."""
+        return self.shape[1:].numel() // max(self.width, 1)

@@ -25,10 +25,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, eagerly
-from apical.core.cutting import Cut
 from apical.core.losses import terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, routed
+from apical.core.signals import Cut
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError

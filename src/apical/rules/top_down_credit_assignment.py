@@ -23,10 +23,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, eagerly
-from apical.core.cutting import Cut
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
+from apical.core.signals import Cut
 from apical.core.top_down import TopDownNetwork, described, load, through_softmax
 from apical.errors import ConfigError, UnsupportedModelError
 
