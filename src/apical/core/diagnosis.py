@@ -58,13 +58,11 @@ def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
     model: Any = rule.model
     loss: Any = rule.loss
     with undisturbed(rule), torch.enable_grad():
-        output = model(inputs)
-        if not isinstance(output, Tensor):
-            return
         try:
-            value = loss(output.detach().requires_grad_(), targets)
+            output = model(inputs)
+            value = loss(output.detach().requires_grad_(), targets) if isinstance(output, Tensor) else None
         except Exception:
-            return  # the rule calls it in another way
+            return  # the rule calls them in another way, or says what is wrong
     if isinstance(value, Tensor) and _nodes(value.grad_fn) & _nodes(output.grad_fn):
         raise ConfigError(
             f"the loss reads activities inside the model, and {type(rule).__name__} learns from its derivative with respect "
