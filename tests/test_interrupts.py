@@ -49,7 +49,7 @@ def lines(process: "subprocess.Popen[bytes]", seconds: float = 300) -> Iterator[
     raise AssertionError("it hangs")
 
 
-@pytest.mark.parametrize("module", ["apical.errors", "numpy", "torch", "apical.commands", "sklearn"])
+@pytest.mark.parametrize("module", ["apical.errors", "numpy", "torch", "apical.experiment.loop", "sklearn"])
 def test_an_interrupt_while_it_imports(module: str, tmp_path: Path) -> None:
     """The interpreter says on stderr what it has imported, so that the moment is certain."""
     process = start("train", *SMALL, "--epochs", "500", "--out", tmp_path / "run", python=("-X", "importtime"))
