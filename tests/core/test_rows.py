@@ -166,3 +166,15 @@ def test_labels_follow_shapes() -> None:
         at, labels = rows.of(tensor)
         assert at == axis
         assert labels.tolist() == owners
+
+
+def test_answers_and_units_folded_alike_need_no_look_up() -> None:
+    """Rows tell the places there, so nothing is followed after the first batch; where only units are folded it must be."""
+    x = torch.randn(6, 5, 4)
+    for back, targets, followed in (
+        (lambda h: h, torch.arange(30) % 3, False),
+        (MOVES["folded"][1], torch.arange(6) % 3, True),
+    ):
+        rule = apical.DirectFeedbackAlignment(Model(MOVES["folded"][0], back))
+        rule(x, targets).backward()
+        assert rule._cutting.moves_rows == followed

@@ -109,6 +109,14 @@ class Cutting:
         finally:
             self.now = None
 
+    @staticmethod
+    def _folds_apart(now: "Trace", output: Any) -> bool:
+        """Whether the output's rows are moved, or some unit has its places folded into rows and the output has not."""
+        folded: set[int] = set()
+        parts = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.is_floating_point()]
+        moved = any([now.rows is not None and now.rows.moves(part, folded) for part in parts])
+        return moved or bool(now.folds - folded)
+
     def cut_pass(self, inputs: Any, plain: bool) -> tuple[Any, "Pass"]:
         """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves."""
         now = Pass(self, plain)
@@ -139,9 +147,7 @@ class Cutting:
                 now.rows = Rows(inputs)
                 with self._under_way(now, True):
                     output = self.model(inputs)
-                self.moves_rows |= any(
-                    now.rows.of(part) is not None for part in tree_leaves(output) if isinstance(part, Tensor)
-                )
+                self.moves_rows |= self._folds_apart(now, output)
                 return output, now
         finally:
             for hook in hooks:
