@@ -7,6 +7,7 @@ an earlier version, or written by hand) is read as it is.
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from apical.errors import CheckpointError
 from apical.experiment.checkpoint import write_atomically
 
 SEAL = "sha256"
+_DIGEST = re.compile("[0-9a-f]{64}")
 DEEPEST = 64
 """Levels of nesting up to which JSON is read."""
 REMEDY = "start again with --overwrite or in another folder"
@@ -68,11 +70,13 @@ def parse_object(text: str, *, finite: bool = True) -> dict[str, Any]:
         finite: refuse numbers that are not, also where there is no checksum; where there is one, there are none.
 
     Raises:
-        ValueError: it is not an object, or as :func:`parse` does, or the checksum is another.
+        ValueError: it is not an object, or as :func:`parse` does, or the checksum is another, or has lost its name.
     """
     value = parse(text, finite=finite)
     if not isinstance(value, dict):
         raise NotAnObjectError("it is not a JSON object")
+    if SEAL not in value and value and _DIGEST.fullmatch(str(list(value.values())[-1])):
+        raise ValueError("the name of its checksum is damaged")
     seal = value.pop(SEAL, None)
     if seal is not None and seal != checksum(value):
         raise ValueError("its checksum does not match its content")
