@@ -218,3 +218,23 @@ def test_a_penalty_on_activities_captured_before_a_cut_teaches_their_own_unit() 
     moved = [after - before for before, after in zip(*updates, strict=True)]
     for index, expected in enumerate([0, 0, *own, 0, 0]):
         torch.testing.assert_close(moved[index], torch.zeros_like(moved[index]) + expected, rtol=1e-12, atol=1e-14)
+
+
+NOISE = ("dfc-noise", "dfc-simulate", "ddtp-recurrent", "dtp-lee")
+"""Rules whose updates depend on the size of their targets, or on noise in them."""
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="sum"), partial(F.cross_entropy, reduction="sum")])
+@pytest.mark.parametrize("name", RULES)
+def test_a_sum_over_the_batch_is_a_batch_of_means_or_refused(name: str, loss: Any) -> None:
+    inputs, targets = batch()
+    if name.startswith(("tdca", "strong-dfc", "corinfomax", "ccl", "ep", "hep")):
+        with pytest.raises(ConfigError, match="reduction='mean'"):
+            update(name, loss, inputs, targets)
+        return
+    mean, summed = (update(name, one, inputs, targets) for one in (F.cross_entropy, loss))
+    for key, value in mean.items():
+        if name not in NOISE:
+            torch.testing.assert_close(
+                summed[key], len(inputs) * value, rtol=1e-3 if name in SMALL_NUDGE else 1e-9, atol=1e-9
+            )

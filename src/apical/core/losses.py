@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 from apical.core.credit import Loss
 from apical.errors import ConfigError
 
-PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0}
-"""Options of PyTorch's losses that change what a label asks for, and the values with which they do nothing."""
+PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
+"""Options of PyTorch's losses that change what a label asks for, or how much, and the values with which they do nothing."""
 
 
 def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = False) -> tuple[Tensor, Tensor]:
@@ -107,6 +107,11 @@ def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN))
         given = loss.keywords.get(name, PLAIN[name]) if isinstance(loss, partial) else PLAIN[name]
         given = getattr(loss, name, given) if isinstance(loss, nn.modules.loss._Loss) else given
         if given is not PLAIN[name] and (isinstance(given, Tensor) or given != PLAIN[name]):
+            if name == "reduction":
+                raise ConfigError(
+                    f"{rule} takes means over the batch itself, so a loss with reduction={given!r} would not scale the "
+                    "whole update; use reduction='mean', and scale credit.loss or the learning rate"
+                )
             raise ConfigError(
                 f"{rule} learns from the labels and not from the loss, so the option {name} of the loss would not reach the "
                 "update; leave it out, or choose a rule that follows the loss"

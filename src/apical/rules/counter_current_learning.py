@@ -111,7 +111,7 @@ class CounterCurrentLearning(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        refuse_options(loss, "counter-current learning", ("ignore_index",))
+        refuse_options(loss, "counter-current learning", ("ignore_index", "reduction"))
         if pair not in ("auto", "inner", "cosine", "match"):
             raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
         if enlarge not in ("nearest", "transposed"):

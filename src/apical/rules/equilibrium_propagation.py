@@ -35,7 +35,7 @@ from apical.core.batch import fitted, require_classes, require_one_type, require
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.feedback import put
-from apical.core.losses import terms, value_at, wanted
+from apical.core.losses import refuse_options, terms, value_at, wanted
 from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.dynamics.equilibrium import (
@@ -127,6 +127,7 @@ class EquilibriumPropagation(CreditRule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(loss, "equilibrium propagation", ("reduction",))
         for name, value, known in (
             ("estimator", estimator, ESTIMATORS),
             ("output", output or "state", ("read-out", "state")),
@@ -181,8 +182,7 @@ class EquilibriumPropagation(CreditRule):
             )
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise, generator=generator)
         self.estimator, self.beta, self.points, self.generator = estimator, beta, points, generator
-        self.free_steps, self.nudged_steps, self.tolerance = free_steps, nudged_steps, tolerance
-        self.cycles = cycles
+        self.free_steps, self.nudged_steps, self.tolerance, self.cycles = free_steps, nudged_steps, tolerance, cycles
         if len(rates) not in (0, len(self.chain.stages)):
             raise ConfigError(f"rates needs one number for each of the {len(self.chain.stages)} layers, got {len(rates)}")
         self.rates = tuple(rates) or (1.0,) * len(self.chain.stages)
