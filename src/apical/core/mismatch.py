@@ -101,8 +101,7 @@ class Watch:
         plastic: version of R, which is empty meanwhile: whoever changes it does not know that.
         momentum: the optimiser's momentum of the weight after the last step.
 
-    The sum of all values is taken where the weight is read anyway: before the layer's forward pass. Where changes turn out
-    to come between that and the step, it is taken there too.
+    The sum of all values is taken after each step and before the next, where the optimiser reads the weight anyway.
     """
 
     plastic: int = -1
@@ -113,7 +112,6 @@ class Watch:
         self.steps = 0
         self._version = -1
         self._careful = weight.device.type == "cpu"  # elsewhere a comparison waits for the device
-        self._seen = self._late = False
         self._missed = torch.zeros((), dtype=torch.bool, device=weight.device)
         self._bind()
 
@@ -138,11 +136,6 @@ class Watch:
         self._version = self.parameter._version
         self.steps += 1
 
-    def look(self) -> None:
-        """Before a forward pass: whether the sum is still that after the last step."""
-        if self._careful and not self._seen and not torch.equal(self._sum, self._total()):
-            self._seen = True
-
     def moved(self) -> bool:
         """Whether anything else moved it since: by its version, a few values and the sum; at first and now and then by all.
 
@@ -151,8 +144,7 @@ class Watch:
         """
         due = self.steps < 3 or self.steps % 64 == 0
         noticed = self._version != self.parameter._version or self._address != self.parameter.data_ptr()
-        seen, self._seen = self._seen, False
-        if not (noticed or due or seen or self._sample_differs()):
+        if not (noticed or due or self._differs()):
             return False
         if due and not self._careful and bool(self._missed):
             raise ConfigError(
@@ -163,13 +155,11 @@ class Watch:
         if torch.equal(self.mismatch.matched(self.weight), self.mismatch.feedback):
             self._version = self.parameter._version
             return False
-        self._late = self._late or not (noticed or seen)
         self._careful = True
         return True
 
-    def _sample_differs(self) -> bool:
+    def _differs(self) -> bool:
         if self._careful:
-            same = torch.equal(self._sample, self._values) and (not self._late or torch.equal(self._sum, self._total()))
-            return not same
+            return not (torch.equal(self._sample, self._values) and torch.equal(self._sum, self._total()))
         self._missed.logical_or_((self._sample != self._values).any() | (self._sum != self._total()))
         return False

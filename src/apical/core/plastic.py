@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule
 from apical.core.mismatch import Mismatch
-from apical.core.sites import Site
 from apical.core.steps import FROZEN, FUNCTION, Steps
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -89,12 +88,6 @@ class PlasticRule(EdgeRule):
                 self._before_forward()
             self._called = True
         return super().forward(inputs, targets)
-
-    def call_layer(self, site: Site, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward pass, with its feedback; before it the weight is looked at."""
-        if self._steps is not None and not torch.compiler.is_compiling():
-            self._steps.look(site.name)
-        return super().call_layer(site, *args, **kwargs)
 
     def _before_forward(self) -> None:
         """Layers that were frozen or that no longer compute plainly have no closed form from here on."""

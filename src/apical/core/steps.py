@@ -120,12 +120,6 @@ class Steps:
                 f'{type(self.rule).__name__} in closed form cannot follow: build the rule with form="explicit"'
             )
 
-    def look(self, name: str) -> None:
-        """Whether the weight of a layer in closed form was changed since the last step; asked before its forward pass."""
-        watch = self._watches.get(name)
-        if watch is not None and torch.is_grad_enabled():
-            watch.look()
-
     def warn_of_feedback_that_rests(self, name: str) -> None:
         """Warn of an explicit form whose weight moves, by whatever loop, while its feedback does not."""
         rule = self.rule
