@@ -25,8 +25,8 @@ from torch import Tensor
 import apical
 from apical import models
 from apical.core.losses import output_error
-from apical.dynamics import feedback_control as control
-from apical.dynamics.trajectory import Loop, trajectory
+from apical.rules.feedback_control import states as control
+from apical.rules.feedback_control.trajectory import Loop, trajectory
 from run import environment, save, timed
 
 DFC = apical.DeepFeedbackControl

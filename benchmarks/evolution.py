@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import apical
-from apical.core.top_down import TopDownNetwork
 from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.workers import Here, RayWorkers
+from apical.rules.top_down.teacher import TopDownNetwork
 from run import environment, save
 
 INPUTS, UNITS, CLASSES, EXAMPLES, HIDDEN, POPULATION = 16, 24, 4, 256, 12, 256

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 import apical
 from apical import models
 from apical.core.activations import pulled_back
-from apical.core.pairing import inner, membership
+from apical.rules.counter_current.pairing import inner, membership
 
 BATCHES, ELU, SCALE = 8, nn.ELU(), 0.5
 SPINS = 400  # tries before a worker sleeps, about 0.1 ms: waking up costs as much

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import apical
+from apical.bench.names import RULES, Entry
 from apical.core.credit import Loss
-from apical.recipes.rules import RULES, Entry
 from apical.testing.model import CHECKS
 from apical.testing.zoo import ZOO, outcome
 from run import environment, save

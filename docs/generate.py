@@ -32,8 +32,8 @@ from tables import Row, load, table
 from zoo_page import zoo_page
 
 from apical import models
-from apical.recipes.catalogue import STUDIES
-from apical.recipes.rules import RULES
+from apical.bench.names import RULES
+from apical.bench.papers import studies as all_studies
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,7 +138,7 @@ def command_blocks(folder: Path) -> dict[str, str]:
     bodies = [ast.parse(path.read_text(encoding="utf-8")).body for path in sorted(folder.glob("*.py"))]
     classes = {n.name: n for body in bodies for n in body if isinstance(n, ast.ClassDef)}
     header = ("option", "default", "meaning")
-    studies = [[f"`{name}`", study.title, study.cost] for name, study in STUDIES.items()]
+    studies = [[f"`{name}`", study.title, study.cost] for name, study in all_studies().items()]
     return {
         "rules": table(
             ("rule", "what it is"), [[f"`{name}`", entry.title] for name, entry in RULES.items()], numeric_from=2

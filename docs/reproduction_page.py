@@ -6,7 +6,7 @@ from pathlib import Path
 from result_pages import NOTE, joined
 from tables import Row, load, table
 
-from apical.reproduce_command import measured
+from apical.cli.reproduce import measured
 
 VERDICTS = ("reproduced", "not reproduced", "budget too small to tell", "not run")
 SOURCES = {

@@ -7,10 +7,10 @@ from typing import Any
 
 from tables import Row, facts, flat, grouped, load, loss_spread, number, present, significant, spread, table, words
 
-from apical.experiment.recipe import parse_options
-from apical.experiment.verdicts import Verdict, tally
-from apical.recipes.catalogue import STUDIES
-from apical.recipes.rules import RULES
+from apical.bench.names import RULES
+from apical.bench.papers import studies
+from apical.bench.recipe import parse_options
+from apical.bench.report.verdicts import Verdict, tally
 
 NOTE = "<!-- made by docs/generate.py -->"
 
@@ -58,8 +58,8 @@ def comparison_table(rows: Sequence[Row]) -> str:
 def title(folder: Path) -> str:
     """What a comparison was about."""
     plan = load(folder / "compare.json") or {}
-    if plan.get("study") in STUDIES:
-        return STUDIES[plan["study"]].title
+    if plan.get("study") in studies():
+        return studies()[plan["study"]].title
     recipe = plan.get("recipe") or {}
     return f"{recipe['model']} on {recipe['data']}" if {"model", "data"} <= recipe.keys() else folder.name
 
@@ -80,7 +80,7 @@ def origin(folder: Path) -> str:
 
 def departures(plan: Row) -> str:
     """A sentence on the settings in which a comparison differs from the study it names; empty if there are none."""
-    study = STUDIES.get(plan.get("study") or "")
+    study = studies().get(plan.get("study") or "")
     free = {"rule_options", "seed", "device", "threads", "checkpoint_steps"}
     found: dict[str, None] = {}
     if study is None:

@@ -9,9 +9,9 @@ from result_pages import study_sentence, title, verdict_sentence
 from tables import Row, load, loss_spread, number, present, spread, table
 
 import apical.exports
+from apical.bench.figures.audit import number_of
+from apical.bench.names import RULES
 from apical.core.credit import CreditRule
-from apical.experiment.figures_audit import number_of
-from apical.recipes.rules import RULES
 from apical.testing import settings
 
 NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from apical.cli import main
+from apical.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "bring-your-own-rule.md").read_text(encoding="utf-8")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from apical.cli import main
+from apical.cli.flags.training import Compare, Train
+from apical.cli.main import main
 
 QUICK = ("--model", "mlp-16", "--epochs", "1", "--train-limit", "320", "--probe", "32", "--device", "cpu")
 
@@ -131,26 +132,24 @@ def test_compare_exits_with_3_when_a_run_diverges(capsys: pytest.CaptureFixture[
 
 
 def test_a_recipe_is_used_and_explicit_options_win(tmp_path: Path) -> None:
-    from apical import cli
-    from apical.commands import draft, find_study
+    from apical.cli.commands import draft, find_study
 
-    flags = cli.Compare(out=tmp_path, recipe="pfa-mnist", epochs=5)
+    flags = Compare(out=tmp_path, recipe="pfa-mnist", epochs=5)
     study = find_study("pfa-mnist")
     for rule, decay in (("bp", (1e-4,)), ("pfa-o", (0.03, 9e-5))):
         recipe = draft(flags, study, rule)
         assert (recipe.epochs, recipe.data, recipe.batch_size) == (5, "mnist", 64)
         assert recipe.lr == (0.01, 0.005, 0.0025)
         assert recipe.weight_decay == decay
-    other = draft(cli.Compare(out=tmp_path, recipe="pfa-mnist", lr=(0.1,)), study, "bp")
+    other = draft(Compare(out=tmp_path, recipe="pfa-mnist", lr=(0.1,)), study, "bp")
     assert (other.lr, other.lr_epochs) == ((0.1,), ())
 
 
 def test_rule_options_of_a_comparison(tmp_path: Path) -> None:
-    from apical import cli
-    from apical.commands import draft
+    from apical.cli.commands import draft
 
     options = ("pfa:expansion=4", "first-layer=True", "pfa:exact=('a:b',)")
-    flags = cli.Compare(out=tmp_path, rule_options=options)
+    flags = Compare(out=tmp_path, rule_options=options)
     assert draft(flags, None, "pfa").rule_options == ("expansion=4", "first-layer=True", "exact=('a:b',)")
     assert draft(flags, None, "kp").rule_options == ("first-layer=True",)
     assert draft(flags, None, "bp").rule_options == ()
@@ -159,23 +158,21 @@ def test_rule_options_of_a_comparison(tmp_path: Path) -> None:
 def test_given_rule_options_replace_those_of_a_recipe_and_leave_the_others(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from apical import cli
-    from apical.commands import draft
-    from apical.experiment.recipe import Recipe
-    from apical.recipes.pfa import Row, Study
+    from apical.bench.recipe import Recipe
+    from apical.cli.commands import draft
+    from apical_papers.pfa.recipes import Row, Study
 
     row = Row(replace(Recipe(rule="pfa"), rule_options=("expansion=2", "form=explicit")), ())
     study = Study("title", "cost", {"pfa": row}, Recipe())
     for flags in (
-        cli.Train(out=tmp_path, rule="pfa", rule_options=("expansion=7",)),
-        cli.Compare(out=tmp_path, rule_options=("pfa:expansion=7",)),
+        Train(out=tmp_path, rule="pfa", rule_options=("expansion=7",)),
+        Compare(out=tmp_path, rule_options=("pfa:expansion=7",)),
     ):
         assert draft(flags, study, "pfa").rule_options == ("form=explicit", "expansion=7")
 
 
 def test_options_of_feedback_and_optimiser_reach_the_recipe(tmp_path: Path) -> None:
-    from apical import cli
-    from apical.commands import draft
+    from apical.cli.commands import draft
 
     given = {
         "beta2": 0.99,
@@ -192,27 +189,26 @@ def test_options_of_feedback_and_optimiser_reach_the_recipe(tmp_path: Path) -> N
         "feedback_fraction": 0.5,
         "loss": "mse",
     }
-    recipe = draft(cli.Train(out=tmp_path, **given), None, "bp")  # type: ignore[arg-type]
+    recipe = draft(Train(out=tmp_path, **given), None, "bp")  # type: ignore[arg-type]
     assert {name: getattr(recipe, name) for name in given} == given
 
 
 def test_every_field_of_a_recipe_has_an_option() -> None:
     from dataclasses import fields
 
-    from apical import cli
-    from apical.experiment.recipe import Recipe
+    from apical.bench.recipe import Recipe
 
-    assert {field.name for field in fields(Recipe)} <= {field.name for field in fields(cli.Train)}
+    assert {field.name for field in fields(Recipe)} <= {field.name for field in fields(Train)}
 
 
 def test_a_comparison_leaves_feedback_passes_to_the_rules_that_learn_feedback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tests.experiment.two_phase import NoisyMirror
+    from tests.bench.two_phase import NoisyMirror
 
-    from apical import commands
-    from apical.experiment.recipe import Recipe
-    from apical.recipes import rules
+    from apical.bench import names as rules
+    from apical.bench.recipe import Recipe
+    from apical.cli import commands
 
     monkeypatch.setitem(rules.RULES, "noisy", rules.Entry(NoisyMirror, "for this test"))
     asked = Recipe(pretrain_epochs=2, feedback_passes=1, train_limit=64, device="cpu")
@@ -223,8 +219,8 @@ def test_a_comparison_leaves_feedback_passes_to_the_rules_that_learn_feedback(
 
 
 def test_it_is_told_where_what_is_trained_differs_from_the_model() -> None:
-    from apical import commands
-    from apical.experiment.recipe import Recipe
+    from apical.bench.recipe import Recipe
+    from apical.cli import commands
 
     asked = [
         Recipe(rule=rule, model=model, train_limit=64, device="cpu")

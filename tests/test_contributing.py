@@ -29,14 +29,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ("src/apical/rules/binary_feedback.py", "tests/rules/test_binary_feedback.py"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(block(f"file: {path}"), encoding="utf-8")
-    names = root / "src/apical/recipes/rules.py"
+    names = root / "src/apical/bench/names.py"
     with open(root / "src/apical/exports.py", "a", encoding="utf-8") as file:
         file.write(block("line: src/apical/exports.py"))
     start = "RULES: dict[str, Entry] = {\n"
     text = names.read_text(encoding="utf-8")
     assert start in text
-    entry = f"{start}{block('entry: src/apical/recipes/rules.py')}"
-    names.write_text(text.replace(start, f"{block('import: src/apical/recipes/rules.py')}{entry}"), encoding="utf-8")
+    entry = f"{start}{block('entry: src/apical/bench/names.py')}"
+    names.write_text(text.replace(start, f"{block('import: src/apical/bench/names.py')}{entry}"), encoding="utf-8")
     return root
 
 

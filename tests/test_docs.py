@@ -14,10 +14,10 @@ import torch
 import tyro
 
 import apical
-from apical.cli import Command
+from apical.bench.names import RULES
+from apical.bench.papers import studies
+from apical.cli.main import Command
 from apical.core.credit import CreditRule
-from apical.recipes.catalogue import STUDIES
-from apical.recipes.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
@@ -210,7 +210,7 @@ def comparison(tmp_path: Path) -> Path:
     for rule, seed, accuracy, status in RUNS:
         row = {"rule": rule, "seed": seed, "epochs": 1, "test_accuracy": accuracy, "train_loss": 0.25, "status": status}
         rows.append({**row, "ratio_to_bp": 1.25 if rule == "pfa" else 1.0, "memory_mb": None, "commit": "abc"})
-    study = STUDIES["pfa-mnist"]
+    study = studies()["pfa-mnist"]
     plan = {"command": "apical compare", "rules": ["bp", "pfa"], "seeds": [0, 1], "study": "pfa-mnist"}
     plan["recipes"] = {rule: {**study.row(rule).recipe.to_json(), "epochs": 1} for rule in ("bp", "pfa")}
     folder.mkdir(parents=True)
@@ -267,7 +267,7 @@ def test_small_losses_are_no_zeros(comparison: Path) -> None:
 
 
 def test_options_that_are_not_the_recipes_are_named() -> None:
-    study = STUDIES["dfc-mnist"].row("dfc-ssa").recipe.to_json()
+    study = studies()["dfc-mnist"].row("dfc-ssa").recipe.to_json()
     kept = [option for option in study["rule_options"] if not option.startswith(("alpha=", "k_p="))]
     used = {**study, "rule_options": [*kept, "k_p=7", "learn=noise", "first_layer=True"]}
     sentence = generate.departures({"study": "dfc-mnist", "recipes": {"dfc-ssa": used}})
@@ -278,7 +278,7 @@ def test_options_that_are_not_the_recipes_are_named() -> None:
 
 
 def test_settings_that_a_recipe_leaves_to_the_rule_are_no_departure() -> None:
-    recipe = STUDIES["pfa-mnist"].row("strong-dfc").recipe.to_json()
+    recipe = studies()["pfa-mnist"].row("strong-dfc").recipe.to_json()
     filled = {**recipe, "clip": RULES["strong-dfc"].clip}
     assert generate.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": filled}}) == ""
     sentence = generate.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": {**filled, "clip": 7.0}}})

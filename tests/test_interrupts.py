@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from apical.cli import main
-from apical.experiment.signals import StopSignals
-from apical.interrupts import Raise, end, handled
+from apical.bench.signals import StopSignals
+from apical.cli.interrupts import Raise, end, handled
+from apical.cli.main import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits are POSIX")
 SMALL = ("--data", "digits", "--model", "mlp-4", "--train-limit", "64", "--test-limit", "32", "--device", "cpu")
@@ -49,7 +49,7 @@ def lines(process: "subprocess.Popen[bytes]", seconds: float = 300) -> Iterator[
     raise AssertionError("it hangs")
 
 
-@pytest.mark.parametrize("module", ["apical.errors", "numpy", "torch", "apical.experiment.loop", "sklearn"])
+@pytest.mark.parametrize("module", ["apical.errors", "numpy", "torch", "apical.bench.loop", "sklearn"])
 def test_an_interrupt_while_it_imports(module: str, tmp_path: Path) -> None:
     """The interpreter says on stderr what it has imported, so that the moment is certain."""
     process = start("train", *SMALL, "--epochs", "500", "--out", tmp_path / "run", python=("-X", "importtime"))

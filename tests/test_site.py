@@ -21,14 +21,25 @@ from tests import browser
 import apical
 import apical.core
 import apical.diagnostics
-import apical.dynamics
 import apical.evolution
-from apical.cli import main
+import apical.rules.counter_current
+import apical.rules.equilibrium
+import apical.rules.feedback_control
+import apical.rules.top_down
+from apical.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "docs" / "_build" / "html"
 PHONE, DESKTOP = 390, 1280
-PACKAGES = (apical.core, apical.dynamics, apical.diagnostics, apical.evolution)
+PACKAGES = (
+    apical.core,
+    apical.diagnostics,
+    apical.evolution,
+    apical.rules.counter_current,
+    apical.rules.equilibrium,
+    apical.rules.feedback_control,
+    apical.rules.top_down,
+)
 
 built = pytest.mark.skipif(not (SITE / "objects.inv").exists(), reason="no built documentation: make docs")
 looks = pytest.mark.skipif(browser.chromium() is None, reason="no Chromium found")

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from apical.interrupts import end
+from apical.cli.interrupts import end
 
 
 def main() -> int:
@@ -13,7 +13,7 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for names of folders that are no text
 
-    from apical.cli import main as run
+    from apical.cli.main import main as run
 
     return run()
 

@@ -6,15 +6,17 @@ from apical.core.credit import CreditRule as CreditRule
 from apical.core.layers import register_layer as register_layer
 from apical.rules.backprop import Backprop as Backprop
 from apical.rules.corinfomax import CorInfoMax as CorInfoMax
-from apical.rules.counter_current_learning import CounterCurrentLearning as CounterCurrentLearning
-from apical.rules.deep_feedback_control import DeepFeedbackControl as DeepFeedbackControl
-from apical.rules.difference_target_propagation import DifferenceTargetPropagation as DifferenceTargetPropagation
+from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning as CounterCurrentLearning
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment as DirectFeedbackAlignment
-from apical.rules.equilibrium_propagation import EquilibriumPropagation as EquilibriumPropagation
+from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation as EquilibriumPropagation
 from apical.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignment
+from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl as DeepFeedbackControl
+from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl as StrongDeepFeedbackControl
 from apical.rules.kolen_pollack import KolenPollack as KolenPollack
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry as SignSymmetry
-from apical.rules.strong_deep_feedback_control import StrongDeepFeedbackControl as StrongDeepFeedbackControl
-from apical.rules.top_down_credit_assignment import TopDownCreditAssignment as TopDownCreditAssignment
+from apical.rules.target_propagation.difference_target_propagation import (
+    DifferenceTargetPropagation as DifferenceTargetPropagation,
+)
+from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment as TopDownCreditAssignment
 from apical.rules.weight_mirror import WeightMirror as WeightMirror

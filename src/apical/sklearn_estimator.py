@@ -13,11 +13,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from apical import models
+from apical.bench.names import make_rule, resolve
+from apical.bench.plain_loop import train
+from apical.bench.recipe import Recipe
 from apical.core.credit import CreditRule
 from apical.data import Dataset, Split
-from apical.experiment.plain_loop import train
-from apical.experiment.recipe import Recipe
-from apical.recipes.rules import make_rule, resolve
 
 
 class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import apical
-from apical.core.placement import Placement, Row, undisturbed
+from apical.core.placement import Placement, Row
+from apical.core.rest import undisturbed
 from apical.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apical.core.teaching import KnownGradients, Taught, Teaching
+from apical.rules.counter_current.teaching import KnownGradients, Taught, Teaching
 
 KINDS = [nn.ELU(), nn.ELU(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Softplus(), nn.Identity(), None]
 

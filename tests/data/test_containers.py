@@ -98,7 +98,7 @@ def test_an_npz_whose_header_promises_more_than_there_is(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_training_data_that_are_not_finite_are_refused_by_the_commands(tmp_path, monkeypatch, capsys, value):
-    from apical.cli import main
+    from apical.cli.main import main
 
     images, labels = np.zeros((20, 16, 16), np.float32), np.arange(20) % 10
     images[7, 3, 3] = value

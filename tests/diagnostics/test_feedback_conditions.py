@@ -19,9 +19,9 @@ from apical.diagnostics.feedback_conditions import (
     feedback_angles,
 )
 from apical.diagnostics.gauss_newton import minimum_norm_alignment
-from apical.dynamics.feedback_control import output_jacobian
 from apical.errors import ConfigError
-from apical.rules.deep_feedback_control import DeepFeedbackControl
+from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
+from apical.rules.feedback_control.states import output_jacobian
 
 SIZES = (6, 5, 4, 3)
 M = torch.tensor([[1.0, 2.0, 0.0], [-1.0, 0.5, 1.0], [0.3, 0.0, 2.0]], dtype=torch.double)

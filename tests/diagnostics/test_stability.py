@@ -25,8 +25,8 @@ from apical.diagnostics.stability import (
     step_matrix,
     system_matrix,
 )
-from apical.dynamics.feedback_control import loop_gains, output_jacobian
 from apical.errors import ConfigError
+from apical.rules.feedback_control.states import loop_gains, output_jacobian
 
 SIZES = (6, 5, 4, 3)
 LEAKS = ["code", "paper"]

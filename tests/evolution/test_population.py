@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import apical
 from apical import models
 from apical.core.credit import CreditRule
-from apical.core.top_down import TopDownNetwork
 from apical.errors import ConfigError, DataError, UnsupportedModelError
 from apical.evolution.population import Layout, Lifetime, Population, accuracies, losses
+from apical.rules.top_down.teacher import TopDownNetwork
 from apical.testing import residual_network
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from apical.bench.evolve.loop import Evolution
 from apical.errors import ConfigError
 from apical.evolution.classification import Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
 from apical.evolution.workers import Here, RayWorkers
-from apical.experiment.evolving import Evolution
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")  # two clusters at once hinder each other

@@ -13,7 +13,7 @@ from test_dfc import batch
 from torch import Tensor, nn
 
 from apical import StrongDeepFeedbackControl
-from apical.dynamics.trajectory import Loop
+from apical.rules.feedback_control.trajectory import Loop
 
 KINDS = ["classes", "regression"]
 LOOP = {"alpha": 0.05, "k_p": 0.6, "dt": 0.05, "points": 25, "tau": 0.12}

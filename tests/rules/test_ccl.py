@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apical import CounterCurrentLearning, data
-from apical.core import pairing
 from apical.errors import ConfigError
+from apical.rules.counter_current import pairing
 
 SIZES = (5, 7, 6, 8, 3)
 ACTIVATIONS = {"elu": (nn.ELU, ref.ELU), "relu": (nn.ReLU, ref.RELU), "tanh": (nn.Tanh, ref.TANH)}

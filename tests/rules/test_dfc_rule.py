@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from apical import DeepFeedbackControl
 from apical.diagnostics.gauss_newton import requested_change
-from apical.dynamics import feedback_control as control
 from apical.errors import InstabilityError, UnsupportedModelError
+from apical.rules.feedback_control import states as control
 
 VARIANTS = ["dfc", "ss", "ssa"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from apical import DeepFeedbackControl
 from apical.diagnostics.gauss_newton import gauss_newton_update, minimum_norm_update
-from apical.dynamics.feedback_control import mean_jacobian, output_jacobian
-from apical.dynamics.trajectory import Loop, correlation, trajectory
+from apical.rules.feedback_control.states import mean_jacobian, output_jacobian
+from apical.rules.feedback_control.trajectory import Loop, correlation, trajectory
 
 NUDGE = 1e-6  # so weak that the network is linear
 

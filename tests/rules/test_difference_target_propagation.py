@@ -13,7 +13,7 @@ from apical.core.chain import Chain
 from apical.core.losses import output_error
 from apical.diagnostics.gauss_newton import gauss_newton_targets
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.difference_target_propagation import Mapped
+from apical.rules.target_propagation.difference_target_propagation import Mapped
 
 TP = apical.DifferenceTargetPropagation
 VARIANTS = ("dtp", "drl", "linear", "hidden", "control", "lee")

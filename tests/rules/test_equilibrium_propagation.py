@@ -18,9 +18,9 @@ from apical.core.losses import squared_error
 from apical.core.pooling import SoftmaxPool2d
 from apical.core.sigmoids import DoubleSiLU, ShiftedSigmoid
 from apical.diagnostics.alignment import gradients as against_exact
-from apical.dynamics.equilibrium import homeostatic_loss, jacobian_product
-from apical.dynamics.phases import Phases
 from apical.errors import ConfigError, InstabilityError, UnsupportedModelError
+from apical.rules.equilibrium.network import homeostatic_loss, jacobian_product
+from apical.rules.equilibrium.phases import Phases
 
 EP = apical.EquilibriumPropagation
 SIZES = (6, 5, 4, 3)

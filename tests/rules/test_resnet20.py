@@ -7,10 +7,10 @@ from torch import Tensor
 
 import apical
 from apical import models
+from apical.bench.names import RULES, make_rule
+from apical.bench.recipe import Recipe
 from apical.core.units import key
 from apical.errors import UnsupportedModelError
-from apical.experiment.recipe import Recipe
-from apical.recipes.rules import RULES, make_rule
 
 
 def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import apical
-from apical.dynamics import feedback_control as control
-from apical.dynamics.newton import settle
-from apical.rules import deep_feedback_control as rule_module
+from apical.rules.feedback_control import deep_feedback_control as rule_module
+from apical.rules.feedback_control import states as control
+from apical.rules.feedback_control.newton import settle
 
 
 def network(scale: float, seed: int, sizes: tuple[int, ...] = (13, 32, 32, 6)) -> tuple[nn.Sequential, ref.Net]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import apical
 from apical import models
-from apical.core.top_down import TopDownNetwork, diffusion, load, parameters_of
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.rules.top_down.teacher import TopDownNetwork, diffusion, load, parameters_of
 from apical.testing import dense_network, residual_network
 
 Rule = apical.TopDownCreditAssignment

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from apical.core.cut import evaluating
 from apical.core.layers import is_hooked, runs_own_forward
+from apical.core.rest import evaluating
 from apical.core.units import leaves
 from apical.errors import UnsupportedModelError
 

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from apical.core.diagnosis import explained, require_loss_of_output
-from apical.core.placement import Placement, layer_paths, place, undisturbed
+from apical.core.placement import Placement, layer_paths, place
+from apical.core.rest import undisturbed
 from apical.errors import ApicalError, ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]

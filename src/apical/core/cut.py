@@ -7,8 +7,7 @@ the cuts, and makes sure that no error goes round them.
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -18,7 +17,7 @@ from apical.core.credit import CreditRule, Loss
 from apical.core.cutting import Cutting, Pass
 from apical.core.graph import leaves
 from apical.core.outputs import tensors
-from apical.core.placement import undisturbed
+from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.signals import Cut, Teacher
 from apical.core.units import weighted_layers
@@ -243,15 +242,3 @@ def _no_tensor(rule: str, output: Any) -> UnsupportedModelError:
         f"the model's output is a {type(output).__name__}, and {rule} needs a tensor whose error it sends to the units, or "
         "several in a dictionary, tuple or list; wrap the model in a module that returns them"
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from apical.core.placement import undisturbed
+from apical.core.rest import undisturbed
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
+from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly
 from apical.core.outside_use import OutsideUse
 from apical.core.placement import layer_paths
@@ -29,7 +30,6 @@ from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
 from apical.core.units import key, weighted_layers
-from apical.core.wrapped import Attachment
 from apical.errors import ConfigError, UnsupportedModelError
 
 Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]

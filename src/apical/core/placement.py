@@ -2,8 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.layers import is_local
+from apical.core.rest import undisturbed
 
 LOCAL_PATH = "exact (local)"
 """Path of modules that hand nothing from one population to another: scales, shifts, slopes, look-ups."""
@@ -162,59 +162,3 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if "parametrizations" in module._modules:
         own |= dict(module.get_submodule("parametrizations").named_parameters())
     return dict(sorted(own.items(), key=lambda item: "weight" not in item[0]))
-
-
-@contextmanager
-def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]:
-    """Run anything within; afterwards modules, gradients, buffers and random generators are as they were.
-
-    Args:
-        modules: whose state is kept.
-        parameters: also restore the values of the parameters.
-    """
-    every = list(dict.fromkeys(m for module in modules for m in module.modules()))
-    attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
-    tensors = _tensors(every, parameters)
-    generators = [v for m in every for v in m.__dict__.values() if isinstance(v, torch.Generator)]
-    states = [(generator, generator.get_state()) for generator in generators]
-    grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for m in every for q in m.parameters(recurse=False)]
-    devices = {t.device.index for t, _ in tensors if t.is_cuda}
-    devices |= {q.device.index for q, *_ in grads if q.is_cuda}
-    with torch.random.fork_rng([device for device in devices if device is not None]):
-        try:
-            yield
-        finally:
-            for module, saved in attributes:
-                module.__dict__.clear()
-                module.__dict__.update({key: _restored(*value) for key, value in saved.items()})
-            with torch.no_grad():
-                for tensor, value in tensors:
-                    if not torch.equal(tensor, value):
-                        tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
-            for generator, state in states:
-                generator.set_state(state)
-            for parameter, grad, before in grads:
-                parameter.grad = grad
-                if grad is not None and before is not None:
-                    grad.detach().copy_(before)
-
-
-def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tensor, Tensor]]:
-    kept = [t for m in modules for t in m._buffers.values() if t is not None]
-    if parameters:
-        kept += [t for m in modules for t in m._parameters.values() if t is not None]
-    return [(t, t.detach().clone()) for t in {id(t): t for t in kept}.values()]
-
-
-def _shallow(value: Any) -> tuple[Any, Any]:
-    """The value, and a copy of what it holds where it is a plain container."""
-    return value, value.copy() if isinstance(value, dict | list | set) else None
-
-
-def _restored(value: Any, content: Any) -> Any:
-    if isinstance(value, list):
-        value[:] = content
-    elif content is not None:
-        value.clear()
-        value.update(content)
-    return value

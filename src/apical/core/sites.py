@@ -6,11 +6,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from apical.core.effective import probe
+from apical.core.layer_forward import Wrapped
 from apical.core.layers import computes_plainly
 from apical.core.swap import Swap
 from apical.core.transport import geometry
 from apical.core.units import Layer
-from apical.core.wrapped import Wrapped
 from apical.errors import UnsupportedModelError
 
 

@@ -29,8 +29,8 @@ from apical.core.layers import is_weighted
 from apical.core.losses import output_error
 from apical.diagnostics.alignment import angle, unchanged
 from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
-from apical.dynamics.feedback_control import output_jacobian
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.rules.feedback_control.states import output_jacobian
 
 Update: TypeAlias = dict[str, Tensor]
 """Weight change of each parameter, by its name in the model."""

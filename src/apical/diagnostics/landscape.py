@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from apical.core.credit import Loss
-from apical.core.cut import evaluating
+from apical.core.rest import evaluating
 from apical.errors import ConfigError
 
 Losses: TypeAlias = Callable[[Tensor], Tensor]

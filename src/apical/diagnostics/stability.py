@@ -6,8 +6,9 @@ with the blocks W_i D_{i-1} below its diagonal, C = [0 ... 0 D_L] and time in un
     d/dt [v; u_int] = A [v; u_int],   A = [ -(I - S + k_p Q C) / tau    Q / tau  ]
                                           [ -(1 - alpha k_p) C          -alpha I ]      (leak on u; on u_int: -C)
 
-and J = C (I - S)^-1. Matrices of N + n_L rows per sample: take a few samples of a small network. `apical.dynamics.stability`
-has the same loop in the space of the outputs, its limit for tau -> 0 and the advice drawn from them.
+and J = C (I - S)^-1. Matrices of N + n_L rows per sample: take a few samples of a small network.
+:mod:`apical.rules.feedback_control.stability` has the same loop in the space of the outputs, its limit for tau -> 0 and
+the advice drawn from them.
 """
 
 from collections.abc import Iterable
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from apical.core.activations import derivative
 from apical.core.chain import Chain, States
-from apical.dynamics.controller import Leak
-from apical.dynamics.stability import (
+from apical.rules.feedback_control.controller import Leak
+from apical.rules.feedback_control.stability import (
     advice,
     largest_stable_dt,
     loop_matrix,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import CreditRule
-from apical.core.top_down import TopDownNetwork, load
 from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
-from apical.rules.top_down_credit_assignment import TopDownCreditAssignment, shipped
+from apical.rules.top_down.teacher import TopDownNetwork, load
+from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
 
 
 @dataclass(frozen=True)

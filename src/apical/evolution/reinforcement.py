@@ -3,7 +3,7 @@
 A lifetime is 20 updates of a policy `pi = softmax(W2 tanh(W1 o + v1) + v2)`, each from 4 episodes. For every time step, with
 the action y (one-hot) that was taken and its advantage a, the top-down network turns `[pi ; y ; a]` into credits: c_h for
 the hidden units, c_o for the probabilities. Averaged over all time steps of the update (arXiv 2208.01416 as in
-:mod:`apical.rules.top_down_credit_assignment`),
+:mod:`apical.rules.top_down.top_down_credit_assignment`),
 
     e_o = pi (c_o - c_o . pi),   e_h = c_h (1 - h^2),   dW2 = mean e_o h^T,   dW1 = mean e_h o^T
 

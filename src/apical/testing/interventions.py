@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
 from apical.core.edge import EdgeRule
-from apical.core.placement import undisturbed
+from apical.core.rest import undisturbed
 from apical.testing.effective_weight import effective_weight
 from apical.testing.trial import Gradients, Trial
 

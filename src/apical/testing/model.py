@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from apical.core.credit import Credit, CreditRule
-from apical.core.placement import Placement, undisturbed
+from apical.core.placement import Placement
+from apical.core.rest import undisturbed
 from apical.rules.backprop import Backprop
 from apical.testing import interventions
 from apical.testing.interventions import NotApplicableError

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from apical.core.credit import Credit, CreditRule
-from apical.core.placement import Placement, undisturbed
+from apical.core.placement import Placement
+from apical.core.rest import undisturbed
 
 Gradients = dict[str, Tensor]
 """Gradients by parameter name; a parameter without one is missing."""

@@ -1,0 +1,1 @@
+"""What stands beside the library: recipes, training loops, run folders, comparisons, figures and reports."""

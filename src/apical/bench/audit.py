@@ -1,0 +1,107 @@
+"""Audits: train a rule for a few epochs, measure what it needs (:mod:`apical.diagnostics.plausibility`), hold it to claims.
+
+Some rules compute what their papers' networks would do in a closed form that reads weights, because it is faster. They are
+audited in the form that does it as the network would (`Entry.physical`); tests show that the two agree.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from apical import models
+from apical.bench.claims import claimed
+from apical.bench.measure import probe_batch
+from apical.bench.names import find_rule, make_rule, merged, resolve
+from apical.bench.papers import claims as paper_claims
+from apical.bench.plain_loop import train
+from apical.bench.recipe import Recipe, rule_name
+from apical.core.credit import CreditRule
+from apical.data.dataset import Dataset
+from apical.diagnostics.plausibility import Verdict, examine, judge
+from apical.errors import ConfigError
+from apical.rules.backprop import Backprop
+
+BATCH = 16
+"""Images on which a rule is examined; memory and time of simulated rules grow with them."""
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One rule's row.
+
+    Attributes:
+        rule: short name.
+        title: what it is.
+        form: options under which it was examined, if they are not its defaults.
+        accuracy: of the test images after training.
+        verdicts: by criterion.
+        claims: what a paper claims, by criterion, and whether the verdict agrees.
+        placement: layers by what their error passes through, in a line.
+    """
+
+    rule: str
+    title: str
+    form: str
+    accuracy: float
+    verdicts: dict[str, Verdict]
+    claims: dict[str, dict[str, Any]]
+    placement: str
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON keeps it."""
+        return asdict(self)
+
+
+def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Audited:
+    """Train a rule, and examine it in float64.
+
+    Args:
+        rule: short name.
+        model: name of the network.
+        dataset: what it is trained on.
+        epochs: passes over the training images before it is examined.
+        seed: of weights, feedback and data order.
+
+    Raises:
+        ApicalError: the rule cannot train the model, or the data have no classes.
+    """
+    entry = find_rule(rule)
+    if dataset.is_regression:
+        raise ConfigError(f"an audit needs classes, and the targets of {dataset.name} are numbers")
+    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, probe=0)
+    recipe, _ = resolve(plain, len(dataset.train))
+    physical = tuple(f"{key}={value!r}" for key, value in entry.physical.items())
+    slow = replace(recipe, rule_options=merged(recipe.rule_options, physical))
+    examined, trained = _made(slow, dataset).double(), _made(recipe, dataset)
+    if _layout(examined) != _layout(trained):
+        recipe, trained = slow, _made(slow, dataset)
+    train(trained, recipe, dataset)  # in the fast form where it keeps the same weights: it learns the same
+    examined.load_state_dict(trained.state_dict())
+    inputs, targets = probe_batch(dataset.train, BATCH)
+    exact = Backprop(models.build(model, dataset.input_shape, dataset.classes).double())
+    verdicts = judge(examine(examined, inputs.double(), targets, exact))
+    claims = {
+        key: {"claimed": claim, "agrees": verdicts[key].verdict == claim}
+        for key, claim in claimed(rule, paper_claims()).items()
+        if verdicts[key].verdict != "not applicable"
+    }
+    form, accuracy = ", ".join(physical), _accuracy(examined, dataset)
+    placement = examined.placement(inputs.double()).layers()
+    return Audited(rule_name(rule), entry.title, form, accuracy, verdicts, claims, placement)
+
+
+def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:
+    torch.manual_seed(recipe.seed)
+    model = models.build(recipe.model, dataset.input_shape, dataset.classes)
+    return make_rule(recipe, model, dataset.input_shape)
+
+
+def _layout(rule: CreditRule) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in rule.state_dict().items()}
+
+
+@torch.no_grad()
+def _accuracy(rule: CreditRule, dataset: Dataset) -> float:
+    predicted = rule.answer(dataset.test.inputs.double()).argmax(1)
+    return float((predicted == dataset.test.targets).double().mean())

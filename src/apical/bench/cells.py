@@ -1,0 +1,92 @@
+"""Parts of a study that are kept as they are finished, one JSON file each, so that nothing is computed twice or lost."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from apical.bench.state import read_json, write_state
+from apical.errors import ApicalError, CheckpointError
+
+
+def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returns, from the file if one of the same configuration is there; with `seconds`, what making took.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another configuration.
+    """
+    if path.exists():
+        found = read_json(path)
+        saved = found.get("config")
+        unlike = {key: value for key, value in config.items() if not isinstance(saved, dict) or saved.get(key) != value}
+        if unlike:
+            raise CheckpointError(f"{path} was made with other settings than {unlike}; choose another --out")
+        return found
+    begun = time.perf_counter()
+    made = make()
+    content = {"config": dict(config), "seconds": round(time.perf_counter() - begun, 2), **made}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_state(path, content)
+    return content
+
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
+
+
+def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made], out: Path) -> Iterator[tuple[Part, Made]]:
+    """Each part with what `make` makes of it, as they are finished; every part has one torch thread.
+
+    Args:
+        jobs: processes, 0 for one per core; 1 stays in this process.
+        parts: are handed to other processes, as `make` is, so both can be pickled.
+        out: named where a process was killed; what `make` keeps there need not be made again.
+
+    Raises:
+        ApicalError: a process was killed.
+    """
+    threads = torch.get_num_threads()
+    jobs = min(jobs or os.cpu_count() or 1, len(parts))
+    if jobs == 1:
+        torch.set_num_threads(1)
+        try:
+            for part in parts:
+                yield part, make(part)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        with _interrupts_ignored():
+            running = {pool.submit(make, part): part for part in parts}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        except BrokenProcessPool as error:
+            raise ApicalError(f"a training was killed; the same command goes on from what is in {out}") from error
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes begun within do not hear Ctrl-C, which would make each print a traceback; this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""The evolution of teachers as a run in a folder."""

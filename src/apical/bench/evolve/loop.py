@@ -1,0 +1,312 @@
+"""One evolution in its folder: config.json, environment.json, metrics.jsonl, checkpoint.pt, and the teachers at its end.
+
+`teacher.pt` is the centre of the search distribution, `best.pt` the fittest individual of the last generation, which is
+chosen by its luck as well as by its merit. A generation is either finished and kept or not begun: whatever interrupts an
+evolution, it continues with the same result.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apical import data
+from apical.bench.checkpoint import read_sealed, write_atomically, write_sealed
+from apical.bench.evolve.recipe import FREE_FIELDS, EvolutionRecipe
+from apical.bench.folders import check_writable, refuse_used
+from apical.bench.run_folder import FolderLock
+from apical.bench.state import brief, parse_object, read_json, sealed, write_state
+from apical.errors import CheckpointError, DataError
+from apical.evolution.classification import Classification, Images, Setting
+from apical.evolution.population import Lifetime
+from apical.evolution.seeds import seed_of
+from apical.evolution.strategy import Search, Strategy, finite
+from apical.evolution.workers import Task, Workers
+from apical.rules.top_down.teacher import TopDownNetwork
+
+
+class EvolutionFolder:
+    """Paths, checks, reading and writing of one evolution's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.environment = path / "config.json", path / "environment.json"
+        self.metrics, self.checkpoint = path / "metrics.jsonl", path / "checkpoint.pt"
+        self.teacher, self.best, self.result = path / "teacher.pt", path / "best.pt", path / "result.json"
+
+    def check(self, recipe: EvolutionRecipe, *, resume: bool, overwrite: bool) -> bool:
+        """Whether there is a checkpoint to continue from. Writes nothing.
+
+        Raises:
+            ConfigError: the folder cannot be written, or holds something and neither flag is given.
+            CheckpointError: the evolution in it has other options, or is longer than asked.
+        """
+        check_writable(self.path)
+        if not (resume or overwrite):
+            refuse_used(self.path)
+        if overwrite or not self.config.exists():
+            return False
+        saved, asked = read_json(self.config), recipe.to_json()
+        unlike = [f"{k}: {saved.get(k)} vs {v}" for k, v in asked.items() if k not in FREE_FIELDS and saved.get(k) != v]
+        if unlike:
+            raise CheckpointError(
+                f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
+                "resume with the saved ones or choose another --out"
+            )
+        if odd := [name for name in FREE_FIELDS if type(saved.get(name)) is not type(asked[name])]:
+            raise CheckpointError(
+                f"{self.config} is damaged ({odd[0]} is {saved.get(odd[0])!r}); start again with --overwrite"
+            )
+        return self.checkpoint.exists()
+
+    @contextmanager
+    def held(self, recipe: EvolutionRecipe, *, resume: bool, overwrite: bool) -> Iterator[bool]:
+        """Keep other processes out of the folder, then :meth:`check` it: a holder waited for has left files of its own.
+
+        Raises:
+            ConfigError: another process evolves here; or as :meth:`check` does.
+            CheckpointError: as :meth:`check` does.
+        """
+        lock = FolderLock(self.path)
+        lock.hold("evolving")
+        try:
+            yield self.check(recipe, resume=resume, overwrite=overwrite)
+        finally:
+            lock.release()
+
+    def create(self, recipe: EvolutionRecipe, command: str, environment: dict[str, Any]) -> None:
+        """Make the folder, remove an older evolution's files, write config.json and environment.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for old in (self.result, self.checkpoint, self.metrics, self.teacher, self.best):
+            old.unlink(missing_ok=True)
+        write_state(self.config, {**recipe.to_json(), "command": command})
+        write_state(self.environment, environment)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Finished generations; a torn last line is left out.
+
+        Raises:
+            CheckpointError: a line is damaged.
+        """
+        if not self.metrics.exists():
+            return []
+        try:
+            whole = self.metrics.read_text(encoding="utf-8").rpartition("\n")[0]
+            lines = [parse_object(line) for line in whole.split("\n") if line]
+            for line in lines:
+                check_line(line)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.metrics} is damaged ({brief(error)}); start again with --overwrite") from None
+        return lines
+
+
+_MEASURED = {"best": float, "mean": float, "failed": int, "sigma": float, "seconds": float, "center": (float, type(None))}
+
+
+def check_line(line: dict[str, Any]) -> None:
+    """Refuse what is not the line of a finished generation.
+
+    Raises:
+        ValueError: it lacks a measurement, or has one of another kind.
+    """
+    kinds: dict[str, Any] = {"generation": int, **_MEASURED}
+    for name, kind in kinds.items():
+        if not isinstance(line.get(name, ""), kind):
+            raise ValueError(f"{name} is {line.get(name)!r}")
+
+
+class Evolution:
+    """A search for top-down networks, generation by generation.
+
+    Args:
+        task: what they are evolved for.
+        strategy: how.
+        workers: who evaluates them.
+        seed: of the populations.
+        folder: where finished generations are kept; None keeps nothing.
+
+    Attributes:
+        search: the search distribution.
+        generation: finished generations.
+        line: what the last of them measured: fitness of the centre, the best and the mean, individuals whose fitness was not
+            finite, mean standard deviation, seconds.
+    """
+
+    def __init__(
+        self, task: Task, strategy: Strategy, workers: Workers, seed: int = 0, folder: EvolutionFolder | None = None
+    ) -> None:
+        self.task, self.workers, self.seed, self.folder = task, workers, seed, folder
+        self.search = Search(strategy, task.start)
+        self.generation = 0
+        self.line: dict[str, Any] = {}
+        self.fittest = task.start
+
+    def step(self) -> dict[str, Any]:
+        """One generation; returns its line. The centre is evaluated too, for people; the search does not use that."""
+        begun = time.perf_counter()
+        population = self.search.ask(seed_of(self.seed, "population", self.generation))
+        everyone = torch.cat([population, self.search.center[None]])
+        fitness = self.workers.evaluate(self.task, everyone, self.generation)
+        ranked = finite(fitness[:-1])
+        self.fittest = population[int(ranked.argmax())].clone()
+        self.search.tell(population, fitness[:-1])
+        self.generation += 1
+        self.line = {
+            "generation": self.generation,
+            "center": _number(fitness[-1]),
+            "best": float(ranked.max()),
+            "mean": float(ranked.mean()),
+            "failed": int((~fitness[:-1].isfinite()).sum()),
+            "sigma": float(self.search.sigma.mean()),
+            "seconds": time.perf_counter() - begun,
+        }
+        self._keep()
+        return self.line
+
+    def restore(self) -> None:
+        """Continue from the folder's checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or of another evolution.
+        """
+        assert self.folder is not None
+        path = self.folder.checkpoint
+        try:
+            saved = read_sealed(path, f"checkpoint {path}")
+            self.search.restore(saved["search"])
+            self.generation, self.line, self.fittest = saved["generation"], saved["line"], saved["fittest"]
+            check_line(self.line)
+            if type(self.generation) is not int or self.line["generation"] != self.generation:
+                raise ValueError("its last line is of another generation")
+            if not self.search.center.shape == self.search.sigma.shape == self.fittest.shape == self.task.start.shape:
+                raise ValueError("it has another number of weights")
+            if not bool((self.search.center + self.search.sigma + self.fittest).isfinite().all()):
+                raise ValueError("weights in it are not finite")
+            self.search.ask(0)  # what does not fit together shows here
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # the state is the strategy's own
+            raise CheckpointError(f"checkpoint {path} is damaged ({brief(error)}); start again with --overwrite") from error
+        lines = [line for line in self.folder.lines() if line["generation"] < self.generation]
+        if [line["generation"] for line in lines] != list(range(1, self.generation)):
+            raise CheckpointError(
+                f"{self.folder.metrics} lacks a generation before {self.generation}; start again with --overwrite"
+            )
+        text = "".join(json.dumps(sealed(line)) + "\n" for line in [*lines, self.line])
+        write_atomically(self.folder.metrics, text.encode())
+
+    def _keep(self) -> None:
+        if self.folder is None:
+            return
+        state = {"search": self.search.state(), "generation": self.generation, "line": self.line, "fittest": self.fittest}
+        write_sealed(self.folder.checkpoint, state)
+        with open(self.folder.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(sealed(self.line)) + "\n")
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if bool(value.isfinite()) else None
+
+
+def classification(recipe: EvolutionRecipe) -> Classification:
+    """The recipe's task, with its data loaded.
+
+    Raises:
+        ApicalError: a name or size is not usable, the data are missing or damaged, or the teacher to begin with is unlike.
+    """
+    sets = []
+    for name in recipe.data:
+        loaded = data.load(name)
+        if loaded.is_regression:
+            raise DataError(f"{name} has numbers as targets; top-down networks are evolved for classification")
+        sets.append(Images(loaded.train.inputs, loaded.train.targets, loaded.classes, name))
+    lifetime = Lifetime(
+        steps=recipe.steps,
+        lr=recipe.lr,
+        optimizer=recipe.optimizer,
+        clip=recipe.clip,
+        batch_size=recipe.batch_size or None,
+    )
+    setting = Setting(
+        model=recipe.model[0],
+        others=recipe.model[1:],
+        lifetime=lifetime,
+        hidden=recipe.hidden,
+        sites=recipe.sites or None,
+        relative=recipe.relative,
+        ways=recipe.ways or None,
+        examples=recipe.examples or None,
+        tasks=recipe.tasks,
+        starts=recipe.starts,
+        zeros=recipe.zeros,
+        quiet=recipe.quiet,
+        held_out=recipe.held_out,
+        seed=recipe.seed,
+    )
+    task = Classification(sets, setting)
+    if recipe.begin:
+        task.start = task.weights_of(recipe.begin)
+    return task
+
+
+def strategy(recipe: EvolutionRecipe) -> Strategy:
+    """The recipe's evolution strategy."""
+    return Strategy(
+        name=recipe.strategy, population=recipe.population, sigma=recipe.sigma, step=recipe.step, decay=recipe.decay
+    )
+
+
+def teacher(task: Classification, weights: Tensor) -> TopDownNetwork:
+    """The top-down network with flat weights (D,)."""
+    network = task.network(0)
+    other = task.population.other
+    assert other is not None
+    network.load_state_dict({name.removeprefix("teacher."): value for name, value in other.named(weights.clone()).items()})
+    return network
+
+
+def evolve(
+    task: Classification,
+    recipe: EvolutionRecipe,
+    workers: Workers,
+    folder: EvolutionFolder,
+    *,
+    resume: bool,
+    provenance: dict[str, Any],
+    on_generation: Callable[[dict[str, Any]], bool] = lambda line: False,
+) -> dict[str, Any] | None:
+    """Run an evolution to its end and write teacher.pt, best.pt and result.json; returns what result.json says.
+
+    Args:
+        on_generation: told the line of each finished generation; True stops there, and None is returned.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or beyond the generations asked for.
+    """
+    evolution = Evolution(task, strategy(recipe), workers, recipe.seed, folder)
+    if resume:
+        evolution.restore()
+    if evolution.generation > recipe.generations:
+        raise CheckpointError(
+            f"{folder.path} has {evolution.generation} finished generations, more than --generations {recipe.generations}"
+        )
+    while evolution.generation < recipe.generations:
+        if on_generation(evolution.step()):
+            return None
+    result = {
+        "status": "finished",
+        "generations": evolution.generation,
+        "parameters": int(task.start.numel()),
+        "fitness": evolution.line["center"],
+        "seconds": sum(line["seconds"] for line in folder.lines()),
+    }
+    origin = {**provenance, "recipe": recipe.to_json(), "result": result}
+    teacher(task, evolution.search.center).save(folder.teacher, {**origin, "which": "centre of the search distribution"})
+    teacher(task, evolution.fittest).save(folder.best, {**origin, "which": "fittest of the last generation"})
+    write_state(folder.result, result)
+    return result

@@ -1,0 +1,387 @@
+"""Figures of a comparison, one journal column (3.5 inches) wide, made without any global plotting state."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from apical.bench.figures.cost import compute, seconds
+from apical.bench.figures.depth import depth_accuracy, reconstructions
+from apical.bench.figures.style import RC, styles
+from apical.bench.report.records import Array, Comparison, Run
+
+_WIDTH = 3.5
+_NAMED_LAYERS = 6
+_DPI = 200
+
+
+class Drawing(NamedTuple):
+    """A finished figure: file stem, title, caption, and its bytes as PNG and SVG."""
+
+    stem: str
+    title: str
+    caption: str
+    png: bytes
+    svg: bytes
+
+
+class _LayerFigure(NamedTuple):
+    """What distinguishes the three figures with one panel per rule and one line per layer."""
+
+    stem: str
+    key: str
+    title: str
+    axis: str
+    reference: float
+    caption: str
+
+
+_LAYER_FIGURES = (
+    _LayerFigure(
+        "weight_alignment",
+        "weight_alignment",
+        "Alignment of the feedback with the forward weights",
+        "angle to forward weights (degrees)",
+        90.0,
+        "Angle between each layer's effective feedback weights and its forward weights (for product feedback "
+        "alignment, of the path B R). 0° is backpropagation's symmetry, 90° (dotted) is chance.",
+    ),
+    _LayerFigure(
+        "gradient_alignment",
+        "gradient_alignment",
+        "Alignment of the update with backpropagation's gradient",
+        "angle to BP gradient (degrees)",
+        90.0,
+        "Angle between the rule's weight gradient and backpropagation's at the same weights, on a fixed probe batch. "
+        "90° (dotted) is chance; a rule whose last layer learns with the exact error shows 0° there.",
+    ),
+    _LayerFigure(
+        "norm_ratio",
+        "norm_ratio",
+        "Size of the feedback relative to the forward weights",
+        "norm of feedback / norm of weights",
+        1.0,
+        "Norm of each layer's effective feedback weights divided by the norm of its forward weights; at 1 (dotted) they "
+        "are equal.",
+    ),
+    _LayerFigure(
+        "pair_cka",
+        "pair_cka",
+        "Likeness of the populations that are paired",
+        "CKA of forward and feedback activity",
+        1.0,
+        "Linear centred kernel alignment of each layer's activity with that of the feedback network at the same depth, on a "
+        "fixed probe batch. At 1 (dotted) both tell the samples apart alike.",
+    ),
+)
+
+
+def draw(comparison: Comparison) -> list[Drawing]:
+    """Every figure the comparison has data for, in reading order."""
+    several = len({run.seed for run in comparison.runs}) > 1
+    score = comparison.score
+    stem = score.key if score.is_loss else "accuracy"
+    curves, final = (_CURVES, _FINAL) if several else ("One seed.", "One seed; only runs that finished.")
+    with matplotlib.rc_context(RC):
+        drawings = [
+            render(stem, f"{score.name.capitalize()} during training", curves, _score_curves(comparison)),
+            render("loss", "Training loss", curves, _loss_curves(comparison, "train_loss", "training loss")),
+            render(f"final_{stem}", f"Final {score.name}", final, _final_score(comparison)),
+        ]
+        for name, title, label, caption in _CONDITION_FIGURES:
+            drawings.append(render(name, title, f"{caption} {curves}", _curves(comparison, name, label)))
+        for spec in _LAYER_FIGURES:
+            drawings.append(render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
+        for name, title, caption, figure in (
+            (f"{stem}_seconds", f"{score.name.capitalize()} against time", f"{_SECONDS} {curves}", seconds(comparison)),
+            (
+                f"{stem}_compute",
+                f"{score.name.capitalize()} against computation",
+                f"{_COMPUTE} {curves}",
+                compute(comparison),
+            ),
+            ("depth_accuracy", "Accuracy by depth", _DEPTHS, depth_accuracy(comparison)),
+            ("reconstructions", "Reconstructed images", _IMAGES, reconstructions(comparison)),
+        ):
+            drawings.append(render(name, title, caption, figure))
+    return [drawing for drawing in drawings if drawing is not None]
+
+
+_CONDITION_FIGURES = (
+    (
+        "minimum_norm_alignment",
+        "Alignment of the update with the minimum-norm one",
+        "angle to minimum norm (°)",
+        "Angle between the weight change a rule asks for and the smallest change that moves every output as wished (damping "
+        "1), on a fixed probe batch.",
+    ),
+    (
+        "condition_two",
+        "Feedback within the row space of the Jacobian",
+        "Condition 2 ratio",
+        "Share of the feedback weights Q in the row space of the network's Jacobian, on a fixed probe batch; at 1 feedback "
+        "control finds the minimum-norm update.",
+    ),
+)
+
+
+_CURVES = (
+    "Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds; with two, thin lines "
+    "show each."
+)
+_SECONDS = "After each epoch, against the seconds of training up to there, with whatever else the machine was doing."
+_COMPUTE = (
+    "After each epoch, against the multiply-adds of all training steps up to there, forward and backward, counted in one; "
+    "what a rule computes in a closed form counts as that form."
+)
+_DEPTHS = (
+    "Accuracy on the test images of the class read out at each layer, after the last epoch; the last layer is the model's "
+    "own output. Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds."
+)
+_IMAGES = (
+    "The first test images, and below them what the model of each rule makes of them after the last epoch (first seed)."
+)
+_FINAL = "Open symbols: one seed each. Filled symbol and bar: mean ± standard deviation over seeds. Only runs that finished."
+
+
+def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawing | None:
+    """The figure as PNG and SVG; None for none."""
+    if figure is None:
+        return None
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DPI)
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return Drawing(stem, title, caption, png.getvalue(), svg.getvalue())
+
+
+def _score_curves(comparison: Comparison) -> Figure | None:
+    """The score over epochs; chance level before training would flatten an accuracy, so it is left out where it can."""
+    score = comparison.score
+    if score.is_loss:
+        return _loss_curves(comparison, score.key, score.label)
+    long = max((run.epochs[-1] for run in comparison.runs if run.epochs), default=0) > 1
+    return _curves(comparison, score.key, score.label, scale=score.scale, first=1 if long else 0)
+
+
+def _loss_curves(comparison: Comparison, key: str, label: str) -> Figure | None:
+    figure = _curves(comparison, key, label)
+    values = _measured(comparison, key)
+    if figure is not None and values.min() > 0 and values.max() > 10 * values.min():
+        figure.axes[0].set_yscale("log")
+        _plain_log_labels(figure.axes[0])
+    return figure
+
+
+def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, first: int = 0) -> Figure | None:
+    """One line per rule over the epochs from `first` on, with its spread; legend below."""
+    drawn = [rule for rule in comparison.rules if any(_has(run.curve(key)) for run in comparison.of(rule))]
+    if not drawn:
+        return None
+    columns = min(
+        len(drawn), 5, int(_WIDTH / (0.44 + 0.044 * max(map(len, drawn))))
+    )  # inches: handle, and its name's letters
+    figure = Figure(figsize=(_WIDTH, 2.45 + 0.16 * math.ceil(len(drawn) / columns)))
+    axes = figure.add_subplot()
+    style = styles(comparison.rules)
+    for position, rule in enumerate(drawn):
+        colour, marker, line = style[rule].colour, style[rule].marker, style[rule].line
+        runs = comparison.of(rule)
+        epochs, mean, deviation, count = _spread(runs, key, first=first)
+        every = max(1, math.ceil(len(epochs) / 7))
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markeredgecolor": "white"}
+        look |= {"markeredgewidth": 0.4, "markevery": (position % every, every), "zorder": 3}
+        axes.plot(epochs, mean * scale, label=rule, **look)
+        if count >= 3:
+            low, high = (mean - deviation) * scale, (mean + deviation) * scale
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+        elif count == 2:
+            for run in runs:
+                epochs, values, *_ = _spread([run], key, first=first)
+                axes.plot(epochs, values * scale, color=colour, linewidth=0.5, alpha=0.7)
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
+    return figure
+
+
+def _final_score(comparison: Comparison) -> Figure | None:
+    """Dot plot, one row per rule: each seed, mean and standard deviation."""
+    scores = {rule: _final_scores(comparison, rule) for rule in comparison.rules}
+    scores = {rule: values for rule, values in scores.items() if values.size}
+    if not scores:
+        return None
+    figure = Figure(figsize=(_WIDTH, 0.62 + 0.24 * len(scores)))
+    axes = figure.add_subplot()
+    style = styles(comparison.rules)
+    for row, (rule, values) in enumerate(scores.items()):
+        colour, marker = style[rule].colour, style[rule].marker
+        deviation = values.std(ddof=1) if values.size > 1 else 0.0
+        centre: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5.5, "elinewidth": 1.2, "zorder": 3}
+        axes.errorbar(values.mean(), row - 0.14 * (values.size > 1), xerr=deviation, **centre)
+        if values.size > 1:
+            axes.scatter(values, np.full(values.size, row + 0.2), s=11, facecolors="white", edgecolors=colour, lw=0.8)
+    axes.set_yticks(range(len(scores)), [rule for rule in scores])
+    axes.set_ylim(len(scores) - 0.4, -0.6)
+    axes.set_xlabel(comparison.score.label.replace(comparison.score.name, f"{comparison.score.name} after the last epoch"))
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.margins(x=0.06)
+    return figure
+
+
+def _layers(comparison: Comparison, spec: _LayerFigure) -> Figure | None:
+    """Small multiples: one panel per rule that has the measure, one line per layer."""
+    rules = _rules_with_layers(comparison, spec)
+    if not rules:
+        return None
+    layers = list(dict.fromkeys(layer for rule in rules for run in comparison.of(rule) for layer in run.layers))
+    named = len(layers) <= _NAMED_LAYERS
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, len(layers)))
+    columns = min(2, len(rules))
+    rows = math.ceil(len(rules) / columns)
+    height = (1.4 if rows > 1 else 1.7) * rows + (0.35 + 0.14 * math.ceil(len(layers) / 2) if named else 0.7)
+    figure = Figure(figsize=(_WIDTH, height))
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten())
+    spare = panels.pop() if len(panels) > len(rules) else None
+    for panel, rule in zip(panels, rules, strict=True):
+        _layer_panel(panel, comparison.of(rule), spec, layers, colours, named)
+        panel.set_title(rule, loc="left", pad=3, fontweight="bold")
+    for panel in panels[-columns:]:
+        panel.set_xlabel("epoch")
+        panel.tick_params(labelbottom=True)
+    _layer_scale(panels[0], comparison, spec)
+    figure.supylabel(spec.axis, fontsize=8)
+    if spare is not None:
+        spare.set_axis_off()
+    if named:
+        _layer_legend(figure, spare, layers, colours)
+    else:
+        _layer_colourbar(figure, panels, layers, colours)
+    return figure
+
+
+def _layer_panel(
+    panel: Axes, runs: Sequence[Run], spec: _LayerFigure, layers: Sequence[str], colours: Array, named: bool
+) -> None:
+    panel.axhline(spec.reference, color="#555555", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=1)
+    means = []
+    widths = np.linspace(1.9, 1.0, len(layers)) if named else np.full(len(layers), 0.7)  # thinner on top: none is hidden
+    for layer, colour, width in zip(layers, colours, widths, strict=True):
+        epochs, mean, deviation, count = _spread(runs, spec.key, layer)
+        means.append(dict(zip(epochs, mean, strict=True)))
+        panel.plot(epochs, mean, color=tuple(colour), linewidth=width, zorder=2)
+        if named and count >= 3:
+            panel.fill_between(epochs, mean - deviation, mean + deviation, color=tuple(colour), alpha=0.18, linewidth=0)
+    if not named:
+        everywhere = sorted({epoch for layer_means in means for epoch in layer_means})  # a layer may lack some epochs
+        table = np.array([[layer_means.get(epoch, np.nan) for epoch in everywhere] for layer_means in means])
+        panel.plot(everywhere, _column_mean(table), color="black", linewidth=1.4, linestyle=(0, (4, 1.5)), zorder=3)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+
+
+def _layer_scale(panel: Axes, comparison: Comparison, spec: _LayerFigure) -> None:
+    values = np.concatenate([run.curve(spec.key, layer) for run in comparison.runs for layer in run.layers])
+    values = values[np.isfinite(values)]
+    if spec.reference == 90.0:
+        panel.set_ylim(0, max(100.0, 1.03 * values.max()))
+        panel.set_yticks(range(0, 181 if values.max() > 110 else 91, 30))
+    elif spec.key != "pair_cka" and values.min() > 0 and values.max() > 5 * values.min():
+        panel.set_yscale("log")
+        _plain_log_labels(panel)
+    else:
+        panel.set_ylim(0, 1.08 * max(1.0, values.max()))
+
+
+def _layer_legend(figure: Figure, spare: Axes | None, layers: Sequence[str], colours: Array) -> None:
+    """Names of the layers, in the spare cell of the grid if there is one, else below."""
+    handles = [Line2D([], [], color=tuple(colour), linewidth=1.6) for colour in colours]
+    names = [layer if len(layer) <= 20 else f"{layer[:6]}…{layer[-13:]}" for layer in layers]
+    if spare is not None:
+        spare.legend(handles, names, loc="center", handlelength=1.6)
+        return
+    longest = max(map(len, names))
+    columns = min(len(layers), 4 if longest <= 8 else 3 if longest <= 12 else 2)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=1.4, columnspacing=1.2)
+
+
+def _layer_colourbar(figure: Figure, panels: list[Axes], layers: Sequence[str], colours: Array) -> None:
+    count = len(layers)
+    scale = ScalarMappable(BoundaryNorm(np.arange(count + 1) + 0.5, count), ListedColormap(colours.tolist()))
+    bar = figure.colorbar(scale, ax=panels, location="bottom", aspect=40, fraction=0.04, pad=0.02)
+    bar.set_ticks(sorted({1, *range(5, count - 1, 5), count}))
+    bar.ax.minorticks_off()
+    bar.set_label("layer, counted from the input")
+
+
+def _layer_caption(spec: _LayerFigure, comparison: Comparison) -> str:
+    seeds = len({run.seed for run in comparison.runs})
+    layers = max((run.layers for run in comparison.runs), key=len)
+    text = spec.caption + (" Lines are means over seeds." if seeds > 1 else "")
+    if len(layers) > _NAMED_LAYERS:
+        text += f" Layer 1 is {layers[0]}, layer {len(layers)} is {layers[-1]}; dashed: mean over layers."
+    return text
+
+
+def _rules_with_layers(comparison: Comparison, spec: _LayerFigure) -> list[str]:
+    """Rules with the measure in some layer; backpropagation agrees with itself and gets no panel."""
+    return [
+        rule
+        for rule in comparison.rules
+        if rule != "bp" and any(_has(run.curve(spec.key, layer)) for run in comparison.of(rule) for layer in run.layers)
+    ]
+
+
+def _spread(runs: Sequence[Run], key: str, layer: str | None = None, first: int = 0) -> tuple[Array, Array, Array, int]:
+    """Epochs from `first` on, mean and standard deviation (NaN for one run) over the runs, and the number of runs."""
+    curves = [(run.epochs, run.curve(key, layer)) for run in runs]
+    curves = [(epochs, values) for epochs, values in curves if _has(values)]
+    axis = sorted({epoch for epochs, _ in curves for epoch in epochs})
+    shown = np.array(axis, dtype=np.float64) >= first
+    table = np.full((len(curves), len(axis)), np.nan)
+    for row, (epochs, values) in zip(table, curves, strict=True):
+        row[[axis.index(epoch) for epoch in epochs]] = values
+    count = np.isfinite(table).sum(axis=0)
+    mean = _column_mean(table)
+    squares = np.nansum((table - mean) ** 2, axis=0)
+    deviation = np.sqrt(squares / np.where(count > 1, count - 1, np.nan))
+    return np.array(axis, dtype=np.float64)[shown], mean[shown], deviation[shown], len(curves)
+
+
+def _column_mean(table: Array) -> Array:
+    """Mean of each column over its finite entries; NaN where there is none."""
+    count = np.isfinite(table).sum(axis=0)
+    mean: Array = np.nansum(table, axis=0) / np.where(count > 0, count, np.nan)
+    return mean
+
+
+def _final_scores(comparison: Comparison, rule: str) -> Array:
+    key, scale = comparison.score.key, comparison.score.scale
+    scores = scale * np.array([run.final(key) for run in comparison.of(rule) if run.finished], dtype=np.float64)
+    return scores[np.isfinite(scores)]
+
+
+def _measured(comparison: Comparison, key: str) -> Array:
+    values: Array = np.concatenate([run.curve(key) for run in comparison.runs])
+    finite: Array = values[np.isfinite(values)]
+    return finite
+
+
+def _has(values: Array) -> bool:
+    return bool(np.isfinite(values).any())
+
+
+def _plain_log_labels(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

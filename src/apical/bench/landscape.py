@@ -1,0 +1,238 @@
+"""Trajectories of finished runs on one loss surface: reading the runs, and measuring what landscape.json keeps."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from apical.bench.recipe import Recipe, from_json
+from apical.bench.run_folder import RunFolder
+from apical.bench.schedule import generator
+from apical.bench.state import read_json
+from apical.bench.trajectory import Trajectory, load
+from apical.diagnostics.landscape import (
+    Losses,
+    Plane,
+    barrier,
+    losses_along,
+    principal_plane,
+    random_plane,
+    surface,
+    tortuosity,
+    travelled,
+)
+from apical.errors import CheckpointError, ConfigError
+
+PlaneName = Literal["pca", "random"]
+ALIKE = ("data", "model", "loss", "train_limit", "validation")
+"""Fields of the recipe that decide the surface."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run with its trajectory.
+
+    Attributes:
+        label: the rule's short name, with the folder's where several runs have the same rule and seed.
+        folder: where it is kept.
+        recipe: what was trained.
+        trajectory: where it went.
+    """
+
+    label: str
+    folder: Path
+    recipe: Recipe
+    trajectory: Trajectory
+
+
+def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
+    """The runs of run folders and comparisons' folders, and the folders of those left out because they diverged.
+
+    Raises:
+        ConfigError: a folder holds no run, one that is not finished or has no trajectory, or the runs do not go together.
+        CheckpointError: a file is damaged.
+    """
+    found: list[tuple[Path, Path, Recipe]] = []
+    diverged = []
+    for source in folders:
+        for path in _run_folders(source):
+            folder = RunFolder(path)
+            if not folder.result.exists():
+                raise ConfigError(f"{path} is not finished; continue it with --resume")
+            if read_json(folder.result).get("status") == "diverged":
+                diverged.append(path)
+                continue
+            try:
+                recipe = from_json(read_json(folder.config))
+            except (ConfigError, TypeError) as error:
+                raise CheckpointError(f"{folder.config} is damaged ({error})") from error
+            if not recipe.trajectory:
+                raise ConfigError(f"{path} has no trajectory: train with --trajectory N")
+            found.append((source, path, recipe))
+    if not found:
+        raise ConfigError(f"every run diverged: {', '.join(map(str, diverged))}")
+    paths = [path.resolve() for _, path, _ in found]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is given twice")
+    for _, path, recipe in found[1:]:
+        for field in ALIKE:
+            first, other = getattr(found[0][2], field), getattr(recipe, field)
+            if first != other:
+                where = f"{found[0][1]} has {first}"
+                raise ConfigError(f"{path} has another surface: {field} {other}, {where}; draw them apart")
+    cells = [(recipe.rule_name, recipe.seed) for _, _, recipe in found]
+    repeated = {rule for rule, seed in cells if cells.count((rule, seed)) > 1}
+    runs = []
+    for source, path, recipe in found:
+        name = recipe.rule_name
+        label = f"{name} ({source.name})" if name in repeated else name
+        runs.append(Run(label, path, recipe, load(RunFolder(path).trajectory)))
+    return runs, diverged
+
+
+def _run_folders(source: Path) -> list[Path]:
+    if (source / "config.json").exists():
+        return [source]
+    if (source / "compare.json").exists():
+        plan = read_json(source / "compare.json")
+        cells = itertools.product(plan.get("rules", ()), plan.get("seeds", ()))
+        return [source / "runs" / str(rule) / f"seed-{seed}" for rule, seed in cells]
+    raise ConfigError(f"{source} is no folder of a run or a comparison")
+
+
+def check_weights(runs: Iterable[Run], model: nn.Module) -> None:
+    """Refuse trajectories that are not of `model`.
+
+    Raises:
+        CheckpointError: names or shapes of the parameters differ.
+    """
+    own = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    for run in runs:
+        if list(zip(run.trajectory.names, run.trajectory.shapes, strict=True)) != own:
+            raise CheckpointError(f"{run.folder}: its trajectory has other weights than {run.recipe.model}")
+
+
+def plane_of(runs: Sequence[Run], name: PlaneName, model: nn.Module) -> Plane:
+    """The principal plane of all snapshots, or a random one through the end of the first run, to which `model` is set.
+
+    Raises:
+        ConfigError: the snapshots span no plane.
+    """
+    if name == "pca":
+        try:
+            return principal_plane([run.trajectory.weights for run in runs])
+        except ConfigError as error:
+            raise ConfigError(f"{runs[0].folder}: {error}") from error
+    nn.utils.vector_to_parameters(runs[0].trajectory.weights[-1], model.parameters())
+    return random_plane(model, generator("cpu", 0, "landscape"))
+
+
+def measure(
+    runs: Sequence[Run], losses: Losses, plane: Plane, *, grid: int, span: float, chunk: int, whole: bool
+) -> dict[str, Any]:
+    """The surface, the runs on it, and what does not depend on the plane; all as JSON has it, None for what is not finite.
+
+    Args:
+        runs: what to show.
+        losses: the loss as a function of the weights.
+        plane: where to show it.
+        grid: points on a side.
+        span: half the side over the farthest coordinate of a snapshot from the middle of all if `whole`; otherwise over the
+            plane's axes.
+        chunk: points evaluated together.
+        whole: show all snapshots, or what is around the plane's origin.
+    """
+    places = [plane.coordinates(run.trajectory.weights) for run in runs]
+    low, high = torch.cat(places).amin(0), torch.cat(places).amax(0)
+    middle = (low + high) / 2 if whole else torch.zeros(2, dtype=torch.float64)
+    half = span * (float((high - low).max()) / 2 if whole else 1.0)
+    x, y = (torch.linspace(-half, half, grid, dtype=torch.float64) + centre for centre in middle)
+    rows = [_row(run, place, losses, plane, chunk) for run, place in zip(runs, places, strict=True)]
+    return {
+        "explained_variance": None if plane.explained is None else list(plane.explained),
+        "x": x.tolist(),
+        "y": y.tolist(),
+        "losses": _finite(surface(losses, plane, x, y, chunk)),
+        "runs": rows,
+        "barriers": list(_barriers(runs, losses, grid - 1, chunk)),
+        "same_start": _same_start(runs),
+    }
+
+
+def evaluations(runs: Sequence[Run], grid: int) -> int:
+    """How many losses :func:`measure` computes."""
+    pairs = sum(run.recipe.seed == other.recipe.seed for run, other in itertools.combinations(runs, 2))
+    return grid**2 + (pairs + len(runs)) * grid + sum(len(run.trajectory.steps) for run in runs)
+
+
+def watched(losses: Losses, advance: Callable[[int], None]) -> Losses:
+    """`losses` that tells `advance` how many it computed."""
+
+    def told(points: Tensor) -> Tensor:
+        values = losses(points)
+        advance(len(points))
+        return values
+
+    return told
+
+
+def _row(run: Run, place: Tensor, losses: Losses, plane: Plane, chunk: int) -> dict[str, Any]:
+    weights = run.trajectory.weights
+    straight = float((weights[-1].double() - weights[0].double()).norm())
+    moved = travelled(weights)
+    return {
+        "label": run.label,
+        "rule": run.recipe.rule_name,
+        "seed": run.recipe.seed,
+        "folder": str(run.folder),
+        "steps": list(run.trajectory.steps),
+        "coordinates": place.tolist(),
+        "distances": plane.distances(weights).tolist(),
+        "losses": _finite(losses_along(losses, weights, chunk)),
+        "travelled": moved,
+        "start_to_end": straight,
+        "tortuosity": tortuosity(weights) if moved and straight else None,
+    }
+
+
+def _barriers(runs: Sequence[Run], losses: Losses, steps: int, chunk: int) -> Iterable[dict[str, Any]]:
+    """Between the start and the end of each run, and between the ends of each two runs with the same seed."""
+    for run in runs:
+        weights = run.trajectory.weights
+        yield {"seed": run.recipe.seed, "from": f"{run.label} start", "to": f"{run.label} end"} | _line(
+            losses, weights[0], weights[-1], steps, chunk
+        )
+    for run, other in itertools.combinations(runs, 2):
+        if run.recipe.seed == other.recipe.seed:
+            ends = run.trajectory.weights[-1], other.trajectory.weights[-1]
+            yield {"seed": run.recipe.seed, "from": f"{run.label} end", "to": f"{other.label} end"} | _line(
+                losses, *ends, steps, chunk
+            )
+
+
+def _line(losses: Losses, start: Tensor, end: Tensor, steps: int, chunk: int) -> dict[str, Any]:
+    found = barrier(losses, start, end, steps, chunk)
+    height = found.height if math.isfinite(found.height) else None
+    return {"height": height, "at": None if height is None else found.at, "losses": _finite(found.along)}
+
+
+def _same_start(runs: Sequence[Run]) -> dict[str, bool]:
+    """For each seed with several runs, whether all of them start from the same weights."""
+    seeds: dict[int, list[Tensor]] = {}
+    for run in runs:
+        seeds.setdefault(run.recipe.seed, []).append(run.trajectory.weights[0])
+    several = {seed: starts for seed, starts in seeds.items() if len(starts) > 1}
+    return {str(seed): all(torch.equal(starts[0], start) for start in starts) for seed, starts in several.items()}
+
+
+def _finite(values: Tensor) -> Any:
+    """Nested lists of the values, None for what is not finite."""
+    if values.dim() > 1:
+        return [_finite(row) for row in values]
+    return [value if math.isfinite(value) else None for value in values.tolist()]

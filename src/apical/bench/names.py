@@ -1,0 +1,332 @@
+"""The rules by their short names on the command line, with the defaults each one needs. The library has no registry."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from apical.bench import own_rules
+from apical.bench.recipe import Recipe, parse_options, rule_name
+from apical.bench.schedule import alignment_decay
+from apical.core.credit import CreditRule, Loss
+from apical.core.losses import squared_error
+from apical.errors import ApicalError, ConfigError, unknown_name
+from apical.rules.backprop import Backprop
+from apical.rules.corinfomax import CorInfoMax
+from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning
+from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation
+from apical.rules.feedback_alignment import FeedbackAlignment
+from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
+from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
+from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
+from apical.rules.sign_symmetry import SignSymmetry
+from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation
+from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment
+from apical.rules.weight_mirror import WeightMirror
+
+DECAY = 1e-4
+"""Weight decay of every rule that does not learn its feedback by decay, and of the others after their alignment phase."""
+
+Q_DECAY = 0.05
+"""Decay at which the feedback weights of DFC, at its default noise, come to rest near the transposed Jacobian."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One short name: the class behind it, the options that the name fixes, and a line for people.
+
+    Attributes:
+        aligns: the rule's feedback aligns through weight decay, so it starts with an alignment phase.
+        clip: largest gradient norm per tensor where the recipe sets none, for rules whose updates are not small.
+        feedback_decay: weight decay of the feedback weights where the recipe sets none: it bounds feedback that grows along
+            a fixed direction.
+        physical: options under which the rule computes as its paper's network would, where its default is a closed form of
+            that; an audit looks at this form.
+    """
+
+    build: Callable[..., CreditRule]
+    title: str
+    options: dict[str, Any] = field(default_factory=dict)
+    aligns: bool = False
+    clip: float = 0.0
+    feedback_decay: float | None = None
+    physical: dict[str, Any] = field(default_factory=dict)
+
+
+EXPLICIT = {"form": "explicit"}
+"""Feedback weights are kept as such, not derived from forward weights that got the same updates."""
+
+LITERAL = {"form": "literal"}
+"""Errors pass both of the feedback matrices, which are kept as such and not multiplied first."""
+
+SIMULATED = {"solver": "simulate", "learn": "noise", "points": 60, "dt": 0.05}
+"""The controlled dynamics and the noisy phase run in time, for 15 of the neurons' time constants."""
+
+SIMULATED_FIXED = {key: value for key, value in SIMULATED.items() if key != "learn"}
+
+RULES: dict[str, Entry] = {
+    "bp": Entry(Backprop, "backpropagation"),
+    "fa": Entry(FeedbackAlignment, "feedback alignment: fixed random feedback weights"),
+    "dfa": Entry(DirectFeedbackAlignment, "direct feedback alignment: the output error straight to every layer"),
+    "usf": Entry(SignSymmetry, "sign symmetry: the signs of the weights, one magnitude", {"variant": "uniform"}),
+    "brsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn for every batch", {"variant": "batchwise"}),
+    "frsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn once", {"variant": "fixed"}),
+    "kp": Entry(KolenPollack, "Kolen-Pollack: feedback gets the same updates and decay", aligns=True, physical=EXPLICIT),
+    "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
+    "pfa": Entry(
+        ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True, physical=LITERAL
+    ),
+    "pfa-o": Entry(
+        ProductFeedbackAlignment,
+        "product feedback alignment, orthogonal",
+        {"feedback": "orthogonal"},
+        True,
+        physical=LITERAL,
+    ),
+    "dfc": Entry(
+        DeepFeedbackControl,
+        "deep feedback control, averaged over time",
+        {"variant": "dfc"},
+        feedback_decay=Q_DECAY,
+        physical=SIMULATED,
+    ),
+    "dfc-ss": Entry(
+        DeepFeedbackControl,
+        "deep feedback control at its steady state",
+        {"variant": "ss"},
+        feedback_decay=Q_DECAY,
+        physical=SIMULATED,
+    ),
+    "dfc-ssa": Entry(
+        DeepFeedbackControl,
+        "deep feedback control at its linearised steady state",
+        {"variant": "ssa"},
+        feedback_decay=Q_DECAY,
+    ),
+    "dfc-fixed": Entry(
+        DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}, physical=SIMULATED_FIXED
+    ),
+    "dfc-ss-fixed": Entry(
+        DeepFeedbackControl,
+        "dfc-ss with fixed feedback weights",
+        {"variant": "ss", "learn": "none"},
+        physical=SIMULATED_FIXED,
+    ),
+    "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
+    "ccl": Entry(CounterCurrentLearning, "counter-current learning: two anti-parallel networks, local losses", clip=1.0),
+    "ccl-frozen": Entry(
+        CounterCurrentLearning, "ccl, a control: the feedback network stays random", {"feedback": "frozen"}, clip=1.0
+    ),
+    "ccl-free": Entry(
+        CounterCurrentLearning, "ccl, a control: free codes, that is a classifier per layer", {"feedback": "free"}, clip=1.0
+    ),
+    "ccl-readout": Entry(
+        CounterCurrentLearning, "ccl, a control: only the last layer learns", {"feedback": "none"}, clip=1.0
+    ),
+    "tdca": Entry(
+        TopDownCreditAssignment,
+        "top-down credit assignment: an evolved network hands out credit",
+        {"teacher": "digits"},
+        clip=1.0,
+    ),
+    "tdca-silent": Entry(
+        TopDownCreditAssignment,
+        "tdca, a control: no credit to hidden units",
+        {"teacher": "digits", "silent": True},
+        clip=1.0,
+    ),
+    "tdca-unevolved": Entry(TopDownCreditAssignment, "tdca, a control: the top-down network stays random", clip=1.0),
+    "strong-dfc": Entry(
+        StrongDeepFeedbackControl,
+        "strong deep feedback control: the output held at the label",
+        clip=1.0,
+        physical={"solver": "simulate", "learn": "noise", "points": 100},
+    ),
+    "dtp": Entry(
+        DifferenceTargetPropagation,
+        "difference target propagation: inverses learned layer by layer",
+        {"variant": "dtp"},
+        clip=1.0,
+    ),
+    "dtp-drl": Entry(
+        DifferenceTargetPropagation,
+        "dtp whose feedback learns by the difference reconstruction loss",
+        {"variant": "drl"},
+        clip=1.0,
+    ),
+    "ddtp-linear": Entry(
+        DifferenceTargetPropagation,
+        "direct difference target propagation: linear maps from the output, learned",
+        {"variant": "linear"},
+        clip=1.0,
+    ),
+    "ddtp-rhl": Entry(
+        DifferenceTargetPropagation,
+        "direct difference target propagation behind a fixed random layer",
+        {"variant": "hidden"},
+        clip=1.0,
+    ),
+    "ddtp-control": Entry(
+        DifferenceTargetPropagation,
+        "ddtp-linear, a control: reconstruction without the difference",
+        {"variant": "control"},
+        clip=1.0,
+    ),
+    "ep": Entry(EquilibriumPropagation, "equilibrium propagation, symmetric nudges"),
+    "ep-one-sided": Entry(
+        EquilibriumPropagation, "equilibrium propagation, one nudge of random sign", {"estimator": "random-sign"}
+    ),
+    "ep-directed": Entry(
+        EquilibriumPropagation,
+        "equilibrium propagation with weights of their own for each direction",
+        {"weights": "directed"},
+    ),
+    "hep": Entry(
+        EquilibriumPropagation, "holomorphic equilibrium propagation, complex nudges", {"estimator": "holomorphic"}
+    ),
+    "corinfomax": Entry(CorInfoMax, "correlative information maximisation: layers that predict both ways"),
+}
+
+
+def find_rule(name: str) -> Entry:
+    """The entry of a short name, or of a rule that is not part of apical: "path/to/file.py:Class", "module:Class".
+
+    Raises:
+        ConfigError: there is none; names the nearest, or what is wrong with the file.
+    """
+    if ":" in name or name.endswith(".py"):
+        kind = own_rules.load_class(name)
+        return Entry(kind, own_rules.title(kind))
+    if name not in RULES:
+        raise unknown_name("rule", name, RULES)
+    return RULES[name]
+
+
+def constructor_options(entry: Entry) -> list[str]:
+    """Names of the options the rule's constructor takes besides those that the recipe and the data decide."""
+    return [name for name in inspect.signature(entry.build).parameters if name not in ("model", *_GIVEN)]
+
+
+def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
+    """Those of the comparison's options "[RULE:]key=value" that are for `rule`, as its recipe takes them.
+
+    Without "RULE:" an option is for every rule whose constructor knows it. A rule from a file is called by its class.
+
+    >>> options_for("pfa", ("pfa:expansion=4", "kp:form=explicit", "first_layer=True", "nudge=0.1"))
+    ('expansion=4', 'first_layer=True')
+    """
+    known, chosen = constructor_options(find_rule(rule)), []
+    for option in options:
+        owner, rest = _owner(option)
+        if owner == rule_name(rule) or (not owner and _key(rest) in known):
+            chosen.append(rest)
+    return tuple(chosen)
+
+
+def check_options(rules: Sequence[str], options: Sequence[str]) -> None:
+    """Refuse options of a comparison that none of its rules takes.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    names = [rule_name(rule) for rule in rules]
+    for option in options:
+        owner, rest = _owner(option)
+        if owner and owner not in names:
+            raise unknown_name("rule in --rule-options", owner, names)
+        if not owner and "=" in rest and not any(_key(rest) in constructor_options(find_rule(rule)) for rule in rules):
+            raise ConfigError(f"--rule-options {option}: none of the rules {' '.join(names)} has an option {_key(rest)!r}")
+        parse_options((rest,))
+
+
+def merged(options: Sequence[str], over: Sequence[str]) -> tuple[str, ...]:
+    """Options with those of `over` in place of equally named ones."""
+    replaced = {_key(option) for option in over}
+    return (*(option for option in options if _key(option) not in replaced), *over)
+
+
+def _owner(option: str) -> tuple[str, str]:
+    """The rule's name before ":" in "RULE:key=value", empty if there is none, and the rest."""
+    name = option.partition("=")[0]
+    owner, colon, _ = name.partition(":")
+    return (owner, option[len(owner) + 1 :]) if colon else ("", option)
+
+
+def _key(option: str) -> str:
+    return option.partition("=")[0].strip().replace("-", "_")
+
+
+def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
+    """The recipe with the rule's defaults filled in, for `examples` training images, and notes on what was chosen.
+
+    Raises:
+        ConfigError: unknown rule or option, or a batch larger than the data.
+    """
+    entry, notes = find_rule(recipe.rule), [] if recipe.rule in RULES else [own_rules.origin(recipe.rule)]
+    given, known = parse_options(recipe.rule_options), constructor_options(entry)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            known_text = ", ".join(known) or "none"
+            raise ConfigError(f"rule {recipe.rule_name!r} has no option {key!r}{hint} Its options: {known_text}")
+    added = []
+    if entry.aligns and recipe.optimizer != "sgd" and "form" not in given:
+        added.append("form='explicit'")
+        notes.append(f"{recipe.rule_name} keeps its feedback explicitly, because {recipe.optimizer} is not linear")
+    if recipe.probe and "first_layer" in known and "first_layer" not in given:
+        added.append("first_layer=True")
+        notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")
+    steps = recipe.steps_per_epoch(examples)
+    decay, decay_epochs = recipe.weight_decay, recipe.weight_decay_epochs
+    if not decay:
+        decay = (DECAY,)
+        if entry.aligns and recipe.optimizer == "sgd":
+            high, epochs = alignment_decay(recipe.lr[0], steps, recipe.momentum)
+            decay, decay_epochs = (high, DECAY), (epochs,)
+            notes.append(f"weight decay {high:g} in the first {epochs} epochs aligns the feedback of {recipe.rule_name}")
+    clip, feedback_decay = recipe.clip, recipe.feedback_weight_decay
+    if entry.clip and not clip:
+        clip = entry.clip
+        notes.append(f"gradients of {recipe.rule_name} are clipped at norm {clip:g} per tensor: its updates are not small")
+    if entry.feedback_decay is not None and feedback_decay is None and given.get("learn") != "none":
+        feedback_decay = entry.feedback_decay
+        decays = f"feedback weights of {recipe.rule_name} decay with {feedback_decay:g}"
+        notes.append(f"{decays}, which keeps them near the Jacobian")
+    options = (*recipe.rule_options, *added)
+    recipe = replace(recipe, rule_options=options, clip=clip, feedback_weight_decay=feedback_decay)
+    return replace(recipe, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "squared": squared_error, "mse": F.mse_loss}
+"""Losses by the recipe's names."""
+
+_GIVEN = ("loss", "input_shape")
+
+
+def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | None = None) -> CreditRule:
+    """The recipe's rule around `model`.
+
+    Args:
+        input_shape: of one sample; needed by rules that simulate the whole network, where it has convolutions.
+
+    Raises:
+        ConfigError: an option's value is not usable.
+        UnsupportedModelError: the rule cannot train a module of the model.
+    """
+    entry = find_rule(recipe.rule)
+    options = {**entry.options, **parse_options(recipe.rule_options)}
+    given = dict(zip(_GIVEN, (LOSSES[recipe.loss], input_shape), strict=True))
+    takes = inspect.signature(entry.build).parameters
+    try:
+        return entry.build(model, **{key: value for key, value in given.items() if key in takes}, **options)
+    except ApicalError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"rule {recipe.rule_name!r} with options {options}: {error}") from error

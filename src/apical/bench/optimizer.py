@@ -1,0 +1,109 @@
+"""The recipe's optimiser: one group for the forward weights and, where a rule learns its feedback, one for that."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from apical.bench.passes import Pass
+from apical.bench.recipe import ClipOver, Recipe
+from apical.bench.schedule import cosine, piecewise
+from apical.core.credit import CreditRule
+
+Optimizer = torch.optim.Optimizer
+
+
+def make_optimizer(recipe: Recipe, rule: CreditRule) -> Optimizer:
+    """The optimiser over every trainable parameter of the rule, at the first epoch's values.
+
+    The first group holds all but `rule.feedback_parameters()`, the second one these; without any there is one group.
+    """
+    feedback = [parameter for parameter in rule.feedback_parameters() if parameter.requires_grad]
+    apart = set(map(id, feedback))
+    forward = [parameter for parameter in rule.parameters() if parameter.requires_grad and id(parameter) not in apart]
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    groups = [{"params": forward}, {"params": feedback, **_feedback_options(recipe)}] if feedback else forward
+    optimizer: Optimizer = kind(groups, lr=recipe.lr[0], weight_decay=recipe.weight_decay[0], **_options(recipe))
+    return optimizer
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Options of the optimiser that no schedule changes."""
+    if recipe.optimizer == "sgd":
+        return {"momentum": recipe.momentum}
+    return {"betas": (recipe.momentum, recipe.beta2), "eps": recipe.eps}
+
+
+def _feedback_options(recipe: Recipe) -> dict[str, Any]:
+    """The same for the feedback weights."""
+
+    def chosen(value: float | None, otherwise: float) -> float:
+        return otherwise if value is None else value
+
+    beta1 = chosen(recipe.feedback_beta1, recipe.momentum)
+    if recipe.optimizer == "sgd":
+        return {"momentum": beta1}
+    return {"betas": (beta1, chosen(recipe.feedback_beta2, recipe.beta2)), "eps": chosen(recipe.feedback_eps, recipe.eps)}
+
+
+def scheduled(recipe: Recipe, finished: int) -> tuple[float, float]:
+    """Learning rate and weight decay of the forward weights once `finished` epochs are done."""
+    lr = piecewise(recipe.lr, recipe.lr_epochs, finished)
+    if recipe.lr_cosine:
+        lr = cosine(lr, recipe.lr_min, recipe.lr_cosine, finished)
+    return lr, piecewise(recipe.weight_decay, recipe.weight_decay_epochs, finished)
+
+
+def begin_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
+    """Set the rates of a pass; called again when a run is resumed within it."""
+    lr, decay = scheduled(recipe, current.epoch - 1)
+    forward, *feedback = optimizer.param_groups
+    forward["lr"], forward["weight_decay"] = lr, decay
+    for group in feedback:
+        group["lr"] = lr if recipe.feedback_lr is None else recipe.feedback_lr
+        if current.kind == "pretrain" and recipe.pretrain_lr is not None:
+            group["lr"] = recipe.pretrain_lr
+        group["weight_decay"] = decay if recipe.feedback_weight_decay is None else recipe.feedback_weight_decay
+
+
+def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
+    """Forget the feedback weights' moments at the end of pre-training, for which the authors have an optimiser apart."""
+    if current.kind == "pretrain" and current.number == recipe.pretrain_epochs - 1:
+        for group in optimizer.param_groups[1:]:
+            for parameter in group["params"]:
+                optimizer.state.pop(parameter, None)
+
+
+@torch.no_grad()
+def shape_gradients(optimizer: Optimizer, recipe: Recipe, step: int | None) -> None:
+    """What a recipe does to gradients before the optimiser's step: warm-up, centralisation, clipping, in this order.
+
+    Args:
+        step: forward steps before this one, over all epochs; None in a pass of the feedback weights, which has no warm-up.
+    """
+    factor = 1.0 if step is None or step >= recipe.warmup_steps else (step + 1) / recipe.warmup_steps
+    if factor < 1 or recipe.centralise:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if factor < 1:
+                    gradient.mul_(factor)
+                if recipe.centralise and gradient.dim() > 1:
+                    gradient.sub_(gradient.mean(dim=tuple(range(1, gradient.dim())), keepdim=True))
+    clip(optimizer, recipe.clip, recipe.clip_over)
+
+
+def clip(optimizer: Optimizer, largest: float, over: ClipOver = "tensor") -> None:
+    """Scale gradients down to norm `largest`; 0 is off.
+
+    Args:
+        over: each forward tensor by itself, or the forward network as one; feedback weights always go together.
+    """
+    if not largest:
+        return
+    forward, *feedback = (group["params"] for group in optimizer.param_groups)
+    apart = [forward] if over == "network" else [[parameter] for parameter in forward]
+    for parameters in apart + feedback:
+        nn.utils.clip_grad_norm_(parameters, largest)

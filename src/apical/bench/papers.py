@@ -1,0 +1,159 @@
+"""Papers: recipes for `apical compare --recipe`, and tables and figures for `apical reproduce PAPER/TABLE`.
+
+A paper is a :class:`Paper` that an installed package names under the entry-point group `apical.papers`; those of apical are
+in the package `apical_papers`. A table is either a study of trainings, run by the engine of `apical compare`, or a module
+with a command line of its own. A budget says how much of it is done. A verdict is given only where the budget reaches what
+it takes: the epoch that a number is about, enough seeds, data that are not cut; else it is "budget too small to tell".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, cast
+
+from apical.bench.claims import Claims
+from apical.bench.evolve.recipe import EvolutionRecipe
+from apical.bench.study import Study
+from apical.errors import ConfigError
+
+Budget = Literal["smoke", "cpu", "paper"]
+BUDGETS: tuple[Budget, ...] = ("smoke", "cpu", "paper")
+
+SEEDS = 3
+"""Seeds from which a verdict is given."""
+
+GROUP = "apical.papers"
+"""The entry-point group under which packages name their papers."""
+
+Sizes = dict[str, int | str]
+"""Options of a run that decide its size: --epochs, --seeds, --train-limit, --generations ..."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table or figure.
+
+    Attributes:
+        title: one line.
+        budgets: sizes of each budget.
+        study: name of the study that it is; or empty, and then
+        module: with a `main(arguments)` that takes `--out` and the sizes as options.
+        needs: sizes of a module's run from which its verdicts are meant.
+        result: what the module writes: a "folder" with results.json, or a "file", of which its `verdicts` makes the rows.
+        side_by_side: whether the module takes --jobs.
+        hours: measured wall-clock hours on two virtual cores that other work shared, by budget.
+    """
+
+    title: str
+    budgets: dict[Budget, Sizes]
+    study: str = ""
+    module: str = ""
+    needs: Sizes = field(default_factory=dict)
+    result: Literal["folder", "file"] = "folder"
+    side_by_side: bool = False
+    hours: dict[Budget, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What one paper, or one family of papers, brings.
+
+    Attributes:
+        studies: recipes by name, for `apical compare --recipe`.
+        tables: by name, for `apical reproduce PAPER/TABLE`.
+        evolutions: recipes by name, for `apical evolve --recipe`.
+        claims: what it says of the plausibility of rules, for `apical audit`.
+    """
+
+    studies: Mapping[str, Study] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    evolutions: Mapping[str, EvolutionRecipe] = field(default_factory=dict)
+    claims: tuple[Claims, ...] = ()
+
+
+@cache
+def papers() -> dict[str, Paper]:
+    """All installed papers, by the name of their entry point.
+
+    Raises:
+        ConfigError: none are installed, one cannot be loaded, or two have one name.
+    """
+    installed: dict[str, Paper] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.name in installed:
+            raise ConfigError(f"two installed packages bring a paper {entry.name!r} (entry-point group {GROUP}); remove one")
+        installed[entry.name] = _load(entry)
+    if not installed:
+        raise ConfigError(f"no papers are installed (entry-point group {GROUP}); install apical with pip, also from a clone")
+    return installed
+
+
+def _load(entry: EntryPoint) -> Paper:
+    try:
+        paper = entry.load()
+    except Exception as error:  # of somebody else's package
+        raise ConfigError(f"the paper {entry.name!r} ({entry.value}) cannot be loaded: {error!r}") from error
+    if not isinstance(paper, Paper):
+        raise ConfigError(f"the paper {entry.name!r} ({entry.value}) is no apical.bench.papers.Paper")
+    return paper
+
+
+@cache
+def studies() -> dict[str, Study]:
+    """The recipes of all papers, by name."""
+    return _together("studies", "recipe")
+
+
+@cache
+def evolutions() -> dict[str, EvolutionRecipe]:
+    """The recipes of evolutions of all papers, by name."""
+    return _together("evolutions", "evolution recipe")
+
+
+def _together(attribute: str, kind: str) -> dict[str, Any]:
+    together: dict[str, Any] = {}
+    for name, paper in papers().items():
+        for key, value in cast(Mapping[str, Any], getattr(paper, attribute)).items():
+            if key in together:
+                raise ConfigError(f"two papers have a {kind} {key!r}; one of them is {name!r}")
+            together[key] = value
+    return together
+
+
+def claims() -> tuple[Claims, ...]:
+    """What all papers claim of the plausibility of rules."""
+    return tuple(table for paper in papers().values() for table in paper.claims)
+
+
+@cache
+def tables() -> dict[str, dict[str, Table]]:
+    """The tables of all papers that have any, by paper and name."""
+    return {name: dict(paper.tables) for name, paper in papers().items() if paper.tables}
+
+
+def table_of(
+    studies: Mapping[str, Study], name: str, smoke: Sizes, cpu: Sizes, paper: Sizes, hours: dict[Budget, float] | None = None
+) -> Table:
+    """The table that a study of trainings is.
+
+    Args:
+        studies: of the paper.
+        name: of the study.
+        smoke, cpu, paper: sizes of the three budgets.
+        hours: measured, by budget.
+    """
+    study = studies[name]
+    if study.default.validation:  # thousands of images, that every rule and seed would look at
+        smoke = {**smoke, "validation": 200}
+    return Table(study.title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
+
+
+def cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:
+    """A smoke budget: so many training images."""
+    return {"epochs": epochs, "seeds": seeds, "train_limit": images, "test_limit": 200}
+
+
+def too_small(table: Table, sizes: Sizes) -> bool:
+    """Whether a module's run is smaller than its verdicts are meant for."""
+    return any(int(sizes[name]) < int(least) for name, least in table.needs.items() if name in sizes)

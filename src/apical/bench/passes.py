@@ -1,0 +1,93 @@
+"""The passes over the training images that make up an epoch: forward and feedback weights may learn in turn.
+
+As the authors of deep feedback control train (arXiv 2106.07887): before the first epoch some passes that pre-train the
+feedback weights; then in each epoch one feedback pass, the forward pass, and further feedback passes. Without feedback
+passes there is one pass, in which a step learns everything.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from apical.bench.recipe import Recipe
+from apical.bench.schedule import data_order, generator
+from apical.core.credit import Phase
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass.
+
+    Attributes:
+        kind: "main" for the one in which the forward weights learn, else "feedback" or "pretrain".
+        phase: what the rule is told to learn.
+        epoch: the epoch it belongs to: 1, 2, ...
+        number: 0, 1, ... among the passes of its kind in the epoch.
+        first: steps of the epoch before this pass.
+        steps: its own steps.
+    """
+
+    kind: Literal["pretrain", "feedback", "main"]
+    phase: Phase
+    epoch: int
+    number: int
+    first: int
+    steps: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether the forward weights learn."""
+        return self.kind == "main"
+
+    @property
+    def end(self) -> int:
+        """Steps of the epoch up to the end of this pass."""
+        return self.first + self.steps
+
+    def order(self, examples: int, seed: int) -> Tensor:
+        """The order (examples,) in which this pass visits the training images; on the CPU."""
+        if self.is_main:
+            return data_order(examples, seed, self.epoch)
+        draw = generator("cpu", seed, f"{self.kind} order", self.epoch, self.number)
+        return torch.randperm(examples, generator=draw)
+
+    def augmentation(self, device: torch.device, seed: int, step: int) -> torch.Generator:
+        """The generator of the augmentation in step number `step` of this pass."""
+        if self.is_main:
+            return generator(device, seed, "augment", self.epoch, step)
+        return generator(device, seed, f"{self.kind} augment", self.epoch, self.number, step)
+
+
+def passes(recipe: Recipe, epoch: int, steps: int) -> list[Pass]:
+    """The passes of epoch `epoch` (1, 2, ...), in order, where the main one has `steps` steps.
+
+    >>> recipe = Recipe(pretrain_epochs=1, feedback_passes=2, feedback_fraction=0.5)
+    >>> [(item.kind, item.phase, item.first, item.steps) for item in passes(recipe, 1, 10)]  # doctest: +NORMALIZE_WHITESPACE
+    [('pretrain', 'feedback', 0, 5), ('feedback', 'feedback', 5, 5), ('main', 'forward', 10, 10),
+     ('feedback', 'feedback', 20, 5)]
+    >>> [(item.kind, item.phase, item.steps) for item in passes(Recipe(), 2, 10)]
+    [('main', 'both', 10)]
+    """
+    short = max(1, round(recipe.feedback_fraction * steps))
+    found: list[Pass] = []
+
+    def add(kind: Literal["pretrain", "feedback", "main"], phase: Phase) -> None:
+        first = found[-1].end if found else 0
+        number = sum(item.kind == kind for item in found)
+        found.append(Pass(kind, phase, epoch, number, first, steps if kind == "main" else short))
+
+    for _ in range(recipe.pretrain_epochs if epoch == 1 else 0):
+        add("pretrain", "feedback")
+    if recipe.feedback_passes:
+        add("feedback", "feedback")
+    add("main", "forward" if recipe.feedback_passes else "both")
+    for _ in range(recipe.feedback_passes - 1):
+        add("feedback", "feedback")
+    return found
+
+
+def total_steps(recipe: Recipe, epochs: int, steps: int) -> int:
+    """Steps of the first `epochs` epochs, over all their passes."""
+    return sum(passes(recipe, epoch, steps)[-1].end for epoch in range(1, epochs + 1))

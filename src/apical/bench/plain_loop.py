@@ -1,0 +1,40 @@
+"""Training without a run folder: nothing is measured, kept or resumed. For audits, and for the scikit-learn estimator."""
+
+import torch
+
+from apical.bench.optimizer import make_optimizer, scheduled, shape_gradients
+from apical.bench.recipe import Recipe
+from apical.bench.schedule import data_order
+from apical.core.credit import CreditRule
+from apical.data import Dataset
+from apical.errors import ConfigError
+
+
+def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
+    """Train a rule by its recipe, in one pass per epoch that learns forward and feedback weights together.
+
+    Raises:
+        ConfigError: a weight is no longer finite.
+    """
+    rule.train()
+    steps, step = recipe.steps_per_epoch(len(dataset.train)), 0
+    inputs, targets = dataset.train.inputs, dataset.train.targets
+    torch.manual_seed(recipe.seed)
+    optimizer = make_optimizer(recipe, rule)
+    for epoch in range(recipe.epochs):
+        lr, decay = scheduled(recipe, epoch)
+        for number, group in enumerate(optimizer.param_groups):
+            feedback = number > 0 and recipe.feedback_weight_decay is not None
+            group["lr"], group["weight_decay"] = lr, recipe.feedback_weight_decay if feedback else decay
+        order = data_order(len(inputs), recipe.seed, epoch + 1)
+        for chosen in order[: steps * recipe.batch_size].split(recipe.batch_size):
+            optimizer.zero_grad()
+            rule(inputs[chosen], targets[chosen]).backward()
+            shape_gradients(optimizer, recipe, step)
+            optimizer.step()
+            step += 1
+    optimizer.zero_grad()
+    if not all(bool(parameter.isfinite().all()) for parameter in rule.parameters()):
+        raise ConfigError(
+            f"rule {recipe.rule!r} diverged on {recipe.data} within {recipe.epochs} epochs; try a smaller learning rate"
+        )

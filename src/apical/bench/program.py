@@ -1,0 +1,135 @@
+"""A study as a program: its command line, and seeds that run side by side and are kept as they are finished."""
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import tyro
+
+from apical.bench.cells import kept, side_by_side
+from apical.bench.finding import Row
+from apical.bench.page import write
+from apical.bench.run_folder import check_writable, environment
+from apical.errors import ApicalError, ConfigError
+
+Options = TypeVar("Options", bound="Kept")
+
+Cells = Sequence[dict[str, Any]]
+"""What was kept of each seed."""
+
+
+class BySeed(Protocol):
+    """Options of a study that runs seed by seed."""
+
+    @property
+    def out(self) -> Path:
+        """Folder for the results."""
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data in each training."""
+
+    @property
+    def jobs(self) -> int:
+        """Seeds side by side, 0 for one per core."""
+
+
+def by_seed(
+    options: BySeed,
+    command: str,
+    cell: Callable[[int, int], dict[str, Any]],
+    verdicts: Callable[[Cells], list[Row]],
+    tables: Callable[[Cells], list[Row]],
+    *,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Run the seeds that are not kept yet, then write results.json and report.html.
+
+    Args:
+        options: of the command line.
+        command: that was typed.
+        cell: (seed, epochs) -> what to keep of the seed; a module's function, for other processes are handed it.
+        verdicts: of all seeds.
+        tables: of all seeds.
+        settings: shown, and held against those with which kept seeds were made.
+        about: title, about and sources of the results.
+
+    Raises:
+        ConfigError: the folder cannot be written, or an option is not usable.
+        CheckpointError: the folder holds seeds with other settings.
+    """
+    if options.seeds < 2 or options.epochs < 1 or options.jobs < 0:
+        raise ConfigError("--seeds must be at least 2, --epochs at least 1, --jobs not negative")
+    check_writable(options.out)
+    config = {"epochs": options.epochs, **settings}
+    found: dict[int, dict[str, Any]] = {}
+    make = partial(_kept_seed, options.out, config, cell)
+    for seed, made in side_by_side(options.jobs, range(options.seeds), make, options.out):
+        found[seed] = made
+        print(f"{made['seconds']:7.1f} s  seed {seed}", flush=True)
+    cells = [found[seed] for seed in range(options.seeds)]
+    results = {
+        **about,
+        "command": command,
+        "environment": environment("cpu", 1),
+        "settings": {"seeds": len(cells), **config},
+        "seconds": round(sum(each["seconds"] for each in cells), 1),
+        "verdicts": verdicts(cells),
+        "tables": tables(cells),
+    }
+    write(options.out, results, [])
+    return results
+
+
+def _kept_seed(
+    out: Path, config: Mapping[str, Any], cell: Callable[[int, int], dict[str, Any]], seed: int
+) -> dict[str, Any]:
+    return kept(out / "cells" / f"seed-{seed}.json", config, partial(cell, seed, config["epochs"]))
+
+
+class Kept(Protocol):
+    """Options of a study: at least a folder, in which what is finished is kept."""
+
+    @property
+    def out(self) -> Path:
+        """The folder."""
+        ...
+
+
+def run_command(
+    module: str,
+    options: type[Options],
+    study: Callable[[Options, str], Mapping[str, Any]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """`python -m MODULE ...`: run a study and print its verdicts; returns the exit status.
+
+    Args:
+        module: name, for the record.
+        options: what its command line takes.
+        study: maps options and the command to what results.json holds.
+        arguments: of the command line; None for those of this process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = tyro.cli(options, prog=f"python -m {module}", args=arguments)
+    torch.set_num_threads(1)  # the networks are too small for more
+    try:
+        results = study(chosen, shlex.join(["python", "-m", module, *arguments]))
+    except ApicalError as error:
+        print(f"apical: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from what is in {chosen.out}", file=sys.stderr)
+        return 130
+    for row in results["verdicts"]:
+        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {row['mean']:.4g} {row['mark']}")
+    return 0

@@ -1,0 +1,172 @@
+"""What a person sees while runs train: a live table or plain lines, read from the run folders, and the final table."""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from apical.bench.restore import check_line
+from apical.bench.run_folder import RunFolder
+from apical.bench.state import parse_object, read_json
+from apical.errors import CheckpointError
+
+
+@dataclass
+class Watched:
+    """One run folder and how far it was read."""
+
+    rule: str
+    seed: int
+    folder: RunFolder
+    read: int = 0
+    line: dict[str, Any] = field(default_factory=dict)
+
+    def news(self) -> list[dict[str, Any]]:
+        """Whole lines that metrics.jsonl has gained since the last look; it is for the training to refuse damaged ones."""
+        try:
+            with open(self.folder.metrics, "rb") as file:
+                if file.seek(0, 2) < self.read:  # rewound by a resume
+                    self.read = 0
+                file.seek(self.read)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self.read += len(whole)
+        lines = []
+        for text in whole.split(b"\n"):
+            with suppress(ValueError):
+                line = parse_object(text.decode())
+                check_line(line, line.get("epoch"))
+                lines.append(line)
+        if lines:
+            self.line = lines[-1]
+        return lines
+
+    @property
+    def diverged(self) -> bool:
+        """Whether result.json says that the run diverged."""
+        try:
+            return bool(read_json(self.folder.result).get("status") == "diverged")
+        except (OSError, CheckpointError):
+            return False
+
+
+class Watch:
+    """Shows runs on a console: one live table in a terminal, otherwise a line per run and epoch."""
+
+    def __init__(self, console: Console, runs: Sequence[Watched], epochs: int) -> None:
+        self._console, self._runs, self._epochs = console, runs, epochs
+        self._live: Live | None = None
+        self._shown = 0.0
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within, :meth:`refresh` has a place to draw. Epochs from before count as known."""
+        for run in self._runs:
+            run.news()
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(self._table(), console=self._console, auto_refresh=False) as self._live:
+            yield
+            self._live.update(self._table(), refresh=True)
+        self._live = None
+
+    def refresh(self) -> None:
+        """Read what is new and show it; cheap to call often."""
+        if self._live is not None and time.monotonic() - self._shown < 0.2:
+            return
+        self._shown = time.monotonic()
+        for run in self._runs:
+            for line in run.news():
+                if self._live is None:
+                    self._console.print(
+                        f"{run.rule:6s} seed {run.seed}  {describe(line, self._epochs)}", highlight=False, soft_wrap=True
+                    )
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        name = score_name([run.line for run in self._runs if run.line])
+        table = Table("rule", "seed", "epoch", "train loss", name, "ms/step", box=None, pad_edge=False)
+        for run in self._runs:
+            line = run.line
+            epoch = f"{line['epoch']}/{self._epochs}" if line else "waiting"
+            if run.diverged:
+                epoch = "diverged"
+            cells = [number(line.get("train_loss"), ".4f"), score(line)]
+            table.add_row(run.rule, str(run.seed), epoch, *cells, number(line.get("ms_per_step"), ".2f"))
+        return table
+
+
+def score_name(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What :func:`score` shows of these lines: the accuracy or, where none has one but some a loss, the test loss."""
+    losses = any(line.get("test_loss") is not None for line in lines)
+    return "test loss" if losses and all(line.get("test_accuracy") is None for line in lines) else "test accuracy"
+
+
+def score(line: Mapping[str, Any]) -> str:
+    """The test accuracy of an epoch or run or, where it has none, as in regression, the test loss."""
+    if line.get("test_accuracy") is None:
+        return number(line.get("test_loss"), ".4g")
+    return percent(line["test_accuracy"])
+
+
+def describe(line: Mapping[str, Any], epochs: int) -> str:
+    """One epoch in one line of text."""
+    return (
+        f"epoch {line['epoch']:3d}/{epochs}  train loss {number(line['train_loss'], '.4f'):>7s}  "
+        f"{score_name([line])} {score(line):>7s}  {number(line['ms_per_step'], '.2f')} ms/step"
+    )
+
+
+def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The final table of a comparison: mean and standard deviation over seeds per rule."""
+    name = score_name(rows)
+    table = Table("rule", name, "train loss", "ms/step", "time / bp", "seeds", box=None, pad_edge=False)
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        ours = [row for row in rows if row["rule"] == rule]
+        key, scale, form, unit = ("test_loss", 1, ".4g", "") if name == "test loss" else ("test_accuracy", 100, ".2f", " %")
+        values = [scale * row[key] for row in ours if row.get(key) is not None]
+        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        lost = sum(row["status"] == "diverged" for row in ours)
+        table.add_row(
+            rule,
+            (f"{statistics.mean(values):{form}}{unit}{spread}" if values else "-"),
+            _mean(ours, "train_loss", ".4f"),
+            _mean(ours, "ms_per_step", ".2f"),
+            _mean(ours, "ratio_to_bp", ".2f"),
+            str(len(ours)) + (f", {lost} diverged" if lost else ""),
+        )
+    return table
+
+
+def number(value: float | None, form: str) -> str:
+    """The formatted value, "-" for None."""
+    return "-" if value is None else format(value, form)
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage, "-" for None."""
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    values = [row[key] for row in rows if row[key] is not None]
+    return format(statistics.mean(values), form) if values else "-"
+
+
+def shown_path(path: Path) -> str:
+    """A path as the user would type it: relative to the current folder where it lies within."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

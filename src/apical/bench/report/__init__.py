@@ -1,0 +1,1 @@
+"""Reports: what a folder holds, as tables, figures and HTML."""

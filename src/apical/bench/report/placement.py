@@ -1,0 +1,58 @@
+"""What each layer's error passes through: kept in placement.json of a run folder, and shown in reports and audits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from apical.bench.state import read_json, write_json
+from apical.core.credit import CreditRule
+from apical.core.placement import path_summary
+from apical.errors import CheckpointError
+
+FILE = "placement.json"
+SAMPLES = 4
+
+
+def keep(folder: Path, rule: CreditRule, inputs: Tensor) -> None:
+    """Write the placement of a rule into a run folder; inputs (batch, ...), of which a few samples are used."""
+    write_json(folder / FILE, {"rows": [asdict(row) for row in rule.placement(inputs[:SAMPLES])]})
+
+
+def section(out: Path, rules: Sequence[str]) -> str:
+    """The tables of a run folder or of a compare folder's rules, as HTML; empty where no run has kept one.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    tables = []
+    for rule in rules:
+        paths = [out / FILE, *sorted((out / "runs" / rule).glob(f"seed-*/{FILE}"))]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is not None:
+            rows = _rows(path)
+            summary = f"<b>{escape(rule)}</b>: {escape(path_summary(row['path'] for row in rows))}"
+            tables.append(f"<details><summary>{summary}</summary>\n{_table(rows)}\n</details>")
+    return "\n".join(["<h2>What each layer's error passes through</h2>", *tables]) if tables else ""
+
+
+def _rows(path: Path) -> list[Mapping[str, Any]]:
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("path"), str) for row in rows):
+        raise CheckpointError(f"{path} is damaged: it has no list of rows")
+    return rows
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(row))}</tr>" for row in rows)
+    heads = "".join(f"<th>{head}</th>" for head in ("Layer", "Type", "Weight", "Error passes through"))
+    return f'<table class="placement"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    shape = row.get("shape")
+    size = "x".join(map(str, shape)) if isinstance(shape, list) else ""
+    return (str(row.get("layer") or "(model)"), str(row.get("kind", "")), size, str(row.get("path", "")))

@@ -1,0 +1,79 @@
+"""How sure a comparison is: intervals over seeds, and every rule against backpropagation with the same seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from apical.bench.report.records import Comparison, Score
+from apical.bench.statistics import Interval, Paired, bootstrap, paired
+
+REFERENCE = "bp"
+
+
+@dataclass(frozen=True)
+class Sureness:
+    """One rule's final score over its finished seeds.
+
+    Attributes:
+        rule: name.
+        score: mean with its interval, in percent for an accuracy.
+        against: the same minus backpropagation's, over common seeds; None for backpropagation or without it.
+    """
+
+    rule: str
+    score: Interval
+    against: Paired | None
+
+    def record(self) -> dict[str, Any]:
+        """As statistics.json keeps it."""
+        found: dict[str, Any] = {"rule": self.rule, **self.score._asdict()}
+        if self.against is not None:
+            found |= {f"difference_{key}": value for key, value in self.against.difference._asdict().items()}
+            found["p_sign_flip"] = self.against.p
+        return found
+
+
+def sureness(comparison: Comparison) -> list[Sureness]:
+    """Every rule with a finished run, in the comparison's order."""
+    score = comparison.score
+    finals = {
+        rule: {run.seed: score.scale * run.final(score.key) for run in comparison.of(rule) if run.finished}
+        for rule in comparison.rules
+    }
+    finals = {rule: {seed: value for seed, value in found.items() if value == value} for rule, found in finals.items()}
+    reference = finals.get(REFERENCE, {})
+    return [
+        Sureness(rule, bootstrap(list(found.values())), paired(found, reference) if rule != REFERENCE else None)
+        for rule, found in finals.items()
+        if found
+    ]
+
+
+def section(rows: Sequence[Sureness], score: Score) -> str:
+    """The part of the report on it; nothing for single seeds."""
+    if max((row.score.n for row in rows), default=0) < 2:
+        return ""
+    places = 4 if score.is_loss else 2
+    unit = "" if score.is_loss else ", %"
+    heads = ("Rule", f"{score.name.capitalize()}{unit}, mean [95 % interval]", "n", "Minus bp, same seeds", "p", "n")
+    lines = []
+    for row in rows:
+        cells = [row.rule, row.score.shown(places), str(row.score.n)]
+        if row.against is not None:
+            found = row.against
+            cells += [found.difference.shown(places), f"{found.p:.2g}", str(found.difference.n)]
+        else:
+            cells += ["-", "-", "-"]
+        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    return f"""<h2>How sure is that?</h2>
+<div class="wide"><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{chr(10).join(lines)}
+</tbody></table></div>
+<p class="note">Percentile bootstrap over seeds (all resamples up to six, 10,000 beyond); with few seeds these intervals are
+too narrow. p: two-sided sign-flip test of the differences with equal seeds; n seeds cannot give less than 2 / 2<sup>n</sup>,
+so three seeds never show a difference by this test alone. No correction for the number of rules.</p>
+"""

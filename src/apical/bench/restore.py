@@ -1,0 +1,114 @@
+"""Putting a checkpoint's state back into rule and optimiser, refusing what does not belong there."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apical.bench.passes import passes
+from apical.bench.recipe import Recipe
+from apical.bench.sums import Sums
+from apical.bench.timing import StepTimer
+from apical.core.credit import CreditRule
+
+
+def check_place(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> None:
+    """Refuse a place in the training that its recipe does not have.
+
+    Raises:
+        ValueError: it is past the last epoch, or past the epoch's last step.
+    """
+    if epoch + bool(step) > recipe.epochs:
+        raise ValueError(f"epoch {epoch + bool(step)} is past --epochs {recipe.epochs}")
+    if step and step >= passes(recipe, epoch + 1, steps_per_epoch)[-1].end:
+        raise ValueError(f"epoch {epoch + 1} has no step {step}")
+
+
+def restore_rule(rule: CreditRule, state: dict[str, Any]) -> None:
+    """Load the rule's state.
+
+    Raises:
+        ValueError: a parameter is not finite.
+        RuntimeError, TypeError, AttributeError: names, shapes or kinds differ.
+    """
+    rule.load_state_dict(state)
+    for name, parameter in rule.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"parameter {name} is not finite")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the optimiser's state.
+
+    Raises:
+        ValueError: an option or a moment is of another kind or shape than the optimiser's own, or not finite.
+        KeyError, TypeError, AttributeError, RuntimeError: it is no optimiser's state.
+    """
+    before = [{**group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for old, group in zip(before, optimizer.param_groups, strict=True):
+        for name, value in old.items():
+            if name != "params" and not _alike(group[name], value):
+                raise ValueError(f"option {name} is {group[name]!r}")
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor):
+                if value.shape not in (parameter.shape, torch.Size()) or not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"{name} is not finite or has another shape than its parameter")
+            elif value is not None and not _alike(value, 0.0):
+                raise ValueError(f"{name} is {value!r}")
+
+
+def restore_partial(state: dict[str, Any], sums: Sums, timer: StepTimer, feedback_timer: StepTimer) -> tuple[int, float]:
+    """Continue an epoch's sums and times; returns how many snapshots the trajectory had, and the loss before training.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: something is missing or of another kind.
+    """
+    sums.restore(state)
+    timer.restore(_numbers(state["times"]))
+    feedback_timer.restore(_numbers(state.get("feedback_times", [])))
+    snapshots, untrained = state.get("snapshots", 0), state.get("untrained", 0.0)
+    if type(snapshots) is not int or snapshots < 0 or not _alike(untrained, 0.0):
+        raise ValueError(f"snapshots {snapshots!r}, untrained {untrained!r}")
+    return snapshots, untrained
+
+
+def check_line(line: dict[str, Any], epoch: object) -> None:
+    """Refuse what is not the metrics of a finished epoch.
+
+    Raises:
+        ValueError, TypeError: it is of another epoch, lacks a measurement, or has one that is not a finite number.
+    """
+    if type(epoch) is not int or line.get("epoch") != epoch or not {"train_loss", "test_loss", "ms_per_step"} <= line.keys():
+        raise ValueError(f"not those of epoch {epoch}")
+    check_leaves(line)
+
+
+def check_leaves(values: dict[str, Any]) -> None:
+    """Refuse nested measurements that are neither finite numbers nor None.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_leaves(value)
+        elif not isinstance(name, str) or not (value is None or _alike(value, 0.0)):
+            raise ValueError(f"{name} is {value!r}")
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list) or not all(_alike(value, 0.0) for value in values):
+        raise ValueError("times that are not numbers")
+    return [float(value) for value in values]
+
+
+def _alike(value: Any, model: Any) -> bool:
+    """Whether both are flags, both finite numbers, both sequences of such, or both None."""
+    if isinstance(model, bool) or isinstance(value, bool) or model is None or value is None:
+        return type(value) is type(model)
+    if isinstance(model, list | tuple):
+        return isinstance(value, list | tuple) and len(value) == len(model) and all(map(_alike, value, model))
+    return isinstance(value, int | float) and isinstance(model, int | float) and math.isfinite(value)

@@ -1,0 +1,286 @@
+"""The folder of one run: config.json, environment.json, metrics.jsonl, checkpoint.pt and, written last, result.json."""
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from apical.bench.checkpoint import write_atomically
+from apical.bench.distributed import World
+from apical.bench.folders import LOCK, is_used, refuse_used
+from apical.bench.folders import check_writable as check_writable
+from apical.bench.provenance import commit as commit
+from apical.bench.provenance import environment as environment
+from apical.bench.recipe import Recipe, differences
+from apical.bench.report.checks import check_result
+from apical.bench.restore import check_leaves
+from apical.bench.state import REMEDY, brief, parse_object, read_json, sealed, write_state
+from apical.bench.state import write_json as write_json
+from apical.bench.tensorboard import Events
+from apical.errors import CheckpointError, ConfigError
+
+PATIENCE = 10.0
+"""Seconds that a dying holder of a folder is waited for."""
+State = Literal["fresh", "resumable", "finished", "diverged"]
+
+
+class RunFolder:
+    """Paths, checks, reading and writing of one run folder. Making the object touches nothing on disk.
+
+    Args:
+        path: the folder.
+        events: also write each epoch as TensorBoard events, into events/.
+    """
+
+    def __init__(self, path: Path, *, events: bool = False) -> None:
+        self.path = path
+        self._events = Events(path / "events") if events else None
+        self.config, self.environment = path / "config.json", path / "environment.json"
+        self.metrics, self.checkpoint, self.result = path / "metrics.jsonl", path / "checkpoint.pt", path / "result.json"
+        self.examples, self.trajectory = path / "examples.npz", path / "trajectory.pt"
+        self._lock = FolderLock(path)
+
+    def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> State:
+        """What starting `recipe` here would mean. Writes nothing.
+
+        Raises:
+            ConfigError: the folder cannot be made or written, or holds something and neither flag is given.
+            CheckpointError: the run in it has other options or is longer than asked.
+        """
+        check_writable(self.path)
+        if not (resume or overwrite):
+            refuse_used(self.path)
+        if overwrite or not self.config.exists():
+            if resume and self.checkpoint.exists():
+                raise CheckpointError(f"{self.path} has a checkpoint but no config.json; start again with --overwrite")
+            return "fresh"
+        saved = read_json(self.config)
+        unlike = differences(saved, recipe.to_json())
+        if unlike:
+            raise CheckpointError(
+                f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
+                "resume with the saved ones or choose another --out"
+            )
+        if self.result.exists():
+            result = read_json(self.result)
+            if result.get("status") == "diverged":
+                return "diverged"
+            done = result.get("epochs")
+            if not isinstance(done, int) or result.get("status") != "finished":
+                raise CheckpointError(f"{self.result} is damaged; start again with --overwrite or in another folder")
+            if done > recipe.epochs:
+                raise CheckpointError(f"{self.path} has {done} finished epochs, more than --epochs {recipe.epochs}")
+            if done == recipe.epochs:
+                return "finished"
+        return "resumable" if self.checkpoint.exists() else "fresh"
+
+    def claim(self, recipe: Recipe, *, resume: bool, overwrite: bool, world: World | None = None) -> State:
+        """:meth:`check` it, hold it for this process, and check it again: its last holder may have left a run in it.
+
+        Under torchrun every process checks and the main one holds it.
+
+        Raises:
+            ConfigError, CheckpointError: as :meth:`check` does, or another process trains in it.
+        """
+        self.check(recipe, resume=resume, overwrite=overwrite)
+        if world is not None:
+            world.barrier()
+        if world is None or world.is_main:
+            self.lock()
+        if world is not None:
+            world.barrier()
+        return self.check(recipe, resume=resume, overwrite=overwrite)
+
+    def create(self, recipe: Recipe, *, command: str, notes: list[str], environment: dict[str, Any]) -> None:
+        """Make the folder, remove an older run's files, write config.json and environment.json.
+
+        Raises:
+            OSError: disk full or no permission.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.clear()
+        self.write_config(recipe, command=command, notes=notes)
+        write_state(self.environment, environment)
+
+    def write_config(self, recipe: Recipe, *, command: str, notes: list[str]) -> None:
+        """Write config.json: the recipe's fields, the command, and notes on what was chosen for the user."""
+        write_state(self.config, {**recipe.to_json(), "command": command, "notes": notes})
+
+    def clear(self) -> None:
+        """Remove the files of a run, and nothing else."""
+        written = (self.result, self.checkpoint, self.metrics, self.environment, self.config, self.examples, self.trajectory)
+        for path in (*written, self.path / "placement.json"):
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+
+    def lock(self, wait: float | None = None) -> None:
+        """Hold the folder for this process; see :meth:`FolderLock.hold`."""
+        self._lock.hold("training", wait)
+
+    def unlock(self, *, remove: bool = False) -> None:
+        """Let others have the folder; see :meth:`FolderLock.release`."""
+        self._lock.release(remove=remove)
+
+    def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
+        """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""
+        if examples is None:
+            return
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=examples[0].float().cpu().numpy(), made=examples[1].float().cpu().numpy())
+        write_atomically(self.examples, buffer.getvalue())
+
+    def read_result(self) -> dict[str, Any]:
+        """What result.json says.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        result = read_json(self.result)
+        try:
+            check_result(result)
+            if not {"rule", "seed", "status", "test_loss", "train_loss", "ms_per_step"} <= result.keys():
+                raise TypeError("it lacks a measurement")
+        except TypeError as error:
+            raise CheckpointError(f"{self.result} is damaged ({brief(error)}); {REMEDY}") from None
+        return result
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Append one finished epoch to metrics.jsonl and force it to disk."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(sealed(line)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self.metrics)
+            raise
+        if self._events is not None:
+            self._events.add(line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a torn last line is left out.
+
+        Raises:
+            CheckpointError: a line before the last is damaged.
+        """
+        if not self.metrics.exists():
+            return []
+        lines: list[dict[str, Any]] = []
+        texts = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, text in enumerate(texts, start=1):
+            if not text:
+                continue
+            try:
+                line = parse_object(text)
+                if type(line.get("epoch")) is not int:
+                    raise ValueError
+                check_leaves(line)
+                lines.append(line)
+            except ValueError:
+                if number >= len(texts) - 1:
+                    break
+                raise CheckpointError(f"{self.metrics}, line {number}, is damaged; start again with --overwrite") from None
+        return lines
+
+    def rewind_metrics(self, last: dict[str, Any]) -> None:
+        """Bring metrics.jsonl back to the checkpoint whose last finished epoch has the line `last`.
+
+        Newer lines and a torn one go; the line itself is written again if it got lost.
+
+        Raises:
+            CheckpointError: an earlier epoch is missing.
+        """
+        epoch = last["epoch"]
+        lines = [line for line in self.read_metrics() if line["epoch"] < epoch]
+        if [line["epoch"] for line in lines] != list(range(epoch)):
+            raise CheckpointError(f"{self.metrics} lacks an epoch before {epoch}; start again with --overwrite")
+        text = "".join(json.dumps(sealed(line)) + "\n" for line in [*lines, last])
+        write_atomically(self.metrics, text.encode())
+
+
+class FolderLock:
+    """Keeps other processes from writing a folder. Making the object touches nothing on disk.
+
+    Args:
+        folder: is kept.
+        name: of the file that is locked in it.
+    """
+
+    def __init__(self, folder: Path, name: str = LOCK) -> None:
+        self.folder, self.path = folder, folder / name
+        self._file: IO[str] | None = None
+
+    def hold(self, doing: str, wait: float | None = None) -> None:
+        """Hold the folder, made if need be, until the process ends, however it ends.
+
+        What was seen of the folder before may have changed meanwhile: look again once it is held.
+
+        Args:
+            doing: what holders do in such a folder, for the message.
+            wait: seconds to wait for a dying holder; None waits :data:`PATIENCE`.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        if os.name != "posix" or self._file is not None:
+            return
+        import fcntl
+
+        deadline = time.monotonic() + (PATIENCE if wait is None else wait)
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a")  # noqa: SIM115 - stays open as long as the lock is held
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(file, self.path):
+                    self._file = file
+                    return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"another process is {doing} in {self.folder}; choose another --out") from None
+                time.sleep(0.1)
+            finally:
+                if self._file is None:
+                    file.close()
+
+    def release(self, *, remove: bool = False) -> None:
+        """Let others have the folder.
+
+        Args:
+            remove: the lock's file too, and the folder if nothing else is in it.
+        """
+        if self._file is None:
+            return
+        if remove:
+            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # unless something else is in it
+                self.folder.rmdir()
+        self._file.close()
+        self._file = None
+
+    @contextmanager
+    def held(self, doing: str, wait: float | None = None) -> Iterator[None]:
+        """Within, hold the folder; after an error in which nothing was written, no trace of that is left."""
+        was_there = self.folder.is_dir()
+        self.hold(doing, wait)
+        try:
+            yield
+        except BaseException:
+            self.release(remove=not was_there and not is_used(self.folder))
+            raise
+        self.release()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one at `path`: its last holder may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

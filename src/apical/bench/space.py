@@ -1,0 +1,154 @@
+"""What a sweep tries: values and ranges of recipe fields and rule options, written as text."""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from apical.bench.names import constructor_options, find_rule, merged
+from apical.bench.recipe import Recipe, parse_options, rule_name
+from apical.errors import ConfigError, unknown_name
+
+Settings = dict[str, Any]
+"""Chosen values by name."""
+
+FIXED = (
+    *("rule", "rule_options", "data", "loss", "epochs", "validation", "train_limit", "test_limit", "seed"),
+    *("device", "threads", "probe", "trajectory", "checkpoint_steps"),
+)
+"""Recipe fields that all trials of a sweep have in common."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing to try.
+
+    Attributes:
+        name: of a recipe field or of a rule's option.
+        values: to choose from; empty for a range.
+        low, high: of a range.
+        log: the range is sampled by its logarithm.
+    """
+
+    name: str
+    values: tuple[Any, ...] = ()
+    low: float = math.nan
+    high: float = math.nan
+    log: bool = False
+
+
+def parse(text: str) -> tuple[str, Axis]:
+    """The rule that "[RULE:]KEY=VALUES" is for, empty for all, and the axis.
+
+    Raises:
+        ConfigError: it cannot be read.
+
+    >>> parse("lr=0.01,0.1")
+    ('', Axis(name='lr', values=(0.01, 0.1), low=nan, high=nan, log=False))
+    >>> parse("pfa:expansion=log(1,100)")
+    ('pfa', Axis(name='expansion', values=(), low=1.0, high=100.0, log=True))
+    """
+    left, equals, right = text.partition("=")
+    owner, _, name = left.rpartition(":")
+    name = name.strip().replace("-", "_")
+    if not equals or not name or not right.strip():
+        raise ConfigError(f"--space {text}: write KEY=VALUE,VALUE or KEY=log(LOW,HIGH) or KEY=uniform(LOW,HIGH)")
+    if found := re.fullmatch(r"\s*(log|uniform)\(([^,]+),([^,]+)\)\s*", right):
+        kind, low, high = found.groups()
+        try:
+            bounds = float(low), float(high)
+        except ValueError as error:
+            raise ConfigError(f"--space {text}: {kind}({low},{high}) needs two numbers") from error
+        if not (math.isfinite(bounds[0]) and bounds[0] < bounds[1] < math.inf) or (kind == "log" and bounds[0] <= 0):
+            raise ConfigError(f"--space {text}: {kind} needs LOW < HIGH" + (", LOW > 0" if kind == "log" else ""))
+        return owner, Axis(name, (), *bounds, log=kind == "log")
+    values = [parse_options((f"{name}={value}",))[name] for value in right.split(",")]
+    if len(set(map(repr, values))) != len(values):
+        raise ConfigError(f"--space {text}: a value stands there twice")
+    return owner, Axis(name, tuple(values))
+
+
+def space(rules: Sequence[str], texts: Sequence[str]) -> dict[str, list[Axis]]:
+    """The axes of each rule.
+
+    Raises:
+        ConfigError: an axis is for a rule that is not swept, or for nothing that a rule knows, or stands there twice.
+    """
+    names = {rule_name(rule): rule for rule in rules}
+    recipe_fields = {item.name for item in fields(Recipe)} - set(FIXED)
+    found: dict[str, list[Axis]] = {rule: [] for rule in rules}
+    for text in texts:
+        owner, axis = parse(text)
+        if owner and owner not in names:
+            raise unknown_name("rule in --space", owner, names)
+        if axis.name in FIXED:
+            raise ConfigError(f"--space {text}: all trials have the same {axis.name}; give it as an option")
+        known = [
+            rule
+            for rule in ([names[owner]] if owner else rules)
+            if axis.name in recipe_fields or axis.name in constructor_options(find_rule(rule))
+        ]
+        if not known:
+            options = {option for rule in rules for option in constructor_options(find_rule(rule))}
+            raise unknown_name("setting in --space", axis.name, recipe_fields | options)
+        for rule in known:
+            if any(other.name == axis.name for other in found[rule]):
+                raise ConfigError(f"--space has {axis.name} twice for {rule_name(rule)}")
+            found[rule].append(axis)
+    return found
+
+
+def grid(axes: Sequence[Axis]) -> list[Settings]:
+    """All combinations.
+
+    Raises:
+        ConfigError: a range has no grid.
+    """
+    for axis in axes:
+        if not axis.values:
+            raise ConfigError(f"--space {axis.name} is a range: a grid needs values; or choose --search random or optuna")
+    chosen = itertools.product(*(axis.values for axis in axes))
+    return [dict(zip((axis.name for axis in axes), values, strict=True)) for values in chosen]
+
+
+def applied(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the chosen settings in place.
+
+    Raises:
+        ConfigError: a value is not usable.
+
+    >>> applied(Recipe(rule="pfa"), {"lr": 0.1, "expansion": 4}).rule_options
+    ('expansion=4',)
+    """
+    known = {item.name: getattr(recipe, item.name) for item in fields(Recipe)}
+    changed: dict[str, Any] = {}
+    options: list[str] = []
+    for name, value in settings.items():
+        if name in known and name not in FIXED:
+            changed[name] = _typed(name, known[name], value)
+            if name in ("lr", "weight_decay"):
+                changed[f"{name}_epochs"] = ()
+        else:
+            options.append(f"{name}={value!r}")
+    try:
+        return replace(recipe, **changed, rule_options=merged(recipe.rule_options, options))
+    except TypeError as error:
+        raise ConfigError(f"--space {', '.join(settings)}: {error}") from error
+
+
+def _typed(name: str, before: Any, value: Any) -> Any:
+    """The value as the recipe's field has it: schedules are tuples, counts are whole."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(before, int | float | tuple) and not isinstance(before, bool) and not number:
+        raise ConfigError(f"--space {name}: {value!r} is not a number")
+    if isinstance(before, tuple):
+        return (float(value),)
+    if isinstance(before, bool) or not isinstance(before, int | float):
+        return value
+    if isinstance(before, int):
+        if float(value) != int(value):
+            raise ConfigError(f"--space {name}: {value} is not a whole number")
+        return int(value)
+    return float(value)

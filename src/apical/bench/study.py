@@ -1,0 +1,111 @@
+"""Studies: the rows of a paper's table or figure, each with its recipe and the numbers it should reproduce."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from apical.bench.recipe import Recipe, from_json
+from apical.bench.state import read_json
+from apical.errors import ApicalError, ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number to compare with.
+
+    Attributes:
+        metric: "accuracy" or "error" in percent, "loss" (of the split in `split`), or "angle" in degrees.
+        epoch: after so many epochs.
+        value: the number.
+        tolerance: how far a reproduction may lie from it.
+        tag: "fig", "paper" or "ours".
+        layer: number of the layer from the input, for angles; 0 for the mean over layers.
+        spread: standard deviation over seeds, where known.
+        split: "train", "validation" or "test".
+        select: "best-validation" takes the value at the best validation epoch up to `epoch`; None that of `epoch` itself.
+    """
+
+    metric: str
+    epoch: int
+    value: float
+    tolerance: float
+    tag: str
+    layer: int | None = None
+    spread: float | None = None
+    split: str = "test"
+    select: str | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published order: after `epoch` epochs the metric of `rule` minus that of `other` is at least `least`."""
+
+    rule: str
+    other: str
+    epoch: int
+    least: float
+    split: str = "test"
+    metric: str = "accuracy"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule of a study: how to train it and what was published."""
+
+    recipe: Recipe
+    published: tuple[Published, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A set of comparable rows.
+
+    Attributes:
+        title: one line.
+        cost: rough cost of one run.
+        rows: short name of the rule -> row.
+        default: the row of any other rule, without published numbers.
+        claims: orders among the rules.
+    """
+
+    title: str
+    cost: str
+    rows: dict[str, Row]
+    default: Recipe
+    claims: tuple[Claim, ...] = ()
+
+    def row(self, rule: str) -> Row:
+        """The row of a rule, or the study's settings for a rule that the study does not have."""
+        return self.rows.get(rule) or Row(replace(self.default, rule=rule), ())
+
+
+def from_file(path: Path) -> Study:
+    """The study in a file {"title": ..., "rows": {rule: recipe}}, without published numbers.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no recipes.
+        CheckpointError: it is damaged.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--recipe {path}: there is no such file")
+    content = read_json(path)
+    rows = content.get("rows")
+    if not isinstance(rows, dict) or not rows:
+        raise ConfigError(f'--recipe {path}: the file has no recipes; it needs {{"title": ..., "rows": {{RULE: RECIPE}}}}')
+    recipes = {rule: Row(_recipe(given, f"--recipe {path}, {rule}"), ()) for rule, given in rows.items()}
+    return Study(str(content.get("title", path.name)), "not known", recipes, next(iter(recipes.values())).recipe)
+
+
+def _recipe(given: Any, where: str) -> Recipe:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: a recipe is an object of settings, not {given!r}")
+    known = [item.name for item in fields(Recipe)]
+    for name in given:
+        if name not in known:
+            raise unknown_name(f"setting in {where}", name, known)
+    try:
+        return from_json(given)
+    except ApicalError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: a setting has the wrong kind of value ({error})") from error

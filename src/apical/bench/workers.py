@@ -1,0 +1,117 @@
+"""Worker processes for the seeds of a comparison: they obey signals, report what ended them, and die with their parent."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from apical.bench.signals import Interrupted, StopSignals
+from apical.errors import ApicalError
+
+Body = Callable[[int, StopSignals], None]
+"""Trains one seed; raises Interrupted once all is saved. Importable by name."""
+
+
+def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refresh: Callable[[], None]) -> None:
+    """Call `body` for each seed in a process of its own, `at_once` at a time; `refresh` is called now and then.
+
+    Raises:
+        Interrupted: a signal came and was passed on; every worker has ended.
+        ApicalError: a worker failed; the others were told to save and stop.
+        OSError: likewise, disk full or no permission.
+    """
+    context = multiprocessing.get_context("spawn")
+    running: dict[int, tuple[BaseProcess, Connection]] = {}
+    failures: list[Exception] = []
+    waiting, told = list(seeds), False
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once and not told:
+                seed = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                child = context.Process(target=_work, args=(body, seed, sender), name=f"apical seed {seed}")
+                with _held_signals():
+                    child.start()
+                sender.close()
+                running[seed] = (child, receiver)
+            wait([process.sentinel for process, _ in running.values()], timeout=0.25)
+            for seed, (process, receiver) in list(running.items()):
+                if not process.is_alive():
+                    del running[seed]
+                    failures += _outcome(seed, process, receiver)
+            if (stop.signum or failures) and not told:
+                told = True
+                waiting.clear()
+                for process, _ in running.values():
+                    process.terminate()
+            refresh()
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.join()
+    if stop.signum:
+        raise Interrupted(stop.signum, "a step of each run")
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM wait; a process started here gets them once it can obey them."""
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks both when it is started along with the first process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exception]:
+    """What went wrong in an ended worker; empty if nothing did or it was told to stop."""
+    process.join()
+    try:
+        problem = receiver.recv() if receiver.poll() else None
+    except EOFError:
+        problem = None
+    finally:
+        receiver.close()
+    if problem is not None:
+        return [] if isinstance(problem, Interrupted) else [problem]
+    code = process.exitcode or 0
+    if code == 0:
+        return []
+    how = f"was killed by signal {-code}, perhaps for want of memory" if code < 0 else f"ended with status {code}"
+    return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if need be")]
+
+
+def _work(body: Body, seed: int, sender: Connection) -> None:
+    """Body of a worker process; sends the exception that ended it, if one did."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    with StopSignals(impatient=False) as stop:
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            body(seed, stop)
+        except (ApicalError, OSError, Interrupted) as error:
+            sender.send(error)
+        except SystemExit as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{frame.filename}, line {frame.lineno}"
+            sender.send(ApicalError(f"{where}, ended the process of seed {seed} (SystemExit: {error.code})"))
+
+
+def _die_with_parent() -> None:
+    """End this process at once when its parent is gone; what is saved can be resumed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,276 @@
+"""What the commands of the command line do. Everything is checked before the first file is written."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apical import data, models
+from apical.bench import compare as comparison
+from apical.bench.compare import Job, load_data
+from apical.bench.distributed import joined, pick_device, under_torchrun
+from apical.bench.loop import Training
+from apical.bench.names import (
+    RULES,
+    check_options,
+    constructor_options,
+    find_rule,
+    make_rule,
+    merged,
+    options_for,
+    resolve,
+)
+from apical.bench.papers import studies
+from apical.bench.progress import Watch, Watched, describe, results_table, shown_path
+from apical.bench.provenance import environment
+from apical.bench.recipe import Recipe, rule_name
+from apical.bench.report import folder as report
+from apical.bench.run_folder import RunFolder
+from apical.bench.signals import Interrupted, StopSignals
+from apical.bench.state import read_json, write_state
+from apical.bench.study import Study, from_file
+from apical.bench.tensorboard import check_installed
+from apical.errors import ConfigError, DivergenceError, unknown_name
+
+if TYPE_CHECKING:
+    from apical.cli.flags.training import Compare, Flags, Train
+
+DEMO_RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa-o")
+DIVERGED = 3
+"""Exit status of a comparison in which a run diverged."""
+
+
+def compare(flags: "Compare", command: str) -> int:
+    """Train the rules side by side and report; returns the exit status."""
+    if under_torchrun():
+        raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
+    for option, value, least in (("--seeds", flags.seeds, 1), ("--jobs", flags.jobs, 0)):
+        if value < least:
+            raise ConfigError(f"{option} must be at least {least}, got {value}")
+    study = find_study(flags.recipe)
+    rules = flags.rules or tuple(study.rows if study else DEMO_RULES)
+    for rule in rules:
+        find_rule(rule)
+    names = [rule_name(rule) for rule in rules]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
+    check_options(rules, flags.rule_options or ())
+    drafts = [draft(flags, study, rule) for rule in rules]
+    if len({item.epochs for item in drafts}) > 1:
+        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+    console = Console()
+    recipes, notes = prepare(drafts, partial(console.print, highlight=False, markup=False, soft_wrap=True))
+    published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
+    claims = (
+        [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
+    )
+    job = Job(
+        recipes=tuple(recipes),
+        seeds=tuple(range(flags.seeds)),
+        out=flags.out,
+        make_rule=make_rule,
+        command=command,
+        jobs=flags.jobs,
+        resume=flags.resume,
+        overwrite=flags.overwrite,
+        notes=dict(zip(names, notes, strict=True)),
+        about={"study": flags.recipe, "published": published, "claims": claims},
+        events=flags.tensorboard,
+        ray=flags.ray,
+    )
+    comparison.check(job)
+    watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in names for seed in job.seeds]
+    watch = Watch(console, watched, recipes[0].epochs)
+    with StopSignals() as stop:
+        try:
+            with watch.shown():
+                rows = comparison.run(job, stop, watch.refresh)
+        except Interrupted as interrupted:
+            return stopped(interrupted, command)
+    console.print(results_table(rows))
+    console.print(f"report: {shown_path(report.write(flags.out))}", highlight=False, soft_wrap=True)
+    lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
+    if lost:
+        print(f"apical: {len(lost)} of {len(rows)} runs diverged: {', '.join(lost)}", file=sys.stderr)
+        return DIVERGED
+    return 0
+
+
+def train(flags: "Train", command: str) -> int:
+    """Train one rule; returns the exit status."""
+    study = find_study(flags.recipe)
+    find_rule(flags.rule)
+    recipe = draft(flags, study, flags.rule)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
+        (recipe,), (notes,) = prepare([recipe], print if world.is_main else None)
+        folder = RunFolder(flags.out, events=flags.tensorboard)
+        state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
+        if state == "finished":
+            if world.is_main:
+                print(f"{shown_path(flags.out)} is already finished: {recipe.epochs} epochs")
+            return 0
+        if state == "diverged":
+            raise DivergenceError(str(read_json(folder.result).get("message", "the run diverged")))
+        training = Training(recipe, load_data(recipe), make_rule, folder, world, stop)
+        around = environment(str(world.device), torch.get_num_threads(), world.size)
+        try:
+            training.start(resume=state == "resumable", command=command, notes=notes, environment=around)
+            with shown(training, world.is_main) as (on_step, on_line):
+                on_line()
+                while training.epoch < recipe.epochs:
+                    training.train_epoch(on_step)
+                    on_line()
+        except Interrupted as interrupted:
+            return stopped(interrupted, command) if world.is_main else 128 + interrupted.signum
+        if world.is_main:
+            write_state(folder.result, training.result())
+            print(f"results: {shown_path(flags.out)}")
+    return 0
+
+
+def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
+    """The recipe of one rule: the study's row or the defaults, with the given options in place.
+
+    Raises:
+        ConfigError: an option is out of range, or needs a package that is not there.
+    """
+    if flags.tensorboard:
+        check_installed()
+    recipe = study.row(rule).recipe if study else Recipe(rule=rule)
+    given = flags.given()
+    for schedule in ("lr", "weight_decay"):
+        if schedule in given:
+            given.setdefault(f"{schedule}_epochs", ())
+    options = given.pop("rule_options", ())
+    if flags.teacher is not None:
+        options = (*options, *_taught_by(flags, rule))
+    if not hasattr(flags, "rule"):  # of a comparison: for several rules
+        options = options_for(rule, options)
+    return replace(recipe, **{**given, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+
+
+def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
+    """The option that gives the rule its teacher file; none for those rules of a comparison that have no teacher."""
+    of_them = getattr(flags, "rules", None) or (rule,)
+    if not any("teacher" in constructor_options(find_rule(each)) for each in of_them):
+        raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; tdca has")
+    return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
+
+
+def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None) -> tuple[list[Recipe], list[list[str]]]:
+    """The recipes with the rules' defaults, and notes on them; builds each model and rule once, to see that it works.
+
+    Args:
+        drafts: as asked for.
+        tell: is told how what is trained differs from the models as they are named.
+
+    Raises:
+        ApicalError: a name, size or option is not usable, or the data are missing or damaged.
+    """
+    first = drafts[0]
+    pick_device(first.device)
+    if first.data not in data.names():
+        raise unknown_name("data set", first.data, data.names())
+    dataset = load_data(first)
+    recipes, notes, apart = [], [], []
+    for item in drafts:
+        recipe, chosen = resolve(item, len(dataset.train))
+        recipe.check_targets(are_numbers=dataset.is_regression)
+        rule = make_rule(recipe, models.build(recipe.model, dataset.input_shape, dataset.classes), dataset.input_shape)
+        recipes.append(recipe)
+        notes.append([*chosen, *rule.remarks])
+        if tell is not None:
+            for remark in rule.remarks:
+                tell(f"{recipe.rule_name}: {remark}")
+        apart.append(rule.learns_apart)
+    for i, recipe in enumerate(recipes):
+        if any(apart) and not apart[i] and recipe.has_feedback_passes:
+            recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)
+            notes[i].append(f"no feedback passes: {recipe.rule_name} learns no feedback weights in passes of their own")
+        recipes[i].check_phases(two_phase=apart[i])
+    return recipes, notes
+
+
+def find_study(name: str | None) -> Study | None:
+    """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if name is not None and name.endswith(".json"):
+        return from_file(Path(name))
+    if name is not None and name not in studies():
+        raise unknown_name("recipe", name, studies())
+    return studies()[name] if name is not None else None
+
+
+def stopped(interrupted: Interrupted, command: str) -> int:
+    """Say how to continue; returns the exit status that a shell expects."""
+    words = [word for word in shlex.split(command) if word not in ("--overwrite", "--resume")]
+    print(f"stopped at {interrupted.where}; saved. Continue with: {shlex.join([*words, '--resume'])}")
+    return 128 + interrupted.signum
+
+
+@contextmanager
+def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
+    """Callbacks that show steps (a bar, in a terminal only) and finished epochs."""
+    console = Console(quiet=not visible)
+    epochs = training.recipe.epochs
+
+    def on_line() -> None:
+        console.print(describe(training.line, epochs), highlight=False, soft_wrap=True)
+
+    if not (visible and console.is_terminal):
+        yield None, on_line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(training.recipe.rule_name, total=training.steps_planned)
+        yield lambda step: progress.update(task, completed=training.steps_done), on_line
+
+
+def listing(what: str) -> None:
+    """Print the rules, models, data sets or recipes."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    if what == "rules":
+        for name, entry in RULES.items():
+            table.add_row(name, entry.title)
+    elif what == "recipes":
+        for name, study in studies().items():
+            table.add_row(name, study.title, study.cost)
+    elif what == "models":
+        for name in models.names():
+            table.add_row(name)
+    else:
+        for row in data.status():
+            table.add_row(*(str(cell) for cell in row))
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def fetch(name: str) -> None:
+    """Download a data set and print where it lies."""
+    if name not in data.names():
+        raise unknown_name("data set", name, data.names())
+    print(data.fetch(name))
+
+
+def write_report(folder: Path) -> None:
+    """Write the report of a folder and print its path."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"no permission to write in {folder}")
+    print(shown_path(report.write(folder)))

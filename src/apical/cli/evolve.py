@@ -1,0 +1,105 @@
+"""`apical evolve`: from its flags to an evolution with a progress bar, in its folder, here or on a Ray cluster."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from apical.bench.evolve.loop import EvolutionFolder, classification, evolve
+from apical.bench.evolve.recipe import EvolutionRecipe
+from apical.bench.papers import evolutions
+from apical.bench.progress import shown_path
+from apical.bench.report.evolution import write
+from apical.bench.run_folder import environment
+from apical.bench.signals import Interrupted, StopSignals
+from apical.cli.commands import stopped
+from apical.errors import unknown_name
+from apical.evolution.workers import Here, RayWorkers, Workers
+
+if TYPE_CHECKING:
+    from apical.cli.flags.evolve import Evolve
+
+
+def run(flags: "Evolve", command: str) -> int:
+    """Evolve a top-down network; returns the exit status.
+
+    Raises:
+        ApicalError: an option, the data or the folder is not usable, or no cluster answers.
+    """
+    recipe, folder = drafted(flags), EvolutionFolder(flags.out)
+    task = classification(recipe)
+    folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
+    held = folder.held(recipe, resume=flags.resume, overwrite=flags.overwrite)
+    with StopSignals() as stop, _workers(flags.ray, flags.workers, recipe.chunk) as workers, held as resume:
+        around = environment("cpu", torch.get_num_threads())
+        if not resume:
+            folder.create(recipe, command, around)
+        print(f"{task.start.numel()} weights, population {recipe.population}, {recipe.generations} generations")
+        origin = {"command": command, "environment": around}
+        with _shown(recipe) as show:
+
+            def on_generation(line: dict[str, Any]) -> bool:
+                show(line)
+                return stop.signum is not None
+
+            result = evolve(task, recipe, workers, folder, resume=resume, provenance=origin, on_generation=on_generation)
+        if result is None:
+            assert stop.signum is not None
+            done = folder.lines()[-1]["generation"]
+            return stopped(Interrupted(stop.signum, f"generation {done}"), command)
+    print(f"teacher: {shown_path(folder.teacher)}")
+    print(f"report: {shown_path(write(folder))}")
+    return 0
+
+
+def drafted(flags: "Evolve") -> EvolutionRecipe:
+    """The committed recipe asked for, or the defaults, with the given options in place.
+
+    Raises:
+        ConfigError: there is no such recipe, or an option is out of range.
+    """
+    known = EvolutionRecipe.__dataclass_fields__
+    given = {name: getattr(flags, name) for name in known if getattr(flags, name) is not None}
+    if flags.recipe is not None and flags.recipe not in evolutions():
+        raise unknown_name("evolution recipe", flags.recipe, evolutions())
+    return replace(evolutions()[flags.recipe] if flags.recipe is not None else EvolutionRecipe(), **given)
+
+
+@contextmanager
+def _workers(address: str | None, count: int | None, chunk: int) -> Iterator[Workers]:
+    workers: Workers = Here(chunk) if address is None else RayWorkers(address, count, chunk)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+@contextmanager
+def _shown(recipe: EvolutionRecipe) -> Iterator[Any]:
+    """A function that shows a generation: a bar with the fitness in a terminal, otherwise a line at every tenth part."""
+    console = Console()
+    part = max(1, recipe.generations // 10)
+
+    def text(line: dict[str, Any]) -> str:
+        center = "nan" if line["center"] is None else f"{line['center']:.4f}"
+        return f"fitness {center} (best {line['best']:.4f}, mean {line['mean']:.4f})"
+
+    if not console.is_terminal:
+
+        def on_line(line: dict[str, Any]) -> None:
+            if line["generation"] % part == 0 or line["generation"] in (1, recipe.generations):
+                print(
+                    f"generation {line['generation']}/{recipe.generations}  {text(line)}  {line['seconds']:.2f} s",
+                    flush=True,
+                )
+
+        yield on_line
+        return
+    columns = (TextColumn("generation"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("", total=recipe.generations)
+        yield lambda line: progress.update(bar, completed=line["generation"], description=text(line))

@@ -1,0 +1,29 @@
+"""Options of `apical audit`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from apical.cli.flags.shown import shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Measure what rules need that a brain may lack: weight transport, locality, locking, phases, robustness, cost."""
+
+    rules: Positional[Annotated[tuple[str, ...], shown("RULES ...", "(default: all)")]] = ()
+    """Rules to audit; see `apical list rules`."""
+    model: Annotated[str, shown("NAME", "(default: mlp-48-32)")] = "mlp-48-32"
+    """Network; kinks to ask about derivatives at need ReLU or the like."""
+    data: Annotated[str, shown("NAME", "(default: digits)")] = "digits"
+    """Data set that the rules are trained on before they are examined, up to 2,000 images of it."""
+    epochs: Annotated[int, shown("N", "(default: 5)")] = 5
+    """Epochs of training before that."""
+    seed: Annotated[int, shown("N", "(default: 0)")] = 0
+    """Seed of weights, feedback and data order."""
+    out: Annotated[Path | None, shown("DIR", "(default: print only)")] = None
+    """Folder for audit.json, audit.png and audit.svg; must be new or empty."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace what is in --out."""

@@ -1,0 +1,32 @@
+"""Options of `apical landscape`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from apical.bench.recipe import Device
+from apical.cli.flags.shown import shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landscape:
+    """Draw the ways of finished runs over the loss surface they trained on; they need `--trajectory N`."""
+
+    runs: Positional[Annotated[tuple[Path, ...], shown("RUNS ...", "(required)")]]
+    """Folders of runs or of comparisons, of one model, data set and loss."""
+    out: Annotated[Path, shown("DIR", "(required)")]
+    """Folder for landscape.png, .svg and .json; must be new or empty."""
+    plane: Annotated[Literal["pca", "random"], shown("pca|random", "(default: pca)")] = "pca"
+    """Plane through weight space: that of most of the snapshots' variance, or two filter-normalised random directions."""
+    grid: Annotated[int, shown("N", "(default: 41)")] = 41
+    """Points of the surface on a side; also those of the straight lines on which barriers are measured."""
+    span: Annotated[float | None, shown("X", "(default: 1.3 for pca, 1 for random)")] = None
+    """Half-width of the surface: over that of all snapshots (pca), or over the norms of the filters (random)."""
+    examples: Annotated[int, shown("N", "(default: 1000)")] = 1000
+    """Training images, always the same, of which the loss is taken."""
+    device: Annotated[Device, shown("auto|cpu|cuda", "(default: auto)")] = "auto"
+    """Where to compute."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace what is in --out."""

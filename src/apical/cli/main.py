@@ -1,0 +1,176 @@
+"""The command line: `apical COMMAND`. Torch is imported only by commands that compute."""
+
+import errno
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+
+from apical.cli.flags.audit import Audit
+from apical.cli.flags.evolve import Evolve
+from apical.cli.flags.landscape import Landscape
+from apical.cli.flags.reproduce import Reproduce
+from apical.cli.flags.sweep import Sweep
+from apical.cli.flags.training import Compare, Train
+from apical.cli.interrupts import LINE, STATUS, Raise, end, handled
+from apical.errors import ApicalError
+
+DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
+
+Start here (about a minute on two cores, no download):
+
+    apical compare --out runs/demo
+
+then open runs/demo/report.html. Choose rules, data and model:
+
+    apical compare --rules bp fa pfa --data mnist --model mlp-512-512 --epochs 5 --seeds 3 --out runs/mnist
+
+The settings of a paper: `apical compare --recipe pfa-mnist --out runs/pfa-mnist`. One rule alone: `apical train --rule
+pfa --out runs/pfa`. Ctrl-C saves; the same command with --resume continues. What there is: `apical list rules`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write figures and report.html from what a folder holds."""
+
+    folder: Positional[Path]
+    """Folder of a comparison or of one run."""
+
+
+@dataclass(frozen=True)
+class DataFetch:
+    """Download a data set, checked against its known checksum; an interrupted download continues."""
+
+    name: Positional[Annotated[str, arg(metavar="NAME")]]
+    """Data set."""
+
+
+@dataclass(frozen=True)
+class DataList:
+    """Data sets and where they were found."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Download a data set, or see which are here."""
+
+    action: OmitArgPrefixes[
+        Annotated[DataFetch, subcommand("fetch", prefix_name=False)]
+        | Annotated[DataList, subcommand("list", prefix_name=False)]
+    ]
+
+
+@dataclass(frozen=True)
+class List:
+    """What there is: rules, models, data or recipes."""
+
+    what: Positional[Literal["rules", "models", "data", "recipes"]]
+    """What to list."""
+
+
+Command = (
+    Annotated[Compare, subcommand("compare", prefix_name=False)]
+    | Annotated[Train, subcommand("train", prefix_name=False)]
+    | Annotated[Evolve, subcommand("evolve", prefix_name=False)]
+    | Annotated[Landscape, subcommand("landscape", prefix_name=False)]
+    | Annotated[Audit, subcommand("audit", prefix_name=False)]
+    | Annotated[Reproduce, subcommand("reproduce", prefix_name=False)]
+    | Annotated[Sweep, subcommand("sweep", prefix_name=False)]
+    | Annotated[Report, subcommand("report", prefix_name=False)]
+    | Annotated[Data, subcommand("data", prefix_name=False)]
+    | Annotated[List, subcommand("list", prefix_name=False)]
+)
+
+
+MODULES = {
+    Audit: "apical.cli.audit",
+    Evolve: "apical.cli.evolve",
+    Landscape: "apical.cli.landscape",
+    Reproduce: "apical.cli.reproduce",
+    Sweep: "apical.cli.sweep",
+}
+"""Where the commands with a module of their own run; imported only then."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed: Any = tyro.cli(
+        Command,
+        prog="apical",
+        description=DESCRIPTION,
+        args=arguments or ["--help"],
+        config=(FlagCreatePairsOff,),
+    )
+    status = _status(parsed, shlex.join(["apical", *arguments]))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from apical.bench.distributed import leave
+
+        leave(status)
+    return status
+
+
+def _status(parsed: Any, command: str) -> int:
+    try:
+        with handled(end):
+            run = _runner(parsed)
+        with handled(Raise()):
+            return run(parsed, command)
+    except ApicalError as error:
+        message = str(error)
+    except OSError as error:
+        message = _said(error, parsed)
+    except SystemExit as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{frame.filename}, line {frame.lineno}, ended the program (SystemExit: {error.code})"
+    except KeyboardInterrupt:
+        print(LINE, file=sys.stderr, flush=True)
+        return STATUS
+    # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke
+    print("apical: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return 2
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _said(error: OSError, parsed: Any) -> str:
+    """An error of the system in one line; a full disk's with the folder and how to go on."""
+    out = getattr(parsed, "out", None) or getattr(parsed, "folder", None)
+    where = error.filename or (out if error.errno in _FULL else None)
+    text = (error.strerror or str(error)) + (f": {where}" if where else "")
+    if error.errno in _FULL and hasattr(parsed, "resume"):
+        text += f"; what was saved in {out} is kept: make room, then give the same command with --resume"
+    return text
+
+
+def _runner(parsed: Any) -> Callable[[Any, str], int]:
+    """What runs a command; imports torch and all that the command needs."""
+    from apical.cli import commands
+
+    if isinstance(parsed, Compare):
+        return commands.compare
+    if isinstance(parsed, Train):
+        return commands.train
+    if type(parsed) in MODULES:
+        run: Callable[[Any, str], int] = import_module(MODULES[type(parsed)]).run
+        return run
+
+    def simple(parsed: Any, command: str) -> int:
+        if isinstance(parsed, Report):
+            commands.write_report(parsed.folder)
+        elif isinstance(parsed, Data) and isinstance(parsed.action, DataFetch):
+            commands.fetch(parsed.action.name)
+        else:
+            commands.listing("data" if isinstance(parsed, Data) else parsed.what)
+        return 0
+
+    return simple

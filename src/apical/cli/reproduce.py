@@ -1,0 +1,246 @@
+"""`apical reproduce`: tables of papers by name, at a budget, with verdicts computed from tolerance and data."""
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as Shown
+
+from apical.bench.distributed import under_torchrun
+from apical.bench.folders import check_writable, refuse_links, refuse_used, remove_tree
+from apical.bench.papers import BUDGETS, SEEDS, Budget, Sizes, Table, too_small
+from apical.bench.papers import tables as all_tables
+from apical.bench.progress import shown_path
+from apical.bench.provenance import environment
+from apical.bench.report.records import read
+from apical.bench.report.verdicts import Verdict, judge
+from apical.bench.run_folder import FolderLock
+from apical.bench.state import read_json, write_json
+from apical.cli import commands
+from apical.cli.flags.training import Compare
+from apical.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from apical.cli.flags.reproduce import Reproduce
+
+SMALL = "budget too small to tell"
+Row = dict[str, Any]
+
+
+def run(flags: "Reproduce", command: str) -> int:
+    """Run the tables one after another; returns the exit status, that of the first table that has another than 0.
+
+    Raises:
+        ApicalError: a name is unknown, a folder is used, or a table cannot be run.
+    """
+    if under_torchrun():
+        raise ConfigError("apical reproduce runs its own processes, not under torchrun")
+    if not flags.targets:
+        _list()
+        return 0
+    tables = {name: table for target in flags.targets for name, table in found(target).items()}
+    for name, table in tables.items():
+        _check(table, place(flags, name, table), flags)
+    worst = 0
+    for name, table in tables.items():
+        status = reproduce(name, table, flags, command)
+        worst = worst or status
+        if status > 128:  # a signal: the rest is not wanted either
+            return status
+    return worst
+
+
+def found(target: str) -> dict[str, Table]:
+    """The tables that a target means, by "paper/table".
+
+    Raises:
+        ConfigError: there are none; names the nearest.
+    """
+    paper, _, name = target.partition("/")
+    if paper not in all_tables():
+        raise unknown_name("paper", target, [f"{p}/{t}" for p, tables in all_tables().items() for t in tables])
+    if not name:
+        return {f"{paper}/{each}": table for each, table in all_tables()[paper].items()}
+    if name not in all_tables()[paper]:
+        raise unknown_name(f"table of {paper}", name, all_tables()[paper])
+    return {target: all_tables()[paper][name]}
+
+
+def place(flags: "Reproduce", name: str, table: Table) -> Path:
+    """Where a table's runs go; the file of one that writes a file."""
+    suffix = "" if flags.budget == "cpu" else f"-{flags.budget}"
+    path = flags.out / f"{name.replace('/', '-')}{suffix}"
+    return path.with_name(f"{path.name}.json") if table.result == "file" else path
+
+
+def _check(table: Table, path: Path, flags: "Reproduce") -> None:
+    check_writable(flags.out)
+    if flags.ray and table.module:
+        raise ConfigError("--ray is for tables of trainings; this one has a program of its own, which runs here")
+    if flags.overwrite:
+        refuse_links(path / "cells", path)
+    if flags.resume or flags.overwrite:
+        return
+    if table.result == "file" and path.exists():
+        raise ConfigError(f"{path} exists; add --overwrite to replace it, or choose another --out")
+    if table.result == "folder":
+        refuse_used(path)
+
+
+def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
+    """Run one table, print its verdicts and keep them; returns the exit status."""
+    path, sizes = place(flags, name, table), table.budgets[flags.budget]
+    console = Console()
+    console.print(f"== {name}, budget {flags.budget}: {table.title}", highlight=False, markup=False, soft_wrap=True)
+    begun = time.perf_counter()
+    status = _compare(table, path, sizes, flags, command) if table.study else _module(table, path, sizes, flags)
+    if status not in (0, commands.DIVERGED):
+        return status
+    rows = study_rows(path, sizes) if table.study else module_rows(path, table, sizes)
+    record = {
+        "target": name,
+        "title": table.title,
+        "budget": flags.budget,
+        "sizes": sizes,
+        "command": command,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "resumed": flags.resume,
+        "rows": rows,
+        "environment": environment("cpu", torch.get_num_threads()),
+    }
+    kept = flags.out / "reproductions" / f"{path.stem if table.result == 'file' else path.name}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, record)
+    _tell(console, rows)
+    console.print(f"verdicts: {shown_path(kept)}", highlight=False, soft_wrap=True)
+    return status
+
+
+def _compare(table: Table, path: Path, sizes: Sizes, flags: "Reproduce", command: str) -> int:
+    asked: Any = Compare
+    chosen = asked(
+        out=path, recipe=table.study, jobs=flags.jobs, ray=flags.ray, resume=flags.resume, overwrite=flags.overwrite, **sizes
+    )
+    return commands.compare(chosen, command)
+
+
+def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
+    lock = FolderLock(path) if table.result == "folder" else FolderLock(path.parent, f".{path.name}.lock")
+    lock.hold("reproducing", wait=0)
+    _check(table, path, flags)  # again: its last holder may have written it since
+    if flags.overwrite:
+        remove_tree(path / "cells", path)
+    options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    options += ["--jobs", str(flags.jobs)] if table.side_by_side else []
+    threads = torch.get_num_threads()
+    try:
+        return int(import_module(table.module).main(["--out", str(path), *options]) or 0)
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept. Continue with the same command and --resume")
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+        lock.release()
+
+
+def study_rows(path: Path, sizes: Sizes) -> list[Row]:
+    """Every published number of a comparison with what was measured, its interval and the verdict."""
+    cut = any(name.endswith("_limit") for name in sizes)
+    epochs = int(sizes["epochs"]) if "epochs" in sizes else None
+    return [
+        {
+            "rule": each.rule,
+            "what": f"{each.what}, epoch {each.epoch}",
+            "reference": _reference(each),
+            "source": each.tag,
+            "measured": each.measured,
+            "low": each.low,
+            "high": each.high,
+            "n": each.n,
+            "verdict": verdict(each, epochs, cut=cut),
+        }
+        for each in judge(read(path))
+    ]
+
+
+def verdict(row: Verdict, epochs: int | None, *, cut: bool) -> str:
+    """The verdict on one number, if the budget lets it be told.
+
+    Args:
+        row: the number, and the verdict that tolerance and data give.
+        epochs: of the budget; None for those of the table.
+        cut: images were left out.
+    """
+    if epochs is not None and row.epoch > epochs:
+        return SMALL
+    if row.n == 0:
+        return row.verdict
+    return SMALL if cut or row.n < SEEDS else row.verdict
+
+
+def _reference(row: Verdict) -> str:
+    value = row.shown(row.published)
+    return f"at least {value}" if row.tolerance is None else f"{value} ± {row.tolerance:g}"
+
+
+def module_rows(path: Path, table: Table, sizes: Sizes) -> list[Row]:
+    """The verdicts that a module came to; none, where the budget is smaller than they are meant for."""
+    content: Mapping[str, Any] = read_json(path if table.result == "file" else path / "results.json")
+    small = too_small(table, sizes)
+    rows = []
+    for each in import_module(table.module).verdicts(content) if table.result == "file" else content["verdicts"]:
+        row = {key: each.get(key) for key in ("rule", "what", "source", "low", "high", "n")}
+        row |= {"reference": each["mark"], "measured": each["mean"], "verdict": SMALL if small else each["verdict"]}
+        rows.append(row)
+    return rows
+
+
+def _tell(console: Console, rows: Sequence[Row]) -> None:
+    shown = Shown(box=None, pad_edge=False)
+    for name in ("rule", "what", "reference", "source", "ours [95 %]", "n", "verdict"):
+        shown.add_column(name, justify="right" if name == "n" else "left")
+    for row in rows:
+        shown.add_row(
+            row["rule"], row["what"], row["reference"], row["source"], measured(row), str(row["n"] or "-"), row["verdict"]
+        )
+    console.print(shown)
+    told = [row["verdict"] for row in rows]
+    console.print(", ".join(f"{told.count(each)} {each}" for each in dict.fromkeys(told)) or "no published numbers")
+
+
+def measured(row: Row) -> str:
+    """What was measured, with its 95 % interval.
+
+    >>> measured({"measured": 98.125, "low": 98.0, "high": 98.25})
+    '98.12 [98, 98.25]'
+    """
+    if row["measured"] is None:
+        return "-"
+    if row["low"] is None or row["high"] is None:
+        return f"{row['measured']:.4g}"
+    return f"{row['measured']:.4g} [{row['low']:.4g}, {row['high']:.4g}]"
+
+
+def _list() -> None:
+    console = Console()
+    shown = Shown(box=None, pad_edge=False)
+    for name in ("table", "what it is", *BUDGETS):
+        shown.add_column(name)
+    for paper, tables in all_tables().items():
+        for name, table in tables.items():
+            shown.add_row(f"{paper}/{name}", table.title, *(cost(table, budget) for budget in BUDGETS))
+    console.print(shown)
+    console.print(
+        "Hours on two cores, where they were measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.",
+        soft_wrap=True,
+    )
+
+
+def cost(table: Table, budget: Budget) -> str:
+    """Measured hours of a budget, in words."""
+    hours = table.hours.get(budget)
+    return "not measured" if hours is None else f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"

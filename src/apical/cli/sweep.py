@@ -1,0 +1,346 @@
+"""`apical sweep`: equal trials for every rule, judged by validation images; the best of each is tested afterwards."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from apical.bench import compare as comparison
+from apical.bench.checkpoint import write_atomically
+from apical.bench.compare import Job, cores, load_data
+from apical.bench.distributed import under_torchrun
+from apical.bench.figures.sweep import draw
+from apical.bench.folders import check_writable, refuse_used
+from apical.bench.names import check_options, find_rule, make_rule
+from apical.bench.progress import shown_path
+from apical.bench.provenance import environment
+from apical.bench.recipe import Recipe, rule_name
+from apical.bench.report import folder as report
+from apical.bench.report.html import STYLE, command_block, figure_block
+from apical.bench.run_folder import FolderLock
+from apical.bench.searching import Grid, Optuna
+from apical.bench.signals import Interrupted, StopSignals
+from apical.bench.space import Axis, applied, grid, space
+from apical.bench.state import read_json, write_json, write_page, write_state
+from apical.bench.statistics import bootstrap
+from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
+from apical.cli import commands
+from apical.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from apical.cli.flags.sweep import Sweep
+
+TRIALS = 20
+SHARE = 10
+"""One in so many training images is held out for validation where the recipe holds out none."""
+
+
+def run(flags: "Sweep", command: str) -> int:
+    """Search, choose, test; returns the exit status.
+
+    Raises:
+        ApicalError: an option, the space or a folder is not usable.
+    """
+    rules, drafts, axes = _planned(flags)
+    lock = _open(flags, command, drafts)
+    here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))
+    console = Console()
+    trials: list[Trial] = []
+    with on_ray(flags.ray, make_rule, command, flags.jobs or None) if flags.ray else here as train, StopSignals() as stop:
+        try:
+            for rule, recipe in zip(rules, drafts, strict=True):
+                trials += _searched(flags, rule, recipe, axes[rule], train, stop, console)
+            best = [winner(rule_name(rule), trials) for rule in rules]
+            _keep(flags, command, axes, trials, best)
+            status = _test(flags, command, [trial for trial in best if trial], stop, console)
+        except Interrupted as interrupted:
+            return commands.stopped(interrupted, command)
+        finally:
+            lock.release()
+    _tell(console, flags.out, trials, best)
+    return status
+
+
+def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Axis]]]:
+    """Rules, the recipe that the settings go into, and the axes, all checked."""
+    if under_torchrun():
+        raise ConfigError("apical sweep runs its own processes, not under torchrun")
+    for option, value, least in (
+        ("--seeds", flags.seeds, 1),
+        ("--jobs", flags.jobs, 0),
+        ("--final-seeds", flags.final_seeds, 0),
+        ("--trials", TRIALS if flags.trials is None else flags.trials, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{option} must be at least {least}, got {value}")
+    if flags.search == "grid" and flags.trials is not None:
+        raise ConfigError("--trials is for --search random and optuna; a grid has as many as it has combinations")
+    if flags.tensorboard:
+        raise ConfigError("--tensorboard is for train and compare; a sweep keeps metrics.jsonl of every trial")
+    study = commands.find_study(flags.recipe)
+    rules = list(dict.fromkeys(flags.rules or (tuple(study.rows) if study else commands.DEMO_RULES)))
+    for rule in rules:
+        find_rule(rule)
+    names = [rule_name(rule) for rule in rules]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
+    check_options(rules, flags.rule_options or ())
+    axes = space(rules, flags.space)
+    drafts = [replace(commands.draft(flags, study, rule), probe=0) for rule in rules]
+    if len({recipe.epochs for recipe in drafts}) > 1:
+        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+    if flags.search == "grid":
+        sizes = {rule_name(rule): len(grid(axes[rule])) for rule in rules}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
+            raise ConfigError(
+                f"the grids have different sizes ({told}), so the comparison would not be fair; give all rules as many "
+                "values, or choose --search random or optuna with --trials"
+            )
+    if not drafts[0].validation:
+        held_out = max(1, len(load_data(drafts[0]).train) // SHARE)
+        drafts = [replace(recipe, validation=held_out) for recipe in drafts]
+    for rule, recipe in zip(rules, drafts, strict=True):  # settings that are known are built, to see that they work
+        known = grid(axes[rule]) if flags.search == "grid" else [{}]
+        commands.prepare([applied(recipe, settings) for settings in known])
+    return rules, drafts, axes
+
+
+def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
+    """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it."""
+    lock = FolderLock(flags.out)
+    for held in (False, True):  # what was seen before it is held may have changed
+        check_writable(flags.out)
+        if not (flags.overwrite or flags.resume):
+            refuse_used(flags.out)
+        if not held:
+            lock.hold("sweeping", wait=0)
+    if flags.overwrite:
+        clear(flags.out)
+    plan = {
+        "space": list(flags.space),
+        "search": flags.search,
+        "trials": flags.trials,
+        "seeds": flags.seeds,
+        "search_seed": flags.search_seed,
+        "jobs": (flags.jobs or cores()) if flags.search == "optuna" else None,
+        "recipes": {recipe.rule_name: recipe.to_json() for recipe in drafts},
+    }
+    path = flags.out / "plan.json"
+    if path.exists():
+        saved = read_json(path)
+        unlike = [key for key in plan if saved.get(key) != json.loads(json.dumps(plan[key]))]
+        if unlike:
+            raise CheckpointError(
+                f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
+                "another --out"
+            )
+        return lock
+    write_state(path, {**plan, "command": command, "environment": environment("cpu", torch.get_num_threads())})
+    return lock
+
+
+def _searched(
+    flags: "Sweep",
+    rule: str,
+    recipe: Recipe,
+    axes: Sequence[Axis],
+    train: Execute,
+    stop: StopSignals,
+    console: Console,
+) -> list[Trial]:
+    """All trials of one rule, finished."""
+    search: Grid | Optuna
+    if flags.search == "grid":
+        search = Grid(grid(axes))
+    else:
+        search = Optuna(axes, flags.trials or TRIALS, flags.search_seed, random=flags.search == "random")
+    batch = (flags.jobs or cores()) if flags.search == "optuna" else 1 << 30
+    trials: list[Trial] = []
+    name = rule_name(rule)
+    while asked := search.ask(batch):
+        recipes, _ = commands.prepare([applied(recipe, settings) for settings in asked])
+        made = [
+            _trial(flags, name, len(trials) + i, settings, prepared)
+            for i, (settings, prepared) in enumerate(zip(asked, recipes, strict=True))
+        ]
+        runs = [pair for trial in made for pair in zip(trial.recipes, trial.folders, strict=True)]
+        told: set[int] = set()
+
+        def refresh(made: Sequence[Trial] = made, told: set[int] = told) -> None:
+            for trial in made:
+                if trial.number not in told and len(trial.results()) == len(trial.folders):
+                    told.add(trial.number)
+                    score = "diverged" if trial.score is None else _shown(trial.score)
+                    console.print(
+                        f"{name} trial {trial.number}: {words(trial.settings)}: {score}", highlight=False, soft_wrap=True
+                    )
+
+        train(runs, stop, refresh)
+        refresh()
+        search.tell([trial.score for trial in made])
+        trials += made
+    return trials
+
+
+def _trial(flags: "Sweep", name: str, number: int, settings: dict[str, Any], recipe: Recipe) -> Trial:
+    recipes = tuple(replace(recipe, seed=seed, threads=1) for seed in range(flags.seeds))
+    folder = flags.out / "trials" / name / f"{number:03d}"
+    folders = tuple(folder / f"seed-{seed}" for seed in range(flags.seeds))
+    return Trial(name, number, settings, recipes, folders)
+
+
+def winner(rule: str, trials: Sequence[Trial]) -> Trial | None:
+    """The trial of a rule with the best validation score, the first of equals; None if all diverged."""
+    scored = [(trial.score, -trial.number, trial) for trial in trials if trial.rule == rule and trial.score is not None]
+    return max(scored, key=lambda each: each[:2])[2] if scored else None
+
+
+def _keep(
+    flags: "Sweep",
+    command: str,
+    axes: Mapping[str, Sequence[Axis]],
+    trials: Sequence[Trial],
+    best: Sequence[Trial | None],
+) -> None:
+    """sweep.json, best.json, figure."""
+    record = {
+        "command": command,
+        "search": flags.search,
+        "axes": {
+            rule_name(rule): [
+                {"name": a.name, "values": list(a.values), "range": None if a.values else [a.low, a.high], "log": a.log}
+                for a in each
+            ]
+            for rule, each in axes.items()
+        },
+        "trials": [trial.record() for trial in trials],
+        "best": {trial.rule: trial.number for trial in best if trial},
+        "is_loss": any(trial.score is not None and trial.score < 0 for trial in trials),
+        "environment": environment("cpu", torch.get_num_threads()),
+    }
+    write_json(flags.out / "sweep.json", record)
+    rows = {trial.rule: replace(trial.recipes[0], seed=0, threads=0).to_json() for trial in best if trial}
+    about = f"best of {len(trials) // max(len(best), 1)} trials per rule, {flags.search}"
+    write_json(flags.out / "best.json", {"title": f"{flags.out.name}: {about}", "rows": rows})
+    drawing = draw(record)
+    if drawing is not None:
+        write_atomically(flags.out / "sweep.png", drawing.png)
+        write_atomically(flags.out / "sweep.svg", drawing.svg)
+    figure = figure_block(drawing) if drawing is not None else ""
+    write_page(flags.out / "sweep.html", page(record, figure))
+
+
+def _test(flags: "Sweep", command: str, best: Sequence[Trial], stop: StopSignals, console: Console) -> int:
+    """Train the best settings again with fresh seeds and test them; returns the exit status."""
+    if not flags.final_seeds or not best:
+        return 0 if best else commands.DIVERGED
+    job = Job(
+        recipes=tuple(replace(trial.recipes[0], threads=0) for trial in best),
+        seeds=tuple(range(1000, 1000 + flags.final_seeds)),  # none that a trial may have had
+        out=flags.out / "final",
+        make_rule=make_rule,
+        command=command,
+        jobs=flags.jobs,
+        resume=True,
+        about={"study": None, "published": {}, "claims": []},
+    )
+    comparison.check(job)
+    console.print(f"testing the best of each rule with {flags.final_seeds} new seeds", highlight=False)
+    rows = comparison.run(job, stop, lambda: None)
+    report.write(job.out)
+    return commands.DIVERGED if any(row["status"] == "diverged" for row in rows) else 0
+
+
+def _tell(console: Console, out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> None:
+    summary = out / "final" / "summary.json"
+    rows = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
+    table = Table(box=None, pad_edge=False)
+    for name in ("rule", "trials", "diverged", "best settings", "validation", "test [95 %]", "n"):
+        table.add_column(name, justify="left" if name in ("rule", "best settings") else "right")
+    for rule in dict.fromkeys(trial.rule for trial in trials):
+        own = [trial for trial in trials if trial.rule == rule]
+        chosen = next((trial for trial in best if trial and trial.rule == rule), None)
+        tested = [row for row in rows if row["rule"] == rule and row["status"] == "finished"]
+        scores = [100 * row["test_accuracy"] if row["test_accuracy"] is not None else row["test_loss"] for row in tested]
+        table.add_row(
+            rule,
+            str(len(own)),
+            str(sum(trial.score is None for trial in own)),
+            words(chosen.settings) if chosen else "-",
+            _shown(chosen.score) if chosen and chosen.score is not None else "-",
+            bootstrap(scores).shown() if scores else "-",
+            str(len(scores)) if scores else "-",
+        )
+    console.print(table)
+    for name in ("sweep.html", "best.json", "final/report.html"):
+        if (out / name).exists():
+            console.print(f"{Path(name).name}: {shown_path(out / name)}", highlight=False, soft_wrap=True)
+    names = " ".join(trial.rule for trial in best if trial)
+    again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
+    console.print(f"the best settings of {names} again: {again}", highlight=False, soft_wrap=True)
+
+
+def words(settings: Mapping[str, Any]) -> str:
+    """Settings as people read them.
+
+    >>> words({"lr": 0.0123456, "expansion": 4})
+    'lr 0.01235, expansion 4'
+    """
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
+
+
+def _shown(score: float) -> str:
+    return f"{100 * score:.2f} %" if score >= 0 else f"loss {-score:.4g}"
+
+
+def page(record: Mapping[str, Any], figure: str) -> str:
+    """The sweep as one HTML page; every name and value is escaped."""
+    lines = []
+    for row in sorted(
+        record["trials"], key=lambda row: (row["rule"], -(row["score"] if row["score"] is not None else -1e300))
+    ):
+        score = "diverged" if row["score"] is None else _shown(row["score"])
+        chosen = " <small>best</small>" if record["best"].get(row["rule"]) == row["number"] else ""
+        cells = (
+            escape(row["rule"]) + chosen,
+            str(row["number"]),
+            escape(words(row["settings"])),
+            score,
+            f"{row['seconds']:.1f}",
+        )
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = "".join(f"<th>{text}</th>" for text in ("Rule", "Trial", "Settings", "Validation", "Seconds"))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Sweep</title>
+<style>{STYLE}
+figure img {{ max-width: 100%; }}
+.wide {{ overflow-x: auto; }}</style>
+</head>
+<body>
+<h1>Sweep</h1>
+<p class="lead">Every rule had as many trials as the others. Trials are judged by validation images; the test images were
+looked at after the choice, for the best trial of each rule, trained again with new seeds:
+<a href="final/report.html">report</a>.</p>
+{figure}
+<h2>Trials</h2>
+<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>
+{chr(10).join(lines)}
+</tbody></table></div>
+<h2>Do this again</h2>
+{command_block(record["command"])}
+</body>
+</html>
+"""

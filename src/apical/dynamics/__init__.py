@@ -1,1 +1,0 @@
-"""Time: fixed-step solvers, settling to equilibria, filters and noise, the controller."""

@@ -1,1 +1,0 @@
-"""Recipes, the training loop, run folders and comparisons."""

@@ -1,1 +1,0 @@
-"""Options of the commands, one module per command; none of them imports torch."""

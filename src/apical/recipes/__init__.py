@@ -1,1 +1,0 @@
-"""The rules' short names and the papers' settings."""

@@ -1,0 +1,1 @@
+"""Counter-current learning: the rule, its blocks and its pair losses."""

@@ -1,0 +1,54 @@
+"""Feedback networks of counter-current learning: codes that are parameters themselves, and orthogonal starts."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.layers import is_weighted
+from apical.rules.counter_current.blocks import Block
+
+
+class FreeCodes(nn.Module):
+    """A control: in place of a block of G, codes that are parameters of their own, one row per class.
+
+    Args:
+        classes: K.
+        shape: of one row.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, classes: int, shape: tuple[int, ...], like: Tensor) -> None:
+        super().__init__()
+        bound = math.prod(shape) ** -0.5
+        self.rows = nn.Parameter(torch.empty(classes, *shape, dtype=like.dtype, device=like.device).uniform_(-bound, bound))
+
+    def forward(self, above: Tensor) -> Tensor:
+        """The rows (K, *shape), whatever is above."""
+        return self.rows
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """What a block of G holds, by symbol: codes `B`, or the one weight `G`; nothing where there are more."""
+    if isinstance(module, FreeCodes):
+        return {"B": module.rows}
+    layers = [part for part in module.modules() if is_weighted(part)]
+    return {"G": layers[0].weight} if len(layers) == 1 else {}
+
+
+@torch.no_grad()
+def draw_orthogonal(row: Sequence[Block], feedback: Iterable[nn.Module]) -> None:
+    """Draw G as the authors' autoencoder does: orthogonal, enlarging blocks a thousandth as large, the input's block zero.
+
+    Args:
+        row: the blocks of F.
+        feedback: G's modules, from the top.
+    """
+    for block, module in zip(reversed(row), feedback, strict=False):
+        for layer in module.modules():
+            if is_weighted(layer):
+                kind = torch.promote_types(layer.weight.dtype, torch.float32)  # half precision has no factors
+                layer.weight.copy_(nn.init.orthogonal_(layer.weight.detach().to(kind)))
+                enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
+                layer.weight.mul_(0.0 if block is row[0] else 1e-3 if enlarges else 1.0)

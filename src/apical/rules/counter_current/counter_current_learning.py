@@ -1,0 +1,393 @@
+"""Counter-current learning (Kao & Hariharan, NeurIPS 2024, arXiv 2409.19841).
+
+Two networks of mirrored shape run in opposite directions and teach each other. F maps inputs x to outputs, G maps targets
+(the one-hot code of every class; or the target images of an autoencoder) to the input space. Every block's input is
+detached, so a loss at a depth reaches the two blocks that meet there and no others:
+
+    forward   a_l     = f_l(sg(a_{l-1}))        a_0 = x,   l = 1..L      f_l: layer, normalisation, activation, pooling
+    feedback  b_{l-1} = g_l(sg(b_l))            b_L = I (a row per class), or the targets
+    pairs     ell_l(a_l, b_l)                   l < L, descended by both sides
+    output    ell_L = the loss of a_L, for f_L alone
+
+With A, B the flattened rows of a pair, and M[i, k] = 1 where sample i is of class k:
+
+    inner     (256 s / d_l) mean (A B^T - M)^2                                   the authors' code for perceptrons
+    cosine    the same with rows of unit length, and terms against collapse      that for convolutions
+    match     both sides' distance, and that of their centred maps               that for autoencoders
+
+Their gradients are closed forms (:mod:`apical.rules.counter_current.pairing`); from there they are taken through one block
+each (:mod:`apical.rules.counter_current.teaching`). Local: an update needs the activities that meet at its depth, its
+block's input, and the label. G never reads F, so both may run at the same time, and no update waits for a layer above.
+
+Departures. The paper writes the identity as the target of a pair and rows of unit length everywhere; its code, followed
+here, the membership matrix M, and no lengths for perceptrons. g_1 and the pair at the input are left out by default: nothing
+that predicts depends on them (`input_pair=True` keeps them).
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.batch import fitted, require_classes, require_one_type
+from apical.core.containers import Containers
+from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.feedback import put
+from apical.core.layers import is_weighted
+from apical.core.losses import output_error, refuse_options, terms
+from apical.core.rest import evaluating
+from apical.core.transport import geometry
+from apical.errors import ConfigError, unknown_name
+from apical.rules.counter_current.blocks import Enlarge, blocks, facing, mirrored
+from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
+from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
+from apical.rules.counter_current.teaching import Activity, Taught, Teaching
+
+Pair = Literal["auto", "inner", "cosine", "match"]
+Feedback = Literal["mirror", "frozen", "free", "none"]
+
+SURE = 0.1
+"""The mask of the authors' code leaves out samples whose class has a probability within this of 1."""
+
+
+def exact(device: str) -> AbstractContextManager[object]:
+    """No autocast within; costs nothing where there is none."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class CounterCurrentLearning(CreditRule):
+    """Two anti-parallel networks that teach each other by local losses.
+
+    Args:
+        model: a row of blocks (see :func:`apical.rules.counter_current.blocks.blocks`): Linear and convolution layers with
+            normalisation, activations and pooling, one after another.
+        loss: maps (output, targets) to a scalar batch mean; it teaches the last block alone.
+        pair: "inner", "cosine" or "match"; "auto" is "inner" for perceptrons and "cosine" where there are convolutions.
+        scale: s, weight of the pairs' losses; None: 0.5 for "inner", otherwise 1.
+        spread: r, weight of the anti-collapse terms of "cosine"; above 0 samples of a batch depend on each other. None: 0.5
+            for "cosine" with convolutions, otherwise 0.
+        feedback: "mirror" builds G from the model; "frozen" does too, and G stays as it was drawn; "free" has codes of their
+            own at every depth in its place (per-layer classifiers); "none" has no pairs, so that only the last block learns.
+            Or modules of G, from the top: the first maps the codes (K, K) to (K, *output of the last but one block), and so
+            on, down to the first block's output or to the input.
+        input_pair: keep g_1 and the pair at the input, which no prediction depends on.
+        mask: leave samples whose class already has a probability above 0.9 out of the pairs.
+        enlarge: how G enlarges images, "nearest" or "transposed" (see :func:`apical.rules.counter_current.blocks.mirrored`).
+        orthogonal: draw G as the authors' autoencoder does: orthogonal, the blocks that enlarge images a thousand times
+            smaller, the one that makes the input zero.
+        input_shape: of one sample; needed where the model has convolutions.
+
+    Raises:
+        UnsupportedModelError: the model is no such row, or a layer has no mirror; it is named.
+        ConfigError: an option is out of range; or, in use, targets that do not go with the pairs' loss.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 5), nn.ELU(), nn.Linear(5, 3))
+    >>> rule = CounterCurrentLearning(model)
+    >>> rule(torch.randn(8, 4), torch.randint(3, (8,))).backward()
+    >>> {name: tuple(v.shape) for name, v in rule.feedback_weights().items()}
+    {'2': (5, 6), '4': (3, 5)}
+    >>> tuple(rule.predict(torch.randn(8, 4), depth=1).shape)
+    (8,)
+    """
+
+    classes: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        pair: Pair = "auto",
+        scale: float | None = None,
+        spread: float | None = None,
+        feedback: Feedback | Sequence[nn.Module] | nn.Sequential | nn.ModuleList = "mirror",
+        input_pair: bool = False,
+        mask: bool = False,
+        enlarge: Enlarge = "nearest",
+        orthogonal: bool = False,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(model, loss)
+        refuse_options(loss, "counter-current learning", ("ignore_index", "reduction"))
+        if pair not in ("auto", "inner", "cosine", "match"):
+            raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
+        if enlarge not in ("nearest", "transposed"):
+            raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
+        self.head, self.row = blocks(model, input_shape)
+        self._containers = Containers(model)
+        images = any(geometry(block.layer) is not None for block in self.row)
+        self.pair = ("cosine" if images else "inner") if pair == "auto" else pair
+        self.scale = (0.5 if self.pair == "inner" else 1.0) if scale is None else scale
+        self.spread = (0.5 if images and self.pair == "cosine" else 0.0) if spread is None else spread
+        if not (0 < self.scale < math.inf and 0 <= self.spread < math.inf):
+            raise ConfigError(f"scale must be positive and spread not negative, got scale={scale}, spread={spread}")
+        if self.spread and self.pair != "cosine":
+            raise ConfigError(f"spread is an option of pair='cosine'; pair={self.pair!r} has no anti-collapse terms")
+        if self.pair == "match" and (mask or feedback == "free"):
+            raise ConfigError("pair='match' has no classes, which mask and feedback='free' are about")
+        self.mask, self.input_pair = mask, input_pair
+        self.feedback = nn.ModuleList(self._feedback(feedback, enlarge))
+        self._forth = [Taught(block.modules) for block in self.row[:-1]]
+        self._back = [Taught(tuple(module) if isinstance(module, nn.Sequential) else (module,)) for module in self.feedback]
+        top, like = self.row[-1].shape, self.row[-1].layer.weight
+        codes = torch.eye(0 if self.pair == "match" else math.prod(top), dtype=like.dtype, device=like.device)
+        self.register_buffer("classes", codes.view(-1, *top), persistent=False)  # b_L
+        if orthogonal and isinstance(feedback, str):
+            draw_orthogonal(self.row, self.feedback)
+        if isinstance(feedback, str) and feedback == "frozen":
+            self.feedback.requires_grad_(False)
+        taught = {id(p) for module in self.row[-1].modules for p in module.parameters()}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in taught]
+        self._still = others if isinstance(feedback, str) and feedback == "none" else []
+        for parameter in self._still:  # several processes wait for every gradient that could come
+            parameter.requires_grad_(False)
+
+    def detach(self) -> nn.Module:
+        """See :meth:`apical.core.credit.CreditRule.detach`; what "none" kept still may learn again."""
+        for parameter in self._still:
+            parameter.requires_grad_(True)
+        return super().detach()
+
+    def _feedback(self, feedback: object, enlarge: Enlarge) -> list[nn.Module]:
+        """G's modules from the top."""
+        depths = len(self.row) - (not self.input_pair)
+        if not isinstance(feedback, str):
+            return self._checked(feedback)
+        if feedback == "none" or not depths:
+            return []
+        if feedback == "free":
+            below = [self.row[level].input_shape for level in range(len(self.row) - 1, len(self.row) - 1 - depths, -1)]
+            return [FreeCodes(math.prod(self.row[-1].shape), shape, self.row[-1].layer.weight) for shape in below]
+        if feedback not in ("mirror", "frozen"):
+            raise unknown_name("feedback", feedback, ("mirror", "frozen", "free", "none"))
+        return list(mirrored(self.row, enlarge, depths))
+
+    def _checked(self, feedback: object) -> list[nn.Module]:
+        """A feedback network of the user's own, run once to see that its shapes fit."""
+        modules = list(feedback) if isinstance(feedback, Sequence | nn.Sequential | nn.ModuleList) else []
+        if len(modules) not in (len(self.row) - 1, len(self.row)) or not all(isinstance(m, nn.Module) for m in modules):
+            wanted = f"{len(self.row) - 1} modules, or {len(self.row)} with one that makes the input"
+            raise ConfigError(f"feedback takes {wanted}; got {len(modules)}")
+        self.input_pair = len(modules) == len(self.row)
+        like = self.row[-1].layer.weight
+        b = like.new_zeros(2, *self.row[-1].shape)
+        for block, module in zip(reversed(self.row), modules, strict=False):
+            with evaluating(module), torch.no_grad():
+                b = module(b)
+            if b.shape[1:] != block.input_shape:
+                made = tuple(b.shape[1:])
+                raise ConfigError(
+                    f"the module of feedback against layer {block.name!r} makes {made}, not {block.input_shape}"
+                )
+        return modules
+
+    @property
+    def _levels(self) -> range:
+        """Depths of the pairs."""
+        return range(len(self.row) - len(self.feedback), len(self.row) if self.feedback else 0)
+
+    def feedback_parameters(self) -> list[nn.Parameter]:
+        """The weights of G."""
+        return list(self.feedback.parameters())
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """G's weights by the name of F's layer that they face (:func:`apical.rules.counter_current.blocks.facing`)."""
+        found = {}
+        for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
+            layers = [layer for layer in module.modules() if is_weighted(layer)]
+            weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
+            if weight is not None:
+                found[block.name] = weight
+        return found
+
+    def set_feedback(self, layer: str, **matrices: Tensor) -> None:
+        """Set `G`, the weight of the feedback block that faces a layer, (d_{l-1}, d_l) or a kernel; or free codes `B`.
+
+        Raises:
+            ConfigError: unknown layer or symbol, or another shape.
+        """
+        known = {block.name: held(m) for block, m in zip(reversed(self.row), self.feedback, strict=False)}
+        put(type(self).__name__, layer, known, matrices)
+
+    @torch.no_grad()
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """Activities "a", a_0..a_L (batch, ...), and codes "b", b_0..b_L (K, ...), in evaluation mode; nothing is learned.
+
+        Of "match" the codes are (batch, ...). Depths without a block of the feedback network have an empty b.
+        """
+        self._check(inputs, targets)
+        with evaluating(self):
+            return {"a": self._activities(inputs), "b": self.codes(targets)}
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
+        self.require_attached()
+        self._check(inputs, targets)
+        self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
+        learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
+        with torch.no_grad():
+            b = self._codes(targets, learns)
+            goals = self._goals(targets)
+            a, local = Activity(self._prepared(inputs)), {}
+            waiting: dict[int, Activity] = {}  # for the mask, which the output decides
+            for level in range(len(self.row)):
+                a = self._forth[level - 1](a.made, learns) if level else a
+                if level in levels and self.mask:
+                    waiting[level] = a
+                elif level in levels:  # at once, while the activity is in the cache
+                    local[level] = self._meet(level, a, b[level], goals, teaching)
+        output = self.row[-1](a.made.detach())
+        with torch.no_grad():
+            unsure = self._unsure(output, targets) if self.mask else None
+            for level, activity in waiting.items():
+                local[level] = self._meet(level, activity, b[level], goals, teaching, unsure)
+        targets = fitted(self.loss, output, targets)
+        if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
+            loss, error = output_error(self.loss, output, targets)
+            teaching.teach(Activity(output), error * self._height)
+            for term in terms(loss):
+                teaching.loss(term)
+        else:
+            loss = self.loss(output, targets)
+            teaching.loss(loss)
+        roots, signals = teaching.finish()
+        return Credit(roots, signals, output.detach(), loss, self._logs(local, loss))
+
+    def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
+        """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
+        names = {level: self.row[level - 1].name if level else "input" for level in local}
+        total = torch.stack(list(local.values())).sum() if local else loss.new_zeros(())
+        return {"local": total, **{f"local {names[level]}": value for level, value in local.items()}}
+
+    def _goals(self, targets: Tensor) -> Tensor:
+        """M of the labels; for "match" nothing more than the targets."""
+        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+
+    def _prepared(self, inputs: Tensor) -> Tensor:
+        """a_0."""
+        for module in self.head:
+            inputs = module(inputs)
+        return inputs
+
+    def _codes(self, targets: Tensor | None, learns: bool) -> list[Activity]:
+        """b_0..b_L; depths without a block of G are left empty."""
+        like, shape = self.row[-1].layer.weight, self.row[-1].shape
+        if self.pair == "match":
+            assert targets is not None
+            top = targets.reshape(len(targets), *shape).to(like.dtype)
+        else:
+            top = self.classes
+        b = [Activity(top)]
+        for module in self._back:
+            b.append(module(b[-1].made, learns))
+        empty = Activity(like.new_empty(0))
+        return [empty] * (len(self.row) + 1 - len(b)) + b[::-1]
+
+    def _meet(
+        self, level: int, a: Activity, b: Activity, goals: Tensor, teaching: Teaching, unsure: Tensor | None = None
+    ) -> Tensor:
+        """Teach the two blocks that meet at a depth; returns the pair's loss."""
+        if self.pair == "inner" and a.block is not None and unsure is None:  # vectors in the weights' own precision
+            loss, for_a, for_b = inner(a.made, b.made, goals, self.scale)
+            teaching.teach(a, for_a)
+            teaching.teach(b, for_b)
+            return loss
+        with exact(goals.device.type):
+            loss, for_a, for_b = self._pull(level, a.made.detach(), b.made.detach(), goals, unsure)
+            teaching.teach(a, for_a)
+            teaching.teach(b, for_b)
+        return loss
+
+    def codes(self, targets: Tensor | None = None) -> list[Tensor]:
+        """G's pass: b_0..b_L, each (K, ...), or (batch, ...) for "match"; depths without a block of G are left empty."""
+        with torch.no_grad():
+            return [activity.made for activity in self._codes(targets, learns=False)]
+
+    def _pull(self, level: int, a: Tensor, b: Tensor, goals: Tensor, unsure: Tensor | None) -> Pulled:
+        """The pair of one depth."""
+        dtype = self.row[-1].layer.weight.dtype
+        a, b = a.to(dtype), b.to(dtype)
+        if self.pair == "match":
+            height = a.shape[2] if a.dim() > 2 else 1
+            return match(a.flatten(1), b.flatten(1), self.scale * height) if level == 0 else match(a, b, self.scale)
+        a, b = a.flatten(1), b.flatten(1)
+        a = a if unsure is None else a * unsure
+        loss, for_a, for_b = (
+            inner(a, b, goals, self.scale) if self.pair == "inner" else cosine(a, b, goals, self.scale, self.spread)
+        )
+        return loss, for_a if unsure is None else for_a * unsure, for_b
+
+    @property
+    def _height(self) -> int:
+        """H_L, the height of the images that the model makes."""
+        return self.row[-1].image[1] if len(self.row[-1].image) > 1 else 1
+
+    def _unsure(self, output: Tensor, labels: Tensor) -> Tensor:
+        """1 for samples whose class is not sure yet, otherwise 0 (batch, 1)."""
+        sure = output.detach().flatten(1).float().softmax(1).gather(1, labels.unsqueeze(1)) > 1 - SURE
+        return (~sure).to(self.row[-1].layer.weight.dtype)
+
+    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+        if len(inputs) == 0:
+            raise ConfigError("the batch is empty: credit is a mean over samples")
+        if targets.dim() == 0 or len(targets) != len(inputs):
+            raise ConfigError(f"{len(inputs)} inputs came with targets of shape {tuple(targets.shape)}")
+        like = self.row[-1].layer.weight
+        require_one_type(type(self).__name__, like, [self.classes])
+        classes = not targets.is_floating_point() and targets.dim() == 1
+        if self.pair != "match" and not classes:
+            raise ConfigError(f"counter-current learning with pair={self.pair!r} needs one class label per sample")
+        if self.pair != "match":
+            require_classes(targets, len(self.classes))
+        elif not (targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)):
+            raise ConfigError("counter-current learning with pair='match' needs targets of the output's size")
+
+    def _activities(self, inputs: Tensor) -> list[Tensor]:
+        """a_0..a_L."""
+        a = [self._prepared(inputs)]
+        for block in self.row:
+            a.append(block(a[-1]))
+        return a
+
+    @torch.no_grad()
+    def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The activities that meet at each depth, (batch, d) both, by the name of F's layer below; in evaluation mode."""
+        self._check(inputs, targets)
+        with evaluating(self):
+            a, b = self._activities(inputs), self.codes(targets)
+        own = [row if self.pair == "match" or not len(row) else row[targets] for row in b]
+        return {self.row[level - 1].name: (a[level].flatten(1), own[level].flatten(1)) for level in self._levels if level}
+
+    @torch.no_grad()
+    def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """:meth:`predict` at every depth, by the name of the layer; empty where there are no classes."""
+        if self.pair == "match":
+            return {}
+        with evaluating(self):
+            a, b = self._activities(inputs), self.codes()
+        levels = [*(level for level in self._levels if level), len(self.row)]
+        return {self.row[level - 1].name: self._nearest(level, a[level], b[level]) for level in levels}
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, depth: int | None = None) -> Tensor:
+        """Classes (batch,) read out at a depth 1..L: the nearest code of G there; L, the default, is the model's own output.
+
+        Raises:
+            ConfigError: there is no read-out at this depth.
+        """
+        last = len(self.row)
+        depth = last if depth is None else depth
+        if self.pair == "match" or depth not in (*self._levels, last):
+            there = "none" if self.pair == "match" else ", ".join(map(str, (*self._levels, last)))
+            raise ConfigError(f"there is no read-out at depth {depth}; there is at: {there}")
+        with evaluating(self):
+            return self._nearest(depth, self._activities(inputs)[depth], self.codes()[depth])
+
+    def _nearest(self, depth: int, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.flatten(1), b.flatten(1)
+        if depth == len(self.row):
+            return a.argmax(1)
+        return (a @ (b / (b.norm(dim=1, keepdim=True) + EPSILON) if self.pair == "cosine" else b).T).argmax(1)

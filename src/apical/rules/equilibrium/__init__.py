@@ -1,0 +1,1 @@
+"""Equilibrium propagation: the rule, and the network that settles."""

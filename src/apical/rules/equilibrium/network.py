@@ -1,0 +1,315 @@
+"""Equilibria of a chain whose layers talk both ways, for several nudges at once, real or complex.
+
+    v_k = P(W_k s_{k-1} + b_k) + d/ds_k [ s_{k+1} . P(B_{k+1} s_k) ] - beta de/ds_k,   s_k <- phi_k(v_k)
+
+All layers move at once from the same old state. With B = W this descends an energy; P is pooling, or nothing. The linear
+maps are real, so a complex state is kept as two rows of the batch, its real and its imaginary part: N phases of which all
+but two come in conjugate pairs take N rows per sample, as N real ones would.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.activations import complex_parts
+from apical.core.chain import Chain, Stage
+from apical.core.local import known_root, outer
+from apical.core.losses import wanted
+from apical.core.noise import normal
+from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
+from apical.core.transport import geometry, pads_itself, transport
+from apical.errors import UnsupportedModelError
+from apical.rules.equilibrium.complex_pooling import pooled, unpooled
+from apical.rules.equilibrium.holomorphic import HOLOMORPHIC
+from apical.rules.equilibrium.phases import Phases
+
+PROJECTIONS = (nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Identity)
+"""Activations that change nothing they have made: with them a step may be damped before it is cut off, as in 2017."""
+
+LOOK_EVERY = 8
+"""Steps between looks at the residual where a tolerance may end a phase."""
+
+Push = Callable[[Sequence[Tensor]], Tensor]
+"""What the nudge adds to the potentials of the last layer of states, given all of them; rows as theirs."""
+
+
+class Settled(NamedTuple):
+    """States, each (rows, *shape), and the largest change of any of them in the last step."""
+
+    s: list[Tensor]
+    residual: Tensor
+
+
+class EquilibriumNetwork:
+    """The states of a chain and how they move.
+
+    Args:
+        chain: stages 1..L.
+        read_out: the last stage only reads the states; else it is one of them.
+        damping: share of the old state that each step keeps, in [0, 1).
+        noise: standard deviation of what is added to potentials at every step of a training phase.
+        generator: of the noise; None draws from PyTorch's global state.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        *,
+        read_out: bool,
+        damping: float = 0.0,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.chain, self.damping, self.noise, self.generator = chain, damping, noise, generator
+        self.stages = chain.stages[:-1] if read_out else chain.stages
+        self.reader = chain.stages[-1] if read_out else None
+
+    def given(self, inputs: Tensor, phases: Phases | None = None) -> list[Tensor | None]:
+        """The part of each layer's potential that stays: from the input in the first, biases in the others.
+
+        Args:
+            inputs: what the first stage is given (batch, ...).
+            phases: rows for these; None is one real phase.
+
+        Raises:
+            UnsupportedModelError: the samples have not the shape the chain was made for.
+        """
+        first = pooled(self.stages[0], self.stages[0].layer(self.stages[0].seen(inputs)))
+        if first.shape[1:] != self.stages[0].shape:
+            raise UnsupportedModelError(
+                f"layer {self.stages[0].name!r} gave {tuple(first.shape[1:])} per sample, but the rule was made for "
+                f"{self.stages[0].shape}; pass the input_shape of these samples"
+            )
+        found: list[Tensor | None] = [first]
+        p, q = (len(phases.re), len(phases.im)) if phases is not None else (1, 0)
+        if p + q > 1:
+            found = [
+                torch.cat((first.repeat(p, *[1] * (first.dim() - 1)), first.new_zeros(q * len(first), *first.shape[1:])))
+            ]
+        for stage in self.stages[1:]:
+            bias = stage.layer.bias
+            if bias is None or q == 0 or not stage.is_dense:
+                found.append(bias)
+            else:
+                found.append(torch.cat((bias.expand(p * len(first), -1), bias.new_zeros(q * len(first), len(bias)))))
+        return found
+
+    def zeros(self, inputs: Tensor) -> list[Tensor]:
+        """The states from which a free phase starts."""
+        return [inputs.new_zeros(len(inputs), *stage.shape) for stage in self.stages]
+
+    def output(self, s: Sequence[Tensor]) -> Tensor:
+        """The answer (rows, outputs) of real states."""
+        return s[-1] if self.reader is None else self.reader.activation(self.reader.layer(self.reader.seen(s[-1])))
+
+    def settle(
+        self,
+        s: list[Tensor],
+        given: Sequence[Tensor | None],
+        back: Sequence[Tensor],
+        steps: int,
+        push: Push | None = None,
+        *,
+        imaginary: int = 0,
+        tolerance: float = 0.0,
+        noisy: bool = False,
+    ) -> Settled:
+        """`steps` steps from the states `s`, or fewer if no state changes by more than `tolerance` (0 takes them all).
+
+        Args:
+            back: B_2..B_K.
+            push: the nudge.
+            imaginary: rows at the end of each state that hold imaginary parts.
+            noisy: whether noise is added.
+        """
+        before = s
+        for number in range(steps):
+            before, s = s, self.step(s, given, back, push, imaginary=imaginary, noisy=noisy)
+            if (
+                tolerance
+                and not torch.compiler.is_compiling()
+                and number % LOOK_EVERY == LOOK_EVERY - 1
+                and float(_change(before, s)) <= tolerance
+            ):
+                break
+        return Settled(s, _change(before, s))
+
+    def step(
+        self,
+        s: Sequence[Tensor],
+        given: Sequence[Tensor | None],
+        back: Sequence[Tensor],
+        push: Push | None = None,
+        *,
+        imaginary: int = 0,
+        noisy: bool = False,
+    ) -> list[Tensor]:
+        """The states after one step."""
+        moved = []
+        for k, stage in enumerate(self.stages):
+            v = given[0] if k == 0 else _up(stage, s[k - 1], given[k], imaginary)
+            assert v is not None
+            if k + 1 < len(s):
+                above = self.stages[k + 1]
+                if above.is_dense:
+                    v = torch.addmm(v, s[k + 1], back[k]) if k == 0 else v.addmm_(s[k + 1], back[k])
+                else:
+                    v = v + pulled(above, back[k], s[k + 1], s[k], imaginary)
+            elif push is not None:
+                v = v + push(s)
+            if noisy and self.noise:
+                real = len(v) - imaginary
+                disturbed = v[:real] + self.noise * normal(v[:real], self.generator)
+                v = torch.cat((disturbed, v[real:])) if imaginary else disturbed
+            moved.append(self._moved(stage, s[k], v, imaginary))
+        return moved
+
+    def _moved(self, stage: Stage, old: Tensor, v: Tensor, imaginary: int) -> Tensor:
+        if not self.damping:
+            return activated(stage.activation, v, imaginary)
+        if isinstance(stage.activation, PROJECTIONS):
+            return activated(stage.activation, torch.lerp(v, old, self.damping), imaginary)
+        return torch.lerp(activated(stage.activation, v, imaginary), old, self.damping)
+
+    def errors(self, loss: Callable[[Tensor, Tensor], Tensor], s: Sequence[Tensor], targets: Tensor, q: int) -> Tensor:
+        """`de/do` per sample at the output of each phase (P + Q, batch, outputs): parts of a complex number where Q > 0.
+
+        Args:
+            loss: a batch mean e; complex phases need one of :data:`HOLOMORPHIC`.
+            targets: (batch, ...).
+            q: phases with an imaginary part, Q.
+        """
+        batch = len(targets)
+        top = s[-1]
+        if self.reader is not None:
+            top = _up(self.reader, top, None, q * batch)
+            if (bias := self.reader.layer.bias) is not None:
+                top = torch.cat((top[: len(top) - q * batch] + bias, top[len(top) - q * batch :])) if q else top + bias
+            top = activated(self.reader.activation, top, q * batch)
+        if loss in HOLOMORPHIC and top.dim() == 2:
+            parts = top.view(-1, batch, top.shape[-1])
+            return HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
+        rows = targets.repeat(len(top) // batch, *[1] * (targets.dim() - 1))
+        error: Tensor = torch.func.grad(lambda out: loss(out, rows))(top) * len(top)
+        return error.view(-1, batch, *top.shape[1:])
+
+    def nudged_by(self, error: Tensor, beta: Phases) -> Tensor:
+        """`-beta de/ds` for the last layer of states (rows, *shape), given `de/do`."""
+        push = -beta.times(error).flatten(0, 1)
+        if self.reader is None:
+            return push
+        return self.reader.transposed(push).view(-1, *self.stages[-1].shape)
+
+
+def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
+    """The activation of rows of which the last `imaginary` are imaginary parts of those before them."""
+    if imaginary == 0:
+        result: Tensor = activation(v)
+        return result
+    real = len(v) - 2 * imaginary
+    a, b = v[real : real + imaginary], v[real + imaginary :]
+    if isinstance(activation, ShiftedSigmoid):
+        made = torch.empty_like(v)  # filled piece by piece: joining pieces would copy them all
+        torch.sigmoid(torch.add(v.new_full((), -2.0), v[:real], alpha=4), out=made[:real])
+        made[real : real + imaginary], made[real + imaginary :] = complex_shifted_sigmoid(a, b)
+        return made
+    return torch.cat((activation(v[:real]), *complex_parts(activation, a, b)))
+
+
+def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor:
+    """`P(W s + b)`; `given` is the bias, or rows of it."""
+    weight = stage.layer.weight
+    if stage.is_dense:
+        return s @ weight.T if given is None else torch.addmm(given, s, weight.T)
+    v = stage.linear(s)
+    if given is not None:
+        bias = given.view(-1, *[1] * (v.dim() - 2))
+        v = torch.cat((v[: len(v) - imaginary] + bias, v[len(v) - imaginary :])) if imaginary else v + bias
+    return pooled(stage, v, imaginary)
+
+
+def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor, imaginary: int = 0) -> Tensor:
+    """`d/ds [ above . P(weight s) ]`, of the shape of s."""
+    layer = stage.layer
+    if isinstance(layer, nn.Linear) and all(isinstance(module, nn.Flatten) for module in stage.before):
+        return (above @ weight).view_as(s)
+    if not (stage.before or stage.after or pads_itself(layer)):
+        return transport(geometry(layer), above, weight, s)
+
+    def up(rates: Tensor) -> Tensor:
+        seen = stage.seen(rates)
+        return F.linear(seen, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(seen, weight, None)
+
+    made = torch.func.vjp(up, s)
+    result: Tensor = made[1](unpooled(stage, above, made[0], imaginary))[0]
+    return result
+
+
+def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a - b).abs().amax() for a, b in zip(after, before, strict=True)]).amax()
+
+
+def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int, imaginary: int = 0) -> list[Tensor]:
+    """Roots of weight and bias whose gradients are those of `signal . P(W rates + b)` summed over rows, over the batch size.
+
+    Args:
+        signal: with imaginary rows, complex conjugate.
+        real: the first rows, which are real parts: a bias has no imaginary ones.
+        imaginary: the last rows, imaginary parts of those before them.
+    """
+    bias, signal = stage.layer.bias, _at_layer(stage, signal, rates, imaginary)
+    roots = weight_root(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
+    if bias is not None and bias.requires_grad:
+        shared = signal[:real].transpose(0, 1).flatten(1).sum(1) / batch
+        with torch.enable_grad():
+            roots.append(known_root(bias, shared))
+    return roots
+
+
+def weight_root(
+    stage: Stage,
+    weight: Tensor,
+    signal: Tensor,
+    rates: Tensor,
+    batch: float,
+    imaginary: int = 0,
+    *,
+    pulled_back: bool = False,
+) -> list[Tensor]:
+    """The root of `weight` alone, which has the shape of the stage's."""
+    if not weight.requires_grad:
+        return []
+    signal = signal if pulled_back else _at_layer(stage, signal, rates, imaginary)
+    product = outer(stage, signal, rates) / batch
+    with torch.enable_grad():
+        return [known_root(weight, product)]
+
+
+def _at_layer(stage: Stage, signal: Tensor, rates: Tensor, imaginary: int) -> Tensor:
+    """The signal at the layer's own output, before pooling."""
+    return unpooled(stage, signal, stage.linear(rates), imaginary, conjugate=True) if stage.after else signal
+
+
+def jacobian_product(stages: Sequence[Stage], back: Sequence[Tensor], d: Sequence[Tensor]) -> list[Tensor]:
+    """`J d` of the field `W_k u_{k-1} + B_{k+1}^T u_{k+1} - u_k` in the activities u, whose activation is passed over."""
+    found = []
+    for k, stage in enumerate(stages):
+        v = -d[k] if k == 0 else pooled(stage, stage.linear(d[k - 1])) - d[k]
+        found.append(v + pulled(stages[k + 1], back[k], d[k + 1], d[k]) if k + 1 < len(stages) else v)
+    return found
+
+
+def homeostatic_loss(product: Callable[[list[Tensor]], list[Tensor]], noise: list[Tensor]) -> Tensor:
+    """`E[ |J e|^2 - e^T J J e ]` per neuron, which is `|J - J^T|^2 / 2` on average over noise e (Laborieux & Zenke 2024).
+
+    Args:
+        product: e -> J e, rows by rows.
+        noise: standard normal, (draws, ...) for each layer.
+    """
+    once = product(noise)
+    twice = product(once)
+    total = torch.stack([(a * a - e * b).sum() for a, b, e in zip(once, twice, noise, strict=True)]).sum()
+    return total / sum(e.numel() for e in noise)

@@ -1,0 +1,280 @@
+"""What the rules of feedback control share: a model seen as a chain, feedback weights to every layer, and the local rules.
+
+    forward   dW_i = 2 [phi(v_i) - phi(v_i^ff)] r_{i-1}^T,   v_i^ff = W_i r_{i-1} + b_i
+    feedback  dQ_i = -v_i^fb u^T / sigma^2 - beta Q_i
+
+(arXiv 2106.07887, eqs. 5 and 13.) Where the states come from, a simulation or a solve, is up to the rule.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.batch import require_one_type, require_precision
+from apical.core.chain import Chain, States
+from apical.core.credit import CreditRule, Loss
+from apical.core.feedback import put
+from apical.core.local import known_root, local_root, outer
+from apical.errors import ConfigError, unknown_name
+from apical.rules.feedback_control import states as control
+from apical.rules.feedback_control.stability import advice, violation
+from apical.rules.feedback_control.states import Controlled
+from apical.rules.feedback_control.trajectory import Loop, Moment
+
+Difference = Literal["rate", "voltage"]
+Start = Literal["product", "random"]
+Learn = Literal["expected", "noise", "none"]
+
+LOOK_EVERY = 100
+"""Calls between looks at the stability of the controller where nothing is simulated."""
+
+
+class ControlRule(CreditRule):
+    """Base of the feedback-control rules.
+
+    Args:
+        model: a chain of weighted layers and element-wise activations (see :class:`apical.core.chain.Chain`).
+        loss: maps (output, targets) to a scalar batch mean.
+        loop: the controller.
+        sleep: the controller and the noise of the phase in which feedback is learned.
+        difference: "rate" compares `phi(v)` in the forward rule, "voltage" the potentials themselves.
+        feedback: initial Q: "product" of the forward weights, or "random".
+        learn: "expected" or "noise" trains Q, by the expectation of the local rule or by simulating it; "none" fixes Q.
+        learn_output: train Q_L too; it stays the identity otherwise.
+        input_shape: of one sample; needed with convolutions.
+        generator: for initial feedback and noise; None draws from PyTorch's global state.
+
+    Raises:
+        UnsupportedModelError: the model is no such chain; the module is named.
+        ConfigError: an unknown choice, or feedback to be learned without noise.
+    """
+
+    two_phase = True
+    output_alone = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        loop: Loop,
+        sleep: Loop,
+        difference: Difference,
+        feedback: Start,
+        learn: Learn,
+        learn_output: bool,
+        input_shape: Sequence[int] | None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(model, loss)
+        self.generator = generator
+        for name, value, known in (
+            ("difference", difference, ("rate", "voltage")),
+            ("feedback", feedback, ("product", "random")),
+            ("learn", learn, ("expected", "noise", "none")),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        if learn != "none" and sleep.sigma <= 0:
+            raise ConfigError(f"learning the feedback needs noise: its sigma must be positive, got {sleep.sigma}")
+        self.loop, self.sleep, self.difference, self.learn = loop, sleep, difference, learn
+        self.chain = Chain(model, input_shape)
+        require_precision(type(self).__name__, self.chain.weights[0])
+        self.feedback = nn.ParameterList(
+            control.product_feedback(self.chain) if feedback == "product" else control.random_feedback(self.chain, generator)
+        )
+        for i, weights in enumerate(self.feedback):
+            weights.requires_grad_(learn != "none" and (learn_output or i < len(self.feedback) - 1))
+        self.factor = 2.0  # of the forward rule
+        self.calls, self.solves, self._quiet = 0, 0, 0
+
+    def feedback_parameters(self) -> list[nn.Parameter]:
+        """The trainable Q_i."""
+        return [weights for weights in self.feedback if weights.requires_grad]
+
+    @property
+    def q(self) -> list[Tensor]:
+        """Q_i (n_i, n_L), stage by stage."""
+        return list(self.feedback)
+
+    def run(self, inputs: Tensor) -> States:
+        """The feed-forward states of a batch.
+
+        Raises:
+            ConfigError: the batch is empty, or the model was moved without the rule.
+            UnsupportedModelError: the samples have not the shape the rule was made for.
+        """
+        require_precision(type(self).__name__, self.chain.weights[0])
+        require_one_type(type(self).__name__, self.chain.weights[0], self.feedback)
+        return self.chain.run(inputs)
+
+    def set_feedback(self, layer: str, **matrices: Tensor) -> None:
+        """Set the feedback weights of a layer: `Q` (n_i, n_L), which carries the control to it.
+
+        Raises:
+            ConfigError: unknown layer or symbol, or another shape.
+        """
+        known = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
+        put(type(self).__name__, layer, known, matrices)
+
+    def named_states(
+        self, states: States, target: Tensor, u: Tensor, state: Controlled, basal: Sequence[Tensor]
+    ) -> dict[str, list[Tensor]]:
+        """What :meth:`states` of the rules returns.
+
+        Args:
+            states: the feed-forward states.
+            target: of the output (batch, n_L).
+            u: control.
+            state: the controlled network; its q are the apical potentials.
+            basal: shifts of the basal potentials.
+        """
+        return {
+            "v_minus": states.v,
+            "r_minus": states.r[1:],
+            "target": [target],
+            "u": [u],
+            "v": [v + d for v, d in zip(states.v, state.d, strict=True)],
+            "r": [r + rho for r, rho in zip(states.r[1:], state.rho, strict=True)],
+            "v_ff": [v + b for v, b in zip(states.v, basal, strict=True)],
+            "v_fb": list(state.q),
+        }
+
+    def roots_at(self, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Tensor | None]:
+        """Roots of the forward rule at one controlled state, with soma-minus-basal potentials q."""
+        before = [states.r[0], *(r + rho for r, rho in zip(states.r[1:-1], state.rho[:-1], strict=True))]
+        scale, signals = -self.factor / len(states.r[0]), self._signals(states, state, q)
+        with torch.enable_grad():
+            pairs = zip(self.chain.stages, signals, before, strict=True)
+            return [local_root(stage, signal, rates, factor=scale) for stage, signal, rates in pairs]
+
+    def _signals(self, states: States, state: Controlled, q: Sequence[Tensor]) -> Sequence[Tensor]:
+        return q if self.difference == "voltage" else control.soma_minus_basal(self.chain, states, state, q)
+
+    def roots_along(
+        self, states: States, moments: Iterator[Moment], meanwhile: Callable[[Moment], None] | None = None
+    ) -> tuple[Moment, list[Tensor | None]]:
+        """The last moment, and roots of the forward rule averaged over all T points of a trajectory.
+
+        Args:
+            meanwhile: called at every moment.
+        """
+        stages = self.chain.stages
+        summed = [torch.zeros_like(v) for v in states.v]
+        products = [torch.zeros_like(stage.layer.weight) for stage in stages]
+        points = 1  # the feed-forward state has no share in the sums
+        for moment in moments:
+            assert moment.basal is not None
+            points += 1
+            q = [d - b for d, b in zip(moment.d, moment.basal, strict=True)]
+            for i, signal in enumerate(self._signals(states, Controlled(q, moment.d, moment.rho), q)):
+                summed[i] += signal
+                if i and stages[i].is_dense:
+                    products[i].addmm_(signal.T, moment.rho[i - 1])
+                elif i:
+                    products[i] += outer(stages[i], signal, moment.rho[i - 1])
+            if meanwhile is not None:
+                meanwhile(moment)
+        scale = -self.factor / (len(states.r[0]) * points)
+        roots: list[Tensor | None] = []
+        for i, stage in enumerate(stages):
+            products[i] += outer(stage, summed[i], states.r[i])
+            with torch.enable_grad():
+                roots.append(local_root(stage, summed[i], states.r[i], products[i], scale))
+        return moment, roots
+
+    def feedback_roots(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Roots whose gradients those of the Q_i are; only of those that are trained."""
+        with torch.enable_grad():
+            pairs = zip(self.feedback, gradients, strict=True)
+            return [known_root(weights, gradient) for weights, gradient in pairs if weights.requires_grad]
+
+    def cause(self, states: States, *, moves: bool = True) -> str:
+        """Which parameter to change, from the eigenvalues of the loop on a few samples.
+
+        Args:
+            moves: see :meth:`watch`.
+        """
+        few = States([v[:4] for v in states.v], [r[:4] for r in states.r])
+        gains = control.loop_gains(control.output_jacobian(self.chain, few), self.q)
+        if moves:
+            return self.advice(gains) or f"reduce dt={self.loop.dt:g}"
+        return self._violation(gains) or self.remedy
+
+    @property
+    def remedy(self) -> str:
+        """What helps a steady state that is not found although its loop looks stable."""
+        return f"raise alpha={self.loop.alpha:g}"
+
+    def warn(self, message: str) -> None:
+        """Warn, but of one call in :data:`LOOK_EVERY` at most."""
+        if self.solves >= self._quiet:
+            self._quiet = self.solves + LOOK_EVERY
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    def advice(self, gains: Sequence[Tensor]) -> str | None:
+        """What :func:`apical.rules.feedback_control.stability.advice` says of the first samples' `M_i`."""
+        few = [gain[:4] for gain in gains]
+        loop, total = self.loop, sum(few[1:], few[0])
+        advise = partial(advice, total, depth=len(few), leak=loop.leak, by_layer=few)
+        return advise(alpha=loop.alpha, k_p=loop.k_p, dt=loop.dt, tau=loop.tau)
+
+    def watch(self, gains: Sequence[Tensor], *, moves: bool = True) -> None:
+        """Now and then, warn of a controller that would be unstable if it were simulated.
+
+        Only where the M_i are made anyway: neither wide outputs, which are solved through the layer below, nor the steady
+        state of strong control are watched; of these the residual alone tells, in the logs and in a warning.
+
+        Args:
+            gains: M_i of every stage.
+            moves: the dynamics is meant as it is set, with its step and delays; else the steady state alone.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self.calls % LOOK_EVERY == 0:
+            reason = self.advice(gains) if moves else self._violation(gains)
+            if reason:
+                warnings.warn(f"the steady state is not a stable one: {reason}", RuntimeWarning, stacklevel=2)
+        self.calls += 1
+
+    def _violation(self, gains: Sequence[Tensor]) -> str | None:
+        few = [gain[:4] for gain in gains]
+        total = sum(few[1:], few[0])
+        if not bool(total.isfinite().all()):
+            return None
+        mu = torch.linalg.eigvals(total.detach().to("cpu", torch.float64))
+        return violation(mu, self.loop.alpha, self.loop.k_p, self.loop.leak)
+
+
+class NoiseCorrelation:
+    """Mean over samples and time of `v_i^fb[t] u[t+1]^T` along a trajectory: what the feedback rule sees.
+
+    Args:
+        feedback: Q_i, for their shapes.
+        states: the feed-forward states.
+        rate: of the low-pass filter whose output is taken off the control first; 0 for none. The filter starts at u[1].
+    """
+
+    def __init__(self, feedback: Sequence[Tensor], states: States, rate: float = 0.0) -> None:
+        self._sums = [torch.zeros_like(weights) for weights in feedback]
+        self._apical = [torch.zeros_like(v).flatten(1) for v in states.v]
+        self._rate, self._moments = rate, 0
+        self._slow: Tensor | None = None
+
+    def __call__(self, moment: Moment) -> None:
+        """Take in the next moment."""
+        u = moment.u
+        if self._rate:
+            self._slow = u.clone() if self._slow is None else torch.lerp(self._slow, u, self._rate)
+            u = u - self._slow
+        for total, apical in zip(self._sums, self._apical, strict=True):
+            total.addmm_(apical.T, u)
+        self._apical = [apical.flatten(1).clone() for apical in moment.apical]
+        self._moments += 1
+
+    def mean(self) -> list[Tensor]:
+        """The correlations (n_i, n_L)."""
+        return [total / (len(self._apical[0]) * self._moments) for total in self._sums]

@@ -1,0 +1,329 @@
+"""A chain of layers under feedback control: its steady states, solved in the space of the outputs.
+
+    tau_v dv_i/dt = -v_i + W_i phi(v_{i-1}) + b_i + Q_i u,   u = u_int + k_p e,   tau_u du_int/dt = e - alpha u
+
+At rest `e = a u`, so that n_L numbers per sample decide everything. With J = d r_L / d v at the feed-forward state and
+M = J Q (n_L x n_L), the linearised steady state is `u = (M + a I)^-1 delta` for a target `delta` away from the
+feed-forward output; the exact one solves `rho_L(u) + a u = delta`, where rho_L is the output's shift in a forward pass
+with `Q_i u` added to every layer (Meulemans et al., arXiv 2106.07887, Lemma 1).
+
+Everything is in deviations from the feed-forward state, which keeps float32 exact however weak the control.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.activations import derivative, difference
+from apical.core.chain import Chain, Stage, States
+from apical.core.noise import initial
+from apical.rules.feedback_control.trajectory import Loop
+
+WIDE = 64
+"""Outputs from which the solve goes through the narrower layer below, where the feedback permits it."""
+
+
+CACHE = 2**19
+"""Bytes of one stage's Jacobian rows that are worked on at a time: half of a core's second-level cache."""
+
+
+class Controlled(NamedTuple):
+    """A controlled state minus the feed-forward one; one tensor (batch, *shape) per stage.
+
+    Attributes:
+        q: apical input, `Q_i u`.
+        d: shift of the potential v.
+        rho: shift of the rate r.
+    """
+
+    q: list[Tensor]
+    d: list[Tensor]
+    rho: list[Tensor]
+
+
+def slopes(chain: Chain, states: States) -> list[Tensor]:
+    """`phi'(v_i)` of every stage."""
+    return [derivative(stage.activation, v, r) for stage, v, r in zip(chain.stages, states.v, states.r[1:], strict=True)]
+
+
+def output_jacobian(chain: Chain, states: States, stages: int | None = None) -> list[Tensor]:
+    """`R_i = d r_k / d v_i` of the stages i up to k, (batch, n_k, n_i): one large product per layer.
+
+    Args:
+        stages: k; None means L, the output.
+    """
+    used = chain.stages[:stages]
+    gains = [
+        derivative(stage.activation, v, r).flatten(1) for stage, v, r in zip(used, states.v, states.r[1:], strict=False)
+    ]
+    *_, last = used
+    jacobian = [torch.diag_embed(gains[-1])]
+    for i in range(len(used) - 2, -1, -1):
+        above, gain, rows = used[i + 1], gains[i].unsqueeze(1), jacobian[-1]
+        if above is last and above.is_dense:  # a diagonal times W_L: no product needed
+            rows = above.layer.weight * gain
+            if not is_linear(above):
+                rows.mul_(gains[-1].unsqueeze(-1))
+        else:
+            pulled = above.transposed(rows.reshape(-1, above.size))
+            rows = pulled.view(len(gain), -1, used[i].size).mul_(gain)
+        jacobian.append(rows)
+    return jacobian[::-1]
+
+
+def is_linear(stage: Stage) -> bool:
+    """Whether the stage's activation is the identity."""
+    return isinstance(stage.activation, nn.Identity)
+
+
+def mean_jacobian(chain: Chain, states: States) -> list[Tensor]:
+    """Batch mean of `d r_L / d v_i` of every stage, (n_L, n_i).
+
+    A wide linear output is the same matrix W_L for every sample, so the rows are those of the layer below.
+    """
+    *lower, last = chain.stages
+    if lower and is_linear(last) and last.is_dense and lower[-1].size < last.size:
+        below = [last.layer.weight @ rows.mean(0) for rows in output_jacobian(chain, states, len(lower))]
+        return [*below, torch.eye(last.size, dtype=below[0].dtype, device=below[0].device)]
+    return gains_and_mean(chain, states, None, mean=True)[1]
+
+
+def product_feedback(chain: Chain) -> list[Tensor]:
+    """`Q_L = I, Q_i = W_{i+1}^T ... W_L^T` (n_i, n_L): J^T of the network with its activations left out."""
+    weight = chain.weights[-1]
+    rows = torch.eye(chain.stages[-1].size, dtype=weight.dtype, device=weight.device)
+    feedback = [rows.T]
+    with torch.no_grad():
+        for above in chain.stages[:0:-1]:
+            rows = above.transposed(rows)
+            feedback.append(rows.T.contiguous())
+    return feedback[::-1]
+
+
+def random_feedback(chain: Chain, generator: torch.Generator | None = None) -> list[Tensor]:
+    """`Q_L = I`, the others Xavier-normal (n_i, n_L)."""
+    weight = chain.weights[-1]
+    n = chain.stages[-1].size
+    hidden = [initial(nn.init.xavier_normal_, (stage.size, n), weight.detach(), generator) for stage in chain.stages[:-1]]
+    return [*hidden, torch.eye(n, dtype=weight.dtype, device=weight.device)]
+
+
+def loop_gains(jacobian: Sequence[Tensor], feedback: Sequence[Tensor]) -> list[Tensor]:
+    """`M_i = J_i Q_i` of every stage, (batch, n_L, n_L)."""
+    gains = []
+    for rows, weights in zip(jacobian[:-1], feedback[:-1], strict=True):
+        turned = weights.T @ rows.reshape(-1, rows.shape[-1]).T  # as wide as the batch: several times faster than R Q
+        gains.append(turned.view(-1, *rows.shape[:2]).permute(1, 2, 0))
+    return [*gains, jacobian[-1].diagonal(dim1=1, dim2=2).unsqueeze(-1) * feedback[-1]]  # J_L is diagonal
+
+
+def gains_and_mean(
+    chain: Chain, states: States, feedback: Sequence[Tensor] | None, *, mean: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`M_i` of every stage, if there is feedback, and the batch mean of the R_i, if asked for.
+
+    On a CPU the batch is cut into parts whose Jacobian stays in the cache, which saves a quarter of the time.
+    """
+    parts = list(_parts(states, _cached_samples(chain, states)))
+    gains: list[list[Tensor]] = []
+    sums: list[Tensor] = []
+    for part in parts:
+        jacobian = output_jacobian(chain, part)
+        if feedback is not None:
+            gains.append(loop_gains(jacobian, feedback))
+        if mean:
+            added = [rows.sum(0) for rows in jacobian]
+            sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
+    whole = gains[0] if len(gains) == 1 else [torch.cat(each) for each in zip(*gains, strict=True)]
+    return whole, [each / len(states.r[0]) for each in sums]
+
+
+def _parts(states: States, size: int) -> Iterator[States]:
+    for first in range(0, len(states.r[0]), size):
+        part = slice(first, first + size)
+        yield States([v[part] for v in states.v], [r[part] for r in states.r])
+
+
+def _cached_samples(chain: Chain, states: States) -> int:
+    """Samples whose rows R_i of two stages fit into half a megabyte, in parts of about equal size; on a GPU all."""
+    output, batch = states.r[-1], len(states.r[0])
+    if not output.is_cpu or torch.compiler.is_compiling():
+        return batch
+    widest = max(stage.size for stage in chain.stages)
+    fit = max(1, CACHE // (chain.stages[-1].size * widest * output.element_size()))
+    return math.ceil(batch / max(1, math.ceil(batch / fit))) or 1
+
+
+def apical(chain: Chain, feedback: Sequence[Tensor], u: Tensor) -> list[Tensor]:
+    """`Q_i u` of every stage, (batch, *shape), for the control u (batch, n_L)."""
+    return [(u @ q.T).view(len(u), *stage.shape) for stage, q in zip(chain.stages, feedback, strict=True)]
+
+
+def controlled_pass(chain: Chain, states: States, pushes: Sequence[Tensor]) -> Controlled:
+    """The forward pass with `pushes[i]` (batch, *shape) added to every potential, as a shift of the feed-forward one."""
+    state = Controlled(list(pushes), [], [])
+    for i, (stage, push) in enumerate(zip(chain.stages, pushes, strict=True)):
+        state.d.append(stage.linear(state.rho[-1], push) if i else push)
+        state.rho.append(difference(stage.activation, states.v[i], states.r[i + 1], state.d[-1]))
+    return state
+
+
+def controlled_states(states: States, state: Controlled) -> States:
+    """The states themselves under control."""
+    v = [each + d for each, d in zip(states.v, state.d, strict=True)]
+    return States(v, [states.r[0], *(each + rho for each, rho in zip(states.r[1:], state.rho, strict=True))])
+
+
+def linear_pass(chain: Chain, gains: Sequence[Tensor], pushes: Sequence[Tensor]) -> list[Tensor]:
+    """Linear response of the rates to `pushes` on the potentials, at the slopes `gains`; as many stages as pushes."""
+    responses: list[Tensor] = []
+    for stage, gain, push in zip(chain.stages, gains, pushes, strict=False):
+        responses.append(gain * (stage.linear(responses[-1], push) if responses else push))
+    return responses
+
+
+class Resolvent:
+    """`(M + a I)^-1` of one batch, factored once, through the n_L x n_L matrices M.
+
+    Args:
+        by_layer: M_i, stage by stage.
+        a: steady error per control, `e = a u`.
+    """
+
+    def __init__(self, by_layer: Sequence[Tensor], a: float) -> None:
+        self.a, self.by_layer = a, list(by_layer)
+        self.gain = sum(self.by_layer[1:], self.by_layer[0])
+        eye = torch.eye(self.gain.shape[-1], dtype=self.gain.dtype, device=self.gain.device)
+        self._factors = torch.linalg.lu_factor_ex(self.gain + a * eye)[:2]  # a singular matrix shows in the solution
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """`(M + a I)^-1 rhs`; both (batch, n_L)."""
+        solution: Tensor = torch.linalg.lu_solve(*self._factors, rhs.unsqueeze(-1))
+        return solution.squeeze(-1)
+
+    def by_depth(self, u: Tensor) -> Tensor:
+        """`sum_i (L - i + 1) M_i u`: how long control takes to the output, in layers; (batch, n_L)."""
+        depth = len(self.by_layer)
+        weighted = self.by_layer[-1]
+        for i, gain in enumerate(self.by_layer[:-1]):
+            weighted = torch.add(weighted, gain, alpha=depth - i)
+        return (weighted @ u.unsqueeze(-1)).squeeze(-1)
+
+
+class WideResolvent(Resolvent):
+    """The same for a wide linear output with Q_L = I, through the narrower layer below (Woodbury).
+
+    `M + a I = (1 + a) I + W_L S`, where S is the response of r_{L-1} to u. `K = S W_L` is propagated by its columns: the
+    response to control along each column of W_L. Cost n_{L-1} passes instead of n_L, and smaller matrices.
+    """
+
+    def __init__(self, chain: Chain, states: States, feedback: Sequence[Tensor], a: float) -> None:
+        self.chain, self.feedback, self.a = chain, feedback, a
+        self.gains = slopes(chain, states)
+        *lower, last = chain.stages
+        rows = self.gains[0].new_zeros(())  # (batch, n_{L-1}, n_i): response of r_i to control along column k of W_L
+        for i, (stage, gain) in enumerate(zip(lower, self.gains, strict=False)):
+            push = (feedback[i] @ last.layer.weight).T
+            if i:
+                push = (rows.reshape(-1, rows.shape[-1]) @ stage.layer.weight.T).view(len(gain), -1, stage.size) + push
+            rows = push * gain.unsqueeze(1)
+        kernel = rows.mT.contiguous()
+        kernel.diagonal(dim1=1, dim2=2).add_(1 + a)
+        self._factors = torch.linalg.lu_factor_ex(kernel)[:2]
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """`(M + a I)^-1 rhs`; both (batch, n_L)."""
+        *lower, last = self.chain.stages
+        pushes = [rhs @ q.T for _, q in zip(lower, self.feedback, strict=False)]
+        shift = linear_pass(self.chain, self.gains, pushes)[-1]
+        inner: Tensor = torch.linalg.lu_solve(*self._factors, shift.unsqueeze(-1)).squeeze(-1)
+        return (rhs - inner @ last.layer.weight.T) / (1 + self.a)
+
+    def by_depth(self, u: Tensor) -> Tensor:
+        """`sum_i (L - i + 1) M_i u`, in one linear pass; (batch, n_L)."""
+        depth = len(self.chain.stages)
+        pushes = [(depth - i) * push for i, push in enumerate(apical(self.chain, self.feedback, u))]
+        return linear_pass(self.chain, self.gains, pushes)[-1]
+
+
+def goes_below(chain: Chain, feedback: Sequence[Tensor]) -> bool:
+    """Whether :class:`WideResolvent` applies: dense stages, wide linear output, and Q_L frozen at the identity.
+
+    Never inside compiled graphs, which cannot look at Q_L.
+    """
+    *lower, last = chain.stages
+    if last.size < WIDE or not lower or lower[-1].size > last.size or not all(stage.is_dense for stage in chain.stages):
+        return False
+    if not is_linear(last) or feedback[-1].requires_grad or torch.compiler.is_compiling():  # no graph depends on values
+        return False
+    return torch.equal(feedback[-1], torch.eye(last.size, dtype=feedback[-1].dtype, device=feedback[-1].device))
+
+
+def steady_state(
+    chain: Chain, states: States, feedback: Sequence[Tensor], delta: Tensor, resolvent: Resolvent, iterations: int
+) -> tuple[Tensor, Controlled, Tensor]:
+    """The steady state for a target `delta` (batch, n_L) away from the output, by chord Newton from the linearised one.
+
+    Args:
+        iterations: of Newton; 0 leaves the linearised control (DFC-SSA), 2 reach about 1e-10 of delta for weak nudging.
+
+    Returns:
+        The control u (batch, n_L), the state it leads to, and the residual `rho_L + a u - delta` there.
+    """
+    u = resolvent.solve(delta)
+    state = controlled_pass(chain, states, apical(chain, feedback, u))
+    for _ in range(iterations):
+        u = u - resolvent.solve(state.rho[-1].flatten(1) + resolvent.a * u - delta)
+        state = controlled_pass(chain, states, apical(chain, feedback, u))
+    return u, state, state.rho[-1].flatten(1) + resolvent.a * u - delta
+
+
+def soma_minus_basal(chain: Chain, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Tensor]:
+    """`phi(v_i) - phi(v_i - q_i)` at the controlled potentials: the rate against what the layer below predicts."""
+    if q[0] is state.d[0]:  # control is all that moves the first layer
+        return [state.rho[0], *_soma_minus_basal(chain, states, state, q, 1)]
+    return _soma_minus_basal(chain, states, state, q, 0)
+
+
+def _soma_minus_basal(chain: Chain, states: States, state: Controlled, q: Sequence[Tensor], first: int) -> list[Tensor]:
+    return [
+        difference(chain.stages[i].activation, states.v[i] + state.d[i], states.r[i + 1] + state.rho[i], -q[i]).neg_()
+        for i in range(first, len(q))
+    ]
+
+
+def time_averaged(
+    chain: Chain, feedback: Sequence[Tensor], state: Controlled, resolvent: Resolvent, u: Tensor, loop: Loop
+) -> list[Tensor]:
+    """Soma minus basal potential of every stage, averaged over a whole simulation of weak control, without simulating it.
+
+    For a small target the discrete loop (instant transmission, proactive) is linear. Summed over time, with kappa = dt/tau
+    and T points, it gives, up to what has not settled after T points,
+
+        S = (M + a I)^-1 [ (1 - kappa)/kappa sum_i (L - i + 1) M_i - w I ] u
+        q_i = Q_i (u + S/T) - (1 - kappa)/(kappa T) d_i
+
+    Args:
+        state: the steady state, with the shifts d_i.
+        u: its control (batch, n_L).
+        loop: the controller; w is its :func:`wind_up`.
+    """
+    lag = (1 - loop.kappa) / loop.kappa
+    summed = resolvent.solve(lag * resolvent.by_depth(u) - wind_up(loop) * u)
+    pushes = apical(chain, feedback, u + summed / loop.points)
+    return [torch.sub(q, d, alpha=lag / loop.points) for q, d in zip(pushes, state.d, strict=True)]
+
+
+def wind_up(loop: Loop) -> float:
+    """Steps times dt that the integral part takes to its steady value, per control.
+
+    With the leak on the whole control it is `(1 - k_p alpha)/dt`; with the leak on the integral alone, from the same sum,
+    `alpha^2 k_p / (1 + alpha k_p)^2 + 1/(dt (1 + alpha k_p)^2)`.
+    """
+    alpha, k_p, dt = loop.alpha, loop.k_p, loop.dt
+    if loop.leak == "code":
+        return (1 - k_p * alpha) / dt
+    return (alpha**2 * k_p + 1 / dt) / (1 + alpha * k_p) ** 2

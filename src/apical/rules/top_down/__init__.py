@@ -1,0 +1,1 @@
+"""Top-down credit assignment: the rule and its teacher networks."""

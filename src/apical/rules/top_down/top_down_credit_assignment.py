@@ -1,0 +1,188 @@
+"""Top-down credit assignment (Chen, Liu & Wang, arXiv 2208.01416): an evolved network hands out credit.
+
+    p = softmax(output),   c_l = T_theta([p ; y])_l,   g_l = 1/B sum_b (d a_l / d psi_l)^T c_l   with a_{l-1} held constant
+
+The credit c_l stands where backpropagation would put the derivative of the loss with respect to a unit's output; the unit
+turns it into a gradient of its own parameters by its own Jacobian, so a tanh layer learns by a three-factor rule:
+presynaptic activity, postsynaptic slope, credit. Nothing passes from layer to layer, no loss is differentiated, no weight is
+transported. The loss that the credit reports is for people alone. Credits on class probabilities go through the softmax.
+
+Equations are those of the authors' later code; the paper itself could not be read beyond its abstract. A departure: in a
+residual block each activation has credit of its own, so that no transposed weight is used at all; there, the code
+backpropagates one step.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from apical.core.credit import Credit, Loss
+from apical.core.cut import CutRule, eagerly
+from apical.core.losses import refuse_options, terms, value_at
+from apical.core.outputs import detached, tensors
+from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
+from apical.core.signals import Cut
+from apical.errors import ConfigError, UnsupportedModelError
+from apical.rules.top_down.teacher import TopDownNetwork, described, load, through_softmax
+
+SHIPPED = Path(__file__).parents[2] / "evolution" / "teachers"
+
+
+class TopDownCreditAssignment(CutRule):
+    """A top-down network maps [prediction, target] to a credit for every unit.
+
+    Args:
+        model: any network; what lies between two cuts is one unit, see `units`.
+        loss: maps (output, targets) to a scalar batch mean; it is reported, and only parameters in it learn from it.
+        teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one ("digits"). None
+            draws an unevolved one at the first batch, as a control.
+        hidden: units in each hidden layer of an unevolved top-down network.
+        sites: emission sites per hidden layer of an unevolved one; None gives each unit a credit of its own.
+        silent: hand out no credit to hidden units, as a control: only the last layer learns.
+        exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
+        units: where there are cuts, see :class:`apical.core.cut.CutRule`.
+
+    Raises:
+        ConfigError: the teacher file is missing or damaged; or targets do not fit the outputs.
+        UnsupportedModelError: see :class:`apical.core.cut.CutRule`; or the teacher was made for another number of layers,
+            units or outputs.
+
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    >>> rule = TopDownCreditAssignment(model, teacher=TopDownNetwork(3, [5], hidden=8))
+    >>> rule(torch.randn(8, 4), torch.arange(8) % 3).backward()
+    >>> [name for name, p in model.named_parameters() if p.grad is not None]
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+
+    seed: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        teacher: nn.Module | Path | str | None = None,
+        hidden: int = 30,
+        sites: int | None = None,
+        silent: bool = False,
+        exact: Collection[str] = (),
+        units: Literal["auto", "activation"] | Sequence[str] = "auto",
+    ) -> None:
+        super().__init__(model, loss, "activation", exact, units)
+        refuse_options(loss, "top-down credit assignment")
+        if isinstance(teacher, Path | str):
+            teacher = load(shipped(str(teacher)))[0]
+        self.hidden, self.sites, self.silent = hidden, sites, silent
+        self.register_buffer("seed", torch.randint(2**62, ()))  # an unevolved teacher follows from it, on every rank alike
+        self._drawn: dict[tuple[int, ...], TopDownNetwork] = {}  # unevolved teachers; no state dict repeats them
+        for parameter in teacher.parameters() if teacher is not None else ():
+            parameter.requires_grad_(False)
+        first = next(model.parameters())
+        self.teacher = teacher.to(first.device, first.dtype) if teacher is not None else None
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit whose roots carry the top-down credits to the hidden units' outputs and to the model's output."""
+        whole, cuts, late = self.run(inputs)
+        output, *others = tensors(whole)
+        if others:
+            raise UnsupportedModelError(
+                f"the model has {1 + len(others)} outputs, and top-down credit assignment needs the one that the targets "
+                "are for; wrap the model in a module that returns that tensor"
+            )
+        loss = value_at(self.loss, whole, targets)
+        if not isinstance(targets, Tensor):
+            raise ConfigError(f"top-down credit needs targets that are a tensor, not a {type(targets).__name__}")
+        *_, topmost = self.layers.values()
+        axis = class_axis(output, targets, isinstance(topmost, _ConvNd))
+        moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
+        prediction, target = described(ordered(output.detach(), axis), ordered(targets, axis) if moved else targets)
+        classes = not targets.is_floating_point()
+        ignores = classes and not self.plain_roots
+        if ignores and not self.takes_signals and targets.is_cpu:
+            ignores = bool((targets < 0).any())
+        *hidden, last = self.signals(prediction, target, cuts, classes=classes, ignores=ignores)
+        signals = [*hidden, last.movedim(-1, axis).reshape(output.shape).to(output.dtype)]
+        late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)
+        given = signals if self.takes_signals else [*(None for _ in cuts), signals[-1]]
+        taught = [
+            (root, signal)
+            for root, signal in zip((*(cut.root for cut in cuts), output), given, strict=True)
+            if root.requires_grad
+        ]
+        if self.silent:
+            taught = taught[-1:]
+        taught += [(term, None) for term in terms(loss)]
+        return Credit([root for root, _ in taught], [signal for _, signal in taught], detached(whole), loss)
+
+    def signals(
+        self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool = True
+    ) -> list[Tensor]:
+        """Teaching signals of each hidden unit's shape, and the output's (batch, *places, outputs).
+
+        Args:
+            prediction, target: (batch, *places, outputs).
+            classes: targets are class indices.
+            ignores: rows of the target without a one count for nothing.
+        """
+        widths = [cut.width for cut in cuts]
+        places, rows = prediction.shape[:-1], prediction.numel() // prediction.shape[-1]
+        p, y = (part.reshape(rows, -1) for part in (prediction, target))
+        credits = [credit.detach() for credit in self._credits(p, y, widths)]
+        if classes and ignores:  # the mean over rows that have a label
+            told = y.sum(1, keepdim=True)
+            share = told * (rows / told.sum().clamp(min=1))
+            credits = [credit * share.view(-1, *(1,) * (credit.dim() - 1)) for credit in credits]
+        hidden, last = credits[:-1], credits[-1].view(*places, -1)
+        if classes:
+            last = through_softmax(last, prediction)
+        return [*(self._delivered(c, cut, places) for c, cut in zip(hidden, cuts, strict=True)), last]
+
+    @staticmethod
+    def _delivered(credit: Tensor, cut: Cut, places: torch.Size) -> Tensor:
+        """A credit per channel, or one for each of the unit's neurons, as a signal of the unit's shape."""
+        if credit.dim() > 2 and credit.shape == cut.shape and cut.rows is None:
+            return credit.to(cut.dtype)
+        values = credit.view(*places, -1)
+        return routed(values, cut) if is_routed(values, cut) else delivered(matched(values, cut), cut)
+
+    def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
+        """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
+        sizes = (prediction.shape[1], *widths)
+        if self.teacher is None and (
+            sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != prediction.device
+        ):
+            self._draw(sizes, prediction.device)
+        teacher = self.teacher if self.teacher is not None else self._drawn[sizes]
+        if not isinstance(teacher, TopDownNetwork):
+            return [credit / len(prediction) for credit in teacher(prediction, target)]
+        teacher.check(sizes[0], widths)
+        return teacher.credits(teacher(prediction, target) / len(prediction), widths)
+
+    @eagerly
+    def _draw(self, sizes: tuple[int, ...], device: torch.device) -> None:
+        """A network for an output and units of these sizes, from the seed."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(int(self.seed) % 2**63)
+            drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites)
+        self._drawn[sizes] = drawn.to(device, next(self.model.parameters()).dtype).requires_grad_(False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._drawn.clear()  # the seed changes
+        super()._load_from_state_dict(*args)
+
+
+def shipped(name: str) -> str:
+    """Path of the teacher shipped under that name; any other name is a path already."""
+    path = SHIPPED / f"{name}.pt"
+    if path.exists():
+        return str(path)
+    if not Path(name).exists():
+        known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.pt"))) or "none"
+        raise ConfigError(
+            f"there is no teacher file {name} (shipped teachers: {known}); `apical evolve --out DIR` writes one"
+        )
+    return name

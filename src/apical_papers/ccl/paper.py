@@ -1,0 +1,21 @@
+"""Counter-current learning: what there is to run again."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, cut, table_of
+from apical_papers.ccl.recipes import STUDIES
+
+of = partial(table_of, STUDIES)
+
+PAPER = Paper(
+    studies=STUDIES,
+    tables={
+        "mnist": of("ccl-mnist", cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}, {"cpu": 0.79}),
+        "fashion": of("ccl-fashion", cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "cifar10": of("ccl-cifar10", cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "cifar100": of("ccl-cifar100", cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "mnist-others": of("ccl-mnist-others", cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "fashion-others": of("ccl-fashion-others", cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "cifar10-cnn": of("ccl-cifar10-cnn", cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 100, "seeds": 5}),
+    },
+)

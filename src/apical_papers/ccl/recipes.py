@@ -1,0 +1,244 @@
+"""Counter-current learning (arXiv 2409.19841): perceptrons, convolutional networks, an autoencoder, and controls.
+
+Numbers tagged "paper" are test accuracies, mean and standard deviation over five seeds, table 1. Settings are those of the
+released configuration files: a tenth of the training images held out, test at the epoch of best validation, each network
+clipped at norm 1. Where paper and code differ, the code: BP has ELU (the paper says tanh), and no warm-up.
+
+The convolutional rows are those of table 3; each rule has the settings of its own released file. Augmentation pads with
+zeros instead of edge pixels. The autoencoder is the paper's with fewer channels, on CIFAR-10 instead of STL-10, in batches
+of 128 instead of 32 and without augmentation, so there is no number to compare with but backpropagation's at the same
+budget.
+
+The row that the paper names DFA has a caption that announces DTP; its numbers stand here beside DFA's.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from apical.bench.recipe import Recipe
+from apical.bench.study import Claim, Published, Row, Study
+
+
+def _accuracy(value: float, spread: float, tolerance: float) -> tuple[Published, ...]:
+    return (Published("accuracy", 100, value, tolerance, "paper", spread=spread, select="best-validation"),)
+
+
+def _perceptron(data: str, model: str, validation: int) -> Recipe:
+    return Recipe(
+        data=data,
+        model=model,
+        epochs=100,
+        batch_size=256,
+        lr=(1.0,),
+        momentum=0.0,
+        weight_decay=(0.0,),
+        clip=1.0,
+        clip_over="network",
+        validation=validation,
+    )
+
+
+def _study(
+    data: str,
+    model: str,
+    validation: int,
+    published: dict[str, tuple[float, float]],
+    tolerance: float,
+    cost: str,
+    rates: dict[str, float],
+) -> Study:
+    base = _perceptron(data, model, validation)
+    rows = {
+        rule: Row(replace(base, rule=rule, lr=(rates.get(rule, 1.0),)), _accuracy(value, spread, tolerance))
+        for rule, (value, spread) in published.items()
+    }
+    claims = (Claim("ccl", "fa", 100, 0.0),)
+    return Study(f"CCL on {data}, {model}, 100 epochs", cost, rows, base, claims)
+
+
+_RATES = {"fa": 0.05}
+"""Learning rates other than 1, the released one. FA has the best of the paper's grid for it (0.4 to 0.02) by validation
+over ten epochs, on MNIST and on Fashion-MNIST; at 1 it diverges. On CIFAR-10 CCL is unstable at 1; 0.5 is next in its
+grid."""
+
+
+_OTHERS: dict[str, dict[str, Any]] = {
+    "dfa": {"lr": (0.1,)},
+    "dtp-drl": {"lr": (0.03,), "feedback_lr": 1.0, "rule_options": ("eta=0.03",)},
+}
+"""Of the table's slower half. By validation on MNIST: DFA's rate from 0.4 to 0.02 over ten epochs, as FA's; those of
+difference target propagation, 0.01 to 1 and 0.001 to 1, over three epochs in 15 pairs and over ten in 5, which is twice
+what FA had: the best pair of three epochs (0.1 and 0.3) diverges after a dozen. The gradients of our reconstruction
+losses are others than those of the paper's code, so its grids do not carry over."""
+
+
+def _others(data: str, model: str, validation: int, published: dict[str, tuple[float, float]], tolerance: float) -> Study:
+    base = _perceptron(data, model, validation)
+    rows = {
+        rule: Row(replace(base, rule=rule, **_OTHERS[rule]), _accuracy(value, spread, tolerance))
+        for rule, (value, spread) in published.items()
+    }
+    title = f"CCL's table on {data}, {model}, 100 epochs: what it is compared with"
+    return Study(title, "half an hour on one CPU core, and more for CIFAR", rows, base)
+
+
+def _images(data: str, epochs: int, settings: dict[str, Recipe], published: dict[str, tuple[float, float]]) -> Study:
+    rows = {
+        rule: Row(replace(recipe, rule=rule), _accuracy(*published[rule], 1.5) if rule in published else ())
+        for rule, recipe in settings.items()
+    }
+    title = f"CCL with convolutions on {data}, {epochs} epochs"
+    return Study(title, "minutes on a GPU, about a day on one CPU core", rows, settings["bp"])
+
+
+_WIDTHS = "128-128-256-256-512"
+
+_CNN = Recipe(
+    data="cifar-10",
+    epochs=100,
+    lr_cosine=100,
+    lr_min=1e-3,
+    centralise=True,
+    flip=True,
+    crop=4,
+    validation=5000,
+)
+
+_CNN_BP = replace(
+    _CNN,
+    model=f"cnn-elu-bn-{_WIDTHS}",
+    batch_size=256,
+    lr=(0.03,),
+    momentum=0.5,
+    weight_decay=(1e-5,),
+    warmup_steps=200,
+)
+
+_CNN_CCL = replace(
+    _CNN,
+    rule="ccl",
+    rule_options=("mask=True",),
+    model=f"cnn-elu-{_WIDTHS}",
+    batch_size=128,
+    lr=(1.0,),
+    momentum=0.8,
+    weight_decay=(1e-6,),
+    warmup_steps=100,
+    clip=0.3,
+    clip_over="network",
+)
+
+_NEVER = 1e6
+"""A clipping norm that no gradient reaches: the released file of CIFAR-100 clips nothing."""
+
+_AUTOENCODER = Recipe(
+    data="cifar-10-autoencoder",
+    model="conv-autoencoder-64-128-256-512",
+    loss="mse",
+    epochs=50,
+    batch_size=128,
+    lr_cosine=50,
+    lr_min=1e-3,
+    centralise=True,
+    clip=0.2,
+    clip_over="network",
+    validation=5000,
+)
+
+_CONTROLS = ("ccl", "ccl-frozen", "ccl-free", "ccl-readout", "bp", "fa")
+
+
+def _controls(lr: float) -> Study:
+    base = replace(_perceptron("mnist", "mlp-elu-256-256-256-256-256", 6000), lr=(lr,), epochs=50)
+    rows = {rule: Row(replace(base, rule=rule), ()) for rule in _CONTROLS}
+    return Study(
+        f"Where CCL's learning comes from: controls on MNIST, learning rate {lr:g}", "about an hour on two cores", rows, base
+    )
+
+
+STUDIES: dict[str, Study] = {
+    "ccl-mnist": _study(
+        "mnist",
+        "mlp-elu-256-256-256-256-256",
+        6000,
+        {"bp": (98.19, 0.10), "fa": (96.96, 0.05), "ccl": (98.13, 0.10)},
+        0.5,
+        "about 4 minutes on one CPU core",
+        _RATES,
+    ),
+    "ccl-fashion": _study(
+        "fashion-mnist",
+        "mlp-elu-256-256-256-256-256",
+        6000,
+        {"bp": (89.58, 0.25), "fa": (87.38, 0.12), "ccl": (88.58, 0.29)},
+        0.5,
+        "about 4 minutes on one CPU core",
+        _RATES,
+    ),
+    "ccl-cifar10": _study(
+        "cifar-10",
+        "mlp-elu-1024-1024-1024",
+        5000,
+        {"bp": (50.03, 0.31), "fa": (45.76, 0.38), "ccl": (52.73, 0.59)},
+        0.8,
+        "about 20 minutes on one CPU core",
+        {**_RATES, "ccl": 0.5},
+    ),
+    "ccl-cifar100": _study(
+        "cifar-100",
+        "mlp-elu-1024-1024-1024",
+        5000,
+        {"bp": (22.55, 0.19), "fa": (22.13, 0.41), "ccl": (21.76, 0.22)},
+        0.8,
+        "about half an hour on one CPU core",
+        {**_RATES, "ccl": 0.5},
+    ),
+    **{
+        f"ccl-{name}-others": _others(data, f"mlp-elu-{widths}", validation, published, tolerance)
+        for name, data, widths, validation, published, tolerance in (
+            ("mnist", "mnist", "256-256-256-256-256", 6000, {"dfa": (97.27, 0.06), "dtp-drl": (93.05, 0.24)}, 0.5),
+            ("fashion", "fashion-mnist", "256-256-256-256-256", 6000, {"dfa": (87.35, 0.99), "dtp-drl": (83.40, 0.18)}, 0.5),
+            ("cifar10", "cifar-10", "1024-1024-1024", 5000, {"dfa": (42.86, 1.94), "dtp-drl": (42.09, 0.27)}, 0.8),
+            ("cifar100", "cifar-100", "1024-1024-1024", 5000, {"dfa": (19.87, 1.50), "dtp-drl": (19.94, 0.28)}, 0.8),
+        )
+    },
+    "ccl-cifar10-cnn": _images(
+        "cifar-10",
+        100,
+        {"bp": _CNN_BP, "fa": replace(_CNN_BP, rule="fa"), "ccl": _CNN_CCL},
+        {"bp": (87.12, 1.76), "ccl": (82.94, 0.53)},
+    ),
+    "ccl-cifar100-cnn": _images(
+        "cifar-100",
+        100,
+        {
+            "bp": replace(_CNN_BP, data="cifar-100"),
+            "ccl": replace(_CNN_CCL, data="cifar-100", rule_options=(), momentum=0.5, clip=_NEVER),
+        },
+        {"bp": (51.92, 0.48), "ccl": (56.29, 0.25)},
+    ),
+    "ccl-autoencoder": Study(
+        "CCL as an autoencoder of small images",
+        "minutes on a GPU, days on one CPU core",
+        {
+            "bp": Row(
+                replace(_AUTOENCODER, rule="bp", lr=(0.03,), momentum=0.5, weight_decay=(1e-5,), warmup_steps=200), ()
+            ),
+            "ccl": Row(
+                replace(
+                    _AUTOENCODER,
+                    rule="ccl",
+                    rule_options=("pair=match", "orthogonal=True"),
+                    lr=(0.01,),
+                    momentum=0.9,
+                    weight_decay=(1e-4,),
+                    warmup_steps=100,
+                ),
+                (),
+            ),
+        },
+        _AUTOENCODER,
+    ),
+    "ccl-controls": _controls(1.0),
+    "ccl-controls-slow": _controls(0.2),
+}

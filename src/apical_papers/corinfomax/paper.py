@@ -1,0 +1,28 @@
+"""CorInfoMax: what there is to run again."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, Table, cut, table_of
+from apical_papers.corinfomax.recipes import STUDIES
+
+of = partial(table_of, STUDIES)
+
+PAPER = Paper(
+    studies=STUDIES,
+    tables={
+        "digits": of(
+            "corinfomax-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 10}, {"epochs": 20, "seeds": 10}
+        ),
+        "study": Table(
+            "CorInfoMax: step sizes, forward learning, alignment, sparseness",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
+            module="apical_papers.corinfomax.study",
+            side_by_side=True,
+            needs={"epochs": 20, "seeds": 10},
+            hours={"cpu": 0.12},
+        ),
+        "mnist": of("corinfomax-mnist", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
+        "fashion": of("corinfomax-fashion", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
+        "cifar10": of("corinfomax-cifar10", cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 50, "seeds": 10}),
+    },
+)

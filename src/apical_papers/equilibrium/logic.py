@@ -1,0 +1,218 @@
+"""Complete directed networks on exclusive or, and what they remember of the answer.
+
+Run `python -m apical_papers.equilibrium.logic --out results/ep-logic`. Settings are those of the authors' notebooks (arXiv
+2006.08798): two inputs and a bias; one-hot outputs and 2 hidden neurons for DEEP, one output and 5 hidden for the baseline
+(and, for comparison, the baseline with one-hot outputs); 1000 free and 1000 nudged steps of 0.05 per epoch, all four
+patterns at once. A free phase begins where the last nudged phase ended. Such networks have memory: the nudge can leave them
+in a state that answers rightly without having learnt the task. So answers are taken twice, at the end of that free phase,
+and at the end of one that begins from states drawn anew. Each seed is kept in the folder when it is finished.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from tyro.conf import arg
+
+from apical.bench.finding import Row, count
+from apical.bench.program import Cells, by_seed, run_command
+from apical_papers.equilibrium.complete_network import (
+    Complete,
+    asymmetric_settle,
+    asymmetric_update,
+    is_surely_stable,
+    settle,
+    shrunk,
+)
+
+SETTINGS: dict[str, Any] = {
+    "dt": 0.05,
+    "steps of a phase": 1000,
+    "initial weights": 0.05,
+    "shrinking": 1.5e-4,
+    "deep": "2 hidden, nudge 1, rate 200",
+    "asymmetric": "5 hidden, nudge 10, rate 1, one output",
+    "asymmetric, one-hot": "the same with two outputs",
+}
+
+NETWORKS = {
+    "deep": (Complete(3, 2, 2), 1.0, 200.0),
+    "asymmetric": (Complete(3, 5, 1), 10.0, 1.0),
+    "asymmetric, one-hot": (Complete(3, 5, 2), 10.0, 1.0),
+}
+"""Sizes, nudge and rate."""
+
+PUBLISHED = (0.75, 0.125)
+"""Share of wrong answers and half the mean squared error of the baseline, stored in the authors' notebooks."""
+
+ABOUT: dict[str, Any] = {
+    "title": "Complete directed networks on exclusive or",
+    "about": "DEEP, in which what a neuron sends away is its leak, and asymmetric equilibrium propagation, both in "
+    "networks whose every neuron may reach every other. Answers of a free phase that begins where the nudged one "
+    "ended, and "
+    "of one that begins from new states.",
+    "sources": {
+        "our mark": "Counts of seeds that answered all four patterns rightly at the end of some epoch.",
+        "notebooks": "Stored outputs of the authors' notebooks: asymmetric equilibrium propagation ends with 75 % wrong "
+        "answers and an error of 0.125, which is that of an output of 0.5 whatever the pattern.",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Complete directed networks on exclusive or."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-logic")
+    """Folder for the results; seeds that are in it already are kept."""
+    seeds: Annotated[int, arg(metavar="K")] = 5
+    """Initial weights and states."""
+    epochs: Annotated[int, arg(metavar="N")] = 200
+    """Updates of the weights."""
+    jobs: Annotated[int, arg(metavar="N")] = 0
+    """Seeds side by side; 0: one per core."""
+
+
+def patterns() -> tuple[Tensor, Tensor]:
+    """Inputs (4, 2) and answers (4,) of exclusive or."""
+    return torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1, 1, 0])
+
+
+def answers(outputs: Tensor) -> Tensor:
+    """Classes (batch,) by the outputs (batch, 1 or 2): the larger of two, or whether one is above a half."""
+    return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0.5).long()
+
+
+def trained(kind: str, seed: int, epochs: int) -> dict[str, Any]:
+    """Smallest share of wrong answers over epochs, its first epoch, and the last share: as left, and from new states.
+
+    `error` is half the mean squared error of the outputs at the last epoch, as left.
+    """
+    torch.manual_seed(seed)
+    deep = kind == "deep"
+    network, beta, rate = NETWORKS[kind]
+    (x, right), mask, dt, steps = patterns(), network.mask(), SETTINGS["dt"], SETTINGS["steps of a phase"]
+    y = torch.nn.functional.one_hot(right).float() if network.outputs > 1 else right[:, None].float()
+    weight = SETTINGS["initial weights"] * torch.randn(network.size, network.size) * mask
+
+    def free_phase(start: Tensor) -> Tensor:
+        if deep:
+            return settle(network, start, weight, steps, dt)[0]
+        return asymmetric_settle(network, start, weight, steps, dt)
+
+    def wrong(s: Tensor) -> float:
+        return float((answers(s[:, -network.outputs :]) != right).float().mean())
+
+    s, left, anew, error = network.start(x), [], [], 0.0
+    for _ in range(epochs):
+        free = free_phase(s)
+        left.append(wrong(free))
+        error = float(0.5 * (free[:, -network.outputs :] - y).square().mean())
+        anew.append(wrong(free_phase(network.start(x))))
+        if deep:
+            s, product = settle(network, free, weight, steps, dt, beta, y)
+            change = product / len(x)
+        else:
+            s = asymmetric_settle(network, free, weight, steps, dt, beta, y)
+            change = asymmetric_update(free, s, beta)
+        weight = shrunk(weight + rate * change * mask, SETTINGS["shrinking"]) * mask
+    return {
+        name: {"best": min(errors), "epoch": errors.index(min(errors)), "last": errors[-1]}
+        for name, errors in (("as left", left), ("anew", anew))
+    } | {"error": error, "surely stable": is_surely_stable(network, weight)}
+
+
+def _cell(seed: int, epochs: int) -> dict[str, Any]:
+    return {kind: trained(kind, seed, epochs) for kind in NETWORKS}
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Run the seeds that are not kept yet, then write results.json and report.html."""
+    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
+
+
+def verdicts(cells: Cells) -> list[Row]:
+    """Whether networks of each kind are ever right, as left and from new states."""
+
+    baseline = [cell["asymmetric"] for cell in cells]
+
+    def solved(kind: str, start: str) -> list[bool]:
+        return [cell[kind][start]["best"] == 0.0 for cell in cells]
+
+    return [
+        count("K9", "", "DEEP, as left: seeds that are right on exclusive or", solved("deep", "as left"), 1),
+        count("K9", "", "DEEP, from new states: seeds that are right", solved("deep", "anew"), 1),
+        count(
+            "K9",
+            "",
+            "asymmetric EP, as left: seeds that are not",
+            [not each for each in solved("asymmetric", "as left")],
+            len(cells),
+        ),
+        count(
+            "K9",
+            "",
+            "asymmetric EP: seeds that end with the notebooks' share of wrong answers and error, within a pattern and 0.01",
+            [
+                abs(each["as left"]["last"] - PUBLISHED[0]) <= 0.25 and abs(each["error"] - PUBLISHED[1]) <= 0.01
+                for each in baseline
+            ],
+            len(cells),
+        ),
+    ]
+
+
+def tables(cells: Cells) -> list[Row]:
+    """Seed by seed."""
+    return [
+        {
+            "title": "Seed by seed",
+            "note": "Share of wrong answers, the smallest of all epochs with its first epoch and the last one, and "
+            "whether Gershgorin's condition (sufficient, not necessary) grants stability at the end. Error is half the mean "
+            "squared error of the outputs, as left.",
+            "header": [
+                "network",
+                "seed",
+                "as left",
+                "epoch",
+                "last",
+                "new states",
+                "epoch",
+                "last",
+                "error",
+                "surely stable",
+            ],
+            "rows": [
+                [
+                    kind,
+                    str(seed),
+                    *(
+                        shown
+                        for start in ("as left", "anew")
+                        for shown in (
+                            f"{cell[kind][start]['best']:.2f}",
+                            str(cell[kind][start]["epoch"]),
+                            f"{cell[kind][start]['last']:.2f}",
+                        )
+                    ),
+                    f"{cell[kind]['error']:.3f}",
+                    "yes" if cell[kind]["surely stable"] else "no",
+                ]
+                for kind in NETWORKS
+                for seed, cell in enumerate(cells)
+            ],
+        }
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command("apical_papers.equilibrium.logic", Options, study, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Equilibrium propagation: what there is to run again."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, Table, cut, table_of
+from apical_papers.equilibrium.recipes import STUDIES
+
+of = partial(table_of, STUDIES)
+
+PAPER = Paper(
+    studies=STUDIES,
+    tables={
+        "digits": of("ep-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}),
+        "mnist": of("ep-mnist", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 25, "seeds": 5}),
+        "study": Table(
+            "Equilibrium propagation: gradients, and weights that learn apart",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
+            module="apical_papers.equilibrium.study",
+            side_by_side=True,
+            needs={"epochs": 20, "seeds": 5},
+            hours={"cpu": 0.14},
+        ),
+        "logic": Table(
+            "Complete directed networks on exclusive or",
+            {"smoke": {"epochs": 2, "seeds": 2}, "cpu": {"epochs": 200, "seeds": 5}, "paper": {"epochs": 200, "seeds": 10}},
+            module="apical_papers.equilibrium.logic",
+            side_by_side=True,
+            needs={"epochs": 200, "seeds": 3},
+            hours={"cpu": 0.17},
+        ),
+        "noise": Table(
+            "Equilibrium propagation with noisy neurons, digits",
+            {
+                "smoke": {"epochs": 1, "seeds": 2, "train_limit": 200},
+                "cpu": {"epochs": 15, "seeds": 5},
+                "paper": {"epochs": 15, "seeds": 10},
+            },
+            module="apical_papers.equilibrium.noise",
+            side_by_side=True,
+            needs={"epochs": 15, "seeds": 5},
+            hours={"cpu": 0.42},
+        ),
+    },
+)

@@ -1,0 +1,128 @@
+"""Credit diffusion, before and after: a credit per weight, per unit, and from K sites, on a learner small enough for all.
+
+Run `python -m apical_papers.tdca.diffusion.study --out results/tdca-diffusion`. Learners have one hidden layer of eight tanh
+units and learn four classes of the handwritten digits, as in tdca_classification, whose tasks, settings and statistics these
+are. All evolutions of a meta-seed take turns, generation by generation, so that whatever else the machine does slows
+them alike. Each meta-seed is kept in the folder when it is finished, so an interrupted study continues.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from tyro.conf import arg
+
+from apical.bench.cells import kept
+from apical.bench.evolve.loop import Evolution
+from apical.bench.program import run_command
+from apical.bench.run_folder import check_writable, environment
+from apical.errors import ConfigError
+from apical.evolution.classification import Classification, Images
+from apical.evolution.workers import Here
+from apical_papers.tdca.classification.study import BASE, GENERATIONS, LIFETIME, SEEN, STRATEGY, TASKS, digits
+from apical_papers.tdca.diffusion.report import report
+from apical_papers.tdca.synapses import SynapticClassification
+from apical_papers.tdca.trials import GRID, Bench, tuned
+
+TINY = replace(BASE, model="mlp-tanh-8")
+VALIDATION = 8
+"""Tasks that learning rates are chosen on."""
+SITES = (8, 4, 2, 1)
+ARMS = ("weight-alone", "weight", "unit", *(f"sites-{k}" for k in SITES))
+"""From most credits to fewest."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Credit diffusion, before and after; finished meta-seeds in --out are kept."""
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder of the study."""
+    seeds: int = 5
+    """Meta-seeds: independent evolutions of each kind."""
+    generations: int = GENERATIONS
+    """Of each evolution."""
+
+
+def task(arm: str, images: Images, seed: int) -> Classification:
+    """What is evolved, or tested on, in an arm."""
+    setting = replace(TINY, seed=seed)
+    if arm.startswith("weight"):
+        return SynapticClassification([images], setting, local=arm == "weight")
+    return Classification([images], replace(setting, sites=int(arm.removeprefix("sites-")) if arm != "unit" else None))
+
+
+def meta_seed(seed: int, generations: int) -> dict[str, Any]:
+    """One evolution of each kind, in turns, and then their trials on tasks that none has seen."""
+    train, test = digits()
+    evolutions = {arm: Evolution(task(arm, train, seed), STRATEGY, Here(32), seed) for arm in ARMS}
+    lines: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for generation in range(generations):
+        shift = generation % len(ARMS)  # no kind always follows the same one
+        for arm in (*ARMS[shift:], *ARMS[:shift]):
+            lines[arm].append(evolutions[arm].step())
+    arms = {
+        arm: {
+            "parameters": evolution.task.start.numel(),
+            "curve": [line["center"] for line in lines[arm]],
+            "seconds_per_generation": statistics.median(line["seconds"] for line in lines[arm]),
+            **trials(arm, test, seed, {"tdca": evolution.search.center, "unevolved": evolution.task.start}),
+        }
+        for arm, evolution in evolutions.items()
+    }
+    return {"arms": arms, **trials("unit", test, seed, {"bp": None})}
+
+
+def trials(arm: str, test: Images, seed: int, teachers: dict[str, torch.Tensor | None]) -> dict[str, Any]:
+    """Each rule with its learning rate tuned on validation tasks; all arms of a meta-seed have the same tasks."""
+    unseen = task(arm, test, 0)
+    validation, bench = Bench(unseen, VALIDATION, f"validation {seed}"), Bench(unseen, TASKS, f"test {seed}")
+    found = {}
+    for rule, teacher in teachers.items():
+        rate = tuned(validation, rule, LIFETIME, teacher)
+        found[rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
+    return found
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Run what is not finished yet, then write results.json, the figure and report.html.
+
+    Raises:
+        ConfigError: the folder cannot be written, or an option is not usable.
+        CheckpointError: the folder holds parts of a study with other options.
+    """
+    if options.seeds < 2 or options.generations < 1:
+        raise ConfigError("--seeds must be at least 2, --generations at least 1")
+    check_writable(options.out)
+    config = {
+        "generations": options.generations,
+        "strategy": asdict(STRATEGY),
+        "tasks": TASKS,
+        "images for evolution": SEEN,
+        "learning rates": list(GRID),
+        **{
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(TINY).items()
+            if value is not None
+        },
+    }
+    cells = []
+    for seed in range(options.seeds):
+        path = options.out / "cells" / f"seed-{seed}.json"
+        cells.append(kept(path, config, partial(meta_seed, seed, options.generations)))
+        print(f"{cells[-1]['seconds']:7.1f} s  meta-seed {seed}", flush=True)
+    return report(options.out, cells, command, config, environment("cpu", torch.get_num_threads()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command("apical_papers.tdca.diffusion.study", Options, study, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

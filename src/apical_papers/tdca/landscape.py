@@ -1,0 +1,255 @@
+"""Where TDCA and backpropagation go in the loss landscape: the shipped teacher on the default model, from the same starts.
+
+Run `python -m apical_papers.tdca.landscape --out results/tdca-landscape`. The paper says that TDCA's ways pass local minima
+where backpropagation's stay. A drawing cannot show that, because a plane of principal components makes any two ways look
+apart; so the study measures, for each start, where both end and what lies on the straight line between start and end.
+Each rule has its learning rate from one grid, by the training loss from starts of their own. A few minutes on one core.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Annotated, Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tyro.conf import arg
+
+from apical import data
+from apical.bench.figures.curves import render
+from apical.bench.figures.landscape import landscape
+from apical.bench.figures.style import RC
+from apical.bench.finding import Row, count, difference, shown
+from apical.bench.page import write
+from apical.bench.program import run_command
+from apical.bench.run_folder import check_writable, environment
+from apical.data.dataset import Dataset
+from apical.diagnostics.landscape import barrier, losses_at, points_at_once, principal_plane, surface, tortuosity, travelled
+from apical.errors import ConfigError
+from apical.evolution.population import Lifetime, Population, accuracies, losses
+from apical.evolution.seeds import seed_of
+from apical.models.catalogue import build
+from apical.rules.backprop import Backprop
+from apical.rules.top_down.teacher import load
+from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
+from apical_papers.tdca.trials import GRID
+
+MODEL = "mlp-256-256"
+LIFETIME = Lifetime(steps=900, lr=0.02, optimizer="sgd", clip=1.0, batch_size=32)
+EVERY = 45
+"""Steps between snapshots."""
+POINTS = 40
+"""Steps on a straight line, and on a side of the drawing."""
+TUNING = 8
+"""Starts that learning rates are chosen on."""
+RULES = {"tdca": "TDCA", "bp": "BP"}
+TITLE = "TDCA in the loss landscape, against backpropagation"
+ABOUT = (
+    "The shipped teacher and backpropagation train the default model on the handwritten digits, from the same initial "
+    "weights and with the same mini-batches, each at its own best learning rate of one grid. The straight line from a run's "
+    "start to its end has a barrier where the loss exceeds the linear interpolation between its ends."
+)
+SOURCES = {
+    "our mark": "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
+    "difference (Student's t) lies on the better side of the mark, or that most starts show it. The paper claims that "
+    "TDCA's ways get past local minima where BP's stay: TDCA would have to end lower, or to pass barriers that BP does not."
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """TDCA and backpropagation in the loss landscape."""
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder of the study."""
+    starts: int = 10
+    """Initial weights."""
+
+
+def train(rule: str, digits: Dataset, seeds: Sequence[int], rates: Sequence[float]) -> tuple[Population, Tensor]:
+    """Snapshots (snapshots, P, n), the start first and the end last, of one learner per seed, with a learning rate each."""
+    shape, x, y = tuple(digits.train.inputs.shape[1:]), digits.train.inputs, digits.train.targets
+    models = []
+    for seed in seeds:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            models.append(build(MODEL, shape, digits.classes))
+    model = build(MODEL, shape, digits.classes)
+    if rule == "bp":
+        population, other = Population(Backprop(model), x, y), None
+    else:
+        teacher = load(shipped("digits"))[0]
+        population = Population(TopDownCreditAssignment(model, teacher=teacher), x, y, "teacher.")
+        assert population.other is not None
+        other = population.other.flat({f"teacher.{name}": weight for name, weight in teacher.state_dict().items()})
+        other = other.expand(len(seeds), -1)
+    start = torch.stack([population.start(each) for each in models])
+    snapshots = []
+
+    def watch(done: int, weights: Tensor) -> None:
+        if done % EVERY == 0 or done == LIFETIME.steps:
+            snapshots.append(weights.clone())
+
+    population.train(start, other, x, y, LIFETIME, lr=torch.tensor(rates), watch=watch)
+    return population, torch.stack(snapshots)
+
+
+def tuned(rule: str, digits: Dataset) -> float:
+    """The learning rate of the grid with the lowest mean training loss, from starts that are not reported."""
+    seeds = [seed_of("landscape tuning", k) for k in range(TUNING)]
+    population, ways = train(rule, digits, [seed for seed in seeds for _ in GRID], [*GRID] * TUNING)
+    final = losses(population.outputs(ways[-1], digits.train.inputs), digits.train.targets).nan_to_num(nan=1e6, posinf=1e6)
+    by_rate = final.view(TUNING, len(GRID)).mean(0)
+    return GRID[int(by_rate.argmin())]
+
+
+def measured(rule: str, digits: Dataset, starts: int, rate: float) -> tuple[list[dict[str, float]], Tensor]:
+    """What each run came to, and the ways (starts, snapshots, n)."""
+    population, ways = train(rule, digits, [seed_of("landscape", k) for k in range(starts)], [rate] * starts)
+    right = accuracies(population.outputs(ways[-1], digits.test.inputs), digits.test.targets)
+    loss, chunk = surface_of(digits)
+    rows = []
+    for way, accuracy in zip(ways.transpose(0, 1), right.tolist(), strict=True):
+        line = barrier(loss, way[0], way[-1], POINTS, chunk)
+        rows.append(
+            {
+                "loss": float(loss(way[-1:])[0]),
+                "accuracy": accuracy,
+                "barrier": line.height,
+                "travelled": travelled(way),
+                "distance": float((way[-1] - way[0]).norm()),
+                "tortuosity": tortuosity(way),
+            }
+        )
+    return rows, ways.transpose(0, 1)
+
+
+def surface_of(digits: Dataset) -> tuple[Any, int]:
+    """The training loss as a function of the weights (n, P), and how many to evaluate together."""
+    model = build(MODEL, tuple(digits.train.inputs.shape[1:]), digits.classes)
+    x, y = digits.train.inputs, digits.train.targets
+    return losses_at(model, F.cross_entropy, x, y), points_at_once(model, x)
+
+
+def record(digits: Dataset, ways: dict[str, Tensor]) -> dict[str, Any]:
+    """The surface on the principal plane of two ways (snapshots, n), as :func:`landscape` takes it."""
+    loss, chunk = surface_of(digits)
+    plane = principal_plane(list(ways.values()))
+    places = {rule: plane.coordinates(way) for rule, way in ways.items()}
+    every = torch.cat(list(places.values()))
+    middle, half = (every.amin(0) + every.amax(0)) / 2, 0.6 * float((every.amax(0) - every.amin(0)).max())
+    x, y = (torch.linspace(-half, half, POINTS + 1, dtype=torch.float64) + centre for centre in middle)
+    return {
+        "explained_variance": plane.explained,
+        "loss": "cross_entropy",
+        "examples": len(digits.train.targets),
+        "x": x.tolist(),
+        "y": y.tolist(),
+        "losses": surface(loss, plane, x, y, chunk).tolist(),
+        "runs": [{"label": rule, "coordinates": place.tolist()} for rule, place in places.items()],
+    }
+
+
+def verdicts(rows: dict[str, list[dict[str, float]]]) -> list[Row]:
+    """Whether TDCA ends lower, and whether it passes barriers that backpropagation does not."""
+    ours, theirs = rows["tdca"], rows["bp"]
+    passes = [a["barrier"] > 0 and b["barrier"] == 0 for a, b in zip(ours, theirs, strict=True)]
+
+    def versus(key: str, what: str, *, less: bool) -> Row:
+        return difference("C4", "tdca", what, [row[key] for row in ours], [row[key] for row in theirs], less=less)
+
+    return [
+        versus("loss", "training loss at the end minus tuned BP's", less=True),
+        versus("barrier", "barrier from start to end minus tuned BP's", less=False),
+        count("C4", "tdca", "starts with a barrier from start to end where BP has none", passes, len(passes) // 2 + 1),
+    ]
+
+
+def _ends(rows: list[dict[str, float]], classes: int) -> list[str]:
+    """Median loss, and how many runs end above the loss of equal probabilities."""
+    final = [row["loss"] for row in rows]
+    failed = sum(not loss <= math.log(classes) for loss in final)
+    return [f"{median(final):.3g}", f"{failed} of {len(final)}"]
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Train, measure, and write results.json, the figure and report.html.
+
+    Raises:
+        ConfigError: the folder cannot be written, or there are fewer than two starts.
+    """
+    if options.starts < 2:
+        raise ConfigError("--starts must be at least 2")
+    check_writable(options.out)
+    begun, digits = time.perf_counter(), data.load("digits")
+    rates = {rule: tuned(rule, digits) for rule in RULES}
+    found = {rule: measured(rule, digits, options.starts, rates[rule]) for rule in RULES}
+    rows = {rule: each[0] for rule, each in found.items()}
+    loss, chunk = surface_of(digits)
+    between = [
+        barrier(loss, ours[-1], theirs[-1], POINTS, chunk).height
+        for ours, theirs in zip(found["tdca"][1], found["bp"][1], strict=True)
+    ]
+    caption = (
+        "Training loss on the plane of the first two principal components of both ways from the first start; circle: start. "
+        "Such a plane makes any two ways look apart; the table has what does not depend on it."
+    )
+    with matplotlib.rc_context(RC):
+        drawing = render(
+            "landscape", "Two ways", caption, landscape(record(digits, {rule: found[rule][1][0] for rule in RULES}))
+        )
+    keys = ("loss", "accuracy", "barrier", "travelled", "distance", "tortuosity")
+    results = {
+        "title": TITLE,
+        "about": ABOUT,
+        "command": command,
+        "environment": environment("cpu", torch.get_num_threads()),
+        "settings": {
+            "model": MODEL,
+            "starts": options.starts,
+            "starts for tuning": TUNING,
+            "learning rates": list(GRID),
+            "chosen": rates,
+            "snapshots every": EVERY,
+            **{key: value for key, value in asdict(LIFETIME).items() if key != "lr"},
+        },
+        "sources": SOURCES,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "verdicts": verdicts(rows),
+        "tables": [
+            {
+                "title": "Ends and ways",
+                "note": "Median training loss at the end (nats), starts that end worse than a guess, mean training loss, "
+                "test accuracy, barrier on the straight line from start to end "
+                "(nats), distance travelled (over snapshots), distance from start to end, and their ratio: mean over starts "
+                f"with 95 % interval. Mean barrier between the ends of both rules: {fmean(between):.3g} nats.",
+                "header": ["rule", "learning rate", "median loss", "failed", *keys],
+                "rows": [
+                    [
+                        name,
+                        f"{rates[rule]:g}",
+                        *_ends(rows[rule], digits.classes),
+                        *(shown([row[key] for row in rows[rule]]) for key in keys),
+                    ]
+                    for rule, name in RULES.items()
+                ],
+            }
+        ],
+    }
+    write(options.out, results, [drawing] if drawing is not None else [])
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command("apical_papers.tdca.landscape", Options, study, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Top-down credit assignment: what there is to run again."""
+
+from apical.bench.papers import Paper, Table
+from apical_papers.tdca.recipes import EVOLUTIONS
+
+PAPER = Paper(
+    evolutions=EVOLUTIONS,
+    tables={
+        "classification": Table(
+            "Top-down credit assignment on classification, with controls",
+            {
+                "smoke": {"generations": 1, "seeds": 2, "arms": "fresh"},
+                "cpu": {"generations": 60},
+                "paper": {"generations": 60},
+            },
+            module="apical_papers.tdca.classification.study",
+            needs={"generations": 60},
+            hours={"cpu": 0.79},
+        ),
+        "diffusion": Table(
+            "Credit diffusion, before and after",
+            {
+                "smoke": {"generations": 1, "seeds": 2},
+                "cpu": {"generations": 40, "seeds": 5},
+                "paper": {"generations": 40, "seeds": 5},
+            },
+            module="apical_papers.tdca.diffusion.study",
+            needs={"generations": 40, "seeds": 5},
+        ),
+        "functions": Table(
+            "Top-down credit assignment on non-convex functions",
+            {
+                "smoke": {
+                    "generations": 2,
+                    "generations_further": 2,
+                    "generations_large": 1,
+                    "seeds": 2,
+                    "starts": 16,
+                },
+                "cpu": {"generations": 400, "seeds": 5},
+                "paper": {"generations": 400, "seeds": 5},
+            },
+            module="apical_papers.tdca.functions.study",
+            needs={"generations": 400, "seeds": 5},
+        ),
+        "reinforcement": Table(
+            "Top-down credit assignment on CartPole",
+            {
+                "smoke": {"generations": 1, "seeds": 2, "lifetimes": 4},
+                "cpu": {"generations": 200, "seeds": 5},
+                "paper": {"generations": 200, "seeds": 5},
+            },
+            module="apical_papers.tdca.reinforcement.study",
+            needs={"generations": 200, "seeds": 5},
+        ),
+    },
+)
+"""The paper's own sizes are not known; "paper" is what "cpu" is."""

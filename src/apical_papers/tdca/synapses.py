@@ -1,0 +1,105 @@
+"""Top-down credit before credit diffusion: one credit for every weight of a small learner.
+
+    g_ij = 1/B sum_b c_ij f'(a_i) x_j       credit times what is local to the synapse
+    g_ij = 1/B sum_b c_ij                   credit alone
+
+where credit per unit, which diffusion starts from in :mod:`apical.rules.top_down.teacher`, has c_ij = c_i. The paper says
+that diffusion cuts the weights of the top-down network; credit per weight is the largest network it can be cut from. It is a
+device of the study of diffusion, for perceptrons with one hidden layer of tanh units, and written to be fast: the credits of
+the first layer's weights, one for each example, are never laid out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import Credit, CreditRule
+from apical.errors import UnsupportedModelError
+from apical.evolution.classification import Classification, Images, Setting
+from apical.rules.top_down.teacher import TopDownNetwork, described
+
+
+class SynapticCredit(CreditRule):
+    """A top-down network maps [prediction, target] to a credit for every weight and bias.
+
+    Args:
+        model: affine, tanh, affine; its output is class scores.
+        teacher: emits as many values as the model has parameters: those of the hidden units, then those of the output
+            units, each unit's weights followed by its bias.
+        local: multiply credit by the activity and the slope at the synapse; otherwise it is the gradient itself.
+        silent: hand out no credit to hidden units.
+
+    Raises:
+        UnsupportedModelError: the model is another.
+    """
+
+    def __init__(self, model: nn.Module, teacher: TopDownNetwork, local: bool = True, silent: bool = False) -> None:
+        super().__init__(model, F.cross_entropy)
+        kinds = [type(m) for m in model.modules() if not list(m.children()) and not isinstance(m, nn.Flatten)]
+        if kinds != [nn.Linear, nn.Tanh, nn.Linear]:
+            raise UnsupportedModelError(f"credit per weight needs affine, tanh, affine; got {[k.__name__ for k in kinds]}")
+        self.teacher, self.local, self.silent = teacher.requires_grad_(False), local, silent
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit whose roots are the model's parameters and whose signals are their gradients."""
+        first, second = (m for m in self.model.modules() if isinstance(m, nn.Linear))
+        x = inputs.flatten(1)
+        a = torch.tanh(F.linear(x, first.weight.detach(), first.bias.detach()))
+        output = F.linear(a, second.weight.detach(), second.bias.detach())
+        prediction, target = described(output, targets)
+        # The top-down network's last layer is affine: c_b = U t_b, so that sums over examples can be taken before it.
+        top = self.teacher.body[-1]
+        t = with_one(self.teacher.body[:-1](torch.cat([prediction, target], 1))).detach()
+        u = torch.cat([top.weight, top.bias[:, None]], 1).detach()  # type: ignore[list-item,index]
+        hidden, last = u.split([a.shape[1] * (x.shape[1] + 1), output.shape[1] * (a.shape[1] + 1)])
+        hidden, last = hidden.unflatten(0, (a.shape[1], -1)), last.unflatten(0, (output.shape[1], -1))
+        t = t / len(x)
+        if self.local:
+            sums = [at_tanh(hidden, t, x, a), at_softmax(last, t, a, prediction)]
+        else:
+            sums = [hidden @ t.sum(0), last @ t.sum(0)]
+        roots = [first.weight, first.bias, second.weight, second.bias]
+        signals = [part for layer in sums for part in (layer[:, :-1], layer[:, -1])]
+        kept = slice(2, None) if self.silent else slice(None)
+        return Credit(roots[kept], signals[kept], output, self.loss(output, targets))
+
+
+def with_one(x: Tensor) -> Tensor:
+    """Activities (batch, n) and the 1 that a bias is multiplied by: (batch, n + 1)."""
+    return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+
+def at_tanh(u: Tensor, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    """`sum_b c_ij (1 - a_i^2) x_j` (units, inputs + 1) for credits `c_ij = sum_h u_ijh t_h`.
+
+    Args:
+        u: last layer of the top-down network, (units, inputs + 1, h).
+        t: what enters it, (batch, h).
+        x, a: the layer's inputs (batch, inputs) and activities (batch, units).
+    """
+    return torch.einsum("ijh,hij->ij", u, torch.einsum("bh,bi,bj->hij", t, 1 - a.square(), with_one(x)))
+
+
+def at_softmax(u: Tensor, t: Tensor, x: Tensor, p: Tensor) -> Tensor:
+    """`sum_b p_i (c_ij - sum_k p_k c_kj) x_j` (classes, inputs + 1): credit on probabilities p, pulled back; as above."""
+    weighted = torch.einsum("ijh,bh->bij", u, t) * p[:, :, None]
+    return ((weighted - p[:, :, None] * weighted.sum(1, keepdim=True)) * with_one(x)[:, None]).sum(0)
+
+
+class SynapticClassification(Classification):
+    """Evolving top-down networks with a credit per weight; `local` as in :class:`SynapticCredit`."""
+
+    def __init__(self, sets: list[Images], setting: Setting, local: bool = True) -> None:
+        self.local = local
+        super().__init__(sets, setting)
+
+    def rule(self, model: nn.Module, teacher: TopDownNetwork, silent: bool = False) -> CreditRule:
+        """What trains a learner."""
+        return SynapticCredit(model, teacher, self.local, silent)
+
+    def network(self, seed: int) -> TopDownNetwork:
+        """An unevolved top-down network, as wide at its end as the learner has parameters."""
+        emitted = sum(parameter.numel() for parameter in self.learner(0).parameters())
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return TopDownNetwork(self.outputs, [emitted - self.outputs], self.setting.hidden)

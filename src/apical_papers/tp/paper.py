@@ -1,0 +1,31 @@
+"""Target propagation: what there is to run again."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, Table, cut, table_of
+from apical_papers.tp.recipes import STUDIES
+
+of = partial(table_of, STUDIES)
+
+PAPER = Paper(
+    studies=STUDIES,
+    tables={
+        "digits": of(
+            "tp-digits",
+            {"epochs": 1, "seeds": 2},
+            {"epochs": 20, "seeds": 5},
+            {"epochs": 20, "seeds": 10},
+        ),
+        "targets": Table(
+            "Target propagation: where targets point",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
+            module="apical_papers.tp.targets",
+            side_by_side=True,
+            needs={"epochs": 20, "seeds": 10},
+            hours={"cpu": 0.25},
+        ),
+        "mnist": of("tp-mnist", cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
+        "fashion": of("tp-fashion", cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),
+        "cifar10": of("tp-cifar10", cut(256), {"epochs": 2, "seeds": 1}, {"epochs": 100, "seeds": 10}),
+    },
+)

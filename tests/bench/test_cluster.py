@@ -1,0 +1,80 @@
+"""Comparisons on a Ray cluster: the same bits as without, also when a worker is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from apical.bench.cluster import cluster
+from apical.bench.signals import StopSignals
+from apical.cli.main import main
+from apical.errors import ApicalError
+from apical.evolution.workers import RETRIES
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.xdist_group("ray")  # two clusters at once hinder each other
+psutil = pytest.importorskip("psutil")
+
+SMALL = ["--rules", "bp", "fa", "--model", "mlp-16", "--train-limit", "640", "--test-limit", "100", "--seeds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def no_ray_left() -> Iterator[None]:
+    yield
+    ray.shutdown()
+
+
+def scores(out: Path) -> list[tuple[str, int, float, float]]:
+    rows = json.loads((out / "summary.json").read_text())
+    return [(row["rule"], row["seed"], row["test_accuracy"], row["train_loss"]) for row in rows]
+
+
+def test_a_cluster_trains_the_same_and_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    arguments = [*SMALL, "--epochs", "10", "--threads", "1", "--probe", "0"]
+    assert main(["compare", *arguments, "--jobs", "1", "--out", str(here)]) == 0
+    command = [sys.executable, "-m", "apical", "compare", *arguments, "--ray", "local", "--jobs", "2", "--out", str(there)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    killed = False
+    deadline = time.monotonic() + 240
+    while not killed and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if not any(path.stat().st_size for path in there.glob("runs/bp/seed-*/checkpoint.pt")):
+            continue
+        for child in psutil.Process(driver.pid).children(recursive=True):
+            if "_train_task" in child.name() or "_train_task" in " ".join(child.cmdline()):
+                os.kill(child.pid, signal.SIGKILL)
+                killed = True
+                break
+    output, _ = driver.communicate(timeout=240)
+    assert killed, f"no worker was seen at work: {output}"
+    assert driver.returncode == 0, output
+    assert scores(there) == scores(here)
+
+
+def test_tables_with_programs_of_their_own_stay_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "dfc/toy", "--ray", "local", "--out", str(tmp_path)]) == 2
+    assert "--ray is for tables of trainings" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def end(folder: str) -> None:
+    """What kills its worker every time."""
+    with open(Path(folder) / "tries", "a") as file:
+        file.write("x")
+    os._exit(1)
+
+
+def test_a_task_that_kills_its_worker_for_ever_is_given_up(tmp_path: Path) -> None:
+    with (
+        cluster("local", 1) as tasks,
+        pytest.raises(ApicalError, match=r"Ray lost the workers of one task 6 times.*--resume"),
+    ):
+        tasks(end, [(str(tmp_path),)], StopSignals(), lambda: None)
+    assert (tmp_path / "tries").read_text() == "x" * (RETRIES + 1)

@@ -1,0 +1,69 @@
+"""Data-parallel training with real processes."""
+
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from apical.bench.distributed import World, joined, pick_device
+from apical.cli.main import main
+from apical.errors import ConfigError
+
+Start = Callable[..., "subprocess.Popen[str]"]
+TRAIN = ("train", "--model", "mlp-64", "--epochs", "2", "--batch-size", "32", "--train-limit", "640", "--crop", "1")
+TRAIN = (*TRAIN, "--lr", "0.02", "--device", "cpu", "--threads", "1")
+
+
+def launcher(processes: int) -> tuple[str, ...]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
+    return ("torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes), "-m", "apical")
+
+
+def test_two_processes_equal_one(apical: Start, tmp_path: Path) -> None:
+    process = apical(*TRAIN, "--out", tmp_path / "two", launcher=launcher(2))
+    assert main([*TRAIN, "--out", str(tmp_path / "one")]) == 0
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.count("epoch   2/2") == 1
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    for name, value in one["rule"].items():
+        assert torch.allclose(value, two["rule"][name], rtol=0, atol=1e-6), name
+    for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert one["metrics"][key] == pytest.approx(two["metrics"][key], abs=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused(apical: Start, tmp_path: Path) -> None:
+    process = apical(*TRAIN, "--batch-size", "33", "--out", tmp_path / "run", launcher=launcher(2))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    # by both processes or by the first to fail, which has torchrun kill the other
+    assert errors.count("apical: error: --batch-size 33 does not divide among 2 processes") in (1, 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    with joined("cpu", 7, drop_last=False) as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        values = torch.tensor([1.0, 2.0])
+        assert world.sum(values) is values
+        assert world.own_slice(values) is values
+        assert world.largest(3) == 3
+
+
+def test_slices_make_up_the_batch() -> None:
+    batch = torch.arange(12).reshape(6, 2)
+    parts = [World(rank, 3, torch.device("cpu")).own_slice(batch) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), batch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="--device cuda"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"

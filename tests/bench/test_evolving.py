@@ -1,0 +1,231 @@
+"""An evolution in its folder: kept, continued after anything with the same result, refused where it must be, reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apical.bench import run_folder
+from apical.bench.evolve.loop import classification
+from apical.bench.evolve.recipe import EvolutionRecipe
+from apical.cli.main import main
+from apical.rules.top_down.teacher import load
+from apical.rules.top_down.top_down_credit_assignment import shipped
+from apical_papers.tdca.recipes import EVOLUTIONS
+
+pytest.importorskip("evotorch")
+SMALL = ("--model", "mlp-tanh-6", "--population", "8", "--hidden", "4", "--steps", "4", "--examples", "30", "--sites", "2")
+
+
+def evolve(out: Path, *more: str) -> int:
+    return main(["evolve", *SMALL, "--out", str(out), *more])
+
+
+def weights(path: Path) -> dict[str, Any]:
+    return load(path / "teacher.pt")[0].state_dict()
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evolution") / "whole"
+    assert evolve(out, "--generations", "6") == 0
+    return out
+
+
+def test_it_writes_teachers_with_their_provenance(whole: Path) -> None:
+    network, provenance = load(whole / "teacher.pt")
+    assert (network.outputs, network.widths, network.sites) == (10, (6,), 2)
+    assert provenance["recipe"]["generations"] == 6
+    assert provenance["command"].startswith("apical evolve")
+    assert provenance["environment"]["torch"] == torch.__version__
+    assert load(whole / "best.pt")[1]["which"] == "fittest of the last generation"
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["best"] >= line["mean"] for line in lines)
+    page = (whole / "report.html").read_text()
+    assert "6 of 6 generations" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "")
+
+
+def test_stopped_and_resumed_it_ends_as_if_never_stopped(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "parts"
+    assert evolve(out, "--generations", "2") == 0
+    assert evolve(out, "--generations", "6", "--resume") == 0
+    assert same(out, whole)
+
+
+def test_the_seed_matters(whole: Path, tmp_path: Path) -> None:
+    assert evolve(tmp_path / "again", "--generations", "6") == 0
+    assert same(tmp_path / "again", whole)
+    assert evolve(tmp_path / "other", "--generations", "6", "--seed", "1") == 0
+    assert not same(tmp_path / "other", whole)
+
+
+def start(out: Path, generations: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "apical", "evolve", *SMALL, "--out", str(out), "--generations", str(generations)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(1200):
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= 2:
+            return process
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("it did not start")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_interrupted_it_resumes_with_the_same_result(tmp_path: Path, how: signal.Signals) -> None:
+    process = start(tmp_path / "cut", 4000)
+    os.kill(process.pid, how)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    done = len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines())
+    assert how == signal.SIGKILL or f"stopped at generation {done}; saved. Continue with: apical evolve" in said
+    total = str(done + 3)
+    assert evolve(tmp_path / "cut", "--generations", total, "--resume") == 0
+    assert evolve(tmp_path / "whole", "--generations", total) == 0
+    assert same(tmp_path / "cut", tmp_path / "whole")
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["generation"] for line in lines] == list(range(1, done + 4))
+
+
+def test_an_evolution_begins_with_a_teacher(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = ["--begin", str(whole / "teacher.pt"), "--sigma", "1e-9", "--generations", "1"]  # hardly moves
+    assert evolve(tmp_path / "on", *first) == 0
+    for name, weight in weights(tmp_path / "on").items():
+        assert torch.allclose(weight, weights(whole)[name], atol=1e-6)
+    assert load(tmp_path / "on" / "teacher.pt")[1]["recipe"]["begin"] == str(whole / "teacher.pt")
+    capsys.readouterr()
+    assert evolve(tmp_path / "other", *first, "--sites", "3", "--relative", "True") == 2
+    said = capsys.readouterr().err
+    assert "cannot begin with" in said
+    assert "emissions: [2] vs [3]; relative: False vs True" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_tasks_take_networks_in_turn() -> None:
+    asked = {"hidden": 4, "sites": 2, "examples": 20, "steps": 2}
+    names = ("mlp-tanh-6", "mlp-5", "mlp-tanh-3")
+    both = classification(EvolutionRecipe(model=names, **asked))
+    alone = [classification(EvolutionRecipe(model=(name,), **asked)) for name in names]
+    individuals = both.start + 0.3 * torch.randn(3, both.start.numel(), generator=torch.Generator().manual_seed(0))
+    for generation in range(4):
+        found = both.fitness(individuals, generation)
+        for turn, task in enumerate(alone):
+            assert torch.equal(found, task.fitness(individuals, generation)) == (turn == generation % 3)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")
+def test_two_evolutions_cannot_share_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    out = tmp_path / "shared"
+    process = start(out, 4000)
+    try:
+        for flag in ("--resume", "--overwrite"):
+            assert evolve(out, "--generations", "4000", flag) == 2
+            captured = capsys.readouterr().err
+            assert f"another process is evolving in {out}; choose another --out" in captured
+            assert len(captured.strip().splitlines()) == 1
+        assert process.poll() is None  # the first goes on undisturbed
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == list(range(1, len(lines) + 1))
+    assert evolve(out, "--generations", "2", "--overwrite") == 0  # the lock ended with its holder
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--generations", "6"), "is not empty; add --resume"),
+        (("--generations", "6", "--resume", "--lr", "0.5"), "other options (saved vs asked): lr: 0.02 vs 0.5"),
+        (("--generations", "3", "--resume"), "has 6 finished generations, more than --generations 3"),
+    ],
+)
+def test_what_does_not_fit_the_folder_is_said(
+    whole: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], said: str
+) -> None:
+    assert evolve(whole, *more) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--population", "7"), "population must be even"),
+        (("--ways", "11"), "2 to 10 classes"),
+        (("--examples", "99999"), "99999 examples per task"),
+        (("--data", "nothing"), "unknown data set 'nothing'"),
+        (("--model", "mlp"), "does not name its hidden widths"),
+        (("--recipe", "digit"), "did you mean 'digits'"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (("--data", "student-teacher"), "numbers as targets"),
+        (("--batch-size", "31"), "batches of 31 from 30 examples"),
+    ],
+)
+def test_unusable_options_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], said: str
+) -> None:
+    assert evolve(tmp_path / "out", "--generations", "1", *more) == 2
+    captured = capsys.readouterr().err
+    assert said in captured
+    assert len(captured.strip().splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_said(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "damaged"
+    assert evolve(out, "--generations", "1") == 0
+    (out / "checkpoint.pt").write_bytes(b"nonsense")
+    assert evolve(out, "--generations", "2", "--resume") == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_teacher_from_a_file_trains_another_width(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", "digits", "--train-limit", "96", "--epochs", "1", "--device", "cpu", "--out"]
+    teacher = ["--teacher", str(whole / "teacher.pt")]
+    assert main(["train", "--rule", "tdca", "--model", "mlp-tanh-12", *teacher, *options, str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert f"teacher='{whole / 'teacher.pt'}'" in config["rule_options"]
+    compared = ["compare", "--rules", "bp", "tdca", "--model", "mlp-tanh-9", "--seeds", "1", *teacher, *options]
+    assert main([*compared, str(tmp_path / "both")]) == 0
+    assert {row["rule"] for row in json.loads((tmp_path / "both" / "summary.json").read_text())} == {"bp", "tdca"}
+    capsys.readouterr()
+    assert main(["train", "--rule", "tdca", "--model", "mlp-tanh-8-8", *teacher, *options, str(tmp_path / "deep")]) == 2
+    assert "cannot teach a learner with hidden widths [8, 8]" in capsys.readouterr().err
+    assert main(["train", "--rule", "fa", *teacher, *options, str(tmp_path / "fa")]) == 2
+    assert "none of the rules fa has a teacher" in capsys.readouterr().err
+    assert main(["train", "--rule", "tdca", "--teacher", "no.pt", *options, str(tmp_path / "none")]) == 2
+    assert "there is no teacher file no.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["mlp-256-256", "mlp-tanh-64-64"])
+def test_the_shipped_teacher_trains_digits_at_once(tmp_path: Path, model: str) -> None:
+    """On the model that `apical compare` takes by default, and on another activation and width; unevolved it fails."""
+    options = ["--data", "digits", "--model", model, "--epochs", "6", "--device", "cpu", "--probe", "0"]
+    accuracy, loss = {}, {}
+    for rule in ("tdca", "tdca-unevolved"):
+        ended = main(["train", "--rule", rule, *options, "--out", str(tmp_path / rule)])
+        assert ended == 0 or rule == "tdca-unevolved"  # that one may diverge
+        lines = [json.loads(line) for line in (tmp_path / rule / "metrics.jsonl").read_text().splitlines()]
+        accuracy[rule], loss[rule] = lines[-1]["test_accuracy"], [line["train_loss"] for line in lines[1:]]
+    assert accuracy["tdca"] > 0.8
+    assert accuracy["tdca"] > accuracy["tdca-unevolved"] + 0.2
+    assert loss["tdca"][-1] < 0.5 * loss["tdca"][0]
+
+
+def test_the_shipped_teacher_was_made_by_the_committed_recipe() -> None:
+    assert load(shipped("digits"))[1]["recipe"] == EVOLUTIONS["digits"].to_json()

@@ -1,0 +1,101 @@
+"""Figures: which are drawn, their size, spread, determinism, and that they leave global state alone."""
+
+import struct
+import warnings
+
+import matplotlib
+import numpy as np
+import pytest
+
+from apical.bench.figures import curves as figures
+from apical.bench.figures.style import RULES, styles
+from apical.bench.report.records import Comparison, Run
+
+
+def run(rule, seed=0, epochs=4, layers=3, finished=True, **measures):
+    """A run with accuracy 0.5 + seed/10 and given per-layer measures (a function of epoch and depth)."""
+    records = []
+    for epoch in range(epochs + 1):
+        rows = {f"layer{i}": {key: measure(epoch, i) for key, measure in measures.items()} for i in range(layers)}
+        loss = None if epoch == 0 else 2.0 / epoch
+        records.append({"epoch": epoch, "test_accuracy": 0.5 + seed / 10, "train_loss": loss, "layers": rows})
+    result = {"status": "finished", "test_accuracy": 0.5 + seed / 10} if finished else None
+    return Run(rule, seed, {}, {}, tuple(range(epochs + 1)), tuple(records), result)
+
+
+def comparison(*runs):
+    return Comparison("", tuple(dict.fromkeys(r.rule for r in runs)), tuple(runs), single=False)
+
+
+def falling(epoch, depth):
+    return 90.0 / (epoch + 1) + depth
+
+
+def drawn(*runs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {drawing.stem: drawing for drawing in figures.draw(comparison(*runs))}
+
+
+def test_figures_follow_the_data():
+    assert set(drawn(run("bp"))) == {"accuracy", "loss", "final_accuracy"}
+    assert set(drawn(run("bp", finished=False))) == {"accuracy", "loss"}
+    assert "weight_alignment" in drawn(run("fa", weight_alignment=falling))
+    assert set(drawn(run("dfa", gradient_alignment=falling))) >= {"gradient_alignment"}
+    assert "gradient_alignment" not in drawn(run("bp", gradient_alignment=lambda *_: 0.0))
+
+
+def test_nothing_recorded_draws_nothing():
+    assert drawn(Run("fa", 0, {}, {}, (), (), None)) == {}
+
+
+@pytest.mark.parametrize("layers", [1, 6, 7, 20, 60])
+@pytest.mark.parametrize("rules", [("fa",), ("fa", "pfa"), ("fa", "pfa", "kp")])
+def test_layer_panels_for_any_depth_and_number_of_rules(layers, rules):
+    runs = [run(rule, seed, layers=layers, weight_alignment=falling) for rule in rules for seed in range(3)]
+    drawing = drawn(*runs)["weight_alignment"]
+    assert ("dashed: mean over layers" in drawing.caption) == (layers > 6)
+
+
+def test_thirteen_rules_have_different_looks():
+    rules = [*RULES, "first", "second", "third"]
+    looks = [(style.colour, style.marker, style.line) for style in styles(rules).values()]
+    assert len({colour for colour, _, _ in looks}) == len(rules)
+    assert styles(rules)["pfa"] == styles(["pfa"])["pfa"]
+    assert {"accuracy", "final_accuracy"} <= set(drawn(*(run(rule, seed) for rule in rules for seed in range(2))))
+
+
+def test_png_is_one_column_wide_at_200_dpi():
+    for drawing in drawn(run("fa", weight_alignment=falling), run("pfa", weight_alignment=falling)).values():
+        width, _ = struct.unpack(">II", drawing.png[16:24])
+        assert width == 700
+
+
+def test_svg_is_deterministic_and_undated():
+    first, second = (drawn(run("fa", weight_alignment=falling), run("bp")) for _ in range(2))
+    assert first == second
+    assert all(b"<dc:date>" not in drawing.svg for drawing in first.values())
+
+
+def test_spread_is_the_sample_deviation_over_the_runs_that_have_an_epoch():
+    runs = [run("fa", 0), run("fa", 1), run("fa", 2, epochs=2)]
+    epochs, mean, deviation, count = figures._spread(runs, "test_accuracy")
+    assert count == 3
+    assert epochs.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(mean, [0.6, 0.6, 0.6, 0.55, 0.55])
+    np.testing.assert_allclose(deviation, [0.1, 0.1, 0.1, np.std([0.5, 0.6], ddof=1), np.std([0.5, 0.6], ddof=1)])
+
+
+def test_missing_and_infinite_values_leave_gaps():
+    gappy = run("fa", weight_alignment=lambda epoch, depth: None if epoch == 2 else float("inf") if depth else 45.0)
+    assert "weight_alignment" in drawn(gappy, run("pfa", weight_alignment=falling))
+
+
+def test_dollar_signs_and_underscores_in_names_are_text():
+    assert "accuracy" in drawn(run("$x$_1", weight_alignment=falling), run("a$b", weight_alignment=falling))
+
+
+def test_global_plotting_state_is_untouched():
+    before = dict(matplotlib.rcParams)
+    drawn(run("fa", weight_alignment=falling))
+    assert dict(matplotlib.rcParams) == before

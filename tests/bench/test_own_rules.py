@@ -1,0 +1,122 @@
+"""Rules that are not part of apical: found by file or module, in comparisons like any other, refused in one sentence."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from apical import FeedbackAlignment
+from apical.bench.figures.style import styles
+from apical.bench.names import find_rule, options_for
+from apical.cli.main import main
+from apical.errors import ConfigError
+
+QUICK = ("--model", "mlp-16", "--train-limit", "320", "--probe", "32", "--device", "cpu", "--seeds", "2")
+RULE = '''
+from apical import FeedbackAlignment
+
+
+class Louder(FeedbackAlignment):
+    """Feedback alignment with larger feedback.
+
+    More words.
+    """
+
+    def __init__(self, model, loss, gain=1.0, first_layer=False):
+        super().__init__(model, loss, first_layer=first_layer)
+        for feedback in self.feedback.buffers():
+            feedback.mul_(gain)
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file with a rule in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(RULE)
+    return "mine.py"
+
+
+def test_a_rule_from_a_file_is_its_class(file: str) -> None:
+    entry = find_rule("mine.py:Louder")
+    assert issubclass(entry.build, FeedbackAlignment)  # type: ignore[arg-type]
+    assert entry.title == "Feedback alignment with larger feedback"
+    assert find_rule(f"{Path(file).resolve()}:Louder").build is find_rule("./mine.py:Louder").build
+
+
+def test_a_rule_from_a_module() -> None:
+    assert find_rule("apical.rules.feedback_alignment:FeedbackAlignment").build is FeedbackAlignment
+
+
+def test_options_go_by_the_class(file: str) -> None:
+    options = ("Louder:gain=2", "fa:first_layer=True")
+    assert options_for("mine.py:Louder", options) == ("gain=2",)
+
+
+def test_in_a_comparison(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In two worker processes, then resumed, beside fa: the same rule where the gain is 1, so the same numbers."""
+    command = ("compare", "--rules", "fa", "mine.py:Louder", "--rule-options", "Louder:gain=1.0", "--out", "out", *QUICK)
+    assert main([*command, "--epochs", "1", "--jobs", "2"]) == 0
+    assert main([*command, "--epochs", "2", "--resume", "--jobs", "1"]) == 0
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())
+    losses = {(row["rule"], row["seed"]): row["train_loss"] for row in rows}
+    assert [losses["Louder", seed] for seed in (0, 1)] == [losses["fa", seed] for seed in (0, 1)]
+    config = json.loads((tmp_path / "out" / "runs" / "Louder" / "seed-0" / "config.json").read_text())
+    assert config["rule"] == "mine.py:Louder"
+    checksum = hashlib.sha256(RULE.encode()).hexdigest()[:12]
+    assert f"Louder comes from mine.py, sha256 {checksum}" in config["notes"]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Louder" in report
+    assert "mine.py:Louder" in report  # in the command that made it
+    assert styles(["fa", "Louder"])["Louder"].colour != styles(["fa", "Louder"])["fa"].colour
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent.py:Rule", "there is no file absent.py"),
+        ("mine.py", "say file and class, such as my_rule.py:MyRule"),
+        ("mine.py:Lauder", "mine.py has no class 'Lauder'; did you mean 'Louder'?"),
+        ("mine.py:Zzz", "mine.py has no class 'Zzz'. Its rules: Louder"),
+        ("broken.py:Rule", "broken.py cannot be loaded: SyntaxError: .* \\(line 2\\)"),
+        ("failing.py:Rule", "failing.py cannot be loaded: ZeroDivisionError: division by zero \\(line 3\\)"),
+        ("torch.nn:Linear", "torch.nn:Linear is no rule: derive the class from apical.CreditRule"),
+        ("apical.core.edge:EdgeRule", "has no method 'feedback_of'"),
+        ("no_such_module:Rule", "module no_such_module cannot be imported"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(file: str, tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "broken.py").write_text("x = 1\nclass Rule(\n")
+    (tmp_path / "failing.py").write_text("x = 1\n\nx / 0\n")
+    for _ in range(2):  # a failure is not remembered as a success
+        with pytest.raises(ConfigError, match=said):
+            find_rule(name)
+
+
+def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.py").write_text(RULE)
+    assert main(["compare", "--rules", "mine.py:Louder", "other.py:Louder", "--out", "out"]) == 2
+    assert "--rules names a rule twice" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit()", "raise SystemExit", "exit(3)"])
+def test_a_file_that_ends_the_program_is_said(file: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(file).write_text(f"{RULE}\n\n{code}\n")
+    assert main(["train", "--rule", f"{file}:Louder", "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("apical: error: mine.py cannot be loaded: SystemExit:")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_rule_that_ends_the_program_while_it_trains_is_said(
+    file: str, jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(file).write_text(f"import sys\n{RULE}\n    def forward(self, inputs, targets):\n        sys.exit(7)\n")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "mine.py, line" in said
+    assert "(SystemExit: 7)" in said
+    assert said.count("\n") == 1

@@ -1,0 +1,72 @@
+"""Started by torchrun in two processes: trains every rule on half batches and writes the weights of rank 0."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from apical import models
+from apical.bench.distributed import leave
+from apical.bench.names import RULES, make_rule
+from apical.bench.recipe import Recipe
+from apical.core.credit import CreditRule
+from apical.core.plastic import PlasticRule
+
+STEPS, BATCH = 5, 16
+TRAINED = [name for name, entry in RULES.items() if "teacher" not in entry.options]
+"""Shipped teachers serve ten classes only; the rule with another teacher is among these."""
+STIFF = ("strong-dfc",)
+"""Rules that need float64 to be comparable: holding a label at 0.99 multiplies the rounding of the output by a thousand."""
+
+
+NOISY = tuple(name for name in TRAINED if "dtp" in name)
+"""Rules whose feedback learns from noise that every rank draws for itself: theirs stays as it is."""
+
+ONE_SIDED = {"ep-one-sided": ("estimator='one-sided'",), "corinfomax": ("nudge='one-sided'", "forgetting=1.0")}
+"""Rules that draw a sign for every batch, each rank its own, or whose lateral weights follow each rank's own half."""
+
+
+def make(name: str) -> CreditRule:
+    """In float64: rules that settle to a tolerance of float32 settle a little differently for other batches."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        options = ("learn=False",) if name in NOISY else ONE_SIDED.get(name, ())
+        return make_rule(Recipe(rule=name, rule_options=options), models.build("mlp-16-12", (1, 4, 4), 5), (1, 4, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def train(rule: CreditRule, rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Rank `rank` of `size` takes every size-th sample of each batch; one process takes them all."""
+    module = DistributedDataParallel(rule) if size > 1 else rule
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    torch.manual_seed(1)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(BATCH, 1, 4, 4, generator=generator, dtype=torch.float64)
+        targets = torch.randint(0, 5, (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        inputs = inputs.to(next(rule.parameters()).dtype)
+        module(inputs[rank::size], targets[rank::size]).backward()
+        optimizer.step()
+    state = rule.state_dict()
+    if isinstance(rule, PlasticRule):  # explicit in two processes and closed in one: the same feedback, kept in another form
+        state = {
+            **rule.model.state_dict(),
+            **{f"feedback of {key}": value for key, value in rule.feedback_weights().items()},
+        }
+    return {key: value.clone() for key, value in state.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    states = {name: train(make(name), dist.get_rank(), dist.get_world_size()) for name in TRAINED}
+    if dist.get_rank() == 0:
+        torch.save(states, sys.argv[1] + ".part")
+        os.rename(sys.argv[1] + ".part", sys.argv[1])
+    dist.barrier()
+    leave(0)
