@@ -66,7 +66,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     }
     blocks = {
         root / "README.md": {"results": readme_results(folders, benchmarks, studies, control)},
-        root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "flags"),
+        root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "cli" / "flags"),
         root / "docs" / "rules.md": {"overview": overview(root)},
         root / "docs" / "choose.md": choice(root),
         **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},

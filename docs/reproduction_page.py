@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from result_pages import NOTE, joined
-from tables import Row, load, table
+from tables import Row, console, load, table
 
 from apical.cli.reproduce import measured
 
@@ -69,7 +69,7 @@ def _section(record: Row) -> list[str]:
     return [
         f"({_anchor(record)})=\n## {record['target']}, budget {record['budget']}",
         f"{record['title']}. Sizes: {sizes}. Commit `{str(record['environment'].get('commit'))[:10]}`.",
-        f"```console\n$ {record['command']}\n```",
+        console(record["command"]),
         f"Sources: {'; '.join(used)}." if used else "",
         table(("rule", "what", "reference", "source", "ours", "n", "verdict"), rows, numeric_from=99),
     ]

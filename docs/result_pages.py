@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Row, facts, flat, grouped, load, loss_spread, number, present, significant, spread, table, words
+from tables import Row, console, facts, flat, grouped, load, loss_spread, number, present, significant, spread, table, words
 
 from apical.bench.names import RULES
 from apical.bench.papers import studies
@@ -67,7 +67,7 @@ def title(folder: Path) -> str:
 def origin(folder: Path) -> str:
     """The command and the commit behind a comparison, and where it left its recipe."""
     plan, rows = load(folder / "compare.json") or {}, load(folder / "summary.json")
-    parts = [f"```console\n$ {plan['command']}\n```"] if plan.get("command") else []
+    parts = [console(plan["command"])] if plan.get("command") else []
     commits = sorted({str(row["commit"]) for row in rows if row.get("commit")})
     parts += [f"Commit {', '.join(f'`{commit}`' for commit in commits)}."] if commits else []
     if str(plan.get("study")).startswith("dfc-"):
@@ -202,7 +202,7 @@ def study_page(folder: Path) -> str:
     """The page of a study with measures of its own: `results.json` with verdicts and curves, and its figures."""
     results = load(folder / "results.json")
     parts = [NOTE, f"# {results.get('title', folder.name)}", str(results.get("about", ""))]
-    parts += [f"```console\n$ {results['command']}\n```"] if results.get("command") else []
+    parts += [console(results["command"])] if results.get("command") else []
     parts += [f"**Runs that failed**: {'; '.join(results['failures'])}."] if results.get("failures") else []
     parts += _study_verdicts(results)
     if results.get("curves"):
@@ -292,7 +292,7 @@ def file_page(path: Path) -> str:
     content = content if isinstance(content, dict) else {"rows": content}
     parts = [NOTE, f"# {content.get('title', path.stem)}", str(content.get("about", ""))]
     if content.get("command"):
-        parts.append(f"```console\n$ {content['command']}\n```")
+        parts.append(console(content["command"]))
     rows = content.get("rows") or []
     columns = [key for key in dict.fromkeys(k for row in rows for k in row)]
     parts.append(table([c.replace("_", " ") for c in columns], [[words(row.get(c)) for c in columns] for row in rows]))

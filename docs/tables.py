@@ -10,6 +10,32 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
+MOVED = {
+    "apical.recipes.at_epoch": "apical.bench.at_epoch",
+    "apical.recipes.ccl_features": "apical_papers.ccl.features",
+    "apical.recipes.corinfomax_study": "apical_papers.corinfomax.study",
+    "apical.recipes.dfc_toy": "apical_papers.dfc.toy.study",
+    "apical.recipes.equilibrium_logic": "apical_papers.equilibrium.logic",
+    "apical.recipes.equilibrium_noise": "apical_papers.equilibrium.noise",
+    "apical.recipes.equilibrium_study": "apical_papers.equilibrium.study",
+    "apical.recipes.pfa_theory": "apical_papers.pfa.theory",
+    "apical.recipes.tdca_classification": "apical_papers.tdca.classification.study",
+    "apical.recipes.tdca_diffusion": "apical_papers.tdca.diffusion.study",
+    "apical.recipes.tdca_functions": "apical_papers.tdca.functions.study",
+    "apical.recipes.tdca_landscape": "apical_papers.tdca.landscape",
+    "apical.recipes.tdca_reinforcement": "apical_papers.tdca.reinforcement.study",
+    "apical.recipes.tp_targets": "apical_papers.tp.targets",
+}
+"""Modules whose name was another when results that are kept were made."""
+
+
+def console(command: str) -> str:
+    """A command that made kept results, as it is typed today."""
+    for before, now in MOVED.items():
+        command = command.replace(f"-m {before} ", f"-m {now} ")
+    return f"```console\n$ {command}\n```"
+
+
 def load(path: Path) -> Any:
     """The JSON in `path`; None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
