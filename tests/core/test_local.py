@@ -1,11 +1,12 @@
-"""Local roots: the gradient each writes is the outer product, and nothing else."""
+"""Local roots: the gradient each hands over is the outer product, and nothing else."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from apical.core.chain import Chain, Stage
-from apical.core.local import known_root, local_root, outer
+from apical.core.credit import Credit
+from apical.core.local import local_roots, outer
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "dense": (nn.Linear(5, 4), (5,)),
@@ -18,6 +19,12 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5, 5)),
     "pooled": (nn.Sequential(nn.Tanh(), nn.Conv2d(2, 2, 1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 2)), (2, 6, 6)),
 }
+
+
+def backward(stage: Stage, signal: Tensor, rates: Tensor, product: Tensor | None = None, scale: float | None = None) -> None:
+    """Hand the gradients over, by the credit itself or by a multiple of its loss."""
+    credit = Credit.of(local_roots(stage, signal, rates, product), signal, signal.detach().sum())
+    credit.backward() if scale is None else (scale * credit.loss).backward()
 
 
 def problem(name: str) -> tuple[Stage, Tensor, Tensor]:
@@ -38,10 +45,7 @@ def test_root_writes_the_outer_product(name: str) -> None:
     stage, rates, signal = problem(name)
     stage.layer.zero_grad()
     expected = exact(stage, signal, rates)
-    root = local_root(stage, signal, rates)
-    assert root.shape == ()
-    assert float(root.detach()) == 0
-    root.backward()
+    backward(stage, signal, rates)
     for parameter, each in zip(stage.layer.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, each, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(outer(stage, signal, rates), expected[0], rtol=1e-12, atol=1e-13)
@@ -52,7 +56,7 @@ def test_known_product_serves_the_weight_and_the_signal_the_bias(name: str) -> N
     stage, rates, signal = problem(name)
     stage.layer.zero_grad()
     product = torch.randn_like(stage.layer.weight)
-    local_root(stage, signal, rates, product).backward()
+    backward(stage, signal, rates, product)
     assert torch.equal(stage.layer.weight.grad, product)
     if stage.layer.bias is not None:
         torch.testing.assert_close(stage.layer.bias.grad, exact(stage, signal, rates)[1], rtol=1e-12, atol=1e-13)
@@ -68,8 +72,8 @@ def test_roots_scale_and_accumulate() -> None:
     stage, rates, signal = problem("conv2d")
     stage.layer.zero_grad()
     expected = exact(stage, signal, rates)
-    (2 * local_root(stage, signal, rates)).backward()
-    local_root(stage, signal, rates).backward()
+    backward(stage, signal, rates, scale=2.0)
+    backward(stage, signal, rates)
     for parameter, each in zip(stage.layer.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, 3 * each, rtol=1e-12, atol=1e-13)
 
@@ -83,25 +87,30 @@ def test_frozen_parameters_are_left_out(known: bool) -> None:
         stage.layer.zero_grad()
         stage.layer.requires_grad_()
         getattr(stage.layer, frozen).requires_grad_(False)
-        local_root(stage, signal, rates, product).backward()
+        backward(stage, signal, rates, product)
         assert getattr(stage.layer, frozen).grad is None
         trained, index = ("bias", 1) if frozen == "weight" else ("weight", 0)
         torch.testing.assert_close(getattr(stage.layer, trained).grad, expected[index], rtol=1e-12, atol=1e-14)
     stage.layer.requires_grad_(False)
-    assert local_root(stage, signal, rates, product) is None
+    assert not local_roots(stage, signal, rates, product)
 
 
 def test_no_gradient_leaves_through_signal_or_rates() -> None:
     stage, rates, signal = problem("dense")
     rates.requires_grad_()
     signal.requires_grad_()
-    local_root(stage, signal, rates).backward()
+    backward(stage, signal, rates)
     assert rates.grad is None
     assert signal.grad is None
 
 
-def test_known_root() -> None:
-    weight, gradient = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
-    (known_root(weight, gradient) * 0.5).backward()
-    assert torch.equal(weight.grad, 0.5 * gradient)
-    assert gradient.grad is None
+def test_a_gradient_is_handed_over_without_a_copy_and_by_the_loss_too() -> None:
+    weight, gradient = nn.Parameter(torch.randn(3, 2)), torch.randn(3, 2)
+    expected, place = gradient.clone(), gradient.data_ptr()
+    credit = Credit.of([(weight, gradient)], torch.zeros(()), torch.zeros(()))
+    del gradient
+    credit.backward()
+    assert weight.grad is not None
+    assert weight.grad.data_ptr() == place
+    (0.5 * Credit.of([(weight, expected.clone())], torch.zeros(()), torch.zeros(())).loss).backward()
+    torch.testing.assert_close(weight.grad, 1.5 * expected)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,6 +19,9 @@ from apical.errors import ApicalError, ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
+
+Root = tuple[Tensor, Tensor | None]
+"""Where a backward pass starts (a scalar, a unit's output or a parameter) and its signal; None means 1, for scalars."""
 
 Phase = Literal["both", "forward", "feedback"]
 """What a call of a rule learns."""
@@ -43,6 +46,24 @@ class OneRoot(torch.autograd.Function):
 def _scaled(signal: Tensor, scale: Tensor) -> Tensor:
     wide = torch.promote_types(signal.dtype, scale.dtype)
     return (signal.to(wide) * scale.to(signal.device, wide)).to(signal.dtype)
+
+
+class KnownGradients(torch.autograd.Function):
+    """A scalar zero whose backward pass gives parameters gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        """Zero."""
+        ctx.save_for_backward(*gradients)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times `scale`. Times one they are handed over as they are: `.grad` takes them without a copy."""
+        if not scale.is_cuda and scale.item() == 1.0:
+            return (None, *ctx.saved_tensors)
+        return (None, *(gradient * scale for gradient in ctx.saved_tensors))
 
 
 class NoCreditBehind(torch.autograd.Function):
@@ -96,6 +117,12 @@ class Credit:
         self._root: Tensor | None = None
         self._learns = torch.is_grad_enabled()
 
+    @classmethod
+    def of(cls, roots: Iterable[Root], output: Tensor, loss: Tensor, logs: dict[str, Tensor] | None = None) -> "Credit":
+        """The credit of roots with their signals."""
+        pairs = list(roots)
+        return cls([root for root, _ in pairs], [signal for _, signal in pairs], output, loss, logs)
+
     @property  # type: ignore[no-redef]
     def loss(self) -> Tensor:
         """The loss, and the root of the whole update: `(s * credit.loss).backward()` adds `s` times it to `.grad`.
@@ -126,7 +153,18 @@ class Credit:
 
     def backward(self, retain_graph: bool | None = None) -> None:
         """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
+        self._let_go()
         torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)
+
+    def _let_go(self) -> None:
+        """One root for all parameters, whose gradients are held by nobody else then, so that `.grad` needs no copy."""
+        pairs = list(zip(self.roots, self.signals, strict=True))
+        known = [(root, signal) for root, signal in pairs if signal is not None and root.is_leaf and root.requires_grad]
+        if known:
+            with torch.enable_grad():
+                zero = cast(Any, KnownGradients).apply([signal for _, signal in known], *(root for root, _ in known))
+            others = [(root, signal) for root, signal in pairs if signal is None or not root.is_leaf]
+            self.roots, self.signals = [*(root for root, _ in others), zero], [*(signal for _, signal in others), None]
 
 
 def _without_credit(part: Any) -> Any:

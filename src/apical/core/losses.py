@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
-from apical.core.credit import Loss
+from apical.core.credit import Loss, Root
 from apical.errors import ConfigError
 
 PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
@@ -77,9 +77,9 @@ def value_at(loss: Loss, output: Any, targets: Tensor) -> Tensor:
         return loss(tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, output), targets)
 
 
-def terms(value: Tensor) -> list[Tensor]:
+def terms(value: Tensor) -> list[Root]:
     """The loss as a root for the parameters in it; none where it has none. `value`: see :func:`output_error`."""
-    return [value] if value.requires_grad else []
+    return [(value, None)] if value.requires_grad else []
 
 
 def _reaches_others(root: Node, leaves: list[Tensor]) -> bool:

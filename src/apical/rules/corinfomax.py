@@ -31,9 +31,8 @@ from torch import Tensor, nn
 
 from apical.core.batch import fitted, require_classes, require_one_type, require_precision
 from apical.core.chain import Chain
-from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.feedback import put
-from apical.core.local import known_root
 from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.noise import coins, initial
 from apical.core.units import key
@@ -273,10 +272,10 @@ class CorInfoMax(CreditRule):
             if self.training and self.gamma:
                 self._follow(nudged.r)
             logs = {"dead_outputs": (output.amax(0) <= 0).sum().to(output.dtype)}
-        roots = [known_root(parameter, product) for parameter, product in products if parameter.requires_grad]
+        roots: list[Root] = [(parameter, product) for parameter, product in products if parameter.requires_grad]
         loss = value_at(self.loss, output, targets)
         roots += terms(loss)
-        return Credit(roots, [None] * len(roots), output, loss, logs)
+        return Credit.of(roots, output, loss, logs)
 
     def _phases(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, "Phases"]:
         """Input of the first layer, targets that fit, and the settled phases."""

@@ -115,8 +115,8 @@ class DirectFeedbackAlignment(CutRule):
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
         ]
         taught += [(part, error) for part, error in read if part.requires_grad]
-        taught += [(term, None) for term in terms(loss)]
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], detached(output), loss)
+        taught += terms(loss)
+        return Credit.of(taught, detached(output), loss)
 
     def signal(self, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs)."""

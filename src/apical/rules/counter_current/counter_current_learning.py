@@ -248,13 +248,11 @@ class CounterCurrentLearning(CreditRule):
         if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
             loss, error = output_error(self.loss, output, targets)
             teaching.teach(Activity(output), error * self._height)
-            for term in terms(loss):
-                teaching.loss(term)
+            teaching.roots += terms(loss)
         else:
             loss = self.loss(output, targets)
             teaching.loss(loss)
-        roots, signals = teaching.finish()
-        return Credit(roots, signals, output.detach(), loss, self._logs(local, loss))
+        return Credit.of(teaching.roots, output.detach(), loss, self._logs(local, loss))
 
     def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
         """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""

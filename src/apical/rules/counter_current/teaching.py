@@ -2,17 +2,17 @@
 
 Where a block is a matrix and an element-wise activation its gradients are written down at once, while its activity is still
 in the processor's cache; that spares autograd's bookkeeping too. Every other block keeps a graph of its own, of which the
-block's output is a root. Both end as roots of one backward pass, so that gradients accumulate, and
-`DistributedDataParallel` sees them.
+block's output is a root. Both are roots of the credit.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_elementwise, needs_output_alone, pulled_back
+from apical.core.credit import Root
 from apical.core.layers import computes_plainly, is_hooked
 
 
@@ -87,21 +87,16 @@ class Teaching:
     """Collects what blocks learn in one pass.
 
     Attributes:
-        roots: where backward starts.
-        signals: the signal of each root; None for scalars.
+        roots: losses, outputs of blocks, and parameters with their gradients.
     """
 
     def __init__(self) -> None:
-        self.roots: list[Tensor] = []
-        self.signals: list[Tensor | None] = []
-        self._parameters: list[Tensor] = []
-        self._gradients: list[Tensor] = []
+        self.roots: list[Root] = []
 
     def loss(self, loss: Tensor) -> None:
         """Teach the block behind a scalar loss, unless it is frozen."""
         if loss.requires_grad or not torch.is_grad_enabled():
-            self.roots.append(loss)
-            self.signals.append(None)
+            self.roots.append((loss, None))
 
     def teach(self, activity: Activity, signal: Tensor) -> None:
         """Teach a block `signal`, the gradient of what it shall descend with respect to its output, of that one's size.
@@ -111,41 +106,12 @@ class Teaching:
         made, block, given, v = activity
         if block is None or given is None or v is None:
             if made.requires_grad:
-                self.roots.append(made)
-                self.signals.append(signal.view_as(made).to(made.dtype))
+                self.roots.append((made, signal.view_as(made).to(made.dtype)))
             return
         if block.activation is not None:
             signal = pulled_back(block.activation, v, made, signal)
         weight, bias = cast(nn.Linear, block.layer).weight, cast(nn.Linear, block.layer).bias
         if weight.requires_grad:
-            self._note(weight, signal.T @ given)
+            self.roots.append((weight, signal.T @ given))
         if bias is not None and bias.requires_grad:
-            self._note(bias, signal.sum(0))
-
-    def finish(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """All roots and their signals."""
-        if self._parameters:
-            holder, self._gradients = self._gradients, []
-            self.loss(cast(Any, KnownGradients).apply(holder, *self._parameters))
-        return self.roots, self.signals
-
-    def _note(self, parameter: Tensor, gradient: Tensor) -> None:
-        self._parameters.append(parameter)
-        self._gradients.append(gradient)
-
-
-class KnownGradients(torch.autograd.Function):
-    """A scalar zero whose backward pass gives parameters gradients that are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        """Zero."""
-        ctx.save_for_backward(*gradients)
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times `scale`. Times one they are handed over as they are: `.grad` takes them without a copy."""
-        if not scale.is_cuda and scale.item() == 1.0:
-            return (None, *ctx.saved_tensors)
-        return (None, *(gradient * scale for gradient in ctx.saved_tensors))
+            self.roots.append((bias, signal.sum(0)))

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from apical.core.batch import fitted, require_classes, require_one_type, require_precision
 from apical.core.chain import Chain, Stage
-from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.feedback import put
 from apical.core.losses import refuse_options, terms, value_at, wanted
 from apical.core.noise import initial, normal
@@ -45,8 +45,8 @@ from apical.rules.equilibrium.network import (
     Settled,
     homeostatic_loss,
     jacobian_product,
-    local_roots,
-    weight_root,
+    stage_roots,
+    weight_roots,
 )
 from apical.rules.equilibrium.phases import ESTIMATORS, Estimator, Phases, off_branch, phases, shares
 
@@ -260,8 +260,8 @@ class EquilibriumPropagation(CreditRule):
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
                 noise = [normal(x.new_empty(DRAWS, *stage.shape), self.generator) for stage in network.stages]
                 asymmetry = homeostatic_loss(lambda d: jacobian_product(network.stages, list(self.back), d), noise)
-                roots.append(self.homeostasis * asymmetry)
-        return Credit(roots, [None] * len(roots), output, loss, logs)
+                roots.append((self.homeostasis * asymmetry, None))
+        return Credit.of(roots, output, loss, logs)
 
     def _answered(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Settled, Tensor, Tensor]:
         """What the first layer is given, the free state, the output, and targets that fit it."""
@@ -308,7 +308,7 @@ class EquilibriumPropagation(CreditRule):
             nudged = [torch.cat(layer) for layer in zip(*(s for _, s in each), strict=True)]
             return {"free": free.s, "nudged": nudged, "beta": [torch.cat([beta for beta, _ in each])]}
 
-    def _nudged(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    def _nudged(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Root], Tensor, dict[str, Tensor]]:
         """All nudges at once, from the free state: roots, residual and logs."""
         beta, weights = phases(self.estimator, self.beta, self.points, x, self.generator)
         nudged = self._settle_nudged(x, free, targets, beta)
@@ -334,9 +334,9 @@ class EquilibriumPropagation(CreditRule):
             noisy=True,
         )
 
-    def _going_round(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    def _going_round(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Root], Tensor, dict[str, Tensor]]:
         """One nudge after the other, round the circle again and again."""
-        roots: list[Tensor] = []
+        roots: list[Root] = []
         residual = x.new_zeros(())
         for beta, weight, settled in self._rounds(x, targets):
             residual = torch.maximum(residual, settled.residual)
@@ -361,8 +361,8 @@ class EquilibriumPropagation(CreditRule):
 
     def _roots(
         self, x: Tensor, free: list[Tensor], nudged: list[Tensor], targets: Tensor, beta: Phases, c: Phases
-    ) -> list[Tensor]:
-        """Roots whose gradients are the estimates."""
+    ) -> list[Root]:
+        """Parameters with their gradients, which are the estimates."""
         size, stages, q = len(x), self.network.stages, len(beta.im)
         parts = [s.view(-1, size, *s.shape[1:]) for s in nudged]
         if self.estimator in ("one-sided", "random-sign"):  # the free state is one of the points
@@ -371,24 +371,24 @@ class EquilibriumPropagation(CreditRule):
         real = len(c.re)
         changed = [c.times(s) for s in parts]
         different = self.directed and self.update == "different"
-        roots: list[Tensor] = []
+        roots: list[Root] = []
         for k, stage in enumerate(stages):
             batch = size / self.rates[k]
             if k == 0 or different:
                 below = x if k == 0 else free[k - 1]
-                roots += local_roots(stage, changed[k][:real].sum(0), below, batch, size)
+                roots += stage_roots(stage, changed[k][:real].sum(0), below, batch, size)
             if k > 0 and different:
-                roots += weight_root(stage, self.back[k - 1], free[k], changed[k - 1][:real].sum(0), batch)
+                roots += weight_roots(stage, self.back[k - 1], free[k], changed[k - 1][:real].sum(0), batch)
             elif k > 0:
                 signal, below = c.conjugate_rows(changed[k]).flatten(0, 1), parts[k - 1].flatten(0, 1)
-                roots += local_roots(stage, signal, below, batch, real * size, q * size)
-                roots += weight_root(stage, self.back[k - 1], signal, below, batch, q * size) if self.directed else []
+                roots += stage_roots(stage, signal, below, batch, real * size, q * size)
+                roots += weight_roots(stage, self.back[k - 1], signal, below, batch, q * size) if self.directed else []
         if self.network.reader is not None:
             share = shares(beta, c)
             error = self.network.errors(self.loss, nudged, targets, q)
             error = Phases(share, share.new_zeros(q)).times(error)
             signal = beta.conjugate_rows(error).flatten(0, 1)
-            roots += local_roots(self.network.reader, signal, nudged[-1], size / self.rates[-1], len(share) * size)
+            roots += stage_roots(self.network.reader, signal, nudged[-1], size / self.rates[-1], len(share) * size)
         return roots
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from apical.core.activations import complex_parts
 from apical.core.chain import Chain, Stage
-from apical.core.local import known_root, outer
+from apical.core.credit import Root
+from apical.core.local import outer
 from apical.core.losses import wanted
 from apical.core.noise import normal
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
@@ -252,8 +253,8 @@ def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a - b).abs().amax() for a, b in zip(after, before, strict=True)]).amax()
 
 
-def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int, imaginary: int = 0) -> list[Tensor]:
-    """Roots of weight and bias whose gradients are those of `signal . P(W rates + b)` summed over rows, over the batch size.
+def stage_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int, imaginary: int = 0) -> list[Root]:
+    """Weight and bias with the gradients of `signal . P(W rates + b)` summed over rows, over the batch size.
 
     Args:
         signal: with imaginary rows, complex conjugate.
@@ -261,15 +262,14 @@ def local_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real:
         imaginary: the last rows, imaginary parts of those before them.
     """
     bias, signal = stage.layer.bias, _at_layer(stage, signal, rates, imaginary)
-    roots = weight_root(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
+    roots = weight_roots(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
     if bias is not None and bias.requires_grad:
         shared = signal[:real].transpose(0, 1).flatten(1).sum(1) / batch
-        with torch.enable_grad():
-            roots.append(known_root(bias, shared))
+        roots.append((bias, shared))
     return roots
 
 
-def weight_root(
+def weight_roots(
     stage: Stage,
     weight: Tensor,
     signal: Tensor,
@@ -278,14 +278,12 @@ def weight_root(
     imaginary: int = 0,
     *,
     pulled_back: bool = False,
-) -> list[Tensor]:
-    """The root of `weight` alone, which has the shape of the stage's."""
+) -> list[Root]:
+    """`weight`, which has the shape of the stage's, with its gradient; nothing where it is frozen."""
     if not weight.requires_grad:
         return []
     signal = signal if pulled_back else _at_layer(stage, signal, rates, imaginary)
-    product = outer(stage, signal, rates) / batch
-    with torch.enable_grad():
-        return [known_root(weight, product)]
+    return [(weight, outer(stage, signal, rates) / batch)]
 
 
 def _at_layer(stage: Stage, signal: Tensor, rates: Tensor, imaginary: int) -> Tensor:

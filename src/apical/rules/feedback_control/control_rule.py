@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from apical.core.batch import require_one_type, require_precision
 from apical.core.chain import Chain, States
-from apical.core.credit import CreditRule, Loss
+from apical.core.credit import CreditRule, Loss, Root
 from apical.core.feedback import put
-from apical.core.local import known_root, local_root, outer
+from apical.core.local import local_roots, outer
 from apical.errors import ConfigError, unknown_name
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.stability import advice, violation
@@ -143,20 +143,19 @@ class ControlRule(CreditRule):
             "v_fb": list(state.q),
         }
 
-    def roots_at(self, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Tensor | None]:
+    def roots_at(self, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Root]:
         """Roots of the forward rule at one controlled state, with soma-minus-basal potentials q."""
         before = [states.r[0], *(r + rho for r, rho in zip(states.r[1:-1], state.rho[:-1], strict=True))]
         scale, signals = -self.factor / len(states.r[0]), self._signals(states, state, q)
-        with torch.enable_grad():
-            pairs = zip(self.chain.stages, signals, before, strict=True)
-            return [local_root(stage, signal, rates, factor=scale) for stage, signal, rates in pairs]
+        pairs = zip(self.chain.stages, signals, before, strict=True)
+        return [root for stage, signal, rates in pairs for root in local_roots(stage, signal, rates, factor=scale)]
 
     def _signals(self, states: States, state: Controlled, q: Sequence[Tensor]) -> Sequence[Tensor]:
         return q if self.difference == "voltage" else control.soma_minus_basal(self.chain, states, state, q)
 
     def roots_along(
         self, states: States, moments: Iterator[Moment], meanwhile: Callable[[Moment], None] | None = None
-    ) -> tuple[Moment, list[Tensor | None]]:
+    ) -> tuple[Moment, list[Root]]:
         """The last moment, and roots of the forward rule averaged over all T points of a trajectory.
 
         Args:
@@ -179,18 +178,15 @@ class ControlRule(CreditRule):
             if meanwhile is not None:
                 meanwhile(moment)
         scale = -self.factor / (len(states.r[0]) * points)
-        roots: list[Tensor | None] = []
+        roots: list[Root] = []
         for i, stage in enumerate(stages):
             products[i] += outer(stage, summed[i], states.r[i])
-            with torch.enable_grad():
-                roots.append(local_root(stage, summed[i], states.r[i], products[i], scale))
+            roots += local_roots(stage, summed[i], states.r[i], products[i], scale)
         return moment, roots
 
-    def feedback_roots(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Roots whose gradients those of the Q_i are; only of those that are trained."""
-        with torch.enable_grad():
-            pairs = zip(self.feedback, gradients, strict=True)
-            return [known_root(weights, gradient) for weights, gradient in pairs if weights.requires_grad]
+    def feedback_roots(self, gradients: Sequence[Tensor]) -> list[Root]:
+        """The Q_i that are trained, with their gradients."""
+        return [pair for pair in zip(self.feedback, gradients, strict=True) if pair[0].requires_grad]
 
     def cause(self, states: States, *, moves: bool = True) -> str:
         """Which parameter to change, from the eigenvalues of the loop on a few samples.

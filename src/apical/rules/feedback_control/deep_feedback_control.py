@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from apical.core.batch import counted, fitted
 from apical.core.chain import States
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Credit, Loss, Root
 from apical.core.losses import output_error, terms
 from apical.errors import ConfigError, InstabilityError, unknown_name
 from apical.rules.feedback_control import states as control
@@ -148,7 +148,7 @@ class DeepFeedbackControl(ControlRule):
             states, error = _counted(states, targets, error)
             forward = self.phase != "feedback"
             backward = self.phase != "forward" and bool(self.feedback_parameters())
-            roots: list[Tensor | None] = []
+            roots: list[Root] = []
             logs: dict[str, Tensor] = {}
             rows: list[Tensor] = []
             if forward and self.solver == "simulate":
@@ -165,14 +165,13 @@ class DeepFeedbackControl(ControlRule):
             if backward:
                 roots += self._feedback_roots(states, rows)
             roots += terms(loss) if forward else []
-        kept = [root for root in roots if root is not None]
-        return Credit(kept, [None] * len(kept), output, loss, logs)
+        return Credit.of(roots, output, loss, logs)
 
     def delta(self, error: Tensor) -> Tensor:
         """How far the target lies from the output, (batch, n_L), for the loss's gradient `error`."""
         return error.flatten(1) * (-self.nudge * len(error))
 
-    def _solved(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    def _solved(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[list[Root], dict[str, Tensor]]:
         u, state, residual, late = self._steady(states, delta, resolvent)
         self._refuse(u, states, delta, residual if self.variant == "ss" else None)
         q = state.q
@@ -237,7 +236,7 @@ class DeepFeedbackControl(ControlRule):
         """See :attr:`apical.rules.feedback_control.control_rule.ControlRule.remedy`."""
         return f"lower nudge={self.nudge:g} or raise alpha={self.loop.alpha:g}"
 
-    def _simulated(self, states: States, delta: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    def _simulated(self, states: States, delta: Tensor) -> tuple[list[Root], dict[str, Tensor]]:
         moments = self._walk(states, delta, basal=self.variant == "dfc")
         try:
             if self.variant == "ss":
@@ -262,7 +261,7 @@ class DeepFeedbackControl(ControlRule):
             self.chain, states, self.q, lambda rho: delta - rho, self.loop, basal=basal, generator=self.generator
         )
 
-    def _feedback_roots(self, states: States, rows: list[Tensor]) -> list[Tensor | None]:
+    def _feedback_roots(self, states: States, rows: list[Tensor]) -> list[Root]:
         """Roots of the feedback rule, given the batch means of the R_i if they are known; its decay is the optimiser's."""
         scale = 1 / max(self.sleep.sigma, 0.01) ** 2
         if self.learn == "expected":

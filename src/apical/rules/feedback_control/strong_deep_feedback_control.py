@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from apical.core.batch import counted, fitted, require_classes
 from apical.core.chain import States
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Credit, Loss, Root
 from apical.core.losses import refuse_options, terms, value_at
 from apical.errors import ConfigError, InstabilityError, unknown_name
 from apical.rules.feedback_control import states as control
@@ -136,8 +136,7 @@ class StrongDeepFeedbackControl(ControlRule):
             walk = self._simulated if self.solver == "simulate" else self._steady
             roots, logs = walk(*self._counted(states, targets))
             roots += terms(loss) if self.phase != "feedback" else []
-        kept = [root for root in roots if root is not None]
-        return Credit(kept, [None] * len(kept), output, loss, logs)
+        return Credit.of(roots, output, loss, logs)
 
     def goal(self, output: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
         """Where the controller drives the outcome, (batch, n_L), and whether that is a distribution over classes."""
@@ -191,10 +190,10 @@ class StrongDeepFeedbackControl(ControlRule):
         tolerance = self.tolerance or (1e-10 if goal.dtype == torch.float64 else 1e-5)
         return hold(self.chain, states, self.q, goal, self.loop.a, classes=classes, tolerance=tolerance)
 
-    def _steady(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    def _steady(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Root], dict[str, Tensor]]:
         held = self._hold(states, goal, classes)
         self._look(held, states)
-        roots: list[Tensor | None] = []
+        roots: list[Root] = []
         if self.phase != "feedback":
             roots += self.roots_at(states, held.state, held.state.q)
         if self._learns_feedback():
@@ -229,7 +228,7 @@ class StrongDeepFeedbackControl(ControlRule):
         at_output = self.loop.sigma if self.loop.sigma_output is None else self.loop.sigma_output
         return [*[self.loop.sigma] * last, at_output]
 
-    def _expected(self, moved: States, classes: bool) -> list[Tensor | None]:
+    def _expected(self, moved: States, classes: bool) -> list[Root]:
         """Roots of the expected feedback update at the controlled states: `-c_i s_i (mean_b H_b R_i)^T`."""
         slope = outcome_slope(moved.r[-1].flatten(1), classes)
         by_output = slope.transpose(0, 1).reshape(slope.shape[1], -1) / len(slope)  # (n_L, batch n_L): sums H_b R_b over b
@@ -240,7 +239,7 @@ class StrongDeepFeedbackControl(ControlRule):
             gradients.append(-strength * (by_output @ rows.reshape(-1, rows.shape[-1])).T)
         return self.feedback_roots(gradients)
 
-    def _simulated(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    def _simulated(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Root], dict[str, Tensor]]:
         output = states.r[-1].flatten(1)
         moments = self._walk(states, goal, classes)
         seen = NoiseCorrelation(self.q, states, self.slow) if self.learn == "noise" and self._learns_feedback() else None

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from apical.core.activations import difference, plain, pulled_back
 from apical.core.batch import counted, fitted, require_one_type, require_precision
 from apical.core.chain import Chain, States
-from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.feedback import put
-from apical.core.local import known_root, local_root
+from apical.core.local import local_roots
 from apical.core.losses import output_error, terms
 from apical.core.noise import initial, normal
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
@@ -239,7 +239,7 @@ class DifferenceTargetPropagation(CreditRule):
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states, loss, error, output = self._answered(inputs, targets)
             at = self.points(states)
-            roots: list[Tensor | None] = []
+            roots: list[Root] = []
             logs: dict[str, Tensor] = {}
             if self.phase != "feedback":
                 roots += [*self._forward_roots(states, self.distances(states, self.delta(error), at)), *terms(loss)]
@@ -248,8 +248,7 @@ class DifferenceTargetPropagation(CreditRule):
                 roots += learned
                 names = [f"reconstruction {stage.name}" for stage in self.chain.stages]
                 logs = {"reconstruction": torch.stack(losses).mean(), **dict(zip(names, losses, strict=False))}
-        kept = [root for root in roots if root is not None]
-        return Credit(kept, [None] * len(kept), output, loss, logs)
+        return Credit.of(roots, output, loss, logs)
 
     def points(self, states: States) -> list[Mapped]:
         """Every feedback map at what it hears of the states: the next layer, or the output."""
@@ -285,18 +284,17 @@ class DifferenceTargetPropagation(CreditRule):
             d = F.pad(difference(nn.Tanh(), at.random, heard, d @ self.random.T), (0, at.z.shape[1] - len(self.random)))
         return self._map(i).moved(at, d)
 
-    def _forward_roots(self, states: States, d: Sequence[Tensor]) -> list[Tensor | None]:
+    def _forward_roots(self, states: States, d: Sequence[Tensor]) -> list[Root]:
         factor = -(1 / self.eta if self.normalised else 2.0) / len(d[0])
-        roots = []
+        roots: list[Root] = []
         for i, stage in enumerate(self.chain.stages):
             signal = pulled_back(stage.activation, states.v[i], states.r[i + 1], d[i].view_as(states.v[i]))
-            with torch.enable_grad():
-                roots.append(local_root(stage, signal, states.r[i], factor=factor))
+            roots += local_roots(stage, signal, states.r[i], factor=factor)
         return roots
 
-    def _feedback_roots(self, states: States, points: Sequence[Mapped]) -> tuple[list[Tensor], list[Tensor]]:
+    def _feedback_roots(self, states: States, points: Sequence[Mapped]) -> tuple[list[Root], list[Tensor]]:
         """Roots of the feedback weights, and the reconstruction loss of every map."""
-        roots: list[Tensor] = []
+        roots: list[Root] = []
         losses = []
         for i, at in enumerate(points):
             g, noise = self._map(i), self.sigma * normal(states.r[i + 1], self.generator)
@@ -312,10 +310,9 @@ class DifferenceTargetPropagation(CreditRule):
             if self.variant in DIFFERENCES:
                 here = g.gradients(at, residual)
                 for_q, for_c = for_q - here[0], for_c - here[1]
-            with torch.enable_grad():
-                roots.append(known_root(g.q, scale * for_q))
-                if g.c is not None:
-                    roots.append(known_root(g.c, scale * for_c))
+            roots.append((g.q, scale * for_q))
+            if g.c is not None:
+                roots.append((g.c, scale * for_c))
         return roots, losses
 
     def _reconstructed(self, i: int, states: States, points: Sequence[Mapped], noise: Tensor) -> Mapped:

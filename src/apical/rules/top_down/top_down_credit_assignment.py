@@ -115,8 +115,8 @@ class TopDownCreditAssignment(CutRule):
         ]
         if self.silent:
             taught = taught[-1:]
-        taught += [(term, None) for term in terms(loss)]
-        return Credit([root for root, _ in taught], [signal for _, signal in taught], detached(whole), loss)
+        taught += terms(loss)
+        return Credit.of(taught, detached(whole), loss)
 
     def signals(
         self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool = True
