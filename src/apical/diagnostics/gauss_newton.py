@@ -67,12 +67,13 @@ def gauss_newton_update(
         parameters, network = _functional(model, names)
         delta = delta.detach().flatten(1)
         if delta.shape[1] <= dense_outputs:
-            kernel = kernel_matrices(network, parameters, inputs)
+            kernel = kernel_matrices(network, parameters, inputs)  # J J^T of each sample: (batch, n_L, n_L)
             kernel.diagonal(dim1=-2, dim2=-1).add_(damping)
             weighted = torch.linalg.solve(kernel, delta)
         else:
             product = kernel_product(network, parameters, inputs)
             weighted = conjugate_gradient(lambda z: product(z) + damping * z, delta)
+        # J^T (J J^T + damping I)^-1 delta, averaged over the batch
         pullback = vjp(lambda p: network(p, inputs).flatten(1), parameters)[1]
         update: Update = pullback(weighted / len(weighted))[0]
     return update
@@ -106,12 +107,13 @@ def minimum_norm_update(
     states = chain.run(inputs)
     with torch.no_grad():
         jacobian = output_jacobian(chain, states)
+        # sum_i R_i R_i^T: (batch, n_L, n_L)
         gram = sum((block @ block.mT for block in jacobian), torch.zeros_like(jacobian[-1][:, :, :1]))
         gram.diagonal(dim1=-2, dim2=-1).add_(damping)
         weighted = torch.linalg.solve(gram, delta.detach().flatten(1))
     update: Update = {}
     for i, (stage, block) in enumerate(zip(chain.stages, jacobian, strict=True)):
-        moved = torch.einsum("bkn,bk->bn", block, weighted).view_as(states.v[i])
+        moved = torch.einsum("bkn,bk->bn", block, weighted).view_as(states.v[i])  # dv_i = R_i^T weighted
         if difference == "rate":
             moved = rate_difference(stage.activation, states.v[i], states.r[i + 1], moved)
         own = {name: p for name, p in original(stage.layer).named_parameters() if p.requires_grad}
@@ -144,6 +146,7 @@ def gauss_newton_targets(chain: Chain, states: States, delta: Tensor, damping: f
     delta = delta.flatten(1)
     found = [delta]
     for i, block in list(enumerate(output_jacobian(chain, states)))[:0:-1]:
+        # J_{i-1} = R_i W_i: (batch, n_L, n_{i-1})
         below = chain.stages[i].transposed(block.reshape(-1, chain.stages[i].size)).view(len(delta), delta.shape[1], -1)
         if damping:
             eye = torch.eye(delta.shape[1], dtype=delta.dtype, device=delta.device)

@@ -233,13 +233,14 @@ class CorInfoMax(CreditRule):
             (1 if k == last else 2) * self.gamma * b + self.leak * torch.eye(len(b), dtype=b.dtype, device=b.device)
             for k, b in enumerate(self.inverses())
         ]
-        first = stages[0].layer(x)
+        first = stages[0].layer(x)  # W^f_1 x + b_1, the same in every step: (batch, n_1)
         u, r, multiplier = list(start.u), list(start.r), list(start.multiplier)
         for t in range(steps):
             mu = max(self.step / (self.step_decay * t + 1), self.step_floor) if self.step_decay else self.step
             near = mu / self.epsilon
             for k, stage in enumerate(stages):
                 leak = near + mu * (self.leak + self.output_leak) if k == last else 2 * near + mu * self.leak
+                # u_k + mu [ lateral r_k - leak u_k + (W^f_k r_{k-1} + b_k + W^b_k r_{k+1}) / epsilon ]: (batch, n_k)
                 moved = torch.addmm(u[k], r[k], spread[k], beta=1 - leak, alpha=mu)
                 if k == 0:
                     moved = moved.add_(first, alpha=near)

@@ -31,11 +31,11 @@ def membership(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 def inner(a: Tensor, b: Tensor, members: Tensor, scale: float) -> Pulled:
     """The inner-product loss of a pair: a (batch, d), b (K, d), M (batch, K), scale s."""
     weight = WIDTH * scale / (a.shape[1] * members.numel())
-    miss = torch.addmm(members, a, b.T, beta=-1)
+    miss = torch.addmm(members, a, b.T, beta=-1)  # A B^T - M: (batch, K)
     flat = miss.view(-1)
     loss = torch.dot(flat, flat) * weight
-    miss = miss * (2 * weight)
-    return loss, miss @ b, miss.T @ a
+    miss = miss * (2 * weight)  # d loss / d (A B^T)
+    return loss, miss @ b, miss.T @ a  # (batch, d), (K, d)
 
 
 def cosine(a: Tensor, b: Tensor, members: Tensor, scale: float, spread: float) -> Pulled:
@@ -45,11 +45,12 @@ def cosine(a: Tensor, b: Tensor, members: Tensor, scale: float, spread: float) -
     """
     length_a, length_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
     far_a, far_b = length_a + EPSILON, length_b + EPSILON
-    both = far_a * far_b.T
+    both = far_a * far_b.T  # (batch, K)
     cosines = (a @ b.T) / both
     miss = cosines - members
     loss = scale * miss.square().mean()
     miss = miss * (2 * scale / miss.numel())
+    # d loss / d a = (miss / both) b - (sum_k miss cosines) a / (|a| far_a); the same for b
     along, between = miss * cosines, miss / both
     for_a, more_a = _turned(a, length_a, far_a, between @ b, along.sum(1, keepdim=True), spread)
     for_b, more_b = _turned(b, length_b, far_b, between.T @ a, along.sum(0).unsqueeze(1), spread)
@@ -70,11 +71,11 @@ def _turned(
     """
     if not spread:
         return torch.addcmul(pulled, rows, _over(along, length, far), value=-1), 0.0
-    square = far * far.T
+    square = far * far.T  # (n, n)
     cosines = (rows @ rows.T) / square
     apart = cosines - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     loss = spread * apart.square().mean()
-    apart = apart * (4 * spread / apart.numel())
+    apart = apart * (4 * spread / apart.numel())  # each pair of rows stands twice in the symmetric matrix
     along = along + (apart * cosines).sum(1, keepdim=True)
     return torch.addmm(pulled, apart / square - torch.diag(_over(along, length, far).squeeze(1)), rows), loss
 
@@ -103,7 +104,7 @@ def match(a: Tensor, b: Tensor, scale: float) -> Pulled:
 def _centred(maps: Tensor) -> tuple[Tensor, Tensor]:
     """c(maps) (batch, channels, pixels): each map without its mean, over its length plus EPSILON; and that length."""
     flat = maps.flatten(2)
-    flat = flat - flat.mean(2, keepdim=True)
+    flat = flat - flat.mean(2, keepdim=True)  # (batch, channels, pixels)
     length = flat.norm(dim=2, keepdim=True)
     return flat / (length + EPSILON), length
 
@@ -112,5 +113,5 @@ def _uncentred(gradient: Tensor, unit: Tensor, length: Tensor) -> Tensor:
     """From a gradient with respect to c(maps) to one with respect to the maps, flattened."""
     far = length + EPSILON
     along = (gradient * unit).sum(2, keepdim=True) * far / length.clamp_min(torch.finfo(length.dtype).tiny)
-    back = (gradient - unit * along) / far
-    return back - back.mean(2, keepdim=True)
+    back = (gradient - unit * along) / far  # through the division by the length
+    return back - back.mean(2, keepdim=True)  # through the subtraction of the mean

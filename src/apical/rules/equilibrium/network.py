@@ -151,11 +151,13 @@ class EquilibriumNetwork:
         """The states after one step."""
         moved = []
         for k, stage in enumerate(self.stages):
+            # v_k = P(W_k s_{k-1} + b_k) + B_{k+1}^T s_{k+1}, at the top - beta de/ds instead
             v = given[0] if k == 0 else _up(stage, s[k - 1], given[k], imaginary)
             assert v is not None
             if k + 1 < len(s):
                 above = self.stages[k + 1]
                 if above.is_dense:
+                    # rows (phases batch, n_{k+1}) times B (n_{k+1}, n_k); given[0] serves every step and stays
                     v = torch.addmm(v, s[k + 1], back[k]) if k == 0 else v.addmm_(s[k + 1], back[k])
                 else:
                     v = v + pulled(above, back[k], s[k + 1], s[k], imaginary)
@@ -194,12 +196,12 @@ class EquilibriumNetwork:
             parts = top.view(-1, batch, top.shape[-1])
             return HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
         rows = targets.repeat(len(top) // batch, *[1] * (targets.dim() - 1))
-        error: Tensor = torch.func.grad(lambda out: loss(out, rows))(top) * len(top)
+        error: Tensor = torch.func.grad(lambda out: loss(out, rows))(top) * len(top)  # per sample, not of the mean
         return error.view(-1, batch, *top.shape[1:])
 
     def nudged_by(self, error: Tensor, beta: Phases) -> Tensor:
         """`-beta de/ds` for the last layer of states (rows, *shape), given `de/do`."""
-        push = -beta.times(error).flatten(0, 1)
+        push = -beta.times(error).flatten(0, 1)  # (P + Q, batch, outputs) -> (rows, outputs)
         if self.reader is None:
             return push
         return self.reader.transposed(push).view(-1, *self.stages[-1].shape)

@@ -43,20 +43,22 @@ def settle(
 
     def at(u: Tensor) -> tuple[Controlled, Tensor, Tensor]:
         state = controlled_pass(chain, states, apical(chain, feedback, u))
-        miss = state.rho[-1].flatten(1) + a * u - delta
+        miss = state.rho[-1].flatten(1) + a * u - delta  # F(u): (batch, n_L)
         return state, miss, miss.norm(dim=1)
 
     start = delta.norm(dim=1)
+    # |F(0)| = |delta|: who is farther than that starts without control
     u = torch.where((at(u)[2] < start).unsqueeze(1), u, 0.0)
     state, miss, size = at(u)
     for _ in range(STEPS):
         done = size <= tolerance * start
         if bool(done.all()):
             break
-        step = slope(controlled_states(states, state)).solve(-miss)
+        step = slope(controlled_states(states, state)).solve(-miss)  # (M(u) + a I) step = -F(u)
         step = step.where(step.isfinite().all(1, keepdim=True), 0.0)
-        stride, taken = torch.where(done, 0.0, 1.0).to(u), done
+        stride, taken = torch.where(done, 0.0, 1.0).to(u), done  # (batch,)
         for _ in range(HALVINGS):
+            # Armijo: enough of the fall that the slope promises
             taken = taken | (at(u + stride.unsqueeze(1) * step)[2] < (1 - 1e-4 * stride) * size)
             if bool(taken.all()):
                 break

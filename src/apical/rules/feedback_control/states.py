@@ -60,15 +60,16 @@ def output_jacobian(chain: Chain, states: States, stages: int | None = None) -> 
         derivative(stage.activation, v, r).flatten(1) for stage, v, r in zip(used, states.v, states.r[1:], strict=False)
     ]
     *_, last = used
-    jacobian = [torch.diag_embed(gains[-1])]
+    jacobian = [torch.diag_embed(gains[-1])]  # R_k = diag(phi'(v_k)): (batch, n_k, n_k)
     for i in range(len(used) - 2, -1, -1):
+        # R_i = R_{i+1} W_{i+1} diag(phi'(v_i)): (batch, n_k, n_{i+1}) -> (batch, n_k, n_i)
         above, gain, rows = used[i + 1], gains[i].unsqueeze(1), jacobian[-1]
         if above is last and above.is_dense:  # a diagonal times W_L: no product needed
             rows = above.layer.weight * gain
             if not is_linear(above):
                 rows.mul_(gains[-1].unsqueeze(-1))
         else:
-            pulled = above.transposed(rows.reshape(-1, above.size))
+            pulled = above.transposed(rows.reshape(-1, above.size))  # W^T on batch n_k rows at once
             rows = pulled.view(len(gain), -1, used[i].size).mul_(gain)
         jacobian.append(rows)
     return jacobian[::-1]
@@ -95,10 +96,10 @@ def product_feedback(chain: Chain) -> list[Tensor]:
     """`Q_L = I, Q_i = W_{i+1}^T ... W_L^T` (n_i, n_L): J^T of the network with its activations left out."""
     weight = chain.weights[-1]
     rows = torch.eye(chain.stages[-1].size, dtype=weight.dtype, device=weight.device)
-    feedback = [rows.T]
+    feedback = [rows.T]  # Q_L
     with torch.no_grad():
         for above in chain.stages[:0:-1]:
-            rows = above.transposed(rows)
+            rows = above.transposed(rows)  # (n_L, n_i): W_L ... W_{i+1}
             feedback.append(rows.T.contiguous())
     return feedback[::-1]
 
@@ -115,8 +116,9 @@ def loop_gains(jacobian: Sequence[Tensor], feedback: Sequence[Tensor]) -> list[T
     """`M_i = J_i Q_i` of every stage, (batch, n_L, n_L)."""
     gains = []
     for rows, weights in zip(jacobian[:-1], feedback[:-1], strict=True):
-        turned = weights.T @ rows.reshape(-1, rows.shape[-1]).T  # as wide as the batch: several times faster than R Q
-        gains.append(turned.view(-1, *rows.shape[:2]).permute(1, 2, 0))
+        # (R_i Q_i)^T for all samples in one product: (n_L, n_i) (n_i, batch n_L); several times faster than R Q
+        turned = weights.T @ rows.reshape(-1, rows.shape[-1]).T
+        gains.append(turned.view(-1, *rows.shape[:2]).permute(1, 2, 0))  # (n_L, batch, n_L) -> (batch, n_L, n_L)
     return [*gains, jacobian[-1].diagonal(dim1=1, dim2=2).unsqueeze(-1) * feedback[-1]]  # J_L is diagonal
 
 
@@ -166,8 +168,8 @@ def controlled_pass(chain: Chain, states: States, pushes: Sequence[Tensor]) -> C
     """The forward pass with `pushes[i]` (batch, *shape) added to every potential, as a shift of the feed-forward one."""
     state = Controlled(list(pushes), [], [])
     for i, (stage, push) in enumerate(zip(chain.stages, pushes, strict=True)):
-        state.d.append(stage.linear(state.rho[-1], push) if i else push)
-        state.rho.append(difference(stage.activation, states.v[i], states.r[i + 1], state.d[-1]))
+        state.d.append(stage.linear(state.rho[-1], push) if i else push)  # d_i = W_i rho_{i-1} + Q_i u
+        state.rho.append(difference(stage.activation, states.v[i], states.r[i + 1], state.d[-1]))  # phi(v + d) - phi(v)
     return state
 
 
@@ -226,11 +228,11 @@ class WideResolvent(Resolvent):
         *lower, last = chain.stages
         rows = self.gains[0].new_zeros(())  # (batch, n_{L-1}, n_i): response of r_i to control along column k of W_L
         for i, (stage, gain) in enumerate(zip(lower, self.gains, strict=False)):
-            push = (feedback[i] @ last.layer.weight).T
-            if i:
+            push = (feedback[i] @ last.layer.weight).T  # control W_L e_k, k = 1..n_{L-1}, at layer i: (n_{L-1}, n_i)
+            if i:  # what the layer below hands up: (batch, n_{L-1}, n_i)
                 push = (rows.reshape(-1, rows.shape[-1]) @ stage.layer.weight.T).view(len(gain), -1, stage.size) + push
             rows = push * gain.unsqueeze(1)
-        kernel = rows.mT.contiguous()
+        kernel = rows.mT.contiguous()  # (1 + a) I + S W_L: (batch, n_{L-1}, n_{L-1})
         kernel.diagonal(dim1=1, dim2=2).add_(1 + a)
         self._factors = torch.linalg.lu_factor_ex(kernel)[:2]
 
@@ -238,9 +240,9 @@ class WideResolvent(Resolvent):
         """`(M + a I)^-1 rhs`; both (batch, n_L)."""
         *lower, last = self.chain.stages
         pushes = [rhs @ q.T for _, q in zip(lower, self.feedback, strict=False)]
-        shift = linear_pass(self.chain, self.gains, pushes)[-1]
+        shift = linear_pass(self.chain, self.gains, pushes)[-1]  # S rhs: (batch, n_{L-1})
         inner: Tensor = torch.linalg.lu_solve(*self._factors, shift.unsqueeze(-1)).squeeze(-1)
-        return (rhs - inner @ last.layer.weight.T) / (1 + self.a)
+        return (rhs - inner @ last.layer.weight.T) / (1 + self.a)  # Woodbury
 
     def by_depth(self, u: Tensor) -> Tensor:
         """`sum_i (L - i + 1) M_i u`, in one linear pass; (batch, n_L)."""
@@ -273,9 +275,10 @@ def steady_state(
     Returns:
         The control u (batch, n_L), the state it leads to, and the residual `rho_L + a u - delta` there.
     """
-    u = resolvent.solve(delta)
+    u = resolvent.solve(delta)  # linearised: (M + a I) u = delta
     state = controlled_pass(chain, states, apical(chain, feedback, u))
     for _ in range(iterations):
+        # chord Newton: the slope stays that of the feed-forward state
         u = u - resolvent.solve(state.rho[-1].flatten(1) + resolvent.a * u - delta)
         state = controlled_pass(chain, states, apical(chain, feedback, u))
     return u, state, state.rho[-1].flatten(1) + resolvent.a * u - delta

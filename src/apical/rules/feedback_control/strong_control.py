@@ -50,7 +50,7 @@ def outcome_slope(output: Tensor, classes: bool) -> Tensor:
     if not classes:
         return torch.eye(output.shape[1], dtype=output.dtype, device=output.device).expand(len(output), -1, -1)
     p = torch.softmax(output, 1)
-    return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)  # (batch, n_L, n_L)
 
 
 def hold(
@@ -147,13 +147,14 @@ class _Problem(NamedTuple):
         # errors of class probabilities sum to zero, and so does their control: the leak need not hold that direction
         shift = self.a * torch.eye(n, dtype=at.u.dtype, device=at.u.device) + (1 / n if self.classes else 0.0)
         slope = outcome_slope(self.states.r[-1].flatten(1) + at.rho, self.classes) @ at.gain + shift
-        solution = torch.linalg.solve_ex(slope, -at.miss)[0]
+        solution = torch.linalg.solve_ex(slope, -at.miss)[0]  # (H M + a I) step = -F
         # where the outcome does not move at all (saturated, without leak) there is no step; the others go on
         step = solution.where(solution.isfinite().all(1, keepdim=True), 0.0) * at.stride.unsqueeze(1)
         u = at.u + step
         state = controlled_pass(self.chain, self.states, apical(self.chain, self.feedback, u))
         rho, miss = state.rho[-1].flatten(1), self.miss(u, state)
         size = miss.norm(dim=1)
+        # Broyden: M <- M + (d rho - M step) step^T / |step|^2, so that M step is the shift just seen
         error = rho - at.rho - (at.gain @ step.unsqueeze(2)).squeeze(2)
         gain = at.gain + (error / step.square().sum(1, keepdim=True).clamp_min(1e-30)).unsqueeze(2) * step.unsqueeze(1)
         better = size < (1 - 1e-3 * at.stride) * at.size
