@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmark_pages import benchmark_page, readme_parts
 from gallery_page import gallery
+from paper_pages import paper_pages
 from reproduction_page import reproduction_page
 from result_pages import (
     comparison_page,
@@ -33,6 +34,7 @@ from zoo_page import zoo_page
 
 from apical import models
 from apical.bench.names import RULES
+from apical.bench.papers import papers
 from apical.bench.papers import studies as all_studies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +62,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
             sorted([*folders, *studies]), files, [path.stem for path in page]
         ),
         **page,
+        **paper_pages(root, papers()),
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
         **{root / "docs" / "results" / f"{path.stem}.md": file_page(path) for path in files},
