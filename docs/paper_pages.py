@@ -44,9 +44,9 @@ def paper_page(name: str, paper: Paper, recipes: str, records: Mapping[str, Row]
         f"# {paper.title}",
         "\n".join(f"- {linked(each)}" for each in paper.reference.split("; ")),
         "## Tables",
-        "Run a table with `apical reproduce PAPER/TABLE --budget smoke|cpu|paper`; without `--budget` it is `cpu`. Times are "
-        "wall-clock times on two shared virtual CPU cores; a dash is a time not measured. The last column counts the verdicts "
-        "of the runs that are [kept](../../../docs/results/reproductions.md).",
+        "Run a table with `apical reproduce PAPER/TABLE --budget smoke|cpu|paper`; without `--budget` it is `cpu`. Times "
+        "are wall-clock times on two shared virtual CPU cores; a dash is a time not measured. The last column counts the "
+        "verdicts of the runs that are [kept](../../../docs/results/reproductions.md).",
         table(("command", "what it is", *BUDGETS, "kept verdicts"), tables, numeric_from=99),
         "## Recipes",
         recipes,
