@@ -291,35 +291,3 @@ def _judged(row: Row) -> tuple[str, str]:
     if row.get("target") is None:
         return "-", "-"
     return f"at most {row['target']:g}", "met" if row["within_target"] else "missed"
-
-
-def readme_parts(benchmarks: Row, control: Row) -> list[str]:
-    """The benchmarks in the README: times relative to backpropagation."""
-    parts = []
-    for (device,), rows in grouped(benchmarks.get("rows") or [], "device").items():
-        settings = list(dict.fromkeys(setting(row) for row in rows))
-        ratio = {(row["rule"], setting(row)): row.get("ratio_to_bp") for row in rows}
-        lines = [
-            [f"`{rule}`", *(number(ratio.get((rule, where)), 2) for where in settings)]
-            for rule in dict.fromkeys(row["rule"] for row in rows)
-        ]
-        parts += [
-            f"**Time per training step relative to backpropagation: {device or 'CPU'}**",
-            table(("rule", *settings), lines),
-        ]
-    compared = [row for row in control.get("rows") or [] if row.get("ratio_of_authors") is not None]
-    if compared:
-        lines = [
-            [
-                row["rule"] if " " in row["rule"] else f"`{row['rule']}`",
-                number(row["ratio_to_bp"], 2),
-                number(row["ratio_of_authors"], 1),
-            ]
-            for row in compared
-        ]
-        parts += [
-            f"**The same for feedback control: {setting(compared[0])}**, beside the authors' programs, which we timed on "
-            "another machine relative to their own backpropagation",
-            table(("rule", "here", "authors"), lines),
-        ]
-    return [*parts, "[Milliseconds, memory and machine](docs/benchmarks.md)."] if parts else []
