@@ -43,17 +43,11 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     files = sorted((root / "results").glob("*.json"))
     reproductions = sorted((root / "results" / "reproductions").glob("*.json"))
     page = {root / "docs" / "results" / "reproductions.md": reproduction_page(reproductions)} if reproductions else {}
-    benchmarks = load(root / "benchmarks" / "results.json") or {}
-    control, ccl, wavefront, evolution = (
-        load(root / "benchmarks" / f"{name}.json") or {} for name in ("control", "ccl", "wavefront", "evolution")
-    )
-    settling = [load(root / "benchmarks" / f"{name}.json") or {} for name in ("settling", "settling-cuda")]
+    benchmarks = {path.stem: load(path) for path in (root / "benchmarks").glob("*.json")}
     written = {
-        root / "docs" / "benchmarks.md": benchmark_page(
-            benchmarks, control, ccl, wavefront, evolution, settling, load(root / "benchmarks" / "floors.json")
-        ),
+        root / "docs" / "benchmarks.md": benchmark_page(benchmarks),
         root / "docs" / "gallery.md": gallery(root),
-        root / "docs" / "zoo.md": zoo_page(load(root / "benchmarks" / "zoo.json") or {}),
+        root / "docs" / "zoo.md": zoo_page(benchmarks.get("zoo") or {}),
         root / "docs" / "results" / "index.md": results_index(
             sorted([*folders, *studies]), files, [path.stem for path in page]
         ),

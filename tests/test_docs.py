@@ -353,12 +353,12 @@ def test_the_benchmarks_of_feedback_control_have_their_verdicts() -> None:
     walk |= {"target": None, "within_target": None}
     solve = {"solve": "784 outputs", "batch": 128, "ms_below": 20.0, "ms_dense": 900.0}
     control = {"rows": rows, "simulation": [walk], "solve": [solve], "environment": {"torch": "2"}}
-    page = generate.benchmark_page({}, control)
+    page = generate.benchmark_page({"control": control})
     assert "| `dfc-ssa` | 12.50 | 2.50 | 2.40 to 2.60 | at most 3 | met | 3.1 | 1.2 |" in page
     assert "| dfc feedback update | 12.50 | 2.50 | 2.40 to 2.60 | at most 2 | missed | - | - |" in page
     assert "| steady state | 0.500 | 0.400 | 1.25 | - | - |" in page
     assert "| 784 outputs | 128 | 20.0 | 900.0 |" in page
-    assert "No measurement is kept here yet." in generate.benchmark_page({}, {})
+    assert "No measurement is kept here yet." in generate.benchmark_page({})
 
 
 def test_benchmarks_become_tables_by_device() -> None:
@@ -371,7 +371,7 @@ def test_benchmarks_become_tables_by_device() -> None:
         "peak_memory_ratio": None,
     }
     rows = [{**row, "rule": "bp", "ratio_to_bp": 1.0}, {**row, "rule": "fa", "ratio_to_bp": 1.0234}]
-    page = generate.benchmark_page({"environment": {"torch": "2", "gpu": {"name": "none"}}, "rows": rows})
+    page = generate.benchmark_page({"results": {"environment": {"torch": "2", "gpu": {"name": "none"}}, "rows": rows}})
     assert "## cpu\n\n### mlp, batch 64, float32" in page
     assert "| `fa` | 1.500 | 1.023 | - |" in page
     assert "| gpu name | none |" in page
