@@ -10,29 +10,27 @@ what would be written.
 """
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmark_pages import benchmark_page, readme_parts
+from benchmark_pages import benchmark_page
+from front_page import front_page
 from gallery_page import gallery
+from paper_pages import paper_pages
 from reproduction_page import reproduction_page
 from result_pages import (
     comparison_page,
-    comparison_table,
-    departures,
     file_page,
     results_index,
     study_page,
-    study_sentence,
-    title,
-    verdict_sentence,
 )
 from rule_pages import choice, overview, rule_blocks, rule_classes
-from tables import Row, load, table
+from tables import load, table
 from zoo_page import zoo_page
 
 from apical import models
 from apical.bench.names import RULES
+from apical.bench.papers import papers
 from apical.bench.papers import studies as all_studies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,27 +43,22 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     files = sorted((root / "results").glob("*.json"))
     reproductions = sorted((root / "results" / "reproductions").glob("*.json"))
     page = {root / "docs" / "results" / "reproductions.md": reproduction_page(reproductions)} if reproductions else {}
-    benchmarks = load(root / "benchmarks" / "results.json") or {}
-    control, ccl, wavefront, evolution = (
-        load(root / "benchmarks" / f"{name}.json") or {} for name in ("control", "ccl", "wavefront", "evolution")
-    )
-    settling = [load(root / "benchmarks" / f"{name}.json") or {} for name in ("settling", "settling-cuda")]
+    benchmarks = {path.stem: load(path) for path in (root / "benchmarks").glob("*.json")}
     written = {
-        root / "docs" / "benchmarks.md": benchmark_page(
-            benchmarks, control, ccl, wavefront, evolution, settling, load(root / "benchmarks" / "floors.json")
-        ),
+        root / "docs" / "benchmarks.md": benchmark_page(benchmarks),
         root / "docs" / "gallery.md": gallery(root),
-        root / "docs" / "zoo.md": zoo_page(load(root / "benchmarks" / "zoo.json") or {}),
+        root / "docs" / "zoo.md": zoo_page(benchmarks.get("zoo") or {}),
         root / "docs" / "results" / "index.md": results_index(
             sorted([*folders, *studies]), files, [path.stem for path in page]
         ),
         **page,
+        **paper_pages(root, papers()),
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
         **{root / "docs" / "results" / f"{path.stem}.md": file_page(path) for path in files},
     }
     blocks = {
-        root / "README.md": {"results": readme_results(folders, benchmarks, studies, control)},
+        root / "README.md": front_page(root),
         root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "cli" / "flags"),
         root / "docs" / "rules.md": {"overview": overview(root)},
         root / "docs" / "choose.md": choice(root),
@@ -106,31 +99,6 @@ def replace_block(text: str, name: str, content: str) -> str:
     if not (found and closed):
         raise ValueError(f"the markers {begin} and {end} are missing")
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
-
-
-def readme_results(
-    folders: Sequence[Path], benchmarks: Row, studies: Sequence[Path] = (), control: Row | None = None
-) -> str:
-    """The results block of the README."""
-    parts = []
-    for folder in folders:
-        verdicts = load(folder / "verdicts.json")
-        link = f"[Command, verdicts and figures](docs/results/{folder.name}.md)."
-        link = f"{verdict_sentence(verdicts)} {link}" if verdicts else link
-        parts += [f"**{title(folder)}**", departures(load(folder / "compare.json") or {})]
-        parts += [comparison_table(load(folder / "summary.json")), link]
-        for stem in ("accuracy", "test_loss"):
-            picture = folder / "figures" / f"{stem}.png"
-            what = stem.replace("_", " ") if stem == "test_loss" else "test accuracy"
-            parts += [f"![{what} against epochs](results/{folder.name}/figures/{stem}.png)"] if picture.exists() else []
-    for folder in studies:
-        results = load(folder / "results.json")
-        link = f"{study_sentence(results)} [Verdicts, settings and figures](docs/results/{folder.name}.md)."
-        parts += [f"**{results.get('title', folder.name)}**", link.strip()]
-        if (folder / "conditions.png").exists():
-            parts.append(f"![conditions and alignment against epochs](results/{folder.name}/conditions.png)")
-    parts += readme_parts(benchmarks, control or {})
-    return "\n\n".join(filter(None, parts)) or "None are kept here yet: `make demo` and `make bench` make some."
 
 
 def command_blocks(folder: Path) -> dict[str, str]:

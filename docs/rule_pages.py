@@ -93,8 +93,8 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     further = []
     for path in sorted((root / "results").glob("*/results.json")):
         content = load(path)
-        mine = [row for row in content.get("verdicts") or [] if _belongs(row["rule"], names)]
-        if mine or any(_belongs(key, names) for key in content.get("curves") or {}):
+        mine = [row for row in content.get("verdicts") or [] if belongs(row["rule"], names)]
+        if mine or any(belongs(key, names) for key in content.get("curves") or {}):
             sentence = study_sentence({"verdicts": mine})
             further.append(f"- [{content['title']}](../results/{path.parent.name}.md). {sentence}".rstrip())
     for path in sorted((root / "results").glob("*.json")):
@@ -106,7 +106,7 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     return parts if len(parts) > 1 else ["## Results", "None are kept here yet."]
 
 
-def _belongs(key: str, names: Sequence[str]) -> bool:
+def belongs(key: str, names: Sequence[str]) -> bool:
     """Whether a study's row is about the rule: by its name, or by a form of it such as `tdca-relative`."""
     if key in RULES:
         return key in names

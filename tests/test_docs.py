@@ -1,17 +1,16 @@
 """The documentation is true: its code runs, its generated parts are what the generator writes, every rule is in it."""
 
-import importlib.util
 import json
 import re
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import tyro
+from tests.generator import ROOT, script
 
 import apical
 from apical.bench.names import RULES
@@ -19,21 +18,10 @@ from apical.bench.papers import studies
 from apical.cli.main import Command
 from apical.core.credit import CreditRule
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 
 
-def load_generator() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert specification is not None
-    assert specification.loader is not None
-    sys.path.append(str(ROOT / "docs"))  # as when the script is run
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-generate = load_generator()
+generate, results = script("generate"), script("result_pages")
 
 
 def code(page: Path, language: str) -> str:
@@ -72,11 +60,6 @@ def test_the_code_on_the_page_runs(page: Path) -> None:
         assert names["sentence"] is None
         assert names["gap"][-1].max() < 1e-3 * names["trace"].apical[0][-1].abs().max()
         assert names["angle"] < 1e-3
-
-
-def test_the_readme_examples_are_short() -> None:
-    for example in blocks(ROOT / "README.md", "python"):
-        assert len([line for line in example.splitlines() if line]) <= 12
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -270,7 +253,7 @@ def test_options_that_are_not_the_recipes_are_named() -> None:
     study = studies()["dfc-mnist"].row("dfc-ssa").recipe.to_json()
     kept = [option for option in study["rule_options"] if not option.startswith(("alpha=", "k_p="))]
     used = {**study, "rule_options": [*kept, "k_p=7", "learn=noise", "first_layer=True"]}
-    sentence = generate.departures({"study": "dfc-mnist", "recipes": {"dfc-ssa": used}})
+    sentence = results.departures({"study": "dfc-mnist", "recipes": {"dfc-ssa": used}})
     assert "option k_p 7 instead of 0 of `dfc-ssa`" in sentence
     assert "option learn noise instead of the default of `dfc-ssa`" in sentence
     assert "first_layer" not in sentence
@@ -280,8 +263,8 @@ def test_options_that_are_not_the_recipes_are_named() -> None:
 def test_settings_that_a_recipe_leaves_to_the_rule_are_no_departure() -> None:
     recipe = studies()["pfa-mnist"].row("strong-dfc").recipe.to_json()
     filled = {**recipe, "clip": RULES["strong-dfc"].clip}
-    assert generate.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": filled}}) == ""
-    sentence = generate.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": {**filled, "clip": 7.0}}})
+    assert results.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": filled}}) == ""
+    sentence = results.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": {**filled, "clip": 7.0}}})
     assert sentence == "**Not the recipe as it stands**: clip 7 instead of 0."
 
 
@@ -326,9 +309,6 @@ def test_a_study_of_its_own_becomes_a_page(study: Path) -> None:
     assert "| `dfc` | 2 | 9 | 22.05 ± 3.1 |\n| `bp` | 0 | - | - |" in page
     assert "| seeds | 0, 1 |\n| lr bp | 0.1 |" in page
     assert "![conditions](../../results/toy/conditions.svg)" in page
-    readme = generate.readme_results([], {}, [study])
-    assert "**Toy**\n\nReproduced: 1 of 2 thresholds of our choice. [Verdicts" in readme
-    assert "![conditions and alignment against epochs](results/toy/conditions.png)" in readme
 
 
 @pytest.fixture(scope="module")
@@ -373,15 +353,12 @@ def test_the_benchmarks_of_feedback_control_have_their_verdicts() -> None:
     walk |= {"target": None, "within_target": None}
     solve = {"solve": "784 outputs", "batch": 128, "ms_below": 20.0, "ms_dense": 900.0}
     control = {"rows": rows, "simulation": [walk], "solve": [solve], "environment": {"torch": "2"}}
-    page = generate.benchmark_page({}, control)
+    page = generate.benchmark_page({"control": control})
     assert "| `dfc-ssa` | 12.50 | 2.50 | 2.40 to 2.60 | at most 3 | met | 3.1 | 1.2 |" in page
     assert "| dfc feedback update | 12.50 | 2.50 | 2.40 to 2.60 | at most 2 | missed | - | - |" in page
     assert "| steady state | 0.500 | 0.400 | 1.25 | - | - |" in page
     assert "| 784 outputs | 128 | 20.0 | 900.0 |" in page
-    readme = generate.readme_results([], {}, control=control)
-    assert "| `dfc-ssa` | 2.50 | 3.1 |" in readme
-    assert "dfc feedback update" not in readme
-    assert "No measurement is kept here yet." in generate.benchmark_page({}, {})
+    assert "No measurement is kept here yet." in generate.benchmark_page({})
 
 
 def test_benchmarks_become_tables_by_device() -> None:
@@ -394,11 +371,10 @@ def test_benchmarks_become_tables_by_device() -> None:
         "peak_memory_ratio": None,
     }
     rows = [{**row, "rule": "bp", "ratio_to_bp": 1.0}, {**row, "rule": "fa", "ratio_to_bp": 1.0234}]
-    page = generate.benchmark_page({"environment": {"torch": "2", "gpu": {"name": "none"}}, "rows": rows})
+    page = generate.benchmark_page({"results": {"environment": {"torch": "2", "gpu": {"name": "none"}}, "rows": rows}})
     assert "## cpu\n\n### mlp, batch 64, float32" in page
     assert "| `fa` | 1.500 | 1.023 | - |" in page
     assert "| gpu name | none |" in page
-    assert "| `fa` | 1.02 |" in generate.readme_results([], {"rows": rows})
 
 
 def test_a_results_file_becomes_a_table(tmp_path: Path) -> None:

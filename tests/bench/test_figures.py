@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from apical.bench.figures import curves as figures
+from apical.bench.figures.overview import overview
+from apical.bench.figures.spread import spread
 from apical.bench.figures.style import RULES, styles
 from apical.bench.report.records import Comparison, Run
 
@@ -79,7 +81,7 @@ def test_svg_is_deterministic_and_undated():
 
 def test_spread_is_the_sample_deviation_over_the_runs_that_have_an_epoch():
     runs = [run("fa", 0), run("fa", 1), run("fa", 2, epochs=2)]
-    epochs, mean, deviation, count = figures._spread(runs, "test_accuracy")
+    epochs, mean, deviation, count = spread(runs, "test_accuracy")
     assert count == 3
     assert epochs.tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(mean, [0.6, 0.6, 0.6, 0.55, 0.55])
@@ -99,3 +101,26 @@ def test_global_plotting_state_is_untouched():
     before = dict(matplotlib.rcParams)
     drawn(run("fa", weight_alignment=falling))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_the_overview_shows_every_rules_score_and_the_angle_in_its_first_layer():
+    deeper = lambda epoch, depth: float("nan") if depth == 0 else 10.0 * depth + epoch  # noqa: E731
+    runs = [run("bp"), *(run("fa", seed, gradient_alignment=deeper) for seed in range(3))]
+    above, below = overview(comparison(*runs)).axes
+    assert [line.get_label() for line in above.lines] == ["bp", "fa"]
+    np.testing.assert_allclose(above.lines[1].get_ydata(), [60.0] * 4)  # the mean of 50, 60 and 70 %
+    assert [line.get_label() for line in below.lines][:-1] == ["fa"]  # and chance
+    np.testing.assert_allclose(below.lines[0].get_ydata(), [11.0, 12.0, 13.0, 14.0])  # layer 1, epochs 1 to 4
+    assert above.get_ylabel() == "test accuracy (%)"
+    assert "degrees" in below.get_ylabel()
+    assert below.get_xlabel() == "epoch"
+
+
+def test_without_an_angle_there_is_no_overview():
+    assert overview(comparison(run("bp", gradient_alignment=lambda *_: 0.0), run("fa"))) is None
+    assert "overview" in drawn(run("bp"), run("fa", gradient_alignment=falling))
+
+
+def test_an_angle_over_ninety_degrees_is_inside_the_overview():
+    figure = overview(comparison(run("fa", gradient_alignment=lambda *_: 150.0)))
+    assert figure.axes[1].get_ylim()[1] >= 150.0

@@ -60,12 +60,16 @@ class Paper:
     """What one paper, or one family of papers, brings.
 
     Attributes:
+        title: of the paper, or of the first of the family.
+        reference: authors, where it appeared and "arXiv NUMBER" or "doi NUMBER"; those of further papers after semicolons.
         studies: recipes by name, for `apical compare --recipe`.
         tables: by name, for `apical reproduce PAPER/TABLE`.
         evolutions: recipes by name, for `apical evolve --recipe`.
         claims: what it says of the plausibility of rules, for `apical audit`.
     """
 
+    title: str = ""
+    reference: str = ""
     studies: Mapping[str, Study] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
     evolutions: Mapping[str, EvolutionRecipe] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
@@ -76,28 +76,26 @@ class List:
     """What to list."""
 
 
-Command = (
-    Annotated[Compare, subcommand("compare", prefix_name=False)]
-    | Annotated[Train, subcommand("train", prefix_name=False)]
-    | Annotated[Evolve, subcommand("evolve", prefix_name=False)]
-    | Annotated[Landscape, subcommand("landscape", prefix_name=False)]
-    | Annotated[Audit, subcommand("audit", prefix_name=False)]
-    | Annotated[Reproduce, subcommand("reproduce", prefix_name=False)]
-    | Annotated[Sweep, subcommand("sweep", prefix_name=False)]
-    | Annotated[Report, subcommand("report", prefix_name=False)]
-    | Annotated[Data, subcommand("data", prefix_name=False)]
-    | Annotated[List, subcommand("list", prefix_name=False)]
-)
-
-
-MODULES = {
-    Audit: "apical.cli.audit",
-    Evolve: "apical.cli.evolve",
-    Landscape: "apical.cli.landscape",
-    Reproduce: "apical.cli.reproduce",
-    Sweep: "apical.cli.sweep",
+COMMANDS: dict[str, type] = {
+    "compare": Compare,
+    "train": Train,
+    "evolve": Evolve,
+    "landscape": Landscape,
+    "audit": Audit,
+    "reproduce": Reproduce,
+    "sweep": Sweep,
+    "report": Report,
+    "data": Data,
+    "list": List,
 }
-"""Where the commands with a module of their own run; imported only then."""
+"""The flags of each command. What runs it is `run(flags, command)` in `apical.cli.<name>`, imported only then."""
+
+SHORT = {"compare", "train", "report", "data", "list"}
+"""Commands that run in `apical.cli.commands` instead."""
+
+Command: Any = Union[  # noqa: UP007  (of a list)
+    tuple(Annotated[flags, subcommand(name, prefix_name=False)] for name, flags in COMMANDS.items())
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,8 +158,9 @@ def _runner(parsed: Any) -> Callable[[Any, str], int]:
         return commands.compare
     if isinstance(parsed, Train):
         return commands.train
-    if type(parsed) in MODULES:
-        run: Callable[[Any, str], int] = import_module(MODULES[type(parsed)]).run
+    name = next(name for name, flags in COMMANDS.items() if flags is type(parsed))
+    if name not in SHORT:
+        run: Callable[[Any, str], int] = import_module(f"apical.cli.{name}").run
         return run
 
     def simple(parsed: Any, command: str) -> int:

@@ -121,7 +121,9 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
             return _PERCEPTRONS[kind](math.prod(input_shape), widths, num_classes)
     for kind in sorted((*_PERCEPTRONS, *_ROWS), key=len, reverse=True):
         if name == kind or name.startswith(f"{kind}-"):
-            raise ConfigError(f"model {name!r} does not name its hidden widths; write for example {_EXAMPLES[kind]}")
+            raise ConfigError(
+                f"model {name!r} does not name its hidden widths; write for example {_EXAMPLES.get(kind, kind + '-512')}"
+            )
     if name not in _CONVNETS:
         raise unknown_name("model", name, names())
     return _CONVNETS[name](name, input_shape, num_classes)

@@ -8,6 +8,8 @@ from apical_papers.ccl.recipes import STUDIES
 of = partial(table_of, STUDIES)
 
 PAPER = Paper(
+    title="Counter-current learning: a biologically plausible dual network approach for deep learning",
+    reference="Kao and Hariharan, NeurIPS 37, 2024, arXiv 2409.19841",
     studies=STUDIES,
     tables={
         "mnist": of("ccl-mnist", cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}, {"cpu": 0.79}),

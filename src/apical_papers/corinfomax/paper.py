@@ -8,6 +8,11 @@ from apical_papers.corinfomax.recipes import STUDIES
 of = partial(table_of, STUDIES)
 
 PAPER = Paper(
+    title=(
+        "Correlative information maximization: a biologically plausible "
+        "approach to supervised deep neural networks without weight symmetry"
+    ),
+    reference="Bozkurt, Pehlevan and Erdogan, NeurIPS 36, 2023, arXiv 2306.04810",
     studies=STUDIES,
     tables={
         "digits": of(

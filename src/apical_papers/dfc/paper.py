@@ -8,6 +8,12 @@ from apical_papers.dfc.recipes import STUDIES
 of = partial(table_of, STUDIES)
 
 PAPER = Paper(
+    title="Credit assignment in neural networks through deep feedback control",
+    reference=(
+        "Meulemans, Tristany Farinha, Garcia Ordóñez, Vilimelis Aceituno, Sacramento and Grewe, "
+        "NeurIPS 34, 2021, arXiv 2106.07887; "
+        "strong feedback: Meulemans, Tristany Farinha, Cervera, Sacramento and Grewe, ICML 39, 2022, arXiv 2204.07249"
+    ),
     studies=STUDIES,
     tables={
         "toy": Table(

@@ -9,6 +9,8 @@ from apical_papers.pfa.recipes import STUDIES
 of = partial(table_of, STUDIES)
 
 PAPER = Paper(
+    title="Deep learning without weight symmetry",
+    reference="Ji-An and Benna, 2024, arXiv 2405.20594",
     studies=STUDIES,
     claims=(CLAIMS,),
     tables={

@@ -4,6 +4,8 @@ from apical.bench.papers import Paper, Table
 from apical_papers.tdca.recipes import EVOLUTIONS
 
 PAPER = Paper(
+    title="Biologically plausible training of deep neural networks using a top-down credit assignment network",
+    reference="Chen, Liu and Wang, 2022, arXiv 2208.01416",
     evolutions=EVOLUTIONS,
     tables={
         "classification": Table(

@@ -8,6 +8,8 @@ from apical_papers.tp.recipes import STUDIES
 of = partial(table_of, STUDIES)
 
 PAPER = Paper(
+    title="A theoretical framework for target propagation",
+    reference="Meulemans, Carzaniga, Suykens, Sacramento and Grewe, NeurIPS 33, 2020, arXiv 2006.14331",
     studies=STUDIES,
     tables={
         "digits": of(

@@ -16,6 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from apical.bench.figures.cost import compute, seconds
 from apical.bench.figures.depth import depth_accuracy, reconstructions
+from apical.bench.figures.overview import overview
+from apical.bench.figures.spread import column_mean, has_values, spread
 from apical.bench.figures.style import RC, styles
 from apical.bench.report.records import Array, Comparison, Run
 
@@ -102,6 +104,12 @@ def draw(comparison: Comparison) -> list[Drawing]:
         for spec in _LAYER_FIGURES:
             drawings.append(render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
         for name, title, caption, figure in (
+            (
+                "overview",
+                f"{score.name.capitalize()}, and the angle to backpropagation",
+                f"{_OVERVIEW} {curves}",
+                overview(comparison),
+            ),
             (f"{stem}_seconds", f"{score.name.capitalize()} against time", f"{_SECONDS} {curves}", seconds(comparison)),
             (
                 f"{stem}_compute",
@@ -137,6 +145,10 @@ _CONDITION_FIGURES = (
 _CURVES = (
     "Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds; with two, thin lines "
     "show each."
+)
+_OVERVIEW = (
+    "Above: the score. Below: the angle between a rule's weight gradient and backpropagation's at the same weights, in the "
+    "first layer that has one, on a fixed probe batch; 90° (dotted) is chance."
 )
 _SECONDS = "After each epoch, against the seconds of training up to there, with whatever else the machine was doing."
 _COMPUTE = (
@@ -183,7 +195,7 @@ def _loss_curves(comparison: Comparison, key: str, label: str) -> Figure | None:
 
 def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, first: int = 0) -> Figure | None:
     """One line per rule over the epochs from `first` on, with its spread; legend below."""
-    drawn = [rule for rule in comparison.rules if any(_has(run.curve(key)) for run in comparison.of(rule))]
+    drawn = [rule for rule in comparison.rules if any(has_values(run.curve(key)) for run in comparison.of(rule))]
     if not drawn:
         return None
     columns = min(
@@ -195,7 +207,7 @@ def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, fi
     for position, rule in enumerate(drawn):
         colour, marker, line = style[rule].colour, style[rule].marker, style[rule].line
         runs = comparison.of(rule)
-        epochs, mean, deviation, count = _spread(runs, key, first=first)
+        epochs, mean, deviation, count = spread(runs, key, first=first)
         every = max(1, math.ceil(len(epochs) / 7))
         look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markeredgecolor": "white"}
         look |= {"markeredgewidth": 0.4, "markevery": (position % every, every), "zorder": 3}
@@ -205,7 +217,7 @@ def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, fi
             axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         elif count == 2:
             for run in runs:
-                epochs, values, *_ = _spread([run], key, first=first)
+                epochs, values, *_ = spread([run], key, first=first)
                 axes.plot(epochs, values * scale, color=colour, linewidth=0.5, alpha=0.7)
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -277,7 +289,7 @@ def _layer_panel(
     means = []
     widths = np.linspace(1.9, 1.0, len(layers)) if named else np.full(len(layers), 0.7)  # thinner on top: none is hidden
     for layer, colour, width in zip(layers, colours, widths, strict=True):
-        epochs, mean, deviation, count = _spread(runs, spec.key, layer)
+        epochs, mean, deviation, count = spread(runs, spec.key, layer)
         means.append(dict(zip(epochs, mean, strict=True)))
         panel.plot(epochs, mean, color=tuple(colour), linewidth=width, zorder=2)
         if named and count >= 3:
@@ -285,7 +297,7 @@ def _layer_panel(
     if not named:
         everywhere = sorted({epoch for layer_means in means for epoch in layer_means})  # a layer may lack some epochs
         table = np.array([[layer_means.get(epoch, np.nan) for epoch in everywhere] for layer_means in means])
-        panel.plot(everywhere, _column_mean(table), color="black", linewidth=1.4, linestyle=(0, (4, 1.5)), zorder=3)
+        panel.plot(everywhere, column_mean(table), color="black", linewidth=1.4, linestyle=(0, (4, 1.5)), zorder=3)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
@@ -337,31 +349,9 @@ def _rules_with_layers(comparison: Comparison, spec: _LayerFigure) -> list[str]:
     return [
         rule
         for rule in comparison.rules
-        if rule != "bp" and any(_has(run.curve(spec.key, layer)) for run in comparison.of(rule) for layer in run.layers)
+        if rule != "bp"
+        and any(has_values(run.curve(spec.key, layer)) for run in comparison.of(rule) for layer in run.layers)
     ]
-
-
-def _spread(runs: Sequence[Run], key: str, layer: str | None = None, first: int = 0) -> tuple[Array, Array, Array, int]:
-    """Epochs from `first` on, mean and standard deviation (NaN for one run) over the runs, and the number of runs."""
-    curves = [(run.epochs, run.curve(key, layer)) for run in runs]
-    curves = [(epochs, values) for epochs, values in curves if _has(values)]
-    axis = sorted({epoch for epochs, _ in curves for epoch in epochs})
-    shown = np.array(axis, dtype=np.float64) >= first
-    table = np.full((len(curves), len(axis)), np.nan)
-    for row, (epochs, values) in zip(table, curves, strict=True):
-        row[[axis.index(epoch) for epoch in epochs]] = values
-    count = np.isfinite(table).sum(axis=0)
-    mean = _column_mean(table)
-    squares = np.nansum((table - mean) ** 2, axis=0)
-    deviation = np.sqrt(squares / np.where(count > 1, count - 1, np.nan))
-    return np.array(axis, dtype=np.float64)[shown], mean[shown], deviation[shown], len(curves)
-
-
-def _column_mean(table: Array) -> Array:
-    """Mean of each column over its finite entries; NaN where there is none."""
-    count = np.isfinite(table).sum(axis=0)
-    mean: Array = np.nansum(table, axis=0) / np.where(count > 0, count, np.nan)
-    return mean
 
 
 def _final_scores(comparison: Comparison, rule: str) -> Array:
@@ -374,10 +364,6 @@ def _measured(comparison: Comparison, key: str) -> Array:
     values: Array = np.concatenate([run.curve(key) for run in comparison.runs])
     finite: Array = values[np.isfinite(values)]
     return finite
-
-
-def _has(values: Array) -> bool:
-    return bool(np.isfinite(values).any())
 
 
 def _plain_log_labels(axes: Axes) -> None:

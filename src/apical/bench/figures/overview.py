@@ -1,0 +1,65 @@
+"""The figure of a front page: the score of every rule, and the angle of its first layer's update to backpropagation's."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from apical.bench.figures.spread import has_values, spread
+from apical.bench.figures.style import styles
+from apical.bench.report.records import Comparison, Run
+
+_WIDTH = 3.5
+_ANGLE = "gradient_alignment"
+
+
+def overview(comparison: Comparison) -> Figure | None:
+    """Two panels over epochs; None where no rule but backpropagation has an angle."""
+    layers = {rule: layer for rule in comparison.rules if (layer := _first_layer(comparison.of(rule)))}
+    if not set(layers) - {"bp"}:
+        return None
+    columns = min(len(comparison.rules), 4, int(_WIDTH / (0.44 + 0.05 * max(map(len, comparison.rules)))))
+    figure = Figure(figsize=(_WIDTH, 3.5 + 0.16 * math.ceil(len(comparison.rules) / columns)))
+    above, below = figure.subplots(2, 1, sharex=True)
+    for rule, look in _looks(comparison.rules).items():
+        runs, score = comparison.of(rule), comparison.score
+        _draw_line(above, runs, look, score.key, scale=score.scale)
+        if rule in layers:
+            _draw_line(below, runs, look, _ANGLE, layers[rule])
+    above.set_ylabel(comparison.score.label)
+    below.axhline(90.0, color="#555555", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=1)
+    below.set(xlabel="epoch", ylabel="angle to BP gradient,\nfirst layer (degrees)", yticks=range(0, 181, 30))
+    below.set_ylim(-3, max(93, below.dataLim.ymax))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = above.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
+    return figure
+
+
+def _first_layer(runs: Sequence[Run]) -> str | None:
+    """The layer nearest to the input that has an angle."""
+    return next((layer for run in runs for layer in run.layers if has_values(run.curve(_ANGLE, layer))), None)
+
+
+def _looks(rules: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, line and markers of each rule; markers of different rules are apart, so that lines upon one another show."""
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.4, "zorder": 3}
+    return {
+        rule: {"label": rule, "color": style.colour, "marker": style.marker, "linestyle": style.line, **edge}
+        | {"markevery": (0.2 * place / len(rules), 0.2)}  # shares of the panel's diagonal
+        for place, (rule, style) in enumerate(styles(rules).items())
+    }
+
+
+def _draw_line(
+    axes: Axes, runs: Sequence[Run], look: Mapping[str, Any], key: str, layer: str | None = None, scale: float = 1.0
+) -> None:
+    """Mean over seeds after each epoch, with a band of one standard deviation from three seeds on."""
+    epochs, mean, deviation, count = spread(runs, key, layer, first=1)
+    axes.plot(epochs, scale * mean, **look)
+    if count >= 3:
+        low, high = scale * (mean - deviation), scale * (mean + deviation)
+        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
