@@ -10,11 +10,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "apical"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": set(),
+    "own_code": {"errors"},
     "core": {"core", "errors"},
     "dynamics": {"dynamics", "core", "errors"},
     "rules": {"dynamics", "core", "errors"},  # and never another rule
-    "models": {"models", "core", "errors"},
-    "data": {"data", "errors"},
+    "models": {"models", "core", "own_code", "errors"},
+    "data": {"data", "own_code", "errors"},
     "diagnostics": {"diagnostics", "dynamics", "core", "errors"},
     "evolution": {"evolution", "rules", "models", "data", "dynamics", "core", "errors"},
     "testing": {"testing", "rules", "dynamics", "core", "errors"},
@@ -29,10 +30,11 @@ LAYERS = {
         "rules",
         "dynamics",
         "core",
+        "own_code",
         "errors",
     },
 }
-OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests"}  # what core, rules and the sides may use
+OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests", "PIL"}  # what core, rules and the sides may use
 EXTRAS = {"ray", "evotorch", "gymnasium"}  # evolution too
 
 

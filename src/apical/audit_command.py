@@ -16,10 +16,10 @@ from apical.data.dataset import Dataset, Split
 from apical.diagnostics.plausibility import CRITERIA
 from apical.errors import ApicalError, ConfigError
 from apical.experiment.checkpoint import write_atomically
-from apical.experiment.compare import load_data
 from apical.experiment.distributed import under_torchrun
 from apical.experiment.figures_audit import SIGNS, draw, number_of
 from apical.experiment.folders import check_writable, refuse_used
+from apical.experiment.materials import identified, load_data, located
 from apical.experiment.progress import shown_path
 from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe
@@ -47,7 +47,9 @@ def run(flags: "Audit", command: str) -> int:
     _check(flags)
     rules = list(dict.fromkeys(flags.rules or RULES))
     started = time.perf_counter()
-    dataset = load_data(Recipe(data=flags.data, model=flags.model))
+    dataset = load_data(_asked(flags))
+    if dataset.about:
+        print(dataset.about)
     if len(dataset.train) > IMAGES:
         dataset = replace(dataset, train=Split(dataset.train.inputs[:IMAGES], dataset.train.targets[:IMAGES]))
     threads = torch.get_num_threads()
@@ -63,6 +65,7 @@ def run(flags: "Audit", command: str) -> int:
 
 def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, started: float) -> int:
     rows, refused = _audited(rules, flags, dataset)
+    asked = identified(_asked(flags), dataset)
     if not rows:
         raise ConfigError("; ".join(f"{rule}: {why}" for rule, why in refused.items()))
     where = environment("cpu", 1)
@@ -70,6 +73,8 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
         "command": command,
         "model": flags.model,
         "data": flags.data,
+        "data_sha256": asked.data_sha256,
+        "model_sha256": asked.model_sha256,
         "epochs": flags.epochs,
         "seed": flags.seed,
         "seconds": round(time.perf_counter() - started, 1),
@@ -89,6 +94,10 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
         for name in FILES:
             print(f"{name.rpartition('.')[2]}: {shown_path(flags.out / name)}")
     return 0
+
+
+def _asked(flags: "Audit") -> Recipe:
+    return Recipe(**located({"data": flags.data, "model": flags.model}))
 
 
 def _check(flags: "Audit") -> None:

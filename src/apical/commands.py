@@ -19,9 +19,10 @@ from apical import data, models
 from apical.errors import ConfigError, DivergenceError, unknown_name
 from apical.experiment import compare as comparison
 from apical.experiment import report
-from apical.experiment.compare import Job, load_data
+from apical.experiment.compare import Job
 from apical.experiment.distributed import joined, pick_device, under_torchrun
 from apical.experiment.loop import Training
+from apical.experiment.materials import build_model, identified, is_regression, load_data, located
 from apical.experiment.progress import Watch, Watched, describe, results_table, shown_path
 from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe, rule_name
@@ -65,7 +66,7 @@ def compare(flags: "Compare", command: str) -> int:
     if len(set(names)) != len(names):
         raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
     check_options(rules, flags.rule_options or ())
-    drafts = [draft(flags, study, rule) for rule in rules]
+    drafts = understood([draft(flags, study, rule) for rule in rules], flags, print)
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     console = Console()
@@ -114,7 +115,8 @@ def train(flags: "Train", command: str) -> int:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
-        (recipe,), (notes,) = prepare([recipe], print if world.is_main else None)
+        tell = print if world.is_main else _silent
+        (recipe,), (notes,) = prepare(understood([recipe], flags, tell), tell)
         folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
         if state == "finished":
@@ -150,6 +152,7 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
     given = flags.given()
+    given |= located({name: given[name] for name in ("data", "model") if name in given})
     for schedule in ("lr", "weight_decay"):
         if schedule in given:
             given.setdefault(f"{schedule}_epochs", ())
@@ -159,6 +162,26 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     if not hasattr(flags, "rule"):  # of a comparison: for several rules
         options = options_for(rule, options)
     return replace(recipe, **{**given, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+
+
+def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
+    """The recipes, with the loss that goes with the data where none was asked for; says what one's own data are.
+
+    Raises:
+        ApicalError: the data are missing, damaged or not usable.
+    """
+    first, note = drafts[0], ""
+    if flags.loss is None and first.loss != "mse" and is_regression(first):
+        drafts = [replace(recipe, loss="mse") for recipe in drafts]
+        note = f"the targets of {first.data.rpartition('/')[2]} are numbers: the loss is mse"
+    about = "" if first.data in data.names() else load_data(drafts[0]).about
+    for line in filter(None, (about, note)):
+        tell(line)
+    return list(drafts)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
@@ -181,16 +204,14 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     """
     first = drafts[0]
     pick_device(first.device)
-    if first.data not in data.names():
-        raise unknown_name("data set", first.data, data.names())
     dataset = load_data(first)
     recipes, notes, apart = [], [], []
     for item in drafts:
-        recipe, chosen = resolve(item, len(dataset.train))
+        recipe, chosen = resolve(identified(item, dataset), len(dataset.train))
         recipe.check_targets(are_numbers=dataset.is_regression)
-        rule = make_rule(recipe, models.build(recipe.model, dataset.input_shape, dataset.classes), dataset.input_shape)
+        rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
         recipes.append(recipe)
-        notes.append([*chosen, *rule.remarks])
+        notes.append([*([dataset.about] if dataset.about else []), *chosen, *rule.remarks])
         if tell is not None:
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")

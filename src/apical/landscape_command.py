@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from apical import models
 from apical.diagnostics.landscape import losses_at, points_at_once
 from apical.errors import ConfigError
 from apical.experiment.checkpoint import write_atomically
@@ -19,6 +18,7 @@ from apical.experiment.distributed import pick_device, under_torchrun
 from apical.experiment.figures_landscape import draw
 from apical.experiment.folders import check_writable, refuse_used
 from apical.experiment.landscape import check_weights, evaluations, find, measure, plane_of, watched
+from apical.experiment.materials import build_model
 from apical.experiment.measure import probe_batch
 from apical.experiment.progress import shown_path
 from apical.experiment.provenance import environment
@@ -51,7 +51,7 @@ def _run(flags: "Landscape", command: str) -> int:
     runs, diverged = find(flags.runs)
     recipe, device = runs[0].recipe, pick_device(flags.device)
     dataset = load_data(recipe)
-    model = models.build(recipe.model, dataset.input_shape, dataset.classes)
+    model = build_model(recipe, dataset)
     check_weights(runs, model)
     plane = plane_of(runs, flags.plane, model)
     inputs, targets = probe_batch(dataset.train, flags.examples)

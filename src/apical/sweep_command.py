@@ -18,10 +18,11 @@ from apical.errors import CheckpointError, ConfigError
 from apical.experiment import compare as comparison
 from apical.experiment import report
 from apical.experiment.checkpoint import write_atomically
-from apical.experiment.compare import Job, cores, load_data
+from apical.experiment.compare import Job, cores
 from apical.experiment.distributed import under_torchrun
 from apical.experiment.figures_sweep import draw
 from apical.experiment.folders import check_writable, refuse_used
+from apical.experiment.materials import identified, load_data
 from apical.experiment.progress import shown_path
 from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe, rule_name
@@ -95,6 +96,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     check_options(rules, flags.rule_options or ())
     axes = space(rules, flags.space)
     drafts = [replace(commands.draft(flags, study, rule), probe=0) for rule in rules]
+    drafts = [identified(each, load_data(each)) for each in commands.understood(drafts, flags, print)]
     if len({recipe.epochs for recipe in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     if flags.search == "grid":

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from apical import data
 from apical.data import Dataset
 from apical.errors import DivergenceError
 from apical.experiment import workers
@@ -19,6 +18,7 @@ from apical.experiment.cluster import cluster
 from apical.experiment.distributed import World, pick_device
 from apical.experiment.folders import check_writable, refuse_links, refuse_used
 from apical.experiment.loop import MakeRule, Training
+from apical.experiment.materials import load_data as load_data
 from apical.experiment.provenance import environment
 from apical.experiment.recipe import Recipe
 from apical.experiment.run_folder import FolderLock, RunFolder
@@ -83,17 +83,6 @@ class Job:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def load_data(recipe: Recipe) -> Dataset:
-    """The recipe's data; the split does not depend on the seed, so that seeds differ in nothing else."""
-    return data.load(
-        recipe.data,
-        validation=recipe.validation,
-        train_limit=recipe.train_limit,
-        test_limit=recipe.test_limit,
-        seed=0,
-    )
 
 
 def check(job: Job) -> None:

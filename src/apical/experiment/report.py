@@ -23,7 +23,7 @@ from apical.experiment.state import write_page
 from apical.experiment.verdicts import judge
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
-_WHERE_SET = ("beta2", "eps", "clip", "clip_over")
+_WHERE_SET = ("beta2", "eps", "clip", "clip_over", "data_sha256", "model_sha256")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from apical import models
 from apical.core.credit import CreditRule
 from apical.data.dataset import Dataset
 from apical.diagnostics.plausibility import Verdict, examine, judge
 from apical.errors import ConfigError
+from apical.experiment.materials import model_for
 from apical.experiment.measure import probe_batch
 from apical.experiment.plain_loop import train
 from apical.experiment.recipe import Recipe, rule_name
@@ -78,7 +78,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     train(trained, recipe, dataset)  # in the fast form where it keeps the same weights: it learns the same
     examined.load_state_dict(trained.state_dict())
     inputs, targets = probe_batch(dataset.train, BATCH)
-    exact = Backprop(models.build(model, dataset.input_shape, dataset.classes).double())
+    exact = Backprop(model_for(model, dataset).double())
     verdicts = judge(examine(examined, inputs.double(), targets, exact))
     claims = {
         key: {"claimed": claim, "agrees": verdicts[key].verdict == claim}
@@ -92,7 +92,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
 
 def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:
     torch.manual_seed(recipe.seed)
-    model = models.build(recipe.model, dataset.input_shape, dataset.classes)
+    model = model_for(recipe.model, dataset)
     return make_rule(recipe, model, dataset.input_shape)
 
 

@@ -2,16 +2,12 @@
 
 import difflib
 import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from pathlib import Path
-from types import ModuleType
 
 from apical.core.credit import CreditRule
 from apical.errors import ConfigError
+from apical.own_code import import_module
 
 
 def load_class(name: str) -> type[CreditRule]:
@@ -23,7 +19,7 @@ def load_class(name: str) -> type[CreditRule]:
     where, _, kind = name.rpartition(":")
     if not where or not kind:
         raise ConfigError(f"rule {name!r}: say file and class, such as my_rule.py:MyRule")
-    module = _file(Path(where).expanduser().resolve(), where) if where.endswith(".py") else _module(where)
+    module = import_module(where, "path/to/file.py:Class")
     found = getattr(module, kind, None)
     if found is None:
         rules = [key for key, value in vars(module).items() if _is_rule(value) and value.__module__ == module.__name__]
@@ -59,38 +55,3 @@ def _is_rule(value: object) -> bool:
 def _missing(kind: type[CreditRule]) -> list[str]:
     """Methods that a base leaves to the class and the class does not have. Modules have no metaclass that would tell."""
     return [name for name, _ in inspect.getmembers(kind, lambda m: getattr(m, "__isabstractmethod__", False))]
-
-
-def _file(path: Path, shown: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {shown} (looked for {path})")
-    name = f"_apical_rule_{hashlib.sha256(bytes(path)).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None  # the name ends in .py
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        specification.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # sys.exit() in a script that is no module
-        del sys.modules[name]
-        raise ConfigError(f"{shown} cannot be loaded: {_said(error, path)}") from error
-    return module
-
-
-def _module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        hint = "" if "/" not in name else "; for a file, say path/to/file.py:Class"
-        raise ConfigError(f"module {name} cannot be imported: {type(error).__name__}: {error}{hint}") from error
-
-
-def _said(error: BaseException, path: Path) -> str:
-    """The exception, and the line of the file at which it came up."""
-    lines = [error.lineno] if isinstance(error, SyntaxError) else []
-    lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__}: {text}" + (f" (line {lines[0] if len(lines) == 1 else lines[-1]})" if lines else "")
