@@ -19,6 +19,7 @@ from apical import data, models
 from apical.errors import ConfigError, DivergenceError, unknown_name
 from apical.experiment import compare as comparison
 from apical.experiment import report
+from apical.experiment.busy import busy_note
 from apical.experiment.compare import Job
 from apical.experiment.distributed import joined, pick_device, under_torchrun
 from apical.experiment.loop import Training
@@ -91,7 +92,7 @@ def compare(flags: "Compare", command: str) -> int:
     )
     comparison.check(job)
     watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in names for seed in job.seeds]
-    watch = Watch(console, watched, recipes[0].epochs)
+    watch = Watch(console, watched, recipes[0].epochs, anew=flags.overwrite)
     with StopSignals() as stop:
         try:
             with watch.shown():
@@ -99,6 +100,8 @@ def compare(flags: "Compare", command: str) -> int:
         except Interrupted as interrupted:
             return stopped(interrupted, command)
     console.print(results_table(rows))
+    if note := busy_note({rule: [t for run in watched if run.rule == rule for t in run.times.values()] for rule in names}):
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(f"report: {shown_path(report.write(flags.out))}", highlight=False, soft_wrap=True)
     lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
     if lost:

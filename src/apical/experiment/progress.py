@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,26 +20,39 @@ from apical.experiment.state import parse_object, read_json
 
 @dataclass
 class Watched:
-    """One run folder and how far it was read."""
+    """One run folder and how far it was read.
+
+    Attributes:
+        rule, seed, folder: of the run.
+        read: bytes of metrics.jsonl that are known.
+        last: the last line of these: where it no longer stands there, the file is another one, and is read from its start.
+        line: metrics of the last finished epoch.
+        times: milliseconds per step in each epoch.
+    """
 
     rule: str
     seed: int
     folder: RunFolder
     read: int = 0
+    last: bytes = b""
     line: dict[str, Any] = field(default_factory=dict)
+    times: dict[int, float] = field(default_factory=dict)
 
     def news(self) -> list[dict[str, Any]]:
         """Whole lines that metrics.jsonl has gained since the last look; it is for the training to refuse damaged ones."""
         try:
             with open(self.folder.metrics, "rb") as file:
-                if file.seek(0, 2) < self.read:  # rewound by a resume
-                    self.read = 0
-                file.seek(self.read)
+                file.seek(self.read - len(self.last))
+                if file.read(len(self.last)) != self.last:  # rewound by a resume, or replaced
+                    self._forget()
+                    file.seek(0)
                 content = file.read()
         except FileNotFoundError:
+            self._forget()
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self.read += len(whole)
+        self.last = whole[whole.rfind(b"\n", 0, -1) + 1 :] or self.last
         lines = []
         for text in whole.split(b"\n"):
             with suppress(ValueError):
@@ -48,7 +61,11 @@ class Watched:
                 lines.append(line)
         if lines:
             self.line = lines[-1]
+        self.times |= {line["epoch"]: line["ms_per_step"] for line in lines if line["ms_per_step"]}
         return lines
+
+    def _forget(self) -> None:
+        self.read, self.last, self.line, self.times = 0, b"", {}, {}
 
     @property
     def diverged(self) -> bool:
@@ -60,17 +77,24 @@ class Watched:
 
 
 class Watch:
-    """Shows runs on a console: one live table in a terminal, otherwise a line per run and epoch."""
+    """Shows runs on a console: one live table in a terminal, otherwise a line per run and epoch.
 
-    def __init__(self, console: Console, runs: Sequence[Watched], epochs: int) -> None:
-        self._console, self._runs, self._epochs = console, runs, epochs
+    Args:
+        console: to show them on.
+        runs: all of them.
+        epochs: that they are trained for.
+        anew: what their folders hold now will be replaced.
+    """
+
+    def __init__(self, console: Console, runs: Sequence[Watched], epochs: int, *, anew: bool = False) -> None:
+        self._console, self._runs, self._epochs, self._anew = console, runs, epochs, anew
         self._live: Live | None = None
         self._shown = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Within, :meth:`refresh` has a place to draw. Epochs from before count as known."""
-        for run in self._runs:
+        for run in self._runs if not self._anew else ():
             run.news()
         if not self._console.is_terminal:
             yield
@@ -129,7 +153,7 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The final table of a comparison: mean and standard deviation over seeds per rule."""
+    """The final table of a comparison: per rule, mean and standard deviation over seeds, and the median of times."""
     name = score_name(rows)
     table = Table("rule", name, "train loss", "ms/step", "time / bp", "seeds", box=None, pad_edge=False)
     for rule in dict.fromkeys(row["rule"] for row in rows):
@@ -141,9 +165,9 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             rule,
             (f"{statistics.mean(values):{form}}{unit}{spread}" if values else "-"),
-            _mean(ours, "train_loss", ".4f"),
-            _mean(ours, "ms_per_step", ".2f"),
-            _mean(ours, "ratio_to_bp", ".2f"),
+            _over(statistics.mean, ours, "train_loss", ".4f"),
+            _over(statistics.median, ours, "ms_per_step", ".2f"),
+            _over(statistics.median, ours, "ratio_to_bp", ".2f"),
             str(len(ours)) + (f", {lost} diverged" if lost else ""),
         )
     return table
@@ -159,9 +183,10 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+def _over(middle: Callable[[list[float]], float], rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    """The mean or median of a measurement over seeds."""
     values = [row[key] for row in rows if row[key] is not None]
-    return format(statistics.mean(values), form) if values else "-"
+    return format(middle(values), form) if values else "-"
 
 
 def shown_path(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from apical.errors import CheckpointError
 from apical.experiment import figures, placement_section, report_html
+from apical.experiment.busy import busy_note
 from apical.experiment.checkpoint import write_atomically
 from apical.experiment.figure_style import styles
 from apical.experiment.protocol import section, sureness
@@ -154,6 +155,7 @@ def describe(comparison: Comparison) -> str:
             _score_sentence(rows, score),
             _alignment_sentence(comparison, rows),
             _time_sentence(rows),
+            _busy_sentence(comparison),
             _failures_sentence(comparison),
             _caution_sentence(rows, score),
         )
@@ -237,6 +239,13 @@ def _time_sentence(rows: Mapping[str, RuleSummary]) -> str:
         return f"A training step of {quickest} took {low:.2f} times as long as backpropagation's."
     span = f"from {low:.2f} ({quickest}) to {high:.2f} ({slowest})"
     return f"A training step took {span} times as long as backpropagation's."
+
+
+def _busy_sentence(comparison: Comparison) -> str:
+    known = {
+        rule: [line.get("ms_per_step") for run in comparison.of(rule) for line in run.records] for rule in comparison.rules
+    }
+    return busy_note({rule: [time for time in times if time] for rule, times in known.items()})
 
 
 def _failures_sentence(comparison: Comparison) -> str:

@@ -18,7 +18,7 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
         input_shape: of one sample.
         exact: see :class:`apical.core.edge.EdgeRule`.
     """
-    seen = []
+    seen: list[bool] = []
 
     def look(layer: nn.Module, args: tuple[object, ...]) -> None:
         seen.extend(value.requires_grad for value in args if isinstance(value, torch.Tensor))
