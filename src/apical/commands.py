@@ -54,6 +54,26 @@ DIVERGED = 3
 
 def compare(flags: "Compare", command: str) -> int:
     """Train the rules side by side and report; returns the exit status."""
+    console = Console()
+    try:
+        rows, page = run_comparison(flags, command, console)
+    except Interrupted as interrupted:
+        return stopped(interrupted, command)
+    console.print(f"report: {shown_path(page)}", highlight=False, soft_wrap=True)
+    lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
+    if lost:
+        print(f"apical: {len(lost)} of {len(rows)} runs diverged: {', '.join(lost)}", file=sys.stderr)
+        return DIVERGED
+    return 0
+
+
+def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[list[dict[str, Any]], Path]:
+    """Train the rules side by side, print the final table and write the report; returns summary.json's rows, and the page.
+
+    Raises:
+        ApicalError: an option, the data, the model or the folder is not usable.
+        Interrupted: a signal came; every run is saved.
+    """
     if under_torchrun():
         raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
     for option, value, least in (("--seeds", flags.seeds, 1), ("--jobs", flags.jobs, 0)):
@@ -67,11 +87,11 @@ def compare(flags: "Compare", command: str) -> int:
     if len(set(names)) != len(names):
         raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
     check_options(rules, flags.rule_options or ())
-    drafts = understood([draft(flags, study, rule) for rule in rules], flags, print)
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
-    console = Console()
-    recipes, notes = prepare(drafts, partial(console.print, highlight=False, markup=False, soft_wrap=True))
+    recipes, notes = prepare(drafts, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
         [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
@@ -93,21 +113,12 @@ def compare(flags: "Compare", command: str) -> int:
     comparison.check(job)
     watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in names for seed in job.seeds]
     watch = Watch(console, watched, recipes[0].epochs, anew=flags.overwrite)
-    with StopSignals() as stop:
-        try:
-            with watch.shown():
-                rows = comparison.run(job, stop, watch.refresh)
-        except Interrupted as interrupted:
-            return stopped(interrupted, command)
+    with StopSignals() as stop, watch.shown():
+        rows = comparison.run(job, stop, watch.refresh)
     console.print(results_table(rows))
     if note := busy_note({rule: [t for run in watched if run.rule == rule for t in run.times.values()] for rule in names}):
-        console.print(note, highlight=False, soft_wrap=True)
-    console.print(f"report: {shown_path(report.write(flags.out))}", highlight=False, soft_wrap=True)
-    lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
-    if lost:
-        print(f"apical: {len(lost)} of {len(rows)} runs diverged: {', '.join(lost)}", file=sys.stderr)
-        return DIVERGED
-    return 0
+        tell(note)
+    return rows, report.write(flags.out)
 
 
 def train(flags: "Train", command: str) -> int:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,30 @@ def checksum(value: Any) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):
         return ""
+
+
+def source_checksum(value: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of a class or function alone: of its source or, where there is none, its code."""
+    try:
+        return (
+            hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
+            if inspect.isclass(value)
+            else _compiled(value)
+        )
+    except (TypeError, OSError):
+        return _compiled(value)
+
+
+def _compiled(value: Any) -> str:
+    codes = (
+        [each for each in (value, *vars(value).values()) if hasattr(each, "__code__")] if hasattr(value, "__dict__") else []
+    )
+    return hashlib.sha256(repr([_parts(each.__code__) for each in codes]).encode()).hexdigest()[:16]
+
+
+def _parts(code: CodeType) -> tuple[Any, ...]:
+    constants = [_parts(each) if isinstance(each, CodeType) else each for each in code.co_consts]
+    return (code.co_code, code.co_names, constants)
 
 
 def described(error: BaseException, path: Path | None) -> str:

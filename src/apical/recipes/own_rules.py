@@ -5,9 +5,14 @@ import hashlib
 import inspect
 from pathlib import Path
 
+from apical import own_code
 from apical.core.credit import CreditRule
 from apical.errors import ConfigError
 from apical.own_code import import_module
+
+IN_MEMORY = "in-memory:"
+"""How names of rules begin that only this process has."""
+_memory: dict[str, type[CreditRule]] = {}
 
 
 def load_class(name: str) -> type[CreditRule]:
@@ -16,6 +21,10 @@ def load_class(name: str) -> type[CreditRule]:
     Raises:
         ConfigError: there is no such file, module or class, its code fails, or the class is no rule.
     """
+    if name in _memory:
+        return _memory[name]
+    if name.startswith(IN_MEMORY):
+        raise ConfigError(f"rule {name!r} was in the memory of the program that began this; give it again from there")
     where, _, kind = name.rpartition(":")
     if not where or not kind:
         raise ConfigError(f"rule {name!r}: say file and class, such as my_rule.py:MyRule")
@@ -34,6 +43,21 @@ def load_class(name: str) -> type[CreditRule]:
     return rule
 
 
+def remember(kind: type[CreditRule]) -> str:
+    """Keep a class of this process; returns the name by which :func:`load_class` knows it.
+
+    Raises:
+        ConfigError: it is no rule.
+    """
+    if not _is_rule(kind):
+        raise ConfigError(f"{kind!r} is no rule: give a class derived from apical.CreditRule")
+    if missing := _missing(kind):
+        raise ConfigError(f"{kind.__name__} is no complete rule: it has no method {missing[0]!r}")
+    name = IN_MEMORY + kind.__name__
+    _memory[name] = kind
+    return name
+
+
 def title(kind: type[CreditRule]) -> str:
     """The first line of the class's own docstring; its name where it has none."""
     text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
@@ -43,6 +67,8 @@ def title(kind: type[CreditRule]) -> str:
 def origin(name: str) -> str:
     """A sentence on where the rule's code lies, with the checksum that it has now."""
     kind = load_class(name)
+    if name in _memory:
+        return f"{kind.__name__} comes from memory ({kind.__module__}), sha256 {own_code.source_checksum(kind)}"
     path = Path(inspect.getfile(kind))
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return f"{kind.__name__} comes from {name.rpartition(':')[0]}, sha256 {checksum}"
