@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from apical.commands import refuse_numbers
 from apical.data.dataset import Dataset, Split
 from apical.diagnostics.plausibility import CRITERIA
 from apical.errors import ApicalError, ConfigError
@@ -103,6 +104,7 @@ def _asked(flags: "Audit") -> Recipe:
 def _check(flags: "Audit") -> None:
     if under_torchrun():
         raise ConfigError("apical audit works alone, not under torchrun")
+    refuse_numbers(flags)
     for rule in flags.rules:
         find_rule(rule)
     out: Path | None = flags.out

@@ -1,6 +1,7 @@
 """What the commands of the command line do. Everything is checked before the first file is written."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from apical import data, models
+from apical.columns import columns, margin
 from apical.errors import ConfigError, DivergenceError, unknown_name
 from apical.experiment import compare as comparison
 from apical.experiment import report
@@ -79,6 +80,7 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     for option, value, least in (("--seeds", flags.seeds, 1), ("--jobs", flags.jobs, 0)):
         if value < least:
             raise ConfigError(f"{option} must be at least {least}, got {value}")
+    refuse_numbers(flags)
     study = find_study(flags.recipe)
     rules = flags.rules or tuple(study.rows if study else DEMO_RULES)
     for rule in rules:
@@ -123,6 +125,7 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
 
 def train(flags: "Train", command: str) -> int:
     """Train one rule; returns the exit status."""
+    refuse_numbers(flags)
     study = find_study(flags.recipe)
     find_rule(flags.rule)
     recipe = draft(flags, study, flags.rule)
@@ -238,6 +241,31 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     return recipes, notes
 
 
+_NUMBERS = {
+    "rules": "rules are called by names such as pfa; --seeds sets how many seeds each gets, --epochs how long they train",
+    "rule": "a rule is called by a name such as pfa; --epochs sets how long it trains",
+    "data": "data are called by a name, a file or a folder; --train-limit sets how many samples are used",
+    "model": "a network is called by a name with its widths, such as mlp-64-64",
+    "recipe": "a recipe is called by a name; see apical list recipes",
+}
+
+
+def refuse_numbers(flags: Any) -> None:
+    """Refuse a number, or nothing, in the place of a name, and say which option it may have been meant for.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for option, remedy in _NUMBERS.items():
+        values = getattr(flags, option, None)
+        where = option if option == "rules" and hasattr(flags, "model") and not hasattr(flags, "seeds") else f"--{option}"
+        if values == () and hasattr(flags, "seeds"):
+            raise ConfigError(f"{where} needs at least one name; see apical list rules")
+        for value in (values,) if isinstance(values, str) else values or ():
+            if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?", value):
+                raise ConfigError(f"{where} {value}: {remedy}")
+
+
 def find_study(name: str | None) -> Study | None:
     """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None.
 
@@ -278,21 +306,15 @@ def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
 
 def listing(what: str) -> None:
     """Print the rules, models, data sets or recipes."""
-    table = Table(box=None, pad_edge=False, show_header=False)
     if what == "rules":
-        for name, entry in RULES.items():
-            table.add_row(name, entry.title)
+        rows = [(name, entry.title) for name, entry in RULES.items()]
     elif what == "recipes":
-        for name, study in STUDIES.items():
-            table.add_row(name, study.title, study.cost)
+        rows = [(name, f"{study.title}; {study.cost}") for name, study in STUDIES.items()]
     elif what == "models":
-        for name in models.names():
-            table.add_row(name)
+        rows = [(name, "") for name in models.names()]
     else:
-        for row in data.status():
-            table.add_row(*(str(cell) for cell in row))
-    console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+        rows = [(row.name, "; ".join(filter(None, (row.what, row.images, row.where)))) for row in data.status()]
+    print("\n".join(columns(rows, margin())))
 
 
 def fetch(name: str) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 from apical import commands
+from apical.columns import columns, margin
 from apical.errors import ConfigError, unknown_name
 from apical.experiment.distributed import under_torchrun
 from apical.experiment.folders import check_writable, refuse_links, refuse_used, remove_tree
@@ -234,21 +235,15 @@ def measured(row: Row) -> str:
 
 
 def _list() -> None:
-    console = Console()
-    shown = Shown(box=None, pad_edge=False)
-    for name in ("table", "what it is", *BUDGETS):
-        shown.add_column(name)
+    rows = [("table", *BUDGETS, "what it is")]
     for paper, tables in PAPERS.items():
         for name, table in tables.items():
-            shown.add_row(f"{paper}/{name}", table.title, *(cost(table, budget) for budget in BUDGETS))
-    console.print(shown)
-    console.print(
-        "Hours on two cores, where they were measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.",
-        soft_wrap=True,
-    )
+            rows.append((f"{paper}/{name}", *(cost(table, budget) for budget in BUDGETS), table.title))
+    print("\n".join(columns(rows, margin())))
+    print("\nTimes on two cores, - where none was measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.")
 
 
 def cost(table: Table, budget: Budget) -> str:
     """Measured hours of a budget, in words."""
     hours = table.hours.get(budget)
-    return "not measured" if hours is None else f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
+    return "-" if hours is None else f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"

@@ -86,6 +86,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
         raise ConfigError("--trials is for --search random and optuna; a grid has as many as it has combinations")
     if flags.tensorboard:
         raise ConfigError("--tensorboard is for train and compare; a sweep keeps metrics.jsonl of every trial")
+    commands.refuse_numbers(flags)
     study = commands.find_study(flags.recipe)
     rules = list(dict.fromkeys(flags.rules or (tuple(study.rows) if study else commands.DEMO_RULES)))
     for rule in rules:
@@ -267,7 +268,7 @@ def _tell(console: Console, out: Path, trials: Sequence[Trial], best: Sequence[T
     rows = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
     table = Table(box=None, pad_edge=False)
     for name in ("rule", "trials", "diverged", "best settings", "validation", "test [95 %]", "n"):
-        table.add_column(name, justify="left" if name in ("rule", "best settings") else "right")
+        table.add_column(name, justify="left" if name in ("rule", "best settings") else "right", overflow="fold")
     for rule in dict.fromkeys(trial.rule for trial in trials):
         own = [trial for trial in trials if trial.rule == rule]
         chosen = next((trial for trial in best if trial and trial.rule == rule), None)

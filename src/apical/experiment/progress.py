@@ -1,5 +1,6 @@
 """What a person sees while runs train: a live table or plain lines, read from the run folders, and the final table."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ from apical.errors import CheckpointError
 from apical.experiment.restore import check_line
 from apical.experiment.run_folder import RunFolder
 from apical.experiment.state import parse_object, read_json
+
+LINES = 45
+"""About how many lines are printed where there is no terminal; a run's last epoch has one in any case."""
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Watched:
 
 
 class Watch:
-    """Shows runs on a console: one live table in a terminal, otherwise a line per run and epoch.
+    """Shows runs on a console: one live table in a terminal, otherwise lines of text.
 
     Args:
         console: to show them on.
@@ -88,6 +92,7 @@ class Watch:
 
     def __init__(self, console: Console, runs: Sequence[Watched], epochs: int, *, anew: bool = False) -> None:
         self._console, self._runs, self._epochs, self._anew = console, runs, epochs, anew
+        self._every = math.ceil(len(runs) * (epochs + 1) / LINES)
         self._live: Live | None = None
         self._shown = 0.0
 
@@ -111,12 +116,16 @@ class Watch:
         self._shown = time.monotonic()
         for run in self._runs:
             for line in run.news():
-                if self._live is None:
+                if self._live is None and self._is_shown(line["epoch"]):
                     self._console.print(
                         f"{run.rule:6s} seed {run.seed}  {describe(line, self._epochs)}", highlight=False, soft_wrap=True
                     )
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
+
+    def _is_shown(self, epoch: int) -> bool:
+        """Whether an epoch has a line: every one, or every so-manyth and the last, so that there are not too many lines."""
+        return epoch == self._epochs or self._every == 1 or (epoch > 0 and epoch % self._every == 0)
 
     def _table(self) -> Table:
         name = score_name([run.line for run in self._runs if run.line])
@@ -155,7 +164,10 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The final table of a comparison: per rule, mean and standard deviation over seeds, and the median of times."""
     name = score_name(rows)
-    table = Table("rule", name, "train loss", "ms/step", "time / bp", "seeds", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rule", min_width=max((len(row["rule"]) for row in rows), default=0))
+    for title in (name, "train loss", "ms/step", "time / bp", "seeds"):
+        table.add_column(title, overflow="fold")
     for rule in dict.fromkeys(row["rule"] for row in rows):
         ours = [row for row in rows if row["rule"] == rule]
         key, scale, form, unit = ("test_loss", 1, ".4g", "") if name == "test loss" else ("test_accuracy", 100, ".2f", " %")
