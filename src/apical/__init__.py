@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from apical.comparison import compare as compare
     from apical.exports import *  # noqa: F403
     from apical.sklearn_estimator import CreditClassifier as CreditClassifier
 else:
+    _HEAVY = {"CreditClassifier": "apical.sklearn_estimator", "compare": "apical.comparison"}
 
     def __getattr__(name: str) -> Any:
         """A public name or a part, imported when first needed: torch takes long, and Ctrl-C must work before."""
-        if name == "CreditClassifier":
-            return import_module("apical.sklearn_estimator").CreditClassifier
+        if name in _HEAVY:
+            return getattr(import_module(_HEAVY[name]), name)
         if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module 'apical' has no attribute {name!r}")
         if find_spec(f"apical.{name}"):
             return import_module(f"apical.{name}")
         exports = {k: v for k, v in vars(import_module("apical.exports")).items() if not k.startswith("_")}
         if name == "__all__":
-            return sorted([*exports, "CreditClassifier"])
+            return sorted([*exports, *_HEAVY])
         if name not in exports:
             raise AttributeError(f"module 'apical' has no attribute {name!r}")
         return exports[name]

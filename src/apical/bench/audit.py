@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from apical import models
 from apical.bench.claims import claimed
+from apical.bench.materials import model_for
 from apical.bench.measure import probe_batch
 from apical.bench.names import find_rule, make_rule, merged, resolve
 from apical.bench.papers import claims as paper_claims
@@ -79,7 +79,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     train(trained, recipe, dataset)  # in the fast form where it keeps the same weights: it learns the same
     examined.load_state_dict(trained.state_dict())
     inputs, targets = probe_batch(dataset.train, BATCH)
-    exact = Backprop(models.build(model, dataset.input_shape, dataset.classes).double())
+    exact = Backprop(model_for(model, dataset).double())
     verdicts = judge(examine(examined, inputs.double(), targets, exact))
     claims = {
         key: {"claimed": claim, "agrees": verdicts[key].verdict == claim}
@@ -93,7 +93,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
 
 def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:
     torch.manual_seed(recipe.seed)
-    model = models.build(recipe.model, dataset.input_shape, dataset.classes)
+    model = model_for(recipe.model, dataset)
     return make_rule(recipe, model, dataset.input_shape)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from apical import data
 from apical.bench import workers
 from apical.bench.cluster import cluster
 from apical.bench.distributed import World, pick_device
 from apical.bench.folders import check_writable, refuse_links, refuse_used
 from apical.bench.loop import MakeRule, Training
+from apical.bench.materials import load_data as load_data
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock, RunFolder
@@ -83,17 +83,6 @@ class Job:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def load_data(recipe: Recipe) -> Dataset:
-    """The recipe's data; the split does not depend on the seed, so that seeds differ in nothing else."""
-    return data.load(
-        recipe.data,
-        validation=recipe.validation,
-        train_limit=recipe.train_limit,
-        test_limit=recipe.test_limit,
-        seed=0,
-    )
 
 
 def check(job: Job) -> None:

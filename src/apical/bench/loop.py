@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from apical import models
 from apical.bench import checkpoint
 from apical.bench.distributed import World, place
 from apical.bench.divergence import FACTOR, chance_loss, has_diverged
+from apical.bench.materials import build_model
 from apical.bench.measure import alignment, autocast, conditions, depth_accuracy, evaluate, examples
 from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
@@ -82,7 +82,7 @@ class Training:
         self._rng: dict[str, Tensor] | None = None  # while another run has the global generators
         with self._own_randomness():
             torch.manual_seed(recipe.seed)
-            model = models.build(recipe.model, dataset.input_shape, dataset.classes)
+            model = build_model(recipe, dataset)
             self.rule = make_rule(recipe, model, dataset.input_shape).to(self.device)
         recipe.check_phases(two_phase=self.rule.learns_apart)
         self.optimizer = make_optimizer(recipe, self.rule)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from apical.bench import own_rules
+from apical.bench.first_layer import needs_feedback
 from apical.bench.recipe import Recipe, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
 from apical.core.credit import CreditRule, Loss
@@ -314,7 +315,8 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
     """The recipe's rule around `model`.
 
     Args:
-        input_shape: of one sample; needed by rules that simulate the whole network, where it has convolutions.
+        input_shape: of one sample; needed by rules that simulate the whole network, where it has convolutions, and to see
+            whether the layer registered first needs feedback.
 
     Raises:
         ConfigError: an option's value is not usable.
@@ -324,6 +326,8 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
     options = {**entry.options, **parse_options(recipe.rule_options)}
     given = dict(zip(_GIVEN, (LOSSES[recipe.loss], input_shape), strict=True))
     takes = inspect.signature(entry.build).parameters
+    if "first_layer" in takes and "first_layer" not in options and input_shape is not None:
+        options |= {"first_layer": True} if needs_feedback(model, input_shape, options.get("exact", ())) else {}
     try:
         return entry.build(model, **{key: value for key, value in given.items() if key in takes}, **options)
     except ApicalError:

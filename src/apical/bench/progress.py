@@ -1,8 +1,9 @@
 """What a person sees while runs train: a live table or plain lines, read from the run folders, and the final table."""
 
+import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,29 +18,45 @@ from apical.bench.run_folder import RunFolder
 from apical.bench.state import parse_object, read_json
 from apical.errors import CheckpointError
 
+LINES = 45
+"""About how many lines are printed where there is no terminal; a run's last epoch has one in any case."""
+
 
 @dataclass
 class Watched:
-    """One run folder and how far it was read."""
+    """One run folder and how far it was read.
+
+    Attributes:
+        rule, seed, folder: of the run.
+        read: bytes of metrics.jsonl that are known.
+        last: the last line of these: where it no longer stands there, the file is another one, and is read from its start.
+        line: metrics of the last finished epoch.
+        times: milliseconds per step in each epoch.
+    """
 
     rule: str
     seed: int
     folder: RunFolder
     read: int = 0
+    last: bytes = b""
     line: dict[str, Any] = field(default_factory=dict)
+    times: dict[int, float] = field(default_factory=dict)
 
     def news(self) -> list[dict[str, Any]]:
         """Whole lines that metrics.jsonl has gained since the last look; it is for the training to refuse damaged ones."""
         try:
             with open(self.folder.metrics, "rb") as file:
-                if file.seek(0, 2) < self.read:  # rewound by a resume
-                    self.read = 0
-                file.seek(self.read)
+                file.seek(self.read - len(self.last))
+                if file.read(len(self.last)) != self.last:  # rewound by a resume, or replaced
+                    self._forget()
+                    file.seek(0)
                 content = file.read()
         except FileNotFoundError:
+            self._forget()
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self.read += len(whole)
+        self.last = whole[whole.rfind(b"\n", 0, -1) + 1 :] or self.last
         lines = []
         for text in whole.split(b"\n"):
             with suppress(ValueError):
@@ -48,7 +65,11 @@ class Watched:
                 lines.append(line)
         if lines:
             self.line = lines[-1]
+        self.times |= {line["epoch"]: line["ms_per_step"] for line in lines if line["ms_per_step"]}
         return lines
+
+    def _forget(self) -> None:
+        self.read, self.last, self.line, self.times = 0, b"", {}, {}
 
     @property
     def diverged(self) -> bool:
@@ -60,17 +81,25 @@ class Watched:
 
 
 class Watch:
-    """Shows runs on a console: one live table in a terminal, otherwise a line per run and epoch."""
+    """Shows runs on a console: one live table in a terminal, otherwise lines of text.
 
-    def __init__(self, console: Console, runs: Sequence[Watched], epochs: int) -> None:
-        self._console, self._runs, self._epochs = console, runs, epochs
+    Args:
+        console: to show them on.
+        runs: all of them.
+        epochs: that they are trained for.
+        anew: what their folders hold now will be replaced.
+    """
+
+    def __init__(self, console: Console, runs: Sequence[Watched], epochs: int, *, anew: bool = False) -> None:
+        self._console, self._runs, self._epochs, self._anew = console, runs, epochs, anew
+        self._every = math.ceil(len(runs) * (epochs + 1) / LINES)
         self._live: Live | None = None
         self._shown = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Within, :meth:`refresh` has a place to draw. Epochs from before count as known."""
-        for run in self._runs:
+        for run in self._runs if not self._anew else ():
             run.news()
         if not self._console.is_terminal:
             yield
@@ -87,12 +116,16 @@ class Watch:
         self._shown = time.monotonic()
         for run in self._runs:
             for line in run.news():
-                if self._live is None:
+                if self._live is None and self._is_shown(line["epoch"]):
                     self._console.print(
                         f"{run.rule:6s} seed {run.seed}  {describe(line, self._epochs)}", highlight=False, soft_wrap=True
                     )
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
+
+    def _is_shown(self, epoch: int) -> bool:
+        """Whether an epoch has a line: every one, or every so-manyth and the last, so that there are not too many lines."""
+        return epoch == self._epochs or self._every == 1 or (epoch > 0 and epoch % self._every == 0)
 
     def _table(self) -> Table:
         name = score_name([run.line for run in self._runs if run.line])
@@ -129,9 +162,12 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The final table of a comparison: mean and standard deviation over seeds per rule."""
+    """The final table of a comparison: per rule, mean and standard deviation over seeds, and the median of times."""
     name = score_name(rows)
-    table = Table("rule", name, "train loss", "ms/step", "time / bp", "seeds", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rule", min_width=max((len(row["rule"]) for row in rows), default=0))
+    for title in (name, "train loss", "ms/step", "time / bp", "seeds"):
+        table.add_column(title, overflow="fold")
     for rule in dict.fromkeys(row["rule"] for row in rows):
         ours = [row for row in rows if row["rule"] == rule]
         key, scale, form, unit = ("test_loss", 1, ".4g", "") if name == "test loss" else ("test_accuracy", 100, ".2f", " %")
@@ -141,9 +177,9 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             rule,
             (f"{statistics.mean(values):{form}}{unit}{spread}" if values else "-"),
-            _mean(ours, "train_loss", ".4f"),
-            _mean(ours, "ms_per_step", ".2f"),
-            _mean(ours, "ratio_to_bp", ".2f"),
+            _over(statistics.mean, ours, "train_loss", ".4f"),
+            _over(statistics.median, ours, "ms_per_step", ".2f"),
+            _over(statistics.median, ours, "ratio_to_bp", ".2f"),
             str(len(ours)) + (f", {lost} diverged" if lost else ""),
         )
     return table
@@ -159,9 +195,10 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+def _over(middle: Callable[[list[float]], float], rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    """The mean or median of a measurement over seeds."""
     values = [row[key] for row in rows if row[key] is not None]
-    return format(statistics.mean(values), form) if values else "-"
+    return format(middle(values), form) if values else "-"
 
 
 def shown_path(path: Path) -> str:

@@ -29,6 +29,9 @@ FEEDBACK_FIELDS = (
 )
 """Fields that matter only to rules which learn their feedback weights apart from the forward weights."""
 
+CHECKSUMS = ("data_sha256", "model_sha256")
+"""Fields that say what one's own data and model were; empty for those with a name."""
+
 FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 """Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
 
@@ -44,8 +47,9 @@ class Recipe:
     Attributes:
         rule: short name of the rule, as in `apical list rules`, or "path/to/file.py:Class" or "module:Class".
         rule_options: options of the rule's constructor, each "key=value" with a Python literal as value.
-        data: name of the data set, as in `apical list data`.
-        model: name of the model, as in `apical list models`.
+        data: name of the data set, as in `apical list data`, or one's own: the path of a .npz or .csv file or of a folder of
+            images, or "path/to/file.py:FUNCTION".
+        model: name of the model, as in `apical list models`, or one's own: "path/to/file.py:NAME" or "module:NAME".
         epochs: passes over the training images.
         batch_size: images per training step (over all processes together).
         optimizer: sgd, adam or adamw.
@@ -89,6 +93,8 @@ class Recipe:
         probe: training images of the fixed batch on which alignment is measured after each epoch; 0 is off.
         checkpoint_steps: save also every so many steps within an epoch; 0 saves once per epoch.
         trajectory: keep the model's weights at the start, every so many forward steps and at the end; 0 is off.
+        data_sha256: of the content of one's own data, sixteen hex digits; empty where they have a name.
+        model_sha256: of the file that defines one's own model, likewise.
 
     Raises:
         ConfigError: a value is out of range; the message names the option.
@@ -137,6 +143,8 @@ class Recipe:
     probe: int = 256
     checkpoint_steps: int = 0
     trajectory: int = 0
+    data_sha256: str = ""
+    model_sha256: str = ""
 
     def __post_init__(self) -> None:
         for option in ("epochs", "batch_size", "train_limit", "test_limit"):
@@ -227,7 +235,7 @@ class Recipe:
 
     def hash(self) -> str:
         """Twelve hex digits of the fields that decide the result: all but threads, device, checkpoint_steps, trajectory."""
-        fields = {k: v for k, v in self.to_json().items() if k not in _BESIDE}
+        fields = {k: v for k, v in self.to_json().items() if k not in _BESIDE and not (k in CHECKSUMS and not v)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -313,7 +321,12 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """
     defaults = Recipe().to_json()
     pairs = {name: (saved.get(name, value), asked.get(name, value)) for name, value in defaults.items()}
-    return [f"{name}: {a} vs {b}" for name, (a, b) in pairs.items() if name not in FREE_FIELDS and a != b]
+    unlike = {name: pair for name, pair in pairs.items() if name not in FREE_FIELDS and pair[0] != pair[1]}
+    for name in CHECKSUMS:
+        what = name.partition("_")[0]
+        if name in unlike and what not in unlike:
+            unlike[f"the content of {asked.get(what)}, sha256"] = unlike.pop(name)
+    return [f"{name}: {a} vs {b}" for name, (a, b) in unlike.items()]
 
 
 def _check_number(option: str, value: float | None, *, positive: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from apical.bench.materials import located
 from apical.bench.names import constructor_options, find_rule, merged
 from apical.bench.recipe import Recipe, parse_options, rule_name
 from apical.errors import ConfigError, unknown_name
@@ -16,7 +17,7 @@ Settings = dict[str, Any]
 
 FIXED = (
     *("rule", "rule_options", "data", "loss", "epochs", "validation", "train_limit", "test_limit", "seed"),
-    *("device", "threads", "probe", "trajectory", "checkpoint_steps"),
+    *("device", "threads", "probe", "trajectory", "checkpoint_steps", "data_sha256", "model_sha256"),
 )
 """Recipe fields that all trials of a sweep have in common."""
 
@@ -128,6 +129,8 @@ def applied(recipe: Recipe, settings: Settings) -> Recipe:
     for name, value in settings.items():
         if name in known and name not in FIXED:
             changed[name] = _typed(name, known[name], value)
+            if name == "model":
+                changed |= located({name: str(value)})
             if name in ("lr", "weight_decay"):
                 changed[f"{name}_epochs"] = ()
         else:

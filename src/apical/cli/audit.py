@@ -14,10 +14,10 @@ from rich.table import Table
 
 from apical.bench.audit import audit
 from apical.bench.checkpoint import write_atomically
-from apical.bench.compare import load_data
 from apical.bench.distributed import under_torchrun
 from apical.bench.figures.audit import SIGNS, draw, number_of
 from apical.bench.folders import check_writable, refuse_used
+from apical.bench.materials import identified, load_data, located
 from apical.bench.names import RULES, find_rule
 from apical.bench.papers import claims
 from apical.bench.progress import shown_path
@@ -25,6 +25,7 @@ from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock
 from apical.bench.state import write_json
+from apical.cli.commands import refuse_numbers
 from apical.data.dataset import Dataset, Split
 from apical.diagnostics.plausibility import CRITERIA
 from apical.errors import ApicalError, ConfigError
@@ -47,7 +48,9 @@ def run(flags: "Audit", command: str) -> int:
     _check(flags)
     rules = list(dict.fromkeys(flags.rules or RULES))
     started = time.perf_counter()
-    dataset = load_data(Recipe(data=flags.data, model=flags.model))
+    dataset = load_data(_asked(flags))
+    if dataset.about:
+        print(dataset.about)
     if len(dataset.train) > IMAGES:
         dataset = replace(dataset, train=Split(dataset.train.inputs[:IMAGES], dataset.train.targets[:IMAGES]))
     threads = torch.get_num_threads()
@@ -63,6 +66,7 @@ def run(flags: "Audit", command: str) -> int:
 
 def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, started: float) -> int:
     rows, refused = _audited(rules, flags, dataset)
+    asked = identified(_asked(flags), dataset)
     if not rows:
         raise ConfigError("; ".join(f"{rule}: {why}" for rule, why in refused.items()))
     where = environment("cpu", 1)
@@ -70,6 +74,8 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
         "command": command,
         "model": flags.model,
         "data": flags.data,
+        "data_sha256": asked.data_sha256,
+        "model_sha256": asked.model_sha256,
         "epochs": flags.epochs,
         "seed": flags.seed,
         "seconds": round(time.perf_counter() - started, 1),
@@ -91,9 +97,14 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
     return 0
 
 
+def _asked(flags: "Audit") -> Recipe:
+    return Recipe(**located({"data": flags.data, "model": flags.model}))
+
+
 def _check(flags: "Audit") -> None:
     if under_torchrun():
         raise ConfigError("apical audit works alone, not under torchrun")
+    refuse_numbers(flags)
     for rule in flags.rules:
         find_rule(rule)
     out: Path | None = flags.out

@@ -1,6 +1,7 @@
 """What the commands of the command line do. Everything is checked before the first file is written."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from apical import data, models
 from apical.bench import compare as comparison
-from apical.bench.compare import Job, load_data
+from apical.bench.busy import busy_note
+from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.loop import Training
+from apical.bench.materials import build_model, identified, is_regression, load_data, located
 from apical.bench.names import (
     RULES,
     check_options,
@@ -40,6 +42,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import read_json, write_state
 from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
+from apical.cli.columns import columns, margin
 from apical.errors import ConfigError, DivergenceError, unknown_name
 
 if TYPE_CHECKING:
@@ -52,11 +55,32 @@ DIVERGED = 3
 
 def compare(flags: "Compare", command: str) -> int:
     """Train the rules side by side and report; returns the exit status."""
+    console = Console()
+    try:
+        rows, page = run_comparison(flags, command, console)
+    except Interrupted as interrupted:
+        return stopped(interrupted, command)
+    console.print(f"report: {shown_path(page)}", highlight=False, soft_wrap=True)
+    lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
+    if lost:
+        print(f"apical: {len(lost)} of {len(rows)} runs diverged: {', '.join(lost)}", file=sys.stderr)
+        return DIVERGED
+    return 0
+
+
+def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[list[dict[str, Any]], Path]:
+    """Train the rules side by side, print the final table and write the report; returns summary.json's rows, and the page.
+
+    Raises:
+        ApicalError: an option, the data, the model or the folder is not usable.
+        Interrupted: a signal came; every run is saved.
+    """
     if under_torchrun():
         raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
     for option, value, least in (("--seeds", flags.seeds, 1), ("--jobs", flags.jobs, 0)):
         if value < least:
             raise ConfigError(f"{option} must be at least {least}, got {value}")
+    refuse_numbers(flags)
     study = find_study(flags.recipe)
     rules = flags.rules or tuple(study.rows if study else DEMO_RULES)
     for rule in rules:
@@ -65,11 +89,11 @@ def compare(flags: "Compare", command: str) -> int:
     if len(set(names)) != len(names):
         raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
     check_options(rules, flags.rule_options or ())
-    drafts = [draft(flags, study, rule) for rule in rules]
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
-    console = Console()
-    recipes, notes = prepare(drafts, partial(console.print, highlight=False, markup=False, soft_wrap=True))
+    recipes, notes = prepare(drafts, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
         [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
@@ -90,31 +114,26 @@ def compare(flags: "Compare", command: str) -> int:
     )
     comparison.check(job)
     watched = [Watched(rule, seed, job.folder(rule, seed)) for rule in names for seed in job.seeds]
-    watch = Watch(console, watched, recipes[0].epochs)
-    with StopSignals() as stop:
-        try:
-            with watch.shown():
-                rows = comparison.run(job, stop, watch.refresh)
-        except Interrupted as interrupted:
-            return stopped(interrupted, command)
+    watch = Watch(console, watched, recipes[0].epochs, anew=flags.overwrite)
+    with StopSignals() as stop, watch.shown():
+        rows = comparison.run(job, stop, watch.refresh)
     console.print(results_table(rows))
-    console.print(f"report: {shown_path(report.write(flags.out))}", highlight=False, soft_wrap=True)
-    lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
-    if lost:
-        print(f"apical: {len(lost)} of {len(rows)} runs diverged: {', '.join(lost)}", file=sys.stderr)
-        return DIVERGED
-    return 0
+    if note := busy_note({rule: [t for run in watched if run.rule == rule for t in run.times.values()] for rule in names}):
+        tell(note)
+    return rows, report.write(flags.out)
 
 
 def train(flags: "Train", command: str) -> int:
     """Train one rule; returns the exit status."""
+    refuse_numbers(flags)
     study = find_study(flags.recipe)
     find_rule(flags.rule)
     recipe = draft(flags, study, flags.rule)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
-        (recipe,), (notes,) = prepare([recipe], print if world.is_main else None)
+        tell = print if world.is_main else _silent
+        (recipe,), (notes,) = prepare(understood([recipe], flags, tell), tell)
         folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
         if state == "finished":
@@ -150,6 +169,7 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
     given = flags.given()
+    given |= located({name: given[name] for name in ("data", "model") if name in given})
     for schedule in ("lr", "weight_decay"):
         if schedule in given:
             given.setdefault(f"{schedule}_epochs", ())
@@ -159,6 +179,26 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     if not hasattr(flags, "rule"):  # of a comparison: for several rules
         options = options_for(rule, options)
     return replace(recipe, **{**given, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+
+
+def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
+    """The recipes, with the loss that goes with the data where none was asked for; says what one's own data are.
+
+    Raises:
+        ApicalError: the data are missing, damaged or not usable.
+    """
+    first, note = drafts[0], ""
+    if flags.loss is None and first.loss != "mse" and is_regression(first):
+        drafts = [replace(recipe, loss="mse") for recipe in drafts]
+        note = f"the targets of {first.data.rpartition('/')[2]} are numbers: the loss is mse"
+    about = "" if first.data in data.names() else load_data(drafts[0]).about
+    for line in filter(None, (about, note)):
+        tell(line)
+    return list(drafts)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
@@ -181,16 +221,14 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     """
     first = drafts[0]
     pick_device(first.device)
-    if first.data not in data.names():
-        raise unknown_name("data set", first.data, data.names())
     dataset = load_data(first)
     recipes, notes, apart = [], [], []
     for item in drafts:
-        recipe, chosen = resolve(item, len(dataset.train))
+        recipe, chosen = resolve(identified(item, dataset), len(dataset.train))
         recipe.check_targets(are_numbers=dataset.is_regression)
-        rule = make_rule(recipe, models.build(recipe.model, dataset.input_shape, dataset.classes), dataset.input_shape)
+        rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
         recipes.append(recipe)
-        notes.append([*chosen, *rule.remarks])
+        notes.append([*([dataset.about] if dataset.about else []), *chosen, *rule.remarks])
         if tell is not None:
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")
@@ -201,6 +239,31 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
             notes[i].append(f"no feedback passes: {recipe.rule_name} learns no feedback weights in passes of their own")
         recipes[i].check_phases(two_phase=apart[i])
     return recipes, notes
+
+
+_NUMBERS = {
+    "rules": "rules are called by names such as pfa; --seeds sets how many seeds each gets, --epochs how long they train",
+    "rule": "a rule is called by a name such as pfa; --epochs sets how long it trains",
+    "data": "data are called by a name, a file or a folder; --train-limit sets how many samples are used",
+    "model": "a network is called by a name with its widths, such as mlp-64-64",
+    "recipe": "a recipe is called by a name; see apical list recipes",
+}
+
+
+def refuse_numbers(flags: Any) -> None:
+    """Refuse a number, or nothing, in the place of a name, and say which option it may have been meant for.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for option, remedy in _NUMBERS.items():
+        values = getattr(flags, option, None)
+        where = option if option == "rules" and hasattr(flags, "model") and not hasattr(flags, "seeds") else f"--{option}"
+        if values == () and hasattr(flags, "seeds"):
+            raise ConfigError(f"{where} needs at least one name; see apical list rules")
+        for value in (values,) if isinstance(values, str) else values or ():
+            if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?", value):
+                raise ConfigError(f"{where} {value}: {remedy}")
 
 
 def find_study(name: str | None) -> Study | None:
@@ -243,21 +306,15 @@ def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
 
 def listing(what: str) -> None:
     """Print the rules, models, data sets or recipes."""
-    table = Table(box=None, pad_edge=False, show_header=False)
     if what == "rules":
-        for name, entry in RULES.items():
-            table.add_row(name, entry.title)
+        rows = [(name, entry.title) for name, entry in RULES.items()]
     elif what == "recipes":
-        for name, study in studies().items():
-            table.add_row(name, study.title, study.cost)
+        rows = [(name, f"{study.title}; {study.cost}") for name, study in studies().items()]
     elif what == "models":
-        for name in models.names():
-            table.add_row(name)
+        rows = [(name, "") for name in models.names()]
     else:
-        for row in data.status():
-            table.add_row(*(str(cell) for cell in row))
-    console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+        rows = [(row.name, "; ".join(filter(None, (row.what, row.images, row.where)))) for row in data.status()]
+    print("\n".join(columns(rows, margin())))
 
 
 def fetch(name: str) -> None:

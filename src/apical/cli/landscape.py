@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from apical import models
 from apical.bench.checkpoint import write_atomically
 from apical.bench.compare import load_data
 from apical.bench.distributed import pick_device, under_torchrun
 from apical.bench.figures.landscape import draw
 from apical.bench.folders import check_writable, refuse_used
 from apical.bench.landscape import check_weights, evaluations, find, measure, plane_of, watched
+from apical.bench.materials import build_model
 from apical.bench.measure import probe_batch
 from apical.bench.names import LOSSES
 from apical.bench.progress import shown_path
@@ -51,7 +51,7 @@ def _run(flags: "Landscape", command: str) -> int:
     runs, diverged = find(flags.runs)
     recipe, device = runs[0].recipe, pick_device(flags.device)
     dataset = load_data(recipe)
-    model = models.build(recipe.model, dataset.input_shape, dataset.classes)
+    model = build_model(recipe, dataset)
     check_weights(runs, model)
     plane = plane_of(runs, flags.plane, model)
     inputs, targets = probe_batch(dataset.train, flags.examples)

@@ -1,11 +1,13 @@
 """The command line: `apical COMMAND`. Torch is imported only by commands that compute."""
 
 import errno
+import io
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,27 +16,19 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
+from apical import __version__
 from apical.cli.flags.audit import Audit
 from apical.cli.flags.evolve import Evolve
+from apical.cli.flags.help import OVERVIEW, option_names, short_help
 from apical.cli.flags.landscape import Landscape
 from apical.cli.flags.reproduce import Reproduce
 from apical.cli.flags.sweep import Sweep
 from apical.cli.flags.training import Compare, Train
+from apical.cli.flags.usage import explained
 from apical.cli.interrupts import LINE, STATUS, Raise, end, handled
-from apical.errors import ApicalError
+from apical.errors import ApicalError, ConfigError
 
-DESCRIPTION = """Train PyTorch networks with credit-assignment rules other than backpropagation.
-
-Start here (about a minute on two cores, no download):
-
-    apical compare --out runs/demo
-
-then open runs/demo/report.html. Choose rules, data and model:
-
-    apical compare --rules bp fa pfa --data mnist --model mlp-512-512 --epochs 5 --seeds 3 --out runs/mnist
-
-The settings of a paper: `apical compare --recipe pfa-mnist --out runs/pfa-mnist`. One rule alone: `apical train --rule
-pfa --out runs/pfa`. Ctrl-C saves; the same command with --resume continues. What there is: `apical list rules`."""
+DESCRIPTION = "Train PyTorch networks with credit-assignment rules other than backpropagation."
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Data:
 
 @dataclass(frozen=True)
 class List:
-    """What there is: rules, models, data or recipes."""
+    """List the available rules, models, data sets or recipes."""
 
     what: Positional[Literal["rules", "models", "data", "recipes"]]
     """What to list."""
@@ -101,19 +95,55 @@ Command: Any = Union[  # noqa: UP007  (of a list)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parsed: Any = tyro.cli(
-        Command,
-        prog="apical",
-        description=DESCRIPTION,
-        args=arguments or ["--help"],
-        config=(FlagCreatePairsOff,),
-    )
+    if (text := _asked_for(arguments)) is not None:
+        print(text)
+        return 0
+    try:
+        parsed = _parsed(arguments)
+    except ConfigError as error:
+        print(f"apical: error: {error}", file=sys.stderr, flush=True)
+        return 2
     status = _status(parsed, shlex.join(["apical", *arguments]))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from apical.bench.distributed import leave
 
         leave(status)
     return status
+
+
+def _parsed(arguments: Sequence[str]) -> Any:
+    """The command and its options.
+
+    Raises:
+        ConfigError: they cannot be read.
+        SystemExit: the whole help was asked for, and is printed.
+    """
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(
+                Command,
+                prog="apical",
+                description=DESCRIPTION,
+                args=["--help" if word == "--help-all" else word for word in arguments],
+                config=(FlagCreatePairsOff,),
+            )
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        options = option_names(COMMANDS[arguments[0]]) if arguments[0] in COMMANDS else []
+        raise ConfigError(explained(box.getvalue(), arguments, COMMANDS, options)) from None
+
+
+def _asked_for(arguments: Sequence[str]) -> str | None:
+    """The version or the help that was asked for; None for a command to be run, or help that tyro gives."""
+    if arguments == ["--version"]:
+        return f"apical {__version__}"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return OVERVIEW
+    if arguments[0] in COMMANDS and any(word in ("-h", "--help") for word in arguments[1:]):
+        return None if arguments[0] == "data" and len(arguments) > 2 else short_help(arguments[0], COMMANDS[arguments[0]])
+    return None
 
 
 def _status(parsed: Any, command: str) -> int:
@@ -124,9 +154,13 @@ def _status(parsed: Any, command: str) -> int:
             return run(parsed, command)
     except ApicalError as error:
         message = str(error)
+    except BrokenPipeError:
+        return _unheard()
     except OSError as error:
         message = _said(error, parsed)
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # as rich ends then
+            return _unheard()
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{frame.filename}, line {frame.lineno}, ended the program (SystemExit: {error.code})"
     except KeyboardInterrupt:
@@ -135,6 +169,12 @@ def _status(parsed: Any, command: str) -> int:
     # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke
     print("apical: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
+
+
+def _unheard() -> int:
+    """The status of a program whose reader, such as `head`, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still has to write at its end
+    return 128 + 13
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -21,6 +21,7 @@ from apical.bench.report.verdicts import Verdict, judge
 from apical.bench.run_folder import FolderLock
 from apical.bench.state import read_json, write_json
 from apical.cli import commands
+from apical.cli.columns import columns, margin
 from apical.cli.flags.training import Compare
 from apical.errors import ConfigError, unknown_name
 
@@ -226,21 +227,15 @@ def measured(row: Row) -> str:
 
 
 def _list() -> None:
-    console = Console()
-    shown = Shown(box=None, pad_edge=False)
-    for name in ("table", "what it is", *BUDGETS):
-        shown.add_column(name)
+    rows = [("table", *BUDGETS, "what it is")]
     for paper, tables in all_tables().items():
         for name, table in tables.items():
-            shown.add_row(f"{paper}/{name}", table.title, *(cost(table, budget) for budget in BUDGETS))
-    console.print(shown)
-    console.print(
-        "Hours on two cores, where they were measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.",
-        soft_wrap=True,
-    )
+            rows.append((f"{paper}/{name}", *(cost(table, budget) for budget in BUDGETS), table.title))
+    print("\n".join(columns(rows, margin())))
+    print("\nTimes on two cores, - where none was measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.")
 
 
 def cost(table: Table, budget: Budget) -> str:
     """Measured hours of a budget, in words."""
     hours = table.hours.get(budget)
-    return "not measured" if hours is None else f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
+    return "-" if hours is None else f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"

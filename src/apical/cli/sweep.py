@@ -15,10 +15,11 @@ from rich.table import Table
 
 from apical.bench import compare as comparison
 from apical.bench.checkpoint import write_atomically
-from apical.bench.compare import Job, cores, load_data
+from apical.bench.compare import Job, cores
 from apical.bench.distributed import under_torchrun
 from apical.bench.figures.sweep import draw
 from apical.bench.folders import check_writable, refuse_used
+from apical.bench.materials import identified, load_data
 from apical.bench.names import check_options, find_rule, make_rule
 from apical.bench.progress import shown_path
 from apical.bench.provenance import environment
@@ -85,6 +86,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
         raise ConfigError("--trials is for --search random and optuna; a grid has as many as it has combinations")
     if flags.tensorboard:
         raise ConfigError("--tensorboard is for train and compare; a sweep keeps metrics.jsonl of every trial")
+    commands.refuse_numbers(flags)
     study = commands.find_study(flags.recipe)
     rules = list(dict.fromkeys(flags.rules or (tuple(study.rows) if study else commands.DEMO_RULES)))
     for rule in rules:
@@ -95,6 +97,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     check_options(rules, flags.rule_options or ())
     axes = space(rules, flags.space)
     drafts = [replace(commands.draft(flags, study, rule), probe=0) for rule in rules]
+    drafts = [identified(each, load_data(each)) for each in commands.understood(drafts, flags, print)]
     if len({recipe.epochs for recipe in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     if flags.search == "grid":
@@ -265,7 +268,7 @@ def _tell(console: Console, out: Path, trials: Sequence[Trial], best: Sequence[T
     rows = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
     table = Table(box=None, pad_edge=False)
     for name in ("rule", "trials", "diverged", "best settings", "validation", "test [95 %]", "n"):
-        table.add_column(name, justify="left" if name in ("rule", "best settings") else "right")
+        table.add_column(name, justify="left" if name in ("rule", "best settings") else "right", overflow="fold")
     for rule in dict.fromkeys(trial.rule for trial in trials):
         own = [trial for trial in trials if trial.rule == rule]
         chosen = next((trial for trial in best if trial and trial.rule == rule), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from apical.data import arrays, cifar, compact, idx, student_teacher
-from apical.errors import unknown_name
+from apical.errors import ConfigError, unknown_name
 
 Reader = Callable[[Path, str], arrays.Arrays]
 
@@ -86,8 +86,15 @@ class Entry:
 def entry(name: str) -> Entry:
     """The entry of a known data set; `ConfigError` with the nearest name for another."""
     if name not in ENTRIES:
-        raise unknown_name("data set", name, ENTRIES)
+        raise unknown_data(name)
     return ENTRIES[name]
+
+
+def unknown_data(name: str) -> ConfigError:
+    """The error for a name of no data set: with the nearest name, and what else could stand there."""
+    return ConfigError(
+        f"{unknown_name('data set', name, ENTRIES)}; or your own: FILE.npz, FILE.csv, FOLDER, FILE.py:FUNCTION"
+    )
 
 
 _MNIST_FILES = tuple(f"{name}?" for name in idx.FILES)

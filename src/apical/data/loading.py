@@ -11,6 +11,7 @@ from torch import Tensor
 from apical.data.arrays import Arrays
 from apical.data.catalogue import ENTRIES, Entry, Layout, entry
 from apical.data.dataset import Dataset, Split, check
+from apical.data.own import sources as own
 from apical.data.roots import roots
 from apical.errors import ConfigError, DataError
 
@@ -56,8 +57,12 @@ def load(
     train_limit: int | None = None,
     test_limit: int | None = None,
     seed: int = 0,
+    numbers: bool = False,
 ) -> Dataset:
     """The data set `name`: images (N, C, H, W) float32, normalised, and labels (N,) int64 or numbers (N, classes) float32.
+
+    A name of none of them is one's own data (:mod:`apical.data.own.sources`): a .npz or .csv file, a folder of images, or
+    "path/to/file.py:FUNCTION". Whole numbers as targets are classes there, or numbers to be approximated with `numbers`.
 
     `root` is the only folder searched if given; otherwise $APICAL_DATA and then the cache folder are. `validation`
     training images are held out, `train_limit` of the rest and `test_limit` test images are kept: random subsets
@@ -65,6 +70,8 @@ def load(
 
     Raises `ConfigError` for an unknown name or impossible sizes, `DataError` for a missing or damaged set.
     """
+    if name not in ENTRIES and own.is_own(name):
+        return _own(name, validation, train_limit, test_limit, seed, numbers)
     known = entry(name)
     for option, value in (("train_limit", train_limit), ("test_limit", test_limit)):
         if value is not None and value <= 0:
@@ -90,6 +97,27 @@ def load(
         mean=known.mean,
         std=known.std,
         source=source,
+    )
+
+
+def _own(name: str, validation: int, train_limit: int | None, test_limit: int | None, seed: int, numbers: bool) -> Dataset:
+    data = own.read(name, numbers=numbers)
+    if validation >= len(data.train[1]):
+        raise ConfigError(f"validation={validation} leaves none of the {len(data.train[1])} training samples of {name}")
+    held_out, kept = _held_out(len(data.train[1]), validation, train_limit, seed, f"train_limit for {name}")
+    _, test_kept = _held_out(len(data.test[1]), 0, test_limit, seed, f"test_limit for {name}")
+    return Dataset(
+        name=name,
+        train=Split(*(each[kept] for each in data.train)),
+        validation=Split(*(each[held_out] for each in data.train)) if validation else None,
+        test=Split(*(each[test_kept] for each in data.test)),
+        classes=data.classes,
+        mean=(),
+        std=(),
+        source=data.source,
+        sha256=data.sha256,
+        about=data.about,
+        class_names=data.names,
     )
 
 

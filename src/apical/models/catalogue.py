@@ -10,6 +10,7 @@ from torch import nn
 from apical.core.pooling import SoftmaxPool2d
 from apical.core.sigmoids import DoubleSiLU, HalfClip
 from apical.errors import ConfigError, unknown_name
+from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
@@ -98,7 +99,8 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     """Model `name` for samples of `input_shape`, with Xavier weights drawn from the global torch RNG.
 
     Args:
-        name: one of :func:`names`, with the hidden widths filled in where it has them.
+        name: one of :func:`names`, with the hidden widths filled in where it has them; or one's own class or function that
+            makes a module, "path/to/file.py:NAME" or "module:NAME" (:mod:`apical.models.own`), with the weights it gives it.
         input_shape: shape of one sample, such as (1, 28, 28).
         num_classes: number of logits, or of outputs where the targets are numbers.
 
@@ -113,6 +115,8 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     """
     if min(input_shape, default=0) < 1 or num_classes < 1:
         raise ConfigError(f"model {name!r} needs non-empty samples and classes; got {input_shape}, {num_classes}")
+    if own.is_own(name):
+        return own.build(name, input_shape, num_classes)
     for kind in (*_PERCEPTRONS, *_ROWS):
         if re.fullmatch(kind + _WIDTHS, name):
             widths = [int(width) for width in name.removeprefix(kind + "-").split("-")]
@@ -125,7 +129,7 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
                 f"model {name!r} does not name its hidden widths; write for example {_EXAMPLES.get(kind, kind + '-512')}"
             )
     if name not in _CONVNETS:
-        raise unknown_name("model", name, names())
+        raise ConfigError(f"{unknown_name('model', name, names())}; or your own: FILE.py:CLASS_OR_FUNCTION")
     return _CONVNETS[name](name, input_shape, num_classes)
 
 

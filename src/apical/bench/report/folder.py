@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from apical.bench.busy import busy_note
 from apical.bench.checkpoint import write_atomically
 from apical.bench.figures import curves as figures
 from apical.bench.figures.style import styles
@@ -25,7 +26,7 @@ from apical.bench.state import write_page
 from apical.errors import CheckpointError
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
-_WHERE_SET = ("beta2", "eps", "clip", "clip_over")
+_WHERE_SET = ("beta2", "eps", "clip", "clip_over", "data_sha256", "model_sha256")
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def describe(comparison: Comparison) -> str:
             _score_sentence(rows, score),
             _alignment_sentence(comparison, rows),
             _time_sentence(rows),
+            _busy_sentence(comparison),
             _failures_sentence(comparison),
             _caution_sentence(rows, score),
         )
@@ -239,6 +241,13 @@ def _time_sentence(rows: Mapping[str, RuleSummary]) -> str:
         return f"A training step of {quickest} took {low:.2f} times as long as backpropagation's."
     span = f"from {low:.2f} ({quickest}) to {high:.2f} ({slowest})"
     return f"A training step took {span} times as long as backpropagation's."
+
+
+def _busy_sentence(comparison: Comparison) -> str:
+    known = {
+        rule: [line.get("ms_per_step") for run in comparison.of(rule) for line in run.records] for rule in comparison.rules
+    }
+    return busy_note({rule: [time for time in times if time] for rule, times in known.items()})
 
 
 def _failures_sentence(comparison: Comparison) -> str:

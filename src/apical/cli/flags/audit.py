@@ -15,9 +15,9 @@ class Audit:
 
     rules: Positional[Annotated[tuple[str, ...], shown("RULES ...", "(default: all)")]] = ()
     """Rules to audit; see `apical list rules`."""
-    model: Annotated[str, shown("NAME", "(default: mlp-48-32)")] = "mlp-48-32"
-    """Network; kinks to ask about derivatives at need ReLU or the like."""
-    data: Annotated[str, shown("NAME", "(default: digits)")] = "digits"
+    model: Annotated[str, shown("NAME|FILE.py:CLASS", "(default: mlp-48-32)")] = "mlp-48-32"
+    """Network, or your own. The no-derivative test needs a piecewise-linear activation such as ReLU."""
+    data: Annotated[str, shown("NAME|FILE|FOLDER", "(default: digits)")] = "digits"
     """Data set that the rules are trained on before they are examined, up to 2,000 images of it."""
     epochs: Annotated[int, shown("N", "(default: 5)")] = 5
     """Epochs of training before that."""

@@ -18,10 +18,10 @@ class Flags:
     """Folder for the results; must be new or empty."""
     recipe: Annotated[str | None, shown("NAME")] = None
     """Take the settings of a paper: pfa-mnist, dfc-mnist, ... (apical list recipes). Options given here go before it."""
-    data: Annotated[str | None, shown("NAME", "(default: digits)")] = None
-    """Data set; see `apical list data`."""
-    model: Annotated[str | None, shown("NAME", "(default: mlp-256-256)")] = None
-    """Network; see `apical list models`."""
+    data: Annotated[str | None, shown("NAME|FILE|FOLDER", "(default: digits)")] = None
+    """Data set (`apical list data`), or your own: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION."""
+    model: Annotated[str | None, shown("NAME|FILE.py:CLASS", "(default: mlp-256-256)")] = None
+    """Network (`apical list models`), or your own class or function that makes one; its code is run."""
     epochs: Annotated[int | None, shown("N", "(default: 20)")] = None
     """Passes over the training images."""
     batch_size: Annotated[int | None, shown("N", "(default: 32)")] = None
@@ -54,8 +54,8 @@ class Flags:
     """Weight decays, one after the other."""
     weight_decay_epochs: Annotated[tuple[int, ...] | None, shown("N ...")] = None
     """Finished epochs after which the next weight decay starts."""
-    loss: Annotated[LossName | None, shown("cross_entropy|squared|mse", "(default: cross_entropy)")] = None
-    """Loss; mse for data whose targets are numbers."""
+    loss: Annotated[LossName | None, shown("cross_entropy|squared|mse", "(default: by the targets)")] = None
+    """Loss: cross_entropy where none is given, mse where targets are numbers."""
     feedback_lr: Annotated[float | None, shown("RATE", "(default: as the forward weights)")] = None
     """Learning rate of feedback weights, where the rule learns them apart."""
     feedback_beta1: Annotated[float | None, shown("X", "(default: as the forward weights)")] = None

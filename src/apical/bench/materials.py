@@ -1,0 +1,97 @@
+"""What a recipe trains and on what: its data and its model, those of one's own as they were when the run began."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from apical import data, models
+from apical.bench.recipe import Recipe
+from apical.data import Dataset
+from apical.data.catalogue import ENTRIES
+from apical.data.own import sources as own_data
+from apical.errors import CheckpointError
+from apical.models import own as own_models
+
+_FEW = 2
+"""Samples on which a model of one's own is tried."""
+
+
+def load_data(recipe: Recipe) -> Dataset:
+    """The recipe's data; the split does not depend on the seed, so that seeds differ in nothing else.
+
+    Raises:
+        CheckpointError: data of one's own are not those that the recipe was written for.
+    """
+    dataset = data.load(
+        recipe.data,
+        validation=recipe.validation,
+        train_limit=recipe.train_limit,
+        test_limit=recipe.test_limit,
+        seed=0,
+        numbers=recipe.loss == "mse",
+    )
+    _check(f"the data {recipe.data}", recipe.data_sha256, dataset.sha256)
+    return dataset
+
+
+def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    """The recipe's model, its weights drawn from the global torch RNG; one of one's own is tried on a few samples.
+
+    Raises:
+        CheckpointError: the source of a model of one's own is not that which the recipe was written for.
+        ConfigError: the model does not fit the data.
+    """
+    if own_models.is_own(recipe.model):
+        _check(f"the model {recipe.model}", recipe.model_sha256, own_models.checksum(recipe.model))
+    return model_for(recipe.model, dataset)
+
+
+def model_for(name: str, dataset: Dataset) -> nn.Module:
+    """The model of that name for a data set, as :func:`build_model` makes it."""
+    model = models.build(name, dataset.input_shape, dataset.classes)
+    if own_models.is_own(name):
+        own_models.check_output(model, name, dataset.train.inputs[:_FEW], dataset.classes, dataset.name.rpartition("/")[2])
+    return model
+
+
+def located(values: dict[str, str]) -> dict[str, Any]:
+    """Given names of `data` and `model`, those of one's own for any folder, their checksums to be taken anew."""
+    found: dict[str, Any] = dict(values)
+    if "data" in values:
+        found["data_sha256"] = ""
+        if values["data"] not in ENTRIES and own_data.is_own(values["data"]):
+            found["data"] = own_data.absolute(values["data"])
+    if "model" in values:
+        found["model_sha256"] = ""
+        if own_models.is_own(values["model"]):
+            found["model"] = own_models.absolute(values["model"])
+    return found
+
+
+def identified(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """The recipe with checksums of data and model of one's own; those that it has already are kept, and are checked."""
+    if not recipe.data_sha256:
+        recipe = replace(recipe, data_sha256=dataset.sha256)
+    if own_models.is_own(recipe.model) and not recipe.model_sha256:
+        recipe = replace(recipe, model_sha256=own_models.checksum(recipe.model))
+    return recipe
+
+
+def is_regression(recipe: Recipe) -> bool:
+    """Whether the targets of the recipe's data are numbers; data with a name are not loaded for that.
+
+    Raises:
+        ApicalError: there are no such data, or they are not usable.
+    """
+    if recipe.data in ENTRIES:
+        return ENTRIES[recipe.data].targets != "labels"
+    return load_data(recipe).is_regression
+
+
+def _check(what: str, saved: str, now: str) -> None:
+    if saved and saved != now:
+        raise CheckpointError(
+            f"{what} changed since this began (sha256 {saved} then, {now or 'unknown'} now); restore it, or give it "
+            "again by name (--data, --model) with another --out"
+        )

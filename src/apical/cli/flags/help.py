@@ -1,0 +1,161 @@
+"""Short help: the commands by topic, and of each command an example and the options that most people want.
+
+`--help-all` shows every option with its whole text.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+WIDTH = 79
+_COLUMN = 26
+"""Where the texts of options begin."""
+
+OVERVIEW = """apical: train PyTorch networks with credit-assignment rules other than
+backpropagation, and measure what the rules do.
+
+Start here (about a minute on two cores, no download), then open the report:
+
+  apical compare --out runs/demo
+
+Train
+  compare     several rules side by side, with several seeds, and a report
+  train       one rule; under torchrun, with several processes
+  sweep       tune rules with equal trials, then test the best of each
+  evolve      a top-down network that hands out credit, for the rule tdca
+Measure
+  audit       what rules need that a brain may lack
+  landscape   paths of training on their loss surface
+  report      write figures and page of a folder again
+Papers
+  reproduce   tables of papers, compared with the published numbers
+Look up
+  list        rules, models, data or recipes
+  data        data sets on this machine, and downloads
+
+Examples
+  apical compare --rules bp fa pfa --data mnist --model mlp-512-512 \\
+      --epochs 5 --seeds 3 --out runs/mnist
+  apical compare --data mine.npz --model my_model.py:Net --out runs/mine
+  apical compare --recipe pfa-mnist --out runs/pfa-mnist
+
+Ctrl-C saves; the same command with --resume continues.
+apical COMMAND --help: the command's options. apical --version: its version."""
+
+EXAMPLES = {
+    "compare": ("apical compare --rules bp fa dfa --data mine.npz --out runs/mine",),
+    "train": ("apical train --rule pfa --data digits --epochs 5 --out runs/pfa",),
+    "sweep": ("apical sweep --rules bp dfa --space lr=0.01,0.03,0.1 --out runs/sweep",),
+    "evolve": ("apical evolve --recipe digits --out runs/teacher",),
+    "audit": ("apical audit bp fa pfa --out runs/audit",),
+    "landscape": ("apical train --trajectory 20 --out runs/bp", "apical landscape runs/bp --out runs/landscape"),
+    "reproduce": ("apical reproduce pfa/mnist --budget smoke --out runs/papers",),
+    "report": ("apical report runs/demo",),
+    "list": ("apical list rules",),
+    "data": ("apical data list", "apical data fetch mnist"),
+}
+
+_WHAT = ("recipe", "data", "model", "rule_options")
+_TRAINING = ("epochs", "batch_size", "lr", "optimizer", "loss", "validation", "train_limit", "device")
+_SAVING = ("out", "resume", "overwrite")
+TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
+    "compare": {"What": ("rules", *_WHAT, "seeds"), "Training": _TRAINING, "Running": ("jobs", "ray"), "Results": _SAVING},
+    "train": {"What": ("rule", *_WHAT, "seed"), "Training": _TRAINING, "Results": (*_SAVING, "trajectory")},
+    "sweep": {
+        "What": ("rules", "space", "search", "trials", "seeds", "final_seeds", *_WHAT[:3]),
+        "Training": ("epochs", "batch_size", "validation", "device"),
+        "Running": ("jobs", "ray"),
+        "Results": _SAVING,
+    },
+    "data": {},
+    "evolve": {
+        "What": ("recipe", "data", "model", "sites"),
+        "Search": ("generations", "population", "strategy", "sigma", "step"),
+        "Learners": ("tasks", "examples", "ways", "steps", "lr", "optimizer"),
+        "Running": ("ray", "workers"),
+        "Results": (*_SAVING, "seed"),
+    },
+}
+"""Options shown by topic; those of a command left out are only named. A command that is not here shows all of its own."""
+
+
+def option_names(flags: type[Any]) -> list[str]:
+    """The options of a command as they are written, such as "--epochs N"."""
+    hints = get_type_hints(flags, include_extras=True)
+    written = [_option(item.name, hints[item.name]) for item in fields(flags)]
+    return [option for option, is_positional in written if not is_positional]
+
+
+def short_help(command: str, flags: type[Any]) -> str:
+    """Use, purpose, example and options of a command, in lines of at most :data:`WIDTH` characters.
+
+    Args:
+        command: its name.
+        flags: the dataclass of its options.
+    """
+    texts, hints = _docstrings(flags), get_type_hints(flags, include_extras=True)
+    options = {item.name: _option(item.name, hints[item.name]) for item in fields(flags)}
+    topics = TOPICS.get(command, {"Options": tuple(options)})
+    named = [option for option, (_, is_positional) in options.items() if is_positional]
+    rest = "list|fetch NAME" if command == "data" else "[OPTIONS]" if len(options) > len(named) else ""
+    use = " ".join(["apical", command, *(options[name][0] for name in named), rest])
+    lines = [f"Use: {use.strip()}", "", *textwrap.wrap(_purpose(flags), WIDTH)]
+    lines += ["", "Example", *(f"  {line}" for line in EXAMPLES[command])]
+    for topic, names in topics.items():
+        lines += ["", topic]
+        for name in names:
+            lines += _entry(options[name][0], _sentence(texts.get(name, ""), hints[name]))
+    if command == "data":
+        return "\n".join(lines)
+    left = [options[name][0].split()[0] for name in options if not any(name in names for names in topics.values())]
+    if left:
+        more = f"More (apical {command} --help-all describes them): {' '.join(left)}"
+        lines += ["", *textwrap.wrap(more, WIDTH, break_on_hyphens=False)]
+    return "\n".join(lines)
+
+
+def _option(name: str, hint: Any) -> tuple[str, bool]:
+    """An option as it is written, and whether it has no name on the command line."""
+    settings = [item for item in getattr(hint, "__metadata__", ()) if getattr(item, "metavar", None)]
+    metavar = settings[0].metavar if settings else ""
+    is_positional = "Positional" in repr(hint) or "POSITIONAL" in repr(getattr(hint, "__metadata__", ()))
+    if is_positional:
+        choices = next((get_args(each) for each in (hint, *get_args(hint)) if get_origin(each) is Literal), ())
+        return metavar or "|".join(map(str, choices)) or name.upper(), True
+    return f"--{name.replace('_', '-')} {metavar}".strip(), False
+
+
+def _entry(option: str, text: str) -> list[str]:
+    """An option with its text beside it, or below where it is long."""
+    body = textwrap.wrap(text, WIDTH - _COLUMN, break_on_hyphens=False)
+    if len(option) > _COLUMN - 4:
+        return [f"  {option}", *(" " * _COLUMN + line for line in body)]
+    first, *rest = body or [""]
+    return [f"  {option:{_COLUMN - 2}s}{first}".rstrip(), *(" " * _COLUMN + line for line in rest)]
+
+
+def _sentence(text: str, hint: Any) -> str:
+    """The first sentence of an option's text, and its default."""
+    settings = [item for item in getattr(hint, "__metadata__", ()) if getattr(item, "help_behavior_hint", None)]
+    default = settings[0].help_behavior_hint if settings else ""
+    first = re.split(r"(?<!\.)\.\s+(?=[A-Z])|; ", " ".join(text.split()))[0].rstrip(".")
+    return f"{first} {default}".strip()
+
+
+def _purpose(flags: type[Any]) -> str:
+    return " ".join((inspect.getdoc(flags) or "").split())
+
+
+def _docstrings(flags: type[Any]) -> dict[str, str]:
+    """The text under each field, of the class and its bases."""
+    found: dict[str, str] = {}
+    for kind in reversed(flags.__mro__[:-1]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = str(text.value.value)
+    return found

@@ -1,0 +1,207 @@
+"""`apical.compare`: train rules side by side from Python, on data and models by name, from files, or in memory."""
+
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_origin, get_type_hints
+
+from rich.console import Console
+from torch import nn
+
+from apical.bench import own_rules
+from apical.bench.progress import results_table
+from apical.bench.recipe import CHECKSUMS, Recipe, rule_name
+from apical.bench.signals import Interrupted
+from apical.cli import commands
+from apical.cli.flags.training import Compare
+from apical.core.credit import CreditRule
+from apical.data.own import sources as own_data
+from apical.errors import ConfigError, unknown_name
+from apical.models import own as own_models
+
+Metric = Literal["test accuracy", "test loss"]
+_ELSEWHERE = {"rule", "rule_options", "data", "model", "epochs", "seed", *CHECKSUMS}
+
+
+@dataclass(frozen=True)
+class ComparedRule:
+    """What the seeds of one rule came to.
+
+    Attributes:
+        rule: its name.
+        mean: of the test accuracy (0 to 1) or, for regression, of the test loss, over the seeds that finished; NaN for none.
+        spread: their standard deviation; NaN for fewer than two.
+        n: how many finished.
+        values: of each of them.
+        diverged: seeds that diverged.
+        ms_per_step: median time of a training step, in milliseconds; None if it was not measured.
+    """
+
+    rule: str
+    mean: float
+    spread: float
+    n: int
+    values: tuple[float, ...]
+    diverged: int
+    ms_per_step: float | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The result of a comparison: a row for each rule, in the order asked for.
+
+    Attributes:
+        metric: what the rows' values are.
+        rows: one per rule.
+        report: the page with figures and tables.
+        records: one dictionary per rule and seed, as summary.json has them.
+    """
+
+    metric: Metric
+    rows: tuple[ComparedRule, ...]
+    report: Path
+    records: tuple[Mapping[str, Any], ...]
+
+    def __getitem__(self, rule: str) -> ComparedRule:
+        """The row of a rule.
+
+        Raises:
+            KeyError: it was not compared.
+        """
+        for row in self.rows:
+            if row.rule == rule:
+                return row
+        raise KeyError(rule)
+
+    def __iter__(self) -> Iterator[ComparedRule]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        console = Console(width=100, force_terminal=False)
+        with console.capture() as capture:
+            console.print(results_table(self.records))
+        return capture.get().rstrip()
+
+
+def compare(
+    *,
+    out: str | os.PathLike[str],
+    rules: Sequence[str | type[CreditRule]] | None = None,
+    data: Any = None,
+    model: str | Callable[..., nn.Module] | None = None,
+    epochs: int | None = None,
+    seeds: int = 3,
+    recipe: str | None = None,
+    rule_options: Sequence[str] = (),
+    jobs: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    show: bool = True,
+    **settings: Any,
+) -> Compared:
+    """Train rules with the same seeds, data and settings, and write a report; what `apical compare` does.
+
+    Args:
+        out: folder for runs and report; must be new or empty.
+        rules: short names (`apical list rules`), "FILE.py:CLASS", or classes; None takes the seven of the command line.
+        data: name of a data set, path of a .npz or .csv file or of a folder of images, "FILE.py:FUNCTION"; or in memory: a
+            `torch.utils.data.Dataset`, a pair of them (train, test), arrays or tensors (training inputs, training targets,
+            test inputs, test targets), or (inputs, targets) alone. None takes digits, or those of the recipe.
+        model: name of a network, "FILE.py:NAME", or a class or function that makes an `nn.Module`. Its parameters named
+            `input_shape`, `in_features`, `num_outputs` or `num_classes` are filled in. None takes mlp-256-256.
+        epochs: passes over the training samples; None takes 20, or those of the recipe.
+        seeds: how many; they are 0, 1, ...
+        recipe: settings of a paper (`apical list recipes`), or a sweep's best.json.
+        rule_options: "[RULE:]key=value", as on the command line.
+        jobs: seeds side by side, each in a process. More than one needs names instead of objects in memory, and the usual
+            `if __name__ == "__main__":` around the call.
+        resume: continue what is in `out`.
+        overwrite: replace what is in `out`.
+        show: print progress and the final table.
+        settings: any other setting of :class:`apical.bench.recipe.Recipe`, such as lr=0.1, batch_size=64, probe=0.
+
+    Returns:
+        A row for each rule: mean, spread and number of seeds; and the path of the report.
+
+    Raises:
+        ApicalError: something asked for is not usable; one sentence says what.
+        KeyboardInterrupt: after what was trained is saved; go on with resume=True.
+    """
+    asked = {name: value for name, value in settings.items() if value is not None}
+    in_memory = [
+        what for what, value in (("data", data), ("model", model)) if value is not None and not isinstance(value, str | Path)
+    ]
+    in_memory += ["rules"] if any(not isinstance(rule, str) for rule in rules or ()) else []
+    if jobs != 1 and in_memory:
+        raise ConfigError(f"{' and '.join(in_memory)} in memory: other processes do not have them; leave jobs at 1")
+    flags = Compare(
+        out=Path(out),
+        rules=None if rules is None else tuple(map(_rule, rules)),
+        data=_data(data, numbers=asked.get("loss") == "mse"),
+        model=str(model) if isinstance(model, str | Path) else None if model is None else own_models.remember(model),
+        epochs=epochs,
+        seeds=seeds,
+        recipe=recipe,
+        rule_options=tuple(rule_options) or None,
+        jobs=jobs,
+        resume=resume,
+        overwrite=overwrite,
+        **_settings(asked),
+    )
+    given = {"rules": flags.rules, "data": flags.data, "model": flags.model, "epochs": epochs, "seeds": seeds, **asked}
+    shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    try:
+        records, page = commands.run_comparison(flags, f"apical.compare({shown})", Console(quiet=not show))
+    except Interrupted as interrupted:
+        raise KeyboardInterrupt(f"stopped at {interrupted.where}; saved: go on with resume=True") from interrupted
+    return _compared(records, page)
+
+
+def _rule(rule: str | type[CreditRule]) -> str:
+    return rule if isinstance(rule, str) else own_rules.remember(rule)
+
+
+def _data(data: Any, *, numbers: bool) -> str | None:
+    if data is None:
+        return None
+    return str(data) if isinstance(data, str | Path) else own_data.remember(data, numbers=numbers)
+
+
+def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as the recipe has them: a single value of a schedule is a schedule."""
+    known = {item.name for item in fields(Recipe)} - _ELSEWHERE
+    for name in asked:
+        if name not in known:
+            raise unknown_name("setting of apical.compare", name, known)
+    schedules = {name for name, kind in get_type_hints(Recipe).items() if get_origin(kind) is tuple}
+    return {
+        name: ((value,) if isinstance(value, int | float) else tuple(value)) if name in schedules else value
+        for name, value in asked.items()
+    }
+
+
+def _compared(records: Sequence[Mapping[str, Any]], page: Path) -> Compared:
+    is_loss = all(record.get("test_accuracy") is None for record in records)
+    key = "test_loss" if is_loss else "test_accuracy"
+    rows = []
+    for rule in dict.fromkeys(rule_name(record["rule"]) for record in records):
+        own = [record for record in records if record["rule"] == rule]
+        values = tuple(float(record[key]) for record in own if record["status"] == "finished")
+        times = [record["ms_per_step"] for record in own if record["ms_per_step"] is not None]
+        rows.append(
+            ComparedRule(
+                rule=rule,
+                mean=statistics.mean(values) if values else float("nan"),
+                spread=statistics.stdev(values) if len(values) > 1 else float("nan"),
+                n=len(values),
+                values=values,
+                diverged=sum(record["status"] == "diverged" for record in own),
+                ms_per_step=statistics.median(times) if times else None,
+            )
+        )
+    return Compared("test loss" if is_loss else "test accuracy", tuple(rows), page, tuple(records))

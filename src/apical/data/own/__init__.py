@@ -1,0 +1,1 @@
+"""Data of a user: files, folders, functions and Datasets in memory."""

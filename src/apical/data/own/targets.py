@@ -1,0 +1,179 @@
+"""Targets of one's own data: whether they are classes or numbers, and samples set aside for testing."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apical.errors import DataError
+
+Array = NDArray[Any]
+SHARE = 0.2
+"""Share of the samples that are set aside for testing where the data have no test samples."""
+_LISTED = 8
+
+
+class Raw(NamedTuple):
+    """What a reader found.
+
+    Attributes:
+        inputs: of training and, unless there are none, test samples, each (N, ...).
+        targets: likewise, as they stand in the data.
+        where: the data's name, for messages.
+        source: where from, in words.
+        standardise: inputs shall get mean 0 and deviation 1.
+        names: of the classes 0, 1, ... where the data say them.
+        notes: what was chosen, each in a few words.
+        parts: what training and test samples are called in messages.
+        exact: texts of targets have become real numbers where they were written as such.
+    """
+
+    inputs: tuple[Array, Array | None]
+    targets: tuple[Array, Array | None]
+    where: str
+    source: str
+    standardise: bool
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    parts: tuple[str, str] = ("training samples", "test samples")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels 0, 1, ... (N,) int64 or numbers (N, M) float32 of training and, unless there are none, test samples."""
+
+    values: list[Array]
+    classes: int
+    are_numbers: bool
+    names: tuple[str, ...] = ()
+    told: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def check_seen(self, train: Tensor, test: Tensor, where: str) -> None:
+        """Refuse test samples of a class that no training sample has.
+
+        Raises:
+            DataError: names the class.
+        """
+        if self.are_numbers:
+            return
+        unseen = ~torch.isin(test, train)
+        if bool(unseen.any()):
+            index = int(unseen.nonzero()[0])
+            name = self.names[int(test[index])] if self.names else int(test[index])
+            raise DataError(f"{where}: test sample {index} has class {name}, which no training sample has")
+
+
+def number_classes(raw: Raw, *, numbers: bool) -> tuple[Raw, Targets]:
+    """Targets as numbers or as classes 0, 1, ..., and the data with them.
+
+    Args:
+        raw: as read.
+        numbers: whole numbers are numbers to be approximated.
+
+    Raises:
+        DataError: they are neither, or there are as good as as many classes as samples.
+    """
+    parts = [
+        _plain(np.asarray(y), f"{raw.where}, {part}")
+        for y, part in zip(raw.targets, raw.parts, strict=True)
+        if y is not None
+    ]
+    for y, x, part in zip(parts, raw.inputs, raw.parts, strict=False):
+        if x is not None and len(x) != len(y):
+            hint = (
+                "" if len(parts) == 1 else "; four arrays are training inputs, training targets, test inputs, test targets"
+            )
+            raise DataError(f"{raw.where}, {part}: {len(x):,} inputs but {len(y):,} targets{hint}")
+        if len(y) == 0:
+            raise DataError(f"{raw.where}, {part}: there are none")
+    kinds = {"number" if y.dtype.kind == "f" else "text" if y.dtype.kind in "US" else "whole" for y in parts}
+    if len(kinds) > 1 and kinds != {"number", "whole"}:
+        raise DataError(f"{raw.where}: some targets are texts and some are numbers")
+    if "number" in kinds or (numbers and kinds == {"whole"}):
+        return raw, _as_numbers(parts, raw)
+    return raw, _as_classes(parts, raw)
+
+
+def _plain(y: Array, where: str) -> Array:
+    """Targets of a usable kind: without an empty second dimension, and one-hot rows as classes."""
+    if y.dtype.kind not in "biufUS":
+        raise DataError(f"{where}: targets must be whole numbers, texts or real numbers; got {y.dtype}")
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim == 2 and y.dtype.kind in "biu":
+        if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
+            raise DataError(
+                f"{where}: whole numbers of shape {y.shape} are no labels: give (N,), or one-hot rows, or floats"
+            )
+        labels: Array = y.argmax(1)
+        return labels
+    if y.ndim == 0 or (y.ndim != 1 and y.dtype.kind != "f") or y.ndim > 2:
+        raise DataError(f"{where}: targets must be labels (N,) or numbers (N, M); got shape {y.shape}")
+    return y.astype(np.str_) if y.dtype.kind == "S" else y
+
+
+def _as_numbers(parts: list[Array], raw: Raw) -> Targets:
+    values = [y.astype(np.float32).reshape(len(y), -1) for y in parts]
+    wide = {y.shape[1] for y in values}
+    if len(wide) > 1:
+        raise DataError(f"{raw.where}: training and test targets have different shapes, {values[0].shape} {values[1].shape}")
+    for y, part in zip(values, raw.parts, strict=False):
+        wrong = ~np.isfinite(y).all(1)
+        if wrong.any():
+            raise DataError(f"{raw.where}, {part}: NaN or infinity in target {int(wrong.argmax())}")
+    notes = []
+    if (values[0] == np.round(values[0])).all() and parts[0].dtype.kind == "f":
+        notes.append("all of them are whole: write labels as integers if they are classes")
+    elif values[0].std() > 100:
+        notes.append(f"targets have a deviation of {values[0].std():.3g}: consider to rescale them")
+    return Targets(values, values[0].shape[1], are_numbers=True, notes=notes)
+
+
+def _as_classes(parts: list[Array], raw: Raw) -> Targets:
+    train = parts[0]
+    whole = train.dtype.kind in "biu"
+    if raw.names and whole:
+        return Targets([y.astype(np.int64) for y in parts], len(raw.names), False, raw.names, _listed(raw.names))
+    if not whole and any((y == "").any() for y in parts):
+        raise DataError(f"{raw.where}: a sample has an empty label")
+    known = np.unique(np.concatenate(parts))
+    if whole and train.dtype.kind == "i" and known[0] < 0 and list(known) != [-1, 1]:
+        raise DataError(f"{raw.where}: label {known[0]} is negative; number classes from 0 on")
+    if len(known) < 2:
+        raise DataError(f"{raw.where}: all samples have the same label, {known[0]!s}")
+    if len(known) > max(4, len(train) // 2):
+        remedy = "for regression give floats, or --loss mse" if whole else "name the column with the label target"
+        raise DataError(f"{raw.where}: {len(known):,} different labels in {len(train):,} training samples; {remedy}")
+    values = [np.searchsorted(known, y).astype(np.int64) for y in parts]
+    names = tuple(str(each) for each in known)
+    if names == tuple(map(str, range(len(known)))):
+        return Targets(values, len(known), False, (), f"{len(known)} classes")
+    return Targets(values, len(known), False, names, _listed(names))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    return f"{len(names)} classes ({shown})"
+
+
+def divide(y: Array, *, stratify: bool, where: str) -> tuple[Tensor, Tensor, str]:
+    """Indices of training and test samples, always the same for the same targets, and a note.
+
+    With `stratify` every class gives its share to both.
+
+    Raises:
+        DataError: there are too few samples.
+    """
+    if len(y) < 5:
+        raise DataError(f"{where}: {len(y)} samples are too few to set some aside for testing")
+    order = np.random.default_rng(0).permutation(len(y))
+    groups = [order[y[order] == label] for label in np.unique(y)] if stratify else [order]
+    taken = [group[: max(1, round(SHARE * len(group)))] if len(group) > 1 else group[:0] for group in groups]
+    test = np.sort(np.concatenate(taken))
+    train = np.setdiff1d(np.arange(len(y)), test)
+    note = f"no test samples are given: a random fifth is set aside for testing (seed 0{', by class' if stratify else ''})"
+    return torch.from_numpy(train), torch.from_numpy(test), note

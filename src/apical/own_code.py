@@ -1,0 +1,162 @@
+"""Code that is not part of apical, named as `path/to/file.py:NAME` or `module:NAME`: found, run and identified."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from apical.errors import ApicalError, ConfigError
+
+
+def is_code(name: str) -> bool:
+    """Whether a name says a file or module with something in it.
+
+    >>> is_code("nets.py:Net"), is_code("nets.py"), is_code("lenet")
+    (True, True, False)
+    """
+    return ":" in name or name.endswith(".py")
+
+
+def absolute(name: str) -> str:
+    """The same name with the whole path of its file, so that it means the same from any folder."""
+    where, colon, attribute = name.rpartition(":")
+    return f"{Path(where).expanduser().resolve()}{colon}{attribute}" if where.endswith(".py") else name
+
+
+def import_from(name: str, kind: str, example: str, error: Callable[[str], ApicalError] = ConfigError) -> Any:
+    """What `name` says. Runs the code of the file or module; an unchanged file runs once in a process.
+
+    Args:
+        name: "path/to/file.py:NAME" or "module:NAME".
+        kind: what it should be, for messages, such as "rule".
+        example: a name as it should be, for messages.
+        error: class of the errors.
+
+    Raises:
+        ApicalError: there is no such file, module or attribute, or its code fails.
+    """
+    where, _, attribute = name.rpartition(":")
+    if not where or not attribute:
+        raise error(f"{kind} {name!r}: say file and name, such as {example}")
+    module = import_module(where, example, error)
+    value = getattr(module, attribute, None)
+    if value is None:
+        known = [key for key, value in vars(module).items() if _is_own(value, module)]
+        near = difflib.get_close_matches(attribute, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else f". It defines: {', '.join(known) or 'nothing'}"
+        raise error(f"{where} has no {attribute!r}{hint}")
+    return value
+
+
+def import_module(where: str, example: str, error: Callable[[str], ApicalError] = ConfigError) -> ModuleType:
+    """The module of a file "path/to/file.py", or of that name; raises as :func:`import_from` does."""
+    if where.endswith(".py"):
+        return _file(Path(where).expanduser().resolve(), where, error)
+    try:
+        with generators_kept():
+            return importlib.import_module(where)
+    except (Exception, SystemExit) as problem:
+        hint = "" if "/" not in where else f"; for a file, say {example}"
+        raise error(f"module {where} cannot be imported: {type(problem).__name__}: {problem}{hint}") from problem
+
+
+@contextmanager
+def generators_kept(seed: int | None = None) -> Iterator[None]:
+    """Within, the global generators of Python, NumPy and torch may be used, here from a seed; behind, they are as before."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([]):
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def checksum(value: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of the file that defines a class or function; empty if there is no such file."""
+    try:
+        path = Path(inspect.getfile(inspect.unwrap(value)))
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):
+        return ""
+
+
+def source_checksum(value: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of a class or function alone: of its source or, where there is none, its code."""
+    try:
+        return (
+            hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
+            if inspect.isclass(value)
+            else _compiled(value)
+        )
+    except (TypeError, OSError):
+        return _compiled(value)
+
+
+def _compiled(value: Any) -> str:
+    codes = (
+        [each for each in (value, *vars(value).values()) if hasattr(each, "__code__")] if hasattr(value, "__dict__") else []
+    )
+    return hashlib.sha256(repr([_parts(each.__code__) for each in codes]).encode()).hexdigest()[:16]
+
+
+def _parts(code: CodeType) -> tuple[Any, ...]:
+    constants = [_parts(each) if isinstance(each, CodeType) else each for each in code.co_consts]
+    return (code.co_code, code.co_names, constants)
+
+
+def described(error: BaseException, path: Path | None) -> str:
+    """The exception in a line, and the line of the file at which it came up."""
+    lines = [error.lineno] if isinstance(error, SyntaxError) else []
+    lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if path and Path(frame.filename) == path]
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    text = " ".join(text.split())
+    return f"{type(error).__name__}: {text}" + (f" (line {lines[0] if len(lines) == 1 else lines[-1]})" if lines else "")
+
+
+def file_of(name: str) -> Path | None:
+    """The file in a name "path/to/file.py:NAME"; None for a module's."""
+    where = name.rpartition(":")[0]
+    return Path(where).expanduser().resolve() if where.endswith(".py") else None
+
+
+def _is_own(value: object, module: ModuleType) -> bool:
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _file(path: Path, shown: str, error: Callable[[str], ApicalError]) -> ModuleType:
+    if not path.is_file():
+        raise error(f"there is no file {shown} (looked for {path})")
+    name = f"_apical_own_{hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None  # the name ends in .py
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    if str(path.parent) not in sys.path:  # what lies beside the file can be imported, as when it is run
+        sys.path.append(str(path.parent))
+    try:
+        with generators_kept():
+            specification.loader.exec_module(module)
+    except (Exception, SystemExit) as problem:  # sys.exit() in a script that is no module
+        del sys.modules[name]
+        raise error(f"{shown} cannot be loaded: {described(problem, path)}") from problem
+    return module

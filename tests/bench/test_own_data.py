@@ -1,0 +1,128 @@
+"""Data and models of one's own through the commands: the same in every process, and refused once they have changed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apical.cli import main
+
+FILE = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Net(nn.Module):
+    def __init__(self, in_features, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(in_features, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+    def forward(self, x):
+        return self.body(x)
+
+def wrong():
+    return nn.Linear(4, 9)
+
+def pair():
+    y = torch.arange(90) % 3
+    x = torch.randn(90, 4) + 3 * torch.eye(4)[y]
+    return TensorDataset(x[:60], y[:60]), TensorDataset(x[60:], y[60:])
+"""
+QUICK = ("--epochs", "1", "--batch-size", "8", "--probe", "8", "--device", "cpu", "--jobs", "1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FILE)
+    generator = np.random.default_rng(0)
+    np.savez("own.npz", x=generator.normal(size=(60, 4)), y=np.arange(60) % 3)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("apical: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_worker_processes_train_the_same_data_and_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--rules", "bp", "dfa", "--data", "mine.py:pair", "--model", "mine.py:Net", "--seeds", "2", *QUICK]
+    assert main([*command, "--out", "a", "--jobs", "2"]) == 0
+    assert "mine.py:pair: 60 training and 30 test samples of shape (4,); 3 classes" in capsys.readouterr().out
+    assert main([*command, "--out", "b"]) == 0
+    a, b = (json.loads(Path(name, "summary.json").read_text()) for name in "ab")
+    assert [row["train_loss"] for row in a] == [row["train_loss"] for row in b]
+    config = json.loads((folder / "a/runs/dfa/seed-1/config.json").read_text())
+    assert config["data"] == f"{folder}/mine.py:pair"
+    assert config["model"] == f"{folder}/mine.py:Net"
+    assert len(config["data_sha256"]) == len(config["model_sha256"]) == 16
+    around = json.loads((folder / "a/runs/dfa/seed-1/environment.json").read_text())
+    assert around["data_source"] == f"{folder}/mine.py:pair, sha256 {config['data_sha256']}"
+    assert config["data_sha256"] in (folder / "a/report.html").read_text()
+
+
+def test_changed_data_or_model_are_not_resumed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", "--data", "own.npz", "--model", "mine.py:Net", "--out", str(folder / "run"), *QUICK[:-2]]
+    assert main(command) == 0
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    again = [word.replace("own.npz", "../own.npz").replace("mine.py", "../mine.py") for word in command]
+    assert main([*again, "--epochs", "2", "--resume"]) == 0  # the same files, named from elsewhere
+    (folder / "mine.py").write_text(FILE.replace("8", "9"))
+    assert "the content of" in (said := refused(capsys, *again, "--epochs", "3", "--resume"))
+    assert "mine.py:Net, sha256" in said
+    (folder / "mine.py").write_text(FILE)
+    np.savez(folder / "own.npz", x=np.ones((60, 4)), y=np.arange(60) % 3)
+    assert "own.npz, sha256" in refused(capsys, *again, "--epochs", "3", "--resume")
+
+
+def test_a_sweep_and_its_best_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", "--rules", "bp", "--data", "own.npz", "--model", "mine.py:Net", "--space", "lr=0.01,0.1"]
+    assert main([*command, "--final-seeds", "0", "--out", "sweep", *QUICK]) == 0
+    compare = ["compare", "--recipe", "sweep/best.json", "--seeds", "1", "--jobs", "1"]
+    np.savez(folder / "own.npz", x=np.ones((60, 4)), y=np.arange(60) % 3)
+    assert "own.npz changed since this began" in refused(capsys, *compare, "--out", "best")
+    assert main([*compare, "--data", "own.npz", "--out", "best"]) == 0  # named again: as it is now
+
+
+def test_an_audit_and_a_landscape(folder: Path) -> None:
+    assert main(["audit", "bp", "--data", "mine.py:pair", "--model", "mine.py:Net", "--epochs", "1", "--out", "audit"]) == 0
+    record = json.loads((folder / "audit/audit.json").read_text())
+    assert len(record["data_sha256"]) == len(record["model_sha256"]) == 16
+    own = ["--data", "mine.py:pair", "--model", "mine.py:Net"]
+    assert main(["train", *own, "--trajectory", "2", "--out", "run", *QUICK[:-2]]) == 0
+    assert main(["landscape", "run", "--grid", "3", "--out", "landscape"]) == 0
+
+
+def test_numbers_choose_the_loss(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("own.npz", x=np.random.default_rng(0).normal(size=(60, 4)), y=np.linspace(0, 1, 60))
+    assert main(["train", "--data", "own.npz", "--model", "mlp-4", "--out", "run", *QUICK[:-2]]) == 0
+    assert "the targets of own.npz are numbers: the loss is mse" in capsys.readouterr().out
+    assert json.loads(Path("run/config.json").read_text())["loss"] == "mse"
+    asked = ["train", "--data", "own.npz", "--model", "mlp-4", "--loss", "cross_entropy", "--out", "other"]
+    assert "are numbers, not classes: add --loss mse" in refused(capsys, *asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "mine.py:wrong"), "model mine.py:wrong maps inputs (2, 4) to (2, 9), but own.npz needs (2, 3)"),
+        (("--model", "mine.py:Nett"), "did you mean 'Net'?"),
+        (("--model", "mine.py"), "say file and name"),
+        (("--data", "absent.npz"), "no such file or folder"),
+        (("--data", "own.parquet"), "no such file or folder"),
+        (("--data", "owm"), "or your own: FILE.npz, FILE.csv, FOLDER, FILE.py:FUNCTION"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(capsys, "train", "--data", "own.npz", *arguments, "--out", "out")
+    assert not (folder / "out").exists()

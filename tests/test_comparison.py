@@ -1,0 +1,108 @@
+"""`apical.compare`: the comparison of the command line from Python, with data, models and rules in memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import apical
+from apical.errors import ApicalError
+
+QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "probe": 0, "device": "cpu", "show": False}
+Y = torch.arange(90) % 3
+X = torch.randn(90, 4, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(4)[Y]
+PAIR = (TensorDataset(X[:60], Y[:60]), TensorDataset(X[60:], Y[60:]))
+
+
+class Net(nn.Module):
+    """Two layers."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(in_features, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.body(x)
+        return result
+
+
+class Other(Net):
+    """The same, by another class."""
+
+
+class Mine(apical.FeedbackAlignment):
+    """A rule in memory."""
+
+
+def test_objects_in_memory(tmp_path: Path) -> None:
+    done = apical.compare(rules=["bp", Mine], data=PAIR, model=Net, seeds=2, out=tmp_path / "out", lr=0.1, **QUICK)
+    assert [row.rule for row in done] == ["bp", "Mine"]
+    assert done.metric == "test accuracy"
+    assert done.report == tmp_path / "out" / "report.html"
+    assert done.report.exists()
+    row = done["bp"]
+    assert row.n == len(row.values) == 2
+    assert row.mean == pytest.approx(sum(row.values) / 2)
+    assert row.spread == pytest.approx(abs(row.values[0] - row.values[1]) / 2**0.5)
+    assert row.values == tuple(record["test_accuracy"] for record in done.records if record["rule"] == "bp")
+    assert "Mine" in str(done)
+    page = done.report.read_text()
+    assert "in-memory:Net" in page
+    with pytest.raises(KeyError):
+        done["fa"]
+
+
+def test_resumed_with_the_same_objects_only(tmp_path: Path) -> None:
+    def compare(epochs: int, data: Any, model: Any) -> apical.comparison.Compared:
+        settings = {**QUICK, "epochs": epochs}
+        return apical.compare(rules=["bp"], data=data, model=model, seeds=1, out=tmp_path, resume=epochs > 1, **settings)
+
+    compare(1, PAIR, Net)
+    assert compare(2, PAIR, Net).records[0]["epochs"] == 2
+    with pytest.raises(ApicalError, match="in-memory:TensorDataset"):
+        compare(3, (PAIR[0], TensorDataset(X[60:] + 1, Y[60:])), Net)
+    with pytest.raises(ApicalError, match="in-memory:Other"):
+        compare(3, PAIR, Other)
+
+
+def test_arrays_names_and_regression(tmp_path: Path) -> None:
+    numbers = apical.compare(
+        rules=["bp"], data=(X.numpy(), X[:, 0].numpy()), model="mlp-8", seeds=1, out=tmp_path / "a", **QUICK
+    )
+    assert numbers.metric == "test loss"
+    named = apical.compare(rules=["bp"], model="mlp-8", seeds=1, out=tmp_path / "b", train_limit=64, test_limit=50, **QUICK)
+    assert named["bp"].spread != named["bp"].spread  # of one seed there is none
+    assert (named.records[0]["n_train"], named.records[0]["n_test"]) == (64, 50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"model": Net(4, 3)}, "a module that has been made already"),
+        ({"lrr": 0.1}, "unknown setting of apical.compare 'lrr'; did you mean 'lr'?"),
+        ({"data": 3}, "data gives a int"),
+        ({"data": PAIR, "model": lambda: nn.Linear(4, 7)}, "maps inputs (2, 4) to (2, 7)"),
+        ({"data": PAIR, "model": Net, "jobs": 2}, "data and model in memory: other processes do not have them"),
+        ({"rules": [int]}, "is no rule"),
+        ({"rules": ["bpp"]}, "did you mean 'bp'?"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+    ],
+)
+def test_refused(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ApicalError) as caught:
+        apical.compare(out=tmp_path / "out", **arguments)
+    assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_apical_loads_no_torch() -> None:
+    code = (
+        "import apical, sys; assert 'torch' not in sys.modules; print(callable(apical.compare), 'compare' in apical.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
