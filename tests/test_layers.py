@@ -28,7 +28,7 @@ ROOMS = {
 """What the files of each room may import."""
 
 
-OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests"}  # what core, rules and the sides may use
+OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests", "PIL"}  # what core, rules and the sides may use
 EXTRAS = {"ray", "evotorch", "gymnasium"}  # evolution too
 
 

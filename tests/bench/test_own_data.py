@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apical.cli import main
+from apical.cli.main import main
 
 FILE = """
 import torch
