@@ -11,6 +11,7 @@ from apical.errors import CheckpointError
 from apical.experiment import report
 from apical.experiment.report_records import read
 
+pytestmark = pytest.mark.xdist_group("report")  # all on one worker: the report is drawn once
 RECIPE = {
     "data": "mnist",
     "model": "mlp-512-512",
