@@ -41,12 +41,14 @@ demo: $(VENV)/.apical-installed
 	@$(BIN) -m apical compare --rules bp fa dfa usf kp pfa pfa-o --data digits --seeds 3 --out demo --overwrite
 
 test: $(VENV)/.apical-installed-dev
-	@echo "== style and types"
+	@echo "== style"
 	@$(BIN) -m ruff check .
 	@$(BIN) -m ruff format --check .
-	@$(BIN) -m mypy src docs/generate.py
-	@echo "== documentation"
-	@$(SPHINX)
+	@echo "== documentation and types"
+	@mkdir -p docs/_build
+	@$(BIN) -m mypy src docs/generate.py >docs/_build/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
+	$(ONE_THREAD) $(SPHINX); documentation=$$?; \
+	wait $$types; types=$$?; cat docs/_build/types.txt; test $$documentation -eq 0 && test $$types -eq 0
 	@echo "== tests"
 	@$(ONE_THREAD) $(BIN) -m pytest -q -n $(WORKERS) --dist loadgroup
 

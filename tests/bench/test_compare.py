@@ -126,11 +126,20 @@ def finished_epochs(out: Path) -> int:
     return sum(path.read_text().count("\n") for path in out.glob("runs/*/*/metrics.jsonl"))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The comparison that nothing stopped."""
+    out = tmp_path_factory.mktemp("comparison") / "whole"
+    assert main([*COMPARE, "--jobs", "1", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.xdist_group("stopped comparisons")  # both on one worker: the whole one is run once
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 def test_stop_a_real_comparison_and_resume_it(
-    apical: Start, tmp_path: Path, assert_same_state: Same, signum: signal.Signals
+    apical: Start, whole: Path, tmp_path: Path, assert_same_state: Same, signum: signal.Signals
 ) -> None:
-    whole, part = tmp_path / "whole", tmp_path / "part"
+    part = tmp_path / "part"
     process = apical(*COMPARE, "--jobs", "2", "--out", part)
     deadline = time.monotonic() + 60
     while finished_epochs(part) < 10:
@@ -145,7 +154,6 @@ def test_stop_a_real_comparison_and_resume_it(
         assert errors == ""
     assert not (part / "summary.json").exists()
     assert main([*COMPARE, "--jobs", "1", "--out", str(part), "--resume"]) == 0
-    assert main([*COMPARE, "--jobs", "1", "--out", str(whole)]) == 0
     for rule in ("bp", "wm"):
         for seed in ("seed-0", "seed-1"):
             run_folder = Path("runs") / rule / seed / "checkpoint.pt"

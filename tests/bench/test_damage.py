@@ -23,11 +23,14 @@ from apical.bench.checkpoint import digest, read_sealed, write_sealed
 from apical.bench.report import folder as report
 from apical.bench.run_folder import RunFolder
 from apical.bench.state import parse_object, sealed
-from apical.cli import commands, main
+from apical.cli import commands
+from apical.cli import main as cli
+from apical.cli.main import main
 from apical.errors import ApicalError
 from apical.rules.top_down.teacher import load as load_teacher
 
 pytest.importorskip("evotorch")
+pytestmark = pytest.mark.xdist_group("damage")  # all on one worker: the folders are made once
 
 SMALL = ("--data", "digits", "--model", "mlp-6", "--train-limit", "64", "--test-limit", "32", "--device", "cpu")
 SMALL = (*SMALL, "--probe", "0", "--threads", "1")
@@ -92,7 +95,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data are read once, and nothing is drawn."""
+    """Data are read once, each command line is parsed once, and nothing is drawn."""
+    parse, flags = cli.tyro.cli, dict[tuple[str, ...], Any]()
+
+    def parse_once(command: Any, *, args: list[str], **options: Any) -> Any:
+        if tuple(args) not in flags:
+            flags[tuple(args)] = parse(command, args=args, **options)
+        return flags[tuple(args)]
+
+    monkeypatch.setattr(cli.tyro, "cli", parse_once)
     load = lru_cache(data.load)
     for module in (commands, compare, sweep):
         monkeypatch.setattr(module, "load_data", lambda recipe: load(recipe.data, train_limit=64, test_limit=32))

@@ -11,6 +11,7 @@ from apical.bench.report import folder as report
 from apical.bench.report.records import read
 from apical.errors import CheckpointError
 
+pytestmark = pytest.mark.xdist_group("report")  # all on one worker: the report is drawn once
 RECIPE = {
     "data": "mnist",
     "model": "mlp-512-512",

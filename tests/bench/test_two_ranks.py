@@ -10,6 +10,7 @@ import torch
 
 from apical.bench.names import RULES
 
+pytestmark = pytest.mark.xdist_group("two ranks")  # all on one worker: the processes are started once
 HERE = Path(__file__).parent
 TRAINED = [name for name, entry in RULES.items() if "teacher" not in entry.options]  # shipped ones serve ten classes only
 

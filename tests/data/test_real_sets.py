@@ -12,6 +12,7 @@ from apical.data.catalogue import ENTRIES
 from apical.data.loading import read
 from apical.errors import DataError
 
+pytestmark = pytest.mark.xdist_group("real sets")  # all on one worker: each set is unpacked once
 MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 MNIST_TEST = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 USPS_TRAIN = [1194, 1005, 731, 658, 652, 556, 664, 645, 542, 644]

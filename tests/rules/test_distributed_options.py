@@ -27,6 +27,7 @@ from apical.core.credit import CreditRule
 from apical.core.plastic import PlasticRule
 from apical.testing import dense_network
 
+pytestmark = pytest.mark.xdist_group("distributed options")  # all on one worker: the processes are started once
 OPTIONS: dict[str, dict[str, bool]] = {
     "default": {},
     "static": {"static_graph": True},

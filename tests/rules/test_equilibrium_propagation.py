@@ -194,7 +194,7 @@ def finite_difference(model: nn.Sequential, loss: Loss, steps: int = 3000, h: fl
 
 
 def test_estimates_reach_the_gradient_at_their_orders() -> None:
-    exact = finite_difference(network(), F.cross_entropy, 400)
+    exact = finite_difference(network(), F.cross_entropy, 200)
     orders = {"one-sided": 1, "symmetric": 2, "five-point": 4, "N = 3": 3, "N = 4": 4, "N = 6": 6}
     for case, order in orders.items():
         options = CASES[case][0]
@@ -266,7 +266,7 @@ def test_nudged_steps_are_truncated_backpropagation_through_time() -> None:
 
 def test_going_round_the_circle_is_the_sum_over_its_points() -> None:
     """Once every phase settles, the mean over full cycles of what the nudge modulates is that of the N points."""
-    options = {"estimator": "holomorphic", "beta": 0.2, "free_steps": 300, "nudged_steps": 300}
+    options = {"estimator": "holomorphic", "beta": 0.2, "free_steps": 150, "nudged_steps": 150}
     for points in (4, 5):
         for state in (False, True):
             once = estimated(EP(network(state=state), points=points, **options))

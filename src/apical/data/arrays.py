@@ -1,4 +1,4 @@
-"""Both splits of a set as they come from disk, the readers of .npz and LIBSVM files, and the embedded digits."""
+"""Both splits of a set as they come from disk, and the readers of .npz and LIBSVM files."""
 
 import io
 import zipfile
@@ -78,16 +78,3 @@ def read_usps_libsvm(folder: Path, remedy: str) -> Arrays:
         return 1000 * images.toarray().reshape(-1, 1, 16, 16), labels.astype(np.int64) - 1
 
     return Arrays(split("usps.bz2"), split("usps.t.bz2"))
-
-
-def embedded_digits() -> Arrays:
-    """Scikit-learn's 1,797 digits as 1,437 + 360, stratified by class; always the same split."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images, labels = bunch.images[:, None].astype(np.uint8), bunch.target.astype(np.int64)
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    train.sort()
-    test.sort()
-    return Arrays((images[train], labels[train]), (images[test], labels[test]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from apical.data import arrays, cifar, compact, idx, student_teacher
+from apical.data.digits import embedded_digits
 from apical.errors import ConfigError, unknown_name
 
 Reader = Callable[[Path, str], arrays.Arrays]
@@ -120,7 +121,7 @@ ENTRIES: dict[str, Entry] = {
         (0.3761,),
         (),
         high=16.0,
-        made=Made("scikit-learn's bundled digits", arrays.embedded_digits, 1437, 360),
+        made=Made("scikit-learn's bundled digits", embedded_digits, 1437, 360),
     ),
     "mnist": Entry(
         "handwritten digits, 28x28 grey",
