@@ -1,4 +1,4 @@
-"""What is kept of a folder of results: every number counted, summed and hashed, the most telling ones as they are.
+"""What is kept of a folder of results: every number hashed and summed, the most telling ones as they are.
 
 Numbers and texts are hashed apart, so that a reworded line is not taken for another result. What differs between two equal
 runs (times, memory, paths, commits) is left out, and module names are cut to their last part, so that moves do not show.
@@ -42,25 +42,28 @@ def folder(path: Path) -> dict[str, Summary]:
 
 
 def summary(content: Any) -> Summary:
-    """Count, sum and hashes of what is in `content`, with its last record's own numbers and its verdicts, if it has any.
+    """Hashes and sum of what is in `content`, with its last record's own fractions and its verdicts, if it has any.
 
-    >>> summary([{"epoch": 1, "loss": 0.5, "seconds": 3.0}])
-    {'count': 2, 'sum': 1.5, 'numbers': '4bd0f3eb4f4b', 'texts': 'e1ab71d6', 'last': {'epoch': 1, 'loss': 0.5}}
+    >>> made = summary([{"epoch": 1, "loss": 0.5, "seconds": 3.0}])
+    >>> made["sum"], made["last"]
+    (1.5, {'loss': 0.5})
     """
     numbers, texts = [], []
     for leaf in _leaves(content):
         (texts if isinstance(leaf, str) else numbers).append(leaf)
-    made: Summary = {
-        "count": len(numbers),
-        "sum": math.fsum(x for x in numbers if isinstance(x, int | float) and math.isfinite(x)),
-        "numbers": _hash(map(repr, numbers), 12),
-        "texts": _hash(texts, 8),
-    }
+    made: Summary = {"numbers": _hash(map(repr, numbers), 12), "texts": _hash(texts, 8)}
+    if not _has_tensors(content):  # whose hashes are among the numbers
+        made["sum"] = math.fsum(x for x in numbers if isinstance(x, int | float) and math.isfinite(x))
     if isinstance(content, list) and content and isinstance(content[-1], dict):
-        made["last"] = {k: v for k, v in content[-1].items() if k not in VOLATILE and isinstance(v, int | float)}
+        made["last"] = {k: v for k, v in content[-1].items() if k not in VOLATILE and isinstance(v, float)}
     if isinstance(content, dict) and isinstance(content.get("verdicts"), list):
         made["verdicts"] = [_verdict(row) for row in content["verdicts"]]
     return made
+
+
+def _has_tensors(content: Any) -> bool:
+    inner = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
+    return isinstance(content, torch.Tensor) or any(map(_has_tensors, inner))
 
 
 def _verdict(row: Mapping[str, Any]) -> list[Any]:
@@ -85,7 +88,7 @@ def _read(file: Path) -> Iterator[Any]:
 
 
 def _leaves(content: Any) -> Iterator[Any]:
-    """Numbers, and texts, among them the names of entries; a tensor is its shape and hash as a text, and its sum."""
+    """Numbers, and texts, among them the names of entries; a tensor is a number made of its hash, its shape and its sum."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             if key not in VOLATILE:
