@@ -11,6 +11,8 @@ processor and on torch's version, so record on the machine that checks. A name o
 
 import argparse
 import json
+import platform
+import re
 import sys
 import tempfile
 import time
@@ -25,6 +27,7 @@ from typing import Any
 from tests.guard import entries  # sets the number of threads, so before torch
 from tests.guard.entries import Made, MissingDataError
 
+import numpy as np  # isort: skip
 import torch  # isort: skip
 
 FILE = Path(__file__).with_name("smoke.json")
@@ -34,7 +37,12 @@ SHOWN = 12
 
 def machine() -> dict[str, str]:
     """What bits depend on besides the code."""
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    cpu = f"{torch.backends.cpu.get_cpu_capability()} {platform.machine()}"
+    facts = Path("/proc/cpuinfo")
+    if facts.exists():
+        found = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", facts.read_text(encoding="utf-8"), re.MULTILINE))
+        cpu = " ".join([cpu, *found.values()])
+    return {"torch": torch.__version__, "numpy": np.__version__, "cpu": cpu}
 
 
 def load(file: Path = FILE) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from tests.guard import entries, smoke
 from tests.guard.digests import summary
 
 RECORDED = smoke.load()
-QUICK = ("reproduce/pfa/theory", "evolve/digits", "compare/ep-digits")
-"""Entries of a few seconds, none of which needs downloaded data."""
+QUICK = (
+    *("reproduce/pfa/theory", "reproduce/ep/logic", "evolve/digits", "study/ccl_features", "study/at_epoch"),
+    *("compare/tp-digits", "compare/ep-digits", "compare/corinfomax-digits", "compare/dfc-student-teacher"),
+)
+"""Entries of a second or two, none of which needs downloaded data."""
 
 
 SETTINGS = [name for name in RECORDED["entries"] if name.startswith("settings/")]
