@@ -21,6 +21,9 @@ VOLATILE = {
 }
 """Names of what may differ between two runs that give the same."""
 
+TIME = re.compile(r"seconds|s per generation")
+"""In names of times, of columns of them, and of what verdicts on them are about."""
+
 IGNORED = {"environment.json", "result.json"}
 """Files that hold nothing else, or only what the run's metrics and summary.json have too."""
 
@@ -57,7 +60,7 @@ def summary(content: Any) -> Summary:
     if isinstance(content, list) and content and isinstance(content[-1], dict):
         made["last"] = {k: v for k, v in content[-1].items() if k not in VOLATILE and isinstance(v, float)}
     if isinstance(content, dict) and isinstance(content.get("verdicts"), list):
-        made["verdicts"] = [_verdict(row) for row in content["verdicts"]]
+        made["verdicts"] = [_verdict(row) for row in content["verdicts"] if not TIME.search(str(row["what"]))]
     return made
 
 
@@ -90,8 +93,13 @@ def _read(file: Path) -> Iterator[Any]:
 def _leaves(content: Any) -> Iterator[Any]:
     """Numbers, and texts, among them the names of entries; a tensor is a number made of its hash, its shape and its sum."""
     if isinstance(content, Mapping):
+        if TIME.search(str(content.get("what"))):
+            return
+        if {"header", "rows"} <= content.keys():
+            kept = [i for i, name in enumerate(content["header"]) if not TIME.search(name)]
+            content = {**content, "rows": [[row[i] for i in kept] for row in content["rows"]]}
         for key, value in content.items():
-            if key not in VOLATILE:
+            if key not in VOLATILE and not TIME.search(str(key)):
                 yield f"{key}:"
                 yield from _leaves(value)
     elif isinstance(content, list | tuple):
