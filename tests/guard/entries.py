@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from tests.guard.digests import folder
 
 PLACES = {
-    "tables": "apical.recipes.papers:PAPERS",
-    "studies": "apical.recipes.catalogue:STUDIES",
-    "evolutions": "apical.recipes.tdca:EVOLUTIONS",
-    "claims": "apical.recipes.claims:PFA_TABLE",
-    "rules": "apical.recipes.rules:RULES",
-    "recipe": "apical.experiment.recipe:Recipe",
-    "ccl_features": "apical.recipes.ccl_features:main",
-    "tdca_landscape": "apical.recipes.tdca_landscape:main",
-    "at_epoch": "apical.recipes.at_epoch:main",
+    "tables": "apical.bench.papers:tables",
+    "studies": "apical.bench.papers:studies",
+    "evolutions": "apical.bench.papers:evolutions",
+    "claims": "apical_papers.pfa.claims:CLAIMS",
+    "rules": "apical.bench.names:RULES",
+    "recipe": "apical.bench.recipe:Recipe",
+    "ccl_features": "apical_papers.ccl.features:main",
+    "tdca_landscape": "apical_papers.tdca.landscape:main",
+    "at_epoch": "apical.bench.at_epoch:main",
 }
 """Module and name of each thing that has no command."""
 
@@ -64,13 +64,14 @@ class MissingDataError(Exception):
 def place(name: str) -> Any:
     """The thing that :data:`PLACES` names."""
     module, _, attribute = PLACES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    thing = getattr(import_module(module), attribute)
+    return thing() if name in ("tables", "studies", "evolutions") else thing
 
 
 def settings() -> dict[str, Callable[[], Made]]:
     """Entries that compute nothing: every setting, published number, claim and budget."""
     made: dict[str, Callable[[], Made]] = {
-        "settings/claims": lambda: place("claims")._asdict(),
+        "settings/claims": lambda: {**place("claims")._asdict(), "columns": tuple(place("claims").columns)},
         "settings/recipe": lambda: place("recipe")().to_json(),
     }
     made |= {f"settings/rules/{name}": partial(_rule, entry) for name, entry in place("rules").items()}
