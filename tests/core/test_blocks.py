@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import models
+from apical.core.blocks import blocks
 from apical.errors import UnsupportedModelError
-from apical.rules.counter_current.blocks import blocks, facing, mirrored
+from apical.rules.counter_current.mirror import facing, mirrored
 
 
 def test_blocks_hold_what_shapes_a_layers_input_and_what_follows_it() -> None:

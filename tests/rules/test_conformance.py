@@ -22,6 +22,7 @@ STRONG = apical.StrongDeepFeedbackControl
 TP = apical.DifferenceTargetPropagation
 EP = apical.EquilibriumPropagation
 CIM = apical.CorInfoMax
+PC = apical.PredictiveCoding
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -51,6 +52,9 @@ RULES = {
     "ccl-cosine": partial(CCL, pair="cosine"),
     "ccl-spread": partial(CCL, pair="cosine", spread=0.5),
     "ccl-input": partial(CCL, input_pair=True),
+    "pc": partial(PC, inference="state", steps=6),
+    "pc-error": PC,
+    "pc-staged": partial(PC, inference="staged"),
     "tdca": TDCA,
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,
@@ -171,7 +175,13 @@ def product_equals_weight(rule: CreditRule) -> None:
         rule.plastic[key(name)].data.copy_(layer.weight.detach())
 
 
+def as_it_is(rule: CreditRule) -> None:
+    """Backpropagation without further ado."""
+
+
 ORACLES = {
+    "pc-staged": (partial(PC, inference="staged"), as_it_is),
+    "pc-fixed": (partial(PC, inference="fixed-prediction"), as_it_is),
     "fa": (apical.FeedbackAlignment, copy_weights),
     "wm": (partial(apical.WeightMirror, warmup=0), no_mirroring),
     "kp": (apical.KolenPollack, feedback_equals_weight),

@@ -25,6 +25,7 @@ from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
 from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation
@@ -130,6 +131,8 @@ RULES: dict[str, Entry] = {
     "ccl-readout": Entry(
         CounterCurrentLearning, "ccl, a control: only the last layer learns", {"feedback": "none"}, clip=1.0
     ),
+    "pc": Entry(PredictiveCoding, "predictive coding: states relax, blocks learn to predict them", {"inference": "state"}),
+    "pc-error": Entry(PredictiveCoding, "predictive coding, its equations solved in the errors", {"inference": "error"}),
     "tdca": Entry(
         TopDownCreditAssignment,
         "top-down credit assignment: an evolved network hands out credit",

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from apical.core.blocks import Block
 from apical.core.layers import is_weighted
-from apical.rules.counter_current.blocks import Block
 
 
 class FreeCodes(nn.Module):

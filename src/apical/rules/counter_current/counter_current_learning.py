@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.batch import fitted, require_classes, require_one_type
+from apical.core.blocks import blocks
 from apical.core.containers import Containers
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.feedback import put
@@ -42,8 +43,8 @@ from apical.core.losses import output_error, refuse_options, terms
 from apical.core.rest import evaluating
 from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
-from apical.rules.counter_current.blocks import Enlarge, blocks, facing, mirrored
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
+from apical.rules.counter_current.mirror import Enlarge, facing, mirrored
 from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
 from apical.rules.counter_current.teaching import Activity, Taught, Teaching
 
@@ -63,7 +64,7 @@ class CounterCurrentLearning(CreditRule):
     """Two anti-parallel networks that teach each other by local losses.
 
     Args:
-        model: a row of blocks (see :func:`apical.rules.counter_current.blocks.blocks`): Linear and convolution layers with
+        model: a row of blocks (see :func:`apical.core.blocks.blocks`): Linear and convolution layers with
             normalisation, activations and pooling, one after another.
         loss: maps (output, targets) to a scalar batch mean; it teaches the last block alone.
         pair: "inner", "cosine" or "match"; "auto" is "inner" for perceptrons and "cosine" where there are convolutions.
@@ -76,7 +77,7 @@ class CounterCurrentLearning(CreditRule):
             on, down to the first block's output or to the input.
         input_pair: keep g_1 and the pair at the input, which no prediction depends on.
         mask: leave samples whose class already has a probability above 0.9 out of the pairs.
-        enlarge: how G enlarges images, "nearest" or "transposed" (see :func:`apical.rules.counter_current.blocks.mirrored`).
+        enlarge: how G enlarges images, "nearest" or "transposed" (see :func:`apical.rules.counter_current.mirror.mirrored`).
         orthogonal: draw G as the authors' autoencoder does: orthogonal, the blocks that enlarge images a thousand times
             smaller, the one that makes the input zero.
         input_shape: of one sample; needed where the model has convolutions.
@@ -194,7 +195,7 @@ class CounterCurrentLearning(CreditRule):
         return list(self.feedback.parameters())
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """G's weights by the name of F's layer that they face (:func:`apical.rules.counter_current.blocks.facing`)."""
+        """G's weights by the name of F's layer that they face (:func:`apical.rules.counter_current.mirror.facing`)."""
         found = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
             layers = [layer for layer in module.modules() if is_weighted(layer)]

@@ -1,17 +1,11 @@
-"""Models as a row of blocks, and the mirror image of such a row.
+"""The mirror image of a row of blocks: it runs from the last population to the first.
 
-A block is what lies between two populations whose activity a rule looks at: a weighted layer with what shapes its input
-(flattening, upsampling) and what follows it (normalisation, activation, pooling). Unlike the stages of
-:mod:`apical.core.chain` a block need not be affine-then-element-wise; its own derivative is left to autograd.
-
-The mirror image of a row runs from the last population to the first: every block has a counterpart that maps the shape of
-its output to that of its input, with weights of its own.
+Every block has a counterpart that maps the shape of its output to that of its input, with weights of its own.
 """
 
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,108 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apical.core.activations import is_activation
-from apical.core.chain import Call, example_of, traced
-from apical.core.layers import Layer, is_known_in_row, is_norm, is_own, is_weighted, shapes_input
+from apical.core.blocks import Block
+from apical.core.layers import Layer, is_norm
 from apical.core.transport import geometry
-from apical.core.units import leaves, weighted_layers
 from apical.errors import UnsupportedModelError
 
 Enlarge = Literal["nearest", "transposed"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of a row.
-
-    Attributes:
-        name: module name of the weighted layer.
-        layer: the layer.
-        modules: all modules of the block in order.
-        input_shape: of one sample.
-        shape: of one sample's output.
-        image: of the output before flattening, where the block ends with that; otherwise `shape`.
-        seen: of the first image that the block's leading modules make of a flat input; otherwise `input_shape`.
-    """
-
-    name: str
-    layer: Layer
-    modules: tuple[nn.Module, ...]
-    input_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    image: tuple[int, ...]
-    seen: tuple[int, ...]
-
-    def __call__(self, activity: Tensor) -> Tensor:
-        """(batch, *input_shape) -> (batch, *shape)."""
-        for module in self.modules:
-            activity = module(activity)
-        return activity
-
-    @property
-    def tail(self) -> tuple[nn.Module, ...]:
-        """The modules behind the layer."""
-        return self.modules[self.modules.index(self.layer) + 1 :]
-
-
-def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[list[nn.Module], list[Block]]:
-    """Modules before the first weighted layer, and the blocks, in the order in which the model calls them.
-
-    Args:
-        model: the network; it is only read, and run once on zeros.
-        input_shape: of one sample; needed where a model has convolutions, whose sizes depend on it.
-
-    Raises:
-        UnsupportedModelError: the model is no such row, or a module has no place in one; it is named.
-    """
-    layers = weighted_layers(model, exact=None)
-    for name, module in leaves(model):
-        if is_own(module) and not (is_weighted(module) or is_activation(module) or is_known_in_row(module)):
-            raise UnsupportedModelError(
-                f"module {name!r} ({type(module).__name__}) has no place in a row of blocks; replace it"
-            )
-    calls = traced(model, example_of(model, layers, input_shape))
-    places = [i for i, call in enumerate(calls) if is_weighted(call.module)]
-    names = [calls[i].name for i in places]
-    for name in layers:
-        if names.count(name) != 1:
-            what = "is called twice; give each place a layer of its own" if name in names else "was not called; remove it"
-            raise UnsupportedModelError(f"layer {name!r} {what}")
-    kind = next(iter(layers.values())).weight.dtype
-    if odd := next((name for name, layer in layers.items() if layer.weight.dtype != kind), None):
-        raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
-    starts = [_start(calls, place) for place in places]
-    starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
-    ends = [*starts[1:], len(calls)]
-    head = [call.module for call in calls[: starts[0]]]
-    return head, [_block(calls[start:end]) for start, end in zip(starts, ends, strict=True)]
-
-
-def _start(calls: Sequence[Call], place: int) -> int:
-    """Where the block of the layer at `place` starts: at the leading modules right before it."""
-    while place and shapes_input(calls[place - 1].module):
-        place -= 1
-    return place
-
-
-def _block(calls: Sequence[Call]) -> Block:
-    layer = next(call for call in calls if is_weighted(call.module))
-    assert is_weighted(layer.module)
-    if (own := layer.module.weight.dtype) != calls[-1].made.dtype:
-        raise UnsupportedModelError(
-            f"layer {layer.name!r} ({type(layer.module).__name__}) keeps its weight in {own}, but its block makes "
-            f"{calls[-1].made.dtype}; keep the weight in that type, or use another rule"
-        )
-    given, made = tuple(calls[0].given.shape[1:]), tuple(calls[-1].made.shape[1:])
-    last = calls[-1]
-    return Block(
-        layer.name,
-        layer.module,
-        tuple(call.module for call in calls),
-        given,
-        made,
-        tuple(last.given.shape[1:]) if isinstance(last.module, nn.Flatten) else made,
-        tuple(calls[0].made.shape[1:]) if isinstance(calls[0].module, nn.Unflatten) else given,
-    )
 
 
 def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | None = None) -> list[nn.Sequential]:

@@ -1,0 +1,327 @@
+"""Predictive coding against its energy, differentiated as it stands, and its exact identities (float64)."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical import PredictiveCoding
+from apical.core.losses import squared_error
+from apical.errors import ConfigError, UnsupportedModelError
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.double)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 4))
+
+
+def images() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 3, 3, padding=1), nn.GELU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(36, 5), nn.GELU(), nn.Linear(5, 4)),
+    )
+
+
+NETWORKS = {"mlp": (mlp, (6,)), "images": (images, (2, 6, 6))}
+
+
+def batch(name: str, size: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, *NETWORKS[name][1], generator=generator), torch.arange(size) % 4
+
+
+def parts(model: nn.Sequential) -> list[nn.Sequential]:
+    """The blocks, cut by hand before every layer; flattening belongs to what follows."""
+    groups: list[list[nn.Module]] = []
+    for module in model:
+        opens = isinstance(module, nn.Linear | nn.Conv2d) and not (groups and isinstance(groups[-1][-1], nn.Flatten))
+        if opens or isinstance(module, nn.Flatten):
+            groups.append([])
+        groups[-1].append(module)
+    return [nn.Sequential(*group) for group in groups]
+
+
+def energy(blocks: Sequence[nn.Module], x: Tensor, s: Sequence[Tensor], targets: Tensor, weight: float = 1.0) -> Tensor:
+    """E(s), summed over the batch, as the equation stands."""
+    below, total = x, x.new_zeros(())
+    for block, state in zip(blocks, s, strict=False):
+        total = total + 0.5 * (state - block(below)).square().sum()
+        below = state
+    return total + weight * F.cross_entropy(blocks[-1](below), targets, reduction="sum")
+
+
+def feed_forward(blocks: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    s = []
+    for block in blocks[:-1]:
+        x = block(x)
+        s.append(x.detach())
+    return s
+
+
+def relaxed(blocks: Sequence[nn.Module], x: Tensor, targets: Tensor, steps: int, g: float, **options: Any) -> list[Tensor]:
+    """s after T gradient steps on E(s)."""
+    weight, momentum = options.get("weight", 1.0), options.get("momentum", 0.0)
+    s = feed_forward(blocks, x)
+    moved = [torch.zeros_like(state) for state in s]
+    for _ in range(steps):
+        leaves = [state.clone().requires_grad_() for state in s]
+        slopes = torch.autograd.grad(energy(blocks, x, leaves, targets, weight), leaves)
+        moved = [momentum * m - slope for m, slope in zip(moved, slopes, strict=True)]
+        s = [state + g * m for state, m in zip(s, moved, strict=True)]
+    return s
+
+
+def relaxed_in_errors(blocks: Sequence[nn.Module], x: Tensor, targets: Tensor, steps: int, g: float) -> list[Tensor]:
+    """s after T gradient steps on E(e), differentiated as a whole."""
+
+    def states(e: Sequence[Tensor]) -> list[Tensor]:
+        below, s = x, []
+        for block, error in zip(blocks, e, strict=False):
+            below = block(below) + error
+            s.append(below)
+        return s
+
+    e = [torch.zeros_like(state) for state in feed_forward(blocks, x)]
+    for _ in range(steps):
+        leaves = [error.clone().requires_grad_() for error in e]
+        s = states(leaves)
+        loss = F.cross_entropy(blocks[-1](s[-1]), targets, reduction="sum")
+        total = sum(0.5 * error.square().sum() for error in leaves) + loss
+        e = [error - g * slope for error, slope in zip(e, torch.autograd.grad(total, leaves), strict=True)]
+    return [state.detach() for state in states(e)]
+
+
+def learned(
+    blocks: Sequence[nn.Module], x: Tensor, s: Sequence[Tensor], targets: Tensor, weight: float = 1.0
+) -> list[Tensor]:
+    """d E / d W / B, states held constant: every block's own term only depends on its own weights."""
+    parameters = [p for block in blocks for p in block.parameters()]
+    return [slope / len(x) for slope in torch.autograd.grad(energy(blocks, x, s, targets, weight), parameters)]
+
+
+def gradients(rule: PredictiveCoding, x: Tensor, targets: Tensor) -> list[Tensor]:
+    rule.zero_grad()
+    rule(x, targets).backward()
+    return [p.grad.clone() for p in rule.model.parameters() if p.grad is not None]
+
+
+def backprop(model: nn.Module, x: Tensor, targets: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(F.cross_entropy(model(x), targets), list(model.parameters())))
+
+
+def close(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("steps", "momentum", "weight"), [(1, 0.0, 1.0), (7, 0.0, 1.0), (6, 0.5, 0.3)])
+def test_states_go_down_the_energy_and_blocks_learn_their_own_term(
+    name: str, steps: int, momentum: float, weight: float
+) -> None:
+    model, (x, targets) = NETWORKS[name][0](), batch(name)
+    blocks = parts(model)
+    rule = PredictiveCoding(
+        model, inference="state", steps=steps, rate=0.1, momentum=momentum, output_weight=weight, rescale=False,
+        input_shape=NETWORKS[name][1],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # after one step most errors are zero
+        found = rule.states(x, targets)["s"]
+        ours = gradients(rule, x, targets)
+    s = relaxed(blocks, x, targets, steps, 0.1, momentum=momentum, weight=weight)
+    for a, b in zip(found, s, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    for a, b in zip(ours, learned(blocks, x, s, targets, weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("steps", [1, 6])
+def test_errors_go_down_the_same_energy(name: str, steps: int) -> None:
+    model, (x, targets) = NETWORKS[name][0](), batch(name)
+    blocks = parts(model)
+    rule = PredictiveCoding(model, inference="error", steps=steps, rate=0.1, rescale=False, input_shape=NETWORKS[name][1])
+    s = relaxed_in_errors(blocks, x, targets, steps, 0.1)
+    for a, b in zip(rule.states(x, targets)["s"], s, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    close(gradients(rule, x, targets), learned(blocks, x, s, targets), 1e-11)
+    logs = rule(x, targets).logs
+    torch.testing.assert_close(logs["energy"], energy(blocks, x, s, targets).detach() / len(x), rtol=1e-12, atol=0)
+    hidden = energy(blocks, x, s, targets, weight=0.0).detach() / len(x)
+    torch.testing.assert_close(logs["hidden_share"], hidden / logs["energy"], rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_step_in_errors_is_backprop_in_the_first_block(name: str) -> None:
+    model, (x, targets) = NETWORKS[name][0](), batch(name)
+    first = len(list(parts(model)[0].parameters()))
+    exact = backprop(model, x, targets)
+    gaps = []
+    for g in (1e-1, 1e-2, 1e-3):
+        rule = PredictiveCoding(model, steps=1, rate=g, rescale=False, input_shape=NETWORKS[name][1])
+        ours = gradients(rule, x, targets)
+        close([grad / g for grad in ours[:first]], exact[:first], 1e-11)
+        rest = [grad / g for grad in ours[first:-2]] + ours[-2:]
+        gaps.append(max(float((a - b).norm() / b.norm()) for a, b in zip(rest, exact[first:], strict=True)))
+    assert gaps[0] > 5 * gaps[1] > 25 * gaps[2]  # O(g)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("inference", "rate", "tolerance"), [("staged", 1.0, 1e-13), ("staged", 0.1, 1e-10), ("fixed-prediction", 1.0, 1e-13)]
+)
+def test_staged_learning_and_fixed_predictions_are_backprop(
+    name: str, inference: Any, rate: float, tolerance: float
+) -> None:
+    """Staged: times g^(L - l)."""
+    model, (x, targets) = NETWORKS[name][0](), batch(name)
+    rule = PredictiveCoding(model, inference=inference, rate=rate, input_shape=NETWORKS[name][1])
+    depth = [len(rule.row) - 1 - k for k, block in enumerate(parts(model)) for _ in block.parameters()]
+    ours = [grad / rate**d for grad, d in zip(gradients(rule, x, targets), depth, strict=True)]
+    close(ours, backprop(model, x, targets), tolerance)
+
+
+def test_an_error_goes_down_one_block_a_step() -> None:
+    model, (x, targets) = mlp(), batch("mlp")
+    for steps in (1, 2, 3):
+        rule = PredictiveCoding(model, inference="state", steps=steps, rate=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            e = rule.states(x, targets)["e"]
+        assert [bool(error.any()) for error in e] == [k >= 3 - steps for k in range(3)]
+
+
+def test_a_silent_block_is_named_once() -> None:
+    rule = PredictiveCoding(mlp(), inference="state", steps=2)
+    with pytest.warns(RuntimeWarning, match="no error has reached layer '0'"):
+        rule(*batch("mlp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule(*batch("mlp"))
+        PredictiveCoding(mlp(), inference="error", steps=1)(*batch("mlp"))
+
+
+def test_weak_outputs_are_backprop() -> None:
+    model, (x, targets) = mlp(), batch("mlp")
+    gaps = []
+    for weight in (1e-1, 1e-2, 1e-3):
+        rule = PredictiveCoding(model, steps=400, rate=0.3, output_weight=weight)
+        ours = [grad / weight for grad in gradients(rule, x, targets)]
+        gaps.append(max(float((a - b).norm() / b.norm()) for a, b in zip(ours, backprop(model, x, targets), strict=True)))
+    assert gaps[0] > 5 * gaps[1] > 25 * gaps[2]
+
+
+def test_both_inferences_meet_where_every_error_is_what_the_next_hands_down() -> None:
+    model, (x, targets) = mlp(), batch("mlp")
+    error = PredictiveCoding(model, inference="error", steps=3000, rate=0.2, tolerance=1e-15)
+    state = PredictiveCoding(model, inference="state", steps=6000, rate=0.2, tolerance=1e-15)
+    for key in ("s", "e"):
+        for a, b in zip(error.states(x, targets)[key], state.states(x, targets)[key], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    found, blocks = error.states(x, targets), parts(model)
+    leaf = found["s"][1].clone().requires_grad_()
+    (handed,) = torch.autograd.grad(blocks[2](leaf), leaf, found["e"][2])
+    torch.testing.assert_close(found["e"][1], handed, rtol=0, atol=1e-12)
+    assert float(error(x, targets).logs["residual"]) <= 1e-15
+
+
+def test_linear_networks_have_a_closed_form() -> None:
+    """e_l = P_l^T S^-1 r with P_l = W_L..W_{l+1}, S = sum P_l P_l^T, r = y - output; E* = r^T S^-1 r / 2."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 3))
+    x, y = torch.randn(4, 5), torch.randn(4, 3)
+    rule = PredictiveCoding(model, loss=squared_error, steps=4000, rate=0.2, rescale=False)
+    credit = rule(x, y)
+    weights = [layer.weight.detach() for layer in model]
+    p = [weights[2] @ weights[1], weights[2], torch.eye(3)]
+    r = y - model(x).detach()
+    solved = torch.linalg.solve(sum(each @ each.T for each in p), r.T).T
+    torch.testing.assert_close(credit.logs["energy"], (r * solved).sum() / 8, rtol=1e-12, atol=0)
+    errors = [solved @ each for each in p]
+    for a, b in zip(rule.states(x, y)["e"], errors[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    credit.backward()
+    s = [x, *rule.states(x, y)["s"]]
+    for layer, error, below in zip(model, errors, s, strict=True):
+        torch.testing.assert_close(layer.weight.grad, -error.T @ below / 4, rtol=1e-10, atol=1e-13)
+
+
+def test_nothing_moves_where_the_target_is_met() -> None:
+    model, (x, _) = mlp(), batch("mlp")
+    rule = PredictiveCoding(model, loss=squared_error)
+    credit = rule(x, model(x).detach())
+    credit.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert float(credit.logs["energy"]) == 0
+
+
+def test_rescaled_gradients_have_backprops_size() -> None:
+    model, (x, targets) = mlp(), batch("mlp")
+    exact = backprop(model, x, targets)
+    for steps in (1, 5, 20):
+        ours = gradients(PredictiveCoding(model, steps=steps, rate=1e-4), x, targets)
+        close(ours, exact, 1e-2)
+
+
+def test_running_statistics_move_once_a_batch_and_are_batch_statistics_throughout() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+    twin = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+    twin.load_state_dict(model.state_dict())
+    x, targets = batch("mlp")
+    twin(x)
+    PredictiveCoding(model, steps=9)(x, targets).backward()
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    first = PredictiveCoding(model, steps=1, rate=1e-3, rescale=False)
+    exact = backprop(model, x, targets)
+    for ours, theirs in zip(gradients(first, x, targets)[:4], exact[:4], strict=True):
+        torch.testing.assert_close(ours / 1e-3, theirs, rtol=1e-8, atol=1e-12)  # a bias before it has no gradient
+
+
+def test_samples_that_the_loss_ignores_teach_nothing() -> None:
+    x, targets = batch("mlp", 6)
+    some = targets.clone()
+    some[[1, 4]] = -100
+    kept = some >= 0
+    a = gradients(PredictiveCoding(mlp(), steps=4), x, some)
+    b = gradients(PredictiveCoding(mlp(), steps=4), x[kept], targets[kept])
+    close(a, b, 1e-12)
+
+
+def test_refusals() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'1'.*draw anew"):
+        PredictiveCoding(nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)))
+    with pytest.raises(ConfigError, match="inference"):
+        PredictiveCoding(mlp(), inference="errors")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="steps"):
+        PredictiveCoding(mlp(), steps=0)
+    with pytest.raises(ConfigError, match="staged"):
+        PredictiveCoding(mlp(), inference="staged", steps=9)
+    with pytest.raises(ConfigError, match="reduction"):
+        PredictiveCoding(mlp(), loss=nn.CrossEntropyLoss(reduction="sum"))
+    with pytest.raises(ConfigError, match="empty"):
+        PredictiveCoding(mlp())(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+
+
+def test_one_block_is_backprop() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    x, targets = batch("mlp")
+    for inference in ("state", "error", "fixed-prediction", "staged"):
+        options: Any = {"inference": inference}
+        close(gradients(PredictiveCoding(model, **options), x, targets), backprop(model, x, targets), 1e-13)
