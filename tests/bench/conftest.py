@@ -1,14 +1,12 @@
 """Small runs on digits, shared by the tests of the experiment layer."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.command import Command
 
 from apical import data
 from apical.bench.distributed import World
@@ -44,20 +42,17 @@ def begin(digits: Dataset) -> Callable[..., Training]:
 
 
 @pytest.fixture
-def apical() -> Callable[..., "subprocess.Popen[str]"]:
-    """Start the command line as a real process, on one thread."""
+def apical(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Command]]:
+    """Start the command line as a process of its own, on one thread; what still runs at the end of the test is killed."""
+    started: list[Command] = []
 
-    def start(*arguments: object, launcher: tuple[str, ...] = (), **options: Any) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", *(launcher or ("apical",)), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
+    def start(*arguments: object) -> Command:
+        started.append(Command([str(argument) for argument in arguments], tmp_path_factory.mktemp("command")))
+        return started[-1]
 
-    return start
+    yield start
+    for command in started:
+        command.end()
 
 
 def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:

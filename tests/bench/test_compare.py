@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.command import Command
 
 from apical.bench import compare
 from apical.bench.compare import Job
@@ -19,7 +19,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.main import main
 
 Same = Callable[[Path, Path], None]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Command]
 
 
 def job(out: Path, rules: tuple[str, ...] = ("bp", "wm"), seeds: tuple[int, ...] = (0, 1), **options: Any) -> Job:

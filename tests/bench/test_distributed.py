@@ -1,8 +1,9 @@
 """Data-parallel training with real processes."""
 
+import os
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +13,28 @@ from apical.bench.distributed import World, joined, pick_device
 from apical.cli.main import main
 from apical.errors import ConfigError
 
-Start = Callable[..., "subprocess.Popen[str]"]
 TRAIN = ("train", "--model", "mlp-64", "--epochs", "2", "--batch-size", "32", "--train-limit", "640", "--crop", "1")
 TRAIN = (*TRAIN, "--lr", "0.02", "--device", "cpu", "--threads", "1")
 
 
-def launcher(processes: int) -> tuple[str, ...]:
+def start(processes: int, *arguments: str) -> "subprocess.Popen[str]":
+    """`apical ARGUMENTS` under torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
-    return ("torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes), "-m", "apical")
+    launcher = ("torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes), "-m", "apical")
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_two_processes_equal_one(apical: Start, tmp_path: Path) -> None:
-    process = apical(*TRAIN, "--out", tmp_path / "two", launcher=launcher(2))
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    process = start(2, *TRAIN, "--out", str(tmp_path / "two"))
     assert main([*TRAIN, "--out", str(tmp_path / "one")]) == 0
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -38,8 +46,8 @@ def test_two_processes_equal_one(apical: Start, tmp_path: Path) -> None:
         assert one["metrics"][key] == pytest.approx(two["metrics"][key], abs=1e-5)
 
 
-def test_a_batch_that_does_not_divide_is_refused(apical: Start, tmp_path: Path) -> None:
-    process = apical(*TRAIN, "--batch-size", "33", "--out", tmp_path / "run", launcher=launcher(2))
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    process = start(2, *TRAIN, "--batch-size", "33", "--out", str(tmp_path / "run"))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     # by both processes or by the first to fail, which has torchrun kill the other

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.command import Command
 
 from apical.bench import run_folder
 from apical.bench.evolve.loop import classification
@@ -21,6 +21,7 @@ from apical.rules.top_down.top_down_credit_assignment import shipped
 from apical_papers.tdca.recipes import EVOLUTIONS
 
 pytest.importorskip("evotorch")
+Start = Callable[..., Command]
 SMALL = ("--model", "mlp-tanh-6", "--population", "8", "--hidden", "4", "--steps", "4", "--examples", "30", "--sites", "2")
 
 
@@ -73,20 +74,20 @@ def test_the_seed_matters(whole: Path, tmp_path: Path) -> None:
     assert not same(tmp_path / "other", whole)
 
 
-def start(out: Path, generations: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "apical", "evolve", *SMALL, "--out", str(out), "--generations", str(generations)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def begun(apical: Start, out: Path, generations: int) -> Command:
+    """An evolution that has two generations behind it."""
+    process = apical("evolve", *SMALL, "--out", out, "--generations", generations)
     for _ in range(1200):
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= 2:
             return process
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     raise AssertionError("it did not start")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_or_interrupted_it_resumes_with_the_same_result(tmp_path: Path, how: signal.Signals) -> None:
-    process = start(tmp_path / "cut", 4000)
+def test_killed_or_interrupted_it_resumes_with_the_same_result(apical: Start, tmp_path: Path, how: signal.Signals) -> None:
+    process = begun(apical, tmp_path / "cut", 4000)
     os.kill(process.pid, how)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
@@ -128,11 +129,11 @@ def test_tasks_take_networks_in_turn() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")
 def test_two_evolutions_cannot_share_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    apical: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
     out = tmp_path / "shared"
-    process = start(out, 4000)
+    process = begun(apical, out, 4000)
     try:
         for flag in ("--resume", "--overwrite"):
             assert evolve(out, "--generations", "4000", flag) == 2

@@ -4,7 +4,6 @@ import gc
 import json
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.command import Command
 
 from apical.bench.distributed import World
 from apical.bench.loop import Training
@@ -26,7 +26,7 @@ from apical.errors import CheckpointError
 
 Begin = Callable[..., Training]
 Same = Callable[[Path, Path], None]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Command]
 ALL = ("bp", "fa", "dfa", "usf", "brsf", "frsf", "kp", "wm", "pfa", "pfa-o")
 
 
@@ -105,7 +105,7 @@ def lines(folder: Path) -> int:
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], process: Command, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[1]

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.command import Command
 
 from apical.bench import folders, run_folder
 from apical.bench.run_folder import FolderLock
@@ -29,7 +29,7 @@ COMMANDS = {
     "reproduce": ("reproduce", "tp/targets", "--budget", "smoke"),
     "reproduce a file": ("reproduce", "pfa/theory", "--budget", "smoke"),
 }
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Command]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -76,7 +76,7 @@ def test_what_another_process_finished_meanwhile_is_refused(
 
 def test_two_real_processes_on_a_fresh_folder(apical: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    started = [apical("train", *SMALL, "--epochs", "60", "--seed", seed, "--out", out) for seed in (1, 2)]
+    started = [apical("train", *SMALL, "--epochs", "20", "--seed", seed, "--out", out) for seed in (1, 2)]
     answers = [process.communicate(timeout=120) for process in started]
     codes = [process.returncode for process in started]
     assert sorted(codes) == [0, 2], answers

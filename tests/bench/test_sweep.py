@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.command import Command
 
 from apical.bench import sweep
 from apical.bench.compare import load_data
@@ -112,13 +114,11 @@ def test_another_sweep_is_not_resumed(folder: Path, capsys: pytest.CaptureFixtur
 COMMAND = ["--rules", "bp", "--space", "lr=0.01,0.02,0.05,0.1", "--model", "mlp-8", "--train-limit", "320", "--epochs", "12"]
 
 
-def test_a_killed_driver_loses_no_finished_trial(tmp_path: Path) -> None:
+def test_a_killed_driver_loses_no_finished_trial(apical: Callable[..., Command], tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = ["sweep", *COMMAND, "--jobs", "1", "--final-seeds", "0", "--search-seed", "1"]
     assert main([*arguments, "--out", str(whole)]) == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "apical", *arguments, "--out", str(cut)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    process = apical(*arguments, "--out", cut)
     deadline = time.monotonic() + 120
     while not list(cut.glob("trials/bp/*/*/result.json")):
         assert process.poll() is None
