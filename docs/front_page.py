@@ -14,15 +14,20 @@ from apical.bench.papers import papers
 LINKS = {"": "https://arxiv.org/abs/", "doi ": "https://doi.org/"}
 
 
-def front_page(root: Path) -> dict[str, str]:
-    """The generated blocks of the README."""
-    measured = {path.stem: load(path) for path in (root / "benchmarks").glob("*.json")}
-    records = [load(path) for path in sorted((root / "results" / "reproductions").glob("*.json"))]
+def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row]) -> dict[str, str]:
+    """The generated blocks of the README.
+
+    Args:
+        root: of the repository.
+        measured: the files in benchmarks/, by name.
+        records: what `apical reproduce` kept.
+    """
+    families = tomllib.loads((root / "docs" / "families.toml").read_text(encoding="utf-8"))
     return {
         "demo": demo_block(root),
         "install": install(measured.get("install") or {}),
         "why": "\n".join(f"- {each}" for each in why(measured)),
-        "rules": rules(tomllib.loads((root / "docs" / "families.toml").read_text(encoding="utf-8")), records),
+        "rules": rules(families, records),
         "papers": reproduced(root, records),
     }
 
