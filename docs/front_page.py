@@ -1,13 +1,12 @@
 """The generated parts of the README: what the demo shows, what installing takes, why, the rules, the papers."""
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
 from paper_pages import folders
 from rule_pages import belongs, rule_classes, short_names
-from tables import Row, load, number, present, spread, table
+from tables import Row, load, number, present, spread, table, toml
 
 from apical.bench.papers import papers
 
@@ -22,12 +21,11 @@ def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row]) 
         measured: the files in benchmarks/, by name.
         records: what `apical reproduce` kept.
     """
-    families = tomllib.loads((root / "docs" / "families.toml").read_text(encoding="utf-8"))
     return {
         "demo": demo_block(root),
         "install": install(measured.get("install") or {}),
         "why": "\n".join(f"- {each}" for each in why(measured)),
-        "rules": rules(families, records),
+        "rules": rules(toml("families"), records),
         "papers": reproduced(root, records),
     }
 

@@ -3,21 +3,12 @@
 from collections.abc import Sequence
 
 from result_pages import NOTE, joined
-from tables import Row, code, console, table, tabulate, text
+from tables import Row, code, console, table, tabulate, text, toml
 
 from apical.cli.reproduce import measured
 
 VERDICTS = ("reproduced", "not reproduced", "budget too small to tell", "not run")
-SOURCES = {
-    "paper": "printed in the paper",
-    "fig": "read off the published curves",
-    "code": "named in the authors' repository, single runs",
-    "ours": "measured with a prototype of ours, not published",
-    "order": "an order of two rules",
-    "theory": "follows from the paper's theory",
-    "statement": "a statement of the paper",
-    "our mark": "a threshold of our choice",
-}
+*_, SOURCES = toml("sources").values()
 COLUMNS = {"rule": code("rule"), "what": text("what"), "reference": text("reference"), "source": text("source")}
 COLUMNS |= {"ours": lambda row: measured(dict(row)), "n": text("n"), "verdict": text("verdict")}
 

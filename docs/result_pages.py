@@ -22,6 +22,7 @@ from tables import (
     table,
     tabulate,
     text,
+    toml,
     words,
 )
 
@@ -34,17 +35,8 @@ NOTE = "<!-- made by docs/generate.py -->"
 LARGE = 1_000_000
 """Bytes from which a figure is shown as PNG instead of SVG."""
 
-TAGS = {
-    "fig": "is read off the published curves",
-    "paper": "stands in the paper",
-    "code": "is named in the authors' repository, for a single run",
-    "order": "is an order of two rules",
-    "ours": "comes from a prototype of ours, for settings that the paper does not have",
-}
-"""Where the numbers of a verdict come from."""
-
-MARKS = {"statement": "statements of the paper", "our mark": "thresholds of our choice"}
-"""The same for a study of its own."""
+TAGS, MARKS, _ = toml("sources").values()
+"""Where the numbers of a verdict come from, and the same for a study of its own."""
 
 
 def joined(parts: Iterable[str]) -> str:

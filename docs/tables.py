@@ -11,12 +11,16 @@ from typing import Any
 Row = Mapping[str, Any]
 
 Cell = Callable[[Row], str]
-MOVED = tomllib.loads(Path(__file__).with_name("moved.toml").read_text(encoding="utf-8"))
+
+
+def toml(name: str) -> dict[str, Any]:
+    """The content of a file beside this one."""
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def console(command: str) -> str:
     """A command that made kept results, as it is typed today."""
-    for before, now in MOVED.items():
+    for before, now in toml("moved").items():
         command = command.replace(f"-m {before} ", f"-m {now} ")
     return f"```console\n$ {command}\n```"
 
