@@ -4,7 +4,8 @@
 
 Tables come from `results/<name>/` (a folder that `apical compare` wrote: summary.json and, where kept, compare.json,
 verdicts.json and figures/; or one that a study of its own wrote: results.json and figures), from single files
-`results/<name>.json`, from the JSON files in `benchmarks/`, and from the command line's own
+`results/<name>.json`, from `results/reproductions`, the JSON files in `benchmarks/`, the papers that are installed,
+the TOML files beside this script (which tables, sources and families there are), and the command line's own
 definitions. What is not there is left out. :func:`outputs` is pure, so that a test can compare what is committed with
 what would be written.
 """

@@ -156,13 +156,14 @@ def residual(kind: type[CreditRule]) -> bool:
 
 def _time(kind: type, root: Path) -> str:
     """The range of times relative to backpropagation over names and settings of fully connected networks."""
-    ratios = [
-        row["ratio_to_bp"]
-        for row in benchmark_rows(root)
-        if row["rule"] in short_names(kind) and "MLP" in row["model"] and row.get("ratio_to_bp")
-    ]
+    ratios = ratios_to_bp(benchmark_rows(root), short_names(kind), "MLP")
     low, high = (f"{value:.2f}" for value in (min(ratios, default=0), max(ratios, default=0)))
     return "-" if not ratios else low if low == high else f"{low} to {high}"
+
+
+def ratios_to_bp(rows: Sequence[Row], names: Sequence[str], network: str) -> list[float]:
+    """Times of a step relative to backpropagation's, of rules on a kind of network."""
+    return present((row for row in rows if row["rule"] in names and network in row["model"]), "ratio_to_bp")
 
 
 def choice(root: Path) -> dict[str, str]:
@@ -176,24 +177,24 @@ def audit_table(audit: Row) -> str:
     rules, criteria = audit["rows"], audit["criteria"]
     counted = [c for c in criteria if any(row["verdicts"][c["key"]]["verdict"] == "measured" for row in rules)]
     asked = [c for c in criteria if c not in counted]
-    names = [f"`{row['rule']}`" for row in rules]
-    verdicts = [[sign(row["verdicts"][c["key"]]) for c in asked] for row in rules]
     reference = next((row for row in rules if row["rule"] == "bp"), None)
-    numbers = [[counted_cell(c["key"], row["verdicts"][c["key"]], reference) for c in counted] for row in rules]
-    titles = [
-        c["title"] + (", relative to bp" if c["key"] in ("multiply_adds", "held") and reference else "") for c in counted
+    relative = {"multiply_adds", "held"} if reference else set()
+    titles = [c["title"] + (", relative to bp" if c["key"] in relative else "") for c in counted]
+    signs = [[f"`{row['rule']}`", *(sign(row["verdicts"][c["key"]]) for c in asked)] for row in rules]
+    numbers = [
+        [f"`{row['rule']}`", *(counted_cell(c["key"], row["verdicts"][c["key"]], reference) for c in counted)]
+        for row in rules
     ]
-    good = [[names[i] for i, row in enumerate(rules) if row["verdicts"][c["key"]]["good"]] for c in asked]
-    questions = [[c["title"], c["question"], " ".join(each)] for c, each in zip(asked, good, strict=True)]
-    questions += [[c["title"], c["question"], ""] for c in counted]
+    good = {c["key"]: " ".join(f"`{row['rule']}`" for row in rules if row["verdicts"][c["key"]]["good"]) for c in asked}
+    questions = [[c["title"], c["question"], good.get(c["key"], "")] for c in (*asked, *counted)]
     return "\n\n".join(
         [
             f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`audit` says how.",
             "![Rules against criteria](../results/audit/audit.png)",
             "✓ yes, ~ partly, ✗ no, - not applicable:",
-            table(("rule", *(c["title"] for c in asked)), [[n, *v] for n, v in zip(names, verdicts, strict=True)], 99),
+            table(("rule", *(c["title"] for c in asked)), signs, 99),
             "Robustness in degrees by which updates turn, and cost:",
-            table(("rule", *titles), [[n, *v] for n, v in zip(names, numbers, strict=True)], 1),
+            table(("rule", *titles), numbers, 1),
             table(("criterion", "the question", "✓ for"), questions, 99),
         ]
     )
@@ -233,7 +234,7 @@ def costs(root: Path) -> str:
     rows = benchmark_rows(root)
     lines = []
     for name in RULES:
-        ratios = [[row["ratio_to_bp"] for row in rows if row["rule"] == name and kind in row["model"]] for kind in kinds]
+        ratios = [ratios_to_bp(rows, [name], kind) for kind in kinds]
         if any(ratios):
             lines.append([f"`{name}`", *(number(statistics.median(each), 2) if each else "-" for each in ratios)])
     return table(("rule", *(f"{kind}, time / BP" for kind in kinds)), lines) if lines else "No benchmark is kept here yet."
