@@ -1,14 +1,12 @@
 """The page of the benchmarks; which tables it has, benchmarks.toml says."""
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from result_pages import NOTE, joined
-from tables import Row, facts, grouped, number, table, words
+from tables import Row, facts, grouped, number, table, toml, words
 
-TABLES = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8"))
+TABLES = toml("benchmarks")
 CELLS: dict[str, Callable[[Row, str], str]] = {
     "code": lambda row, key: row[key] if " " in row[key] and key == "rule" else f"`{row[key]}`",
     "text": lambda row, key: words(row.get(key)),

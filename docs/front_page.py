@@ -1,28 +1,31 @@
 """The generated parts of the README: what the demo shows, what installing takes, why, the rules, the papers."""
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
 from paper_pages import folders
 from rule_pages import belongs, rule_classes, short_names
-from tables import Row, load, number, present, spread, table
+from tables import Row, load, number, present, spread, table, toml
 
 from apical.bench.papers import papers
 
 LINKS = {"": "https://arxiv.org/abs/", "doi ": "https://doi.org/"}
 
 
-def front_page(root: Path) -> dict[str, str]:
-    """The generated blocks of the README."""
-    measured = {path.stem: load(path) for path in (root / "benchmarks").glob("*.json")}
-    records = [load(path) for path in sorted((root / "results" / "reproductions").glob("*.json"))]
+def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row]) -> dict[str, str]:
+    """The generated blocks of the README.
+
+    Args:
+        root: of the repository.
+        measured: the files in benchmarks/, by name.
+        records: what `apical reproduce` kept.
+    """
     return {
         "demo": demo_block(root),
         "install": install(measured.get("install") or {}),
         "why": "\n".join(f"- {each}" for each in why(measured)),
-        "rules": rules(tomllib.loads((root / "docs" / "families.toml").read_text(encoding="utf-8")), records),
+        "rules": rules(toml("families"), records),
         "papers": reproduced(root, records),
     }
 

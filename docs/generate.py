@@ -4,7 +4,8 @@
 
 Tables come from `results/<name>/` (a folder that `apical compare` wrote: summary.json and, where kept, compare.json,
 verdicts.json and figures/; or one that a study of its own wrote: results.json and figures), from single files
-`results/<name>.json`, from the JSON files in `benchmarks/`, and from the command line's own
+`results/<name>.json`, from `results/reproductions`, the JSON files in `benchmarks/`, the papers that are installed,
+the TOML files beside this script (which tables, sources and families there are), and the command line's own
 definitions. What is not there is left out. :func:`outputs` is pure, so that a test can compare what is committed with
 what would be written.
 """
@@ -18,14 +19,9 @@ from front_page import front_page
 from gallery_page import gallery
 from paper_pages import paper_pages
 from reproduction_page import reproduction_page
-from result_pages import (
-    comparison_page,
-    file_page,
-    results_index,
-    study_page,
-)
+from result_pages import comparison_page, file_page, results_index, study_page
 from rule_pages import choice, overview, rule_blocks, rule_classes
-from tables import load, table
+from tables import benchmarks, comparisons, own_studies, reproductions, table
 from zoo_page import zoo_page
 
 from apical import models
@@ -38,27 +34,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def outputs(root: Path = ROOT) -> dict[Path, str]:
     """Path -> content of every file that is generated, wholly or between markers."""
-    folders = sorted(path.parent for path in (root / "results").glob("*/summary.json"))
-    studies = sorted(path.parent for path in (root / "results").glob("*/results.json"))
-    files = sorted((root / "results").glob("*.json"))
-    reproductions = sorted((root / "results" / "reproductions").glob("*.json"))
-    page = {root / "docs" / "results" / "reproductions.md": reproduction_page(reproductions)} if reproductions else {}
-    benchmarks = {path.stem: load(path) for path in (root / "benchmarks").glob("*.json")}
+    folders, studies, files = comparisons(root), own_studies(root), sorted((root / "results").glob("*.json"))
+    records, measured = reproductions(root), benchmarks(root)
+    names = ["reproductions"] * bool(records) + [path.name for path in sorted([*folders, *studies])]
     written = {
-        root / "docs" / "benchmarks.md": benchmark_page(benchmarks),
+        root / "docs" / "benchmarks.md": benchmark_page(measured),
         root / "docs" / "gallery.md": gallery(root),
-        root / "docs" / "zoo.md": zoo_page(benchmarks.get("zoo") or {}),
-        root / "docs" / "results" / "index.md": results_index(
-            sorted([*folders, *studies]), files, [path.stem for path in page]
-        ),
-        **page,
-        **paper_pages(root, papers()),
+        root / "docs" / "zoo.md": zoo_page(measured.get("zoo") or {}),
+        root / "docs" / "results" / "index.md": results_index([*names, *(path.stem for path in files)]),
+        **({root / "docs" / "results" / "reproductions.md": reproduction_page(records)} if records else {}),
+        **paper_pages(root, papers(), records),
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
         **{root / "docs" / "results" / f"{path.stem}.md": file_page(path) for path in files},
     }
     blocks = {
-        root / "README.md": front_page(root),
+        root / "README.md": front_page(root, measured, records),
         root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "cli" / "flags"),
         root / "docs" / "rules.md": {"overview": overview(root)},
         root / "docs" / "choose.md": choice(root),
@@ -101,30 +92,24 @@ def replace_block(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
 
 
+COMMANDS = {"compare": "CompareFlags", "train": "TrainFlags", "both": "Flags", "evolve": "Evolve", "landscape": "Landscape"}
+COMMANDS |= {"audit": "Audit", "reproduce": "Reproduce", "sweep": "SweepFlags"}
+"""Block of the command-line page -> class of flags."""
+
+
 def command_blocks(folder: Path) -> dict[str, str]:
     """The blocks of the command-line page: options of the commands, and what there is to choose from."""
     bodies = [ast.parse(path.read_text(encoding="utf-8")).body for path in sorted(folder.glob("*.py"))]
     classes = {n.name: n for body in bodies for n in body if isinstance(n, ast.ClassDef)}
-    header = ("option", "default", "meaning")
-    studies = [[f"`{name}`", study.title, study.cost] for name, study in all_studies().items()]
+    rules = [[f"`{name}`", entry.title] for name, entry in RULES.items()]
+    recipes = [[f"`{name}`", study.title, study.cost] for name, study in all_studies().items()]
     return {
-        "rules": table(
-            ("rule", "what it is"), [[f"`{name}`", entry.title] for name, entry in RULES.items()], numeric_from=2
-        ),
+        "rules": table(("rule", "what it is"), rules, numeric_from=2),
         "models": ", ".join(f"`{name}`" for name in models.names()),
-        "recipes": table(("recipe", "what it is", "cost"), studies, numeric_from=3),
+        "recipes": table(("recipe", "what it is", "cost"), recipes, numeric_from=3),
         **{
-            block: table(header, options(classes[name]), numeric_from=3)
-            for block, name in (
-                ("compare", "CompareFlags"),
-                ("train", "TrainFlags"),
-                ("both", "Flags"),
-                ("evolve", "Evolve"),
-                ("landscape", "Landscape"),
-                ("audit", "Audit"),
-                ("reproduce", "Reproduce"),
-                ("sweep", "SweepFlags"),
-            )
+            block: table(("option", "default", "meaning"), options(classes[name]), numeric_from=3)
+            for block, name in COMMANDS.items()
         },
     }
 
@@ -137,15 +122,9 @@ def options(flags: ast.ClassDef) -> list[list[str]]:
             calls = [node for node in ast.walk(field.annotation) if isinstance(node, ast.Call)]
             given = [str(a.value) for call in calls for a in call.args if isinstance(a, ast.Constant)]
             metavar, hint = (*given, "", "")[:2]
-            name = ast.unparse(field.target).replace("_", "-")
             positional = "Positional" in ast.unparse(field.annotation)
-            lines.append(
-                [
-                    f"`{metavar}`" if positional else f"`--{name} {metavar}`".replace(" `", "`"),
-                    hint.strip("()").removeprefix("default: "),
-                    " ".join(str(text.value.value).split()),
-                ]
-            )
+            name = metavar if positional else f"--{ast.unparse(field.target).replace('_', '-')} {metavar}".rstrip()
+            lines.append([f"`{name}`", hint.strip("()").removeprefix("default: "), " ".join(str(text.value.value).split())])
     return lines
 
 

@@ -2,14 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from reproduction_page import VERDICTS
 from result_pages import NOTE, joined
-from tables import Row, load, table
+from tables import Row, table
 
 from apical.bench.papers import BUDGETS, GROUP, Budget, Paper, Table
 from apical.cli.reproduce import cost
@@ -85,12 +85,11 @@ def linked(reference: str) -> str:
     return re.sub(r"(arXiv|doi) (\S*\w)", lambda found: f"[{found[0]}]({LINKS[found[1]]}{found[2]})", reference)
 
 
-def paper_pages(root: Path, papers: Mapping[str, Paper]) -> dict[Path, str]:
+def paper_pages(root: Path, papers: Mapping[str, Paper], records: Sequence[Row]) -> dict[Path, str]:
     """Path -> page, of every paper of this repository."""
-    kept = [load(path) for path in sorted((root / "results" / "reproductions").glob("*.json"))]
-    records = {f"{record['target']} {record['budget']}": record for record in kept}
+    kept = {f"{record['target']} {record['budget']}": record for record in records}
     return {
-        path / "README.md": paper_page(name, papers[name], _settings(path), records) for name, path in folders(root).items()
+        path / "README.md": paper_page(name, papers[name], _settings(path), kept) for name, path in folders(root).items()
     }
 
 

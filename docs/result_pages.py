@@ -5,7 +5,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Row, console, facts, flat, grouped, load, loss_spread, number, present, significant, spread, table, words
+from tables import (
+    Row,
+    code,
+    console,
+    facts,
+    flat,
+    grouped,
+    load,
+    loss_spread,
+    number,
+    plus_minus,
+    present,
+    significant,
+    spread,
+    table,
+    tabulate,
+    text,
+    toml,
+    words,
+)
 
 from apical.bench.names import RULES
 from apical.bench.papers import studies
@@ -13,21 +32,32 @@ from apical.bench.recipe import parse_options
 from apical.bench.report.verdicts import Verdict, tally
 
 NOTE = "<!-- made by docs/generate.py -->"
-
-TAGS = {
-    "fig": "is read off the published curves",
-    "paper": "stands in the paper",
-    "code": "is named in the authors' repository, for a single run",
-    "order": "is an order of two rules",
-    "ours": "comes from a prototype of ours, for settings that the paper does not have",
-}
-"""Where the numbers of a verdict come from."""
-
-MARKS = {"statement": "statements of the paper", "our mark": "thresholds of our choice"}
-"""The same for a study of its own."""
-
 LARGE = 1_000_000
 """Bytes from which a figure is shown as PNG instead of SVG."""
+
+TAGS, MARKS, _ = toml("sources").values()
+"""Where the numbers of a verdict come from, and the same for a study of its own."""
+
+
+def joined(parts: Iterable[str]) -> str:
+    """Paragraphs as a page."""
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def finished(rows: Iterable[Row]) -> list[Row]:
+    """The runs that ended as planned."""
+    return [row for row in rows if row.get("status", "finished") == "finished"]
+
+
+def epochs(runs: Iterable[Row]) -> str:
+    """How many epochs they have."""
+    return " / ".join(sorted({str(row.get("epochs")) for row in runs})) or "-"
+
+
+def score(runs: Sequence[Row]) -> str:
+    """Test accuracy in percent or, where there is none, test loss, over runs."""
+    accuracies = [100 * value for value in present(runs, "test_accuracy")]
+    return spread(accuracies, 2) if accuracies else loss_spread(present(runs, "test_loss"))
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
@@ -37,22 +67,15 @@ def comparison_table(rows: Sequence[Row]) -> str:
     """
     regression = bool(rows) and not present(rows, "test_accuracy") and bool(present(rows, "test_loss"))
     lines = []
-    for (rule,), all_runs in grouped(rows, "rule").items():
-        runs = [row for row in all_runs if row.get("status", "finished") == "finished"]
+    for (rule,), every in grouped(rows, "rule").items():
+        runs = finished(every)
+        seeds = str(len(runs)) if len(runs) == len(every) else f"{len(runs)} of {len(every)}"
         memory = present(runs, "memory_mb")
-        accuracies = [100 * value for value in present(runs, "test_accuracy")]
-        lines.append(
-            [
-                f"`{rule}`",
-                str(len(runs)) if len(runs) == len(all_runs) else f"{len(runs)} of {len(all_runs)}",
-                " / ".join(sorted({str(row.get("epochs")) for row in runs})) or "-",
-                loss_spread(present(runs, "test_loss")) if regression else spread(accuracies, 2),
-                loss_spread(present(runs, "train_loss")),
-                number(statistics.median(memory), 0) if memory else "-",
-            ]
-        )
-    score = "test loss" if regression else "test accuracy, %"
-    return table(("rule", "seeds", "epochs", score, "training loss", "memory, MB"), lines)
+        losses = loss_spread(present(runs, "train_loss"))
+        megabytes = number(statistics.median(memory), 0) if memory else "-"
+        lines.append([f"`{rule}`", seeds, epochs(runs), score(runs), losses, megabytes])
+    name = "test loss" if regression else "test accuracy, %"
+    return table(("rule", "seeds", "epochs", name, "training loss", "memory, MB"), lines)
 
 
 def title(folder: Path) -> str:
@@ -82,7 +105,7 @@ def departures(plan: Row) -> str:
     """A sentence on the settings in which a comparison differs from the study it names; empty if there are none."""
     study = studies().get(plan.get("study") or "")
     free = {"rule_options", "seed", "device", "threads", "checkpoint_steps"}
-    found: dict[str, None] = {}
+    different: dict[str, None] = {}
     if study is None:
         return ""
     for rule, recipe in (plan.get("recipes") or {}).items():
@@ -90,11 +113,10 @@ def departures(plan: Row) -> str:
         for key, value in recipe.items():
             if key not in free and not _chosen(rule, key, value, asked) and value != asked.get(key):
                 instead = "not set" if asked.get(key) is None else words(asked[key])
-                found[f"{key.replace('_', ' ')} {words(value)} instead of {instead}"] = None
-        found |= dict.fromkeys(
-            f"option {text} of `{rule}`" for text in _options(recipe.get("rule_options") or (), asked["rule_options"])
-        )
-    return f"**Not the recipe as it stands**: {'; '.join(found)}." if found else ""
+                different[f"{key.replace('_', ' ')} {words(value)} instead of {instead}"] = None
+        options = _options(recipe.get("rule_options") or (), asked["rule_options"])
+        different |= dict.fromkeys(f"option {option} of `{rule}`" for option in options)
+    return f"**Not the recipe as it stands**: {'; '.join(different)}." if different else ""
 
 
 def _chosen(rule: str, key: str, value: Any, asked: Row) -> bool:
@@ -121,18 +143,20 @@ def _options(used: Sequence[str], asked: Sequence[str]) -> list[str]:
 
 def verdict_table(verdicts: Sequence[Row]) -> str:
     """One line per published number: what it is, its value, ours, and the verdict."""
-    lines = []
-    for row in verdicts:
-        shown = Verdict(**row).shown
-        expected = shown(row["published"])
-        expected = f"at least {expected}" if row["tolerance"] is None else f"{expected} ± {row['tolerance']:g}"
-        ours = "-" if row["measured"] is None else shown(row["measured"])
-        ours += f" ± {shown(row['spread'])}" if row["spread"] is not None else ""
-        seeds = str(row["n"]) if row["n"] else "-"
-        lines.append([f"`{row['rule']}`", row["what"], str(row["epoch"]), expected, row["tag"], ours, seeds, row["verdict"]])
-    return table(
-        ("rule", "what", "after epoch", "reference", "source", "measured", "seeds", "verdict"), lines, numeric_from=2
-    )
+
+    def shown(row: Row, key: str) -> str | None:
+        return None if row[key] is None else Verdict(**row).shown(row[key])
+
+    def expected(row: Row) -> str:
+        value = f"{shown(row, 'published')}"
+        return f"at least {value}" if row["tolerance"] is None else f"{value} ± {row['tolerance']:g}"
+
+    columns = {"rule": code("rule"), "what": text("what"), "after epoch": text("epoch"), "reference": expected}
+    columns |= {
+        "source": text("tag"),
+        "measured": lambda row: plus_minus(shown(row, "measured") or "-", shown(row, "spread")),
+    }
+    return tabulate(verdicts, columns | {"seeds": text("n"), "verdict": text("verdict")}, numeric_from=2)
 
 
 def verdict_sentence(verdicts: Sequence[Row]) -> str:
@@ -148,39 +172,28 @@ def sources(verdicts: Sequence[Row]) -> str:
 
 def comparison_page(folder: Path) -> str:
     """The page of one comparison."""
-    parts = [NOTE, f"# {title(folder)}", origin(folder), comparison_table(load(folder / "summary.json"))]
-    verdicts = load(folder / "verdicts.json")
+    summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
+    parts = [NOTE, f"# {title(folder)}", origin(folder), comparison_table(summary)]
     if verdicts:
         parts += ["## Against reference numbers", verdict_sentence(verdicts), sources(verdicts), verdict_table(verdicts)]
-        parts += distances(verdicts, load(folder / "summary.json"))
-    parts += figures(folder / "figures", f"{folder.name}/figures")
-    return joined(parts)
+        parts += distances(verdicts, summary)
+    return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures")])
 
 
 def distances(verdicts: Sequence[Row], summary: Sequence[Row]) -> list[str]:
     """How far the accuracies of runs that ended before their reference's epoch are from it: no verdicts."""
-    lines, seen = [], set()
+    lines: dict[str, list[str]] = {}
     for row in sorted(verdicts, key=lambda each: each["epoch"]):
-        ends = [run for run in summary if run["rule"] == row["rule"] and run.get("test_accuracy") is not None]
-        ends = [run for run in ends if run["status"] == "finished" and run["epochs"] < row["epoch"]]
-        if row["verdict"] != "not run" or row["what"] != "test accuracy, %" or not ends or row["rule"] in seen:
-            continue
-        seen.add(row["rule"])
-        ours = statistics.mean(100 * run["test_accuracy"] for run in ends)
-        epochs = "/".join(map(str, sorted({run["epochs"] for run in ends})))
-        lines.append(
-            [
-                f"`{row['rule']}`",
-                f"{row['published']:.2f} after {row['epoch']} epochs",
-                f"{ours:.2f} after {epochs}",
-                f"{ours - row['published']:+.2f}",
-                str(len(ends)),
-            ]
-        )
+        ends = [run for run in finished(summary) if run["rule"] == row["rule"] and run["epochs"] < row["epoch"]]
+        accuracies = [100 * value for value in present(ends, "test_accuracy")]
+        if row["verdict"] == "not run" and row["what"] == "test accuracy, %" and accuracies and row["rule"] not in lines:
+            ours, after = statistics.mean(accuracies), "/".join(map(str, sorted({run["epochs"] for run in ends})))
+            cells = [f"{row['published']:.2f} after {row['epoch']} epochs", f"{ours:.2f} after {after}"]
+            lines[row["rule"]] = [f"`{row['rule']}`", *cells, f"{ours - row['published']:+.2f}", str(len(ends))]
     if not lines:
         return []
     about = "Where training ended before the reference's epoch there is no verdict; these are the distances, in points."
-    return [about, table(("rule", "reference", "measured", "distance", "seeds"), lines)]
+    return [about, table(("rule", "reference", "measured", "distance", "seeds"), lines.values())]
 
 
 def figures(folder: Path, where: str) -> list[str]:
@@ -193,16 +206,10 @@ def figures(folder: Path, where: str) -> list[str]:
     return ["## Figures", *drawn] if drawn else []
 
 
-def joined(parts: Iterable[str]) -> str:
-    """Paragraphs as a page."""
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
-
-
 def study_page(folder: Path) -> str:
     """The page of a study with measures of its own: `results.json` with verdicts and curves, and its figures."""
     results = load(folder / "results.json")
-    parts = [NOTE, f"# {results.get('title', folder.name)}", str(results.get("about", ""))]
-    parts += [console(results["command"])] if results.get("command") else []
+    parts = _head(results, folder.name)
     parts += [f"**Runs that failed**: {'; '.join(results['failures'])}."] if results.get("failures") else []
     parts += _study_verdicts(results)
     if results.get("curves"):
@@ -216,32 +223,25 @@ def study_page(folder: Path) -> str:
     return joined(parts)
 
 
+def _head(content: Row, name: str) -> list[str]:
+    """Title, explanation and command."""
+    parts = [NOTE, f"# {content.get('title', name)}", str(content.get("about", ""))]
+    return [*parts, *([console(content["command"])] if content.get("command") else [])]
+
+
 def _study_verdicts(results: Row) -> list[str]:
     parts = []
     if results.get("verdicts"):
-        lines = [
-            [
-                row["figure"],
-                f"`{row['rule']}`" if row["rule"] else "-",
-                row["what"],
-                row["mark"],
-                _measured(row),
-                str(row["n"] or "-"),
-                row["source"],
-                row["verdict"],
-            ]
-            for row in results["verdicts"]
-        ]
-        meaning = "\n".join(f"- *{name}*: {text}" for name, text in (results.get("sources") or {}).items())
-        header = ("figure", "rule", "what", "mark", "measured", "n", "source", "verdict")
-        parts += ["## Verdicts", study_sentence(results), meaning, table(header, lines, numeric_from=3)]
+        meaning = "\n".join(f"- *{name}*: {about}" for name, about in (results.get("sources") or {}).items())
+        columns = {"figure": text("figure"), "rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-"}
+        columns |= {"what": text("what"), "mark": text("mark"), "measured": _measured, "n": text("n")}
+        columns |= {"source": text("source"), "verdict": text("verdict")}
+        parts += ["## Verdicts", study_sentence(results), meaning, tabulate(results["verdicts"], columns, numeric_from=3)]
     if results.get("axes"):
         inside = {True: "inside", False: "outside", None: "not run"}
-        axes = [
-            [row["measure"].replace("_", " "), _range(row["limits"]), _range(row["range"]), inside[row["inside"]]]
-            for row in results["axes"]
-        ]
-        parts += ["### Against the axes of the authors' plots", table(("measure", "axis", "mean curves", "verdict"), axes)]
+        columns = {"measure": lambda row: row["measure"].replace("_", " "), "axis": lambda row: _range(row["limits"])}
+        columns |= {"mean curves": lambda row: _range(row["range"]), "verdict": lambda row: inside[row["inside"]]}
+        parts += ["### Against the axes of the authors' plots", tabulate(results["axes"], columns)]
     return parts
 
 
@@ -249,7 +249,7 @@ def _measured(row: Row) -> str:
     """A mean with its standard deviation or, where there is one, its interval."""
     if row.get("low") is not None:
         return f"{significant(row['mean'])} [{significant(row['low'], 3)}, {significant(row['high'], 3)}]"
-    return significant(row["mean"]) + (f" ± {significant(row['std'], 2)}" if row["std"] is not None else "")
+    return plus_minus(significant(row["mean"]), None if row["std"] is None else significant(row["std"], 2))
 
 
 def _range(limits: Sequence[float] | None) -> str:
@@ -260,18 +260,15 @@ def study_sentence(results: Row) -> str:
     """How many of a study's verdicts are reproduced, by where their marks are from."""
     parts = []
     for (source,), rows in grouped(results.get("verdicts") or [], "source").items():
-        tried = [row for row in rows if row["verdict"] != "not run"]
-        if tried:
-            parts.append(
-                f"{sum(row['verdict'] == 'reproduced' for row in tried)} of {len(tried)} {MARKS.get(source, source)}"
-            )
+        tried = [row["verdict"] for row in rows if row["verdict"] != "not run"]
+        parts += [f"{tried.count('reproduced')} of {len(tried)} {MARKS.get(source, source)}"] if tried else []
     return f"Reproduced: {'; '.join(parts)}." if parts else ""
 
 
 def final_values(curves: Mapping[str, Mapping[str, Any]], measures: Mapping[str, str]) -> str:
     """One line per rule, one column per measure: mean and standard deviation over seeds after the last epoch."""
     known = dict.fromkeys(key for curve in curves.values() for key in curve["metrics"])
-    columns = [key for key in (*measures, *(key for key in known if key not in measures)) if key in known]
+    columns = [key for key in dict.fromkeys((*measures, *known)) if key in known]
     lines = []
     for rule, curve in curves.items():
         cells = [_last(curve["metrics"].get(key), curve["n"]) for key in columns]
@@ -282,31 +279,24 @@ def final_values(curves: Mapping[str, Mapping[str, Any]], measures: Mapping[str,
 def _last(curve: Mapping[str, Sequence[float]] | None, n: int) -> str:
     if curve is None or not curve["mean"]:
         return "-"
-    mean = significant(curve["mean"][-1])
-    return mean if n < 2 else f"{mean} ± {significant(curve['std'][-1], 2)}"
+    return plus_minus(significant(curve["mean"][-1]), None if n < 2 else significant(curve["std"][-1], 2))
 
 
 def file_page(path: Path) -> str:
     """The page of a single results file: a list of rows, or an object with `rows` and, if it likes, `title`, `about`."""
     content = load(path)
     content = content if isinstance(content, dict) else {"rows": content}
-    parts = [NOTE, f"# {content.get('title', path.stem)}", str(content.get("about", ""))]
-    if content.get("command"):
-        parts.append(console(content["command"]))
     rows = content.get("rows") or []
-    columns = [key for key in dict.fromkeys(k for row in rows for k in row)]
-    parts.append(table([c.replace("_", " ") for c in columns], [[words(row.get(c)) for c in columns] for row in rows]))
-    return joined(parts)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[words(row.get(column)) for column in columns] for row in rows]
+    return joined([*_head(content, path.stem), table([column.replace("_", " ") for column in columns], cells)])
 
 
-def results_index(folders: Sequence[Path], files: Sequence[Path], first: Sequence[str] = ()) -> str:
+def results_index(names: Sequence[str]) -> str:
     """The list of the results pages."""
-    parts = [
-        NOTE,
-        "# Results",
+    about = (
         "Every number on these pages is computed from files under `results/` in the repository, which the commands named on "
-        "them wrote. {doc}`../how-results-are-made` says how.",
-    ]
-    names = [*first, *(path.name for path in folders)] + [path.stem for path in files]
-    parts.append("```{toctree}\n:maxdepth: 1\n\n" + "\n".join(names) + "\n```" if names else "None are kept here yet.")
-    return joined(parts)
+        "them wrote. {doc}`../how-results-are-made` says how."
+    )
+    listed = "```{toctree}\n:maxdepth: 1\n\n" + "\n".join(names) + "\n```" if names else "None are kept here yet."
+    return joined([NOTE, "# Results", about, listed])

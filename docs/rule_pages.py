@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
-from result_pages import study_sentence, title, verdict_sentence
-from tables import Row, load, loss_spread, number, present, spread, table
+from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
+from tables import Cell, Row, benchmarks, code, comparisons, load, number, own_studies, present, table, tabulate
 
 import apical.exports
 from apical.bench.figures.audit import number_of
@@ -76,27 +76,25 @@ def audit_part(names: Sequence[str], root: Path) -> list[str]:
 def results_part(names: Sequence[str], root: Path) -> list[str]:
     """Every comparison and study that has the rule, with its numbers beside backpropagation's."""
     rows = []
-    for folder in sorted(path.parent for path in (root / "results").glob("*/summary.json")):
-        found = load(folder / "summary.json")
-        judged = load(folder / "verdicts.json") or []
+    for folder in comparisons(root):
+        summary, judged = load(folder / "summary.json"), load(folder / "verdicts.json") or []
         for name in names:
-            if any(row["rule"] == name for row in found):
-                sentence = verdict_sentence([row for row in judged if row["rule"] == name]) if judged else ""
-                rows.append(
-                    [f"[{title(folder)}](../results/{folder.name}.md)", f"`{name}`", sentence or "-", *scores(found, name)]
-                )
+            if any(row["rule"] == name for row in summary):
+                sentence = verdict_sentence([row for row in judged if row["rule"] == name]) if judged else "-"
+                link = f"[{title(folder)}](../results/{folder.name}.md)"
+                rows.append([link, f"`{name}`", sentence or "-", *scores(summary, name)])
     parts = ["## Results"]
     if rows:
         header = ("comparison", "rule", "reference numbers", "seeds", "epochs", "score", "backpropagation")
         parts += ["Test accuracy in %, or test loss where targets are numbers; mean ± standard deviation over seeds."]
         parts += [table(header, rows, numeric_from=3)]
     further = []
-    for path in sorted((root / "results").glob("*/results.json")):
-        content = load(path)
+    for folder in own_studies(root):
+        content = load(folder / "results.json")
         mine = [row for row in content.get("verdicts") or [] if belongs(row["rule"], names)]
         if mine or any(belongs(key, names) for key in content.get("curves") or {}):
             sentence = study_sentence({"verdicts": mine})
-            further.append(f"- [{content['title']}](../results/{path.parent.name}.md). {sentence}".rstrip())
+            further.append(f"- [{content['title']}](../results/{folder.name}.md). {sentence}".rstrip())
     for path in sorted((root / "results").glob("*.json")):
         content = load(path)
         listed = content.get("rows") if isinstance(content, dict) else content
@@ -116,43 +114,28 @@ def belongs(key: str, names: Sequence[str]) -> bool:
 
 def scores(rows: Sequence[Row], name: str) -> list[str]:
     """Seeds, epochs and score of a rule in a comparison, and the score of backpropagation there."""
-    runs = _finished(rows, name)
-    epochs = " / ".join(sorted({str(row.get("epochs")) for row in runs}))
-    return [str(len(runs)), epochs or "-", _score(rows, name), "-" if name == "bp" else _score(rows, "bp")]
-
-
-def _finished(rows: Sequence[Row], name: str) -> list[Row]:
-    return [row for row in rows if row["rule"] == name and row.get("status", "finished") == "finished"]
-
-
-def _score(rows: Sequence[Row], name: str) -> str:
-    runs = _finished(rows, name)
-    accuracies = [100 * value for value in present(runs, "test_accuracy")]
-    return spread(accuracies, 2) if accuracies else loss_spread(present(runs, "test_loss"))
+    runs, reference = ([row for row in finished(rows) if row["rule"] == rule] for rule in (name, "bp"))
+    return [str(len(runs)), epochs(runs), score(runs), "-" if name == "bp" else score(reference)]
 
 
 def cost_part(names: Sequence[str], root: Path) -> list[str]:
     """Time and memory of a step relative to backpropagation, wherever it was measured."""
-    lines = [
-        [
-            f"`{row['rule']}`",
-            setting(row),
-            str(row.get("device") or "cpu"),
-            number(row.get("ratio_to_bp"), 2),
-            number(row.get("peak_memory_ratio"), 2),
-        ]
-        for row in benchmark_rows(root)
-        if row["rule"] in names
-    ]
+    rows = [row for row in benchmark_rows(root) if row["rule"] in names]
     about = "A training step against backpropagation's in the same run; {doc}`/benchmarks` says how this was measured."
-    header = ("rule", "model", "device", "time / BP", "peak memory / BP")
-    return ["## Time and memory", about, table(header, lines, numeric_from=3)] if lines else []
+    columns: dict[str, Cell] = {
+        "rule": code("rule"),
+        "model": setting,
+        "device": lambda row: str(row.get("device") or "cpu"),
+    }
+    columns |= {"time / BP": lambda row: number(row.get("ratio_to_bp"), 2)}
+    columns |= {"peak memory / BP": lambda row: number(row.get("peak_memory_ratio"), 2)}
+    return ["## Time and memory", about, tabulate(rows, columns, numeric_from=3)] if rows else []
 
 
 def benchmark_rows(root: Path) -> list[Row]:
     """The rows of every benchmark of training steps."""
-    files = [load(root / "benchmarks" / f"{name}.json") or {} for name in ("results", "control", "ccl")]
-    return [row for file in files for row in file.get("rows") or []]
+    files = benchmarks(root)
+    return [row for name in ("results", "control", "ccl") for row in files.get(name, {}).get("rows") or []]
 
 
 def overview(root: Path) -> str:
@@ -173,13 +156,14 @@ def residual(kind: type[CreditRule]) -> bool:
 
 def _time(kind: type, root: Path) -> str:
     """The range of times relative to backpropagation over names and settings of fully connected networks."""
-    ratios = [
-        row["ratio_to_bp"]
-        for row in benchmark_rows(root)
-        if row["rule"] in short_names(kind) and "MLP" in row["model"] and row.get("ratio_to_bp")
-    ]
+    ratios = ratios_to_bp(benchmark_rows(root), short_names(kind), "MLP")
     low, high = (f"{value:.2f}" for value in (min(ratios, default=0), max(ratios, default=0)))
     return "-" if not ratios else low if low == high else f"{low} to {high}"
+
+
+def ratios_to_bp(rows: Sequence[Row], names: Sequence[str], network: str) -> list[float]:
+    """Times of a step relative to backpropagation's, of rules on a kind of network."""
+    return present((row for row in rows if row["rule"] in names and network in row["model"]), "ratio_to_bp")
 
 
 def choice(root: Path) -> dict[str, str]:
@@ -193,24 +177,24 @@ def audit_table(audit: Row) -> str:
     rules, criteria = audit["rows"], audit["criteria"]
     counted = [c for c in criteria if any(row["verdicts"][c["key"]]["verdict"] == "measured" for row in rules)]
     asked = [c for c in criteria if c not in counted]
-    names = [f"`{row['rule']}`" for row in rules]
-    verdicts = [[sign(row["verdicts"][c["key"]]) for c in asked] for row in rules]
     reference = next((row for row in rules if row["rule"] == "bp"), None)
-    numbers = [[counted_cell(c["key"], row["verdicts"][c["key"]], reference) for c in counted] for row in rules]
-    titles = [
-        c["title"] + (", relative to bp" if c["key"] in ("multiply_adds", "held") and reference else "") for c in counted
+    relative = {"multiply_adds", "held"} if reference else set()
+    titles = [c["title"] + (", relative to bp" if c["key"] in relative else "") for c in counted]
+    signs = [[f"`{row['rule']}`", *(sign(row["verdicts"][c["key"]]) for c in asked)] for row in rules]
+    numbers = [
+        [f"`{row['rule']}`", *(counted_cell(c["key"], row["verdicts"][c["key"]], reference) for c in counted)]
+        for row in rules
     ]
-    good = [[names[i] for i, row in enumerate(rules) if row["verdicts"][c["key"]]["good"]] for c in asked]
-    questions = [[c["title"], c["question"], " ".join(each)] for c, each in zip(asked, good, strict=True)]
-    questions += [[c["title"], c["question"], ""] for c in counted]
+    good = {c["key"]: " ".join(f"`{row['rule']}`" for row in rules if row["verdicts"][c["key"]]["good"]) for c in asked}
+    questions = [[c["title"], c["question"], good.get(c["key"], "")] for c in (*asked, *counted)]
     return "\n\n".join(
         [
             f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`audit` says how.",
             "![Rules against criteria](../results/audit/audit.png)",
             "✓ yes, ~ partly, ✗ no, - not applicable:",
-            table(("rule", *(c["title"] for c in asked)), [[n, *v] for n, v in zip(names, verdicts, strict=True)], 99),
+            table(("rule", *(c["title"] for c in asked)), signs, 99),
             "Robustness in degrees by which updates turn, and cost:",
-            table(("rule", *titles), [[n, *v] for n, v in zip(names, numbers, strict=True)], 1),
+            table(("rule", *titles), numbers, 1),
             table(("criterion", "the question", "✓ for"), questions, 99),
         ]
     )
@@ -230,13 +214,13 @@ def accuracies(root: Path) -> str:
     """Test accuracy of the rules in every comparison with many of them."""
     columns: dict[str, str] = {}
     found: dict[tuple[str, str], str] = {}
-    for folder in sorted(path.parent for path in (root / "results").glob("*/summary.json")):
+    for folder in comparisons(root):
         rows = load(folder / "summary.json")
         names = list(dict.fromkeys(row["rule"] for row in rows))
         if len(names) >= WIDE and present(rows, "test_accuracy"):
-            epochs = " / ".join(sorted({str(row.get("epochs")) for row in rows if row.get("status") != "diverged"}))
-            columns[folder.name] = f"[{folder.name}](results/{folder.name}.md), {epochs} epochs"
-            found |= {(name, folder.name): _score(rows, name) for name in names}
+            ended = epochs(row for row in rows if row.get("status") != "diverged")
+            columns[folder.name] = f"[{folder.name}](results/{folder.name}.md), {ended} epochs"
+            found |= {(name, folder.name): scores(rows, name)[2] for name in names}
     if not columns:
         return "No comparison of many rules is kept here yet."
     names = [name for name in RULES if any((name, column) in found for column in columns)]
@@ -250,7 +234,7 @@ def costs(root: Path) -> str:
     rows = benchmark_rows(root)
     lines = []
     for name in RULES:
-        ratios = [[row["ratio_to_bp"] for row in rows if row["rule"] == name and kind in row["model"]] for kind in kinds]
+        ratios = [ratios_to_bp(rows, [name], kind) for kind in kinds]
         if any(ratios):
             lines.append([f"`{name}`", *(number(statistics.median(each), 2) if each else "-" for each in ratios)])
     return table(("rule", *(f"{kind}, time / BP" for kind in kinds)), lines) if lines else "No benchmark is kept here yet."

@@ -3,35 +3,24 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
 
+Cell = Callable[[Row], str]
 
-MOVED = {
-    "apical.recipes.at_epoch": "apical.bench.at_epoch",
-    "apical.recipes.ccl_features": "apical_papers.ccl.features",
-    "apical.recipes.corinfomax_study": "apical_papers.corinfomax.study",
-    "apical.recipes.dfc_toy": "apical_papers.dfc.toy.study",
-    "apical.recipes.equilibrium_logic": "apical_papers.equilibrium.logic",
-    "apical.recipes.equilibrium_noise": "apical_papers.equilibrium.noise",
-    "apical.recipes.equilibrium_study": "apical_papers.equilibrium.study",
-    "apical.recipes.pfa_theory": "apical_papers.pfa.theory",
-    "apical.recipes.tdca_classification": "apical_papers.tdca.classification.study",
-    "apical.recipes.tdca_diffusion": "apical_papers.tdca.diffusion.study",
-    "apical.recipes.tdca_functions": "apical_papers.tdca.functions.study",
-    "apical.recipes.tdca_landscape": "apical_papers.tdca.landscape",
-    "apical.recipes.tdca_reinforcement": "apical_papers.tdca.reinforcement.study",
-    "apical.recipes.tp_targets": "apical_papers.tp.targets",
-}
-"""Modules whose name was another when results that are kept were made."""
+
+def toml(name: str) -> dict[str, Any]:
+    """The content of a file beside this one."""
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def console(command: str) -> str:
     """A command that made kept results, as it is typed today."""
-    for before, now in MOVED.items():
+    for before, now in toml("moved").items():
         command = command.replace(f"-m {before} ", f"-m {now} ")
     return f"```console\n$ {command}\n```"
 
@@ -41,6 +30,26 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def comparisons(root: Path) -> list[Path]:
+    """The folders that `apical compare` wrote."""
+    return sorted(path.parent for path in (root / "results").glob("*/summary.json"))
+
+
+def own_studies(root: Path) -> list[Path]:
+    """The folders that studies with measures of their own wrote."""
+    return sorted(path.parent for path in (root / "results").glob("*/results.json"))
+
+
+def reproductions(root: Path) -> list[Row]:
+    """What `apical reproduce` wrote."""
+    return [load(path) for path in sorted((root / "results" / "reproductions").glob("*.json"))]
+
+
+def benchmarks(root: Path) -> dict[str, Row]:
+    """What is in the files of benchmarks/, by their names."""
+    return {path.stem: load(path) for path in (root / "benchmarks").glob("*.json")}
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: int = 1) -> str:
     """A Markdown table; columns from `numeric_from` on are set to the right."""
     rule = ["---" if i < numeric_from else "---:" for i in range(len(header))]
@@ -48,36 +57,52 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: in
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _escaped(cells: Sequence[str]) -> list[str]:
+def _escaped(cells: Iterable[str]) -> list[str]:
     return [cell.replace("|", "\\|") for cell in cells]
 
 
-def number(value: Any, digits: int) -> str:
+def tabulate(rows: Iterable[Row], columns: Mapping[str, Cell], numeric_from: int = 1) -> str:
+    """The same from rows and, for each header, the function that writes its cell."""
+    return table(list(columns), ([cell(row) for cell in columns.values()] for row in rows), numeric_from)
+
+
+def code(key: str) -> Cell:
+    """The cell of a name."""
+    return lambda row: f"`{row[key]}`"
+
+
+def text(key: str) -> Cell:
+    """The cell of anything else; a dash for nothing."""
+    return lambda row: str(row[key] or "-")
+
+
+def number(value: Any, digits: int, form: str = "f") -> str:
     """A number with so many decimals; a dash where there is none."""
-    known = isinstance(value, int | float) and math.isfinite(value)
-    return f"{value:.{digits}f}" if known else "-"
+    return f"{value:.{digits}{form}}" if isinstance(value, int | float) and math.isfinite(value) else "-"
 
 
 def significant(value: Any, digits: int = 4) -> str:
     """A number with so many significant digits; a dash where there is none."""
-    known = isinstance(value, int | float) and math.isfinite(value)
-    return f"{value:.{digits}g}" if known else "-"
+    return number(value, digits, "g")
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, from two values on, standard deviation."""
+def plus_minus(mean: str, deviation: str | None) -> str:
+    """A mean with its standard deviation, if it has one."""
+    return mean if deviation is None else f"{mean} ± {deviation}"
+
+
+def spread(values: Sequence[float], digits: int, form: str = "f", last: int | None = None) -> str:
+    """Mean and, from two values on, standard deviation, with other digits if `last` says so."""
     if not values:
         return "-"
-    mean = number(statistics.mean(values), digits)
-    return mean if len(values) < 2 else f"{mean} ± {number(statistics.stdev(values), digits)}"
+    deviation = None if len(values) < 2 else number(statistics.stdev(values), last or digits, form)
+    return plus_minus(number(statistics.mean(values), digits, form), deviation)
 
 
 def loss_spread(values: Sequence[float]) -> str:
     """The same for losses: four decimals, or three significant digits where those would show little else than zeros."""
-    if not values or abs(statistics.mean(values)) >= 0.01:
-        return spread(values, 4)
-    mean = significant(statistics.mean(values), 3)
-    return mean if len(values) < 2 else f"{mean} ± {significant(statistics.stdev(values), 2)}"
+    large = not values or abs(statistics.mean(values)) >= 0.01
+    return spread(values, 4) if large else spread(values, 3, "g", last=2)
 
 
 def present(rows: Iterable[Row], key: str) -> list[float]:

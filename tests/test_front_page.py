@@ -33,7 +33,7 @@ def test_the_figure_is_there_and_described() -> None:
 
 
 def test_every_rule_has_a_family() -> None:
-    families = page.tomllib.loads((ROOT / "docs" / "families.toml").read_text(encoding="utf-8"))
+    families = page.toml("families")
     named = [name for members in families.values() for name in members]
     assert sorted(named) == sorted(kind.__name__ for kind in page.rule_classes().values())
 

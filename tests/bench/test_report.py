@@ -153,6 +153,7 @@ def test_report_and_figures_are_written_and_self_contained(written, page):
         "weight_alignment",
         "gradient_alignment",
         "norm_ratio",
+        "overview",
     }
     assert {file.name for file in (written / "figures").iterdir()} == {f"{s}.{e}" for s in stems for e in ("png", "svg")}
     links = [value for key, value in page.attributes if key in ("src", "href")]

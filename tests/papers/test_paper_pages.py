@@ -52,7 +52,7 @@ def test_cost_and_verdicts(hours: dict[str, float], kept: dict[str, Any] | None,
 
 
 def test_each_folder_has_its_page() -> None:
-    written = pages.paper_pages(ROOT, papers())
+    written = pages.paper_pages(ROOT, papers(), [])
     assert set(written) == {path.parent / "README.md" for path in (ROOT / "src" / "apical_papers").glob("*/paper.py")}
 
 
@@ -79,4 +79,4 @@ def test_title_and_numbers_are_those_of_the_bibliography(name: str) -> None:
 
 
 def test_a_folder_that_is_not_here_has_no_page(tmp_path: Path) -> None:
-    assert pages.paper_pages(tmp_path, papers()) == {}
+    assert pages.paper_pages(tmp_path, papers(), []) == {}
