@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apical import PredictiveCoding
 from apical.core.losses import squared_error
@@ -316,6 +317,37 @@ def test_refusals() -> None:
         PredictiveCoding(mlp(), loss=nn.CrossEntropyLoss(reduction="sum"))
     with pytest.raises(ConfigError, match="empty"):
         PredictiveCoding(mlp())(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__.startswith(("mm", "addmm")):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inference", ["error", "state", "staged", "fixed-prediction"])
+def test_multiply_adds(inference: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 9, bias=False), nn.Tanh(), nn.Linear(9, 4, bias=False)
+    )
+    first, whole, last = 48, 48 + 72 + 36, 36
+    rule = PredictiveCoding(model, inference=inference, steps=None if inference == "staged" else 5)
+    x, targets = batch("mlp", 8)
+    rule(x, targets)  # whose first batch is looked at
+    with Products() as products:
+        rule(x, targets).backward()
+    expected = {
+        "error": 4 * whole - first - last + 2 * rule.steps * (whole - first),
+        "fixed-prediction": 3 * whole + (rule.steps + 1) * (whole - first),
+    }
+    assert products.count == 8 * expected.get(inference, 3 * whole + (2 * rule.steps + 1) * (whole - first))
 
 
 def test_one_block_is_backprop() -> None:
