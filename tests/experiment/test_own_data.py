@@ -110,6 +110,29 @@ def test_numbers_choose_the_loss(folder: Path, capsys: pytest.CaptureFixture[str
     assert "are numbers, not classes: add --loss mse" in refused(capsys, *asked)
 
 
+def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "evolve",
+        "--data",
+        "own.npz",
+        "--model",
+        "mine.py:Net",
+        "--population",
+        "4",
+        "--steps",
+        "2",
+        "--examples",
+        "16",
+    ]
+    assert main([*command, "--generations", "1", "--out", "out"]) == 0
+    config = json.loads((folder / "out/config.json").read_text())
+    assert config["data"] == [f"{folder}/own.npz"]
+    assert len(config["data_sha256"][0]) == len(config["model_sha256"][0]) == 16
+    assert main([*command, "--generations", "2", "--out", "out", "--resume"]) == 0
+    (folder / "mine.py").write_text(FILE.replace("8", "9"))
+    assert "model_sha256" in refused(capsys, *command, "--generations", "3", "--out", "out", "--resume")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
