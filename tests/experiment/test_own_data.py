@@ -110,6 +110,27 @@ def test_numbers_choose_the_loss(folder: Path, capsys: pytest.CaptureFixture[str
     assert "are numbers, not classes: add --loss mse" in refused(capsys, *asked)
 
 
+def test_whole_numbers_are_embedded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "words.py").write_text(
+        """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2))
+
+def load():
+    x = torch.randint(0, 5, (60, 3))
+    return x, (x.sum(1) > 6).long()
+"""
+    )
+    words = ["--data", "words.py:load", "--model", "words.py:net"]
+    assert main(["train", "--rule", "dfa", *words, "--out", "run", *QUICK[:-2]]) == 0
+    assert main(["audit", "bp", *words, "--epochs", "1"]) == 0
+    said = refused(capsys, "train", *words[:2], "--model", "mlp-4", "--out", "other")
+    assert "they are whole numbers: return floats, unless the model embeds them" in said
+
+
 def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "evolve",
