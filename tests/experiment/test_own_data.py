@@ -162,6 +162,7 @@ def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--model", "mine.py"), "say file and name"),
         (("--data", "absent.npz"), "no such file or folder"),
         (("--data", "own.parquet"), "no such file or folder"),
+        (("--flip", "True"), "--flip and --crop need images (channels, height, width)"),
         (("--data", "owm"), "or your own: FILE.npz, FILE.csv, FOLDER, FILE.py:FUNCTION"),
     ],
 )
