@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import TimeoutExpired
 
-IMPORTED = ("torch._dynamo", "apical.commands", "apical.evolve_command", "apical.sweep_command", "apical.data.digits")
+IMPORTED = ("torch._dynamo", "apical.cli.commands", "apical.cli.evolve", "apical.cli.sweep", "apical.data.digits")
 
 
 class Command:

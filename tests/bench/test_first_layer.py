@@ -54,5 +54,20 @@ def test_looking_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_that_does_not_take_zeros_is_left_to_the_rule() -> None:
-    assert not needs_feedback(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), (3,))
+class Words(nn.Module):
+    """Embeds whole numbers; its head is registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body, self.embedding = nn.Linear(3, 2), nn.Linear(4, 3), nn.Embedding(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.embedding(x).mean(1))))
+
+
+def test_a_model_that_embeds_whole_numbers() -> None:
+    assert needs_feedback(Words(), (3,))
+
+
+def test_a_model_that_takes_no_zeros_is_left_to_the_rule() -> None:
+    assert not needs_feedback(nn.Sequential(nn.Linear(7, 2)), (3,))

@@ -110,6 +110,50 @@ def test_numbers_choose_the_loss(folder: Path, capsys: pytest.CaptureFixture[str
     assert "are numbers, not classes: add --loss mse" in refused(capsys, *asked)
 
 
+def test_whole_numbers_are_embedded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "words.py").write_text(
+        """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2))
+
+def load():
+    x = torch.randint(0, 5, (60, 3))
+    return x, (x.sum(1) > 6).long()
+"""
+    )
+    words = ["--data", "words.py:load", "--model", "words.py:net"]
+    assert main(["train", "--rule", "dfa", *words, "--out", "run", *QUICK[:-2]]) == 0
+    assert main(["audit", "bp", *words, "--epochs", "1"]) == 0
+    said = refused(capsys, "train", *words[:2], "--model", "mlp-4", "--out", "other")
+    assert "they are whole numbers: return floats, unless the model embeds them" in said
+
+
+def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "evolve",
+        "--data",
+        "own.npz",
+        "--model",
+        "mine.py:Net",
+        "--population",
+        "4",
+        "--steps",
+        "2",
+        "--examples",
+        "16",
+    ]
+    assert main([*command, "--generations", "1", "--out", "out"]) == 0
+    config = json.loads((folder / "out/config.json").read_text())
+    assert config["data"] == [f"{folder}/own.npz"]
+    assert len(config["data_sha256"][0]) == len(config["model_sha256"][0]) == 16
+    assert main([*command, "--generations", "2", "--out", "out", "--resume"]) == 0
+    (folder / "mine.py").write_text(FILE.replace("8", "9"))
+    assert "model_sha256" in refused(capsys, *command, "--generations", "3", "--out", "out", "--resume")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -118,6 +162,7 @@ def test_numbers_choose_the_loss(folder: Path, capsys: pytest.CaptureFixture[str
         (("--model", "mine.py"), "say file and name"),
         (("--data", "absent.npz"), "no such file or folder"),
         (("--data", "own.parquet"), "no such file or folder"),
+        (("--flip", "True"), "--flip and --crop need images (channels, height, width)"),
         (("--data", "owm"), "or your own: FILE.npz, FILE.csv, FOLDER, FILE.py:FUNCTION"),
     ],
 )

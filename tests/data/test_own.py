@@ -213,6 +213,14 @@ def test_train_and_test_folders(folder: Path) -> None:
     assert (len(loaded.train), len(loaded.test)) == (10, 10)
 
 
+def test_a_changed_image_is_read_again_and_a_dangling_link_is_not_there(folder: Path) -> None:
+    before = data.load(pictures(folder)).sha256
+    (folder / "pets" / "cat" / "link.png").symlink_to("nowhere.png")
+    assert data.load("pets").sha256 == before
+    picture(folder / "pets" / "cat" / "0.png", 250)
+    assert data.load("pets").sha256 != before
+
+
 def test_image_folders_refused(folder: Path) -> None:
     def said() -> str:
         with pytest.raises(DataError) as caught:
@@ -254,6 +262,11 @@ def test_a_function_that_draws_from_global_generators_gives_the_same_data(folder
     assert torch.equal(before, torch.get_rng_state())
     code(folder, body.replace("3)", "3) + 1"))
     assert data.load("mine.py:make").sha256 != first.sha256  # the changed file is run again
+
+
+def test_what_loaders_of_scikit_learn_return() -> None:
+    loaded = data.load("sklearn.datasets:load_iris")
+    assert (loaded.input_shape, loaded.classes, len(loaded.train), len(loaded.test)) == ((4,), 3, 120, 30)
 
 
 @pytest.mark.parametrize(

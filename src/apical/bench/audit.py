@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from apical.bench.claims import claimed
 from apical.bench.materials import model_for
@@ -79,15 +80,16 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     train(trained, recipe, dataset)  # in the fast form where it keeps the same weights: it learns the same
     examined.load_state_dict(trained.state_dict())
     inputs, targets = probe_batch(dataset.train, BATCH)
+    inputs = _exactly(inputs)
     exact = Backprop(model_for(model, dataset).double())
-    verdicts = judge(examine(examined, inputs.double(), targets, exact))
+    verdicts = judge(examine(examined, inputs, targets, exact))
     claims = {
         key: {"claimed": claim, "agrees": verdicts[key].verdict == claim}
         for key, claim in claimed(rule, paper_claims()).items()
         if verdicts[key].verdict != "not applicable"
     }
     form, accuracy = ", ".join(physical), _accuracy(examined, dataset)
-    placement = examined.placement(inputs.double()).layers()
+    placement = examined.placement(inputs).layers()
     return Audited(rule_name(rule), entry.title, form, accuracy, verdicts, claims, placement)
 
 
@@ -101,7 +103,12 @@ def _layout(rule: CreditRule) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in rule.state_dict().items()}
 
 
+def _exactly(inputs: Tensor) -> Tensor:
+    """Inputs in float64; whole numbers, which a model embeds, as they are."""
+    return inputs.double() if inputs.is_floating_point() else inputs
+
+
 @torch.no_grad()
 def _accuracy(rule: CreditRule, dataset: Dataset) -> float:
-    predicted = rule.answer(dataset.test.inputs.double()).argmax(1)
+    predicted = rule.answer(_exactly(dataset.test.inputs)).argmax(1)
     return float((predicted == dataset.test.targets).double().mean())

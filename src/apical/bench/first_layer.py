@@ -14,7 +14,7 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
     """Whether an error has to pass the layer registered first, because trained layers run before it.
 
     Args:
-        model: is called once, on two samples of zeros; nothing of it changes.
+        model: is called once, on two samples of zeros, real or whole; nothing of it changes.
         input_shape: of one sample.
         exact: see :class:`apical.core.edge.EdgeRule`.
     """
@@ -25,10 +25,15 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
 
     try:
         layer = next(iter(weighted_layers(model, exact, shared=True).values()))
-        with torch.enable_grad(), undisturbed(model):
-            model.eval()
-            layer.register_forward_pre_hook(look)
-            model(torch.zeros(2, *input_shape, device=layer.weight.device))
-    except (ApicalError, RuntimeError, TypeError, ValueError, IndexError):  # what is wrong with it, the rule says better
+    except ApicalError:  # the rule says better what is wrong with it
         return False
+    for kind in (layer.weight.dtype, torch.long):  # whole numbers for a model that embeds them
+        try:
+            with torch.enable_grad(), undisturbed(model):
+                model.eval()
+                layer.register_forward_pre_hook(look)
+                model(torch.zeros(2, *input_shape, dtype=kind, device=layer.weight.device))
+                break
+        except (ApicalError, RuntimeError, TypeError, ValueError, IndexError):
+            continue
     return any(seen)

@@ -36,7 +36,7 @@ def load_data(recipe: Recipe) -> Dataset:
 
 
 def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    """The recipe's model, its weights drawn from the global torch RNG; one of one's own is tried on a few samples.
+    """The recipe's model, with weights from the global torch RNG; tried on a few samples where it or the data are one's own.
 
     Raises:
         CheckpointError: the source of a model of one's own is not that which the recipe was written for.
@@ -50,7 +50,7 @@ def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
 def model_for(name: str, dataset: Dataset) -> nn.Module:
     """The model of that name for a data set, as :func:`build_model` makes it."""
     model = models.build(name, dataset.input_shape, dataset.classes)
-    if own_models.is_own(name):
+    if own_models.is_own(name) or dataset.sha256:
         own_models.check_output(model, name, dataset.train.inputs[:_FEW], dataset.classes, dataset.name.rpartition("/")[2])
     return model
 

@@ -226,6 +226,11 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     for item in drafts:
         recipe, chosen = resolve(identified(item, dataset), len(dataset.train))
         recipe.check_targets(are_numbers=dataset.is_regression)
+        if (recipe.flip or recipe.crop) and dataset.train.inputs.dim() != 4:
+            shape = dataset.input_shape
+            raise ConfigError(
+                f"--flip and --crop need images (channels, height, width); samples of {recipe.data} are {shape}"
+            )
         rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
         recipes.append(recipe)
         notes.append([*([dataset.about] if dataset.about else []), *chosen, *rule.remarks])

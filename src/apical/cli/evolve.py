@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from apical import data
 from apical.bench.evolve.loop import EvolutionFolder, classification, evolve
 from apical.bench.evolve.recipe import EvolutionRecipe
+from apical.bench.materials import located, model_for
 from apical.bench.papers import evolutions
 from apical.bench.progress import shown_path
 from apical.bench.report.evolution import write
@@ -19,6 +21,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.commands import stopped
 from apical.errors import unknown_name
 from apical.evolution.workers import Here, RayWorkers, Workers
+from apical.models import own as own_models
 
 if TYPE_CHECKING:
     from apical.cli.flags.evolve import Evolve
@@ -30,7 +33,7 @@ def run(flags: "Evolve", command: str) -> int:
     Raises:
         ApicalError: an option, the data or the folder is not usable, or no cluster answers.
     """
-    recipe, folder = drafted(flags), EvolutionFolder(flags.out)
+    recipe, folder = identified(drafted(flags)), EvolutionFolder(flags.out)
     task = classification(recipe)
     folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
     held = folder.held(recipe, resume=flags.resume, overwrite=flags.overwrite)
@@ -63,10 +66,34 @@ def drafted(flags: "Evolve") -> EvolutionRecipe:
         ConfigError: there is no such recipe, or an option is out of range.
     """
     known = EvolutionRecipe.__dataclass_fields__
-    given = {name: getattr(flags, name) for name in known if getattr(flags, name) is not None}
+    given = {name: getattr(flags, name) for name in known if getattr(flags, name, None) is not None}
     if flags.recipe is not None and flags.recipe not in evolutions():
         raise unknown_name("evolution recipe", flags.recipe, evolutions())
     return replace(evolutions()[flags.recipe] if flags.recipe is not None else EvolutionRecipe(), **given)
+
+
+def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
+    """The recipe with whole paths and checksums of data and networks of one's own; prints what the data are.
+
+    Raises:
+        ApicalError: they are not usable, or do not go together.
+    """
+    pairs = [located({"data": name}) for name in recipe.data], [located({"model": name}) for name in recipe.model]
+    sets, networks = (tuple(each[what] for each in found) for what, found in zip(("data", "model"), pairs, strict=True))
+    loaded = [data.load(name) for name in sets if name not in data.names()]
+    for each in loaded:
+        print(each.about)
+    sums = {each.name: each.sha256 for each in loaded}
+    own = {name: own_models.checksum(name) for name in networks if own_models.is_own(name)}
+    for name in own:
+        model_for(name, data.load(sets[0]))
+    return replace(
+        recipe,
+        data=sets,
+        model=networks,
+        data_sha256=tuple(sums.get(name, "") for name in sets) if sums else (),
+        model_sha256=tuple(own.get(name, "") for name in networks) if own else (),
+    )
 
 
 @contextmanager

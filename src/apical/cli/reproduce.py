@@ -203,7 +203,7 @@ def module_rows(path: Path, table: Table, sizes: Sizes) -> list[Row]:
 def _tell(console: Console, rows: Sequence[Row]) -> None:
     shown = Shown(box=None, pad_edge=False)
     for name in ("rule", "what", "reference", "source", "ours [95 %]", "n", "verdict"):
-        shown.add_column(name, justify="right" if name == "n" else "left")
+        shown.add_column(name, justify="right" if name == "n" else "left", overflow="fold")
     for row in rows:
         shown.add_row(
             row["rule"], row["what"], row["reference"], row["source"], measured(row), str(row["n"] or "-"), row["verdict"]

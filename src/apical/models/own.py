@@ -96,6 +96,7 @@ def check_output(model: nn.Module, name: str, inputs: Tensor, outputs: int, data
         raise ConfigError(
             f"model {where} does not take inputs of shape {shape}, {len(inputs)} samples of {data}: "
             f"{own_code.described(error, path)}"
+            + ("" if inputs.is_floating_point() else "; they are whole numbers: return floats, unless the model embeds them")
         ) from error
     finally:
         for module, mode in modes.items():

@@ -40,6 +40,8 @@ class EvolutionRecipe:
         batch_size: images per update; 0 takes all of the task's.
         chunk: learners trained at once by one worker; memory grows with it.
         seed: of everything random.
+        data_sha256: of the content of each of the data sets where any is one's own, as a training's recipe has it.
+        model_sha256: of the files that define the networks, likewise.
     """
 
     data: tuple[str, ...] = ("digits",)
@@ -68,6 +70,8 @@ class EvolutionRecipe:
     batch_size: int = 0
     chunk: int = 32
     seed: int = 0
+    data_sha256: tuple[str, ...] = ()
+    model_sha256: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("generations", "population", "hidden", "tasks", "steps", "chunk"):
@@ -80,5 +84,6 @@ class EvolutionRecipe:
             raise ConfigError(f"--{'model' if self.data else 'data'} needs at least one name")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
-        return {**asdict(self), "data": list(self.data), "model": list(self.model)}
+        """The fields as JSON has them; without checksums where there are none."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in fields.items() if not (name.endswith("sha256") and not value)}

@@ -19,10 +19,10 @@ class Evolve:
     """Folder for the evolution; must be new or empty."""
     recipe: Annotated[str | None, shown("NAME")] = None
     """Take the settings of a committed evolution: digits, ... Options given here go before it."""
-    data: Annotated[tuple[str, ...] | None, shown("NAME ...", "(default: digits)")] = None
-    """Data sets of one image shape; tasks are drawn from them in turn."""
-    model: Annotated[tuple[str, ...] | None, shown("NAME ...", "(default: mlp-tanh-32)")] = None
-    """Networks of the learners, which tasks take in turn; see `apical list models`."""
+    data: Annotated[tuple[str, ...] | None, shown("NAME|FILE|FOLDER ...", "(default: digits)")] = None
+    """Data sets of one image shape, or your own; tasks are drawn from them in turn."""
+    model: Annotated[tuple[str, ...] | None, shown("NAME|FILE.py:CLASS ...", "(default: mlp-tanh-32)")] = None
+    """Networks of the learners, or your own, which tasks take in turn; see `apical list models`."""
     generations: Annotated[int | None, shown("N", "(default: 100)")] = None
     """Updates of the search distribution."""
     population: Annotated[int | None, shown("N", "(default: 64)")] = None

@@ -73,6 +73,8 @@ def from_value(value: Any, where: str, source: str = "memory") -> Raw:
     if isinstance(value, loaded.Dataset):
         value = (value.train.inputs, value.train.targets, value.test.inputs, value.test.targets)
     if isinstance(value, Mapping):
+        if {"data", "target"} <= value.keys():  # as scikit-learn's loaders return
+            value = {"x_train": value["data"], "y_train": value["target"]}
         if not {"x_train", "y_train"} <= value.keys():
             raise DataError(
                 f"{where}: a dictionary needs x_train, y_train, x_test and y_test; it has {', '.join(map(str, value))}"

@@ -111,7 +111,11 @@ def read(name: str, *, numbers: bool = False) -> Own:
     if not path.exists():
         raise DataError(f"--data {name}: there is no such file or folder")
     if path.is_dir():
-        return _once((str(path.resolve()), numbers, *_state(path.rglob("*"))), lambda: images.read(path), numbers)
+        return _once(
+            (str(path.resolve()), numbers, *_state(file for depth in ("*/*", "*/*/*") for file in path.glob(depth))),
+            lambda: images.read(path),
+            numbers,
+        )
     if suffix not in (".npz", ".csv"):
         raise DataError(f"--data {name}: this kind of file is not read; give {FORMS}")
     reader = files.read_npz if suffix == ".npz" else files.read_csv
@@ -120,7 +124,7 @@ def read(name: str, *, numbers: bool = False) -> Own:
 
 def _state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
     """What changes when a file does."""
-    states = [(str(path), path.stat()) for path in paths]
+    states = [(str(path), path.lstat()) for path in paths]
     return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
 
 
