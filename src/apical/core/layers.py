@@ -24,7 +24,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from apical.core.pooling import SoftmaxPool2d
-from apical.core.transport import Geometry, geometry
+from apical.core.transport import GEOMETRIES, Geometry, dense, geometry_of_type
 from apical.errors import ConfigError
 
 Layer: TypeAlias = nn.Linear | _ConvNd
@@ -72,13 +72,6 @@ _overrides: dict[type[nn.Module], bool] = {}  # what the forward method of a typ
 _LAYERS: dict[type[nn.Module], LayerType] = {kind: LayerType(kind.forward, _own_weight) for kind in PLAIN}
 
 
-_GEOMETRY = geometry
-
-
-def _dense(layer: nn.Module) -> Geometry | None:
-    return None
-
-
 def register_layer(
     kind: type[nn.Module],
     *,
@@ -108,15 +101,13 @@ def register_layer(
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"register_layer takes a subclass of nn.Module, not {kind!r}")
-    inherited = _GEOMETRY.dispatch(kind)
-    unknown = inherited is _GEOMETRY.dispatch(object)
-    _GEOMETRY.register(kind, geometry or (_dense if unknown else inherited))
+    GEOMETRIES[kind] = geometry or geometry_of_type(kind) or dense
     _LAYERS[kind] = LayerType(kind.forward, weight)
 
 
 def is_weighted(module: nn.Module) -> TypeGuard[Layer]:
     """Whether the module is a layer with a weight between two populations."""
-    return _GEOMETRY.dispatch(type(module)) is not _GEOMETRY.dispatch(object)
+    return geometry_of_type(type(module)) is not None
 
 
 def is_registered(module: nn.Module) -> bool:

@@ -6,8 +6,8 @@ the one function written per type: :func:`geometry` reads what the map needs fro
 :func:`transport` applies it.
 """
 
-from functools import singledispatch
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,26 +28,36 @@ class Geometry(NamedTuple):
     groups: int
 
 
-@singledispatch
 def geometry(layer: nn.Module) -> Geometry | None:
     """Geometry of the layer's backward map; None for dense layers, which need none.
 
     Raises:
-        UnsupportedModelError: no map is known for this type. Others can be registered: `geometry.register(MyLayer)`.
+        UnsupportedModelError: no map is known for this type; :func:`apical.register_layer` makes others known.
     """
-    raise UnsupportedModelError(f"no feedback transport is known for {type(layer).__name__}")
+    known = geometry_of_type(type(layer))
+    if known is None:
+        raise UnsupportedModelError(f"no feedback transport is known for {type(layer).__name__}")
+    return known(layer)
 
 
-@geometry.register
-def _(layer: nn.Linear) -> Geometry | None:
+def geometry_of_type(kind: type) -> Callable[[Any], Geometry | None] | None:
+    """What makes the geometry of layers of a type: that of the nearest type it derives from; None where none is known."""
+    return next((GEOMETRIES[parent] for parent in kind.__mro__ if parent in GEOMETRIES), None)
+
+
+def dense(layer: nn.Module) -> Geometry | None:
+    """Of a dense layer: none."""
     return None
 
 
-@geometry.register
-def _(layer: _ConvNd) -> Geometry | None:
+def _convolution(layer: _ConvNd) -> Geometry | None:
     transposed = isinstance(layer, _ConvTransposeNd)
     padding = (0,) * len(layer.stride) if pads_itself(layer) else _symmetric_padding(layer)
     return Geometry(layer.stride, padding, layer.dilation, transposed, layer.output_padding, layer.groups)
+
+
+GEOMETRIES: dict[type, Callable[[Any], Geometry | None]] = {nn.Linear: dense, _ConvNd: _convolution}
+"""By type of layer; a plain dictionary: `torch.compile` watches the weak references of `functools.singledispatch`."""
 
 
 def _symmetric_padding(layer: _ConvNd) -> tuple[int, ...]:
