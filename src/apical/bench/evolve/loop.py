@@ -239,6 +239,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         hidden=recipe.hidden,
         sites=recipe.sites or None,
         relative=recipe.relative,
+        credit=recipe.credit,
         ways=recipe.ways or None,
         examples=recipe.examples or None,
         tasks=recipe.tasks,

@@ -25,6 +25,7 @@ class EvolutionRecipe:
         hidden: units in each hidden layer of the top-down network.
         sites: emission sites per hidden layer of the learner (credit diffusion); 0 gives every unit its own credit.
         relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
+        credit: the output's stands on the logits, or on the probabilities as in the authors' code.
         ways: classes per task, drawn anew each time; 0 takes all.
         examples: training images per task; 0 takes all.
         tasks: per generation.
@@ -52,14 +53,15 @@ class EvolutionRecipe:
     decay: float = 1.0
     hidden: int = 16
     sites: int = 0
-    relative: bool = False
+    relative: bool = True
+    credit: Literal["logits", "probabilities"] = "logits"
     ways: int = 0
     examples: int = 256
     tasks: int = 1
     starts: Literal["fresh", "fixed"] = "fresh"
     zeros: bool = False
     begin: str = ""
-    quiet: bool = False
+    quiet: bool = True
     held_out: bool = False
     steps: int = 50
     lr: float = 0.02

@@ -41,8 +41,10 @@ class Evolve:
     """Units in each hidden layer of the top-down network."""
     sites: Annotated[int | None, shown("K", "(default: a credit per unit)")] = None
     """Credit diffusion: emission sites per hidden layer; the teacher then serves layers of any width."""
-    relative: Annotated[bool | None, shown("True|False", "(default: False)")] = None
+    relative: Annotated[bool | None, shown("True|False", "(default: True)")] = None
     """Credit relative to that of a right prediction: a learner that is right is left alone."""
+    credit: Annotated[Literal["logits", "probabilities"] | None, shown("logits|probabilities", "(default: logits)")] = None
+    """Where the output's credit stands; probabilities as in the authors' code."""
     ways: Annotated[int | None, shown("N", "(default: all)")] = None
     """Classes per task, drawn anew for each."""
     examples: Annotated[int | None, shown("N", "(default: 256)")] = None
@@ -55,7 +57,7 @@ class Evolve:
     """Learners start with all weights zero."""
     begin: Annotated[str | None, shown("FILE", "(default: a random one)")] = None
     """Start from this teacher: a file, or the name of a shipped one."""
-    quiet: Annotated[bool | None, shown("True|False", "(default: False)")] = None
+    quiet: Annotated[bool | None, shown("True|False", "(default: True)")] = None
     """Start from a top-down network that gives no credit to hidden units."""
     held_out: Annotated[bool | None, shown("True|False", "(default: False)")] = None
     """Judge learners by images they were not trained on."""
