@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import apical
 from apical import models
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.top_down.hand_built import HandBuiltTeacher, ShuffledTeacher
+from apical.rules.top_down.hand_built import HandBuiltTeacher, ShuffledTeacher, wired
 from apical.rules.top_down.teacher import Place, TopDownNetwork, diffusion, load, parameters_of
 from apical.testing import dense_network, residual_network
 
@@ -112,11 +112,25 @@ def test_shuffled_credits_are_those_of_other_examples() -> None:
     torch.manual_seed(0)
     network = TopDownNetwork(3, [5, 4], hidden=8)
     p, y = torch.softmax(torch.randn(7, 3), 1), torch.eye(3)[torch.arange(7) % 3]
-    order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
-    assert not torch.equal(order, torch.arange(7))
-    found = ShuffledTeacher(network, [5, 4], 7, seed=2)(p, y)
+    found = ShuffledTeacher(network, [5, 4])(p, y)
     for credit, whole in zip(found, network.credits(network(p, y), [5, 4]), strict=True):
-        assert torch.equal(credit, whole[order])
+        assert torch.equal(credit, whole[[6, 0, 1, 2, 3, 4, 5]])
+
+
+def test_a_wired_network_hands_out_nearly_the_error_and_random_feedback_of_it() -> None:
+    torch.manual_seed(0)
+    network = wired(TopDownNetwork(3, [6, 6], 8, sites=4, relative=True, shallower=True), seed=1)
+    p, y = torch.softmax(3 * torch.randn(50, 3), 1), torch.eye(3)[torch.arange(50) % 3]
+    *hidden, output = network.credits(network(p, y), [6, 6])
+    assert (output - (p - y)).abs().max() < 0.05
+    feedback = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    for credit, sites in zip(hidden, feedback.split(4), strict=True):
+        exact = (p - y) @ (diffusion(6, 4).float() @ sites).T / 6**0.5
+        assert torch.cosine_similarity(credit.flatten(), exact.flatten(), 0) > 0.99
+        assert (credit - exact).abs().max() < 0.05
+    for unfit in (TopDownNetwork(3, [6], 8), TopDownNetwork(3, [6], 2, relative=True)):
+        with pytest.raises(ConfigError, match="wired by hand"):
+            wired(unfit)
 
 
 def exact_credits(

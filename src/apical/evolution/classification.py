@@ -16,8 +16,12 @@ from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
+from apical.rules.top_down.hand_built import wired
 from apical.rules.top_down.teacher import Place, TopDownNetwork, load
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
+
+WIRED = "wired"
+"""The name of a teacher to start from that :func:`apical.rules.top_down.hand_built.wired` makes."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +172,14 @@ class Classification:
         return [cut.shape[1] for cut in probe.run(self.sets[0].inputs[:2])[1]]
 
     def weights_of(self, teacher: str) -> Tensor:
-        """Flat weights (D,) of a teacher file, or of the shipped one of that name, to start from.
+        """Flat weights (D,) of a teacher file, of the shipped one of that name, or of a network wired by hand ("wired").
 
         Raises:
             ConfigError: there is none, or its sizes are not the setting's.
         """
-        path = shipped(teacher)
-        network, wanted = load(path)[0], self.network(0)
+        wanted = self.network(seed_of(self.setting.seed, "teacher"))
+        path = shipped(teacher) if teacher != WIRED else teacher
+        network = load(path)[0] if teacher != WIRED else wired(wanted, self.setting.seed)
         unlike = [
             f"{name}: {getattr(network, name)} vs {getattr(wanted, name)}"
             for name in ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower")

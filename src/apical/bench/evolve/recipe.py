@@ -31,7 +31,8 @@ class EvolutionRecipe:
         tasks: per generation.
         starts: fresh initial weights for every task, or always the same ("fixed").
         zeros: learners start with all weights zero.
-        begin: teacher to start from: a file, or the name of a shipped one; empty draws one at random.
+        begin: teacher to start from: a file, the name of a shipped one, or "wired", which hands out the error and random
+            feedback of it; empty draws one at random.
         quiet: the first top-down network gives no credit to hidden units.
         held_out: fitness is the likelihood of images that were not trained on.
         steps: updates in a lifetime.
@@ -68,7 +69,7 @@ class EvolutionRecipe:
     optimizer: Literal["adam", "sgd"] = "adam"
     clip: float = 1.0
     batch_size: int = 0
-    chunk: int = 32
+    chunk: int = 33
     seed: int = 0
 
     def __post_init__(self) -> None:

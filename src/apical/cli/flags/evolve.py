@@ -56,7 +56,7 @@ class Evolve:
     zeros: Annotated[bool | None, shown("True|False", "(default: False)")] = None
     """Learners start with all weights zero."""
     begin: Annotated[str | None, shown("FILE", "(default: a random one)")] = None
-    """Start from this teacher: a file, or the name of a shipped one."""
+    """Start from this teacher: a file, the name of a shipped one, or "wired": the error, with random feedback of it."""
     quiet: Annotated[bool | None, shown("True|False", "(default: True)")] = None
     """Start from a top-down network that gives no credit to hidden units."""
     held_out: Annotated[bool | None, shown("True|False", "(default: False)")] = None
@@ -71,7 +71,7 @@ class Evolve:
     """Largest norm of a learner's gradient; 0 is off."""
     batch_size: Annotated[int | None, shown("N", "(default: all)")] = None
     """Images per update of a learner."""
-    chunk: Annotated[int | None, shown("N", "(default: 32)")] = None
+    chunk: Annotated[int | None, shown("N", "(default: 33)")] = None
     """Learners trained at once by a worker: more need more memory."""
     seed: Annotated[int | None, shown("N", "(default: 0)")] = None
     """Seed of tasks, weights and populations."""

@@ -140,12 +140,21 @@ class TopDownNetwork(nn.Module):
                 f"{wanted}; only one with diffusion (apical evolve --sites K) serves other widths"
             )
 
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Emitted values (batch, sum of emissions + outputs) from prediction and target (batch, outputs)."""
+    def forward(self, prediction: Tensor, target: Tensor, classes: bool = False) -> Tensor:
+        """Emitted values (batch, sum of emissions + outputs) from prediction and target (batch, outputs).
+
+        Args:
+            prediction, target: as :func:`described` makes them.
+            classes: every row of the target has a single one, or is of no interest.
+        """
         top, below = self.body[-1], self.body[:-1]
         state = below(torch.cat([prediction, target], 1))
         if self.relative:  # the topmost layer is linear: V3 a - V3 b = V3 (a - b)
-            state = state - below(torch.cat([target, target], 1))
+            if classes:  # there are only so many right answers
+                every = torch.eye(self.outputs, dtype=target.dtype, device=target.device)
+                state = state - target @ below(torch.cat([every, every], 1))
+            else:
+                state = state - below(torch.cat([target, target], 1))
         emitted: Tensor = top(state)
         return emitted
 

@@ -139,7 +139,7 @@ class TopDownCreditAssignment(CutRule):
         widths = [cut.width for cut in cuts]
         places, rows = prediction.shape[:-1], prediction.numel() // prediction.shape[-1]
         p, y = (part.reshape(rows, -1) for part in (prediction, target))
-        credits = [credit.detach() for credit in self._credits(p, y, widths)]
+        credits = [credit.detach() for credit in self._credits(p, y, widths, classes)]
         if classes and ignores:  # the mean over rows that have a label
             told = y.sum(1, keepdim=True)
             share = told * (rows / told.sum().clamp(min=1))
@@ -157,7 +157,7 @@ class TopDownCreditAssignment(CutRule):
         values = credit.view(*places, -1)
         return routed(values, cut) if is_routed(values, cut) else delivered(matched(values, cut), cut)
 
-    def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
+    def _credits(self, prediction: Tensor, target: Tensor, widths: list[int], classes: bool) -> list[Tensor]:
         """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
         sizes = (prediction.shape[1], *widths)
         if self.teacher is None and (
@@ -168,7 +168,7 @@ class TopDownCreditAssignment(CutRule):
         if not isinstance(teacher, TopDownNetwork):
             return [credit / len(prediction) for credit in teacher(prediction, target)]
         teacher.check(sizes[0], widths)
-        return teacher.credits(teacher(prediction, target) / len(prediction), widths)
+        return teacher.credits(teacher(prediction, target, classes) / len(prediction), widths)
 
     @eagerly
     def _draw(self, sizes: tuple[int, ...], device: torch.device) -> None:
