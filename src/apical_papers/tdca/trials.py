@@ -73,10 +73,10 @@ class Bench:
             if rule == "shuffled":
                 shuffled = ShuffledTeacher(network, self.task.widths())
                 made: CreditRule = TopDownCreditAssignment(model, teacher=shuffled, credit=network.credit)
-                return Population(made, inputs, targets, "teacher."), teacher
+                return Population(made, inputs, targets, "teacher.", record=True), teacher
             made = self.task.rule(model, network, silent=rule == "silent")
             return Population(made, inputs, targets, "teacher.", record=True), teacher
-        return Population(self._plain(rule, model), inputs, targets), None
+        return Population(self._plain(rule, model), inputs, targets, record=True), None
 
     def _plain(self, rule: str, model: nn.Module) -> CreditRule:
         """A rule without evolved weights."""

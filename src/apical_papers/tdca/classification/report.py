@@ -144,7 +144,7 @@ def _evolutions(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
 
 def _elsewhere(cells: Sequence[Cell], part: str, title: str, about: str) -> dict[str, Any]:
     names = list(cells[0].get(part, {})) if cells else []
-    rules = ("tdca", "bp", "dfa", "hand-random")
+    rules = ("tdca", "bp")
     rows = [
         [name, unit, *(form([cell[part][name][rule][key] for cell in cells]) for rule in rules)]
         for name in names
