@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from tests.command import Command
 
 from apical.bench import run_folder
-from apical.bench.evolve.loop import classification
+from apical.bench.evolve.loop import Evolution, classification, strategy
 from apical.bench.evolve.recipe import EvolutionRecipe
 from apical.cli.main import main
+from apical.errors import ConfigError
+from apical.evolution.workers import Here
 from apical.rules.top_down.teacher import load
 from apical.rules.top_down.top_down_credit_assignment import shipped
 from apical_papers.tdca.recipes import EVOLUTIONS
@@ -108,11 +111,53 @@ def test_an_evolution_begins_with_a_teacher(whole: Path, tmp_path: Path, capsys:
         assert torch.allclose(weight, weights(whole)[name], atol=1e-6)
     assert load(tmp_path / "on" / "teacher.pt")[1]["recipe"]["begin"] == str(whole / "teacher.pt")
     capsys.readouterr()
-    assert evolve(tmp_path / "other", *first, "--sites", "3", "--relative", "True") == 2
+    assert evolve(tmp_path / "other", *first, "--sites", "3", "--relative", "False", "--credit", "probabilities") == 2
     said = capsys.readouterr().err
     assert "cannot begin with" in said
-    assert "emissions: [2] vs [3]; relative: False vs True" in said
+    assert "emissions: [2] vs [3]; relative: True vs False; credit: logits vs probabilities" in said
     assert not (tmp_path / "other").exists()
+
+
+def test_the_teacher_is_the_average_of_the_centres(tmp_path: Path) -> None:
+    """Weighted by k (k+1) (k+2) for generation k, up to a factor."""
+    recipe = EvolutionRecipe(model=("mlp-tanh-6",), population=8, hidden=4, steps=4, examples=30, sites=2, generations=4)
+    evolution, centres = Evolution(classification(recipe), strategy(recipe), Here(33)), []
+    for _ in range(4):
+        evolution.step()
+        centres.append(evolution.search.center.clone())
+    shares = [k * (k + 1) * (k + 2) for k in (1, 2, 3, 4)]
+    expected = sum(share * centre for share, centre in zip(shares, centres, strict=True)) / sum(shares)
+    assert (evolution.average - expected).abs().max() < 1e-6
+    assert (evolution.average - centres[-1]).abs().max() > 1e-4
+    assert evolve(tmp_path / "out", "--generations", "4") == 0
+    assert load(tmp_path / "out" / "teacher.pt")[1]["which"].startswith("average")
+    written = torch.cat([weight.flatten() for weight in weights(tmp_path / "out").values()])
+    assert (written - expected).abs().max() < 1e-6
+
+
+def test_learners_of_several_depths_get_one_teacher_that_serves_them_all() -> None:
+    recipe = EvolutionRecipe(model=("mlp-tanh-6", "mlp-5-4-3"), hidden=4, sites=2, examples=20, steps=2, population=4)
+    task = classification(recipe)
+    network = task.network(0)
+    assert (network.widths, network.shallower) == ((5, 4, 3), True)
+    individuals = task.start + 0.3 * torch.randn(3, task.start.numel(), generator=torch.Generator().manual_seed(0))
+    deep, shallow = task.fitness(individuals, 1), task.fitness(individuals, 0)
+    top = classification(replace(recipe, model=("mlp-tanh-6",)))
+    last = slice(-(10 + 2) * 4, None)  # rows of the topmost layer that one hidden layer and the outputs take
+    alone = torch.cat([individuals[:, : top.start.numel() - 12 * 4], individuals[:, last]], 1)
+    assert torch.allclose(shallow, top.fitness(alone, 0), atol=1e-6)
+    assert not torch.allclose(deep, shallow)
+
+
+def test_evolution_may_start_from_a_teacher_wired_by_hand() -> None:
+    recipe = EvolutionRecipe(model=("mlp-tanh-6",), hidden=12, sites=2, begin="wired", examples=60, steps=40, lr=0.05)
+    task = classification(recipe)
+    unwired = classification(replace(recipe, begin=""))
+    both = torch.stack([task.start, unwired.start])
+    wired, random = task.fitness(both, 0).tolist()
+    assert wired > random + 0.5  # nats; nothing has been evolved yet
+    with pytest.raises(ConfigError, match="wired by hand"):
+        classification(replace(recipe, hidden=9))
 
 
 def test_tasks_take_networks_in_turn() -> None:

@@ -98,6 +98,18 @@ def test_a_lifetime_equals_the_equations_one_example_at_a_time() -> None:
         np.testing.assert_allclose(weights, flat, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("lifetime", LIFETIMES)
+def test_a_recorded_step_is_the_step(lifetime: Lifetime) -> None:
+    """To the same bits, also for a last part of the population and for batches of another size."""
+    population, start, teachers = taught(2)
+    recorded = Population(population.rule, *batch(), "teacher.", record=True)
+    for size, part in ((20, teachers), (20, teachers[:3]), (13, teachers)):
+        x, y = (t[:size] for t in batch())
+        plain, again = (p.train(start, part, x, y, lifetime, seed=5) for p in (population, recorded))
+        assert torch.equal(plain, again)
+        assert (plain - start).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", ["bp", "dfa"])
 def test_baselines_train_in_populations_too(name: str) -> None:
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ def batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("silent", [False, True])
 def test_equal_credit_for_a_units_weights_is_credit_per_unit(silent: bool) -> None:
     torch.manual_seed(0)
-    model, network = learner(), TopDownNetwork(3, [4], hidden=8).double()
+    model, network = learner(), TopDownNetwork(3, [4], hidden=8, credit="probabilities").double()
     nn.init.normal_(network.body[-1].bias)
     found = []
     for rule in (

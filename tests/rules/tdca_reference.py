@@ -23,21 +23,38 @@ def kernel(units: int, sites: int) -> Array:
     return m
 
 
-def credits(teacher: list[tuple[Array, Array]], p: Array, y: Array, widths: list[int], sites: int | None) -> list[Array]:
-    """One credit vector per hidden layer, and one for the softmax layer."""
+def emitted(teacher: list[tuple[Array, Any]], p: Array, y: Array) -> Array:
+    """z = V3 tanh(V2 tanh(V1 [p ; y] + b1) + b2) + b3."""
     (w1, b1), (w2, b2), (w3, b3) = teacher
-    z = w3 @ np.tanh(w2 @ np.tanh(w1 @ np.concatenate([p, y]) + b1) + b2) + b3
-    out, at = [], 0
-    for width in widths:
+    return w3 @ np.tanh(w2 @ np.tanh(w1 @ np.concatenate([p, y]) + b1) + b2) + b3
+
+
+def credits(
+    teacher: list[tuple[Array, Any]], p: Array, y: Array, widths: list[int], sites: int | None, relative: bool = False
+) -> list[Array]:
+    """One credit vector per hidden layer, and one for the output; the last layers of a teacher made for more of them."""
+    z = emitted(teacher, p, y)
+    if relative:
+        z = z - emitted(teacher, y, y)
+    out = [z[len(z) - len(y) :]]
+    end = len(z) - len(y)
+    for width in reversed(widths):  # counted from the output
         size = width if sites is None else sites
-        part = z[at : at + size]
-        out.append(part if sites is None else kernel(width, sites) @ part)
-        at += size
-    return [*out, z[at:]]
+        part = z[end - size : end]
+        credit = part if sites is None else kernel(width, sites) @ part
+        out.insert(0, credit / np.sqrt(width) if relative else credit)
+        end -= size
+    return out
 
 
 def pseudo_gradients(
-    layers: list[tuple[Array, Array]], teacher: list[tuple[Array, Array]], x: Array, labels: Array, sites: int | None = None
+    layers: list[tuple[Array, Array]],
+    teacher: list[tuple[Array, Any]],
+    x: Array,
+    labels: Array,
+    sites: int | None = None,
+    relative: bool = False,
+    place: str = "logits",
 ) -> list[tuple[Array, Array]]:
     """(g_W, g_v) of each layer of a tanh perceptron with a softmax output, averaged over the batch."""
     total = [(np.zeros_like(w), np.zeros_like(v)) for w, v in layers]
@@ -48,9 +65,10 @@ def pseudo_gradients(
         w, v = layers[-1]
         p = softmax(w @ activities[-1] + v)
         y = np.eye(len(p))[label]
-        *hidden, last = credits(teacher, p, y, [len(v) for _, v in layers[:-1]], sites)
+        *hidden, last = credits(teacher, p, y, [len(v) for _, v in layers[:-1]], sites, relative)
         errors = [c * (1 - a**2) for c, a in zip(hidden, activities[1:], strict=True)]
-        errors.append(p * (last - (last @ p)))
+        jacobian = np.diag(p) - np.outer(p, p)  # of the softmax, symmetric
+        errors.append(jacobian @ last if place == "probabilities" else last)
         for (g_w, g_v), e, a in zip(total, errors, activities, strict=True):
             g_w += np.outer(e, a) / len(x)
             g_v += e / len(x)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import apical
 from apical import models
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.top_down.teacher import TopDownNetwork, diffusion, load, parameters_of
+from apical.rules.top_down.hand_built import HandBuiltTeacher, ShuffledTeacher, wired
+from apical.rules.top_down.teacher import Place, TopDownNetwork, diffusion, load, parameters_of
 from apical.testing import dense_network, residual_network
 
 Rule = apical.TopDownCreditAssignment
@@ -33,7 +34,9 @@ def batch(size: int = 7, features: int = 6, classes: int = 3) -> tuple[Tensor, T
 
 
 def arrays(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in module.modules() if isinstance(m, nn.Linear)]
+    """Weights and biases; no bias is one of zero."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return [(m.weight.detach().numpy(), 0.0 if m.bias is None else m.bias.detach().numpy()) for m in layers]
 
 
 class Recorded(nn.Module):
@@ -48,35 +51,110 @@ class Recorded(nn.Module):
 
 
 @pytest.mark.parametrize("sites", [None, 1, 3])
-def test_equals_the_equations_one_example_at_a_time(sites: int | None) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("place", ["logits", "probabilities"])
+def test_equals_the_equations_one_example_at_a_time(sites: int | None, relative: bool, place: Place) -> None:
     torch.manual_seed(0)
-    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8, sites=sites).double()
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], 8, sites, relative, place).double()
     nn.init.normal_(teacher.body[0].bias)
     x, y = batch()
     Rule(model, teacher=teacher)(x, y).backward()
-    expected = reference.pseudo_gradients(arrays(model), arrays(teacher.body), x.numpy(), y.numpy(), sites)
+    given = (arrays(model), arrays(teacher.body), x.numpy(), y.numpy(), sites)
+    expected = reference.pseudo_gradients(*given, relative, place)
     for layer, (g_w, g_v) in zip([m for m in model if isinstance(m, nn.Linear)], expected, strict=True):
         np.testing.assert_allclose(layer.weight.grad, g_w, rtol=0, atol=1e-14)
         np.testing.assert_allclose(layer.bias.grad, g_v, rtol=0, atol=1e-14)
 
 
-def exact_credits(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """`B dL/da` of every activation in the order of execution and of the probabilities, and BP's gradients."""
+def test_by_default_credit_stands_on_the_logits_and_the_two_places_differ() -> None:
+    """By the softmax's Jacobian, which a confident and wrong learner all but nulls."""
+    credit = torch.randn(7, 3, dtype=torch.double)
+    nothing = [torch.zeros(7, 5, dtype=torch.double), torch.zeros(7, 4, dtype=torch.double)]
+    found: dict[Any, Tensor] = {}
+    for place in (None, "logits", "probabilities"):
+        torch.manual_seed(0)
+        model, (x, y) = perceptron(), batch()
+        with torch.no_grad():
+            model[4].bias.copy_(torch.tensor([30.0, 0.0, 0.0]))  # sure of the first class
+        Rule(model, teacher=Recorded([*nothing, credit]), credit=place)(x, y).backward()
+        found[place] = model[4].weight.grad
+    assert torch.equal(found[None], found["logits"])
+    assert found["logits"].abs().max() > 0.01
+    assert found["probabilities"].abs().max() < 1e-10
+
+
+def test_the_error_as_credit_on_the_logits_is_backpropagations_last_layer() -> None:
+    for hidden in ("silent", "random"):
+        torch.manual_seed(0)
+        model, (x, y) = perceptron(), batch()
+        loss = F.cross_entropy(model(x), y)
+        exact = torch.autograd.grad(loss, list(model.parameters()))
+        Rule(model, teacher=HandBuiltTeacher(3, [5, 4], hidden))(x, y).backward()
+        for parameter, gradient in zip(model[4].parameters(), exact[4:], strict=True):
+            assert (parameter.grad - gradient).abs().max() < 1e-15
+        assert all(bool(p.grad.any()) == (hidden == "random") for p in [*model[0].parameters(), *model[2].parameters()])
+
+
+def test_hand_built_hidden_credit_is_fixed_random_feedback_of_the_error() -> None:
+    teacher = HandBuiltTeacher(3, [5, 4], "random", sites=2, seed=1)
+    draw = torch.Generator().manual_seed(1)
+    p, y = torch.softmax(torch.randn(7, 3), 1), torch.eye(3)[torch.arange(7) % 3]
+    credits = teacher(p, y)
+    for credit, n in zip(credits[:2], (5, 4), strict=True):
+        feedback = torch.from_numpy(reference.kernel(n, 2)).float() @ torch.randn(2, 3, generator=draw)
+        assert (credit - (p - y) @ feedback.T / n**0.5).abs().max() < 1e-6
+    assert torch.equal(credits[2], p - y)
+    with pytest.raises(ConfigError, match='"silent" or "random"'):
+        HandBuiltTeacher(3, [5], "loud")  # type: ignore[arg-type]
+
+
+def test_shuffled_credits_are_those_of_other_examples() -> None:
+    torch.manual_seed(0)
+    network = TopDownNetwork(3, [5, 4], hidden=8)
+    p, y = torch.softmax(torch.randn(7, 3), 1), torch.eye(3)[torch.arange(7) % 3]
+    found = ShuffledTeacher(network, [5, 4])(p, y)
+    for credit, whole in zip(found, network.credits(network(p, y), [5, 4]), strict=True):
+        assert torch.equal(credit, whole[[6, 0, 1, 2, 3, 4, 5]])
+
+
+def test_a_wired_network_hands_out_nearly_the_error_and_random_feedback_of_it() -> None:
+    torch.manual_seed(0)
+    network = wired(TopDownNetwork(3, [6, 6], 8, sites=4, relative=True, shallower=True), seed=1)
+    p, y = torch.softmax(3 * torch.randn(50, 3), 1), torch.eye(3)[torch.arange(50) % 3]
+    *hidden, output = network.credits(network(p, y), [6, 6])
+    assert (output - (p - y)).abs().max() < 0.05
+    feedback = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    for credit, sites in zip(hidden, feedback.split(4), strict=True):
+        exact = (p - y) @ (diffusion(6, 4).float() @ sites).T / 6**0.5
+        assert torch.cosine_similarity(credit.flatten(), exact.flatten(), 0) > 0.99
+        assert (credit - exact).abs().max() < 0.05
+    for unfit in (TopDownNetwork(3, [6], 8), TopDownNetwork(3, [6], 2, relative=True)):
+        with pytest.raises(ConfigError, match="wired by hand"):
+            wired(unfit)
+
+
+def exact_credits(
+    model: nn.Module, x: Tensor, y: Tensor, place: Place = "probabilities"
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """`B dL/da` of every activation in the order of execution and of the probabilities or logits, and BP's gradients."""
     seen: list[Tensor] = []
     kinds = (nn.ReLU, nn.Tanh)
     hooks = [m.register_forward_hook(lambda m, i, o: seen.append(o)) for m in model.modules() if isinstance(m, kinds)]
-    p = torch.softmax(model(x), 1)
+    logits = model(x)
+    p = torch.softmax(logits, 1)
     for hook in hooks:
         hook.remove()
     loss = -p[torch.arange(len(y)), y].log().mean()
     parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, [*seen, p, *parameters.values()])
+    output = logits if place == "logits" else p
+    found = torch.autograd.grad(loss, [*seen, output, *parameters.values()])
     credits = [len(y) * g for g in found[: len(seen) + 1]]
     return credits, dict(zip(parameters, found[len(seen) + 1 :], strict=True))
 
 
 @pytest.mark.parametrize("kind", ["dense", "residual", "lenet", "mlp-residual"])
-def test_with_the_signals_of_backpropagation_it_is_backpropagation(kind: str) -> None:
+@pytest.mark.parametrize("place", ["logits", "probabilities"])
+def test_with_the_signals_of_backpropagation_it_is_backpropagation(kind: str, place: Place) -> None:
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(1)
     model, shape = {
@@ -86,8 +164,8 @@ def test_with_the_signals_of_backpropagation_it_is_backpropagation(kind: str) ->
         "mlp-residual": lambda: (models.build("mlp-residual-6-6-6", (5,), 4).double(), (5,)),
     }[kind]()
     x, y = torch.randn(6, *shape, dtype=torch.double, generator=draw), torch.arange(6) % 4
-    credits, gradients = exact_credits(model, x, y)
-    Rule(model, teacher=Recorded(credits))(x, y).backward()
+    credits, gradients = exact_credits(model, x, y, place)
+    Rule(model, teacher=Recorded(credits), credit=place)(x, y).backward()
     for name, parameter in model.named_parameters():
         scale = max(1.0, float(gradients[name].abs().max()))
         assert (parameter.grad - gradients[name]).abs().max() <= 1e-12 * scale, name
@@ -141,9 +219,9 @@ def test_a_layers_update_depends_on_the_weights_above_only_through_the_predictio
     assert not torch.equal(model[0].weight.grad, kept)  # with a prediction of its own, it does change
 
 
-def test_a_constant_added_to_all_output_credits_changes_nothing() -> None:
+def test_a_constant_added_to_all_credits_on_probabilities_changes_nothing() -> None:
     torch.manual_seed(0)
-    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8).double()
+    model, teacher = perceptron(), TopDownNetwork(3, [5, 4], hidden=8, credit="probabilities").double()
     x, y = batch()
     rule = Rule(model, teacher=teacher)
     rule(x, y).backward()
@@ -232,16 +310,66 @@ def test_relative_credit_is_that_of_the_prediction_minus_that_of_a_right_one(sit
     got = relative.credits(relative(p, y), [5, 4])
     ours, right = plain.credits(plain(p, y), [5, 4]), plain.credits(plain(y, y), [5, 4])
     for credit, a, b, n in zip(got, ours, right, (5, 4, 1), strict=True):
-        assert (credit - (a - b) / n).abs().max() < 1e-12
+        assert (credit - (a - b) / n**0.5).abs().max() < 1e-12
     assert not any(bool(credit.any()) for credit in relative.credits(relative(y, y), [5, 4]))  # right: left alone
     count = sum(parameter.numel() for parameter in relative.parameters())
     assert count == parameters_of(3, [5, 4], 8, sites, relative=True) < parameters_of(3, [5, 4], 8, sites)
 
 
-def test_a_file_says_whether_credit_is_relative(tmp_path: Path) -> None:
-    for relative in (True, False):
-        TopDownNetwork(3, [5], 8, 2, relative).save(tmp_path / "teacher.pt")
-        assert load(tmp_path / "teacher.pt")[0].relative is relative
+def test_a_file_says_what_its_credit_is(tmp_path: Path) -> None:
+    for relative, place, shallower in ((True, "logits", True), (False, "probabilities", False)):
+        TopDownNetwork(3, [5], 8, 2, relative, place, shallower).save(tmp_path / "teacher.pt")
+        network = load(tmp_path / "teacher.pt")[0]
+        assert (network.relative, network.credit, network.shallower) == (relative, place, shallower)
+        assert Rule(perceptron((6, 5, 3)), teacher=network).credit == place
+
+
+def test_a_file_of_the_older_format_means_probabilities_and_credit_over_n(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = TopDownNetwork(3, [5], 8, relative=True)
+    network.save(tmp_path / "teacher.pt")
+    content = torch.load(tmp_path / "teacher.pt")
+    for name in ("credit", "share", "shallower"):
+        del content[name]
+    torch.save({**content, "format": "apical-teacher-1"}, tmp_path / "older.pt")
+    older = load(tmp_path / "older.pt")[0]
+    assert (older.credit, older.relative, older.shallower) == ("probabilities", True, False)
+    older.save(tmp_path / "again.pt")  # in the newer format, and no different
+    p, y = torch.softmax(torch.randn(7, 3), 1), torch.eye(3)[torch.arange(7) % 3]
+    for one in (older, load(tmp_path / "again.pt")[0]):
+        found, newer = one.credits(one(p, y), [5]), network.credits(network(p, y), [5])
+        assert (found[0] * 5 - newer[0] * 5**0.5).abs().max() < 1e-6
+        assert one.credit == "probabilities"
+
+
+def test_another_place_of_credit_than_the_teachers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stands on logits, not on probabilities"):
+        Rule(perceptron(), teacher=TopDownNetwork(3, [5, 4]), credit="probabilities")
+    for make in (lambda: Rule(perceptron(), credit="loss"), lambda: TopDownNetwork(3, [5], credit="loss")):  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match='"logits" or "probabilities"'):
+            make()
+
+
+@pytest.mark.parametrize("widths", [(9,), (7, 9), (8, 7, 9)])
+def test_layers_of_a_shallower_learner_are_counted_from_the_output(widths: tuple[int, ...]) -> None:
+    """Its layers take the emissions that the topmost layers of the deepest take."""
+    torch.manual_seed(0)
+    teacher = TopDownNetwork(3, [5, 5, 5], 8, sites=2, relative=True, shallower=True).double()
+    model, (x, y) = perceptron((6, *widths, 3)), batch()
+    Rule(model, teacher=teacher)(x, y).backward()
+    expected = reference.pseudo_gradients(arrays(model), arrays(teacher.body), x.numpy(), y.numpy(), 2, relative=True)
+    for layer, (g_w, g_v) in zip([m for m in model if isinstance(m, nn.Linear)], expected, strict=True):
+        np.testing.assert_allclose(layer.weight.grad, g_w, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(layer.bias.grad, g_v, rtol=0, atol=1e-14)
+
+
+def test_a_deeper_learner_or_one_without_hidden_layers_is_refused() -> None:
+    teacher = TopDownNetwork(3, [5, 5], 8, sites=2, shallower=True).double()
+    for sizes in ((6, 5, 5, 5, 3), (6, 3)):
+        with pytest.raises(UnsupportedModelError, match="1 to 2 hidden layers and 3 outputs"):
+            Rule(perceptron(sizes), teacher=teacher)(*batch())
+    with pytest.raises(ConfigError, match="emission sites"):
+        TopDownNetwork(3, [5], shallower=True)
 
 
 def test_only_the_model_learns() -> None:
@@ -364,9 +492,8 @@ def test_credits_of_backpropagation_at_functions_are_backpropagation() -> None:
     model, (x, y) = Functional().double(), batch()
     h = [F.relu(model.a(x))]
     h.append(torch.tanh(model.b(h[0])))
-    p = torch.softmax(model.c(h[1]), 1)
-    loss = -p[torch.arange(7), y].log().mean()
-    exact = torch.autograd.grad(loss, [*h, p, *model.parameters()])
+    logits = model.c(h[1])
+    exact = torch.autograd.grad(F.cross_entropy(logits, y), [*h, logits, *model.parameters()])
     Rule(model, teacher=Recorded([7 * g for g in exact[:3]]))(x, y).backward()
     for parameter, gradient in zip(model.parameters(), exact[3:], strict=True):
         assert (parameter.grad - gradient).abs().max() < 1e-14

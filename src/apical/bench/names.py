@@ -11,7 +11,7 @@ from torch import nn
 
 from apical.bench import own_rules
 from apical.bench.first_layer import needs_feedback
-from apical.bench.recipe import Recipe, parse_options, rule_name
+from apical.bench.recipe import ClipOver, Recipe, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
 from apical.core.credit import CreditRule, Loss
 from apical.core.losses import squared_error
@@ -45,7 +45,8 @@ class Entry:
 
     Attributes:
         aligns: the rule's feedback aligns through weight decay, so it starts with an alignment phase.
-        clip: largest gradient norm per tensor where the recipe sets none, for rules whose updates are not small.
+        clip: largest gradient norm where the recipe sets none, for rules whose updates are not small.
+        clip_over: of each "tensor" by itself, or of the whole "network".
         feedback_decay: weight decay of the feedback weights where the recipe sets none: it bounds feedback that grows along
             a fixed direction.
         physical: options under which the rule computes as its paper's network would, where its default is a closed form of
@@ -57,6 +58,7 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
     aligns: bool = False
     clip: float = 0.0
+    clip_over: ClipOver = "tensor"
     feedback_decay: float | None = None
     physical: dict[str, Any] = field(default_factory=dict)
 
@@ -138,14 +140,18 @@ RULES: dict[str, Entry] = {
         "top-down credit assignment: an evolved network hands out credit",
         {"teacher": "digits"},
         clip=1.0,
+        clip_over="network",
     ),
     "tdca-silent": Entry(
         TopDownCreditAssignment,
         "tdca, a control: no credit to hidden units",
         {"teacher": "digits", "silent": True},
         clip=1.0,
+        clip_over="network",
     ),
-    "tdca-unevolved": Entry(TopDownCreditAssignment, "tdca, a control: the top-down network stays random", clip=1.0),
+    "tdca-unevolved": Entry(
+        TopDownCreditAssignment, "tdca, a control: the top-down network stays random", clip=1.0, clip_over="network"
+    ),
     "strong-dfc": Entry(
         StrongDeepFeedbackControl,
         "strong deep feedback control: the output held at the label",
@@ -295,16 +301,17 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
             high, epochs = alignment_decay(recipe.lr[0], steps, recipe.momentum)
             decay, decay_epochs = (high, DECAY), (epochs,)
             notes.append(f"weight decay {high:g} in the first {epochs} epochs aligns the feedback of {recipe.rule_name}")
-    clip, feedback_decay = recipe.clip, recipe.feedback_weight_decay
+    clip, over, feedback_decay = recipe.clip, recipe.clip_over, recipe.feedback_weight_decay
     if entry.clip and not clip:
-        clip = entry.clip
-        notes.append(f"gradients of {recipe.rule_name} are clipped at norm {clip:g} per tensor: its updates are not small")
+        clip, over = entry.clip, entry.clip_over
+        per = "per tensor" if over == "tensor" else "over the network"
+        notes.append(f"gradients of {recipe.rule_name} are clipped at norm {clip:g} {per}: its updates are not small")
     if entry.feedback_decay is not None and feedback_decay is None and given.get("learn") != "none":
         feedback_decay = entry.feedback_decay
         decays = f"feedback weights of {recipe.rule_name} decay with {feedback_decay:g}"
         notes.append(f"{decays}, which keeps them near the Jacobian")
     options = (*recipe.rule_options, *added)
-    recipe = replace(recipe, rule_options=options, clip=clip, feedback_weight_decay=feedback_decay)
+    recipe = replace(recipe, rule_options=options, clip=clip, clip_over=over, feedback_weight_decay=feedback_decay)
     return replace(recipe, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
 
 

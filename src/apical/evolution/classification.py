@@ -16,8 +16,12 @@ from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
-from apical.rules.top_down.teacher import TopDownNetwork, load
+from apical.rules.top_down.hand_built import wired
+from apical.rules.top_down.teacher import Place, TopDownNetwork, load
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
+
+WIRED = "wired"
+"""The name of a teacher to start from that :func:`apical.rules.top_down.hand_built.wired` makes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Setting:
         hidden: units in each hidden layer of the top-down network.
         sites: emission sites per hidden layer of the learner; None emits a credit per unit.
         relative: credit is relative to that of a right prediction.
+        credit: the output's stands on "logits" or on "probabilities".
         ways: classes per task, drawn anew and numbered anew; None takes all, in their order.
         examples: training images per task; None takes all there are.
         tasks: per generation; fitness is their mean.
@@ -56,13 +61,14 @@ class Setting:
     lifetime: Lifetime = field(default_factory=Lifetime)
     hidden: int = 16
     sites: int | None = None
-    relative: bool = False
+    relative: bool = True
+    credit: Place = "logits"
     ways: int | None = None
     examples: int | None = 500
     tasks: int = 1
     starts: Literal["fresh", "fixed"] = "fresh"
     zeros: bool = False
-    quiet: bool = False
+    quiet: bool = True
     held_out: bool = False
     seed: int = 0
 
@@ -121,7 +127,7 @@ class Classification:
         inputs = self.sets[0].inputs[:2]
         targets = torch.zeros(len(inputs), dtype=torch.long)
         return [
-            Population(self.rule(self.learner(0, which), self._first), inputs, targets, "teacher.")
+            Population(self.rule(self.learner(0, which), self._first), inputs, targets, "teacher.", record=True)
             for which in range(1 + len(self.setting.others))
         ]
 
@@ -141,30 +147,42 @@ class Classification:
         return model
 
     def network(self, seed: int) -> TopDownNetwork:
-        """An unevolved top-down network for the setting's model."""
-        probe = TopDownCreditAssignment(self.learner(0))
-        x = self.sets[0].inputs[:2]
-        _, cuts, _ = probe.run(x)
+        """An unevolved top-down network for the setting's models: for as many hidden layers as the deepest has."""
+        setting, every = self.setting, [self.widths(which) for which in range(1 + len(self.setting.others))]
+        deepest = max(every, key=len)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            widths = [cut.shape[1] for cut in cuts]
-            network = TopDownNetwork(self.outputs, widths, self.setting.hidden, self.setting.sites, self.setting.relative)
+            network = TopDownNetwork(
+                self.outputs,
+                deepest,
+                setting.hidden,
+                setting.sites,
+                setting.relative,
+                setting.credit,
+                shallower=any(len(widths) < len(deepest) for widths in every),
+            )
         if self.setting.quiet:
             with torch.no_grad():
                 network.body[-1].weight[: -self.outputs] = 0  # type: ignore[operator]
         return network
 
+    def widths(self, which: int = 0) -> list[int]:
+        """Units of each hidden layer of the network `which`."""
+        probe = TopDownCreditAssignment(self.learner(0, which))
+        return [cut.shape[1] for cut in probe.run(self.sets[0].inputs[:2])[1]]
+
     def weights_of(self, teacher: str) -> Tensor:
-        """Flat weights (D,) of a teacher file, or of the shipped one of that name, to start from.
+        """Flat weights (D,) of a teacher file, of the shipped one of that name, or of a network wired by hand ("wired").
 
         Raises:
             ConfigError: there is none, or its sizes are not the setting's.
         """
-        path = shipped(teacher)
-        network, wanted = load(path)[0], self.network(0)
+        wanted = self.network(seed_of(self.setting.seed, "teacher"))
+        path = shipped(teacher) if teacher != WIRED else teacher
+        network = load(path)[0] if teacher != WIRED else wired(wanted, self.setting.seed)
         unlike = [
             f"{name}: {getattr(network, name)} vs {getattr(wanted, name)}"
-            for name in ("outputs", "emissions", "hidden", "relative")
+            for name in ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower")
             if getattr(network, name) != getattr(wanted, name)
         ]
         if unlike:

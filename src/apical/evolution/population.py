@@ -74,19 +74,24 @@ class Population:
         inputs, targets: an example batch, to find the rule's units with.
         individual: parameters of the rule, besides the model's, that each learner has its own of: those whose name starts
             with this, such as "teacher.".
+        record: note the operations of the first step for each shape of the data and repeat them, which spares the rule's own
+            Python. For rules whose operations depend on shapes alone, as those of top-down credit assignment do.
 
     Raises:
         UnsupportedModelError: the model keeps running statistics, which learners of a population cannot share.
     """
 
-    def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, individual: str | None = None) -> None:
+    def __init__(
+        self, rule: CreditRule, inputs: Tensor, targets: Tensor, individual: str | None = None, record: bool = False
+    ) -> None:
         for name, module in rule.model.named_modules():
             if isinstance(module, _NormBase) and module.track_running_stats:
                 raise UnsupportedModelError(
                     f"layer {name!r} ({type(module).__name__}) keeps running statistics, which learners trained at once "
                     "would share; replace it by GroupNorm, or build it with track_running_stats=False"
                 )
-        self.rule = rule
+        self.rule, self.record = rule, record
+        self._records: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         if individual is not None:
             rule.loss = lambda output, targets: output.new_zeros(())  # top-down networks know none; nobody reads it
         if isinstance(rule, CutRule):
@@ -123,8 +128,19 @@ class Population:
         """
         data = 0 if own else None
         mapped = vmap(self._gradients, in_dims=(0, 0, data, data))
-        named = self.other.named(other) if self.other is not None and other is not None else {}
-        return self.learner.flat(mapped(self.learner.named(weights), named, inputs, targets))
+
+        def step(weights: Tensor, other: Tensor | None, inputs: Tensor, targets: Tensor) -> Tensor:
+            named = self.other.named(other) if self.other is not None and other is not None else {}
+            return self.learner.flat(mapped(self.learner.named(weights), named, inputs, targets))
+
+        if not self.record:
+            return step(weights, other, inputs, targets)
+        given = (weights, other, inputs, targets)
+        kind = tuple((tuple(t.shape), t.dtype, t.device) if t is not None else None for t in given)
+        if (kind, own) not in self._records:
+            self._records[kind, own] = _recorded(step, given)
+        with torch.no_grad():
+            return self._records[kind, own](*given)
 
     def outputs(self, weights: Tensor, inputs: Tensor, own: bool = False) -> Tensor:
         """Model outputs (P, batch, ...) for weights (P, n)."""
@@ -187,6 +203,16 @@ class Population:
         if watch is not None:
             watch(lifetime.steps, weights)
         return weights
+
+
+def _recorded(step: Callable[..., Tensor], given: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
+    """The operations of `step` on tensors of these shapes, as a function of its own."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(step)(*given)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 def inner_optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Callable[[Tensor], None]:

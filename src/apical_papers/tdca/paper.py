@@ -11,13 +11,12 @@ PAPER = Paper(
         "classification": Table(
             "Top-down credit assignment on classification, with controls",
             {
-                "smoke": {"generations": 1, "seeds": 2, "arms": "fresh"},
-                "cpu": {"generations": 60},
-                "paper": {"generations": 60},
+                "smoke": {"generations": 1, "seeds": 2, "arms": "sites-4"},
+                "cpu": {"generations": 60, "seeds": 5},
+                "paper": {"generations": 60, "seeds": 5},
             },
             module="apical_papers.tdca.classification.study",
-            needs={"generations": 60},
-            hours={"cpu": 0.79},
+            needs={"generations": 60, "seeds": 5},
         ),
         "diffusion": Table(
             "Credit diffusion, before and after",

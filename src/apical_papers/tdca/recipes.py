@@ -1,6 +1,6 @@
 """Top-down credit assignment (arXiv 2208.01416): the evolutions behind its shipped teachers.
 
-The paper's numbers could not be read, so there are none to compare with; tdca_classification has the controls.
+The paper's numbers could not be read, so there are none to compare with; the classification study has the controls.
 """
 
 from apical.bench.evolve.recipe import EvolutionRecipe
@@ -8,18 +8,20 @@ from apical.bench.evolve.recipe import EvolutionRecipe
 EVOLUTIONS: dict[str, EvolutionRecipe] = {
     "digits": EvolutionRecipe(
         data=("digits",),
-        model=("mlp-32-32", "mlp-tanh-32-32"),
-        sites=10,
-        relative=True,
-        quiet=True,
+        model=("mlp-32-32", "mlp-tanh-32", "mlp-32-32-32", "mlp-tanh-32-32-32-32"),
+        sites=32,
         hidden=20,
+        begin="wired",
+        quiet=False,
         examples=512,
-        steps=60,
-        lr=0.01,
-        batch_size=64,
-        generations=700,
-        step=0.2,
-        decay=0.9965,
+        steps=100,
+        lr=0.05,
+        optimizer="sgd",
+        batch_size=32,
+        generations=36,
+        sigma=0.05,
+        step=0.15,
+        decay=0.99,
         chunk=65,
     ),
 }

@@ -102,4 +102,5 @@ class SynapticClassification(Classification):
         emitted = sum(parameter.numel() for parameter in self.learner(0).parameters())
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return TopDownNetwork(self.outputs, [emitted - self.outputs], self.setting.hidden)
+            widths = [emitted - self.outputs]
+            return TopDownNetwork(self.outputs, widths, self.setting.hidden, credit="probabilities")

@@ -1,16 +1,18 @@
 """Learners trained on tasks that no evolution saw, under every rule: what the classification study compares.
 
 All learners of a task begin with the same weights and see the same images. Each rule gets its learning rate from one
-grid, on
-validation tasks, by the mean loss there; TDCA and backpropagation are also compared at the same rate.
+grid, on validation tasks, by the mean loss there; TDCA and backpropagation are also compared at the same rate.
+
+A study's harness is sound where the hand-built teacher, which needs no evolution, comes near backpropagation.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apical.core.credit import CreditRule
 from apical.evolution.classification import Classification
@@ -18,9 +20,14 @@ from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical.rules.backprop import Backprop
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.top_down.hand_built import HandBuiltTeacher, ShuffledTeacher
+from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment
 
 GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Learning rates that every rule is tuned over."""
+
+EVOLVED = ("tdca", "unevolved", "silent", "shuffled")
+"""Rules that take a top-down network's weights."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +57,36 @@ class Bench:
         self.seeds = [seed_of("unseen start", name, k) for k in range(number)]
 
     def population(self, rule: str, teacher: Tensor | None) -> tuple[Population, Tensor | None]:
-        """Learners under a rule; for "tdca" and its control "silent" all have the same teacher, flat weights (D,)."""
+        """Learners under a rule, and the teacher's flat weights (D,), the same for all, where there is one.
+
+        Args:
+            rule: "tdca" or "unevolved"; "silent", without credit for hidden units; "shuffled", with the credits of other
+                examples; "hand-silent" or "hand-random", with a hand-built teacher; "bp" or "dfa".
+            teacher: flat weights, for the first four.
+        """
         model = self.task.learner(0)
         inputs = self.samples[0].inputs[:2]
         targets = torch.zeros(len(inputs), dtype=torch.long)
-        if rule in ("tdca", "silent", "unevolved"):
-            network = self.task.network(0)
-            made: CreditRule = self.task.rule(model, network, silent=rule == "silent")
-            population = Population(made, inputs, targets, "teacher.")
+        if rule in EVOLVED:
             assert teacher is not None
-            return population, teacher
+            network = self.task.network(0)
+            if rule == "shuffled":
+                shuffled = ShuffledTeacher(network, self.task.widths())
+                made: CreditRule = TopDownCreditAssignment(model, teacher=shuffled, credit=network.credit)
+                return Population(made, inputs, targets, "teacher.", record=True), teacher
+            made = self.task.rule(model, network, silent=rule == "silent")
+            return Population(made, inputs, targets, "teacher.", record=True), teacher
+        return Population(self._plain(rule, model), inputs, targets, record=True), None
+
+    def _plain(self, rule: str, model: nn.Module) -> CreditRule:
+        """A rule without evolved weights."""
+        if rule in ("hand-silent", "hand-random"):
+            hidden: Literal["silent", "random"] = "silent" if rule == "hand-silent" else "random"
+            built = HandBuiltTeacher(self.task.outputs, self.task.widths(), hidden, seed=seed_of("feedback") % 2**31)
+            return TopDownCreditAssignment(model, teacher=built)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_of("feedback"))
-            made = Backprop(model) if rule == "bp" else DirectFeedbackAlignment(model)
-        return Population(made, inputs, targets), None
+            return Backprop(model) if rule == "bp" else DirectFeedbackAlignment(model)
 
     def run(self, rule: str, rates: Sequence[float], lifetime: Lifetime, teacher: Tensor | None = None) -> list[Trial]:
         """One trial per learning rate; the learners of all tasks and rates are trained at once."""

@@ -1,8 +1,8 @@
 """One evolution in its folder: config.json, environment.json, metrics.jsonl, checkpoint.pt, and the teachers at its end.
 
-`teacher.pt` is the centre of the search distribution, `best.pt` the fittest individual of the last generation, which is
-chosen by its luck as well as by its merit. A generation is either finished and kept or not begun: whatever interrupts an
-evolution, it continues with the same result.
+`teacher.pt` is the average of the search distribution's centres, which fluctuates less than the last of them; `best.pt` is
+the fittest individual of the last generation, which is chosen by its luck as well as by its merit. A generation is either
+finished and kept or not begun: whatever interrupts an evolution, it continues with the same result.
 """
 
 import json
@@ -133,6 +133,7 @@ class Evolution:
     Attributes:
         search: the search distribution.
         generation: finished generations.
+        average: of the centres, weighted by about the third power of their generation.
         line: what the last of them measured: fitness of the centre, the best and the mean, individuals whose fitness was not
             finite, mean standard deviation, seconds.
     """
@@ -144,7 +145,7 @@ class Evolution:
         self.search = Search(strategy, task.start)
         self.generation = 0
         self.line: dict[str, Any] = {}
-        self.fittest = task.start
+        self.fittest = self.average = task.start
 
     def step(self) -> dict[str, Any]:
         """One generation; returns its line. The centre is evaluated too, for people; the search does not use that."""
@@ -156,6 +157,7 @@ class Evolution:
         self.fittest = population[int(ranked.argmax())].clone()
         self.search.tell(population, fitness[:-1])
         self.generation += 1
+        self.average = self.average + averaging(self.generation) * (self.search.center - self.average)
         self.line = {
             "generation": self.generation,
             "center": _number(fitness[-1]),
@@ -180,12 +182,14 @@ class Evolution:
             saved = read_sealed(path, f"checkpoint {path}")
             self.search.restore(saved["search"])
             self.generation, self.line, self.fittest = saved["generation"], saved["line"], saved["fittest"]
+            self.average = saved["average"]
             check_line(self.line)
             if type(self.generation) is not int or self.line["generation"] != self.generation:
                 raise ValueError("its last line is of another generation")
-            if not self.search.center.shape == self.search.sigma.shape == self.fittest.shape == self.task.start.shape:
+            vectors = (self.search.center, self.search.sigma, self.fittest, self.average)
+            if any(vector.shape != self.task.start.shape for vector in vectors):
                 raise ValueError("it has another number of weights")
-            if not bool((self.search.center + self.search.sigma + self.fittest).isfinite().all()):
+            if not all(bool(vector.isfinite().all()) for vector in vectors):
                 raise ValueError("weights in it are not finite")
             self.search.ask(0)  # what does not fit together shows here
         except (CheckpointError, OSError):
@@ -203,10 +207,25 @@ class Evolution:
     def _keep(self) -> None:
         if self.folder is None:
             return
-        state = {"search": self.search.state(), "generation": self.generation, "line": self.line, "fittest": self.fittest}
+        state = {
+            "search": self.search.state(),
+            "generation": self.generation,
+            "line": self.line,
+            "fittest": self.fittest,
+            "average": self.average,
+        }
         write_sealed(self.folder.checkpoint, state)
         with open(self.folder.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(sealed(self.line)) + "\n")
+
+
+def averaging(generation: int, power: int = 3) -> float:
+    """The weight of the newest of so many centres in their average (polynomial decay, Shamir & Zhang 2013).
+
+    >>> averaging(1), averaging(97)
+    (1.0, 0.04)
+    """
+    return (power + 1) / (generation + power)
 
 
 def _number(value: Tensor) -> float | None:
@@ -239,6 +258,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         hidden=recipe.hidden,
         sites=recipe.sites or None,
         relative=recipe.relative,
+        credit=recipe.credit,
         ways=recipe.ways or None,
         examples=recipe.examples or None,
         tasks=recipe.tasks,
@@ -306,7 +326,8 @@ def evolve(
         "seconds": sum(line["seconds"] for line in folder.lines()),
     }
     origin = {**provenance, "recipe": recipe.to_json(), "result": result}
-    teacher(task, evolution.search.center).save(folder.teacher, {**origin, "which": "centre of the search distribution"})
+    average = "average of the search distribution's centres, weighted to the later ones"
+    teacher(task, evolution.average).save(folder.teacher, {**origin, "which": average})
     teacher(task, evolution.fittest).save(folder.best, {**origin, "which": "fittest of the last generation"})
     write_state(folder.result, result)
     return result

@@ -25,12 +25,14 @@ class EvolutionRecipe:
         hidden: units in each hidden layer of the top-down network.
         sites: emission sites per hidden layer of the learner (credit diffusion); 0 gives every unit its own credit.
         relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
+        credit: the output's stands on the logits, or on the probabilities as in the authors' code.
         ways: classes per task, drawn anew each time; 0 takes all.
         examples: training images per task; 0 takes all.
         tasks: per generation.
         starts: fresh initial weights for every task, or always the same ("fixed").
         zeros: learners start with all weights zero.
-        begin: teacher to start from: a file, or the name of a shipped one; empty draws one at random.
+        begin: teacher to start from: a file, the name of a shipped one, or "wired", which hands out the error and random
+            feedback of it; empty draws one at random.
         quiet: the first top-down network gives no credit to hidden units.
         held_out: fitness is the likelihood of images that were not trained on.
         steps: updates in a lifetime.
@@ -54,21 +56,22 @@ class EvolutionRecipe:
     decay: float = 1.0
     hidden: int = 16
     sites: int = 0
-    relative: bool = False
+    relative: bool = True
+    credit: Literal["logits", "probabilities"] = "logits"
     ways: int = 0
     examples: int = 256
     tasks: int = 1
     starts: Literal["fresh", "fixed"] = "fresh"
     zeros: bool = False
     begin: str = ""
-    quiet: bool = False
+    quiet: bool = True
     held_out: bool = False
     steps: int = 50
     lr: float = 0.02
     optimizer: Literal["adam", "sgd"] = "adam"
     clip: float = 1.0
     batch_size: int = 0
-    chunk: int = 32
+    chunk: int = 33
     seed: int = 0
     data_sha256: tuple[str, ...] = ()
     model_sha256: tuple[str, ...] = ()

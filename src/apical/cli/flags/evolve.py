@@ -41,8 +41,10 @@ class Evolve:
     """Units in each hidden layer of the top-down network."""
     sites: Annotated[int | None, shown("K", "(default: a credit per unit)")] = None
     """Credit diffusion: emission sites per hidden layer; the teacher then serves layers of any width."""
-    relative: Annotated[bool | None, shown("True|False", "(default: False)")] = None
+    relative: Annotated[bool | None, shown("True|False", "(default: True)")] = None
     """Credit relative to that of a right prediction: a learner that is right is left alone."""
+    credit: Annotated[Literal["logits", "probabilities"] | None, shown("logits|probabilities", "(default: logits)")] = None
+    """Where the output's credit stands; probabilities as in the authors' code."""
     ways: Annotated[int | None, shown("N", "(default: all)")] = None
     """Classes per task, drawn anew for each."""
     examples: Annotated[int | None, shown("N", "(default: 256)")] = None
@@ -54,8 +56,8 @@ class Evolve:
     zeros: Annotated[bool | None, shown("True|False", "(default: False)")] = None
     """Learners start with all weights zero."""
     begin: Annotated[str | None, shown("FILE", "(default: a random one)")] = None
-    """Start from this teacher: a file, or the name of a shipped one."""
-    quiet: Annotated[bool | None, shown("True|False", "(default: False)")] = None
+    """Start from this teacher: a file, the name of a shipped one, or "wired": the error, with random feedback of it."""
+    quiet: Annotated[bool | None, shown("True|False", "(default: True)")] = None
     """Start from a top-down network that gives no credit to hidden units."""
     held_out: Annotated[bool | None, shown("True|False", "(default: False)")] = None
     """Judge learners by images they were not trained on."""
@@ -69,7 +71,7 @@ class Evolve:
     """Largest norm of a learner's gradient; 0 is off."""
     batch_size: Annotated[int | None, shown("N", "(default: all)")] = None
     """Images per update of a learner."""
-    chunk: Annotated[int | None, shown("N", "(default: 32)")] = None
+    chunk: Annotated[int | None, shown("N", "(default: 33)")] = None
     """Learners trained at once by a worker: more need more memory."""
     seed: Annotated[int | None, shown("N", "(default: 0)")] = None
     """Seed of tasks, weights and populations."""

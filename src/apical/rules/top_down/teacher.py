@@ -13,9 +13,13 @@ diffusing network serves hidden layers of any width.
 
 Relative credit, an extension of ours: a learner that is right is left alone, and the n units of a layer share its credit,
 
-    z = T([p ; y]) - T([y ; y]),   c_i divided by n
+    z = T([p ; y]) - T([y ; y]),   c_i divided by sqrt(n), as a layer's initial weights are
 
 Without it a hidden unit gets credit of one sign for as long as training lasts, which tanh bounds and ReLU does not.
+
+Where targets are classes, the output's credit stands on the logits, or on the probabilities p = softmax(logits) as in the
+authors' code. The softmax's Jacobian, p (c - c.p), vanishes where a learner is confidently wrong, so that credit on
+probabilities says nothing there.
 """
 
 import json
@@ -23,14 +27,19 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from apical.errors import ConfigError, UnsupportedModelError
 
-FORMAT = "apical-teacher-1"
+Place = Literal["logits", "probabilities"]
+"""Where the credit of an output of classes stands."""
+
+FORMAT = "apical-teacher-2"
+OLDER = "apical-teacher-1"
+"""The format of files that do not say where credit stands; theirs stands on probabilities."""
 
 
 def diffusion(units: int, sites: int, tau: float | None = None) -> Tensor:
@@ -54,9 +63,12 @@ class TopDownNetwork(nn.Module):
         hidden: units in each of the two hidden layers of this network.
         sites: emission sites per hidden layer (credit diffusion); None emits one credit per unit.
         relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
+        credit: the output's stands on "logits" or on "probabilities".
+        shallower: also serve learners with fewer hidden layers. Layers are counted from the output, so that such a learner
+            takes the credits of the topmost ones. Needs `sites`.
 
     Raises:
-        ConfigError: a size is not positive.
+        ConfigError: a size is not positive, or a choice is unknown.
 
     >>> network = TopDownNetwork(10, [100, 100, 100])
     >>> sum(p.numel() for p in network.parameters())
@@ -66,7 +78,14 @@ class TopDownNetwork(nn.Module):
     """
 
     def __init__(
-        self, outputs: int, widths: Sequence[int], hidden: int = 30, sites: int | None = None, relative: bool = False
+        self,
+        outputs: int,
+        widths: Sequence[int],
+        hidden: int = 30,
+        sites: int | None = None,
+        relative: bool = False,
+        credit: Place = "logits",
+        shallower: bool = False,
     ) -> None:
         super().__init__()
         if min(outputs, hidden, *widths, sites if sites is not None else 1) < 1:
@@ -74,8 +93,13 @@ class TopDownNetwork(nn.Module):
                 f"a top-down network needs positive sizes; got outputs={outputs}, widths={list(widths)}, "
                 f"hidden={hidden}, sites={sites}"
             )
+        if credit not in get_args(Place):
+            raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
+        if shallower and sites is None:
+            raise ConfigError("a top-down network that serves learners of several depths needs emission sites (sites=K)")
         self.outputs, self.widths, self.hidden = outputs, tuple(widths), hidden
-        self.sites, self.relative = sites, relative
+        self.sites, self.relative, self.credit, self.shallower = sites, relative, credit, shallower
+        self.share = 0.5  # the power of a layer's width that relative credit is divided by
         emitted = sum(self.emissions) + outputs
         self.body = nn.Sequential(
             nn.Linear(2 * outputs, hidden),
@@ -103,9 +127,11 @@ class TopDownNetwork(nn.Module):
             UnsupportedModelError: another number of outputs or hidden layers, or, without diffusion, other widths.
         """
         wanted = f"a learner with hidden widths {list(widths)} and {outputs} outputs"
-        if outputs != self.outputs or len(widths) != len(self.widths):
+        fits = 1 <= len(widths) <= len(self.widths) if self.shallower else len(widths) == len(self.widths)
+        if outputs != self.outputs or not fits:
+            depths = f"1 to {len(self.widths)}" if self.shallower else f"{len(self.widths)}"
             raise UnsupportedModelError(
-                f"the top-down network was made for {len(self.widths)} hidden layers and {self.outputs} outputs and "
+                f"the top-down network was made for {depths} hidden layers and {self.outputs} outputs and "
                 f"cannot teach {wanted}; evolve one for it: apical evolve --model ..."
             )
         if self.sites is None and tuple(widths) != self.widths:
@@ -114,16 +140,30 @@ class TopDownNetwork(nn.Module):
                 f"{wanted}; only one with diffusion (apical evolve --sites K) serves other widths"
             )
 
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Emitted values (batch, sum of emissions + outputs) from prediction and target (batch, outputs)."""
-        emitted: Tensor = self.body(torch.cat([prediction, target], 1))
-        return emitted - self.body(torch.cat([target, target], 1)) if self.relative else emitted
+    def forward(self, prediction: Tensor, target: Tensor, classes: bool = False) -> Tensor:
+        """Emitted values (batch, sum of emissions + outputs) from prediction and target (batch, outputs).
+
+        Args:
+            prediction, target: as :func:`described` makes them.
+            classes: every row of the target has a single one, or is of no interest.
+        """
+        top, below = self.body[-1], self.body[:-1]
+        state = below(torch.cat([prediction, target], 1))
+        if self.relative:  # the topmost layer is linear: V3 a - V3 b = V3 (a - b)
+            if classes:  # there are only so many right answers
+                every = torch.eye(self.outputs, dtype=target.dtype, device=target.device)
+                state = state - target @ below(torch.cat([every, every], 1))
+            else:
+                state = state - below(torch.cat([target, target], 1))
+        emitted: Tensor = top(state)
+        return emitted
 
     def credits(self, emitted: Tensor, widths: Sequence[int]) -> list[Tensor]:
         """Credits (batch, width) of each hidden layer, and (batch, outputs) of the output, from emitted values."""
         *hidden, last = emitted.split([*self.emissions, self.outputs], dim=1)
+        hidden = hidden[len(hidden) - len(widths) :]  # counted from the output
         if self.relative:
-            hidden = [z / width for z, width in zip(hidden, widths, strict=True)]
+            hidden = [z / width**self.share for z, width in zip(hidden, widths, strict=True)]
         if self.sites is not None:
             hidden = [z @ self._kernel(width, z).T for z, width in zip(hidden, widths, strict=True)]
         return [*hidden, last]
@@ -143,6 +183,9 @@ class TopDownNetwork(nn.Module):
             "hidden": self.hidden,
             "sites": self.sites,
             "relative": self.relative,
+            "credit": self.credit,
+            "share": self.share,
+            "shallower": self.shallower,
             "weights": self.state_dict(),
             "provenance": json.dumps(provenance or {}, sort_keys=True),
         }
@@ -166,11 +209,13 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
             if (member := archive.testzip()) is not None:
                 raise ValueError(f"{member} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, OLDER):
             raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
-        network = TopDownNetwork(
-            content["outputs"], content["widths"], content["hidden"], content["sites"], content.get("relative", False)
-        )
+        if content["format"] == OLDER:
+            content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
+        sizes = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower")
+        network = TopDownNetwork(*(content[name] for name in sizes))
+        network.share = content["share"]
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
         return network, json.loads(content["provenance"])
     except FileNotFoundError:

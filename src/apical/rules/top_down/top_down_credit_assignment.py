@@ -5,16 +5,19 @@
 The credit c_l stands where backpropagation would put the derivative of the loss with respect to a unit's output; the unit
 turns it into a gradient of its own parameters by its own Jacobian, so a tanh layer learns by a three-factor rule:
 presynaptic activity, postsynaptic slope, credit. Nothing passes from layer to layer, no loss is differentiated, no weight is
-transported. The loss that the credit reports is for people alone. Credits on class probabilities go through the softmax.
+transported. The loss that the credit reports is for people alone.
 
-Equations are those of the authors' later code; the paper itself could not be read beyond its abstract. A departure: in a
-residual block each activation has credit of its own, so that no transposed weight is used at all; there, the code
-backpropagates one step.
+The output's credit c_L stands on the logits. With credit="probabilities" it stands on p, as in the authors' later code, and
+goes through the softmax, p (c_L - c_L.p), which silences it where the learner is confidently wrong.
+
+Equations are those of that code; the paper itself could not be read beyond its abstract. Departures: the place of the
+output's credit, unless credit="probabilities"; and in a residual block each activation has credit of its own, so that no
+transposed weight is used at all; there, the code backpropagates one step.
 """
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,7 @@ from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.top_down.teacher import TopDownNetwork, described, load, through_softmax
+from apical.rules.top_down.teacher import Place, TopDownNetwork, described, load, through_softmax
 
 SHIPPED = Path(__file__).parents[2] / "evolution" / "teachers"
 
@@ -44,11 +47,14 @@ class TopDownCreditAssignment(CutRule):
         hidden: units in each hidden layer of an unevolved top-down network.
         sites: emission sites per hidden layer of an unevolved one; None gives each unit a credit of its own.
         silent: hand out no credit to hidden units, as a control: only the last layer learns.
+        credit: where the credit of an output of classes stands: on "logits" or on "probabilities". None: where the
+            teacher's does; on logits, if it does not say.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
         units: where there are cuts, see :class:`apical.core.cut.CutRule`.
 
     Raises:
-        ConfigError: the teacher file is missing or damaged; or targets do not fit the outputs.
+        ConfigError: the teacher file is missing or damaged; `credit` is unknown, or is not what the teacher was made for;
+            or targets do not fit the outputs.
         UnsupportedModelError: see :class:`apical.core.cut.CutRule`; or the teacher was made for another number of layers,
             units or outputs.
 
@@ -69,6 +75,7 @@ class TopDownCreditAssignment(CutRule):
         hidden: int = 30,
         sites: int | None = None,
         silent: bool = False,
+        credit: Place | None = None,
         exact: Collection[str] = (),
         units: Literal["auto", "activation"] | Sequence[str] = "auto",
     ) -> None:
@@ -76,6 +83,7 @@ class TopDownCreditAssignment(CutRule):
         refuse_options(loss, "top-down credit assignment")
         if isinstance(teacher, Path | str):
             teacher = load(shipped(str(teacher)))[0]
+        self.credit = place_of(credit, teacher)
         self.hidden, self.sites, self.silent = hidden, sites, silent
         self.register_buffer("seed", torch.randint(2**62, ()))  # an unevolved teacher follows from it, on every rank alike
         self._drawn: dict[tuple[int, ...], TopDownNetwork] = {}  # unevolved teachers; no state dict repeats them
@@ -131,13 +139,13 @@ class TopDownCreditAssignment(CutRule):
         widths = [cut.width for cut in cuts]
         places, rows = prediction.shape[:-1], prediction.numel() // prediction.shape[-1]
         p, y = (part.reshape(rows, -1) for part in (prediction, target))
-        credits = [credit.detach() for credit in self._credits(p, y, widths)]
+        credits = [credit.detach() for credit in self._credits(p, y, widths, classes)]
         if classes and ignores:  # the mean over rows that have a label
             told = y.sum(1, keepdim=True)
             share = told * (rows / told.sum().clamp(min=1))
             credits = [credit * share.view(-1, *(1,) * (credit.dim() - 1)) for credit in credits]
         hidden, last = credits[:-1], credits[-1].view(*places, -1)
-        if classes:
+        if classes and self.credit == "probabilities":
             last = through_softmax(last, prediction)
         return [*(self._delivered(c, cut, places) for c, cut in zip(hidden, cuts, strict=True)), last]
 
@@ -149,7 +157,7 @@ class TopDownCreditAssignment(CutRule):
         values = credit.view(*places, -1)
         return routed(values, cut) if is_routed(values, cut) else delivered(matched(values, cut), cut)
 
-    def _credits(self, prediction: Tensor, target: Tensor, widths: list[int]) -> list[Tensor]:
+    def _credits(self, prediction: Tensor, target: Tensor, widths: list[int], classes: bool) -> list[Tensor]:
         """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
         sizes = (prediction.shape[1], *widths)
         if self.teacher is None and (
@@ -160,19 +168,37 @@ class TopDownCreditAssignment(CutRule):
         if not isinstance(teacher, TopDownNetwork):
             return [credit / len(prediction) for credit in teacher(prediction, target)]
         teacher.check(sizes[0], widths)
-        return teacher.credits(teacher(prediction, target) / len(prediction), widths)
+        return teacher.credits(teacher(prediction, target, classes) / len(prediction), widths)
 
     @eagerly
     def _draw(self, sizes: tuple[int, ...], device: torch.device) -> None:
         """A network for an output and units of these sizes, from the seed."""
         with torch.random.fork_rng([]):
             torch.manual_seed(int(self.seed) % 2**63)
-            drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites)
+            drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites, credit=self.credit)
         self._drawn[sizes] = drawn.to(device, next(self.model.parameters()).dtype).requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drawn.clear()  # the seed changes
         super()._load_from_state_dict(*args)
+
+
+def place_of(credit: Place | None, teacher: nn.Module | None) -> Place:
+    """Where the output's credit stands: as asked, or as the teacher was made for.
+
+    Raises:
+        ConfigError: there is no such place, or the teacher was made for the other.
+    """
+    if credit not in (None, *get_args(Place)):
+        raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
+    if not isinstance(teacher, TopDownNetwork):
+        return credit or "logits"
+    if credit not in (None, teacher.credit):
+        raise ConfigError(
+            f"the teacher's output credit stands on {teacher.credit}, not on {credit}; leave credit out, or evolve another "
+            f"teacher: apical evolve --credit {credit}"
+        )
+    return teacher.credit
 
 
 def shipped(name: str) -> str:

@@ -5,26 +5,34 @@ handwritten digits, drawn anew and numbered anew; top-down networks are evolved 
 on tasks with other images, other initial weights and, in the rows for other data, other data sets. Each evolution is a
 meta-seed; intervals are over meta-seeds. What is finished stays in the folder, so an interrupted study continues.
 
-The paper's numbers could not be read; its claims can be tested all the same. The weak form of "better than
-backpropagation" is a lower training loss than backpropagation's at the same learning rate, the strong form the same
-against backpropagation with its learning rate tuned, at no loss of accuracy.
+The paper's numbers could not be read; its claims can be tested all the same. The marks were set before the run, and are:
+
+    weak form     loss below backpropagation's at the learning rate of the lifetimes in evolution
+    strong form   loss below tuned backpropagation's, and accuracy not below its minus 1 point (a stretch: minus 0.5)
+    diffusion     4 sites within 1 point of a credit per unit
+    ReLU, other data sets, other widths   at least 97 % of tuned backpropagation's accuracy
+
+Settings were chosen on meta-seeds and tasks that the table does not use. The arm "released" has the credit of the authors'
+code, on probabilities; its verdicts are in a table of their own.
 """
 
-import argparse
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from tyro.conf import arg
 
 from apical import data
+from apical.bench.cells import kept
 from apical.bench.evolve.loop import Evolution
-from apical.bench.run_folder import commit, environment
-from apical.bench.state import read_json, write_json
-from apical.errors import DataError
+from apical.bench.program import run_command
+from apical.bench.run_folder import check_writable, commit, environment
+from apical.errors import ConfigError, unknown_name
 from apical.evolution.classification import Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
@@ -32,36 +40,50 @@ from apical.evolution.workers import Here
 from apical_papers.tdca.classification.report import finish
 from apical_papers.tdca.trials import GRID, Bench, tuned
 
-LIFETIME = Lifetime(steps=50, lr=0.02)
+LIFETIME = Lifetime(steps=50, lr=0.05)
 BASE = Setting(model="mlp-tanh-32", lifetime=LIFETIME, hidden=16, ways=4, examples=128)
+RELEASED = replace(BASE, credit="probabilities", relative=False, quiet=False, lifetime=replace(LIFETIME, lr=0.02))
+"""As in the authors' code, but for sizes: credit on probabilities, not relative, from random weights."""
 STRATEGY = Strategy(population=64, step=0.3)
 GENERATIONS = 60
-TASKS = 16
+SEEDS = 5
+FIRST = 1000
+"""The first meta-seed; those below served for development."""
+TASKS, VALIDATION = 16, 8
+"""Tasks that rules are tested on, and tasks that their learning rates are chosen on."""
 SEEN = 800
 """Of 1797 digits, those that evolution draws its tasks from."""
 
-ARMS: dict[str, tuple[Setting, int]] = {
-    "fresh": (BASE, 5),
-    "fixed": (replace(BASE, starts="fixed"), 5),
-    "sites-1": (replace(BASE, sites=1), 5),
-    "sites-2": (replace(BASE, sites=2), 5),
-    "sites-4": (replace(BASE, sites=4), 5),
-    "sites-8": (replace(BASE, sites=8), 5),
-    "zeros": (replace(BASE, zeros=True), 3),
-    "relu": (replace(BASE, model="mlp-32"), 3),
-    "two-layers": (replace(BASE, model="mlp-tanh-32-32"), 3),
-    "three-layers": (replace(BASE, model="mlp-tanh-32-32-32"), 3),
-    "residual": (replace(BASE, model="mlp-residual-32-32-32"), 3),
-    "conv": (replace(BASE, model="cnn-elu-6-12", examples=64), 2),
+ARMS: dict[str, Setting] = {
+    "unit": BASE,
+    "sites-4": replace(BASE, sites=4),
+    "relu": replace(BASE, model="mlp-32"),
+    "released": RELEASED,
 }
-"""What is evolved, and for how many meta-seeds: tasks and initial weights fresh each generation, weights fixed, credit
-diffusion from K sites, learners whose weights begin at zero, other learners."""
+"""What is evolved."""
 
-ELSEWHERE = ("mnist", "fashion-mnist", "kmnist", "usps")
+ELSEWHERE = ("mnist", "fashion-mnist", "usps")
 """Data sets whose tasks the networks evolved on digits are tested on."""
 
-WIDTHS = (8, 16, 64, 128)
+WIDTHS = (16, 64, 128)
 """Hidden widths that the network with four sites, evolved at width 32, is tested on."""
+
+CONTROLS = ("silent", "shuffled", "unevolved", "hand-silent", "hand-random", "bp", "dfa")
+"""What trains the same learners as TDCA does, see :meth:`apical_papers.tdca.trials.Bench.population`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """TDCA on classification: evolution, controls, statistics; finished evolutions in --out are kept."""
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder of the study."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Which to evolve."""
+    generations: int = GENERATIONS
+    """Of each evolution."""
+    seeds: int = SEEDS
+    """Meta-seeds: independent evolutions of each arm."""
 
 
 def digits() -> tuple[Images, Images]:
@@ -79,146 +101,114 @@ def unseen(name: str) -> Images:
     return Images(loaded.test.inputs, loaded.test.targets, loaded.classes, name)
 
 
-def evolved(arm: str, seed: int, train: Images, generations: int) -> dict[str, Any]:
-    """One evolution: weights of the centre and of the fittest, curve, seconds per generation."""
-    setting = replace(ARMS[arm][0], seed=seed)
-    task = Classification([train], setting)
-    evolution = Evolution(task, STRATEGY, Here(32), seed)
+def evolved(arm: str, seed: int, train: Images, generations: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One evolution: its curve and seconds per generation; the weights of its average and of its start."""
+    task = Classification([train], replace(ARMS[arm], seed=seed))
+    evolution = Evolution(task, STRATEGY, Here(33), seed)
     lines = [evolution.step() for _ in range(generations)]
-    return {
-        "seed": seed,
+    about = {
         "parameters": task.start.numel(),
-        "start": task.start.tolist(),
-        "center": evolution.search.center.tolist(),
-        "fittest": evolution.fittest.tolist(),
         "curve": [line["center"] for line in lines],
         "seconds_per_generation": sorted(line["seconds"] for line in lines)[len(lines) // 2],
     }
+    return about, {"tdca": evolution.average, "start": task.start}
 
 
-def trials(arm: str, found: dict[str, Any], test: Images, others: dict[str, Images]) -> dict[str, Any]:
+def trials(
+    arm: str, seed: int, teachers: Mapping[str, Tensor], test: Images, others: Mapping[str, Images]
+) -> dict[str, Any]:
     """Everything one evolved network is measured on, against the other rules on the same tasks."""
-    setting = ARMS[arm][0]
+    setting = ARMS[arm]
     task = Classification([test], setting)
-    seed = found["seed"]
-    validation, bench = Bench(task, 8, f"validation {seed}"), Bench(task, TASKS, f"test {seed}")
-    teachers = {name: torch.tensor(found[name]) for name in ("center", "fittest", "start")}
+    validation, bench = Bench(task, VALIDATION, f"validation {seed}"), Bench(task, TASKS, f"test {seed}")
     result: dict[str, Any] = {"same_rate": {}, "tuned": {}}
-    lineup: list[tuple[str, str, Tensor | None]] = [
-        ("tdca", "tdca", teachers["center"]),
-        ("tdca-fittest", "tdca", teachers["fittest"]),
-        ("unevolved", "unevolved", teachers["start"]),
-        ("silent", "silent", teachers["center"]),
-        ("bp", "bp", None),
-        ("dfa", "dfa", None),
-    ]
-    for name, rule, teacher in lineup:
-        result["same_rate"][name] = asdict(bench.run(rule, [LIFETIME.lr], LIFETIME, teacher)[0])
+    for rule in ("tdca", *CONTROLS):
+        teacher = teachers["start" if rule == "unevolved" else "tdca"]
+        result["same_rate"][rule] = asdict(bench.run(rule, [setting.lifetime.lr], LIFETIME, teacher)[0])
         rate = tuned(validation, rule, LIFETIME, teacher)
-        result["tuned"][name] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
-    if arm == "fresh":
+        result["tuned"][rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
+    if arm == "unit":
         result["elsewhere"] = {
-            other.name: _against(Classification([other], setting), f"{other.name} {seed}", teachers)
-            for other in others.values()
+            name: against(Classification([images], setting), f"{name} {seed}", teachers["tdca"])
+            for name, images in others.items()
         }
     if arm == "sites-4":
         result["widths"] = {
-            str(width): _against(
-                Classification([test], replace(setting, model=f"mlp-tanh-{width}")), f"{width} {seed}", teachers
+            str(width): against(
+                Classification([test], replace(setting, model=f"mlp-tanh-{width}")), f"{width} {seed}", teachers["tdca"]
             )
             for width in WIDTHS
-        }
-    if setting.starts == "fixed":
-        known = Bench(task, TASKS, f"test {seed}")
-        known.seeds = [0] * TASKS  # the initial weights that evolution used
-        result["known_start"] = {
-            "tdca": asdict(known.run("tdca", [LIFETIME.lr], LIFETIME, teachers["center"])[0]),
-            "bp": asdict(known.run("bp", [LIFETIME.lr], LIFETIME)[0]),
-        }
-        fresh = Bench(Classification([test], replace(setting, starts="fresh")), TASKS, f"test {seed}")
-        result["fresh_start"] = {
-            "tdca": asdict(fresh.run("tdca", [LIFETIME.lr], LIFETIME, teachers["center"])[0]),
-            "bp": asdict(fresh.run("bp", [LIFETIME.lr], LIFETIME)[0]),
         }
     return result
 
 
-def _against(task: Classification, name: str, teachers: dict[str, Tensor]) -> dict[str, Any]:
-    bench, validation = Bench(task, TASKS, f"elsewhere {name}"), Bench(task, 8, f"elsewhere validation {name}")
+def against(task: Classification, name: str, teacher: Tensor) -> dict[str, Any]:
+    """TDCA and the other rules on tasks of another kind, each with its learning rate chosen there."""
+    bench, validation = Bench(task, TASKS, f"elsewhere {name}"), Bench(task, VALIDATION, f"elsewhere validation {name}")
     rows = {}
-    for label, rule, teacher in (
-        ("tdca", "tdca", teachers["center"]),
-        ("unevolved", "unevolved", teachers["start"]),
-        ("bp", "bp", None),
-        ("dfa", "dfa", None),
-    ):
+    for rule in ("tdca", "bp"):
         rate = tuned(validation, rule, LIFETIME, teacher)
-        rows[label] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
+        rows[rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
     return rows
 
 
-def cell(out: Path, arm: str, seed: int, train: Images, test: Images, others: dict[str, Images], generations: int) -> Path:
-    """The file of one evolution and its trials; made unless it is there."""
-    path = out / "cells" / f"{arm}-{seed}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        begun = time.perf_counter()
-        found = evolved(arm, seed, train, generations)
-        measured = trials(arm, found, test, others)
-        kept = {name: value for name, value in found.items() if name not in ("start", "fittest")}
-        write_json(path, {"arm": arm, "commit": commit(), **kept, **measured, "seconds": time.perf_counter() - begun})
-        print(f"{arm} seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
-    return path
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write results.json, figures and report.html."""
-    parser = argparse.ArgumentParser(description="TDCA on classification: evolution, controls, statistics")
-    parser.add_argument("--out", type=Path, required=True, help="folder; finished evolutions in it are kept")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to evolve")
-    parser.add_argument("--report", action="store_true", help="evolve nothing; report what is finished")
-    parser.add_argument("--generations", type=int, default=GENERATIONS)
-    parser.add_argument("--seeds", type=int, default=None, help="meta-seeds of each arm, at most; all that are planned")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    missing = [
-        (arm, seed)
-        for seed in range(max(ARMS[arm][1] for arm in options.arms))
-        for arm in options.arms
-        if seed < min(ARMS[arm][1], options.seeds or ARMS[arm][1]) and not options.report
-    ]
+def cell(arm: str, seed: int, generations: int) -> dict[str, Any]:
+    """One evolution and its trials."""
     train, test = digits()
-    others = {}
-    for name in ELSEWHERE:
-        try:
-            others[name] = unseen(name)
-        except DataError as error:
-            print(f"without {name}: {error}")
-    for arm, seed in missing:
-        cell(options.out, arm, seed, train, test, others, options.generations)
-    finish(
-        options.out,
-        cells(options.out),
-        f"python -m apical_papers.tdca.classification.study --out {options.out} --generations {options.generations}",
-        {
-            "generations": options.generations,
-            "evolved at commit": sorted({each["commit"] or "unknown" for each in cells(options.out)}),
-            "meta-seeds planned": {arm: count for arm, (_, count) in ARMS.items()},
-            "strategy": asdict(STRATEGY),
-            "tasks": TASKS,
-            "images for evolution": SEEN,
-            "learning rates": list(GRID),
-            **{key: value for key, value in asdict(BASE).items() if value is not None},
-        },
-        environment("cpu", torch.get_num_threads()),
-    )
+    others = {name: unseen(name) for name in ELSEWHERE} if arm == "unit" else {}
+    about, teachers = evolved(arm, seed, train, generations)
+    measured = trials(arm, seed, teachers, test, others)
+    return {"arm": arm, "seed": seed, "commit": commit(), **about, "teacher": teachers["tdca"].tolist(), **measured}
 
 
-def cells(out: Path) -> list[dict[str, Any]]:
-    """What is finished, in the order of arms and meta-seeds."""
-    found = [read_json(path) for path in sorted((out / "cells").glob("*.json"))]
-    return sorted(found, key=lambda cell: (list(ARMS).index(cell["arm"]), cell["seed"]))
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Evolve what is missing, and write results.json, figures and report.html.
+
+    Raises:
+        ConfigError: the folder cannot be written, or an option is not usable.
+        CheckpointError: the folder holds evolutions with other settings.
+        DataError: one of the data sets is not there.
+    """
+    if options.seeds < 2 or options.generations < 1:
+        raise ConfigError("--seeds must be at least 2, --generations at least 1")
+    for arm in options.arms:
+        if arm not in ARMS:
+            raise unknown_name("arm", arm, list(ARMS))
+    check_writable(options.out)
+    config = {
+        "generations": options.generations,
+        "strategy": asdict(STRATEGY),
+        "tasks": TASKS,
+        "validation tasks": VALIDATION,
+        "images for evolution": SEEN,
+        "learning rates": list(GRID),
+    }
+    cells = []
+    for seed in range(FIRST, FIRST + options.seeds):
+        for arm in options.arms:
+            made = partial(cell, arm, seed, options.generations)
+            known = {**config, **_plain(asdict(replace(ARMS[arm], seed=seed)))}
+            cells.append(kept(options.out / "cells" / f"{arm}-{seed}.json", known, made))
+            print(f"{cells[-1]['seconds']:7.1f} s  {arm}, meta-seed {seed}", flush=True)
+    cells.sort(key=lambda each: (list(ARMS).index(each["arm"]), each["seed"]))
+    settings = {
+        "meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}",
+        "evolved at commit": sorted({each["commit"] or "unknown" for each in cells}),
+        **config,
+        **{name: value for name, value in _plain(asdict(BASE)).items() if name != "seed"},
+    }
+    return finish(options.out, cells, command, settings, environment("cpu", torch.get_num_threads()))
+
+
+def _plain(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it, without what is not set."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in setting.items() if v is not None}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command("apical_papers.tdca.classification.study", Options, study, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

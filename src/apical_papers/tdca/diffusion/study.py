@@ -1,9 +1,9 @@
 """Credit diffusion, before and after: a credit per weight, per unit, and from K sites, on a learner small enough for all.
 
 Run `python -m apical_papers.tdca.diffusion.study --out results/tdca-diffusion`. Learners have one hidden layer of eight tanh
-units and learn four classes of the handwritten digits, as in tdca_classification, whose tasks, settings and statistics these
-are. All evolutions of a meta-seed take turns, generation by generation, so that whatever else the machine does slows
-them alike. Each meta-seed is kept in the folder when it is finished, so an interrupted study continues.
+units and learn four classes of the handwritten digits, with the credit of the authors' code, as in the arm "released" of the
+classification study. All evolutions of a meta-seed take turns, generation by generation, so that whatever else the machine
+does slows them alike. Each meta-seed is kept in the folder when it is finished, so an interrupted study continues.
 """
 
 import statistics
@@ -24,12 +24,16 @@ from apical.bench.run_folder import check_writable, environment
 from apical.errors import ConfigError
 from apical.evolution.classification import Classification, Images
 from apical.evolution.workers import Here
-from apical_papers.tdca.classification.study import BASE, GENERATIONS, LIFETIME, SEEN, STRATEGY, TASKS, digits
+from apical_papers.tdca.classification.study import RELEASED, SEEN, STRATEGY, digits
 from apical_papers.tdca.diffusion.report import report
 from apical_papers.tdca.synapses import SynapticClassification
 from apical_papers.tdca.trials import GRID, Bench, tuned
 
-TINY = replace(BASE, model="mlp-tanh-8")
+TINY = replace(RELEASED, model="mlp-tanh-8")
+"""Credit as in the authors' code: on probabilities, and not relative, which credit per weight cannot be."""
+LIFETIME = TINY.lifetime
+GENERATIONS = 60
+TASKS = 16
 VALIDATION = 8
 """Tasks that learning rates are chosen on."""
 SITES = (8, 4, 2, 1)

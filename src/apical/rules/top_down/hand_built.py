@@ -1,0 +1,112 @@
+"""Teachers that nothing evolved, as controls of an evolved one.
+
+    c_L = p - y,   c_l = 0   or   c_l = B_l (p - y) / sqrt(n_l)
+
+with fixed random B_l, standard normal. On logits, p - y is what backpropagation gives the output. An evolved teacher that
+trains no better than this has learned nothing about hidden units; and where even this one fails, evolution is not at fault.
+:func:`wired` puts the same into a top-down network's weights, nearly, for evolution to start from.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from apical.errors import ConfigError
+from apical.rules.top_down.teacher import TopDownNetwork, diffusion
+
+
+class HandBuiltTeacher(nn.Module):
+    """The error as the output's credit, and none or fixed random feedback of it for hidden units.
+
+    Args:
+        outputs: of the learner.
+        widths: units (channels) of each hidden layer of the learner, in the order of execution.
+        hidden: credit of hidden units.
+        sites: emission sites per hidden layer; None draws feedback for each unit.
+        seed: of the feedback.
+
+    Raises:
+        ConfigError: `hidden` is neither.
+
+    >>> teacher = HandBuiltTeacher(2, [3])
+    >>> [credit.tolist() for credit in teacher(torch.tensor([[0.75, 0.25]]), torch.tensor([[0.0, 1.0]]))]
+    [[[0.0, 0.0, 0.0]], [[0.75, -0.75]]]
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        widths: Sequence[int],
+        hidden: Literal["silent", "random"] = "silent",
+        sites: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if hidden not in ("silent", "random"):
+            raise ConfigError(f'the hidden credit of a hand-built teacher is "silent" or "random", not {hidden!r}')
+        generator = torch.Generator().manual_seed(seed)
+        for number, width in enumerate(widths):
+            feedback = torch.zeros(width, outputs)
+            if hidden == "random":
+                drawn = torch.randn(sites or width, outputs, generator=generator)
+                spread = drawn if sites is None else diffusion(width, sites).float() @ drawn
+                feedback = spread / width**0.5
+            self.register_buffer(f"feedback{number}", feedback)
+        self.layers = len(widths)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> list[Tensor]:
+        """Credits (batch, width) of each hidden layer and (batch, outputs) of the output."""
+        error = prediction - target
+        feedback = (self.get_buffer(f"feedback{number}").to(error.dtype) for number in range(self.layers))
+        return [*(error @ matrix.T for matrix in feedback), error]
+
+
+class ShuffledTeacher(nn.Module):
+    """Another teacher whose credits go to the wrong examples: each gets those of the example before it.
+
+    Args:
+        network: the teacher.
+        widths: units of each hidden layer of the learner.
+    """
+
+    def __init__(self, network: TopDownNetwork, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.widths = network, list(widths)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> list[Tensor]:
+        """Credits (batch, width) of each hidden layer and (batch, outputs) of the output, of other examples."""
+        return [credit.roll(1, 0) for credit in self.network.credits(self.network(prediction, target), self.widths)]
+
+
+GAIN = 0.5
+"""What the wired network multiplies a probability by, small enough for tanh to be nearly linear."""
+
+
+@torch.no_grad()
+def wired(network: TopDownNetwork, seed: int = 0) -> TopDownNetwork:
+    """Set the weights of a relative top-down network so that it hands out nearly the hand-built random credit.
+
+    Unit k of both hidden layers follows p_k, from -1/2 to 1/2; the others are left as they are, and not listened to.
+
+    Raises:
+        ConfigError: its credit is not relative, or it has fewer hidden units than there are outputs.
+    """
+    n, h = network.outputs, network.hidden
+    if not network.relative or h < n:
+        raise ConfigError(
+            f"to be wired by hand a top-down network needs relative credit and a hidden unit for each of {n} outputs; got "
+            f"relative={network.relative}, hidden={h}"
+        )
+    first, second, top = (layer for layer in network.body if isinstance(layer, nn.Linear))
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.eye(n)
+    first.weight[:n] = torch.cat([GAIN * unit, 0 * unit], 1)
+    first.bias[:n] = -GAIN / 2
+    second.weight[:n] = torch.cat([unit, torch.zeros(n, h - n)], 1)
+    span = 2 * torch.tanh(torch.tanh(torch.tensor(GAIN / 2)))  # between p_k = 0 and 1
+    feedback = torch.randn(sum(network.emissions), n, generator=generator)
+    top.weight.zero_()
+    top.weight[:, :n] = torch.cat([feedback, unit]) / span
+    return network

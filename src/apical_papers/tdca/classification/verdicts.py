@@ -1,0 +1,100 @@
+"""The marks of the classification study, and what the evolutions come to."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apical.bench.finding import Row, difference
+
+Cell = Mapping[str, Any]
+
+STRICT = {
+    "dfa": "tuned DFA's",
+    "silent": "that without credit to hidden units",
+    "unevolved": "that of the network before evolution",
+    "shuffled": "that with the credits of other examples",
+    "hand-silent": "that of a hand-built teacher: the error, no hidden credit",
+    "hand-random": "that of a hand-built teacher: the error, and fixed random feedback of it",
+}
+"""Rules that TDCA's loss is to lie below, and how they are called."""
+
+
+def values(cells: Sequence[Cell], rule: str, key: str, part: str = "tuned") -> list[float]:
+    """A measure of a rule, one value per meta-seed."""
+    return [cell[part][rule][key] for cell in cells]
+
+
+def forms(cells: Sequence[Cell], rule: str = "tdca") -> list[Row]:
+    """The weak and the strong form of "better than backpropagation"."""
+
+    def loss(part: str, what: str) -> Row:
+        ours, theirs = (values(cells, each, "loss", part) for each in ("tdca", "bp"))
+        return difference("C2", rule, what, ours, theirs, less=True)
+
+    rows = [
+        loss("same_rate", "weak form: loss minus BP's, both at the learning rate of evolution"),
+        loss("tuned", "strong form: loss minus tuned BP's"),
+    ]
+    ours, bp = (values(cells, each, "accuracy") for each in ("tdca", "bp"))
+    for points, name in ((1.0, "strong form"), (0.5, "stretch")):
+        what = f"{name}: accuracy minus (tuned BP's minus {points:g} point{'s' * (points != 1)})"
+        least = [accuracy - points / 100 for accuracy in bp]
+        rows.append(difference("C2", rule, what, ours, least, less=False))
+    return rows
+
+
+def harness(cells: Sequence[Cell]) -> list[Row]:
+    """Whether a teacher that needs no evolution passes in this harness; no claim of the paper."""
+    ours, bp = (values(cells, rule, "accuracy") for rule in ("hand-random", "bp"))
+    what = "the harness: accuracy of the hand-built teacher minus (tuned BP's minus 1 point)"
+    return [difference("-", "hand-built", what, ours, [accuracy - 0.01 for accuracy in bp], less=False)]
+
+
+def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
+    """All marks but those of the released credit; an arm that was not run, or once only, has none."""
+    rows: list[Row] = []
+    unit, sites, relu = ([*arms.get(arm, ())] for arm in ("unit", "sites-4", "relu"))
+    if len(unit) > 1:
+        rows += forms(unit)
+        for rule, title in STRICT.items():
+            ours, theirs = values(unit, "tdca", "loss"), values(unit, rule, "loss")
+            rows.append(difference("C2", "tdca", f"loss minus {title}", ours, theirs, less=True))
+        rows += harness(unit)
+    if len(sites) == len(unit) > 1:
+        what = "diffusion, 4 sites: accuracy minus (that of a credit per unit minus 1 point)"
+        full = [accuracy - 0.01 for accuracy in values(unit, "tdca", "accuracy")]
+        rows.append(difference("C3", "tdca", what, values(sites, "tdca", "accuracy"), full, less=False))
+    for figure, part, cells in (("C6", "elsewhere", unit), ("C8", "widths", sites)):
+        for name in cells[0][part] if len(cells) > 1 else ():
+            ours, bp = ([cell[part][name][rule]["accuracy"] for cell in cells] for rule in ("tdca", "bp"))
+            what = f"{'width ' if part == 'widths' else ''}{name}: accuracy minus 97 % of tuned BP's"
+            rows.append(difference(figure, "tdca", what, ours, [0.97 * each for each in bp], less=False))
+    if len(relu) > 1:
+        ours, bp = (values(relu, rule, "accuracy") for rule in ("tdca", "bp"))
+        what = "ReLU: accuracy minus 97 % of tuned BP's"
+        rows.append(difference("C8", "tdca", what, ours, [0.97 * each for each in bp], less=False))
+        ours, bp = (values(relu, rule, "loss") for rule in ("tdca", "bp"))
+        rows.append(difference("C8", "tdca", "ReLU: loss minus tuned BP's", ours, bp, less=True))
+    return rows
+
+
+def released(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
+    """The same forms for credit on probabilities, in a table apart: they are not counted."""
+    cells = arms.get("released", ())
+    rows = forms(cells, "tdca-probabilities") if len(cells) > 1 else []
+    return {
+        "title": "Credit on probabilities, as in the authors' code",
+        "note": "The arm nearest to the released code, at this study's sizes: credit on probabilities, not relative to a "
+        "right prediction, from random weights. Its verdicts are not counted among those above. The set-up of the paper "
+        "itself is not known.",
+        "header": ["quantity", "mark", "mean [95 % interval]", "n", "verdict"],
+        "rows": [
+            [
+                row["what"],
+                row["mark"],
+                f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]",
+                str(row["n"]),
+                row["verdict"],
+            ]
+            for row in rows
+        ],
+    }
