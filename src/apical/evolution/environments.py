@@ -1,8 +1,8 @@
 """Control tasks by the thousand: the equations of gymnasium's classic environments, for arrays of states.
 
 All episodes are steps of the same arrays, each with its own settings, so a thousand cost little more than one. States and
-observations have their components first: (n, N) for N episodes. Results are those of gymnasium's environments, step for step.
-"""
+observations have their components first: (n, N) for N episodes. Results are those of gymnasium's environments, step for
+step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,43 +56,6 @@ def _step_cart_pole(state: Array, action: Array, settings: Settings) -> tuple[Ar
     return after, np.ones(len(x)), ended
 
 
-def _begin_acrobot(generator: np.random.Generator, episodes: int) -> Array:
-    return generator.uniform(-0.1, 0.1, (episodes, 4)).T
-
-
-def _observe_acrobot(state: Array) -> Array:
-    first, second = state[0], state[1]
-    return np.stack([np.cos(first), np.sin(first), np.cos(second), np.sin(second), state[2], state[3]])
-
-
-def _acrobot_slope(state: Array, torque: Array, settings: Settings) -> Array:
-    """Derivatives of both angles and angular velocities: Sutton and Barto's equations, links of length 1 and inertia 1."""
-    first, second, omega1, omega2 = state
-    m1, m2, centre, gravity = settings["mass1"], settings["mass2"], 0.5, 9.8
-    cos, sin = np.cos(second), np.sin(second)
-    d1 = m1 * centre**2 + m2 * (1 + centre**2 + 2 * centre * cos) + 2
-    d2 = m2 * (centre**2 + centre * cos) + 1
-    phi2 = m2 * centre * gravity * np.sin(first + second)
-    phi1 = -m2 * centre * (omega2 + 2 * omega1) * omega2 * sin + (m1 * centre + m2) * gravity * np.sin(first) + phi2
-    second_slope = (torque + d2 / d1 * phi1 - m2 * centre * omega1**2 * sin - phi2) / (m2 * centre**2 + 1 - d2**2 / d1)
-    return np.stack([omega1, omega2, -(d2 * second_slope + phi1) / d1, second_slope])
-
-
-def _step_acrobot(state: Array, action: Array, settings: Settings) -> tuple[Array, Array, Array]:
-    """One Runge-Kutta step of 0.2 s; an episode ends when the tip is a link's length above the axis."""
-    torque = (action - 1.0) * settings["torque"]
-    k1 = _acrobot_slope(state, torque, settings)
-    k2 = _acrobot_slope(state + 0.1 * k1, torque, settings)
-    k3 = _acrobot_slope(state + 0.1 * k2, torque, settings)
-    k4 = _acrobot_slope(state + 0.2 * k3, torque, settings)
-    after = state + 0.2 / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    after[:2] = (after[:2] + np.pi) % (2 * np.pi) - np.pi
-    after[2] = np.clip(after[2], -4 * np.pi, 4 * np.pi)
-    after[3] = np.clip(after[3], -9 * np.pi, 9 * np.pi)
-    ended = -np.cos(after[0]) - np.cos(after[0] + after[1]) > 1
-    return after, np.where(ended, 0.0, -1.0), ended
-
-
 def _begin_pendulum(generator: np.random.Generator, episodes: int) -> Array:
     return generator.uniform([-np.pi, -1.0], [np.pi, 1.0], (episodes, 2)).T
 
@@ -125,14 +88,6 @@ ENVIRONMENTS = {
         _step_cart_pole,
         (1.0, 1.0, 0.2, 1.0),
     ),
-    "acrobot": Environment(
-        3,
-        {"mass1": 1.0, "mass2": 1.0, "torque": 1.0},
-        _begin_acrobot,
-        _observe_acrobot,
-        _step_acrobot,
-        (1.0, 1.0, 1.0, 1.0, 3.0, 6.0),
-    ),
     "pendulum": Environment(
         3,
         {"m": 1.0, "l": 1.0, "g": 10.0},
@@ -142,7 +97,7 @@ ENVIRONMENTS = {
         (1.0, 1.0, 4.0),
     ),
 }
-"""By name. Settings are lengths in m (cart-pole: half the pole's), masses in kg, forces in N, torques and gravity in SI."""
+"""By name. Settings are lengths in m (cart-pole: half the pole's), masses in kg, forces in N and gravity in m/s²."""
 
 
 def environment(name: str) -> Environment:

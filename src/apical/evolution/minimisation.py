@@ -17,6 +17,7 @@ functions were like is not known (only its abstract could be read).
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -94,37 +95,40 @@ class Minimisation:
         """Where each individual of (P, D) takes each start: (steps + 1, P, S, d).
 
         Args:
-            starts: (S, d).
-            shifts: (S, d), how far each start's function is moved.
+            starts: (S, d), or those of each individual, (P, S, d).
+            shifts: how far each start's function is moved, of the same shape.
         """
-        setting, moved, layers = self.setting, shifts.T, self.network.layers(individuals)
+        return torch.stack([x.clone() for x in self._points(individuals, starts, shifts)]).transpose(2, 3)
+
+    def _points(self, individuals: Tensor, starts: Tensor, shifts: Tensor) -> Iterator[Tensor]:
+        """The same, step by step: (P, d, S), which the next step overwrites."""
+        setting, layers, moved = self.setting, self.network.layers(individuals), shifts.transpose(-1, -2)
         turn = setting.turn if setting.kind == "coordinate" else setting.steps
-        x = starts.T.expand(len(individuals), -1, -1).contiguous()  # (P, d, S): see `evaluate`
+        x = starts.transpose(-1, -2).expand(len(individuals), -1, -1).clone()  # starts last: see `evaluate`
         nothing = x.new_zeros(len(x), setting.hidden, x.shape[2])
-        path, f = [x], self._value(x - moved)
+        f = self._value(x - moved)
+        yield x
         for step in range(setting.steps):
             number, clock = divmod(step, turn)
             if clock == 0:
                 i = number % setting.dimension
-                part = slice(i, i + 1) if setting.kind == "coordinate" else slice(None)
-                best, lowest, memory = x[:, part], f, nothing
-                u, change = torch.zeros_like(best), torch.zeros_like(f)
+                part = x[:, i : i + 1] if setting.kind == "coordinate" else x
+                best, lowest, memory = part.clone(), f, nothing
+                u, change = torch.zeros_like(part), torch.zeros_like(f)
             scaled = torch.log1p(f) / math.log1p(self.level)
             if setting.kind == "stateless":
                 sent = evaluate(layers, torch.cat([u, *_rows(self._small(change), scaled)], 1))
             else:
                 time = torch.full_like(f, 2 * clock / max(turn - 1, 1) - 1)
                 rows = _rows(self._small(change), self._small(f - lowest), scaled, time)
-                sent, memory = recur(layers, torch.cat([u, best - x[:, part], *rows], 1), memory)
+                sent, memory = recur(layers, torch.cat([u, best - part, *rows], 1), memory)
             u = tanh(sent)
-            x = x.clone()
-            x[:, part] -= setting.cap * u
+            part -= setting.cap * u
             before, f = f, self._value(x - moved)
             change = f - before
-            best = torch.where((f < lowest)[:, None], x[:, part], best)
+            best = torch.where((f < lowest)[:, None], part, best)
             lowest = torch.minimum(f, lowest)
-            path.append(x)
-        return torch.stack(path).transpose(2, 3)
+            yield x
 
     def _value(self, x: Tensor) -> Tensor:
         return self.function(x.transpose(1, 2)) / self._share
@@ -134,11 +138,17 @@ class Minimisation:
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
         """Minus the mean final value over the generation's starts, (P,)."""
-        setting = self.setting
-        seed = seed_of(setting.seed, "starts", generation)
-        starts, shifts = draw(setting.starts, setting.dimension, setting.shift, seed)
-        starts, shifts = starts.to(individuals.dtype), shifts.to(individuals.dtype)
-        return -self.function(self.walk(individuals, starts, shifts)[-1] - shifts).mean(1)
+        return together([self], individuals[None], generation)[0]
+
+
+def together(tasks: Sequence[Minimisation], populations: Tensor, generation: int) -> Tensor:
+    """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one walk is cheaper."""
+    task, setting, P = tasks[0], tasks[0].setting, populations.shape[1]
+    seeds = [seed_of(each.setting.seed, "starts", generation) for each in tasks]
+    drawn = zip(*(draw(setting.starts, setting.dimension, setting.shift, seed) for seed in seeds), strict=True)
+    starts, shifts = (torch.stack(each).to(populations.dtype).repeat_interleave(P, 0) for each in drawn)
+    *_, last = task._points(populations.flatten(0, 1), starts, shifts)
+    return -task.function(last.transpose(1, 2) - shifts).mean(1).view(len(tasks), P)
 
 
 def _rows(*values: Tensor) -> list[Tensor]:

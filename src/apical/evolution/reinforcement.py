@@ -18,8 +18,8 @@ Where credits come from:
     ungated     c_o, c_h = T([pi ; y ; a]),  e_o = pi (c_o - c_o . pi)    as the released code has it for classification
 
 Gating, credit on logits and the state are departures from that code. The paper's own set-up is not known (only the abstract
-of arXiv 2208.01416 could be read): environments, inputs and settings are our choice. A network that sees the state could send
-what a good policy does without regard to reward; :func:`shuffled` advantages show it.
+of arXiv 2208.01416 could be read): environments, inputs and settings are our choice. A network that sees the state could
+send what a good policy does without regard to reward; :func:`shuffled` advantages show it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -101,13 +101,10 @@ def shuffled(credits: Credits, seed: int) -> Credits:
 def advantages(rewards: Tensor, alive: Tensor, discount: float) -> Tensor:
     """Centred and scaled return-to-go (P, T, E); 0 where an episode has ended."""
     dtype, alive = rewards.dtype, alive.double()  # in float32, equal returns would differ from their mean by too much
-    rewards = rewards * alive
-    togo = torch.empty_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + discount * running
-        togo[:, t] = running
-    centred = (togo - togo.mean(2, keepdim=True)) * alive
+    togo = (rewards * alive).numpy()
+    for t in reversed(range(togo.shape[1] - 1)):
+        togo[:, t] += discount * togo[:, t + 1]
+    centred = torch.from_numpy(togo - togo.mean(2, keepdims=True)) * alive
     count = alive.sum((1, 2), keepdim=True)
     mean = centred.sum((1, 2), keepdim=True) / count
     deviation = ((centred - mean).square() * alive).sum((1, 2), keepdim=True).div(count).sqrt()
@@ -234,7 +231,7 @@ class Setting:
 
     Attributes:
         environment: its name.
-        ranges: setting of the environment -> (lowest, highest); drawn anew for each lifetime.
+        ranges: setting of the environment -> (lowest, highest); drawn anew for each generation.
         gated: whether the advantage multiplies what the top-down network sends to logits, and nothing else is sent; if not,
             it is an input, and credit goes to hidden units and probabilities.
         state: whether a gated network sees the state.
@@ -243,7 +240,6 @@ class Setting:
         steps: after so many, an episode ends.
         discount: of rewards, per step.
         last: updates that count as the end of a lifetime.
-        tasks: lifetimes per individual and generation.
         units: hidden units of the policy.
         hidden: units in each of the two hidden layers of the top-down network.
         returns: size of a return, by which it is divided where a network sees it.
@@ -261,7 +257,6 @@ class Setting:
     steps: int = 200
     discount: float = 0.99
     last: int = 5
-    tasks: int = 2
     units: int = 16
     hidden: int = 8
     returns: float = 200.0
@@ -276,10 +271,10 @@ class Reinforcement:
     """
 
     def __init__(self, setting: Setting) -> None:
-        counts = (setting.episodes, setting.steps, setting.units, setting.hidden, setting.tasks)
+        counts = (setting.episodes, setting.steps, setting.units, setting.hidden)
         if min(counts) < 1 or not 1 <= setting.last <= setting.lifetime.steps or not 0 <= setting.discount <= 1:
             raise ConfigError(
-                "episodes, steps, tasks, units and hidden must be positive, last from 1 to the number of updates, and "
+                "episodes, steps, units and hidden must be positive, last from 1 to the number of updates, and "
                 f"discount from 0 to 1; got {setting}"
             )
         if setting.state and not setting.gated:
@@ -369,12 +364,17 @@ class Reinforcement:
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
         """Mean return over a lifetime's updates, (P,); all of a generation begin alike and meet the same."""
-        P, setting = len(individuals), self.setting
-        seeds = [seed_of(setting.seed, generation, task) for task in range(setting.tasks)]
-        starts = torch.stack([self.policy.start(seed_of(seed, "policy")) for seed in seeds]).to(individuals.dtype)
-        drawn = self.drawn(seed_of(setting.seed, generation, "settings"), setting.tasks)
-        settings = {name: values.repeat(P) for name, values in drawn.items()}
-        credits = self.credits(individuals.repeat(setting.tasks, 1))
-        returns, _ = self.live(starts.repeat_interleave(P, 0), credits, settings, [seed_of(s, "episodes") for s in seeds])
-        fitness = returns.mean(0).view(setting.tasks, P).mean(0)
-        return torch.where(individuals.isfinite().all(1), fitness, torch.nan)
+        return together([self], individuals[None], generation)[0]
+
+
+def together(tasks: Sequence[Reinforcement], populations: Tensor, generation: int) -> Tensor:
+    """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one simulation is cheaper."""
+    task, individuals, P = tasks[0], populations.flatten(0, 1), populations.shape[1]
+    seeds = [seed_of(each.setting.seed, generation) for each in tasks]
+    starts = torch.stack([task.policy.start(seed_of(seed, "policy")) for seed in seeds]).to(individuals.dtype)
+    drawn = [task.drawn(seed_of(seed, "settings")) for seed in seeds]
+    settings = {name: np.concatenate([each[name] for each in drawn]).repeat(P) for name in task.setting.ranges}
+    chance = [seed_of(seed, "episodes") for seed in seeds]
+    returns, _ = task.live(starts.repeat_interleave(P, 0), task.credits(individuals), settings, chance)
+    fitness = torch.where(individuals.isfinite().all(1), returns.mean(0), torch.nan)
+    return fitness.view(len(tasks), P)

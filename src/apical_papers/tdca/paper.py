@@ -36,17 +36,22 @@ PAPER = Paper(
             },
             module="apical_papers.tdca.functions.study",
             needs={"generations": 500, "generations_further": 300, "seeds": 5},
-            side_by_side=True,
         ),
         "reinforcement": Table(
-            "Top-down credit assignment on CartPole",
+            "Top-down credit assignment on CartPole and Pendulum",
             {
-                "smoke": {"generations": 1, "seeds": 2, "lifetimes": 4},
-                "cpu": {"generations": 200, "seeds": 5},
-                "paper": {"generations": 200, "seeds": 5},
+                "smoke": {
+                    "generations": 1,
+                    "generations_state": 1,
+                    "generations_ungated": 1,
+                    "seeds": 2,
+                    "lifetimes": 4,
+                },
+                "cpu": {"generations": 80, "generations_state": 60, "generations_ungated": 40, "seeds": 5},
+                "paper": {"generations": 80, "generations_state": 60, "generations_ungated": 40, "seeds": 5},
             },
             module="apical_papers.tdca.reinforcement.study",
-            needs={"generations": 200, "seeds": 5},
+            needs={"generations": 80, "generations_state": 60, "generations_ungated": 40, "seeds": 5},
         ),
     },
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -14,7 +13,7 @@ from apical.bench.finding import Row, count, difference, shown
 from apical.bench.page import write
 from apical_papers.tdca.functions.figures import final_values, trajectories
 
-Cells = Mapping[tuple[Any, int | None], Mapping[str, Any]]
+Cells = Mapping[Any, Mapping[str, Any]]
 Groups = Mapping[str, Sequence[Any]]
 
 TITLE = "TDCA on non-convex functions, against gradient descent, Adam and random points"
@@ -48,7 +47,6 @@ def report(
     out: Path,
     cells: Cells,
     groups: Groups,
-    seeds: Sequence[int],
     command: str,
     settings: Mapping[str, Any],
     around: Mapping[str, Any],
@@ -63,47 +61,36 @@ def report(
         "settings": {**settings, "seconds of all runs": seconds},
         "sources": SOURCES,
         "seconds": seconds,
-        "verdicts": verdicts(cells, groups, seeds),
+        "verdicts": verdicts(cells, groups),
         "tables": [
-            _values(cells, groups, seeds),
-            _larger(cells, groups["large"], seeds),
-            _stateless(cells, groups["stateless"], seeds),
-            _successes(cells, groups, seeds, settings),
-            _rates(cells, groups, seeds),
+            _values(cells, groups),
+            _larger(cells, groups["large"]),
+            _stateless(cells, groups["stateless"]),
+            _successes(cells, groups, settings),
+            _rates(cells, groups),
         ],
     }
-    write(out, results, draw(cells, groups, seeds))
+    write(out, results, draw(cells, groups))
     return results
 
 
-def taken(
-    cells: Cells, case: Any, seeds: Sequence[int], method: str, key: str = "final", dimension: int | None = None
-) -> list[float]:
+def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: int | None = None) -> list[float]:
     """A measure of a method, one value per meta-seed."""
     if method in ("tdca", "unevolved", "tdca-larger"):
-        return [cells[case, seed]["methods"][method][key] for seed in seeds]
-    found = _controls(cells, case)["dimensions"][str(dimension or case.dimension)]["seeds"]
-    return [each["methods"][method][key] for each in found]
+        return [each["methods"][method][key] for each in cells[case]["seeds"]]
+    return [each[method][key] for each in cells[case]["controls"][str(dimension or case.dimension)]["seeds"]]
 
 
-def _controls(cells: Cells, case: Any) -> Mapping[str, Any]:
-    return next(
-        content
-        for (other, seed), content in cells.items()
-        if seed is None and (other.function, other.dimension) == (case.function, case.dimension)
-    )
-
-
-def against(cells: Cells, case: Any, seeds: Sequence[int]) -> dict[str, Row]:
+def against(cells: Cells, case: Any) -> dict[str, Row]:
     """TDCA against every control."""
-    ours = taken(cells, case, seeds, "tdca")
+    ours = taken(cells, case, "tdca")
     return {
         name: difference(
             "E1",
             f"tdca-{case.kind}",
             f"{case.title}: final value minus that of {title}",
             ours,
-            taken(cells, case, seeds, name),
+            taken(cells, case, name),
             less=True,
         )
         for name, title in CONTROLS.items()
@@ -115,11 +102,11 @@ def strongest(rows: Mapping[str, Row]) -> Row:
     return max(rows.values(), key=lambda row: row["mean"])
 
 
-def verdicts(cells: Cells, groups: Groups, seeds: Sequence[int]) -> list[Row]:
+def verdicts(cells: Cells, groups: Groups) -> list[Row]:
     """Counts over functions first, then each function against its strongest control."""
     counts, singles = [], []
     for group, dimensions, least in (("plane", 2, 4), ("large", 10, 2)):
-        every = [against(cells, case, seeds) for case in groups[group]]
+        every = [against(cells, case) for case in groups[group]]
         holds = [all(row["verdict"] == "reproduced" for row in rows.values()) for rows in every]
         what = f"functions in {dimensions}-D better than gradient descent, momentum, Adam and random points"
         counts.append(count("E1", f"tdca-{groups[group][0].kind}", what, holds, least))
@@ -127,15 +114,15 @@ def verdicts(cells: Cells, groups: Groups, seeds: Sequence[int]) -> list[Row]:
     return counts + singles
 
 
-def _values(cells: Cells, groups: Groups, seeds: Sequence[int]) -> dict[str, Any]:
+def _values(cells: Cells, groups: Groups) -> dict[str, Any]:
     rows = []
     for case in (*groups["plane"], *groups["further"], *groups["large"]):
         columns = [("tdca", "final"), ("tdca", "best"), *((name, "final") for name in (*CONTROLS, BY_HAND, "unevolved"))]
-        rows.append([case.title, *(shown(taken(cells, case, seeds, name, key)) for name, key in columns)])
+        rows.append([case.title, *(shown(taken(cells, case, name, key)) for name, key in columns)])
     return {
         "title": "Values after 60 steps, unseen shifts",
-        "note": "Mean over held-out starts; mean over meta-seeds with 95 % interval. The global minimum is 0. TDCA's best is "
-        "the lowest value that the path touched: where it is far below the final value, the network found a minimum and "
+        "note": "Mean over held-out starts; mean over meta-seeds with 95 % interval. The global minimum is 0. TDCA's best "
+        "is the lowest value that the path touched: where it is far below the final value, the network found a minimum and "
         "left it. Capped gradient is a top-down network made by hand, T proportional to the gradient, in steps of at most "
         "0.5.",
         "header": ["function", "TDCA", "TDCA, best point", *CONTROLS.values(), "capped gradient, by hand", "unevolved"],
@@ -143,12 +130,12 @@ def _values(cells: Cells, groups: Groups, seeds: Sequence[int]) -> dict[str, Any
     }
 
 
-def _larger(cells: Cells, cases: Sequence[Any], seeds: Sequence[int]) -> dict[str, Any]:
+def _larger(cells: Cells, cases: Sequence[Any]) -> dict[str, Any]:
     rows = []
     for case in cases:
-        (large,) = (d for d in _controls(cells, case)["dimensions"] if int(d) != case.dimension)
-        values = [taken(cells, case, seeds, name, dimension=int(large)) for name in CONTROLS]
-        ours = taken(cells, case, seeds, "tdca-larger")
+        (large,) = (d for d in cells[case]["controls"] if int(d) != case.dimension)
+        values = [taken(cells, case, name, dimension=int(large)) for name in CONTROLS]
+        ours = taken(cells, case, "tdca-larger")
         rows.append([f"{case.of.title}, {large}-D", *(shown(each) for each in (ours, *values))])
     return {
         "title": "Networks of ten dimensions in thirty",
@@ -159,16 +146,16 @@ def _larger(cells: Cells, cases: Sequence[Any], seeds: Sequence[int]) -> dict[st
     }
 
 
-def _stateless(cells: Cells, cases: Sequence[Any], seeds: Sequence[int]) -> dict[str, Any]:
+def _stateless(cells: Cells, cases: Sequence[Any]) -> dict[str, Any]:
     rows = []
     for case in cases:
-        every = against(cells, case, seeds)
+        every = against(cells, case)
         row = strongest(every)
         lead = f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
         rows.append(
             [
                 case.title,
-                shown(taken(cells, case, seeds, "tdca")),
+                shown(taken(cells, case, "tdca")),
                 row["what"].partition("that of ")[2],
                 lead,
                 row["verdict"],
@@ -193,12 +180,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _successes(cells: Cells, groups: Groups, seeds: Sequence[int], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _successes(cells: Cells, groups: Groups, settings: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for case in (*groups["plane"], *groups["further"], *groups["large"]):
         line = [case.title]
         for method in ("tdca", *CONTROLS):
-            found = taken(cells, case, seeds, method, "successes")
+            found = taken(cells, case, method, "successes")
             n = len(found) * settings["starts"]
             low, high = wilson(int(sum(found)), n)
             line.append(f"{100 * sum(found) / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
@@ -212,12 +199,12 @@ def _successes(cells: Cells, groups: Groups, seeds: Sequence[int], settings: Map
     }
 
 
-def _rates(cells: Cells, groups: Groups, seeds: Sequence[int]) -> dict[str, Any]:
+def _rates(cells: Cells, groups: Groups) -> dict[str, Any]:
     rows = []
     for case in (*groups["plane"], *groups["further"], *groups["large"]):
-        rates = _controls(cells, case)["dimensions"][str(case.dimension)]["tuned"]["rates"]
-        seconds = fmean(cells[case, seed]["seconds"] for seed in seeds)
-        generations = str(cells[case, seeds[0]]["config"]["generations"])
+        rates = cells[case]["controls"][str(case.dimension)]["tuned"]["rates"]
+        seconds = cells[case]["evolution"] / len(cells[case]["seeds"])
+        generations = str(cells[case]["config"]["generations"])
         names = ("gd", "momentum", "adam", BY_HAND)
         rows.append([case.title, *(f"{rates[name]:.3g}" for name in names), generations, f"{seconds:.0f}"])
     return {
@@ -237,21 +224,20 @@ def _rates(cells: Cells, groups: Groups, seeds: Sequence[int]) -> dict[str, Any]
     }
 
 
-def draw(cells: Cells, groups: Groups, seeds: Sequence[int]) -> list[Drawing]:
+def draw(cells: Cells, groups: Groups) -> list[Drawing]:
     """Both figures."""
     finals = {
         case.title: {
             method: [
-                value / start
-                for value, start in zip(taken(cells, case, seeds, method), taken(cells, case, seeds, "start"), strict=True)
+                value / start for value, start in zip(taken(cells, case, method), taken(cells, case, "start"), strict=True)
             ]
             for method in ("tdca", *CONTROLS)
         }
         for case in (*groups["plane"], *groups["further"], *groups["large"])
     }
     drawn = [case for case in groups["plane"] if case.function in ("rastrigin", "ackley", "schwefel")]
-    networks = {case: cells[case, seeds[0]]["center"] for case in drawn}
-    rates = {case: _controls(cells, case)["dimensions"]["2"]["tuned"]["rates"] for case in drawn}
+    networks = {case: cells[case]["seeds"][0]["center"] for case in drawn}
+    rates = {case: cells[case]["controls"]["2"]["tuned"]["rates"] for case in drawn}
     with matplotlib.rc_context(RC):
         drawings = [
             render(
@@ -265,7 +251,7 @@ def draw(cells: Cells, groups: Groups, seeds: Sequence[int]) -> list[Drawing]:
                 "trajectories",
                 "Paths over the landscape",
                 "From the same four starts (dots) to the ends (crosses); minima are stars, on shifts that evolution did not "
-                f"see. Networks of meta-seed {seeds[0]}.",
+                "see. Networks of the first meta-seed.",
                 trajectories(networks, rates),
             ),
         ]

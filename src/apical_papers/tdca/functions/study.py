@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import kept
 from apical.bench.program import run_command
 from apical.bench.run_folder import check_writable, environment
 from apical.errors import ConfigError
 from apical.evolution.functions import METHODS, Function, best_of_random, descend, draw, function
-from apical.evolution.minimisation import Kind, Minimisation, Setting
+from apical.evolution.minimisation import Kind, Minimisation, Setting, together
 from apical.evolution.seeds import seed_of
-from apical.evolution.strategy import Search, Strategy
+from apical.evolution.strategy import Strategy
+from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.functions.report import report
 
 FIRST = 20
@@ -92,8 +93,6 @@ class Options:
     """Of every other evolution."""
     starts: int = 256
     """Held-out starts per meta-seed."""
-    jobs: int = 1
-    """Evolutions side by side, 0 for one per core."""
 
     def length(self, case: Case) -> int:
         """Generations of a case."""
@@ -133,7 +132,7 @@ def controls(case: Case, starts: int, steps: int, seed: int, rates: dict[str, fl
     paths: dict[str, Tensor] = {m: descend(case.of, x, shifts, m, rates[m], steps=steps) for m in METHODS}
     points = best_of_random(case.of, x, shifts, seed_of("random", case.function, case.dimension, seed), steps)
     paths |= {"random": torch.stack([x, points]), "start": x[None]}
-    return {"methods": {name: measured(case.of, path, shifts) for name, path in paths.items()}}
+    return {name: measured(case.of, path, shifts) for name, path in paths.items()}
 
 
 def held_out(case: Case, starts: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -141,21 +140,24 @@ def held_out(case: Case, starts: int, seed: int) -> tuple[Tensor, Tensor]:
     return draw(starts, case.dimension, Setting().shift, seed_of("test", case.function, case.dimension, seed))
 
 
-def evolved(case: Case, options: Options, seed: int) -> dict[str, Any]:
-    """Evolve, then measure the centre and the unevolved network; those for each coordinate also in more dimensions."""
-    task = Minimisation(case.setting(seed))
-    search, curve = Search(STRATEGY, task.start), []
-    for generation in range(options.length(case)):
-        population = search.ask(seed_of(seed, "population", generation))
-        fitness = task.fitness(population, generation)
-        search.tell(population, fitness)
-        curve.append(-float(fitness[fitness.isfinite()].mean()))
-    methods = _tested(case, task, {"tdca": search.center, "unevolved": task.start}, options.starts, seed)
-    if case.kind == "coordinate":
-        larger = case._replace(dimension=HUGE)
-        task = Minimisation(replace(larger.setting(seed), steps=HUGE_STEPS))
-        methods["tdca-larger"] = _tested(larger, task, {"tdca": search.center}, options.starts, seed)["tdca"]
-    return {"methods": methods, "center": search.center.tolist(), "values": curve[::10] + curve[-1:]}
+def evolved(case: Case, options: Options, seeds: Sequence[int], path: Path) -> dict[str, Any]:
+    """Evolve from all meta-seeds, then measure centres and unevolved networks; those for each coordinate also in more
+    dimensions.
+
+    Args:
+        path: where generations are kept.
+    """
+    tasks = [Minimisation(case.setting(seed)) for seed in seeds]
+    found = evolve(tasks, seeds, [t.start for t in tasks], together, STRATEGY, options.length(case), path, every=50)
+    made = []
+    for task, seed, center in zip(tasks, seeds, map(torch.tensor, found["centers"]), strict=True):
+        methods = _tested(case, task, {"tdca": center, "unevolved": task.start}, options.starts, seed)
+        if case.kind == "coordinate":
+            larger = case._replace(dimension=HUGE)
+            task = Minimisation(replace(larger.setting(seed), steps=HUGE_STEPS))
+            methods["tdca-larger"] = _tested(larger, task, {"tdca": center}, options.starts, seed)["tdca"]
+        made.append({"methods": methods, "center": center.tolist()})
+    return {"seeds": made, "evolution": found["evolution"], "fitness": found["curve"][::10] + found["curve"][-1:]}
 
 
 def _tested(
@@ -166,25 +168,27 @@ def _tested(
     return {name: measured(case.of, paths[:, k], shifts) for k, name in enumerate(networks)}
 
 
-def cell(options: Options, part: tuple[Case, int | None]) -> dict[str, Any]:
-    """What is kept of a case: one evolution, or without a meta-seed its controls in each of the dimensions tested."""
-    case, seed = part
-    parts, config = options.out / "cells", {"starts": options.starts, "near": NEAR}
-    if seed is not None:
-        asked = {**config, "generations": options.length(case), **asdict(case.setting(seed)), **asdict(STRATEGY)}
-        return kept(parts / f"{case.stem}-{seed}.json", asked, partial(evolved, case, options, seed))
-    config["seeds"] = options.seeds
+def controls_of(case: Case, options: Options, seeds: Sequence[int]) -> dict[str, Any]:
+    """Rates and measures of the controls of a case, in each of the dimensions tested."""
+    found = {}
+    for dimension in (case.dimension, HUGE) if case.kind == "coordinate" else (case.dimension,):
+        steps, at = HUGE_STEPS if dimension == HUGE else Setting().steps, case._replace(dimension=dimension)
+        best = tuned(at, options.starts, steps)
+        made = [controls(at, options.starts, steps, seed, best["rates"]) for seed in seeds]
+        found[str(dimension)] = {"tuned": best, "seeds": made}
+    return {"dimensions": found}
 
-    def make() -> dict[str, Any]:
-        found = {}
-        for dimension in (case.dimension, HUGE) if case.kind == "coordinate" else (case.dimension,):
-            steps, at = HUGE_STEPS if dimension == HUGE else Setting().steps, case._replace(dimension=dimension)
-            best = tuned(at, options.starts, steps)
-            seeds = [controls(at, options.starts, steps, FIRST + k, best["rates"]) for k in range(options.seeds)]
-            found[str(dimension)] = {"tuned": best, "seeds": seeds}
-        return {"dimensions": found}
 
-    return kept(parts / f"{case.function}-{case.dimension}d-controls.json", config, make)
+def cell(options: Options, case: Case) -> dict[str, Any]:
+    """What is kept of a case: its evolutions and their tests, and its controls."""
+    parts, config = options.out / "cells", {"starts": options.starts, "near": NEAR, "seeds": options.seeds}
+    seeds = range(FIRST, FIRST + options.seeds)
+    asked = {**config, "generations": options.length(case), **asdict(case.setting(FIRST)), **asdict(STRATEGY)}
+    path = parts / f"{case.stem}.pt"
+    found = kept(path.with_suffix(".json"), asked, partial(evolved, case, options, seeds, path))
+    stem = f"{case.function}-{case.dimension}d-controls.json"
+    others = kept(parts / stem, config, partial(controls_of, case, options, seeds))
+    return {**found, "controls": others["dimensions"], "seconds": found["seconds"] + others["seconds"]}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
@@ -194,20 +198,13 @@ def study(options: Options, command: str) -> dict[str, Any]:
         ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds parts of a study with other options.
     """
-    if options.seeds < 2 or min(options.generations, options.generations_further, options.starts) < 1 or options.jobs < 0:
-        raise ConfigError("--seeds must be at least 2, generations and starts at least 1, --jobs not negative")
+    if options.seeds < 2 or min(options.generations, options.generations_further, options.starts) < 1:
+        raise ConfigError("--seeds must be at least 2, generations and starts at least 1")
     check_writable(options.out)
-    seeds = range(FIRST, FIRST + options.seeds)
-    parts: list[tuple[Case, int | None]] = [(case, None) for case in (*PLANE, *FURTHER, *LARGE)]
-    parts += [(case, seed) for case in (*PLANE, *LARGE, *FURTHER, *STATELESS) for seed in seeds]
-    cells: dict[tuple[Case, int | None], dict[str, Any]] = {}
-    for part, content in side_by_side(options.jobs, parts, partial(cell, options), options.out):
-        cells[part] = content
-        if part[1] is not None:
-            final = content["methods"]["tdca"]["final"]
-            print(f"{content['seconds']:7.1f} s  {part[0].stem:30} seed {part[1]}  {final:.4g}", flush=True)
+    groups = {"plane": PLANE, "large": LARGE, "further": FURTHER, "stateless": STATELESS}
+    cells = {case: cell(options, case) for cases in groups.values() for case in cases}
     facts = {
-        **{key: value for key, value in asdict(options).items() if key not in ("out", "jobs")},
+        **{key: value for key, value in asdict(options).items() if key != "out"},
         "first meta-seed": FIRST,
         "strategy": asdict(STRATEGY),
         "steps": Setting().steps,
@@ -219,8 +216,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "success within": NEAR,
         "rates of controls": [float(f"{rate:.3g}") for rate in RATES],
     }
-    groups = {"plane": PLANE, "further": FURTHER, "large": LARGE, "stateless": STATELESS}
-    return report(options.out, cells, groups, list(seeds), command, facts, environment("cpu", torch.get_num_threads()))
+    return report(options.out, cells, groups, command, facts, environment("cpu", torch.get_num_threads()))
 
 
 def _network(case: Case) -> str:
