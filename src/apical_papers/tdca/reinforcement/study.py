@@ -147,7 +147,7 @@ def places_of_test(case: Case, task: Reinforcement, seed: int, count: int) -> di
     }
 
 
-def tested(case: Case, task: Reinforcement, seed: int, count: int, credits_of: CreditsOf, rate: float) -> dict[str, Any]:
+def trial(case: Case, task: Reinforcement, seed: int, count: int, credits_of: CreditsOf, rate: float) -> dict[str, Any]:
     """Mean return at the end of lifetimes for each setting, and in every update in the training range."""
     start, seeds = new_policies(task, "test", seed, count)
     places = (TRAIN, *case.unseen)
@@ -173,8 +173,8 @@ def measured(case: Case, networks: dict[str, tuple[Reinforcement, Tensor]], seed
     methods = {}
     for name, (each, credits_of) in rules.items():
         best = tuned(each, credits_of, seed, count)
-        methods[name] = {**tested(case, each, seed, count, credits_of, best["rate"]), "returns": best["returns"]}
-        methods[f"{name}-shuffled"] = tested(
+        methods[name] = {**trial(case, each, seed, count, credits_of, best["rate"]), "returns": best["returns"]}
+        methods[f"{name}-shuffled"] = trial(
             replace(case, unseen={}), each, seed, count, partial(_shuffled, credits_of, seed), best["rate"]
         )
     return {"methods": methods}
