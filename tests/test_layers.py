@@ -28,7 +28,7 @@ ROOMS = {
 
 
 OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests"}  # what core, rules and the sides may use
-EXTRAS = {"ray", "evotorch", "gymnasium"}  # evolution too
+EXTRAS = {"ray", "evotorch"}  # evolution too
 
 
 def room(module: str) -> str:
