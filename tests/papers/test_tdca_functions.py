@@ -94,7 +94,7 @@ def test_wilson_interval() -> None:
 
 
 def run(folder: Path, *more: str) -> int:
-    short = ["--generations", "3", "--generations-further", "2", "--starts", "8", "--seeds", "2"]
+    short = ["--generations", "3", "--generations-large", "2", "--generations-further", "2", "--starts", "8", "--seeds", "2"]
     return tdca_functions.main(["--out", str(folder), *short, *more])
 
 

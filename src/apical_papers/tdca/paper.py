@@ -30,12 +30,12 @@ PAPER = Paper(
         "functions": Table(
             "Top-down credit assignment on non-convex functions",
             {
-                "smoke": {"generations": 2, "generations_further": 2, "seeds": 2, "starts": 16},
-                "cpu": {"generations": 500, "generations_further": 300, "seeds": 5},
-                "paper": {"generations": 500, "generations_further": 300, "seeds": 5},
+                "smoke": {"generations": 2, "generations_large": 2, "generations_further": 2, "seeds": 2, "starts": 16},
+                "cpu": {"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
+                "paper": {"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
             },
             module="apical_papers.tdca.functions.study",
-            needs={"generations": 500, "generations_further": 300, "seeds": 5},
+            needs={"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
         ),
         "reinforcement": Table(
             "Top-down credit assignment on CartPole and Pendulum",

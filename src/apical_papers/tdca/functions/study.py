@@ -36,7 +36,9 @@ NEAR = 0.25
 RATES = tuple(10 ** (k / 2) for k in range(-10, 1))
 """Learning rates of every control that follows the gradient, from 1e-5 to 1."""
 STRATEGY = Strategy(name="pgpe", population=64, sigma=0.1, step=0.15)
-LARGE_CAP = 1.0
+VALIDATION = 128
+"""Starts by which learning rates of controls are chosen."""
+LARGE_CAP = 1.5
 """Longest step of networks that move one coordinate at a time."""
 
 
@@ -89,13 +91,17 @@ class Options:
     """Meta-seeds: independent evolutions of each case."""
     generations: int = 500
     """Of evolution on the five functions that decide, in two dimensions."""
-    generations_further: int = 300
+    generations_large: int = 200
+    """Of evolution in ten dimensions."""
+    generations_further: int = 100
     """Of every other evolution."""
     starts: int = 256
     """Held-out starts per meta-seed."""
 
     def length(self, case: Case) -> int:
         """Generations of a case."""
+        if case in LARGE:
+            return self.generations_large
         return self.generations if case in PLANE else self.generations_further
 
 
@@ -173,7 +179,7 @@ def controls_of(case: Case, options: Options, seeds: Sequence[int]) -> dict[str,
     found = {}
     for dimension in (case.dimension, HUGE) if case.kind == "coordinate" else (case.dimension,):
         steps, at = HUGE_STEPS if dimension == HUGE else Setting().steps, case._replace(dimension=dimension)
-        best = tuned(at, options.starts, steps)
+        best = tuned(at, VALIDATION, steps)
         made = [controls(at, options.starts, steps, seed, best["rates"]) for seed in seeds]
         found[str(dimension)] = {"tuned": best, "seeds": made}
     return {"dimensions": found}
@@ -198,7 +204,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
         ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds parts of a study with other options.
     """
-    if options.seeds < 2 or min(options.generations, options.generations_further, options.starts) < 1:
+    counts = (options.generations, options.generations_large, options.generations_further, options.starts)
+    if options.seeds < 2 or min(counts) < 1:
         raise ConfigError("--seeds must be at least 2, generations and starts at least 1")
     check_writable(options.out)
     groups = {"plane": PLANE, "large": LARGE, "further": FURTHER, "stateless": STATELESS}
