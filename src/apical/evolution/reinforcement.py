@@ -213,13 +213,12 @@ class _Record:
 
 
 def _probabilities(layers: Sequence[Array], observation: Array) -> Array:
-    """A policy's probabilities (actions, N), sums by hand: each episode has weights of its own."""
+    """A policy's probabilities (actions, N): each episode has weights of its own."""
     w1, v1, w2, v2 = layers
-    h = v1 + w1[0] * observation[0]
-    for weight, value in zip(w1[1:], observation[1:], strict=True):
-        h += weight * value
+    h = np.einsum("ihn,in->hn", w1, observation)
+    h += v1
     np.tanh(h, out=h)
-    logits = v2 + (w2 * h[:, None]).sum(0)
+    logits = np.einsum("han,hn->an", w2, h) + v2
     weights = np.exp(logits - logits.max(0))
     result: Array = weights / weights.sum(0)
     return result

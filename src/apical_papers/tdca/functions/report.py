@@ -61,7 +61,9 @@ def report(
         "settings": {**settings, "seconds of all runs": seconds},
         "sources": SOURCES,
         "seconds": seconds,
-        "verdicts": verdicts(cells, groups),
+        "verdicts": sorted(
+            verdicts(cells, groups), key=lambda row: bool(row["verdict"] != "reproduced")
+        ),  # first what holds
         "tables": [
             _values(cells, groups),
             _larger(cells, groups["large"]),

@@ -221,6 +221,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "steps of a turn": Setting().turn,
         f"steps in {HUGE}-D": HUGE_STEPS,
         "success within": NEAR,
+        "validation starts": VALIDATION,
         "rates of controls": [float(f"{rate:.3g}") for rate in RATES],
     }
     return report(options.out, cells, groups, command, facts, environment("cpu", torch.get_num_threads()))

@@ -26,6 +26,7 @@ from apical.bench.program import run_command
 from apical.bench.run_folder import check_writable, environment
 from apical.errors import ConfigError
 from apical.evolution.environments import Array
+from apical.evolution.population import Lifetime
 from apical.evolution.reinforcement import Credits, Reinforcement, Setting, by_hand, reinforce, shuffled, together
 from apical.evolution.seeds import seed_of
 from apical.evolution.strategy import Strategy
@@ -34,7 +35,7 @@ from apical_papers.tdca.reinforcement.report import report
 
 FIRST = 20
 """The first meta-seed; settings were chosen on others, below it."""
-RATES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 """Learning rates of every rule."""
 STRATEGY = Strategy(name="pgpe", population=64, sigma=0.2, step=0.15)
 SECOND = replace(STRATEGY, sigma=0.06)
@@ -79,7 +80,7 @@ CART_POLE = Case(
 PENDULUM = Case(
     "pendulum",
     "Pendulum with three torques",
-    Setting("pendulum", {"m": (0.8, 1.2), "l": (0.8, 1.2)}, returns=1000.0),
+    Setting("pendulum", {"m": (0.8, 1.2), "l": (0.8, 1.2)}, lifetime=Lifetime(steps=20, lr=0.02, clip=1.0), returns=1000.0),
     {
         "mass 0.5 kg": ("m", 0.5),
         "mass 2 kg": ("m", 2.0),
@@ -102,13 +103,13 @@ class Options:
     """Folder to write; what is finished in it is kept."""
     seeds: int = 5
     """Meta-seeds: independent evolutions."""
-    generations: int = 80
+    generations: int = 60
     """Of the first stage."""
-    generations_state: int = 60
+    generations_state: int = 30
     """Of the second stage, in which networks see the state."""
-    generations_ungated: int = 40
+    generations_ungated: int = 15
     """Of networks whose credit is not gated, on CartPole."""
-    lifetimes: int = 24
+    lifetimes: int = 16
     """New policies per setting and meta-seed, for tests, and per learning rate, for choosing it."""
 
 
