@@ -105,7 +105,7 @@ class Options:
     """Meta-seeds: independent evolutions."""
     generations: int = 60
     """Of the first stage."""
-    generations_state: int = 30
+    generations_state: int = 20
     """Of the second stage, in which networks see the state."""
     generations_ungated: int = 15
     """Of networks whose credit is not gated, on CartPole."""
