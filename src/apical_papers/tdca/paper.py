@@ -36,6 +36,7 @@ PAPER = Paper(
             },
             module="apical_papers.tdca.functions.study",
             needs={"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
+            hours={"cpu": 0.46},
         ),
         "reinforcement": Table(
             "Top-down credit assignment on CartPole and Pendulum",

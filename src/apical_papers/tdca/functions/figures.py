@@ -23,7 +23,7 @@ LOOKS = {
     "random": ("#CC79A7", "x"),
 }
 """Colour (Okabe and Ito's, but for one) and marker of each method."""
-FLOOR = 1e-4
+FLOOR = 1e-5
 SIDE = 4.8
 STARTS = 4
 
