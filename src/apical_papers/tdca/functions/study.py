@@ -33,8 +33,8 @@ FIRST = 20
 """The first meta-seed; settings were chosen on others, below it."""
 NEAR = 0.25
 """A point is at a minimum if it is at most so far from it, in the learner's coordinates."""
-RATES = tuple(10 ** (k / 2) for k in range(-10, 1))
-"""Learning rates of every control that follows the gradient, from 1e-5 to 1."""
+RATES = tuple(10 ** (k / 2) for k in range(-10, 3))
+"""Learning rates of every control that follows the gradient, from 1e-5 to 10."""
 STRATEGY = Strategy(name="pgpe", population=64, sigma=0.1, step=0.15)
 VALIDATION = 128
 """Starts by which learning rates of controls are chosen."""
@@ -193,6 +193,7 @@ def cell(options: Options, case: Case) -> dict[str, Any]:
     path = parts / f"{case.stem}.pt"
     found = kept(path.with_suffix(".json"), asked, partial(evolved, case, options, seeds, path))
     stem = f"{case.function}-{case.dimension}d-controls.json"
+    config |= {"rates": list(RATES), "validation": VALIDATION}
     others = kept(parts / stem, config, partial(controls_of, case, options, seeds))
     return {**found, "controls": others["dimensions"], "seconds": found["seconds"] + others["seconds"]}
 
