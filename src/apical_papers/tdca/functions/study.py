@@ -187,7 +187,8 @@ def controls_of(case: Case, options: Options, seeds: Sequence[int]) -> dict[str,
 
 def cell(options: Options, case: Case) -> dict[str, Any]:
     """What is kept of a case: its evolutions and their tests, and its controls."""
-    parts, config = options.out / "cells", {"starts": options.starts, "near": NEAR, "seeds": options.seeds}
+    parts = options.out / "cells"
+    config: dict[str, Any] = {"starts": options.starts, "near": NEAR, "seeds": options.seeds}
     seeds = range(FIRST, FIRST + options.seeds)
     asked = {**config, "generations": options.length(case), **asdict(case.setting(FIRST)), **asdict(STRATEGY)}
     path = parts / f"{case.stem}.pt"
