@@ -29,7 +29,7 @@ ROOMS = {
 
 
 OUTSIDE = {"torch", "numpy", "sklearn", "pooch", "rich", "requests", "PIL"}  # what core, rules and the sides may use
-EXTRAS = {"ray", "evotorch", "gymnasium"}  # evolution too
+EXTRAS = {"ray", "evotorch"}  # evolution too
 
 
 def room(module: str) -> str:

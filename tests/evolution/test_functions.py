@@ -1,27 +1,14 @@
-"""Functions against their known minima and finite differences; walks, baselines and basins against slow loops."""
+"""Functions against their known minima and finite differences; baselines and networks against slow ones."""
 
 import math
-import pickle
+from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 from apical.errors import ConfigError
-from apical.evolution.functions import (
-    BOX,
-    FUNCTIONS,
-    Input,
-    Minimisation,
-    Setting,
-    basin,
-    best_of_random,
-    descend,
-    draw,
-    function,
-)
-from apical.evolution.perceptron import Perceptron, evaluate
-from apical.evolution.strategy import Search, Strategy
+from apical.evolution.functions import FUNCTIONS, best_of_random, descend, draw, function
+from apical.evolution.perceptron import Perceptron, evaluate, recur
 
 NAMES = list(FUNCTIONS)
 
@@ -76,102 +63,6 @@ def test_values_at_points_worked_out_by_hand() -> None:
     assert float(schwefel(outside) - schwefel(at_edge)) == pytest.approx(0.02 * 100**2)
 
 
-def alone(setting: Setting, vector: Tensor, start: list[float], shift: list[float], level: float) -> list[list[float]]:
-    """One individual, one start, number by number from the equations."""
-    d, H = setting.dimension, setting.hidden
-    n = d + (1 if setting.input == "absolute" else 2)
-    values = vector.tolist()
-
-    def take(rows: int, columns: int) -> tuple[list[list[float]], list[float]]:
-        weight = [[values.pop(0) for _ in range(columns)] for _ in range(rows)]
-        return weight, [values.pop(0) for _ in range(rows)]
-
-    layers = [take(H, n), take(H, H), take(d, H)]
-    f = FUNCTIONS[setting.function]
-
-    def at(x: list[float]) -> float:
-        return float(f(torch.tensor([a - b for a, b in zip(x, shift, strict=True)], dtype=torch.double)))
-
-    x, u, change, path = list(start), [0.0] * d, 0.0, [list(start)]
-    for _ in range(setting.steps):
-        value = at(x)
-        scaled = math.log(1 + value) / math.log(1 + level)
-        s = [a / BOX for a in x] + [scaled]
-        if setting.input == "relative":
-            s = [*u, math.tanh(10 * change / level), scaled]
-        for number, (weight, bias) in enumerate(layers):
-            s = [sum(w * a for w, a in zip(row, s, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
-            s = [math.tanh(a) for a in s] if number < 2 else s
-        u = [math.tanh(a) for a in s]
-        x = [a - setting.rate * b for a, b in zip(x, u, strict=True)]
-        change = at(x) - value
-        path.append(list(x))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["absolute", "relative"])
-def test_walks_of_a_population_are_those_of_each_alone(kind: Input) -> None:
-    setting = Setting("ackley", 3, kind, steps=12, starts=4, hidden=5)
-    task = Minimisation(setting)
-    generator = torch.Generator().manual_seed(3)
-    individuals = torch.randn(3, task.network.parameters, generator=generator, dtype=torch.double)
-    starts, shifts = draw(4, 3, 1.0, seed=4)
-    path = task.walk(individuals, starts, shifts)
-    assert path.shape == (13, 3, 4, 3)
-    for p in range(3):
-        for s in range(4):
-            slow = alone(setting, individuals[p], starts[s].tolist(), shifts[s].tolist(), task.level)
-            torch.testing.assert_close(path[:, p, s], torch.tensor(slow, dtype=torch.double), rtol=0, atol=1e-10)
-
-
-def test_relative_input_does_not_see_where_the_minimum_is() -> None:
-    task = Minimisation(Setting("rastrigin", 2, "relative", steps=20))
-    blind = Minimisation(Setting("rastrigin", 2, "absolute", steps=20))
-    starts, shifts = draw(6, 2, 1.0, seed=5)
-    one, other = (each.start.double()[None] for each in (task, blind))
-    moved = task.walk(one, starts + shifts, shifts) - shifts
-    torch.testing.assert_close(moved, task.walk(one, starts, torch.zeros_like(shifts)), rtol=0, atol=1e-9)
-    seen = blind.walk(other, starts + shifts, shifts) - shifts
-    assert (seen - blind.walk(other, starts, torch.zeros_like(shifts))).abs().max() > 1e-2
-
-
-def test_fitness_is_minus_the_mean_final_value_of_fresh_starts() -> None:
-    task = Minimisation(Setting("himmelblau", shift=1.0, starts=8, seed=1))
-    individuals = torch.stack([task.start, -task.start]).double()
-    fitness = task.fitness(individuals, 3)
-    assert bool((fitness < 0).all())
-    assert torch.equal(fitness, task.fitness(individuals, 3))
-    assert torch.equal(fitness, pickle.loads(pickle.dumps(task)).fitness(individuals, 3))
-    assert torch.equal(fitness[:1], task.fitness(individuals[:1], 3))
-    assert not torch.equal(fitness, task.fitness(individuals, 4))
-    still = torch.zeros_like(individuals)  # never moves, so fitness is that of the starts
-    assert torch.equal(task.walk(still, *draw(8, 2, 1.0, 0))[-1, 0], draw(8, 2, 1.0, 0)[0])
-
-
-def test_what_is_not_a_number_ranks_worst() -> None:
-    task = Minimisation(Setting("rastrigin", starts=4, steps=5))
-    search = Search(Strategy(population=4, step=0.3), task.start)
-    population = search.ask(0)
-    broken = population.clone()
-    broken[1] = float("nan")
-    fitness = task.fitness(broken, 0)
-    assert fitness.isfinite().tolist() == [True, False, True, True]
-    search.tell(population, fitness)
-    lowest = Search(Strategy(population=4, step=0.3), task.start)
-    lowest.tell(population, fitness.nan_to_num(nan=float(fitness[fitness.isfinite()].min()) - 5))
-    torch.testing.assert_close(search.center, lowest.center)
-
-
-def test_evolution_lowers_the_final_value() -> None:
-    task = Minimisation(Setting("ackley", starts=16))
-    search = Search(Strategy(population=16, step=0.3), task.start)
-    before = task.fitness(search.center[None], 1000)
-    for generation in range(60):
-        population = search.ask(generation)
-        search.tell(population, task.fitness(population, generation))
-    assert task.fitness(search.center[None], 1000) > before + 1
-
-
 def test_baselines_follow_the_gradient() -> None:
     f = FUNCTIONS["rastrigin"]
     starts, shifts = draw(3, 2, 1.0, seed=6)
@@ -183,6 +74,25 @@ def test_baselines_follow_the_gradient() -> None:
         x = x - 0.001 * (2 * z + 20 * math.pi * torch.sin(2 * math.pi * z))
     first = descend(f, starts, shifts, "adam", 0.01, steps=1)
     torch.testing.assert_close((first[1] - first[0]).abs(), torch.full((3, 2), 0.01, dtype=torch.double))
+    path = descend(f, starts, shifts, "momentum", 0.001, steps=3)
+    x, v = starts.clone(), torch.zeros_like(starts)
+    for step in range(3):
+        torch.testing.assert_close(path[step], x)
+        z = x - shifts
+        v = 0.9 * v + 2 * z + 20 * math.pi * torch.sin(2 * math.pi * z)
+        x = x - 0.001 * v
+
+
+def test_the_network_made_by_hand_sends_the_gradient_in_capped_steps() -> None:
+    f = FUNCTIONS["rosenbrock"]
+    starts, shifts = draw(6, 2, 1.0, seed=6)
+    path = descend(f, starts, shifts, "capped", 0.01, steps=3, cap=0.4)
+    for before, after in pairwise(path):
+        a, b = (before - shifts).unbind(-1)
+        gradient = torch.stack([-400 * a * (b - a * a) - 2 * (1 - a), 200 * (b - a * a)], -1)
+        torch.testing.assert_close(after, before - 0.4 * torch.tanh(0.01 / 0.4 * gradient))
+    gentle, plain = (descend(f, starts, shifts, method, 1e-7, steps=3) for method in ("capped", "gd"))
+    torch.testing.assert_close(gentle, plain, rtol=0, atol=1e-8)
 
 
 def test_random_points_are_the_best_of_those_drawn() -> None:
@@ -192,17 +102,6 @@ def test_random_points_are_the_best_of_those_drawn() -> None:
     points = draw(150, 2, 0.0, 8)[0].view(30, 5, 2)
     lowest = torch.minimum(f(points - shifts).min(0).values, f(starts - shifts))
     torch.testing.assert_close(f(best - shifts), lowest)
-
-
-def test_basins_of_rastrigin_are_its_cells() -> None:
-    f = FUNCTIONS["rastrigin"]
-    starts, _ = draw(40, 2, 0.0, seed=9)
-    shifts = torch.full((40, 2), 0.3, dtype=torch.double)
-    ends = basin(f, starts, shifts)
-    cell = (starts - shifts).round()
-    inside = ((starts - shifts - cell).abs() < 0.4).all(1)  # away from the ridges
-    assert inside.sum() > 10
-    assert (ends - shifts - cell)[inside].abs().max() < 0.02
 
 
 def test_perceptron() -> None:
@@ -222,14 +121,26 @@ def test_perceptron() -> None:
     torch.testing.assert_close(evaluate(network.layers(vector[None]), x.T[None])[0].T, modules(x).detach())
 
 
+def test_recurrent_networks() -> None:
+    network = Perceptron([3 + 4, 4, 2])
+    generator = torch.Generator().manual_seed(1)
+    vector = torch.randn(2, network.parameters, generator=generator, dtype=torch.double)
+    (v, b), (u, c) = network.layers(vector)
+    memory, slow = torch.zeros(2, 4, 5, dtype=torch.double), torch.zeros(2, 4, 5, dtype=torch.double)
+    for _ in range(3):
+        s = torch.randn(2, 3, 5, generator=generator, dtype=torch.double)
+        sent, memory = recur(network.layers(vector), s, memory)
+        slow = torch.tanh(v[:, :, :3] @ s + v[:, :, 3:] @ slow + b)
+        torch.testing.assert_close(memory, slow)
+        torch.testing.assert_close(sent, u @ slow + c)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: function("rastrigni"), "did you mean 'rastrigin'"),
         (lambda: function("himmelblau", 3), "not defined in 3"),
         (lambda: function("rosenbrock", 1), "not defined in 1"),
-        (lambda: Minimisation(Setting(steps=0)), "positive"),
-        (lambda: Minimisation(Setting(input="both")), "absolute"),  # type: ignore[arg-type]
         (lambda: Perceptron([3]), "two positive"),
     ],
 )

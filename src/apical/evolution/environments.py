@@ -1,119 +1,111 @@
-"""Gymnasium environments by the hundred: individuals x episodes of one kind, each individual with its own settings.
+"""Control tasks by the thousand: the equations of gymnasium's classic environments, for arrays of states.
 
-CartPole-v1 runs in gymnasium's vectorised version, whose settings are set to arrays; any other environment with discrete
-actions and a vector of observations runs one after the other (`gymnasium.make_vec`), with settings as attributes of each.
-"""
+All episodes are steps of the same arrays, each with its own settings, so a thousand cost little more than one. States and
+observations have their components first: (n, N) for N episodes. Results are those of gymnasium's environments, step for
+step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from apical.errors import ConfigError
+from apical.errors import unknown_name
 
 Array = npt.NDArray[Any]
-
-CART_POLE = "CartPole-v1"
-CART_POLE_SETTINGS = ("length", "force_mag", "gravity", "masscart", "masspole")
-"""Half the pole's length (m), force (N), gravity (m/s^2), masses of cart and pole (kg)."""
+Settings = Mapping[str, Array]
 
 
-class Environments:
-    """All individuals' episodes, in step.
-
-    Args:
-        name: gymnasium's.
-        individuals: P.
-        episodes: E, for each of them.
-        steps: after so many, an episode ends.
-        settings: name of an attribute of the environment -> its value for each individual, (P,).
+@dataclass(frozen=True)
+class Environment:
+    """A task, as functions of arrays.
 
     Attributes:
-        observations, actions: how many numbers an observation has, and how many actions there are.
-
-    Raises:
-        ConfigError: gymnasium is not installed, does not know the environment, or cannot change such a setting; or the
-            environment's actions are not discrete, or its observations not vectors.
+        actions: how many there are.
+        settings: name -> its usual value.
+        begin: from a generator and a number of episodes to first states (n, episodes).
+        observe: from states to observations, which are divided by `scale` where a top-down network sees them.
+        step: from states, actions (N,) and settings (N,) to states, rewards and whether episodes ended.
+        scale: size of each component of an observation.
     """
 
-    def __init__(
-        self, name: str, individuals: int, episodes: int, steps: int, settings: Mapping[str, Array] | None = None
-    ) -> None:
-        try:
-            import gymnasium
-        except ImportError as error:
-            raise ConfigError(f"reinforcement learning needs gymnasium: pip install 'apical[rl]' ({error})") from error
-        self.name, self.individuals, self.episodes, self.steps = name, individuals, episodes, steps
-        count = individuals * episodes
-        each = {key: np.repeat(np.asarray(value, dtype=float), episodes) for key, value in (settings or {}).items()}
-        self.vector: Any
-        if name == CART_POLE:
-            from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-
-            self.vector = CartPoleVectorEnv(count, max_episode_steps=steps)
-            _set_cart_poles(self.vector, each)
-        else:
-            try:
-                self.vector = gymnasium.make_vec(name, count, vectorization_mode="sync", max_episode_steps=steps)
-            except gymnasium.error.Error as error:
-                raise ConfigError(f"gymnasium cannot make {name!r}: {error}") from error
-            _set_attributes(self.vector.envs, each, name)
-        actions, observations = self.vector.single_action_space, self.vector.single_observation_space
-        if not isinstance(actions, gymnasium.spaces.Discrete) or len(observations.shape or ()) != 1:
-            raise ConfigError(
-                f"{name} needs discrete actions and observations that are vectors; it has {actions}, {observations}"
-            )
-        self.actions, self.observations = int(actions.n), int(observations.shape[0])
-        self._offset = int(actions.start)
-
-    def reset(self, seeds: Sequence[int]) -> Array:
-        """First observations (P, E, n).
-
-        Args:
-            seeds: of everything random in the environments. Individuals are in as many groups of equal size, one after the
-                other; those of a group begin in the same E states.
-        """
-        E, repeats = self.episodes, self.individuals // len(seeds)
-        if self.name == CART_POLE:
-            self.vector.reset(seed=seeds[0] % 2**32)
-            low, high = self.vector.low, self.vector.high
-            states = np.stack([np.random.default_rng(seed).uniform(low, high, (E, 4)) for seed in seeds])
-            self.vector.state = np.repeat(states, repeats, 0).reshape(-1, 4).T.copy()
-            return self._shaped(self.vector.state.T.astype(np.float32))
-        each = np.stack([np.random.default_rng(seed).integers(2**31, size=E) for seed in seeds])
-        observations, _ = self.vector.reset(seed=[int(s) for s in np.repeat(each, repeats, 0).flatten()])
-        return self._shaped(observations)
-
-    def step(self, actions: Array) -> tuple[Array, Array, Array]:
-        """Observations (P, E, n), rewards and whether the episode ended (P, E), after actions (P, E).
-
-        An environment whose episode has ended goes on with a new one; what it then returns is not for anybody.
-        """
-        observations, rewards, terminated, truncated, _ = self.vector.step(actions.reshape(-1) + self._offset)
-        return self._shaped(observations), self._shaped(rewards), self._shaped(terminated | truncated)
-
-    def close(self) -> None:
-        """End the environments."""
-        self.vector.close()
-
-    def _shaped(self, values: Array) -> Array:
-        return values.reshape(self.individuals, self.episodes, *values.shape[1:])
+    actions: int
+    settings: Mapping[str, float]
+    begin: Callable[[np.random.Generator, int], Array]
+    observe: Callable[[Array], Array]
+    step: Callable[[Array, Array, Settings], tuple[Array, Array, Array]]
+    scale: tuple[float, ...]
 
 
-def _set_cart_poles(vector: Any, settings: Mapping[str, Array]) -> None:
-    unknown = sorted(set(settings) - set(CART_POLE_SETTINGS))
-    if unknown:
-        raise ConfigError(f"CartPole has no setting {unknown[0]!r}; it has {', '.join(CART_POLE_SETTINGS)}")
-    for key, values in settings.items():
-        setattr(vector, key, values)
-    vector.total_mass = vector.masspole + vector.masscart
-    vector.polemass_length = vector.masspole * vector.length
+def _begin_cart_pole(generator: np.random.Generator, episodes: int) -> Array:
+    return generator.uniform(-0.05, 0.05, (episodes, 4)).T
 
 
-def _set_attributes(environments: Any, settings: Mapping[str, Array], name: str) -> None:
-    for key, values in settings.items():
-        for environment, value in zip(environments, values, strict=True):
-            if not isinstance(getattr(environment.unwrapped, key, None), int | float):
-                raise ConfigError(f"{name} has no number {key!r} that could be set")
-            setattr(environment.unwrapped, key, float(value))
+def _step_cart_pole(state: Array, action: Array, settings: Settings) -> tuple[Array, Array, Array]:
+    """Barto, Sutton and Anderson 1983, without friction: Euler steps of 0.02 s; `length` is half the pole's."""
+    x, v, theta, omega = state
+    mass, length = settings["masspole"], settings["length"]
+    total = settings["masscart"] + mass
+    cos, sin = np.cos(theta), np.sin(theta)
+    push = (np.where(action == 1, 1.0, -1.0) * settings["force_mag"] + mass * length * omega * omega * sin) / total
+    turning = (settings["gravity"] * sin - cos * push) / (length * (4 / 3 - mass * cos * cos / total))
+    moving = push - mass * length * turning * cos / total
+    after = np.stack([x + 0.02 * v, v + 0.02 * moving, theta + 0.02 * omega, omega + 0.02 * turning])
+    ended = (np.abs(after[0]) > 2.4) | (np.abs(after[2]) > 12 * np.pi / 180)
+    return after, np.ones(len(x)), ended
+
+
+def _begin_pendulum(generator: np.random.Generator, episodes: int) -> Array:
+    return generator.uniform([-np.pi, -1.0], [np.pi, 1.0], (episodes, 2)).T
+
+
+def _step_pendulum(state: Array, action: Array, settings: Settings) -> tuple[Array, Array, Array]:
+    """Steps of 0.05 s with a torque of -2, 0 or 2: gymnasium's Pendulum, which takes any between; it never ends."""
+    theta, omega = state
+    torque = (action - 1.0) * 2.0
+    mass, length, gravity = settings["m"], settings["l"], settings["g"]
+    angle = (theta + np.pi) % (2 * np.pi) - np.pi
+    cost = angle**2 + 0.1 * omega**2 + 0.001 * torque**2
+    omega = np.clip(omega + (3 * gravity / (2 * length) * np.sin(theta) + 3 / (mass * length**2) * torque) * 0.05, -8, 8)
+    return np.stack([theta + 0.05 * omega, omega]), -cost, np.zeros(len(theta), dtype=bool)
+
+
+def _same(state: Array) -> Array:
+    return state
+
+
+def _observe_pendulum(state: Array) -> Array:
+    return np.stack([np.cos(state[0]), np.sin(state[0]), state[1]])
+
+
+ENVIRONMENTS = {
+    "cart-pole": Environment(
+        2,
+        {"length": 0.5, "force_mag": 10.0, "gravity": 9.8, "masscart": 1.0, "masspole": 0.1},
+        _begin_cart_pole,
+        _same,
+        _step_cart_pole,
+        (1.0, 1.0, 0.2, 1.0),
+    ),
+    "pendulum": Environment(
+        3,
+        {"m": 1.0, "l": 1.0, "g": 10.0},
+        _begin_pendulum,
+        _observe_pendulum,
+        _step_pendulum,
+        (1.0, 1.0, 4.0),
+    ),
+}
+"""By name. Settings are lengths in m (cart-pole: half the pole's), masses in kg, forces in N and gravity in m/s²."""
+
+
+def environment(name: str) -> Environment:
+    """The environment of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in ENVIRONMENTS:
+        raise unknown_name("environment", name, ENVIRONMENTS)
+    return ENVIRONMENTS[name]

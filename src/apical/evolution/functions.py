@@ -1,30 +1,19 @@
-"""Non-convex functions, and top-down networks evolved to find their minima: the learner is the point x itself.
+"""Non-convex functions to minimise, and what follows their gradient or nothing at all.
 
-    x <- x - 0.1 tanh(T(s)),   60 steps, from random starts in [-3, 3]^d
-
-T, a perceptron, sees one of two inputs s, of which neither holds a gradient:
-
-    absolute   [x/3 ; l]                 where l = log(1 + f(x)) / log(1 + level), and level is the mean of f over the starts
-    relative   [u ; tanh(10 df / level) ; l]     u = tanh(T) of the last step, df the change of f that it made
-
-With "absolute" it can learn by heart where the minimum lies; so "relative" ones are evolved, and both are tested, on
-functions whose minimum is shifted anew for every start. Each function is 0 at its minima. The learner's coordinates are
-those of the function divided by a unit, so that the box of starts covers the usual domain; where the unit is 1, the usual
-numbers hold. arXiv 2208.01416 names no function and no input (only its abstract could be read): all of this is our choice.
+Each function is 0 at its minima. The learner's coordinates are those of the function divided by a unit, so that the box of
+starts covers the usual domain; where the unit is 1, the usual numbers hold. arXiv 2208.01416 names no function (only its
+abstract could be read): which ones, and where they start, is our choice.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from apical.errors import ConfigError, unknown_name
-from apical.evolution.perceptron import Perceptron, evaluate, tanh
-from apical.evolution.seeds import seed_of
 
 BOX = 3.0
 """Starts are uniform in [-BOX, BOX]^d."""
@@ -37,8 +26,9 @@ def rastrigin(z: Tensor) -> Tensor:
 
 def ackley(z: Tensor) -> Tensor:
     """`20 + e - 20 exp(-0.2 |z| / sqrt d) - exp(mean cos 2 pi z)`, (..., d) -> (...)."""
-    distance = z.square().mean(-1).sqrt()
-    return 20 + math.e - 20 * torch.exp(-0.2 * distance) - torch.exp(torch.cos(2 * math.pi * z).mean(-1))
+    d = z.shape[-1]
+    distance = (z.square().sum(-1) / d).sqrt()
+    return 20 + math.e - 20 * torch.exp(-0.2 * distance) - torch.exp(torch.cos(2 * math.pi * z).sum(-1) / d)
 
 
 def griewank(z: Tensor) -> Tensor:
@@ -147,97 +137,6 @@ def function(name: str, dimension: int = 2) -> Function:
     return found
 
 
-Input = Literal["absolute", "relative"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is evolved, and on which function.
-
-    Attributes:
-        function: its name.
-        dimension: of the point, d.
-        input: what the top-down network sees.
-        shift: during evolution, minima are moved by uniform numbers in [-shift, shift]^d, anew for every start.
-        steps: of the learner.
-        rate: longest step per coordinate.
-        starts: learners per individual and generation.
-        hidden: units in each of the two hidden layers of the top-down network.
-        seed: of starts, shifts and the first top-down network.
-    """
-
-    function: str = "rastrigin"
-    dimension: int = 2
-    input: Input = "absolute"
-    shift: float = 0.0
-    steps: int = 60
-    rate: float = 0.1
-    starts: int = 64
-    hidden: int = 12
-    seed: int = 0
-
-
-class Minimisation:
-    """The task of evolving, for :class:`apical.evolution.workers.Task`: fitness is minus the mean final value.
-
-    Raises:
-        ConfigError: the function is not known or not defined in so many dimensions, or a setting is not usable.
-    """
-
-    def __init__(self, setting: Setting) -> None:
-        if min(setting.steps, setting.starts, setting.hidden) < 1 or setting.rate <= 0 or setting.shift < 0:
-            raise ConfigError(f"steps, starts, hidden and rate must be positive, shift not negative; got {setting}")
-        if setting.input not in ("absolute", "relative"):
-            raise ConfigError(f'the input must be "absolute" or "relative", not {setting.input!r}')
-        self.setting = setting
-        self.function = function(setting.function, setting.dimension)
-        seen = setting.dimension + (1 if setting.input == "absolute" else 2)
-        self.network = Perceptron([seen, setting.hidden, setting.hidden, setting.dimension])
-        self.start = self.network.start(seed_of(setting.seed, "teacher"))
-
-    @cached_property
-    def level(self) -> float:
-        """The function's mean over the box of starts."""
-        return self.function.level(self.setting.dimension)
-
-    def walk(self, individuals: Tensor, starts: Tensor, shifts: Tensor) -> Tensor:
-        """Where each individual of (P, D) takes each start: (steps + 1, P, S, d).
-
-        Args:
-            starts: (S, d).
-            shifts: (S, d), how far each start's function is moved.
-        """
-        layers, moved = self.network.layers(individuals), shifts.T
-        x = starts.T.expand(len(individuals), -1, -1).contiguous()  # (P, d, S): see `evaluate`
-        path, f = [x], self._value(x - moved)
-        u, change = torch.zeros_like(x), torch.zeros_like(f)
-        for _ in range(self.setting.steps):
-            u = tanh(evaluate(layers, self._seen(x, u, f, change)))
-            x = x - self.setting.rate * u
-            before, f = f, self._value(x - moved)
-            change = f - before
-            path.append(x)
-        return torch.stack(path).transpose(2, 3)
-
-    def _value(self, x: Tensor) -> Tensor:
-        return self.function(x.transpose(1, 2))
-
-    def _seen(self, x: Tensor, u: Tensor, f: Tensor, change: Tensor) -> Tensor:
-        """The network's input (P, n, S) from position and last step (P, d, S), value and its change (P, S)."""
-        scaled = (torch.log1p(f) / math.log1p(self.level))[:, None]
-        if self.setting.input == "absolute":
-            return torch.cat([x / BOX, scaled], 1)
-        return torch.cat([u, tanh(change * (10 / self.level))[:, None], scaled], 1)
-
-    def fitness(self, individuals: Tensor, generation: int) -> Tensor:
-        """Minus the mean final value over the generation's starts, (P,)."""
-        setting = self.setting
-        seed = seed_of(setting.seed, "starts", generation)
-        starts, shifts = draw(setting.starts, setting.dimension, setting.shift, seed)
-        starts, shifts = starts.to(individuals.dtype), shifts.to(individuals.dtype)
-        return -self.function(self.walk(individuals, starts, shifts)[-1] - shifts).mean(1)
-
-
 def draw(count: int, dimension: int, shift: float, seed: int) -> tuple[Tensor, Tensor]:
     """Starts in the box and shifts of the function, both (count, d) in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -245,16 +144,40 @@ def draw(count: int, dimension: int, shift: float, seed: int) -> tuple[Tensor, T
     return uniform[0] * BOX, uniform[1] * shift
 
 
+Method = Literal["gd", "momentum", "adam", "capped"]
+METHODS: tuple[Method, ...] = ("gd", "momentum", "adam", "capped")
+
+
 def descend(
-    function: Function, starts: Tensor, shifts: Tensor, method: Literal["gd", "adam"], rate: float, steps: int = 60
+    function: Function,
+    starts: Tensor,
+    shifts: Tensor,
+    method: Method,
+    rate: float,
+    *,
+    steps: int = 60,
+    cap: float = 0.5,
 ) -> Tensor:
-    """The baselines: gradient descent or Adam along the true gradient from starts (S, d), (steps + 1, S, d)."""
+    """The baselines, which follow the true gradient g from starts (S, d): (steps + 1, S, d).
+
+    Args:
+        method: gradient descent; the same with momentum 0.9; Adam; or "capped", a top-down network made by hand: it sends
+            `T = (rate / cap) g`, so that a step is `cap tanh(T)`, which no coordinate exceeds.
+        rate: step size.
+    """
     x = starts.clone().requires_grad_()
-    optimizer = torch.optim.SGD([x], lr=rate) if method == "gd" else torch.optim.Adam([x], lr=rate)
+    optimizer = (
+        torch.optim.Adam([x], lr=rate)
+        if method == "adam"
+        else torch.optim.SGD([x], lr=rate, momentum=0.9 if method == "momentum" else 0.0)
+    )
     path = [starts]
     for _ in range(steps):
         optimizer.zero_grad()
         function(x - shifts).sum().backward()
+        if method == "capped":
+            assert x.grad is not None
+            x.grad = cap / rate * torch.tanh(rate / cap * x.grad)
         optimizer.step()
         path.append(x.detach().clone())
     return torch.stack(path)
@@ -267,19 +190,3 @@ def best_of_random(function: Function, starts: Tensor, shifts: Tensor, seed: int
     everything = torch.cat([starts[None], points])
     best = function(everything - shifts).argmin(0)
     return everything[best, torch.arange(count)]
-
-
-def basin(function: Function, points: Tensor, shifts: Tensor, longest: float = 0.03, steps: int = 300) -> Tensor:
-    """The minimum (S, d) that short steps straight downhill from points (S, d) lead to; only steps that lower f count."""
-    x, length = points.clone(), points.new_full((len(points), 1), longest)
-    value = function(x - shifts)
-    for _ in range(steps):
-        x.requires_grad_()
-        (gradient,) = torch.autograd.grad(function(x - shifts).sum(), x)
-        x = x.detach()
-        there = x - length * gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        found = function(there - shifts)
-        lower = (found < value)[:, None]
-        x, value = torch.where(lower, there, x), torch.minimum(found, value)
-        length = torch.where(lower, (1.2 * length).clamp_max(longest), 0.5 * length)
-    return x

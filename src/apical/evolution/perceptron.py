@@ -69,6 +69,21 @@ def evaluate(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
     return torch.from_numpy(x)
 
 
+def recur(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """An Elman network's outputs (P, out, batch) and new memory (P, hidden, batch).
+
+        memory <- tanh(V [s ; memory] + b),   T = U memory + c
+
+    Args:
+        layers: the two of a perceptron with as many more inputs as it has hidden units.
+        inputs: s, (P, in, batch).
+        memory: hidden units after the last step, (P, hidden, batch).
+    """
+    first, last = layers
+    memory = tanh(evaluate([first], torch.cat([inputs, memory], 1)))
+    return evaluate([last], memory), memory
+
+
 def tanh(x: Tensor) -> Tensor:
     """The same as `torch.tanh`, in NumPy."""
     return torch.from_numpy(np.tanh(x.numpy()))

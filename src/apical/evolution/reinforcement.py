@@ -1,21 +1,29 @@
-"""Top-down networks evolved to train policies by credits alone, on gymnasium's environments with discrete actions.
+"""Top-down networks evolved to train policies by credits alone, on :mod:`apical.evolution.environments`.
 
-A lifetime is 20 updates of a policy `pi = softmax(W2 tanh(W1 o + v1) + v2)`, each from 4 episodes. For every time step, with
-the action y (one-hot) that was taken and its advantage a, the top-down network turns `[pi ; y ; a]` into credits: c_h for
-the hidden units, c_o for the probabilities. Averaged over all time steps of the update (arXiv 2208.01416 as in
-:mod:`apical.rules.top_down.top_down_credit_assignment`),
+A lifetime is 20 updates of a policy `pi = softmax(W2 tanh(W1 o + v1) + v2)`, each from 4 episodes. Every time step, with the
+action y (one-hot) that was taken and its advantage a, sends credits: c_h to hidden units, e_o to the logits. Averaged over
+all time steps of the update, with h the hidden units' activity,
 
-    e_o = pi (c_o - c_o . pi),   e_h = c_h (1 - h^2),   dW2 = mean e_o h^T,   dW1 = mean e_h o^T
+    e_h = c_h (1 - h^2),   dW2 = mean e_o h^T,   dW1 = mean e_h o^T
 
-and Adam descends along it, its norm clipped at 1. REINFORCE is the same with `c_o = -a y / pi` and `c_h = W2^T e_o`. The
-advantage is the discounted return-to-go, minus its mean over the update's episodes at that time (0 for one that has ended),
-divided by the standard deviation of that over all time steps. Fitness is the mean return of the last 5 updates. The paper's
-own set-up is not known (only its abstract could be read): environment, inputs and settings are our choice.
+and Adam descends along it, its norm clipped at 1. The advantage is the discounted return-to-go, minus its mean over the
+update's episodes at that time (0 for one that has ended), divided by the standard deviation of that over all time steps.
+Where credits come from:
+
+    reinforce   e_o = a (pi - y),  c_h = W2^T e_o       the policy gradient, by backpropagation
+    by_hand     e_o = a (pi - y),  c_h = 0              what a gated top-down network could send
+    gated       e_o = a T([pi ; y ; ...])               T is multiplied by the advantage and does not see it: a three-factor
+                                                        rule. With `state`, T also sees the observation, how many updates
+                                                        are done and the update's mean return
+    ungated     c_o, c_h = T([pi ; y ; a]),  e_o = pi (c_o - c_o . pi)    as the released code has it for classification
+
+Gating, credit on logits and the state are departures from that code. The paper's own set-up is not known (only the abstract
+of arXiv 2208.01416 could be read): environments, inputs and settings are our choice. A network that sees the state could
+send what a good policy does without regard to reward; :func:`shuffled` advantages show it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +31,7 @@ import torch
 from torch import Tensor
 
 from apical.errors import ConfigError
-from apical.evolution.environments import CART_POLE, Array, Environments
+from apical.evolution.environments import Array, Environment, environment
 from apical.evolution.perceptron import Perceptron, evaluate, tanh
 from apical.evolution.population import Lifetime, inner_optimizer
 from apical.evolution.seeds import seed_of
@@ -50,112 +58,169 @@ class Steps(NamedTuple):
         return (self.rewards * self.alive).sum(1).mean(1)
 
 
-Credits = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From probabilities and one-hot actions (P, actions, B), advantages (P, 1, B) and the policy's readout (P, actions, hidden)
-to credits for hidden units (P, hidden, B) and for probabilities (P, actions, B)."""
+class Known(NamedTuple):
+    """What credits may depend on: probabilities and one-hot actions (P, actions, B), advantages (P, 1, B), the readout
+    (P, actions, hidden), and the state: observations, progress from -1 to 1 and return, all scaled, (P, n + 2, B)."""
+
+    pi: Tensor
+    actions: Tensor
+    advantages: Tensor
+    readout: Tensor
+    state: Tensor
 
 
-def reinforce(pi: Tensor, actions: Tensor, advantages: Tensor, readout: Tensor) -> tuple[Tensor, Tensor]:
-    """The credits with which the rule is REINFORCE: the derivatives of `-a log pi(y)`."""
-    output = -advantages * actions / pi
-    return readout.transpose(1, 2) @ through_softmax(output, pi), output
+Credits = Callable[[Known], tuple[Tensor | None, Tensor]]
+"""Credit of hidden units (P, hidden, B), or None, and of logits (P, actions, B)."""
 
 
-def top_down(network: Perceptron, individuals: Tensor, hidden: int) -> Credits:
-    """Credits by top-down networks (P, D) that send `hidden` of them to hidden units and the rest to the probabilities."""
-    layers = network.layers(individuals)
-
-    def credits(pi: Tensor, actions: Tensor, advantages: Tensor, readout: Tensor) -> tuple[Tensor, Tensor]:
-        emitted = evaluate(layers, torch.cat([pi, actions, advantages], 1))
-        return emitted[:, :hidden], emitted[:, hidden:]
-
-    return credits
+def by_hand(known: Known) -> tuple[None, Tensor]:
+    """`a (pi - y)` for the logits, nothing for hidden units."""
+    return None, known.advantages * (known.pi - known.actions)
 
 
-def through_softmax(credit: Tensor, pi: Tensor) -> Tensor:
-    """Credit on probabilities (P, actions, B) pulled back to the logits."""
-    return pi * (credit - (credit * pi).sum(1, keepdim=True))
+def reinforce(known: Known) -> tuple[Tensor, Tensor]:
+    """The credits with which the rule is REINFORCE."""
+    _, output = by_hand(known)
+    return known.readout.transpose(1, 2) @ output, output
+
+
+def shuffled(credits: Credits, seed: int) -> Credits:
+    """The same credits from advantages that are dealt out anew among all time steps: a control."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def changed(known: Known) -> tuple[Tensor | None, Tensor]:
+        a = known.advantages
+        order = torch.rand(a.shape, generator=generator).masked_fill(a == 0, 2.0).argsort(-1)
+        rank = (a == 0).to(torch.uint8).argsort(dim=-1, stable=True)  # those that are not 0 first, in their order
+        dealt = torch.zeros_like(a).scatter(-1, rank, a.gather(-1, order))
+        return credits(known._replace(advantages=dealt))
+
+    return changed
 
 
 def advantages(rewards: Tensor, alive: Tensor, discount: float) -> Tensor:
     """Centred and scaled return-to-go (P, T, E); 0 where an episode has ended."""
-    dtype, alive = (
-        rewards.dtype,
-        alive.double(),
-    )  # in float32, equal returns would differ from their mean by enough to matter
-    rewards = rewards * alive
-    togo = torch.empty_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + discount * running
-        togo[:, t] = running
-    centred = (togo - togo.mean(2, keepdim=True)) * alive
+    dtype, alive = rewards.dtype, alive.double()  # in float32, equal returns would differ from their mean by too much
+    togo = (rewards * alive).numpy()
+    for t in reversed(range(togo.shape[1] - 1)):
+        togo[:, t] += discount * togo[:, t + 1]
+    centred = torch.from_numpy(togo - togo.mean(2, keepdims=True)) * alive
     count = alive.sum((1, 2), keepdim=True)
     mean = centred.sum((1, 2), keepdim=True) / count
     deviation = ((centred - mean).square() * alive).sum((1, 2), keepdim=True).div(count).sqrt()
     return (centred / (deviation + 1e-6)).to(dtype)
 
 
-def pseudo_gradient(policy: Perceptron, weights: Tensor, steps: Steps, credits: Credits, discount: float) -> Tensor:
+def pseudo_gradient(
+    policy: Perceptron, weights: Tensor, steps: Steps, credits: Credits, discount: float, state: Tensor
+) -> Tensor:
     """The rule's mean over all time steps before an episode's end, (P, n), for policies (P, n)."""
     (w1, v1), (w2, v2) = policy.layers(weights)
     h = tanh(torch.baddbmm(v1, w1, steps.observations))
     pi = torch.softmax(torch.baddbmm(v2, w2, h), 1)
     a = advantages(steps.rewards, steps.alive, discount).flatten(1)[:, None]
-    c_h, c_o = credits(pi, steps.actions, a, w2)
+    c_h, e_o = credits(Known(pi, steps.actions, a, w2, state))
     alive = steps.alive.flatten(1)[:, None]
     share = alive / alive.sum(2, keepdim=True)
-    e_o, e_h = through_softmax(c_o, pi) * share, c_h * (1 - h.square()) * share
-    parts = [e_h @ steps.observations.transpose(1, 2), e_h.sum(2), e_o @ h.transpose(1, 2), e_o.sum(2)]
+    e_o = e_o * share
+    parts = [torch.zeros_like(w1), torch.zeros_like(v1), e_o @ h.transpose(1, 2), e_o.sum(2)]
+    if c_h is not None:
+        e_h = c_h * (1 - h.square()) * share
+        parts[:2] = [e_h @ steps.observations.transpose(1, 2), e_h.sum(2)]
     return torch.cat([part.flatten(1) for part in parts], 1)
 
 
-def play(environments: Environments, policy: Perceptron, weights: Tensor, seeds: Sequence[int]) -> Steps:
-    """One episode in every environment, until all have ended.
+def play(
+    task: Environment,
+    settings: Mapping[str, Array],
+    policy: Perceptron,
+    weights: Tensor,
+    seeds: Sequence[int],
+    episodes: int,
+    limit: int,
+) -> Steps:
+    """Episodes of every policy (P, n), until all have ended or for `limit` steps.
 
     Args:
-        weights: policies (P, n).
+        settings: of the environment, each (P,).
         seeds: of first states and actions, one for each group of individuals, who meet the same chance.
     """
-    layers, dtype = [(w.numpy(), v.numpy()) for w, v in policy.layers(weights)], weights.dtype
-    individuals, episodes = environments.individuals, environments.episodes
-    size = (environments.steps, 1, 1, episodes)
-    luck = np.concatenate([np.random.default_rng(seed_of(seed, "actions")).random(size) for seed in seeds], 1)
-    luck = luck.repeat(individuals // len(seeds), 1)
-    observation = _columns(environments.reset([seed_of(seed, "states") for seed in seeds]), layers[0][0])
-    alive = np.ones((individuals, episodes), dtype=bool)
-    seen, taken, rewards, lived = [], [], [], []
-    for t in range(environments.steps):
-        action = (luck[t] > _probabilities(layers, observation).cumsum(1)[:, :-1]).sum(1)
+    P, E = len(weights), episodes
+    group = P // len(seeds)
+    states = np.stack([task.begin(np.random.default_rng(seed_of(seed, "states")), E) for seed in seeds], 1)
+    state = states.repeat(group, 1).reshape(len(states), P * E)
+    luck = np.stack([np.random.default_rng(seed_of(seed, "actions")).random((limit, E)) for seed in seeds], 1)
+    luck = luck.repeat(group, 1).reshape(limit, P * E)
+    usual = {name: np.full(P * E, value) for name, value in task.settings.items()}
+    used = usual | {name: np.repeat(np.asarray(values, dtype=float), E) for name, values in settings.items()}
+    # weights with episodes last, one copy for each: (inputs, hidden, N), (hidden, N), (hidden, actions, N), (actions, N)
+    (w1, v1), (w2, v2) = policy.layers(weights)
+    parts = [w1.permute(2, 1, 0), v1.permute(1, 2, 0)[:, 0], w2.permute(2, 1, 0), v2.permute(1, 2, 0)[:, 0]]
+    layers = [part.numpy().repeat(E, -1) for part in parts]
+
+    index, dtype = np.arange(P * E), layers[0].dtype
+    alive = np.ones(P * E, dtype=bool)
+    seen, taken, gained, lived, begun = [], [], [], [], 0
+    record = _Record(P * E, limit)
+    for t in range(limit):
+        observation = task.observe(state).astype(dtype)
         seen.append(observation)
+        action = (luck[t, index] > _probabilities(layers, observation).cumsum(0)[:-1]).sum(0)
         taken.append(action)
         lived.append(alive)
-        following, reward, ended = environments.step(action)
-        rewards.append(reward)
+        state, reward, ended = task.step(state, action, used)
+        gained.append(reward)
         alive = alive & ~ended
-        if not alive.any():
-            break
-        observation = _columns(following, observation)
-    one_hot = torch.nn.functional.one_hot(torch.from_numpy(np.stack(taken, 1)).flatten(1), environments.actions)
-    return Steps(
-        torch.from_numpy(np.stack(seen, 2)).flatten(2),
-        one_hot.transpose(1, 2).to(dtype),
-        torch.from_numpy(np.stack(rewards, 1)).to(dtype),
-        torch.from_numpy(np.stack(lived, 1)).to(dtype),
-    )
+        running = int(alive.sum())
+        if running < 0.7 * len(alive) or t == limit - 1:
+            record.add(begun, index, seen, taken, gained, lived)
+            seen, taken, gained, lived, begun = [], [], [], [], t + 1
+            if not running:
+                break
+            index, state, layers = index[alive], state[:, alive], [part[..., alive] for part in layers]
+            used, alive = {name: values[alive] for name, values in used.items()}, alive[alive]
+    return record.steps(P, policy.sizes[-1], weights.dtype)
 
 
-def _columns(observations: Array, like: Array) -> Array:
-    """Observations (P, E, n) as (P, n, E), in the type of `like`."""
-    return np.ascontiguousarray(observations.transpose(0, 2, 1), dtype=like.dtype)
+class _Record:
+    """Time steps of N episodes, written in pieces, each of the episodes that still ran."""
+
+    def __init__(self, count: int, limit: int) -> None:
+        self.count, self.limit, self.length = count, limit, 0
+        self.arrays: list[Array] = []
+
+    def add(self, begun: int, index: Array, *lists: Sequence[Array]) -> None:
+        """Time steps from `begun` on of the episodes `index`: lists of (..., len(index))."""
+        pieces = [np.stack(each) for each in lists]
+        if not self.arrays:
+            self.arrays = [np.zeros((self.limit, *each.shape[1:-1], self.count), each.dtype) for each in pieces]
+        self.length = begun + len(pieces[0])
+        for array, piece in zip(self.arrays, pieces, strict=True):
+            array[begun : self.length, ..., index] = piece
+
+    def steps(self, individuals: int, actions: int, dtype: torch.dtype) -> Steps:
+        seen, taken, gained, lived = (
+            torch.from_numpy(each[: self.length].reshape(*each[: self.length].shape[:-1], individuals, -1))
+            for each in self.arrays
+        )
+        one_hot = torch.stack([taken == action for action in range(actions)], 1)
+        return Steps(
+            seen.permute(2, 1, 0, 3).flatten(2),
+            one_hot.permute(2, 1, 0, 3).flatten(2).to(dtype),
+            gained.transpose(0, 1).to(dtype),
+            lived.transpose(0, 1).to(dtype),
+        )
 
 
-def _probabilities(layers: Sequence[tuple[Array, Array]], observations: Array) -> Array:
-    """A policy's probabilities (P, actions, E): NumPy, because a step of so few numbers is mostly overhead."""
-    (w1, v1), (w2, v2) = layers
-    logits = w2 @ np.tanh(w1 @ observations + v1) + v2
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    result: Array = weights / weights.sum(1, keepdims=True)
+def _probabilities(layers: Sequence[Array], observation: Array) -> Array:
+    """A policy's probabilities (actions, N): each episode has weights of its own."""
+    w1, v1, w2, v2 = layers
+    h = np.einsum("ihn,in->hn", w1, observation)
+    h += v1
+    np.tanh(h, out=h)
+    logits = np.einsum("han,hn->an", w2, h) + v2
+    weights = np.exp(logits - logits.max(0))
+    result: Array = weights / weights.sum(0)
     return result
 
 
@@ -164,8 +229,11 @@ class Setting:
     """What is evolved, and in which environments.
 
     Attributes:
-        environment: gymnasium's name.
+        environment: its name.
         ranges: setting of the environment -> (lowest, highest); drawn anew for each generation.
+        gated: whether the advantage multiplies what the top-down network sends to logits, and nothing else is sent; if not,
+            it is an input, and credit goes to hidden units and probabilities.
+        state: whether a gated network sees the state.
         lifetime: updates (its steps), step size, clip.
         episodes: per update.
         steps: after so many, an episode ends.
@@ -173,20 +241,24 @@ class Setting:
         last: updates that count as the end of a lifetime.
         units: hidden units of the policy.
         hidden: units in each of the two hidden layers of the top-down network.
+        returns: size of a return, by which it is divided where a network sees it.
         seed: of environments, policies and the first top-down network.
     """
 
-    environment: str = CART_POLE
+    environment: str = "cart-pole"
     ranges: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"length": (0.4, 0.6), "force_mag": (8.0, 12.0)}
     )
-    lifetime: Lifetime = field(default_factory=lambda: Lifetime(steps=20, lr=0.02, clip=1.0))
+    gated: bool = True
+    state: bool = False
+    lifetime: Lifetime = field(default_factory=lambda: Lifetime(steps=20, lr=0.15, clip=1.0))
     episodes: int = 4
     steps: int = 200
     discount: float = 0.99
     last: int = 5
     units: int = 16
-    hidden: int = 12
+    hidden: int = 8
+    returns: float = 200.0
     seed: int = 0
 
 
@@ -194,21 +266,27 @@ class Reinforcement:
     """The task of evolving, for :class:`apical.evolution.workers.Task`.
 
     Raises:
-        ConfigError: gymnasium or the environment is not there, or a setting is not usable.
+        ConfigError: the environment does not exist or has no such setting, or a setting is not usable.
     """
 
     def __init__(self, setting: Setting) -> None:
         counts = (setting.episodes, setting.steps, setting.units, setting.hidden)
         if min(counts) < 1 or not 1 <= setting.last <= setting.lifetime.steps or not 0 <= setting.discount <= 1:
             raise ConfigError(
-                "episodes, steps, units and hidden must be positive, last from 1 to the number of updates, and discount "
-                f"from 0 to 1; got {setting}"
+                "episodes, steps, units and hidden must be positive, last from 1 to the number of updates, and "
+                f"discount from 0 to 1; got {setting}"
             )
-        self.setting = setting
-        probe = Environments(setting.environment, 1, 1, setting.steps)
-        probe.close()
-        self.policy = Perceptron([probe.observations, setting.units, probe.actions])
-        self.network = Perceptron([2 * probe.actions + 1, setting.hidden, setting.hidden, setting.units + probe.actions])
+        if setting.state and not setting.gated:
+            raise ConfigError("only a gated top-down network sees the state: give gated=True too")
+        self.setting, self.environment = setting, environment(setting.environment)
+        if unknown := sorted(set(setting.ranges) - set(self.environment.settings)):
+            known = ", ".join(self.environment.settings)
+            raise ConfigError(f"{setting.environment} has no setting {unknown[0]!r}; it has {known}")
+        seen, actions = len(self.environment.scale), self.environment.actions
+        self.policy = Perceptron([seen, setting.units, actions])
+        inputs = 2 * actions + (seen + 2 if setting.state else 0 if setting.gated else 1)
+        outputs = actions + (0 if setting.gated else setting.units)
+        self.network = Perceptron([inputs, setting.hidden, setting.hidden, outputs])
         self.start = self.network.start(seed_of(setting.seed, "teacher"))
 
     def live(
@@ -223,48 +301,79 @@ class Reinforcement:
                 for each of several groups of equal size, one after the other.
             lr: step size of each individual (P,), instead of the lifetime's.
         """
-        setting, weights = self.setting, start.clone()
+        setting, weights, updates = self.setting, start.clone(), self.setting.lifetime.steps
         rates = torch.as_tensor(setting.lifetime.lr if lr is None else lr, dtype=weights.dtype).view(-1, 1)
         move = inner_optimizer(setting.lifetime, weights, rates)
-        environments = Environments(setting.environment, len(start), setting.episodes, setting.steps, settings)
+        scale = torch.tensor(self.environment.scale, dtype=weights.dtype)[:, None]
         returns = []
-        for update in range(setting.lifetime.steps):
-            steps = play(environments, self.policy, weights, [seed_of(seed, update) for seed in seeds])
+        for update in range(updates):
+            chance = [seed_of(seed, update) for seed in seeds]
+            steps = play(self.environment, settings, self.policy, weights, chance, setting.episodes, setting.steps)
             returns.append(steps.returns)
-            gradient = pseudo_gradient(self.policy, weights, steps, credits, setting.discount)
+            known = torch.stack(
+                [torch.full_like(returns[-1], 2 * update / max(updates - 1, 1) - 1), returns[-1] / setting.returns]
+            )
+            state = torch.cat(
+                [steps.observations / scale, known.T[..., None].expand(-1, -1, steps.observations.shape[2])], 1
+            )
+            gradient = pseudo_gradient(self.policy, weights, steps, credits, setting.discount, state)
             if setting.lifetime.clip:
                 norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
                 gradient.mul_((setting.lifetime.clip / (norm + 1e-6)).clamp(max=1.0))
             move(gradient)
-        environments.close()
         return torch.stack(returns), weights
 
     def credits(self, individuals: Tensor) -> Credits:
         """Those of top-down networks (P, D)."""
-        return top_down(self.network, individuals, self.setting.units)
+        layers, units, setting = self.network.layers(individuals), self.setting.units, self.setting
+
+        def gated(known: Known) -> tuple[None, Tensor]:
+            seen = [known.pi, known.actions, *([known.state] if setting.state else [])]
+            return None, known.advantages * evaluate(layers, torch.cat(seen, 1))
+
+        def ungated(known: Known) -> tuple[Tensor, Tensor]:
+            sent = evaluate(layers, torch.cat([known.pi, known.actions, known.advantages], 1))
+            hidden, output = sent[:, :units], sent[:, units:]
+            return hidden, known.pi * (output - (output * known.pi).sum(1, keepdim=True))
+
+        return gated if setting.gated else ungated
+
+    def with_state(self, individual: Tensor) -> "tuple[Reinforcement, Tensor]":
+        """The task whose networks also see the state, and such a network that does what this one (D,) does.
+
+        Raises:
+            ConfigError: networks see the state already, or are not gated.
+        """
+        if self.setting.state or not self.setting.gated:
+            raise ConfigError("only a gated network that does not see the state can be given it")
+        other = Reinforcement(replace(self.setting, state=True))
+        (w, b), *rest = self.network.layers(individual[None])
+        wide = torch.cat([w, w.new_zeros(1, len(w[0]), other.network.sizes[0] - w.shape[2])], 2)
+        flat = [each.flatten() for pair in [(wide, b), *rest] for each in pair]
+        return other, torch.cat(flat)
 
     def drawn(self, seed: int, count: int = 1) -> dict[str, Array]:
         """Settings of environments (count,), from the ranges."""
         generator = np.random.default_rng(seed)
         return {name: generator.uniform(low, high, count) for name, (low, high) in self.setting.ranges.items()}
 
-    def score(self, returns: Tensor) -> Tensor:
+    def end(self, returns: Tensor) -> Tensor:
         """Mean return (P,) at the end of lifetimes with returns (updates, P)."""
         return returns[-self.setting.last :].mean(0)
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
-        """Mean return at the end of a lifetime, (P,); all of a generation begin alike and meet the same."""
+        """Mean return over a lifetime's updates, (P,); all of a generation begin alike and meet the same."""
         return together([self], individuals[None], generation)[0]
 
 
 def together(tasks: Sequence[Reinforcement], populations: Tensor, generation: int) -> Tensor:
     """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one simulation is cheaper."""
-    task, individuals = tasks[0], populations.flatten(0, 1)
-    P, seeds = populations.shape[1], [partial(seed_of, each.setting.seed, generation) for each in tasks]
-    start = torch.stack([task.policy.start(seed("policy")) for seed in seeds]).to(individuals.dtype)
-    drawn = [task.drawn(seed("settings")) for seed in seeds]
+    task, individuals, P = tasks[0], populations.flatten(0, 1), populations.shape[1]
+    seeds = [seed_of(each.setting.seed, generation) for each in tasks]
+    starts = torch.stack([task.policy.start(seed_of(seed, "policy")) for seed in seeds]).to(individuals.dtype)
+    drawn = [task.drawn(seed_of(seed, "settings")) for seed in seeds]
     settings = {name: np.concatenate([each[name] for each in drawn]).repeat(P) for name in task.setting.ranges}
-    chance = [seed("episodes") for seed in seeds]
-    returns, _ = task.live(start.repeat_interleave(P, 0), task.credits(individuals), settings, chance)
-    score = torch.where(individuals.isfinite().all(1), task.score(returns), torch.nan)
-    return score.view(len(tasks), P)
+    chance = [seed_of(seed, "episodes") for seed in seeds]
+    returns, _ = task.live(starts.repeat_interleave(P, 0), task.credits(individuals), settings, chance)
+    fitness = torch.where(individuals.isfinite().all(1), returns.mean(0), torch.nan)
+    return fitness.view(len(tasks), P)

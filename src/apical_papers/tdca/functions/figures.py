@@ -11,77 +11,69 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from apical.bench.statistics import student
-from apical.evolution.functions import Minimisation, Setting, descend, draw
+from apical.evolution.functions import descend, draw
+from apical.evolution.minimisation import Minimisation
 from apical.evolution.seeds import seed_of
 
 LOOKS = {
-    "absolute": ("#56B4E9", "s"),
-    "relative": ("#0B5345", "*"),
+    "tdca": ("#0B5345", "*"),
     "gd": ("#000000", "o"),
+    "momentum": ("#56B4E9", "s"),
     "adam": ("#E69F00", "^"),
     "random": ("#CC79A7", "x"),
 }
 """Colour (Okabe and Ito's, but for one) and marker of each method."""
-FLOOR = 1e-4
+FLOOR = 1e-5
 SIDE = 4.8
 STARTS = 4
 
 
-def final_values(
-    finals: Mapping[tuple[str, int, str], Mapping[str, Sequence[float]]], names: Mapping[str, str], places: Mapping[str, str]
-) -> Figure:
-    """A line per function, a marker with its interval per method; a panel per place of the minimum."""
-    cases = list(dict.fromkeys(key[:2] for key in finals))
-    figure = Figure(figsize=(7.0, 0.42 * len(cases) + 1.0))
-    panels = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
-    for axes, (place, title) in zip(panels, places.items(), strict=True):
-        for number, (method, name) in enumerate(names.items()):
-            colour, marker = LOOKS[method]
-            found = [student(finals[(*case, place)][method]) for case in cases]
-            x = np.array([max(each.mean, FLOOR) for each in found])
-            low = np.array([max(each.mean if each.low is None else each.low, FLOOR) for each in found])
-            high = np.array([max(each.mean if each.high is None else each.high, FLOOR) for each in found])
-            y = np.arange(len(cases)) + 0.14 * (number - (len(names) - 1) / 2)
-            axes.errorbar(x, y, xerr=np.stack([x - low, high - x]), fmt=marker, color=colour, ms=4, lw=0.9, label=name)
-        axes.set(xscale="log", xlabel="final / starting value", title=f"minimum: {title}")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.axvline(1, color="#888888", lw=0.6, zorder=0)
-        axes.grid(visible=False, axis="y")
-        for line in np.arange(len(cases) - 1) + 0.5:
-            axes.axhline(line, color="#e6e6e6", lw=0.5, zorder=0)
-    panels[0].set_yticks(range(len(cases)), [f"{title}, {d}-D" for title, d in cases])
-    panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), columnspacing=1.2)
+def final_values(finals: Mapping[str, Mapping[str, Sequence[float]]], names: Mapping[str, str]) -> Figure:
+    """A line per function, a marker with its interval per method."""
+    figure = Figure(figsize=(5.0, 0.4 * len(finals) + 1.0))
+    axes = figure.add_subplot()
+    for number, (method, name) in enumerate(names.items()):
+        colour, marker = LOOKS[method]
+        found = [student(values[method]) for values in finals.values()]
+        x = np.array([max(each.mean, FLOOR) for each in found])
+        low = np.array([max(each.mean if each.low is None else each.low, FLOOR) for each in found])
+        high = np.array([max(each.mean if each.high is None else each.high, FLOOR) for each in found])
+        y = np.arange(len(finals)) + 0.14 * (number - (len(names) - 1) / 2)
+        axes.errorbar(x, y, xerr=np.stack([x - low, high - x]), fmt=marker, color=colour, ms=4, lw=0.9, label=name)
+    axes.set(xscale="log", xlabel="final / starting value")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.axvline(1, color="#888888", lw=0.6, zorder=0)
+    axes.grid(visible=False, axis="y")
+    for line in np.arange(len(finals) - 1) + 0.5:
+        axes.axhline(line, color="#e6e6e6", lw=0.5, zorder=0)
+    axes.set_yticks(range(len(finals)), list(finals))
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2)
     return figure
 
 
-def trajectories(cells: Mapping[Any, Mapping[str, Any]], core: Sequence[Any]) -> Figure:
-    """A row per function, a column per method: paths from the same starts on a shifted landscape."""
-    columns = {"relative": "TDCA, relative", "absolute": "TDCA, absolute", "gd": "gradient descent", "adam": "Adam"}
-    figure = Figure(figsize=(7.0, 1.75 * len(core) + 0.3))
-    grid = figure.subplots(len(core), len(columns), squeeze=False, sharex=True, sharey=True)
-    for number, (line, case) in enumerate(zip(grid, core, strict=True), start=1):
+def trajectories(networks: Mapping[Any, Sequence[float]], rates: Mapping[Any, Mapping[str, float]]) -> Figure:
+    """A row per case, a column per method: paths from the same starts on a shifted landscape."""
+    columns = {"tdca": "TDCA", "gd": "gradient descent", "adam": "Adam"}
+    figure = Figure(figsize=(5.6, 1.8 * len(networks) + 0.3))
+    grid = figure.subplots(len(networks), len(columns), squeeze=False, sharex=True, sharey=True)
+    for number, (line, (case, network)) in enumerate(zip(grid, networks.items(), strict=True), start=1):
         starts, shifts = draw(STARTS, 2, 1.5, seed_of("drawn", case.function))
         shifts = shifts[:1].expand_as(starts)
         for axes, (method, name) in zip(line, columns.items(), strict=True):
             _landscape(axes, case, shifts[0])
-            _paths(axes, _path(cells[case], case, method, starts, shifts))
+            if method == "tdca":
+                center = torch.tensor(network, dtype=torch.double)
+                path = Minimisation(case.setting(0)).walk(center[None], starts, shifts)[:, 0]
+            else:
+                path = descend(case.of, starts, shifts, method, rates[case][method])  # type: ignore[arg-type]
+            _paths(axes, path)
             if number == 1:
                 axes.set_title(name)
-            if number == len(core):
+            if number == len(networks):
                 axes.set_xlabel("x₁")
-        line[0].set_ylabel(f"{case.title}\nx₂")
+        line[0].set_ylabel(f"{case.of.title}\nx₂")
     return figure
-
-
-def _path(cell: Mapping[str, Any], case: Any, method: str, starts: Tensor, shifts: Tensor) -> Tensor:
-    """Points (steps + 1, S, 2)."""
-    if method in ("gd", "adam"):
-        rate = cell["tuned"]["shifted"]["rates"][method]
-        return descend(case.of, starts, shifts, method, rate)  # type: ignore[arg-type]
-    task = Minimisation(Setting(case.function, 2, method))  # type: ignore[arg-type]
-    center = torch.tensor(cell[method][0]["center"], dtype=torch.double)
-    return task.walk(center[None], starts, shifts)[:, 0]
 
 
 def _landscape(axes: Axes, case: Any, shift: Tensor) -> None:

@@ -1,98 +1,100 @@
-"""Minima of non-convex functions by evolved top-down networks, against gradient descent and Adam (arXiv 2208.01416).
+"""Minima of non-convex functions by evolved top-down networks, against true gradients and random points (arXiv 2208.01416).
 
     python -m apical_papers.tdca.functions.study --out results/tdca-functions
 
-For every function and both inputs (see :mod:`apical.evolution.functions`), networks are evolved from several meta-seeds and
-then tested, with the same weights, from held-out starts: with the minimum where evolution without shifts had it, and with
-minima shifted by numbers that evolution did not see. The baselines follow the true gradient for as many steps, with learning
-rates chosen on validation starts. What is finished stays in the folder `cells`; the same command goes on from there.
+For every case, networks (see :mod:`apical.evolution.minimisation`) are evolved from several meta-seeds with minima shifted
+anew for every start, and tested from held-out starts with shifts that evolution did not see. The controls follow the true
+gradient for as many steps, with learning rates chosen on validation starts, or take the best of as many random points. What
+is finished stays in the folder `cells`; the same command continues from there.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apical.bench.cells import kept
-from apical.bench.evolve.loop import Evolution
 from apical.bench.program import run_command
 from apical.bench.run_folder import check_writable, environment
 from apical.errors import ConfigError
-from apical.evolution.functions import (
-    FUNCTIONS,
-    Function,
-    Input,
-    Minimisation,
-    Setting,
-    basin,
-    best_of_random,
-    descend,
-    draw,
-    function,
-)
+from apical.evolution.functions import METHODS, Function, best_of_random, descend, draw, function
+from apical.evolution.minimisation import Kind, Minimisation, Setting, together
 from apical.evolution.seeds import seed_of
 from apical.evolution.strategy import Strategy
-from apical.evolution.workers import Here
+from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.functions.report import report
 
-INPUTS: tuple[Input, ...] = ("absolute", "relative")
-SHIFT = 1.5
+FIRST = 20
+"""The first meta-seed; settings were chosen on others, below it."""
 NEAR = 0.25
 """A point is at a minimum if it is at most so far from it, in the learner's coordinates."""
-RATES = tuple(10 ** (k / 2) for k in range(-10, 1))
-"""Learning rates of both baselines, from 1e-5 to 1."""
-STRATEGY = Strategy(name="pgpe", population=64, sigma=0.1, step=0.3)
-SHIFTS = {"same": 0.0, "shifted": SHIFT}
-"""Where test functions have their minima: half-width of the shifts."""
+RATES = tuple(10 ** (k / 2) for k in range(-10, 3))
+"""Learning rates of every control that follows the gradient, from 1e-5 to 10."""
+STRATEGY = Strategy(name="pgpe", population=64, sigma=0.1, step=0.15)
+VALIDATION = 128
+"""Starts by which learning rates of controls are chosen."""
+LARGE_CAP = 1.5
+"""Longest step of networks that move one coordinate at a time."""
 
 
 class Case(NamedTuple):
-    """A function in so many dimensions."""
+    """A function in so many dimensions, and the kind of network evolved on it."""
 
     function: str
     dimension: int
+    kind: Kind
 
     @property
     def stem(self) -> str:
         """Name of files."""
-        return f"{self.function}-{self.dimension}d"
+        return f"{self.function}-{self.dimension}d-{self.kind}"
 
     @property
     def title(self) -> str:
-        """The function's name, for people."""
-        return self.of.title
+        """The function's name and dimension, for people."""
+        return f"{self.of.title}, {self.dimension}-D"
 
     @property
     def of(self) -> Function:
         """The function."""
         return function(self.function, self.dimension)
 
+    def setting(self, seed: int, starts: int = 32) -> Setting:
+        """What is evolved."""
+        setting = Setting(self.function, self.dimension, self.kind, seed=seed, starts=starts)
+        if self.kind == "stateless":
+            return replace(setting, cap=0.1, hidden=12)
+        return replace(setting, cap=LARGE_CAP) if self.kind == "coordinate" else setting
 
-CORE = (Case("rastrigin", 2), Case("ackley", 2), Case("himmelblau", 2))
-"""The functions that decide."""
-FURTHER = tuple(Case(name, 2) for name in ("griewank", "schwefel", "styblinski-tang", "rosenbrock"))
-LARGE = (Case("rastrigin", 10), Case("ackley", 10))
+
+DECIDING = ("rastrigin", "ackley", "schwefel", "styblinski-tang", "rosenbrock")
+PLANE = tuple(Case(name, 2, "recurrent") for name in DECIDING)
+FURTHER = tuple(Case(name, 2, "recurrent") for name in ("himmelblau", "griewank"))
+LARGE = tuple(Case(name, 10, "coordinate") for name in DECIDING)
+STATELESS = tuple(Case(name, 2, "stateless") for name in DECIDING)
+HUGE, HUGE_STEPS = 30, 180
+"""Networks evolved in ten dimensions are also tested in so many, with so many steps: six per coordinate, as in ten."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Evolved top-down networks against gradient descent and Adam on non-convex functions."""
+    """Evolved top-down networks against gradient descent, Adam and random points on non-convex functions."""
 
     out: Path
     """Folder to write; what is finished in it is kept."""
     seeds: int = 5
-    """Meta-seeds: independent evolutions of each kind."""
-    generations: int = 400
-    """Of evolution on Rastrigin, Ackley and Himmelblau in two dimensions, which decide."""
-    generations_further: int = 160
-    """Of evolution on the other functions in two dimensions."""
-    generations_large: int = 80
+    """Meta-seeds: independent evolutions of each case."""
+    generations: int = 500
+    """Of evolution on the five functions that decide, in two dimensions."""
+    generations_large: int = 200
     """Of evolution in ten dimensions."""
+    generations_further: int = 100
+    """Of every other evolution."""
     starts: int = 256
     """Held-out starts per meta-seed."""
 
@@ -100,87 +102,101 @@ class Options:
         """Generations of a case."""
         if case in LARGE:
             return self.generations_large
-        return self.generations if case in CORE else self.generations_further
+        return self.generations if case in PLANE else self.generations_further
 
 
-def measured(case: Case, ends: Tensor, shifts: Tensor, path: Tensor | None = None) -> dict[str, float]:
-    """Mean final value, starts that end at a global minimum, and what the path (T, S, d) says, if given.
+def measured(of: Function, path: Tensor, shifts: Tensor) -> dict[str, float]:
+    """Mean value at the end of paths (T, S, d) and at their best point, and starts that end at a global minimum.
 
-    `crossed` is how many starts end in the basin of another minimum than they began in, `detour` the median of distance
-    travelled over distance from start to end.
+    A start that diverges counts as if it had stayed.
     """
-    minima = case.of.minima(case.dimension).to(ends)
-    nearest = (ends - shifts - minima[:, None]).norm(dim=-1).min(0).values
-    values = case.of(ends - shifts)
-    if path is not None:  # a start that diverges counts as if it had stayed
-        values = torch.where(values.isfinite(), values, case.of(path[0] - shifts))
-    found = {"final": float(values.mean()), "successes": int((nearest <= NEAR).sum())}
-    if path is None:
-        return found
-    travelled, across = (path[1:] - path[:-1]).norm(dim=-1).sum(0), (ends - path[0]).norm(dim=-1)
-    found["detour"] = float((travelled / across.clamp_min(1e-12)).nanmedian())
-    if case.of.multimodal and case.dimension == 2:
-        moved = (basin(case.of, path[0], shifts) - basin(case.of, ends, shifts)).norm(dim=-1)
-        found["crossed"] = int((moved > NEAR).sum())
-    return found
+    values = of(path - shifts)
+    final = torch.where(values[-1].isfinite(), values[-1], values[0])
+    minima = of.minima(path.shape[-1]).to(path)
+    nearest = (path[-1] - shifts - minima[:, None]).norm(dim=-1).amin(0)
+    best = values.nan_to_num(torch.inf).amin(0)
+    return {"final": float(final.mean()), "best": float(best.mean()), "successes": int((nearest <= NEAR).sum())}
 
 
-def tuned(case: Case, starts: int) -> dict[str, Any]:
-    """Per condition and method, the mean final value on validation starts for every rate, and the best rate and method."""
-    chosen: dict[str, Any] = {}
-    for place, shift in SHIFTS.items():
-        x, shifts = draw(starts, case.dimension, shift, seed_of("validation", case.stem, place))
-        found: dict[str, dict[float, float]] = {}
-        for method in ("gd", "adam"):
-            ends = [descend(case.of, x, shifts, method, rate)[-1] for rate in RATES]
-            values = [float(case.of(end - shifts).mean()) for end in ends]
-            found[method] = {r: v for r, v in zip(RATES, values, strict=True) if v < float("inf")}
-        rates = {method: min(values, key=values.__getitem__) for method, values in found.items()}
-        best = min(rates, key=lambda method: found[method][rates[method]])
-        chosen[place] = {
-            "rates": rates,
-            "best": best,
-            "values": {method: {f"{rate:.3g}": value for rate, value in each.items()} for method, each in found.items()},
-        }
-    return {"places": chosen}
+def tuned(case: Case, starts: int, steps: int = 60) -> dict[str, Any]:
+    """The mean final value on validation starts for every rate of every control, and its best rate."""
+    x, shifts = draw(starts, case.dimension, Setting().shift, seed_of("validation", case.function, case.dimension))
+    found: dict[str, dict[float, float]] = {}
+    for method in METHODS:
+        ends = {rate: descend(case.of, x, shifts, method, rate, steps=steps)[-1] for rate in RATES}
+        values = {rate: float(case.of(end - shifts).mean()) for rate, end in ends.items()}
+        found[method] = {rate: value for rate, value in values.items() if value < float("inf")}
+    return {
+        "rates": {method: min(values, key=values.__getitem__) for method, values in found.items()},
+        "values": {method: {f"{rate:.3g}": value for rate, value in each.items()} for method, each in found.items()},
+    }
 
 
-def held_out(case: Case, options: Options, seed: int, place: str) -> tuple[Tensor, Tensor]:
+def controls(case: Case, starts: int, steps: int, seed: int, rates: dict[str, float]) -> dict[str, Any]:
+    """Measures of every control from the held-out starts of a meta-seed."""
+    x, shifts = held_out(case, starts, seed)
+    paths: dict[str, Tensor] = {m: descend(case.of, x, shifts, m, rates[m], steps=steps) for m in METHODS}
+    points = best_of_random(case.of, x, shifts, seed_of("random", case.function, case.dimension, seed), steps)
+    paths |= {"random": torch.stack([x, points]), "start": x[None]}
+    return {name: measured(case.of, path, shifts) for name, path in paths.items()}
+
+
+def held_out(case: Case, starts: int, seed: int) -> tuple[Tensor, Tensor]:
     """The test starts and shifts of a meta-seed."""
-    return draw(options.starts, case.dimension, SHIFTS[place], seed_of("test", case.stem, place, seed))
+    return draw(starts, case.dimension, Setting().shift, seed_of("test", case.function, case.dimension, seed))
 
 
-def baselines(case: Case, options: Options, seed: int, rates: dict[str, Any]) -> dict[str, Any]:
-    """Measures of gradient descent, Adam and random points per condition."""
-    found: dict[str, Any] = {}
-    for place in SHIFTS:
-        x, shifts = held_out(case, options, seed, place)
-        methods: tuple[Literal["gd", "adam"], ...] = ("gd", "adam")
-        paths = {m: descend(case.of, x, shifts, m, rates[place]["rates"][m]) for m in methods}
-        found[place] = {m: measured(case, path[-1], shifts, path) for m, path in paths.items()}
-        ends = best_of_random(case.of, x, shifts, seed_of("random", case.stem, place, seed))
-        found[place] |= {"random": measured(case, ends, shifts), "start": measured(case, x, shifts)}
-    return {"places": found}
+def evolved(case: Case, options: Options, seeds: Sequence[int], path: Path) -> dict[str, Any]:
+    """Evolve from all meta-seeds, then measure centres and unevolved networks; those for each coordinate also in more
+    dimensions.
+
+    Args:
+        path: where generations are kept.
+    """
+    tasks = [Minimisation(case.setting(seed)) for seed in seeds]
+    found = evolve(tasks, seeds, [t.start for t in tasks], together, STRATEGY, options.length(case), path, every=50)
+    made = []
+    for task, seed, center in zip(tasks, seeds, map(torch.tensor, found["centers"]), strict=True):
+        methods = _tested(case, task, {"tdca": center, "unevolved": task.start}, options.starts, seed)
+        if case.kind == "coordinate":
+            larger = case._replace(dimension=HUGE)
+            task = Minimisation(replace(larger.setting(seed), steps=HUGE_STEPS))
+            methods["tdca-larger"] = _tested(larger, task, {"tdca": center}, options.starts, seed)["tdca"]
+        made.append({"methods": methods, "center": center.tolist()})
+    return {"seeds": made, "evolution": found["evolution"], "fitness": found["curve"][::10] + found["curve"][-1:]}
 
 
-def setting(case: Case, kind: Input, seed: int) -> Setting:
-    """What is evolved: networks with absolute input never see a shift."""
-    return Setting(case.function, case.dimension, kind, shift=SHIFT if kind == "relative" else 0.0, seed=seed)
+def _tested(
+    case: Case, task: Minimisation, networks: dict[str, Tensor], starts: int, seed: int
+) -> dict[str, dict[str, float]]:
+    x, shifts = held_out(case, starts, seed)
+    paths = task.walk(torch.stack(list(networks.values())).double(), x, shifts)
+    return {name: measured(case.of, paths[:, k], shifts) for k, name in enumerate(networks)}
 
 
-def evolved(case: Case, kind: Input, options: Options, seed: int) -> dict[str, Any]:
-    """Evolve, then measure the centre and the unevolved network per condition."""
-    task = Minimisation(setting(case, kind, seed))
-    evolution = Evolution(task, STRATEGY, Here(), seed)
-    curve = [evolution.step()["center"] for _ in range(options.length(case))]
-    center = evolution.search.center
-    found: dict[str, Any] = {}
-    for place in SHIFTS:
-        x, shifts = held_out(case, options, seed, place)
-        path = task.walk(center.double()[None], x, shifts)[:, 0]
-        rest = task.walk(task.start.double()[None], x, shifts)[-1, 0]
-        found[place] = {"tdca": measured(case, path[-1], shifts, path), "unevolved": measured(case, rest, shifts)}
-    return {"places": found, "center": center.tolist(), "fitness": curve[::10] + curve[-1:]}
+def controls_of(case: Case, options: Options, seeds: Sequence[int]) -> dict[str, Any]:
+    """Rates and measures of the controls of a case, in each of the dimensions tested."""
+    found = {}
+    for dimension in (case.dimension, HUGE) if case.kind == "coordinate" else (case.dimension,):
+        steps, at = HUGE_STEPS if dimension == HUGE else Setting().steps, case._replace(dimension=dimension)
+        best = tuned(at, VALIDATION, steps)
+        made = [controls(at, options.starts, steps, seed, best["rates"]) for seed in seeds]
+        found[str(dimension)] = {"tuned": best, "seeds": made}
+    return {"dimensions": found}
+
+
+def cell(options: Options, case: Case) -> dict[str, Any]:
+    """What is kept of a case: its evolutions and their tests, and its controls."""
+    parts = options.out / "cells"
+    config: dict[str, Any] = {"starts": options.starts, "near": NEAR, "seeds": options.seeds}
+    seeds = range(FIRST, FIRST + options.seeds)
+    asked = {**config, "generations": options.length(case), **asdict(case.setting(FIRST)), **asdict(STRATEGY)}
+    path = parts / f"{case.stem}.pt"
+    found = kept(path.with_suffix(".json"), asked, partial(evolved, case, options, seeds, path))
+    stem = f"{case.function}-{case.dimension}d-controls.json"
+    config |= {"rates": list(RATES), "validation": VALIDATION}
+    others = kept(parts / stem, config, partial(controls_of, case, options, seeds))
+    return {**found, "controls": others["dimensions"], "seconds": found["seconds"] + others["seconds"]}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
@@ -190,47 +206,32 @@ def study(options: Options, command: str) -> dict[str, Any]:
         ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds parts of a study with other options.
     """
-    counts = (options.generations, options.generations_further, options.generations_large, options.starts)
+    counts = (options.generations, options.generations_large, options.generations_further, options.starts)
     if options.seeds < 2 or min(counts) < 1:
         raise ConfigError("--seeds must be at least 2, generations and starts at least 1")
     check_writable(options.out)
-    around = environment("cpu", torch.get_num_threads())
-    parts = options.out / "cells"
-    cells: dict[Case, dict[str, Any]] = {}
-    for case in (*CORE, *FURTHER, *LARGE):
-        config = {"starts": options.starts, "shift": SHIFT, "near": NEAR}
-        best = kept(parts / f"{case.stem}-tuned.json", config, partial(tuned, case, options.starts))
-        cells[case] = {"tuned": best["places"], "baselines": [], **{kind: [] for kind in INPUTS}}
-        for seed in range(options.seeds):
-            path = parts / f"{case.stem}-baselines-{seed}.json"
-            cells[case]["baselines"].append(kept(path, config, partial(baselines, case, options, seed, best["places"])))
-            for kind in INPUTS:
-                asked = {
-                    **config,
-                    "generations": options.length(case),
-                    **asdict(setting(case, kind, seed)),
-                    **asdict(STRATEGY),
-                }
-                path = parts / f"{case.stem}-{kind}-{seed}.json"
-                cell = kept(path, asked, partial(evolved, case, kind, options, seed))
-                cells[case][kind].append(cell)
-                place = "same" if kind == "absolute" else "shifted"
-                value = cell["places"][place]["tdca"]["final"]
-                print(f"{cell['seconds']:7.1f} s  {case.stem:20} {kind:9} seed {seed}  {place} {value:.4g}", flush=True)
+    groups = {"plane": PLANE, "large": LARGE, "further": FURTHER, "stateless": STATELESS}
+    cells = {case: cell(options, case) for cases in groups.values() for case in cases}
     facts = {
         **{key: value for key, value in asdict(options).items() if key != "out"},
+        "first meta-seed": FIRST,
         "strategy": asdict(STRATEGY),
         "steps": Setting().steps,
-        "rate": Setting().rate,
-        "starts_per_generation": Setting().starts,
-        "hidden": [Setting().hidden, Setting().hidden],
-        "network_in_10_dimensions": "full: one network sees and moves all coordinates",
-        "shift": SHIFT,
-        "success_within": NEAR,
-        "rates_of_baselines": [float(f"{rate:.3g}") for rate in RATES],
-        "units": {name: f.unit for name, f in FUNCTIONS.items()},
+        "starts per generation": PLANE[0].setting(0).starts,
+        "shift": Setting().shift,
+        **{f"{case.kind} networks": _network(case) for case in (PLANE[0], LARGE[0], STATELESS[0])},
+        "steps of a turn": Setting().turn,
+        f"steps in {HUGE}-D": HUGE_STEPS,
+        "success within": NEAR,
+        "validation starts": VALIDATION,
+        "rates of controls": [float(f"{rate:.3g}") for rate in RATES],
     }
-    return report(options.out, cells, CORE, command, facts, around)
+    return report(options.out, cells, groups, command, facts, environment("cpu", torch.get_num_threads()))
+
+
+def _network(case: Case) -> str:
+    task = Minimisation(case.setting(0))
+    return f"{'-'.join(map(str, task.network.sizes))}, cap {task.setting.cap:g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,19 +1,18 @@
-"""Policies trained by evolved top-down networks, against REINFORCE with backpropagation, on CartPole (arXiv 2208.01416).
+"""Policies trained by evolved top-down networks, against REINFORCE, on CartPole and Pendulum (arXiv 2208.01416).
 
     python -m apical_papers.tdca.reinforcement.study --out results/tdca-reinforcement
 
-Networks are evolved from several meta-seeds on poles and forces of a narrow range (see
-:mod:`apical.evolution.reinforcement`), and then train new policies from initial weights never used before: on settings of
-that range, and on six far outside it. Learning rates of REINFORCE and of evolved networks are chosen alike, on validation
-lifetimes of the training range. What is finished stays in the folder, evolution generation by generation; the same command
-goes on from there.
-"""
+In two stages, networks are evolved from several meta-seeds on a narrow range of settings (see
+:mod:`apical.evolution.reinforcement`): gated by the advantage and blind to the state; then, from where the first stage
+ended, with the state, progress and return as further inputs. They then train new policies, from initial weights never used
+before, on settings of that range and on six far outside it. Every rule has its learning rate from one grid, chosen on
+validation lifetimes of the training range. Every network is also tested with shuffled advantages: what still scores has
+learned the task by heart. What is finished stays in the folder, evolution generation by generation; the same command
+continues from there."""
 
-import io
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,213 +22,248 @@ import torch
 from torch import Tensor
 
 from apical.bench.cells import kept
-from apical.bench.checkpoint import write_atomically
 from apical.bench.program import run_command
 from apical.bench.run_folder import check_writable, environment
-from apical.errors import CheckpointError, ConfigError
+from apical.errors import ConfigError
 from apical.evolution.environments import Array
-from apical.evolution.reinforcement import Credits, Reinforcement, Setting, reinforce, together
+from apical.evolution.population import Lifetime
+from apical.evolution.reinforcement import Credits, Reinforcement, Setting, by_hand, reinforce, shuffled, together
 from apical.evolution.seeds import seed_of
-from apical.evolution.strategy import Search, Strategy
+from apical.evolution.strategy import Strategy
+from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.reinforcement.report import report
 
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""Learning rates of REINFORCE and of evolved networks."""
-STRATEGY = Strategy(name="pgpe", population=64, sigma=0.2, step=0.1)
-TRIED = (
-    "sigma 0.1 with step 0.3 for 74 generations on the same meta-seeds, stopped; then, on another seed for 31 generations, "
-    "sigma and step 0.1, 0.1; 0.3, 0.1; 0.3, 0.03; 0.2, 0.05; 0.1, 0.03. "
-    "None came to a mean fitness above that of untrained policies"
-)
-"""What was run before the strategy above was chosen; it was not among these."""
-UNSEEN = {
-    "half-length 0.25 m": ("length", 0.25),
-    "half-length 1 m": ("length", 1.0),
-    "force 5 N": ("force_mag", 5.0),
-    "force 15 N": ("force_mag", 15.0),
-    "gravity 5 m/s²": ("gravity", 5.0),
-    "gravity 15 m/s²": ("gravity", 15.0),
-}
-"""Test settings that evolution does not see; everything else is gymnasium's (0.5 m, 10 N, 9.8 m/s²)."""
+FIRST = 20
+"""The first meta-seed; settings were chosen on others, below it."""
+RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+"""Learning rates of every rule."""
+STRATEGY = Strategy(name="pgpe", population=64, sigma=0.2, step=0.15)
+SECOND = replace(STRATEGY, sigma=0.06)
+"""Of the second stage, which begins where the first ended."""
 TRAIN = "training range"
 
 
 @dataclass(frozen=True)
+class Case:
+    """An environment of the study.
+
+    Attributes:
+        stem: name of files.
+        title: for people.
+        setting: what is evolved, and in which range.
+        unseen: name -> setting and its value, far outside the range; everything else is gymnasium's.
+        gain: mark for the return at the end minus that before learning.
+        harmless: mark for how far shuffled advantages may move the return, either way.
+    """
+
+    stem: str
+    title: str
+    setting: Setting
+    unseen: dict[str, tuple[str, float]] = field(default_factory=dict)
+    gain: float = 50.0
+    harmless: float = 10.0
+
+
+CART_POLE = Case(
+    "cart-pole",
+    "CartPole",
+    Setting(),
+    {
+        "half-length 0.25 m": ("length", 0.25),
+        "half-length 1 m": ("length", 1.0),
+        "force 5 N": ("force_mag", 5.0),
+        "force 15 N": ("force_mag", 15.0),
+        "gravity 5 m/s²": ("gravity", 5.0),
+        "gravity 15 m/s²": ("gravity", 15.0),
+    },
+)
+PENDULUM = Case(
+    "pendulum",
+    "Pendulum with three torques",
+    Setting("pendulum", {"m": (0.8, 1.2), "l": (0.8, 1.2)}, lifetime=Lifetime(steps=20, lr=0.02, clip=1.0), returns=1000.0),
+    {
+        "mass 0.5 kg": ("m", 0.5),
+        "mass 2 kg": ("m", 2.0),
+        "length 0.5 m": ("l", 0.5),
+        "length 1.5 m": ("l", 1.5),
+        "gravity 5 m/s²": ("g", 5.0),
+        "gravity 15 m/s²": ("g", 15.0),
+    },
+    gain=100.0,
+    harmless=50.0,
+)
+CASES = (CART_POLE, PENDULUM)
+
+
+@dataclass(frozen=True)
 class Options:
-    """Evolved top-down networks against REINFORCE on CartPole."""
+    """Evolved top-down networks against REINFORCE on CartPole and Pendulum."""
 
     out: Path
     """Folder to write; what is finished in it is kept."""
     seeds: int = 5
     """Meta-seeds: independent evolutions."""
-    generations: int = 200
-    """Of each evolution; a longer one goes on from a shorter."""
-    lifetimes: int = 32
+    generations: int = 60
+    """Of the first stage."""
+    generations_state: int = 20
+    """Of the second stage, in which networks see the state."""
+    generations_ungated: int = 15
+    """Of networks whose credit is not gated, on CartPole."""
+    lifetimes: int = 16
     """New policies per setting and meta-seed, for tests, and per learning rate, for choosing it."""
 
 
-def evolve(tasks: Sequence[Reinforcement], generations: int, path: Path) -> dict[str, Any]:
-    """Evolve for all tasks side by side, which costs less than one after the other; a finished generation is kept at `path`.
-
-    Raises:
-        CheckpointError: the file there is damaged, or of a longer evolution.
-    """
-    searches = [Search(STRATEGY, task.start) for task in tasks]
-    done, seconds, curve = 0, 0.0, []
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            for search, state in zip(searches, saved["searches"], strict=True):
-                search.restore(state)
-            done, seconds, curve = saved["generation"], saved["seconds"], saved["curve"]
-        except Exception as error:  # a damaged file makes torch raise almost anything
-            raise CheckpointError(f"{path} is damaged ({error}); choose another --out") from error
-    if done > generations:
-        raise CheckpointError(f"{path} has {done} finished generations, more than --generations {generations}")
-    while done < generations:
-        begun = time.perf_counter()
-        seeds = [seed_of(task.setting.seed, "population", done) for task in tasks]
-        asked = [search.ask(seed) for search, seed in zip(searches, seeds, strict=True)]
-        fitness = together(tasks, torch.stack(asked), done)
-        for search, population, found in zip(searches, asked, fitness, strict=True):
-            search.tell(population, found)
-        done += 1
-        seconds += time.perf_counter() - begun
-        curve.append(fitness.nanmean(1).tolist())
-        buffer = io.BytesIO()
-        states = [search.state() for search in searches]
-        torch.save({"searches": states, "generation": done, "seconds": seconds, "curve": curve}, buffer)
-        write_atomically(path, buffer.getvalue())
-        print(f"{seconds:7.1f} s  generation {done}  mean fitness {' '.join(f'{x:.0f}' for x in curve[-1])}", flush=True)
-    return {
-        "centers": [search.center.tolist() for search in searches],
-        "curve": curve,
-        "evolution_seconds": round(seconds, 1),
-    }
-
-
-def starts(task: Reinforcement, name: str, seed: int, count: int) -> tuple[Tensor, list[int]]:
+def new_policies(task: Reinforcement, name: str, seed: int, count: int) -> tuple[Tensor, list[int]]:
     """Initial policies (count, n) and the seeds of their lifetimes."""
     seeds = [seed_of(name, seed, k) for k in range(count)]
     return torch.stack([task.policy.start(seed_of(each, "policy")) for each in seeds]), seeds
 
 
-def tuned(task: Reinforcement, credits_of: Any, seed: int, count: int) -> dict[str, Any]:
-    """Mean return at the end of `count` lifetimes in the training range per learning rate, and the best rate.
+CreditsOf = Callable[[int], Credits]
+"""From a number of policies to where their credits come from."""
 
-    Args:
-        credits_of: from a number of policies to where their credits come from.
-    """
-    start, seeds = starts(task, "validation", seed, count)
-    settings = task.drawn(seed_of("validation", seed), count)
-    found = {}
-    for rate in RATES:
-        returns, _ = task.live(start, credits_of(count), settings, seeds, torch.full((count,), rate))
-        found[rate] = float(task.score(returns).mean())
+
+def tuned(task: Reinforcement, credits_of: CreditsOf, seed: int, count: int) -> dict[str, Any]:
+    """Mean return at the end of `count` validation lifetimes in the training range per learning rate, and the best rate."""
+    start, seeds = new_policies(task, "validation", seed, count)
+    settings = {name: np.tile(values, len(RATES)) for name, values in task.drawn(seed_of("validation", seed), count).items()}
+    rates = torch.tensor(RATES).repeat_interleave(count)
+    returns, _ = task.live(start.repeat(len(RATES), 1), credits_of(len(rates)), settings, seeds * len(RATES), rates)
+    found = dict(zip(RATES, task.end(returns).view(-1, count).mean(1).tolist(), strict=True))
     return {"rate": max(found, key=found.__getitem__), "returns": {f"{rate:g}": value for rate, value in found.items()}}
 
 
-def places_of_test(task: Reinforcement, seed: int, count: int) -> dict[str, Array]:
-    """Those of the training range, `count` times, then each of the unseen ones, `count` times."""
-    drawn = task.drawn(seed_of("test", seed), count)
-    usual = {"length": 0.5, "force_mag": 10.0, "gravity": 9.8}
-    rows = {name: [drawn.get(name, np.full(count, value))] for name, value in usual.items()}
-    for name, value in UNSEEN.values():
-        for key, column in rows.items():
-            column.append(np.full(count, value if key == name else usual[key]))
-    return {name: np.concatenate(column) for name, column in rows.items()}
-
-
-def compared(task: Reinforcement, seed: int, count: int, methods: Mapping[str, tuple[Credits, float]]) -> dict[str, Any]:
-    """Per method: mean return at the end of lifetimes for each setting, and in every update in the training range."""
-    start, seeds = starts(task, "test", seed, count)
-    places = (TRAIN, *UNSEEN)
-    start, seeds = start.repeat(len(places), 1), seeds * len(places)
-    settings, found = places_of_test(task, seed, count), {}
-    for name, (credits, rate) in methods.items():
-        returns, _ = task.live(start, credits, settings, seeds, torch.full((len(start),), rate))
-        scores = task.score(returns).view(len(places), count).mean(1).tolist()
-        found[name] = {"end": dict(zip(places, scores, strict=True)), "curve": returns[:, :count].mean(1).tolist()}
-    return found
-
-
-def without_hidden(credits: Credits) -> Credits:
-    """The same credits for probabilities, none for hidden units: a control."""
-
-    def changed(pi: Tensor, actions: Tensor, advantages: Tensor, readout: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, output = credits(pi, actions, advantages, readout)
-        return torch.zeros_like(hidden), output
-
-    return changed
-
-
-def measured(task: Reinforcement, center: Tensor, seed: int, count: int, rate: float) -> dict[str, Any]:
-    """Test a meta-seed: choose its network's learning rate, then compare with REINFORCE at `rate`, and with the controls."""
-    own = tuned(task, lambda n: task.credits(center.expand(n, -1)), seed, count)
-    everyone = count * (1 + len(UNSEEN))
-    evolved, unevolved = (task.credits(weights.expand(everyone, -1)) for weights in (center, task.start))
-    usual = task.setting.lifetime.lr
-    methods: dict[str, tuple[Credits, float]] = {
-        "tdca": (evolved, own["rate"]),
-        "tdca-as-evolved": (evolved, usual),
-        "tdca-no-hidden": (without_hidden(evolved), own["rate"]),
-        "unevolved": (unevolved, usual),
-        "reinforce": (reinforce, rate),
-        "reinforce-same-rate": (reinforce, usual),
+def places_of_test(case: Case, task: Reinforcement, seed: int, count: int) -> dict[str, Array]:
+    """Settings of the training range, `count` times, then each of the unseen ones, `count` times."""
+    drawn, usual = task.drawn(seed_of("test", seed), count), task.environment.settings
+    names = {*drawn, *(name for name, _ in case.unseen.values())}
+    return {
+        name: np.concatenate(
+            [
+                drawn.get(name, np.full(count, usual[name])),
+                *(np.full(count, value if key == name else usual[name]) for key, value in case.unseen.values()),
+            ]
+        )
+        for name in sorted(names)
     }
-    return {"tuned": own, "methods": compared(task, seed, count, methods)}
+
+
+def trial(case: Case, task: Reinforcement, seed: int, count: int, credits_of: CreditsOf, rate: float) -> dict[str, Any]:
+    """Mean return at the end of lifetimes for each setting, and in every update in the training range."""
+    start, seeds = new_policies(task, "test", seed, count)
+    places = (TRAIN, *case.unseen)
+    returns, _ = task.live(
+        start.repeat(len(places), 1),
+        credits_of(count * len(places)),
+        places_of_test(case, task, seed, count),
+        seeds * len(places),
+        torch.full((count * len(places),), rate),
+    )
+    ends = task.end(returns).view(len(places), count).mean(1).tolist()
+    return {"rate": rate, "end": dict(zip(places, ends, strict=True)), "curve": returns[:, :count].mean(1).tolist()}
+
+
+def measured(case: Case, networks: dict[str, tuple[Reinforcement, Tensor]], seed: int, count: int) -> dict[str, Any]:
+    """Test a meta-seed: every network and control with a rate of its own, then each with shuffled advantages."""
+    task = networks["gated"][0]
+    rules: dict[str, tuple[Reinforcement, CreditsOf]] = {
+        name: (each, lambda n, each=each, weights=weights: each.credits(weights.expand(n, -1)))  # type: ignore[misc]
+        for name, (each, weights) in networks.items()
+    }
+    rules |= {"by-hand": (task, lambda n: by_hand), "reinforce": (task, lambda n: reinforce)}
+    methods = {}
+    for name, (each, credits_of) in rules.items():
+        best = tuned(each, credits_of, seed, count)
+        methods[name] = {**trial(case, each, seed, count, credits_of, best["rate"]), "returns": best["returns"]}
+        methods[f"{name}-shuffled"] = trial(
+            replace(case, unseen={}), each, seed, count, partial(_shuffled, credits_of, seed), best["rate"]
+        )
+    return {"methods": methods}
+
+
+def _shuffled(credits_of: CreditsOf, seed: int, count: int) -> Credits:
+    return shuffled(credits_of(count), seed_of("shuffled", seed))
+
+
+def cell(case: Case, options: Options) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The evolutions of a case, and what is kept of the test of each meta-seed."""
+    parts, seeds = options.out / "cells", range(FIRST, FIRST + options.seeds)
+    parts.mkdir(parents=True, exist_ok=True)
+    config = {"setting": plain(asdict(case.setting)), "strategy": asdict(STRATEGY), "seeds": options.seeds}
+    tasks = [Reinforcement(replace(case.setting, seed=seed)) for seed in seeds]
+    stages: dict[str, tuple[Strategy, int]] = {
+        "gated": (STRATEGY, options.generations),
+        "state": (SECOND, options.generations_state),
+        "ungated": (STRATEGY, options.generations_ungated),
+    }
+    found: dict[str, Any] = {}
+    networks: dict[str, list[tuple[Reinforcement, Tensor]]] = {}
+    for name, (strategy, generations) in stages.items():
+        if name == "ungated":
+            if case is not CART_POLE:
+                continue
+            here = [Reinforcement(replace(task.setting, gated=False, hidden=12)) for task in tasks]
+            starts = [task.start for task in here]
+        elif name == "state":
+            pairs = [task.with_state(center) for task, center in networks["gated"]]
+            here, starts = [task for task, _ in pairs], [start for _, start in pairs]
+        else:
+            here, starts = tasks, [task.start for task in tasks]
+        path, asked = parts / f"{case.stem}-{name}", config | {f"generations of {name}": generations}
+        made = kept(
+            path.with_suffix(".json"),
+            asked,
+            partial(evolve, here, seeds, starts, together, strategy, generations, path.with_suffix(".pt")),
+        )
+        config, found[name] = asked, made
+        networks[name] = [(task, torch.tensor(c)) for task, c in zip(here, made["centers"], strict=True)]
+    networks["unevolved"] = [(task, task.start) for task in tasks]
+    config["lifetimes"], cells = options.lifetimes, []
+    for k, seed in enumerate(seeds):
+        of_seed = {name: each[k] for name, each in networks.items()}
+        path = parts / f"{case.stem}-test-{seed}.json"
+        cells.append(kept(path, config, partial(measured, case, of_seed, seed, options.lifetimes)))
+        ends = {name: round(each["end"][TRAIN], 1) for name, each in cells[-1]["methods"].items()}
+        print(f"{cells[-1]['seconds']:7.1f} s  {case.title}, meta-seed {seed}: {ends}", flush=True)
+    return found, cells
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
     """Run what is not finished yet, then write results.json, figures and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, an option is not usable, or gymnasium is not installed.
+        ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds parts of a study with other options.
     """
-    if options.seeds < 2 or min(options.generations, options.lifetimes) < 1:
+    counts = (options.generations, options.generations_state, options.generations_ungated, options.lifetimes)
+    if options.seeds < 2 or min(counts) < 1:
         raise ConfigError("--seeds must be at least 2, generations and lifetimes at least 1")
     check_writable(options.out)
-    around = environment("cpu", torch.get_num_threads())
-    tasks = [Reinforcement(Setting(seed=seed)) for seed in range(options.seeds)]
-    parts, count = options.out / "cells", options.lifetimes
-    parts.mkdir(parents=True, exist_ok=True)
-    made = {"setting": _plain(asdict(Setting())), "strategy": asdict(STRATEGY), "seeds": options.seeds}
-    config = {**made, "generations": options.generations}
-    found = kept(
-        parts / f"evolved-{options.generations}.json",
-        config,
-        lambda: evolve(tasks, options.generations, parts / f"evolution-{options.seeds}.pt"),
-    )
-    config["lifetimes"] = count
-    best = kept(
-        parts / f"reinforce-{count}.json", {"lifetimes": count}, lambda: tuned(tasks[0], lambda n: reinforce, -1, count)
-    )
-    cells = []
-    for seed, task in enumerate(tasks):
-        center, path = torch.tensor(found["centers"][seed]), parts / f"test-{options.generations}-{seed}.json"
-        cells.append(kept(path, config, partial(measured, task, center, seed, count, best["rate"])))
-        ends = {name: round(each["end"][TRAIN], 1) for name, each in cells[-1]["methods"].items()}
-        print(f"{cells[-1]['seconds']:7.1f} s  meta-seed {seed}: {ends}", flush=True)
+    cells = {case.stem: cell(case, options) for case in CASES}
+    task = Reinforcement(CART_POLE.setting)
     facts = {
         **{key: value for key, value in asdict(options).items() if key != "out"},
+        "first meta-seed": FIRST,
         "strategy": asdict(STRATEGY),
-        "strategies_tried_before": TRIED,
-        "policy": list(tasks[0].policy.sizes),
-        "top_down_network": list(tasks[0].network.sizes),
-        **_plain(asdict(Setting())),
+        "sigma of the second stage": SECOND.sigma,
+        "policy on CartPole": list(task.policy.sizes),
+        "network": list(task.network.sizes),
+        **{case.title: plain(dict(case.setting.ranges)) for case in CASES},
+        **{
+            key: value
+            for key, value in plain(asdict(CART_POLE.setting)).items()
+            if key in ("lifetime", "episodes", "steps", "discount", "last")
+        },
         "rates": list(RATES),
-        "rate_of_reinforce": best["rate"],
-        "rates_of_tdca": [cell["tuned"]["rate"] for cell in cells],
     }
-    return report(options.out, found, best, cells, (TRAIN, *UNSEEN), command, facts, around)
+    return report(options.out, CASES, cells, TRAIN, command, facts, environment("cpu", torch.get_num_threads()))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,155 @@
+"""Top-down networks evolved to find minima of non-convex functions: the learner is the point x itself.
+
+    x <- x - cap tanh(T(s)),   60 steps, from random starts in [-3, 3]^d
+
+T sees no gradient and not where the point is, only what its own steps did, so it cannot learn by heart where the minimum
+lies; that is shifted anew for every start. Three kinds:
+
+    stateless   a perceptron of       s = [u ; tanh(10 df / level) ; l]
+    recurrent   an Elman network of   s = [u ; x* - x ; tanh(10 df / level) ; tanh(10 (f - f*) / level) ; l ; t]
+    coordinate  the same network for every coordinate: it moves one at a time, `turn` steps each, and remembers, and calls
+                its best, what came since its turn began; f and level are divided by d
+
+with u = tanh(T) of the last step, df the change of f that it made, x* and f* the best point so far and its value, t the time
+from -1 to 1, level the mean of f over the starts, and l = log(1 + f) / log(1 + level). Memory and a larger cap depart from
+the released code, whose top-down networks have neither; that is for classification, and what the paper's networks for
+functions were like is not known (only its abstract could be read).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from apical.errors import ConfigError
+from apical.evolution.functions import draw, function
+from apical.evolution.perceptron import Perceptron, evaluate, recur, tanh
+from apical.evolution.seeds import seed_of
+
+Kind = Literal["stateless", "recurrent", "coordinate"]
+KINDS: tuple[Kind, ...] = ("stateless", "recurrent", "coordinate")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is evolved, and on which function.
+
+    Attributes:
+        function: its name.
+        dimension: of the point, d.
+        kind: of top-down network.
+        cap: longest step per coordinate.
+        shift: minima are moved by uniform numbers in [-shift, shift]^d, anew for every start.
+        steps: of the learner.
+        turn: steps of one coordinate, before the next one is moved; for kind "coordinate" alone.
+        starts: learners per individual and generation.
+        hidden: units in each hidden layer of the top-down network, of which a stateless one has two.
+        seed: of starts, shifts and the first top-down network.
+    """
+
+    function: str = "rastrigin"
+    dimension: int = 2
+    kind: Kind = "recurrent"
+    cap: float = 0.5
+    shift: float = 1.5
+    steps: int = 60
+    turn: int = 6
+    starts: int = 64
+    hidden: int = 16
+    seed: int = 0
+
+
+class Minimisation:
+    """The task of evolving, for :class:`apical.evolution.workers.Task`: fitness is minus the mean final value.
+
+    Raises:
+        ConfigError: the function is not known or not defined in so many dimensions, or a setting is not usable.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        counts = (setting.steps, setting.starts, setting.hidden, setting.turn)
+        if min(counts) < 1 or setting.cap <= 0 or setting.shift < 0:
+            raise ConfigError(f"steps, starts, hidden, turn and cap must be positive, shift not negative; got {setting}")
+        if setting.kind not in KINDS:
+            raise ConfigError(f"the kind must be one of {', '.join(KINDS)}; got {setting.kind!r}")
+        self.setting = setting
+        self.function = function(setting.function, setting.dimension)
+        d = 1 if setting.kind == "coordinate" else setting.dimension
+        sizes = [d + 2, setting.hidden, setting.hidden, d]
+        if setting.kind != "stateless":
+            sizes = [2 * d + 4 + setting.hidden, setting.hidden, d]
+        self.network = Perceptron(sizes)
+        self.start = self.network.start(seed_of(setting.seed, "teacher"))
+        self._share = setting.dimension if setting.kind == "coordinate" else 1
+
+    @cached_property
+    def level(self) -> float:
+        """The function's mean over the box of starts; for kind "coordinate" divided by d."""
+        return self.function.level(self.setting.dimension) / self._share
+
+    def walk(self, individuals: Tensor, starts: Tensor, shifts: Tensor) -> Tensor:
+        """Where each individual of (P, D) takes each start: (steps + 1, P, S, d).
+
+        Args:
+            starts: (S, d), or those of each individual, (P, S, d).
+            shifts: how far each start's function is moved, of the same shape.
+        """
+        return torch.stack([x.clone() for x in self._points(individuals, starts, shifts)]).transpose(2, 3)
+
+    def _points(self, individuals: Tensor, starts: Tensor, shifts: Tensor) -> Iterator[Tensor]:
+        """The same, step by step: (P, d, S), which the next step overwrites."""
+        setting, layers, moved = self.setting, self.network.layers(individuals), shifts.transpose(-1, -2)
+        turn = setting.turn if setting.kind == "coordinate" else setting.steps
+        x = starts.transpose(-1, -2).expand(len(individuals), -1, -1).clone()  # starts last: see `evaluate`
+        nothing = x.new_zeros(len(x), setting.hidden, x.shape[2])
+        f = self._value(x - moved)
+        yield x
+        for step in range(setting.steps):
+            number, clock = divmod(step, turn)
+            if clock == 0:
+                i = number % setting.dimension
+                part = x[:, i : i + 1] if setting.kind == "coordinate" else x
+                best, lowest, memory = part.clone(), f, nothing
+                u, change = torch.zeros_like(part), torch.zeros_like(f)
+            scaled = torch.log1p(f) / math.log1p(self.level)
+            if setting.kind == "stateless":
+                sent = evaluate(layers, torch.cat([u, *_rows(self._small(change), scaled)], 1))
+            else:
+                time = torch.full_like(f, 2 * clock / max(turn - 1, 1) - 1)
+                rows = _rows(self._small(change), self._small(f - lowest), scaled, time)
+                sent, memory = recur(layers, torch.cat([u, best - part, *rows], 1), memory)
+            u = tanh(sent)
+            part -= setting.cap * u
+            before, f = f, self._value(x - moved)
+            change = f - before
+            best = torch.where((f < lowest)[:, None], part, best)
+            lowest = torch.minimum(f, lowest)
+            yield x
+
+    def _value(self, x: Tensor) -> Tensor:
+        return self.function(x.transpose(1, 2)) / self._share
+
+    def _small(self, difference: Tensor) -> Tensor:
+        return tanh(difference * (10 / self.level))
+
+    def fitness(self, individuals: Tensor, generation: int) -> Tensor:
+        """Minus the mean final value over the generation's starts, (P,)."""
+        return together([self], individuals[None], generation)[0]
+
+
+def together(tasks: Sequence[Minimisation], populations: Tensor, generation: int) -> Tensor:
+    """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one walk is cheaper."""
+    task, setting, P = tasks[0], tasks[0].setting, populations.shape[1]
+    seeds = [seed_of(each.setting.seed, "starts", generation) for each in tasks]
+    drawn = zip(*(draw(setting.starts, setting.dimension, setting.shift, seed) for seed in seeds), strict=True)
+    starts, shifts = (torch.stack(each).to(populations.dtype).repeat_interleave(P, 0) for each in drawn)
+    *_, last = task._points(populations.flatten(0, 1), starts, shifts)
+    return -task.function(last.transpose(1, 2) - shifts).mean(1).view(len(tasks), P)
+
+
+def _rows(*values: Tensor) -> list[Tensor]:
+    return [each[:, None] for each in values]  # (P, S) to (P, 1, S)

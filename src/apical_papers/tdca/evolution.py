@@ -1,0 +1,75 @@
+"""Evolution from several meta-seeds at once, which costs less than one after the other, kept as it advances."""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from apical.bench.checkpoint import write_atomically
+from apical.errors import CheckpointError
+from apical.evolution.seeds import seed_of
+from apical.evolution.strategy import Search, Strategy
+
+Task = TypeVar("Task")
+
+
+def evolve(
+    tasks: Sequence[Task],
+    seeds: Sequence[int],
+    starts: Sequence[Tensor],
+    together: Callable[[Sequence[Task], Tensor, int], Tensor],
+    strategy: Strategy,
+    generations: int,
+    path: Path,
+    every: int = 1,
+) -> dict[str, Any]:
+    """Centres of the search distributions, the mean fitness of each generation, and seconds.
+
+    Args:
+        tasks: one per meta-seed, which differ in it alone.
+        seeds: the meta-seeds.
+        starts: weights (D,) that each search begins with.
+        together: from tasks, populations (S, P, D) and a generation to fitness (S, P).
+        strategy: of every search.
+        generations: how many.
+        path: where finished generations are kept, every so many and the last.
+        every: so many.
+
+    Raises:
+        CheckpointError: the file there is damaged, or of a longer evolution.
+    """
+    searches = [Search(strategy, start) for start in starts]
+    done, seconds, curve = 0, 0.0, []
+    if path.exists():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for search, state in zip(searches, saved["searches"], strict=True):
+                search.restore(state)
+            done, seconds, curve = saved["generation"], saved["seconds"], saved["curve"]
+        except Exception as error:  # a damaged file makes torch raise almost anything
+            raise CheckpointError(f"{path} is damaged ({error}); choose another --out") from error
+    if done > generations:
+        raise CheckpointError(f"{path} has {done} finished generations, more than the {generations} asked for")
+    while done < generations:
+        begun = time.perf_counter()
+        drawn = [seed_of(seed, "population", done) for seed in seeds]
+        asked = [search.ask(seed) for search, seed in zip(searches, drawn, strict=True)]
+        fitness = together(tasks, torch.stack(asked), done)
+        for search, population, found in zip(searches, asked, fitness, strict=True):
+            search.tell(population, found)
+        done += 1
+        seconds += time.perf_counter() - begun
+        curve.append(fitness.nanmean(1).tolist())
+        if done % every == 0 or done == generations:
+            buffer = io.BytesIO()
+            states = [search.state() for search in searches]
+            torch.save({"searches": states, "generation": done, "seconds": seconds, "curve": curve}, buffer)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getvalue())
+            shown = " ".join(f"{value:.4g}" for value in curve[-1])
+            print(f"{seconds:7.1f} s  {path.stem}, generation {done}: mean fitness {shown}", flush=True)
+    return {"centers": [search.center.tolist() for search in searches], "curve": curve, "evolution": round(seconds, 1)}
