@@ -66,7 +66,7 @@ MISSED = {
         ],
         [
             "Styblinski-Tang, 10-D",
-            "networks of different meta-seeds differ much after 200 generations; Adam's best rate, 3.2 a step, leaps wells too",
+            "networks of different meta-seeds differ much after 200 generations; Adam at its best rate, 3.2, leaps wells",
             "steps of at most 1 instead of 1.5: 78 to 90; a centre step of 0.3: 54",
         ],
         [
