@@ -49,8 +49,8 @@ MISSED = {
         ],
         [
             "CartPole, first stage, shuffled advantages",
-            "credit made by hand, which knows nothing of the task, moves as far: policies that drift at random balance longer "
-            "now and then, and no credit undoes it",
+            "credit made by hand, which knows nothing of the task, moves as far: policies that drift at random balance "
+            "longer now and then, and no credit undoes it",
             "nothing: the mark stays as it was set",
         ],
         [
@@ -60,8 +60,8 @@ MISSED = {
         ],
         [
             "Pendulum",
-            "lifetimes differ so much that 80 generations of one each are few; credit by hand is below REINFORCE too, so the "
-            "hidden units, which get no credit, matter here",
+            "lifetimes differ so much that 80 generations of one each are few; credit by hand is below REINFORCE too, so "
+            "the hidden units, which get no credit, may matter here",
             "a learning rate of 0.05 in evolution instead of 0.02: no gain in 40 generations (one meta-seed)",
         ],
         [
