@@ -54,6 +54,7 @@ PAPER = Paper(
             },
             module="apical_papers.tdca.reinforcement.study",
             needs={"generations": 60, "generations_state": 20, "generations_ungated": 15, "seeds": 5},
+            hours={"cpu": 0.3},
         ),
     },
 )
