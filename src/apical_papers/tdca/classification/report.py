@@ -64,7 +64,7 @@ def finish(
         "seconds": round(sum(cell["seconds"] for cell in cells), 1),
         "verdicts": verdicts(arms),
         "tables": [
-            released(arms),
+            *([released(arms)] if "released" in arms else []),
             _lineup(arms, "tuned", "With tuned learning rates"),
             _lineup(arms, "same_rate", "All at the learning rate of evolution"),
             _evolutions(arms),
