@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apical.rules.counter_current.teaching import KnownGradients, Taught, Teaching
+from apical.core.credit import Credit, KnownGradients
+from apical.rules.counter_current.teaching import Taught, Teaching
 
 KINDS = [nn.ELU(), nn.ELU(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Softplus(), nn.Identity(), None]
 
@@ -14,9 +15,8 @@ def taught(block: Taught, given: Tensor, signal: Tensor) -> list[Tensor]:
     teaching = Teaching()
     with torch.no_grad():
         teaching.teach(block(given, learns=True), signal)
-    roots, signals = teaching.finish()
-    torch.autograd.backward(roots, signals)
-    return roots
+    Credit.of(teaching.roots, signal, signal.detach().sum()).backward()
+    return [root for root, _ in teaching.roots]
 
 
 @pytest.mark.parametrize("activation", KINDS, ids=str)
@@ -26,8 +26,8 @@ def test_closed_forms_equal_autograd(activation: nn.Module | None, bias: bool) -
     layer = nn.Linear(4, 3, bias=bias).double()
     given, signal = torch.randn(5, 4).double(), torch.randn(5, 3).double()
     modules = [layer] if activation is None else [layer, activation]
-    (root,) = taught(Taught(modules), given, signal)
-    assert type(root.grad_fn).__name__ == "KnownGradientsBackward"
+    roots = taught(Taught(modules), given, signal)
+    assert all(root is parameter for root, parameter in zip(roots, layer.parameters(), strict=True))
     found = [parameter.grad.clone() for parameter in layer.parameters()]
     layer.zero_grad()
     (nn.Sequential(*modules)(given) * signal).sum().backward()
@@ -97,7 +97,7 @@ def test_closed_forms_are_not_taken_where_modules_compute_something_else(kind: s
     given, block = torch.randn(5, 4).double(), Taught(modules)
     signal = torch.randn_like(nn.Sequential(*modules)(given))
     (root,) = taught(block, given, signal)
-    assert type(root.grad_fn).__name__ != "KnownGradientsBackward"
+    assert not root.is_leaf
     found = [parameter.grad.clone() for parameter in parameters]
     expected = torch.autograd.grad((nn.Sequential(*modules)(given) * signal).sum(), parameters)
     for mine, gradient in zip(found, expected, strict=True):
@@ -107,7 +107,7 @@ def test_closed_forms_are_not_taken_where_modules_compute_something_else(kind: s
 def test_a_frozen_block_has_no_root() -> None:
     teaching = Teaching()
     teaching.loss(nn.Linear(2, 1).requires_grad_(False)(torch.ones(1, 2)).sum())
-    assert teaching.finish() == ([], [])
+    assert not teaching.roots
 
 
 def test_known_gradients_scale_and_accumulate() -> None:
@@ -115,13 +115,13 @@ def test_known_gradients_scale_and_accumulate() -> None:
     teaching = Teaching()
     with torch.no_grad():
         teaching.teach(Taught([layer])(given, learns=True), signal)
-    (root,), _ = teaching.finish()
-    (3 * root).backward(retain_graph=True)
+    loss = Credit.of(teaching.roots, signal, signal.sum()).loss
+    (3 * loss).backward(retain_graph=True)
     torch.testing.assert_close(layer.weight.grad, 3 * signal.T @ given)
-    root.backward()
+    loss.backward()
     torch.testing.assert_close(layer.weight.grad, 4 * signal.T @ given)
     with pytest.raises(RuntimeError, match="a second time"):
-        root.backward()
+        loss.backward()
     taught(Taught([layer]), given, signal)
     torch.testing.assert_close(layer.weight.grad, 5 * signal.T @ given)
 

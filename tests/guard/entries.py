@@ -6,6 +6,7 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -181,10 +182,12 @@ def apical(*words: str, allowed: Sequence[int] = (0,)) -> None:
 
     def run(arguments: Sequence[str]) -> Any:
         before, sys.argv = sys.argv, ["apical", *arguments]
+        handler = signal.getsignal(signal.SIGINT)
         try:
             return main()
         finally:
             sys.argv = before
+            signal.signal(signal.SIGINT, handler)  # which the program sets for itself
 
     call(run, words, allowed)
 

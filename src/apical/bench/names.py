@@ -133,8 +133,10 @@ RULES: dict[str, Entry] = {
     "ccl-readout": Entry(
         CounterCurrentLearning, "ccl, a control: only the last layer learns", {"feedback": "none"}, clip=1.0
     ),
-    "pc": Entry(PredictiveCoding, "predictive coding: states relax, blocks learn to predict them", {"inference": "state"}),
-    "pc-error": Entry(PredictiveCoding, "predictive coding, its equations solved in the errors", {"inference": "error"}),
+    "pc": Entry(
+        PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
+    ),
+    "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
     "tdca": Entry(
         TopDownCreditAssignment,
         "top-down credit assignment: an evolved network hands out credit",

@@ -74,7 +74,7 @@ class PredictiveCoding(CreditRule):
         input_shape: of one sample, where there are convolutions.
 
     Raises:
-        ConfigError: an option out of range; or a loss with a reduction that is no mean.
+        ConfigError: an option out of range; or a loss with `ignore_index` or a reduction that is no mean.
         UnsupportedModelError: the model is no row of blocks, or random, or of half precision.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
@@ -103,7 +103,7 @@ class PredictiveCoding(CreditRule):
         super().__init__(model, loss)
         if inference not in INFERENCES:
             raise unknown_name("inference", inference, INFERENCES)
-        refuse_options(loss, "predictive coding", ("reduction",))
+        refuse_options(loss, "predictive coding", ("ignore_index", "reduction"))
         self.head, self.row = blocks(model, input_shape)
         self._containers = Containers(model)
         for name, module in model.named_modules():
