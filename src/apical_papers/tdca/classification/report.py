@@ -21,7 +21,7 @@ ABOUT = (
     "other images and other initial weights. Backpropagation, direct feedback alignment and the controls train the same "
     "learners on the same images, with learning rates from one grid chosen on validation tasks. The paper's numbers could "
     "not be read: there are none to compare with. Credit on logits, relative to a right prediction, departs from the "
-    "authors' code; the arm that does not has a table of its own. Convolutions and deeper learners were not run."
+    "authors' code. Convolutions and deeper learners were not run."
 )
 SOURCES = {
     "our mark": "Values are means over unseen tasks, paired over meta-seeds (independent evolutions, each with test tasks "
@@ -56,7 +56,7 @@ def finish(
     arms = {arm: found for arm, found in arms.items() if found}
     results = {
         "title": TITLE,
-        "about": ABOUT,
+        "about": " ".join([ABOUT, *_left_out(arms)]),
         "command": command,
         "environment": around,
         "settings": settings,
@@ -140,6 +140,12 @@ def _evolutions(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
         "header": ["evolution", "weights", "s per generation", "generations to 0.1"],
         "rows": rows,
     }
+
+
+def _left_out(arms: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """A sentence on the arms of the study that were not run."""
+    missing = [title for arm, title in TITLES.items() if arm not in arms]
+    return [f"Of this study's arms these were not run: {'; '.join(missing)}."] if missing else []
 
 
 def _elsewhere(cells: Sequence[Cell], part: str, title: str, about: str) -> dict[str, Any]:
