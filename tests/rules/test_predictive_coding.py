@@ -268,6 +268,10 @@ def test_nothing_moves_where_the_target_is_met() -> None:
     credit.backward()
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
     assert float(credit.logs["energy"]) == 0
+    assert float(credit.logs["hidden_share"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no error has reached any layer, as there is none
+        PredictiveCoding(model, loss=squared_error, inference="state")(x, model(x).detach())
 
 
 def test_rescaled_gradients_have_backprops_size() -> None:
@@ -294,6 +298,39 @@ def test_running_statistics_move_once_a_batch_and_are_batch_statistics_throughou
         torch.testing.assert_close(ours / 1e-3, theirs, rtol=1e-8, atol=1e-12)  # a bias before it has no gradient
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+def test_statistics_that_move_in_an_evaluated_model_move_once(steps: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    model[1].train()
+    PredictiveCoding(model, steps=steps)(*batch("mlp")).backward()
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_statistics_are_whole_after_a_loss_that_fails() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+    calls = 0
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise ValueError("mine")
+        return F.cross_entropy(output, targets)
+
+    rule = PredictiveCoding(model, loss=loss, steps=9)
+    with pytest.raises(ValueError, match="mine"):
+        rule(*batch("mlp"))
+    assert int(model[1].num_batches_tracked) <= 1
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(2, 8)], ids=["layer", "rms", "group"])
+def test_normalisation_within_a_sample(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), norm, nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    x, targets = batch("mlp")
+    close(gradients(PredictiveCoding(model, inference="staged"), x, targets), backprop(model, x, targets), 1e-12)
+
+
 def test_samples_that_the_loss_ignores_teach_nothing() -> None:
     x, targets = batch("mlp", 6)
     some = targets.clone()
@@ -307,6 +344,8 @@ def test_samples_that_the_loss_ignores_teach_nothing() -> None:
 def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'1'.*draw anew"):
         PredictiveCoding(nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)))
+    with pytest.raises(UnsupportedModelError, match=r"'1'.*RReLU.*draw anew"):
+        PredictiveCoding(nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)))
     with pytest.raises(ConfigError, match="inference"):
         PredictiveCoding(mlp(), inference="errors")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="steps"):

@@ -33,7 +33,7 @@ Layer: TypeAlias = nn.Linear | _ConvNd
 LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag)
 """Layers without such a weight: scales, shifts, slopes, look-ups. They always keep their exact derivative."""
 
-NORMS = (_NormBase, nn.GroupNorm)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
@@ -121,13 +121,13 @@ def is_local(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module normalises by statistics over batch, channels or groups."""
+    """Whether the module normalises by statistics over batch, channels, groups or features."""
     return isinstance(module, NORMS)
 
 
 def is_random(module: nn.Module) -> bool:
     """Whether the module makes the forward pass random."""
-    return isinstance(module, _DropoutNd)
+    return isinstance(module, (_DropoutNd, nn.RReLU))
 
 
 def is_maximum(module: nn.Module) -> bool:

@@ -61,7 +61,7 @@ class PredictiveCoding(CreditRule):
 
     Args:
         model: a row of blocks (see :func:`apical.core.blocks.blocks`): Linear and convolution layers with normalisation,
-            activations and pooling, one after another. A skip must lie inside a block. Nothing random.
+            activations and pooling, one after another; no skips, nothing random.
         loss: maps (output, targets) to a scalar batch mean.
         inference: "error", "state", "staged" or "fixed-prediction".
         steps: T; None: 5 for "error", 2 L for "state", L - 1 otherwise ("staged" has no others).
@@ -264,12 +264,13 @@ class PredictiveCoding(CreditRule):
             with torch.enable_grad():
                 predictions.append(block(_copied(block, state.detach())))
         loss, top, count = self._top(predictions[-1].detach(), targets)
-        share = 1 - (1 - self.rate) ** relaxed.steps if self.rescale else 1.0
-        signals = [*(error / (-count * share) for error in relaxed.e), top / -count]
+        size = 1 - (1 - self.rate) ** relaxed.steps if self.rescale else 1.0
+        signals = [*(error / (-count * size) for error in relaxed.e), top / -count]
         roots: list[Root] = [(p, signal) for p, signal in zip(predictions, signals, strict=True) if p.requires_grad]
         hidden = sum((error.square().sum() for error in relaxed.e), loss.new_zeros(())) / (2 * count)
         energy = hidden + self.output_weight * loss.detach()
-        logs = {"energy": energy, "hidden_share": hidden / energy, "residual": relaxed.residual}
+        share = torch.where(energy == 0, 0.0, hidden / energy)
+        logs = {"energy": energy, "hidden_share": share, "residual": relaxed.residual}
         return roots, logs
 
     def _look(self, e: Sequence[Tensor]) -> None:
@@ -277,7 +278,7 @@ class PredictiveCoding(CreditRule):
         if self._silent or torch.compiler.is_compiling() or not e or not e[0].is_cpu:
             return
         silent = [block.name for block, error in zip(self.row, e, strict=False) if not bool(error.any())]
-        if silent:
+        if silent and len(silent) < len(e):  # where all are silent the target is met
             self._silent = True
             warnings.warn(
                 f"after {self.steps} steps no error has reached layer {silent[-1]!r}, which learns nothing: it needs at "
@@ -290,10 +291,13 @@ class PredictiveCoding(CreditRule):
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
         """Running statistics move with the feed-forward pass alone."""
-        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self.model.training else []
-        yield
-        for buffer, before in kept:
-            buffer.data.copy_(before)  # unseen by the graphs of the blocks
+        moving = [module._buffers.values() for module in self.model.modules() if module.training]
+        kept = [(buffer, buffer.clone()) for buffers in moving for buffer in buffers if buffer is not None]
+        try:
+            yield
+        finally:
+            for buffer, before in kept:
+                buffer.data.copy_(before)  # unseen by the graphs of the blocks
 
 
 def linearised(block: Block, state: Tensor) -> tuple[Tensor, Back]:
