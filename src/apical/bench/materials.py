@@ -1,4 +1,4 @@
-"""What a recipe trains and on what: its data and its model, those of one's own as they were when the run began."""
+"""What a recipe trains and on what: its data and its model, the user's own as they were when the run began."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,14 +14,14 @@ from apical.errors import CheckpointError
 from apical.models import own as own_models
 
 _FEW = 2
-"""Samples on which a model of one's own is tried."""
+"""Samples on which a model of the user's is tried."""
 
 
 def load_data(recipe: Recipe) -> Dataset:
     """The recipe's data; the split does not depend on the seed, so that seeds differ in nothing else.
 
     Raises:
-        CheckpointError: data of one's own are not those that the recipe was written for.
+        CheckpointError: the user's own data are not those that the recipe was written for.
     """
     dataset = data.load(
         recipe.data,
@@ -36,10 +36,10 @@ def load_data(recipe: Recipe) -> Dataset:
 
 
 def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    """The recipe's model, with weights from the global torch RNG; tried on a few samples where it or the data are one's own.
+    """The recipe's model, with weights from the global torch RNG; tried on a few samples where it or the data are a user's.
 
     Raises:
-        CheckpointError: the source of a model of one's own is not that which the recipe was written for.
+        CheckpointError: the source of a model of the user's is not that which the recipe was written for.
         ConfigError: the model does not fit the data.
     """
     if own_models.is_own(recipe.model):
@@ -56,7 +56,7 @@ def model_for(name: str, dataset: Dataset) -> nn.Module:
 
 
 def located(values: dict[str, str]) -> dict[str, Any]:
-    """Given names of `data` and `model`, those of one's own for any folder, their checksums to be taken anew."""
+    """Given names of `data` and `model`, the user's own with absolute paths, their checksums to be taken anew."""
     found: dict[str, Any] = dict(values)
     if "data" in values:
         found["data_sha256"] = ""
@@ -70,7 +70,7 @@ def located(values: dict[str, str]) -> dict[str, Any]:
 
 
 def identified(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """The recipe with checksums of data and model of one's own; those that it has already are kept, and are checked."""
+    """The recipe with checksums of the user's own data and model; those that it has already are kept, and are checked."""
     if not recipe.data_sha256:
         recipe = replace(recipe, data_sha256=dataset.sha256)
     if own_models.is_own(recipe.model) and not recipe.model_sha256:

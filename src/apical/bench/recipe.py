@@ -30,7 +30,7 @@ FEEDBACK_FIELDS = (
 """Fields that matter only to rules which learn their feedback weights apart from the forward weights."""
 
 CHECKSUMS = ("data_sha256", "model_sha256")
-"""Fields that say what one's own data and model were; empty for those with a name."""
+"""Fields that say what the user's own data and model were; empty for those with a name."""
 
 FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 """Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
@@ -47,9 +47,9 @@ class Recipe:
     Attributes:
         rule: short name of the rule, as in `apical list rules`, or "path/to/file.py:Class" or "module:Class".
         rule_options: options of the rule's constructor, each "key=value" with a Python literal as value.
-        data: name of the data set, as in `apical list data`, or one's own: the path of a .npz or .csv file or of a folder of
+        data: name of the data set, as in `apical list data`, or a user's: the path of a .npz or .csv file or of a folder of
             images, or "path/to/file.py:FUNCTION".
-        model: name of the model, as in `apical list models`, or one's own: "path/to/file.py:NAME" or "module:NAME".
+        model: name of the model, as in `apical list models`, or the user's own: "path/to/file.py:NAME" or "module:NAME".
         epochs: passes over the training images.
         batch_size: images per training step (over all processes together).
         optimizer: sgd, adam or adamw.
@@ -93,8 +93,8 @@ class Recipe:
         probe: training images of the fixed batch on which alignment is measured after each epoch; 0 is off.
         checkpoint_steps: save also every so many steps within an epoch; 0 saves once per epoch.
         trajectory: keep the model's weights at the start, every so many forward steps and at the end; 0 is off.
-        data_sha256: of the content of one's own data, sixteen hex digits; empty where they have a name.
-        model_sha256: of the file that defines one's own model, likewise.
+        data_sha256: of the content of the user's own data, sixteen hex digits; empty where they have a name.
+        model_sha256: of the file that defines the user's own model, likewise.
 
     Raises:
         ConfigError: a value is out of range; the message names the option.
@@ -224,8 +224,8 @@ class Recipe:
         for option in _PASSES:
             if getattr(self, option) and not two_phase:
                 raise ConfigError(
-                    f"{_flag(option)} {getattr(self, option)}: rule {self.rule_name!r} (with these options) learns no "
-                    "feedback weights in passes of their own; leave it out"
+                    f"{_flag(option)} {getattr(self, option)}: rule {self.rule_name!r} (with these options) has no "
+                    "feedback weights to train separately; drop this option"
                 )
 
     def to_json(self) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exce
     code = process.exitcode or 0
     if code == 0:
         return []
-    how = f"was killed by signal {-code}, perhaps for want of memory" if code < 0 else f"ended with status {code}"
+    how = f"was killed by signal {-code}, possibly out of memory" if code < 0 else f"ended with status {code}"
     return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if need be")]
 
 

@@ -103,7 +103,7 @@ def _asked(flags: "Audit") -> Recipe:
 
 def _check(flags: "Audit") -> None:
     if under_torchrun():
-        raise ConfigError("apical audit works alone, not under torchrun")
+        raise ConfigError("apical audit is single-process; do not run it under torchrun")
     refuse_numbers(flags)
     for rule in flags.rules:
         find_rule(rule)

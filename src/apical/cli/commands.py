@@ -182,7 +182,7 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
 
 
 def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
-    """The recipes, with the loss that goes with the data where none was asked for; says what one's own data are.
+    """The recipes, with the loss that goes with the data where none was asked for; says what the user's own data are.
 
     Raises:
         ApicalError: the data are missing, damaged or not usable.

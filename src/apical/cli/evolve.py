@@ -73,7 +73,7 @@ def drafted(flags: "Evolve") -> EvolutionRecipe:
 
 
 def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
-    """The recipe with whole paths and checksums of data and networks of one's own; prints what the data are.
+    """The recipe with whole paths and checksums of the user's own data and networks; prints what the data are.
 
     Raises:
         ApicalError: they are not usable, or do not go together.

@@ -80,7 +80,7 @@ def _run(flags: "Landscape", command: str) -> int:
 
 def _check(flags: "Landscape") -> None:
     if under_torchrun():
-        raise ConfigError("apical landscape works alone, not under torchrun")
+        raise ConfigError("apical landscape is single-process; do not run it under torchrun")
     if not flags.runs:
         raise ConfigError("apical landscape needs at least one folder of a run or a comparison")
     for option, value, least in (("--grid", flags.grid, 3), ("--examples", flags.examples, 2)):

@@ -83,7 +83,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
         if value < least:
             raise ConfigError(f"{option} must be at least {least}, got {value}")
     if flags.search == "grid" and flags.trials is not None:
-        raise ConfigError("--trials is for --search random and optuna; a grid has as many as it has combinations")
+        raise ConfigError("--trials is for --search random and optuna; a grid search always runs every combination")
     if flags.tensorboard:
         raise ConfigError("--tensorboard is for train and compare; a sweep keeps metrics.jsonl of every trial")
     commands.refuse_numbers(flags)

@@ -28,7 +28,7 @@ class Dataset:
     `classes` is the number of classes or, where the targets are numbers, how many there are per sample. `source` says in
     words where the images came from and whether the set is whole.
 
-    Data of one's own also have a checksum (sixteen hex digits of their content), a line on what was understood, and names of
+    A user's data also have a checksum (sixteen hex digits of their content), a line on what was understood, and names of
     the classes where these are not 0, 1, ...
     """
 

@@ -154,7 +154,7 @@ def _extract(archive: Path, folder: Path, remote: Remote) -> None:
             for name in remote.members:
                 tar.extract(f"{folder.name}/{name}", scratch, filter="data")
         if not _whole(scratch / folder.name, remote.members):
-            raise DataError(f"{archive.name} holds files with wrong checksums; report it")
+            raise DataError(f"{archive.name} contains files that fail their checksum; please report this")
         for name in remote.members:
             os.replace(scratch / folder.name / name, folder / name)
     except (tarfile.TarError, KeyError, EOFError) as error:

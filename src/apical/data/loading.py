@@ -61,8 +61,8 @@ def load(
 ) -> Dataset:
     """The data set `name`: images (N, C, H, W) float32, normalised, and labels (N,) int64 or numbers (N, classes) float32.
 
-    A name of none of them is one's own data (:mod:`apical.data.own.sources`): a .npz or .csv file, a folder of images, or
-    "path/to/file.py:FUNCTION". Whole numbers as targets are classes there, or numbers to be approximated with `numbers`.
+    Any other name stands for the user's own data (:mod:`apical.data.own.sources`): a .npz or .csv file, a folder of images,
+    or "path/to/file.py:FUNCTION". Whole numbers as targets are classes there, or numbers to be approximated with `numbers`.
 
     `root` is the only folder searched if given; otherwise $APICAL_DATA and then the cache folder are. `validation`
     training images are held out, `train_limit` of the rest and `test_limit` test images are kept: random subsets

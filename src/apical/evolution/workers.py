@@ -107,7 +107,7 @@ def lost(error: Exception) -> ApicalError:
     """Ray's error for work whose workers were lost again and again, in one line."""
     what = str(error).strip().partition("\n")[0].rstrip(".")
     return ApicalError(
-        f"Ray lost the workers of one task {RETRIES + 1} times, perhaps for want of memory, or because its code ends them "
+        f"Ray lost the workers of one task {RETRIES + 1} times, possibly out of memory, or because its code ends them "
         f"({type(error).__name__}: {what[:120]}); continue with --resume"
     )
 

@@ -99,8 +99,8 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     """Model `name` for samples of `input_shape`, with Xavier weights drawn from the global torch RNG.
 
     Args:
-        name: one of :func:`names`, with the hidden widths filled in where it has them; or one's own class or function that
-            makes a module, "path/to/file.py:NAME" or "module:NAME" (:mod:`apical.models.own`), with the weights it gives it.
+        name: one of :func:`names`, with the hidden widths filled in where it has them; or the user's own class or function
+            that makes a module, "path/to/file.py:NAME" or "module:NAME" (:mod:`apical.models.own`); it draws the weights.
         input_shape: shape of one sample, such as (1, 28, 28).
         num_classes: number of logits, or of outputs where the targets are numbers.
 

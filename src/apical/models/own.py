@@ -1,4 +1,4 @@
-"""Models of one's own: a class or function in a file or module, or in memory, that makes an `nn.Module`."""
+"""A user's own models: a class or function in a file or module, or in memory, that makes an `nn.Module`."""
 
 import inspect
 import math
@@ -26,7 +26,7 @@ _made: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def is_own(name: str) -> bool:
-    """Whether a name says a model of one's own."""
+    """Whether a name says a model of the user's."""
     return name.startswith(IN_MEMORY) or own_code.is_code(name)
 
 

@@ -42,7 +42,7 @@ class EvolutionRecipe:
         batch_size: images per update; 0 takes all of the task's.
         chunk: learners trained at once by one worker; memory grows with it.
         seed: of everything random.
-        data_sha256: of the content of each of the data sets where any is one's own, as a training's recipe has it.
+        data_sha256: of the content of each of the data sets where any is the user's own, as a training's recipe has it.
         model_sha256: of the files that define the networks, likewise.
     """
 

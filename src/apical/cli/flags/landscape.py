@@ -12,7 +12,7 @@ from apical.cli.flags.shown import shown
 
 @dataclass(frozen=True, kw_only=True)
 class Landscape:
-    """Draw the ways of finished runs over the loss surface they trained on; they need `--trajectory N`."""
+    """Plot the training paths of finished runs on their loss surface. Requires runs made with `--trajectory N`."""
 
     runs: Positional[Annotated[tuple[Path, ...], shown("RUNS ...", "(required)")]]
     """Folders of runs or of comparisons, of one model, data set and loss."""

@@ -11,7 +11,7 @@ from apical.cli.flags.shown import shown
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
-    """Run tables of papers again and hold them against the published numbers. Without a name: lists what there is."""
+    """Re-run a paper's tables and compare with the published numbers. With no argument, list the available tables."""
 
     targets: Positional[Annotated[tuple[str, ...], shown("PAPER[/TABLE] ...", "(default: list them)")]] = ()
     """Tables to run, such as pfa/mnist; a paper's name alone runs all of its tables."""

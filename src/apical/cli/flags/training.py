@@ -17,7 +17,7 @@ class Flags:
     out: Annotated[Path, shown("DIR", "(required)")]
     """Folder for the results; must be new or empty."""
     recipe: Annotated[str | None, shown("NAME")] = None
-    """Take the settings of a paper: pfa-mnist, dfc-mnist, ... (apical list recipes). Options given here go before it."""
+    """Take the settings of a paper (apical list recipes). Options given on the command line override it."""
     data: Annotated[str | None, shown("NAME|FILE|FOLDER", "(default: digits)")] = None
     """Data set (`apical list data`), or your own: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION."""
     model: Annotated[str | None, shown("NAME|FILE.py:CLASS", "(default: mlp-256-256)")] = None

@@ -1,4 +1,4 @@
-"""Data of one's own: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION, or Datasets in memory, as checked tensors.
+"""A user's own data: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION, or Datasets in memory, as checked tensors.
 
 What files hold is standardised by the training samples; what code returns is used as it is. Nothing is unpickled.
 """
@@ -47,7 +47,7 @@ _read: dict[tuple[object, ...], "Own"] = {}
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """Data of one's own, ready for training.
+    """A user's own data, ready for training.
 
     Attributes:
         train: inputs (N, ...) and labels (N,) or numbers (N, outputs).
@@ -69,7 +69,7 @@ class Own:
 
 
 def is_own(name: str) -> bool:
-    """Whether a name, which is no data set's, can only mean data of one's own."""
+    """Whether a name, which is no data set's, can only mean the user's own data."""
     return (
         name.startswith(IN_MEMORY)
         or own_code.is_code(name)
@@ -87,7 +87,7 @@ def absolute(name: str) -> str:
 
 
 def read(name: str, *, numbers: bool = False) -> Own:
-    """The data that a name of one's own says; what is unchanged is read once in a process.
+    """The data that a name outside the catalogue stands for; what is unchanged is read once in a process.
 
     Args:
         name: a file, a folder, code, or what :func:`remember` returned.

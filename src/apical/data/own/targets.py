@@ -1,4 +1,4 @@
-"""Targets of one's own data: whether they are classes or numbers, and samples set aside for testing."""
+"""Targets of a user's own data: whether they are classes or numbers, and samples set aside for testing."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -128,7 +128,7 @@ class CounterCurrentLearning(CreditRule):
         if self.spread and self.pair != "cosine":
             raise ConfigError(f"spread is an option of pair='cosine'; pair={self.pair!r} has no anti-collapse terms")
         if self.pair == "match" and (mask or feedback == "free"):
-            raise ConfigError("pair='match' has no classes, which mask and feedback='free' are about")
+            raise ConfigError("pair='match' uses no class labels, so mask and feedback='free' do not apply")
         self.mask, self.input_pair = mask, input_pair
         self.feedback = nn.ModuleList(self._feedback(feedback, enlarge))
         self._forth = [Taught(block.modules) for block in self.row[:-1]]
