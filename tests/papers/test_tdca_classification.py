@@ -87,7 +87,7 @@ def test_a_tiny_study_is_kept_and_reported(
     asked = ["--out", str(tmp_path), "--seeds", "2", "--generations", "1", "--arms", "unit", "sites-4", "released"]
     assert study.main(asked) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    cells = [json.loads((tmp_path / "cells" / f"unit-{seed}.json").read_text()) for seed in (1000, 1001)]
+    cells = [json.loads((tmp_path / "cells" / f"unit-{seed}.json").read_text()) for seed in (study.FIRST, study.FIRST + 1)]
     row = next(row for row in results["verdicts"] if row["what"] == "strong form: loss minus tuned BP's")
     pairs = [cell["tuned"]["tdca"]["loss"] - cell["tuned"]["bp"]["loss"] for cell in cells]
     assert row["mean"] == pytest.approx(sum(pairs) / 2, rel=1e-3)
