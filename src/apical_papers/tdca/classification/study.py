@@ -13,8 +13,8 @@ The paper's numbers could not be read; its claims can be tested all the same. Th
     other data sets, other widths   at least 97 % of tuned backpropagation's accuracy
     ReLU          accuracy within 1 point of tuned backpropagation's; loss below its and below tuned DFA's
 
-Settings were chosen on meta-seeds and tasks that the table does not use: meta-seeds from 1000 on served an earlier run of two
-arms. The arm "released" has the credit of the authors' code, on probabilities; its verdicts are in a table of their own.
+Settings were chosen on meta-seeds and tasks that the table does not use: meta-seeds from 1000 on served an earlier run of
+two arms. The arm "released" has the credit of the authors' code, on probabilities; its verdicts are in a table of their own.
 """
 
 import sys
