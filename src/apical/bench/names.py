@@ -25,6 +25,7 @@ from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
 from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.local_classifiers import LocalClassifiers
 from apical.rules.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
@@ -137,6 +138,14 @@ RULES: dict[str, Entry] = {
         PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
     ),
     "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
+    "local-pred": Entry(LocalClassifiers, "local classifiers: every block has a linear read-out with the model's loss"),
+    "local-sim": Entry(
+        LocalClassifiers, "local classifiers: every block makes samples as similar as their classes", {"local": "similarity"}
+    ),
+    "local-both": Entry(LocalClassifiers, "local classifiers: both losses at every block", {"local": "both"}),
+    "mono-forward": Entry(
+        LocalClassifiers, "Mono-Forward: local classifiers without biases, drawn at random", {"local": "projection"}
+    ),
     "tdca": Entry(
         TopDownCreditAssignment,
         "top-down credit assignment: an evolved network hands out credit",
