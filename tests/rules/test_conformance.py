@@ -24,6 +24,7 @@ EP = apical.EquilibriumPropagation
 CIM = apical.CorInfoMax
 PC = apical.PredictiveCoding
 LOCAL = apical.LocalClassifiers
+FF = apical.ForwardForward
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -60,6 +61,10 @@ RULES = {
     "local-sim": partial(LOCAL, local="similarity"),
     "local-both": partial(LOCAL, local="both"),
     "mono-forward": partial(LOCAL, local="projection"),
+    "ff": FF,
+    "ff-all": partial(FF, negatives="all"),
+    "ff-symba": partial(FF, negatives="all", objective="difference", answers="goodness"),
+    "scff": partial(FF, negatives="images"),
     "tdca": TDCA,
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,
@@ -110,6 +115,7 @@ SKIPPED = {
     ("corinfomax-random-sign", "distributed"): "every rank draws its own sign",
     ("ep-homeostasis", "distributed"): "every rank draws its own noise",
     **{(name, "distributed"): "samples are compared with those of their own rank" for name in ("local-sim", "local-both")},
+    **{(name, check): "negatives are drawn" for name in ("ff", "scff") for check in ("batch_mean", "distributed")},
     **{(rule, "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw" for rule in NOISY},
     **{(rule, "distributed"): "every rank draws its own noise for its half of the batch" for rule in NOISY},
 }

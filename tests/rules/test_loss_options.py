@@ -14,8 +14,8 @@ from apical.core.losses import output_error, squared_error, terms, value_at
 from apical.errors import ConfigError
 from apical.testing import dense_network
 
-COMPARE = ("local-sim", "local-both")
-"""Rules that compare samples by their labels."""
+COMPARE = ("local-sim", "local-both", "ff", "scff")
+"""Rules that compare samples by their labels, or with each other."""
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.double)
 SMALL_NUDGE = {
@@ -113,7 +113,7 @@ def test_the_error_at_the_output_is_that_of_the_whole_loss(name: str, loss: Any)
         partial(F.cross_entropy, label_smoothing=0.1),
     ],
 )
-@pytest.mark.parametrize("name", ["strong-dfc", "corinfomax", "tdca", *COMPARE])
+@pytest.mark.parametrize("name", ["strong-dfc", "corinfomax", "tdca", "local-sim", "local-both", "ff"])
 def test_rules_that_learn_from_labels_refuse_options_they_would_drop(name: str, loss: Any) -> None:
     with pytest.raises(ConfigError, match=r"option (weight|label_smoothing|ignore_index) of the loss would not reach"):
         RULES[name](dense_network(), loss)

@@ -24,6 +24,7 @@ from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagat
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
+from apical.rules.forward_forward import ForwardForward
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.local_classifiers import LocalClassifiers
 from apical.rules.predictive_coding import PredictiveCoding
@@ -145,6 +146,13 @@ RULES: dict[str, Entry] = {
     "local-both": Entry(LocalClassifiers, "local classifiers: both losses at every block", {"local": "both"}),
     "mono-forward": Entry(
         LocalClassifiers, "Mono-Forward: local classifiers without biases, drawn at random", {"local": "projection"}
+    ),
+    "ff": Entry(ForwardForward, "forward-forward: active for images with their label, quiet for those with another"),
+    "ff-readout": Entry(
+        ForwardForward, "ff, a control: hidden layers stay random, the read-out learns", {"train_hidden": False}
+    ),
+    "scff": Entry(
+        ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
     ),
     "tdca": Entry(
         TopDownCreditAssignment,
