@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 from apical.bench.distributed import World
+from apical.bench.document import significant
 from apical.bench.figures import curves as figures
 from apical.bench.loop import Training
 from apical.bench.names import RULES, make_rule, resolve
 from apical.bench.progress import describe, results_table, score_name
 from apical.bench.recipe import Recipe
 from apical.bench.report import folder as report
-from apical.bench.report.html import significant
 from apical.bench.report.records import Comparison, Run, read
 from apical.bench.run_folder import RunFolder, write_json
 from apical.bench.schedule import data_order

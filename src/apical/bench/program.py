@@ -3,12 +3,14 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 import tyro
+from tyro.conf import arg
 
 from apical.bench.cells import kept, side_by_side
 from apical.bench.finding import Row
@@ -22,28 +24,22 @@ Cells = Sequence[dict[str, Any]]
 """What was kept of each seed."""
 
 
-class BySeed(Protocol):
+@dataclass(frozen=True)
+class SeedOptions:
     """Options of a study that runs seed by seed."""
 
-    @property
-    def out(self) -> Path:
-        """Folder for the results."""
-
-    @property
-    def seeds(self) -> int:
-        """How many."""
-
-    @property
-    def epochs(self) -> int:
-        """Passes over the data in each training."""
-
-    @property
-    def jobs(self) -> int:
-        """Seeds side by side, 0 for one per core."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder for the results; seeds that are in it already are kept."""
+    seeds: Annotated[int, arg(metavar="K")] = 5
+    """Initial weights and data orders."""
+    epochs: Annotated[int, arg(metavar="N")] = 20
+    """Passes over the data in each training."""
+    jobs: Annotated[int, arg(metavar="N")] = 0
+    """Seeds side by side; 0: one per core."""
 
 
 def by_seed(
-    options: BySeed,
+    options: SeedOptions,
     command: str,
     cell: Callable[[int, int], dict[str, Any]],
     verdicts: Callable[[Cells], list[Row]],

@@ -17,6 +17,7 @@ from apical.bench import compare as comparison
 from apical.bench.checkpoint import write_atomically
 from apical.bench.compare import Job, cores
 from apical.bench.distributed import under_torchrun
+from apical.bench.document import command_block, document, figure_block
 from apical.bench.figures.sweep import draw
 from apical.bench.folders import check_writable, refuse_used
 from apical.bench.materials import identified, load_data
@@ -25,7 +26,6 @@ from apical.bench.progress import shown_path
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, rule_name
 from apical.bench.report import folder as report
-from apical.bench.report.html import STYLE, command_block, figure_block
 from apical.bench.run_folder import FolderLock
 from apical.bench.searching import Grid, Optuna
 from apical.bench.signals import Interrupted, StopSignals
@@ -322,28 +322,16 @@ def page(record: Mapping[str, Any], figure: str) -> str:
         )
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = "".join(f"<th>{text}</th>" for text in ("Rule", "Trial", "Settings", "Validation", "Seconds"))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Sweep</title>
-<style>{STYLE}
-figure img {{ max-width: 100%; }}
-.wide {{ overflow-x: auto; }}</style>
-</head>
-<body>
-<h1>Sweep</h1>
-<p class="lead">Every rule had as many trials as the others. Trials are judged by validation images; the test images were
-looked at after the choice, for the best trial of each rule, trained again with new seeds:
-<a href="final/report.html">report</a>.</p>
+    lead = (
+        "Every rule had as many trials as the others. Trials are judged by validation images; the test images were looked "
+        "at after the choice, for the best trial of each rule, trained again with new seeds."
+    )
+    body = f"""<p><a href="final/report.html">The report of the best trials</a></p>
 {figure}
 <h2>Trials</h2>
 <div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>
 {chr(10).join(lines)}
 </tbody></table></div>
 <h2>Do this again</h2>
-{command_block(record["command"])}
-</body>
-</html>
-"""
+{command_block(record["command"])}"""
+    return document("Sweep", lead, body, full=True)

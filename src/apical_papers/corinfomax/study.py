@@ -17,7 +17,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle
 from apical.rules.corinfomax import CorInfoMax
@@ -50,17 +50,10 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """CorInfoMax: step sizes, forward learning, alignment, sparseness."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/corinfomax-study")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and data orders."""
-    epochs: Annotated[int, arg(metavar="N")] = 20
-    """Over the digits."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **options: Any) -> dict[str, float]:

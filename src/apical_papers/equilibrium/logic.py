@@ -19,7 +19,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from apical.bench.finding import Row, count
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical_papers.equilibrium.complete_network import (
     Complete,
     asymmetric_settle,
@@ -64,17 +64,12 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Complete directed networks on exclusive or."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-logic")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and states."""
     epochs: Annotated[int, arg(metavar="N")] = 200
     """Updates of the weights."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def patterns() -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
@@ -56,17 +56,10 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Equilibrium propagation: gradients, and weights that learn apart."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-study")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and data orders."""
-    epochs: Annotated[int, arg(metavar="N")] = 20
-    """Over the digits."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def directions(digits: Dataset, seed: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.core.activations import derivative
 from apical.core.chain import Chain
 from apical.core.credit import CreditRule
@@ -77,17 +77,10 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Difference target propagation: where targets point."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/tp-targets")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights, data orders and toy networks."""
-    epochs: Annotated[int, arg(metavar="N")] = 20
-    """Over the digits."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:

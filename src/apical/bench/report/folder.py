@@ -14,6 +14,7 @@ from typing import Any
 
 from apical.bench.busy import busy_note
 from apical.bench.checkpoint import write_atomically
+from apical.bench.document import significant
 from apical.bench.figures import curves as figures
 from apical.bench.figures.style import styles
 from apical.bench.recipe import FEEDBACK_FIELDS, Recipe
@@ -195,7 +196,7 @@ def _score_sentence(rows: Mapping[str, RuleSummary], score: Score) -> str:
         return best + (f", the {rank}; {_last(ranked[-1], score)}." if len(ranked) > 1 else ".")
     bp, best_other = rows["bp"], others[0]
     gap = statistics.mean(best_other.scores(score)) - statistics.mean(bp.scores(score))
-    size = report_html.significant(abs(gap)) if score.is_loss else f"{abs(gap):.2f} points"
+    size = significant(abs(gap)) if score.is_loss else f"{abs(gap):.2f} points"
     level = gap == 0 or size.startswith("0.00 points")
     distance = "level" if level else f"{size} {'above' if gap > 0 else 'below'} it"
     text = (
