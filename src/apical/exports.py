@@ -12,7 +12,9 @@ from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagat
 from apical.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl as DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl as StrongDeepFeedbackControl
+from apical.rules.forward_forward import ForwardForward as ForwardForward
 from apical.rules.kolen_pollack import KolenPollack as KolenPollack
+from apical.rules.local_classifiers import LocalClassifiers as LocalClassifiers
 from apical.rules.predictive_coding import PredictiveCoding as PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry as SignSymmetry

@@ -23,6 +23,8 @@ TP = apical.DifferenceTargetPropagation
 EP = apical.EquilibriumPropagation
 CIM = apical.CorInfoMax
 PC = apical.PredictiveCoding
+LOCAL = apical.LocalClassifiers
+FF = apical.ForwardForward
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -55,6 +57,14 @@ RULES = {
     "pc": partial(PC, inference="state", steps=6),
     "pc-error": PC,
     "pc-staged": partial(PC, inference="staged"),
+    "local-pred": LOCAL,
+    "local-sim": partial(LOCAL, local="similarity"),
+    "local-both": partial(LOCAL, local="both"),
+    "mono-forward": partial(LOCAL, local="projection"),
+    "ff": FF,
+    "ff-all": partial(FF, negatives="all"),
+    "ff-symba": partial(FF, negatives="all", objective="difference", answers="goodness"),
+    "scff": partial(FF, negatives="images"),
     "tdca": TDCA,
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,
@@ -104,6 +114,8 @@ SKIPPED = {
     ("corinfomax-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
     ("corinfomax-random-sign", "distributed"): "every rank draws its own sign",
     ("ep-homeostasis", "distributed"): "every rank draws its own noise",
+    **{(name, "distributed"): "samples are compared with those of their own rank" for name in ("local-sim", "local-both")},
+    **{(name, check): "negatives are drawn" for name in ("ff", "scff") for check in ("batch_mean", "distributed")},
     **{(rule, "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw" for rule in NOISY},
     **{(rule, "distributed"): "every rank draws its own noise for its half of the batch" for rule in NOISY},
 }

@@ -20,7 +20,7 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs, inputs.mean(dim=(2, 3)).argmax(dim=1)
 
 
-BEGINNINGS = ("ccl", "ep", "hep", "pc", "corinfomax")
+BEGINNINGS = ("ccl", "ep", "hep", "pc", "corinfomax", "local", "mono-forward", "ff", "scff")
 CHAINS = [name for name in RULES if "dfc" in name or name.startswith(BEGINNINGS) or "dtp" in name]
 """Rules whose mathematics is about chains of layers."""
 

@@ -24,7 +24,9 @@ from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagat
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
+from apical.rules.forward_forward import ForwardForward
 from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.local_classifiers import LocalClassifiers
 from apical.rules.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
@@ -137,6 +139,21 @@ RULES: dict[str, Entry] = {
         PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
     ),
     "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
+    "local-pred": Entry(LocalClassifiers, "local classifiers: every block has a linear read-out with the model's loss"),
+    "local-sim": Entry(
+        LocalClassifiers, "local classifiers: every block makes samples as similar as their classes", {"local": "similarity"}
+    ),
+    "local-both": Entry(LocalClassifiers, "local classifiers: both losses at every block", {"local": "both"}),
+    "mono-forward": Entry(
+        LocalClassifiers, "Mono-Forward: local classifiers without biases, drawn at random", {"local": "projection"}
+    ),
+    "ff": Entry(ForwardForward, "forward-forward: active for images with their label, quiet for those with another"),
+    "ff-readout": Entry(
+        ForwardForward, "ff, a control: hidden layers stay random, the read-out learns", {"train_hidden": False}
+    ),
+    "scff": Entry(
+        ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
+    ),
     "tdca": Entry(
         TopDownCreditAssignment,
         "top-down credit assignment: an evolved network hands out credit",
