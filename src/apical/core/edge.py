@@ -128,6 +128,8 @@ class EdgeRule(CreditRule):
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
     """
 
+    chains_errors = True
+
     def __init__(self, model: nn.Module, loss: Loss, exact: Collection[str] = (), first_layer: bool = False) -> None:
         super().__init__(model, loss)
         self._weighted = weighted_layers(model, exact, shared=True)
