@@ -46,6 +46,9 @@ class WrappedRule(CreditRule):
         self.rule = rule
         self.feed_forward, self.two_phase, self.chains_errors = rule.feed_forward, rule.two_phase, rule.chains_errors
         self.random_per_sample = rule.random_per_sample
+        every = [id(module) for _, module in rule.model.named_modules(remove_duplicate=False)]
+        self._ties = len(set(every)) == len(every)  # a module under two names would keep a tap that is put in by both
+        self._prefix = _model_prefix(rule)
         self._hooks: list[Any] = []
         self._attached, self._is_fresh = True, False
         self._warned = True  # the wrapped rule warns
@@ -126,11 +129,16 @@ class WrappedRule(CreditRule):
         if not taps:
             return WrappedRule.forward(self, inputs, targets)
         self.require_attached()
-        every = [id(module) for _, module in self.model.named_modules(remove_duplicate=False)]
-        tie = len(set(every)) == len(every)  # a module under two names would keep a tap that is put in by both
-        named = {f"{_model_prefix(self.rule)}{name}": tap for name, tap in taps.items()}
-        credit: Credit = torch.func.functional_call(self.rule, named, (inputs, targets), tie_weights=tie)
+        named = {f"{self._prefix}{name}": tap for name, tap in taps.items()}
+        credit: Credit = torch.func.functional_call(self.rule, named, (inputs, targets), tie_weights=self._ties)
         return credit
+
+
+def innermost(rule: CreditRule) -> CreditRule:
+    """The rule that is no wrapper."""
+    while isinstance(rule, WrappedRule):
+        rule = rule.rule
+    return rule
 
 
 def _model_prefix(rule: CreditRule) -> str:
