@@ -92,19 +92,14 @@ RULES = {
     "corinfomax-symmetric": partial(CIM, nudge="symmetric", forgetting=1.0, free_steps=8, nudged_steps=4),
     "corinfomax-sparse": partial(CIM, nudge="one-sided", sparse=(0.1, 0.1, 0.1), free_steps=8, nudged_steps=4),
 }
-NOISY = ("dtp", "dtp-drl", "ddtp-linear", "ddtp-rhl", "ddtp-recurrent", "ddtp-control", "dtp-lee")
 SKIPPED = {
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",
-    ("dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",
-    ("dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
     ("dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
     ("dfc-simulate", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
     ("strong-dfc", "compile"): "the steady state is iterated until every sample has met its goal, which no graph can",
     ("strong-dfc-simulate", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
     ("strong-dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
-    ("strong-dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",
-    ("strong-dfc-noise", "distributed"): "every rank draws its own noise for its half of the batch",
     ("ep-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
     ("ep-random-sign", "distributed"): "every rank draws its own sign",
     **{
@@ -116,8 +111,6 @@ SKIPPED = {
     ("ep-homeostasis", "distributed"): "every rank draws its own noise",
     **{(name, "distributed"): "samples are compared with those of their own rank" for name in ("local-sim", "local-both")},
     **{(name, check): "negatives are drawn" for name in ("ff", "scff") for check in ("batch_mean", "distributed")},
-    **{(rule, "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw" for rule in NOISY},
-    **{(rule, "distributed"): "every rank draws its own noise for its half of the batch" for rule in NOISY},
 }
 
 

@@ -235,6 +235,7 @@ class Training:
         done = self.epoch * self.steps_per_epoch + self.step - current.first
         shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
         self.optimizer.step()
+        self.rule.constrain_()
         timer.stop()
         if current.is_main:
             self._sums.add(credit, targets)

@@ -11,7 +11,7 @@ from torch import nn
 
 from apical.bench import own_rules
 from apical.bench.first_layer import needs_feedback
-from apical.bench.recipe import ClipOver, Recipe, parse_options, rule_name
+from apical.bench.recipe import ClipOver, Recipe, bare_rule, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
 from apical.core.credit import CreditRule, Loss
 from apical.core.losses import squared_error
@@ -27,6 +27,7 @@ from apical.rules.feedback_control.strong_deep_feedback_control import StrongDee
 from apical.rules.forward_forward import ForwardForward
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.local_classifiers import LocalClassifiers
+from apical.rules.modulated import Mode, Modulated
 from apical.rules.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
@@ -223,12 +224,56 @@ RULES: dict[str, Entry] = {
 }
 
 
+def _grapes(rule: CreditRule, mode: Mode | None = None, clip: bool = True) -> CreditRule:
+    return Modulated(rule, _importance(rule, mode, clip))
+
+
+def _matched(rule: CreditRule, mode: Mode | None = None, clip: bool = True) -> CreditRule:
+    from apical.rules.node_importance import Matched
+
+    return Modulated(rule, Matched(_importance(rule, mode, clip)))
+
+
+def _importance(rule: CreditRule, mode: Mode | None, clip: bool) -> Any:
+    """Gains are passed on where the rule passes errors on. Only who asks for it loads this module: it is patented."""
+    from apical.rules.node_importance import NodeImportance
+
+    return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip)
+
+
+AROUND: dict[str, tuple[Callable[..., CreditRule], str]] = {
+    "grapes": (_grapes, "GRAPES: errors of units with large incoming weights count up to double (US patent 12,020,162)"),
+    "matched": (_matched, "grapes, a control: every unit of a layer gets the layer's mean gain"),
+}
+"""Rules around a rule, "grapes:fa": what makes one of a rule and options, and a line for people."""
+
+
+def _composed(outer: str, inner: Entry) -> Entry:
+    """The entry of a rule around another one; it takes the options of both."""
+    wrap, title = AROUND[outer]
+    own = list(inspect.signature(wrap).parameters.values())[1:]
+    names = {parameter.name for parameter in own}
+
+    def build(model: nn.Module, **options: Any) -> CreditRule:
+        mine = {key: options.pop(key) for key in names & options.keys()}
+        return wrap(inner.build(model, **options), **mine)
+
+    every = [*inspect.signature(inner.build).parameters.values(), *own]
+    keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in every if p.name != "model" and p.kind != p.VAR_KEYWORD]
+    setattr(build, "__signature__", inspect.Signature([every[0], *{p.name: p for p in keywords}.values()]))  # noqa: B010
+    return replace(inner, build=build, title=f"{title.partition(':')[0]} around {inner.title.partition(':')[0]}")
+
+
 def find_rule(name: str) -> Entry:
-    """The entry of a short name, or of a rule that is not part of apical: "path/to/file.py:Class", "module:Class".
+    """The entry of a short name, of a rule around another ("grapes:fa"), or of a rule that is not part of apical:
+    "path/to/file.py:Class", "module:Class".
 
     Raises:
         ConfigError: there is none; names the nearest, or what is wrong with the file.
     """
+    outer, colon, inner = name.partition(":")
+    if colon and outer in AROUND:
+        return _composed(outer, find_rule(inner))
     if ":" in name or name.endswith(".py"):
         kind = own_rules.load_class(name)
         return Entry(kind, own_rules.title(kind))
@@ -291,13 +336,17 @@ def _key(option: str) -> str:
     return option.partition("=")[0].strip().replace("-", "_")
 
 
+def _origin(rule: str) -> list[str]:
+    return [] if rule in RULES else [own_rules.origin(rule)]
+
+
 def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     """The recipe with the rule's defaults filled in, for `examples` training images, and notes on what was chosen.
 
     Raises:
         ConfigError: unknown rule or option, or a batch larger than the data.
     """
-    entry, notes = find_rule(recipe.rule), [] if recipe.rule in RULES else [own_rules.origin(recipe.rule)]
+    entry, notes = find_rule(recipe.rule), _origin(bare_rule(recipe.rule))
     given, known = parse_options(recipe.rule_options), constructor_options(entry)
     for key in given:
         if key not in known:

@@ -32,6 +32,7 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
             rule(inputs[chosen], targets[chosen]).backward()
             shape_gradients(optimizer, recipe, step)
             optimizer.step()
+            rule.constrain_()
             step += 1
     optimizer.zero_grad()
     if not all(bool(parameter.isfinite().all()) for parameter in rule.parameters()):

@@ -239,13 +239,30 @@ class Recipe:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
+WRAPPERS = ("grapes", "matched", "cwu")
+"""What may stand before the name of a rule and a colon; :data:`apical.bench.names.AROUND` says what each is."""
+
+
 def rule_name(rule: str) -> str:
     """What a rule is called in folders, tables and figures: its short name or, of one from a file, its class.
 
-    >>> rule_name("pfa-o"), rule_name("my/rules.py:Mine")
-    ('pfa-o', 'Mine')
+    >>> rule_name("pfa-o"), rule_name("my/rules.py:Mine"), rule_name("cwu:dfa")
+    ('pfa-o', 'Mine', 'cwu-dfa')
     """
+    outer, colon, inner = rule.partition(":")
+    if colon and outer in WRAPPERS:
+        return f"{outer}-{rule_name(inner)}"
     return rule.rpartition(":")[2]
+
+
+def bare_rule(rule: str) -> str:
+    """The name of the innermost rule of a composition.
+
+    >>> bare_rule("matched:grapes:bp"), bare_rule("my/rules.py:Mine")
+    ('bp', 'my/rules.py:Mine')
+    """
+    outer, colon, inner = rule.partition(":")
+    return bare_rule(inner) if colon and outer in WRAPPERS else rule
 
 
 def from_json(fields: dict[str, Any]) -> Recipe:

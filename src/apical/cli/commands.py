@@ -23,6 +23,7 @@ from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.loop import Training
 from apical.bench.materials import build_model, identified, is_regression, load_data, located
 from apical.bench.names import (
+    AROUND,
     RULES,
     check_options,
     constructor_options,
@@ -313,6 +314,7 @@ def listing(what: str) -> None:
     """Print the rules, models, data sets or recipes."""
     if what == "rules":
         rows = [(name, entry.title) for name, entry in RULES.items()]
+        rows += [(f"{name}:RULE", title) for name, (_, title) in AROUND.items()]
     elif what == "recipes":
         rows = [(name, f"{study.title}; {study.cost}") for name, study in studies().items()]
     elif what == "models":

@@ -199,6 +199,9 @@ class CreditRule(nn.Module):
         feed_forward: the network's answer is the model's feed-forward pass; else the rule has a :meth:`answer` of its own.
         output_alone: the rule asks the loss for its derivative with respect to the output, and would leave out terms that
             read other activities of the model; such losses are refused at the first batch.
+        chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
+        random_per_sample: every sample gets random numbers of its own, so a batch twice over, or shared by two processes,
+            is another draw.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
             "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
@@ -210,6 +213,8 @@ class CreditRule(nn.Module):
     two_phase: bool = False
     feed_forward: bool = True
     output_alone: bool = False
+    chains_errors: bool = False
+    random_per_sample: bool = False
     phase: Phase
     _placement: Placement | None = None
 
@@ -256,6 +261,12 @@ class CreditRule(nn.Module):
         """The network's answer to inputs (batch, ...), differentiable; the feed-forward pass unless the rule settles."""
         result: Tensor = self.model(inputs)
         return result
+
+    def constrain_(self) -> None:
+        """Put parameters back into the range that the rule keeps them in; to be called after `optimizer.step()`.
+
+        Most rules have no such range, and do nothing.
+        """
 
     @property
     def remarks(self) -> list[str]:

@@ -68,6 +68,7 @@ class CutRule(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         self.layers = weighted_layers(model, exact, shared=True)
+        self.exact = tuple(exact)
         self.where, self.units = where, units
         named = [] if isinstance(units, str) else list(units)
         _check_units(model, units, named)

@@ -128,9 +128,12 @@ class EdgeRule(CreditRule):
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
     """
 
+    chains_errors = True
+
     def __init__(self, model: nn.Module, loss: Loss, exact: Collection[str] = (), first_layer: bool = False) -> None:
         super().__init__(model, loss)
         self._weighted = weighted_layers(model, exact, shared=True)
+        self.exact = tuple(exact)
         first = next(iter(self._weighted))
         every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
         is_reused = every.count(id(self._weighted[first])) > 1

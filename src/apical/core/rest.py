@@ -33,7 +33,8 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
     tensors = _tensors(every, parameters)
     generators = [v for m in every for v in m.__dict__.values() if isinstance(v, torch.Generator)]
     states = [(generator, generator.get_state()) for generator in generators]
-    grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for m in every for q in m.parameters(recurse=False)]
+    leaves = [q for m in every for q in m.parameters(recurse=False) if q.is_leaf]  # others stand in for parameters in a call
+    grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for q in leaves]
     devices = {t.device.index for t, _ in tensors if t.is_cuda}
     devices |= {q.device.index for q, *_ in grads if q.is_cuda}
     with torch.random.fork_rng([device for device in devices if device is not None]):

@@ -22,6 +22,8 @@ class Backprop(CreditRule):
     torch.Size([3, 4])
     """
 
+    chains_errors = True
+
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
         super().__init__(model, loss)
 

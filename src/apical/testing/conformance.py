@@ -160,7 +160,13 @@ def check_state_dict(factory: Factory) -> None:
 
 
 def check_batch_mean(factory: Factory) -> None:
-    """The gradient is a batch mean: a batch twice over gives what the batch gives."""
+    """The gradient is a batch mean: a batch twice over gives what the batch gives.
+
+    Of a rule that declares `random_per_sample`, which cannot show it, the declaration is checked: two seeds differ.
+    """
+    if make(factory).random_per_sample:
+        _check_is_random(factory)
+        return
     results = []
     for copies in (1, 2):
         rule = make(factory)
@@ -169,6 +175,17 @@ def check_batch_mean(factory: Factory) -> None:
         rule(inputs.repeat(copies, 1), targets.repeat(copies)).backward()
         results.append(gradients(rule))
     require_same(results[0], results[1], 1e-12, "a batch twice over")
+
+
+def _check_is_random(factory: Factory) -> None:
+    drawn = []
+    for seed in range(2):
+        rule = make(factory)
+        torch.manual_seed(seed)
+        rule(*dense_batch(0)).backward()
+        drawn.append(gradients(rule))
+    if all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0]):
+        raise AssertionError("the rule declares random_per_sample, but another seed gives the same gradients")
 
 
 def check_compile(factory: Factory) -> None:

@@ -81,6 +81,7 @@ class ControlRule(CreditRule):
         if learn != "none" and sleep.sigma <= 0:
             raise ConfigError(f"learning the feedback needs noise: its sigma must be positive, got {sleep.sigma}")
         self.loop, self.sleep, self.difference, self.learn = loop, sleep, difference, learn
+        self.random_per_sample = learn == "noise"
         self.chain = Chain(model, input_shape)
         require_precision(type(self).__name__, self.chain.weights[0])
         self.feedback = nn.ParameterList(

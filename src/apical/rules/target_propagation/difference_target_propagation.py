@@ -161,6 +161,7 @@ class DifferenceTargetPropagation(CreditRule):
             raise ConfigError(f'recurrent=True is for variant="hidden", not "{variant}"')
         self.chain = Chain(model, input_shape)
         self.variant, self.eta, self.sigma, self.normalised, self.reduction = variant, eta, sigma, normalised, reduction
+        self.random_per_sample = learn
         self.sequential, self.recurrent = variant in ("drl", *LAYERWISE), recurrent
         stages = self.chain.stages
         if self.sequential and (spatial := [stage.name for stage in stages if len(stage.shape) > 1]):

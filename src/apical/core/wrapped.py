@@ -1,0 +1,252 @@
+"""A rule around a rule: the wrapped rule assigns the credit, and the wrapper changes how it is used.
+
+Two handles are all a wrapper needs besides the calls themselves:
+
+    gain   an identity on a layer's output whose backward pass multiplies the error there, unit by unit
+    tap    a stand-in for a parameter during one call, whose backward pass changes this batch's share of `.grad`
+
+State dicts have the keys of the wrapped rule, so either loads the other's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.credit import Credit, CreditRule, Loss, Phase
+from apical.core.transport import Geometry, as_matrix, from_matrix
+from apical.errors import ConfigError
+
+INNER = "rule."
+
+
+class WrappedRule(CreditRule):
+    """Base of the rules around another; by itself the wrapped rule, bit for bit.
+
+    Args:
+        rule: the wrapped rule, attached to its model.
+
+    Raises:
+        ConfigError: it is no rule, or was detached from its model.
+
+    >>> from apical.rules.backprop import Backprop
+    >>> rule = WrappedRule(Backprop(nn.Linear(4, 3)))
+    >>> rule(torch.randn(8, 4), torch.arange(8) % 3).backward()
+    >>> list(rule.state_dict())
+    ['model.weight', 'model.bias']
+    """
+
+    def __init__(self, rule: CreditRule) -> None:
+        nn.Module.__init__(self)
+        name = type(self).__name__
+        if not isinstance(rule, CreditRule):
+            raise ConfigError(f"{name} wraps a rule, not a {type(rule).__name__}: {name}(FeedbackAlignment(model), ...)")
+        rule.require_attached()
+        self.rule = rule
+        self.feed_forward, self.two_phase, self.chains_errors = rule.feed_forward, rule.two_phase, rule.chains_errors
+        self.random_per_sample = rule.random_per_sample
+        every = [id(module) for _, module in rule.model.named_modules(remove_duplicate=False)]
+        self._ties = len(set(every)) == len(every)  # a module under two names would keep a tap that is put in by both
+        self._prefix = _model_prefix(rule)
+        self._hooks: list[Any] = []
+        self._attached, self._is_fresh = True, False
+        self._warned = True  # the wrapped rule warns
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The wrapped rule's model."""
+        return self.rule.model
+
+    @property
+    def loss(self) -> Loss:  # type: ignore[override]
+        """The wrapped rule's loss."""
+        return self.rule.loss
+
+    @property
+    def phase(self) -> Phase:
+        """The wrapped rule's phase."""
+        return self.rule.phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self.rule.phase = phase
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """The wrapped rule's credit."""
+        self.require_attached()
+        credit: Credit = self.rule(inputs, targets)
+        return credit
+
+    def answer(self, inputs: Tensor) -> Tensor:
+        """The wrapped rule's answer."""
+        return self.rule.answer(inputs)
+
+    def constrain_(self) -> None:
+        """The wrapped rule's constraints."""
+        self.rule.constrain_()
+
+    @property
+    def remarks(self) -> list[str]:
+        """The wrapped rule's remarks."""
+        return self.rule.remarks
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """The wrapped rule's feedback."""
+        return self.rule.feedback_weights()
+
+    def feedback_parameters(self) -> list[nn.Parameter]:
+        """The wrapped rule's feedback parameters."""
+        return self.rule.feedback_parameters()
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """The wrapped rule's paths: a wrapper changes sizes of errors and updates, not where they come from."""
+        return self.rule.credit_paths(inputs)
+
+    def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The wrapped rule's pairs."""
+        return self.rule.pairs(inputs, targets)
+
+    def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The wrapped rule's read-outs."""
+        return self.rule.read_outs(inputs)
+
+    def detach(self) -> nn.Module:
+        """Detach wrapper and wrapped rule from the model, and return it."""
+        super().detach()
+        return self.rule.detach()
+
+    def tapped(self, taps: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Credit:
+        """The wrapped rule's credit, with tensors in place of parameters of the model while it is called.
+
+        Args:
+            taps: by the parameter's name in the model.
+            inputs: (batch, ...).
+            targets: what the loss takes.
+        """
+        if not taps:
+            return WrappedRule.forward(self, inputs, targets)
+        self.require_attached()
+        named = {f"{self._prefix}{name}": tap for name, tap in taps.items()}
+        credit: Credit = torch.func.functional_call(self.rule, named, (inputs, targets), tie_weights=self._ties)
+        return credit
+
+
+def innermost(rule: CreditRule) -> CreditRule:
+    """The rule that is no wrapper."""
+    while isinstance(rule, WrappedRule):
+        rule = rule.rule
+    return rule
+
+
+def _model_prefix(rule: CreditRule) -> str:
+    """What the names of the model's parameters begin with among the rule's."""
+    return INNER + _model_prefix(rule.rule) if isinstance(rule, WrappedRule) else "model."
+
+
+def _without_prefix(rule: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take "rule." out of the keys of a state dict, and of its versions."""
+    for each in (state, getattr(state, "_metadata", {})):
+        for key in [key for key in each if key.startswith(prefix + INNER)]:
+            each[prefix + key.removeprefix(prefix + INNER)] = each.pop(key)
+
+
+def _with_prefix(rule: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put it in again."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[prefix + INNER + key.removeprefix(prefix)] = state.pop(key)
+
+
+class Gain(torch.autograd.Function):
+    """Identity whose backward pass multiplies the error by a gain for each unit."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gain: Tensor) -> Tensor:
+        """Return `output` itself, (..., n, ...); `gain` is (n,), with a dimension of one for every dimension of space."""
+        ctx.save_for_backward(gain)
+        ctx.mark_dirty(output)  # not a view: the next module may work in place
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
+        """`gain * delta`."""
+        (gain,) = ctx.saved_tensors
+        return delta * gain.to(delta.dtype), None
+
+
+class RowGain(torch.autograd.Function):
+    """A parameter, whose share of `.grad` is multiplied by a gain for each output unit."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gain: Tensor, shape: Geometry | None) -> Tensor:
+        """The parameter: a weight of the layout of `shape`, or a bias (n,); `gain` is (n,)."""
+        ctx.save_for_backward(gain)
+        ctx.geometry = shape
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Each row of the gradient times its gain."""
+        (gain,) = ctx.saved_tensors
+        gain = gain.to(gradient.dtype)
+        if gradient.dim() == 1:
+            return gain * gradient, None, None
+        rows = gain.unsqueeze(1) * as_matrix(ctx.geometry, gradient)
+        return from_matrix(ctx.geometry, rows, gradient), None, None
+
+
+def gain_on(output: Tensor, gain: Tensor) -> Tensor:
+    """`output`, whose error will be multiplied by `gain`."""
+    result: Tensor = cast(Any, Gain).apply(output, gain)
+    return result
+
+
+def row_gain(parameter: Tensor, gain: Tensor, shape: Geometry | None) -> Tensor:
+    """`parameter`, whose gradient's rows will be multiplied by `gain`."""
+    result: Tensor = cast(Any, RowGain).apply(parameter, gain, shape)
+    return result
+
+
+Solve = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""`(gradient of the weight, of the bias or None)` to what takes their place."""
+
+
+class SolveTap(torch.autograd.Function):
+    """A weight and a bias, whose share of `.grad` is replaced by a function of both."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, solve: Solve) -> tuple[Tensor, Tensor]:
+        """The two parameters."""
+        ctx.solve = solve
+        return weight.view_as(weight), bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """`solve` of both gradients; a missing one is zero."""
+        return (*ctx.solve(weight, bias), None)
+
+
+class WeightSolveTap(torch.autograd.Function):
+    """A weight without a bias to train, whose share of `.grad` is replaced by a function of it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, solve: Solve) -> Tensor:
+        """The weight."""
+        ctx.solve = solve
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
+        """`solve` of the gradient."""
+        return ctx.solve(weight, None)[0], None
+
+
+def solve_tap(weight: Tensor, bias: Tensor | None, solve: Solve) -> tuple[Tensor, Tensor | None]:
+    """Both, or the weight alone; `solve` is called in the backward pass."""
+    if bias is None:
+        alone: Tensor = cast(Any, WeightSolveTap).apply(weight, solve)
+        return alone, None
+    both: tuple[Tensor, Tensor] = cast(Any, SolveTap).apply(weight, bias, solve)
+    return both

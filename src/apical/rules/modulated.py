@@ -1,0 +1,245 @@
+"""A gain for every hidden unit's error, on top of any rule; which gain is the modulator's business.
+
+    propagating    delta_l = M_l * (what the wrapped rule sends to layer l),   passed on below as delta_l: gains compound
+    local          dW_l = (M_l * delta_l) h_{l-1}^T,   and delta_l itself is passed on
+
+M_l (n_l,) is computed from the layer's weight at every batch; output layers have none. "propagating" needs a rule whose
+error travels from layer to layer through the model's graph; "local" scales rows of the gradient and works for every rule.
+
+Local: a gain reads the weights of its own unit, and whatever the modulator compares them with.
+Source: the modes are those of arXiv 2104.11604, whose gain :mod:`apical.rules.node_importance` has.
+"""
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from apical.core.checkpointing import aside, is_checkpointed, refuse_hidden
+from apical.core.credit import Credit, CreditRule
+from apical.core.effective import measured_weight
+from apical.core.layers import computes_plainly
+from apical.core.plastic import PlasticRule
+from apical.core.rest import evaluating, undisturbed
+from apical.core.sites import graph_leaves
+from apical.core.transport import as_matrix, geometry
+from apical.core.units import weighted_layers
+from apical.core.wrapped import WrappedRule, gain_on, innermost, row_gain
+from apical.errors import ConfigError, UnsupportedModelError
+
+Mode = Literal["propagating", "local"]
+
+
+class Modulator(Protocol):
+    """What gives every unit of a layer its gain; may have `remarks`, sentences for users."""
+
+    @property
+    def mode(self) -> Mode:
+        """Whether gains are passed on."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Gains (n,) of a layer whose effective weight is `rows`, (n, fan_in)."""
+
+
+class Modulated(WrappedRule):
+    """The wrapped rule, with a gain on the error of every hidden unit.
+
+    Args:
+        rule: any rule for mode "local" but those whose feedback gets the weight's own update; for "propagating"
+            backpropagation, or a rule of the feedback-alignment family.
+        modulator: makes a layer's gains from its weight.
+        exact: names of modules that get no gain although they are no layers of known kind; None: those of the rule.
+
+    Raises:
+        ConfigError: rule and mode do not go together.
+        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
+
+    The log `gain` is the mean gain over hidden layers; `compounded` is the product of the layers' means, which in mode
+    "propagating" is the factor on the first of a chain of layers.
+
+    >>> from apical.rules.backprop import Backprop
+    >>> class Doubled:
+    ...     mode = "propagating"
+    ...     def __call__(self, rows): return rows.new_full((len(rows),), 2.0)
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    >>> rule = Modulated(Backprop(model), Doubled())
+    >>> credit = rule(torch.randn(8, 4), torch.arange(8) % 3)
+    >>> credit.backward(); credit.logs["compounded"].item()
+    4.0
+    """
+
+    def __init__(self, rule: CreditRule, modulator: Modulator, exact: Collection[str] | None = None) -> None:
+        super().__init__(rule)
+        inner, mode = innermost(rule), modulator.mode
+        if mode not in ("propagating", "local"):
+            raise ConfigError(f"the modulator's mode must be 'propagating' or 'local', not {mode!r}")
+        if mode == "propagating" and not self.chains_errors:
+            raise ConfigError(
+                f"{type(inner).__name__} sends no error from layer to layer, so a gain on it would not be passed on; use "
+                "mode='local'"
+            )
+        if mode == "local" and isinstance(inner, PlasticRule):
+            raise ConfigError(
+                f"the feedback of {type(inner).__name__} must get the weight's own update, which mode='local' changes; use "
+                "mode='propagating', or wrap FeedbackAlignment or WeightMirror"
+            )
+        self.modulator, self.mode = modulator, mode
+        self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
+        self._hidden: list[str] | None = None  # known after the first batch
+        self._seen: set[str] = set()
+        self._gains: dict[str, Tensor] = {}  # during a call
+        self._learns = False
+        for name, layer in self.layers.items():
+            self._hooks.append(layer.register_forward_hook(partial(_amplify, self, name)))
+
+    @property
+    def remarks(self) -> list[str]:
+        """The wrapped rule's and the modulator's."""
+        return [*self.rule.remarks, *getattr(self.modulator, "remarks", ())]
+
+    def gains(self) -> dict[str, Tensor]:
+        """M_l (n_l,) of each layer that has one, by the weights as they are now.
+
+        Raises:
+            ConfigError: before the first batch, which shows what the output layers are.
+        """
+        if self._hidden is None:
+            raise ConfigError("which layers are hidden is known after the first batch; call the rule on one before")
+        with torch.no_grad():
+            return {name: self.modulator(_rows(self.layers[name])) for name in self._hidden}
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """The wrapped rule's credit, with the gains in it."""
+        if not torch.is_grad_enabled():
+            return super().forward(inputs, targets)
+        self.require_attached()
+        if self._hidden is None:
+            self._hidden = self._find_hidden(inputs)
+        gains = self.gains()
+        taps = self._taps(gains) if self.mode == "local" else {}
+        self._learns = True
+        self._gains = {} if taps else {name: self._on_output(name, gain) for name, gain in gains.items()}
+        try:
+            credit = self.tapped(taps, inputs, targets)
+        finally:
+            self._learns, self._gains = False, {}
+        if gains:
+            means = torch.stack([gain.mean() for gain in gains.values()])
+            credit.logs.update(gain=means.mean(), compounded=means.prod())
+        return credit
+
+    def _on_output(self, name: str, gain: Tensor) -> Tensor:
+        return gain.view(-1, *[1] * (self.layers[name].weight.dim() - 2))
+
+    def _taps(self, gains: dict[str, Tensor]) -> dict[str, Tensor]:
+        taps = {}
+        for name, gain in gains.items():
+            layer = self.layers[name]
+            if not computes_plainly(layer):
+                raise UnsupportedModelError(
+                    f"layer {name!r} computes with a function of its parameters, whose gradient has no rows for units; use "
+                    "mode='propagating', or remove the function"
+                )
+            shape, prefix = geometry(layer), f"{name}." if name else ""
+            for own, parameter in layer.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    taps[prefix + own] = row_gain(parameter, gain, shape)
+        return taps
+
+    def _find_hidden(self, inputs: Tensor) -> list[str]:
+        """Layers from which another weighted layer reads, found in passes of the plain model in its mode and in evaluation.
+
+        Raises:
+            UnsupportedModelError: a layer's weight takes part in the output without the layer's being called.
+        """
+        if torch.compiler.is_compiling():
+            raise UnsupportedModelError(
+                "which layers are hidden must be seen before torch.compile: call the rule once on a batch without it"
+            )
+        hidden, leaves = set[str](), set[int]()
+        for mode in (nullcontext, evaluating):
+            calls: list[tuple[str, Node | None]] = []
+            note = [
+                layer.register_forward_hook(partial(_note_call, calls, name), prepend=True)
+                for name, layer in self.layers.items()
+            ]
+            try:
+                with undisturbed(self.model), mode(self.model), torch.enable_grad():
+                    given = inputs
+                    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+                        given = inputs.detach().clone().requires_grad_()
+                    output = self.model(given)
+                    leaves = leaves.union(*(graph_leaves(part) for part in _tensors(output)))
+                    hidden |= _read_by_others(calls)
+            finally:
+                for hook in note:
+                    hook.remove()
+            self._seen |= {name for name, _ in calls}
+        for name, layer in self.layers.items():
+            if name not in self._seen and any(id(parameter) in leaves for parameter in layer.parameters()):
+                raise UnsupportedModelError(
+                    f"layer {name!r} was not called as a module in the forward pass, so its units get no gain; call it, or "
+                    "remove it"
+                )
+        return [name for name in self.layers if name in hidden]
+
+
+def _rows(layer: nn.Module) -> Tensor:
+    return as_matrix(geometry(layer), measured_weight(layer))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [part for part in torch.utils._pytree.tree_leaves(output) if isinstance(part, Tensor)]
+
+
+def _note_call(calls: list[tuple[str, Node | None]], name: str, layer: nn.Module, args: Any, output: Any) -> None:
+    if not torch.is_grad_enabled():
+        refuse_hidden(name)
+    calls.append((name, getattr(output, "grad_fn", None)))
+
+
+def _read_by_others(calls: list[tuple[str, Node | None]]) -> set[str]:
+    """Names of the layers whose output reaches another call of a layer."""
+    names = {node: name for name, node in calls if node is not None}
+    hidden: set[str] = set()
+    seen: set[Node] = set()
+    waiting = [below for node in names for below, _ in node.next_functions]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in names:
+            hidden.add(names[node])
+        waiting.extend(below for below, _ in node.next_functions)
+    return hidden
+
+
+def _amplify(rule: Modulated, name: str, layer: nn.Module, args: Any, output: Any) -> Tensor | None:
+    """Put the gain on a layer's output while the rule is at work.
+
+    Raises:
+        UnsupportedModelError: the layer was not called when the hidden layers were looked for.
+    """
+    if not rule._learns:
+        return None
+    if name not in rule._seen:
+        raise UnsupportedModelError(
+            f"layer {name!r} was not called on the first batch, so whether its units are hidden is not known; begin with a "
+            "batch, or a model in evaluation mode, that calls every layer"
+        )
+    if name not in rule._gains:
+        return None
+    if not torch.is_grad_enabled():
+        refuse_hidden(name)
+        return None
+    if not output.requires_grad:
+        return None
+    if is_checkpointed():
+        with aside():
+            return gain_on(output, rule._gains[name])
+    return gain_on(output, rule._gains[name])
