@@ -8,6 +8,7 @@ from apical.rules.backprop import Backprop as Backprop
 from apical.rules.corinfomax import CorInfoMax as CorInfoMax
 from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning as CounterCurrentLearning
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment as DirectFeedbackAlignment
+from apical.rules.dual_propagation import DualPropagation as DualPropagation
 from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation as EquilibriumPropagation
 from apical.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl as DeepFeedbackControl

@@ -22,6 +22,7 @@ STRONG = apical.StrongDeepFeedbackControl
 TP = apical.DifferenceTargetPropagation
 EP = apical.EquilibriumPropagation
 CIM = apical.CorInfoMax
+DP = apical.DualPropagation
 PC = apical.PredictiveCoding
 LOCAL = apical.LocalClassifiers
 FF = apical.ForwardForward
@@ -65,6 +66,8 @@ RULES = {
     "ff-all": partial(FF, negatives="all"),
     "ff-symba": partial(FF, negatives="all", objective="difference", answers="goodness"),
     "scff": partial(FF, negatives="images"),
+    "dualprop": DP,
+    "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),
     "tdca": TDCA,
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,
@@ -180,6 +183,11 @@ def product_equals_weight(rule: CreditRule) -> None:
         rule.plastic[key(name)].data.copy_(layer.weight.detach())
 
 
+def small_nudge(rule: CreditRule) -> None:
+    """beta -> 0, where no unit crosses its kink."""
+    rule.beta = 1e-7
+
+
 def as_it_is(rule: CreditRule) -> None:
     """Backpropagation without further ado."""
 
@@ -187,6 +195,8 @@ def as_it_is(rule: CreditRule) -> None:
 ORACLES = {
     "pc-staged": (partial(PC, inference="staged"), as_it_is),
     "pc-fixed": (partial(PC, inference="fixed-prediction"), as_it_is),
+    "dualprop": (DP, small_nudge),
+    "dualprop-original": (partial(DP, variant="original", sweeps=2), small_nudge),
     "fa": (apical.FeedbackAlignment, copy_weights),
     "wm": (partial(apical.WeightMirror, warmup=0), no_mirroring),
     "kp": (apical.KolenPollack, feedback_equals_weight),

@@ -20,6 +20,7 @@ from apical.rules.backprop import Backprop
 from apical.rules.corinfomax import CorInfoMax
 from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.dual_propagation import DualPropagation
 from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
@@ -155,6 +156,7 @@ RULES: dict[str, Entry] = {
     "scff": Entry(
         ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
     ),
+    "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
     "tdca": Entry(
         TopDownCreditAssignment,
         "top-down credit assignment: an evolved network hands out credit",

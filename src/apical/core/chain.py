@@ -73,6 +73,16 @@ class Stage:
             rates = module(rates)
         return rates
 
+    def pooled(self, a: Tensor) -> Tensor:
+        """v (batch, *shape), for the layer's output."""
+        for module in self.after:
+            a = module(a)
+        return a
+
+    def potential(self, rates: Tensor) -> Tensor:
+        """v (batch, *shape), for the stage's input (batch, *input_shape)."""
+        return self.pooled(self.layer(self.seen(rates)))
+
     def linear(self, rates: Tensor, added: Tensor | None = None) -> Tensor:
         """`W rates`, without the bias, plus `added`: (batch, *input_shape) -> (batch, *shape)."""
         weight = self.layer.weight
@@ -205,7 +215,7 @@ class Chain:
         with torch.no_grad():
             v, r = [], [self.enter(inputs)]
             for stage in self.stages:
-                v.append(stage.layer(stage.seen(r[-1])))
+                v.append(stage.potential(r[-1]))
                 if v[-1].shape[1:] != stage.shape:
                     raise UnsupportedModelError(
                         f"layer {stage.name!r} gave {tuple(v[-1].shape[1:])} per sample, but the rule was made for "
