@@ -13,13 +13,14 @@ from apical.errors import ConfigError, unknown_name
 from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import autoencoder, mlp, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
+from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.resnet import CifarResNet, ResNet
 
 _WIDTHS = r"(-[1-9][0-9]{0,6})+"
 _EXAMPLES = {
     "mlp": "mlp-512-512",
     "mlp-tanh": "mlp-tanh-256-256-256",
+    "mlp-bn": "mlp-bn-256-256",
     "mlp-elu": "mlp-elu-256-256",
     "mlp-sigmoid": "mlp-sigmoid-256-256",
     "mlp-clip": "mlp-clip-500",
@@ -72,6 +73,7 @@ _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
 _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp": mlp,
     "mlp-tanh": mlp_tanh,
+    "mlp-bn": mlp_bn,
     "mlp-elu": mlp_elu,
     "mlp-sigmoid": mlp_sigmoid,
     "mlp-clip": mlp_clip,
