@@ -14,7 +14,7 @@ from apical.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignme
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl as DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl as StrongDeepFeedbackControl
 from apical.rules.kolen_pollack import KolenPollack as KolenPollack
-from apical.rules.predictive_coding import PredictiveCoding as PredictiveCoding
+from apical.rules.predictive_coding.predictive_coding import PredictiveCoding as PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry as SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import (

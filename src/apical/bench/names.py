@@ -26,7 +26,7 @@ from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
 from apical.rules.kolen_pollack import KolenPollack
-from apical.rules.predictive_coding import PredictiveCoding
+from apical.rules.predictive_coding.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation

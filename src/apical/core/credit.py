@@ -199,6 +199,7 @@ class CreditRule(nn.Module):
         feed_forward: the network's answer is the model's feed-forward pass; else the rule has a :meth:`answer` of its own.
         output_alone: the rule asks the loss for its derivative with respect to the output, and would leave out terms that
             read other activities of the model; such losses are refused at the first batch.
+        repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
             "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
@@ -210,6 +211,7 @@ class CreditRule(nn.Module):
     two_phase: bool = False
     feed_forward: bool = True
     output_alone: bool = False
+    repeats: int = 1
     phase: Phase
     _placement: Placement | None = None
 
