@@ -56,6 +56,8 @@ RULES = {
     "pc": partial(PC, inference="state", steps=6),
     "pc-error": PC,
     "pc-staged": partial(PC, inference="staged"),
+    "pc-incremental": partial(PC, inference="incremental", steps=1),
+    "pc-images": partial(PC, input_shape=(2, 8, 8), steps=3),
     "dualprop": DP,
     "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),
     "tdca": TDCA,
@@ -87,6 +89,7 @@ RULES = {
 }
 NOISY = ("dtp", "dtp-drl", "ddtp-linear", "ddtp-rhl", "ddtp-recurrent", "ddtp-control", "dtp-lee")
 SKIPPED = {
+    ("pc-incremental", "compile"): "states are kept from call to call, which no graph does; it is refused by name",
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",
     ("dfc-noise", "batch_mean"): "every sample has noise of its own, so a batch twice over is another draw",

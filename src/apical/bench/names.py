@@ -138,6 +138,17 @@ RULES: dict[str, Entry] = {
         PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
     ),
     "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
+    "pc-incremental": Entry(
+        PredictiveCoding,
+        "predictive coding whose weights move after every step of the states",
+        {"inference": "incremental"},
+        clip=1.0,
+    ),
+    "mupc": Entry(
+        PredictiveCoding,
+        "predictive coding of deep residual networks in the mu parametrisation (models mlp-mu-...)",
+        {"parametrisation": "mu"},
+    ),
     "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
     "tdca": Entry(
         TopDownCreditAssignment,

@@ -1,8 +1,9 @@
 """Models as a row of blocks.
 
 A block is what lies between two populations whose activity a rule looks at: a weighted layer with what shapes its input
-(flattening, upsampling) and what follows it (normalisation, activation, pooling); or a whole module with skips inside. Unlike
-the stages of :mod:`apical.core.chain` a block need not be affine-then-element-wise; its own derivative is left to autograd.
+(flattening, upsampling) and what follows it (normalisation, activation, pooling); or a whole module with skips inside.
+Unlike the stages of :mod:`apical.core.chain` a block need not be affine-then-element-wise; its own derivative is left to
+autograd.
 """
 
 from collections.abc import Sequence

@@ -259,6 +259,15 @@ class CreditRule(nn.Module):
         result: Tensor = self.model(inputs)
         return result
 
+    def restart(self) -> None:
+        """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
+
+    def accumulate(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; for diagnostics."""
+        self.restart()
+        for _ in range(self.repeats):
+            self(inputs, targets).backward()
+
     @property
     def remarks(self) -> list[str]:
         """How what is trained differs from the model as its modules say it, in sentences; empty where it does not."""

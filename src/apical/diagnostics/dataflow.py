@@ -147,5 +147,5 @@ def recorded(rule: Any, weights: Mapping[str, Tensor], inputs: Tensor, targets: 
     rule.zero_grad()
     flow = Dataflow(weights, inputs, targets)
     with flow:
-        rule(inputs, targets).backward()
+        rule.accumulate(inputs, targets)
     return flow

@@ -253,9 +253,15 @@ class PredictiveCoding(CreditRule):
             relaxed = self._relaxed(x, targets, p, s, error)
         return {"s": relaxed.s, "e": relaxed.e}
 
+    def restart(self) -> None:
+        """Forget the states of a batch whose calls are not over."""
+        self._held = None
+
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """Exact where the schedule is backpropagation itself."""
         exact = self.inference in ("staged", "fixed-prediction") and self.rate == 1 and self.steps >= len(self.row) - 1
+        if not self.feed_forward:
+            inputs = inputs.new_zeros(len(inputs), *self.row[0].input_shape)
         return layer_paths(self.model, inputs, "exact" if exact else "signal of its own")
 
     @property
