@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import apical
-from apical.core.credit import CreditRule
+from apical.core.credit import CreditRule, Loss
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.testing import CHECKS, check_oracle
@@ -24,6 +24,14 @@ EP = apical.EquilibriumPropagation
 CIM = apical.CorInfoMax
 DP = apical.DualPropagation
 PC = apical.PredictiveCoding
+
+
+def residual_predictive_coding(model: torch.nn.Module, loss: Loss = torch.nn.functional.cross_entropy) -> CreditRule:
+    """The residual network of the suite too, whose blocks with skips are blocks of the rule."""
+    images = any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    return PC(model, loss, steps=3, input_shape=(2, 8, 8) if images else None)
+
+
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -57,7 +65,7 @@ RULES = {
     "pc-error": PC,
     "pc-staged": partial(PC, inference="staged"),
     "pc-incremental": partial(PC, inference="incremental", steps=1),
-    "pc-images": partial(PC, input_shape=(2, 8, 8), steps=3),
+    "pc-residual": residual_predictive_coding,
     "dualprop": DP,
     "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),
     "tdca": TDCA,

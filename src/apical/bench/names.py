@@ -138,6 +138,9 @@ RULES: dict[str, Entry] = {
         PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
     ),
     "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
+    "pc-one-step": Entry(
+        PredictiveCoding, "pc-error, a control: one step of inference", {"inference": "error", "steps": 1}, clip=1.0
+    ),
     "pc-incremental": Entry(
         PredictiveCoding,
         "predictive coding whose weights move after every step of the states",
