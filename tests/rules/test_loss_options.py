@@ -42,7 +42,7 @@ def refuses(name: str, loss: Any) -> str | None:
     if name.startswith("hep") and loss is not F.cross_entropy:
         return "complex"
     visible = loss is not F.cross_entropy and getattr(loss, "ignore_index", 0) != -100
-    if name.startswith(("strong-dfc", "corinfomax", "ccl", "pc", "tdca")) and visible:
+    if name.startswith(("strong-dfc", "corinfomax", "ccl", "pc", "tdca", "dualprop")) and visible:
         return "ignore_index"
     one_hot = name.startswith(("corinfomax", "ccl", "hep"))
     if one_hot or (name.startswith("ep") and loss is F.cross_entropy):
@@ -229,7 +229,7 @@ NOISE = ("dfc-noise", "dfc-simulate", "ddtp-recurrent", "dtp-lee")
 @pytest.mark.parametrize("name", RULES)
 def test_a_sum_over_the_batch_is_a_batch_of_means_or_refused(name: str, loss: Any) -> None:
     inputs, targets = batch()
-    if name.startswith(("tdca", "strong-dfc", "corinfomax", "ccl", "ep", "hep", "pc")):
+    if name.startswith(("tdca", "strong-dfc", "corinfomax", "ccl", "ep", "hep", "pc", "dualprop")):
         with pytest.raises(ConfigError, match="reduction='mean'"):
             update(name, loss, inputs, targets)
         return
