@@ -17,7 +17,7 @@ from apical.rules.forward_forward import ForwardForward as ForwardForward
 from apical.rules.kolen_pollack import KolenPollack as KolenPollack
 from apical.rules.local_classifiers import LocalClassifiers as LocalClassifiers
 from apical.rules.modulated import Modulated as Modulated
-from apical.rules.predictive_coding import PredictiveCoding as PredictiveCoding
+from apical.rules.predictive_coding.predictive_coding import PredictiveCoding as PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry as SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import (

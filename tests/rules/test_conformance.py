@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import apical
-from apical.core.credit import CreditRule
+from apical.core.credit import CreditRule, Loss
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.testing import CHECKS, check_oracle
@@ -26,6 +26,14 @@ DP = apical.DualPropagation
 PC = apical.PredictiveCoding
 LOCAL = apical.LocalClassifiers
 FF = apical.ForwardForward
+
+
+def residual_predictive_coding(model: torch.nn.Module, loss: Loss = torch.nn.functional.cross_entropy) -> CreditRule:
+    """The residual network of the suite too, whose blocks with skips are blocks of the rule."""
+    images = any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    return PC(model, loss, steps=3, input_shape=(2, 8, 8) if images else None)
+
+
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -66,6 +74,8 @@ RULES = {
     "ff-all": partial(FF, negatives="all"),
     "ff-symba": partial(FF, negatives="all", objective="difference", answers="goodness"),
     "scff": partial(FF, negatives="images"),
+    "pc-incremental": partial(PC, inference="incremental", steps=1),
+    "pc-residual": residual_predictive_coding,
     "dualprop": DP,
     "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),
     "tdca": TDCA,
@@ -96,6 +106,7 @@ RULES = {
     "corinfomax-sparse": partial(CIM, nudge="one-sided", sparse=(0.1, 0.1, 0.1), free_steps=8, nudged_steps=4),
 }
 SKIPPED = {
+    ("pc-incremental", "compile"): "states are kept from call to call, which no graph does; it is refused by name",
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",
     ("dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",

@@ -228,17 +228,21 @@ class Training:
     def _train_step(self, current: Pass, inputs: Tensor, targets: Tensor) -> None:
         timer = self._timer if current.is_main else self._feedback_timer
         timer.start()
-        self.optimizer.zero_grad()
-        with autocast(self.device, self.recipe.amp):
-            credit = self.module(inputs, targets)
-        credit.backward()
-        done = self.epoch * self.steps_per_epoch + self.step - current.first
-        shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
-        self.optimizer.step()
-        self.rule.constrain_()
+        first = None
+        self.rule.restart()
+        for _ in range(self.rule.repeats):
+            self.optimizer.zero_grad()
+            with autocast(self.device, self.recipe.amp):
+                credit = self.module(inputs, targets)
+            credit.backward()
+            done = self.epoch * self.steps_per_epoch + self.step - current.first
+            shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
+            self.optimizer.step()
+            self.rule.constrain_()
+            first = first or credit  # the loss of a batch is that before it has taught
         timer.stop()
         if current.is_main:
-            self._sums.add(credit, targets)
+            self._sums.add(first or credit, targets)
         self._sums.log(credit.logs)
 
     def _step_costs(self) -> dict[Phase, StepCost]:

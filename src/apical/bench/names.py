@@ -29,7 +29,7 @@ from apical.rules.forward_forward import ForwardForward
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.local_classifiers import LocalClassifiers
 from apical.rules.modulated import Mode, Modulated
-from apical.rules.predictive_coding import PredictiveCoding
+from apical.rules.predictive_coding.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation
@@ -141,6 +141,20 @@ RULES: dict[str, Entry] = {
         PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
     ),
     "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
+    "pc-one-step": Entry(
+        PredictiveCoding, "pc-error, a control: one step of inference", {"inference": "error", "steps": 1}, clip=1.0
+    ),
+    "pc-incremental": Entry(
+        PredictiveCoding,
+        "predictive coding whose weights move after every step of the states",
+        {"inference": "incremental"},
+        clip=1.0,
+    ),
+    "mupc": Entry(
+        PredictiveCoding,
+        "predictive coding of deep residual networks in the mu parametrisation (models mlp-mu-...)",
+        {"parametrisation": "mu"},
+    ),
     "local-pred": Entry(LocalClassifiers, "local classifiers: every block has a linear read-out with the model's loss"),
     "local-sim": Entry(
         LocalClassifiers, "local classifiers: every block makes samples as similar as their classes", {"local": "similarity"}

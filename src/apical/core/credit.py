@@ -202,6 +202,7 @@ class CreditRule(nn.Module):
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
         random_per_sample: every sample gets random numbers of its own, so a batch twice over, or shared by two processes,
             is another draw.
+        repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
             "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
@@ -215,6 +216,7 @@ class CreditRule(nn.Module):
     output_alone: bool = False
     chains_errors: bool = False
     random_per_sample: bool = False
+    repeats: int = 1
     phase: Phase
     _placement: Placement | None = None
 
@@ -267,6 +269,15 @@ class CreditRule(nn.Module):
 
         Most rules have no such range, and do nothing.
         """
+
+    def restart(self) -> None:
+        """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
+
+    def accumulate(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; for diagnostics."""
+        self.restart()
+        for _ in range(self.repeats):
+            self(inputs, targets).backward()
 
     @property
     def remarks(self) -> list[str]:

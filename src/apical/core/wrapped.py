@@ -45,7 +45,7 @@ class WrappedRule(CreditRule):
         rule.require_attached()
         self.rule = rule
         self.feed_forward, self.two_phase, self.chains_errors = rule.feed_forward, rule.two_phase, rule.chains_errors
-        self.random_per_sample = rule.random_per_sample
+        self.random_per_sample, self.repeats = rule.random_per_sample, rule.repeats
         every = [id(module) for _, module in rule.model.named_modules(remove_duplicate=False)]
         self._ties = len(set(every)) == len(every)  # a module under two names would keep a tap that is put in by both
         self._prefix = _model_prefix(rule)
@@ -87,6 +87,10 @@ class WrappedRule(CreditRule):
     def constrain_(self) -> None:
         """The wrapped rule's constraints."""
         self.rule.constrain_()
+
+    def restart(self) -> None:
+        """The wrapped rule forgets the batch."""
+        self.rule.restart()
 
     @property
     def remarks(self) -> list[str]:
