@@ -122,7 +122,8 @@ def _by_task(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     return {
         "title": "Median and worst task",
         "note": "Training loss in nats with tuned learning rates: median over tasks, then the worst task. Added after the "
-        "run; no mark was set on it. Where one task of all is far above the others, it decides the mean, and so the verdict.",
+        "run; no mark was set on it. Where one task of all is far above the others, it decides the mean, and so the "
+        "verdict.",
         "header": ["learner or evolution", "meta-seed", *(NAMES[rule] for rule in rules)],
         "rows": rows,
     }
