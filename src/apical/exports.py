@@ -13,6 +13,7 @@ from apical.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignme
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl as DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl as StrongDeepFeedbackControl
 from apical.rules.kolen_pollack import KolenPollack as KolenPollack
+from apical.rules.local_solve import LocalSolve as LocalSolve
 from apical.rules.modulated import Modulated as Modulated
 from apical.rules.predictive_coding import PredictiveCoding as PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment

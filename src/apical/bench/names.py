@@ -25,6 +25,7 @@ from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
 from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.local_solve import LocalSolve
 from apical.rules.modulated import Mode, Modulated
 from apical.rules.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
@@ -224,9 +225,14 @@ def _importance(rule: CreditRule, mode: Mode | None, clip: bool) -> Any:
     return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip)
 
 
+def _solved(rule: CreditRule, damping: float = 1e-2) -> CreditRule:
+    return LocalSolve(rule, damping)
+
+
 AROUND: dict[str, tuple[Callable[..., CreditRule], str]] = {
     "grapes": (_grapes, "GRAPES: errors of units with large incoming weights count up to double (US patent 12,020,162)"),
     "matched": (_matched, "grapes, a control: every unit of a layer gets the layer's mean gain"),
+    "cwu": (_solved, "consequentialism weight updates: layers solve for the change that their errors ask for"),
 }
 """Rules around a rule, "grapes:fa": what makes one of a rule and options, and a line for people."""
 
