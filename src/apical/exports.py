@@ -17,6 +17,7 @@ from apical.rules.local_solve import LocalSolve as LocalSolve
 from apical.rules.modulated import Modulated as Modulated
 from apical.rules.predictive_coding import PredictiveCoding as PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment
+from apical.rules.semi_implicit import SemiImplicit as SemiImplicit
 from apical.rules.sign_symmetry import SignSymmetry as SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import (
     DifferenceTargetPropagation as DifferenceTargetPropagation,

@@ -29,6 +29,7 @@ from apical.rules.local_solve import LocalSolve
 from apical.rules.modulated import Mode, Modulated
 from apical.rules.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
+from apical.rules.semi_implicit import SemiImplicit
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment
@@ -139,6 +140,7 @@ RULES: dict[str, Entry] = {
         PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
     ),
     "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
+    "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
     "tdca": Entry(
         TopDownCreditAssignment,
         "top-down credit assignment: an evolved network hands out credit",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import Conv1d, Conv2d
 
+from apical.core.processes import summed
 from apical.core.transport import geometry, padded_input
 from apical.errors import UnsupportedModelError
 
@@ -110,3 +111,10 @@ def stacked(rows: Sequence[Tensor], weight: bool, bias: bool) -> Tensor:
     every = torch.cat([each.detach().double() for each in rows])
     ones = every.new_ones(len(every), 1)
     return torch.cat([*([every] if weight else []), *([ones] if bias else [])], 1)
+
+
+def proximal(a: Tensor, d: Tensor, lam: Tensor) -> Tensor:
+    """`D^T A (A^T A + lam I)^-1` (n_out, n) in the type of A, for inputs A (m, n), errors D (m, n_out), all processes."""
+    wide, errors = a.double(), d.double()
+    product, gradient = summed(gram(wide)), summed(errors.T @ wide)
+    return solved(gradient, product, lam.double()).to(a.dtype)
