@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import Conv1d, Conv2d
 
 from apical.core.processes import summed
+from apical.core.stepping import distributed
 from apical.core.transport import geometry, padded_input
 from apical.errors import UnsupportedModelError
 
@@ -116,5 +117,8 @@ def stacked(rows: Sequence[Tensor], weight: bool, bias: bool) -> Tensor:
 def proximal(a: Tensor, d: Tensor, lam: Tensor) -> Tensor:
     """`D^T A (A^T A + lam I)^-1` (n_out, n) in the type of A, for inputs A (m, n), errors D (m, n_out), all processes."""
     wide, errors = a.double(), d.double()
+    if len(a) < a.shape[1] and not distributed():  # D^T (A A^T + lam I)^-1 A
+        factor = torch.linalg.cholesky(_shifted(wide @ wide.T, lam.double()))
+        return (torch.cholesky_solve(errors, factor).T @ wide).to(a.dtype)
     product, gradient = summed(gram(wide)), summed(errors.T @ wide)
     return solved(gradient, product, lam.double()).to(a.dtype)
