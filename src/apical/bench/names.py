@@ -28,9 +28,11 @@ from apical.rules.feedback_control.strong_deep_feedback_control import StrongDee
 from apical.rules.forward_forward import ForwardForward
 from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.local_classifiers import LocalClassifiers
+from apical.rules.local_solve import LocalSolve
 from apical.rules.modulated import Mode, Modulated
 from apical.rules.predictive_coding.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
+from apical.rules.semi_implicit import SemiImplicit
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment
@@ -171,6 +173,7 @@ RULES: dict[str, Entry] = {
         ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
     ),
     "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
+    "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
     "tdca": Entry(
         TopDownCreditAssignment,
         "top-down credit assignment: an evolved network hands out credit",
@@ -257,9 +260,14 @@ def _importance(rule: CreditRule, mode: Mode | None, clip: bool) -> Any:
     return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip)
 
 
+def _solved(rule: CreditRule, damping: float = 1e-2) -> CreditRule:
+    return LocalSolve(rule, damping)
+
+
 AROUND: dict[str, tuple[Callable[..., CreditRule], str]] = {
     "grapes": (_grapes, "GRAPES: errors of units with large incoming weights count up to double (US patent 12,020,162)"),
     "matched": (_matched, "grapes, a control: every unit of a layer gets the layer's mean gain"),
+    "cwu": (_solved, "consequentialism weight updates: layers solve for the change that their errors ask for"),
 }
 """Rules around a rule, "grapes:fa": what makes one of a rule and options, and a line for people."""
 

@@ -8,11 +8,12 @@ Two handles are all a wrapper needs besides the calls themselves:
 State dicts have the keys of the wrapped rule, so either loads the other's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from apical.core.credit import Credit, CreditRule, Loss, Phase
 from apical.core.transport import Geometry, as_matrix, from_matrix
@@ -46,8 +47,6 @@ class WrappedRule(CreditRule):
         self.rule = rule
         self.feed_forward, self.two_phase, self.chains_errors = rule.feed_forward, rule.two_phase, rule.chains_errors
         self.random_per_sample, self.repeats = rule.random_per_sample, rule.repeats
-        every = [id(module) for _, module in rule.model.named_modules(remove_duplicate=False)]
-        self._ties = len(set(every)) == len(every)  # a module under two names would keep a tap that is put in by both
         self._prefix = _model_prefix(rule)
         self._hooks: list[Any] = []
         self._attached, self._is_fresh = True, False
@@ -134,7 +133,8 @@ class WrappedRule(CreditRule):
             return WrappedRule.forward(self, inputs, targets)
         self.require_attached()
         named = {f"{self._prefix}{name}": tap for name, tap in taps.items()}
-        credit: Credit = torch.func.functional_call(self.rule, named, (inputs, targets), tie_weights=self._ties)
+        # each of the layers that share a parameter has a tap of its own
+        credit: Credit = torch.func.functional_call(self.rule, named, (inputs, targets), tie_weights=False)
         return credit
 
 
@@ -213,44 +213,27 @@ def row_gain(parameter: Tensor, gain: Tensor, shape: Geometry | None) -> Tensor:
     return result
 
 
-Solve = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""`(gradient of the weight, of the bias or None)` to what takes their place."""
+Solve = Callable[..., tuple[Tensor, ...]]
+"""Gradients of some parameters to what takes their place."""
 
 
 class SolveTap(torch.autograd.Function):
-    """A weight and a bias, whose share of `.grad` is replaced by a function of both."""
+    """Parameters, whose share of `.grad` is replaced by a function of all of them."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, solve: Solve) -> tuple[Tensor, Tensor]:
-        """The two parameters."""
+    def forward(ctx: Any, solve: Solve, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """The parameters."""
         ctx.solve = solve
-        return weight.view_as(weight), bias.view_as(bias)
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """`solve` of both gradients; a missing one is zero."""
-        return (*ctx.solve(weight, bias), None)
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """`solve` of the gradients; a missing one is zero."""
+        return (None, *ctx.solve(*gradients))
 
 
-class WeightSolveTap(torch.autograd.Function):
-    """A weight without a bias to train, whose share of `.grad` is replaced by a function of it."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, solve: Solve) -> Tensor:
-        """The weight."""
-        ctx.solve = solve
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
-        """`solve` of the gradient."""
-        return ctx.solve(weight, None)[0], None
-
-
-def solve_tap(weight: Tensor, bias: Tensor | None, solve: Solve) -> tuple[Tensor, Tensor | None]:
-    """Both, or the weight alone; `solve` is called in the backward pass."""
-    if bias is None:
-        alone: Tensor = cast(Any, WeightSolveTap).apply(weight, solve)
-        return alone, None
-    both: tuple[Tensor, Tensor] = cast(Any, SolveTap).apply(weight, bias, solve)
-    return both
+def solve_taps(solve: Solve, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parameters; the backward pass calls `solve` with their gradients, once."""
+    result: tuple[Tensor, ...] = cast(Any, SolveTap).apply(solve, *parameters)
+    return result

@@ -1,0 +1,322 @@
+"""Local solver in place of the outer product: each layer's change does to its pre-activations what the errors ask for.
+
+    outer product    dW^T = -mu A^T D / B         changes the batch's pre-activations by -mu A A^T D / B: samples interfere
+    here             dW^T = -mu (A^T A + lam I)^-1 A^T D        changes them by -mu D, if there are fewer samples than inputs
+    lam              damping * trace(A^T A) / n                 n inputs, the bias among them
+
+D are the errors that the wrapped rule sends to the layer, of single samples (not divided by B), A what the layer is given.
+Only the inputs and the finished gradient D^T A / B are needed. One sample: normalised least mean squares. Much damping: the
+direction of the wrapped rule. All layers are solved from one forward pass, with activities held as they were.
+
+Local: the inverse correlation of a layer's inputs, its weight change, nothing of other layers.
+Source: "consequentialism weight updates", arXiv 2003.05164 (abstract; equations derived). The same step is K-FAC's with its
+input factor alone, and ProxProp's for a linear layer.
+Departures: the paper's damping, rates and data are not known to us; `damping` is relative to the inputs' mean power.
+"""
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apical.core.checkpointing import refuse_checkpointing
+from apical.core.credit import Credit, CreditRule
+from apical.core.layers import computes_plainly
+from apical.core.losses import refuse_options
+from apical.core.plastic import PlasticRule
+from apical.core.processes import summed
+from apical.core.rest import undisturbed
+from apical.core.sites import only_tensor
+from apical.core.solve import (
+    cosine,
+    errors_of,
+    gram,
+    off_span,
+    patches,
+    require_patches,
+    solved,
+    solved_by_rows,
+    stacked,
+    strength,
+)
+from apical.core.stepping import distributed
+from apical.core.transport import as_matrix, geometry
+from apical.core.units import weighted_layers
+from apical.core.wrapped import WrappedRule, innermost, solve_taps
+from apical.errors import ApicalError, ConfigError, UnsupportedModelError
+
+PROBE = 2
+"""Samples of the batch on which it is found out whether the rule's gradients are made of the layers' inputs."""
+
+REMEDY = "wrap a rule whose layers learn from their inputs: backpropagation, FA, DFA, CCL, DTP"
+
+
+class Problem:
+    """One layer's problem in one batch: its inputs, known once the rule was called, and the gradient that comes later.
+
+    Attributes:
+        calls: inputs of each call, in order.
+        taps: what stands in for the trained parameters.
+    """
+
+    def __init__(self, rule: "LocalSolve", name: str) -> None:
+        self.rule, self.name, self.layer = rule, name, rule.layers[name]
+        own = self.layer._parameters
+        self.trained = {key: p for key in ("weight", "bias") if (p := own.get(key)) is not None and p.requires_grad}
+        self.calls: list[Tensor] = []
+        self.taps: tuple[Tensor, ...] = ()
+        self.rows: Tensor | None = None
+        self.product: Tensor | None = None  # A^T A over all processes, where there are several
+        self.samples = 1.0
+
+    def rows_of(self, which: str) -> Tensor:
+        """A (m, n) of the "first" call, the "last", or of "all"."""
+        calls = {"first": self.calls[:1], "last": self.calls[-1:]}.get(which, self.calls)
+        rows = [patches(self.layer, inputs) for inputs in calls]
+        return stacked(rows, "weight" in self.trained, "bias" in self.trained)
+
+    def joined(self, gradients: list[Tensor]) -> Tensor:
+        """G (n_out, n) in float64."""
+        named = dict(zip(self.trained, gradients, strict=True))
+        parts = [as_matrix(geometry(self.layer), named["weight"])] if "weight" in named else []
+        return torch.cat([*parts, *([named["bias"].unsqueeze(1)] if "bias" in named else [])], 1).double()
+
+    def settle(self, samples: float) -> None:
+        """The rule was called on so many samples; share what must be summed over processes."""
+        self.samples = samples
+        if self.calls:
+            self.rows = self.rows_of(self.rule.calls_used or "all")
+            if distributed():
+                self.product = summed(gram(self.rows))
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """`B G (A^T A + lam I)^-1`."""
+        assert self.rows is not None
+        n = self.rows.shape[1]
+        if self.product is not None:
+            lam = strength(self.product.trace(), n, self.rule.damping)
+            return self.samples * solved(gradient, self.product, lam)
+        lam = strength(self.rows.square().sum(), n, self.rule.damping)
+        if lam == 0:
+            return gradient * 0
+        if len(self.rows) < n:
+            return self.samples * solved_by_rows(gradient, self.rows, lam)
+        return self.samples * solved(gradient, gram(self.rows), lam)
+
+    def __call__(self, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Solve, in the backward pass.
+
+        Raises:
+            UnsupportedModelError: the layer learns although it was not called, or it is not known from which of its calls.
+        """
+        if self.rows is None:
+            if not any(bool(gradient.any()) for gradient in gradients):
+                return gradients
+            raise _not_called(self.name, self.rule)
+        if len(self.calls) > 1 and self.rule.calls_used is None:
+            raise UnsupportedModelError(
+                f"layer {self.name!r} was called {len(self.calls)} times, and from which of its inputs "
+                f"{type(innermost(self.rule)).__name__} learns could not be seen on the batches so far; use another batch"
+            )
+        change = self.apply(self.joined(list(gradients)))
+        return tuple(
+            part.reshape(gradient.shape).to(gradient.dtype)
+            for part, gradient in zip(self.parts(change), gradients, strict=True)
+        )
+
+    def parts(self, change: Tensor) -> list[Tensor]:
+        """Columns of each trained parameter."""
+        if len(self.trained) == 1:
+            return [change]
+        return [change[:, :-1], change[:, -1]]
+
+
+class LocalSolve(WrappedRule):
+    """The wrapped rule, with each layer's gradient solved for the change that the errors ask for.
+
+    The step does not depend on the size of the inputs, so learning rates are near 1, whatever the batch size. Micro-batches
+    are solved one by one, and momentum or Adam see solved gradients.
+
+    Args:
+        rule: any rule whose weight gradients are outer products of its signals and the layers' inputs in the first, the last
+            or all of their calls: backpropagation, feedback alignment and its kin, DFA, TDCA, CCL, predictive coding, target
+            propagation. Found out on a few samples of the first batch.
+        damping: of single samples, relative to the mean power of the inputs.
+        exact: names of modules that keep their gradient although they are no layers of known kind; None: those of the rule.
+
+    Raises:
+        ConfigError: damping is not positive; or the rule's feedback gets the weight's own update; or a loss with a reduction
+            that is no mean.
+        UnsupportedModelError: a layer is no one matrix on its inputs, or computes with a function of its weight; or, at the
+            first batch, the rule's gradients are not made of the layers' inputs.
+
+    >>> from apical.rules.backprop import Backprop
+    >>> model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    >>> rule = LocalSolve(Backprop(model))
+    >>> x, y = torch.randn(8, 40), torch.arange(8) % 3
+    >>> rule(x, y).backward()
+    >>> all(with_ > 0.98 for _, with_ in rule.interference(x, y).values())
+    True
+    """
+
+    def __init__(self, rule: CreditRule, damping: float = 1e-2, exact: Collection[str] | None = None) -> None:
+        super().__init__(rule)
+        inner = innermost(rule)
+        if not 0 < damping < float("inf"):
+            raise ConfigError(f"damping must be positive and finite, not {damping}")
+        if isinstance(inner, PlasticRule):
+            raise ConfigError(
+                f"the feedback of {type(inner).__name__} must get the weight's own update, which LocalSolve changes; wrap "
+                "FeedbackAlignment or WeightMirror"
+            )
+        refuse_options(rule.loss, "LocalSolve", ("reduction",))
+        self.damping = damping
+        self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
+        for name, layer in self.layers.items():
+            require_patches(name, layer)
+        self.calls_used: str | None = None
+        self._problems: dict[str, Problem] | None = None  # while the rule is called
+        for name, layer in self.layers.items():
+            self._hooks.append(layer.register_forward_pre_hook(partial(_note, self, name), with_kwargs=True))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the solver in the backward pass is beyond a compiler; without fullgraph=True it runs eagerly
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """The wrapped rule's credit, whose gradients are solved in the backward pass.
+
+        Raises:
+            UnsupportedModelError: see :class:`LocalSolve`.
+        """
+        if not torch.is_grad_enabled():
+            return super().forward(inputs, targets)
+        self.require_attached()
+        found = self._look(inputs, targets) if self.calls_used is None else None
+        problems = {name: Problem(self, name) for name in self.layers}
+        credit = self._noting(problems, self._taps(problems), inputs, targets)
+        samples = float(summed(torch.tensor(float(len(inputs)), device=credit._loss.device)))
+        for name, problem in problems.items():
+            if problem.trained:
+                if found is not None and name in found:  # a rule may call layers more often when it sees its first batch
+                    problem.calls = problem.calls[-len(found[name][0].calls) :]
+                problem.settle(samples)
+        return credit
+
+    def _taps(self, problems: dict[str, Problem]) -> dict[str, Tensor]:
+        taps: dict[str, Tensor] = {}
+        for name, problem in problems.items():
+            if any(p.requires_grad for p in problem.layer.parameters()) and not computes_plainly(problem.layer):
+                raise _no_parameter(name)
+            if problem.trained:
+                problem.taps = solve_taps(problem, list(problem.trained.values()))
+                taps |= {f"{name}.{key}".lstrip("."): tap for key, tap in zip(problem.trained, problem.taps, strict=True)}
+        return taps
+
+    def _noting(self, problems: dict[str, Problem], taps: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Credit:
+        self._problems = problems
+        try:
+            return self.tapped(taps, inputs, targets)
+        finally:
+            self._problems = None
+
+    def _measured(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Problem, Tensor]]:
+        """Each layer's problem, and the wrapped rule's own gradient G (n_out, n) on a batch; changes nothing."""
+        with undisturbed(self, parameters=True), torch.enable_grad():
+            self.rule(inputs, targets)  # whatever is made at the first batch exists from here on
+            problems = {name: Problem(self, name) for name in self.layers}
+            credit = self._noting(problems, self._taps(problems), inputs, targets)
+            taps = [tap for problem in problems.values() for tap in problem.taps]
+            if not credit.loss.requires_grad or not taps:
+                return {}
+            found = iter(torch.autograd.grad(credit.loss, taps, allow_unused=True))
+        measured = {}
+        for name, problem in problems.items():
+            own = [(next(found), tap) for tap in problem.taps]
+            if any(gradient is not None for gradient, _ in own):
+                filled = [torch.zeros_like(tap) if gradient is None else gradient for gradient, tap in own]
+                measured[name] = (problem, problem.joined(filled))
+        return measured
+
+    def _look(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Problem, Tensor]] | None:
+        """Find out on a few samples from which of a layer's calls its gradient is made; returns what was measured.
+
+        Raises:
+            UnsupportedModelError: from none, in some layer.
+        """
+        if not isinstance(inputs, Tensor):
+            raise UnsupportedModelError(f"{type(self).__name__} needs inputs that are one tensor (batch, ...)")
+        try:
+            measured = self._measured(inputs[:PROBE], targets[:PROBE])
+        except ApicalError:
+            return None  # of these samples; the batch itself may do
+        inner = type(innermost(self)).__name__
+        allowed = 1e-2 if any(p.dtype != torch.float64 for p in self.model.parameters()) else 1e-6
+        off: dict[str, dict[str, float]] = {"last": {}, "first": {}, "all": {}}
+        unseen: dict[str, bool] = dict.fromkeys(off, False)
+        for name, (problem, gradient) in measured.items():
+            if not bool(gradient.any()) or not bool(gradient.isfinite().all()):
+                continue
+            if not problem.calls:
+                raise _not_called(name, self)
+            for which, shares in off.items():
+                rows = problem.rows_of(which)
+                if len(rows) < rows.shape[1]:
+                    shares[name] = off_span(gradient, rows)
+                elif len(problem.calls) > 1:
+                    unseen[which] = True
+        for which, shares in off.items():
+            if shares and not unseen[which] and all(share <= allowed for share in shares.values()):
+                self.calls_used = which
+                return measured
+        if off["first"] and any(share > allowed for share in off["first"].values()):
+            name = next(name for name, share in off["first"].items() if share > allowed)
+            raise UnsupportedModelError(
+                f"the gradient that {inner} gives layer {name!r} is not made of what the layer is given, so LocalSolve "
+                f"cannot solve for it; {REMEDY}"
+            )
+        return measured
+
+    def interference(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
+        """How much of the change of a batch's pre-activations is what was asked for, by layer: cosines without and with.
+
+        What is asked for are the errors -D; what a step does is A dW^T. Where a layer has more samples (or places) than
+        inputs, the request is taken to be that part of it to which any weight change could lead. Changes nothing.
+
+        Args:
+            inputs: (batch, ...).
+            targets: what the loss takes.
+        """
+        if self.calls_used is None:
+            self._look(inputs, targets)
+        cosines = {}
+        for name, (problem, gradient) in self._measured(inputs, targets).items():
+            if problem.calls:
+                problem.settle(len(inputs))
+                rows = problem.rows
+                assert rows is not None
+                asked = errors_of(gradient, rows)
+                cosines[name] = (cosine(asked, rows @ gradient.T), cosine(asked, rows @ problem.apply(gradient).T))
+        return cosines
+
+
+def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep what a layer is given while the rule is called."""
+    if rule._problems is None:
+        return
+    refuse_checkpointing(name)
+    inputs = args[0] if args and isinstance(args[0], Tensor) else only_tensor(name, args, kwargs)
+    rule._problems[name].calls.append(inputs.detach())
+
+
+def _not_called(name: str, rule: LocalSolve) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(innermost(rule)).__name__} does not call layer {name!r} as a module, so what it learns from is not known; "
+        f"{REMEDY}"
+    )
+
+
+def _no_parameter(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"layer {name!r} computes with a function of its parameters, for which LocalSolve cannot solve; remove the function "
+        "(a parametrisation, weight norm, pruning)"
+    )

@@ -1,0 +1,1 @@
+"""Rules around rules: node importance, local solvers, and semi-implicit steps."""

@@ -1,0 +1,20 @@
+"""Rules around rules and their kin: what there is to run again."""
+
+from apical.bench.papers import Paper, Table
+
+PAPER = Paper(
+    title="GRAPES, consequentialism weight updates, semi-implicit backpropagation",
+    reference="Dellaferrera et al., arXiv 2104.11604; Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; "
+    "Liu and Zhang, arXiv 2002.03516",
+    studies={},
+    tables={
+        "study": Table(
+            "How an error is used: node importance, local solvers, semi-implicit steps",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 6, "seeds": 5}, "paper": {"epochs": 6, "seeds": 10}},
+            module="apical_papers.around.study",
+            side_by_side=True,
+            needs={"epochs": 6, "seeds": 5},
+            hours={"cpu": 0.2},
+        ),
+    },
+)
