@@ -15,7 +15,7 @@ from apical.bench import checkpoint
 from apical.bench.distributed import World, place
 from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
-from apical.bench.measure import alignment, autocast, conditions, depth_accuracy, evaluate, examples
+from apical.bench.measure import alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures
 from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
@@ -29,7 +29,7 @@ from apical.bench.timing import StepCost, StepTimer, peak_memory, step_cost
 from apical.bench.trajectory import Recorder
 from apical.core.credit import CreditRule, Phase
 from apical.data import Augment, Dataset
-from apical.errors import CheckpointError, DivergenceError, InstabilityError
+from apical.errors import CheckpointError, ConfigError, DivergenceError, InstabilityError
 
 MakeRule = Callable[[Recipe, nn.Module, tuple[int, ...]], CreditRule]
 """Builds the recipe's rule around a model for samples of a shape; importable by name, so that workers can receive it."""
@@ -280,7 +280,8 @@ class Training:
                 validation_loss, validation_accuracy = evaluate(self.rule, held_out, self.recipe.amp, self.world)
             probe = self.recipe.probe if self.world.is_main else 0
             layers = alignment(self.rule, self.dataset.train, probe)
-            near = conditions(self.rule, self.dataset.train, probe)
+            angle = minimum_norm(self.rule, self.dataset.train, probe)
+            own = own_measures(self.rule, self.dataset.train, self.dataset.test, probe)
         if not math.isfinite(test_loss):
             self._diverge("the test loss is not finite")
         self._untrained = self._untrained if trained else max(self._untrained, test_loss)
@@ -304,9 +305,15 @@ class Training:
             "weight_decay": decay,
             "logs": logs,
             "layers": layers,
-            "depths": depth_accuracy(self.rule, self.dataset.test) if probe else {},
-            **near,
+            "depths": dict(own.depths),
+            "minimum_norm_alignment": angle,
+            "condition_two": None,
         }
+        for name, values in own.layers.items():
+            layers.setdefault(name, {}).update({key: finite(value) for key, value in values.items()})
+        if clash := own.network.keys() & (self.line.keys() - {"condition_two"}):
+            raise ConfigError(f"{type(self.rule).__name__}.measures: {min(clash)!r} is a number of every run; rename it")
+        self.line |= {key: finite(value) for key, value in own.network.items()}
         self.epoch, self.step = self.epoch + trained, 0
         self._sums.clear()
         self._timer.clear()
