@@ -219,8 +219,8 @@ class Training:
     def _batch(self, current: Pass, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """This process's share of batch number `step` of a pass: inputs (n, ...) and targets (n,) or (n, outputs)."""
         size = self.recipe.batch_size
-        chosen = order[step * size : (step + 1) * size]
-        inputs, targets = self.dataset.train.inputs[chosen], self.dataset.train.targets[chosen]
+        samples = order[step * size : (step + 1) * size]
+        inputs, targets = self.dataset.train.inputs[samples], self.dataset.train.targets[samples]
         if self.augment is not None:  # of the whole batch, so that the number of processes does not matter
             inputs = self.augment(inputs, current.augmentation(self.device, self.recipe.seed, step))
         return self.world.own_slice(inputs), self.world.own_slice(targets)
@@ -341,10 +341,10 @@ class Training:
                 self._diverge(f"parameter {name} is not finite")
 
     def _diverge(self, what: str, remedy: str = "Try a smaller --lr") -> NoReturn:
-        kept = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"
+        rest = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"
         message = (
             f"{self.recipe.rule_name} with seed {self.recipe.seed} diverged in epoch {self.epoch + 1}, step {self.step}, at "
-            f"lr {self.lr:g}: {what.rstrip('.')}; {kept}. {remedy}"
+            f"lr {self.lr:g}: {what.rstrip('.')}; {rest}. {remedy}"
         ).rstrip()
         if self.world.is_main and self.line:
             write_state(self.folder.result, self.result("diverged", message))

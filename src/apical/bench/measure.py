@@ -52,8 +52,8 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[fl
 
 def probe_batch(train: Split, size: int) -> tuple[Tensor, Tensor]:
     """The `size` training images, always the same, on which gradients are compared: inputs, targets."""
-    chosen = torch.randperm(len(train), generator=generator("cpu", 0, "probe"))[:size].to(train.inputs.device)
-    return train.inputs[chosen], train.targets[chosen]
+    samples = torch.randperm(len(train), generator=generator("cpu", 0, "probe"))[:size].to(train.inputs.device)
+    return train.inputs[samples], train.targets[samples]
 
 
 def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, float | None]]:
