@@ -42,8 +42,8 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def compact(value: Any) -> str:
@@ -55,14 +55,14 @@ def compact(value: Any) -> str:
     }
     """
     text = json.dumps(value, indent=1, allow_nan=False)
-    return re.sub(r"\[\s*([-\d.eE+,\s]*?)\s*\]", lambda found: "[" + ", ".join(re.split(r",\s+", found[1])) + "]", text)
+    return re.sub(r"\[\s*([-\d.eE+,\s]*?)\s*\]", lambda match: "[" + ", ".join(re.split(r",\s+", match[1])) + "]", text)
 
 
 def study_page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
     """The study as one HTML page, without script or network; every name and value is escaped."""
     tables = "".join(
-        f"<h2>{escape(each['title'])}</h2><p>{escape(each['note'])}</p>{table(each['header'], each['rows'])}"
-        for each in results["tables"]
+        f"<h2>{escape(part['title'])}</h2><p>{escape(part['note'])}</p>{table(part['header'], part['rows'])}"
+        for part in results["tables"]
     )
     body = f"""<h2>Verdicts</h2>
 <p class="note">{escape(results["sources"]["our mark"])}</p>

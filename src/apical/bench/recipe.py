@@ -154,15 +154,15 @@ class Recipe:
         for option in ("crop", "validation", "threads", "probe", "seed", *_COUNTS, *_PASSES):
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
-        for option, known in (
+        for option, choices in (
             ("optimizer", ("sgd", "adam", "adamw")),
             ("amp", ("off", "bf16")),
             ("loss", ("cross_entropy", "squared", "mse")),
             ("clip_over", ("tensor", "network")),
             ("device", ("auto", "cpu", "cuda")),
         ):
-            if getattr(self, option) not in known:
-                raise unknown_name(_flag(option), str(getattr(self, option)), known)
+            if getattr(self, option) not in choices:
+                raise unknown_name(_flag(option), str(getattr(self, option)), choices)
         for option in ("momentum", "beta2", "feedback_beta1", "feedback_beta2"):
             value = getattr(self, option)
             if value is not None and not 0 <= value < 1:
@@ -273,8 +273,8 @@ def from_json(fields: dict[str, Any]) -> Recipe:
         TypeError: a value is of another kind.
     """
     check_kinds(fields)
-    known = {name: value for name, value in fields.items() if name in Recipe.__dataclass_fields__}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    settings = {name: value for name, value in fields.items() if name in Recipe.__dataclass_fields__}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     return Recipe(**values)
 
 
@@ -331,18 +331,18 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Each field in which two configurations differ, "field: saved vs asked"; the fields free to differ are left out.
 
     A field that a configuration lacks was added to recipes after it was written, and has its default.
     """
     defaults = Recipe().to_json()
-    pairs = {name: (saved.get(name, value), asked.get(name, value)) for name, value in defaults.items()}
+    pairs = {name: (saved.get(name, value), current.get(name, value)) for name, value in defaults.items()}
     unlike = {name: pair for name, pair in pairs.items() if name not in FREE_FIELDS and pair[0] != pair[1]}
     for name in CHECKSUMS:
         what = name.partition("_")[0]
         if name in unlike and what not in unlike:
-            unlike[f"the content of {asked.get(what)}, sha256"] = unlike.pop(name)
+            unlike[f"the content of {current.get(what)}, sha256"] = unlike.pop(name)
     return [f"{name}: {a} vs {b}" for name, (a, b) in unlike.items()]
 
 

@@ -147,7 +147,7 @@ def train(flags: "Train", command: str) -> int:
         around = environment(str(world.device), torch.get_num_threads(), world.size)
         try:
             training.start(resume=state == "resumable", command=command, notes=notes, environment=around)
-            with shown(training, world.is_main) as (on_step, on_line):
+            with progress_of(training, world.is_main) as (on_step, on_line):
                 on_line()
                 while training.epoch < recipe.epochs:
                     training.train_epoch(on_step)
@@ -169,17 +169,17 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     if flags.tensorboard:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
-    given = flags.given()
-    given |= located({name: given[name] for name in ("data", "model") if name in given})
+    settings = flags.settings()
+    settings |= located({name: settings[name] for name in ("data", "model") if name in settings})
     for schedule in ("lr", "weight_decay"):
-        if schedule in given:
-            given.setdefault(f"{schedule}_epochs", ())
-    options = given.pop("rule_options", ())
+        if schedule in settings:
+            settings.setdefault(f"{schedule}_epochs", ())
+    options = settings.pop("rule_options", ())
     if flags.teacher is not None:
         options = (*options, *_taught_by(flags, rule))
     if not hasattr(flags, "rule"):  # of a comparison: for several rules
         options = options_for(rule, options)
-    return replace(recipe, **{**given, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+    return replace(recipe, **{**settings, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
 
 
 def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
@@ -205,7 +205,7 @@ def _silent(line: str) -> None:
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
     """The option that gives the rule its teacher file; none for those rules of a comparison that have no teacher."""
     of_them = getattr(flags, "rules", None) or (rule,)
-    if not any("teacher" in constructor_options(find_rule(each)) for each in of_them):
+    if not any("teacher" in constructor_options(find_rule(other)) for other in of_them):
         raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; tdca has")
     return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
 
@@ -225,7 +225,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     dataset = load_data(first)
     recipes, notes, apart = [], [], []
     for item in drafts:
-        recipe, chosen = resolve(identified(item, dataset), len(dataset.train))
+        recipe, choices = resolve(identified(item, dataset), len(dataset.train))
         recipe.check_targets(are_numbers=dataset.is_regression)
         if (recipe.flip or recipe.crop) and dataset.train.inputs.dim() != 4:
             shape = dataset.input_shape
@@ -234,7 +234,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
             )
         rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
         recipes.append(recipe)
-        notes.append([*([dataset.about] if dataset.about else []), *chosen, *rule.remarks])
+        notes.append([*([dataset.about] if dataset.about else []), *choices, *rule.remarks])
         if tell is not None:
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")
@@ -293,7 +293,7 @@ def stopped(interrupted: Interrupted, command: str) -> int:
 
 
 @contextmanager
-def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
+def progress_of(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
     """Callbacks that show steps (a bar, in a terminal only) and finished epochs."""
     console = Console(quiet=not visible)
     epochs = training.recipe.epochs

@@ -97,7 +97,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     check_options(rules, flags.rule_options or ())
     axes = space(rules, flags.space)
     drafts = [replace(commands.draft(flags, study, rule), probe=0) for rule in rules]
-    drafts = [identified(each, load_data(each)) for each in commands.understood(drafts, flags, print)]
+    drafts = [identified(item, load_data(item)) for item in commands.understood(drafts, flags, print)]
     if len({recipe.epochs for recipe in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     if flags.search == "grid":
@@ -112,8 +112,8 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
         held_out = max(1, len(load_data(drafts[0]).train) // SHARE)
         drafts = [replace(recipe, validation=held_out) for recipe in drafts]
     for rule, recipe in zip(rules, drafts, strict=True):  # settings that are known are built, to see that they work
-        known = grid(axes[rule]) if flags.search == "grid" else [{}]
-        commands.prepare([applied(recipe, settings) for settings in known])
+        trials = grid(axes[rule]) if flags.search == "grid" else [{}]
+        commands.prepare([applied(recipe, settings) for settings in trials])
     return rules, drafts, axes
 
 
@@ -169,17 +169,17 @@ def _searched(
     batch = (flags.jobs or cores()) if flags.search == "optuna" else 1 << 30
     trials: list[Trial] = []
     name = rule_name(rule)
-    while asked := search.ask(batch):
-        recipes, _ = commands.prepare([applied(recipe, settings) for settings in asked])
-        made = [
+    while batch_settings := search.ask(batch):
+        recipes, _ = commands.prepare([applied(recipe, settings) for settings in batch_settings])
+        batch_trials = [
             _trial(flags, name, len(trials) + i, settings, prepared)
-            for i, (settings, prepared) in enumerate(zip(asked, recipes, strict=True))
+            for i, (settings, prepared) in enumerate(zip(batch_settings, recipes, strict=True))
         ]
-        runs = [pair for trial in made for pair in zip(trial.recipes, trial.folders, strict=True)]
+        runs = [pair for trial in batch_trials for pair in zip(trial.recipes, trial.folders, strict=True)]
         told: set[int] = set()
 
-        def refresh(made: Sequence[Trial] = made, told: set[int] = told) -> None:
-            for trial in made:
+        def refresh(batch_trials: Sequence[Trial] = batch_trials, told: set[int] = told) -> None:
+            for trial in batch_trials:
                 if trial.number not in told and len(trial.results()) == len(trial.folders):
                     told.add(trial.number)
                     score = "diverged" if trial.score is None else _shown(trial.score)
@@ -189,8 +189,8 @@ def _searched(
 
         train(runs, stop, refresh)
         refresh()
-        search.tell([trial.score for trial in made])
-        trials += made
+        search.tell([trial.score for trial in batch_trials])
+        trials += batch_trials
     return trials
 
 
@@ -204,7 +204,7 @@ def _trial(flags: "Sweep", name: str, number: int, settings: dict[str, Any], rec
 def winner(rule: str, trials: Sequence[Trial]) -> Trial | None:
     """The trial of a rule with the best validation score, the first of equals; None if all diverged."""
     scored = [(trial.score, -trial.number, trial) for trial in trials if trial.rule == rule and trial.score is not None]
-    return max(scored, key=lambda each: each[:2])[2] if scored else None
+    return max(scored, key=lambda score: score[:2])[2] if scored else None
 
 
 def _keep(
@@ -221,9 +221,9 @@ def _keep(
         "axes": {
             rule_name(rule): [
                 {"name": a.name, "values": list(a.values), "range": None if a.values else [a.low, a.high], "log": a.log}
-                for a in each
+                for a in axes_of_rule
             ]
-            for rule, each in axes.items()
+            for rule, axes_of_rule in axes.items()
         },
         "trials": [trial.record() for trial in trials],
         "best": {trial.rule: trial.number for trial in best if trial},
@@ -271,15 +271,15 @@ def _tell(console: Console, out: Path, trials: Sequence[Trial], best: Sequence[T
         table.add_column(name, justify="left" if name in ("rule", "best settings") else "right", overflow="fold")
     for rule in dict.fromkeys(trial.rule for trial in trials):
         own = [trial for trial in trials if trial.rule == rule]
-        chosen = next((trial for trial in best if trial and trial.rule == rule), None)
+        winner_of_rule = next((trial for trial in best if trial and trial.rule == rule), None)
         tested = [row for row in rows if row["rule"] == rule and row["status"] == "finished"]
         scores = [100 * row["test_accuracy"] if row["test_accuracy"] is not None else row["test_loss"] for row in tested]
         table.add_row(
             rule,
             str(len(own)),
             str(sum(trial.score is None for trial in own)),
-            words(chosen.settings) if chosen else "-",
-            _shown(chosen.score) if chosen and chosen.score is not None else "-",
+            words(winner_of_rule.settings) if winner_of_rule else "-",
+            _shown(winner_of_rule.score) if winner_of_rule and winner_of_rule.score is not None else "-",
             bootstrap(scores).shown() if scores else "-",
             str(len(scores)) if scores else "-",
         )
@@ -312,9 +312,9 @@ def page(record: Mapping[str, Any], figure: str) -> str:
         record["trials"], key=lambda row: (row["rule"], -(row["score"] if row["score"] is not None else -1e300))
     ):
         score = "diverged" if row["score"] is None else _shown(row["score"])
-        chosen = " <small>best</small>" if record["best"].get(row["rule"]) == row["number"] else ""
+        mark = " <small>best</small>" if record["best"].get(row["rule"]) == row["number"] else ""
         cells = (
-            escape(row["rule"]) + chosen,
+            escape(row["rule"]) + mark,
             str(row["number"]),
             escape(words(row["settings"])),
             score,

@@ -34,6 +34,9 @@ from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import leaves, weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
 
+FEW_OUTPUTS = 64
+"""Of a small chain."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -154,6 +157,11 @@ class Chain:
     def weights(self) -> list[Tensor]:
         """W_1..W_L."""
         return [stage.layer.weight for stage in self.stages]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the Jacobian of each sample is cheap: dense layers, and few outputs."""
+        return all(stage.is_dense for stage in self.stages) and self.stages[-1].size <= FEW_OUTPUTS
 
     def enter(self, inputs: Tensor) -> Tensor:
         """What the first stage is given (batch, *input_shape).

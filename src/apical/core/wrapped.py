@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from apical.core.credit import Credit, CreditRule, Loss, Phase
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Phase
 from apical.core.transport import Geometry, as_matrix, from_matrix
 from apical.errors import ConfigError
 
@@ -108,13 +108,9 @@ class WrappedRule(CreditRule):
         """The wrapped rule's paths: a wrapper changes sizes of errors and updates, not where they come from."""
         return self.rule.credit_paths(inputs)
 
-    def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The wrapped rule's pairs."""
-        return self.rule.pairs(inputs, targets)
-
-    def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """The wrapped rule's read-outs."""
-        return self.rule.read_outs(inputs)
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """What the wrapped rule measures of itself."""
+        return self.rule.measures(probe, test)
 
     def detach(self) -> nn.Module:
         """Detach wrapper and wrapped rule from the model, and return it."""

@@ -172,8 +172,8 @@ def mlp_residual(in_features: int, widths: Sequence[int], out_features: int) -> 
     """
     sizes = [in_features, *widths, out_features]
     if min(sizes) < 1 or len(set(widths)) != 1:
-        shown = "-".join(map(str, sizes))
-        raise ConfigError(f"residual blocks need layers of one width, each with at least one unit; got {shown}")
+        text = "-".join(map(str, sizes))
+        raise ConfigError(f"residual blocks need layers of one width, each with at least one unit; got {text}")
     width = widths[0]
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), linear1=nn.Linear(in_features, width))
     layers["tanh1"] = nn.Tanh()

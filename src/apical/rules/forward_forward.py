@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from apical.core.batch import require_classes, require_one_type
 from apical.core.blocks import Block, blocks
 from apical.core.containers import Containers
-from apical.core.credit import Credit, CreditRule, Loss, Root
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_norm, is_random
 from apical.core.local import block_roots
 from apical.core.losses import PLAIN, output_error, refuse_options, terms, value_at
@@ -243,6 +243,10 @@ class ForwardForward(CreditRule):
             return self._read(list(self._features(inputs)))
         first, *others = self._goodness_of_labels(inputs)
         return torch.stack(others or [first]).sum(0)
+
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """The accuracy of :meth:`read_outs`."""
+        return Measures(depths=depth_accuracies(self.read_outs, test))
 
     @torch.no_grad()
     def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from apical.core.activations import is_activation
 from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import Block, blocks
 from apical.core.containers import Containers
-from apical.core.credit import Credit, CreditRule, Loss, Root
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_random
 from apical.core.local import block_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
@@ -303,6 +303,10 @@ class LocalClassifiers(CreditRule):
         paths = layer_paths(self.model, inputs, "signal of its own")
         last = self.row[-1].name
         return paths | ({last: "exact"} if paths[last] == "signal of its own" else {})
+
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """The accuracy of :meth:`read_outs`."""
+        return Measures(depths=depth_accuracies(self.read_outs, test))
 
     @torch.no_grad()
     def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:

@@ -127,13 +127,13 @@ def verdicts(cells: Cells) -> list[Row]:
             [value + 0.05 for value in of("accuracy", 0.1)],
             less=False,
         ),
-        against("P6", "sparse form: accuracy", [each["accuracy"] for each in sparse], 0.75),
+        against("P6", "sparse form: accuracy", [network["accuracy"] for network in sparse], 0.75),
         difference(
             "P6",
             "corinfomax",
             "sum of hidden activities, sparse minus without multiplier",
-            [each["activity"] for each in sparse],
-            [each["activity"] for each in dense],
+            [network["activity"] for network in sparse],
+            [network["activity"] for network in dense],
             less=True,
         ),
     ]
@@ -155,7 +155,10 @@ def tables(cells: Cells) -> list[Row]:
             "note": "Test accuracy (0 to 1), outputs that are silent for every test image, sum of hidden activities, and "
             "degrees between the two ways after training; mean over seeds with 95 % interval.",
             "header": ["training", *measures.values()],
-            "rows": [[name, *(shown([each[key] for each in found]) for key in measures)] for name, found in rows],
+            "rows": [
+                [name, *(shown([network[key] for network in cells_of_row]) for key in measures)]
+                for name, cells_of_row in rows
+            ],
         }
     ]
 

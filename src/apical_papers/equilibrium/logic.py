@@ -145,7 +145,7 @@ def verdicts(cells: Cells) -> list[Row]:
             "K9",
             "",
             "asymmetric EP, as left: seeds that are not",
-            [not each for each in solved("asymmetric", "as left")],
+            [not result for result in solved("asymmetric", "as left")],
             len(cells),
         ),
         count(
@@ -153,8 +153,8 @@ def verdicts(cells: Cells) -> list[Row]:
             "",
             "asymmetric EP: seeds that end with the notebooks' share of wrong answers and error, within a pattern and 0.01",
             [
-                abs(each["as left"]["last"] - PUBLISHED[0]) <= 0.25 and abs(each["error"] - PUBLISHED[1]) <= 0.01
-                for each in baseline
+                abs(result["as left"]["last"] - PUBLISHED[0]) <= 0.25 and abs(result["error"] - PUBLISHED[1]) <= 0.01
+                for result in baseline
             ],
             len(cells),
         ),
@@ -186,9 +186,9 @@ def tables(cells: Cells) -> list[Row]:
                     kind,
                     str(seed),
                     *(
-                        shown
+                        row
                         for start in ("as left", "anew")
-                        for shown in (
+                        for row in (
                             f"{cell[kind][start]['best']:.2f}",
                             str(cell[kind][start]["epoch"]),
                             f"{cell[kind][start]['last']:.2f}",

@@ -223,9 +223,9 @@ def _alignment_sentence(comparison: Comparison, rows: Mapping[str, RuleSummary])
     for rule, row in rows.items():
         finished = [run for run in comparison.of(rule) if run.finished and run.records]
         last = [run.curve("weight_alignment", layer)[-1] for run in finished for layer in run.layers]
-        known = _numbers(last)
-        if known and rule != "bp":
-            angles.append((statistics.mean(known), row.name))
+        angles_of_layers = _numbers(last)
+        if angles_of_layers and rule != "bp":
+            angles.append((statistics.mean(angles_of_layers), row.name))
     if not angles:
         return ""
     (low, nearest), (high, farthest) = min(angles), max(angles)
@@ -245,10 +245,10 @@ def _time_sentence(rows: Mapping[str, RuleSummary]) -> str:
 
 
 def _busy_sentence(comparison: Comparison) -> str:
-    known = {
+    times_of = {
         rule: [line.get("ms_per_step") for run in comparison.of(rule) for line in run.records] for rule in comparison.rules
     }
-    return busy_note({rule: [time for time in times if time] for rule, times in known.items()})
+    return busy_note({rule: [time for time in times if time] for rule, times in times_of.items()})
 
 
 def _failures_sentence(comparison: Comparison) -> str:
@@ -298,8 +298,8 @@ def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _feedback(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """The options of learned feedback weights that a run has set, in words."""
-    chosen = {key: config[key] for key in FEEDBACK_FIELDS if key in config and config[key] != defaults[key]}
-    return _words({key.removeprefix("feedback_").replace("_", " "): value for key, value in chosen.items()})
+    settings = {key: config[key] for key in FEEDBACK_FIELDS if key in config and config[key] != defaults[key]}
+    return _words({key.removeprefix("feedback_").replace("_", " "): value for key, value in settings.items()})
 
 
 def environment_rows(comparison: Comparison) -> list[tuple[str, str]]:

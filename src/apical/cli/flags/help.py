@@ -123,7 +123,7 @@ def _option(name: str, hint: Any) -> tuple[str, bool]:
     metavar = settings[0].metavar if settings else ""
     is_positional = "Positional" in repr(hint) or "POSITIONAL" in repr(getattr(hint, "__metadata__", ()))
     if is_positional:
-        choices = next((get_args(each) for each in (hint, *get_args(hint)) if get_origin(each) is Literal), ())
+        choices = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
         return metavar or "|".join(map(str, choices)) or name.upper(), True
     return f"--{name.replace('_', '-')} {metavar}".strip(), False
 
@@ -151,11 +151,11 @@ def _purpose(flags: type[Any]) -> str:
 
 def _docstrings(flags: type[Any]) -> dict[str, str]:
     """The text under each field, of the class and its bases."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for kind in reversed(flags.__mro__[:-1]):
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(body, ast.ClassDef)
         for field, text in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[ast.unparse(field.target)] = str(text.value.value)
-    return found
+                texts[ast.unparse(field.target)] = str(text.value.value)
+    return texts

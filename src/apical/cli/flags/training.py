@@ -107,10 +107,10 @@ class Flags:
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace what is in --out."""
 
-    def given(self) -> dict[str, Any]:
-        """The recipe fields that were given."""
-        known = Recipe.__dataclass_fields__
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
+    def settings(self) -> dict[str, Any]:
+        """The recipe fields that the command line sets."""
+        names = Recipe.__dataclass_fields__
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -36,11 +36,12 @@ from torch import Tensor, nn
 from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import blocks
 from apical.core.containers import Containers
-from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, depth_accuracies
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, terms
 from apical.core.rest import evaluating
+from apical.core.similarity import linear_cka
 from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
@@ -350,6 +351,11 @@ class CounterCurrentLearning(CreditRule):
         for block in self.row:
             a.append(block(a[-1]))
         return a
+
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """The likeness (linear CKA) of each pair on the probe batch, and the accuracy of the read-outs."""
+        likeness = {name: {"pair_cka": linear_cka(a, b)} for name, (a, b) in self.pairs(*probe).items()}
+        return Measures(layers=likeness, depths=depth_accuracies(self.read_outs, test))
 
     @torch.no_grad()
     def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -44,16 +44,16 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         measured = shown(row["mean"], row["std"])
-        found = (row["figure"], row["rule"] or MISSING, row["what"], row["mark"], measured, str(row["n"]), row["source"])
-        lines.append([*found, row["verdict"]])
+        cells = (row["figure"], row["rule"] or MISSING, row["what"], row["mark"], measured, str(row["n"]), row["source"])
+        lines.append([*cells, row["verdict"]])
     return table(heads, lines)
 
 
 def _axes(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
-        found = MISSING if row["range"] is None else " to ".join(shown(value) for value in row["range"])
+        extent = MISSING if row["range"] is None else " to ".join(shown(value) for value in row["range"])
         inside = {True: "inside", False: "outside", None: "not run"}[row["inside"]]
         limits = " to ".join(f"{limit:g}" for limit in row["limits"])
-        lines.append([row["measure"].replace("_", " "), limits, found, inside])
+        lines.append([row["measure"].replace("_", " "), limits, extent, inside])
     return table(("Measure", "Axis", "Mean curves here", "Verdict"), lines)
