@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floors import in_turns, to_bp
-from run import environment, save
 from torch import Tensor, nn
 
 import apical
 from apical import models
 from apical.diagnostics.memory import peak_bytes, step_bytes
+from floors import in_turns, to_bp
+from run import environment, save
 
 SHAPE = (1, 28, 28)
 LOCAL, FF = apical.LocalClassifiers, apical.ForwardForward
