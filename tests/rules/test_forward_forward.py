@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import ForwardForward
+from apical.diagnostics.cost import multiply_adds
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.forward_forward import difference, normalised, threshold, write_label
 from apical.testing import check_model
@@ -281,6 +282,16 @@ def test_self_contrastive_gradients(name: str) -> None:
     torch.testing.assert_close(rule.answer(x), parts(model)[-1](n(others[-1](z))))  # other read-outs are zero
 
 
+@pytest.mark.parametrize("objective", ["threshold", "difference"])
+def test_a_single_image_has_no_negative(objective: Any) -> None:
+    model, (x, y) = mlp(), batch(size=1)
+    rule = ForwardForward(model, negatives="images", objective=objective)
+    ours = gradients(rule, x, y)[:2]
+    goodness = F.relu(2 * model[0](n(x))).square().mean(1)
+    loss = F.softplus(4 - goodness).mean() / 2 if objective == "threshold" else 0 * goodness.sum()
+    close(ours, torch.autograd.grad(loss, list(model[0].parameters())), 1e-12)
+
+
 def test_the_control_leaves_hidden_layers_alone() -> None:
     model, (x, y) = mlp(), batch()
     rule = ForwardForward(model, train_hidden=False)
@@ -346,7 +357,16 @@ def test_refusals() -> None:
         rule(x, y - 100)
     with pytest.raises(ConfigError, match="one class label"):
         rule(x, torch.randn(6, K))
-    with pytest.raises(ConfigError, match="two samples"):
-        ForwardForward(mlp(), negatives="images")(x[:1], y[:1])
     with pytest.raises(ConfigError, match="write="):
         ForwardForward(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, K)))(x[:, :3], y)
+
+
+@pytest.mark.parametrize(("negatives", "passes"), [("random", 2), ("all", K)])
+def test_multiply_adds(negatives: Any, passes: int) -> None:
+    """Forward pass and weight gradient of every labelled input, the neutral pass, and the read-outs."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(9, 8, bias=False), nn.ReLU(), nn.Linear(8, 7, bias=False), nn.ReLU(), nn.Linear(7, K, bias=False)]
+    rule, (x, y) = ForwardForward(nn.Sequential(*layers), negatives=negatives), batch(size=8)
+    rule(x, y)  # whose first batch is looked at
+    hidden, read = 72 + 56, 28
+    assert multiply_adds(lambda: rule(x, y).backward()) == 8 * ((2 * passes + 1) * hidden + 2 * read)

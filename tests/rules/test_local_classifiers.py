@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apical import CounterCurrentLearning, LocalClassifiers
 from apical.core.losses import squared_error
+from apical.diagnostics.cost import multiply_adds
 from apical.diagnostics.memory import peak_bytes
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.backprop import Backprop
@@ -419,3 +420,16 @@ class Skip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.last(x + self.first(x))
         return result
+
+
+@pytest.mark.parametrize("local", LOCALS)
+def test_multiply_adds(local: Any) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 9, bias=False), nn.ReLU(), nn.Linear(9, 4, bias=False)]
+    rule, (x, targets) = LocalClassifiers(nn.Sequential(*layers), local=local), batch(size=8)
+    rule(x, targets)  # whose first batch is looked at
+    weights, outputs, width, squares = 48 + 72 + 36, 4, 8 + 9, 64 + 81
+    expected = 2 * weights
+    expected += 3 * outputs * width if local != "similarity" else 0
+    expected += 3 * squares + 2 * 8 * width if local in ("similarity", "both") else 0
+    assert multiply_adds(lambda: rule(x, targets).backward()) == 8 * expected

@@ -59,17 +59,19 @@ def write_label(inputs: Tensor, code: Tensor) -> Tensor:
 
 
 def threshold(positive: Tensor, negative: Tensor, theta: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and its derivatives by the goodness of positive (B,) and negative samples (n B,)."""
+    """Loss, and its derivatives by the goodness of positive (B,) and negative samples (n B,), of which there may be none."""
     up, down = theta[0] - positive, negative - theta[1]
-    loss = (F.softplus(up).mean() + F.softplus(down).mean()) / 2
-    return loss, -up.sigmoid() / (2 * len(up)), down.sigmoid() / (2 * len(down))
+    count = max(1, len(down))
+    loss = (F.softplus(up).mean() + F.softplus(down).sum() / count) / 2
+    return loss, -up.sigmoid() / (2 * len(up)), down.sigmoid() / (2 * count)
 
 
 def difference(positive: Tensor, negative: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same of SymBa's loss; negatives in the order of the positives, n times over."""
     ahead = alpha * (positive - negative.view(-1, len(positive)))  # alpha Delta: (n, B)
-    push = alpha * (-ahead).sigmoid() / ahead.numel()
-    return F.softplus(-ahead).mean(), -push.sum(0), push.flatten()
+    count = max(1, ahead.numel())
+    push = alpha * (-ahead).sigmoid() / count
+    return F.softplus(-ahead).sum() / count, -push.sum(0), push.flatten()
 
 
 class ForwardForward(CreditRule):
@@ -284,8 +286,10 @@ class ForwardForward(CreditRule):
         given = inputs.repeat(len(away), *(1,) * (inputs.dim() - 1))
         return normalised(self._prepared(self.write(given, F.one_hot(labels, k))))
 
-    def _partners(self, z: Tensor) -> Tensor:
-        """Another sample of the batch for each (B,): all shifted by one drawn offset."""
+    def _partners(self, z: Tensor) -> Tensor | None:
+        """Another sample of the batch for each (B,): all shifted by one drawn offset; None where there is no other."""
+        if len(z) == 1:
+            return None
         own = torch.arange(len(z), device=z.device)
         return (own + torch.randint(1, len(z), (), device=z.device)) % len(z)
 
@@ -355,10 +359,7 @@ class ForwardForward(CreditRule):
             )
         require_one_type(type(self).__name__, self.row[0].layer.weight, self.read.parameters())
         require_classes(targets, self.classes)
-        if self.self_contrastive:
-            if len(inputs) < 2:
-                raise ConfigError("negatives='images' needs two samples in every batch; drop the last (drop_last=True)")
-        elif self.write is write_label and inputs[0].numel() < self.classes:
+        if not self.self_contrastive and self.write is write_label and inputs[0].numel() < self.classes:
             raise ConfigError(
                 f"a label takes the place of {self.classes} input numbers, and there are {inputs[0].numel()}; pass write="
             )

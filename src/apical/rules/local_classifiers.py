@@ -37,6 +37,7 @@ from apical.core.local import block_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
+from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.units import key
 from apical.errors import ConfigError, unknown_name
 
@@ -108,21 +109,14 @@ class _Hidden:
         modules = list(block.modules)
         while is_random(modules[-1]) and not is_activation(modules[-1]):
             modules.pop()
-        self.block, self.seen, self.behind = block, modules, block.modules[len(modules) :]
+        self.block, self.taught, self.behind = block, Taught(modules), block.modules[len(modules) :]
         self.image = block.image if 2 <= len(block.image) <= 4 else ()
         self.window = window(self.image, most) if self.image and most else ()
         sizes = _after(self.image[1:], self.window) if self.window else block.shape
         self.features = math.prod(sizes) * (self.image[0] if self.window else 1)
 
-    def __call__(self, below: Tensor) -> Tensor:
-        """h (batch, *shape); its graph ends at the block's input."""
-        below = below.detach().clone() if getattr(self.seen[0], "inplace", False) else below.detach()
-        for module in self.seen:
-            below = module(below)
-        return below
-
     def handed_on(self, h: Tensor) -> Tensor:
-        """What the next block is given."""
+        """What the next block is given; without gradient."""
         above = h.detach()
         for module in self.behind:
             above = module(above.clone())
@@ -193,6 +187,7 @@ class LocalClassifiers(CreditRule):
             refuse_options(loss, f"local={local!r}")
         self.head, self.row = blocks(model, input_shape)
         self._containers = Containers(model)
+        self._last = Taught(self.row[-1].modules)
         self._hidden = [_Hidden(block, 0 if local == "projection" else pool) for block in self.row[:-1]]
         self.read, self.project = nn.ModuleDict(), nn.ModuleDict()
         outputs = math.prod(self.row[-1].shape)
@@ -222,43 +217,63 @@ class LocalClassifiers(CreditRule):
         if not torch.is_grad_enabled():
             output = self._activities(inputs)[-1]
             return Credit.of([], output, value_at(self.loss, output, fitted(self.loss, output, targets)))
-        parameters = list(self.parameters())
         roots: list[Root] = []
         logs: dict[str, Tensor] = {}
-        below = self._prepared(inputs)
-        for hidden in self._hidden:
-            h = hidden(below)
-            below = hidden.handed_on(h)
-            taught, read, logs[f"local {hidden.block.name}"] = self._taught(hidden, h, targets)
-            roots += [*block_roots(taught, parameters), *read]
-            del h, taught
-        output = self.row[-1](below.detach())
-        loss, error = output_error(self.loss, output, fitted(self.loss, output, targets))
-        roots += block_roots([(output, error)], parameters)
-        total = torch.stack(list(logs.values())).sum() if logs else loss.new_zeros(())
-        return Credit.of([*roots, *terms(loss)], output.detach(), loss, {"local": total, **logs})
+        with torch.no_grad():
+            below = self._prepared(inputs)
+            for hidden in self._hidden:
+                activity = hidden.taught(below, learns=True)
+                below = hidden.handed_on(activity.made)
+                learned, logs[f"local {hidden.block.name}"] = self._learned(hidden, activity, targets)
+                roots += learned
+                del activity, learned
+            activity = self._last(below, learns=True)
+            output = activity.made.detach()
+            loss, error = output_error(self.loss, output, fitted(self.loss, output, targets))
+            roots += self._roots(activity, [(activity.made, error)])
+        total = torch.stack(list(logs.values())).sum() if logs else loss.detach().new_zeros(())
+        return Credit.of([*roots, *terms(loss)], output, loss, {"local": total, **logs})
 
-    def _taught(self, hidden: _Hidden, h: Tensor, targets: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Root], Tensor]:
-        """Of one block: functions of its output with their signals, what its read-out learns, and the loss."""
-        name, like = key(hidden.block.name), hidden.block.layer.weight
-        wide = torch.promote_types(like.dtype, torch.float32)
-        taught: list[tuple[Tensor, Tensor]] = []
-        read: list[Root] = []
+    def _learned(self, hidden: _Hidden, activity: Activity, targets: Tensor) -> tuple[list[Root], Tensor]:
+        """What a block and its read-out learn, and the block's loss; without gradient outside the graph of the block."""
+        h, name, like = activity.made, key(hidden.block.name), hidden.block.layer.weight
+        wide, closed = torch.promote_types(like.dtype, torch.float32), activity.block is not None
+        taught: list[tuple[Tensor, Tensor]] = []  # functions of h, and their signals
+        roots: list[Root] = []
         total = torch.zeros((), dtype=wide, device=h.device)
         if self.compares:
-            rows = described(self.project[name](h.view(-1, *hidden.image) if hidden.image else h.flatten(1)))
-            with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+            project = self.project[name]
+            with torch.set_grad_enabled(not closed):
+                rows = described(project(h.view(-1, *hidden.image) if hidden.image else h.flatten(1)))
+            with torch.autocast(h.device.type, enabled=False):
                 wanted = class_similarity(targets, math.prod(self.row[-1].shape), wide)
                 loss, signal = similarity(rows.detach().to(wide), wanted)
-                taught.append((rows, signal * self.beta))
                 total = total + self.beta * loss
+                signal = (signal * self.beta).to(h.dtype)
+            if closed:  # P_l is a matrix
+                assert isinstance(project, nn.Linear)
+                roots += [(project.weight, signal.T @ h)] if project.weight.requires_grad else []
+                rows, signal = h, signal @ project.weight
+            taught.append((rows, signal))
         if self.predicts:
-            a = hidden.pooled(h)
-            with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+            with torch.set_grad_enabled(not closed):
+                a = hidden.pooled(h)
+            with torch.autocast(h.device.type, enabled=False):
                 loss, signal, read = self._predicted(self.read[name], a.detach().to(wide), targets)
-                taught.append((a, signal * (1 - self.beta)))
                 total = total + (1 - self.beta) * loss
-        return taught, read, total
+                taught.append((a, signal * (1 - self.beta) if self.beta else signal))
+            roots += read
+        return [*roots, *self._roots(activity, taught)], total
+
+    def _roots(self, activity: Activity, taught: list[tuple[Tensor, Tensor]]) -> list[Root]:
+        """What a block learns from signals at its output or, where it keeps a graph, at functions of it."""
+        if activity.block is None:
+            return block_roots(taught, self.parameters())
+        teaching, (signal, *others) = Teaching(), [signal for _, signal in taught]
+        for other in others:
+            signal = signal + other
+        teaching.teach(activity, signal.to(activity.made.dtype))
+        return teaching.roots
 
     def _predicted(self, reader: nn.Module, a: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, list[Root]]:
         """A read-out's loss of what it reads (batch, d), the signal G M of that shape, and what it learns itself."""

@@ -16,7 +16,7 @@ With A, B the flattened rows of a pair, and M[i, k] = 1 where sample i is of cla
     match     both sides' distance, and that of their centred maps               that for autoencoders
 
 Their gradients are closed forms (:mod:`apical.rules.counter_current.pairing`); from there they are taken through one block
-each (:mod:`apical.rules.counter_current.teaching`). Local: an update needs the activities that meet at its depth, its
+each (:mod:`apical.core.teaching`). Local: an update needs the activities that meet at its depth, its
 block's input, and the label. G never reads F, so both may run at the same time, and no update waits for a layer above.
 
 Departures. The paper writes the identity as the target of a pair and rows of unit length everywhere; its code, followed
@@ -42,12 +42,12 @@ from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, terms
 from apical.core.rest import evaluating
 from apical.core.similarity import linear_cka
+from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
 from apical.rules.counter_current.mirror import Enlarge, facing, mirrored
 from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
-from apical.rules.counter_current.teaching import Activity, Taught, Teaching
 
 Pair = Literal["auto", "inner", "cosine", "match"]
 Feedback = Literal["mirror", "frozen", "free", "none"]
