@@ -3,8 +3,9 @@
 Numbers tagged "code" are printed in notebooks: JPC's (thebuckleylab/jpc) for inference in states, in errors and in the mu
 parametrisation, and PRECO's (bjornvz/PRECO) for tanh networks. JPC divides the energy by the batch before it takes the
 gradient of the states, so its rate 0.5 at batch 64 is 0.0078 here. Its first network settles by a solver of differential
-equations, here by 50 steps; where its optimiser is not stated, it is Adam at 1e-3. Deep networks in the mu parametrisation take 5 steps at 0.05
-where the notebook takes 30 at 0.0078: the same product, so that hidden gradients are as far from backpropagation's.
+equations, here by 50 steps; where its optimiser is not stated, it is Adam at 1e-3. Deep networks in the mu parametrisation
+take 5 steps at 0.05 where the notebook takes 30 at 0.0078: the same product, so that hidden gradients are as far from those
+of backpropagation.
 
 `pc-one-step` is the control: one step of inference, after which every hidden gradient but for its size is backpropagation's
 up to O(g). Where it does as well, the accuracy says nothing of predictive coding.
