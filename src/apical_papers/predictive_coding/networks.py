@@ -19,10 +19,10 @@ class PreActivated(nn.Module):
         return result
 
 
-def pre_activated(input_shape: tuple[int, ...], classes: int, depth: int = 10, width: int = 128) -> nn.Sequential:
-    """Perceptron of `depth` layers with PyTorch's own initial weights: (N, *input_shape) -> (N, classes)."""
+def pre_activated(input_shape: tuple[int, ...], num_classes: int, depth: int = 10, width: int = 128) -> nn.Sequential:
+    """Perceptron of `depth` layers with PyTorch's own initial weights: (N, *input_shape) -> (N, num_classes)."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     layers["layer1"] = nn.Linear(math.prod(input_shape), width)
     for k in range(2, depth + 1):
-        layers[f"layer{k}"] = PreActivated(width, width if k < depth else classes)
+        layers[f"layer{k}"] = PreActivated(width, width if k < depth else num_classes)
     return nn.Sequential(layers)
