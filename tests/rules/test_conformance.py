@@ -55,6 +55,7 @@ RULES = {
     "pc": partial(PC, inference="state", steps=6),
     "pc-error": PC,
     "pc-staged": partial(PC, inference="staged"),
+    "sibp": apical.SemiImplicit,
     "tdca": TDCA,
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,
