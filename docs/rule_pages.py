@@ -7,12 +7,15 @@ from pathlib import Path
 from benchmark_pages import setting
 from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
 from tables import Cell, Row, benchmarks, code, comparisons, load, number, own_studies, present, table, tabulate
+from torch.nn import Linear
 
 import apical.exports
 from apical.bench.figures.audit import number_of
-from apical.bench.names import RULES
+from apical.bench.names import AROUND, RULES
 from apical.core.credit import CreditRule
+from apical.rules.backprop import Backprop
 from apical.testing import settings
+from apical.testing.comparison import Factory
 
 NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."
 WIDE = 5
@@ -34,14 +37,20 @@ def page_name(kind: type) -> str:
 
 
 def short_names(kind: type) -> list[str]:
-    """The rule's names on the command line."""
-    return [name for name, entry in RULES.items() if entry.build is kind]
+    """The rule's names on the command line; "NAME:RULE" of a rule around another."""
+    own = [name for name, entry in RULES.items() if entry.build is kind]
+    return own + [f"{name}:RULE" for name, (wrap, _) in AROUND.items() if type(wrap(Backprop(Linear(2, 2)))) is kind]
+
+
+def titled(name: str) -> str:
+    """What a short name is."""
+    return AROUND[name.removesuffix(":RULE")][1] if name.endswith(":RULE") else RULES[name].title
 
 
 def rule_blocks(kind: type[CreditRule], root: Path) -> dict[str, str]:
     """The generated blocks of a rule's page."""
     names = short_names(kind)
-    rows = [[f"`{name}`", RULES[name].title] for name in names]
+    rows = [[f"`{name}`", titled(name)] for name in names]
     measured = [*audit_part(names, root), *results_part(names, root), *cost_part(names, root)]
     return {
         "names": table(("on the command line", "what it is"), rows, numeric_from=2),
@@ -150,8 +159,13 @@ def overview(root: Path) -> str:
 
 
 def residual(kind: type[CreditRule]) -> bool:
-    """Whether the rule takes the residual BatchNorm network of the conformance suite, or chains of layers alone."""
-    return len(settings(kind)) == 2
+    """Whether the rule takes the residual BatchNorm network of the conformance suite, or chains of layers alone.
+
+    A rule around another takes what that one takes, if it takes it around backpropagation.
+    """
+    wraps = [wrap for name, (wrap, _) in AROUND.items() if f"{name}:RULE" in short_names(kind)]
+    factory: Factory = (lambda model, loss: wraps[0](Backprop(model, loss))) if wraps else kind
+    return len(settings(factory)) == 2
 
 
 def _time(kind: type, root: Path) -> str:

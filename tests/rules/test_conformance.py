@@ -78,6 +78,7 @@ RULES = {
     "pc-residual": residual_predictive_coding,
     "dualprop": DP,
     "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),
+    "sibp": apical.SemiImplicit,
     "tdca": TDCA,
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,

@@ -1,7 +1,10 @@
 """Local solver: the identities of the damped least-squares step, and every rule that it wraps or refuses."""
 
+import gc
+import weakref
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from apical.core.credit import CreditRule, Loss
 from apical.core.solve import gram, patches, solved, solved_by_rows, strength
 from apical.diagnostics.interference import interference
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.local_solve import LocalSolve
+from apical.rules.local_solve import LocalSolve, Problem
 from apical.testing import CHECKS, check_model
 from apical.testing.comparison import Factory, gradients, make, require_same
 from apical.testing.networks import dense_batch, image_batch, residual_network
@@ -323,3 +326,24 @@ def test_on_the_command_line() -> None:
     assert isinstance(rule, LocalSolve)
     assert rule.damping == 0.5
     rule(*dense_batch(0)).backward()
+
+
+def test_nothing_is_kept_of_a_batch() -> None:
+    rule, (x, y) = LocalSolve(apical.Backprop(mlp(6, 5, 4))), batch(6, 5)
+    for learn in (True, False):
+        kept = []
+        original = Problem.settle
+
+        def settle(problem: Problem, samples: float, kept: list[object] = kept, original: Any = original) -> None:
+            original(problem, samples)
+            kept.append(weakref.ref(problem))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Problem, "settle", settle)
+            credit = rule(x, y)
+        if learn:
+            credit.backward()
+        del credit
+        gc.collect()
+        assert len(kept) == 2
+        assert not any(reference() for reference in kept)

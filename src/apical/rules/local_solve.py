@@ -58,7 +58,6 @@ class Problem:
 
     Attributes:
         calls: inputs of each call, in order.
-        taps: what stands in for the trained parameters.
     """
 
     def __init__(self, rule: "LocalSolve", name: str) -> None:
@@ -66,7 +65,6 @@ class Problem:
         own = self.layer._parameters
         self.trained = {key: p for key in ("weight", "bias") if (p := own.get(key)) is not None and p.requires_grad}
         self.calls: list[Tensor] = []
-        self.taps: tuple[Tensor, ...] = ()
         self.rows: Tensor | None = None
         self.product: Tensor | None = None  # A^T A over all processes, where there are several
         self.samples = 1.0
@@ -193,7 +191,7 @@ class LocalSolve(WrappedRule):
         self.require_attached()
         found = self._look(inputs, targets) if self.calls_used is None else None
         problems = {name: Problem(self, name) for name in self.layers}
-        credit = self._noting(problems, self._taps(problems), inputs, targets)
+        credit = self._noting(problems, _named(self._taps(problems), problems), inputs, targets)
         samples = float(summed(torch.tensor(float(len(inputs)), device=credit._loss.device)))
         for name, problem in problems.items():
             if problem.trained:
@@ -202,14 +200,14 @@ class LocalSolve(WrappedRule):
                 problem.settle(samples)
         return credit
 
-    def _taps(self, problems: dict[str, Problem]) -> dict[str, Tensor]:
-        taps: dict[str, Tensor] = {}
+    def _taps(self, problems: dict[str, Problem]) -> dict[str, tuple[Tensor, ...]]:
+        """What stands in for each layer's trained parameters. No problem keeps them: their graph keeps the problem."""
+        taps = {}
         for name, problem in problems.items():
             if any(p.requires_grad for p in problem.layer.parameters()) and not computes_plainly(problem.layer):
                 raise _no_parameter(name)
             if problem.trained:
-                problem.taps = solve_taps(problem, list(problem.trained.values()))
-                taps |= {f"{name}.{key}".lstrip("."): tap for key, tap in zip(problem.trained, problem.taps, strict=True)}
+                taps[name] = solve_taps(problem, list(problem.trained.values()))
         return taps
 
     def _noting(self, problems: dict[str, Problem], taps: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Credit:
@@ -224,17 +222,18 @@ class LocalSolve(WrappedRule):
         with undisturbed(self, parameters=True), torch.enable_grad():
             self.rule(inputs, targets)  # whatever is made at the first batch exists from here on
             problems = {name: Problem(self, name) for name in self.layers}
-            credit = self._noting(problems, self._taps(problems), inputs, targets)
-            taps = [tap for problem in problems.values() for tap in problem.taps]
-            if not credit.loss.requires_grad or not taps:
+            taps = self._taps(problems)
+            credit = self._noting(problems, _named(taps, problems), inputs, targets)
+            every = [tap for own in taps.values() for tap in own]
+            if not credit.loss.requires_grad or not every:
                 return {}
-            found = iter(torch.autograd.grad(credit.loss, taps, allow_unused=True))
+            found = iter(torch.autograd.grad(credit.loss, every, allow_unused=True))
         measured = {}
-        for name, problem in problems.items():
-            own = [(next(found), tap) for tap in problem.taps]
-            if any(gradient is not None for gradient, _ in own):
-                filled = [torch.zeros_like(tap) if gradient is None else gradient for gradient, tap in own]
-                measured[name] = (problem, problem.joined(filled))
+        for name, own in taps.items():
+            pairs = [(next(found), tap) for tap in own]
+            if any(gradient is not None for gradient, _ in pairs):
+                filled = [torch.zeros_like(tap) if gradient is None else gradient for gradient, tap in pairs]
+                measured[name] = (problems[name], problems[name].joined(filled))
         return measured
 
     def _look(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Problem, Tensor]] | None:
@@ -297,6 +296,15 @@ class LocalSolve(WrappedRule):
                 asked = errors_of(gradient, rows)
                 cosines[name] = (cosine(asked, rows @ gradient.T), cosine(asked, rows @ problem.apply(gradient).T))
         return cosines
+
+
+def _named(taps: dict[str, tuple[Tensor, ...]], problems: dict[str, Problem]) -> dict[str, Tensor]:
+    """Taps by the names of their parameters."""
+    return {
+        f"{name}.{key}".lstrip("."): tap
+        for name, own in taps.items()
+        for key, tap in zip(problems[name].trained, own, strict=True)
+    }
 
 
 def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

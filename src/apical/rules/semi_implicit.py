@@ -36,7 +36,7 @@ class SemiImplicit(CreditRule):
     Args:
         model: a chain of Linear layers with element-wise activations.
         loss: maps (output, targets) to a scalar batch mean.
-        eta: step of the neurons; steps stay bounded however large it is.
+        eta: step of the neurons, in units of their errors.
         proximity: lam, of single samples; the smaller, the more exactly weights meet the neurons' step.
 
     Raises:

@@ -1,12 +1,13 @@
 """Rules around rules and their kin: what there is to run again."""
 
-from apical.bench.papers import Paper, Table
+from apical.bench.papers import Paper, Table, cut, table_of
+from apical_papers.around.recipes import STUDIES
 
 PAPER = Paper(
     title="GRAPES, consequentialism weight updates, semi-implicit backpropagation",
     reference="Dellaferrera et al., arXiv 2104.11604; Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; "
     "Liu and Zhang, arXiv 2002.03516",
-    studies={},
+    studies=STUDIES,
     tables={
         "study": Table(
             "How an error is used: node importance, local solvers, semi-implicit steps",
@@ -14,7 +15,8 @@ PAPER = Paper(
             module="apical_papers.around.study",
             side_by_side=True,
             needs={"epochs": 6, "seeds": 5},
-            hours={"cpu": 0.2},
+            hours={"cpu": 0.25},
         ),
+        "mnist": table_of(STUDIES, "grapes-mnist", cut(1024), {"epochs": 5, "seeds": 5}, {"epochs": 20, "seeds": 5}),
     },
 )

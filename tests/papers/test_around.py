@@ -1,0 +1,45 @@
+"""The study of rules around rules, and of semi-implicit steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from apical_papers.around import study
+
+
+def small(name: str = "mnist") -> study.Digits:
+    """The embedded digits in place of MNIST."""
+    return original("digits")
+
+
+original = study.Digits
+
+
+def test_pixels_lie_between_zero_and_one() -> None:
+    digits = original("digits")
+    assert (float(digits.x.min()), float(digits.x.max())) == (0.0, 1.0)
+    assert len(digits.test[0]) == len(digits.test[1]) > 300
+
+
+def test_arms_begin_alike_and_differ_by_their_gain() -> None:
+    digits = original("digits")
+    runs = {
+        arm: study.accuracies(rule, options, digits, (20,), 0, 1e-9, 256, 1) for arm, (rule, options) in study.ARMS.items()
+    }
+    assert len({tuple(run) for run in runs.values()}) == 1  # a step of nearly nothing: the same initial weights
+    network = study.network((8, 6, 4), 0)
+    assert torch.equal(network[0].weight, study.network((8, 6, 4), 0)[0].weight)
+    assert float(network[0].weight.detach().abs().max()) <= (6 / 8) ** 0.5
+
+
+def test_it_runs_and_keeps_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "Digits", small)
+    monkeypatch.setitem(study.SETTINGS, "training digits", 128)
+    assert study.main(["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["figure"] for row in results["verdicts"]} == {"GRAPES", "CWU", "SIBP"}
+    cosines = {row["what"]: row["mean"] for row in results["verdicts"] if "what was asked" in row["what"]}
+    assert len(cosines) == 3
+    assert results["tables"][0]["title"] == "Node importance"
