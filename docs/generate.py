@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark_pages import benchmark_page
-from front_page import front_page
+from front_page import front_page, rules, toml
 from gallery_page import gallery
 from paper_pages import paper_pages
 from reproduction_page import reproduction_page
@@ -57,7 +57,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     blocks = {
         root / "README.md": front_page(root, measured, records),
         root / "docs" / "command-line.md": command_blocks(),
-        root / "docs" / "rules.md": {"overview": overview(root)},
+        root / "docs" / "rules.md": {"overview": overview(root), "families": rules(toml("families"), records)},
         root / "docs" / "choose.md": choice(root),
         **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},
     }
