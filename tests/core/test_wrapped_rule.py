@@ -1,7 +1,10 @@
 """A wrapper that changes nothing is the wrapped rule, bit for bit, and stands in for it wherever a rule is expected."""
 
 import copy
+import pickle
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +142,52 @@ def test_copies_modes_and_devices_reach_the_wrapped_rule() -> None:
     assert not other.rule.training
     assert rule.rule.training
     assert next(other.model.parameters()).dtype == torch.float32
+
+
+def wrappers() -> list[Callable[[nn.Module], WrappedRule]]:
+    class One:
+        mode: Any = "propagating"
+
+        def __call__(self, rows: Tensor) -> Tensor:
+            return rows.new_full((len(rows),), 1.5)
+
+    return [
+        lambda model: apical.Modulated(apical.FeedbackAlignment(model), One()),
+        lambda model: apical.LocalSolve(apical.FeedbackAlignment(model)),
+        lambda model: apical.LocalSolve(apical.DirectFeedbackAlignment(model)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_copies_learn_alike_and_copied_models_have_no_rule(number: int) -> None:
+    torch.manual_seed(0)
+    rule = wrappers()[number](dense_network())
+    rule(*dense_batch(0)).backward()
+    own = gradients(rule)
+    rule.zero_grad()
+    other = copy.deepcopy(rule)
+    other(*dense_batch(0)).backward()
+    require_same(gradients(other), own, 0.0, "a copy")
+    assert not gradients(rule)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.detach().modules())
+    for model in (copy.deepcopy(rule.model), pickle.loads(pickle.dumps(rule.model))):
+        inputs, targets = dense_batch(0)
+        found, expected = (
+            torch.autograd.grad(F.cross_entropy(m(inputs), targets), list(m.parameters())) for m in (model, rule.model)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_two_rules_on_one_model_do_not_meet() -> None:
+    model = dense_network()
+    apical.Backprop(model)(*dense_batch(0)).backward()
+    plain = gradients(model)
+    for number in range(3):
+        rules = [wrappers()[number](model), wrappers()[number](model), apical.Backprop(model)]
+        for rule in rules:
+            model.zero_grad()
+            rule(*dense_batch(0)).backward()
+        require_same(gradients(model), plain, 0.0, "backpropagation beside")
 
 
 def test_constraints_are_passed_on() -> None:

@@ -8,6 +8,7 @@ Two handles are all a wrapper needs besides the calls themselves:
 State dicts have the keys of the wrapped rule, so either loads the other's.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -53,6 +54,21 @@ class WrappedRule(CreditRule):
         self._warned = True  # the wrapped rule warns
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    def _attach(self) -> None:
+        """Put hooks on the model's layers; wrappers that have some do it here, and call it when they are made."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for module in self.model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if hook is _nothing]:
+                    del hooks[key]
+        if self._attached:
+            self._attach()
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -132,6 +148,32 @@ class WrappedRule(CreditRule):
         # each of the layers that share a parameter has a tap of its own
         credit: Credit = torch.func.functional_call(self.rule, named, (inputs, targets), tie_weights=False)
         return credit
+
+
+class LayerHook:
+    """Hook of a layer that calls `method(rule, name, layer, ...)` as long as there is the rule.
+
+    Copies and pickles do nothing: a copied model has no rule attached.
+    """
+
+    def __init__(self, rule: WrappedRule, name: str, method: Callable[..., Any]) -> None:
+        self.rule, self.name, self.method = weakref.ref(rule), name, method
+
+    def __call__(self, layer: nn.Module, *args: Any) -> Any:
+        """What the method returns."""
+        rule = self.rule()
+        return None if rule is None else self.method(rule, self.name, layer, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_no_hook, ())
+
+
+def _nothing(*_: Any) -> None:
+    """The hook of a copied model."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
 
 
 def innermost(rule: CreditRule) -> CreditRule:

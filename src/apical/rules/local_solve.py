@@ -15,7 +15,6 @@ Departures: the paper's damping, rates and data are not known to us; `damping` i
 """
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ from apical.core.solve import (
 from apical.core.stepping import distributed
 from apical.core.transport import as_matrix, geometry
 from apical.core.units import weighted_layers
-from apical.core.wrapped import WrappedRule, innermost, solve_taps
+from apical.core.wrapped import LayerHook, WrappedRule, innermost, solve_taps
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 PROBE = 2
@@ -176,8 +175,11 @@ class LocalSolve(WrappedRule):
             require_patches(name, layer)
         self.calls_used: str | None = None
         self._problems: dict[str, Problem] | None = None  # while the rule is called
+        self._attach()
+
+    def _attach(self) -> None:
         for name, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(partial(_note, self, name), with_kwargs=True))
+            self._hooks.append(layer.register_forward_pre_hook(LayerHook(self, name, _note), with_kwargs=True))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the solver in the backward pass is beyond a compiler; without fullgraph=True it runs eagerly
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:

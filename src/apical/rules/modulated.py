@@ -28,7 +28,7 @@ from apical.core.rest import evaluating, undisturbed
 from apical.core.sites import graph_leaves
 from apical.core.transport import as_matrix, geometry
 from apical.core.units import weighted_layers
-from apical.core.wrapped import WrappedRule, gain_on, innermost, row_gain
+from apical.core.wrapped import LayerHook, WrappedRule, gain_on, innermost, row_gain
 from apical.errors import ConfigError, UnsupportedModelError
 
 Mode = Literal["propagating", "local"]
@@ -93,8 +93,11 @@ class Modulated(WrappedRule):
         self._seen: set[str] = set()
         self._gains: dict[str, Tensor] = {}  # during a call
         self._learns = False
+        self._attach()
+
+    def _attach(self) -> None:
         for name, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_hook(partial(_amplify, self, name)))
+            self._hooks.append(layer.register_forward_hook(LayerHook(self, name, _amplify)))
 
     @property
     def remarks(self) -> list[str]:

@@ -1,10 +1,10 @@
 """Rules around rules: a recipe for `apical compare`.
 
 `grapes-mnist` has the settings of the README of IBM/GRAPES (arXiv 2104.11604) with 784-256-256-10: SGD at 0.1, batch 64;
-without dropout, where the code keeps 90 % of the units, and for 20 epochs in place of 200. No table of the paper was found
-in a source that could be read, so no row has a published number. The control `matched:bp` belongs beside every run of
-`grapes:bp`. Consequentialism updates and semi-implicit backpropagation are in the study, whose marks were written before
-it was run; the learning rates of CCL in it were chosen after a look at one seed.
+without dropout, where the code keeps 90 % of the units, and for 20 epochs, not 200. No table of the paper was found in
+a source that could be read, so no row has a published number. The control `matched:bp` belongs beside every run of
+`grapes:bp`. Consequentialism updates and semi-implicit backpropagation are in the study, whose marks were written before it
+was run; the learning rates of CCL in it were chosen after a look at one seed.
 """
 
 from dataclasses import replace
