@@ -230,14 +230,14 @@ class ForwardForward(CreditRule):
             del h, signal
         logits = self._read(read)
         loss, error = output_error(self.loss, logits, targets)
-        roots += [*block_roots([(logits, error)], parameters), *terms(loss)]
+        roots += block_roots([(logits, error)], parameters)
         output = logits.detach()
         if self.answers == "goodness":
             with torch.no_grad():
                 output = self.answer(inputs)
-            loss = value_at(self.loss, output, targets).detach()
+            loss = value_at(self.loss, output, targets)
         total = torch.stack(list(logs.values())).sum() if logs else loss.detach().new_zeros(())
-        return Credit.of(roots, output, loss, {"local": total, **logs})
+        return Credit.of([*roots, *terms(loss)], output, loss, {"local": total, **logs})
 
     def answer(self, inputs: Tensor) -> Tensor:
         """Scores of the classes (batch, K): the read-out's, or each label's goodness; differentiable."""
