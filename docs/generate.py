@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark_pages import benchmark_page
-from front_page import front_page, rules, toml
+from front_page import front_page, rules
 from gallery_page import gallery
 from paper_pages import paper_pages
 from reproduction_page import reproduction_page
