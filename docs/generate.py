@@ -20,7 +20,7 @@ from paper_pages import paper_pages
 from reproduction_page import reproduction_page
 from result_pages import comparison_page, file_page, results_index, study_page
 from rule_pages import choice, overview, rule_blocks, rule_classes
-from tables import benchmarks, comparisons, own_studies, reproductions, table
+from tables import benchmarks, comparisons, own_studies, reproductions, table, toml
 from zoo_page import zoo_page
 
 from apical import models
