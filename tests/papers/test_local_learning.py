@@ -17,7 +17,7 @@ def test_pixels_are_between_0_and_1() -> None:
         assert float(split.inputs.max()) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize(("arm", "norm"), [("bp", True), ("both", True), ("last layer", False)])
+@pytest.mark.parametrize(("arm", "norm"), [("bp", True), ("both", True), ("last layer", True)])
 def test_a_local_training_learns(arm: str, norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(local.SETTINGS, "widths", "32-32")
     monkeypatch.setitem(local.SETTINGS, "batch size", 20)
