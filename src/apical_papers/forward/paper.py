@@ -16,13 +16,14 @@ PAPER = Paper(
     ),
     studies=STUDIES,
     tables={
-        "mnist": of("ff-mnist", cut(1000), {"epochs": 5, "seeds": 1}, {"epochs": 100, "seeds": 3}),
+        "mnist": of("ff-mnist", cut(1000), {"epochs": 3, "seeds": 1, "train_limit": 10000}, {"epochs": 100, "seeds": 3}),
         "study": Table(
             "Forward-forward on 5000 digits of MNIST, and the read-out alone",
             {"smoke": {"epochs": 2, "seeds": 2}, "cpu": {"epochs": 30, "seeds": 3}, "paper": {"epochs": 30, "seeds": 10}},
             module="apical_papers.forward.study",
             side_by_side=True,
             needs={"epochs": 30, "seeds": 3},
+            hours={"cpu": 0.18},
         ),
     },
 )

@@ -14,7 +14,7 @@ PAPER = Paper(
     ),
     studies=STUDIES,
     tables={
-        "mnist": of("local-mnist", cut(1280), {"epochs": 3, "seeds": 1}, {"epochs": 100, "seeds": 3}),
+        "mnist": of("local-mnist", cut(1280), {"epochs": 3, "seeds": 1, "train_limit": 10000}, {"epochs": 100, "seeds": 3}),
         "study": Table(
             "Local classifiers on 5000 digits of MNIST: which local loss",
             {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 4, "seeds": 5}, "paper": {"epochs": 4, "seeds": 10}},
