@@ -60,6 +60,7 @@ bench: $(VENV)/.apical-installed-dev
 	@$(ONE_THREAD) $(BIN) benchmarks/evolution.py
 	@$(ONE_THREAD) $(BIN) benchmarks/settling.py
 	@$(ONE_THREAD) $(BIN) benchmarks/floors.py
+	@$(ONE_THREAD) $(BIN) benchmarks/local.py
 	@$(BIN) docs/generate.py
 
 docs: $(VENV)/.apical-installed-dev

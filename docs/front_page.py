@@ -25,7 +25,7 @@ def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row]) 
         "demo": demo_block(root),
         "install": install(measured.get("install") or {}),
         "why": "\n".join(f"- {each}" for each in why(measured)),
-        "rules": rules(toml("families"), records),
+        "rules": by_family(toml("families"), records),
         "papers": reproduced(root, records),
     }
 
@@ -87,8 +87,26 @@ def why(measured: Mapping[str, Row]) -> list[str]:
     ]
 
 
-def rules(families: Mapping[str, Mapping[str, Sequence[str]]], records: Sequence[Row]) -> str:
-    """The rules by family, and how many verdicts on each are reproduced."""
+Families = Mapping[str, Mapping[str, Sequence[str]]]
+"""Rules by family, each with its references and what it needs."""
+
+
+def by_family(families: Families, records: Sequence[Row]) -> str:
+    """One line per family: its rules, and how many verdicts on them are reproduced."""
+    pages = {kind.__name__: (page, short_names(kind)) for page, kind in rule_classes().items()}
+    rows = []
+    for family, members in families.items():
+        links = [
+            f"[`{name}`](docs/rules/{pages[name][0]}.md) {' '.join(map('`{}`'.format, pages[name][1]))}" for name in members
+        ]
+        short = [each for name in members for each in pages[name][1]]
+        verdicts = [row["verdict"] for record in records for row in record["rows"] if belongs(row["rule"] or "", short)]
+        rows.append([family, "; ".join(links), share(verdicts)])
+    return table(("family", "rules, and their names on the command line", "reproduced"), rows, numeric_from=2)
+
+
+def rules(families: Families, records: Sequence[Row]) -> str:
+    """The rules by family, what each needs, and how many verdicts on it are reproduced; for a page in docs/."""
     pages = {kind.__name__: page for page, kind in rule_classes().items()}
     kinds = {kind.__name__: kind for kind in rule_classes().values()}
     rows = []
@@ -97,7 +115,7 @@ def rules(families: Mapping[str, Mapping[str, Sequence[str]]], records: Sequence
             short = short_names(kinds[name])
             verdicts = [row["verdict"] for record in records for row in record["rows"] if belongs(row["rule"] or "", short)]
             names = " ".join(f"`{each}`" for each in short)
-            link = f"[`{name}`](docs/rules/{pages[name]}.md)"
+            link = f"[`{name}`](rules/{pages[name]}.md)"
             rows.append([family, link, names, linked(references), needs, share(verdicts)])
             family = ""
     header = ("family", "rule", "on the command line", "papers", "what it needs", "reproduced")
@@ -120,12 +138,16 @@ def share(verdicts: Iterable[str]) -> str:
 
 def reproduced(root: Path, records: Sequence[Row]) -> str:
     """One line per paper: its tables, and the verdicts of those that were run."""
-    rows = []
+    rows, waiting = [], []
     for name, folder in folders(root).items():
         paper, kept = papers()[name], [record for record in records if record["target"].startswith(f"{name}/")]
         verdicts = [row["verdict"] for record in kept for row in record["rows"]]
         undecided = len([each for each in verdicts if each not in ("reproduced", "not reproduced")])
         run = f"{len({record['target'] for record in kept})} of {len(paper.tables)}"
         link = f"[{paper.title}]({(folder / 'README.md').relative_to(root).as_posix()})"
-        rows.append([link, f"`{name}`", run, share(verdicts), str(undecided)])
-    return table(("paper", "name", "tables run", "reproduced", "undecided"), rows, numeric_from=2)
+        if kept:
+            rows.append([link, f"`{name}`", run, share(verdicts), str(undecided)])
+        else:
+            waiting.append(f"{link} `{name}`")
+    text = table(("paper", "name", "tables run", "reproduced", "undecided"), rows, numeric_from=2)
+    return f"{text}\n\nNot run yet: {'; '.join(waiting)}." if waiting else text

@@ -10,24 +10,30 @@ definitions. What is not there is left out. :func:`outputs` is pure, so that a t
 what would be written.
 """
 
-import ast
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark_pages import benchmark_page
-from front_page import front_page
+from front_page import front_page, rules
 from gallery_page import gallery
 from paper_pages import paper_pages
 from reproduction_page import reproduction_page
 from result_pages import comparison_page, file_page, results_index, study_page
 from rule_pages import choice, overview, rule_blocks, rule_classes
-from tables import benchmarks, comparisons, own_studies, reproductions, table
+from tables import benchmarks, comparisons, own_studies, reproductions, table, toml
 from zoo_page import zoo_page
 
 from apical import models
 from apical.bench.names import RULES
 from apical.bench.papers import papers
 from apical.bench.papers import studies as all_studies
+from apical.cli.flags.audit import Audit
+from apical.cli.flags.evolve import Evolve
+from apical.cli.flags.help import option_rows
+from apical.cli.flags.landscape import Landscape
+from apical.cli.flags.reproduce import Reproduce
+from apical.cli.flags.sweep import SweepFlags
+from apical.cli.flags.training import CompareFlags, Flags, TrainFlags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,8 +56,8 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     }
     blocks = {
         root / "README.md": front_page(root, measured, records),
-        root / "docs" / "command-line.md": command_blocks(root / "src" / "apical" / "cli" / "flags"),
-        root / "docs" / "rules.md": {"overview": overview(root)},
+        root / "docs" / "command-line.md": command_blocks(),
+        root / "docs" / "rules.md": {"overview": overview(root), "families": rules(toml("families"), records)},
         root / "docs" / "choose.md": choice(root),
         **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},
     }
@@ -92,15 +98,13 @@ def replace_block(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
 
 
-COMMANDS = {"compare": "CompareFlags", "train": "TrainFlags", "both": "Flags", "evolve": "Evolve", "landscape": "Landscape"}
-COMMANDS |= {"audit": "Audit", "reproduce": "Reproduce", "sweep": "SweepFlags"}
+COMMANDS: dict[str, type] = {"compare": CompareFlags, "train": TrainFlags, "both": Flags, "evolve": Evolve}
+COMMANDS |= {"landscape": Landscape, "audit": Audit, "reproduce": Reproduce, "sweep": SweepFlags}
 """Block of the command-line page -> class of flags."""
 
 
-def command_blocks(folder: Path) -> dict[str, str]:
+def command_blocks() -> dict[str, str]:
     """The blocks of the command-line page: options of the commands, and what there is to choose from."""
-    bodies = [ast.parse(path.read_text(encoding="utf-8")).body for path in sorted(folder.glob("*.py"))]
-    classes = {n.name: n for body in bodies for n in body if isinstance(n, ast.ClassDef)}
     rules = [[f"`{name}`", entry.title] for name, entry in RULES.items()]
     recipes = [[f"`{name}`", study.title, study.cost] for name, study in all_studies().items()]
     return {
@@ -108,24 +112,14 @@ def command_blocks(folder: Path) -> dict[str, str]:
         "models": ", ".join(f"`{name}`" for name in models.names()),
         "recipes": table(("recipe", "what it is", "cost"), recipes, numeric_from=3),
         **{
-            block: table(("option", "default", "meaning"), options(classes[name]), numeric_from=3)
-            for block, name in COMMANDS.items()
+            block: table(
+                ("option", "default", "meaning"),
+                [[f"`{option}`", *more] for option, *more in option_rows(flags)],
+                numeric_from=3,
+            )
+            for block, flags in COMMANDS.items()
         },
     }
-
-
-def options(flags: ast.ClassDef) -> list[list[str]]:
-    """Option, default (or "required") and meaning of each field of a class of command-line flags."""
-    lines = []
-    for field, text in zip(flags.body, flags.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            calls = [node for node in ast.walk(field.annotation) if isinstance(node, ast.Call)]
-            given = [str(a.value) for call in calls for a in call.args if isinstance(a, ast.Constant)]
-            metavar, hint = (*given, "", "")[:2]
-            positional = "Positional" in ast.unparse(field.annotation)
-            name = metavar if positional else f"--{ast.unparse(field.target).replace('_', '-')} {metavar}".rstrip()
-            lines.append([f"`{name}`", hint.strip("()").removeprefix("default: "), " ".join(str(text.value.value).split())])
-    return lines
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def run(folder: Path, command: str, *more: str) -> str:
 
 
 def test_the_page_has_what_is_done_here() -> None:
-    assert list(FILES) == ["partial_transport.py", "test_partial_transport.py"]
+    assert list(FILES) == ["partial_transport.py", "test_partial_transport.py", "measured.py"]
     assert len(FILES["partial_transport.py"].splitlines()) < 40
-    assert [command.split()[0] for command in COMMANDS] == ["python", "apical", "apical", "apical"]
+    assert [command.split()[0] for command in COMMANDS] == ["python", "apical", "apical", "apical", "apical"]
 
 
 def test_its_test_passes(folder: Path) -> None:
@@ -77,6 +77,18 @@ def test_it_is_audited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("no_sign_transport", "no_magnitude_transport"):
         assert [found[rule][key]["verdict"] for rule in found] == ["no", "yes", "no"]
     assert abs(found["PartialTransport"]["no_symmetry"]["numbers"]["degrees"] - 45) < 10
+
+
+def test_its_measures_are_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert main([*shlex.split(COMMANDS[4])[1:], "--device", "cpu", "--train-limit", "320"]) == 0
+    lines = [json.loads(line) for line in (folder / "runs/measured/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    for line in lines:  # the feedback is fixed
+        norms = [layer["feedback_norm"] for layer in line["layers"].values() if "feedback_norm" in layer]
+        assert len(norms) == 3
+        assert sum(norms) == pytest.approx(line["feedback_norms"])
+        assert line["feedback_norms"] == lines[0]["feedback_norms"] > 0
 
 
 def test_it_is_in_the_style_of_the_house(folder: Path) -> None:

@@ -64,17 +64,28 @@ def test_each_rule_has_its_papers_and_verdicts() -> None:
         "edges": {"ProductFeedbackAlignment": ["2405.20594", "two matrices"], "KolenPollack": ["Kolen & Pollack", "x"]}
     }
     first, second = page.rules(families, RECORDS).splitlines()[2:]
-    link = "[`ProductFeedbackAlignment`](docs/rules/product-feedback-alignment.md)"
+    link = "[`ProductFeedbackAlignment`](rules/product-feedback-alignment.md)"
     paper = "[2405.20594](https://arxiv.org/abs/2405.20594)"
     assert first == f"| edges | {link} | `pfa` `pfa-o` | {paper} | two matrices | 1 of 2 |"
     assert second.endswith("| `kp` | Kolen & Pollack | x | - |")
+    (line,) = page.by_family(families, RECORDS).splitlines()[2:]
+    links = [
+        f"[`{name}`](docs/rules/{at}.md) {names}"
+        for name, at, names in (
+            ("ProductFeedbackAlignment", "product-feedback-alignment", "`pfa` `pfa-o`"),
+            ("KolenPollack", "kolen-pollack", "`kp`"),
+        )
+    ]
+    assert line == f"| edges | {'; '.join(links)} | 1 of 2 |"
 
 
 def test_each_paper_has_its_tables_and_verdicts() -> None:
     lines = page.reproduced(ROOT, RECORDS).splitlines()
     title = "[Deep learning without weight symmetry](src/apical_papers/pfa/README.md)"
     assert f"| {title} | `pfa` | 2 of 4 | 2 of 3 | 2 |" in lines
-    assert sum("| - | 0 |" in line for line in lines) == len(lines) - 3  # the others were not run
+    assert len(lines) == 5  # the others were not run
+    assert lines[-1].startswith("Not run yet: ")
+    assert lines[-1].count("README.md") == len(page.papers()) - 1
 
 
 def test_why_is_counted_from_the_benchmarks() -> None:

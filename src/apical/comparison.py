@@ -132,7 +132,7 @@ def compare(
         ApicalError: something asked for is not usable; one sentence says what.
         KeyboardInterrupt: after what was trained is saved; go on with resume=True.
     """
-    asked = {name: value for name, value in settings.items() if value is not None}
+    options = {name: value for name, value in settings.items() if value is not None}
     in_memory = [
         what for what, value in (("data", data), ("model", model)) if value is not None and not isinstance(value, str | Path)
     ]
@@ -142,7 +142,7 @@ def compare(
     flags = Compare(
         out=Path(out),
         rules=None if rules is None else tuple(map(_rule, rules)),
-        data=_data(data, numbers=asked.get("loss") == "mse"),
+        data=_data(data, numbers=options.get("loss") == "mse"),
         model=str(model) if isinstance(model, str | Path) else None if model is None else own_models.remember(model),
         epochs=epochs,
         seeds=seeds,
@@ -151,12 +151,12 @@ def compare(
         jobs=jobs,
         resume=resume,
         overwrite=overwrite,
-        **_settings(asked),
+        **_settings(options),
     )
-    given = {"rules": flags.rules, "data": flags.data, "model": flags.model, "epochs": epochs, "seeds": seeds, **asked}
-    shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    arguments = {"rules": flags.rules, "data": flags.data, "model": flags.model, "epochs": epochs, "seeds": seeds, **options}
+    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
     try:
-        records, page = commands.run_comparison(flags, f"apical.compare({shown})", Console(quiet=not show))
+        records, page = commands.run_comparison(flags, f"apical.compare({text})", Console(quiet=not show))
     except Interrupted as interrupted:
         raise KeyboardInterrupt(f"stopped at {interrupted.where}; saved: go on with resume=True") from interrupted
     return _compared(records, page)
@@ -172,16 +172,16 @@ def _data(data: Any, *, numbers: bool) -> str | None:
     return str(data) if isinstance(data, str | Path) else own_data.remember(data, numbers=numbers)
 
 
-def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as the recipe has them: a single value of a schedule is a schedule."""
-    known = {item.name for item in fields(Recipe)} - _ELSEWHERE
-    for name in asked:
-        if name not in known:
-            raise unknown_name("setting of apical.compare", name, known)
+    names = {item.name for item in fields(Recipe)} - _ELSEWHERE
+    for name in options:
+        if name not in names:
+            raise unknown_name("setting of apical.compare", name, names)
     schedules = {name for name, kind in get_type_hints(Recipe).items() if get_origin(kind) is tuple}
     return {
         name: ((value,) if isinstance(value, int | float) else tuple(value)) if name in schedules else value
-        for name, value in asked.items()
+        for name, value in options.items()
     }
 
 

@@ -53,9 +53,9 @@ def import_from(name: str, kind: str, example: str, error: Callable[[str], Apica
     module = import_module(where, example, error)
     value = getattr(module, attribute, None)
     if value is None:
-        known = [key for key, value in vars(module).items() if _is_own(value, module)]
-        near = difflib.get_close_matches(attribute, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else f". It defines: {', '.join(known) or 'nothing'}"
+        names = [key for key, value in vars(module).items() if _is_own(value, module)]
+        near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else f". It defines: {', '.join(names) or 'nothing'}"
         raise error(f"{where} has no {attribute!r}{hint}")
     return value
 
@@ -111,13 +111,13 @@ def source_checksum(value: Any) -> str:
 
 def _compiled(value: Any) -> str:
     codes = (
-        [each for each in (value, *vars(value).values()) if hasattr(each, "__code__")] if hasattr(value, "__dict__") else []
+        [item for item in (value, *vars(value).values()) if hasattr(item, "__code__")] if hasattr(value, "__dict__") else []
     )
-    return hashlib.sha256(repr([_parts(each.__code__) for each in codes]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([_parts(item.__code__) for item in codes]).encode()).hexdigest()[:16]
 
 
 def _parts(code: CodeType) -> tuple[Any, ...]:
-    constants = [_parts(each) if isinstance(each, CodeType) else each for each in code.co_consts]
+    constants = [_parts(constant) if isinstance(constant, CodeType) else constant for constant in code.co_consts]
     return (code.co_code, code.co_names, constants)
 
 
@@ -140,9 +140,9 @@ def _is_own(value: object, module: ModuleType) -> bool:
     return callable(value) and getattr(value, "__module__", None) == module.__name__
 
 
-def _file(path: Path, shown: str, error: Callable[[str], ApicalError]) -> ModuleType:
+def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> ModuleType:
     if not path.is_file():
-        raise error(f"there is no file {shown} (looked for {path})")
+        raise error(f"there is no file {title} (looked for {path})")
     name = f"_apical_own_{hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -158,5 +158,5 @@ def _file(path: Path, shown: str, error: Callable[[str], ApicalError]) -> Module
             specification.loader.exec_module(module)
     except (Exception, SystemExit) as problem:  # sys.exit() in a script that is no module
         del sys.modules[name]
-        raise error(f"{shown} cannot be loaded: {described(problem, path)}") from problem
+        raise error(f"{title} cannot be loaded: {described(problem, path)}") from problem
     return module

@@ -81,11 +81,13 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ApicalError: a name or an option is not usable, or training diverged.
         """
         checked: tuple[NDArray[np.float64], NDArray[Any]] = validate_data(self, X, y, dtype=np.float64)
-        x, given = checked
-        check_classification_targets(given)
-        self.classes_, labels = np.unique(given, return_inverse=True)
+        x, targets = checked
+        check_classification_targets(targets)
+        self.classes_, labels = np.unique(targets, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"CreditClassifier needs at least two classes; the data have one class in {len(given)} samples")
+            raise ValueError(
+                f"CreditClassifier needs at least two classes; the data have one class in {len(targets)} samples"
+            )
         self.mean_, deviation = x.mean(axis=0), x.std(axis=0)
         self.scale_ = np.where(deviation > 0, deviation, 1.0)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -95,7 +97,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             rule_options=tuple(f"{key}={value!r}" for key, value in (self.rule_options or {}).items()),
             model="-".join(["mlp", *map(str, self.hidden)]),
             epochs=self.epochs,
-            batch_size=min(self.batch_size, len(given)),
+            batch_size=min(self.batch_size, len(targets)),
             optimizer=self.optimizer,  # type: ignore[arg-type]
             lr=(float(self.lr),),
             momentum=self.momentum,
@@ -104,7 +106,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             seed=seed,
             data="the samples given",
         )
-        recipe, _ = resolve(recipe, len(given))
+        recipe, _ = resolve(recipe, len(targets))
         dataset = Dataset("the samples given", samples, None, samples, len(self.classes_), (), (), "given to fit")
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
@@ -121,13 +123,13 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         x: NDArray[np.float64] = validate_data(self, X, reset=False, dtype=np.float64)
         with torch.no_grad():
-            found: NDArray[np.float64] = self.rule_.answer(self._standardised(x)).softmax(1).numpy()
-        return found
+            probabilities: NDArray[np.float64] = self.rule_.answer(self._standardised(x)).softmax(1).numpy()
+        return probabilities
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Labels (n,) of samples (n, features)."""
-        chosen = self.predict_proba(X).argmax(axis=1)
-        labels: NDArray[Any] = self.classes_[chosen]
+        indices = self.predict_proba(X).argmax(axis=1)
+        labels: NDArray[Any] = self.classes_[indices]
         return labels
 
     def _standardised(self, x: NDArray[np.float64]) -> Tensor:

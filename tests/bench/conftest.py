@@ -10,7 +10,7 @@ from tests.command import Command
 
 from apical import data
 from apical.bench.distributed import World
-from apical.bench.loop import Training
+from apical.bench.loop import MakeRule, Training
 from apical.bench.names import make_rule, resolve
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import RunFolder
@@ -32,7 +32,9 @@ def small() -> Recipe:
 def begin(digits: Dataset) -> Callable[..., Training]:
     """Make a training in a folder and start it."""
 
-    def make(recipe: Recipe, path: Path, *, resume: bool = False, stop: StopSignals | None = None) -> Training:
+    def make(
+        recipe: Recipe, path: Path, *, resume: bool = False, stop: StopSignals | None = None, make_rule: MakeRule = make_rule
+    ) -> Training:
         resolved, notes = resolve(recipe, len(digits.train))
         training = Training(resolved, digits, make_rule, RunFolder(path), World(0, 1, torch.device("cpu")), stop)
         training.start(resume=resume, command="test", notes=notes, environment={"commit": None})

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evolution") / "whole"
     assert evolve(out, "--generations", "6") == 0
     return out
+
+
+def test_the_authors_regime_at_another_size(tmp_path: Path) -> None:
+    """Their residual learner and credit, on fewer and smaller lifetimes."""
+    size = ["--data", "digits", "--model", "mlp-residual-6-6-6", "--examples", "30", "--steps", "2", "--population", "4"]
+    assert main(["evolve", "--recipe", "mnist-residual", *size, "--generations", "1", "--out", str(tmp_path)]) == 0
+    network = load(tmp_path / "teacher.pt")[0]
+    assert list(network.widths) == [6] * 5  # a credit for each activation, two in a block
+    assert (network.credit, network.relative) == ("probabilities", False)
+    authors = {"steps": 150, "lr": 0.01, "population": 800, "examples": 0, "starts": "fixed", "generations": 2000}
+    assert asdict(EVOLUTIONS["mnist-residual"]).items() >= authors.items()
 
 
 def test_it_writes_teachers_with_their_provenance(whole: Path) -> None:

@@ -1,6 +1,6 @@
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,9 @@ import torch
 from apical.bench.loop import Training
 from apical.bench.recipe import Recipe
 from apical.bench.signals import Interrupted, StopSignals
-from apical.errors import DivergenceError
+from apical.core.credit import Batch, CreditRule, Measures, depth_accuracies
+from apical.errors import ConfigError, DivergenceError
+from apical.rules.backprop import Backprop
 
 Begin = Callable[..., Training]
 
@@ -38,6 +40,44 @@ def test_metrics_of_epoch_zero_and_of_a_finished_epoch(begin: Begin, small: Reci
         assert layer.keys() == {"weight_alignment", "norm_ratio", "gradient_alignment", "gradient_norm_ratio"}
     assert one["layers"]["linear2"]["gradient_alignment"] == pytest.approx(0, abs=1e-3)
     assert one["layers"]["linear1"]["gradient_alignment"] > 10
+
+
+class Measuring(Backprop):
+    """Measures under a name; an infinite number too."""
+
+    name = "pulse"
+
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        assert self.training
+        torch.rand(1)
+        seen = sum(len(targets) for _, targets in test)
+        depths = depth_accuracies(lambda x: {"linear2": self.model(x).argmax(1)}, test)
+        return Measures({self.name: 2.0, "seen": seen}, {"linear1": {"own": math.inf}, "hidden": {"own": 1.0}}, depths)
+
+
+def measuring(begin: Begin, recipe: Recipe, folder: Path, name: str = "pulse") -> Training:
+    """Training with it."""
+
+    def make_rule(recipe: Recipe, model: torch.nn.Module, input_shape: tuple[int, ...]) -> CreditRule:
+        rule = Measuring(model)
+        rule.name = name
+        return rule
+
+    return begin(recipe, folder, make_rule=make_rule)
+
+
+def test_a_rules_own_measures_are_in_every_line(begin: Begin, small: Recipe, tmp_path: Path) -> None:
+    training, plain = measuring(begin, small, tmp_path / "own"), begin(small, tmp_path / "bp")
+    for line in (*training.folder.read_metrics(), training.train_epoch()):
+        assert (line["pulse"], line["seen"], line["condition_two"]) == (2.0, len(training.dataset.test), None)
+        assert line["layers"]["linear1"]["own"] is None
+        assert line["layers"]["hidden"] == {"own": 1.0}
+        assert line["depths"] == {"linear2": pytest.approx(line["test_accuracy"])}
+    plain.train_epoch()
+    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(training).items())
+    assert "pulse" not in measuring(begin, replace(small, probe=0), tmp_path / "off").line
+    with pytest.raises(ConfigError, match="'test_loss' is a number of every run"):
+        measuring(begin, small, tmp_path / "clash", name="test_loss")
 
 
 def test_accuracy_is_that_of_the_model_on_the_test_images(begin: Begin, small: Recipe, tmp_path: Path) -> None:

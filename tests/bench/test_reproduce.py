@@ -12,7 +12,7 @@ from apical.bench.recipe import Recipe
 from apical.bench.report.verdicts import Verdict
 from apical.bench.study import Claim, Published, Row, Study
 from apical.cli.main import main
-from apical.cli.reproduce import SMALL, found, verdict
+from apical.cli.reproduce import SMALL, tables_of, verdict
 from apical.errors import CheckpointError
 from apical_papers.dfc.toy import study as dfc_toy
 from apical_papers.dfc.toy.runs import History, Plan
@@ -53,7 +53,7 @@ def test_every_table_can_be_run_at_every_budget(name: str, table: Table) -> None
         if not smoke["data"].startswith("digits"):  # which are as few as that
             looked_at = smoke["train_limit"] + smoke["test_limit"] + smoke["validation"]
             assert looked_at <= 1500, "a smoke budget is a minute or two"
-    assert found(name) == {name: table}
+    assert tables_of(name) == {name: table}
 
 
 def study() -> Study:

@@ -34,7 +34,8 @@ def make(name: str) -> CreditRule:
     torch.set_default_dtype(torch.float64)
     try:
         options = ("learn=False",) if name in NOISY else ONE_SIDED.get(name, ())
-        return make_rule(Recipe(rule=name, rule_options=options), models.build("mlp-16-12", (1, 4, 4), 5), (1, 4, 4))
+        model = models.build("mlp-mu-12x2" if name == "mupc" else "mlp-16-12", (1, 4, 4), 5)
+        return make_rule(Recipe(rule=name, rule_options=options), model, (1, 4, 4))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -48,10 +49,11 @@ def train(rule: CreditRule, rank: int, size: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(step)
         inputs = torch.randn(BATCH, 1, 4, 4, generator=generator, dtype=torch.float64)
         targets = torch.randint(0, 5, (BATCH,), generator=generator)
-        optimizer.zero_grad()
         inputs = inputs.to(next(rule.parameters()).dtype)
-        module(inputs[rank::size], targets[rank::size]).backward()
-        optimizer.step()
+        for _ in range(rule.repeats):
+            optimizer.zero_grad()
+            module(inputs[rank::size], targets[rank::size]).backward()
+            optimizer.step()
     state = rule.state_dict()
     if isinstance(rule, PlasticRule):  # explicit in two processes and closed in one: the same feedback, kept in another form
         state = {

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, KnownGradients
-from apical.rules.counter_current.teaching import Taught, Teaching
+from apical.core.teaching import Taught, Teaching
 
 KINDS = [nn.ELU(), nn.ELU(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Softplus(), nn.Identity(), None]
 

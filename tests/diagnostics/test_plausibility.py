@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,14 +18,15 @@ from apical import (
     EquilibriumPropagation,
     FeedbackAlignment,
     KolenPollack,
+    PredictiveCoding,
     SignSymmetry,
     WeightMirror,
 )
 from apical.core.credit import Credit, CreditRule
-from apical.diagnostics.dataflow import recorded
+from apical.diagnostics.dataflow import Dataflow, recorded
 from apical.diagnostics.interventions import Probe, change, jumps, other_signs, peeks, reads
 from apical.diagnostics.memory import held_bytes
-from apical.diagnostics.plausibility import CRITERIA, Findings, Verdict, examine, judge, symmetry
+from apical.diagnostics.plausibility import CRITERIA, Findings, Verdict, examine, judge, no_backward_locking, symmetry
 from apical.diagnostics.synapses import Responding
 from apical.errors import ConfigError
 
@@ -403,3 +405,30 @@ def test_networks_that_settle_have_no_order_between_layers() -> None:
     found = judge(examine(rule, torch.rand(6, 6, dtype=torch.double), torch.arange(6) % 4, exact))
     assert found["no_backward_locking"].verdict == "not applicable"
     assert "settle together" in found["no_backward_locking"].text
+
+
+def test_passes_through_all_layers_are_backward_locking_whenever_their_credit_arrives() -> None:
+    """Errors of predictive coding come by whole backward passes, states a layer a step."""
+    whole = 2 * (len(SIZES) - 2)
+    for inference, least, most in (("error", whole, 2 * whole), ("state", 2, 3)):
+        rule = PredictiveCoding(network(), inference=inference, steps=9)  # type: ignore[arg-type]
+        found = examine(rule, *batch(), Backprop(network()))
+        verdict = no_backward_locking(found)
+        assert verdict.verdict == "no"
+        assert verdict.numbers["passes"] == 9
+        assert least <= verdict.numbers["products_per_pass"] < most
+        together = {name: trace._replace(earliest=2, latest=30) for name, trace in found.traces.items()}
+        longer = {name: trace._replace(latest=9 * whole) for name, trace in together.items()}
+        assert no_backward_locking(replace(found, traces=together)).verdict == "yes"
+        assert no_backward_locking(replace(found, traces=longer)).verdict == "no"
+
+
+def test_an_operation_on_lists_is_one_for_every_place() -> None:
+    x, y = torch.randn(3, 2), torch.arange(3)
+    with Dataflow({"only": torch.randn(2, 2)}, x, y) as flow:
+        a, b = torch._foreach_add([x, torch.zeros(3)], [x, y.double()], alpha=2.0)
+        c = [torch.zeros(3, 2), torch.zeros(3)]
+        torch._foreach_mul_(c, [x, torch.zeros(3)])
+    assert (flow.trace(a).inputs, flow.trace(a).targets) == (True, False)
+    assert (flow.trace(b).inputs, flow.trace(b).targets) == (False, True)
+    assert (flow.trace(c[0]).inputs, flow.trace(c[1]).inputs) == (True, False)

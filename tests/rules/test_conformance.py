@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import apical
-from apical.core.credit import CreditRule
+from apical.core.credit import CreditRule, Loss
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.testing import CHECKS, check_oracle
@@ -22,7 +22,18 @@ STRONG = apical.StrongDeepFeedbackControl
 TP = apical.DifferenceTargetPropagation
 EP = apical.EquilibriumPropagation
 CIM = apical.CorInfoMax
+DP = apical.DualPropagation
 PC = apical.PredictiveCoding
+LOCAL = apical.LocalClassifiers
+FF = apical.ForwardForward
+
+
+def residual_predictive_coding(model: torch.nn.Module, loss: Loss = torch.nn.functional.cross_entropy) -> CreditRule:
+    """The residual network of the suite too, whose blocks with skips are blocks of the rule."""
+    images = any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    return PC(model, loss, steps=3, input_shape=(2, 8, 8) if images else None)
+
+
 RULES = {
     "bp": apical.Backprop,
     "fa": apical.FeedbackAlignment,
@@ -55,6 +66,18 @@ RULES = {
     "pc": partial(PC, inference="state", steps=6),
     "pc-error": PC,
     "pc-staged": partial(PC, inference="staged"),
+    "local-pred": LOCAL,
+    "local-sim": partial(LOCAL, local="similarity"),
+    "local-both": partial(LOCAL, local="both"),
+    "mono-forward": partial(LOCAL, local="projection"),
+    "ff": FF,
+    "ff-all": partial(FF, negatives="all"),
+    "ff-symba": partial(FF, negatives="all", objective="difference", answers="goodness"),
+    "scff": partial(FF, negatives="images"),
+    "pc-incremental": partial(PC, inference="incremental", steps=1),
+    "pc-residual": residual_predictive_coding,
+    "dualprop": DP,
+    "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),
     "sibp": apical.SemiImplicit,
     "tdca": TDCA,
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
@@ -84,6 +107,7 @@ RULES = {
     "corinfomax-sparse": partial(CIM, nudge="one-sided", sparse=(0.1, 0.1, 0.1), free_steps=8, nudged_steps=4),
 }
 SKIPPED = {
+    ("pc-incremental", "compile"): "states are kept from call to call, which no graph does; it is refused by name",
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",
     ("dfc-noise", "compile"): "a simulation looks at its values to stop when it diverges, which no graph can",
@@ -100,6 +124,8 @@ SKIPPED = {
     ("corinfomax-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
     ("corinfomax-random-sign", "distributed"): "every rank draws its own sign",
     ("ep-homeostasis", "distributed"): "every rank draws its own noise",
+    **{(name, "distributed"): "samples are compared with those of their own rank" for name in ("local-sim", "local-both")},
+    **{(name, check): "negatives are drawn" for name in ("ff", "scff") for check in ("batch_mean", "distributed")},
 }
 
 
@@ -169,6 +195,11 @@ def product_equals_weight(rule: CreditRule) -> None:
         rule.plastic[key(name)].data.copy_(layer.weight.detach())
 
 
+def small_nudge(rule: CreditRule) -> None:
+    """beta -> 0, where no unit crosses its kink."""
+    rule.beta = 1e-7
+
+
 def as_it_is(rule: CreditRule) -> None:
     """Backpropagation without further ado."""
 
@@ -176,6 +207,8 @@ def as_it_is(rule: CreditRule) -> None:
 ORACLES = {
     "pc-staged": (partial(PC, inference="staged"), as_it_is),
     "pc-fixed": (partial(PC, inference="fixed-prediction"), as_it_is),
+    "dualprop": (DP, small_nudge),
+    "dualprop-original": (partial(DP, variant="original", sweeps=2), small_nudge),
     "fa": (apical.FeedbackAlignment, copy_weights),
     "wm": (partial(apical.WeightMirror, warmup=0), no_mirroring),
     "kp": (apical.KolenPollack, feedback_equals_weight),

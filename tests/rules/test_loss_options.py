@@ -14,6 +14,9 @@ from apical.core.losses import output_error, squared_error, terms, value_at
 from apical.errors import ConfigError
 from apical.testing import dense_network
 
+COMPARE = ("local-sim", "local-both", "ff", "scff")
+"""Rules that compare samples by their labels, or with each other."""
+
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.double)
 SMALL_NUDGE = {
     "dfc": {"nudge": 1e-6},
@@ -42,9 +45,9 @@ def refuses(name: str, loss: Any) -> str | None:
     if name.startswith("hep") and loss is not F.cross_entropy:
         return "complex"
     visible = loss is not F.cross_entropy and getattr(loss, "ignore_index", 0) != -100
-    if name.startswith(("strong-dfc", "corinfomax", "ccl", "pc", "tdca")) and visible:
+    if name.startswith(("strong-dfc", "corinfomax", "ccl", "pc", "tdca", "dualprop", *COMPARE)) and visible:
         return "ignore_index"
-    one_hot = name.startswith(("corinfomax", "ccl", "hep"))
+    one_hot = name.startswith(("corinfomax", "ccl", "hep", *COMPARE))
     if one_hot or (name.startswith("ep") and loss is F.cross_entropy):
         return "out of the batch"
     return None
@@ -82,7 +85,7 @@ def test_samples_that_the_loss_ignores_teach_nothing(name: str, loss: Any) -> No
         assert gap <= (1e-3 if name in SMALL_NUDGE else 1e-12) * value.abs().max(), (key, float(gap))
 
 
-FOLLOWS_THE_LOSS = ["bp", "fa", "pfa", "kp", "dfa", "dtp-drl", "ep", "ccl"]
+FOLLOWS_THE_LOSS = ["bp", "fa", "pfa", "kp", "dfa", "dtp-drl", "ep", "ccl", "local-pred", "mono-forward"]
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(WEIGHTS), partial(F.cross_entropy, label_smoothing=0.3)])
@@ -110,7 +113,7 @@ def test_the_error_at_the_output_is_that_of_the_whole_loss(name: str, loss: Any)
         partial(F.cross_entropy, label_smoothing=0.1),
     ],
 )
-@pytest.mark.parametrize("name", ["strong-dfc", "corinfomax", "tdca"])
+@pytest.mark.parametrize("name", ["strong-dfc", "corinfomax", "tdca", "local-sim", "local-both", "ff"])
 def test_rules_that_learn_from_labels_refuse_options_they_would_drop(name: str, loss: Any) -> None:
     with pytest.raises(ConfigError, match=r"option (weight|label_smoothing|ignore_index) of the loss would not reach"):
         RULES[name](dense_network(), loss)
@@ -229,7 +232,7 @@ NOISE = ("dfc-noise", "dfc-simulate", "ddtp-recurrent", "dtp-lee")
 @pytest.mark.parametrize("name", RULES)
 def test_a_sum_over_the_batch_is_a_batch_of_means_or_refused(name: str, loss: Any) -> None:
     inputs, targets = batch()
-    if name.startswith(("tdca", "strong-dfc", "corinfomax", "ccl", "ep", "hep", "pc")):
+    if name.startswith(("tdca", "strong-dfc", "corinfomax", "ccl", "ep", "hep", "pc", "dualprop", *COMPARE)):
         with pytest.raises(ConfigError, match="reduction='mean'"):
             update(name, loss, inputs, targets)
         return

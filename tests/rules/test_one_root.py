@@ -146,7 +146,11 @@ def test_a_look_without_gradients_leaves_the_loss_its_graph(name: str) -> None:
     credit.loss.backward()
 
 
-STATEFUL = {"wm": "it learns its feedback from noise in every call", "corinfomax": "", "corinfomax-sparse": ""}
+STATEFUL = {
+    "wm": "it learns its feedback from noise in every call",
+    **dict.fromkeys(("corinfomax", "corinfomax-sparse"), "it follows correlations"),
+    **dict.fromkeys(("local-sim", "local-both"), "it compares the samples of a batch with each other"),
+}
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if (name, "batch_mean") not in SKIPPED and name not in STATEFUL])

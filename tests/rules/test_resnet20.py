@@ -20,9 +20,11 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs, inputs.mean(dim=(2, 3)).argmax(dim=1)
 
 
-BEGINNINGS = ("ccl", "ep", "hep", "pc", "corinfomax")
+BEGINNINGS = ("ccl", "ep", "hep", "mupc", "dualprop", "corinfomax", "local", "mono-forward", "ff", "scff", "sibp")
 CHAINS = [name for name in RULES if "dfc" in name or name.startswith(BEGINNINGS) or "dtp" in name]
-"""Rules whose mathematics is about chains of layers."""
+"""Rules whose mathematics is about chains of layers, or about models of one parametrisation."""
+SLOW = ("pc", "pc-incremental", "pc-one-step")
+"""Rules that are tried by a sibling: `pc-error` trains the same blocks in fewer passes."""
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -33,11 +35,11 @@ def test_rules_of_chains_refuse_resnet20_by_a_module(name: str) -> None:
     assert any(repr(module) in str(refused.value) for module, _ in model.named_modules() if module)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in CHAINS and not name.startswith("tdca")])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in (*CHAINS, *SLOW) and not name.startswith("tdca")])
 def test_resnet20_trains(name: str) -> None:
     torch.manual_seed(0)
     model = models.build("resnet20", (3, 16, 16), 3)
-    rule = make_rule(Recipe(rule=name), model)
+    rule = make_rule(Recipe(rule=name), model, (3, 16, 16) if name.startswith("pc") else None)
     before = {parameter: value.detach().clone() for parameter, value in rule.model.named_parameters()}
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-3)
     losses = []

@@ -60,8 +60,8 @@ def row(rule: str, runs: Sequence[Run], epoch: int, published: Sequence[Publishe
     number = next((item for item in published if item.metric == "accuracy" and item.split == "test"), None)
     beside: dict[str, Any] = {}
     if number is not None:
-        chosen = best if number.select else there
-        distance = 100 * statistics.mean(record[key] for record in chosen) - number.value
+        records = best if number.select else there
+        distance = 100 * statistics.mean(record[key] for record in records) - number.value
         spread = "" if number.spread is None else f" ± {number.spread:.2f}"
         beside = {
             "published": f"{number.value:.2f}{spread} at epoch {number.epoch}",
@@ -106,9 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = studies().get(options.recipe)
         comparisons = [read(folder) for folder in options.folders]
         rows = [
-            row(rule, found.of(rule), options.epoch, study.row(rule).published if study else ())
-            for found in comparisons
-            for rule in found.rules
+            row(rule, comparison.of(rule), options.epoch, study.row(rule).published if study else ())
+            for comparison in comparisons
+            for rule in comparison.rules
             if not options.rules or rule in options.rules
         ]
     except ApicalError as error:

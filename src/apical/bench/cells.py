@@ -25,15 +25,15 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
         CheckpointError: the file is damaged, or of another configuration.
     """
     if path.exists():
-        found = read_json(path)
-        saved = found.get("config")
+        cell = read_json(path)
+        saved = cell.get("config")
         unlike = {key: value for key, value in config.items() if not isinstance(saved, dict) or saved.get(key) != value}
         if unlike:
             raise CheckpointError(f"{path} was made with other settings than {unlike}; choose another --out")
-        return found
+        return cell
     begun = time.perf_counter()
-    made = make()
-    content = {"config": dict(config), "seconds": round(time.perf_counter() - begun, 2), **made}
+    results = make()
+    content = {"config": dict(config), "seconds": round(time.perf_counter() - begun, 2), **results}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_state(path, content)
     return content

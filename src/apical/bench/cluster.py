@@ -47,8 +47,8 @@ def cluster(address: str, jobs: int | None) -> Iterator[Run]:
         except ray.exceptions.RayError as error:
             raise lost(error) from None
         finally:
-            for each in pending:
-                ray.cancel(each, force=True)
+            for task in pending:
+                ray.cancel(task, force=True)
         if stop.signum:
             raise Interrupted(stop.signum, f"{ended} of {len(calls)} tasks of this batch")
 

@@ -57,7 +57,7 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
         ConfigError: a folder holds no run, one that is not finished or has no trajectory, or the runs do not go together.
         CheckpointError: a file is damaged.
     """
-    found: list[tuple[Path, Path, Recipe]] = []
+    entries: list[tuple[Path, Path, Recipe]] = []
     diverged = []
     for source in folders:
         for path in _run_folders(source):
@@ -73,23 +73,23 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
                 raise CheckpointError(f"{folder.config} is damaged ({error})") from error
             if not recipe.trajectory:
                 raise ConfigError(f"{path} has no trajectory: train with --trajectory N")
-            found.append((source, path, recipe))
-    if not found:
+            entries.append((source, path, recipe))
+    if not entries:
         raise ConfigError(f"every run diverged: {', '.join(map(str, diverged))}")
-    paths = [path.resolve() for _, path, _ in found]
+    paths = [path.resolve() for _, path, _ in entries]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise ConfigError(f"{twice} is given twice")
-    for _, path, recipe in found[1:]:
+    for _, path, recipe in entries[1:]:
         for field in ALIKE:
-            first, other = getattr(found[0][2], field), getattr(recipe, field)
+            first, other = getattr(entries[0][2], field), getattr(recipe, field)
             if first != other:
-                where = f"{found[0][1]} has {first}"
+                where = f"{entries[0][1]} has {first}"
                 raise ConfigError(f"{path} has another surface: {field} {other}, {where}; draw them apart")
-    cells = [(recipe.rule_name, recipe.seed) for _, _, recipe in found]
+    cells = [(recipe.rule_name, recipe.seed) for _, _, recipe in entries]
     repeated = {rule for rule, seed in cells if cells.count((rule, seed)) > 1}
     runs = []
-    for source, path, recipe in found:
+    for source, path, recipe in entries:
         name = recipe.rule_name
         label = f"{name} ({source.name})" if name in repeated else name
         runs.append(Run(label, path, recipe, load(RunFolder(path).trajectory)))
@@ -217,9 +217,9 @@ def _barriers(runs: Sequence[Run], losses: Losses, steps: int, chunk: int) -> It
 
 
 def _line(losses: Losses, start: Tensor, end: Tensor, steps: int, chunk: int) -> dict[str, Any]:
-    found = barrier(losses, start, end, steps, chunk)
-    height = found.height if math.isfinite(found.height) else None
-    return {"height": height, "at": None if height is None else found.at, "losses": _finite(found.along)}
+    wall = barrier(losses, start, end, steps, chunk)
+    height = wall.height if math.isfinite(wall.height) else None
+    return {"height": height, "at": None if height is None else wall.at, "losses": _finite(wall.along)}
 
 
 def _same_start(runs: Sequence[Run]) -> dict[str, bool]:

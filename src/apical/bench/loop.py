@@ -15,7 +15,7 @@ from apical.bench import checkpoint
 from apical.bench.distributed import World, place
 from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
-from apical.bench.measure import alignment, autocast, conditions, depth_accuracy, evaluate, examples
+from apical.bench.measure import alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures
 from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
@@ -29,7 +29,7 @@ from apical.bench.timing import StepCost, StepTimer, peak_memory, step_cost
 from apical.bench.trajectory import Recorder
 from apical.core.credit import CreditRule, Phase
 from apical.data import Augment, Dataset
-from apical.errors import CheckpointError, DivergenceError, InstabilityError
+from apical.errors import CheckpointError, ConfigError, DivergenceError, InstabilityError
 
 MakeRule = Callable[[Recipe, nn.Module, tuple[int, ...]], CreditRule]
 """Builds the recipe's rule around a model for samples of a shape; importable by name, so that workers can receive it."""
@@ -219,8 +219,8 @@ class Training:
     def _batch(self, current: Pass, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """This process's share of batch number `step` of a pass: inputs (n, ...) and targets (n,) or (n, outputs)."""
         size = self.recipe.batch_size
-        chosen = order[step * size : (step + 1) * size]
-        inputs, targets = self.dataset.train.inputs[chosen], self.dataset.train.targets[chosen]
+        samples = order[step * size : (step + 1) * size]
+        inputs, targets = self.dataset.train.inputs[samples], self.dataset.train.targets[samples]
         if self.augment is not None:  # of the whole batch, so that the number of processes does not matter
             inputs = self.augment(inputs, current.augmentation(self.device, self.recipe.seed, step))
         return self.world.own_slice(inputs), self.world.own_slice(targets)
@@ -228,17 +228,21 @@ class Training:
     def _train_step(self, current: Pass, inputs: Tensor, targets: Tensor) -> None:
         timer = self._timer if current.is_main else self._feedback_timer
         timer.start()
-        self.optimizer.zero_grad()
-        with autocast(self.device, self.recipe.amp):
-            credit = self.module(inputs, targets)
-        credit.backward()
-        done = self.epoch * self.steps_per_epoch + self.step - current.first
-        shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
-        self.optimizer.step()
-        self.rule.constrain_()
+        first = None
+        self.rule.restart()
+        for _ in range(self.rule.repeats):
+            self.optimizer.zero_grad()
+            with autocast(self.device, self.recipe.amp):
+                credit = self.module(inputs, targets)
+            credit.backward()
+            done = self.epoch * self.steps_per_epoch + self.step - current.first
+            shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
+            self.optimizer.step()
+            self.rule.constrain_()
+            first = first or credit  # the loss of a batch is that before it has taught
         timer.stop()
         if current.is_main:
-            self._sums.add(credit, targets)
+            self._sums.add(first or credit, targets)
         self._sums.log(credit.logs)
 
     def _step_costs(self) -> dict[Phase, StepCost]:
@@ -281,7 +285,8 @@ class Training:
                 validation_loss, validation_accuracy = evaluate(self.rule, held_out, self.recipe.amp, self.world)
             probe = self.recipe.probe if self.world.is_main else 0
             layers = alignment(self.rule, self.dataset.train, probe)
-            near = conditions(self.rule, self.dataset.train, probe)
+            angle = minimum_norm(self.rule, self.dataset.train, probe)
+            own = own_measures(self.rule, self.dataset.train, self.dataset.test, probe)
         if not math.isfinite(test_loss):
             self._diverge("the test loss is not finite")
         self._untrained = self._untrained if trained else max(self._untrained, test_loss)
@@ -305,9 +310,15 @@ class Training:
             "weight_decay": decay,
             "logs": logs,
             "layers": layers,
-            "depths": depth_accuracy(self.rule, self.dataset.test) if probe else {},
-            **near,
+            "depths": dict(own.depths),
+            "minimum_norm_alignment": angle,
+            "condition_two": None,
         }
+        for name, values in own.layers.items():
+            layers.setdefault(name, {}).update({key: finite(value) for key, value in values.items()})
+        if clash := own.network.keys() & (self.line.keys() - {"condition_two"}):
+            raise ConfigError(f"{type(self.rule).__name__}.measures: {min(clash)!r} is a number of every run; rename it")
+        self.line |= {key: finite(value) for key, value in own.network.items()}
         self.epoch, self.step = self.epoch + trained, 0
         self._sums.clear()
         self._timer.clear()
@@ -335,10 +346,10 @@ class Training:
                 self._diverge(f"parameter {name} is not finite")
 
     def _diverge(self, what: str, remedy: str = "Try a smaller --lr") -> NoReturn:
-        kept = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"
+        rest = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"
         message = (
             f"{self.recipe.rule_name} with seed {self.recipe.seed} diverged in epoch {self.epoch + 1}, step {self.step}, at "
-            f"lr {self.lr:g}: {what.rstrip('.')}; {kept}. {remedy}"
+            f"lr {self.lr:g}: {what.rstrip('.')}; {rest}. {remedy}"
         ).rstrip()
         if self.world.is_main and self.line:
             write_state(self.folder.result, self.result("diverged", message))

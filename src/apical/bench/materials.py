@@ -57,16 +57,16 @@ def model_for(name: str, dataset: Dataset) -> nn.Module:
 
 def located(values: dict[str, str]) -> dict[str, Any]:
     """Given names of `data` and `model`, the user's own with absolute paths, their checksums to be taken anew."""
-    found: dict[str, Any] = dict(values)
+    places: dict[str, Any] = dict(values)
     if "data" in values:
-        found["data_sha256"] = ""
+        places["data_sha256"] = ""
         if values["data"] not in ENTRIES and own_data.is_own(values["data"]):
-            found["data"] = own_data.absolute(values["data"])
+            places["data"] = own_data.absolute(values["data"])
     if "model" in values:
-        found["model_sha256"] = ""
+        places["model_sha256"] = ""
         if own_models.is_own(values["model"]):
-            found["model"] = own_models.absolute(values["model"])
-    return found
+            places["model"] = own_models.absolute(values["model"])
+    return places
 
 
 def identified(recipe: Recipe, dataset: Dataset) -> Recipe:

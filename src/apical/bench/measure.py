@@ -4,21 +4,17 @@ import math
 from contextlib import AbstractContextManager, suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apical.bench.distributed import World
 from apical.bench.schedule import generator
 from apical.core.chain import Chain
-from apical.core.credit import CreditRule
+from apical.core.credit import CreditRule, Measures
 from apical.core.rest import evaluating
 from apical.data import Split
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment, unchanged
-from apical.diagnostics.feedback_conditions import condition_two
 from apical.diagnostics.gauss_newton import minimum_norm_alignment
-from apical.diagnostics.similarity import linear_cka
 from apical.errors import InstabilityError, UnsupportedModelError
-from apical.rules.feedback_control.control_rule import ControlRule
-from apical.rules.feedback_control.states import output_jacobian
 
 EVALUATION_BATCH = 1000
 EXAMPLES = 8
@@ -56,8 +52,8 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[fl
 
 def probe_batch(train: Split, size: int) -> tuple[Tensor, Tensor]:
     """The `size` training images, always the same, on which gradients are compared: inputs, targets."""
-    chosen = torch.randperm(len(train), generator=generator("cpu", 0, "probe"))[:size].to(train.inputs.device)
-    return train.inputs[chosen], train.targets[chosen]
+    samples = torch.randperm(len(train), generator=generator("cpu", 0, "probe"))[:size].to(train.inputs.device)
+    return train.inputs[samples], train.targets[samples]
 
 
 def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, float | None]]:
@@ -75,24 +71,17 @@ def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str,
     layers = {}
     for name in {**gradients, **weights}:
         values = {**weights.get(name, {}), **gradients.get(name, {})}
-        layers[name] = {field: _finite(values.get(field)) for field in FIELDS}
-    with unchanged(rule):
-        for name, (a, b) in rule.pairs(*probe_batch(train, probe)).items():
-            layers.setdefault(name, {})["pair_cka"] = _finite(linear_cka(a, b))
+        layers[name] = {field: finite(values.get(field)) for field in FIELDS}
     return layers
 
 
-def depth_accuracy(rule: CreditRule, test: Split) -> dict[str, float]:
-    """Accuracy (0 to 1) of the read-out at each depth, by layer name; empty for rules and data without any."""
-    if test.targets.is_floating_point():
-        return {}
-    hits: dict[str, int] = {}
+def own_measures(rule: CreditRule, train: Split, test: Split, probe: int) -> Measures:
+    """What the rule measures of itself; nothing if `probe` is 0."""
+    if not probe:
+        return Measures()
+    batches = list(zip(test.inputs.split(EVALUATION_BATCH), test.targets.split(EVALUATION_BATCH), strict=True))
     with unchanged(rule):
-        for first in range(0, len(test), EVALUATION_BATCH):
-            batch = slice(first, first + EVALUATION_BATCH)
-            for name, classes in rule.read_outs(test.inputs[batch]).items():
-                hits[name] = hits.get(name, 0) + int((classes == test.targets[batch]).sum())
-    return {name: count / len(test) for name, count in hits.items()}
+        return rule.measures(probe_batch(train, probe), batches)
 
 
 def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
@@ -104,37 +93,25 @@ def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
         return inputs, rule.answer(inputs).view_as(inputs)
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """The number that metrics.jsonl has: None for NaN and infinity."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-CONDITIONS = ("minimum_norm_alignment", "condition_two")
-"""Keys of :func:`conditions`."""
+def minimum_norm(rule: CreditRule, train: Split, probe: int) -> float | None:
+    """How near the rule's update is to the minimum-norm one, in degrees, on the probe batch; of small chains only.
 
-_WIDEST = 64
-"""Outputs up to which the conditions are cheap to measure."""
-
-
-def conditions(rule: CreditRule, train: Split, probe: int) -> dict[str, float | None]:
-    """How near the rule's update is to the minimum-norm one (degrees, damping 1, which is Gauss-Newton's on one sample up to
-    the layers' input norms) and, for feedback control, Condition 2 (0 to 1); on the probe batch, of dense chains only.
+    The damping is 1, with which that is Gauss-Newton's on one sample up to the layers' input norms.
     """
-    found: dict[str, float | None] = dict.fromkeys(CONDITIONS)
-    if not probe or not rule.feed_forward or _chain(rule) is None:
-        return found
-    inputs, targets = probe_batch(train, probe)
-    with suppress(InstabilityError):
-        found["minimum_norm_alignment"] = _finite(minimum_norm_alignment(rule, inputs, targets, damping=1.0)["all"])
-    if isinstance(rule, ControlRule):
-        with torch.no_grad():
-            jacobian = output_jacobian(rule.chain, rule.run(inputs))
-            found["condition_two"] = _finite(float(condition_two(jacobian, rule.q).mean()))
-    return found
-
-
-def _chain(rule: CreditRule) -> Chain | None:
-    try:
-        chain = rule.chain if isinstance(rule, ControlRule) else Chain(rule.model)
-    except UnsupportedModelError:
+    if not probe or not rule.feed_forward or not _is_small_chain(rule.model):
         return None
-    return chain if all(stage.is_dense for stage in chain.stages) and chain.stages[-1].size <= _WIDEST else None
+    with suppress(InstabilityError):
+        return finite(minimum_norm_alignment(rule, *probe_batch(train, probe), damping=1.0)["all"])
+    return None
+
+
+def _is_small_chain(model: nn.Module) -> bool:
+    try:
+        return Chain(model).is_small
+    except UnsupportedModelError:
+        return False

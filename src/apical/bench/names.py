@@ -20,14 +20,17 @@ from apical.rules.backprop import Backprop
 from apical.rules.corinfomax import CorInfoMax
 from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.dual_propagation import DualPropagation
 from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation
 from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
+from apical.rules.forward_forward import ForwardForward
 from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.local_classifiers import LocalClassifiers
 from apical.rules.local_solve import LocalSolve
 from apical.rules.modulated import Mode, Modulated
-from apical.rules.predictive_coding import PredictiveCoding
+from apical.rules.predictive_coding.predictive_coding import PredictiveCoding
 from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.semi_implicit import SemiImplicit
 from apical.rules.sign_symmetry import SignSymmetry
@@ -50,6 +53,7 @@ class Entry:
         aligns: the rule's feedback aligns through weight decay, so it starts with an alignment phase.
         clip: largest gradient norm where the recipe sets none, for rules whose updates are not small.
         clip_over: of each "tensor" by itself, or of the whole "network".
+        lr: learning rate of SGD where none is asked for: the best of twelve on digits (results/rates-digits). None: 0.02.
         feedback_decay: weight decay of the feedback weights where the recipe sets none: it bounds feedback that grows along
             a fixed direction.
         physical: options under which the rule computes as its paper's network would, where its default is a closed form of
@@ -62,6 +66,7 @@ class Entry:
     aligns: bool = False
     clip: float = 0.0
     clip_over: ClipOver = "tensor"
+    lr: float | None = None
     feedback_decay: float | None = None
     physical: dict[str, Any] = field(default_factory=dict)
 
@@ -140,6 +145,36 @@ RULES: dict[str, Entry] = {
         PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
     ),
     "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
+    "pc-one-step": Entry(
+        PredictiveCoding, "pc-error, a control: one step of inference", {"inference": "error", "steps": 1}, clip=1.0
+    ),
+    "pc-incremental": Entry(
+        PredictiveCoding,
+        "predictive coding whose weights move after every step of the states",
+        {"inference": "incremental"},
+        clip=1.0,
+    ),
+    "mupc": Entry(
+        PredictiveCoding,
+        "predictive coding of deep residual networks in the mu parametrisation (models mlp-mu-...)",
+        {"parametrisation": "mu"},
+    ),
+    "local-pred": Entry(LocalClassifiers, "local classifiers: every block has a linear read-out with the model's loss"),
+    "local-sim": Entry(
+        LocalClassifiers, "local classifiers: every block makes samples as similar as their classes", {"local": "similarity"}
+    ),
+    "local-both": Entry(LocalClassifiers, "local classifiers: both losses at every block", {"local": "both"}),
+    "mono-forward": Entry(
+        LocalClassifiers, "Mono-Forward: local classifiers without biases, drawn at random", {"local": "projection"}
+    ),
+    "ff": Entry(ForwardForward, "forward-forward: active for images with their label, quiet for those with another"),
+    "ff-readout": Entry(
+        ForwardForward, "ff, a control: hidden layers stay random, the read-out learns", {"train_hidden": False}
+    ),
+    "scff": Entry(
+        ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
+    ),
+    "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
     "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
     "tdca": Entry(
         TopDownCreditAssignment,

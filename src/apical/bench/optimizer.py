@@ -37,13 +37,16 @@ def _options(recipe: Recipe) -> dict[str, Any]:
 def _feedback_options(recipe: Recipe) -> dict[str, Any]:
     """The same for the feedback weights."""
 
-    def chosen(value: float | None, otherwise: float) -> float:
+    def either(value: float | None, otherwise: float) -> float:
         return otherwise if value is None else value
 
-    beta1 = chosen(recipe.feedback_beta1, recipe.momentum)
+    beta1 = either(recipe.feedback_beta1, recipe.momentum)
     if recipe.optimizer == "sgd":
         return {"momentum": beta1}
-    return {"betas": (beta1, chosen(recipe.feedback_beta2, recipe.beta2)), "eps": chosen(recipe.feedback_eps, recipe.eps)}
+    return {
+        "betas": (beta1, either(recipe.feedback_beta2, recipe.beta2)),
+        "eps": either(recipe.feedback_eps, recipe.eps),
+    }
 
 
 def scheduled(recipe: Recipe, finished: int) -> tuple[float, float]:

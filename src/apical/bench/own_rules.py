@@ -29,17 +29,17 @@ def load_class(name: str) -> type[CreditRule]:
     if not where or not kind:
         raise ConfigError(f"rule {name!r}: say file and class, such as my_rule.py:MyRule")
     module = import_module(where, "path/to/file.py:Class")
-    found = getattr(module, kind, None)
-    if found is None:
+    member = getattr(module, kind, None)
+    if member is None:
         rules = [key for key, value in vars(module).items() if _is_rule(value) and value.__module__ == module.__name__]
         near = difflib.get_close_matches(kind, rules, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else f". Its rules: {', '.join(rules) or 'none'}"
         raise ConfigError(f"{where} has no class {kind!r}{hint}")
-    if not _is_rule(found):
+    if not _is_rule(member):
         raise ConfigError(f"{name} is no rule: derive the class from apical.CreditRule, or from EdgeRule or CutRule")
-    if missing := _missing(found):
+    if missing := _missing(member):
         raise ConfigError(f"{name} is no complete rule: it has no method {missing[0]!r}")
-    rule: type[CreditRule] = found
+    rule: type[CreditRule] = member
     return rule
 
 

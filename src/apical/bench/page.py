@@ -1,4 +1,4 @@
-"""What a study writes: results.json, figures and one page. The parts of a page, every name and value escaped."""
+"""What a study writes: results.json, figures and one page."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from apical.bench.document import document, figure_block, pairs, reproduce, table
 from apical.bench.figures.curves import Drawing
-from apical.bench.report.html import STYLE, command_block, facts, figure_block
 
 
 def write(
@@ -42,8 +42,8 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def compact(value: Any) -> str:
@@ -55,65 +55,24 @@ def compact(value: Any) -> str:
     }
     """
     text = json.dumps(value, indent=1, allow_nan=False)
-    return re.sub(r"\[\s*([-\d.eE+,\s]*?)\s*\]", lambda found: "[" + ", ".join(re.split(r",\s+", found[1])) + "]", text)
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """An HTML table, wide ones scroll; every cell is escaped."""
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def pairs(known: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as :func:`apical.bench.report.html.facts` takes them."""
-    return [(key, _plain(value)) for key, value in known.items() if value is not None]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"\[\s*([-\d.eE+,\s]*?)\s*\]", lambda match: "[" + ", ".join(re.split(r",\s+", match[1])) + "]", text)
 
 
 def study_page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
     """The study as one HTML page, without script or network; every name and value is escaped."""
-    title = escape(results["title"])
     tables = "".join(
-        f"<h2>{escape(each['title'])}</h2><p>{escape(each['note'])}</p>{table(each['header'], each['rows'])}"
-        for each in results["tables"]
+        f"<h2>{escape(part['title'])}</h2><p>{escape(part['note'])}</p>{table(part['header'], part['rows'])}"
+        for part in results["tables"]
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}
-figure img {{ max-width: 100%; }}
-.wide {{ overflow-x: auto; }}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="lead">{escape(results["about"])}</p>
-<h2>Verdicts</h2>
+    body = f"""<h2>Verdicts</h2>
 <p class="note">{escape(results["sources"]["our mark"])}</p>
 {_verdicts(results["verdicts"])}
 <h2>Figures</h2>
 {"".join(map(figure_block, drawings))}
 {tables}
-<h2>Reproduce this</h2>
-{command_block(results["command"])}
-<div class="pair">
-<div><h3>Settings</h3>{facts(pairs(results["settings"]))}</div>
-<div><h3>Versions and machine</h3>{facts(pairs(results["environment"]))}</div>
-</div>
-<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG.</p>
-</body>
-</html>
-"""
+{reproduce(results["command"], pairs(results["settings"]), pairs(results["environment"]))}
+<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG.</p>"""
+    return document(results["title"], results["about"], body, full=True)
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -71,12 +71,12 @@ def passes(recipe: Recipe, epoch: int, steps: int) -> list[Pass]:
     [('main', 'both', 10)]
     """
     short = max(1, round(recipe.feedback_fraction * steps))
-    found: list[Pass] = []
+    plan: list[Pass] = []
 
     def add(kind: Literal["pretrain", "feedback", "main"], phase: Phase) -> None:
-        first = found[-1].end if found else 0
-        number = sum(item.kind == kind for item in found)
-        found.append(Pass(kind, phase, epoch, number, first, steps if kind == "main" else short))
+        first = plan[-1].end if plan else 0
+        number = sum(item.kind == kind for item in plan)
+        plan.append(Pass(kind, phase, epoch, number, first, steps if kind == "main" else short))
 
     for _ in range(recipe.pretrain_epochs if epoch == 1 else 0):
         add("pretrain", "feedback")
@@ -85,7 +85,7 @@ def passes(recipe: Recipe, epoch: int, steps: int) -> list[Pass]:
     add("main", "forward" if recipe.feedback_passes else "both")
     for _ in range(recipe.feedback_passes - 1):
         add("feedback", "feedback")
-    return found
+    return plan
 
 
 def total_steps(recipe: Recipe, epochs: int, steps: int) -> int:

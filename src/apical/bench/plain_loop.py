@@ -27,12 +27,14 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
             feedback = number > 0 and recipe.feedback_weight_decay is not None
             group["lr"], group["weight_decay"] = lr, recipe.feedback_weight_decay if feedback else decay
         order = data_order(len(inputs), recipe.seed, epoch + 1)
-        for chosen in order[: steps * recipe.batch_size].split(recipe.batch_size):
-            optimizer.zero_grad()
-            rule(inputs[chosen], targets[chosen]).backward()
-            shape_gradients(optimizer, recipe, step)
-            optimizer.step()
-            rule.constrain_()
+        for batch in order[: steps * recipe.batch_size].split(recipe.batch_size):
+            rule.restart()
+            for _ in range(rule.repeats):
+                optimizer.zero_grad()
+                rule(inputs[batch], targets[batch]).backward()
+                shape_gradients(optimizer, recipe, step)
+                optimizer.step()
+                rule.constrain_()
             step += 1
     optimizer.zero_grad()
     if not all(bool(parameter.isfinite().all()) for parameter in rule.parameters()):

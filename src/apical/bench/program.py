@@ -3,12 +3,14 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 import tyro
+from tyro.conf import arg
 
 from apical.bench.cells import kept, side_by_side
 from apical.bench.finding import Row
@@ -22,28 +24,22 @@ Cells = Sequence[dict[str, Any]]
 """What was kept of each seed."""
 
 
-class BySeed(Protocol):
+@dataclass(frozen=True)
+class SeedOptions:
     """Options of a study that runs seed by seed."""
 
-    @property
-    def out(self) -> Path:
-        """Folder for the results."""
-
-    @property
-    def seeds(self) -> int:
-        """How many."""
-
-    @property
-    def epochs(self) -> int:
-        """Passes over the data in each training."""
-
-    @property
-    def jobs(self) -> int:
-        """Seeds side by side, 0 for one per core."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder for the results; seeds that are in it already are kept."""
+    seeds: Annotated[int, arg(metavar="K")] = 5
+    """Initial weights and data orders."""
+    epochs: Annotated[int, arg(metavar="N")] = 20
+    """Passes over the data in each training."""
+    jobs: Annotated[int, arg(metavar="N")] = 0
+    """Seeds side by side; 0: one per core."""
 
 
 def by_seed(
-    options: BySeed,
+    options: SeedOptions,
     command: str,
     cell: Callable[[int, int], dict[str, Any]],
     verdicts: Callable[[Cells], list[Row]],
@@ -71,18 +67,18 @@ def by_seed(
         raise ConfigError("--seeds must be at least 2, --epochs at least 1, --jobs not negative")
     check_writable(options.out)
     config = {"epochs": options.epochs, **settings}
-    found: dict[int, dict[str, Any]] = {}
+    cell_of: dict[int, dict[str, Any]] = {}
     make = partial(_kept_seed, options.out, config, cell)
-    for seed, made in side_by_side(options.jobs, range(options.seeds), make, options.out):
-        found[seed] = made
-        print(f"{made['seconds']:7.1f} s  seed {seed}", flush=True)
-    cells = [found[seed] for seed in range(options.seeds)]
+    for seed, content in side_by_side(options.jobs, range(options.seeds), make, options.out):
+        cell_of[seed] = content
+        print(f"{content['seconds']:7.1f} s  seed {seed}", flush=True)
+    cells = [cell_of[seed] for seed in range(options.seeds)]
     results = {
         **about,
         "command": command,
         "environment": environment("cpu", 1),
         "settings": {"seeds": len(cells), **config},
-        "seconds": round(sum(each["seconds"] for each in cells), 1),
+        "seconds": round(sum(item["seconds"] for item in cells), 1),
         "verdicts": verdicts(cells),
         "tables": tables(cells),
     }
@@ -120,15 +116,15 @@ def run_command(
         arguments: of the command line; None for those of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = tyro.cli(options, prog=f"python -m {module}", args=arguments)
+    settings = tyro.cli(options, prog=f"python -m {module}", args=arguments)
     torch.set_num_threads(1)  # the networks are too small for more
     try:
-        results = study(chosen, shlex.join(["python", "-m", module, *arguments]))
+        results = study(settings, shlex.join(["python", "-m", module, *arguments]))
     except ApicalError as error:
         print(f"apical: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is in {chosen.out}", file=sys.stderr)
+        print(f"stopped; the same command goes on from what is in {settings.out}", file=sys.stderr)
         return 130
     for row in results["verdicts"]:
         print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {row['mean']:.4g} {row['mark']}")

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from apical.errors import ConfigError, unknown_name
 
@@ -38,113 +38,122 @@ FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 _BESIDE = ("threads", "device", "checkpoint_steps", "trajectory")
 _PASSES = ("pretrain_epochs", "feedback_passes")
 _COUNTS = ("lr_cosine", "warmup_steps", "checkpoint_steps", "trajectory")
+_FORWARD = "as the forward weights"
+
+
+class Option(NamedTuple):
+    """How a setting is written on the command line, where its type and value do not say it.
+
+    Attributes:
+        metavar: the value's place holder.
+        default: the default in words.
+    """
+
+    metavar: str
+    default: str = ""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the outcome of one training.
 
-    Attributes:
-        rule: short name of the rule, as in `apical list rules`, or "path/to/file.py:Class" or "module:Class".
-        rule_options: options of the rule's constructor, each "key=value" with a Python literal as value.
-        data: name of the data set, as in `apical list data`, or a user's: the path of a .npz or .csv file or of a folder of
-            images, or "path/to/file.py:FUNCTION".
-        model: name of the model, as in `apical list models`, or the user's own: "path/to/file.py:NAME" or "module:NAME".
-        epochs: passes over the training images.
-        batch_size: images per training step (over all processes together).
-        optimizer: sgd, adam or adamw.
-        lr: learning rates; value i + 1 starts after `lr_epochs[i]` finished epochs.
-        lr_epochs: numbers of finished epochs at which the next learning rate starts; one fewer than `lr`.
-        lr_cosine: epochs over which the learning rate falls from its one value to `lr_min`, half a cosine; 0 is off.
-        lr_min: see there.
-        warmup_steps: gradients of the first so many forward steps are multiplied by 1/n, 2/n, ...; 0 is off.
-        centralise: subtract from each weight's gradient its mean over all but the first dimension (gradient centralisation).
-        momentum: momentum of sgd, beta1 of adam and adamw.
-        beta2: beta2 of adam and adamw.
-        eps: eps of adam and adamw.
-        clip: largest norm of a step's gradient, of each parameter tensor by itself and of all feedback weights together;
-            0 is off.
-        weight_decay: weight decays, scheduled like `lr`; empty means the rule's default.
-        weight_decay_epochs: numbers of finished epochs at which the next weight decay starts.
-        clip_over: "tensor" clips each forward tensor by itself, "network" all of them together.
-        loss: cross_entropy for classes, or squared (half the squared distance to one-hot targets); mse for targets that are
-            numbers (mean over batch and elements).
-        feedback_lr: learning rate of feedback weights that the rule learns; None: as the forward weights.
-        feedback_beta1: their momentum of sgd, beta1 of adam and adamw; None: as the forward weights.
-        feedback_beta2: their beta2; None: as the forward weights.
-        feedback_eps: their eps; None: as the forward weights.
-        feedback_weight_decay: their weight decay, without a schedule; None: as the forward weights.
-        pretrain_epochs: feedback passes before the first epoch, counted as a part of it, with an optimiser state of
-            their own.
-        pretrain_lr: learning rate of the feedback weights in them; None: that of later ones.
-        feedback_passes: feedback passes in each epoch, one before the forward pass and the others after it; 0 learns
-            forward and feedback weights in the same steps.
-        feedback_fraction: share of the training batches that a feedback pass visits, above 0 and at most 1.
-        flip: mirror training images at random.
-        crop: pad training images by this many pixels and crop back at random; 0 is off.
-        validation: training images held out for validation.
-        train_limit: use only this many training images (a fixed random subset).
-        test_limit: use only this many test images (a fixed random subset).
-        seed: of initial weights, data order and augmentation; the split of the data does not depend on it.
-        drop_last: leave out the last, smaller batch of an epoch.
-        amp: "bf16" runs the forward pass under bfloat16 autocast.
-        device: "auto" takes a CUDA device where there is one.
-        threads: CPU threads; 0 leaves the choice to torch (compare: cores divided by jobs).
-        probe: training images of the fixed batch on which alignment is measured after each epoch; 0 is off.
-        checkpoint_steps: save also every so many steps within an epoch; 0 saves once per epoch.
-        trajectory: keep the model's weights at the start, every so many forward steps and at the end; 0 is off.
-        data_sha256: of the content of the user's own data, sixteen hex digits; empty where they have a name.
-        model_sha256: of the file that defines the user's own model, likewise.
+    The text below a field is also its help on the command line.
 
     Raises:
         ConfigError: a value is out of range; the message names the option.
     """
 
     rule: str = "bp"
+    """Short name of the rule, as in `apical list rules`, or "path/to/file.py:Class" or "module:Class"."""
     rule_options: tuple[str, ...] = ()
-    data: str = "digits"
-    model: str = "mlp-256-256"
+    """Options of the rule's constructor, each "key=value" with a Python literal as value."""
+    data: Annotated[str, Option("NAME|FILE|FOLDER")] = "digits"
+    """Data set (`apical list data`), or your own: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION."""
+    model: Annotated[str, Option("NAME|FILE.py:CLASS")] = "mlp-256-256"
+    """Network (`apical list models`), or your own class or function that makes one; its code is run."""
     epochs: int = 20
+    """Passes over the training images."""
     batch_size: int = 32
+    """Images per step, over all processes together."""
     optimizer: Optimizer = "sgd"
-    lr: tuple[float, ...] = (0.02,)
+    """Optimiser."""
+    lr: Annotated[tuple[float, ...], Option("RATE ...", "tuned for each rule, or 0.02")] = (0.02,)
+    """Learning rates, one after the other."""
     lr_epochs: tuple[int, ...] = ()
-    lr_cosine: int = 0
-    lr_min: float = 0.0
+    """Finished epochs after which the next learning rate starts."""
+    lr_cosine: Annotated[int, Option("EPOCHS", "off")] = 0
+    """Let the learning rate fall to --lr-min over so many epochs, along half a cosine."""
+    lr_min: Annotated[float, Option("RATE")] = 0.0
+    """Where --lr-cosine ends."""
     warmup_steps: int = 0
+    """Steps at the start over which gradients grow to their full size: 1/N, 2/N, ... of it."""
     centralise: bool = False
+    """Subtract from each weight's gradient its mean over inputs (gradient centralisation)."""
     momentum: float = 0.9
+    """Momentum of sgd, beta1 of adam and adamw."""
     beta2: float = 0.999
-    eps: float = 1e-8
-    clip: float = 0.0
+    """beta2 of adam and adamw."""
+    eps: Annotated[float, Option("X", "1e-8")] = 1e-8
+    """eps of adam and adamw."""
+    clip: Annotated[float, Option("NORM", "off")] = 0.0
+    """Largest norm of a step's gradient, of each weight tensor by itself and of all feedback weights together."""
     clip_over: ClipOver = "tensor"
-    weight_decay: tuple[float, ...] = ()
+    """Clip each weight tensor by itself, or the network as one."""
+    weight_decay: Annotated[tuple[float, ...], Option("X ...", "what suits the rule")] = ()
+    """Weight decays, one after the other."""
     weight_decay_epochs: tuple[int, ...] = ()
-    loss: LossName = "cross_entropy"
-    feedback_lr: float | None = None
-    feedback_beta1: float | None = None
-    feedback_beta2: float | None = None
-    feedback_eps: float | None = None
-    feedback_weight_decay: float | None = None
+    """Finished epochs after which the next weight decay starts."""
+    loss: Annotated[LossName, Option("cross_entropy|squared|mse", "by the targets")] = "cross_entropy"
+    """Loss: cross_entropy where none is given, mse where targets are numbers; squared is half the squared distance to
+    one-hot targets."""
+    feedback_lr: Annotated[float | None, Option("RATE", _FORWARD)] = None
+    """Learning rate of feedback weights, where the rule learns them apart."""
+    feedback_beta1: Annotated[float | None, Option("X", _FORWARD)] = None
+    """Their momentum of sgd, beta1 of adam and adamw."""
+    feedback_beta2: Annotated[float | None, Option("X", _FORWARD)] = None
+    """Their beta2 of adam and adamw."""
+    feedback_eps: Annotated[float | None, Option("X", _FORWARD)] = None
+    """Their eps of adam and adamw."""
+    feedback_weight_decay: Annotated[float | None, Option("X", _FORWARD)] = None
+    """Their weight decay, which has no schedule."""
     pretrain_epochs: int = 0
-    pretrain_lr: float | None = None
+    """Passes before the first epoch in which only feedback weights learn. They count as part of it."""
+    pretrain_lr: Annotated[float | None, Option("RATE", "--feedback-lr")] = None
+    """Learning rate of the feedback weights in them."""
     feedback_passes: int = 0
+    """Passes in each epoch in which only feedback weights learn; 0 learns them in the same steps as the forward weights."""
     feedback_fraction: float = 1.0
+    """Share of the training batches that such a pass visits, above 0 and at most 1."""
     flip: bool = False
-    crop: int = 0
+    """Mirror training images at random."""
+    crop: Annotated[int, Option("PIXELS", "off")] = 0
+    """Pad training images by so many pixels and crop at random."""
     validation: int = 0
+    """Training images held out for validation."""
     train_limit: int | None = None
+    """Use only so many training images, a fixed random subset."""
     test_limit: int | None = None
+    """Use only so many test images, a fixed random subset."""
     seed: int = 0
+    """Seed of weights, data order and augmentation; the split of the data does not depend on it."""
     drop_last: bool = True
+    """Leave out the last, smaller batch of an epoch."""
     amp: Amp = "off"
+    """bf16: forward pass under bfloat16 autocast."""
     device: Device = "auto"
-    threads: int = 0
+    """Where to compute."""
+    threads: Annotated[int, Option("N", "a fair share of the cores")] = 0
+    """CPU threads per process."""
     probe: int = 256
-    checkpoint_steps: int = 0
-    trajectory: int = 0
+    """Training images on which gradients are compared with backprop's after each epoch; 0 is off."""
+    checkpoint_steps: Annotated[int, Option("N", "after each epoch")] = 0
+    """Save also every N steps within an epoch."""
+    trajectory: Annotated[int, Option("N", "off")] = 0
+    """Keep the weights every N steps, and at start and end, for `apical landscape`."""
     data_sha256: str = ""
+    """Of the content of the user's own data, sixteen hex digits; empty where they have a name."""
     model_sha256: str = ""
+    """Of the file that defines the user's own model, likewise."""
 
     def __post_init__(self) -> None:
         for option in ("epochs", "batch_size", "train_limit", "test_limit"):
@@ -154,15 +163,15 @@ class Recipe:
         for option in ("crop", "validation", "threads", "probe", "seed", *_COUNTS, *_PASSES):
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
-        for option, known in (
+        for option, choices in (
             ("optimizer", ("sgd", "adam", "adamw")),
             ("amp", ("off", "bf16")),
             ("loss", ("cross_entropy", "squared", "mse")),
             ("clip_over", ("tensor", "network")),
             ("device", ("auto", "cpu", "cuda")),
         ):
-            if getattr(self, option) not in known:
-                raise unknown_name(_flag(option), str(getattr(self, option)), known)
+            if getattr(self, option) not in choices:
+                raise unknown_name(_flag(option), str(getattr(self, option)), choices)
         for option in ("momentum", "beta2", "feedback_beta1", "feedback_beta2"):
             value = getattr(self, option)
             if value is not None and not 0 <= value < 1:
@@ -273,8 +282,8 @@ def from_json(fields: dict[str, Any]) -> Recipe:
         TypeError: a value is of another kind.
     """
     check_kinds(fields)
-    known = {name: value for name, value in fields.items() if name in Recipe.__dataclass_fields__}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    settings = {name: value for name, value in fields.items() if name in Recipe.__dataclass_fields__}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     return Recipe(**values)
 
 
@@ -331,18 +340,18 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Each field in which two configurations differ, "field: saved vs asked"; the fields free to differ are left out.
 
     A field that a configuration lacks was added to recipes after it was written, and has its default.
     """
     defaults = Recipe().to_json()
-    pairs = {name: (saved.get(name, value), asked.get(name, value)) for name, value in defaults.items()}
+    pairs = {name: (saved.get(name, value), current.get(name, value)) for name, value in defaults.items()}
     unlike = {name: pair for name, pair in pairs.items() if name not in FREE_FIELDS and pair[0] != pair[1]}
     for name in CHECKSUMS:
         what = name.partition("_")[0]
         if name in unlike and what not in unlike:
-            unlike[f"the content of {asked.get(what)}, sha256"] = unlike.pop(name)
+            unlike[f"the content of {current.get(what)}, sha256"] = unlike.pop(name)
     return [f"{name}: {a} vs {b}" for name, (a, b) in unlike.items()]
 
 

@@ -19,8 +19,8 @@ class Grid:
 
     def ask(self, count: int) -> list[Settings]:
         """The next ones, at most `count`; empty when there are no more."""
-        asked, self.left = self.left[:count], self.left[count:]
-        return asked
+        trials, self.left = self.left[:count], self.left[count:]
+        return trials
 
     def tell(self, scores: Sequence[float | None]) -> None:
         """Scores of those asked for last; a grid does not care."""

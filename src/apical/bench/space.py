@@ -56,8 +56,8 @@ def parse(text: str) -> tuple[str, Axis]:
     name = name.strip().replace("-", "_")
     if not equals or not name or not right.strip():
         raise ConfigError(f"--space {text}: write KEY=VALUE,VALUE or KEY=log(LOW,HIGH) or KEY=uniform(LOW,HIGH)")
-    if found := re.fullmatch(r"\s*(log|uniform)\(([^,]+),([^,]+)\)\s*", right):
-        kind, low, high = found.groups()
+    if match := re.fullmatch(r"\s*(log|uniform)\(([^,]+),([^,]+)\)\s*", right):
+        kind, low, high = match.groups()
         try:
             bounds = float(low), float(high)
         except ValueError as error:
@@ -79,26 +79,26 @@ def space(rules: Sequence[str], texts: Sequence[str]) -> dict[str, list[Axis]]:
     """
     names = {rule_name(rule): rule for rule in rules}
     recipe_fields = {item.name for item in fields(Recipe)} - set(FIXED)
-    found: dict[str, list[Axis]] = {rule: [] for rule in rules}
+    axes: dict[str, list[Axis]] = {rule: [] for rule in rules}
     for text in texts:
         owner, axis = parse(text)
         if owner and owner not in names:
             raise unknown_name("rule in --space", owner, names)
         if axis.name in FIXED:
             raise ConfigError(f"--space {text}: all trials have the same {axis.name}; give it as an option")
-        known = [
+        takers = [
             rule
             for rule in ([names[owner]] if owner else rules)
             if axis.name in recipe_fields or axis.name in constructor_options(find_rule(rule))
         ]
-        if not known:
+        if not takers:
             options = {option for rule in rules for option in constructor_options(find_rule(rule))}
             raise unknown_name("setting in --space", axis.name, recipe_fields | options)
-        for rule in known:
-            if any(other.name == axis.name for other in found[rule]):
+        for rule in takers:
+            if any(other.name == axis.name for other in axes[rule]):
                 raise ConfigError(f"--space has {axis.name} twice for {rule_name(rule)}")
-            found[rule].append(axis)
-    return found
+            axes[rule].append(axis)
+    return axes
 
 
 def grid(axes: Sequence[Axis]) -> list[Settings]:
@@ -110,8 +110,8 @@ def grid(axes: Sequence[Axis]) -> list[Settings]:
     for axis in axes:
         if not axis.values:
             raise ConfigError(f"--space {axis.name} is a range: a grid needs values; or choose --search random or optuna")
-    chosen = itertools.product(*(axis.values for axis in axes))
-    return [dict(zip((axis.name for axis in axes), values, strict=True)) for values in chosen]
+    combinations = itertools.product(*(axis.values for axis in axes))
+    return [dict(zip((axis.name for axis in axes), values, strict=True)) for values in combinations]
 
 
 def applied(recipe: Recipe, settings: Settings) -> Recipe:
@@ -123,12 +123,12 @@ def applied(recipe: Recipe, settings: Settings) -> Recipe:
     >>> applied(Recipe(rule="pfa"), {"lr": 0.1, "expansion": 4}).rule_options
     ('expansion=4',)
     """
-    known = {item.name: getattr(recipe, item.name) for item in fields(Recipe)}
+    before = {item.name: getattr(recipe, item.name) for item in fields(Recipe)}
     changed: dict[str, Any] = {}
     options: list[str] = []
     for name, value in settings.items():
-        if name in known and name not in FIXED:
-            changed[name] = _typed(name, known[name], value)
+        if name in before and name not in FIXED:
+            changed[name] = _typed(name, before[name], value)
             if name == "model":
                 changed |= located({name: str(value)})
             if name in ("lr", "weight_decay"):

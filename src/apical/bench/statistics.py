@@ -84,12 +84,12 @@ def student_p(differences: Sequence[float]) -> float | None:
 
 
 def _all_means(values: Sequence[float]) -> list[float]:
-    return [sum(chosen) / len(values) for chosen in itertools.product(values, repeat=len(values))]
+    return [sum(sample) / len(values) for sample in itertools.product(values, repeat=len(values))]
 
 
 def _drawn_means(values: Sequence[float], seed: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    chosen = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    means: np.ndarray[tuple[int], np.dtype[np.float64]] = np.asarray(values, dtype=np.float64)[chosen].mean(axis=1)
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    means: np.ndarray[tuple[int], np.dtype[np.float64]] = np.asarray(values, dtype=np.float64)[draws].mean(axis=1)
     return means
 
 

@@ -92,19 +92,19 @@ def from_file(path: Path) -> Study:
     rows = content.get("rows")
     if not isinstance(rows, dict) or not rows:
         raise ConfigError(f'--recipe {path}: the file has no recipes; it needs {{"title": ..., "rows": {{RULE: RECIPE}}}}')
-    recipes = {rule: Row(_recipe(given, f"--recipe {path}, {rule}"), ()) for rule, given in rows.items()}
+    recipes = {rule: Row(_recipe(settings, f"--recipe {path}, {rule}"), ()) for rule, settings in rows.items()}
     return Study(str(content.get("title", path.name)), "not known", recipes, next(iter(recipes.values())).recipe)
 
 
-def _recipe(given: Any, where: str) -> Recipe:
-    if not isinstance(given, dict):
-        raise ConfigError(f"{where}: a recipe is an object of settings, not {given!r}")
-    known = [item.name for item in fields(Recipe)]
-    for name in given:
-        if name not in known:
-            raise unknown_name(f"setting in {where}", name, known)
+def _recipe(settings: Any, where: str) -> Recipe:
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: a recipe is an object of settings, not {settings!r}")
+    names = [item.name for item in fields(Recipe)]
+    for name in settings:
+        if name not in names:
+            raise unknown_name(f"setting in {where}", name, names)
     try:
-        return from_json(given)
+        return from_json(settings)
     except ApicalError:
         raise
     except (TypeError, ValueError) as error:

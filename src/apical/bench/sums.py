@@ -52,12 +52,12 @@ class Sums:
 
     def means(self) -> tuple[float | None, float | None, dict[str, float | None]]:
         """Loss, accuracy (0 to 1) and logs per step, over all processes; None where nothing was counted or is finite."""
-        found = self.state()
-        logs = {name: _finite(value.item() / found["counts"][name]) for name, value in found["logs"].items()}
+        state = self.state()
+        logs = {name: _finite(value.item() / state["counts"][name]) for name, value in state["logs"].items()}
         if not self.examples:
             return None, None, logs
-        hits = found["hits"].item() / self.examples if self._classes else None
-        return found["loss"].item() / self.examples, hits, logs
+        hits = state["hits"].item() / self.examples if self._classes else None
+        return state["loss"].item() / self.examples, hits, logs
 
     def state(self) -> dict[str, Any]:
         """The sums over all processes, for a checkpoint."""

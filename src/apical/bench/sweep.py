@@ -150,8 +150,8 @@ def in_processes(make_rule: MakeRule, command: str, jobs: int) -> Execute:
 
 def _progress(runs: Sequence[tuple[Recipe, Path]]) -> list[tuple[bool, float]]:
     """What has been saved of each training: it grows with every checkpoint."""
-    found = [(path, path / "checkpoint.pt") for _, path in runs]
-    return [(finished(path), checkpoint.stat().st_mtime if checkpoint.exists() else 0.0) for path, checkpoint in found]
+    checkpoints = [(path, path / "checkpoint.pt") for _, path in runs]
+    return [(finished(path), checkpoint.stat().st_mtime if checkpoint.exists() else 0.0) for path, checkpoint in checkpoints]
 
 
 def _share(

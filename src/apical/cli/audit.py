@@ -66,7 +66,7 @@ def run(flags: "Audit", command: str) -> int:
 
 def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, started: float) -> int:
     rows, refused = _audited(rules, flags, dataset)
-    asked = identified(_asked(flags), dataset)
+    recipe = identified(_asked(flags), dataset)
     if not rows:
         raise ConfigError("; ".join(f"{rule}: {why}" for rule, why in refused.items()))
     where = environment("cpu", 1)
@@ -74,8 +74,8 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
         "command": command,
         "model": flags.model,
         "data": flags.data,
-        "data_sha256": asked.data_sha256,
-        "model_sha256": asked.model_sha256,
+        "data_sha256": recipe.data_sha256,
+        "model_sha256": recipe.model_sha256,
         "epochs": flags.epochs,
         "seed": flags.seed,
         "seconds": round(time.perf_counter() - started, 1),

@@ -94,6 +94,9 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+    if tunes(flags, study):
+        rates = ", ".join(f"{name} {item.lr[0]:g}" for name, item in zip(names, drafts, strict=True))
+        tell(f"learning rates, as tuned on digits where they were: {rates}; --lr sets one for all")
     recipes, notes = prepare(drafts, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
@@ -147,7 +150,7 @@ def train(flags: "Train", command: str) -> int:
         around = environment(str(world.device), torch.get_num_threads(), world.size)
         try:
             training.start(resume=state == "resumable", command=command, notes=notes, environment=around)
-            with shown(training, world.is_main) as (on_step, on_line):
+            with progress_of(training, world.is_main) as (on_step, on_line):
                 on_line()
                 while training.epoch < recipe.epochs:
                     training.train_epoch(on_step)
@@ -160,6 +163,12 @@ def train(flags: "Train", command: str) -> int:
     return 0
 
 
+def tunes(flags: "Flags", study: Study | None) -> bool:
+    """Whether every rule has the learning rate that was tuned for it: neither a paper's, nor one asked for, nor for Adam."""
+    settings = flags.settings()
+    return study is None and "lr" not in settings and settings.get("optimizer", "sgd") == "sgd"
+
+
 def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     """The recipe of one rule: the study's row or the defaults, with the given options in place.
 
@@ -169,17 +178,19 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     if flags.tensorboard:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
-    given = flags.given()
-    given |= located({name: given[name] for name in ("data", "model") if name in given})
+    settings = flags.settings()
+    if tunes(flags, study) and (rate := find_rule(rule).lr) is not None:
+        settings["lr"] = (rate,)
+    settings |= located({name: settings[name] for name in ("data", "model") if name in settings})
     for schedule in ("lr", "weight_decay"):
-        if schedule in given:
-            given.setdefault(f"{schedule}_epochs", ())
-    options = given.pop("rule_options", ())
+        if schedule in settings:
+            settings.setdefault(f"{schedule}_epochs", ())
+    options = settings.pop("rule_options", ())
     if flags.teacher is not None:
         options = (*options, *_taught_by(flags, rule))
     if not hasattr(flags, "rule"):  # of a comparison: for several rules
         options = options_for(rule, options)
-    return replace(recipe, **{**given, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+    return replace(recipe, **{**settings, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
 
 
 def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
@@ -205,7 +216,7 @@ def _silent(line: str) -> None:
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
     """The option that gives the rule its teacher file; none for those rules of a comparison that have no teacher."""
     of_them = getattr(flags, "rules", None) or (rule,)
-    if not any("teacher" in constructor_options(find_rule(each)) for each in of_them):
+    if not any("teacher" in constructor_options(find_rule(other)) for other in of_them):
         raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; tdca has")
     return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
 
@@ -225,7 +236,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     dataset = load_data(first)
     recipes, notes, apart = [], [], []
     for item in drafts:
-        recipe, chosen = resolve(identified(item, dataset), len(dataset.train))
+        recipe, choices = resolve(identified(item, dataset), len(dataset.train))
         recipe.check_targets(are_numbers=dataset.is_regression)
         if (recipe.flip or recipe.crop) and dataset.train.inputs.dim() != 4:
             shape = dataset.input_shape
@@ -234,7 +245,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
             )
         rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
         recipes.append(recipe)
-        notes.append([*([dataset.about] if dataset.about else []), *chosen, *rule.remarks])
+        notes.append([*([dataset.about] if dataset.about else []), *choices, *rule.remarks])
         if tell is not None:
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")
@@ -293,7 +304,7 @@ def stopped(interrupted: Interrupted, command: str) -> int:
 
 
 @contextmanager
-def shown(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
+def progress_of(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
     """Callbacks that show steps (a bar, in a terminal only) and finished epochs."""
     console = Console(quiet=not visible)
     epochs = training.recipe.epochs

@@ -65,11 +65,11 @@ def drafted(flags: "Evolve") -> EvolutionRecipe:
     Raises:
         ConfigError: there is no such recipe, or an option is out of range.
     """
-    known = EvolutionRecipe.__dataclass_fields__
-    given = {name: getattr(flags, name) for name in known if getattr(flags, name, None) is not None}
+    names = EvolutionRecipe.__dataclass_fields__
+    settings = {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
     if flags.recipe is not None and flags.recipe not in evolutions():
         raise unknown_name("evolution recipe", flags.recipe, evolutions())
-    return replace(evolutions()[flags.recipe] if flags.recipe is not None else EvolutionRecipe(), **given)
+    return replace(evolutions()[flags.recipe] if flags.recipe is not None else EvolutionRecipe(), **settings)
 
 
 def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
@@ -79,11 +79,11 @@ def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
         ApicalError: they are not usable, or do not go together.
     """
     pairs = [located({"data": name}) for name in recipe.data], [located({"model": name}) for name in recipe.model]
-    sets, networks = (tuple(each[what] for each in found) for what, found in zip(("data", "model"), pairs, strict=True))
+    sets, networks = (tuple(item[what] for item in places) for what, places in zip(("data", "model"), pairs, strict=True))
     loaded = [data.load(name) for name in sets if name not in data.names()]
-    for each in loaded:
-        print(each.about)
-    sums = {each.name: each.sha256 for each in loaded}
+    for item in loaded:
+        print(item.about)
+    sums = {item.name: item.sha256 for item in loaded}
     own = {name: own_models.checksum(name) for name in networks if own_models.is_own(name)}
     for name in own:
         model_for(name, data.load(sets[0]))

@@ -19,7 +19,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subc
 from apical import __version__
 from apical.cli.flags.audit import Audit
 from apical.cli.flags.evolve import Evolve
-from apical.cli.flags.help import OVERVIEW, option_names, short_help
+from apical.cli.flags.help import OVERVIEW, option_rows, short_help
 from apical.cli.flags.landscape import Landscape
 from apical.cli.flags.reproduce import Reproduce
 from apical.cli.flags.sweep import Sweep
@@ -131,7 +131,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        options = option_names(COMMANDS[arguments[0]]) if arguments[0] in COMMANDS else []
+        options = [row[0] for row in option_rows(COMMANDS[arguments[0]])] if arguments[0] in COMMANDS else []
         raise ConfigError(explained(box.getvalue(), arguments, COMMANDS, options)) from None
 
 

@@ -43,7 +43,7 @@ def run(flags: "Reproduce", command: str) -> int:
     if not flags.targets:
         _list()
         return 0
-    tables = {name: table for target in flags.targets for name, table in found(target).items()}
+    tables = {name: table for target in flags.targets for name, table in tables_of(target).items()}
     for name, table in tables.items():
         _check(table, place(flags, name, table), flags)
     worst = 0
@@ -55,7 +55,7 @@ def run(flags: "Reproduce", command: str) -> int:
     return worst
 
 
-def found(target: str) -> dict[str, Table]:
+def tables_of(target: str) -> dict[str, Table]:
     """The tables that a target means, by "paper/table".
 
     Raises:
@@ -113,20 +113,20 @@ def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
         "rows": rows,
         "environment": environment("cpu", torch.get_num_threads()),
     }
-    kept = flags.out / "reproductions" / f"{path.stem if table.result == 'file' else path.name}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, record)
+    record_path = flags.out / "reproductions" / f"{path.stem if table.result == 'file' else path.name}.json"
+    record_path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record_path, record)
     _tell(console, rows)
-    console.print(f"verdicts: {shown_path(kept)}", highlight=False, soft_wrap=True)
+    console.print(f"verdicts: {shown_path(record_path)}", highlight=False, soft_wrap=True)
     return status
 
 
 def _compare(table: Table, path: Path, sizes: Sizes, flags: "Reproduce", command: str) -> int:
-    asked: Any = Compare
-    chosen = asked(
+    make_flags: Any = Compare
+    compare_flags = make_flags(
         out=path, recipe=table.study, jobs=flags.jobs, ray=flags.ray, resume=flags.resume, overwrite=flags.overwrite, **sizes
     )
-    return commands.compare(chosen, command)
+    return commands.compare(compare_flags, command)
 
 
 def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
@@ -154,17 +154,17 @@ def study_rows(path: Path, sizes: Sizes) -> list[Row]:
     epochs = int(sizes["epochs"]) if "epochs" in sizes else None
     return [
         {
-            "rule": each.rule,
-            "what": f"{each.what}, epoch {each.epoch}",
-            "reference": _reference(each),
-            "source": each.tag,
-            "measured": each.measured,
-            "low": each.low,
-            "high": each.high,
-            "n": each.n,
-            "verdict": verdict(each, epochs, cut=cut),
+            "rule": item.rule,
+            "what": f"{item.what}, epoch {item.epoch}",
+            "reference": _reference(item),
+            "source": item.tag,
+            "measured": item.measured,
+            "low": item.low,
+            "high": item.high,
+            "n": item.n,
+            "verdict": verdict(item, epochs, cut=cut),
         }
-        for each in judge(read(path))
+        for item in judge(read(path))
     ]
 
 
@@ -193,24 +193,28 @@ def module_rows(path: Path, table: Table, sizes: Sizes) -> list[Row]:
     content: Mapping[str, Any] = read_json(path if table.result == "file" else path / "results.json")
     small = too_small(table, sizes)
     rows = []
-    for each in import_module(table.module).verdicts(content) if table.result == "file" else content["verdicts"]:
-        row = {key: each.get(key) for key in ("rule", "what", "source", "low", "high", "n")}
-        row |= {"reference": each["mark"], "measured": each["mean"], "verdict": SMALL if small else each["verdict"]}
+    for claim in import_module(table.module).verdicts(content) if table.result == "file" else content["verdicts"]:
+        row = {key: claim.get(key) for key in ("rule", "what", "source", "low", "high", "n")}
+        row |= {
+            "reference": claim["mark"],
+            "measured": claim["mean"],
+            "verdict": SMALL if small else claim["verdict"],
+        }
         rows.append(row)
     return rows
 
 
 def _tell(console: Console, rows: Sequence[Row]) -> None:
-    shown = Shown(box=None, pad_edge=False)
+    grid = Shown(box=None, pad_edge=False)
     for name in ("rule", "what", "reference", "source", "ours [95 %]", "n", "verdict"):
-        shown.add_column(name, justify="right" if name == "n" else "left", overflow="fold")
+        grid.add_column(name, justify="right" if name == "n" else "left", overflow="fold")
     for row in rows:
-        shown.add_row(
+        grid.add_row(
             row["rule"], row["what"], row["reference"], row["source"], measured(row), str(row["n"] or "-"), row["verdict"]
         )
-    console.print(shown)
+    console.print(grid)
     told = [row["verdict"] for row in rows]
-    console.print(", ".join(f"{told.count(each)} {each}" for each in dict.fromkeys(told)) or "no published numbers")
+    console.print(", ".join(f"{told.count(word)} {word}" for word in dict.fromkeys(told)) or "no published numbers")
 
 
 def measured(row: Row) -> str:

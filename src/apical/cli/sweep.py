@@ -17,6 +17,7 @@ from apical.bench import compare as comparison
 from apical.bench.checkpoint import write_atomically
 from apical.bench.compare import Job, cores
 from apical.bench.distributed import under_torchrun
+from apical.bench.document import command_block, document, figure_block
 from apical.bench.figures.sweep import draw
 from apical.bench.folders import check_writable, refuse_used
 from apical.bench.materials import identified, load_data
@@ -25,7 +26,6 @@ from apical.bench.progress import shown_path
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, rule_name
 from apical.bench.report import folder as report
-from apical.bench.report.html import STYLE, command_block, figure_block
 from apical.bench.run_folder import FolderLock
 from apical.bench.searching import Grid, Optuna
 from apical.bench.signals import Interrupted, StopSignals
@@ -97,7 +97,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     check_options(rules, flags.rule_options or ())
     axes = space(rules, flags.space)
     drafts = [replace(commands.draft(flags, study, rule), probe=0) for rule in rules]
-    drafts = [identified(each, load_data(each)) for each in commands.understood(drafts, flags, print)]
+    drafts = [identified(item, load_data(item)) for item in commands.understood(drafts, flags, print)]
     if len({recipe.epochs for recipe in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     if flags.search == "grid":
@@ -112,8 +112,8 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
         held_out = max(1, len(load_data(drafts[0]).train) // SHARE)
         drafts = [replace(recipe, validation=held_out) for recipe in drafts]
     for rule, recipe in zip(rules, drafts, strict=True):  # settings that are known are built, to see that they work
-        known = grid(axes[rule]) if flags.search == "grid" else [{}]
-        commands.prepare([applied(recipe, settings) for settings in known])
+        trials = grid(axes[rule]) if flags.search == "grid" else [{}]
+        commands.prepare([applied(recipe, settings) for settings in trials])
     return rules, drafts, axes
 
 
@@ -169,17 +169,17 @@ def _searched(
     batch = (flags.jobs or cores()) if flags.search == "optuna" else 1 << 30
     trials: list[Trial] = []
     name = rule_name(rule)
-    while asked := search.ask(batch):
-        recipes, _ = commands.prepare([applied(recipe, settings) for settings in asked])
-        made = [
+    while batch_settings := search.ask(batch):
+        recipes, _ = commands.prepare([applied(recipe, settings) for settings in batch_settings])
+        batch_trials = [
             _trial(flags, name, len(trials) + i, settings, prepared)
-            for i, (settings, prepared) in enumerate(zip(asked, recipes, strict=True))
+            for i, (settings, prepared) in enumerate(zip(batch_settings, recipes, strict=True))
         ]
-        runs = [pair for trial in made for pair in zip(trial.recipes, trial.folders, strict=True)]
+        runs = [pair for trial in batch_trials for pair in zip(trial.recipes, trial.folders, strict=True)]
         told: set[int] = set()
 
-        def refresh(made: Sequence[Trial] = made, told: set[int] = told) -> None:
-            for trial in made:
+        def refresh(batch_trials: Sequence[Trial] = batch_trials, told: set[int] = told) -> None:
+            for trial in batch_trials:
                 if trial.number not in told and len(trial.results()) == len(trial.folders):
                     told.add(trial.number)
                     score = "diverged" if trial.score is None else _shown(trial.score)
@@ -189,8 +189,8 @@ def _searched(
 
         train(runs, stop, refresh)
         refresh()
-        search.tell([trial.score for trial in made])
-        trials += made
+        search.tell([trial.score for trial in batch_trials])
+        trials += batch_trials
     return trials
 
 
@@ -204,7 +204,7 @@ def _trial(flags: "Sweep", name: str, number: int, settings: dict[str, Any], rec
 def winner(rule: str, trials: Sequence[Trial]) -> Trial | None:
     """The trial of a rule with the best validation score, the first of equals; None if all diverged."""
     scored = [(trial.score, -trial.number, trial) for trial in trials if trial.rule == rule and trial.score is not None]
-    return max(scored, key=lambda each: each[:2])[2] if scored else None
+    return max(scored, key=lambda score: score[:2])[2] if scored else None
 
 
 def _keep(
@@ -221,9 +221,9 @@ def _keep(
         "axes": {
             rule_name(rule): [
                 {"name": a.name, "values": list(a.values), "range": None if a.values else [a.low, a.high], "log": a.log}
-                for a in each
+                for a in axes_of_rule
             ]
-            for rule, each in axes.items()
+            for rule, axes_of_rule in axes.items()
         },
         "trials": [trial.record() for trial in trials],
         "best": {trial.rule: trial.number for trial in best if trial},
@@ -271,15 +271,15 @@ def _tell(console: Console, out: Path, trials: Sequence[Trial], best: Sequence[T
         table.add_column(name, justify="left" if name in ("rule", "best settings") else "right", overflow="fold")
     for rule in dict.fromkeys(trial.rule for trial in trials):
         own = [trial for trial in trials if trial.rule == rule]
-        chosen = next((trial for trial in best if trial and trial.rule == rule), None)
+        winner_of_rule = next((trial for trial in best if trial and trial.rule == rule), None)
         tested = [row for row in rows if row["rule"] == rule and row["status"] == "finished"]
         scores = [100 * row["test_accuracy"] if row["test_accuracy"] is not None else row["test_loss"] for row in tested]
         table.add_row(
             rule,
             str(len(own)),
             str(sum(trial.score is None for trial in own)),
-            words(chosen.settings) if chosen else "-",
-            _shown(chosen.score) if chosen and chosen.score is not None else "-",
+            words(winner_of_rule.settings) if winner_of_rule else "-",
+            _shown(winner_of_rule.score) if winner_of_rule and winner_of_rule.score is not None else "-",
             bootstrap(scores).shown() if scores else "-",
             str(len(scores)) if scores else "-",
         )
@@ -312,9 +312,9 @@ def page(record: Mapping[str, Any], figure: str) -> str:
         record["trials"], key=lambda row: (row["rule"], -(row["score"] if row["score"] is not None else -1e300))
     ):
         score = "diverged" if row["score"] is None else _shown(row["score"])
-        chosen = " <small>best</small>" if record["best"].get(row["rule"]) == row["number"] else ""
+        mark = " <small>best</small>" if record["best"].get(row["rule"]) == row["number"] else ""
         cells = (
-            escape(row["rule"]) + chosen,
+            escape(row["rule"]) + mark,
             str(row["number"]),
             escape(words(row["settings"])),
             score,
@@ -322,28 +322,16 @@ def page(record: Mapping[str, Any], figure: str) -> str:
         )
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = "".join(f"<th>{text}</th>" for text in ("Rule", "Trial", "Settings", "Validation", "Seconds"))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Sweep</title>
-<style>{STYLE}
-figure img {{ max-width: 100%; }}
-.wide {{ overflow-x: auto; }}</style>
-</head>
-<body>
-<h1>Sweep</h1>
-<p class="lead">Every rule had as many trials as the others. Trials are judged by validation images; the test images were
-looked at after the choice, for the best trial of each rule, trained again with new seeds:
-<a href="final/report.html">report</a>.</p>
+    lead = (
+        "Every rule had as many trials as the others. Trials are judged by validation images; the test images were looked "
+        "at after the choice, for the best trial of each rule, trained again with new seeds."
+    )
+    body = f"""<p><a href="final/report.html">The report of the best trials</a></p>
 {figure}
 <h2>Trials</h2>
 <div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>
 {chr(10).join(lines)}
 </tbody></table></div>
 <h2>Do this again</h2>
-{command_block(record["command"])}
-</body>
-</html>
-"""
+{command_block(record["command"])}"""
+    return document("Sweep", lead, body, full=True)

@@ -93,8 +93,8 @@ class Itself(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """What the activation makes of v."""
-        made: Tensor = self.__dict__["stands_for"](v)
-        return made
+        result: Tensor = self.__dict__["stands_for"](v)
+        return result
 
 
 def itself(activation: nn.Module) -> nn.Module:
@@ -112,10 +112,10 @@ def known(activation: nn.Module) -> Activation | None:
     activation = _own(activation)
     kind = type(activation)
     if kind not in _nearest:
-        found = next((TYPES[each] for each in kind.__mro__ if each in TYPES), None)
-        _nearest[kind] = found if found is not None and kind.forward is found.forward else None
-    found = _nearest[kind]
-    return found if found is not None and runs_own_forward(activation, found.forward) else None
+        entry = next((TYPES[base] for base in kind.__mro__ if base in TYPES), None)
+        _nearest[kind] = entry if entry is not None and kind.forward is entry.forward else None
+    entry = _nearest[kind]
+    return entry if entry is not None and runs_own_forward(activation, entry.forward) else None
 
 
 def _own(activation: nn.Module) -> nn.Module:
@@ -131,38 +131,38 @@ def is_activation(module: nn.Module) -> bool:
 
 def is_elementwise(module: nn.Module) -> bool:
     """Whether the module is known to act on each neuron alone, with neither parameters nor randomness."""
-    found = known(module)
-    return found is not None and found.elementwise
+    entry = known(module)
+    return entry is not None and entry.elementwise
 
 
 def needs_output_alone(activation: nn.Module) -> bool:
     """Whether the derivative is known from the output."""
-    found = known(activation)
-    return found is not None and found.from_output
+    entry = known(activation)
+    return entry is not None and entry.from_output
 
 
 def derivative(activation: nn.Module, v: Tensor, r: Tensor) -> Tensor:
     """`phi'(v)`, of v's shape, given also `r = phi(v)`; at a kink the one-sided value that autograd takes."""
-    found = known(activation)
-    if found is not None and found.derivative is not None:
-        return found.derivative(_own(activation), v, r)
+    entry = known(activation)
+    if entry is not None and entry.derivative is not None:
+        return entry.derivative(_own(activation), v, r)
     slope: Tensor = torch.func.jvp(plain(activation), (v,), (torch.ones_like(v),))[1]
     return slope
 
 
 def pulled_back(activation: nn.Module, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
     """`phi'(v) * signal`, given also `r = phi(v)`; in one sweep over memory where PyTorch has one."""
-    found = known(activation)
-    if found is not None and found.pulled_back is not None:
-        return found.pulled_back(_own(activation), v, r, signal)
+    entry = known(activation)
+    if entry is not None and entry.pulled_back is not None:
+        return entry.pulled_back(_own(activation), v, r, signal)
     return signal * derivative(activation, v, r)
 
 
 def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`; without an identity, and in float64, the plain one."""
-    found = known(activation)
-    if found is not None and found.difference is not None:
-        return found.difference(_own(activation), v, r, d)
+    entry = known(activation)
+    if entry is not None and entry.difference is not None:
+        return entry.difference(_own(activation), v, r, d)
     phi = plain(activation)
     if v.dtype != torch.float64 and v.device.type != "mps":  # which has no float64
         wide = v.double()
@@ -174,9 +174,9 @@ def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor
 
 def complex_parts(activation: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of `phi(a + ib)`, of a's shape."""
-    found = known(activation)
-    if found is not None and found.complex_parts is not None:
-        return found.complex_parts(_own(activation), a, b)
+    entry = known(activation)
+    if entry is not None and entry.complex_parts is not None:
+        return entry.complex_parts(_own(activation), a, b)
     z: Tensor = plain(activation)(torch.complex(a, b))
     return z.real, z.imag
 

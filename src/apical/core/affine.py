@@ -44,15 +44,15 @@ class Effective(nn.Module):
         self.__dict__["_computed"] = None
 
     def _now(self) -> Computed:
-        known = self._computed
-        if known is None or known.state != _state(self.stands_for):
+        current = self._computed
+        if current is None or current.state != _state(self.stands_for):
             weight = effective_weight(self.stands_for)
             if weight is None:
                 raise unknown_weight(self.name, self.stands_for)
             with torch.enable_grad():
                 bias = getattr(self.stands_for, "bias", None)
-            known = self.__dict__["_computed"] = Computed(weight, bias, _state(self.stands_for))
-        return known
+            current = self.__dict__["_computed"] = Computed(weight, bias, _state(self.stands_for))
+        return current
 
     @property
     def weight(self) -> Tensor:
@@ -167,15 +167,15 @@ def unknown_weight(name: str, layer: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(f"layer {name!r} ({kind}) {what}; {remedy}: apical.register_layer({kind}, weight=...)")
 
 
-def is_changed_by_hooks(module: nn.Module, given: Tensor) -> bool:
+def is_changed_by_hooks(module: nn.Module, inputs: Tensor) -> bool:
     """Whether hooks change what a module makes of an input; those that only look do not."""
     module = original(module)
     if not is_hooked(module) or all(computes_weight(hook) for hook in _hooks(module)):
         return False
     with torch.no_grad():
-        made: Tensor = module(given.clone())  # first: a hook may compute the weight
-        own: Tensor = module.forward(given.clone())
-    return not (own.shape == made.shape and torch.equal(own, made))
+        output: Tensor = module(inputs.clone())  # first: a hook may compute the weight
+        own: Tensor = module.forward(inputs.clone())
+    return not (own.shape == output.shape and torch.equal(own, output))
 
 
 def _hooks(module: nn.Module) -> list[Any]:

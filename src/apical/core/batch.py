@@ -30,13 +30,13 @@ def fitted(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
         raise ConfigError(
             f"{len(output)} inputs came with targets of shape {tuple(targets.shape)}: give one for each sample"
         )
-    known = getattr(loss, "func", loss)
-    if targets.shape == output.shape or not (known in ELEMENTWISE or isinstance(known, MODULES)):
+    function = getattr(loss, "func", loss)
+    if targets.shape == output.shape or not (function in ELEMENTWISE or isinstance(function, MODULES)):
         return targets
     if not targets.is_floating_point():
-        if known is squared_error:
+        if function is squared_error:
             return targets
-        name = getattr(known, "__name__", type(known).__name__)
+        name = getattr(function, "__name__", type(function).__name__)
         raise ConfigError(f"{name} compares numbers, not class labels: pass one-hot targets, or squared_error as the loss")
     if _without_ones(targets) != _without_ones(output):
         raise ConfigError(f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}")
@@ -55,7 +55,7 @@ def require_classes(targets: Tensor, classes: int) -> None:
     """
     if targets.is_floating_point() or torch.compiler.is_compiling() or not targets.numel():
         return
-    low, high = (int(each) for each in torch.aminmax(targets))
+    low, high = (int(bound) for bound in torch.aminmax(targets))
     if low < 0:
         raise ConfigError(
             f"the targets have the label {low}, but every sample needs a class here: leave samples to be ignored out of the "

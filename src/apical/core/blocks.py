@@ -1,13 +1,16 @@
 """Models as a row of blocks.
 
 A block is what lies between two populations whose activity a rule looks at: a weighted layer with what shapes its input
-(flattening, upsampling) and what follows it (normalisation, activation, pooling). Unlike the stages of
-:mod:`apical.core.chain` a block need not be affine-then-element-wise; its own derivative is left to autograd.
+(flattening, upsampling) and what follows it (normalisation, activation, pooling); or a whole module with skips inside.
+Unlike the stages of :mod:`apical.core.chain` a block need not be affine-then-element-wise; its own derivative is left to
+autograd.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
@@ -22,8 +25,8 @@ class Block:
     """One block of a row.
 
     Attributes:
-        name: module name of the weighted layer.
-        layer: the layer.
+        name: module name of the weighted layer, or of the module that holds skips.
+        layer: the layer; the first one where there are skips.
         modules: all modules of the block in order.
         input_shape: of one sample.
         shape: of one sample's output.
@@ -51,26 +54,34 @@ class Block:
         return self.modules[self.modules.index(self.layer) + 1 :]
 
 
-def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[list[nn.Module], list[Block]]:
+def blocks(
+    model: nn.Module, input_shape: Sequence[int] | None = None, *, skips: bool = False
+) -> tuple[list[nn.Module], list[Block]]:
     """Modules before the first weighted layer, and the blocks, in the order in which the model calls them.
 
     Args:
-        model: the network; it is only read, and run once on zeros.
+        model: the network; it is only read, and run on zeros.
         input_shape: of one sample; needed where a model has convolutions, whose sizes depend on it.
+        skips: take a module that is no row inside (a residual block, say) as one block, with what follows it.
 
     Raises:
         UnsupportedModelError: the model is no such row, or a module has no place in one; it is named.
     """
     layers = weighted_layers(model, exact=None)
+    example = example_of(model, layers, input_shape)
+    whole = branching(model, example) if skips else {}
+    within = {part: name for name, module in whole.items() for part in module.modules()}
     for name, module in leaves(model):
+        if module in within:
+            continue
         if is_own(module) and not (is_weighted(module) or is_activation(module) or is_known_in_row(module)):
             raise UnsupportedModelError(
                 f"module {name!r} ({type(module).__name__}) has no place in a row of blocks; replace it"
             )
-    calls = traced(model, example_of(model, layers, input_shape))
-    places = [i for i, call in enumerate(calls) if is_weighted(call.module)]
+    calls = traced(model, example, whole)
+    places = [i for i, call in enumerate(calls) if is_weighted(call.module) or call.name in whole]
     names = [calls[i].name for i in places]
-    for name in layers:
+    for name in dict.fromkeys(within.get(layer, name) for name, layer in layers.items()):
         if names.count(name) != 1:
             what = "is called twice; give each place a layer of its own" if name in names else "was not called; remove it"
             raise UnsupportedModelError(f"layer {name!r} {what}")
@@ -81,7 +92,51 @@ def blocks(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[
     starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
     ends = [*starts[1:], len(calls)]
     head = [call.module for call in calls[: starts[0]]]
-    return head, [_block(calls[start:end]) for start, end in zip(starts, ends, strict=True)]
+    own = {id(layer) for layer in layers.values()}
+    return head, [_block(calls[start:end], own) for start, end in zip(starts, ends, strict=True)]
+
+
+@torch.no_grad()
+def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
+    """The outermost modules with weights, but for the model itself, that do more than call their children in a row.
+
+    Args:
+        model: the network; it is only read.
+        example: a batch of its inputs.
+    """
+    atoms = {part for _, leaf in leaves(model) for part in leaf.modules()}
+    names = {module: name for name, module in model.named_modules()}
+    waiting: list[list[Call]] = [[]]  # what was called by each module that is being called
+    found: dict[str, nn.Module] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        waiting.append([])
+
+    def leave(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
+        inner, given = waiting.pop(), args[0] if len(args) == 1 else None
+        waiting[-1].append(Call(names[module], module, given, made, 0, 0))  # type: ignore[arg-type]
+        steps = [given, *(call.made for call in inner)]
+        row = all(call.given is before for call, before in zip(inner, steps, strict=False)) and steps[-1] is made
+        if module is not model and module not in atoms and not row and next(module.parameters(), None) is not None:
+            found[names[module]] = module
+
+    modes = [(module, module.training) for module in model.modules()]
+    containers = [module for module in names if module not in atoms or any(module is leaf for _, leaf in leaves(model))]
+    hooks = [module.register_forward_pre_hook(enter) for module in containers]
+    hooks += [module.register_forward_hook(leave) for module in containers]
+    try:
+        model.eval()
+        with torch.random.fork_rng([example.device] if example.is_cuda else []):
+            model(example.clone())
+    except (RuntimeError, ValueError, TypeError):
+        return {}  # the trace will say so
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    inside = {part for module in found.values() for part in module.modules() if part is not module}
+    return {name: module for name, module in found.items() if module not in inside}
 
 
 def _start(calls: Sequence[Call], place: int) -> int:
@@ -91,19 +146,19 @@ def _start(calls: Sequence[Call], place: int) -> int:
     return place
 
 
-def _block(calls: Sequence[Call]) -> Block:
-    layer = next(call for call in calls if is_weighted(call.module))
-    assert is_weighted(layer.module)
-    if (own := layer.module.weight.dtype) != calls[-1].made.dtype:
+def _block(calls: Sequence[Call], layers: set[int]) -> Block:
+    place, layer = next((call, part) for call in calls for part in call.module.modules() if id(part) in layers)
+    assert is_weighted(layer)
+    if (own := layer.weight.dtype) != calls[-1].made.dtype:
         raise UnsupportedModelError(
-            f"layer {layer.name!r} ({type(layer.module).__name__}) keeps its weight in {own}, but its block makes "
+            f"layer {place.name!r} ({type(place.module).__name__}) keeps its weight in {own}, but its block makes "
             f"{calls[-1].made.dtype}; keep the weight in that type, or use another rule"
         )
     given, made = tuple(calls[0].given.shape[1:]), tuple(calls[-1].made.shape[1:])
     last = calls[-1]
     return Block(
-        layer.name,
-        layer.module,
+        place.name,
+        layer,
         tuple(call.module for call in calls),
         given,
         made,

@@ -34,6 +34,9 @@ from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import leaves, weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
 
+FEW_OUTPUTS = 64
+"""Of a small chain."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -72,6 +75,16 @@ class Stage:
         for module in self.before:
             rates = module(rates)
         return rates
+
+    def pooled(self, a: Tensor) -> Tensor:
+        """v (batch, *shape), for the layer's output."""
+        for module in self.after:
+            a = module(a)
+        return a
+
+    def potential(self, rates: Tensor) -> Tensor:
+        """v (batch, *shape), for the stage's input (batch, *input_shape)."""
+        return self.pooled(self.layer(self.seen(rates)))
 
     def linear(self, rates: Tensor, added: Tensor | None = None) -> Tensor:
         """`W rates`, without the bias, plus `added`: (batch, *input_shape) -> (batch, *shape)."""
@@ -145,6 +158,11 @@ class Chain:
         """W_1..W_L."""
         return [stage.layer.weight for stage in self.stages]
 
+    @property
+    def is_small(self) -> bool:
+        """Whether the Jacobian of each sample is cheap: dense layers, and few outputs."""
+        return all(stage.is_dense for stage in self.stages) and self.stages[-1].size <= FEW_OUTPUTS
+
     def enter(self, inputs: Tensor) -> Tensor:
         """What the first stage is given (batch, *input_shape).
 
@@ -205,7 +223,7 @@ class Chain:
         with torch.no_grad():
             v, r = [], [self.enter(inputs)]
             for stage in self.stages:
-                v.append(stage.layer(stage.seen(r[-1])))
+                v.append(stage.potential(r[-1]))
                 if v[-1].shape[1:] != stage.shape:
                     raise UnsupportedModelError(
                         f"layer {stage.name!r} gave {tuple(v[-1].shape[1:])} per sample, but the rule was made for "
@@ -264,15 +282,20 @@ def _check_kind(name: str, module: nn.Module, *, pools: bool) -> None:
     )
 
 
-def traced(model: nn.Module, example: Tensor) -> list[Call]:
+def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | None = None) -> list[Call]:
     """The modules that compute in the order in which the model calls them, each given what the one before has made.
 
     Layers run in evaluation mode; modules that contain others run once in each mode, to see what they do in training alone.
 
+    Args:
+        model: the network; it is only read.
+        example: a batch.
+        whole: modules that count as one call each, by name, whatever they contain.
+
     Raises:
-        UnsupportedModelError: the calls are no chain, or depend on the mode.
+        UnsupportedModelError: the calls are no chain, depend on the mode, or (of whole modules) draw random numbers.
     """
-    training, calls = (_traced(model, example.clone(), training=training) for training in (True, False))
+    training, calls = (_traced(model, example.clone(), whole or {}, training=training) for training in (True, False))
     if [call.module for call in training] != [call.module for call in calls]:
         raise UnsupportedModelError(
             f"{type(model).__name__} calls other modules in training mode ({_names(training)}) than in evaluation mode "
@@ -286,9 +309,11 @@ def _names(calls: Sequence[Call]) -> str:
 
 
 @torch.no_grad()
-def _traced(model: nn.Module, example: Tensor, *, training: bool) -> list[Call]:
+def _traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module], *, training: bool) -> list[Call]:
     calls: list[Call] = []
-    names = {id(module): name for name, module in leaves(model)}
+    hidden = {id(part) for module in whole.values() for part in module.modules()}
+    names = {id(module): name for name, module in leaves(model) if id(module) not in hidden}
+    names |= {id(module): name for name, module in whole.items()}
     given: tuple[Any, ...] = ()
     entered = 0
 
@@ -303,14 +328,19 @@ def _traced(model: nn.Module, example: Tensor, *, training: bool) -> list[Call]:
 
     modes = [(module, module.training) for module in model.modules()]
     computing = [module for module in model.modules() if id(module) in names]
-    inside = {id(part) for module in computing for part in module.modules()}
+    inside = {id(part) for _, leaf in leaves(model) for part in leaf.modules()}
     hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in computing]
     hooks += [module.register_forward_hook(note) for module in computing]
     try:
         with torch.random.fork_rng([example.device] if example.is_cuda else []):
             for module, _ in modes:
                 module.training = training and id(module) not in inside
+            before = torch.get_rng_state() if whole else None
             output = model(example)
+            if before is not None and not torch.equal(before, torch.get_rng_state()):
+                raise UnsupportedModelError(
+                    f"a module in {', '.join(map(repr, whole))} draws random numbers in training; remove that"
+                )
     except (RuntimeError, ValueError) as error:
         shape = tuple(example.shape[1:])
         raise UnsupportedModelError(f"the model cannot be run on a sample of shape {shape}: {error}") from error

@@ -45,9 +45,11 @@ class Containers:
         if not touched or torch.compiler.is_compiling():
             return
         with evaluating(self.model), torch.no_grad(), torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
-            made, expected = self.model(inputs.clone()), own(inputs.clone())
+            output, expected = self.model(inputs.clone()), own(inputs.clone())
         if not (
-            isinstance(made, Tensor) and made.shape == expected.shape and torch.allclose(made, expected, equal_nan=True)
+            isinstance(output, Tensor)
+            and output.shape == expected.shape
+            and torch.allclose(output, expected, equal_nan=True)
         ):
             raise UnsupportedModelError(
                 f"a hook or a forward on module {' or '.join(touched)} changes what the model computes, which this rule "

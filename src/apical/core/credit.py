@@ -3,8 +3,9 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -25,6 +26,9 @@ Root = tuple[Tensor, Tensor | None]
 
 Phase = Literal["both", "forward", "feedback"]
 """What a call of a rule learns."""
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs (batch, ...) and their targets."""
 
 
 class OneRoot(torch.autograd.Function):
@@ -185,6 +189,36 @@ def _unflattened(tensors: Sequence[Tensor], names: tuple[str, ...]) -> Credit:
 register_pytree_node(Credit, _flattened, cast(Any, _unflattened), serialized_type_name="apical.Credit")
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What a rule measures of itself, see :meth:`CreditRule.measures`; metrics.jsonl has the numbers under these names.
+
+    Attributes:
+        network: numbers for the whole network.
+        layers: numbers for each layer, as in `{"0": {"sparseness": 0.9}}`.
+        depths: accuracy (0 to 1) on the test set of the classes read out at each layer (:func:`depth_accuracies`).
+    """
+
+    network: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    depths: Mapping[str, float] = field(default_factory=dict)
+
+
+def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: Iterable[Batch]) -> dict[str, float]:
+    """Accuracy (0 to 1) at each layer; empty where targets are numbers.
+
+    Args:
+        read_outs: inputs -> classes (batch,) by layer.
+        test: batches.
+    """
+    hits, samples = Counter[str](), 0
+    for inputs, targets in test:
+        if not targets.is_floating_point():
+            hits.update({name: int((classes == targets).sum()) for name, classes in read_outs(inputs).items()})
+        samples += len(targets)
+    return {name: count / samples for name, count in hits.items()}
+
+
 class CreditRule(nn.Module):
     """A credit-assignment rule: holds the model and the rule's own feedback parameters.
 
@@ -202,6 +236,7 @@ class CreditRule(nn.Module):
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
         random_per_sample: every sample gets random numbers of its own, so a batch twice over, or shared by two processes,
             is another draw.
+        repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
             "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
@@ -215,6 +250,7 @@ class CreditRule(nn.Module):
     output_alone: bool = False
     chains_errors: bool = False
     random_per_sample: bool = False
+    repeats: int = 1
     phase: Phase
     _placement: Placement | None = None
 
@@ -268,6 +304,15 @@ class CreditRule(nn.Module):
         Most rules have no such range, and do nothing.
         """
 
+    def restart(self) -> None:
+        """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
+
+    def accumulate(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; for diagnostics."""
+        self.restart()
+        for _ in range(self.repeats):
+            self(inputs, targets).backward()
+
     @property
     def remarks(self) -> list[str]:
         """How what is trained differs from the model as its modules say it, in sentences; empty where it does not."""
@@ -297,13 +342,16 @@ class CreditRule(nn.Module):
         """A summary of the placement, once it is known."""
         return "" if self._placement is None else f"placement: {self._placement.summary()}"
 
-    def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Populations that the rule compares with each other, (batch, d) both, by layer; empty where there are none."""
-        return {}
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """Quantities of this rule that are recorded after each epoch; none by default.
 
-    def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Classes (batch,) that can be read out at each depth, by layer; empty where only the output has them."""
-        return {}
+        The rule is in training mode; its gradients, buffers and random state are restored afterwards.
+
+        Args:
+            probe: the training samples on which alignment is measured, always the same (`--probe N`; 0 measures nothing).
+            test: the test set.
+        """
+        return Measures()
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """Trainable feedback weights that an optimiser may treat apart from the forward weights; empty where none are."""

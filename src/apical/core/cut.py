@@ -134,17 +134,17 @@ class CutRule(CreditRule):
             if not tensors(output):
                 raise _no_tensor(type(self).__name__, output)
             self._graded = [part.requires_grad for part in tensors(output)]
-        found = separate(self._cutting, trace, tensors(output), self.units == "activation", self.units != "activation")
-        if self.units == "activation" and not found.units and len(trace.sites) > 1:
+        separation = separate(self._cutting, trace, tensors(output), self.units == "activation", self.units != "activation")
+        if self.units == "activation" and not separation.units and len(trace.sites) > 1:
             raise UnsupportedModelError(
                 "no activation was called between the weighted layers, so there is no hidden unit to send a signal to; pass "
                 "units='auto' to cut between layers, or use activations"
             )
-        self._patterns |= found.patterns
-        self._shares = {**found.shares, **self._shares}
-        self._separation = found
-        self._firsts = {**first_uses(found), **self._firsts}
-        return found
+        self._patterns |= separation.patterns
+        self._shares = {**separation.shares, **self._shares}
+        self._separation = separation
+        self._firsts = {**first_uses(separation), **self._firsts}
+        return separation
 
     def run(self, inputs: Tensor) -> tuple[Any, list[Cut], Teacher]:
         """Forward pass with cuts: the model's output (batch, ...), its cuts, and the teacher to be told the signals.
@@ -232,8 +232,8 @@ def _remove(hooks: list[Any]) -> None:
 def _check_units(model: nn.Module, units: str | Sequence[str], named: list[str]) -> None:
     if isinstance(units, str) and units not in ("auto", "activation"):
         raise ConfigError(f"units must be 'auto', 'activation' or a list of names of modules, not {units!r}")
-    known = dict(model.named_modules())
-    unknown = [name for name in named if name not in known]
+    modules = dict(model.named_modules())
+    unknown = [name for name in named if name not in modules]
     if unknown:
         raise ConfigError(f"units names {', '.join(map(repr, unknown))}, but the model has no such module")
 

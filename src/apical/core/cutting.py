@@ -206,8 +206,8 @@ class Pass:
             at = self.at if self.is_cut(output) else vertex(output) if isinstance(output, Tensor) else None
             self.sites.append((name, at))
 
-    def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
-        """Cut at an activation's output, unless it has no unit of its own. `given` is its input."""
+    def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
+        """Cut at an activation's output, unless it has no unit of its own. `inputs` is what it is given."""
         if self.near is None:
             self.events.append(f"~{name}")
             return None
@@ -215,13 +215,13 @@ class Pass:
         if name in self.cutting.inside or name in self.cutting.tail or self.is_cut(output):
             self.events.append(f"~{name}")
             return None
-        return self.cut(name, output, output is given)
+        return self.cut(name, output, output is inputs)
 
-    def point(self, name: str, output: Any, given: Any = None) -> Tensor | None:
-        """Cut at a module's output. `given` is its input."""
+    def point(self, name: str, output: Any, inputs: Any = None) -> Tensor | None:
+        """Cut at a module's output. `inputs` is what it is given."""
         if not isinstance(output, Tensor) or self.is_cut(output):
             return None
-        return self.cut(self.number(name), output, output is given)
+        return self.cut(self.number(name), output, output is inputs)
 
     def left(self, name: str, output: Any) -> None:
         """A module's forward pass is over."""
@@ -305,14 +305,14 @@ class Trace(Pass):
         if at is not None:
             self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[name]))
 
-    def activation(self, name: str, output: Tensor, given: Any) -> Tensor | None:
+    def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
         """Note an activation's output."""
         first = self.near is None
         self._watch(output)
         self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
         return None
 
-    def point(self, name: str, output: Any, given: Any = None) -> Tensor | None:
+    def point(self, name: str, output: Any, inputs: Any = None) -> Tensor | None:
         """Noted as every module's output."""
         return None
 

@@ -94,9 +94,9 @@ def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Te
     def errors(output: Tensor) -> Tensor:
         """(rows * offsets, groups * rows, ...): one at one neuron of each group."""
         result = output.new_zeros(rows, len(offsets), shape.groups, rows, *output.shape[2:])
-        each = torch.arange(rows, device=output.device)
+        neurons = torch.arange(rows, device=output.device)
         for i, offset in enumerate(offsets):
-            at: tuple[Any, ...] = (each, i, slice(None), each, *(f + o for f, o in zip(first, offset, strict=True)))
+            at: tuple[Any, ...] = (neurons, i, slice(None), neurons, *(f + o for f, o in zip(first, offset, strict=True)))
             result[at] = 1.0
         return result.view(rows * len(offsets), shape.groups * rows, *output.shape[2:])
 
@@ -193,6 +193,6 @@ def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        for module, kept, own in zip(modules, attributes, buffers, strict=True):
-            module.__dict__.update(kept)
+        for module, saved, own in zip(modules, attributes, buffers, strict=True):
+            module.__dict__.update(saved)
             module._buffers.update(own)

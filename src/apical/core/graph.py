@@ -81,9 +81,9 @@ class Graph:
 
     def _open(self, at: Vertex) -> None:
         below: list[tuple[Any, int]] = [] if at[0].name() == SEVERED else list(at[0].next_functions)
-        known = [(child, number) for child, number in below if child is not None]
-        self.children[at] = [each for each in known if not hasattr(each[0], "variable")]
-        self.parameters[at] = [id(child.variable) for child, _ in known if hasattr(child, "variable")]
+        children = [(child, number) for child, number in below if child is not None]
+        self.children[at] = [pair for pair in children if not hasattr(pair[0], "variable")]
+        self.parameters[at] = [id(child.variable) for child, _ in children if hasattr(child, "variable")]
 
     def reach(self, output: Collection[Vertex], marks: Collection[Vertex], weighted: Collection[Vertex]) -> "Reached":
         """How errors travel when the graph is cut at `marks`, and the weights are at the `weighted` sites."""

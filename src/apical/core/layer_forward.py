@@ -72,8 +72,8 @@ class Attachment:
 
     def __init__(self, rule: object, layers: Iterable[nn.Module]) -> None:
         self.wrapped = [_wrapper(layer) for layer in layers]
-        for each in self.wrapped:
-            each.attached += 1
+        for item in self.wrapped:
+            item.attached += 1
         self._release = weakref.finalize(rule, _release, self.wrapped)
         self._release.atexit = False
 
@@ -88,8 +88,8 @@ def _wrapper(layer: nn.Module) -> Wrapped:
 
 
 def _release(wrapped: list[Wrapped]) -> None:
-    for each in wrapped:
-        each.release()
+    for item in wrapped:
+        item.release()
 
 
 def _itself(forward: Any) -> Any:

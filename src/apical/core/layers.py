@@ -206,7 +206,7 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
 
     It is known of PyTorch's types, also parametrised, pruned, or with weight or spectral norm, and of registered types.
     """
-    kind = next((each for each in type(layer).__mro__ if each in _LAYERS), None)
+    kind = next((base for base in type(layer).__mro__ if base in _LAYERS), None)
     applied = getattr(type(layer), "_conv_forward", None)
     if kind is None or not runs_own_forward(layer, _LAYERS[kind].forward):
         return None

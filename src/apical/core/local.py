@@ -4,6 +4,8 @@ Rules that know every layer's signal need no backward pass through the model. Th
 of the credit, so that gradients still arrive through autograd: they accumulate, and `DistributedDataParallel` sees them.
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,23 @@ def local_roots(
             summed = _summed(signal, geometry(layer))
             roots.append((bias, summed if product is None else factor * summed))
     return roots
+
+
+def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[torch.nn.Parameter]) -> list[Root]:
+    """What one block learns from signals at its outputs, as gradients of its parameters; its graph is freed at once.
+
+    A rule whose blocks hand no error to each other so holds the activities of one block at a time. A compiled graph keeps
+    them all: there the outputs themselves are the roots.
+
+    Args:
+        taught: outputs (batch, ...) with a graph that ends at the block's input, and their signals, of their shapes.
+        parameters: all that the graph may lead to.
+    """
+    roots: list[Root] = [(made, signal.to(made.dtype)) for made, signal in taught if made.requires_grad]
+    if torch.compiler.is_compiling() or not roots:
+        return roots
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
+    with torch.autocast(roots[0][0].device.type, enabled=False):
+        made, signals = [root for root, _ in roots], [signal for _, signal in roots]
+        gradients = torch.autograd.grad(made, learned, signals, allow_unused=True)
+    return [(p, gradient) for p, gradient in zip(learned, gradients, strict=True) if gradient is not None]

@@ -104,12 +104,12 @@ def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN))
         ConfigError: `loss` is one of PyTorch's modules, or a `functools.partial`, with such an option.
     """
     for name in names:
-        given = loss.keywords.get(name, PLAIN[name]) if isinstance(loss, partial) else PLAIN[name]
-        given = getattr(loss, name, given) if isinstance(loss, nn.modules.loss._Loss) else given
-        if given is not PLAIN[name] and (isinstance(given, Tensor) or given != PLAIN[name]):
+        option = loss.keywords.get(name, PLAIN[name]) if isinstance(loss, partial) else PLAIN[name]
+        option = getattr(loss, name, option) if isinstance(loss, nn.modules.loss._Loss) else option
+        if option is not PLAIN[name] and (isinstance(option, Tensor) or option != PLAIN[name]):
             if name == "reduction":
                 raise ConfigError(
-                    f"{rule} takes means over the batch itself, so a loss with reduction={given!r} would not scale the "
+                    f"{rule} takes means over the batch itself, so a loss with reduction={option!r} would not scale the "
                     "whole update; use reduction='mean', and scale credit.loss or the learning rate"
                 )
             raise ConfigError(

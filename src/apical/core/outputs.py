@@ -35,8 +35,8 @@ def output_errors(loss: Loss, output: Any, targets: Any, *, traced: bool = False
     real = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
     def value(parts: list[Tensor]) -> Tensor:
-        given = dict(zip(real, parts, strict=True))
-        return loss(tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], structure), targets)
+        parts_at = dict(zip(real, parts, strict=True))
+        return loss(tree_unflatten([parts_at.get(i, leaf) for i, leaf in enumerate(leaves)], structure), targets)
 
     return loss_and_errors(value, [leaves[i] for i in real], traced)
 

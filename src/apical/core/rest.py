@@ -57,10 +57,10 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
 
 def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tensor, Tensor]]:
-    kept = [t for m in modules for t in m._buffers.values() if t is not None]
+    tensors = [t for m in modules for t in m._buffers.values() if t is not None]
     if parameters:
-        kept += [t for m in modules for t in m._parameters.values() if t is not None]
-    return [(t, t.detach().clone()) for t in {id(t): t for t in kept}.values()]
+        tensors += [t for m in modules for t in m._parameters.values() if t is not None]
+    return [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:

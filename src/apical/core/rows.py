@@ -56,19 +56,23 @@ class Rows(TorchFunctionMode):
 
     def of(self, tensor: Tensor) -> Labels | None:
         """Labels of a tensor; None where each row is its own sample, or nothing is known."""
-        found: Labels | None = self.labels.get(tensor)
-        if found is None or not _is_known(found) or (found[0] == 0 and torch.equal(found[1], _numbers(self.batch, tensor))):
+        labels: Labels | None = self.labels.get(tensor)
+        if (
+            labels is None
+            or not _is_known(labels)
+            or (labels[0] == 0 and torch.equal(labels[1], _numbers(self.batch, tensor)))
+        ):
             return None
-        return found
+        return labels
 
     def moves(self, tensor: Tensor, folds: set[int]) -> bool:
         """Whether samples must be followed; where places are only folded into rows, their number goes to `folds`."""
-        found = self.of(tensor)
-        if found is None:
+        labels = self.of(tensor)
+        if labels is None:
             return False
-        axis, owners = found
-        each = len(owners) // max(self.batch, 1)
-        if axis == 0 and torch.equal(owners, _numbers(self.batch, tensor).repeat_interleave(each)):
+        axis, owners = labels
+        size = len(owners) // max(self.batch, 1)
+        if axis == 0 and torch.equal(owners, _numbers(self.batch, tensor).repeat_interleave(size)):
             folds.add(len(owners))
             return False
         return True
@@ -86,8 +90,8 @@ class Rows(TorchFunctionMode):
     ) -> Any:
         """Make the call, and label its result."""
         result = func(*args, **(kwargs or {}))
-        given = [t for t in _tensors((args, kwargs)) if t in self.labels]
-        if given:
+        inputs = [t for t in _tensors((args, kwargs)) if t in self.labels]
+        if inputs:
             name = getattr(func, "__name__", "")
             if name in WRITING:
                 self._write(WRITING[name], args, args[0] if name == "__setitem__" else result)
@@ -97,7 +101,7 @@ class Rows(TorchFunctionMode):
                 self._move(func, args, kwargs or {}, result)
             else:
                 for tensor in _tensors(result):
-                    self._inherit(tensor, given)
+                    self._inherit(tensor, inputs)
         return result
 
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -108,9 +112,9 @@ class Rows(TorchFunctionMode):
         except (RuntimeError, TypeError, IndexError):
             return  # a view that expanded labels do not allow
         for tensor, labels in zip(_tensors(result), _tensors(moved), strict=True):
-            found = _condensed(labels)
-            if found is not None and tensor.shape == labels.shape:
-                self.labels[tensor] = found
+            condensed = _condensed(labels)
+            if condensed is not None and tensor.shape == labels.shape:
+                self.labels[tensor] = condensed
 
     def _write(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         target, *rest, source = args if len(args) > 2 else (args[0], None)
@@ -119,25 +123,25 @@ class Rows(TorchFunctionMode):
         labels = self._spread(target).clone()
         try:
             getattr(labels, name)(*rest, self._spread(source))
-            found = _condensed(labels)
+            condensed = _condensed(labels)
         except (RuntimeError, TypeError, IndexError):
-            found = None
+            condensed = None
         self.labels.pop(result, None)
-        if found is not None:
-            self.labels[result] = found
+        if condensed is not None:
+            self.labels[result] = condensed
 
     def _spread(self, value: Any) -> Any:
         """A tensor's labels in its shape; whatever has no labels as it is, if it is an index, else -1."""
         if not isinstance(value, Tensor):
             return value
-        found = self.labels.get(value)
-        if found is None:
+        labels = self.labels.get(value)
+        if labels is None:
             return value if not value.is_floating_point() else value.new_full((), -1, dtype=torch.int32).expand(value.shape)
-        axis, owners = found
+        axis, owners = labels
         return owners.view([-1 if i == axis else 1 for i in range(value.dim())]).expand(value.shape)
 
-    def _inherit(self, tensor: Tensor, given: list[Tensor]) -> None:
-        for other in given:
+    def _inherit(self, tensor: Tensor, inputs: list[Tensor]) -> None:
+        for other in inputs:
             if not _is_known(self.labels[other]):
                 continue
             axis, owners = self.labels[other]

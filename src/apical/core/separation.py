@@ -51,17 +51,17 @@ def base(name: str) -> str:
     return name.partition("#")[0]
 
 
-def first_uses(found: Separation) -> dict[str, str]:
+def first_uses(separation: Separation) -> dict[str, str]:
     """Units that are used again, as at each step of a recurrent network: for each, the first with the same layers in it.
 
     An activation module that several layers share makes different units.
     """
-    layers: dict[str, set[str]] = {unit: set() for unit in found.units}
-    for layer, calls in found.paths.items():
+    layers: dict[str, set[str]] = {unit: set() for unit in separation.units}
+    for layer, calls in separation.paths.items():
         for unit in (unit for above, _ in calls for unit in above if unit in layers):
             layers[unit].add(layer)
     firsts: dict[tuple[str, frozenset[str]], str] = {}
-    return {unit: firsts.setdefault((base(unit), frozenset(layers[unit])), unit) for unit in found.units}
+    return {unit: firsts.setdefault((base(unit), frozenset(layers[unit])), unit) for unit in separation.units}
 
 
 def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: bool, mends: bool) -> Separation:

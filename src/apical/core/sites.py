@@ -69,16 +69,16 @@ class Site:
 
 def graph_leaves(loss: Tensor) -> set[int]:
     """Identities of the tensors whose gradient the graph of `loss` leads to."""
-    found, seen, stack = set(), set(), [loss.grad_fn]
+    leaves, seen, stack = set(), set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            leaves.add(id(node.variable))
         stack.extend(below for below, _ in node.next_functions)
-    return found
+    return leaves
 
 
 def trains_before(model: nn.Module, first: str) -> bool:

@@ -95,11 +95,11 @@ def signature(optimizer: Optimizer) -> Signature:
     return [(group, len(group["params"])) for group in optimizer.param_groups]
 
 
-def unchanged(optimizer: Optimizer, known: Signature) -> bool:
-    """Whether the optimiser still has the groups of `known`."""
+def unchanged(optimizer: Optimizer, before: Signature) -> bool:
+    """Whether the optimiser still has the groups of `before`."""
     groups = optimizer.param_groups
-    return len(groups) == len(known) and all(
-        group is old and len(group["params"]) == size for group, (old, size) in zip(groups, known, strict=True)
+    return len(groups) == len(before) and all(
+        group is old and len(group["params"]) == size for group, (old, size) in zip(groups, before, strict=True)
     )
 
 
@@ -111,8 +111,8 @@ def is_hooked(optimizer: Optimizer) -> bool:
 
 def skipped(optimizer: Optimizer) -> bool:
     """Whether a `GradScaler` found infinities and a fused step left everything as it was."""
-    found: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.sum() > 0)
+    infinities: Tensor | None = getattr(optimizer, "found_inf", None)
+    return infinities is not None and bool(infinities.sum() > 0)
 
 
 def distributed() -> bool:

@@ -90,10 +90,10 @@ class Steps:
 
     def concerns(self, optimizer: Optimizer) -> bool:
         """Whether it holds a weight or an R of the rule."""
-        known = self._known.get(optimizer)
-        if known is None or not unchanged(optimizer, known[0]):
-            known = self._known[optimizer] = (signature(optimizer), self._places(optimizer))
-        return bool(known[1])
+        entry = self._known.get(optimizer)
+        if entry is None or not unchanged(optimizer, entry[0]):
+            entry = self._known[optimizer] = (signature(optimizer), self._places(optimizer))
+        return bool(entry[1])
 
     def _places(self, optimizer: Optimizer) -> Places:
         rule, places = self._rule(), {}
@@ -145,11 +145,11 @@ class Steps:
 
     def taps(self) -> dict[str, Tensor]:
         """At first and now and then: weights of closed layers, which tell the rule's own gradient from others."""
-        found = {}
+        taps = {}
         for name, arrival in self._arrivals.items() if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
             if arrival.sampled and name in self._watches and self.rule.mismatch_of(name) is not None:
-                found[f"{name}.weight".lstrip(".")] = noted(self._watches[name].parameter, arrival)
-        return found
+                taps[f"{name}.weight".lstrip(".")] = noted(self._watches[name].parameter, arrival)
+        return taps
 
     def moving(self, name: str) -> bool:
         """Whether a layer in closed form has a velocity."""
@@ -352,7 +352,7 @@ def _hooked(weight: Tensor) -> bool:
     return bool(weight._backward_hooks) or not all(isinstance(hook, Arrival) for hook in after)
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
+def _equal(actual: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding."""
     allowed = 1e3 * torch.finfo(expected.dtype).eps
-    return found.shape == expected.shape and bool((found - expected).norm() <= allowed * expected.norm())
+    return actual.shape == expected.shape and bool((actual - expected).norm() <= allowed * expected.norm())

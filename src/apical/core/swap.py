@@ -51,12 +51,12 @@ class Swap(saved_tensors_hooks):
     def unpack(self, packed: tuple[Tensor | None, bool, int]) -> Tensor:
         """The feedback weight, or the tensor that was kept, unless it was changed since."""
         saved, transposed, version = packed
-        kept = self._weight() if saved is None else saved
-        if kept._version != version:
+        weight = self._weight() if saved is None else saved
+        if weight._version != version:
             raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
         if saved is not None:
             return saved
         feedback = self.feedback()
-        if feedback.dtype != kept.dtype or feedback.device != kept.device:  # the model was moved without the rule
-            feedback = feedback.to(kept)
+        if feedback.dtype != weight.dtype or feedback.device != weight.device:  # the model was moved without the rule
+            feedback = feedback.to(weight)
         return feedback.T if transposed else feedback

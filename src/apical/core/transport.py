@@ -34,10 +34,10 @@ def geometry(layer: nn.Module) -> Geometry | None:
     Raises:
         UnsupportedModelError: no map is known for this type; :func:`apical.register_layer` makes others known.
     """
-    known = geometry_of_type(type(layer))
-    if known is None:
+    make = geometry_of_type(type(layer))
+    if make is None:
         raise UnsupportedModelError(f"no feedback transport is known for {type(layer).__name__}")
-    return known(layer)
+    return make(layer)
 
 
 def geometry_of_type(kind: type) -> Callable[[Any], Geometry | None] | None:

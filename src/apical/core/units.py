@@ -106,9 +106,9 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_names(model: nn.Module, exact: Collection[str]) -> None:
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    unknown = [name for name in exact if name not in known]
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unknown = [name for name in exact if name not in names]
     if unknown:
         raise UnsupportedModelError(f"exact names {_listed(unknown)}, but the model has no such module or parameter")
 

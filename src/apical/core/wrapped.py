@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from apical.core.credit import Credit, CreditRule, Loss, Phase
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Phase
 from apical.core.transport import Geometry, as_matrix, from_matrix
 from apical.errors import ConfigError
 
@@ -47,7 +47,7 @@ class WrappedRule(CreditRule):
         rule.require_attached()
         self.rule = rule
         self.feed_forward, self.two_phase, self.chains_errors = rule.feed_forward, rule.two_phase, rule.chains_errors
-        self.random_per_sample = rule.random_per_sample
+        self.random_per_sample, self.repeats = rule.random_per_sample, rule.repeats
         self._prefix = _model_prefix(rule)
         self._hooks: list[Any] = []
         self._attached, self._is_fresh = True, False
@@ -103,6 +103,10 @@ class WrappedRule(CreditRule):
         """The wrapped rule's constraints."""
         self.rule.constrain_()
 
+    def restart(self) -> None:
+        """The wrapped rule forgets the batch."""
+        self.rule.restart()
+
     @property
     def remarks(self) -> list[str]:
         """The wrapped rule's remarks."""
@@ -120,13 +124,9 @@ class WrappedRule(CreditRule):
         """The wrapped rule's paths: a wrapper changes sizes of errors and updates, not where they come from."""
         return self.rule.credit_paths(inputs)
 
-    def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The wrapped rule's pairs."""
-        return self.rule.pairs(inputs, targets)
-
-    def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """The wrapped rule's read-outs."""
-        return self.rule.read_outs(inputs)
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """What the wrapped rule measures of itself."""
+        return self.rule.measures(probe, test)
 
     def detach(self) -> nn.Module:
         """Detach wrapper and wrapped rule from the model, and return it."""

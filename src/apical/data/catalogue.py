@@ -265,12 +265,12 @@ ENTRIES: dict[str, Entry] = {
 
 
 def _student_teacher(outputs: int) -> Entry:
-    made = Made(
+    maker = Made(
         "a fixed random teacher", partial(student_teacher.make, outputs), student_teacher.TRAIN, student_teacher.TEST
     )
     what = f"regression: {student_teacher.INPUTS} numbers to {outputs}, by a random ReLU network"
     shape, zeros, ones = (student_teacher.INPUTS,), (0.0,) * student_teacher.INPUTS, (1.0,) * student_teacher.INPUTS
-    return Entry(what, outputs, shape, zeros, ones, (), high=1.0, made=made, targets="numbers")
+    return Entry(what, outputs, shape, zeros, ones, (), high=1.0, made=maker, targets="numbers")
 
 
 ENTRIES |= {

@@ -70,9 +70,9 @@ def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:
     """
     numbers = targets.is_floating_point() and targets.dim() > 1
     if inputs.dim() < 2 or (targets.shape[1:] != (classes,) if numbers else targets.dim() != 1):
-        wanted = f"numbers (N, {classes})" if numbers else "labels (N,)"
+        shape_in_words = f"numbers (N, {classes})" if numbers else "labels (N,)"
         shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
-        raise DataError(f"{where}: expected images (N, ...) and {wanted}; got shapes {shapes}")
+        raise DataError(f"{where}: expected images (N, ...) and {shape_in_words}; got shapes {shapes}")
     if len(inputs) != len(targets):
         raise DataError(f"{where}: {len(inputs)} images but {len(targets)} {'targets' if numbers else 'labels'}")
     if len(inputs) == 0 or inputs.numel() == 0:

@@ -28,10 +28,10 @@ def fetch(name: str, root: Path | None = None) -> Path:
     Files already there with the right checksum are kept, interrupted downloads go on where they stopped.
     Raises `ConfigError` for an unknown or embedded set, `DataError` (one line) when a download fails.
     """
-    known = entry(name)
-    remote = known.remote
+    dataset = entry(name)
+    remote = dataset.remote
     if remote is None:
-        source = known.made.source if known.made is not None else "the user"
+        source = dataset.made.source if dataset.made is not None else "the user"
         raise ConfigError(f"{name} comes from {source}: there is nothing to fetch")
     top = cache_folder() if root is None else Path(root).expanduser()
     folder = top / remote.folder
@@ -59,8 +59,8 @@ def _download(url: str, checksum: str, target: Path) -> Path:
     for attempt in (1, 2):
         resumed = part.exists()
         try:
-            known = f"{_algorithm(checksum)}:{checksum}"
-            pooch.retrieve(url, known_hash=known, fname=target.name, path=target.parent, downloader=Resume(part))
+            digest = f"{_algorithm(checksum)}:{checksum}"
+            pooch.retrieve(url, known_hash=digest, fname=target.name, path=target.parent, downloader=Resume(part))
             return target
         except requests.RequestException as error:
             raise DataError(_reason(url, part, error)) from error
@@ -79,8 +79,8 @@ def _reason(url: str, part: Path, error: requests.RequestException) -> str:
         problem = f"the connection to {host} broke"
     else:
         problem = f"cannot reach {host}; are you offline?"
-    kept = f" ({part.stat().st_size:,} bytes are kept: run the command again to continue)" if part.exists() else ""
-    return f"download of {url} failed: {problem}{kept}"
+    remainder = f" ({part.stat().st_size:,} bytes are kept: run the command again to continue)" if part.exists() else ""
+    return f"download of {url} failed: {problem}{remainder}"
 
 
 class Resume:

@@ -35,8 +35,8 @@ def read_idx(path: Path, dimensions: int, remedy: str = "replace it") -> NDArray
     if len(content) < header:
         raise DataError(f"{path} is truncated: {len(content)} bytes, its header alone has {header}; {remedy}")
     if content[:4] != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
-        found = content[:4].hex(" ")
-        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions (it starts {found}); {remedy}")
+        magic = content[:4].hex(" ")
+        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions (it starts {magic}); {remedy}")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
     expected = header + math.prod(shape)
     if len(content) != expected:

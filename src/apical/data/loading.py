@@ -35,17 +35,17 @@ def names() -> list[str]:
 def status() -> list[Status]:
     """One row for every data set, found or not, without reading the images."""
     rows = []
-    for name, known in ENTRIES.items():
-        if known.made is not None:
-            rows.append(Status(name, known.what, known.made.source, f"{known.made.train:,} + {known.made.test:,}"))
+    for name, dataset in ENTRIES.items():
+        if dataset.made is not None:
+            rows.append(Status(name, dataset.what, dataset.made.source, f"{dataset.made.train:,} + {dataset.made.test:,}"))
             continue
-        found = _find(known, None)
-        if found is None:
-            rows.append(Status(name, known.what, f"not found: apical data fetch {name}", ""))
+        place = _find(dataset, None)
+        if place is None:
+            rows.append(Status(name, dataset.what, f"not found: apical data fetch {name}", ""))
             continue
-        layout, _, root = found
+        layout, _, root = place
         images = f"{layout.train:,} + {layout.test:,}" + (f" ({layout.note})" if layout.note else "")
-        rows.append(Status(name, known.what, str(root / layout.folder), images))
+        rows.append(Status(name, dataset.what, str(root / layout.folder), images))
     return rows
 
 
@@ -72,7 +72,7 @@ def load(
     """
     if name not in ENTRIES and own.is_own(name):
         return _own(name, validation, train_limit, test_limit, seed, numbers)
-    known = entry(name)
+    about = entry(name)
     for option, value in (("train_limit", train_limit), ("test_limit", test_limit)):
         if value is not None and value <= 0:
             raise ConfigError(f"{option} must be at least 1; got {value}")
@@ -82,20 +82,20 @@ def load(
     if arrays.train is None:
         raise DataError(f"{name} in {source} has no training split; run: apical data fetch {name}")
 
-    train = _tensors(*arrays.train, known, f"{name} train split")
-    test = _tensors(*arrays.test, known, f"{name} test split")
+    train = _tensors(*arrays.train, about, f"{name} train split")
+    test = _tensors(*arrays.test, about, f"{name} test split")
     if validation >= len(train[1]):
         raise ConfigError(f"validation={validation} leaves none of the {len(train[1])} training images of {name}")
-    held_out, kept = _held_out(len(train[1]), validation, train_limit, seed, f"train_limit for {name}")
+    held_out, train_kept = _held_out(len(train[1]), validation, train_limit, seed, f"train_limit for {name}")
     _, test_kept = _held_out(len(test[1]), 0, test_limit, seed, f"test_limit for {name}")
     return Dataset(
         name=name,
-        train=_split(*train, kept, known),
-        validation=_split(*train, held_out, known) if validation else None,
-        test=_split(*test, test_kept, known),
-        classes=known.classes,
-        mean=known.mean,
-        std=known.std,
+        train=_split(*train, train_kept, about),
+        validation=_split(*train, held_out, about) if validation else None,
+        test=_split(*test, test_kept, about),
+        classes=about.classes,
+        mean=about.mean,
+        std=about.std,
         source=source,
     )
 
@@ -104,13 +104,13 @@ def _own(name: str, validation: int, train_limit: int | None, test_limit: int | 
     data = own.read(name, numbers=numbers)
     if validation >= len(data.train[1]):
         raise ConfigError(f"validation={validation} leaves none of the {len(data.train[1])} training samples of {name}")
-    held_out, kept = _held_out(len(data.train[1]), validation, train_limit, seed, f"train_limit for {name}")
+    held_out, train_kept = _held_out(len(data.train[1]), validation, train_limit, seed, f"train_limit for {name}")
     _, test_kept = _held_out(len(data.test[1]), 0, test_limit, seed, f"test_limit for {name}")
     return Dataset(
         name=name,
-        train=Split(*(each[kept] for each in data.train)),
-        validation=Split(*(each[held_out] for each in data.train)) if validation else None,
-        test=Split(*(each[test_kept] for each in data.test)),
+        train=Split(*(part[train_kept] for part in data.train)),
+        validation=Split(*(part[held_out] for part in data.train)) if validation else None,
+        test=Split(*(part[test_kept] for part in data.test)),
         classes=data.classes,
         mean=(),
         std=(),
@@ -123,54 +123,54 @@ def _own(name: str, validation: int, train_limit: int | None, test_limit: int | 
 
 def read(name: str, root: Path | None = None) -> tuple[Arrays, str]:
     """Raw arrays of a data set and, in words, where they are from; raises as `load` does."""
-    known = entry(name)
-    if known.made is not None:
-        return known.made.make(), known.made.source
-    found = _find(known, root)
-    if found is None:
-        raise DataError(f"{name} not found: looked in {_looked(known, root)}; run: apical data fetch {name}")
-    layout, place, folder = found
+    dataset = entry(name)
+    if dataset.made is not None:
+        return dataset.made.make(), dataset.made.source
+    source = _find(dataset, root)
+    if source is None:
+        raise DataError(f"{name} not found: looked in {_looked(dataset, root)}; run: apical data fetch {name}")
+    layout, place, folder = source
     remedy = f"delete it and run: apical data fetch {name}"
     note = f", {layout.note}" if layout.note else ""
     return layout.read(folder / layout.folder, remedy), f"{layout.folder} ({place}{note})"
 
 
-def _find(known: Entry, root: Path | None) -> tuple[Layout, str, Path] | None:
+def _find(dataset: Entry, root: Path | None) -> tuple[Layout, str, Path] | None:
     """The first whole copy in the order of the folders; partial ones only when there is no whole one."""
     places = roots(root)
     for wants_whole in (True, False):
         for place, folder in places:
-            for layout in known.layouts:
+            for layout in dataset.layouts:
                 if wants_whole != bool(layout.note) and layout.missing(folder) == []:
                     return layout, place, folder
     return None
 
 
-def _looked(known: Entry, root: Path | None) -> str:
+def _looked(dataset: Entry, root: Path | None) -> str:
     """Every folder searched, with what is missing where a copy is incomplete."""
     parts = []
     for _, folder in roots(root):
         lacking = [
             f"{layout.folder} there lacks {', '.join(missing)}"
-            for layout in known.layouts
+            for layout in dataset.layouts
             if (missing := layout.missing(folder))
         ]
         parts.append(f"{folder} ({lacking[0]})" if lacking else str(folder))
     return " and ".join(parts)
 
 
-def _tensors(images: NDArray[Any], labels: NDArray[Any], known: Entry, where: str) -> tuple[Tensor, Tensor]:
+def _tensors(images: NDArray[Any], labels: NDArray[Any], dataset: Entry, where: str) -> tuple[Tensor, Tensor]:
     """Checked raw images (N, C, H, W), without a copy where possible, and int64 labels (N,) or float32 numbers (N, M)."""
-    wanted = "f" if known.targets == "numbers" else "ui"
-    if images.dtype.kind not in "uif" or labels.dtype.kind not in wanted:
+    kinds = "f" if dataset.targets == "numbers" else "ui"
+    if images.dtype.kind not in "uif" or labels.dtype.kind not in kinds:
         raise DataError(f"{where}: expected numbers; got images {images.dtype} and labels {labels.dtype}")
-    if images.shape[1:] != known.shape:
-        expected, found = ("x".join(map(str, shape)) for shape in (known.shape, images.shape[1:]))
-        raise DataError(f"{where}: expected images {expected}; got {found}")
+    if images.shape[1:] != dataset.shape:
+        expected, actual = ("x".join(map(str, shape)) for shape in (dataset.shape, images.shape[1:]))
+        raise DataError(f"{where}: expected images {expected}; got {actual}")
     plain = images.dtype if images.dtype in (np.dtype(np.uint8), np.dtype(np.int16)) else np.dtype(np.float32)
     pixels = torch.from_numpy(np.require(images, plain, ["C", "W"]))
-    targets = torch.from_numpy(labels.astype(np.float32 if known.targets == "numbers" else np.int64))
-    check(pixels, targets, known.classes, where)
+    targets = torch.from_numpy(labels.astype(np.float32 if dataset.targets == "numbers" else np.int64))
+    check(pixels, targets, dataset.classes, where)
     return pixels, targets
 
 
@@ -180,19 +180,19 @@ def _held_out(total: int, held: int, limit: int | None, seed: int, what: str) ->
     if limit is not None and limit > available:
         raise ConfigError(f"{what} is {limit}, but only {available} images are available")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    kept = order[held : held + (available if limit is None else limit)]
-    return order[:held].sort().values, kept.sort().values
+    rest = order[held : held + (available if limit is None else limit)]
+    return order[:held].sort().values, rest.sort().values
 
 
-def _split(images: Tensor, targets: Tensor, index: Tensor, known: Entry) -> Split:
+def _split(images: Tensor, targets: Tensor, index: Tensor, dataset: Entry) -> Split:
     """The chosen images, normalised chunk by chunk so that the passes stay in the processor's cache."""
     channels = (1, -1, *[1] * (images.dim() - 2))
-    mean, std = (torch.tensor(values).view(channels) for values in (known.mean, known.std))
+    mean, std = (torch.tensor(values).view(channels) for values in (dataset.mean, dataset.std))
     inputs = torch.empty((len(index), *images.shape[1:]))
     for start in range(0, len(index), _CHUNK):
         chunk = inputs[start : start + _CHUNK]
         chunk.copy_(images[index[start : start + _CHUNK]])
-        if known.low:
-            chunk.sub_(known.low)
-        chunk.div_(known.high - known.low).sub_(mean).div_(std)
-    return Split(inputs, inputs.flatten(1) if known.targets == "images" else targets[index])
+        if dataset.low:
+            chunk.sub_(dataset.low)
+        chunk.div_(dataset.high - dataset.low).sub_(mean).div_(std)
+    return Split(inputs, inputs.flatten(1) if dataset.targets == "images" else targets[index])

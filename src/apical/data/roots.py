@@ -8,9 +8,9 @@ from apical.errors import DataError
 
 def cache_folder() -> Path:
     """$APICAL_CACHE, or the user's cache folder for apical (which need not exist yet)."""
-    chosen = os.environ.get("APICAL_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    folder = os.environ.get("APICAL_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     import pooch
 
     return Path(pooch.os_cache("apical"))
@@ -27,7 +27,7 @@ def roots(root: Path | None) -> list[tuple[str, Path]]:
             raise DataError(f"data folder {root} does not exist")
         return [("given folder", root)]
     places = [("cache folder", cache_folder())]
-    chosen = os.environ.get("APICAL_DATA")
-    if chosen:
-        places.insert(0, ("$APICAL_DATA", Path(chosen).expanduser()))
+    folder = os.environ.get("APICAL_DATA")
+    if folder:
+        places.insert(0, ("$APICAL_DATA", Path(folder).expanduser()))
     return places

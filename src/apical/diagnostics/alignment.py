@@ -85,7 +85,8 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
         if is_weighted(module) and module.weight.is_leaf and module.weight.requires_grad
     }
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
-        rule(inputs, targets).backward()
+        rule.accumulate(inputs, targets)
+        rule.restart()
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         loss = rule.loss(rule.answer(inputs), targets)

@@ -25,8 +25,8 @@ def kernel_matrices(network: Network, parameters: Parameters, inputs: Tensor) ->
     """`J_W J_W^T` of each sample: (batch, n_L, n_L), by one vjp per output and sample."""
 
     def one(sample: Tensor) -> Tensor:
-        made = vjp(lambda p: network(p, sample[None]).flatten(), parameters)
-        output, pullback = made[0], made[1]
+        result = vjp(lambda p: network(p, sample[None]).flatten(), parameters)
+        output, pullback = result[0], result[1]
         (rows,) = vmap(pullback)(torch.eye(len(output), dtype=output.dtype, device=output.device))
         flat = torch.cat([row.flatten(1) for row in rows.values()], 1)
         return flat @ flat.mT
@@ -56,9 +56,9 @@ def loss_curvature_product(
     output: Callable[[Parameters], Tensor], loss: Callable[[Tensor], Tensor], parameters: Parameters
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """`x -> J_W^T H J_W x` on flat vectors (parameters,), and the flat gradient `J_W^T dL/dr`."""
-    made = vjp(output, parameters)
-    bent = vjp(grad(loss), made[0])
-    pullback, hessian = made[1], bent[1]
+    result = vjp(output, parameters)
+    bent = vjp(grad(loss), result[0])
+    pullback, hessian = result[1], bent[1]
 
     def flat(change: Parameters) -> Tensor:
         return torch.cat([change[name].flatten() for name in parameters])

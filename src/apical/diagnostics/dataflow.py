@@ -101,6 +101,8 @@ class Dataflow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation, and its trace."""
         kwargs = kwargs or {}
+        if func.__name__.startswith("_foreach_"):
+            return self._each(func, args, kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -120,6 +122,17 @@ class Dataflow(TorchDispatchMode):
                 self._write(tensor, trace)
         for tensor in _written(func, args, kwargs):
             self._write(tensor, trace)
+        return result
+
+    def _each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation on lists, which is one of its own for every place in them."""
+        result = func(*args, **kwargs)
+        lists = [value for value in args if isinstance(value, (list, tuple))]
+        alone = [self.trace(value) for value in args if isinstance(value, Tensor)]
+        for place, tensor in enumerate(lists[0] if result is None else result):  # None: in place
+            parts = [each[place] for each in lists if len(each) > place]
+            traces = [self.trace(part) for part in parts if isinstance(part, Tensor)]
+            self._write(tensor, joined([*traces, *alone], 0, self.last))
         return result
 
     def _note(self, args: tuple[Any, ...], places: tuple[int, ...], forward: set[int]) -> None:
@@ -147,5 +160,5 @@ def recorded(rule: Any, weights: Mapping[str, Tensor], inputs: Tensor, targets: 
     rule.zero_grad()
     flow = Dataflow(weights, inputs, targets)
     with flow:
-        rule(inputs, targets).backward()
+        rule.accumulate(inputs, targets)
     return flow

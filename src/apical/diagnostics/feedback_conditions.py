@@ -18,6 +18,9 @@ from torch import Tensor
 
 from apical.core.chain import States
 from apical.errors import unknown_name
+from apical.rules.feedback_control.states import condition_two, control_matrix, gram_matrix
+
+__all__ = ["condition_one", "condition_three", "condition_two", "control_matrix", "feedback_angles"]
 
 
 def condition_one(states: States, form: Literal["paper", "code"] = "paper") -> Tensor:
@@ -37,32 +40,6 @@ def condition_one(states: States, form: Literal["paper", "code"] = "paper") -> T
     mean = norms.mean(0)
     variance = norms.var(0, correction=0)
     return variance.sqrt() / mean if form == "paper" else (variance / mean).sqrt()
-
-
-@torch.no_grad()
-def control_matrix(jacobian: Sequence[Tensor], feedback: Iterable[Tensor]) -> Tensor:
-    """`J Q = sum_i J_i Q_i`: (batch, n_L, n_L), of blocks J_i (batch, n_L, n_i) and Q_i (n_i, n_L)."""
-    blocks = (block @ weight.detach() for block, weight in zip(jacobian, feedback, strict=True))
-    return sum(blocks, jacobian[0].new_zeros(()))
-
-
-@torch.no_grad()
-def condition_two(jacobian: Sequence[Tensor], feedback: Iterable[Tensor]) -> Tensor:
-    """Share of Q in the row space of J, `|P Q| / |Q|` (Frobenius): (batch,), 1 where Condition 2 holds.
-
-    `|P Q|^2 = tr(M^T (J J^T)^+ M)` with M = J Q, so only n_L x n_L matrices are inverted.
-
-    Args:
-        jacobian: J_i = d r_L / d v_i, each (batch, n_L, n_i).
-        feedback: Q_i, each (n_i, n_L).
-    """
-    feedback = list(feedback)
-    product = control_matrix(jacobian, feedback)
-    gram = _gram(jacobian)
-    inside = (product * (torch.linalg.pinv(gram, hermitian=True) @ product)).sum((1, 2))
-    size = sum((weight.square().sum() for weight in feedback), gram.new_zeros(()))
-    share: Tensor = (inside / size).sqrt()
-    return share
 
 
 def condition_three(jacobian: Sequence[Tensor], feedback: Iterable[Tensor], alpha: float) -> Tensor:
@@ -94,7 +71,7 @@ def feedback_angles(
     """
     stacked = torch.cat([weight.detach() for weight in feedback])
     transpose = torch.cat([block.mT for block in jacobian], 1)
-    gram = _gram(jacobian)
+    gram = gram_matrix(jacobian)
     damped = gram + damping * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     candidates = {
         "transpose": transpose,
@@ -104,11 +81,6 @@ def feedback_angles(
     if average:
         candidates = {name: candidate.mean(0, keepdim=True) for name, candidate in candidates.items()}
     return {name: _angle_each(stacked, candidate) for name, candidate in candidates.items()}
-
-
-def _gram(jacobian: Sequence[Tensor]) -> Tensor:
-    """`J J^T`: (batch, n_L, n_L)."""
-    return sum((block @ block.mT for block in jacobian), jacobian[0].new_zeros(()))
 
 
 def _angle_each(one: Tensor, many: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def gauss_newton_targets(chain: Chain, states: States, delta: Tensor, damping: f
     """
     _require_damping(damping)
     delta = delta.flatten(1)
-    found = [delta]
+    targets = [delta]
     for i, block in list(enumerate(output_jacobian(chain, states)))[:0:-1]:
         # J_{i-1} = R_i W_i: (batch, n_L, n_{i-1})
         below = chain.stages[i].transposed(block.reshape(-1, chain.stages[i].size)).view(len(delta), delta.shape[1], -1)
@@ -153,8 +153,8 @@ def gauss_newton_targets(chain: Chain, states: States, delta: Tensor, damping: f
             moved = below.mT @ torch.linalg.solve(below @ below.mT + damping * eye, delta.unsqueeze(-1))
         else:
             moved = torch.linalg.pinv(below) @ delta.unsqueeze(-1)
-        found.insert(0, moved.squeeze(-1))
-    return found
+        targets.insert(0, moved.squeeze(-1))
+    return targets
 
 
 def gauss_newton_direction(
@@ -208,8 +208,8 @@ def gauss_newton_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor, da
     Raises:
         UnsupportedModelError: a module mixes the samples even in evaluation mode.
     """
-    asked, delta = requested_change(rule, inputs, targets)
-    return _angles(rule.model, asked, gauss_newton_update(rule.model, inputs, delta, damping, names=asked))
+    change, delta = requested_change(rule, inputs, targets)
+    return _angles(rule.model, change, gauss_newton_update(rule.model, inputs, delta, damping, names=change))
 
 
 def minimum_norm_alignment(
@@ -235,11 +235,11 @@ def minimum_norm_alignment(
     """
     own = getattr(rule, "chain", None)
     chain = own if isinstance(own, Chain) else Chain(rule.model, inputs.shape[1:])
-    asked, delta = requested_change(rule, inputs, targets)
+    change, delta = requested_change(rule, inputs, targets)
     nudge = getattr(rule, "nudge", 1e-3) if nudge is None else nudge
     voltage = getattr(rule, "difference", None) == "voltage"  # other rules have other things of this name
     target = minimum_norm_update(chain, inputs, nudge * delta, damping, "voltage" if voltage else "rate")
-    return _angles(rule.model, asked, target)
+    return _angles(rule.model, change, target)
 
 
 def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[Update, Tensor]:
@@ -252,8 +252,8 @@ def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple
         credit = rule(inputs, targets)
         output = credit.output.detach()
         credit.backward()
-        asked = {name: -p.grad for name, p in rule.model.named_parameters() if p.grad is not None}
-    return asked, -len(output) * output_error(rule.loss, output, targets)[1]  # the loss is a mean over the batch
+        change = {name: -p.grad for name, p in rule.model.named_parameters() if p.grad is not None}
+    return change, -len(output) * output_error(rule.loss, output, targets)[1]  # the loss is a mean over the batch
 
 
 @contextmanager
@@ -299,12 +299,12 @@ def _functional(
     return {name: fixed[name] for name in names}, network
 
 
-def _angles(model: nn.Module, asked: Mapping[str, Tensor], wanted: Update) -> dict[str, float]:
+def _angles(model: nn.Module, change: Mapping[str, Tensor], target: Update) -> dict[str, float]:
     """Angle per weighted layer and over everything, for the parameters that both updates have."""
-    both = [name for name in wanted if name in asked]
+    both = [name for name in target if name in change]
 
     def over(names: list[str]) -> float:
-        return angle(torch.cat([asked[n].flatten() for n in names]), torch.cat([wanted[n].flatten() for n in names]))
+        return angle(torch.cat([change[n].flatten() for n in names]), torch.cat([target[n].flatten() for n in names]))
 
     angles: dict[str, float] = {}
     for layer, module in model.named_modules():

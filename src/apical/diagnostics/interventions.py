@@ -53,6 +53,7 @@ class Probe:
 
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, seed: int = 0) -> None:
         self.rule, self.inputs, self.targets, self.seed = rule, inputs, targets, seed
+        rule.restart()
         rule(inputs, targets)  # whatever is made at the first batch exists from here on
         found = weighted_layers(rule.model, shared=True)
         order: dict[str, None] = {}
@@ -126,7 +127,7 @@ class Probe:
             self.rule.zero_grad()
             torch.manual_seed(self.seed)
             with mode if mode is not None else nullcontext():
-                self.rule(*(batch or (self.inputs, self.targets))).backward()
+                self.rule.accumulate(*(batch or (self.inputs, self.targets)))
             found = {name: weight.grad for name, weight in self.weights.items()}
             return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
         finally:

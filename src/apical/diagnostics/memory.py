@@ -55,6 +55,7 @@ def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
 def held_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
     """Bytes that a rule holds between its call and the backward pass, beyond model, rule and batch."""
     ledger = _Ledger([*rule.parameters(), *rule.buffers(), inputs, targets])
+    rule.restart()
     with ledger:
         credit = rule(inputs, targets)
     held = sum(size for _, size in ledger.living().values())
@@ -68,4 +69,4 @@ def step_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
     Nothing is restored: wrap it if the rule's state matters.
     """
     known = [*rule.parameters(), *rule.buffers(), inputs, targets]
-    return peak_bytes(lambda: rule(inputs, targets).backward(), known)
+    return peak_bytes(lambda: rule.accumulate(inputs, targets), known)

@@ -254,6 +254,8 @@ def local(found: Findings) -> Verdict:
 
 def no_backward_locking(found: Findings) -> Verdict:
     """Does credit reach a layer without passing the layers behind it?"""
+    # Asked twice: when credit first arrives, and how long each pass is where it takes several. One as long as the way there
+    # and back through all layers passes them all, in whatever order its credit arrives.
     hidden = found.hidden
     if not hidden:
         return _nothing_learns()
@@ -270,7 +272,13 @@ def no_backward_locking(found: Findings) -> Verdict:
     numbers: dict[str, float] = {"first": first[0], "last": last[0], "top_first": first[-1], "top_last": last[-1]}
     text = f"products from the output error to the updates, lowest to topmost hidden layer: {', '.join(map(str, first))}"
     text += f" at the earliest, {', '.join(map(str, last))} at the latest" if first != last else ""
-    if max(first) > first[-1]:
+    passes = found.responses[found.layers[-1]] - 1  # of the output, after its first error
+    whole = 2 * (len(found.layers) - 1)
+    if passes > 1:
+        each = max(trace.latest or 0 for trace in found.traces.values()) / passes
+        text += f"; the output responds {passes} times more, every {each:.1f} products"
+        numbers |= {"passes": passes, "products_per_pass": each}
+    if max(first) > first[-1] or numbers.get("products_per_pass", 0.0) >= whole:
         return Verdict("no", False, text, numbers)
     return Verdict("partly", None, text, numbers) if max(last) > last[-1] else Verdict("yes", True, text, numbers)
 

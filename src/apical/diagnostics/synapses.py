@@ -66,7 +66,7 @@ class Weights:
     def uses(self, func: Any, args: tuple[Any, ...]) -> list[Use]:
         """The weights that `func(*args)` multiplies."""
         packet = func.overloadpacket
-        found = []
+        uses = []
         for side, place in enumerate(factors(func, args)):
             factor = args[place] if place < len(args) else None
             if not isinstance(factor, Tensor) or factor.untyped_storage()._cdata not in self.known:
@@ -79,8 +79,8 @@ class Weights:
                 forward = False
             else:  # (rows, n_in) W^T and W (n_in, columns) sum over the inputs
                 forward = transposed if side == 1 else not transposed
-            found.append(Use(name, place, forward, transposed))
-        return found
+            uses.append(Use(name, place, forward, transposed))
+        return uses
 
 
 def _transposed(factor: Tensor, weight: Tensor) -> bool:

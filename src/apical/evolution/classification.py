@@ -177,13 +177,13 @@ class Classification:
         Raises:
             ConfigError: there is none, or its sizes are not the setting's.
         """
-        wanted = self.network(seed_of(self.setting.seed, "teacher"))
+        template = self.network(seed_of(self.setting.seed, "teacher"))
         path = shipped(teacher) if teacher != WIRED else teacher
-        network = load(path)[0] if teacher != WIRED else wired(wanted, self.setting.seed)
+        network = load(path)[0] if teacher != WIRED else wired(template, self.setting.seed)
         unlike = [
-            f"{name}: {getattr(network, name)} vs {getattr(wanted, name)}"
+            f"{name}: {getattr(network, name)} vs {getattr(template, name)}"
             for name in ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower")
-            if getattr(network, name) != getattr(wanted, name)
+            if getattr(network, name) != getattr(template, name)
         ]
         if unlike:
             raise ConfigError(
@@ -199,9 +199,9 @@ class Classification:
         generator = torch.Generator().manual_seed(seed)
         labels, index = images.targets, torch.arange(len(images.targets))
         if self.setting.ways is not None:
-            chosen = torch.randperm(images.classes, generator=generator)[: self.setting.ways]
+            classes = torch.randperm(images.classes, generator=generator)[: self.setting.ways]
             renumbered = torch.full((images.classes,), -1)
-            renumbered[chosen] = torch.arange(len(chosen))
+            renumbered[classes] = torch.arange(len(classes))
             labels = renumbered[images.targets]
             index = (labels >= 0).nonzero().squeeze(1)
         order = index[torch.randperm(len(index), generator=generator)]

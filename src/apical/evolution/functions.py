@@ -131,10 +131,10 @@ def function(name: str, dimension: int = 2) -> Function:
     """
     if name not in FUNCTIONS:
         raise unknown_name("function", name, FUNCTIONS)
-    found = FUNCTIONS[name]
-    if dimension < 1 or (found.plane and dimension != 2) or (name == "rosenbrock" and dimension < 2):
-        raise ConfigError(f"{found.title} is not defined in {dimension} dimensions")
-    return found
+    benchmark = FUNCTIONS[name]
+    if dimension < 1 or (benchmark.plane and dimension != 2) or (name == "rosenbrock" and dimension < 2):
+        raise ConfigError(f"{benchmark.title} is not defined in {dimension} dimensions")
+    return benchmark
 
 
 def draw(count: int, dimension: int, shift: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -144,12 +144,12 @@ class Minimisation:
 def together(tasks: Sequence[Minimisation], populations: Tensor, generation: int) -> Tensor:
     """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one walk is cheaper."""
     task, setting, P = tasks[0], tasks[0].setting, populations.shape[1]
-    seeds = [seed_of(each.setting.seed, "starts", generation) for each in tasks]
+    seeds = [seed_of(item.setting.seed, "starts", generation) for item in tasks]
     drawn = zip(*(draw(setting.starts, setting.dimension, setting.shift, seed) for seed in seeds), strict=True)
-    starts, shifts = (torch.stack(each).to(populations.dtype).repeat_interleave(P, 0) for each in drawn)
+    starts, shifts = (torch.stack(item).to(populations.dtype).repeat_interleave(P, 0) for item in drawn)
     *_, last = task._points(populations.flatten(0, 1), starts, shifts)
     return -task.function(last.transpose(1, 2) - shifts).mean(1).view(len(tasks), P)
 
 
 def _rows(*values: Tensor) -> list[Tensor]:
-    return [each[:, None] for each in values]  # (P, S) to (P, 1, S)
+    return [value[:, None] for value in values]  # (P, S) to (P, 1, S)

@@ -99,8 +99,8 @@ class Population:
         rule(inputs[:2], targets[:2])  # finds the units, draws what is drawn at the first batch
         named = dict(rule.named_parameters())
         self.learner = Layout({name: p for name, p in named.items() if name.startswith("model.") and p.requires_grad})
-        chosen = {name: p for name, p in named.items() if individual is not None and name.startswith(individual)}
-        self.other = Layout(chosen) if chosen else None
+        apart = {name: p for name, p in named.items() if individual is not None and name.startswith(individual)}
+        self.other = Layout(apart) if apart else None
 
     def start(self, model: nn.Module) -> Tensor:
         """Flat weights (n,) of a model like the rule's own."""
@@ -135,12 +135,12 @@ class Population:
 
         if not self.record:
             return step(weights, other, inputs, targets)
-        given = (weights, other, inputs, targets)
-        kind = tuple((tuple(t.shape), t.dtype, t.device) if t is not None else None for t in given)
+        arguments = (weights, other, inputs, targets)
+        kind = tuple((tuple(t.shape), t.dtype, t.device) if t is not None else None for t in arguments)
         if (kind, own) not in self._records:
-            self._records[kind, own] = _recorded(step, given)
+            self._records[kind, own] = _recorded(step, arguments)
         with torch.no_grad():
-            return self._records[kind, own](*given)
+            return self._records[kind, own](*arguments)
 
     def outputs(self, weights: Tensor, inputs: Tensor, own: bool = False) -> Tensor:
         """Model outputs (P, batch, ...) for weights (P, n)."""
@@ -205,11 +205,11 @@ class Population:
         return weights
 
 
-def _recorded(step: Callable[..., Tensor], given: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
+def _recorded(step: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
     """The operations of `step` on tensors of these shapes, as a function of its own."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    graph = make_fx(step)(*given)
+    graph = make_fx(step)(*arguments)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -238,8 +238,8 @@ def inner_optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Calla
 def losses(outputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
     """Mean negative log-likelihood of classes (batch,) or squared error of numbers: (P,), for outputs (P, batch, ...)."""
     if targets.is_floating_point():
-        wanted = targets if own else targets.expand_as(outputs)
-        return (outputs - wanted).square().flatten(1).mean(1)
+        goals = targets if own else targets.expand_as(outputs)
+        return (outputs - goals).square().flatten(1).mean(1)
     logs = torch.log_softmax(outputs, -1)
     index = (targets if own else targets.expand(outputs.shape[0], -1)).unsqueeze(-1)
     return -logs.gather(-1, index).squeeze(-1).mean(1)

@@ -73,27 +73,27 @@ Credits = Callable[[Known], tuple[Tensor | None, Tensor]]
 """Credit of hidden units (P, hidden, B), or None, and of logits (P, actions, B)."""
 
 
-def by_hand(known: Known) -> tuple[None, Tensor]:
+def by_hand(episode: Known) -> tuple[None, Tensor]:
     """`a (pi - y)` for the logits, nothing for hidden units."""
-    return None, known.advantages * (known.pi - known.actions)
+    return None, episode.advantages * (episode.pi - episode.actions)
 
 
-def reinforce(known: Known) -> tuple[Tensor, Tensor]:
+def reinforce(episode: Known) -> tuple[Tensor, Tensor]:
     """The credits with which the rule is REINFORCE."""
-    _, output = by_hand(known)
-    return known.readout.transpose(1, 2) @ output, output
+    _, output = by_hand(episode)
+    return episode.readout.transpose(1, 2) @ output, output
 
 
 def shuffled(credits: Credits, seed: int) -> Credits:
     """The same credits from advantages that are dealt out anew among all time steps: a control."""
     generator = torch.Generator().manual_seed(seed)
 
-    def changed(known: Known) -> tuple[Tensor | None, Tensor]:
-        a = known.advantages
+    def changed(episode: Known) -> tuple[Tensor | None, Tensor]:
+        a = episode.advantages
         order = torch.rand(a.shape, generator=generator).masked_fill(a == 0, 2.0).argsort(-1)
         rank = (a == 0).to(torch.uint8).argsort(dim=-1, stable=True)  # those that are not 0 first, in their order
         dealt = torch.zeros_like(a).scatter(-1, rank, a.gather(-1, order))
-        return credits(known._replace(advantages=dealt))
+        return credits(episode._replace(advantages=dealt))
 
     return changed
 
@@ -191,17 +191,19 @@ class _Record:
 
     def add(self, begun: int, index: Array, *lists: Sequence[Array]) -> None:
         """Time steps from `begun` on of the episodes `index`: lists of (..., len(index))."""
-        pieces = [np.stack(each) for each in lists]
+        pieces = [np.stack(step_values) for step_values in lists]
         if not self.arrays:
-            self.arrays = [np.zeros((self.limit, *each.shape[1:-1], self.count), each.dtype) for each in pieces]
+            self.arrays = [
+                np.zeros((self.limit, *step_values.shape[1:-1], self.count), step_values.dtype) for step_values in pieces
+            ]
         self.length = begun + len(pieces[0])
         for array, piece in zip(self.arrays, pieces, strict=True):
             array[begun : self.length, ..., index] = piece
 
     def steps(self, individuals: int, actions: int, dtype: torch.dtype) -> Steps:
         seen, taken, gained, lived = (
-            torch.from_numpy(each[: self.length].reshape(*each[: self.length].shape[:-1], individuals, -1))
-            for each in self.arrays
+            torch.from_numpy(array[: self.length].reshape(*array[: self.length].shape[:-1], individuals, -1))
+            for array in self.arrays
         )
         one_hot = torch.stack([taken == action for action in range(actions)], 1)
         return Steps(
@@ -280,8 +282,8 @@ class Reinforcement:
             raise ConfigError("only a gated top-down network sees the state: give gated=True too")
         self.setting, self.environment = setting, environment(setting.environment)
         if unknown := sorted(set(setting.ranges) - set(self.environment.settings)):
-            known = ", ".join(self.environment.settings)
-            raise ConfigError(f"{setting.environment} has no setting {unknown[0]!r}; it has {known}")
+            names = ", ".join(self.environment.settings)
+            raise ConfigError(f"{setting.environment} has no setting {unknown[0]!r}; it has {names}")
         seen, actions = len(self.environment.scale), self.environment.actions
         self.policy = Perceptron([seen, setting.units, actions])
         inputs = 2 * actions + (seen + 2 if setting.state else 0 if setting.gated else 1)
@@ -310,11 +312,11 @@ class Reinforcement:
             chance = [seed_of(seed, update) for seed in seeds]
             steps = play(self.environment, settings, self.policy, weights, chance, setting.episodes, setting.steps)
             returns.append(steps.returns)
-            known = torch.stack(
+            inputs = torch.stack(
                 [torch.full_like(returns[-1], 2 * update / max(updates - 1, 1) - 1), returns[-1] / setting.returns]
             )
             state = torch.cat(
-                [steps.observations / scale, known.T[..., None].expand(-1, -1, steps.observations.shape[2])], 1
+                [steps.observations / scale, inputs.T[..., None].expand(-1, -1, steps.observations.shape[2])], 1
             )
             gradient = pseudo_gradient(self.policy, weights, steps, credits, setting.discount, state)
             if setting.lifetime.clip:
@@ -327,14 +329,14 @@ class Reinforcement:
         """Those of top-down networks (P, D)."""
         layers, units, setting = self.network.layers(individuals), self.setting.units, self.setting
 
-        def gated(known: Known) -> tuple[None, Tensor]:
-            seen = [known.pi, known.actions, *([known.state] if setting.state else [])]
-            return None, known.advantages * evaluate(layers, torch.cat(seen, 1))
+        def gated(episode: Known) -> tuple[None, Tensor]:
+            seen = [episode.pi, episode.actions, *([episode.state] if setting.state else [])]
+            return None, episode.advantages * evaluate(layers, torch.cat(seen, 1))
 
-        def ungated(known: Known) -> tuple[Tensor, Tensor]:
-            sent = evaluate(layers, torch.cat([known.pi, known.actions, known.advantages], 1))
+        def ungated(episode: Known) -> tuple[Tensor, Tensor]:
+            sent = evaluate(layers, torch.cat([episode.pi, episode.actions, episode.advantages], 1))
             hidden, output = sent[:, :units], sent[:, units:]
-            return hidden, known.pi * (output - (output * known.pi).sum(1, keepdim=True))
+            return hidden, episode.pi * (output - (output * episode.pi).sum(1, keepdim=True))
 
         return gated if setting.gated else ungated
 
@@ -349,7 +351,7 @@ class Reinforcement:
         other = Reinforcement(replace(self.setting, state=True))
         (w, b), *rest = self.network.layers(individual[None])
         wide = torch.cat([w, w.new_zeros(1, len(w[0]), other.network.sizes[0] - w.shape[2])], 2)
-        flat = [each.flatten() for pair in [(wide, b), *rest] for each in pair]
+        flat = [tensor.flatten() for pair in [(wide, b), *rest] for tensor in pair]
         return other, torch.cat(flat)
 
     def drawn(self, seed: int, count: int = 1) -> dict[str, Array]:
@@ -369,10 +371,10 @@ class Reinforcement:
 def together(tasks: Sequence[Reinforcement], populations: Tensor, generation: int) -> Tensor:
     """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one simulation is cheaper."""
     task, individuals, P = tasks[0], populations.flatten(0, 1), populations.shape[1]
-    seeds = [seed_of(each.setting.seed, generation) for each in tasks]
+    seeds = [seed_of(draw.setting.seed, generation) for draw in tasks]
     starts = torch.stack([task.policy.start(seed_of(seed, "policy")) for seed in seeds]).to(individuals.dtype)
     drawn = [task.drawn(seed_of(seed, "settings")) for seed in seeds]
-    settings = {name: np.concatenate([each[name] for each in drawn]).repeat(P) for name in task.setting.ranges}
+    settings = {name: np.concatenate([draw[name] for draw in drawn]).repeat(P) for name in task.setting.ranges}
     chance = [seed_of(seed, "episodes") for seed in seeds]
     returns, _ = task.live(starts.repeat_interleave(P, 0), task.credits(individuals), settings, chance)
     fitness = torch.where(individuals.isfinite().all(1), returns.mean(0), torch.nan)

@@ -126,19 +126,19 @@ def connected(address: str, count: int | None) -> tuple[Any, bool]:
         import ray
     except ImportError as error:
         raise ConfigError(f"--ray needs Ray: pip install 'apical[evolution]' ({error})") from error
-    found: Any = ray
-    if found.is_initialized():
-        return found, False
+    library: Any = ray
+    if library.is_initialized():
+        return library, False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        found.init(address="local", num_cpus=count, include_dashboard=False, **quiet)
-        return found, True
+        library.init(address="local", num_cpus=count, include_dashboard=False, **quiet)
+        return library, True
     _knock(address)
     try:
-        found.init(address=address, **quiet)
+        library.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ConfigError(f"no Ray cluster answers at {address!r}: start one with `ray start --head`") from error
-    return found, True
+    return library, True
 
 
 def _knock(address: str, seconds: float = 5.0) -> None:

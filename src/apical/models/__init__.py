@@ -4,6 +4,7 @@ from apical.models.catalogue import build, names
 from apical.models.initialisation import xavier_, xavier_normal_
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
+from apical.models.mu import mlp_mu
 from apical.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "build",
     "mlp",
     "mlp_elu",
+    "mlp_mu",
     "mlp_tanh",
     "names",
     "xavier_",

@@ -13,18 +13,21 @@ from apical.errors import ConfigError, unknown_name
 from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
 from apical.models.lenet import LeNet, LeNetCIFAR
-from apical.models.mlp import autoencoder, mlp, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
+from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
+from apical.models.mu import mlp_mu
 from apical.models.resnet import CifarResNet, ResNet
 
-_WIDTHS = r"(-[1-9][0-9]{0,6})+"
+_WIDTHS = r"(-[1-9][0-9]{0,6}(x[1-9][0-9]{0,3})?)+"
 _EXAMPLES = {
     "mlp": "mlp-512-512",
     "mlp-tanh": "mlp-tanh-256-256-256",
+    "mlp-bn": "mlp-bn-256-256",
     "mlp-elu": "mlp-elu-256-256",
     "mlp-sigmoid": "mlp-sigmoid-256-256",
     "mlp-clip": "mlp-clip-500",
     "mlp-box": "mlp-box-500",
     "mlp-residual": "mlp-residual-100-100-100",
+    "mlp-mu": "mlp-mu-128x29",
     "autoencoder": "autoencoder-256-32-256",
     "cnn-elu": "cnn-elu-128-128-256-256-512",
     "cnn-elu-bn": "cnn-elu-bn-128-128-256-256-512",
@@ -72,11 +75,13 @@ _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
 _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp": mlp,
     "mlp-tanh": mlp_tanh,
+    "mlp-bn": mlp_bn,
     "mlp-elu": mlp_elu,
     "mlp-sigmoid": mlp_sigmoid,
     "mlp-clip": mlp_clip,
     "mlp-box": mlp_box,
     "mlp-residual": mlp_residual,
+    "mlp-mu": mlp_mu,
     "autoencoder": autoencoder,
 }
 _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = {
@@ -91,7 +96,7 @@ _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = 
 
 
 def names() -> list[str]:
-    """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 and the like."""
+    """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 or mlp-128x30."""
     return [*(f"{kind}-<widths>" for kind in (*_PERCEPTRONS, *_ROWS)), *_CONVNETS]
 
 
@@ -119,7 +124,7 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
         return own.build(name, input_shape, num_classes)
     for kind in (*_PERCEPTRONS, *_ROWS):
         if re.fullmatch(kind + _WIDTHS, name):
-            widths = [int(width) for width in name.removeprefix(kind + "-").split("-")]
+            widths = [width for part in name.removeprefix(kind + "-").split("-") for width in _repeated(part)]
             if kind in _ROWS:
                 return _ROWS[kind](_image(name, input_shape), widths, num_classes)
             return _PERCEPTRONS[kind](math.prod(input_shape), widths, num_classes)
@@ -131,6 +136,16 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     if name not in _CONVNETS:
         raise ConfigError(f"{unknown_name('model', name, names())}; or your own: FILE.py:CLASS_OR_FUNCTION")
     return _CONVNETS[name](name, input_shape, num_classes)
+
+
+def _repeated(part: str) -> list[int]:
+    """Widths that one part of a name stands for.
+
+    >>> _repeated("128x3"), _repeated("10")
+    ([128, 128, 128], [10])
+    """
+    width, _, times = part.partition("x")
+    return [int(width)] * int(times or 1)
 
 
 def _image(name: str, shape: tuple[int, ...], smallest: int = 1) -> tuple[int, int, int]:

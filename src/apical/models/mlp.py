@@ -106,6 +106,23 @@ def mlp_elu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Se
     return _perceptron(in_features, widths, out_features, [nn.ELU] * len(widths), bias=False)
 
 
+def mlp_bn(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
+    """ReLU perceptron of local classifiers (arXiv 1901.06656): BatchNorm before activations, PyTorch's own initial weights.
+
+    Raises:
+        ConfigError: a size is not positive.
+
+    >>> [name for name, _ in mlp_bn(4, [3], 2).named_children()]
+    ['flatten', 'linear1', 'norm1', 'relu1', 'linear2']
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, module in _perceptron(in_features, widths, out_features, [nn.ReLU] * len(widths)).named_children():
+        if name.startswith("relu"):
+            layers[name.replace("relu", "norm")] = nn.BatchNorm1d(widths[int(name.removeprefix("relu")) - 1])
+        layers[name] = module
+    return nn.Sequential(layers)
+
+
 def autoencoder(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
     """Autoencoder of arXiv 2106.07887, table 1: tanh hidden layers, a linear code in the middle and a linear output.
 
@@ -155,8 +172,8 @@ def mlp_residual(in_features: int, widths: Sequence[int], out_features: int) -> 
     """
     sizes = [in_features, *widths, out_features]
     if min(sizes) < 1 or len(set(widths)) != 1:
-        shown = "-".join(map(str, sizes))
-        raise ConfigError(f"residual blocks need layers of one width, each with at least one unit; got {shown}")
+        text = "-".join(map(str, sizes))
+        raise ConfigError(f"residual blocks need layers of one width, each with at least one unit; got {text}")
     width = widths[0]
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), linear1=nn.Linear(in_features, width))
     layers["tanh1"] = nn.Tanh()

@@ -120,8 +120,8 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         return _memory[name]
     factory = own_code.import_from(name, "model", _EXAMPLE)
     _check_factory(factory, name)
-    made: Callable[..., nn.Module] = factory
-    return made
+    build: Callable[..., nn.Module] = factory
+    return build
 
 
 def _check_factory(factory: object, name: str) -> None:
@@ -136,9 +136,9 @@ def _check_factory(factory: object, name: str) -> None:
 
 def _given(factory: Callable[..., Any], where: str, shape: tuple[int, ...], outputs: int) -> dict[str, Any]:
     """Arguments for the parameters that are known by name."""
-    known: dict[str, Any] = dict.fromkeys(SHAPE, shape)
-    known |= dict.fromkeys(FEATURES, math.prod(shape))
-    known |= dict.fromkeys(OUTPUTS, outputs)
+    fillings: dict[str, Any] = dict.fromkeys(SHAPE, shape)
+    fillings |= dict.fromkeys(FEATURES, math.prod(shape))
+    fillings |= dict.fromkeys(OUTPUTS, outputs)
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
@@ -146,7 +146,11 @@ def _given(factory: Callable[..., Any], where: str, shape: tuple[int, ...], outp
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for name, parameter in parameters.items():
         fixed = parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        if parameter.default is inspect.Parameter.empty and not fixed and (name not in known or parameter.kind not in plain):
+        if (
+            parameter.default is inspect.Parameter.empty
+            and not fixed
+            and (name not in fillings or parameter.kind not in plain)
+        ):
             names = ", ".join((*SHAPE, *FEATURES[:1], *OUTPUTS[:2]))
             raise ConfigError(f"model {where} needs an argument {name!r}; give it a default. Filled in are {names}")
-    return {name: known[name] for name, each in parameters.items() if name in known and each.kind in plain}
+    return {name: fillings[name] for name, item in parameters.items() if name in fillings and item.kind in plain}

@@ -153,9 +153,9 @@ def check_state_dict(factory: Factory) -> None:
     other.load_state_dict(state)
     other_optimizer = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     other_optimizer.load_state_dict(optimizer_state)
-    for each, its in ((rule, optimizer), (other, other_optimizer)):
+    for subject, its in ((rule, optimizer), (other, other_optimizer)):
         torch.manual_seed(3)
-        train(each, range(3, 6), its)
+        train(subject, range(3, 6), its)
     require_same(other.state_dict(), rule.state_dict(), 0.0, "after a state-dict round trip")
 
 

@@ -26,24 +26,24 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
     forward = own or forward
     with torch.enable_grad():
         if isinstance(layer, nn.Linear):
-            found = _dense(forward, weight)
+            result = _dense(forward, weight)
         elif isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd):
-            found = _convolution(layer, forward, weight)
+            result = _convolution(layer, forward, weight)
         else:
             return None
-    return found
+    return result
 
 
 def _dense(forward: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor | None:
     eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         zero = forward(eye.new_zeros(1, len(eye)))
-        found: Tensor = (forward(eye) - zero).T.contiguous()
+        matrix: Tensor = (forward(eye) - zero).T.contiguous()
         x = torch.randn(5, len(eye), dtype=eye.dtype, device=eye.device)
         y = forward(x)
-    if found.shape != weight.shape or not _close(x @ found.T + zero, y):
+    if matrix.shape != weight.shape or not _close(x @ matrix.T + zero, y):
         return None
-    return found
+    return matrix
 
 
 def _convolution(layer: _ConvNd, forward: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor | None:
@@ -71,14 +71,14 @@ def _convolution(layer: _ConvNd, forward: Callable[[Tensor], Tensor], weight: Te
     window = error[tuple(index)]
     group = channel // (c_out // layer.groups)
     inputs = group[:, None] * per_group + torch.arange(per_group)
-    found = window[channel[:, None], inputs].detach()
+    kernel = window[channel[:, None], inputs].detach()
     zero = forward(torch.zeros_like(x[:1]))
     conv = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[d]
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        made = conv(x, found, None, layer.stride, padding, layer.dilation, layer.groups)
-        if not _close(made + zero, y):
+        output = conv(x, kernel, None, layer.stride, padding, layer.dilation, layer.groups)
+        if not _close(output + zero, y):
             return None
-    return found
+    return kernel
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

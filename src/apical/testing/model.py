@@ -174,11 +174,11 @@ def check_lengths(trial: Trial) -> str:
     tried = []
     for length in (inputs.shape[1] - 1, inputs.shape[1] // 2):
         shorter = [targets[:, :length]] if isinstance(targets, Tensor) and targets.dim() > 1 else []
-        for wanted in (targets, *shorter):
-            batch = (inputs[:, :length], wanted)
+        for goals in (targets, *shorter):
+            batch = (inputs[:, :length], goals)
             try:
                 with trial.sandbox():
-                    trial.rule.loss(trial.model(batch[0]), wanted)
+                    trial.rule.loss(trial.model(batch[0]), goals)
             except Exception:
                 continue
             _other_batch(trial, batch, f"sequences of length {length}")

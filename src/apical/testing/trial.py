@@ -55,8 +55,8 @@ class Trial:
     ) -> Gradients:
         """Gradients that one step of the rule makes in the model."""
         with self.sandbox():
-            made = self.rule if rule is None else rule
-            backward(made(self.inputs, self.targets))
+            subject = self.rule if rule is None else rule
+            backward(subject(self.inputs, self.targets))
             return self.collected()
 
     def exact(self) -> Gradients:

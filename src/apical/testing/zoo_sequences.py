@@ -193,10 +193,10 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 6) -> (batch, 4)."""
         x = F.relu(self.first(x))
-        share, chosen = self.gate(x).softmax(-1).max(-1)
+        share, best = self.gate(x).softmax(-1).max(-1)
         mixed = torch.zeros_like(x)
         for i, expert in enumerate(self.experts):
-            rows = (chosen == i).nonzero(as_tuple=True)[0]
+            rows = (best == i).nonzero(as_tuple=True)[0]
             if len(rows):
                 mixed = mixed.index_add(0, rows, share[rows, None] * expert(x[rows]))
         return self.last(x + mixed)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from tyro.conf import arg
 
 from apical.bench.finding import Row, at_least, difference, shown
 from apical.bench.names import find_rule
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.data import load
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
@@ -59,17 +59,12 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Node importance, local solvers and semi-implicit steps beside their controls."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/around-study")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and data orders."""
     epochs: Annotated[int, arg(metavar="N")] = 6
     """Of node importance; the others have one less."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 class Digits:

@@ -75,19 +75,19 @@ def run(options: Options) -> dict[int, dict[str, Panel]]:
     model = models.build(options.model, dataset.input_shape, dataset.classes)
     rule = CounterCurrentLearning(model, input_shape=dataset.input_shape)
     optimizer = torch.optim.SGD(rule.parameters(), lr=options.lr)
-    shown = slice(options.samples)
-    inputs, labels = dataset.test.inputs[shown], dataset.test.targets[shown]
-    found: dict[int, dict[str, Panel]] = {}
+    samples = slice(options.samples)
+    inputs, labels = dataset.test.inputs[samples], dataset.test.targets[samples]
+    panels_at: dict[int, dict[str, Panel]] = {}
     for update in range(options.updates[-1] + 1):
         if update in options.updates:
-            found[update] = {name: _panel(a, b, labels, options) for name, (a, b) in rule.pairs(inputs, labels).items()}
-        chosen = torch.randint(len(dataset.train), (options.batch_size,))
+            panels_at[update] = {name: _panel(a, b, labels, options) for name, (a, b) in rule.pairs(inputs, labels).items()}
+        batch = torch.randint(len(dataset.train), (options.batch_size,))
         optimizer.zero_grad()
-        rule(dataset.train.inputs[chosen], dataset.train.targets[chosen]).backward()
+        rule(dataset.train.inputs[batch], dataset.train.targets[batch]).backward()
         for parameters in (model.parameters(), rule.feedback_parameters()):
             nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    return found
+    return panels_at
 
 
 def _panel(a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, options: Options) -> Panel:
@@ -103,18 +103,18 @@ def _panel(a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, options: Opti
     return flat[: len(a)], flat[len(a) :], linear_cka(a, b)
 
 
-def draw(found: dict[int, dict[str, Panel]], labels: np.ndarray[Any, Any]) -> Figure:
+def draw(panels_at: dict[int, dict[str, Panel]], labels: np.ndarray[Any, Any]) -> Figure:
     """A row of panels for each moment, a column for each depth."""
-    layers = list(next(iter(found.values())))
-    figure = Figure(figsize=(7.0, 1.5 * len(found) + 0.3))
-    grid = figure.subplots(len(found), len(layers), squeeze=False)
+    layers = list(next(iter(panels_at.values())))
+    figure = Figure(figsize=(7.0, 1.5 * len(panels_at) + 0.3))
+    grid = figure.subplots(len(panels_at), len(layers), squeeze=False)
     colours = matplotlib.colormaps["tab10"]
-    for line, (update, panels) in zip(grid, found.items(), strict=True):
+    for line, (update, panels) in zip(grid, panels_at.items(), strict=True):
         for axes, name in zip(line, layers, strict=True):
             samples, codes, cka = panels[name]
             axes.scatter(*samples.T, s=3, c=labels, cmap=colours, vmin=0, vmax=9, linewidths=0, alpha=0.6, rasterized=True)
             axes.scatter(*codes.T, s=30, marker="*", c=np.unique(labels), cmap=colours, vmin=0, vmax=9, ec="k", lw=0.4)
-            axes.set_title(f"{name}, CKA {cka:.2f}" if update == next(iter(found)) else f"CKA {cka:.2f}", pad=3)
+            axes.set_title(f"{name}, CKA {cka:.2f}" if update == next(iter(panels_at)) else f"CKA {cka:.2f}", pad=3)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(visible=False)
@@ -127,13 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = tyro.cli(Options, prog="python -m apical_papers.ccl.features", args=arguments)
     try:
-        found = run(options)
+        panels_at = run(options)
         labels = data.load(options.data).test.targets[: options.samples].numpy()
     except ApicalError as error:
         print(f"apical: error: {error}", file=sys.stderr)
         return 2
     with matplotlib.rc_context(RC):
-        drawing = render("features", "", "", draw(found, labels))
+        drawing = render("features", "", "", draw(panels_at, labels))
     assert drawing is not None
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "features.png").write_bytes(drawing.png)
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "about": about,
             "command": shlex.join(["python", "-m", "apical_papers.ccl.features", *arguments]),
             "settings": {**asdict(options), "out": str(options.out), "updates": " ".join(map(str, options.updates))},
-            "cka": {str(update): {name: panel[2] for name, panel in panels.items()} for update, panels in found.items()},
+            "cka": {str(update): {name: panel[2] for name, panel in panels.items()} for update, panels in panels_at.items()},
             "environment": environment("cpu", torch.get_num_threads()),
         },
     )

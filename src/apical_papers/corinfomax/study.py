@@ -17,7 +17,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle
 from apical.rules.corinfomax import CorInfoMax
@@ -50,17 +50,10 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """CorInfoMax: step sizes, forward learning, alignment, sparseness."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/corinfomax-study")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and data orders."""
-    epochs: Annotated[int, arg(metavar="N")] = 20
-    """Over the digits."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **options: Any) -> dict[str, float]:
@@ -134,13 +127,13 @@ def verdicts(cells: Cells) -> list[Row]:
             [value + 0.05 for value in of("accuracy", 0.1)],
             less=False,
         ),
-        against("P6", "sparse form: accuracy", [each["accuracy"] for each in sparse], 0.75),
+        against("P6", "sparse form: accuracy", [network["accuracy"] for network in sparse], 0.75),
         difference(
             "P6",
             "corinfomax",
             "sum of hidden activities, sparse minus without multiplier",
-            [each["activity"] for each in sparse],
-            [each["activity"] for each in dense],
+            [network["activity"] for network in sparse],
+            [network["activity"] for network in dense],
             less=True,
         ),
     ]
@@ -162,7 +155,10 @@ def tables(cells: Cells) -> list[Row]:
             "note": "Test accuracy (0 to 1), outputs that are silent for every test image, sum of hidden activities, and "
             "degrees between the two ways after training; mean over seeds with 95 % interval.",
             "header": ["training", *measures.values()],
-            "rows": [[name, *(shown([each[key] for each in found]) for key in measures)] for name, found in rows],
+            "rows": [
+                [name, *(shown([network[key] for network in cells_of_row]) for key in measures)]
+                for name, cells_of_row in rows
+            ],
         }
     ]
 

@@ -61,8 +61,8 @@ def _variants(
     rows = {}
     for rules, (recipe, options) in ((TRAINED, trained), (FIXED, fixed)):
         for rule in rules:
-            chosen = replace(recipe, rule=rule, rule_options=_options(**options(rule)))
-            rows[rule] = Row(chosen, published.get(rule, ()))
+            variant = replace(recipe, rule=rule, rule_options=_options(**options(rule)))
+            rows[rule] = Row(variant, published.get(rule, ()))
     return rows
 
 

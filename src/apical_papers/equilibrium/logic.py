@@ -19,7 +19,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from apical.bench.finding import Row, count
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical_papers.equilibrium.complete_network import (
     Complete,
     asymmetric_settle,
@@ -64,17 +64,12 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Complete directed networks on exclusive or."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-logic")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and states."""
     epochs: Annotated[int, arg(metavar="N")] = 200
     """Updates of the weights."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def patterns() -> tuple[Tensor, Tensor]:
@@ -150,7 +145,7 @@ def verdicts(cells: Cells) -> list[Row]:
             "K9",
             "",
             "asymmetric EP, as left: seeds that are not",
-            [not each for each in solved("asymmetric", "as left")],
+            [not result for result in solved("asymmetric", "as left")],
             len(cells),
         ),
         count(
@@ -158,8 +153,8 @@ def verdicts(cells: Cells) -> list[Row]:
             "",
             "asymmetric EP: seeds that end with the notebooks' share of wrong answers and error, within a pattern and 0.01",
             [
-                abs(each["as left"]["last"] - PUBLISHED[0]) <= 0.25 and abs(each["error"] - PUBLISHED[1]) <= 0.01
-                for each in baseline
+                abs(result["as left"]["last"] - PUBLISHED[0]) <= 0.25 and abs(result["error"] - PUBLISHED[1]) <= 0.01
+                for result in baseline
             ],
             len(cells),
         ),
@@ -191,9 +186,9 @@ def tables(cells: Cells) -> list[Row]:
                     kind,
                     str(seed),
                     *(
-                        shown
+                        row
                         for start in ("as left", "anew")
-                        for shown in (
+                        for row in (
                             f"{cell[kind][start]['best']:.2f}",
                             str(cell[kind][start]["epoch"]),
                             f"{cell[kind][start]['last']:.2f}",

@@ -149,9 +149,9 @@ def study(options: Options, command: str) -> dict[str, Any]:
     setting = SETTINGS[options.data]
     parts = [(m, noise, seed) for seed in range(options.seeds) for noise in (0.0, NOISE) for m in setting.methods]
     cells: dict[tuple[str, float, int], dict[str, Any]] = {}
-    for part, made in side_by_side(options.jobs, parts, partial(_cell, options), options.out):
-        cells[part], (method, noise, seed) = made, part
-        accuracy, seconds = made["accuracy"], made["seconds"]
+    for part, content in side_by_side(options.jobs, parts, partial(_cell, options), options.out):
+        cells[part], (method, noise, seed) = content, part
+        accuracy, seconds = content["accuracy"], content["seconds"]
         print(f"{seconds:7.1f} s  seed {seed}  noise {noise:g}  {method}: {100 * accuracy:.2f} %", flush=True)
 
     def values(method: str, noise: float) -> list[float]:

@@ -21,7 +21,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
@@ -56,38 +56,31 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Equilibrium propagation: gradients, and weights that learn apart."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-study")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and data orders."""
-    epochs: Annotated[int, arg(metavar="N")] = 20
-    """Over the digits."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def directions(digits: Dataset, seed: int) -> dict[str, float]:
     """Cosine of the estimate to backpropagation through time, by nudged steps; all weights as one vector."""
     x, y = digits.train.inputs[:100].double(), digits.train.targets[:100]
-    found = {}
+    cosines = {}
     for steps in STEPS:
         torch.manual_seed(seed)
         model = models.build("mlp-sigmoid-64-64", digits.input_shape, digits.classes).double()
         rule = EquilibriumPropagation(
             model, estimator="holomorphic", points=10, beta=0.5, free_steps=300, nudged_steps=steps
         )
-        own, exact = (torch.cat([g.flatten() for g in each.values()]) for each in gradients(rule, x, y))
-        found[str(steps)] = float(own @ exact / (own.norm() * exact.norm()))
-    return found
+        own, exact = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients(rule, x, y))
+        cosines[str(steps)] = float(own @ exact / (own.norm() * exact.norm()))
+    return cosines
 
 
 def orders(digits: Dataset, seed: int) -> dict[str, float]:
     """By which power of the nudge the estimate's error falls."""
     x, y = digits.train.inputs[:20].double(), digits.train.targets[:20]
-    found = {}
+    slopes = {}
     for name, options in {
         "one-sided": {"estimator": "one-sided"},
         "symmetric": {"estimator": "symmetric"},
@@ -98,10 +91,10 @@ def orders(digits: Dataset, seed: int) -> dict[str, float]:
             torch.manual_seed(seed)
             model = models.build("mlp-sigmoid-32-32", digits.input_shape, digits.classes).double()
             rule = EquilibriumPropagation(model, beta=beta, free_steps=600, nudged_steps=600, **options)  # type: ignore[arg-type]
-            own, exact = (torch.cat([g.flatten() for g in each.values()]) for each in gradients(rule, x, y))
+            own, exact = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients(rule, x, y))
             errors.append(float((own - exact).norm()))
-        found[name] = math.log2(errors[0] / errors[1]) / math.log2(NUDGES[0] / NUDGES[1])
-    return found
+        slopes[name] = math.log2(errors[0] / errors[1]) / math.log2(NUDGES[0] / NUDGES[1])
+    return slopes
 
 
 def directed(digits: Dataset, degrees: int, homeostasis: float, seed: int, epochs: int) -> dict[str, float]:
@@ -134,11 +127,11 @@ def directed(digits: Dataset, degrees: int, homeostasis: float, seed: int, epoch
 
 def adjoint_cosines(rule: EquilibriumPropagation, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
     """Mean cosine over samples of how states move under the nudge to minus the gradient by potentials: all, layer 1."""
-    network, back, x = rule.network, [each.detach() for each in rule.back], rule.chain.enter(inputs)
+    network, back, x = rule.network, [matrix.detach() for matrix in rule.back], rule.chain.enter(inputs)
     with torch.no_grad():
         size = len(x)
-        given = [g if k == 0 else g.expand(size, -1) for k, g in enumerate(network.given(x)) if g is not None]
-    leaves = [g.detach().clone().requires_grad_() for g in given]
+        drives = [g if k == 0 else g.expand(size, -1) for k, g in enumerate(network.given(x)) if g is not None]
+    leaves = [g.detach().clone().requires_grad_() for g in drives]
     settled = network.settle(network.zeros(x), leaves, back, rule.free_steps).s
     loss = rule.loss(network.output(settled), targets) * size
     exact = [g.flatten(1) for g in torch.autograd.grad(loss, leaves)]

@@ -57,10 +57,10 @@ def evolve(
     while done < generations:
         begun = time.perf_counter()
         drawn = [seed_of(seed, "population", done) for seed in seeds]
-        asked = [search.ask(seed) for search, seed in zip(searches, drawn, strict=True)]
-        fitness = together(tasks, torch.stack(asked), done)
-        for search, population, found in zip(searches, asked, fitness, strict=True):
-            search.tell(population, found)
+        populations = [search.ask(seed) for search, seed in zip(searches, drawn, strict=True)]
+        fitness = together(tasks, torch.stack(populations), done)
+        for search, population, scores in zip(searches, populations, fitness, strict=True):
+            search.tell(population, scores)
         done += 1
         seconds += time.perf_counter() - begun
         curve.append(fitness.nanmean(1).tolist())
@@ -70,6 +70,6 @@ def evolve(
             torch.save({"searches": states, "generation": done, "seconds": seconds, "curve": curve}, buffer)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, buffer.getvalue())
-            shown = " ".join(f"{value:.4g}" for value in curve[-1])
-            print(f"{seconds:7.1f} s  {path.stem}, generation {done}: mean fitness {shown}", flush=True)
+            text = " ".join(f"{value:.4g}" for value in curve[-1])
+            print(f"{seconds:7.1f} s  {path.stem}, generation {done}: mean fitness {text}", flush=True)
     return {"centers": [search.center.tolist() for search in searches], "curve": curve, "evolution": round(seconds, 1)}

@@ -89,7 +89,7 @@ def train(rule: str, digits: Dataset, seeds: Sequence[int], rates: Sequence[floa
         assert population.other is not None
         other = population.other.flat({f"teacher.{name}": weight for name, weight in teacher.state_dict().items()})
         other = other.expand(len(seeds), -1)
-    start = torch.stack([population.start(each) for each in models])
+    start = torch.stack([population.start(network) for network in models])
     snapshots = []
 
     def watch(done: int, weights: Tensor) -> None:
@@ -189,12 +189,12 @@ def study(options: Options, command: str) -> dict[str, Any]:
     check_writable(options.out)
     begun, digits = time.perf_counter(), data.load("digits")
     rates = {rule: tuned(rule, digits) for rule in RULES}
-    found = {rule: measured(rule, digits, options.starts, rates[rule]) for rule in RULES}
-    rows = {rule: each[0] for rule, each in found.items()}
+    measurements = {rule: measured(rule, digits, options.starts, rates[rule]) for rule in RULES}
+    rows = {rule: measurement[0] for rule, measurement in measurements.items()}
     loss, chunk = surface_of(digits)
     between = [
         barrier(loss, ours[-1], theirs[-1], POINTS, chunk).height
-        for ours, theirs in zip(found["tdca"][1], found["bp"][1], strict=True)
+        for ours, theirs in zip(measurements["tdca"][1], measurements["bp"][1], strict=True)
     ]
     caption = (
         "Training loss on the plane of the first two principal components of both ways from the first start; circle: start. "
@@ -202,7 +202,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     )
     with matplotlib.rc_context(RC):
         drawing = render(
-            "landscape", "Two ways", caption, landscape(record(digits, {rule: found[rule][1][0] for rule in RULES}))
+            "landscape", "Two ways", caption, landscape(record(digits, {rule: measurements[rule][1][0] for rule in RULES}))
         )
     keys = ("loss", "accuracy", "barrier", "travelled", "distance", "tortuosity")
     results = {

@@ -12,11 +12,11 @@ PAPER = Paper(
             "Top-down credit assignment on classification, with controls",
             {
                 "smoke": {"generations": 1, "seeds": 2, "arms": "sites-4"},
-                "cpu": {"generations": 60, "seeds": 5},
-                "paper": {"generations": 60, "seeds": 5},
+                "cpu": {"generations": 150, "seeds": 5},
+                "paper": {"generations": 150, "seeds": 5},
             },
             module="apical_papers.tdca.classification.study",
-            needs={"generations": 60, "seeds": 5},
+            needs={"generations": 150, "seeds": 5},
         ),
         "diffusion": Table(
             "Credit diffusion, before and after",

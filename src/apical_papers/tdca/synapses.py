@@ -60,8 +60,8 @@ class SynapticCredit(CreditRule):
             sums = [hidden @ t.sum(0), last @ t.sum(0)]
         roots = [first.weight, first.bias, second.weight, second.bias]
         signals = [part for layer in sums for part in (layer[:, :-1], layer[:, -1])]
-        kept = slice(2, None) if self.silent else slice(None)
-        return Credit(roots[kept], signals[kept], output, self.loss(output, targets))
+        used = slice(2, None) if self.silent else slice(None)
+        return Credit(roots[used], signals[used], output, self.loss(output, targets))
 
 
 def with_one(x: Tensor) -> Tensor:

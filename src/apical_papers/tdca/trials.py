@@ -72,10 +72,10 @@ class Bench:
             network = self.task.network(0)
             if rule == "shuffled":
                 shuffled = ShuffledTeacher(network, self.task.widths())
-                made: CreditRule = TopDownCreditAssignment(model, teacher=shuffled, credit=network.credit)
-                return Population(made, inputs, targets, "teacher.", record=True), teacher
-            made = self.task.rule(model, network, silent=rule == "silent")
-            return Population(made, inputs, targets, "teacher.", record=True), teacher
+                inner: CreditRule = TopDownCreditAssignment(model, teacher=shuffled, credit=network.credit)
+                return Population(inner, inputs, targets, "teacher.", record=True), teacher
+            inner = self.task.rule(model, network, silent=rule == "silent")
+            return Population(inner, inputs, targets, "teacher.", record=True), teacher
         return Population(self._plain(rule, model), inputs, targets, record=True), None
 
     def _plain(self, rule: str, model: nn.Module) -> CreditRule:
@@ -91,20 +91,20 @@ class Bench:
     def run(self, rule: str, rates: Sequence[float], lifetime: Lifetime, teacher: Tensor | None = None) -> list[Trial]:
         """One trial per learning rate; the learners of all tasks and rates are trained at once."""
         population, weights = self.population(rule, teacher)
-        each = len(rates)
+        repeats = len(rates)
         fewest = min(len(sample.other_targets) for sample in self.samples)  # held-out images, where a set is small
         size = {"inputs": None, "targets": None, "other_inputs": fewest, "other_targets": fewest}
         inputs, targets, other_inputs, other_targets = (
-            torch.stack([getattr(sample, name)[: size[name]] for sample in self.samples]).repeat_interleave(each, 0)
+            torch.stack([getattr(sample, name)[: size[name]] for sample in self.samples]).repeat_interleave(repeats, 0)
             for name in ("inputs", "targets", "other_inputs", "other_targets")
         )
-        start = torch.stack([population.start(self.task.learner(seed)) for seed in self.seeds]).repeat_interleave(each, 0)
+        start = torch.stack([population.start(self.task.learner(seed)) for seed in self.seeds]).repeat_interleave(repeats, 0)
         others = None if weights is None else weights.expand(len(start), -1)
         lr = torch.tensor(rates).repeat(len(self.samples))
         trained = population.train(start, others, inputs, targets, lifetime, lr=lr, own=True)
         loss = losses(population.outputs(trained, inputs, own=True), targets, own=True).nan_to_num(nan=1e6, posinf=1e6)
         right = accuracies(population.outputs(trained, other_inputs, own=True), other_targets, own=True)
-        by_rate = zip(rates, loss.view(-1, each).T.tolist(), right.view(-1, each).T.tolist(), strict=True)
+        by_rate = zip(rates, loss.view(-1, repeats).T.tolist(), right.view(-1, repeats).T.tolist(), strict=True)
         return [Trial(rule, lr, fmean(loss), fmean(right), tuple(loss), tuple(right)) for lr, loss, right in by_rate]
 
 

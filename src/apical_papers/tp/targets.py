@@ -23,7 +23,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.core.activations import derivative
 from apical.core.chain import Chain
 from apical.core.credit import CreditRule
@@ -77,17 +77,10 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Difference target propagation: where targets point."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/tp-targets")
-    """Folder for the results; seeds that are in it already are kept."""
-    seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights, data orders and toy networks."""
-    epochs: Annotated[int, arg(metavar="N")] = 20
-    """Over the digits."""
-    jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
 
 
 def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:
@@ -128,7 +121,7 @@ def angles(make: Made, digits: Dataset, seed: int, epochs: int) -> dict[str, lis
     rule, (x, y) = make(model), (digits.train.inputs[:64].double(), digits.train.targets[:64])
     optimizer = torch.optim.Adam(rule.parameters(), SETTINGS["adam"])
     learns = bool(rule.feedback_parameters())
-    found: dict[str, list[list[float]]] = {"gradient": [], "targets": []}
+    degrees: dict[str, list[list[float]]] = {"gradient": [], "targets": []}
     for epoch in range(-SETTINGS["feedback epochs before"] if learns else 0, epochs):
         rule.phase = "feedback" if epoch < 0 else "both"
         for batch in torch.randperm(len(digits.train)).split(SETTINGS["batch size"]):
@@ -139,13 +132,13 @@ def angles(make: Made, digits: Dataset, seed: int, epochs: int) -> dict[str, lis
             rule.phase = "both"
             own, exact = gradients(rule, x, y)
             names = list(own)[:-1]
-            found["gradient"].append([angle(own[name], exact[name]) for name in names])
+            degrees["gradient"].append([angle(own[name], exact[name]) for name in names])
             best = [float("inf")] * len(names)
             for damping in DAMPING:
-                wanted = target_updates(Chain(model), x, y, damping)
-                best = [min(b, angle(-own[name], w)) for b, name, w in zip(best, names, wanted, strict=True)]
-            found["targets"].append(best)
-    return {key: torch.tensor(rows).mean(0).tolist() for key, rows in found.items()}
+                updates = target_updates(Chain(model), x, y, damping)
+                best = [min(b, angle(-own[name], w)) for b, name, w in zip(best, names, updates, strict=True)]
+            degrees["targets"].append(best)
+    return {key: torch.tensor(rows).mean(0).tolist() for key, rows in degrees.items()}
 
 
 @torch.no_grad()
@@ -153,11 +146,11 @@ def target_updates(chain: Chain, inputs: Tensor, labels: Tensor, damping: float)
     """Changes of the hidden layers' weights towards Gauss-Newton targets, means over the batch."""
     states = chain.run(inputs)
     error = output_error(F.cross_entropy, states.r[-1], labels)[1]
-    found = []
+    updates = []
     for i, moved in enumerate(gauss_newton_targets(chain, states, -error * len(error), damping)[:-1]):
         slope = derivative(chain.stages[i].activation, states.v[i], states.r[i + 1])
-        found.append((moved * slope).T @ states.r[i].flatten(1) / len(error))
-    return found
+        updates.append((moved * slope).T @ states.r[i].flatten(1) / len(error))
+    return updates
 
 
 def output_moves(seed: int, activation: type[nn.Module], networks: int = 50) -> dict[str, list[float]]:
@@ -170,11 +163,11 @@ def output_moves(seed: int, activation: type[nn.Module], networks: int = 50) -> 
         states = chain.run(x)
         delta = y - states.r[-1]
         loss = 0.5 * (model(x) - y).square().sum()
-        wanted = gauss_newton_targets(chain, states, delta)
+        goals = gauss_newton_targets(chain, states, delta)
         for i, stage in enumerate(chain.stages[:-1]):
             slope = derivative(stage.activation, states.v[i], states.r[i + 1])
             updates = {
-                "targets": (wanted[i] * slope).T @ states.r[i],
+                "targets": (goals[i] * slope).T @ states.r[i],
                 "gradient": -torch.autograd.grad(loss, stage.layer.weight, retain_graph=True)[0],
             }
             for name, update in updates.items():
@@ -224,8 +217,8 @@ def null_share(rule: DifferenceTargetPropagation, inputs: Tensor, targets: Tenso
 
 def _network(sizes: Sequence[int], activation: type[nn.Module], gain: float = 1.0) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for given, size in pairwise(sizes):
-        layer = nn.Linear(given, size, dtype=torch.double)
+    for inputs, size in pairwise(sizes):
+        layer = nn.Linear(inputs, size, dtype=torch.double)
         nn.init.xavier_normal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
         layers += [layer, activation()]
@@ -293,7 +286,7 @@ def tables(cells: Cells) -> list[Row]:
             "title": "The lowest layer alone learns",
             "note": "Test accuracy (0 to 1), mean over seeds with 95 % interval. dfa is ddtp-linear with fixed maps.",
             "header": ["rule", "accuracy"],
-            "rows": [[name, shown(found)] for name, found in accuracy.items()],
+            "rows": [[name, shown(numbers)] for name, numbers in accuracy.items()],
         },
         {
             "title": "What is wasted",

@@ -51,14 +51,14 @@ class EvolutionFolder:
             refuse_used(self.path)
         if overwrite or not self.config.exists():
             return False
-        saved, asked = read_json(self.config), recipe.to_json()
-        unlike = [f"{k}: {saved.get(k)} vs {v}" for k, v in asked.items() if k not in FREE_FIELDS and saved.get(k) != v]
+        saved, options = read_json(self.config), recipe.to_json()
+        unlike = [f"{k}: {saved.get(k)} vs {v}" for k, v in options.items() if k not in FREE_FIELDS and saved.get(k) != v]
         if unlike:
             raise CheckpointError(
                 f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
                 "resume with the saved ones or choose another --out"
             )
-        if odd := [name for name in FREE_FIELDS if type(saved.get(name)) is not type(asked[name])]:
+        if odd := [name for name in FREE_FIELDS if type(saved.get(name)) is not type(options[name])]:
             raise CheckpointError(
                 f"{self.config} is damaged ({odd[0]} is {saved.get(odd[0])!r}); start again with --overwrite"
             )

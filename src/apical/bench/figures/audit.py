@@ -46,27 +46,27 @@ def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any]
 def matrix(record: Mapping[str, Any]) -> Figure:
     """Verdicts as filled, pale and empty squares; a thick frame where a paper claims otherwise; numbers at the right."""
     rows, criteria = record["rows"], record["criteria"]
-    asked = [c for c in criteria if not any(row["verdicts"][c["key"]]["verdict"] == "measured" for row in rows)]
-    counted = [c for c in criteria if c not in asked]
+    binary = [c for c in criteria if not any(row["verdicts"][c["key"]]["verdict"] == "measured" for row in rows)]
+    counted = [c for c in criteria if c not in binary]
     reference = next((row for row in rows if row["rule"] == "bp"), None)
-    width = 1.25 + _CELL * len(asked) + 0.46 * len(counted) + 0.7
+    width = 1.25 + _CELL * len(binary) + 0.46 * len(counted) + 0.7
     height = 1.6 + _CELL * len(rows) + 0.25
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("none")
     axes = figure.add_axes((1.25 / width, 0.3 / height, (width - 1.95) / width, _CELL * len(rows) / height))
-    total = len(asked) + len(counted) * 0.46 / _CELL
+    total = len(binary) + len(counted) * 0.46 / _CELL
     axes.set(xlim=(0, total), ylim=(len(rows), 0))
     for y, row in enumerate(rows):
-        for x, criterion in enumerate(asked):
+        for x, criterion in enumerate(binary):
             _cell(axes, x, y, row, criterion["key"])
         for number, criterion in enumerate(counted):
             verdict = row["verdicts"][criterion["key"]]
             text = number_of(criterion["key"], verdict, reference) if verdict["verdict"] == "measured" else "-"
-            right = len(asked) + (number + 0.95) * 0.46 / _CELL
+            right = len(binary) + (number + 0.95) * 0.46 / _CELL
             axes.text(right, y + 0.52, text, ha="right", va="center", fontsize=6.5)
-    places = [x + 0.5 for x in range(len(asked))]
-    places += [len(asked) + (number + 0.6) * 0.46 / _CELL for number in range(len(counted))]
-    titles = [f"{c['title']} ({_UNITS[c['key']]})" if c["key"] in _UNITS else c["title"] for c in (*asked, *counted)]
+    places = [x + 0.5 for x in range(len(binary))]
+    places += [len(binary) + (number + 0.6) * 0.46 / _CELL for number in range(len(counted))]
+    titles = [f"{c['title']} ({_UNITS[c['key']]})" if c["key"] in _UNITS else c["title"] for c in (*binary, *counted)]
     axes.set_xticks(places, titles, rotation=50, ha="left", rotation_mode="anchor")
     axes.set_yticks([y + 0.5 for y in range(len(rows))], [row["rule"] for row in rows])
     axes.xaxis.tick_top()

@@ -119,8 +119,8 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
         for column, (trace, target) in enumerate(((weak, weak_target), (strong, strong_target))):
             _output_panel(grid[0, column], trace, target, sample)
             _control_panel(grid[1, column], trace, sample)
-            for i, chosen in enumerate(neurons):
-                _compartment_panel(grid[i + 2, column], trace, i, sample, chosen)
+            for i, neuron in enumerate(neurons):
+                _compartment_panel(grid[i + 2, column], trace, i, sample, neuron)
             grid[-1, column].set_xlabel("time (τ_u)")
         grid[0, 0].set_title("weak control: target a little better", loc="left", fontweight="bold")
         grid[0, 1].set_title("strong control: target is the label", loc="left", fontweight="bold")
@@ -208,8 +208,8 @@ def _strongest(apical: Tensor, count: int) -> list[int]:
 def _thin(values: Tensor) -> Array:
     """Every so many points of a trajectory, the last included, so that files stay small."""
     every = max(1, (len(values) - 1) // 400)
-    chosen = torch.tensor(sorted({*range(0, len(values), every), len(values) - 1}))
-    thinned: Array = values[chosen].double().numpy()
+    steps = torch.tensor(sorted({*range(0, len(values), every), len(values) - 1}))
+    thinned: Array = values[steps].double().numpy()
     return thinned
 
 

@@ -26,14 +26,14 @@ def compute(comparison: Comparison) -> Figure | None:
 
 def _against(comparison: Comparison, cost: str, label: str, factor: float) -> Figure | None:
     score = comparison.score
-    found = {rule: _points(comparison.of(rule), cost, score.key) for rule in comparison.rules}
-    shown = {rule: points for rule, points in found.items() if points is not None}
-    if not shown:
+    points_of = {rule: _points(comparison.of(rule), cost, score.key) for rule in comparison.rules}
+    drawn = {rule: points for rule, points in points_of.items() if points is not None}
+    if not drawn:
         return None
-    columns = min(len(shown), 5, int(_WIDTH / (0.44 + 0.044 * max(map(len, shown)))))
-    figure = Figure(figsize=(_WIDTH, 2.45 + 0.16 * -(-len(shown) // columns)))
+    columns = min(len(drawn), 5, int(_WIDTH / (0.44 + 0.044 * max(map(len, drawn)))))
+    figure = Figure(figsize=(_WIDTH, 2.45 + 0.16 * -(-len(drawn) // columns)))
     axes, style = figure.add_subplot(), styles(comparison.rules)
-    for position, (rule, (costs, scores)) in enumerate(shown.items()):
+    for position, (rule, (costs, scores)) in enumerate(drawn.items()):
         look = style[rule]
         x, mean = factor * costs.mean(axis=0), score.scale * scores.mean(axis=0)
         every = max(1, -(-len(x) // 7))
@@ -47,13 +47,13 @@ def _against(comparison: Comparison, cost: str, label: str, factor: float) -> Fi
             for costs_of_one, values in zip(costs, scores, strict=True):
                 axes.plot(factor * costs_of_one, score.scale * values, color=look.colour, linewidth=0.5, alpha=0.7)
     axes.set(xlabel=label, ylabel=score.label)
-    ends = [factor * costs.mean(axis=0)[-1] for costs, _ in shown.values()]
+    ends = [factor * costs.mean(axis=0)[-1] for costs, _ in drawn.values()]
     if max(ends) > _FAR * min(ends):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if score.is_loss and min(float(scores.min()) for _, scores in shown.values()) > 0:
+    if score.is_loss and min(float(scores.min()) for _, scores in drawn.values()) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

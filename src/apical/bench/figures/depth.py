@@ -12,15 +12,15 @@ _IMAGES = 8
 
 def depth_accuracy(comparison: Comparison) -> Figure | None:
     """Accuracy against depth after the last epoch, one line per rule that has read-outs: mean and spread over seeds."""
-    found = {rule: [_depths(run) for run in comparison.of(rule)] for rule in comparison.rules}
-    found = {rule: [row for row in rows if row] for rule, rows in found.items()}
-    found = {rule: rows for rule, rows in found.items() if rows}
-    if not found:
+    depths = {rule: [_depths(run) for run in comparison.of(rule)] for rule in comparison.rules}
+    depths = {rule: [row for row in rows if row] for rule, rows in depths.items()}
+    depths = {rule: rows for rule, rows in depths.items() if rows}
+    if not depths:
         return None
     figure = Figure(figsize=(_WIDTH, 2.9))
     axes, style = figure.add_subplot(), styles(comparison.rules)
-    names: list[str] = list(dict.fromkeys(name for rows in found.values() for row in rows for name in row))
-    for rule, rows in found.items():
+    names: list[str] = list(dict.fromkeys(name for rows in depths.values() for row in rows for name in row))
+    for rule, rows in depths.items():
         look = style[rule]
         table = 100 * np.array([[row.get(name, np.nan) for name in names] for row in rows])
         mean, places = table.mean(0), np.arange(len(names))
@@ -45,9 +45,9 @@ def reconstructions(comparison: Comparison) -> Figure | None:
     for rule in comparison.rules:
         run = next((run for run in comparison.of(rule) if run.examples is not None), None)
         if run is not None and run.examples is not None:
-            images, made = run.examples
+            images, outputs = run.examples
             rows += [] if rows else [("test images", images)]
-            rows.append((rule, made))
+            rows.append((rule, outputs))
     if not rows:
         return None
     count = min(_IMAGES, min(len(images) for _, images in rows))

@@ -12,7 +12,7 @@ def spread(runs: Sequence[Run], key: str, layer: str | None = None, first: int =
     curves = [(run.epochs, run.curve(key, layer)) for run in runs]
     curves = [(epochs, values) for epochs, values in curves if has_values(values)]
     axis = sorted({epoch for epochs, _ in curves for epoch in epochs})
-    shown = np.array(axis, dtype=np.float64) >= first
+    late = np.array(axis, dtype=np.float64) >= first
     table = np.full((len(curves), len(axis)), np.nan)
     for row, (epochs, values) in zip(table, curves, strict=True):
         row[[axis.index(epoch) for epoch in epochs]] = values
@@ -20,7 +20,7 @@ def spread(runs: Sequence[Run], key: str, layer: str | None = None, first: int =
     mean = column_mean(table)
     squares = np.nansum((table - mean) ** 2, axis=0)
     deviation = np.sqrt(squares / np.where(count > 1, count - 1, np.nan))
-    return np.array(axis, dtype=np.float64)[shown], mean[shown], deviation[shown], len(curves)
+    return np.array(axis, dtype=np.float64)[late], mean[late], deviation[late], len(curves)
 
 
 def column_mean(table: Array) -> Array:

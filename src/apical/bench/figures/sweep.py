@@ -67,13 +67,13 @@ def _panel(panel: Axes, rule: str, record: Mapping[str, Any], norm: Normalize) -
             continue
         score = _score(trial, record)
         end = float(np.clip(norm(score), 0, 1))
-        chosen = trial["number"] == best
+        is_best = trial["number"] == best
         panel.plot(
             range(len(axes) + 1),
             [*places, 1 - end if record["is_loss"] else end],
             color=_COLOURS(norm(score)),
-            linewidth=2.4 if chosen else 0.9,
-            zorder=4 if chosen else 2,
+            linewidth=2.4 if is_best else 0.9,
+            zorder=4 if is_best else 2,
         )
     for x, axis in enumerate(axes):
         panel.axvline(x, color="#444444", linewidth=0.6)
@@ -112,5 +112,5 @@ def _ordered(values: Sequence[Any]) -> list[Any]:
 
 
 def _ticks(axis: Mapping[str, Any]) -> list[tuple[float, str]]:
-    shown = _ordered(axis["values"]) if axis["range"] is None else axis["range"]
-    return [(_place(axis, value), f"{value:g}" if isinstance(value, int | float) else str(value)) for value in shown]
+    ticks = _ordered(axis["values"]) if axis["range"] is None else axis["range"]
+    return [(_place(axis, value), f"{value:g}" if isinstance(value, int | float) else str(value)) for value in ticks]

@@ -1,7 +1,6 @@
 """The report of one evolution: fitness over generations, settings, versions, as one HTML page."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from apical.bench.checkpoint import write_atomically
+from apical.bench.document import command_block, document, figure_block, pairs, reproduce, significant
 from apical.bench.evolve.loop import EvolutionFolder
 from apical.bench.figures.curves import Drawing, render
 from apical.bench.figures.style import RC, plain_log
-from apical.bench.report.html import STYLE, command_block, facts, figure_block, significant
 from apical.bench.state import read_json, write_page
 from apical.errors import ConfigError
 
@@ -74,31 +73,9 @@ def _page(
         f"({3600 * len(lines) / max(seconds, 1e-9):,.0f} generations an hour). After the last one, a learner under the "
         f"centre of the search distribution ends its lifetime of {config['steps']} steps with a loss of {loss} nats."
     )
-    settings = [(key, _plain(value)) for key, value in config.items() if key != "command"]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p class="lead">{escape(summary)}</p>
-{figure_block(drawing)}
+    settings = {key: value for key, value in config.items() if key != "command"}
+    body = f"""{figure_block(drawing)}
 <h2>Use it</h2>
-<pre><code>apical compare --rules bp tdca --teacher {escape(str(path / "teacher.pt"))} --out runs/tdca</code></pre>
-<h2>Reproduce this</h2>
-{command_block(str(config.get("command", "")))}
-<div class="pair">
-<div><h3>Settings</h3>{facts(settings)}</div>
-<div><h3>Versions and machine</h3>{facts([(k, _plain(v)) for k, v in around.items() if v is not None])}</div>
-</div>
-</body>
-</html>
-"""
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+{command_block(f"apical compare --rules bp tdca --teacher {path / 'teacher.pt'} --out runs/tdca")}
+{reproduce(str(config.get("command", "")), pairs(settings), pairs(around))}"""
+    return document(title, summary, body)

@@ -14,6 +14,7 @@ from typing import Any
 
 from apical.bench.busy import busy_note
 from apical.bench.checkpoint import write_atomically
+from apical.bench.document import significant
 from apical.bench.figures import curves as figures
 from apical.bench.figures.style import styles
 from apical.bench.recipe import FEEDBACK_FIELDS, Recipe
@@ -195,7 +196,7 @@ def _score_sentence(rows: Mapping[str, RuleSummary], score: Score) -> str:
         return best + (f", the {rank}; {_last(ranked[-1], score)}." if len(ranked) > 1 else ".")
     bp, best_other = rows["bp"], others[0]
     gap = statistics.mean(best_other.scores(score)) - statistics.mean(bp.scores(score))
-    size = report_html.significant(abs(gap)) if score.is_loss else f"{abs(gap):.2f} points"
+    size = significant(abs(gap)) if score.is_loss else f"{abs(gap):.2f} points"
     level = gap == 0 or size.startswith("0.00 points")
     distance = "level" if level else f"{size} {'above' if gap > 0 else 'below'} it"
     text = (
@@ -222,9 +223,9 @@ def _alignment_sentence(comparison: Comparison, rows: Mapping[str, RuleSummary])
     for rule, row in rows.items():
         finished = [run for run in comparison.of(rule) if run.finished and run.records]
         last = [run.curve("weight_alignment", layer)[-1] for run in finished for layer in run.layers]
-        known = _numbers(last)
-        if known and rule != "bp":
-            angles.append((statistics.mean(known), row.name))
+        angles_of_layers = _numbers(last)
+        if angles_of_layers and rule != "bp":
+            angles.append((statistics.mean(angles_of_layers), row.name))
     if not angles:
         return ""
     (low, nearest), (high, farthest) = min(angles), max(angles)
@@ -244,10 +245,10 @@ def _time_sentence(rows: Mapping[str, RuleSummary]) -> str:
 
 
 def _busy_sentence(comparison: Comparison) -> str:
-    known = {
+    times_of = {
         rule: [line.get("ms_per_step") for run in comparison.of(rule) for line in run.records] for rule in comparison.rules
     }
-    return busy_note({rule: [time for time in times if time] for rule, times in known.items()})
+    return busy_note({rule: [time for time in times if time] for rule, times in times_of.items()})
 
 
 def _failures_sentence(comparison: Comparison) -> str:
@@ -297,8 +298,8 @@ def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _feedback(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """The options of learned feedback weights that a run has set, in words."""
-    chosen = {key: config[key] for key in FEEDBACK_FIELDS if key in config and config[key] != defaults[key]}
-    return _words({key.removeprefix("feedback_").replace("_", " "): value for key, value in chosen.items()})
+    settings = {key: config[key] for key in FEEDBACK_FIELDS if key in config and config[key] != defaults[key]}
+    return _words({key.removeprefix("feedback_").replace("_", " "): value for key, value in settings.items()})
 
 
 def environment_rows(comparison: Comparison) -> list[tuple[str, str]]:

@@ -27,11 +27,11 @@ class Sureness:
 
     def record(self) -> dict[str, Any]:
         """As statistics.json keeps it."""
-        found: dict[str, Any] = {"rule": self.rule, **self.score._asdict()}
+        record: dict[str, Any] = {"rule": self.rule, **self.score._asdict()}
         if self.against is not None:
-            found |= {f"difference_{key}": value for key, value in self.against.difference._asdict().items()}
-            found["p_sign_flip"] = self.against.p
-        return found
+            record |= {f"difference_{key}": value for key, value in self.against.difference._asdict().items()}
+            record["p_sign_flip"] = self.against.p
+        return record
 
 
 def sureness(comparison: Comparison) -> list[Sureness]:
@@ -41,12 +41,12 @@ def sureness(comparison: Comparison) -> list[Sureness]:
         rule: {run.seed: score.scale * run.final(score.key) for run in comparison.of(rule) if run.finished}
         for rule in comparison.rules
     }
-    finals = {rule: {seed: value for seed, value in found.items() if value == value} for rule, found in finals.items()}
+    finals = {rule: {seed: value for seed, value in by_seed.items() if value == value} for rule, by_seed in finals.items()}
     reference = finals.get(REFERENCE, {})
     return [
-        Sureness(rule, bootstrap(list(found.values())), paired(found, reference) if rule != REFERENCE else None)
-        for rule, found in finals.items()
-        if found
+        Sureness(rule, bootstrap(list(by_seed.values())), paired(by_seed, reference) if rule != REFERENCE else None)
+        for rule, by_seed in finals.items()
+        if by_seed
     ]
 
 
@@ -61,8 +61,8 @@ def section(rows: Sequence[Sureness], score: Score) -> str:
     for row in rows:
         cells = [row.rule, row.score.shown(places), str(row.score.n)]
         if row.against is not None:
-            found = row.against
-            cells += [found.difference.shown(places), f"{found.p:.2g}", str(found.difference.n)]
+            against = row.against
+            cells += [against.difference.shown(places), f"{against.p:.2g}", str(against.difference.n)]
         else:
             cells += ["-", "-", "-"]
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")

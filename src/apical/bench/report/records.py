@@ -101,10 +101,10 @@ class Run:
     @property
     def layers(self) -> list[str]:
         """Names of the layers with diagnostics, from the input to the output."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         for record in self.records:
-            found.update(dict.fromkeys(record.get("layers") or {}))
-        return list(found)
+            names.update(dict.fromkeys(record.get("layers") or {}))
+        return list(names)
 
     def curve(self, key: str, layer: str | None = None) -> Array:
         """The metric `key` of each epoch, of one layer if given; NaN where it was not measured. Shape (epochs,)."""
@@ -181,8 +181,8 @@ def _read_compare(folder: Path) -> Comparison:
             runs.setdefault((rule, seed_number), absent)
     if not runs:
         raise CheckpointError(f"{folder / 'runs'} holds no run folder (<rule>/seed-<number>)")
-    known = list(RULES)
-    others = sorted({rule for rule, _ in runs} - set(planned), key=lambda r: (known.index(r) if r in known else 99, r))
+    order = list(RULES)
+    others = sorted({rule for rule, _ in runs} - set(planned), key=lambda r: (order.index(r) if r in order else 99, r))
     rules = (*dict.fromkeys(planned), *others)
     ordered = tuple(runs[key] for key in sorted(runs, key=lambda key: (rules.index(key[0]), key[1])))
     command = _command(plan) or next(filter(None, (_command(run.config) for run in ordered)), "")
@@ -198,8 +198,8 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
     done = (result or {}).get("epochs")
     if isinstance(done, int) and done > 0 and done not in records:
         raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, with which the run ended, is not in it")
-    kept = tuple(records[epoch] for epoch in epochs)
-    return Run(rule, seed, config, environment, epochs, kept, result, _read_examples(folder / "examples.npz"))
+    lines = tuple(records[epoch] for epoch in epochs)
+    return Run(rule, seed, config, environment, epochs, lines, result, _read_examples(folder / "examples.npz"))
 
 
 def _read_examples(path: Path) -> tuple[Array, Array] | None:
@@ -208,12 +208,12 @@ def _read_examples(path: Path) -> tuple[Array, Array] | None:
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as file:
-            images, made = file["images"].astype(np.float64), file["made"].astype(np.float64)
+            images, outputs = file["images"].astype(np.float64), file["made"].astype(np.float64)
     except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if images.ndim != 4 or made.shape != images.shape:
-        raise CheckpointError(f"{path} is damaged: images of shapes {images.shape} and {made.shape}")
-    return images, made
+    if images.ndim != 4 or outputs.shape != images.shape:
+        raise CheckpointError(f"{path} is damaged: images of shapes {images.shape} and {outputs.shape}")
+    return images, outputs
 
 
 def _read_metrics(path: Path) -> dict[int, Mapping[str, Any]]:

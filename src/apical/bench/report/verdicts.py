@@ -93,11 +93,11 @@ def _record(run: Run, number: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if number.get("select") is None:
         return records[-1]
     if number["metric"] != "loss":
-        known = [record for record in records if record.get("validation_accuracy") is not None]
-        if known:
-            return max(known, key=lambda record: record["validation_accuracy"])
-    known = [record for record in records if record.get("validation_loss") is not None]
-    return min(known, key=lambda record: record["validation_loss"]) if known else None
+        candidates = [record for record in records if record.get("validation_accuracy") is not None]
+        if candidates:
+            return max(candidates, key=lambda record: record["validation_accuracy"])
+    candidates = [record for record in records if record.get("validation_loss") is not None]
+    return min(candidates, key=lambda record: record["validation_loss"]) if candidates else None
 
 
 def _what(number: Mapping[str, Any]) -> str:
@@ -113,9 +113,9 @@ def _what(number: Mapping[str, Any]) -> str:
 
 
 def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None]) -> Verdict:
-    found = [value for value in values if value is not None]
-    mean = statistics.mean(found) if found else None
-    interval = bootstrap(found) if found else None
+    numbers = [value for value in values if value is not None]
+    mean = statistics.mean(numbers) if numbers else None
+    interval = bootstrap(numbers) if numbers else None
     is_order = "other" in number
     if mean is None:
         verdict = "not run"
@@ -131,8 +131,8 @@ def _verdict(rule: str, number: Mapping[str, Any], values: Sequence[float | None
         tolerance=None if is_order else number["tolerance"],
         tag=number.get("tag", "fig") if not is_order else "order",
         measured=mean,
-        spread=statistics.stdev(found) if len(found) > 1 else None,
-        n=len(found),
+        spread=statistics.stdev(numbers) if len(numbers) > 1 else None,
+        n=len(numbers),
         verdict=verdict,
         low=interval.low if interval else None,
         high=interval.high if interval else None,

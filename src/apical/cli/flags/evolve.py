@@ -18,7 +18,7 @@ class Evolve:
     out: Annotated[Path, shown("DIR", "(required)")]
     """Folder for the evolution; must be new or empty."""
     recipe: Annotated[str | None, shown("NAME")] = None
-    """Take the settings of a committed evolution: digits, ... Options given on the command line override it."""
+    """Take the settings of an evolution: digits or mnist-residual. Options given on the command line override it."""
     data: Annotated[tuple[str, ...] | None, shown("NAME|FILE|FOLDER ...", "(default: digits)")] = None
     """Data sets of one image shape, or your own; tasks are drawn from them in turn."""
     model: Annotated[tuple[str, ...] | None, shown("NAME|FILE.py:CLASS ...", "(default: mlp-tanh-32)")] = None

@@ -82,11 +82,14 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
 """Options shown by topic; those of a command left out are only named. A command that is not here shows all of its own."""
 
 
-def option_names(flags: type[Any]) -> list[str]:
-    """The options of a command as they are written, such as "--epochs N"."""
-    hints = get_type_hints(flags, include_extras=True)
-    written = [_option(item.name, hints[item.name]) for item in fields(flags)]
-    return [option for option, is_positional in written if not is_positional]
+def option_rows(flags: type[Any]) -> list[list[str]]:
+    """Each option as it is written ("--epochs N"), its default (or "required") and its text."""
+    texts = field_texts(flags)
+    rows = [
+        (_option(name, hint)[0], _setting(hint, "help_behavior_hint"), texts.get(name, ""))
+        for name, hint in _hints(flags).items()
+    ]
+    return [[option, default.strip("()").removeprefix("default: "), text] for option, default, text in rows]
 
 
 def short_help(command: str, flags: type[Any]) -> str:
@@ -96,8 +99,8 @@ def short_help(command: str, flags: type[Any]) -> str:
         command: its name.
         flags: the dataclass of its options.
     """
-    texts, hints = _docstrings(flags), get_type_hints(flags, include_extras=True)
-    options = {item.name: _option(item.name, hints[item.name]) for item in fields(flags)}
+    texts, hints = field_texts(flags), _hints(flags)
+    options = {name: _option(name, hint) for name, hint in hints.items()}
     topics = TOPICS.get(command, {"Options": tuple(options)})
     named = [option for option, (_, is_positional) in options.items() if is_positional]
     rest = "list|fetch NAME" if command == "data" else "[OPTIONS]" if len(options) > len(named) else ""
@@ -119,11 +122,10 @@ def short_help(command: str, flags: type[Any]) -> str:
 
 def _option(name: str, hint: Any) -> tuple[str, bool]:
     """An option as it is written, and whether it has no name on the command line."""
-    settings = [item for item in getattr(hint, "__metadata__", ()) if getattr(item, "metavar", None)]
-    metavar = settings[0].metavar if settings else ""
+    metavar = _setting(hint, "metavar")
     is_positional = "Positional" in repr(hint) or "POSITIONAL" in repr(getattr(hint, "__metadata__", ()))
     if is_positional:
-        choices = next((get_args(each) for each in (hint, *get_args(hint)) if get_origin(each) is Literal), ())
+        choices = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
         return metavar or "|".join(map(str, choices)) or name.upper(), True
     return f"--{name.replace('_', '-')} {metavar}".strip(), False
 
@@ -139,23 +141,34 @@ def _entry(option: str, text: str) -> list[str]:
 
 def _sentence(text: str, hint: Any) -> str:
     """The first sentence of an option's text, and its default."""
-    settings = [item for item in getattr(hint, "__metadata__", ()) if getattr(item, "help_behavior_hint", None)]
-    default = settings[0].help_behavior_hint if settings else ""
     first = re.split(r"(?<!\.)\.\s+(?=[A-Z])|; ", " ".join(text.split()))[0].rstrip(".")
-    return f"{first} {default}".strip()
+    return f"{first} {_setting(hint, 'help_behavior_hint')}".strip()
+
+
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {item.name: hints[item.name] for item in fields(kind)}
+
+
+def _setting(hint: Any, name: str) -> str:
+    """What an annotation says of an option's metavar, default or help; empty for nothing."""
+    return next((value for item in getattr(hint, "__metadata__", ()) if (value := getattr(item, name, None))), "")
 
 
 def _purpose(flags: type[Any]) -> str:
     return " ".join((inspect.getdoc(flags) or "").split())
 
 
-def _docstrings(flags: type[Any]) -> dict[str, str]:
-    """The text under each field, of the class and its bases."""
-    found: dict[str, str] = {}
-    for kind in reversed(flags.__mro__[:-1]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+def field_texts(kind: type[Any]) -> dict[str, str]:
+    """The text of each field: the one under it, in the class or a base, or the help that it is annotated with."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except OSError:  # made by make_dataclass
+            continue
         assert isinstance(body, ast.ClassDef)
         for field, text in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[ast.unparse(field.target)] = str(text.value.value)
-    return found
+                texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return texts | {name: _setting(hint, "help") for name, hint in _hints(kind).items() if _setting(hint, "help")}

@@ -1,103 +1,77 @@
 """Options of `apical compare` and `apical train`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
-from apical.bench.recipe import Amp, ClipOver, Device, LossName, Optimizer, Recipe
+from apical.bench.recipe import CHECKSUMS, LossName, Recipe
+from apical.cli.flags.help import field_texts
 from apical.cli.flags.shown import shown
+
+_ELSEWHERE = {"rule", "rule_options", "seed", *CHECKSUMS}
+"""Fields of a recipe that are no options of every command."""
+
+
+def _settings() -> type[Any]:
+    """A dataclass with an option for each setting of a recipe; None leaves it to --recipe or the default."""
+    hints, texts, options = get_type_hints(Recipe, include_extras=True), field_texts(Recipe), []
+    for item in fields(Recipe):
+        if item.name not in _ELSEWHERE:
+            kind, *more = get_args(hint) if get_origin(hint := hints[item.name]) is Annotated else (hint,)
+            metavar, default = more[0] if more else (_metavar(kind), "")
+            default = default or _written(item.default)
+            option = arg(
+                metavar=metavar, help=texts[item.name], help_behavior_hint=f"(default: {default})" if default else ""
+            )
+            options.append((item.name, Annotated[kind | None, option], field(default=None)))
+    return make_dataclass("Settings", options, frozen=True, kw_only=True, namespace={"__module__": __name__})
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"{_metavar(get_args(kind)[0])} ..."
+    return {bool: "True|False", int: "N", int | None: "N", float: "X"}[kind]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_written, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        """The options of :func:`_settings` that are used by name."""
+
+        data: str | None = None
+        model: str | None = None
+        epochs: int | None = None
+        loss: LossName | None = None
+
+else:
+    Settings = _settings()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
-    """Options that train and compare share; what is not given comes from --recipe or the defaults."""
+class Place:
+    """Where results go and settings come from; a base of its own, so that they are listed first."""
 
     out: Annotated[Path, shown("DIR", "(required)")]
     """Folder for the results; must be new or empty."""
     recipe: Annotated[str | None, shown("NAME")] = None
     """Take the settings of a paper (apical list recipes). Options given on the command line override it."""
-    data: Annotated[str | None, shown("NAME|FILE|FOLDER", "(default: digits)")] = None
-    """Data set (`apical list data`), or your own: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION."""
-    model: Annotated[str | None, shown("NAME|FILE.py:CLASS", "(default: mlp-256-256)")] = None
-    """Network (`apical list models`), or your own class or function that makes one; its code is run."""
-    epochs: Annotated[int | None, shown("N", "(default: 20)")] = None
-    """Passes over the training images."""
-    batch_size: Annotated[int | None, shown("N", "(default: 32)")] = None
-    """Images per step."""
-    optimizer: Annotated[Optimizer | None, shown("sgd|adam|adamw", "(default: sgd)")] = None
-    """Optimiser."""
-    lr: Annotated[tuple[float, ...] | None, shown("RATE ...", "(default: 0.02)")] = None
-    """Learning rates, one after the other."""
-    lr_epochs: Annotated[tuple[int, ...] | None, shown("N ...")] = None
-    """Finished epochs after which the next learning rate starts."""
-    lr_cosine: Annotated[int | None, shown("EPOCHS", "(default: off)")] = None
-    """Let the learning rate fall to --lr-min over so many epochs, along half a cosine."""
-    lr_min: Annotated[float | None, shown("RATE", "(default: 0)")] = None
-    """Where --lr-cosine ends."""
-    warmup_steps: Annotated[int | None, shown("N", "(default: 0)")] = None
-    """Steps at the start over which gradients grow to their full size."""
-    centralise: Annotated[bool | None, shown("True|False", "(default: False)")] = None
-    """Subtract from each weight's gradient its mean over inputs (gradient centralisation)."""
-    momentum: Annotated[float | None, shown("X", "(default: 0.9)")] = None
-    """Momentum of sgd, beta1 of adam."""
-    beta2: Annotated[float | None, shown("X", "(default: 0.999)")] = None
-    """beta2 of adam."""
-    eps: Annotated[float | None, shown("X", "(default: 1e-8)")] = None
-    """eps of adam."""
-    clip: Annotated[float | None, shown("NORM", "(default: off)")] = None
-    """Largest norm of a step's gradient, of each weight tensor by itself and of all feedback weights together."""
-    clip_over: Annotated[ClipOver | None, shown("tensor|network", "(default: tensor)")] = None
-    """Clip each weight tensor by itself, or the network as one."""
-    weight_decay: Annotated[tuple[float, ...] | None, shown("X ...", "(default: what suits the rule)")] = None
-    """Weight decays, one after the other."""
-    weight_decay_epochs: Annotated[tuple[int, ...] | None, shown("N ...")] = None
-    """Finished epochs after which the next weight decay starts."""
-    loss: Annotated[LossName | None, shown("cross_entropy|squared|mse", "(default: by the targets)")] = None
-    """Loss: cross_entropy where none is given, mse where targets are numbers."""
-    feedback_lr: Annotated[float | None, shown("RATE", "(default: as the forward weights)")] = None
-    """Learning rate of feedback weights, where the rule learns them apart."""
-    feedback_beta1: Annotated[float | None, shown("X", "(default: as the forward weights)")] = None
-    """Their momentum of sgd, beta1 of adam."""
-    feedback_beta2: Annotated[float | None, shown("X", "(default: as the forward weights)")] = None
-    """Their beta2 of adam."""
-    feedback_eps: Annotated[float | None, shown("X", "(default: as the forward weights)")] = None
-    """Their eps of adam."""
-    feedback_weight_decay: Annotated[float | None, shown("X", "(default: as the forward weights)")] = None
-    """Their weight decay."""
-    pretrain_epochs: Annotated[int | None, shown("N", "(default: 0)")] = None
-    """Passes before the first epoch in which only feedback weights learn."""
-    pretrain_lr: Annotated[float | None, shown("RATE", "(default: --feedback-lr)")] = None
-    """Learning rate of the feedback weights in them."""
-    feedback_passes: Annotated[int | None, shown("N", "(default: 0)")] = None
-    """Passes in each epoch in which only feedback weights learn; 0 learns them in the same steps as the forward weights."""
-    feedback_fraction: Annotated[float | None, shown("X", "(default: 1)")] = None
-    """Share of the training batches that such a pass visits."""
-    flip: Annotated[bool | None, shown("True|False")] = None
-    """Mirror training images at random."""
-    crop: Annotated[int | None, shown("PIXELS")] = None
-    """Pad training images by so many pixels and crop at random."""
-    validation: Annotated[int | None, shown("N")] = None
-    """Training images held out for validation."""
-    train_limit: Annotated[int | None, shown("N")] = None
-    """Use only so many training images."""
-    test_limit: Annotated[int | None, shown("N")] = None
-    """Use only so many test images."""
-    drop_last: Annotated[bool | None, shown("True|False", "(default: True)")] = None
-    """Leave out the last, smaller batch of an epoch."""
-    amp: Annotated[Amp | None, shown("off|bf16")] = None
-    """bf16: forward pass under bfloat16 autocast."""
-    device: Annotated[Device | None, shown("auto|cpu|cuda", "(default: auto)")] = None
-    """Where to compute."""
-    threads: Annotated[int | None, shown("N", "(default: a fair share of the cores)")] = None
-    """CPU threads per process."""
-    probe: Annotated[int | None, shown("N", "(default: 256)")] = None
-    """Training images on which gradients are compared with backprop's after each epoch; 0 is off."""
-    checkpoint_steps: Annotated[int | None, shown("N", "(default: after each epoch)")] = None
-    """Save also every N steps within an epoch."""
-    trajectory: Annotated[int | None, shown("N", "(default: off)")] = None
-    """Keep the weights every N steps, and at start and end, for `apical landscape`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(Settings, Place):
+    """Options that train and compare share; what is not given comes from --recipe or the defaults."""
+
     teacher: Annotated[Path | None, shown("FILE", "(default: one shipped for digits)")] = None
     """Top-down network of tdca, written by `apical evolve`."""
     tensorboard: Annotated[bool, arg(help_behavior_hint="")] = False
@@ -107,10 +81,10 @@ class Flags:
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace what is in --out."""
 
-    def given(self) -> dict[str, Any]:
-        """The recipe fields that were given."""
-        known = Recipe.__dataclass_fields__
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
+    def settings(self) -> dict[str, Any]:
+        """The recipe fields that the command line sets."""
+        names = Recipe.__dataclass_fields__
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
         return {name: value for name, value in values.items() if value is not None}
 
 

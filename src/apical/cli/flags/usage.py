@@ -17,28 +17,28 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
     >>> explained("Missing value for argument '--out'. Expected 1 values.", ["train", "--out"], ["train"], [])
     '--out needs a value; see apical train --help'
     """
-    command = arguments[0] if arguments and arguments[0] in (known := list(commands)) else ""
-    written = {each.split()[0]: each for each in options}
+    command = arguments[0] if arguments and arguments[0] in (names := list(commands)) else ""
+    written = {option.split()[0]: option for option in options}
     see = f"; see apical {command} --help" if command else "; see apical --help"
     text = _plain(box)
-    if found := re.search(r"Unrecognized options: (\S+?)(?:,|\s|$)", text):
-        word = found[1]
+    if match := re.search(r"Unrecognized options: (\S+?)(?:,|\s|$)", text):
+        word = match[1]
         if not command:
-            return f"unknown command {word!r}{_near(word, known)}. Commands: {', '.join(known)}"
+            return f"unknown command {word!r}{_near(word, names)}. Commands: {', '.join(names)}"
         kind = "option" if word.startswith("-") else "word"
         return f"unknown {kind} {word}{_near(word, written)}{see}"
-    if found := re.search(r"Missing value for argument '(\S+)'", text):
-        return f"{found[1]} needs a value{see}"
-    if found := re.search(r"Missing from apical[^:]*: (\S+(?: [A-Z|]+\b)?)", text):
-        return f"{found[1]} is missing{see}"
-    if found := re.search(r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?)\)", text):
-        choices = [choice for choice in re.findall(r"'(.*?)'", found[3]) if choice != "None"]
-        return f"{found[2]} is {found[1]!r}{_near(found[1], choices)}, but takes {', '.join(sorted(choices))}"
-    if found := re.search(r"Error parsing (\S+): (.*)", text):
-        values = re.findall(r"\['(.*?)'\]", found[2]) or re.findall(r": '(.*?)'", found[2])
-        what = "a whole number" if "INT" in found[2] or "int()" in found[2] else "numbers" if "FLOAT" in found[2] else ""
+    if match := re.search(r"Missing value for argument '(\S+)'", text):
+        return f"{match[1]} needs a value{see}"
+    if match := re.search(r"Missing from apical[^:]*: (\S+(?: [A-Z|]+\b)?)", text):
+        return f"{match[1]} is missing{see}"
+    if match := re.search(r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?)\)", text):
+        choices = [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
+        return f"{match[2]} is {match[1]!r}{_near(match[1], choices)}, but takes {', '.join(sorted(choices))}"
+    if match := re.search(r"Error parsing (\S+): (.*)", text):
+        values = re.findall(r"\['(.*?)'\]", match[2]) or re.findall(r": '(.*?)'", match[2])
+        what = "a whole number" if "INT" in match[2] or "int()" in match[2] else "numbers" if "FLOAT" in match[2] else ""
         got = f", got {values[0]!r}" if values else ""
-        return f"{written.get(found[1], found[1])} takes {what or 'another kind of value'}{got}{see}"
+        return f"{written.get(match[1], match[1])} takes {what or 'another kind of value'}{got}{see}"
     return f"{text}{see}"
 
 
@@ -55,6 +55,6 @@ def _plain(box: str) -> str:
     return " ".join(" ".join(lines).split())
 
 
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def _near(word: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""

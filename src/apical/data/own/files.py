@@ -31,13 +31,13 @@ def read_npz(path: Path) -> Raw:
     try:
         containers.check_zip(path, 1 << 34)
         with np.load(path, allow_pickle=False) as archive:
-            known = list(archive.files)
-            train = _pair(known, [*_split_names("train"), *_STEMS])
-            test = _pair(known, [*_split_names("test"), *_split_names("val")])
+            keys = list(archive.files)
+            train = _pair(keys, [*_split_names("train"), *_STEMS])
+            test = _pair(keys, [*_split_names("test"), *_split_names("val")])
             if train is None:
-                found = ", ".join(known) or "nothing"
-                raise DataError(f"{path}: needs arrays x_train, y_train, x_test and y_test, or x and y; it holds {found}")
-            if test is None and (alone := [name for name in known if "test" in name.lower()]):
+                listing = ", ".join(keys) or "nothing"
+                raise DataError(f"{path}: needs arrays x_train, y_train, x_test and y_test, or x and y; it holds {listing}")
+            if test is None and (alone := [name for name in keys if "test" in name.lower()]):
                 raise DataError(f"{path}: {alone[0]} has no partner; name both arrays, x_test and y_test")
             names = (*train, *(test or ()))
             values = [np.asarray(archive[name]) for name in names]
@@ -58,8 +58,8 @@ def read_npz(path: Path) -> Raw:
     return Raw((inputs[0], second[0]), (values[1], second[1]), path.name, str(path.resolve()), True, notes=tuple(notes))
 
 
-def _pair(known: list[str], pairs: list[tuple[str, str]]) -> tuple[str, str] | None:
-    lower = {name.lower(): name for name in known}
+def _pair(names: list[str], pairs: list[tuple[str, str]]) -> tuple[str, str] | None:
+    lower = {name.lower(): name for name in names}
     for a, b in pairs:
         if a.lower() in lower and b.lower() in lower:
             return lower[a.lower()], lower[b.lower()]

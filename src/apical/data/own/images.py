@@ -32,8 +32,8 @@ def read(folder: Path) -> Raw:
         parts = [folder]
     classes = [path.name for path in _folders(parts[0])]
     if len(classes) < 2:
-        found = f"only {classes[0]}" if classes else "none"
-        raise DataError(f"{parts[0]}: needs a folder of images for each class; found {found}")
+        listing = f"only {classes[0]}" if classes else "none"
+        raise DataError(f"{parts[0]}: needs a folder of images for each class; found {listing}")
     files = [[(path, i) for i, name in enumerate(classes) for path in _images(part / name)] for part in parts]
     for part in parts[1:]:
         strange = [path.name for path in _folders(part) if path.name not in classes]

@@ -32,13 +32,13 @@ def from_code(value: Any, name: str) -> Make:
 
     def make() -> Raw:
         where, path = name.rpartition("/")[2], own_code.file_of(name)
-        given = value
-        if callable(given) and not isinstance(given, Dataset):
-            needed = _needed(given)
+        source = value
+        if callable(source) and not isinstance(source, Dataset):
+            needed = _needed(source)
             if needed:
                 raise DataError(f"{where} needs an argument {needed!r}, but it is called without any; give it a default")
-            given = _guarded(value, where, path)
-        raw: Raw = _guarded(lambda: from_value(given, where, name), where, path)
+            source = _guarded(value, where, path)
+        raw: Raw = _guarded(lambda: from_value(source, where, name), where, path)
         return raw
 
     return make
@@ -86,16 +86,16 @@ def from_value(value: Any, where: str, source: str = "memory") -> Raw:
         x, y, names = _samples(value, where, "training samples")
         return Raw((x, None), (y, None), where, source, False, names)
     if isinstance(value, tuple | list) and len(value) == 2:
-        if all(isinstance(each, Dataset) for each in value):
+        if all(isinstance(item, Dataset) for item in value):
             x, y, names = _samples(value[0], where, "training samples")
             x_test, y_test, _ = _samples(value[1], where, "test samples")
             return Raw((x, x_test), (y, y_test), where, source, False, names)
-        if all(isinstance(each, tuple) and len(each) == 2 for each in value):
+        if all(isinstance(item, tuple) and len(item) == 2 for item in value):
             value = (*value[0], *value[1])  # ((x_train, y_train), (x_test, y_test))
         else:
             return Raw((_array(value[0], where), None), (_array(value[1], where), None), where, source, False)
     if isinstance(value, tuple | list) and len(value) == 4:
-        x, y, x_test, y_test = (_array(each, where) for each in value)
+        x, y, x_test, y_test = (_array(item, where) for item in value)
         return Raw((x, x_test), (y, y_test), where, source, False)
     size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
     raise DataError(f"{where} gives a {type(value).__name__}{size}; expected {FORMS}")
@@ -111,7 +111,7 @@ def _array(value: Any, where: str) -> Any:
     except ValueError as error:
         raise DataError(f"{where}: samples have different shapes ({error})") from error
     if array.dtype.kind == "O":
-        if array.ndim == 1 and all(isinstance(each, str) for each in array):
+        if array.ndim == 1 and all(isinstance(item, str) for item in array):
             return array.astype(np.str_)
         raise DataError(f"{where}: an array of Python objects is no data; give numbers")
     if array.dtype == np.uint8 and array.ndim > 2:
@@ -125,7 +125,7 @@ def _samples(data: Dataset[Any], where: str, part: str) -> tuple[Any, Any, tuple
     if isinstance(data, TensorDataset):
         if len(data.tensors) != 2:
             raise DataError(f"{where}, {part}: needs inputs and targets; the TensorDataset has {len(data.tensors)} tensors")
-        x, y = (_array(each, where) for each in data.tensors)
+        x, y = (_array(tensor, where) for tensor in data.tensors)
         return x, y, names
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         raise DataError(f"{where}, {part}: the Dataset must have a length and be read by index")

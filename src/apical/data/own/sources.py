@@ -130,9 +130,9 @@ def _state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
 
 def _once(key: tuple[object, ...], make: sets.Make, numbers: bool) -> Own:
     if key not in _read:
-        made = finish(make(), numbers)
+        data = finish(make(), numbers)
         _read.clear()
-        _read[key] = made
+        _read[key] = data
     return _read[key]
 
 
@@ -182,8 +182,8 @@ def _inputs(values: NDArray[Any], where: str) -> Tensor:
         raise DataError(f"{where}: inputs must be numbers; got {values.dtype}")
     if values.ndim == 1:
         values = values[:, None]
-    kept = values if values.dtype == np.int64 else values.astype(np.float32)
-    return torch.from_numpy(np.require(kept, requirements=["C", "W"]))
+    numbers = values if values.dtype == np.int64 else values.astype(np.float32)
+    return torch.from_numpy(np.require(numbers, requirements=["C", "W"]))
 
 
 def _standardised(
@@ -194,7 +194,7 @@ def _standardised(
     axes = (0, 2, 3) if x.dim() == 4 else tuple(range(x.dim() - 1))
     mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True, correction=0)
     std[std < 1e-12] = 1.0
-    a, b = (((each[0].double() - mean) / std).float() for each in (train, test))
+    a, b = (((part[0].double() - mean) / std).float() for part in (train, test))
     return (a, train[1]), (b, test[1])
 
 

@@ -140,24 +140,24 @@ def _as_classes(parts: list[Array], raw: Raw) -> Targets:
         return Targets([y.astype(np.int64) for y in parts], len(raw.names), False, raw.names, _listed(raw.names))
     if not whole and any((y == "").any() for y in parts):
         raise DataError(f"{raw.where}: a sample has an empty label")
-    known = np.unique(np.concatenate(parts))
-    if whole and train.dtype.kind == "i" and known[0] < 0 and list(known) != [-1, 1]:
-        raise DataError(f"{raw.where}: label {known[0]} is negative; number classes from 0 on")
-    if len(known) < 2:
-        raise DataError(f"{raw.where}: all samples have the same label, {known[0]!s}")
-    if len(known) > max(4, len(train) // 2):
+    labels = np.unique(np.concatenate(parts))
+    if whole and train.dtype.kind == "i" and labels[0] < 0 and list(labels) != [-1, 1]:
+        raise DataError(f"{raw.where}: label {labels[0]} is negative; number classes from 0 on")
+    if len(labels) < 2:
+        raise DataError(f"{raw.where}: all samples have the same label, {labels[0]!s}")
+    if len(labels) > max(4, len(train) // 2):
         remedy = "for regression give floats, or --loss mse" if whole else "name the column with the label target"
-        raise DataError(f"{raw.where}: {len(known):,} different labels in {len(train):,} training samples; {remedy}")
-    values = [np.searchsorted(known, y).astype(np.int64) for y in parts]
-    names = tuple(str(each) for each in known)
-    if names == tuple(map(str, range(len(known)))):
-        return Targets(values, len(known), False, (), f"{len(known)} classes")
-    return Targets(values, len(known), False, names, _listed(names))
+        raise DataError(f"{raw.where}: {len(labels):,} different labels in {len(train):,} training samples; {remedy}")
+    values = [np.searchsorted(labels, y).astype(np.int64) for y in parts]
+    names = tuple(str(label) for label in labels)
+    if names == tuple(map(str, range(len(labels)))):
+        return Targets(values, len(labels), False, (), f"{len(labels)} classes")
+    return Targets(values, len(labels), False, names, _listed(names))
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-    return f"{len(names)} classes ({shown})"
+    beginning = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    return f"{len(names)} classes ({beginning})"
 
 
 def divide(y: Array, *, stratify: bool, where: str) -> tuple[Tensor, Tensor, str]:

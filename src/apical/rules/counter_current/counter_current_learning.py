@@ -16,7 +16,7 @@ With A, B the flattened rows of a pair, and M[i, k] = 1 where sample i is of cla
     match     both sides' distance, and that of their centred maps               that for autoencoders
 
 Their gradients are closed forms (:mod:`apical.rules.counter_current.pairing`); from there they are taken through one block
-each (:mod:`apical.rules.counter_current.teaching`). Local: an update needs the activities that meet at its depth, its
+each (:mod:`apical.core.teaching`). Local: an update needs the activities that meet at its depth, its
 block's input, and the label. G never reads F, so both may run at the same time, and no update waits for a layer above.
 
 Departures. The paper writes the identity as the target of a pair and rows of unit length everywhere; its code, followed
@@ -36,17 +36,18 @@ from torch import Tensor, nn
 from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import blocks
 from apical.core.containers import Containers
-from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, depth_accuracies
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, terms
 from apical.core.rest import evaluating
+from apical.core.similarity import linear_cka
+from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
 from apical.errors import ConfigError, unknown_name
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
 from apical.rules.counter_current.mirror import Enlarge, facing, mirrored
 from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
-from apical.rules.counter_current.teaching import Activity, Taught, Teaching
 
 Pair = Literal["auto", "inner", "cosine", "match"]
 Feedback = Literal["mirror", "frozen", "free", "none"]
@@ -350,6 +351,11 @@ class CounterCurrentLearning(CreditRule):
         for block in self.row:
             a.append(block(a[-1]))
         return a
+
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """The likeness (linear CKA) of each pair on the probe batch, and the accuracy of the read-outs."""
+        likeness = {name: {"pair_cka": linear_cka(a, b)} for name, (a, b) in self.pairs(*probe).items()}
+        return Measures(layers=likeness, depths=depth_accuracies(self.read_outs, test))
 
     @torch.no_grad()
     def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apical.core.batch import require_one_type, require_precision
 from apical.core.chain import Chain, States
-from apical.core.credit import CreditRule, Loss, Root
+from apical.core.credit import Batch, CreditRule, Loss, Measures, Root
 from apical.core.feedback import put
 from apical.core.local import local_roots, outer
 from apical.errors import ConfigError, unknown_name
@@ -111,6 +111,14 @@ class ControlRule(CreditRule):
         require_precision(type(self).__name__, self.chain.weights[0])
         require_one_type(type(self).__name__, self.chain.weights[0], self.feedback)
         return self.chain.run(inputs)
+
+    @torch.no_grad()
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """Condition 2 on the probe batch, 0 to 1; small chains only."""
+        if not self.chain.is_small:
+            return Measures()
+        jacobian = control.output_jacobian(self.chain, self.run(probe[0]))
+        return Measures({"condition_two": float(control.condition_two(jacobian, self.q).mean())})
 
     def set_feedback(self, layer: str, **matrices: Tensor) -> None:
         """Set the feedback weights of a layer: `Q` (n_i, n_L), which carries the control to it.

@@ -11,7 +11,7 @@ Everything is in deviations from the feed-forward state, which keeps float32 exa
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -330,3 +330,34 @@ def wind_up(loop: Loop) -> float:
     if loop.leak == "code":
         return (1 - k_p * alpha) / dt
     return (alpha**2 * k_p + 1 / dt) / (1 + alpha * k_p) ** 2
+
+
+@torch.no_grad()
+def control_matrix(jacobian: Sequence[Tensor], feedback: Iterable[Tensor]) -> Tensor:
+    """`J Q = sum_i J_i Q_i`: (batch, n_L, n_L), of blocks J_i (batch, n_L, n_i) and Q_i (n_i, n_L)."""
+    blocks = (block @ weight.detach() for block, weight in zip(jacobian, feedback, strict=True))
+    return sum(blocks, jacobian[0].new_zeros(()))
+
+
+@torch.no_grad()
+def condition_two(jacobian: Sequence[Tensor], feedback: Iterable[Tensor]) -> Tensor:
+    """Share of Q in the row space of J, `|P Q| / |Q|` (Frobenius): (batch,), 1 where Condition 2 holds.
+
+    `|P Q|^2 = tr(M^T (J J^T)^+ M)` with M = J Q, so only n_L x n_L matrices are inverted.
+
+    Args:
+        jacobian: J_i = d r_L / d v_i, each (batch, n_L, n_i).
+        feedback: Q_i, each (n_i, n_L).
+    """
+    feedback = list(feedback)
+    product = control_matrix(jacobian, feedback)
+    gram = gram_matrix(jacobian)
+    inside = (product * (torch.linalg.pinv(gram, hermitian=True) @ product)).sum((1, 2))
+    size = sum((weight.square().sum() for weight in feedback), gram.new_zeros(()))
+    share: Tensor = (inside / size).sqrt()
+    return share
+
+
+def gram_matrix(jacobian: Sequence[Tensor]) -> Tensor:
+    """`J J^T`: (batch, n_L, n_L)."""
+    return sum((block @ block.mT for block in jacobian), jacobian[0].new_zeros(()))

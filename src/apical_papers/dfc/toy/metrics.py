@@ -90,13 +90,13 @@ class Probe:
     def __call__(self) -> dict[str, float]:
         """Every measure of :data:`MEASURES` that the rule has, means over the batch; angles of batch-mean updates."""
         with forward_phase(self.rule):
-            asked, delta = requested_change(self.rule, self.inputs, self.targets)
-        exact = gauss_newton_update(self.rule.model, self.inputs, delta, DAMPING, names=asked)
+            change, delta = requested_change(self.rule, self.inputs, self.targets)
+        exact = gauss_newton_update(self.rule.model, self.inputs, delta, DAMPING, names=change)
         least = minimum_norm_update(self.chain, self.inputs, self.nudge * delta, DAMPING)
         states = self.chain.run(self.inputs)
         values = {
-            "gauss_newton": update_angle(asked, exact),
-            "minimum_norm": update_angle(asked, least),
+            "gauss_newton": update_angle(change, exact),
+            "minimum_norm": update_angle(change, least),
             "condition_one": float(condition_one(states).mean()),
             "condition_one_code": float(condition_one(states, "code").mean()),
         }
@@ -106,7 +106,7 @@ class Probe:
         real = self._largest_real_parts(states)
         return values | {
             "condition_two": self.condition_two(),
-            "ssa": update_angle(asked, linear),
+            "ssa": update_angle(change, linear),
             "eigenvalue": float(real.mean()),
             "eigenvalue_worst": float(real.max()),
         }

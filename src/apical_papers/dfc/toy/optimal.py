@@ -77,12 +77,12 @@ def random_network(draw: np.random.Generator) -> Network:
 def random_optimal(jacobian: Array, draws: int, draw: np.random.Generator) -> Array:
     """`Q = J^T P` of norm 1 with Gaussian P, those with all `Re eig(J Q) > 0`: (draws, N, n_L)."""
     gram = jacobian @ jacobian.T
-    found: list[Array] = []
-    while len(found) < draws:
+    vectors: list[Array] = []
+    while len(vectors) < draws:
         p = draw.normal(size=gram.shape)
         if np.linalg.eigvals(gram @ p).real.min() > 0:
-            found.append(normed(jacobian.T @ p))
-    return np.stack(found)
+            vectors.append(normed(jacobian.T @ p))
+    return np.stack(vectors)
 
 
 def normed(q: NDArray[Any]) -> Array:

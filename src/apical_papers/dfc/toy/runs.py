@@ -93,14 +93,18 @@ class History:
 
 def plain(history: History) -> dict[str, Any]:
     """The history as JSON can keep it, which has no NaN and no infinity."""
-    values = {key: [value if math.isfinite(value) else str(value) for value in each] for key, each in history.values.items()}
+    values = {
+        key: [value if math.isfinite(value) else str(value) for value in numbers] for key, numbers in history.values.items()
+    }
     return {**asdict(history), "values": values}
 
 
-def restored(found: Mapping[str, Any]) -> History:
+def restored(saved: Mapping[str, Any]) -> History:
     """The history that :func:`plain` made this of."""
-    known = {item.name: found[item.name] for item in fields(History)}
-    return History(**{**known, "values": {key: [float(v) for v in each] for key, each in found["values"].items()}})
+    fields_of_history = {item.name: saved[item.name] for item in fields(History)}
+    return History(
+        **{**fields_of_history, "values": {key: [float(v) for v in numbers] for key, numbers in saved["values"].items()}}
+    )
 
 
 def load(plan: Plan, name: str = "student-teacher") -> Dataset:
@@ -111,16 +115,16 @@ def load(plan: Plan, name: str = "student-teacher") -> Dataset:
 def recipe(name: str, plan: Plan, seed: int) -> Recipe:
     """The recipe of one training, before the rule's defaults are filled in."""
     rule = {NOISE: "dfc-ssa", FAST: "dfa"}.get(name, name)
-    made = STUDIES[STUDY].row(rule).recipe
-    made = replace(made, seed=seed, epochs=plan.epochs, batch_size=min(BATCH, plan.samples), device="cpu", threads=1)
-    if made.pretrain_epochs:
-        made = replace(made, pretrain_epochs=plan.pretrain_epochs)
+    settings = STUDIES[STUDY].row(rule).recipe
+    settings = replace(settings, seed=seed, epochs=plan.epochs, batch_size=min(BATCH, plan.samples), device="cpu", threads=1)
+    if settings.pretrain_epochs:
+        settings = replace(settings, pretrain_epochs=plan.pretrain_epochs)
     if name == NOISE:
-        options = merged(made.rule_options, ("learn=noise",))
-        made = replace(made, rule_options=options, epochs=min(plan.noise_epochs, plan.epochs))
+        options = merged(settings.rule_options, ("learn=noise",))
+        settings = replace(settings, rule_options=options, epochs=min(plan.noise_epochs, plan.epochs))
     if name in ("dfa", "bp"):
-        made = replace(made, lr=(2 * NUDGE,), clip=made.clip / (2 * NUDGE))
-    return made
+        settings = replace(settings, lr=(2 * NUDGE,), clip=settings.clip / (2 * NUDGE))
+    return settings
 
 
 def train(name: str, plan: Plan, seed: int, dataset: Dataset) -> History:
@@ -138,9 +142,9 @@ def train(name: str, plan: Plan, seed: int, dataset: Dataset) -> History:
     return history
 
 
-def begin(made: Recipe, dataset: Dataset, folder: Path) -> Training:
+def begin(settings: Recipe, dataset: Dataset, folder: Path) -> Training:
     """The training of a recipe, in a folder that nobody keeps, at epoch 0."""
-    resolved, notes = resolve(made, len(dataset.train))
+    resolved, notes = resolve(settings, len(dataset.train))
     training = Training(resolved, dataset, make_rule, RunFolder(folder / "run"), World(0, 1, torch.device("cpu")))
     training.start(resume=False, command="dfc_toy", notes=notes, environment={})
     return training

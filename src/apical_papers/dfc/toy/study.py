@@ -77,7 +77,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         print(f"{spent:6.0f} s  {name:14} seed {seed}  {_last(history)}", flush=True)
     began = time.process_time()
     trace, cloud = record(plan, points), optimal_feedback(draws)
-    lines = {name: curves(each) for name, each in histories.items()}
+    lines = {name: curves(group) for name, group in histories.items()}
     results = {
         "title": TITLE,
         "about": ABOUT,
@@ -87,11 +87,11 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "settings": settings(plan, points, draws),
         "measures": {key: measure.label.replace("-\n", "-").replace("\n", " ") for key, measure in MEASURES.items()},
         "sources": SOURCES,
-        "failures": [each.failure for runs in histories.values() for each in runs if each.failure],
+        "failures": [group.failure for runs in histories.values() for group in runs if group.failure],
         "curves": lines,
         "checks": {
             "condition_two_of_random_feedback": {
-                n: [h.before for h in each] for n, each in histories.items() if each[0].before
+                n: [h.before for h in group] for n, group in histories.items() if group[0].before
             },
             "simulated_dfc_at_the_end": histories["dfc"][0].simulated,
             "figure_1d": {
@@ -111,10 +111,10 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "verdicts": judge(histories, trace, cloud),
         "axes": within_axes(lines),
     }
-    shown = {name: lines[name] for name in SHOWN}
+    curves_shown = {name: lines[name] for name in SHOWN}
     panels = [(key, measure.label) for key, measure in list(MEASURES.items())[:6]]
     drawings = [
-        conditions(shown, panels),
+        conditions(curves_shown, panels),
         traces(trace.weak, trace.strong, trace.weak_target, trace.strong_target, trace.typical),
         optimal(cloud),
     ]
@@ -125,8 +125,8 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
 def once(out: Path, name: str, plan: Plan, seed: int, dataset: Dataset) -> tuple[History, float]:
     """The history of one training and the seconds it took; kept in `out`/cells, and not trained again if it is there."""
     config = {"name": name, "seed": seed, "epochs": plan.epochs, "samples": plan.samples}
-    found = kept(out / "cells" / f"{name}-{seed}.json", config, lambda: plain(train(name, plan, seed, dataset)))
-    return restored(found), found["seconds"]
+    content = kept(out / "cells" / f"{name}-{seed}.json", config, lambda: plain(train(name, plan, seed, dataset)))
+    return restored(content), content["seconds"]
 
 
 def settings(plan: Plan, points: int, draws: int) -> dict[str, Any]:

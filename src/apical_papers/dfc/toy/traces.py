@@ -48,16 +48,18 @@ class Traces:
 def record(plan: Plan, points: int = POINTS) -> Traces:
     """Pre-train the feedback weights on the task with one output, then follow the probe samples through time."""
     dataset = load(plan, "student-teacher-1")
-    made = recipe("dfc", plan, plan.seeds[0])
-    made = replace(made, data="student-teacher-1", epochs=1, rule_options=merged(made.rule_options, (f"k_p={K_P}",)))
-    kept: list[Traces] = []
+    settings = recipe("dfc", plan, plan.seeds[0])
+    settings = replace(
+        settings, data="student-teacher-1", epochs=1, rule_options=merged(settings.rule_options, (f"k_p={K_P}",))
+    )
+    records: list[Traces] = []
     with tempfile.TemporaryDirectory() as folder:
-        training = begin(made, dataset, Path(folder))
+        training = begin(settings, dataset, Path(folder))
         rule = training.rule
         assert isinstance(rule, DeepFeedbackControl)
         samples = probe_batch(dataset.train, plan.probe)
-        training.train_epoch(after_pretraining(training, lambda: kept.append(follow(rule, *samples, points))))
-    return kept[0]
+        training.train_epoch(after_pretraining(training, lambda: records.append(follow(rule, *samples, points))))
+    return records[0]
 
 
 def follow(rule: DeepFeedbackControl, inputs: Tensor, targets: Tensor, points: int) -> Traces:

@@ -66,8 +66,8 @@ def _figure_3(histories: Histories) -> list[dict[str, Any]]:
         rules: Sequence[str], what: str, sign: str, mark: float, source: str, take: Callable[[History], float | None]
     ) -> None:
         for rule in rules:
-            found = [take(each) for each in histories.get(rule, ()) if each.failure is None]
-            rows.append(_row("3", rule, what, sign, mark, source, [value for value in found if value is not None]))
+            numbers = [take(history) for history in histories.get(rule, ()) if history.failure is None]
+            rows.append(_row("3", rule, what, sign, mark, source, [value for value in numbers if value is not None]))
 
     learned = ("dfc-ssa", NOISE)
     add(learned, "Condition 2 of random Q, before pre-training", "<", 0.6, "our mark", lambda run: run.before)
@@ -145,9 +145,9 @@ def within_axes(curves: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     for key, (low, high) in AXES.items():
         lines = [curves[rule]["metrics"].get(key) for rule in SHOWN if rule != "bp"]  # the paper draws no BP
         values = torch.tensor([value for line in lines if line is not None for value in line["mean"]])
-        found = [float(values.min()), float(values.max())] if len(values) else None
-        inside = None if found is None else bool(low <= found[0] and found[1] <= high)
-        rows.append({"measure": key, "limits": [low, high], "range": found, "inside": inside, "source": "axis"})
+        extent = [float(values.min()), float(values.max())] if len(values) else None
+        inside = None if extent is None else bool(low <= extent[0] and extent[1] <= high)
+        rows.append({"measure": key, "limits": [low, high], "range": extent, "inside": inside, "source": "axis"})
     return rows
 
 

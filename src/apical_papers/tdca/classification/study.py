@@ -10,10 +10,11 @@ The paper's numbers could not be read; its claims can be tested all the same. Th
     weak form     loss below backpropagation's at the learning rate of the lifetimes in evolution
     strong form   loss below tuned backpropagation's, and accuracy not below its minus 1 point (a stretch: minus 0.5)
     diffusion     4 sites within 1 point of a credit per unit
-    ReLU, other data sets, other widths   at least 97 % of tuned backpropagation's accuracy
+    other data sets, other widths   at least 97 % of tuned backpropagation's accuracy
+    ReLU          accuracy within 1 point of tuned backpropagation's; loss below its and below tuned DFA's
 
-Settings were chosen on meta-seeds and tasks that the table does not use. The arm "released" has the credit of the authors'
-code, on probabilities; its verdicts are in a table of their own.
+Settings were chosen on meta-seeds and tasks that the table does not use: meta-seeds from 1000 on served an earlier run of
+two arms. The arm "released" has the credit of the authors' code, on probabilities; its verdicts are in a table of their own.
 """
 
 import sys
@@ -45,11 +46,11 @@ BASE = Setting(model="mlp-tanh-32", lifetime=LIFETIME, hidden=16, ways=4, exampl
 RELEASED = replace(BASE, credit="probabilities", relative=False, quiet=False, lifetime=replace(LIFETIME, lr=0.02))
 """As in the authors' code, but for sizes: credit on probabilities, not relative, from random weights."""
 STRATEGY = Strategy(population=64, step=0.3)
-GENERATIONS = 60
+GENERATIONS = 150
 SEEDS = 5
-FIRST = 1000
+FIRST = 2000
 """The first meta-seed; those below served for development."""
-TASKS, VALIDATION = 16, 8
+TASKS, VALIDATION = 24, 16
 """Tasks that rules are tested on, and tasks that their learning rates are chosen on."""
 SEEN = 800
 """Of 1797 digits, those that evolution draws its tasks from."""

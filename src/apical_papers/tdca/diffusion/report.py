@@ -72,8 +72,8 @@ _CAPTION = (
 
 def values(cells: Sequence[Cell], arm: str, key: str) -> list[float]:
     """Accuracy or loss under the evolved network, or the seconds per generation, one value per meta-seed."""
-    found = [cell["arms"][arm] for cell in cells]
-    return [each[key] if key == "seconds_per_generation" else each["tdca"][key] for each in found]
+    results = [cell["arms"][arm] for cell in cells]
+    return [arm_result[key] if key == "seconds_per_generation" else arm_result["tdca"][key] for arm_result in results]
 
 
 def verdicts(cells: Sequence[Cell]) -> list[Row]:
@@ -101,7 +101,7 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
     for arm, title in TITLES.items():
         count = cells[0]["arms"][arm]["parameters"]
         reached = [generations_to(cell["arms"][arm], TARGET) for cell in cells]
-        known = [float(generation) for generation in reached if generation is not None]
+        generations = [float(generation) for generation in reached if generation is not None]
         rows.append(
             [
                 title,
@@ -111,7 +111,7 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
                 shown([100 * accuracy for accuracy in values(cells, arm, "accuracy")]),
                 shown([100 * cell["arms"][arm]["unevolved"]["accuracy"] for cell in cells]),
                 shown(values(cells, arm, "seconds_per_generation")),
-                f"{shown(known) if known else '-'} ({len(known)} of {len(reached)})",
+                f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})",
             ]
         )
     bp = [[cell["bp"][key] for cell in cells] for key in ("loss", "accuracy")]

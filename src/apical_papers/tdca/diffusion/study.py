@@ -86,11 +86,11 @@ def trials(arm: str, test: Images, seed: int, teachers: dict[str, torch.Tensor |
     """Each rule with its learning rate tuned on validation tasks; all arms of a meta-seed have the same tasks."""
     unseen = task(arm, test, 0)
     validation, bench = Bench(unseen, VALIDATION, f"validation {seed}"), Bench(unseen, TASKS, f"test {seed}")
-    found = {}
+    results = {}
     for rule, teacher in teachers.items():
         rate = tuned(validation, rule, LIFETIME, teacher)
-        found[rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
-    return found
+        results[rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
+    return results
 
 
 def study(options: Options, command: str) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def final_values(finals: Mapping[str, Mapping[str, Sequence[float]]], names: Map
     axes = figure.add_subplot()
     for number, (method, name) in enumerate(names.items()):
         colour, marker = LOOKS[method]
-        found = [student(values[method]) for values in finals.values()]
-        x = np.array([max(each.mean, FLOOR) for each in found])
-        low = np.array([max(each.mean if each.low is None else each.low, FLOOR) for each in found])
-        high = np.array([max(each.mean if each.high is None else each.high, FLOOR) for each in found])
+        intervals = [student(values[method]) for values in finals.values()]
+        x = np.array([max(interval.mean, FLOOR) for interval in intervals])
+        low = np.array([max(interval.mean if interval.low is None else interval.low, FLOOR) for interval in intervals])
+        high = np.array([max(interval.mean if interval.high is None else interval.high, FLOOR) for interval in intervals])
         y = np.arange(len(finals)) + 0.14 * (number - (len(names) - 1) / 2)
         axes.errorbar(x, y, xerr=np.stack([x - low, high - x]), fmt=marker, color=colour, ms=4, lw=0.9, label=name)
     axes.set(xscale="log", xlabel="final / starting value")

@@ -92,7 +92,7 @@ def report(
     around: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write results.json, the figures and report.html; returns what results.json holds."""
-    seconds = round(sum(each["seconds"] for each in cells.values()), 1)
+    seconds = round(sum(cell["seconds"] for cell in cells.values()), 1)
     results = {
         "title": TITLE,
         "about": ABOUT,
@@ -120,8 +120,8 @@ def report(
 def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: int | None = None) -> list[float]:
     """A measure of a method, one value per meta-seed."""
     if method in ("tdca", "unevolved", "tdca-larger"):
-        return [each["methods"][method][key] for each in cells[case]["seeds"]]
-    return [each[method][key] for each in cells[case]["controls"][str(dimension or case.dimension)]["seeds"]]
+        return [record["methods"][method][key] for record in cells[case]["seeds"]]
+    return [record[method][key] for record in cells[case]["controls"][str(dimension or case.dimension)]["seeds"]]
 
 
 def against(cells: Cells, case: Any) -> dict[str, Row]:
@@ -179,7 +179,7 @@ def _larger(cells: Cells, cases: Sequence[Any]) -> dict[str, Any]:
         (large,) = (d for d in cells[case]["controls"] if int(d) != case.dimension)
         values = [taken(cells, case, name, dimension=int(large)) for name in CONTROLS]
         ours = taken(cells, case, "tdca-larger")
-        rows.append([f"{case.of.title}, {large}-D", *(shown(each) for each in (ours, *values))])
+        rows.append([f"{case.of.title}, {large}-D", *(shown(numbers) for numbers in (ours, *values))])
     return {
         "title": "Networks of ten dimensions in thirty",
         "note": "Each network evolved in 10-D is applied, unchanged, to thirty coordinates in turn, 180 steps in all; the "
@@ -219,8 +219,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     >>> [round(x, 4) for x in wilson(0, 10)]
     [0.0, 0.2775]
     """
-    found = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
+    interval = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _successes(cells: Cells, groups: Groups, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,10 +228,10 @@ def _successes(cells: Cells, groups: Groups, settings: Mapping[str, Any]) -> dic
     for case in (*groups["plane"], *groups["further"], *groups["large"]):
         line = [case.title]
         for method in ("tdca", *CONTROLS):
-            found = taken(cells, case, method, "successes")
-            n = len(found) * settings["starts"]
-            low, high = wilson(int(sum(found)), n)
-            line.append(f"{100 * sum(found) / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+            hits = taken(cells, case, method, "successes")
+            n = len(hits) * settings["starts"]
+            low, high = wilson(int(sum(hits)), n)
+            line.append(f"{100 * sum(hits) / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         rows.append(line)
     return {
         "title": "Starts that end at a global minimum, %",

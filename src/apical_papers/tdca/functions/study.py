@@ -121,14 +121,14 @@ def measured(of: Function, path: Tensor, shifts: Tensor) -> dict[str, float]:
 def tuned(case: Case, starts: int, steps: int = 60) -> dict[str, Any]:
     """The mean final value on validation starts for every rate of every control, and its best rate."""
     x, shifts = draw(starts, case.dimension, Setting().shift, seed_of("validation", case.function, case.dimension))
-    found: dict[str, dict[float, float]] = {}
+    scores_of: dict[str, dict[float, float]] = {}
     for method in METHODS:
         ends = {rate: descend(case.of, x, shifts, method, rate, steps=steps)[-1] for rate in RATES}
         values = {rate: float(case.of(end - shifts).mean()) for rate, end in ends.items()}
-        found[method] = {rate: value for rate, value in values.items() if value < float("inf")}
+        scores_of[method] = {rate: value for rate, value in values.items() if value < float("inf")}
     return {
-        "rates": {method: min(values, key=values.__getitem__) for method, values in found.items()},
-        "values": {method: {f"{rate:.3g}": value for rate, value in each.items()} for method, each in found.items()},
+        "rates": {method: min(values, key=values.__getitem__) for method, values in scores_of.items()},
+        "values": {method: {f"{rate:.3g}": value for rate, value in scores.items()} for method, scores in scores_of.items()},
     }
 
 
@@ -154,16 +154,20 @@ def evolved(case: Case, options: Options, seeds: Sequence[int], path: Path) -> d
         path: where generations are kept.
     """
     tasks = [Minimisation(case.setting(seed)) for seed in seeds]
-    found = evolve(tasks, seeds, [t.start for t in tasks], together, STRATEGY, options.length(case), path, every=50)
-    made = []
-    for task, seed, center in zip(tasks, seeds, map(torch.tensor, found["centers"]), strict=True):
+    evolution = evolve(tasks, seeds, [t.start for t in tasks], together, STRATEGY, options.length(case), path, every=50)
+    results = []
+    for task, seed, center in zip(tasks, seeds, map(torch.tensor, evolution["centers"]), strict=True):
         methods = _tested(case, task, {"tdca": center, "unevolved": task.start}, options.starts, seed)
         if case.kind == "coordinate":
             larger = case._replace(dimension=HUGE)
             task = Minimisation(replace(larger.setting(seed), steps=HUGE_STEPS))
             methods["tdca-larger"] = _tested(larger, task, {"tdca": center}, options.starts, seed)["tdca"]
-        made.append({"methods": methods, "center": center.tolist()})
-    return {"seeds": made, "evolution": found["evolution"], "fitness": found["curve"][::10] + found["curve"][-1:]}
+        results.append({"methods": methods, "center": center.tolist()})
+    return {
+        "seeds": results,
+        "evolution": evolution["evolution"],
+        "fitness": evolution["curve"][::10] + evolution["curve"][-1:],
+    }
 
 
 def _tested(
@@ -176,13 +180,13 @@ def _tested(
 
 def controls_of(case: Case, options: Options, seeds: Sequence[int]) -> dict[str, Any]:
     """Rates and measures of the controls of a case, in each of the dimensions tested."""
-    found = {}
+    results = {}
     for dimension in (case.dimension, HUGE) if case.kind == "coordinate" else (case.dimension,):
         steps, at = HUGE_STEPS if dimension == HUGE else Setting().steps, case._replace(dimension=dimension)
         best = tuned(at, VALIDATION, steps)
-        made = [controls(at, options.starts, steps, seed, best["rates"]) for seed in seeds]
-        found[str(dimension)] = {"tuned": best, "seeds": made}
-    return {"dimensions": found}
+        by_seed = [controls(at, options.starts, steps, seed, best["rates"]) for seed in seeds]
+        results[str(dimension)] = {"tuned": best, "seeds": by_seed}
+    return {"dimensions": results}
 
 
 def cell(options: Options, case: Case) -> dict[str, Any]:
@@ -190,13 +194,13 @@ def cell(options: Options, case: Case) -> dict[str, Any]:
     parts = options.out / "cells"
     config: dict[str, Any] = {"starts": options.starts, "near": NEAR, "seeds": options.seeds}
     seeds = range(FIRST, FIRST + options.seeds)
-    asked = {**config, "generations": options.length(case), **asdict(case.setting(FIRST)), **asdict(STRATEGY)}
+    settings = {**config, "generations": options.length(case), **asdict(case.setting(FIRST)), **asdict(STRATEGY)}
     path = parts / f"{case.stem}.pt"
-    found = kept(path.with_suffix(".json"), asked, partial(evolved, case, options, seeds, path))
+    content = kept(path.with_suffix(".json"), settings, partial(evolved, case, options, seeds, path))
     stem = f"{case.function}-{case.dimension}d-controls.json"
     config |= {"rates": list(RATES), "validation": VALIDATION}
     others = kept(parts / stem, config, partial(controls_of, case, options, seeds))
-    return {**found, "controls": others["dimensions"], "seconds": found["seconds"] + others["seconds"]}
+    return {**content, "controls": others["dimensions"], "seconds": content["seconds"] + others["seconds"]}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:

@@ -210,8 +210,8 @@ def _controls(case: Any, cells: Cells, train: str) -> dict[str, Any]:
     rows = []
     for place in (train, *case.unseen):
         theirs = ends(cells, "reinforce", place)
-        found = (above("", "", ends(cells, method, place), theirs) for method in ("gated", "state", "by-hand"))
-        rows.append([place, *(f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]" for row in found)])
+        comparisons = (above("", "", ends(cells, method, place), theirs) for method in ("gated", "state", "by-hand"))
+        rows.append([place, *(f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]" for row in comparisons)])
     return {
         "title": f"{case.title}: difference from REINFORCE",
         "note": "Paired over meta-seeds; mean with 95 % interval (Student's t).",
@@ -311,8 +311,8 @@ def _settings(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any],
         places = (train, *case.unseen)
         for number, method in enumerate(methods):
             colour, marker, _ = LOOKS[method]
-            found = [student(ends(cells[case.stem][1], method, place)) for place in places]
-            mean, low, high = np.array([each[:3] for each in found], dtype=float).T
+            intervals = [student(ends(cells[case.stem][1], method, place)) for place in places]
+            mean, low, high = np.array([interval[:3] for interval in intervals], dtype=float).T
             y = np.arange(len(places)) + 0.18 * (number - (len(methods) - 1) / 2)
             axes.errorbar(
                 mean,

@@ -116,7 +116,7 @@ class Options:
 def new_policies(task: Reinforcement, name: str, seed: int, count: int) -> tuple[Tensor, list[int]]:
     """Initial policies (count, n) and the seeds of their lifetimes."""
     seeds = [seed_of(name, seed, k) for k in range(count)]
-    return torch.stack([task.policy.start(seed_of(each, "policy")) for each in seeds]), seeds
+    return torch.stack([task.policy.start(seed_of(item, "policy")) for item in seeds]), seeds
 
 
 CreditsOf = Callable[[int], Credits]
@@ -129,8 +129,11 @@ def tuned(task: Reinforcement, credits_of: CreditsOf, seed: int, count: int) -> 
     settings = {name: np.tile(values, len(RATES)) for name, values in task.drawn(seed_of("validation", seed), count).items()}
     rates = torch.tensor(RATES).repeat_interleave(count)
     returns, _ = task.live(start.repeat(len(RATES), 1), credits_of(len(rates)), settings, seeds * len(RATES), rates)
-    found = dict(zip(RATES, task.end(returns).view(-1, count).mean(1).tolist(), strict=True))
-    return {"rate": max(found, key=found.__getitem__), "returns": {f"{rate:g}": value for rate, value in found.items()}}
+    returns_of = dict(zip(RATES, task.end(returns).view(-1, count).mean(1).tolist(), strict=True))
+    return {
+        "rate": max(returns_of, key=returns_of.__getitem__),
+        "returns": {f"{rate:g}": value for rate, value in returns_of.items()},
+    }
 
 
 def places_of_test(case: Case, task: Reinforcement, seed: int, count: int) -> dict[str, Array]:
@@ -167,16 +170,16 @@ def measured(case: Case, networks: dict[str, tuple[Reinforcement, Tensor]], seed
     """Test a meta-seed: every network and control with a rate of its own, then each with shuffled advantages."""
     task = networks["gated"][0]
     rules: dict[str, tuple[Reinforcement, CreditsOf]] = {
-        name: (each, lambda n, each=each, weights=weights: each.credits(weights.expand(n, -1)))  # type: ignore[misc]
-        for name, (each, weights) in networks.items()
+        name: (learner, lambda n, learner=learner, weights=weights: learner.credits(weights.expand(n, -1)))  # type: ignore[misc]
+        for name, (learner, weights) in networks.items()
     }
     rules |= {"by-hand": (task, lambda n: by_hand), "reinforce": (task, lambda n: reinforce)}
     methods = {}
-    for name, (each, credits_of) in rules.items():
-        best = tuned(each, credits_of, seed, count)
-        methods[name] = {**trial(case, each, seed, count, credits_of, best["rate"]), "returns": best["returns"]}
+    for name, (learner, credits_of) in rules.items():
+        best = tuned(learner, credits_of, seed, count)
+        methods[name] = {**trial(case, learner, seed, count, credits_of, best["rate"]), "returns": best["returns"]}
         methods[f"{name}-shuffled"] = trial(
-            replace(case, unseen={}), each, seed, count, partial(_shuffled, credits_of, seed), best["rate"]
+            replace(case, unseen={}), learner, seed, count, partial(_shuffled, credits_of, seed), best["rate"]
         )
     return {"methods": methods}
 
@@ -196,7 +199,7 @@ def cell(case: Case, options: Options) -> tuple[dict[str, Any], list[dict[str, A
         "state": (SECOND, options.generations_state),
         "ungated": (STRATEGY, options.generations_ungated),
     }
-    found: dict[str, Any] = {}
+    evolutions: dict[str, Any] = {}
     networks: dict[str, list[tuple[Reinforcement, Tensor]]] = {}
     for name, (strategy, generations) in stages.items():
         if name == "ungated":
@@ -209,23 +212,23 @@ def cell(case: Case, options: Options) -> tuple[dict[str, Any], list[dict[str, A
             here, starts = [task for task, _ in pairs], [start for _, start in pairs]
         else:
             here, starts = tasks, [task.start for task in tasks]
-        path, asked = parts / f"{case.stem}-{name}", config | {f"generations of {name}": generations}
-        made = kept(
+        path, settings = parts / f"{case.stem}-{name}", config | {f"generations of {name}": generations}
+        evolution = kept(
             path.with_suffix(".json"),
-            asked,
+            settings,
             partial(evolve, here, seeds, starts, together, strategy, generations, path.with_suffix(".pt")),
         )
-        config, found[name] = asked, made
-        networks[name] = [(task, torch.tensor(c)) for task, c in zip(here, made["centers"], strict=True)]
+        config, evolutions[name] = settings, evolution
+        networks[name] = [(task, torch.tensor(c)) for task, c in zip(here, evolution["centers"], strict=True)]
     networks["unevolved"] = [(task, task.start) for task in tasks]
     config["lifetimes"], cells = options.lifetimes, []
     for k, seed in enumerate(seeds):
-        of_seed = {name: each[k] for name, each in networks.items()}
+        of_seed = {name: record[k] for name, record in networks.items()}
         path = parts / f"{case.stem}-test-{seed}.json"
         cells.append(kept(path, config, partial(measured, case, of_seed, seed, options.lifetimes)))
-        ends = {name: round(each["end"][TRAIN], 1) for name, each in cells[-1]["methods"].items()}
+        ends = {name: round(record["end"][TRAIN], 1) for name, record in cells[-1]["methods"].items()}
         print(f"{cells[-1]['seconds']:7.1f} s  {case.title}, meta-seed {seed}: {ends}", flush=True)
-    return found, cells
+    return evolutions, cells
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
@@ -262,8 +265,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists."""
     if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

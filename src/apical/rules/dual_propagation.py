@@ -1,0 +1,188 @@
+"""Dual propagation (Hoier, Staudt & Zach, arXiv 2302.01228; Hoier & Zach, arXiv 2402.08573): neurons of two compartments.
+
+    a_l = W_l m_{l-1} + b_l,   D_l = W_{l+1}^T delta_{l+1},   m_l = alpha s+_l + (1 - alpha) s-_l,   delta_l = s+_l - s-_l
+
+    transposed   s+_l = phi(a_l + (1 - alpha) D_l),   s-_l = phi(a_l - alpha D_l)
+    original     s+_l = phi(a_l + alpha D_l),         s-_l = phi(a_l - (1 - alpha) D_l)
+    output       delta_L = -beta g,   g = d ell / d a_L of each sample, at the feed-forward a_L (original: the present one)
+    learning     dW_l = delta_l m_{l-1}^T / (beta B)
+
+The mean of the two compartments goes up, their difference down. From the feed-forward pass, one sweep from the top to the
+bottom gives every layer its difference: a backward pass in which the activation's derivative is a finite difference over
+[a - alpha D, a + (1 - alpha) D]. With linear units "transposed" is backpropagation for every alpha and beta; otherwise the
+distance is O(beta^2) at alpha = 1/2 and O(beta) elsewhere. "original" is the same at alpha = 1/2; elsewhere its mean is
+not the feed-forward activity even of linear units, and training at a large nudge fails.
+
+Local: a layer needs its two compartments and what it was sent; feedback runs through the next layer's transposed weights.
+Departures: the state is kept as s-_l and delta_l, whose difference form loses no digits at a small nudge. The windows of
+max-pooling are those of the mean's upward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.activations import difference
+from apical.core.batch import counted, fitted, require_precision
+from apical.core.chain import Chain, Stage, States
+from apical.core.credit import Credit, CreditRule, Loss, Root
+from apical.core.layers import is_maximum
+from apical.core.local import local_roots
+from apical.core.losses import output_error, refuse_options, terms, value_at
+from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+
+Variant = Literal["transposed", "original"]
+VARIANTS: tuple[Variant, ...] = ("transposed", "original")
+
+
+class Dyads(NamedTuple):
+    """Means m_0..m_{L-1}, m_0 the input, and differences delta_1..delta_L, (batch, ...); B samples."""
+
+    m: list[Tensor]
+    delta: list[Tensor]
+    samples: int
+
+
+class DualPropagation(CreditRule):
+    """Every layer learns from the difference of its neurons' two compartments, which one downward sweep makes.
+
+    Args:
+        model: a chain of weighted layers and element-wise activations, pooling where it likes; the last layer has no
+            activation.
+        loss: maps (output, targets) to a scalar batch mean.
+        variant: "transposed" (2024) or "original" (2023).
+        beta: size of the nudge, of single samples.
+        alpha: weight of the compartment that is nudged towards the target, in [0, 1].
+        sweeps: downward sweeps; an upward one of the means comes between two.
+        input_shape: of one sample, where there are convolutions.
+
+    Raises:
+        ConfigError: an option is out of range; or a loss with `ignore_index` or a reduction that is not the mean.
+        UnsupportedModelError: the model is no such chain, or of half precision; the module is named.
+
+    Logs: `nudge`, the size of hidden differences relative to hidden means: near 0 the run is backpropagation.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    >>> rule = DualPropagation(model, beta=0.1)
+    >>> credit = rule(torch.randn(8, 4), torch.arange(8) % 3)
+    >>> credit.backward()
+    >>> model[0].weight.grad.shape
+    torch.Size([6, 4])
+    """
+
+    output_alone = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        variant: Variant = "transposed",
+        beta: float = 0.1,
+        alpha: float = 0.5,
+        sweeps: int = 1,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(model, loss)
+        if variant not in VARIANTS:
+            raise unknown_name("variant", variant, VARIANTS)
+        refuse_options(loss, "dual propagation", ("ignore_index", "reduction"))
+        if not (0 < beta < float("inf") and 0 <= alpha <= 1 and sweeps >= 1):
+            raise ConfigError(
+                "beta must be positive, alpha in [0, 1] and sweeps at least 1; got "
+                f"beta={beta}, alpha={alpha}, sweeps={sweeps}"
+            )
+        self.variant, self.beta, self.alpha, self.sweeps = variant, beta, alpha, sweeps
+        self.chain = Chain(model, input_shape, pools=True)
+        last = self.chain.stages[-1]
+        if not isinstance(last.activation, nn.Identity) or last.after:
+            raise UnsupportedModelError(
+                f"an activation or pooling follows the last layer {last.name!r}, whose differences are those of the loss at "
+                "its own output; put it into the loss, or end the model with another layer"
+            )
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit for one batch; `output` and `loss` are those of the feed-forward pass."""
+        self.require_attached()
+        require_precision(type(self).__name__, self.chain.weights[0])
+        learns = torch.is_grad_enabled()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            states = self.chain.run(inputs)
+            output = states.v[-1]
+            targets = fitted(self.loss, output, targets)
+            loss = value_at(self.loss, output, targets)
+            if not learns:
+                return Credit.of([], output, loss)
+            dyads = self._dyads(states, targets)
+            roots: list[Root] = []
+            for stage, m, delta in zip(self.chain.stages, dyads.m, dyads.delta, strict=True):
+                roots += local_roots(stage, at_layer(stage, delta, m), m, factor=-1 / (self.beta * dyads.samples))
+            logs = {"nudge": relative(dyads.delta[:-1], dyads.m[1:], output)}
+        return Credit.of([*roots, *terms(loss)], output, loss, logs)
+
+    def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
+        """ "mean", m_1..m_{L-1}, and "difference", delta_1..delta_L (batch, ...); nothing is learned."""
+        self.require_attached()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            states = self.chain.run(inputs)
+            dyads = self._dyads(states, fitted(self.loss, states.v[-1], targets))
+        return {"mean": dyads.m[1:], "difference": dyads.delta}
+
+    def _dyads(self, states: States, targets: Tensor) -> Dyads:
+        """The sweeps, from a feed-forward pass."""
+        stages, top = self.chain.stages, len(self.chain.stages) - 1
+        v, m = list(states.v), list(states.r[:-1])
+        delta = [torch.zeros_like(each) for each in v]
+        delta[top], count = self._nudge(v[top], targets)
+        d = list(delta)  # D_l of the hidden layers
+        for sweep in range(self.sweeps):
+            if sweep:  # the first layer's a does not change
+                for k in range(top):
+                    v[k] = stages[k].potential(m[k]) if k else v[k]
+                    m[k + 1], delta[k] = self._dyad(stages[k], v[k], d[k])
+                if self.variant == "original":
+                    delta[top], _ = self._nudge(stages[top].potential(m[top]), targets)
+            for k in reversed(range(top)):
+                d[k] = handed_down(stages[k + 1], delta[k + 1], m[k + 1])
+                m[k + 1], delta[k] = self._dyad(stages[k], v[k], d[k])
+        return Dyads(m, delta, count)
+
+    def _nudge(self, output: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        """delta_L, and the number of samples that count."""
+        _, error = output_error(self.loss, output, targets)
+        rows = counted(targets, error)
+        count = len(output) if rows is None else len(rows)
+        return error * (-self.beta * count), count
+
+    def _dyad(self, stage: Stage, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """m_l and delta_l."""
+        down = self.alpha if self.variant == "transposed" else 1 - self.alpha
+        low = v - down * d
+        rate = stage.activation(low)
+        delta = difference(stage.activation, low, rate, d)
+        return rate + self.alpha * delta, delta
+
+
+def handed_down(stage: Stage, delta: Tensor, m: Tensor) -> Tensor:
+    """`W^T delta` (batch, *input_shape), back through what stands before and behind the layer, with the windows at m."""
+    if stage.after or any(is_maximum(module) for module in stage.before):
+        pulled: Tensor = torch.func.vjp(stage.potential, m)[1](delta)[0]
+        return pulled
+    return stage.transposed(delta.flatten(1)).view(len(delta), *stage.input_shape)
+
+
+def at_layer(stage: Stage, delta: Tensor, m: Tensor) -> Tensor:
+    """The difference at the layer's own output, before pooling."""
+    if not stage.after:
+        return delta
+
+    pulled: Tensor = torch.func.vjp(stage.pooled, stage.layer(stage.seen(m)))[1](delta)[0]
+    return pulled
+
+
+def relative(differences: Sequence[Tensor], means: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Root mean square of differences over that of means, of all layers together; zero where there are none."""
+    size = [sum((each.square().sum() for each in group), like.new_zeros(())) for group in (differences, means)]
+    return torch.where(size[1] == 0, 0.0, size[0] / size[1]).sqrt()

@@ -1,0 +1,1 @@
+"""Predictive coding: the rule, its inference, and what is exact about it."""

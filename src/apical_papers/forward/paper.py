@@ -1,0 +1,28 @@
+"""Forward-forward: what there is to run again."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, Table, cut, table_of
+from apical_papers.forward.recipes import STUDIES
+
+of = partial(table_of, STUDIES)
+
+PAPER = Paper(
+    title="The forward-forward algorithm: some preliminary investigations",
+    reference=(
+        "Hinton, 2022, arXiv 2212.13345; "
+        "differences: Lee and Song, 2023, arXiv 2303.08418; "
+        "self-contrastive: Chen, Liu, Laydevant and Grollier, Nature Communications 16, 2025, arXiv 2409.11593"
+    ),
+    studies=STUDIES,
+    tables={
+        "mnist": of("ff-mnist", cut(1000), {"epochs": 5, "seeds": 1}, {"epochs": 100, "seeds": 3}),
+        "study": Table(
+            "Forward-forward on 5000 digits of MNIST, and the read-out alone",
+            {"smoke": {"epochs": 2, "seeds": 2}, "cpu": {"epochs": 30, "seeds": 3}, "paper": {"epochs": 30, "seeds": 10}},
+            module="apical_papers.forward.study",
+            side_by_side=True,
+            needs={"epochs": 30, "seeds": 3},
+        ),
+    },
+)

@@ -1,0 +1,27 @@
+"""Local classifiers: what there is to run again."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, Table, cut, table_of
+from apical_papers.local.recipes import STUDIES
+
+of = partial(table_of, STUDIES)
+
+PAPER = Paper(
+    title="Training neural networks with local error signals",
+    reference=(
+        "Nøkland and Eidnes, ICML 2019, arXiv 1901.06656; Mono-Forward: Gong, Li and Abdulla, 2025, arXiv 2501.09238"
+    ),
+    studies=STUDIES,
+    tables={
+        "mnist": of("local-mnist", cut(1280), {"epochs": 3, "seeds": 1}, {"epochs": 100, "seeds": 3}),
+        "study": Table(
+            "Local classifiers on 5000 digits of MNIST: which local loss",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 4, "seeds": 5}, "paper": {"epochs": 4, "seeds": 10}},
+            module="apical_papers.local.study",
+            side_by_side=True,
+            needs={"epochs": 4, "seeds": 5},
+            hours={"cpu": 0.08},
+        ),
+    },
+)
