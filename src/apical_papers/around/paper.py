@@ -1,12 +1,12 @@
-"""Rules around rules and their kin: what there is to run again."""
+"""Node importance (GRAPES), with local solvers and semi-implicit steps beside it: what there is to run again."""
 
 from apical.bench.papers import Paper, Table, cut, table_of
 from apical_papers.around.recipes import STUDIES
 
 PAPER = Paper(
-    title="GRAPES, consequentialism weight updates, semi-implicit backpropagation",
-    reference="Dellaferrera et al., arXiv 2104.11604; Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; "
-    "Liu and Zhang, arXiv 2002.03516",
+    title="Introducing principles of synaptic integration in the optimization of deep neural networks",
+    reference="Dellaferrera et al., Nature Communications 13, 2022, arXiv 2104.11604; "
+    "Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; Liu and Zhang, arXiv 2002.03516",
     studies=STUDIES,
     tables={
         "study": Table(
