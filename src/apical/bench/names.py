@@ -53,7 +53,6 @@ class Entry:
         aligns: the rule's feedback aligns through weight decay, so it starts with an alignment phase.
         clip: largest gradient norm where the recipe sets none, for rules whose updates are not small.
         clip_over: of each "tensor" by itself, or of the whole "network".
-        lr: learning rate of SGD where none is asked for: the best of twelve on digits (results/rates-digits). None: 0.02.
         feedback_decay: weight decay of the feedback weights where the recipe sets none: it bounds feedback that grows along
             a fixed direction.
         physical: options under which the rule computes as its paper's network would, where its default is a closed form of
@@ -66,7 +65,6 @@ class Entry:
     aligns: bool = False
     clip: float = 0.0
     clip_over: ClipOver = "tensor"
-    lr: float | None = None
     feedback_decay: float | None = None
     physical: dict[str, Any] = field(default_factory=dict)
 

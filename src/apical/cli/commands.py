@@ -94,9 +94,6 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
-    if tunes(flags, study):
-        rates = ", ".join(f"{name} {item.lr[0]:g}" for name, item in zip(names, drafts, strict=True))
-        tell(f"learning rates, as tuned on digits where they were: {rates}; --lr sets one for all")
     recipes, notes = prepare(drafts, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
@@ -163,12 +160,6 @@ def train(flags: "Train", command: str) -> int:
     return 0
 
 
-def tunes(flags: "Flags", study: Study | None) -> bool:
-    """Whether every rule has the learning rate that was tuned for it: neither a paper's, nor one asked for, nor for Adam."""
-    settings = flags.settings()
-    return study is None and "lr" not in settings and settings.get("optimizer", "sgd") == "sgd"
-
-
 def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     """The recipe of one rule: the study's row or the defaults, with the given options in place.
 
@@ -179,8 +170,6 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
     settings = flags.settings()
-    if tunes(flags, study) and (rate := find_rule(rule).lr) is not None:
-        settings["lr"] = (rate,)
     settings |= located({name: settings[name] for name in ("data", "model") if name in settings})
     for schedule in ("lr", "weight_decay"):
         if schedule in settings:
