@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 import apical
 from apical.core.credit import Credit, CreditRule
+from apical.core.wrapped import WrappedRule
 from apical.errors import ConfigError, InstabilityError
 
 
@@ -155,14 +156,14 @@ def test_values_of_an_output_without_credit_are_free_to_use() -> None:
 RULES = [kind for name in apical.__all__ if isinstance(kind := getattr(apical, name), type) and issubclass(kind, CreditRule)]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in RULES if kind is not CreditRule])
+@pytest.mark.parametrize("kind", [kind for kind in RULES if kind is not CreditRule and not issubclass(kind, WrappedRule)])
 def test_inputs_that_are_not_numbers_are_named_once(kind: type[CreditRule]) -> None:
     rule = kind(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
     inputs, targets = torch.rand(4, 6), torch.arange(4) % 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rule(inputs, targets)
-    inputs[0, 0] = float("nan")
+    inputs[0, -1] = float("nan")  # forward-forward writes the label over the first numbers
     if kind is apical.EquilibriumPropagation:
         with pytest.raises(InstabilityError, match="inputs or weights"):
             rule(inputs, targets)

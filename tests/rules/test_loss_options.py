@@ -45,7 +45,7 @@ def refuses(name: str, loss: Any) -> str | None:
     if name.startswith("hep") and loss is not F.cross_entropy:
         return "complex"
     visible = loss is not F.cross_entropy and getattr(loss, "ignore_index", 0) != -100
-    if name.startswith(("strong-dfc", "corinfomax", "ccl", "pc", "tdca", "dualprop", *COMPARE)) and visible:
+    if name.startswith(("strong-dfc", "corinfomax", "ccl", "pc", "tdca", "dualprop", "sibp", *COMPARE)) and visible:
         return "ignore_index"
     one_hot = name.startswith(("corinfomax", "ccl", "hep", *COMPARE))
     if one_hot or (name.startswith("ep") and loss is F.cross_entropy):
@@ -232,7 +232,7 @@ NOISE = ("dfc-noise", "dfc-simulate", "ddtp-recurrent", "dtp-lee")
 @pytest.mark.parametrize("name", RULES)
 def test_a_sum_over_the_batch_is_a_batch_of_means_or_refused(name: str, loss: Any) -> None:
     inputs, targets = batch()
-    if name.startswith(("tdca", "strong-dfc", "corinfomax", "ccl", "ep", "hep", "pc", "dualprop", *COMPARE)):
+    if name.startswith(("tdca", "strong-dfc", "corinfomax", "ccl", "ep", "hep", "pc", "dualprop", "sibp", *COMPARE)):
         with pytest.raises(ConfigError, match="reduction='mean'"):
             update(name, loss, inputs, targets)
         return

@@ -66,7 +66,7 @@ def strength(power: Tensor, n: int, damping: float) -> Tensor:
 
 def solved(gradient: Tensor, product: Tensor, lam: Tensor) -> Tensor:
     """`G (A^T A + lam I)^-1` for G (n_out, n), from A^T A."""
-    factor = torch.linalg.cholesky(_shifted(product, lam))
+    factor = _factor(_shifted(product, lam))
     return torch.cholesky_solve(gradient.T, factor).T
 
 
@@ -84,6 +84,13 @@ def solved_by_rows(gradient: Tensor, rows: Tensor, lam: Tensor) -> Tensor:
 
 def _shifted(product: Tensor, lam: Tensor) -> Tensor:
     return product + lam * torch.eye(len(product), dtype=product.dtype, device=product.device)
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """Cholesky's; NaN where there is none, as of inputs that are not numbers, so that the loss's warning names them."""
+    factor, failure = torch.linalg.cholesky_ex(matrix)
+    result: Tensor = factor.masked_fill(failure != 0, torch.nan)
+    return result
 
 
 def off_span(gradient: Tensor, rows: Tensor) -> float:
@@ -118,7 +125,7 @@ def proximal(a: Tensor, d: Tensor, lam: Tensor) -> Tensor:
     """`D^T A (A^T A + lam I)^-1` (n_out, n) in the type of A, for inputs A (m, n), errors D (m, n_out), all processes."""
     wide, errors = a.double(), d.double()
     if len(a) < a.shape[1] and not distributed():  # D^T (A A^T + lam I)^-1 A
-        factor = torch.linalg.cholesky(_shifted(wide @ wide.T, lam.double()))
+        factor = _factor(_shifted(wide @ wide.T, lam.double()))
         return (torch.cholesky_solve(errors, factor).T @ wide).to(a.dtype)
     product, gradient = summed(gram(wide)), summed(errors.T @ wide)
     return solved(gradient, product, lam.double()).to(a.dtype)
