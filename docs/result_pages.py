@@ -173,11 +173,21 @@ def sources(verdicts: Sequence[Row]) -> str:
 def comparison_page(folder: Path) -> str:
     """The page of one comparison."""
     summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
-    parts = [NOTE, f"# {title(folder)}", origin(folder), comparison_table(summary)]
+    parts = [NOTE, f"# {title(folder)}", origin(folder), comparison_table(summary), *rates(load(folder / "compare.json"))]
     if verdicts:
         parts += ["## Against reference numbers", verdict_sentence(verdicts), sources(verdicts), verdict_table(verdicts)]
         parts += distances(verdicts, summary)
     return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures")])
+
+
+def rates(plan: Row | None) -> list[str]:
+    """The learning rate of each rule, first and last, where not all have the same."""
+    recipes = (plan or {}).get("recipes") or {}
+    spans = {rule: dict.fromkeys(f"{lr:g}" for lr in recipe["lr"]) for rule, recipe in recipes.items()}
+    texts = {rule: " to ".join([*span][:1] + [*span][1:][-1:]) for rule, span in spans.items()}
+    if len(set(texts.values())) < 2:
+        return []
+    return [f"Learning rates: {', '.join(f'`{rule}` {text}' for rule, text in texts.items())}."]
 
 
 def distances(verdicts: Sequence[Row], summary: Sequence[Row]) -> list[str]:

@@ -400,3 +400,9 @@ def test_missing_markers_are_an_error() -> None:
 
 def test_the_package_is_the_one_beside_the_documentation() -> None:
     assert Path(sys.modules["apical"].__file__ or "").is_relative_to(ROOT / "src")
+
+
+def test_learning_rates_are_told_where_they_differ() -> None:
+    recipes = {"bp": {"lr": [0.1, 0.03, 0.01]}, "ccl": {"lr": [0.2]}}
+    assert results.rates({"recipes": recipes}) == ["Learning rates: `bp` 0.1 to 0.01, `ccl` 0.2."]
+    assert results.rates({"recipes": {"bp": {"lr": [0.1]}, "ccl": {"lr": [0.1]}}}) == results.rates(None) == []
