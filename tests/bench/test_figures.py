@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from apical.bench.figures import curves as figures
+from apical.bench.figures import style
 from apical.bench.figures.overview import overview
 from apical.bench.figures.spread import spread
 from apical.bench.figures.style import RULES, styles
+from apical.bench.names import RULES as NAMES
+from apical.bench.recipe import WRAPPERS
 from apical.bench.report.records import Comparison, Run
 
 
@@ -63,6 +66,13 @@ def test_layer_panels_for_any_depth_and_number_of_rules(layers, rules):
     assert drawing.png
     assert drawing.svg
     assert ("dashed: mean over layers" in drawing.caption) == (layers > 6)
+
+
+def test_every_rule_of_the_command_line_has_a_name_of_its_own():
+    assert set(NAMES) == set(RULES)
+    assert styles(["grapes-fa"])["grapes-fa"].name == "GRAPES around Feedback alignment"
+    assert styles(["cwu-matched-fa"])["cwu-matched-fa"].name.endswith("mean step around Feedback alignment")
+    assert set(style.AROUND) == set(WRAPPERS)
 
 
 def test_thirteen_rules_have_different_looks():

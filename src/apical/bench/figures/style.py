@@ -85,10 +85,27 @@ RULES: dict[str, Style] = {
     "ep-directed": Style("EP, directed weights", "#C2185B", "P", _DOT_DASH),
     "hep": Style("Holomorphic EP", "#00897B", "H", "-"),
     "corinfomax": Style("CorInfoMax", "#A65628", "X", "-"),
+    "pc": Style("Predictive coding (states)", "#4477AA", "^", "-"),
+    "pc-error": Style("Predictive coding (errors)", "#1F4E79", "v", _DOT_DASH),
+    "pc-one-step": Style("Predictive coding, one step", "#8FB4D9", "v", _DOT),
+    "pc-incremental": Style("Incremental predictive coding", "#5B8DB8", "^", _DASH),
+    "mupc": Style("Predictive coding (mu parametrisation)", "#2E6F9E", "8", "-"),
+    "dualprop": Style("Dual propagation", "#B8860B", "p", _DASH),
+    "local-pred": Style("Local classifiers (prediction)", "#228833", "s", "-"),
+    "local-sim": Style("Local classifiers (similarity)", "#66AA55", "s", _DOT),
+    "local-both": Style("Local classifiers (both losses)", "#3F7F2F", "D", _DASH),
+    "mono-forward": Style("Mono-Forward", "#9ACD32", "<", _DOT_DASH),
+    "ff": Style("Forward-forward", "#EE6677", "o", "-"),
+    "ff-readout": Style("Forward-forward, only the read-out", "#F4A6AF", "o", _DOT),
+    "scff": Style("Self-contrastive forward-forward", "#B03A4A", "H", _DASH),
+    "sibp": Style("Semi-implicit backpropagation", "#595959", ">", _DOT_DASH),
     "tdca": Style("Top-down credit assignment", "#0B5345", "*", "-"),
     "tdca-silent": Style("TDCA, no credit to hidden units", "#3E8E7E", "*", _DOT_DASH),
     "tdca-unevolved": Style("TDCA, unevolved", "#6C8EAD", "*", _DOT),
 }
+AROUND = {"grapes": "GRAPES", "matched": "GRAPES' control of equal mean step", "cwu": "Consequentialism updates"}
+"""Rules around a rule, whose name stands before the other's and a dash."""
+
 _FURTHER = (
     ("#7F7F7F", "8", "-"),
     ("#44AA99", "H", _DASH),
@@ -107,5 +124,13 @@ def plain_log(axis: Any) -> None:
 def styles(rules: Sequence[str]) -> dict[str, Style]:
     """Style of each rule; rules this table does not know yet get the further styles in their order."""
     unknown = [rule for rule in rules if rule not in RULES]
-    further = {rule: Style(rule, *_FURTHER[i % len(_FURTHER)]) for i, rule in enumerate(unknown)}
+    further = {rule: Style(_title(rule), *_FURTHER[i % len(_FURTHER)]) for i, rule in enumerate(unknown)}
     return {rule: RULES.get(rule) or further[rule] for rule in rules}
+
+
+def _title(rule: str) -> str:
+    """Full name of a rule around one of the table, "grapes-fa"; of any other rule, its short name."""
+    outer, dash, inner = rule.partition("-")
+    if not dash or outer not in AROUND:
+        return rule
+    return f"{AROUND[outer]} around {RULES[inner].name if inner in RULES else _title(inner)}"
