@@ -46,21 +46,24 @@ class Measuring(Backprop):
     """Measures under a name; an infinite number too."""
 
     name = "pulse"
+    layer_name = "own"
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
         assert self.training
         torch.rand(1)
         seen = sum(len(targets) for _, targets in test)
         depths = depth_accuracies(lambda x: {"linear2": self.model(x).argmax(1)}, test)
-        return Measures({self.name: 2.0, "seen": seen}, {"linear1": {"own": math.inf}, "hidden": {"own": 1.0}}, depths)
+        return Measures(
+            {self.name: 2.0, "seen": seen}, {"linear1": {self.layer_name: math.inf}, "hidden": {"own": 1.0}}, depths
+        )
 
 
-def measuring(begin: Begin, recipe: Recipe, folder: Path, name: str = "pulse") -> Training:
+def measuring(begin: Begin, recipe: Recipe, folder: Path, name: str = "pulse", layer_name: str = "own") -> Training:
     """Training with it."""
 
     def make_rule(recipe: Recipe, model: torch.nn.Module, input_shape: tuple[int, ...]) -> CreditRule:
         rule = Measuring(model)
-        rule.name = name
+        rule.name, rule.layer_name = name, layer_name
         return rule
 
     return begin(recipe, folder, make_rule=make_rule)
@@ -78,6 +81,8 @@ def test_a_rules_own_measures_are_in_every_line(begin: Begin, small: Recipe, tmp
     assert "pulse" not in measuring(begin, replace(small, probe=0), tmp_path / "off").line
     with pytest.raises(ConfigError, match="'test_loss' is a number of every run"):
         measuring(begin, small, tmp_path / "clash", name="test_loss")
+    with pytest.raises(ConfigError, match="'gradient_alignment' is a number of every run"):
+        measuring(begin, small, tmp_path / "layer", layer_name="gradient_alignment")
 
 
 def test_accuracy_is_that_of_the_model_on_the_test_images(begin: Begin, small: Recipe, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from apical.bench import checkpoint
 from apical.bench.distributed import World, place
 from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
-from apical.bench.measure import alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures
+from apical.bench.measure import FIELDS, alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures
 from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
@@ -314,10 +314,12 @@ class Training:
             "minimum_norm_alignment": angle,
             "condition_two": None,
         }
+        clash = own.network.keys() & (self.line.keys() - {"condition_two"})
+        clash |= {key for values in own.layers.values() for key in values if key in FIELDS}
+        if clash:
+            raise ConfigError(f"{type(self.rule).__name__}.measures: {min(clash)!r} is a number of every run; rename it")
         for name, values in own.layers.items():
             layers.setdefault(name, {}).update({key: finite(value) for key, value in values.items()})
-        if clash := own.network.keys() & (self.line.keys() - {"condition_two"}):
-            raise ConfigError(f"{type(self.rule).__name__}.measures: {min(clash)!r} is a number of every run; rename it")
         self.line |= {key: finite(value) for key, value in own.network.items()}
         self.epoch, self.step = self.epoch + trained, 0
         self._sums.clear()
