@@ -355,6 +355,30 @@ def test_refusals() -> None:
         PredictiveCoding(mlp(), inference="errors")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="steps"):
         PredictiveCoding(mlp(), steps=0)
+    for rate in (0.0, 2.0, float("inf"), float("nan")):  # from 2 on the scale 1 - (1 - g)^T is zero or changes sign
+        with pytest.raises(ConfigError, match="rate in"):
+            PredictiveCoding(mlp(), rate=rate)
+    for weight in (0.0, float("inf")):
+        with pytest.raises(ConfigError, match="output_weight"):
+            PredictiveCoding(mlp(), output_weight=weight)
+    model = mlp()
+    rule = PredictiveCoding(model)
+    model[1] = nn.ReLU()
+    with pytest.raises(UnsupportedModelError, match=r"'1' \(Tanh\) was taken out of the model"):
+        rule(*batch("mlp"))
+    model = mlp()
+    rule = PredictiveCoding(model)
+    model.append(nn.Identity())
+    rule(*batch("mlp"))
+    model.append(nn.Tanh())
+    with pytest.raises(UnsupportedModelError, match="new child"):
+        rule(*batch("mlp"))
+    generative = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 6))
+    rule = PredictiveCoding(generative, direction="generative")
+    rule(*batch("mlp"))
+    generative.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(UnsupportedModelError, match="hook"):
+        rule(*batch("mlp"))
     with pytest.raises(ConfigError, match="staged"):
         PredictiveCoding(mlp(), inference="staged", steps=9)
     with pytest.raises(ConfigError, match="reduction"):

@@ -153,7 +153,7 @@ class PredictiveCoding(CreditRule):
         self.energy_loss: Loss = loss if self.feed_forward else squared_error
         self._own_options(steps, rate, momentum, tolerance, parametrisation == "mu")
         self.output_weight, self.rescale = output_weight, rescale and inference in ("error", "state")
-        if not output_weight > 0 or answer_steps < 1:
+        if not 0 < output_weight < float("inf") or answer_steps < 1:
             raise ConfigError(f"output_weight and answer_steps must be positive; got {output_weight} and {answer_steps}")
         if inference == "exact":
             require_linear(self.row)
@@ -177,9 +177,9 @@ class PredictiveCoding(CreditRule):
             )
         if self.inference not in ("error", "state") and (momentum or tolerance):
             raise ConfigError(f"momentum and tolerance are for inference='error' and 'state', not {self.inference!r}")
-        if self.steps < 1 or not (self.rate > 0 and 0 <= momentum < 1 and tolerance >= 0):
-            raise ConfigError(
-                "steps must be at least 1, rate positive, momentum in [0, 1), tolerance not negative; got "
+        if self.steps < 1 or not (0 < self.rate < 2 and 0 <= momentum < 1 and tolerance >= 0):
+            raise ConfigError(  # from 2 on not even a state without a network above it comes to rest
+                "steps must be at least 1, rate in (0, 2), momentum in [0, 1), tolerance not negative; got "
                 f"steps={steps}, rate={rate}, momentum={momentum}, tolerance={tolerance}"
             )
 
@@ -206,6 +206,7 @@ class PredictiveCoding(CreditRule):
     def _generative(self, inputs: Tensor, targets: Tensor) -> Credit:
         learns = torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            self._containers.require_intact(self._classes(targets, inputs), self._output)
             output = self.answer(inputs)
             loss = value_at(self.loss, output, fitted(self.loss, output, targets))
             if not learns:
