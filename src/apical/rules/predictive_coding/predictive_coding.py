@@ -274,12 +274,11 @@ class PredictiveCoding(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Modules with skips, each of which is one block."""
-        whole = [block.name for block in self.row if block.layer not in block.modules]
-        if not whole:
-            return []
-        names = ", ".join(whole)
-        return [f"each of the modules {names} is one block with one state: within it the derivative is exact"]
+        """Steps of the optimiser for each batch, where they are several; modules with skips, each of which is one block."""
+        whole = ", ".join(block.name for block in self.row if block.layer not in block.modules)
+        skips = f"each of the modules {whole} is one block with one state: within it the derivative is exact"
+        calls = f"each batch takes {self.repeats} steps of the optimiser, where other rules take one"
+        return [calls] * (self.repeats > 1) + [skips] * bool(whole)
 
     def _enter(self, inputs: Tensor) -> Tensor:
         """s_0."""
