@@ -14,6 +14,7 @@ from apical import LocalSolve, PredictiveCoding
 from apical.core.losses import squared_error
 from apical.core.scaled import ScaledLinear
 from apical.diagnostics.alignment import gradient_alignment
+from apical.diagnostics.gauss_newton import requested_change
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.models import mlp_mu
 from apical.testing import check_model
@@ -660,6 +661,26 @@ def test_the_mu_parametrisation() -> None:
     model[2].linear.factor = 1.0
     with pytest.raises(UnsupportedModelError, match=r"'layer2'.*factor 1"):
         PredictiveCoding(model, parametrisation="mu")
+
+
+def test_layers_of_mu_draw_their_weights_anew_from_the_same_distribution() -> None:
+    layer = ScaledLinear(100, 100, 0.1)
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    assert float(layer.weight.std()) == pytest.approx(1, rel=0.05)
+    torch.manual_seed(0)
+    assert torch.equal(ScaledLinear(100, 100, 0.1).weight, layer.weight)
+
+
+def test_a_requested_change_is_that_of_all_calls_of_a_batch() -> None:
+    x, targets = batch("mlp")
+    rule = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    change, _ = requested_change(rule, x, targets)
+    rule.accumulate(x, targets)
+    for name, parameter in rule.model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(change[name], -parameter.grad)
+    assert bool(change["0.weight"].any())  # which no single call's is before the third
 
 
 def test_updates_in_mu_do_not_depend_on_depth() -> None:

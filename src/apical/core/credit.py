@@ -307,11 +307,13 @@ class CreditRule(nn.Module):
     def restart(self) -> None:
         """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
 
-    def accumulate(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; for diagnostics."""
+    def accumulate(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; returns the last credit."""
         self.restart()
         for _ in range(self.repeats):
-            self(inputs, targets).backward()
+            credit: Credit = self(inputs, targets)
+            credit.backward()
+        return credit
 
     @property
     def remarks(self) -> list[str]:
