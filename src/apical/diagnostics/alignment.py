@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from apical.core.credit import CreditRule
 from apical.core.effective import measured_weight
 from apical.core.layers import is_weighted
-from apical.core.rest import undisturbed
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -106,9 +105,30 @@ def _same_masks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(rule: CreditRule) -> Iterator[None]:
-    """Inside, the rule is in training mode, without gradients and between two batches; on exit all is as it was."""
-    with undisturbed(rule):
-        rule.train()
-        rule.zero_grad()
-        rule.restart()
-        yield
+    """Restore gradients, buffers, modes, random states and what is held of a batch; inside, the rule is in training mode."""
+    modes = [(module, module.training) for module in rule.modules()]
+    grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
+    calls = getattr(rule, "calls", None)
+    held = [(module, module._held) for module in rule.modules() if isinstance(module, CreditRule)]
+    devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            rule.train()
+            for parameter, _ in grads:
+                parameter.grad = None
+            rule.restart()
+            yield
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):  # a buffer may be part of a graph that waits for its backward pass
+                    buffer.copy_(saved)
+        for module, training in modes:
+            module.training = training
+        for owner, states in held:
+            owner._held = states
+        if calls is not None:
+            rule.calls = calls

@@ -159,7 +159,6 @@ class PredictiveCoding(CreditRule):
             require_linear(self.row)
             curvature(self.energy_loss, 1)
         self.repeats = self.steps if inference == "incremental" else 1
-        self._held: Held | None = None
         self._silent = False
 
     def _own_options(self, steps: int | None, rate: float | None, momentum: float, tolerance: float, deep: bool) -> None:
@@ -261,10 +260,6 @@ class PredictiveCoding(CreditRule):
             relaxed = self._relaxed(x, targets, p, s, error)
         return {"s": relaxed.s, "e": relaxed.e}
 
-    def restart(self) -> None:
-        """Forget the states of a batch whose calls are not over."""
-        self._held = None
-
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """Exact where the schedule is backpropagation itself."""
         exact = self.inference in ("staged", "fixed-prediction") and self.rate == 1 and self.steps >= len(self.row) - 1
@@ -358,7 +353,7 @@ class PredictiveCoding(CreditRule):
                 "incremental inference keeps states from call to call, which no graph can; do not compile the rule, or "
                 "leave out fullgraph=True: it then runs eagerly"
             )
-        held = self._held
+        held: Held | None = self._held
         if held is None:
             return s
         if same(held.inputs, x) and same(held.targets, targets):
