@@ -270,6 +270,11 @@ def test_refusals() -> None:
     for options in ({"beta": 0.0}, {"alpha": 1.5}, {"sweeps": 0}):
         with pytest.raises(ConfigError, match="beta must be positive"):
             DualPropagation(mlp(), **options)  # type: ignore[arg-type]
+    model = mlp()
+    rule = DualPropagation(model)
+    model[2] = nn.Linear(8, 7)
+    with pytest.raises(UnsupportedModelError, match=r"'2' \(Linear\) was taken out of the model"):
+        rule(*batch("mlp"))
     with pytest.raises(ConfigError, match="variant"):
         DualPropagation(mlp(), variant="dp")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="reduction"):

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apical import PredictiveCoding
+from apical import LocalSolve, PredictiveCoding
 from apical.core.losses import squared_error
 from apical.core.scaled import ScaledLinear
+from apical.diagnostics.alignment import gradient_alignment
+from apical.diagnostics.gauss_newton import requested_change
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.models import mlp_mu
 from apical.testing import check_model
@@ -354,6 +356,30 @@ def test_refusals() -> None:
         PredictiveCoding(mlp(), inference="errors")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="steps"):
         PredictiveCoding(mlp(), steps=0)
+    for rate in (0.0, 2.0, float("inf"), float("nan")):  # from 2 on the scale 1 - (1 - g)^T is zero or changes sign
+        with pytest.raises(ConfigError, match="rate in"):
+            PredictiveCoding(mlp(), rate=rate)
+    for weight in (0.0, float("inf")):
+        with pytest.raises(ConfigError, match="output_weight"):
+            PredictiveCoding(mlp(), output_weight=weight)
+    model = mlp()
+    rule = PredictiveCoding(model)
+    model[1] = nn.ReLU()
+    with pytest.raises(UnsupportedModelError, match=r"'1' \(Tanh\) was taken out of the model"):
+        rule(*batch("mlp"))
+    model = mlp()
+    rule = PredictiveCoding(model)
+    model.append(nn.Identity())
+    rule(*batch("mlp"))
+    model.append(nn.Tanh())
+    with pytest.raises(UnsupportedModelError, match="new child"):
+        rule(*batch("mlp"))
+    generative = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 6))
+    rule = PredictiveCoding(generative, direction="generative")
+    rule(*batch("mlp"))
+    generative.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(UnsupportedModelError, match="hook"):
+        rule(*batch("mlp"))
     with pytest.raises(ConfigError, match="staged"):
         PredictiveCoding(mlp(), inference="staged", steps=9)
     with pytest.raises(ConfigError, match="reduction"):
@@ -374,7 +400,7 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("inference", ["error", "state", "staged", "fixed-prediction"])
+@pytest.mark.parametrize("inference", ["error", "state", "staged", "fixed-prediction", "incremental"])
 def test_multiply_adds(inference: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -386,6 +412,9 @@ def test_multiply_adds(inference: Any) -> None:
     rule(x, targets)  # whose first batch is looked at
     with Products() as products:
         rule(x, targets).backward()
+    if inference == "incremental":  # one call, whose feed-forward pass only makes the output
+        assert products.count == 8 * (3 * whole + 2 * (whole - first))
+        return
     passes = rule.steps + 1 if inference == "fixed-prediction" else 2 * rule.steps
     assert products.count == 8 * (2 * whole + passes * (whole - first))  # the floor
 
@@ -449,6 +478,31 @@ def test_residual_networks_with_normalisation() -> None:
     close(gradients(rule, x, targets), backprop(twin, x, targets), 1e-10)
     for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("inference", ["error", "state", "incremental", "staged", "fixed-prediction"])
+def test_a_block_that_works_in_place_learns_at_its_own_state(inference: Any) -> None:
+    """Equal to the same block on a copy of its input."""
+
+    class InPlace(nn.Module):
+        def __init__(self, copies: bool) -> None:
+            super().__init__()
+            self.linear, self.copies = nn.Linear(7, 7), copies
+
+        def forward(self, s: Tensor) -> Tensor:
+            s = s.clone() if self.copies else s
+            return s.relu_() + self.linear(s)
+
+    results = []
+    for copies in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 7), InPlace(copies), InPlace(copies), nn.Linear(7, 4))
+        rule = PredictiveCoding(model, inference=inference)
+        rule.accumulate(*batch("mlp"))
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+        if inference == "staged":
+            close(results[-1], backprop(model, *batch("mlp")), 1e-12)
+    close(results[0], results[1], 1e-14)
 
 
 def test_a_skip_around_everything_is_refused() -> None:
@@ -525,6 +579,7 @@ def test_incremental_inference_moves_states_and_weights_in_turn() -> None:
 def test_incremental_inference_wants_all_calls_of_a_batch() -> None:
     x, targets = batch("mlp")
     rule = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    assert "4 steps of the optimiser" in rule.remarks[0]
     rule(x, targets)
     with torch.no_grad():
         rule(x + 1, targets)  # nothing is learned
@@ -540,6 +595,54 @@ def test_incremental_inference_wants_all_calls_of_a_batch() -> None:
     rule.zero_grad()
     rule.accumulate(x, targets)
     close([p.grad for p in rule.model.parameters() if p.grad is not None], whole, 1e-13)
+
+
+def test_measuring_between_two_calls_of_a_batch_leaves_its_states() -> None:
+    x, targets = batch("mlp", 20)
+    ours, theirs = (PredictiveCoding(mlp(), inference="incremental", steps=4) for _ in range(2))
+    for rule in (ours, theirs):
+        rule(x, targets)
+    gradient_alignment(ours, x + 1, targets)
+    ours.placement(x)
+    check_model(ours, x + 1, targets, skip={"compiled"})
+    close(gradients(ours, x, targets), gradients(theirs, x, targets), 0.0)
+
+
+def test_a_local_solver_around_incremental_inference() -> None:
+    """It looks at samples of its first batch before it learns from that; the states are those of the bare rule."""
+    x, targets = batch("mlp", 20)
+    bare = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    inner = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    rule = LocalSolve(inner)
+    for _ in range(rule.repeats):
+        torch.testing.assert_close(rule(x, targets).logs, bare(x, targets).logs)
+        rule.interference(x + 1, targets)
+    rule(x + 1, targets)
+
+
+def test_a_batch_with_nan_is_the_same_batch_at_its_next_call() -> None:
+    x, targets = batch("mlp")
+    x[0, 0] = float("nan")
+    rule = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    with pytest.warns(RuntimeWarning, match="inputs hold NaN"):
+        rule(x, targets)
+    rule(x, targets)
+
+
+def test_a_compiled_incremental_rule_runs_eagerly() -> None:
+    x, targets = batch("mlp")
+    trained = []
+    for compiles in (False, True):
+        rule = PredictiveCoding(mlp(), inference="incremental", steps=3)
+        call = torch.compile(rule, backend="aot_eager") if compiles else rule
+        for _ in range(rule.repeats):
+            call(x, targets).backward()
+        trained.append([p.grad for p in rule.model.parameters() if p.grad is not None])
+    close(trained[0], trained[1], 0.0)
+    torch._dynamo.reset()  # which knows by now that it does
+    rule.restart()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="do not compile the rule"):
+        torch.compile(rule, backend="aot_eager", fullgraph=True)(x, targets)
 
 
 def test_the_mu_parametrisation() -> None:
@@ -558,6 +661,26 @@ def test_the_mu_parametrisation() -> None:
     model[2].linear.factor = 1.0
     with pytest.raises(UnsupportedModelError, match=r"'layer2'.*factor 1"):
         PredictiveCoding(model, parametrisation="mu")
+
+
+def test_layers_of_mu_draw_their_weights_anew_from_the_same_distribution() -> None:
+    layer = ScaledLinear(100, 100, 0.1)
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    assert float(layer.weight.std()) == pytest.approx(1, rel=0.05)
+    torch.manual_seed(0)
+    assert torch.equal(ScaledLinear(100, 100, 0.1).weight, layer.weight)
+
+
+def test_a_requested_change_is_that_of_all_calls_of_a_batch() -> None:
+    x, targets = batch("mlp")
+    rule = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    change, _ = requested_change(rule, x, targets)
+    rule.accumulate(x, targets)
+    for name, parameter in rule.model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(change[name], -parameter.grad)
+    assert bool(change["0.weight"].any())  # which no single call's is before the third
 
 
 def test_updates_in_mu_do_not_depend_on_depth() -> None:
@@ -599,6 +722,15 @@ def test_the_generative_direction() -> None:
         s0, s1 = s0.detach() - 0.1 * down[0], s1.detach() - 0.1 * down[1]
     torch.testing.assert_close(answer, s0, rtol=1e-12, atol=1e-13)
     assert [row.path for row in rule.placement(x)] == ["signal of its own"] * 2
+
+
+def test_samples_that_do_not_fit_a_generative_model_are_refused() -> None:
+    rule = PredictiveCoding(nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 6)), direction="generative")
+    for shape in ((5,), (5, 1), (5, 12)):
+        with pytest.raises(ConfigError, match=r"no features|do not fit"):
+            rule(torch.zeros(shape), torch.arange(5) % 4)
+        with pytest.raises(ConfigError, match=r"no features|do not fit"):
+            rule.answer(torch.zeros(shape))
 
 
 def generated(model: nn.Sequential, s0: Tensor, s1: Tensor, x: Tensor) -> Tensor:

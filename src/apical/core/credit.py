@@ -253,6 +253,7 @@ class CreditRule(nn.Module):
     repeats: int = 1
     phase: Phase
     _placement: Placement | None = None
+    _held: Any = None  # of a batch between its calls
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -306,12 +307,15 @@ class CreditRule(nn.Module):
 
     def restart(self) -> None:
         """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
+        self._held = None
 
-    def accumulate(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; for diagnostics."""
+    def accumulate(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; returns the last credit."""
         self.restart()
         for _ in range(self.repeats):
-            self(inputs, targets).backward()
+            credit: Credit = self(inputs, targets)
+            credit.backward()
+        return credit
 
     @property
     def remarks(self) -> list[str]:

@@ -26,6 +26,10 @@ class ScaledLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, factor: float) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.factor = factor
+
+    def reset_parameters(self) -> None:
+        """Draw W from N(0, 1)."""
+        super().reset_parameters()  # draws as ever, so that a seed gives the same numbers
         nn.init.normal_(self.weight)
 
     def forward(self, h: Tensor) -> Tensor:

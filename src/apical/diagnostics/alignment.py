@@ -86,7 +86,6 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
     }
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule.accumulate(inputs, targets)
-        rule.restart()
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         loss = rule.loss(rule.answer(inputs), targets)
@@ -106,17 +105,19 @@ def _same_masks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(rule: CreditRule) -> Iterator[None]:
-    """Restore gradients, buffers, training modes and random states on exit; inside, the rule is in training mode."""
+    """Restore gradients, buffers, modes, random states and what is held of a batch; inside, the rule is in training mode."""
     modes = [(module, module.training) for module in rule.modules()]
     grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
     calls = getattr(rule, "calls", None)
+    held = [(module, module._held) for module in rule.modules() if isinstance(module, CreditRule)]
     devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
     try:
         with torch.random.fork_rng(devices):
             rule.train()
             for parameter, _ in grads:
                 parameter.grad = None
+            rule.restart()
             yield
     finally:
         for parameter, grad in grads:
@@ -127,5 +128,7 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
                     buffer.copy_(saved)
         for module, training in modes:
             module.training = training
+        for owner, states in held:
+            owner._held = states
         if calls is not None:
             rule.calls = calls

@@ -249,9 +249,7 @@ def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple
     """
     with unchanged(rule), torch.enable_grad():
         rule.model.eval()
-        credit = rule(inputs, targets)
-        output = credit.output.detach()
-        credit.backward()
+        output = rule.accumulate(inputs, targets).output.detach()
         change = {name: -p.grad for name, p in rule.model.named_parameters() if p.grad is not None}
     return change, -len(output) * output_error(rule.loss, output, targets)[1]  # the loss is a mean over the batch
 

@@ -141,7 +141,7 @@ def _energy(model: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> 
 @torch.no_grad()
 def _state_steps(model: nn.Module, x: Tensor, y: Tensor, rate: float, goal: float, most: int) -> int | None:
     rule = PredictiveCoding(model, squared_error, inference="state")
-    s, every = rule.states(x, y)["s"], 10
+    every = 10
     p = [rule.row[0](x.flatten(1))]
     s = [p[0]]
     for block in rule.row[1:-1]:
