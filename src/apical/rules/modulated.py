@@ -211,13 +211,14 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _reads(parts: list[Tensor]) -> Counter[int]:
     """How often the graph of these tensors reads each leaf."""
-    reads, seen, waiting = Counter[int](), set[Node | None]({None}), [part.grad_fn for part in parts]
+    reads, seen, waiting = Counter[int](), set[Node](), [part.grad_fn for part in parts]
     while waiting:
         node = waiting.pop()
-        if node not in seen:
+        if node is not None and node not in seen:
             seen.add(node)
-            reads.update(id(below.variable) for below, _ in node.next_functions if hasattr(below, "variable"))
-            waiting.extend(below for below, _ in node.next_functions)
+            below = [other for other, _ in node.next_functions]
+            reads.update(id(getattr(other, "variable")) for other in below if hasattr(other, "variable"))  # noqa: B009
+            waiting.extend(below)
     return reads
 
 
