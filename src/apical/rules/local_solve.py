@@ -73,7 +73,9 @@ class Problem:
 
     def rows_of(self, which: str) -> Tensor:
         """A (m, n) of the "first" call, the "last", or of "all"."""
-        calls = {"first": self.calls[:1], "last": self.calls[-1:]}.get(which, self.calls)
+        return self._rows({"first": self.calls[:1], "last": self.calls[-1:]}.get(which, self.calls))
+
+    def _rows(self, calls: list[Tensor]) -> Tensor:
         rows = [patches(self.layer, inputs) for inputs in calls]
         return stacked(rows, "weight" in self.trained, "bias" in self.trained)
 
@@ -91,8 +93,7 @@ class Problem:
         for call in picked:
             shape, error = geometry(self.layer), self.errors[call]
             d = error if shape is None else error.movedim(-1 - len(shape.stride), -1)  # (..., n_out)
-            own = stacked([patches(self.layer, self.calls[call])], "weight" in self.trained, "bias" in self.trained)
-            made += d.reshape(-1, d.shape[-1]).double().T @ own
+            made += d.reshape(-1, d.shape[-1]).double().T @ self._rows([self.calls[call]])
         return float((gradient - made).norm() / gradient.norm())
 
     def joined(self, gradients: list[Tensor]) -> Tensor:
@@ -197,7 +198,7 @@ class LocalSolve(WrappedRule):
         for name, layer in self.layers.items():
             require_patches(name, layer)
         self.calls_used: str | None = None
-        self._unsure = False  # a layer had no error yet when it was looked what gradients are made of
+        self._unsure = True  # what the gradients of some layer are made of, on some process
         self._problems: dict[str, Problem] | None = None  # while the rule is called
         self._watches = False
         self._attach()
@@ -226,7 +227,10 @@ class LocalSolve(WrappedRule):
         if not torch.is_grad_enabled():
             return super().forward(inputs, targets)
         self.require_attached()
-        found = self._look(inputs, targets) if self.calls_used is None or self._unsure else None
+        found = None
+        if self._unsure:
+            found = self._look(inputs, targets)
+            self._unsure = bool(summed(torch.tensor(float(self._unsure), device=inputs.device)))
         problems = {name: Problem(self, name) for name in self.layers}
         credit = self._noting(problems, _named(self._taps(problems), problems), inputs, targets)
         samples = float(summed(torch.tensor(float(len(inputs)), device=credit._loss.device)))
@@ -289,21 +293,22 @@ class LocalSolve(WrappedRule):
         inner = type(innermost(self)).__name__
         allowed = 1e-2 if any(p.dtype != torch.float64 for p in self.model.parameters()) else 1e-6
         asked = {name: pair for name, pair in measured.items() if bool(pair[1].any()) and bool(pair[1].isfinite().all())}
-        self._unsure = len(asked) < len(measured)
+        self._unsure = len(asked) < len(measured)  # no error has reached some layer yet
         for name, (problem, _) in asked.items():
             if not problem.calls:
                 raise _not_called(name, self)
-        wrong: dict[str, None] = {}
+        wrong: list[list[str]] = []
         for which in ("last", "first", "all") if self.calls_used is None else (self.calls_used,):
             shares = {name: problem.off(gradient, which) for name, (problem, gradient) in asked.items()}
             seen = {name: share <= allowed for name, share in shares.items() if share is not None}
-            wrong |= {name: None for name, good in seen.items() if not good}
+            wrong.append([name for name, good in seen.items() if not good])
             if seen and all(seen.get(name, len(problem.calls) == 1) for name, (problem, _) in asked.items()):
                 self.calls_used = which
                 return measured
-        if wrong:
+        if any(wrong):
+            name = min(filter(None, wrong), key=len)[0]
             raise UnsupportedModelError(
-                f"the gradient that {inner} gives layer {next(iter(wrong))!r} is not made of what the layer is given, so "
+                f"the gradient that {inner} gives layer {name!r} is not made of what the layer is given, so "
                 f"LocalSolve cannot solve for it; {REMEDY}"
             )
         for name, (problem, _) in asked.items():
@@ -312,6 +317,7 @@ class LocalSolve(WrappedRule):
                     f"whether the gradient that {inner} gives layer {name!r} is made of what the layer is given cannot be "
                     f"seen, so LocalSolve cannot solve for it; {REMEDY}"
                 )
+        self._unsure = True
         return measured
 
     def interference(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
