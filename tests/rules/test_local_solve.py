@@ -1,6 +1,7 @@
 """Local solver: the identities of the damped least-squares step, and every rule that it wraps or refuses."""
 
 import gc
+import math
 import weakref
 from functools import partial
 from itertools import pairwise
@@ -317,6 +318,9 @@ def test_inputs_that_are_no_numbers() -> None:
         model, (x, y) = mlp(12, 9, 4), batch(12, size)
         LocalSolve(apical.Backprop(model))(x * torch.nan, y).backward()
         assert all(bool(grad.isnan().all()) for grad in gradients(model).values())
+        assert all(
+            math.isnan(value) for pair in interference(apical.Backprop(model), x * torch.nan, y).values() for value in pair
+        )
 
 
 class Recurrent(nn.Module):

@@ -14,6 +14,7 @@ input factor alone, and ProxProp's for a linear layer.
 Departures: the paper's damping, rates and data are not known to us; `damping` is relative to the inputs' mean power.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -334,7 +335,9 @@ class LocalSolve(WrappedRule):
             self._look(inputs, targets)
         cosines = {}
         for name, (problem, gradient) in self._measured(inputs, targets).items():
-            if problem.calls:
+            if not bool(gradient.isfinite().all()):
+                cosines[name] = (math.nan, math.nan)
+            elif problem.calls:
                 problem.settle(len(inputs))
                 rows = problem.rows
                 assert rows is not None
