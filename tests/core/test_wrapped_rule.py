@@ -18,8 +18,10 @@ from apical.core.processes import summed
 from apical.core.transport import geometry
 from apical.core.units import Layer
 from apical.core.wrapped import WrappedRule, row_gain
+from apical.diagnostics.alignment import unchanged
+from apical.diagnostics.gauss_newton import minimum_norm_alignment
 from apical.errors import ConfigError
-from apical.testing import check_rule
+from apical.testing import check_model, check_rule
 from apical.testing.comparison import Factory, gradients, make, require_same, train
 from apical.testing.networks import dense_batch, dense_network
 from apical.testing.two_ranks import on_two_ranks
@@ -134,6 +136,30 @@ def test_it_speaks_for_the_wrapped_rule() -> None:
     ep = WrappedRule(make(apical.EquilibriumPropagation))
     assert not ep.feed_forward
     assert torch.equal(ep.answer(inputs), ep.rule.answer(inputs))
+
+
+def test_diagnostics_look_through_it() -> None:
+    inputs, targets = dense_batch(0)
+    dfc = make(partial(apical.DeepFeedbackControl, variant="ss", nudge=0.5, difference="voltage"))
+    expected = minimum_norm_alignment(dfc, inputs, targets)
+    assert minimum_norm_alignment(WrappedRule(dfc), inputs, targets) == expected
+    before = dfc.calls
+    with unchanged(WrappedRule(dfc)):
+        dfc(inputs, targets)
+    assert dfc.calls == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "checks"),
+    [
+        (apical.FeedbackAlignment, {"feedback reaches below", "zero feedback", "feedback differs"}),
+        (apical.DirectFeedbackAlignment, {"zero signals", "signals reach their unit", "signals differ"}),
+    ],
+)
+@pytest.mark.parametrize("outer", [WrappedRule, apical.LocalSolve])
+def test_check_model_intervenes_on_the_wrapped_rule(outer: Any, kind: Factory, checks: set[str]) -> None:
+    report = check_model(outer(make(kind)), *dense_batch(0), skip={"compiled"})
+    assert checks <= report.passed.keys()
 
 
 def test_copies_modes_and_devices_reach_the_wrapped_rule() -> None:

@@ -29,6 +29,7 @@ from apical.diagnostics.memory import held_bytes
 from apical.diagnostics.plausibility import CRITERIA, Findings, Verdict, examine, judge, no_backward_locking, symmetry
 from apical.diagnostics.synapses import Responding
 from apical.errors import ConfigError
+from apical.rules.semi_implicit import SemiImplicit
 
 SIZES = (6, 9, 8, 7, 4)
 LAST = len(SIZES) - 2
@@ -170,6 +171,13 @@ def test_a_mirror_needs_a_second_response_and_ends_symmetric() -> None:
     assert found["one_phase"].numbers["responses"] == 2
     assert found["no_symmetry"].verdict == "no"
     assert verdicts(lambda model: KolenPollack(model, form="explicit"))["no_sign_transport"].verdict == "yes"
+
+
+def test_a_changed_weight_on_the_way_back_is_symmetry() -> None:
+    """Semi-implicit steps send errors through the weights as they will be, which small steps leave almost as they are."""
+    found = verdicts(lambda model: SemiImplicit(model, eta=1e-3))
+    assert found["no_symmetry"].verdict == "no"
+    assert found["no_symmetry"].numbers["degrees"] < 5
 
 
 def test_angles_of_chance_are_not_symmetry() -> None:

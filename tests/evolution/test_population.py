@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import apical
 from apical import models
 from apical.core.credit import CreditRule
+from apical.core.wrapped import WrappedRule
 from apical.errors import ConfigError, DataError, UnsupportedModelError
 from apical.evolution.population import Layout, Lifetime, Population, accuracies, losses
 from apical.rules.top_down.teacher import TopDownNetwork
@@ -169,6 +170,12 @@ def test_running_statistics_are_refused_by_name() -> None:
     rule = apical.TopDownCreditAssignment(residual_network())
     with pytest.raises(UnsupportedModelError, match=r"'1' \(BatchNorm2d\)"):
         Population(rule, torch.randn(2, 2, 8, 8, dtype=torch.double), torch.tensor([0, 1]))
+
+
+def test_rules_around_rules_are_refused_by_name() -> None:
+    rule = WrappedRule(apical.DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
+    with pytest.raises(ConfigError, match="takes no WrappedRule; give it the DirectFeedbackAlignment inside"):
+        Population(rule, torch.randn(2, 4), torch.tensor([0, 1]))
 
 
 def test_a_layout_is_its_own_inverse() -> None:

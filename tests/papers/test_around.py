@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,40 @@ def test_arms_begin_alike_and_differ_by_their_gain() -> None:
     network = study.network((8, 6, 4), 0)
     assert torch.equal(network[0].weight, study.network((8, 6, 4), 0)[0].weight)
     assert float(network[0].weight.detach().abs().max()) <= (6 / 8) ** 0.5
+
+
+def cell(noise: float, gain: float) -> dict[str, Any]:
+    """Results in which node importance, the solver and semi-implicit steps are better than their controls by `gain`."""
+
+    def run(level: float) -> list[float]:
+        return [level + noise, level + noise]
+
+    def solver(rule: str, spread: float) -> dict[str, list[float]]:
+        return {str(lr): run(0.9 - i * spread) for i, lr in enumerate(study.SOLVED[rule])}
+
+    arms = {"bp": 0.6, "grapes": 0.6 + gain, "local": 0.6, "matched": 0.6}
+    shallow = {f"2 hidden layers, lr {lr:g}": {arm: run(value) for arm, value in arms.items()} for lr in study.RATES}
+    deep = {"5 hidden layers, lr 0.1": {arm: run(1.2 - value) for arm, value in arms.items()}}
+    solved = {
+        name: solver(rule, 0.02 + (gain if name == rule else -gain))
+        for rule in study.SOLVED
+        for name in (rule, f"cwu:{rule}")
+    }
+    steps = [str(eta) for eta in study.ETAS]
+    return {
+        "grapes": shallow | deep,
+        "solver": solved,
+        "cosines": {"first": (0.6 - gain, 0.985 + gain)},
+        "semi-implicit": {"sibp": {step: run(0.84 + gain) for step in steps}, "sgd": {step: run(0.84) for step in steps}},
+    }
+
+
+def test_verdicts_follow_the_numbers() -> None:
+    for gain, verdict in ((0.013, "reproduced"), (-0.013, "not reproduced")):
+        rows = study.verdicts([cell(noise, gain + noise) for noise in (-1e-4, 0.0, 1e-4)])
+        said = {(row["rule"], row["what"]): row["verdict"] for row in rows}
+        bare = {key for key in said if key[0] in ("bp", "dfa", "ccl")}
+        assert {verdict} == {said[key] for key in said.keys() - bare}, said
 
 
 def test_it_runs_and_keeps_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Local solver: the identities of the damped least-squares step, and every rule that it wraps or refuses."""
 
 import gc
+import math
 import weakref
 from functools import partial
 from itertools import pairwise
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 import apical
 from apical.bench.names import find_rule
-from apical.core.credit import CreditRule, Loss
+from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.solve import gram, patches, solved, solved_by_rows, strength
+from apical.core.wrapped import WrappedRule
 from apical.diagnostics.interference import interference
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.local_solve import LocalSolve, Problem
@@ -212,9 +214,113 @@ def test_compiled_it_runs_eagerly() -> None:
     torch.compile(other, backend="aot_eager")(*dense_batch(0)).backward()
     require_same(gradients(other), gradients(rule), 0.0, "compiled")
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="LocalSolve"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"LocalSolve solves in .*do not compile the rule"):
         torch.compile(other, backend="aot_eager", fullgraph=True)(*dense_batch(0))
     torch._dynamo.reset()
+
+
+class AllConvolutional(nn.Module):
+    """No dense layer: every layer has more places than inputs, so any gradient lies in the span of its patches."""
+
+    def __init__(self, again: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.again = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        if self.again:
+            hidden = hidden + F.conv2d(x.flip(0, 2), self.first.weight, padding=1)
+        return self.second(hidden).mean((2, 3))
+
+
+def images() -> tuple[Tensor, Tensor]:
+    return torch.randn(5, 2, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 4
+
+
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.FeedbackAlignment])
+def test_a_network_without_dense_layers(kind: Factory) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = AllConvolutional().double(), images()
+    bare = kind(model, F.cross_entropy)
+    bare(x, y).backward()
+    plain = gradients(model)
+    model.zero_grad()
+    rule = LocalSolve(bare, damping=0.1)
+    rule(x, y).backward()
+    assert rule.calls_used == "last"  # seen by the errors that arrive at each layer's output
+    for name, seen in (("first", x), ("second", torch.tanh(model.first(x)).detach())):
+        a = patches(getattr(model, name), seen)
+        a = torch.cat([a, torch.ones(len(a), 1)], 1)
+        g = torch.cat([plain[f"{name}.weight"].flatten(1), plain[f"{name}.bias"][:, None]], 1)
+        lam = 0.1 * a.square().sum() / a.shape[1]
+        expected = 5 * torch.linalg.solve(a.T @ a + lam * torch.eye(a.shape[1]), g.T).T
+        torch.testing.assert_close(getattr(model, name).weight.grad.flatten(1), expected[:, :-1])
+
+
+class Invented(CreditRule):
+    """Gradients that are made of nothing."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        output = self.model(inputs)
+        loss = self.loss(output, targets)
+        return Credit.of([(p, torch.ones_like(p)) for p in self.model.parameters()], output.detach(), loss.detach())
+
+
+def test_convolutions_of_which_nothing_is_known_are_refused() -> None:
+    x, y = images()
+    with pytest.raises(UnsupportedModelError, match="'first' is not made of what the layer is given"):
+        LocalSolve(apical.Backprop(AllConvolutional(again=True).double()))(x, y)
+    with pytest.raises(UnsupportedModelError, match=r"Invented gives layer 'first' .* cannot be seen"):
+        LocalSolve(Invented(AllConvolutional().double(), F.cross_entropy))(x, y)
+
+
+class Lately(Invented):
+    """Such gradients for the first layer, and none in the first batch."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        output = self.model(inputs)
+        loss = self.loss(output, targets)
+        invented = torch.ones_like(self.model[0].weight) * float(self.model[0].bias.any())
+        return Credit.of([(self.model[0].weight, invented), (loss, None)], output.detach(), loss)
+
+
+def test_layers_without_an_error_are_looked_at_again() -> None:
+    model, (x, y) = mlp(12, 9, 4), batch(12, 6)
+    nn.init.zeros_(model[0].bias)
+    nn.init.zeros_(model[2].weight)  # the hidden layer has no error yet
+    rule = LocalSolve(Lately(model, F.cross_entropy))
+    rule(x, y).backward()
+    model[0].bias.data.fill_(1.0)
+    with pytest.raises(UnsupportedModelError, match="'0' is not made of what the layer is given"):
+        rule(x, y)
+
+
+def test_a_model_of_whole_batches() -> None:
+    """Where a few samples do not do, the whole batch is looked at."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.layer(x).view(6, 4)
+            return result
+
+    rule = LocalSolve(apical.Backprop(Whole().double()))
+    rule(*batch(12, 6)).backward()
+    assert rule.calls_used == "last"
+
+
+@pytest.mark.filterwarnings("ignore:the loss is not finite")
+def test_inputs_that_are_no_numbers() -> None:
+    for size in (5, 40):
+        model, (x, y) = mlp(12, 9, 4), batch(12, size)
+        LocalSolve(apical.Backprop(model))(x * torch.nan, y).backward()
+        assert all(bool(grad.isnan().all()) for grad in gradients(model).values())
+        assert all(
+            math.isnan(value) for pair in interference(apical.Backprop(model), x * torch.nan, y).values() for value in pair
+        )
 
 
 class Recurrent(nn.Module):
@@ -312,6 +418,8 @@ def test_refusals() -> None:
         LocalSolve(apical.KolenPollack(mlp(6, 5, 4)))
     with pytest.raises(ConfigError, match="reduction='sum'"):
         LocalSolve(apical.Backprop(mlp(6, 4), nn.CrossEntropyLoss(reduction="sum")))
+    with pytest.raises(ConfigError, match="around a rule once"):
+        LocalSolve(WrappedRule(LocalSolve(apical.Backprop(mlp(6, 4)))))
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(UnsupportedModelError, match=r"'0' \(Conv2d, 2 groups\)"):
         LocalSolve(apical.Backprop(grouped))

@@ -449,3 +449,45 @@ def test_names_on_the_command_line() -> None:
     assert options_for("grapes:fa", ("mode=local", "grapes-fa:clip=False", "expansion=4")) == ("mode=local", "clip=False")
     with pytest.raises(ConfigError, match="unknown rule 'ba'"):
         find_rule("grapes:ba")
+
+
+class TiedDecoder(nn.Module):
+    """An autoencoder that decodes by the transposed weight of its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T)
+
+
+class TiedEmbedding(nn.Module):
+    """A model of words, whose output layer has the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden, self.output = nn.Embedding(4, 6), nn.Linear(6, 6), nn.Linear(6, 4, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        result: Tensor = self.output(torch.tanh(self.hidden(self.embedding(words))))
+        return result
+
+
+@pytest.mark.parametrize("mode", ["propagating", "local"])
+def test_weights_used_outside_their_layer_are_refused(mode: Mode) -> None:
+    x = torch.randn(5, 6)
+    with pytest.raises(UnsupportedModelError, match="'encoder' is used outside the layer's calls"):
+        Modulated(apical.Backprop(TiedDecoder(), F.mse_loss), NodeImportance(mode))(x, x)
+    words = torch.arange(5) % 4
+    rule = Modulated(apical.Backprop(TiedEmbedding()), NodeImportance(mode), exact=("embedding",))
+    rule(words, words).backward()
+    assert set(rule.gains()) == {"hidden"}
+
+
+def test_either_rule_may_be_detached() -> None:
+    rule = Modulated(apical.Backprop(mlp(6, 5, 4)), NodeImportance())
+    rule.rule.detach()
+    with pytest.raises(ConfigError, match="Backprop was detached"):
+        rule(torch.randn(5, 6).double(), torch.arange(5) % 4)

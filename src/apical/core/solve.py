@@ -74,7 +74,10 @@ def solved_by_rows(gradient: Tensor, rows: Tensor, lam: Tensor) -> Tensor:
     """The same from A (m, n), for a gradient `G = D^T A` and m < n: `D^T (A A^T + lam I)^-1 A`, of which no rounding is left
     outside the span of the rows.
     """
-    power, v = torch.linalg.eigh(rows @ rows.T)  # A A^T = V diag(s) V^T
+    product = rows @ rows.T
+    if not bool(product.isfinite().all()):
+        return gradient * torch.nan  # the loss's warning names the inputs
+    power, v = torch.linalg.eigh(product)  # A A^T = V diag(s) V^T
     least = power.amax() * len(power) * torch.finfo(power.dtype).eps
     scale = torch.where(power > least, 1 / (power * (power + lam)), 0.0)  # D^T = G A^T (A A^T)^-1
     seen = v.T @ rows  # (m, n)

@@ -89,6 +89,11 @@ class WrappedRule(CreditRule):
     def phase(self, phase: Phase) -> None:
         self.rule.phase = phase
 
+    def require_attached(self) -> None:
+        """Refuse to work on a model that either rule was detached from."""
+        super().require_attached()
+        self.rule.require_attached()
+
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """The wrapped rule's credit."""
         self.require_attached()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from apical.core.credit import CreditRule
 from apical.core.effective import measured_weight
 from apical.core.layers import is_weighted
+from apical.core.wrapped import innermost
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -109,7 +110,8 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
     modes = [(module, module.training) for module in rule.modules()]
     grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
-    calls = getattr(rule, "calls", None)
+    inner = innermost(rule)
+    calls = getattr(inner, "calls", None)
     held = [(module, module._held) for module in rule.modules() if isinstance(module, CreditRule)]
     devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
     try:
@@ -131,4 +133,4 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
         for owner, states in held:
             owner._held = states
         if calls is not None:
-            rule.calls = calls
+            inner.calls = calls

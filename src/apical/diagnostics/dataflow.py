@@ -70,8 +70,8 @@ class Dataflow(TorchDispatchMode):
 
     Attributes:
         responses: number of forward responses of each layer.
-        operands: fixed tensors (not made from inputs or targets) that were multiplied with something that depends on the
-            targets, and are no forward response: what carries feedback.
+        operands: tensors that were multiplied with something that depends on the targets, and are no forward response: what
+            carries feedback. They are fixed (not made from inputs or targets), or weights with changes to their entries.
         multiply_adds: of all products.
     """
 
@@ -82,6 +82,7 @@ class Dataflow(TorchDispatchMode):
         self.alive: list[Tensor] = []
         self.responses = dict.fromkeys(weights, 0)
         self.operands: list[Tensor] = []
+        self._weight_like = {weight.untyped_storage()._cdata for weight in weights.values()}
         self.multiply_adds = 0
         self._write(inputs, Trace(inputs=True))
         self._write(targets, Trace(targets=True))
@@ -116,6 +117,9 @@ class Dataflow(TorchDispatchMode):
         if places:
             self._note(args, places, {use.place for use in uses if use.forward})
             self.multiply_adds += of_operation(func, args, kwargs, result)
+        else:
+            shapes = {tensor.shape for tensor in given if tensor.untyped_storage()._cdata in self._weight_like}
+            self._weight_like |= {tensor.untyped_storage()._cdata for tensor in made if tensor.shape in shapes}
         before = {tensor.untyped_storage()._cdata for tensor in given}
         for tensor in made:
             if tensor.untyped_storage()._cdata not in before:
@@ -141,7 +145,8 @@ class Dataflow(TorchDispatchMode):
             if place in forward or not isinstance(factor, Tensor) or not isinstance(args[other], Tensor):
                 continue
             fixed = not (self.trace(factor).inputs or self.trace(factor).targets)
-            if fixed and self.trace(args[other]).targets and min(factor.shape[-2:]) > 1:
+            carries = fixed or factor.untyped_storage()._cdata in self._weight_like
+            if carries and self.trace(args[other]).targets and min(factor.shape[-2:]) > 1:
                 self.operands.append(factor.detach())
 
 

@@ -27,6 +27,7 @@ from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error
+from apical.core.wrapped import innermost
 from apical.diagnostics.alignment import angle, unchanged
 from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
 from apical.errors import ConfigError, UnsupportedModelError
@@ -233,11 +234,12 @@ def minimum_norm_alignment(
     Raises:
         UnsupportedModelError: the model is no chain; the module is named.
     """
-    own = getattr(rule, "chain", None)
+    inner = innermost(rule)
+    own = getattr(inner, "chain", None)
     chain = own if isinstance(own, Chain) else Chain(rule.model, inputs.shape[1:])
     change, delta = requested_change(rule, inputs, targets)
-    nudge = getattr(rule, "nudge", 1e-3) if nudge is None else nudge
-    voltage = getattr(rule, "difference", None) == "voltage"  # other rules have other things of this name
+    nudge = getattr(inner, "nudge", 1e-3) if nudge is None else nudge
+    voltage = getattr(inner, "difference", None) == "voltage"  # other rules have other things of this name
     target = minimum_norm_update(chain, inputs, nudge * delta, damping, "voltage" if voltage else "rate")
     return _angles(rule.model, change, target)
 

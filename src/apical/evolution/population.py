@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
+from apical.core.wrapped import WrappedRule
 from apical.errors import ConfigError, DataError, UnsupportedModelError
 
 
@@ -78,12 +79,15 @@ class Population:
             Python. For rules whose operations depend on shapes alone, as those of top-down credit assignment do.
 
     Raises:
+        ConfigError: the rule is around another one.
         UnsupportedModelError: the model keeps running statistics, which learners of a population cannot share.
     """
 
     def __init__(
         self, rule: CreditRule, inputs: Tensor, targets: Tensor, individual: str | None = None, record: bool = False
     ) -> None:
+        if isinstance(rule, WrappedRule):
+            raise ConfigError(f"a population takes no {type(rule).__name__}; give it the {type(rule.rule).__name__} inside")
         for name, module in rule.model.named_modules():
             if isinstance(module, _NormBase) and module.track_running_stats:
                 raise UnsupportedModelError(

@@ -14,6 +14,7 @@ input factor alone, and ProxProp's for a linear layer.
 Departures: the paper's damping, rates and data are not known to us; `damping` is relative to the inputs' mean power.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from apical.core.checkpointing import refuse_checkpointing
 from apical.core.credit import Credit, CreditRule
+from apical.core.cut import eagerly
 from apical.core.layers import computes_plainly
 from apical.core.losses import refuse_options
 from apical.core.plastic import PlasticRule
@@ -57,6 +59,7 @@ class Problem:
 
     Attributes:
         calls: inputs of each call, in order.
+        errors: by the call's number, what arrived at its output, while it is found out what gradients are made of.
     """
 
     def __init__(self, rule: "LocalSolve", name: str) -> None:
@@ -64,15 +67,35 @@ class Problem:
         own = self.layer._parameters
         self.trained = {key: p for key in ("weight", "bias") if (p := own.get(key)) is not None and p.requires_grad}
         self.calls: list[Tensor] = []
+        self.errors: dict[int, Tensor] = {}
         self.rows: Tensor | None = None
         self.product: Tensor | None = None  # A^T A over all processes, where there are several
         self.samples = 1.0
 
     def rows_of(self, which: str) -> Tensor:
         """A (m, n) of the "first" call, the "last", or of "all"."""
-        calls = {"first": self.calls[:1], "last": self.calls[-1:]}.get(which, self.calls)
+        return self._rows({"first": self.calls[:1], "last": self.calls[-1:]}.get(which, self.calls))
+
+    def _rows(self, calls: list[Tensor]) -> Tensor:
         rows = [patches(self.layer, inputs) for inputs in calls]
         return stacked(rows, "weight" in self.trained, "bias" in self.trained)
+
+    def off(self, gradient: Tensor, which: str) -> float | None:
+        """Share of G (n_out, n) that is not made of the inputs of these calls; None where that cannot be seen."""
+        rows = self.rows_of(which)
+        if len(rows) < rows.shape[1]:
+            return off_span(gradient, rows)
+        if not self.errors:
+            return None
+        picked = {"first": [0], "last": [len(self.calls) - 1]}.get(which, sorted(self.errors))
+        if not self.errors.keys() <= set(picked):
+            return 1.0
+        made = torch.zeros_like(gradient)
+        for call in picked:
+            shape, error = geometry(self.layer), self.errors[call]
+            d = error if shape is None else error.movedim(-1 - len(shape.stride), -1)  # (..., n_out)
+            made += d.reshape(-1, d.shape[-1]).double().T @ self._rows([self.calls[call]])
+        return float((gradient - made).norm() / gradient.norm())
 
     def joined(self, gradients: list[Tensor]) -> Tensor:
         """G (n_out, n) in float64."""
@@ -168,30 +191,47 @@ class LocalSolve(WrappedRule):
                 f"the feedback of {type(inner).__name__} must get the weight's own update, which LocalSolve changes; wrap "
                 "FeedbackAlignment or WeightMirror"
             )
+        if any(isinstance(part, LocalSolve) for part in rule.modules()):
+            raise ConfigError("the rule's gradients are solved already: put LocalSolve around a rule once")
         refuse_options(rule.loss, "LocalSolve", ("reduction",))
         self.damping = damping
         self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
         for name, layer in self.layers.items():
             require_patches(name, layer)
         self.calls_used: str | None = None
+        self._unsure = True  # what the gradients of some layer are made of, on some process
         self._problems: dict[str, Problem] | None = None  # while the rule is called
+        self._watches = False
         self._attach()
 
     def _attach(self) -> None:
         for name, layer in self.layers.items():
             self._hooks.append(layer.register_forward_pre_hook(LayerHook(self, name, _note), with_kwargs=True))
+            self._hooks.append(layer.register_forward_hook(LayerHook(self, name, _watch)))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the solver in the backward pass is beyond a compiler; without fullgraph=True it runs eagerly
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """The wrapped rule's credit, whose gradients are solved in the backward pass.
 
         Raises:
+            ConfigError: in a graph of `torch.compile(fullgraph=True)`.
             UnsupportedModelError: see :class:`LocalSolve`.
         """
+        if torch.compiler.is_compiling():
+            raise ConfigError(
+                "LocalSolve solves in the backward pass, which no compiled graph can hold; do not compile the rule, or "
+                "leave out fullgraph=True, and it runs eagerly"
+            )
+        return self._solving(inputs, targets)
+
+    @eagerly
+    def _solving(self, inputs: Tensor, targets: Tensor) -> Credit:
         if not torch.is_grad_enabled():
             return super().forward(inputs, targets)
         self.require_attached()
-        found = self._look(inputs, targets) if self.calls_used is None else None
+        found = None
+        if self._unsure:
+            found = self._look(inputs, targets)
+            self._unsure = bool(summed(torch.tensor(float(self._unsure), device=inputs.device)))
         problems = {name: Problem(self, name) for name in self.layers}
         credit = self._noting(problems, _named(self._taps(problems), problems), inputs, targets)
         samples = float(summed(torch.tensor(float(len(inputs)), device=credit._loss.device)))
@@ -227,6 +267,7 @@ class LocalSolve(WrappedRule):
             self.restart()
             problems = {name: Problem(self, name) for name in self.layers}
             taps = self._taps(problems)
+            self._watches = True
             credit = self._noting(problems, _named(taps, problems), inputs, targets)
             every = [tap for own in taps.values() for tap in own]
             if not credit.loss.requires_grad or not every:
@@ -250,33 +291,36 @@ class LocalSolve(WrappedRule):
             raise UnsupportedModelError(f"{type(self).__name__} needs inputs that are one tensor (batch, ...)")
         try:
             measured = self._measured(inputs[:PROBE], targets[:PROBE])
-        except ApicalError:
-            return None  # of these samples; the batch itself may do
+        except (ApicalError, RuntimeError, ValueError):  # too few for this model or rule
+            measured = self._measured(inputs, targets)
         inner = type(innermost(self)).__name__
         allowed = 1e-2 if any(p.dtype != torch.float64 for p in self.model.parameters()) else 1e-6
-        off: dict[str, dict[str, float]] = {"last": {}, "first": {}, "all": {}}
-        unseen: dict[str, bool] = dict.fromkeys(off, False)
-        for name, (problem, gradient) in measured.items():
-            if not bool(gradient.any()) or not bool(gradient.isfinite().all()):
-                continue
+        asked = {name: pair for name, pair in measured.items() if bool(pair[1].any()) and bool(pair[1].isfinite().all())}
+        self._unsure = len(asked) < len(measured)  # no error has reached some layer yet
+        for name, (problem, _) in asked.items():
             if not problem.calls:
                 raise _not_called(name, self)
-            for which, shares in off.items():
-                rows = problem.rows_of(which)
-                if len(rows) < rows.shape[1]:
-                    shares[name] = off_span(gradient, rows)
-                elif len(problem.calls) > 1:
-                    unseen[which] = True
-        for which, shares in off.items():
-            if shares and not unseen[which] and all(share <= allowed for share in shares.values()):
+        wrong: list[list[str]] = []
+        for which in ("last", "first", "all") if self.calls_used is None else (self.calls_used,):
+            shares = {name: problem.off(gradient, which) for name, (problem, gradient) in asked.items()}
+            seen = {name: share <= allowed for name, share in shares.items() if share is not None}
+            wrong.append([name for name, good in seen.items() if not good])
+            if seen and all(seen.get(name, len(problem.calls) == 1) for name, (problem, _) in asked.items()):
                 self.calls_used = which
                 return measured
-        if off["first"] and any(share > allowed for share in off["first"].values()):
-            name = next(name for name, share in off["first"].items() if share > allowed)
+        if any(wrong):
+            name = min(filter(None, wrong), key=len)[0]
             raise UnsupportedModelError(
-                f"the gradient that {inner} gives layer {name!r} is not made of what the layer is given, so LocalSolve "
-                f"cannot solve for it; {REMEDY}"
+                f"the gradient that {inner} gives layer {name!r} is not made of what the layer is given, so "
+                f"LocalSolve cannot solve for it; {REMEDY}"
             )
+        for name, (problem, _) in asked.items():
+            if len(problem.calls) == 1:
+                raise UnsupportedModelError(
+                    f"whether the gradient that {inner} gives layer {name!r} is made of what the layer is given cannot be "
+                    f"seen, so LocalSolve cannot solve for it; {REMEDY}"
+                )
+        self._unsure = True
         return measured
 
     def interference(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
@@ -293,7 +337,9 @@ class LocalSolve(WrappedRule):
             self._look(inputs, targets)
         cosines = {}
         for name, (problem, gradient) in self._measured(inputs, targets).items():
-            if problem.calls:
+            if not bool(gradient.isfinite().all()):
+                cosines[name] = (math.nan, math.nan)
+            elif problem.calls:
                 problem.settle(len(inputs))
                 rows = problem.rows
                 assert rows is not None
@@ -309,6 +355,21 @@ def _named(taps: dict[str, tuple[Tensor, ...]], problems: dict[str, Problem]) ->
         for name, own in taps.items()
         for key, tap in zip(problems[name].trained, own, strict=True)
     }
+
+
+def _watch(rule: LocalSolve, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+    """Keep what error arrives at a layer's output, while it is found out what gradients are made of."""
+    node = getattr(output, "grad_fn", None)
+    if rule._problems is None or not rule._watches or node is None:
+        return
+    problem = rule._problems[name]
+    call, errors = len(problem.calls) - 1, problem.errors
+
+    def keep(arrived: tuple[Tensor | None, ...]) -> None:
+        if arrived[0] is not None:
+            errors[call] = arrived[0]
+
+    node.register_prehook(keep)
 
 
 def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

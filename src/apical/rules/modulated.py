@@ -10,6 +10,7 @@ Local: a gain reads the weights of its own unit, and whatever the modulator comp
 Source: the modes are those of arXiv 2104.11604, whose gain :mod:`apical.rules.node_importance` has.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
@@ -25,7 +26,6 @@ from apical.core.effective import measured_weight
 from apical.core.layers import computes_plainly
 from apical.core.plastic import PlasticRule
 from apical.core.rest import evaluating, undisturbed
-from apical.core.sites import graph_leaves
 from apical.core.transport import as_matrix, geometry
 from apical.core.units import weighted_layers
 from apical.core.wrapped import LayerHook, WrappedRule, gain_on, innermost, row_gain
@@ -88,7 +88,8 @@ class Modulated(WrappedRule):
                 "mode='propagating', or wrap FeedbackAlignment or WeightMirror"
             )
         self.modulator, self.mode = modulator, mode
-        self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
+        self.exact = tuple((getattr(inner, "exact", ()) if exact is None else exact) or ())
+        self.layers = weighted_layers(self.model, self.exact, shared=True)
         self._hidden: list[str] | None = None  # known after the first batch
         self._seen: set[str] = set()
         self._gains: dict[str, Tensor] = {}  # during a call
@@ -163,7 +164,9 @@ class Modulated(WrappedRule):
             raise UnsupportedModelError(
                 "which layers are hidden must be seen before torch.compile: call the rule once on a batch without it"
             )
-        hidden, leaves = set[str](), set[int]()
+        hidden = set[str]()
+        named, spared = self.model.named_parameters(remove_duplicate=False), tuple(f"{name}." for name in self.exact)
+        others = {id(parameter) for name, parameter in named if f"{name}.".startswith(spared)}
         for mode in (nullcontext, evaluating):
             calls: list[tuple[str, Node | None]] = []
             note = [
@@ -176,18 +179,25 @@ class Modulated(WrappedRule):
                     if isinstance(inputs, Tensor) and inputs.is_floating_point():
                         given = inputs.detach().clone().requires_grad_()
                     output = self.model(given)
-                    leaves = leaves.union(*(graph_leaves(part) for part in _tensors(output)))
+                    reads = _reads(_tensors(output))
                     hidden |= _read_by_others(calls)
             finally:
                 for hook in note:
                     hook.remove()
             self._seen |= {name for name, _ in calls}
-        for name, layer in self.layers.items():
-            if name not in self._seen and any(id(parameter) in leaves for parameter in layer.parameters()):
-                raise UnsupportedModelError(
-                    f"layer {name!r} was not called as a module in the forward pass, so its units get no gain; call it, or "
-                    "remove it"
-                )
+            for name, layer in self.layers.items():
+                if name not in self._seen and any(id(parameter) in reads for parameter in layer.parameters()):
+                    raise UnsupportedModelError(
+                        f"layer {name!r} was not called as a module in the forward pass, so its units get no gain; call it, "
+                        "or remove it"
+                    )
+                weight = layer._parameters.get("weight") if computes_plainly(layer) else None
+                called = sum(self.layers[other]._parameters.get("weight") is weight for other, _ in calls)
+                if weight is not None and id(weight) not in others and reads[id(weight)] > called:
+                    raise UnsupportedModelError(
+                        f"the weight of layer {name!r} is used outside the layer's calls too, where units get no gain; use "
+                        "a layer with a weight of its own there"
+                    )
         return [name for name in self.layers if name in hidden]
 
 
@@ -197,6 +207,19 @@ def _rows(layer: nn.Module) -> Tensor:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [part for part in torch.utils._pytree.tree_leaves(output) if isinstance(part, Tensor)]
+
+
+def _reads(parts: list[Tensor]) -> Counter[int]:
+    """How often the graph of these tensors reads each leaf."""
+    reads, seen, waiting = Counter[int](), set[Node](), [part.grad_fn for part in parts]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            below = [other for other, _ in node.next_functions]
+            reads.update(id(getattr(other, "variable")) for other in below if hasattr(other, "variable"))  # noqa: B009
+            waiting.extend(below)
+    return reads
 
 
 def _note_call(calls: list[tuple[str, Node | None]], name: str, layer: nn.Module, args: Any, output: Any) -> None:
