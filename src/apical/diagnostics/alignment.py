@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from apical.core.credit import CreditRule
 from apical.core.effective import measured_weight
 from apical.core.layers import is_weighted
+from apical.core.processes import alone
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -106,14 +107,17 @@ def _same_masks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(rule: CreditRule) -> Iterator[None]:
-    """Restore gradients, buffers, training modes and random states on exit; inside, the rule is in training mode."""
+    """Restore gradients, buffers, training modes and random states on exit.
+
+    Inside, the rule is in training mode, and its process waits for no other.
+    """
     modes = [(module, module.training) for module in rule.modules()]
     grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
     calls = getattr(rule, "calls", None)
     devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), alone():
             rule.train()
             for parameter, _ in grads:
                 parameter.grad = None

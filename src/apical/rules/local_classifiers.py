@@ -36,6 +36,7 @@ from apical.core.layers import is_random
 from apical.core.local import block_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
 from apical.core.placement import layer_paths
+from apical.core.processes import gathered
 from apical.core.rest import evaluating
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.units import key
@@ -52,22 +53,27 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def class_similarity(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """S(Y) of one-hot labels (B,), without a product: 1 within a class, -1/(K-1) between classes; (B, B)."""
-    same = (labels.unsqueeze(1) == labels).to(dtype)
+    """S(Y) of one-hot labels (B,), without a product: 1 within a class, -1/(K-1) between classes; (B, B).
+
+    Where several processes train together it has their columns too.
+    """
+    same = (labels.unsqueeze(1) == gathered(labels)).to(dtype)
     return same - (1 - same) / (classes - 1)
 
 
 def similarity(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """`mean (S(rows) - wanted)^2` and its gradient, for rows (B, d) and wanted (B, B).
 
-    Rows without length, up to rounding, have no direction; their gradient is zero.
+    Rows without length, up to rounding, have no direction; their gradient is zero. Several processes compare each own row
+    with those of all, wanted then (B, sum of all B); the average of their gradients is that of the whole batch.
     """
     centred = rows - rows.mean(1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     far = length + EPSILON
     u = centred / far
-    miss = u @ u.T - wanted  # D: (B, B)
-    pulled = (4 / miss.numel()) * (miss @ u)
+    every = gathered(u)
+    miss = u @ every.T - wanted  # D: (B, B)
+    pulled = (4 / miss.numel()) * (miss @ every)
     along = (pulled * u).sum(1, keepdim=True) * far / length.clamp_min(EPSILON)
     pulled = (pulled - u * along) / far  # through the division by the length
     silent = length <= EPSILON + 2 * torch.finfo(rows.dtype).eps * rows.norm(dim=1, keepdim=True)
@@ -221,10 +227,11 @@ class LocalClassifiers(CreditRule):
         logs: dict[str, Tensor] = {}
         with torch.no_grad():
             below = self._prepared(inputs)
+            wanted = self._wanted(targets) if self.compares else None
             for hidden in self._hidden:
                 activity = hidden.taught(below, learns=True)
                 below = hidden.handed_on(activity.made)
-                learned, logs[f"local {hidden.block.name}"] = self._learned(hidden, activity, targets)
+                learned, logs[f"local {hidden.block.name}"] = self._learned(hidden, activity, targets, wanted)
                 roots += learned
                 del activity, learned
             activity = self._last(below, learns=True)
@@ -234,19 +241,25 @@ class LocalClassifiers(CreditRule):
         total = torch.stack(list(logs.values())).sum() if logs else loss.detach().new_zeros(())
         return Credit.of([*roots, *terms(loss)], output, loss, {"local": total, **logs})
 
-    def _learned(self, hidden: _Hidden, activity: Activity, targets: Tensor) -> tuple[list[Root], Tensor]:
+    def _wanted(self, targets: Tensor) -> Tensor:
+        """S(Y), in float32 at least."""
+        wide = torch.promote_types(self.row[-1].layer.weight.dtype, torch.float32)
+        return class_similarity(targets, math.prod(self.row[-1].shape), wide)
+
+    def _learned(
+        self, hidden: _Hidden, activity: Activity, targets: Tensor, wanted: Tensor | None
+    ) -> tuple[list[Root], Tensor]:
         """What a block and its read-out learn, and the block's loss; without gradient outside the graph of the block."""
         h, name, like = activity.made, key(hidden.block.name), hidden.block.layer.weight
         wide, closed = torch.promote_types(like.dtype, torch.float32), activity.block is not None
         taught: list[tuple[Tensor, Tensor]] = []  # functions of h, and their signals
         roots: list[Root] = []
         total = torch.zeros((), dtype=wide, device=h.device)
-        if self.compares:
+        if wanted is not None:
             project = self.project[name]
             with torch.set_grad_enabled(not closed):
                 rows = described(project(h.view(-1, *hidden.image) if hidden.image else h.flatten(1)))
             with torch.autocast(h.device.type, enabled=False):
-                wanted = class_similarity(targets, math.prod(self.row[-1].shape), wide)
                 loss, signal = similarity(rows.detach().to(wide), wanted)
                 total = total + self.beta * loss
                 signal = (signal * self.beta).to(h.dtype)
