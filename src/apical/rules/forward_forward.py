@@ -48,9 +48,10 @@ EPSILON = 1e-8
 
 
 def normalised(z: Tensor) -> Tensor:
-    """n(z): every sample (batch, ...) at mean square 1; zero stays zero."""
-    scale = z.flatten(1).square().mean(1).sqrt() + EPSILON
-    return z / scale.view(-1, *(1,) * (z.dim() - 1))
+    """n(z): every sample (batch, ...) at mean square 1; zero stays zero. In float32 at least, whose range squares need."""
+    flat = z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
+    scale = flat.norm(dim=1, keepdim=True) / math.sqrt(flat.shape[1]) + EPSILON  # a norm has a derivative at zero, 0
+    return (flat / scale).to(z.dtype).view_as(z)
 
 
 def write_label(inputs: Tensor, code: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ class ForwardForward(CreditRule):
         alpha: of the difference.
         answers: "read-out", or "goodness": the scores of the labels are the goodness each makes, in all but the first block.
         train_hidden: False is the control: hidden blocks stay as they are, the read-out learns.
-        write: puts a label's code (batch, K) into inputs (batch, ...); by default into their first K numbers.
+        write: puts a label's code (batch, K) into inputs (batch, ...); by default in place of their first K numbers, which
+            the rule then never sees.
         input_shape: of one sample, where there are convolutions.
 
     Raises:
@@ -169,14 +171,14 @@ class ForwardForward(CreditRule):
         if not self.hidden:
             raise UnsupportedModelError(f"layer {self.row[0].name!r} is the only one; forward-forward needs a hidden layer")
         names = {module: name for name, module in self.model.named_modules()}
-        for block in self.row:
-            for module in block.modules:
-                if is_random(module) or (is_norm(module) and block is not self.row[-1]):
-                    why = "draws for every input anew" if is_random(module) else "fixes the size of activity, the goodness"
-                    raise UnsupportedModelError(
-                        f"module {names[module]!r} ({type(module).__name__}) {why}, so forward-forward cannot compare "
-                        "positive and negative inputs behind it; remove it"
-                    )
+        hidden = [*self.head, *(module for block in self.hidden for module in block.modules)]
+        for module in (*hidden, *self.row[-1].modules):
+            if is_random(module) or (is_norm(module) and module in hidden):
+                why = "draws for every input anew" if is_random(module) else "fixes the size of activity, the goodness"
+                raise UnsupportedModelError(
+                    f"module {names[module]!r} ({type(module).__name__}) {why}, so forward-forward cannot compare "
+                    "positive and negative inputs behind it; remove it"
+                )
 
     def _theta(self, number: int, given: float | tuple[float, float] | None) -> tuple[float, float]:
         """Thresholds of a hidden block for positive and negative samples."""
@@ -200,6 +202,8 @@ class ForwardForward(CreditRule):
     def remarks(self) -> list[str]:
         """That the model alone is not what was trained."""
         given = "the image twice in the first layer" if self.self_contrastive else "a neutral label in the input"
+        if not self.self_contrastive and self.write is write_label:
+            given += f", whose first {self.classes} numbers it overwrites (write= puts it elsewhere)"
         return [f"the answer has {given}, and normalises between blocks; the model alone does neither"]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:

@@ -262,9 +262,10 @@ class LocalClassifiers(CreditRule):
             with torch.autocast(h.device.type, enabled=False):
                 loss, signal = similarity(rows.detach().to(wide), wanted)
                 total = total + self.beta * loss
-                signal = (signal * self.beta).to(h.dtype)
+                signal = signal * self.beta
             if closed:  # P_l is a matrix
                 assert isinstance(project, nn.Linear)
+                signal = signal.to(h.dtype)
                 roots += [(project.weight, signal.T @ h)] if project.weight.requires_grad else []
                 rows, signal = h, signal @ project.weight
             taught.append((rows, signal))
