@@ -1,5 +1,6 @@
 """What is wrong with a loss or with targets, in words, found when a rule has failed on them or has ignored a part."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
     """
     model: Any = rule.model
     loss: Any = rule.loss
-    with undisturbed(rule), torch.enable_grad():
+    with undisturbed(rule), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the rule's own call gives those that concern it
         try:
             output = model(inputs)
             value = loss(output.detach().requires_grad_(), targets) if isinstance(output, Tensor) else None

@@ -116,7 +116,8 @@ class _Hidden:
         while is_random(modules[-1]) and not is_activation(modules[-1]):
             modules.pop()
         self.block, self.taught, self.behind = block, Taught(modules), block.modules[len(modules) :]
-        self.image = block.image if 2 <= len(block.image) <= 4 else ()
+        is_image = 2 <= len(block.image) <= 4 and not isinstance(block.layer, nn.Linear)
+        self.image = block.image if is_image else ()
         self.window = window(self.image, most) if self.image and most else ()
         sizes = _after(self.image[1:], self.window) if self.window else block.shape
         self.features = math.prod(sizes) * (self.image[0] if self.window else 1)
@@ -135,7 +136,7 @@ class _Hidden:
         return h.flatten(1)
 
     def projection(self) -> nn.Module:
-        """P_l: a bias-free map of the block's output to its own size; 3 x 3 for images."""
+        """P_l: a bias-free map of the block's output to its own size; 3 x 3 for what convolutions make."""
         like = self.block.layer.weight
         if self.image:
             kind, channels = _CONVOLUTIONS[len(self.image) - 1], self.image[0]
@@ -153,8 +154,8 @@ class LocalClassifiers(CreditRule):
         loss: maps (output, targets) to a scalar batch mean. It is also the read-outs' loss.
         local: "prediction", "similarity", "both", or "projection" (Mono-Forward).
         beta: share of the similarity loss in "both".
-        pool: most numbers of a feature map that a read-out sees; larger ones are averaged over windows. "projection"
-            sees all.
+        pool: most numbers of a convolution's feature map that a read-out sees; larger ones are averaged over windows.
+            "projection" sees all.
         input_shape: of one sample, where there are convolutions.
 
     Raises:
