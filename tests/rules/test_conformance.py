@@ -74,7 +74,7 @@ RULES = {
     "ff-all": partial(FF, negatives="all"),
     "ff-symba": partial(FF, negatives="all", objective="difference", answers="goodness"),
     "scff": partial(FF, negatives="images"),
-    "pc-incremental": partial(PC, inference="incremental", steps=1),
+    "pc-incremental": partial(PC, inference="incremental", steps=3),
     "pc-residual": residual_predictive_coding,
     "dualprop": DP,
     "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apical import PredictiveCoding
+from apical import LocalSolve, PredictiveCoding
 from apical.core.losses import squared_error
 from apical.core.scaled import ScaledLinear
+from apical.diagnostics.alignment import gradient_alignment
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.models import mlp_mu
 from apical.testing import check_model
@@ -451,6 +452,31 @@ def test_residual_networks_with_normalisation() -> None:
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("inference", ["error", "state", "incremental", "staged", "fixed-prediction"])
+def test_a_block_that_works_in_place_learns_at_its_own_state(inference: Any) -> None:
+    """Equal to the same block on a copy of its input."""
+
+    class InPlace(nn.Module):
+        def __init__(self, copies: bool) -> None:
+            super().__init__()
+            self.linear, self.copies = nn.Linear(7, 7), copies
+
+        def forward(self, s: Tensor) -> Tensor:
+            s = s.clone() if self.copies else s
+            return s.relu_() + self.linear(s)
+
+    results = []
+    for copies in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 7), InPlace(copies), InPlace(copies), nn.Linear(7, 4))
+        rule = PredictiveCoding(model, inference=inference)
+        rule.accumulate(*batch("mlp"))
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+        if inference == "staged":
+            close(results[-1], backprop(model, *batch("mlp")), 1e-12)
+    close(results[0], results[1], 1e-14)
+
+
 def test_a_skip_around_everything_is_refused() -> None:
     class Around(nn.Module):
         def __init__(self) -> None:
@@ -542,6 +568,54 @@ def test_incremental_inference_wants_all_calls_of_a_batch() -> None:
     close([p.grad for p in rule.model.parameters() if p.grad is not None], whole, 1e-13)
 
 
+def test_measuring_between_two_calls_of_a_batch_leaves_its_states() -> None:
+    x, targets = batch("mlp", 20)
+    ours, theirs = (PredictiveCoding(mlp(), inference="incremental", steps=4) for _ in range(2))
+    for rule in (ours, theirs):
+        rule(x, targets)
+    gradient_alignment(ours, x + 1, targets)
+    ours.placement(x)
+    check_model(ours, x + 1, targets, skip={"compiled"})
+    close(gradients(ours, x, targets), gradients(theirs, x, targets), 0.0)
+
+
+def test_a_local_solver_around_incremental_inference() -> None:
+    """It looks at samples of its first batch before it learns from that; the states are those of the bare rule."""
+    x, targets = batch("mlp", 20)
+    bare = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    inner = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    rule = LocalSolve(inner)
+    for _ in range(rule.repeats):
+        torch.testing.assert_close(rule(x, targets).logs, bare(x, targets).logs)
+        rule.interference(x + 1, targets)
+    rule(x + 1, targets)
+
+
+def test_a_batch_with_nan_is_the_same_batch_at_its_next_call() -> None:
+    x, targets = batch("mlp")
+    x[0, 0] = float("nan")
+    rule = PredictiveCoding(mlp(), inference="incremental", steps=4)
+    with pytest.warns(RuntimeWarning, match="inputs hold NaN"):
+        rule(x, targets)
+    rule(x, targets)
+
+
+def test_a_compiled_incremental_rule_runs_eagerly() -> None:
+    x, targets = batch("mlp")
+    trained = []
+    for compiles in (False, True):
+        rule = PredictiveCoding(mlp(), inference="incremental", steps=3)
+        call = torch.compile(rule, backend="aot_eager") if compiles else rule
+        for _ in range(rule.repeats):
+            call(x, targets).backward()
+        trained.append([p.grad for p in rule.model.parameters() if p.grad is not None])
+    close(trained[0], trained[1], 0.0)
+    torch._dynamo.reset()  # which knows by now that it does
+    rule.restart()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="do not compile the rule"):
+        torch.compile(rule, backend="aot_eager", fullgraph=True)(x, targets)
+
+
 def test_the_mu_parametrisation() -> None:
     model = mlp_mu(6, [8, 8, 8], 4)
     factors = [module.factor for module in model.modules() if isinstance(module, ScaledLinear)]
@@ -599,6 +673,15 @@ def test_the_generative_direction() -> None:
         s0, s1 = s0.detach() - 0.1 * down[0], s1.detach() - 0.1 * down[1]
     torch.testing.assert_close(answer, s0, rtol=1e-12, atol=1e-13)
     assert [row.path for row in rule.placement(x)] == ["signal of its own"] * 2
+
+
+def test_samples_that_do_not_fit_a_generative_model_are_refused() -> None:
+    rule = PredictiveCoding(nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 6)), direction="generative")
+    for shape in ((5,), (5, 1), (5, 12)):
+        with pytest.raises(ConfigError, match=r"no features|do not fit"):
+            rule(torch.zeros(shape), torch.arange(5) % 4)
+        with pytest.raises(ConfigError, match=r"no features|do not fit"):
+            rule.answer(torch.zeros(shape))
 
 
 def generated(model: nn.Sequential, s0: Tensor, s1: Tensor, x: Tensor) -> Tensor:

@@ -107,7 +107,6 @@ def step_cost(rule: CreditRule, optimizer: torch.optim.Optimizer, inputs: Tensor
     """Measure one training pass; changes nothing."""
     own = _own_bytes(rule, optimizer)
     with unchanged(rule):
-        rule.restart()
         rule(inputs, targets)  # what is made at the first batch counts as the rule's own
         peak = 0
 
@@ -116,7 +115,6 @@ def step_cost(rule: CreditRule, optimizer: torch.optim.Optimizer, inputs: Tensor
             peak = step_bytes(rule, inputs, targets)
 
         counted = multiply_adds(step)
-        rule.restart()
     return StepCost((own + peak) / 2**20, counted)
 
 

@@ -59,7 +59,7 @@ def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
     model: Any = rule.model
     loss: Any = rule.loss
     with undisturbed(rule), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the rule's own call gives those that concern it
+        warnings.simplefilter("ignore")  # of targets (N,) for outputs (N, 1), which rules fit to each other
         try:
             output = model(inputs)
             value = loss(output.detach().requires_grad_(), targets) if isinstance(output, Tensor) else None

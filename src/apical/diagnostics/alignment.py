@@ -10,6 +10,7 @@ from apical.core.credit import CreditRule
 from apical.core.effective import measured_weight
 from apical.core.layers import is_weighted
 from apical.core.processes import alone
+from apical.core.rest import undisturbed
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -87,7 +88,6 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
     }
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule.accumulate(inputs, targets)
-        rule.restart()
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         loss = rule.loss(rule.answer(inputs), targets)
@@ -107,29 +107,12 @@ def _same_masks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(rule: CreditRule) -> Iterator[None]:
-    """Restore gradients, buffers, training modes and random states on exit.
+    """Inside, the rule is in training mode, without gradients and between two batches; on exit all is as it was.
 
-    Inside, the rule is in training mode, and its process waits for no other.
+    One process may measure while others do not: inside it waits for none.
     """
-    modes = [(module, module.training) for module in rule.modules()]
-    grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
-    calls = getattr(rule, "calls", None)
-    devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices), alone():
-            rule.train()
-            for parameter, _ in grads:
-                parameter.grad = None
-            yield
-    finally:
-        for parameter, grad in grads:
-            parameter.grad = grad
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):  # a buffer may be part of a graph that waits for its backward pass
-                    buffer.copy_(saved)
-        for module, training in modes:
-            module.training = training
-        if calls is not None:
-            rule.calls = calls
+    with undisturbed(rule), alone():
+        rule.train()
+        rule.zero_grad()
+        rule.restart()
+        yield

@@ -53,7 +53,6 @@ class Probe:
 
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, seed: int = 0) -> None:
         self.rule, self.inputs, self.targets, self.seed = rule, inputs, targets, seed
-        rule.restart()
         rule(inputs, targets)  # whatever is made at the first batch exists from here on
         found = weighted_layers(rule.model, shared=True)
         order: dict[str, None] = {}

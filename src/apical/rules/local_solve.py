@@ -222,7 +222,9 @@ class LocalSolve(WrappedRule):
     def _measured(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Problem, Tensor]]:
         """Each layer's problem, and the wrapped rule's own gradient G (n_out, n) on a batch; changes nothing."""
         with undisturbed(self, parameters=True), torch.enable_grad():
+            self.restart()
             self.rule(inputs, targets)  # whatever is made at the first batch exists from here on
+            self.restart()
             problems = {name: Problem(self, name) for name in self.layers}
             taps = self._taps(problems)
             credit = self._noting(problems, _named(taps, problems), inputs, targets)

@@ -24,14 +24,24 @@ def gradients(rule: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
 
 
-def train(rule: CreditRule, steps: range, optimizer: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:
-    """Steps on dense batches drawn from the step's number; returns the optimiser."""
+def train(
+    rule: CreditRule,
+    steps: range,
+    optimizer: torch.optim.Optimizer | None = None,
+    parallel: nn.Module | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> torch.optim.Optimizer:
+    """Steps on dense batches drawn from the step's number, in parallel on this rank's share; returns the optimiser."""
     optimizer = optimizer or torch.optim.SGD(rule.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     for step in steps:
-        optimizer.zero_grad()
-        rule(*dense_batch(step)).backward()
-        optimizer.step()
-        rule.constrain_()
+        inputs, targets = dense_batch(step)
+        rule.restart()
+        for _ in range(rule.repeats):
+            optimizer.zero_grad()
+            (parallel or rule)(inputs[rank::ranks], targets[rank::ranks]).backward()
+            optimizer.step()
+            rule.constrain_()
     return optimizer
 
 

@@ -87,7 +87,7 @@ def check_accumulation(factory: Factory) -> None:
     for seed in range(2):
         for rule in (summed, apart):
             torch.manual_seed(seed)
-            rule(*dense_batch(seed)).backward()
+            rule.accumulate(*dense_batch(seed))
         parts.append(gradients(apart))
         apart.zero_grad()
     both = {name: parts[0][name] + parts[1][name] for name in parts[0]}
@@ -172,7 +172,7 @@ def check_batch_mean(factory: Factory) -> None:
         rule = make(factory)
         inputs, targets = dense_batch(0)
         torch.manual_seed(1)
-        rule(inputs.repeat(copies, 1), targets.repeat(copies)).backward()
+        rule.accumulate(inputs.repeat(copies, 1), targets.repeat(copies))
         results.append(gradients(rule))
     require_same(results[0], results[1], 1e-12, "a batch twice over")
 
@@ -182,7 +182,7 @@ def _check_is_random(factory: Factory) -> None:
     for seed in range(2):
         rule = make(factory)
         torch.manual_seed(seed)
-        rule(*dense_batch(0)).backward()
+        rule.accumulate(*dense_batch(0))
         drawn.append(gradients(rule))
     if all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0]):
         raise AssertionError("the rule declares random_per_sample, but another seed gives the same gradients")
@@ -192,10 +192,10 @@ def check_compile(factory: Factory) -> None:
     """`torch.compile(rule, fullgraph=True)` gives the same gradients (graph capture; no C++ compiler is needed)."""
     rule = make(factory)
     torch.manual_seed(1)
-    rule(*dense_batch(0)).backward()
+    rule.accumulate(*dense_batch(0))
     rule.zero_grad()
     torch.manual_seed(2)
-    rule(*dense_batch(1)).backward()
+    rule.accumulate(*dense_batch(1))
     eager = gradients(rule)
     other = make(factory)
     torch.manual_seed(1)
@@ -217,7 +217,7 @@ def check_unsupported(factory: Factory) -> None:
         model.add_module("last", nn.Linear(6, 4))
         try:
             rule = factory(model.double(), F.cross_entropy)
-            rule(*dense_batch(0)).backward()
+            rule.accumulate(*dense_batch(0))
         except UnsupportedModelError as error:
             if name not in str(error):
                 raise AssertionError(f"the error does not name the unsupported module {name!r}: {error}") from error
@@ -247,10 +247,10 @@ def check_oracle(factory: Factory, oracle: Callable[[CreditRule], None]) -> None
     """In the limit that `oracle` puts the rule into, its gradients are backpropagation's, to 1e-12."""
     for network, batch in settings(factory):
         rule = make(factory, network)
-        rule(*batch(0)).backward()  # whatever is made at the first batch exists from here on
+        rule.accumulate(*batch(0))  # whatever is made at the first batch exists from here on
         rule.zero_grad()
         oracle(rule)
-        rule(*batch(1)).backward()
+        rule.accumulate(*batch(1))
         own = gradients(rule.model)
         rule.detach()
         rule.zero_grad()

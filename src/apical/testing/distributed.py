@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apical.core.credit import CreditRule
 from apical.testing.comparison import Factory, require_same, train
-from apical.testing.networks import dense_batch, dense_network
+from apical.testing.networks import dense_network
 from apical.testing.two_ranks import RankError, on_two_ranks
 
 STEPS = 4
@@ -51,12 +51,5 @@ def _rank(rank: int, factory: Factory) -> dict[str, Tensor]:
     torch.manual_seed(0)
     rule = factory(dense_network(), F.cross_entropy)
     torch.manual_seed(1)
-    parallel = DistributedDataParallel(rule)
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-    for step in range(STEPS):
-        inputs, targets = dense_batch(step)
-        optimizer.zero_grad()
-        parallel(inputs[rank::2], targets[rank::2]).backward()
-        optimizer.step()
-        rule.constrain_()
+    train(rule, range(STEPS), parallel=DistributedDataParallel(rule), rank=rank, ranks=2)
     return _learned(rule)

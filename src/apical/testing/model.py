@@ -236,6 +236,7 @@ def check_model(rule: CreditRule, inputs: Any, targets: Any, *, skip: Collection
         raise ValueError(f"skip names no checks: {sorted(unknown)}; known: {', '.join(CHECKS)}")
     trial = Trial(rule, inputs, targets)
     with undisturbed(rule, parameters=True):
+        rule.restart()
         rule(inputs, targets)  # whatever is made at the first batch exists from here on
         report = ModelReport(type(rule).__name__, trial.placement)
         for name, check in CHECKS.items():

@@ -45,6 +45,7 @@ class Trial:
         """Within, no gradient is there, the random generators start from a fixed seed, and whatever changes is undone."""
         with undisturbed(self.rule, parameters=True), torch.enable_grad():
             self.rule.zero_grad()
+            self.rule.restart()
             torch.manual_seed(0)
             yield
 

@@ -144,8 +144,9 @@ def feed_forward(row: Sequence[Block], x: Tensor, *, through: bool) -> tuple[lis
 
 
 def called(block: Block, state: Tensor) -> Tensor:
-    """`f(s)`; of a copy where the block begins with a module that changes its input."""
-    return block(state.clone() if getattr(block.modules[0], "inplace", False) else state)
+    """`f(s)`; of a copy where the block may change its input: it begins with a module that does, or is a whole module."""
+    may_change = block.layer not in block.modules or getattr(block.modules[0], "inplace", False)
+    return block(state.clone() if may_change else state)
 
 
 def linearised(

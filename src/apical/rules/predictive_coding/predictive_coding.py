@@ -50,6 +50,7 @@ from apical.rules.predictive_coding.inference import (
     Relaxed,
     Steps,
     at_fixed_predictions,
+    called,
     feed_forward,
     in_errors,
     in_states,
@@ -209,7 +210,7 @@ class PredictiveCoding(CreditRule):
             loss = value_at(self.loss, output, fitted(self.loss, output, targets))
             if not learns:
                 return Credit.of([], output, loss)
-            x, wanted = self._enter(self._classes(targets, inputs)), inputs.flatten(1)
+            x, wanted = self._enter(self._classes(targets, inputs)), self._sample(inputs)
             p, s = self._start(x, learns)
             error = output_error(self.energy_loss, p[-1].detach().flatten(1), wanted)[1].view_as(p[-1])
             with self._buffers_kept():
@@ -224,6 +225,12 @@ class PredictiveCoding(CreditRule):
         require_classes(targets, classes)
         return F.one_hot(targets, classes).to(inputs.dtype)
 
+    def _sample(self, inputs: Tensor) -> Tensor:
+        """Samples as rows (batch, outputs), the output's targets in the generative direction."""
+        if inputs.dim() < 2:
+            raise ConfigError(f"samples of shape {tuple(inputs.shape)} have no features; pass (batch, features)")
+        return inputs.flatten(1)
+
     def answer(self, inputs: Tensor) -> Tensor:
         """The feed-forward pass; in the generative direction the inferred s_0 (batch, classes), which has no gradient."""
         if self.feed_forward:
@@ -234,7 +241,7 @@ class PredictiveCoding(CreditRule):
         with torch.no_grad(), self._buffers_kept():
             classes = self.row[0].input_shape[-1]
             x = self._enter(inputs.new_full((len(inputs), classes), 1 / classes))
-            wanted = inputs.flatten(1)
+            wanted = self._sample(inputs)
 
             def top(output: Tensor) -> Tensor:
                 return self.output_weight * len(wanted) * squared_error(output.flatten(1), wanted)
@@ -246,7 +253,7 @@ class PredictiveCoding(CreditRule):
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False), self._buffers_kept():
             x = self._enter(inputs if self.feed_forward else self._classes(targets, inputs))
-            targets = targets if self.feed_forward else inputs.flatten(1)
+            targets = targets if self.feed_forward else self._sample(inputs)
             p, s = self._start(x, learns=False)
             targets = fitted(self.energy_loss, p[-1], targets) if self.feed_forward else targets
             _, error = output_error(self.energy_loss, self._flat(p[-1]), targets)
@@ -284,7 +291,7 @@ class PredictiveCoding(CreditRule):
     def _output(self, inputs: Tensor) -> Tensor:
         x = self._enter(inputs)
         for block in self.row:
-            x = block(x)
+            x = called(block, x)
         return x
 
     def _start(self, x: Tensor, learns: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -293,7 +300,7 @@ class PredictiveCoding(CreditRule):
             return feed_forward(self.row, x, through=self.inference == "error")
         p: list[Tensor] = []
         for block in self.row:
-            p.append(block(p[-1] if p else x))
+            p.append(called(block, p[-1] if p else x))
         return p, p[:-1]
 
     def _flat(self, output: Tensor) -> Tensor:
@@ -348,17 +355,19 @@ class PredictiveCoding(CreditRule):
         """The states that the batch had at the last call; s, the feed-forward ones, at its first."""
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "incremental inference keeps states from call to call, which a compiled rule cannot; do not compile the rule"
+                "incremental inference keeps states from call to call, which no graph can; do not compile the rule, or "
+                "leave out fullgraph=True: it then runs eagerly"
             )
         held = self._held
         if held is None:
             return s
-        if held.inputs.shape == x.shape and torch.equal(held.inputs, x) and torch.equal(held.targets, targets):
+        if same(held.inputs, x) and same(held.targets, targets):
             return held.s
         self._held = None
         raise ConfigError(
             f"incremental inference takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser "
-            f"after each; another batch came after {held.calls}. Call the rule so often, or use inference='state'"
+            f"after each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to "
+            "leave a batch early, or use inference='state'"
         )
 
     def _hold(self, x: Tensor, targets: Tensor, s: list[Tensor]) -> None:
@@ -390,3 +399,8 @@ class PredictiveCoding(CreditRule):
         finally:
             for buffer, before in kept:
                 buffer.data.copy_(before)  # unseen by the graphs of the blocks
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN being the same as NaN."""
+    return a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
