@@ -100,7 +100,8 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     further = []
     for folder in own_studies(root):
         content = load(folder / "results.json")
-        mine = [row for row in content.get("verdicts") or [] if any(belongs(rule, names) for rule in row["rule"].split(", "))]
+        rows = content.get("verdicts") or []
+        mine = [row for row in rows if any(belongs(rule, names) for rule in row["rule"].split(", "))]
         if mine or any(belongs(key, names) for key in content.get("curves") or {}):
             sentence = study_sentence({"verdicts": mine})
             further.append(f"- [{content['title']}](../results/{folder.name}.md). {sentence}".rstrip())

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.batch import require_classes, require_one_type
-from apical.core.blocks import Block, blocks
+from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_norm, is_random
@@ -50,8 +50,8 @@ EPSILON = 1e-8
 def normalised(z: Tensor) -> Tensor:
     """n(z): every sample (batch, ...) at mean square 1; zero stays zero. In float32 at least, whose range squares need."""
     flat = z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
-    scale = flat.norm(dim=1, keepdim=True) / math.sqrt(flat.shape[1]) + EPSILON  # a norm has a derivative at zero, 0
-    return (flat / scale).to(z.dtype).view_as(z)
+    scale = torch.linalg.vector_norm(flat, dim=1, keepdim=True) / math.sqrt(flat.shape[1])  # has a derivative at zero, 0
+    return (flat / (scale + EPSILON)).to(z.dtype).view_as(z)
 
 
 def write_label(inputs: Tensor, code: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class ForwardForward(CreditRule):
         found: list[list[Tensor]] = []
         for label in range(self.classes):
             code = F.one_hot(torch.full((len(inputs),), label, device=inputs.device), self.classes)
-            z = normalised(self._prepared(self.write(inputs, code)))
+            z = self._given(self.write(inputs, code))
             found.append([])
             for block in self.hidden:
                 h = block(z)
@@ -279,7 +279,7 @@ class ForwardForward(CreditRule):
     def _contrasted(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """z_0 of positive, then negative inputs (B + n B, ...); of images (B, ...), joined behind the first layer."""
         if self.self_contrastive:
-            return normalised(self._prepared(inputs))
+            return self._given(inputs)
         k = self.classes
         if self.negatives == "all":
             away = torch.arange(k, device=targets.device).unsqueeze(1)  # 0 is the true label
@@ -288,7 +288,7 @@ class ForwardForward(CreditRule):
             away = torch.stack([torch.zeros_like(drawn), drawn])
         labels = ((targets + away) % k).flatten()
         given = inputs.repeat(len(away), *(1,) * (inputs.dim() - 1))
-        return normalised(self._prepared(self.write(given, F.one_hot(labels, k))))
+        return self._given(self.write(given, F.one_hot(labels, k)))
 
     def _partners(self, z: Tensor) -> Tensor | None:
         """Another sample of the batch for each (B,): all shifted by one drawn offset; None where there is no other."""
@@ -300,12 +300,8 @@ class ForwardForward(CreditRule):
     def _joined(self, block: Block, z: Tensor, partners: Tensor | None) -> Tensor:
         """The first block's output for images given twice (B, ...) and, behind them, with their partners."""
         place = block.modules.index(block.layer)
-        for module in block.modules[: place + 1]:
-            z = module(z)
-        z = z + z if partners is None else torch.cat([z + z, z + z[partners]])
-        for module in block.modules[place + 1 :]:
-            z = module(z)
-        return z
+        v = through(block.modules[: place + 1], z)
+        return through(block.modules[place + 1 :], v + v if partners is None else torch.cat([v + v, v + v[partners]]))
 
     def _judged(self, number: int, h: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """Loss of a hidden block, and the signal at its output h (B + n B, ...)."""
@@ -323,7 +319,7 @@ class ForwardForward(CreditRule):
         """z_1..z_{L-1} of the pass that is read: a neutral label, or the image twice."""
         if not self.self_contrastive:
             inputs = self.write(inputs, inputs.new_full((len(inputs), self.classes), 1 / self.classes))
-        z, features = normalised(self._prepared(inputs)), []
+        z, features = self._given(inputs), []
         for number, block in enumerate(self.hidden):
             z = normalised(block(z) if number or not self.self_contrastive else self._joined(block, z, None))
             features.append(z)
@@ -339,17 +335,13 @@ class ForwardForward(CreditRule):
                     made = made + self.read[key(block.name)](below.flatten(1)).view_as(made)
         return made
 
-    def _prepared(self, inputs: Tensor) -> Tensor:
-        for module in self.head:
-            inputs = module(inputs)
-        return inputs
+    def _given(self, inputs: Tensor) -> Tensor:
+        """z_0."""
+        return normalised(through(self.head, inputs))
 
     def _plain(self, inputs: Tensor) -> Tensor:
         """What the model alone makes."""
-        inputs = self._prepared(inputs)
-        for block in self.row:
-            inputs = block(inputs)
-        return inputs
+        return through([*self.head, *self.row], inputs)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) == 0:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation
 from apical.core.batch import fitted, require_classes, require_one_type
-from apical.core.blocks import Block, blocks
+from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_random
@@ -220,14 +220,14 @@ class LocalClassifiers(CreditRule):
         """Credit for one batch: targets (batch,) class labels or, without a similarity loss, what the loss takes."""
         self.require_attached()
         self._check(inputs, targets)
-        self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
+        self._containers.require_intact(inputs, self._output)
         if not torch.is_grad_enabled():
-            output = self._activities(inputs)[-1]
+            output = self._output(inputs)
             return Credit.of([], output, value_at(self.loss, output, fitted(self.loss, output, targets)))
         roots: list[Root] = []
         logs: dict[str, Tensor] = {}
         with torch.no_grad():
-            below = self._prepared(inputs)
+            below = through(self.head, inputs)
             wanted = self._wanted(targets) if self.compares else None
             for hidden in self._hidden:
                 activity = hidden.taught(below, learns=True)
@@ -302,18 +302,9 @@ class LocalClassifiers(CreditRule):
             roots.append((c, g.sum(0).to(c.dtype)))
         return loss.detach(), g @ m.to(a.dtype), roots
 
-    def _prepared(self, inputs: Tensor) -> Tensor:
-        """h_0."""
-        for module in self.head:
-            inputs = module(inputs)
-        return inputs
-
-    def _activities(self, inputs: Tensor) -> list[Tensor]:
-        """h_0..h_L."""
-        h = [self._prepared(inputs)]
-        for block in self.row:
-            h.append(block(h[-1]))
-        return h
+    def _output(self, inputs: Tensor) -> Tensor:
+        """h_L."""
+        return through([*self.head, *self.row], inputs)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) == 0:
@@ -342,11 +333,10 @@ class LocalClassifiers(CreditRule):
     def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
         """Classes (batch,) that each read-out gives, by layer, and last the model's own; in evaluation mode."""
         with evaluating(self):
-            _, *activities = self._activities(inputs)
-            scores = {
-                hidden.block.name: self.read[key(hidden.block.name)](hidden.pooled(h))
-                for hidden, h in zip(self._hidden, activities, strict=False)
-                if self.predicts
-            }
-        scores[self.row[-1].name] = activities[-1].flatten(1)
+            h, scores = through(self.head, inputs), {}
+            for hidden in self._hidden:
+                h = hidden.block(h)
+                if self.predicts:
+                    scores[hidden.block.name] = self.read[key(hidden.block.name)](hidden.pooled(h))
+            scores[self.row[-1].name] = self.row[-1](h).flatten(1)
         return {name: score.argmax(1) for name, score in scores.items()}
