@@ -236,6 +236,20 @@ def test_the_read_out_is_one_of_all_hidden_layers_but_the_first() -> None:
     close([rule.read["2"].weight.grad, *(p.grad for p in model[6].parameters())], expected, 1e-12)
 
 
+def test_read_outs_add_up_behind_pooling() -> None:
+    layers = [part for a, b in ((2, 5), (5, 6), (6, 4)) for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    model, (x, y) = nn.Sequential(*layers, nn.Conv2d(4, K, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), batch("images")
+    rule = ForwardForward(model, negatives="all", input_shape=(2, 6, 6))
+    nn.init.normal_(rule.read["2"].weight)
+    z, features = n(put(x, None)), []
+    for number in (0, 2, 4):
+        z = n(model[number : number + 2](z)).detach()
+        features.append(z)
+    expected = model[6:](z) + F.linear(features[1].flatten(1), rule.read["2"].weight)
+    torch.testing.assert_close(rule.answer(x), expected)
+    torch.testing.assert_close(rule(x, y).output, expected)
+
+
 def test_answers_by_goodness_try_every_label() -> None:
     model, (x, y) = mlp(), batch()
     rule = ForwardForward(model, negatives="all", answers="goodness")

@@ -51,7 +51,8 @@ def normalised(z: Tensor) -> Tensor:
     """n(z): every sample (batch, ...) at mean square 1; zero stays zero. In float32 at least, whose range squares need."""
     flat = z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
     scale = torch.linalg.vector_norm(flat, dim=1, keepdim=True) / math.sqrt(flat.shape[1])  # has a derivative at zero, 0
-    return (flat / (scale + EPSILON)).to(z.dtype).view_as(z)
+    made: Tensor = flat / (scale + EPSILON)
+    return made.to(z.dtype).view_as(z)
 
 
 def write_label(inputs: Tensor, code: Tensor) -> Tensor:
@@ -326,14 +327,15 @@ class ForwardForward(CreditRule):
         return features
 
     def _read(self, z: Sequence[Tensor]) -> Tensor:
-        """The read-out of z_1..z_{L-1}."""
-        made, last = z[-1], self.row[-1]
-        for module in last.modules:
-            made = module(made)
-            if module is last.layer:
-                for block, below in zip(self.hidden[1:-1], z[1:-1], strict=True):
-                    made = made + self.read[key(block.name)](below.flatten(1)).view_as(made)
-        return made
+        """The read-out of z_1..z_{L-1}: all add up where the last block has come to one number for each class."""
+        last = self.row[-1]
+        after = last.modules.index(last.layer) + 1
+        made, tail = through(last.modules[:after], z[-1]), list(last.modules[after:])
+        while made.shape[1:].numel() != self.classes:  # pooling
+            made = tail.pop(0)(made)
+        for block, below in zip(self.hidden[1:-1], z[1:-1], strict=True):
+            made = made + self.read[key(block.name)](below.flatten(1)).view_as(made)
+        return through(tail, made)
 
     def _given(self, inputs: Tensor) -> Tensor:
         """z_0."""
