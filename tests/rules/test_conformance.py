@@ -124,7 +124,6 @@ SKIPPED = {
     ("corinfomax-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
     ("corinfomax-random-sign", "distributed"): "every rank draws its own sign",
     ("ep-homeostasis", "distributed"): "every rank draws its own noise",
-    **{(name, check): "negatives are drawn" for name in ("ff", "scff") for check in ("batch_mean", "distributed")},
 }
 
 

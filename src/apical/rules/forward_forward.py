@@ -156,6 +156,8 @@ class ForwardForward(CreditRule):
         self.goodness = default if goodness is None else goodness
         self.theta = [self._theta(number, theta) for number in range(len(self.hidden))]
         self.train_hidden, self.write = train_hidden, write
+        is_drawn = self.self_contrastive or (negatives == "random" and self.classes > 2)
+        self.random_per_sample = train_hidden and is_drawn
         self.read = nn.ModuleDict()
         for block in self.hidden[1:-1]:  # the first holds the label too plainly; the last block reads the last itself
             like = block.layer.weight
