@@ -40,7 +40,7 @@ from apical.core.processes import gathered
 from apical.core.rest import evaluating
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.units import key
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Local = Literal["prediction", "similarity", "both", "projection"]
 LOCALS: tuple[Local, ...] = ("prediction", "similarity", "both", "projection")
@@ -161,7 +161,7 @@ class LocalClassifiers(CreditRule):
     Raises:
         ConfigError: an option out of range; under "similarity" and "both" also a loss with options that the labels alone do
             not have, fewer than two classes or, in use, targets that are no class labels.
-        UnsupportedModelError: the model is no row of blocks; a module is named.
+        UnsupportedModelError: the model is no row of blocks, or a block too narrow to be compared; a module is named.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = LocalClassifiers(model, local="both")
@@ -201,7 +201,12 @@ class LocalClassifiers(CreditRule):
         if self.compares and outputs < 2:
             raise ConfigError(f"local={local!r} compares classes, and the model has {outputs} output; use 'prediction'")
         for hidden in self._hidden:
-            name, like = key(hidden.block.name), hidden.block.layer.weight
+            name, like, width = key(hidden.block.name), hidden.block.layer.weight, math.prod(hidden.block.shape)
+            if self.compares and width < 3:
+                raise UnsupportedModelError(
+                    f"the block of layer {hidden.block.name!r} makes {width} number(s) for each sample, and local={local!r} "
+                    "compares directions around their mean, of which it needs three; make it wider, or use 'prediction'"
+                )
             if self.predicts:
                 self.read[name] = nn.Linear(
                     hidden.features, outputs, bias=local != "projection", dtype=like.dtype, device=like.device
