@@ -100,8 +100,7 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     further = []
     for folder in own_studies(root):
         content = load(folder / "results.json")
-        rows = content.get("verdicts") or []
-        mine = [row for row in rows if any(belongs(rule, names) for rule in row["rule"].split(", "))]
+        mine = [row for row in content.get("verdicts") or [] if belongs(row["rule"], names)]
         if mine or any(belongs(key, names) for key in content.get("curves") or {}):
             sentence = study_sentence({"verdicts": mine})
             further.append(f"- [{content['title']}](../results/{folder.name}.md). {sentence}".rstrip())
@@ -115,7 +114,9 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
 
 
 def belongs(key: str, names: Sequence[str]) -> bool:
-    """Whether a study's row is about the rule: by its name, or by a form of it such as `tdca-relative`."""
+    """Whether a study's row is about the rule: by its name, among others', or by a form of it such as `tdca-relative`."""
+    if ", " in key:
+        return any(belongs(part, names) for part in key.split(", "))
     if key in RULES:
         return key in names
     near = [name for name in RULES if key.startswith(f"{name}-")]
