@@ -114,7 +114,9 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
 
 
 def belongs(key: str, names: Sequence[str]) -> bool:
-    """Whether a study's row is about the rule: by its name, or by a form of it such as `tdca-relative`."""
+    """Whether a study's row is about the rule: by its name, among others', or by a form of it such as `tdca-relative`."""
+    if ", " in key:
+        return any(belongs(part, names) for part in key.split(", "))
     if key in RULES:
         return key in names
     near = [name for name in RULES if key.startswith(f"{name}-")]

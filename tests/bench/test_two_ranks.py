@@ -12,10 +12,7 @@ from apical.bench.names import RULES
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # all on one worker: the processes are started once
 HERE = Path(__file__).parent
-OWN = {
-    **dict.fromkeys(("local-sim", "local-both"), "samples are compared with those of their own rank"),
-    **dict.fromkeys(("ff", "scff"), "negatives are drawn"),
-}
+OWN = dict.fromkeys(("ff", "scff"), "negatives are drawn")
 TRAINED = [name for name, entry in RULES.items() if "teacher" not in entry.options and name not in OWN]  # ten classes only
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit
-from apical.core.local import local_roots, outer
+from apical.core.local import block_roots, local_roots, outer
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "dense": (nn.Linear(5, 4), (5,)),
@@ -114,3 +114,17 @@ def test_a_gradient_is_handed_over_without_a_copy_and_by_the_loss_too() -> None:
     assert weight.grad.data_ptr() == place
     (0.5 * Credit.of([(weight, expected.clone())], torch.zeros(()), torch.zeros(())).loss).backward()
     torch.testing.assert_close(weight.grad, 1.5 * expected)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e4, 0.0])
+def test_small_signals_survive_in_half_precision(size: float) -> None:
+    """1e-7 has one binary digit in float16; a loss scaled afterwards would not bring the others back."""
+    torch.manual_seed(0)
+    layer, given, signal = nn.Linear(6, 5), torch.randn(16, 6), size * torch.rand(16, 5)
+    with torch.autocast("cpu", torch.float16):
+        made = layer(given)
+    (weight, gradient), (bias, summed) = block_roots([(made, signal)], layer.parameters())
+    assert weight is layer.weight
+    assert bias is layer.bias
+    torch.testing.assert_close(gradient, signal.T @ given, rtol=5e-3, atol=5e-3 * size)
+    torch.testing.assert_close(summed, signal.sum(0), rtol=5e-3, atol=0)

@@ -124,8 +124,6 @@ SKIPPED = {
     ("corinfomax-random-sign", "batch_mean"): "the sign of the nudge is drawn once for a batch",
     ("corinfomax-random-sign", "distributed"): "every rank draws its own sign",
     ("ep-homeostasis", "distributed"): "every rank draws its own noise",
-    **{(name, "distributed"): "samples are compared with those of their own rank" for name in ("local-sim", "local-both")},
-    **{(name, check): "negatives are drawn" for name in ("ff", "scff") for check in ("batch_mean", "distributed")},
 }
 
 

@@ -186,6 +186,23 @@ def test_the_size_of_a_layer_is_hidden_from_the_next() -> None:
     assert not normalised(torch.zeros(2, 3)).any()
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_normalisation_in_every_precision(kind: torch.dtype) -> None:
+    z = torch.tensor([[300.0, 400.0], [0.0, 0.0], [3e-4, 4e-4]], dtype=kind)  # squares of 300 are no numbers of float16
+    expected = torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.6, 0.8]]) * 2**0.5
+    torch.testing.assert_close(normalised(z).double(), expected, rtol=1e-2, atol=0)
+
+
+def test_an_answer_has_a_derivative_where_a_sample_is_silent() -> None:
+    model, (x, _) = nn.Sequential(nn.Linear(9, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, K)), batch()
+    with torch.no_grad():
+        model[0].bias -= 1000
+    for options in ({}, {"answers": "goodness"}, {"negatives": "images"}):
+        given = torch.cat([x, torch.zeros(1, 9)]).requires_grad_()
+        ForwardForward(model, **options).answer(given).sum().backward()
+        assert given.grad.isfinite().all()
+
+
 def test_no_later_layer_matters() -> None:
     (x, y), model = batch(), mlp()
     rule = ForwardForward(model, negatives="all")
@@ -217,6 +234,20 @@ def test_the_read_out_is_one_of_all_hidden_layers_but_the_first() -> None:
     credit.backward()
     expected = torch.autograd.grad(F.cross_entropy(joined, y), [rule.read["2"].weight, *model[6].parameters()])
     close([rule.read["2"].weight.grad, *(p.grad for p in model[6].parameters())], expected, 1e-12)
+
+
+def test_read_outs_add_up_behind_pooling() -> None:
+    layers = [part for a, b in ((2, 5), (5, 6), (6, 4)) for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    model, (x, y) = nn.Sequential(*layers, nn.Conv2d(4, K, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), batch("images")
+    rule = ForwardForward(model, negatives="all", input_shape=(2, 6, 6))
+    nn.init.normal_(rule.read["2"].weight)
+    z, features = n(put(x, None)), []
+    for number in (0, 2, 4):
+        z = n(model[number : number + 2](z)).detach()
+        features.append(z)
+    expected = model[6:](z) + F.linear(features[1].flatten(1), rule.read["2"].weight)
+    torch.testing.assert_close(rule.answer(x), expected)
+    torch.testing.assert_close(rule(x, y).output, expected)
 
 
 def test_answers_by_goodness_try_every_label() -> None:
@@ -312,6 +343,26 @@ def test_micro_batches_add_up() -> None:
     close([p.grad for p in rule.model.parameters()], whole, 1e-12)
 
 
+def test_statistics_of_the_last_block_move_once() -> None:
+    for answers in ("read-out", "goodness"):
+        model, (x, y) = nn.Sequential(*mlp(), nn.BatchNorm1d(K)), batch()
+        rule = ForwardForward(model, answers=answers)
+        rule(x, y)
+        assert int(model[-1].num_batches_tracked) == 1
+        rule.eval()
+        rule(x, y)
+        rule.read_outs(x)
+        assert int(model[-1].num_batches_tracked) == 1
+
+
+def test_it_is_said_that_a_label_overwrites_numbers() -> None:
+    (remark,) = ForwardForward(mlp()).remarks
+    assert "first 4 numbers" in remark
+    for options in ({"negatives": "images"}, {"write": lambda x, code: x}):
+        (remark,) = ForwardForward(mlp(), **options).remarks
+        assert "numbers" not in remark
+
+
 def test_without_gradient_and_in_inference_mode() -> None:
     rule, (x, y) = ForwardForward(mlp(), negatives="all"), batch()
     for mode in (torch.no_grad, torch.inference_mode):
@@ -339,6 +390,9 @@ def test_half_precision_points_the_same_way() -> None:
 def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'1' \(LayerNorm\)"):
         ForwardForward(nn.Sequential(nn.Linear(9, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, K)))
+    for first in (nn.BatchNorm1d(9, affine=False), nn.Dropout(0.2)):  # would count, or mask, every pass of a batch
+        with pytest.raises(UnsupportedModelError, match=r"'0' \((BatchNorm1d|Dropout)\)"):
+            ForwardForward(nn.Sequential(first, nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, K)))
     with pytest.raises(UnsupportedModelError, match=r"'2' \(Dropout\)"):
         ForwardForward(nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, K)))
     with pytest.raises(UnsupportedModelError, match=r"'0'.*hidden"):

@@ -299,6 +299,7 @@ def test_terms_of_the_loss_count_once() -> None:
     close([gradients(rule, x, targets)[0] - weight.detach()], [gradients(plain, x, targets)[0]], 1e-12)
 
 
+@pytest.mark.filterwarnings("error")
 def test_numbers_as_targets() -> None:
     torch.manual_seed(0)
     model, (x, _) = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), batch()
@@ -370,6 +371,26 @@ def test_read_outs_answer_at_every_depth() -> None:
 
 
 @pytest.mark.parametrize("local", LOCALS)
+def test_rows_of_a_dense_layer_are_no_images(local: Any) -> None:
+    """Positions of a sequence are not channels: read-out and projection take all numbers as they come."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Flatten(), nn.Linear(40, 4))
+    rule, x, targets = LocalClassifiers(model, local=local, input_shape=(5, 3), pool=10), torch.randn(9, 5, 3), batch()[1]
+    for reader in rule.read.values():
+        nn.init.normal_(reader.weight, std=0.3)
+    ours = gradients(rule, x, targets)[:2]
+    h = model[:2](x).flatten(1)
+    loss = local_loss(rule, 0, h, targets)
+    close(ours, torch.autograd.grad(loss, list(model[0].parameters())), 1e-7)
+
+
+def test_accuracy_at_each_depth_is_of_one_class_per_sample() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    rule, x, labels = LocalClassifiers(model, input_shape=(1, 4, 4)), torch.randn(4, 1, 4, 4), torch.randint(4, (4, 4, 4))
+    rule(x, labels).backward()  # a class per pixel
+    assert rule.measures((x, labels), [(x, labels)]).depths == {}
+
+
+@pytest.mark.parametrize("local", LOCALS)
 def test_on_models_of_ones_own(local: str) -> None:
     for name in ("mlp", "images"):
         check_model(made(name, local), *batch(name), skip=("compiled",))
@@ -408,6 +429,10 @@ def test_refusals() -> None:
     rule.model.float()
     with pytest.raises(ConfigError, match="move"):
         rule(*batch())
+    for width in (1, 2):  # of which centred rows are zero, or +-1: no signal could turn them
+        with pytest.raises(UnsupportedModelError, match=f"'0' makes {width} number"):
+            LocalClassifiers(nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 4)), local="both")
+        assert not similarity(torch.randn(5, width), torch.eye(5))[1].abs().gt(1e-6).any()
     with pytest.raises(UnsupportedModelError, match="'first'"):
         LocalClassifiers(Skip())
 

@@ -6,7 +6,7 @@ Unlike the stages of :mod:`apical.core.chain` a block need not be affine-then-el
 autograd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +44,19 @@ class Block:
 
     def __call__(self, activity: Tensor) -> Tensor:
         """(batch, *input_shape) -> (batch, *shape)."""
-        for module in self.modules:
-            activity = module(activity)
-        return activity
+        return through(self.modules, activity)
 
     @property
     def tail(self) -> tuple[nn.Module, ...]:
         """The modules behind the layer."""
         return self.modules[self.modules.index(self.layer) + 1 :]
+
+
+def through(modules: Iterable[Callable[[Tensor], Tensor]], activity: Tensor) -> Tensor:
+    """What modules, or blocks, one after another make of an activity (batch, ...)."""
+    for module in modules:
+        activity = module(activity)
+    return activity
 
 
 def blocks(

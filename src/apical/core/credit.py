@@ -205,7 +205,7 @@ class Measures:
 
 
 def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: Iterable[Batch]) -> dict[str, float]:
-    """Accuracy (0 to 1) at each layer; empty where targets are numbers.
+    """Accuracy (0 to 1) at each layer; empty where targets are numbers, or not one class for each sample.
 
     Args:
         read_outs: inputs -> classes (batch,) by layer.
@@ -213,7 +213,7 @@ def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: 
     """
     hits, samples = Counter[str](), 0
     for inputs, targets in test:
-        if not targets.is_floating_point():
+        if not targets.is_floating_point() and targets.dim() == 1:
             hits.update({name: int((classes == targets).sum()) for name, classes in read_outs(inputs).items()})
         samples += len(targets)
     return {name: count / samples for name, count in hits.items()}

@@ -67,11 +67,23 @@ def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[to
         taught: outputs (batch, ...) with a graph that ends at the block's input, and their signals, of their shapes.
         parameters: all that the graph may lead to.
     """
-    roots: list[Root] = [(made, signal.to(made.dtype)) for made, signal in taught if made.requires_grad]
-    if torch.compiler.is_compiling() or not roots:
-        return roots
+    taught = [(made, signal) for made, signal in taught if made.requires_grad]
+    if torch.compiler.is_compiling() or not taught:
+        return [(made, signal.to(made.dtype)) for made, signal in taught]
+    is_half = any(made.dtype == torch.float16 for made, _ in taught)
+    scale = _half_scale([signal for _, signal in taught]) if is_half else None
     learned = [parameter for parameter in parameters if parameter.requires_grad]
-    with torch.autocast(roots[0][0].device.type, enabled=False):
-        made, signals = [root for root, _ in roots], [signal for _, signal in roots]
-        gradients = torch.autograd.grad(made, learned, signals, allow_unused=True)
-    return [(p, gradient) for p, gradient in zip(learned, gradients, strict=True) if gradient is not None]
+    with torch.autocast(taught[0][0].device.type, enabled=False):
+        signals = [(signal if scale is None else signal * scale).to(made.dtype) for made, signal in taught]
+        gradients = torch.autograd.grad([made for made, _ in taught], learned, signals, allow_unused=True)
+    found = [(p, gradient) for p, gradient in zip(learned, gradients, strict=True) if gradient is not None]
+    return [(p, gradient if scale is None else gradient / scale) for p, gradient in found]
+
+
+def _half_scale(signals: Sequence[Tensor]) -> Tensor:
+    """A power of two for signals in float16, too small there else: sums of their sizes over the batch become 1 at most.
+
+    A loss that the user scales comes too late for gradients that are made at once.
+    """
+    most = torch.stack([signal.float().abs().flatten(1).sum(0).max() for signal in signals]).max()
+    return torch.exp2(-most.clamp_min(2.0**-100).log2().ceil())

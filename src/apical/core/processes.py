@@ -1,9 +1,25 @@
-"""Sums over the processes that train together."""
+"""Sums and rows over the processes that train together."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from apical.core.stepping import distributed
+
+_alone = [False]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process waits for no other: for measurements, which may be one process's alone."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
 
 
 def summed(value: Tensor) -> Tensor:
@@ -12,8 +28,25 @@ def summed(value: Tensor) -> Tensor:
     For what is not linear in the batch, such as the inverse of a Gram matrix: averages of each process's own are another
     thing.
     """
-    if not distributed():
+    if _alone[-1] or not distributed():
         return value
     value = value.detach().clone()
     dist.all_reduce(value)
     return value
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of every process in order of rank, without gradient; `rows` itself where there is one process.
+
+    Numbers of rows may differ. For losses that compare the samples of a batch.
+    """
+    if _alone[-1] or not distributed():
+        return rows
+    rank = dist.get_rank()
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=rows.device)
+    counts[rank] = len(rows)
+    numbers = summed(counts).tolist()
+    whole = rows.new_zeros(sum(numbers), *rows.shape[1:])
+    start = sum(numbers[:rank])
+    whole[start : start + len(rows)] = rows
+    return summed(whole)

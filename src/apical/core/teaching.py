@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_elementwise, needs_output_alone, pulled_back
+from apical.core.blocks import through
 from apical.core.credit import Root
 from apical.core.layers import computes_plainly, is_hooked
 
@@ -60,9 +61,7 @@ class Taught:
             return Activity(made, self, given, made if needs_output_alone(self.activation) else v)
         with torch.set_grad_enabled(learns):
             given = given.detach().clone() if _in_place(self.modules[0]) else given.detach()  # others read it too
-            for module in self.modules:
-                given = module(given)
-        return Activity(given)
+            return Activity(through(self.modules, given))
 
     def has_closed_form(self, given: Tensor) -> bool:
         """Whether the gradients for this input are known without autograd: to be asked at every call.

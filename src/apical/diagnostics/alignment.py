@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from apical.core.credit import CreditRule
 from apical.core.effective import measured_weight
 from apical.core.layers import is_weighted
+from apical.core.processes import alone
 from apical.core.wrapped import innermost
 
 
@@ -106,7 +107,10 @@ def _same_masks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(rule: CreditRule) -> Iterator[None]:
-    """Restore gradients, buffers, modes, random states and what is held of a batch; inside, the rule is in training mode."""
+    """Restore gradients, buffers, modes, random states and what is held of a batch; inside, the rule is in training mode.
+
+    One process may measure while others do not: inside it waits for none.
+    """
     modes = [(module, module.training) for module in rule.modules()]
     grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
@@ -115,7 +119,7 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
     held = [(module, module._held) for module in rule.modules() if isinstance(module, CreditRule)]
     devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), alone():
             rule.train()
             for parameter, _ in grads:
                 parameter.grad = None

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.batch import require_classes, require_one_type
-from apical.core.blocks import Block, blocks
+from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_norm, is_random
@@ -48,9 +48,11 @@ EPSILON = 1e-8
 
 
 def normalised(z: Tensor) -> Tensor:
-    """n(z): every sample (batch, ...) at mean square 1; zero stays zero."""
-    scale = z.flatten(1).square().mean(1).sqrt() + EPSILON
-    return z / scale.view(-1, *(1,) * (z.dim() - 1))
+    """n(z): every sample (batch, ...) at mean square 1; zero stays zero. In float32 at least, whose range squares need."""
+    flat = z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
+    scale = torch.linalg.vector_norm(flat, dim=1, keepdim=True) / math.sqrt(flat.shape[1])  # has a derivative at zero, 0
+    made: Tensor = flat / (scale + EPSILON)
+    return made.to(z.dtype).view_as(z)
 
 
 def write_label(inputs: Tensor, code: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ class ForwardForward(CreditRule):
         alpha: of the difference.
         answers: "read-out", or "goodness": the scores of the labels are the goodness each makes, in all but the first block.
         train_hidden: False is the control: hidden blocks stay as they are, the read-out learns.
-        write: puts a label's code (batch, K) into inputs (batch, ...); by default into their first K numbers.
+        write: puts a label's code (batch, K) into inputs (batch, ...); by default in place of their first K numbers, which
+            the rule then never sees.
         input_shape: of one sample, where there are convolutions.
 
     Raises:
@@ -153,6 +156,8 @@ class ForwardForward(CreditRule):
         self.goodness = default if goodness is None else goodness
         self.theta = [self._theta(number, theta) for number in range(len(self.hidden))]
         self.train_hidden, self.write = train_hidden, write
+        is_drawn = self.self_contrastive or (negatives == "random" and self.classes > 2)
+        self.random_per_sample = train_hidden and is_drawn
         self.read = nn.ModuleDict()
         for block in self.hidden[1:-1]:  # the first holds the label too plainly; the last block reads the last itself
             like = block.layer.weight
@@ -169,14 +174,14 @@ class ForwardForward(CreditRule):
         if not self.hidden:
             raise UnsupportedModelError(f"layer {self.row[0].name!r} is the only one; forward-forward needs a hidden layer")
         names = {module: name for name, module in self.model.named_modules()}
-        for block in self.row:
-            for module in block.modules:
-                if is_random(module) or (is_norm(module) and block is not self.row[-1]):
-                    why = "draws for every input anew" if is_random(module) else "fixes the size of activity, the goodness"
-                    raise UnsupportedModelError(
-                        f"module {names[module]!r} ({type(module).__name__}) {why}, so forward-forward cannot compare "
-                        "positive and negative inputs behind it; remove it"
-                    )
+        hidden = [*self.head, *(module for block in self.hidden for module in block.modules)]
+        for module in (*hidden, *self.row[-1].modules):
+            if is_random(module) or (is_norm(module) and module in hidden):
+                why = "draws for every input anew" if is_random(module) else "fixes the size of activity, the goodness"
+                raise UnsupportedModelError(
+                    f"module {names[module]!r} ({type(module).__name__}) {why}, so forward-forward cannot compare "
+                    "positive and negative inputs behind it; remove it"
+                )
 
     def _theta(self, number: int, given: float | tuple[float, float] | None) -> tuple[float, float]:
         """Thresholds of a hidden block for positive and negative samples."""
@@ -200,6 +205,8 @@ class ForwardForward(CreditRule):
     def remarks(self) -> list[str]:
         """That the model alone is not what was trained."""
         given = "the image twice in the first layer" if self.self_contrastive else "a neutral label in the input"
+        if not self.self_contrastive and self.write is write_label:
+            given += f", whose first {self.classes} numbers it overwrites (write= puts it elsewhere)"
         return [f"the answer has {given}, and normalises between blocks; the model alone does neither"]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -264,7 +271,7 @@ class ForwardForward(CreditRule):
         found: list[list[Tensor]] = []
         for label in range(self.classes):
             code = F.one_hot(torch.full((len(inputs),), label, device=inputs.device), self.classes)
-            z = normalised(self._prepared(self.write(inputs, code)))
+            z = self._given(self.write(inputs, code))
             found.append([])
             for block in self.hidden:
                 h = block(z)
@@ -275,7 +282,7 @@ class ForwardForward(CreditRule):
     def _contrasted(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """z_0 of positive, then negative inputs (B + n B, ...); of images (B, ...), joined behind the first layer."""
         if self.self_contrastive:
-            return normalised(self._prepared(inputs))
+            return self._given(inputs)
         k = self.classes
         if self.negatives == "all":
             away = torch.arange(k, device=targets.device).unsqueeze(1)  # 0 is the true label
@@ -284,7 +291,7 @@ class ForwardForward(CreditRule):
             away = torch.stack([torch.zeros_like(drawn), drawn])
         labels = ((targets + away) % k).flatten()
         given = inputs.repeat(len(away), *(1,) * (inputs.dim() - 1))
-        return normalised(self._prepared(self.write(given, F.one_hot(labels, k))))
+        return self._given(self.write(given, F.one_hot(labels, k)))
 
     def _partners(self, z: Tensor) -> Tensor | None:
         """Another sample of the batch for each (B,): all shifted by one drawn offset; None where there is no other."""
@@ -296,12 +303,8 @@ class ForwardForward(CreditRule):
     def _joined(self, block: Block, z: Tensor, partners: Tensor | None) -> Tensor:
         """The first block's output for images given twice (B, ...) and, behind them, with their partners."""
         place = block.modules.index(block.layer)
-        for module in block.modules[: place + 1]:
-            z = module(z)
-        z = z + z if partners is None else torch.cat([z + z, z + z[partners]])
-        for module in block.modules[place + 1 :]:
-            z = module(z)
-        return z
+        v = through(block.modules[: place + 1], z)
+        return through(block.modules[place + 1 :], v + v if partners is None else torch.cat([v + v, v + v[partners]]))
 
     def _judged(self, number: int, h: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """Loss of a hidden block, and the signal at its output h (B + n B, ...)."""
@@ -319,33 +322,30 @@ class ForwardForward(CreditRule):
         """z_1..z_{L-1} of the pass that is read: a neutral label, or the image twice."""
         if not self.self_contrastive:
             inputs = self.write(inputs, inputs.new_full((len(inputs), self.classes), 1 / self.classes))
-        z, features = normalised(self._prepared(inputs)), []
+        z, features = self._given(inputs), []
         for number, block in enumerate(self.hidden):
             z = normalised(block(z) if number or not self.self_contrastive else self._joined(block, z, None))
             features.append(z)
         return features
 
     def _read(self, z: Sequence[Tensor]) -> Tensor:
-        """The read-out of z_1..z_{L-1}."""
-        made, last = z[-1], self.row[-1]
-        for module in last.modules:
-            made = module(made)
-            if module is last.layer:
-                for block, below in zip(self.hidden[1:-1], z[1:-1], strict=True):
-                    made = made + self.read[key(block.name)](below.flatten(1)).view_as(made)
-        return made
+        """The read-out of z_1..z_{L-1}: all add up where the last block has come to one number for each class."""
+        last = self.row[-1]
+        after = last.modules.index(last.layer) + 1
+        made, tail = through(last.modules[:after], z[-1]), list(last.modules[after:])
+        while made.shape[1:].numel() != self.classes:  # pooling
+            made = tail.pop(0)(made)
+        for block, below in zip(self.hidden[1:-1], z[1:-1], strict=True):
+            made = made + self.read[key(block.name)](below.flatten(1)).view_as(made)
+        return through(tail, made)
 
-    def _prepared(self, inputs: Tensor) -> Tensor:
-        for module in self.head:
-            inputs = module(inputs)
-        return inputs
+    def _given(self, inputs: Tensor) -> Tensor:
+        """z_0."""
+        return normalised(through(self.head, inputs))
 
     def _plain(self, inputs: Tensor) -> Tensor:
         """What the model alone makes."""
-        inputs = self._prepared(inputs)
-        for block in self.row:
-            inputs = block(inputs)
-        return inputs
+        return through([*self.head, *self.row], inputs)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) == 0:

@@ -29,17 +29,18 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation
 from apical.core.batch import fitted, require_classes, require_one_type
-from apical.core.blocks import Block, blocks
+from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_random
 from apical.core.local import block_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
 from apical.core.placement import layer_paths
+from apical.core.processes import gathered
 from apical.core.rest import evaluating
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.units import key
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Local = Literal["prediction", "similarity", "both", "projection"]
 LOCALS: tuple[Local, ...] = ("prediction", "similarity", "both", "projection")
@@ -52,22 +53,27 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def class_similarity(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """S(Y) of one-hot labels (B,), without a product: 1 within a class, -1/(K-1) between classes; (B, B)."""
-    same = (labels.unsqueeze(1) == labels).to(dtype)
+    """S(Y) of one-hot labels (B,), without a product: 1 within a class, -1/(K-1) between classes; (B, B).
+
+    Where several processes train together it has their columns too.
+    """
+    same = (labels.unsqueeze(1) == gathered(labels)).to(dtype)
     return same - (1 - same) / (classes - 1)
 
 
 def similarity(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """`mean (S(rows) - wanted)^2` and its gradient, for rows (B, d) and wanted (B, B).
 
-    Rows without length, up to rounding, have no direction; their gradient is zero.
+    Rows without length, up to rounding, have no direction; their gradient is zero. Several processes compare each own row
+    with those of all, wanted then (B, sum of all B); the average of their gradients is that of the whole batch.
     """
     centred = rows - rows.mean(1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     far = length + EPSILON
     u = centred / far
-    miss = u @ u.T - wanted  # D: (B, B)
-    pulled = (4 / miss.numel()) * (miss @ u)
+    every = gathered(u)
+    miss = u @ every.T - wanted  # D: (B, B)
+    pulled = (4 / miss.numel()) * (miss @ every)
     along = (pulled * u).sum(1, keepdim=True) * far / length.clamp_min(EPSILON)
     pulled = (pulled - u * along) / far  # through the division by the length
     silent = length <= EPSILON + 2 * torch.finfo(rows.dtype).eps * rows.norm(dim=1, keepdim=True)
@@ -110,7 +116,8 @@ class _Hidden:
         while is_random(modules[-1]) and not is_activation(modules[-1]):
             modules.pop()
         self.block, self.taught, self.behind = block, Taught(modules), block.modules[len(modules) :]
-        self.image = block.image if 2 <= len(block.image) <= 4 else ()
+        is_image = 2 <= len(block.image) <= 4 and not isinstance(block.layer, nn.Linear)
+        self.image = block.image if is_image else ()
         self.window = window(self.image, most) if self.image and most else ()
         sizes = _after(self.image[1:], self.window) if self.window else block.shape
         self.features = math.prod(sizes) * (self.image[0] if self.window else 1)
@@ -129,7 +136,7 @@ class _Hidden:
         return h.flatten(1)
 
     def projection(self) -> nn.Module:
-        """P_l: a bias-free map of the block's output to its own size; 3 x 3 for images."""
+        """P_l: a bias-free map of the block's output to its own size; 3 x 3 for what convolutions make."""
         like = self.block.layer.weight
         if self.image:
             kind, channels = _CONVOLUTIONS[len(self.image) - 1], self.image[0]
@@ -147,14 +154,14 @@ class LocalClassifiers(CreditRule):
         loss: maps (output, targets) to a scalar batch mean. It is also the read-outs' loss.
         local: "prediction", "similarity", "both", or "projection" (Mono-Forward).
         beta: share of the similarity loss in "both".
-        pool: most numbers of a feature map that a read-out sees; larger ones are averaged over windows. "projection"
-            sees all.
+        pool: most numbers of a convolution's feature map that a read-out sees; larger ones are averaged over windows.
+            "projection" sees all.
         input_shape: of one sample, where there are convolutions.
 
     Raises:
         ConfigError: an option out of range; under "similarity" and "both" also a loss with options that the labels alone do
             not have, fewer than two classes or, in use, targets that are no class labels.
-        UnsupportedModelError: the model is no row of blocks; a module is named.
+        UnsupportedModelError: the model is no row of blocks, or a block too narrow to be compared; a module is named.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = LocalClassifiers(model, local="both")
@@ -194,7 +201,12 @@ class LocalClassifiers(CreditRule):
         if self.compares and outputs < 2:
             raise ConfigError(f"local={local!r} compares classes, and the model has {outputs} output; use 'prediction'")
         for hidden in self._hidden:
-            name, like = key(hidden.block.name), hidden.block.layer.weight
+            name, like, width = key(hidden.block.name), hidden.block.layer.weight, math.prod(hidden.block.shape)
+            if self.compares and width < 3:
+                raise UnsupportedModelError(
+                    f"the block of layer {hidden.block.name!r} makes {width} number(s) for each sample, and local={local!r} "
+                    "compares directions around their mean, of which it needs three; make it wider, or use 'prediction'"
+                )
             if self.predicts:
                 self.read[name] = nn.Linear(
                     hidden.features, outputs, bias=local != "projection", dtype=like.dtype, device=like.device
@@ -213,18 +225,19 @@ class LocalClassifiers(CreditRule):
         """Credit for one batch: targets (batch,) class labels or, without a similarity loss, what the loss takes."""
         self.require_attached()
         self._check(inputs, targets)
-        self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
+        self._containers.require_intact(inputs, self._output)
         if not torch.is_grad_enabled():
-            output = self._activities(inputs)[-1]
+            output = self._output(inputs)
             return Credit.of([], output, value_at(self.loss, output, fitted(self.loss, output, targets)))
         roots: list[Root] = []
         logs: dict[str, Tensor] = {}
         with torch.no_grad():
-            below = self._prepared(inputs)
+            below = through(self.head, inputs)
+            wanted = self._wanted(targets) if self.compares else None
             for hidden in self._hidden:
                 activity = hidden.taught(below, learns=True)
                 below = hidden.handed_on(activity.made)
-                learned, logs[f"local {hidden.block.name}"] = self._learned(hidden, activity, targets)
+                learned, logs[f"local {hidden.block.name}"] = self._learned(hidden, activity, targets, wanted)
                 roots += learned
                 del activity, learned
             activity = self._last(below, learns=True)
@@ -234,24 +247,31 @@ class LocalClassifiers(CreditRule):
         total = torch.stack(list(logs.values())).sum() if logs else loss.detach().new_zeros(())
         return Credit.of([*roots, *terms(loss)], output, loss, {"local": total, **logs})
 
-    def _learned(self, hidden: _Hidden, activity: Activity, targets: Tensor) -> tuple[list[Root], Tensor]:
+    def _wanted(self, targets: Tensor) -> Tensor:
+        """S(Y), in float32 at least."""
+        wide = torch.promote_types(self.row[-1].layer.weight.dtype, torch.float32)
+        return class_similarity(targets, math.prod(self.row[-1].shape), wide)
+
+    def _learned(
+        self, hidden: _Hidden, activity: Activity, targets: Tensor, wanted: Tensor | None
+    ) -> tuple[list[Root], Tensor]:
         """What a block and its read-out learn, and the block's loss; without gradient outside the graph of the block."""
         h, name, like = activity.made, key(hidden.block.name), hidden.block.layer.weight
         wide, closed = torch.promote_types(like.dtype, torch.float32), activity.block is not None
         taught: list[tuple[Tensor, Tensor]] = []  # functions of h, and their signals
         roots: list[Root] = []
         total = torch.zeros((), dtype=wide, device=h.device)
-        if self.compares:
+        if wanted is not None:
             project = self.project[name]
             with torch.set_grad_enabled(not closed):
                 rows = described(project(h.view(-1, *hidden.image) if hidden.image else h.flatten(1)))
             with torch.autocast(h.device.type, enabled=False):
-                wanted = class_similarity(targets, math.prod(self.row[-1].shape), wide)
                 loss, signal = similarity(rows.detach().to(wide), wanted)
                 total = total + self.beta * loss
-                signal = (signal * self.beta).to(h.dtype)
+                signal = signal * self.beta
             if closed:  # P_l is a matrix
                 assert isinstance(project, nn.Linear)
+                signal = signal.to(h.dtype)
                 roots += [(project.weight, signal.T @ h)] if project.weight.requires_grad else []
                 rows, signal = h, signal @ project.weight
             taught.append((rows, signal))
@@ -287,18 +307,9 @@ class LocalClassifiers(CreditRule):
             roots.append((c, g.sum(0).to(c.dtype)))
         return loss.detach(), g @ m.to(a.dtype), roots
 
-    def _prepared(self, inputs: Tensor) -> Tensor:
-        """h_0."""
-        for module in self.head:
-            inputs = module(inputs)
-        return inputs
-
-    def _activities(self, inputs: Tensor) -> list[Tensor]:
-        """h_0..h_L."""
-        h = [self._prepared(inputs)]
-        for block in self.row:
-            h.append(block(h[-1]))
-        return h
+    def _output(self, inputs: Tensor) -> Tensor:
+        """h_L."""
+        return through([*self.head, *self.row], inputs)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) == 0:
@@ -327,11 +338,10 @@ class LocalClassifiers(CreditRule):
     def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
         """Classes (batch,) that each read-out gives, by layer, and last the model's own; in evaluation mode."""
         with evaluating(self):
-            _, *activities = self._activities(inputs)
-            scores = {
-                hidden.block.name: self.read[key(hidden.block.name)](hidden.pooled(h))
-                for hidden, h in zip(self._hidden, activities, strict=False)
-                if self.predicts
-            }
-        scores[self.row[-1].name] = activities[-1].flatten(1)
+            h, scores = through(self.head, inputs), {}
+            for hidden in self._hidden:
+                h = hidden.block(h)
+                if self.predicts:
+                    scores[hidden.block.name] = self.read[key(hidden.block.name)](hidden.pooled(h))
+            scores[self.row[-1].name] = self.row[-1](h).flatten(1)
         return {name: score.argmax(1) for name, score in scores.items()}
