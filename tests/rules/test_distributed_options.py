@@ -54,18 +54,21 @@ def make(name: str) -> CreditRule:
 
 
 def train(module: nn.Module, share: slice, apart: bool) -> None:
-    """Three steps, by `credit.backward()` and by `credit.loss.backward()` in turn.
+    """Three steps, all on one batch where the rule repeats, by `credit.backward()` and `credit.loss.backward()` in turn.
 
     Args:
         share: what of a batch this process sees.
         apart: each step has two micro-batches, of which only the second tells the other rank.
     """
+    rule = module.module if isinstance(module, DistributedDataParallel) else module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     torch.manual_seed(1)
     for step in range(3):
         optimizer.zero_grad()
         for part in range(1 + apart):
-            generator = torch.Generator().manual_seed(2 * step + part)
+            if apart:
+                rule.restart()  # micro-batches that take turns are each a batch begun anew
+            generator = torch.Generator().manual_seed(2 * (0 if rule.repeats > 1 else step) + part)
             inputs = torch.rand(8, 6, dtype=torch.double, generator=generator)[share]
             targets = torch.randint(0, 4, (8,), generator=generator)[share]
             waits = apart and part == 0 and isinstance(module, DistributedDataParallel)

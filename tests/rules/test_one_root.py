@@ -162,6 +162,7 @@ def test_four_micro_batches_are_one_batch(name: str) -> None:
     inputs, targets = batch(size=16)
     credit_of(whole, inputs, targets).backward()
     for k in range(4):
+        parts.restart()
         (credit_of(parts, inputs[4 * k : 4 * k + 4], targets[4 * k : 4 * k + 4]).loss / 4).backward()
     same(gradients(parts), gradients(whole))
 
@@ -171,12 +172,12 @@ def train(rule: CreditRule, step: Callable[[torch.optim.Optimizer, Callable[[], 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = credit_of(rule, *batch(closure.calls)).loss
+        loss: Tensor = credit_of(rule, *batch(closure.calls // rule.repeats)).loss
         closure.calls += 1
         return loss
 
     closure.calls = 0
-    for _ in range(4):
+    for _ in range(4 * rule.repeats):
         step(optimizer, closure)
 
 
