@@ -6,6 +6,7 @@ from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
 from apical.models.mu import mlp_mu
 from apical.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
+from apical.models.transformer import Transformer
 
 __all__ = [
     "BasicBlock",
@@ -13,6 +14,7 @@ __all__ = [
     "LeNet",
     "LeNetCIFAR",
     "ResNet",
+    "Transformer",
     "ZeroPadShortcut",
     "autoencoder",
     "build",

@@ -16,6 +16,7 @@ from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.mu import mlp_mu
 from apical.models.resnet import CifarResNet, ResNet
+from apical.models.transformer import Transformer
 
 _WIDTHS = r"(-[1-9][0-9]{0,6}(x[1-9][0-9]{0,3})?)+"
 _EXAMPLES = {
@@ -38,6 +39,7 @@ _EXAMPLES = {
     "conv-autoencoder": "conv-autoencoder-64-128-256-512",
 }
 _IMAGENET_FORM_FROM = 64
+_DECODER = re.compile(r"gpt-([1-9][0-9]{0,2})x([1-9][0-9]{0,4})")
 
 
 def _build_lenet(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -97,7 +99,7 @@ _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = 
 
 def names() -> list[str]:
     """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 or mlp-128x30."""
-    return [*(f"{kind}-<widths>" for kind in (*_PERCEPTRONS, *_ROWS)), *_CONVNETS]
+    return [*(f"{kind}-<widths>" for kind in (*_PERCEPTRONS, *_ROWS)), *_CONVNETS, "gpt-<blocks>x<width>"]
 
 
 def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -122,6 +124,9 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
         raise ConfigError(f"model {name!r} needs non-empty samples and classes; got {input_shape}, {num_classes}")
     if own.is_own(name):
         return own.build(name, input_shape, num_classes)
+    if decoder := _DECODER.fullmatch(name):
+        blocks, width = map(int, decoder.groups())
+        return Transformer(num_classes, width, blocks, context=_tokens(name, input_shape))
     for kind in (*_PERCEPTRONS, *_ROWS):
         if re.fullmatch(kind + _WIDTHS, name):
             widths = [width for part in name.removeprefix(kind + "-").split("-") for width in _repeated(part)]
@@ -136,6 +141,13 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     if name not in _CONVNETS:
         raise ConfigError(f"{unknown_name('model', name, names())}; or your own: FILE.py:CLASS_OR_FUNCTION")
     return _CONVNETS[name](name, input_shape, num_classes)
+
+
+def _tokens(name: str, shape: tuple[int, ...]) -> int:
+    """The T of samples (T,), or an error if they are no sequences."""
+    if len(shape) != 1:
+        raise ConfigError(f"model {name!r} needs sequences of tokens (T,); got samples of shape {shape}")
+    return shape[0]
 
 
 def _repeated(part: str) -> list[int]:
