@@ -2,7 +2,7 @@
 
 import torch
 
-from apical.bench.optimizer import make_optimizer, scheduled, shape_gradients
+from apical.bench.optimizer import NEVER, make_optimizer, parts, scheduled, set_rate, shape_gradients
 from apical.bench.recipe import Recipe
 from apical.bench.schedule import data_order
 from apical.core.credit import CreditRule
@@ -23,11 +23,14 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
     optimizer = make_optimizer(recipe, rule)
     for epoch in range(recipe.epochs):
         lr, decay = scheduled(recipe, epoch)
-        for number, group in enumerate(optimizer.param_groups):
-            feedback = number > 0 and recipe.feedback_weight_decay is not None
-            group["lr"], group["weight_decay"] = lr, recipe.feedback_weight_decay if feedback else decay
+        forward, feedback = parts(optimizer)
+        for group in [*forward, *feedback]:
+            group["lr"], group["weight_decay"] = lr, 0.0 if group.get(NEVER) else decay
+        for group in feedback if recipe.feedback_weight_decay is not None else []:
+            group["weight_decay"] = recipe.feedback_weight_decay
         order = data_order(len(inputs), recipe.seed, epoch + 1)
         for batch in order[: steps * recipe.batch_size].split(recipe.batch_size):
+            set_rate(optimizer, recipe, step, steps)
             rule.restart()
             for _ in range(rule.repeats):
                 optimizer.zero_grad()
