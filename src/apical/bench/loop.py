@@ -15,11 +15,22 @@ from apical.bench import checkpoint
 from apical.bench.distributed import World, place
 from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
-from apical.bench.measure import FIELDS, alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures
+from apical.bench.measure import (
+    FIELDS,
+    alignment,
+    autocast,
+    evaluate,
+    examples,
+    finite,
+    minimum_norm,
+    own_measures,
+    per_token,
+)
 from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, set_rate, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
 from apical.bench.report import placement as placement_section
+from apical.bench.report import sample
 from apical.bench.restore import check_line, check_place, restore_optimizer, restore_partial, restore_rule
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
@@ -132,7 +143,7 @@ class Training:
             self.folder.result.unlink(missing_ok=True)
             self.folder.write_config(self.recipe, command=command, notes=notes)
             if self.epoch == self.recipe.epochs:  # it was killed between its last checkpoint and its end
-                self.folder.write_examples(examples(self.rule, self.dataset.test))
+                self._keep_examples()
         elif self.world.is_main:
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
@@ -189,6 +200,8 @@ class Training:
             "config_hash": self.recipe.hash(),
             "status": status,
         }
+        if self.dataset.is_text:
+            result |= per_token(self.line.get("test_loss"))
         return result if message is None else {**result, "message": message}
 
     def _shared(self) -> nn.Module:
@@ -331,7 +344,12 @@ class Training:
         if self.world.is_main:
             self.folder.append_metrics(self.line)
             if self.epoch == self.recipe.epochs:
-                self.folder.write_examples(examples(self.rule, self.dataset.test))
+                self._keep_examples()
+
+    def _keep_examples(self) -> None:
+        """What the trained network makes of images, or goes on to write."""
+        self.folder.write_examples(examples(self.rule, self.dataset.test))
+        sample.keep(self.folder.path, self.rule, self.dataset)
 
     def _evaluate(self, split: Split) -> tuple[float, float | None]:
         return evaluate(self.rule, split, self.recipe.amp, self.world, counts_hits=self.dataset.counts_hits)

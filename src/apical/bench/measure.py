@@ -18,6 +18,8 @@ from apical.errors import InstabilityError, UnsupportedModelError
 
 EVALUATION_BATCH = 1000
 EXAMPLES = 8
+_LARGEST = 700.0
+"""Nats whose exponential a float holds."""
 FIELDS = ("weight_alignment", "norm_ratio", "gradient_alignment", "gradient_norm_ratio")
 
 
@@ -95,6 +97,17 @@ def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
 def finite(value: float | None) -> float | None:
     """The number that metrics.jsonl has: None for NaN and infinity."""
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def per_token(nats: float | None) -> dict[str, float | None]:
+    """The loss of a text, nats per token, in its other units.
+
+    >>> {name: round(value, 3) for name, value in per_token(1.386294361).items()}
+    {'bits_per_token': 2.0, 'perplexity': 4.0}
+    """
+    if nats is None or nats > _LARGEST:
+        return {"bits_per_token": None, "perplexity": None}
+    return {"bits_per_token": nats / math.log(2), "perplexity": math.exp(nats)}
 
 
 def minimum_norm(rule: CreditRule, train: Split, probe: int) -> float | None:
