@@ -1,6 +1,9 @@
 """Training without a run folder: nothing is measured, kept or resumed. For audits, and for the scikit-learn estimator."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from apical.bench.optimizer import NEVER, make_optimizer, parts, scheduled, set_rate, shape_gradients
 from apical.bench.recipe import Recipe
@@ -10,8 +13,11 @@ from apical.data import Dataset
 from apical.errors import ConfigError
 
 
-def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
+def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[[int, Tensor], None] | None = None) -> None:
     """Train a rule by its recipe, in one pass per epoch that learns forward and feedback weights together.
+
+    Args:
+        on_step: is told how many steps are done, and the loss of the last one before it taught.
 
     Raises:
         ConfigError: a weight is no longer finite.
@@ -32,13 +38,18 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
         for batch in order[: steps * recipe.batch_size].split(recipe.batch_size):
             set_rate(optimizer, recipe, step, steps)
             rule.restart()
+            losses = []
             for _ in range(rule.repeats):
                 optimizer.zero_grad()
-                rule(inputs[batch], targets[batch]).backward()
+                credit = rule(inputs[batch], targets[batch])
+                credit.backward()
+                losses.append(credit.loss)
                 shape_gradients(optimizer, recipe, step)
                 optimizer.step()
                 rule.constrain_()
             step += 1
+            if on_step is not None:
+                on_step(step, losses[0])
     optimizer.zero_grad()
     if not all(bool(parameter.isfinite().all()) for parameter in rule.parameters()):
         raise ConfigError(

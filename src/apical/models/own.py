@@ -106,9 +106,7 @@ def check_output(
         for module, mode in modes.items():
             module.training = mode
     if not isinstance(result, Tensor):
-        raise ConfigError(
-            f"model {where} must return one tensor, its outputs; for inputs {shape} it returns a {type(result).__name__}"
-        )
+        raise ConfigError(f"model {where} must return one tensor; for inputs {shape} it returns a {type(result).__name__}")
     needed = (len(inputs), *positions, outputs)
     if tuple(result.shape) != needed:
         raise ConfigError(

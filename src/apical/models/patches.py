@@ -124,7 +124,8 @@ class MixerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The stream after this block: (N, number, width) -> (N, number, width)."""
         x = x + self.mix2(self.gelu1(self.mix1(self.norm1(x).transpose(1, 2)))).transpose(1, 2)
-        return x + self.down(self.gelu2(self.up(self.norm2(x))))
+        x = x + self.down(self.gelu2(self.up(self.norm2(x))))
+        return x
 
 
 def _side(shape: tuple[int, int, int]) -> int:

@@ -38,7 +38,8 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(N, T, width) -> (N, heads, T, width / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        split: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return split
 
 
 class Block(nn.Module):
@@ -65,10 +66,11 @@ class Block(nn.Module):
         """The stream after this block: (N, T, width) -> (N, T, width)."""
         if self.pre:
             x = x + self.attention(self.norm1(x))
-            return x + self.down(self.gelu(self.up(self.norm2(x))))
-        x = self.norm1(x + self.attention(x))
-        stream: Tensor = self.norm2(x + self.down(self.gelu(self.up(x))))
-        return stream
+            x = x + self.down(self.gelu(self.up(self.norm2(x))))
+        else:
+            x = self.norm1(x + self.attention(x))
+            x = self.norm2(x + self.down(self.gelu(self.up(x))))
+        return x
 
 
 class Transformer(nn.Module):
