@@ -14,6 +14,7 @@ from apical.bench.materials import build_model, load_data
 from apical.bench.measure import evaluate
 from apical.bench.names import make_rule
 from apical.bench.plain_loop import train
+from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.data import Dataset
 from apical.diagnostics.alignment import layer_alignment
@@ -143,7 +144,7 @@ def trained(arm: Arm, dataset: Dataset, setting: Setting) -> dict[str, Any]:
         }
     except ApicalError as error:
         return {"refused": str(error), "test": None, "held out": None}
-    return {**losses, "curve": curve, "angles": angles}
+    return {**losses, "curve": curve, "angles": angles, "commit": environment("cpu", 1)["commit"]}
 
 
 _EVERY = 20
