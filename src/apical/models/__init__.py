@@ -1,4 +1,4 @@
-"""Plain `nn.Module`s of the papers, Xavier-initialised, every activation a module of its own."""
+"""Plain `nn.Module`s of the papers, mostly Xavier-initialised, every activation a module of its own."""
 
 from apical.models.catalogue import build, names
 from apical.models.initialisation import xavier_, xavier_normal_
