@@ -13,13 +13,17 @@ Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
 
     literal   as written above
     fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser
-    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while SGD moves W and R alike, no
-              sparse masks
+    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while the optimiser moves W and R
+              alike, no sparse masks
+
+Under SGD a step of R with its own gradient is `B^T` times W's step. Under Adam it is not: element-wise scales do not commute
+with B^T. There R takes `B^T` times W's change itself (update="shared"), or its own step (update="own"), which trains worse.
 
 Departures from the released code: a grouped convolution gets a block-diagonal B; R of the first layer is optional.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Literal
 
@@ -30,7 +34,7 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
-from apical.core.plastic import Form, PlasticRule
+from apical.core.plastic import Form, Initial, PlasticRule, check_initial
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -122,6 +126,13 @@ class ProductFeedbackAlignment(PlasticRule):
             closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        update: under other optimisers than SGD, "shared": R takes `B^T` times W's change, in any form, where the optimiser's
+            decay is apart from what it makes of gradients (AdamW, Muon, Adam without decay), else its own step, and
+            `rule.remarks` says so; "own": the optimiser's own step of R's own gradient.
+        initial: "random", as in the paper; or "mirror": before the first step noise copies the weights into R
+            (:meth:`mirror`), which the decay of AdamW and its like is too small to do. The rule is built before it knows the
+            optimiser, so that it is for you to choose.
+        mirror: noise vectors per input of a layer, for initial="mirror".
 
     Raises:
         ConfigError: an option out of range; or, while training, an optimiser without R, or what the closed form cannot
@@ -153,14 +164,38 @@ class ProductFeedbackAlignment(PlasticRule):
         form: Form = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        update: Literal["shared", "own"] = "shared",
+        initial: Initial = "random",
+        mirror: int = 40,
     ) -> None:
-        _check_options(expansion, feedback, density, form)
+        _check_options(expansion, feedback, density, form, update)
+        check_initial(initial, mirror)
         super().__init__(model, loss, exact, first_layer, form, sparse=density < 1.0 and form == "auto")
-        self.feedback, self.density = feedback, density
+        self.feedback, self.density, self.update = feedback, density, update
         self._rows = 0
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
+        if initial == "mirror":
+            self.mirror(mirror)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Also what a synapse of R cannot see."""
+        remarks = super().remarks
+        if self.moved_by:
+            remarks.append(
+                f"R takes B^T times W's change. Under {self.moved_by} that change is not a product of r and h: a synapse of "
+                "R cannot see it"
+            )
+        layers = defaultdict(list)
+        for name, reason in self.alone.items():
+            layers[reason].append(repr(name))
+        return remarks + [
+            f"R of {', '.join(names)} moves by the optimiser's own state, not by B^T times W's change, from which it drifts "
+            f"apart: {reason}"
+            for reason, names in layers.items()
+        ]
 
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
         """Draw B and R_0 of one layer and keep what the form needs of them."""
@@ -284,8 +319,9 @@ class ProductFeedbackAlignment(PlasticRule):
         return product(shape, torch.linalg.inv(exact @ exact.T), target.double()).to(plastic.dtype)
 
     def from_weight(self, name: str, weight: Tensor) -> Tensor:
-        """`B^T W`."""
-        return shared_gradient(weight, self.geometries[name], self.expansion.get_buffer(key(name)), weight)
+        """`B^T W`, on R's mask where R is sparse."""
+        b = self.expansion.get_buffer(key(name))
+        return shared_gradient(weight, self.geometries[name], b, weight, *self._mask(name))
 
     def settle(self, name: str) -> None:
         """M of a layer in closed form."""
@@ -301,11 +337,13 @@ class ProductFeedbackAlignment(PlasticRule):
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
 
 
-def _check_options(expansion: float, feedback: str, density: float, form: str) -> None:
+def _check_options(expansion: float, feedback: str, density: float, form: str, update: str) -> None:
     if not expansion >= 1.0 or not math.isfinite(expansion):
         raise ConfigError(f"expansion must be a number >= 1, not {expansion}")
     if feedback not in ("random", "orthogonal", "identity"):
         raise ConfigError(f'feedback must be "random", "orthogonal" or "identity", not {feedback!r}')
+    if update not in ("shared", "own"):
+        raise ConfigError(f'update must be "shared" or "own", not {update!r}')
     if not 0.0 < density <= 1.0:
         raise ConfigError(f"density must lie in (0, 1], not {density}")
     if form not in ("auto", "closed", "explicit", "literal", "fused"):

@@ -23,14 +23,9 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule, Feedback, stored
+from apical.core.mirror import mirror, require_affine
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError
-
-
-def mirror(weight: Tensor, noise: Tensor) -> Tensor:
-    """`y x^T / batch` with `y = W x`, for unit-variance noise (batch, fan_in): an unbiased estimate of the weight."""
-    rows = weight.flatten(1)
-    return ((noise @ rows.T).T @ noise / len(noise)).view_as(weight)
+from apical.errors import ConfigError
 
 
 class WeightMirror(EdgeRule):
@@ -79,12 +74,8 @@ class WeightMirror(EdgeRule):
         """Take `steps` mirror steps on every layer, which keeps the weight it computes with meanwhile."""
         if not self.rate:
             return
-        for name, layer in self.layers.items():
-            if not (self.is_plain(name) or self._sites[name][1].probed):
-                raise UnsupportedModelError(
-                    f"layer {name!r} ({type(layer).__name__}) does not map noise alone by an affine map, as the weight "
-                    f"mirror needs; put what else it does into a module of its own, or pass exact=({name!r},)"
-                )
+        for name in self.layers:
+            require_affine(self, name)
         weights = {name: self.forward_weight(name) for name in self.layers}
         for _ in range(steps):
             for name, weight in weights.items():
