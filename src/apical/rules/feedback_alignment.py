@@ -20,10 +20,11 @@ class FeedbackAlignment(EdgeRule):
     """The error travels back through fixed random matrices.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         exact: names of modules or parameters without known transport that keep their exact derivative.
         first_layer: also draw feedback for the first layer (read-outs only, no effect on training).
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
 
     Layers that share one weight share its feedback.
 
@@ -44,8 +45,10 @@ class FeedbackAlignment(EdgeRule):
         loss: Loss = F.cross_entropy,
         exact: Collection[str] = (),
         first_layer: bool = False,
+        sites: Collection[str] = (),
+        through_time: bool = True,
     ) -> None:
-        super().__init__(model, loss, exact, first_layer)
+        super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.feedback = self.random_feedback()
 
     def set_feedback(self, name: str, B: Tensor) -> None:

@@ -55,7 +55,7 @@ class SignSymmetry(EdgeRule):
     """The error travels back through the signs of the forward weights.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         variant: "uniform" (uSF), "batchwise" (brSF) or "fixed" (frSF).
         scale: magnitude law. "xavier": uniform variant sqrt(2/(fan_in+fan_out)), drawn variants the Xavier uniform
@@ -64,6 +64,7 @@ class SignSymmetry(EdgeRule):
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
         generator: for the magnitudes that are drawn; None draws from PyTorch's global state.
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
 
     Raises:
         ConfigError: unknown variant or scale.
@@ -84,12 +85,14 @@ class SignSymmetry(EdgeRule):
         exact: Collection[str] = (),
         first_layer: bool = False,
         generator: torch.Generator | None = None,
+        sites: Collection[str] = (),
+        through_time: bool = True,
     ) -> None:
         if variant not in ("uniform", "batchwise", "fixed"):
             raise ConfigError(f'variant must be "uniform", "batchwise" or "fixed", not {variant!r}')
         if scale not in ("xavier", "kaiming", "xiao"):
             raise ConfigError(f'scale must be "xavier", "kaiming" or "xiao", not {scale!r}')
-        super().__init__(model, loss, exact, first_layer)
+        super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.variant, self.generator = variant, generator
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():
