@@ -92,7 +92,7 @@ class Probe:
         """Shows the inputs to the model while `mode` is active; returns the names of the modules that were called."""
         called: list[str] = []
         hooks = [
-            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))  # type: ignore[misc]
+            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
             for name, module in self.rule.model.named_modules()
         ]
         try:

@@ -80,7 +80,9 @@ class Weights:
         uses = []
         for side, place in enumerate(factors(func, args)):
             factor = args[place] if place < len(args) else None
-            known = self.of(factor) if isinstance(factor, Tensor) else None
+            if not isinstance(factor, Tensor):
+                continue
+            known = self.of(factor)
             if known is None:
                 continue
             name, weight = known

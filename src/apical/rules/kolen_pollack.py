@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
@@ -50,6 +51,8 @@ class KolenPollack(PlasticRule):
             for each layer the closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: unknown form; or, while training, an optimiser without B, or what the closed form cannot follow.
@@ -74,10 +77,12 @@ class KolenPollack(PlasticRule):
         form: Literal["auto", "closed", "explicit"] = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        attention: Attention = "exact",
     ) -> None:
         if form not in ("auto", "closed", "explicit"):
             raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
         super().__init__(model, loss, exact, first_layer, form)
+        self.attention = known(attention)
         for name, layer in self.layers.items():
             self.hold(name, nn.init.xavier_uniform_(torch.empty_like(weight_now(layer))))
 

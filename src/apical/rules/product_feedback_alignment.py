@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
@@ -122,6 +123,8 @@ class ProductFeedbackAlignment(PlasticRule):
             closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: an option out of range; or, while training, an optimiser without R, or what the closed form cannot
@@ -153,9 +156,11 @@ class ProductFeedbackAlignment(PlasticRule):
         form: Form = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        attention: Attention = "exact",
     ) -> None:
         _check_options(expansion, feedback, density, form)
         super().__init__(model, loss, exact, first_layer, form, sparse=density < 1.0 and form == "auto")
+        self.attention = known(attention)
         self.feedback, self.density = feedback, density
         self._rows = 0
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
