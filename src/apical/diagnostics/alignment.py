@@ -1,6 +1,6 @@
 """Angles and norm ratios between what a rule uses and what backpropagation would use, per layer, in degrees."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -75,17 +75,17 @@ def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dic
     }
 
 
-def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weight gradients of the rule and of backpropagation, by layer name, on one batch.
+def gradients(
+    rule: CreditRule, inputs: Tensor, targets: Tensor, weights: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weight gradients of the rule and of backpropagation, by name, on one batch: of all layers, or of the given weights.
 
     Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through
     time.
     """
-    layers = {
-        name: module.weight
-        for name, module in rule.model.named_modules()
-        if is_weighted(module) and module.weight.is_leaf and module.weight.requires_grad
-    }
+    if weights is None:
+        weights = {name: module.weight for name, module in rule.model.named_modules() if is_weighted(module)}
+    layers = {name: weight for name, weight in weights.items() if weight.is_leaf and weight.requires_grad}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule.accumulate(inputs, targets)
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, eagerly
 from apical.core.losses import terms
@@ -55,6 +56,8 @@ class DirectFeedbackAlignment(CutRule):
             square of its weight over that of the Xavier law, 0.58 for a square layer in PyTorch's default initialisation.
             (Maximum pooling leaves their length as it is.) Broadcast feedback is divided by the number of places of
             the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: unknown feedback, units or scale.
@@ -79,12 +82,14 @@ class DirectFeedbackAlignment(CutRule):
         exact: Collection[str] = (),
         units: Literal["auto", "activation"] | Sequence[str] = "auto",
         scale: Literal["map", "xavier"] = "map",
+        attention: Attention = "exact",
     ) -> None:
         if feedback not in ("full", "broadcast"):
             raise ConfigError(f'feedback must be "full" or "broadcast", not {feedback!r}')
         if scale not in ("map", "xavier"):
             raise ConfigError(f'scale must be "map" or "xavier", not {scale!r}')
         super().__init__(model, loss, "input" if leaky else "activation", exact, units)
+        self.attention = known(attention)
         self.kind = feedback
         self.scale = "xavier" if leaky else scale
         self.feedback = nn.Module()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
@@ -52,6 +53,8 @@ class KolenPollack(PlasticRule):
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: unknown form; or, while training, an optimiser without B, or what the closed form cannot follow.
@@ -78,10 +81,12 @@ class KolenPollack(PlasticRule):
         first_layer: bool = False,
         sites: Collection[str] = (),
         through_time: bool = True,
+        attention: Attention = "exact",
     ) -> None:
         if form not in ("auto", "closed", "explicit"):
             raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
         super().__init__(model, loss, exact, first_layer, form, sites=sites, through_time=through_time)
+        self.attention = known(attention)
         for name, layer in self.layers.items():
             self.hold(name, xavier_(torch.empty_like(weight_now(layer)), layer))
 

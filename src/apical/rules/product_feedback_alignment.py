@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
@@ -124,6 +125,8 @@ class ProductFeedbackAlignment(PlasticRule):
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: an option out of range; or, while training, an optimiser without R, or what the closed form cannot
@@ -157,10 +160,12 @@ class ProductFeedbackAlignment(PlasticRule):
         first_layer: bool = False,
         sites: Collection[str] = (),
         through_time: bool = True,
+        attention: Attention = "exact",
     ) -> None:
         _check_options(expansion, feedback, density, form)
         sparse = density < 1.0 and form == "auto"
         super().__init__(model, loss, exact, first_layer, form, sparse, sites, through_time)
+        self.attention = known(attention)
         self.feedback, self.density = feedback, density
         self._rows = 0
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Loss
 from apical.core.edge import EdgeRule, Feedback
 from apical.core.effective import weight_now
@@ -65,6 +66,8 @@ class SignSymmetry(EdgeRule):
         first_layer: also hold feedback for the first layer (read-outs only).
         generator: for the magnitudes that are drawn; None draws from PyTorch's global state.
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: unknown variant or scale.
@@ -87,12 +90,14 @@ class SignSymmetry(EdgeRule):
         generator: torch.Generator | None = None,
         sites: Collection[str] = (),
         through_time: bool = True,
+        attention: Attention = "exact",
     ) -> None:
         if variant not in ("uniform", "batchwise", "fixed"):
             raise ConfigError(f'variant must be "uniform", "batchwise" or "fixed", not {variant!r}')
         if scale not in ("xavier", "kaiming", "xiao"):
             raise ConfigError(f'scale must be "xavier", "kaiming" or "xiao", not {scale!r}')
         super().__init__(model, loss, exact, first_layer, sites, through_time)
+        self.attention = known(attention)
         self.variant, self.generator = variant, generator
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():
