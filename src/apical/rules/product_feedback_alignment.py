@@ -33,6 +33,7 @@ from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, PlasticRule
+from apical.core.repeats import Repeats
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -167,7 +168,7 @@ class ProductFeedbackAlignment(PlasticRule):
         super().__init__(model, loss, exact, first_layer, form, sparse, sites, through_time)
         self.attention = known(attention)
         self.feedback, self.density = feedback, density
-        self._rows = 0
+        self._rows, self._repeats = 0, Repeats()
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -210,6 +211,9 @@ class ProductFeedbackAlignment(PlasticRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
         self._rows = len(inputs)
+        dense = {name: layer for name, layer in self.layers.items() if self.geometries[name] is None}
+        if (self.form == "explicit" or (self.form == "auto" and self.reasons)) and not torch.compiler.is_compiling():
+            self._repeats.look(self.model, dense, inputs)
         return super().forward(inputs, targets)
 
     def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
@@ -245,7 +249,7 @@ class ProductFeedbackAlignment(PlasticRule):
             self.replace(name, r)
 
     def literal(self, name: str) -> bool:
-        """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
+        """Whether this layer takes the literal form: by choice, or where its rows are fewer than it has units."""
         if self.mismatch_of(name) is not None:
             return False
         if isinstance(self.layers[name], Part):  # its module applies it out of sight
@@ -254,7 +258,8 @@ class ProductFeedbackAlignment(PlasticRule):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
             return False
-        return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
+        rows = self._rows * self._repeats.of(name)
+        return self.geometries[name] is None and rows <= len(self.layers[name].weight)
 
     def feedback_of(self, name: str) -> Feedback:
         """B R of this layer, as `M F` in closed form."""
