@@ -6,8 +6,10 @@ unit outputs at once, each with its own signal, then makes every unit's local gr
 the cuts, and makes sure that no error goes round them.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -33,8 +35,17 @@ ATTEMPTS = 8
 
 
 def eagerly(method: Method) -> Method:
-    """Keep a method out of compiled graphs: what it does happens once, at the first batch."""
-    return cast(Method, torch.compiler.disable(method))
+    """Keep a method out of compiled graphs: what it does happens once, at the first batch.
+
+    The compiler is asked at the call: importing it takes as long as importing PyTorch.
+    """
+
+    @wraps(method)
+    def outside(*arguments: Any) -> Any:
+        return (torch.compiler.disable(method) if "torch._dynamo" in sys.modules else method)(*arguments)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+    return cast(Method, outside)
 
 
 class CutRule(CreditRule):
@@ -117,9 +128,7 @@ class CutRule(CreditRule):
         if not passed and self.units not in KINDS:
             return []
         which = f" (those of {', '.join(sorted(passed))})" if passed else ""
-        return [
-            f"Within a unit errors pass the layers' own weights{which}; inside='feedback' puts random matrices in their place."
-        ]
+        return [f"Within units errors pass the layers' own weights{which}; inside='feedback' puts random matrices there."]
 
     @property
     def takes_signals(self) -> bool:

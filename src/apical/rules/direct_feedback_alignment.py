@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, Units, eagerly
 from apical.core.layers import computes_plainly
@@ -68,6 +69,8 @@ class DirectFeedbackAlignment(CutRule):
             square of its weight over that of the Xavier law, 0.58 for a square layer in PyTorch's default initialisation.
             (Maximum pooling leaves their length as it is.) Broadcast feedback is divided by the number of places of
             the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: unknown feedback, units, inside, source or scale.
@@ -95,11 +98,13 @@ class DirectFeedbackAlignment(CutRule):
         scale: Literal["map", "xavier"] = "map",
         source: Literal["auto", "output", "factored", "head"] = "auto",
         inside: Literal["exact", "feedback"] = "exact",
+        attention: Attention = "exact",
     ) -> None:
         require_choice("feedback", feedback, ("auto", "full", "broadcast", "position"))
         require_choice("scale", scale, ("map", "xavier"))
         require_choice("source", source, SOURCES)
         super().__init__(model, loss, "input" if leaky else "activation", exact, units, inside)
+        self.attention = known(attention)
         self.kind, self.source = feedback, source
         self.scale = "xavier" if leaky else scale
         self.feedback = nn.Module()
