@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
+from apical.core.attention import Attending, Attention
 from apical.core.diagnosis import explained, require_loss_of_output
 from apical.core.placement import Placement, layer_paths, place
 from apical.core.rest import undisturbed
-from apical.errors import ApicalError, ConfigError
+from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
@@ -236,6 +237,8 @@ class CreditRule(nn.Module):
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
         random_per_sample: every sample gets random numbers of its own, so a batch twice over, or shared by two processes,
             is another draw.
+        attention: what of the backward pass of attention is kept, where a rule has this option; see
+            :mod:`apical.core.attention`.
         repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
@@ -250,8 +253,10 @@ class CreditRule(nn.Module):
     output_alone: bool = False
     chains_errors: bool = False
     random_per_sample: bool = False
+    attention: Attention = "exact"
     repeats: int = 1
     phase: Phase
+    _has_attended: bool = False  # and attention by hand was looked for
     _placement: Placement | None = None
     _held: Any = None  # of a batch between its calls
 
@@ -267,6 +272,23 @@ class CreditRule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
+        if self.attention == "exact":
+            return self._credited(*args, **kwargs)
+        compiling, learns = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if compiling and not self._has_attended:
+            raise UnsupportedModelError(
+                f"attention={self.attention!r} must see the model at work before torch.compile: call the rule once on a "
+                "batch without it"
+            )
+        attending = Attending(self.attention, self.model, looks=learns and not self._has_attended)
+        with attending:
+            credit = self._credited(*args, **kwargs)
+        if learns and not self._has_attended:
+            attending.report()
+            self._has_attended = True
+        return credit
+
+    def _credited(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().__call__(*args, **kwargs)
         first = self._is_fresh and torch.is_grad_enabled()

@@ -6,8 +6,10 @@ unit outputs at once, each with its own signal, then makes every unit's local gr
 the cuts, and makes sure that no error goes round them.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -15,23 +17,35 @@ from torch import Tensor, nn
 
 from apical.core.credit import CreditRule, Loss
 from apical.core.cutting import Cutting, Pass
-from apical.core.graph import leaves
+from apical.core.graph import leaves, reshapes, vertex
+from apical.core.inside import InnerEdges
 from apical.core.outputs import tensors
 from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
+from apical.core.separators import KINDS, ends
 from apical.core.signals import Cut, Teacher
 from apical.core.units import weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Units = Literal["auto", "activation", "block", "sublayer", "micro"] | Sequence[str]
 
 ATTEMPTS = 8
 """Passes that may be tried until one takes a path whose cuts are known to be right."""
 
 
 def eagerly(method: Method) -> Method:
-    """Keep a method out of compiled graphs: what it does happens once, at the first batch."""
-    return cast(Method, torch.compiler.disable(method))
+    """Keep a method out of compiled graphs: what it does happens once, at the first batch.
+
+    The compiler is asked at the call: importing it takes as long as importing PyTorch.
+    """
+
+    @wraps(method)
+    def outside(*arguments: Any) -> Any:
+        return (torch.compiler.disable(method) if "torch._dynamo" in sys.modules else method)(*arguments)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+    return cast(Method, outside)
 
 
 class CutRule(CreditRule):
@@ -46,7 +60,11 @@ class CutRule(CreditRule):
         units: "auto" also cuts wherever an error would go round those cuts, or pass one layer's weight on its way to
             another (residual streams, skips taken before an activation, activations that are formulas); "activation" cuts
             behind activations only, and refuses a model where an error would go round them; names of modules are further
-            cuts besides those of "auto".
+            cuts besides those of "auto". Within a unit of the others an error passes several layers: "block" cuts behind
+            modules that hold layers, where all errors pass their output; "sublayer" wherever all errors pass one tensor, as
+            behind each sum of a residual stream; "micro" there and behind activations.
+        inside: what an error passes within a unit: "exact" are the layers' own weights, "feedback" fixed random matrices in
+            their place, at every layer, the topmost too.
 
     Raises:
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no place is found where
@@ -64,9 +82,11 @@ class CutRule(CreditRule):
         loss: Loss,
         where: Literal["activation", "input"] = "activation",
         exact: Collection[str] = (),
-        units: Literal["auto", "activation"] | Sequence[str] = "auto",
+        units: Units = "auto",
+        inside: Literal["exact", "feedback"] = "exact",
     ) -> None:
         super().__init__(model, loss)
+        require_choice("inside", inside, ("exact", "feedback"))
         self.layers = weighted_layers(model, exact, shared=True)
         self.exact = tuple(exact)
         self.where, self.units = where, units
@@ -76,13 +96,39 @@ class CutRule(CreditRule):
         self._hooks = self._cutting.hooks
         weakref.finalize(self, _remove, self._hooks)
         self._cutting.add_points(named)
+        self._cutting.skips_activations = where == "activation" and units in ("block", "sublayer")
+        self.inside: nn.Module | None = None  # feedback within units, by layer
+        self._inner: tuple[InnerEdges, ...] = ()  # not a submodule: it holds the same model
+        if inside == "feedback":
+            self._inner = (InnerEdges(model, loss, exact, int(torch.randint(2**62, ()))),)
+            self.inside = self._inner[0].feedback
         self._separation: Separation | None = None  # of the last traced pass
         self._patterns: set[Pattern] = set()
         self._shares: dict[str, float] = {}
         self._firsts: dict[str, str] = {}
+        self.readers: dict[str, str] = {}  # the layer that reads a unit's output as it is
+        self.heads: list[str] = []  # layers whose output is the model's
         self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
         self._graded: list[bool] = []  # which outputs depend on anything
         self._last: set[int] = set()  # ids of parameters that the output's own error may reach
+
+    def detach(self) -> nn.Module:
+        """Remove everything from the model and return it."""
+        for inner in self._inner:
+            inner.detach()
+        return super().detach()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Weights that errors pass within units."""
+        if self.inside is not None:
+            return []
+        merged = {} if self._separation is None else self._separation.paths
+        passed = {through for calls in merged.values() for _, through in calls if through is not None}
+        if not passed and self.units not in KINDS:
+            return []
+        which = f" (those of {', '.join(sorted(passed))})" if passed else ""
+        return [f"Within units errors pass the layers' own weights{which}; inside='feedback' puts random matrices there."]
 
     @property
     def takes_signals(self) -> bool:
@@ -120,10 +166,10 @@ class CutRule(CreditRule):
         units = list(dict.fromkeys(self.first_use(unit) for above, _ in calls for unit in above))
         if not units:
             return "no credit"
-        if merged:
+        if merged and not self._inner:
             return f"merged with {merged[0]!r}"
-        named = [f"cut at {unit!r}" for unit in units if unit != OUTPUT]
-        return ", ".join(named + ["exact"] * (OUTPUT in units))
+        named = ["own feedback"] * bool(merged) + [f"cut at {unit!r}" for unit in units if unit != OUTPUT]
+        return ", ".join(named + ["exact"] * (OUTPUT in units and not merged))
 
     @eagerly
     def _trace(self, inputs: Tensor) -> Separation:
@@ -134,7 +180,12 @@ class CutRule(CreditRule):
             if not tensors(output):
                 raise _no_tensor(type(self).__name__, output)
             self._graded = [part.requires_grad for part in tensors(output)]
-        separation = separate(self._cutting, trace, tensors(output), self.units == "activation", self.units != "activation")
+        if self.units in KINDS:
+            self._cutting.add_points(ends(self._cutting, trace, tensors(output), str(self.units)))
+        merges, mends = self.units in ("activation", *KINDS), self.units not in ("activation", "block", "sublayer")
+        separation = separate(self._cutting, trace, tensors(output), merges, mends)
+        made = {reshaped for part in tensors(output) for reshaped in reshapes(vertex(part))}
+        self.heads = [name for name, at in trace.sites if at in made]
         if self.units == "activation" and not separation.units and len(trace.sites) > 1:
             raise UnsupportedModelError(
                 "no activation was called between the weighted layers, so there is no hidden unit to send a signal to; pass "
@@ -162,11 +213,13 @@ class CutRule(CreditRule):
             raise ConfigError(f"the batch is empty: inputs have the shape {tuple(inputs.shape)}; leave it out")
         if self.where == "activation" and self._separation is None:
             self._trace(inputs)
+        self._cutting.run = self._inner[0]._run if self._inner and torch.is_grad_enabled() else self.model
         output, done = self._cutting.cut_pass(inputs, self.takes_signals)
         if not tensors(output):
             raise _no_tensor(type(self).__name__, output)
         if self.where == "activation" and not self._is_right(output, done):
             output, done = self._retried(inputs, output, done)
+        self.readers.update({cut.name: cut.reader for cut in done.cuts if cut.reader})
         return output, done.cuts, done.teacher
 
     def require_ends(self, output: Any, errors: Sequence[Tensor | None]) -> None:
@@ -230,8 +283,9 @@ def _remove(hooks: list[Any]) -> None:
 
 
 def _check_units(model: nn.Module, units: str | Sequence[str], named: list[str]) -> None:
-    if isinstance(units, str) and units not in ("auto", "activation"):
-        raise ConfigError(f"units must be 'auto', 'activation' or a list of names of modules, not {units!r}")
+    if isinstance(units, str) and units not in ("auto", "activation", *KINDS):
+        kinds = ", ".join(map(repr, ("auto", "activation", *KINDS)))
+        raise ConfigError(f"units must be {kinds} or a list of names of modules, not {units!r}")
     modules = dict(model.named_modules())
     unknown = [name for name in named if name not in modules]
     if unknown:

@@ -32,6 +32,7 @@ class Call(NamedTuple):
         base: the same without "#k".
         at: its output in autograd's graph; None where it needs no gradient.
         first: whether no weighted layer was called before.
+        shape: of its output, or () for layers and activations.
     """
 
     kind: Literal["layer", "activation", "module", "function"]
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     base: str
     at: Vertex | None
     first: bool = False
+    shape: tuple[int, ...] = ()
 
 
 class Cutting:
@@ -50,8 +52,10 @@ class Cutting:
         bases: names of function calls among the points, without "#k".
         inside: names of activation calls within a unit, where there is no cut.
         tail: names of activation calls behind the last weighted layer.
+        skips_activations: units end at the points only.
         is_functional: whether some cut is at a function's call, so that calls must be heard.
         moves_rows: whether rows of some unit are not those of the batch.
+        run: makes the model's output in a pass with cuts; another rule may be at work in it.
         now: the pass that is under way.
     """
 
@@ -63,8 +67,10 @@ class Cutting:
         self.bases: set[str] = set()
         self.inside: set[str] = set()
         self.tail: set[str] = set()
+        self.skips_activations = False
         self.is_functional = False
         self.moves_rows = False
+        self.run: Callable[[Any], Any] = model
         self.now: Pass | Trace | None = None
         self.hooks: list[Any] = []
         for name, module in self.modules.items():
@@ -125,7 +131,7 @@ class Cutting:
                 raise UnsupportedModelError("the model moves rows of the batch, which is followed in eager mode only")
             now.rows = Rows(inputs)
         with self._under_way(now, self.is_functional):
-            output = self.model(inputs)
+            output = self.run(inputs)
         if now.rows is not None:
             now.cuts = now.rows.tell(now.cuts, output)
         return output, now
@@ -196,8 +202,10 @@ class Pass:
             return args, {**kwargs, "input": self.cut(self.number(name), kwargs["input"])}
         raise UnsupportedModelError(f"layer {name!r} was called without its input; pass it by position")
 
-    def layer(self, name: str, output: Any) -> None:
-        """Note a call of a weighted layer."""
+    def layer(self, name: str, output: Any, inputs: Any = None) -> None:
+        """Note a call of a weighted layer, and whether it reads a unit's output as it is."""
+        if inputs is not None and self.is_cut(inputs):
+            self.cuts[-1] = self.cuts[-1]._replace(reader=name)
         self.events.append(name)
         self.near = name
         if not torch.compiler.is_compiling():
@@ -208,7 +216,7 @@ class Pass:
 
     def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
         """Cut at an activation's output, unless it has no unit of its own. `inputs` is what it is given."""
-        if self.near is None:
+        if self.near is None or self.cutting.skips_activations:
             self.events.append(f"~{name}")
             return None
         name = self.number(name)
@@ -231,7 +239,7 @@ class Pass:
         cutting = self.cutting
         if cutting.at_inputs or self.owners[-1] in cutting.activations:
             return result
-        if function in FUNCTIONS:
+        if function in FUNCTIONS and not cutting.skips_activations:
             hidden = self.activation(self.called(function), result, args[0] if args else None)
             return result if hidden is None else hidden
         name = self.called(function)
@@ -297,7 +305,7 @@ class Trace(Pass):
     def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Nothing is cut."""
 
-    def layer(self, name: str, output: Any) -> None:
+    def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a layer's output."""
         super().layer(name, output)
         at = self.sites[-1][1]
@@ -309,6 +317,8 @@ class Trace(Pass):
         """Note an activation's output."""
         first = self.near is None
         self._watch(output)
+        if self.cutting.skips_activations:
+            return None  # noted as every module's output
         self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
         return None
 
@@ -326,18 +336,18 @@ class Trace(Pass):
         if isinstance(output, Tensor) and output.grad_fn is not None:
             self._watch(output)
             number = self.number(f"{name}:output").replace(":output", "", 1)
-            self.calls.append(Call("module", number, name, vertex(output)))
+            self.calls.append(Call("module", number, name, vertex(output), shape=tuple(output.shape)))
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
         if self.owners[-1] in self.cutting.activations:
             return result
         name = self.called(function)
-        if function in FUNCTIONS:
+        if function in FUNCTIONS and not self.cutting.skips_activations:
             self.activation(name, result, None)
         elif isinstance(result, Tensor) and result.grad_fn is not None:
             at = cast(Vertex, vertex(result))
-            self.calls.append(Call("function", self.number(name), name, at))
+            self.calls.append(Call("function", self.number(name), name, at, shape=tuple(result.shape)))
             kind = getattr(function, "__name__", "")
             if kind in AVERAGES and args and isinstance(args[0], Tensor):
                 self.shrinkage[at] = args[0].numel() / max(result.numel(), 1)
@@ -352,7 +362,7 @@ def _before_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any
 
 def _after_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if cutting.now is not None:
-        cutting.now.layer(name, output)
+        cutting.now.layer(name, output, args[0] if args else None)
 
 
 def _after_activation(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -213,8 +213,8 @@ class _Search:
         cuts = sorted({base(call.name) for call in self.marks.values()})
         round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"
         return UnsupportedModelError(
-            f"the error would reach {self.sites[site]!r} round {round_}, over a residual connection or a skip; name modules "
-            "whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
+            f"the error would reach {self.sites[site]!r} round {round_}, over a residual connection or a skip; "
+            "pass units='auto', or name modules whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
         )
 
     def result(self, reached: Reached) -> Separation:

@@ -5,7 +5,7 @@ convolution) is one step in depth, everything else is none. Depth is therefore t
 once. Memory is the identity of a tensor: a view has the trace of its base, and what is written in place joins it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -67,6 +67,7 @@ class Dataflow(TorchDispatchMode):
         weights: of the layers, by name, in the order of execution.
         inputs: of the batch.
         targets: of the batch.
+        flipped: names of weights that are held as (n_in, n_out).
 
     Attributes:
         responses: number of forward responses of each layer.
@@ -75,9 +76,11 @@ class Dataflow(TorchDispatchMode):
         multiply_adds: of all products.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, flipped: Collection[str] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.weights, self.last = Weights(weights), list(weights)[-1]
+        self.weights, self.last = Weights(weights, flipped), list(weights)[-1]
         self.traces: dict[int, Trace] = {}
         self.alive: list[Tensor] = []
         self.responses = dict.fromkeys(weights, 0)
@@ -160,10 +163,12 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     return written
 
 
-def recorded(rule: Any, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Dataflow:
+def recorded(
+    rule: Any, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, flipped: Collection[str] = ()
+) -> Dataflow:
     """The flow of one step of a rule, forward and backward; gradients are left in `.grad`, which is cleared before."""
     rule.zero_grad()
-    flow = Dataflow(weights, inputs, targets)
+    flow = Dataflow(weights, inputs, targets, flipped)
     with flow:
         rule.accumulate(inputs, targets)
     return flow

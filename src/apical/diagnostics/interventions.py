@@ -4,17 +4,19 @@ All are made on copies of nothing: the rule runs its own code on its own model, 
 are relative, `|a - b| / |b|` over an update's weights; a rule that draws random numbers draws the same ones each time.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apical.core.credit import CreditRule
-from apical.core.units import weighted_layers
+from apical.core.layers import is_local, is_weighted
 from apical.diagnostics.dataflow import Dataflow, Trace, recorded
-from apical.diagnostics.synapses import Responding
+from apical.diagnostics.synapses import Inputs, Responding
+from apical.errors import ConfigError
 
 Updates = dict[str, Tensor]
 """The requested change of each layer's weight, up to its sign and the learning rate: its gradient."""
@@ -45,6 +47,10 @@ class Probe:
     Attributes:
         layers: names of the weighted layers, in the order in which they respond.
         weights: their weights.
+        biases: their biases; None where they have none, or none is known.
+        uses: how many times each responds in a forward pass of the model.
+        blocks: parts of weights that respond on their own.
+        flipped: names of those held as (n_in, n_out).
         sample: the one of the batch with the largest loss, (1, ...) and its target.
         base: the updates without any intervention; layers that do not learn, or have a zero update, are missing.
         flow: data flow of one step.
@@ -54,27 +60,70 @@ class Probe:
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, seed: int = 0) -> None:
         self.rule, self.inputs, self.targets, self.seed = rule, inputs, targets, seed
         rule(inputs, targets)  # whatever is made at the first batch exists from here on
-        found = weighted_layers(rule.model, shared=True)
-        order: dict[str, None] = {}
-        weights = {name: layer.weight for name, layer in found.items()}
-
-        def note(name: str, result: Tensor) -> Tensor:
-            order[name] = None
-            return result
-
-        with torch.no_grad(), Responding(weights, {}, note):
-            rule.model(inputs)
-        self.layers = list(order)
-        self.modules = {name: found[name] for name in self.layers}
-        self.weights = {name: weights[name] for name in self.layers}
+        weights, biases = synapses(rule.model)
         self._own = {_memory(tensor) for tensor in (*rule.model.parameters(), *rule.model.buffers())}
         self._kept: list[Tensor] = []
         self._remember()
+
+        heard = Inputs(weights)
+        called = self._passes(heard, inputs)
+        self.flipped = heard.backwards.keys() - heard.calls.keys()  # in a forward pass, all products are forward responses
+        if self.flipped:
+            heard = Inputs(weights, self.flipped)
+            self._passes(heard, inputs)
+        self.uses = {name: len(calls) for name, calls in heard.calls.items()}
+        unseen = [name for name in called if name in weights and name not in self.uses]
+        if unseen or not self.uses:
+            raise ConfigError(
+                f"the audit cannot follow {', '.join(map(repr, unseen)) or 'the model'}: it computes with a function of its "
+                "weight, so no product with the weight is seen; examine a model whose layers use their weights as they are"
+            )
+        self.blocks = [part for (name, *_), part in heard.blocks.items() if part.numel() < weights[name].numel()]
+        self.layers = list(self.uses)
+        self.biases = {name: biases[name] for name in self.layers}
+        self.weights = {name: weights[name] for name in self.layers}
         self.flow, self.traces = self._flow()
         self._kept = [t for t in self.flow.operands if t.is_leaf and not self.flow.made(t) and _memory(t) not in self._own]
         self._remember()
         self.base = {name: update for name, update in self.updates().items() if float(update.norm())}
         self.sample = self._worst()
+
+    def _passes(self, mode: TorchDispatchMode, inputs: Tensor) -> list[str]:
+        """Shows the inputs to the model while `mode` is active; returns the names of the modules that were called."""
+        called: list[str] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+            for name, module in self.rule.model.named_modules()
+        ]
+        try:
+            with torch.enable_grad(), mode:  # without gradients, attention has another path
+                self.rule.model(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._restore()
+        return called
+
+    def responding(
+        self, responses: Mapping[str, Tensor], after: Callable[[str, Tensor], Tensor] | None = None
+    ) -> Responding:
+        """A mode in which layers respond with other weights, or otherwise, than everything else sees."""
+        return Responding(self.weights, responses, after, self.flipped)
+
+    def given(self) -> dict[str, list[Tensor]]:
+        """What each dense layer is given of the sample, rows (positions, n_in), one entry a response."""
+        heard = Inputs({name: weight for name, weight in self.weights.items() if weight.dim() == 2}, self.flipped)
+        self._passes(heard, self.sample[0])
+        return heard.calls
+
+    def rows(self, updates: Updates) -> Updates:
+        """Updates of matrices as (n_out, n_in), however the model holds them."""
+        return {name: update.T if name in self.flipped else update for name, update in updates.items() if update.dim() == 2}
+
+    @property
+    def responses(self) -> dict[str, int]:
+        """How many times each layer responds in a step, in forward passes: at several positions, or uses, it is once."""
+        return {name: -(-count // self.uses[name]) for name, count in self.flow.responses.items()}
 
     @property
     def feedback(self) -> list[Tensor]:
@@ -84,11 +133,14 @@ class Probe:
         return [tensor for memory, tensor in found.items() if memory not in self._own]
 
     def _worst(self) -> tuple[Tensor, Tensor]:
+        answers = max(len(self.targets) // len(self.inputs), 1)  # of a sample, where the model joins samples and positions
         with torch.no_grad():
             output = self.rule.model(self.inputs)
-            losses = [float(self.rule.loss(output[i : i + 1], self.targets[i : i + 1])) for i in range(len(output))]
-        worst = losses.index(max(losses))
-        return self.inputs[worst : worst + 1], self.targets[worst : worst + 1]
+            rows = max(len(output) // len(self.inputs), 1)
+            parts = zip(output.split(rows), self.targets.split(answers), strict=True)
+            losses = [float(self.rule.loss(part, targets)) for part, targets in parts]
+        worst = max(range(len(losses)), key=lambda i: losses[i] if losses[i] == losses[i] else -math.inf)
+        return self.inputs[worst : worst + 1], self.targets[worst * answers : (worst + 1) * answers]
 
     def _remember(self) -> None:
         held = [*self.rule.parameters(), *self.rule.buffers(), *self._kept]
@@ -101,7 +153,7 @@ class Probe:
 
     def _flow(self) -> tuple[Dataflow, dict[str, Trace]]:
         torch.manual_seed(self.seed)
-        flow = recorded(self.rule, self.weights, self.inputs, self.targets)
+        flow = recorded(self.rule, self.weights, self.inputs, self.targets, self.flipped)
         traces = {name: flow.trace(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
         self._restore()
         return flow, traces
@@ -142,7 +194,7 @@ class Probe:
             if also is not None:
                 also()
 
-        return self.updates(put, Responding(self.weights, responses))
+        return self.updates(put, self.responding(responses))
 
 
 def reads(probe: Probe, changed: Callable[[Tensor, torch.Generator], Tensor]) -> dict[tuple[str, str], float]:
@@ -177,8 +229,8 @@ def other_magnitudes(weight: Tensor, generator: torch.Generator) -> Tensor:
 def peeks(probe: Probe) -> dict[tuple[str, str], float] | None:
     """How much the update of a layer moves, {(layer, later): change}, when a later hidden layer responds otherwise.
 
-    The output is held at what it was, so that the output error stays. None where the output is made more than once in a
-    step: there it cannot be held without breaking the loop.
+    The output is held at what it was, so that the output error stays. None where the output is made in more than one pass
+    of a step: there it cannot be held without breaking the loop.
     """
     last, made = probe.layers[-1], []
 
@@ -187,21 +239,33 @@ def peeks(probe: Probe) -> dict[tuple[str, str], float] | None:
             made.append(result.detach().clone())
         return result
 
-    probe.updates(mode=Responding(probe.weights, {}, listen))
-    if len(made) != 1:
+    probe.updates(mode=probe.responding({}, listen))
+    if len(made) != probe.uses[last]:
         return None
     found = {}
     for number, later in enumerate(probe.layers[:-1]):
         generator = torch.Generator().manual_seed(number)
 
-        def disturb(name: str, result: Tensor, later: str = later, generator: torch.Generator = generator) -> Tensor:
+        held = iter(made)
+        factor: list[Tensor] = []
+
+        def disturb(
+            name: str,
+            result: Tensor,
+            later: str = later,
+            generator: torch.Generator = generator,
+            held: Iterator[Tensor] = held,
+            factor: list[Tensor] = factor,
+        ) -> Tensor:
             if name == last:
-                return made[0]
+                return next(held)
             if name != later:
                 return result
-            return result * torch.randn(result.shape[1:], generator=generator, dtype=result.dtype)
+            if not factor or factor[0].shape != result.shape[1:]:
+                factor[:] = [torch.randn(result.shape[1:], generator=generator, dtype=result.dtype)]
+            return result * factor[0]
 
-        after = probe.updates(mode=Responding(probe.weights, {}, disturb))
+        after = probe.updates(mode=probe.responding({}, disturb))
         earlier = probe.layers[:number]
         found.update({(layer, later): change(after[layer], probe.base[layer]) for layer in earlier if layer in probe.base})
     return found
@@ -222,10 +286,10 @@ def jumps(probe: Probe) -> dict[tuple[str, str], float]:
         potentials[name] = result.clone()
         return result
 
-    with torch.no_grad(), Responding(probe.weights, {}, note):
+    with torch.no_grad(), probe.responding({}, note):
         probe.rule.model(sample[0])
     for number, bent in enumerate(probe.layers[:-1]):
-        bias = probe.modules[bent].bias
+        bias = probe.biases[bent]
         potential = potentials[bent][0]
         if bias is None or potential.shape != bias.shape:
             continue
@@ -237,27 +301,6 @@ def jumps(probe: Probe) -> dict[tuple[str, str], float]:
             if layer in probe.base and any(float(side[layer].norm()) for side in sides):
                 larger, smaller = sorted((side[layer] for side in sides), key=lambda update: -float(update.norm()))
                 found[layer, bent] = change(smaller, larger)
-    return found
-
-
-def not_presynaptic(probe: Probe) -> dict[str, float]:
-    """Share of a dense layer's update that is no multiple of its own input, for one sample, by layer."""
-    sample = probe.sample
-    given: dict[str, Tensor] = {}
-
-    def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        given[name] = args[0].detach()
-
-    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in probe.modules.items()]
-    with torch.no_grad():
-        probe.rule.model(sample[0])
-    for hook in hooks:
-        hook.remove()
-    found = {}
-    for name, update in probe.updates(batch=sample).items():
-        if update.dim() == 2 and given[name].numel() == update.shape[1] and float(update.norm()):
-            direction = given[name].flatten() / given[name].norm()
-            found[name] = float((update - torch.outer(update @ direction, direction)).norm() / update.norm())
     return found
 
 
@@ -286,6 +329,25 @@ def with_other_feedback(probe: Probe, changed: Callable[[Tensor, torch.Generator
             tensor.copy_(changed(tensor.detach(), generator))
 
     return probe.seen_otherwise(seen, put)
+
+
+def synapses(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Weights between populations, and biases, by name: those of layers, and matrices of any other module that learns.
+
+    A layer's has the name of the layer, another module's its own, as `attention.in_proj_weight` or `lstm.weight_hh_l0`.
+    """
+    weights: dict[str, Tensor] = {}
+    biases: dict[str, Tensor | None] = {}
+    for name, module in model.named_modules():
+        if is_weighted(module):
+            found = {name: module.weight}
+        else:
+            own = {} if is_local(module) else dict(module.named_parameters(name, recurse=False))
+            found = {full: parameter for full, parameter in own.items() if parameter.dim() > 1}
+        for full, weight in found.items():
+            if all(weight is not known for known in weights.values()):  # a tied one has its first name
+                weights[full], biases[full] = weight, module.bias if is_weighted(module) else None
+    return weights, biases
 
 
 def _can_change(tensor: Tensor) -> bool:

@@ -22,7 +22,6 @@ from apical.diagnostics.interventions import (
     change,
     jumps,
     noisy,
-    not_presynaptic,
     other_magnitudes,
     other_signs,
     peeks,
@@ -32,6 +31,7 @@ from apical.diagnostics.interventions import (
     with_other_feedback,
 )
 from apical.diagnostics.memory import held_bytes
+from apical.diagnostics.positions import across_positions, not_presynaptic
 from apical.errors import ConfigError
 
 MOVED = 1e-6
@@ -48,6 +48,10 @@ CHANCE = 4.0
 
 CLOSE = 45.0
 """Degrees to backpropagation's gradient within which a rule is called close to it."""
+
+
+NAMED = 4
+"""Layers named in a sentence, at most."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,13 @@ class Findings:
         peeks: change when a later hidden layer responds otherwise while the output stays; None if that cannot be arranged.
         jumps: change when silent neurons of the same or a later hidden layer cross their kink.
         kinks: the same for backpropagation: empty or all small where activations are smooth.
-        presynaptic: share of a dense layer's update, for one sample, that is no multiple of the layer's input.
+        presynaptic: share of a dense layer's update, for one sample, that is no combination of the layer's inputs at any
+            position; NaN where that cannot be told.
+        crossing: share of what the error at one position adds to a dense layer's update that is no multiple of the layer's
+            input there.
+        no_positions: why nothing was asked about positions; empty if it was.
         traces: where each layer's update comes from.
-        responses: forward responses of each layer in a step.
+        responses: forward passes in which each layer responds in a step.
         symmetry: smallest angle of a feedback matrix to a forward weight of its shape, and that weight's size; None if none
             has the shape of a weight.
         gradient: angle of each update to backpropagation's.
@@ -102,6 +110,8 @@ class Findings:
     jumps: dict[tuple[str, str], float]
     kinks: dict[tuple[str, str], float]
     presynaptic: dict[str, float]
+    crossing: dict[str, float]
+    no_positions: str
     traces: dict[str, Trace]
     responses: dict[str, int]
     symmetry: tuple[float, int] | None
@@ -144,7 +154,7 @@ def _examined(rule: CreditRule, inputs: Tensor, targets: Tensor, exact: CreditRu
     again = probe.updates()
     if any(change(again[layer], update) > MOVED for layer, update in probe.base.items()):
         raise ConfigError(f"{type(rule).__name__} gives another update each time from one state and one seed")
-    own, backprop = gradients(rule, inputs, targets)
+    own, backprop = gradients(rule, inputs, targets, probe.weights)
     hidden = probe.layers[:-1]
     turned = {}
     for changed in (noisy, sparse, quantised):
@@ -152,6 +162,7 @@ def _examined(rule: CreditRule, inputs: Tensor, targets: Tensor, exact: CreditRu
         angles = [angle(after[layer], probe.base[layer]) for layer in hidden if layer in probe.base]
         moved = any(change(after[layer], probe.base[layer]) > MOVED for layer in hidden if layer in probe.base)
         turned[changed.__name__] = sum(angles) / len(angles) if moved else float("nan")
+    crossing, no_positions = across_positions(probe)
     return Findings(
         layers=probe.layers,
         learns=list(probe.base),
@@ -160,10 +171,12 @@ def _examined(rule: CreditRule, inputs: Tensor, targets: Tensor, exact: CreditRu
         peeks=peeks(probe),
         jumps=jumps(probe),
         kinks=jumps(Probe(exact, inputs, targets)),
-        presynaptic=not_presynaptic(probe) if max(probe.flow.responses.values()) == 1 else {},
+        presynaptic=not_presynaptic(probe),
+        crossing=crossing,
+        no_positions=no_positions,
         traces=probe.traces,
-        responses=probe.flow.responses,
-        symmetry=symmetry(probe.flow.operands, probe.weights.values()),
+        responses=probe.responses,
+        symmetry=symmetry(probe.flow.operands, [*probe.weights.values(), *probe.blocks]),
         gradient={layer: angle(own[layer], backprop[layer]) for layer in own},
         depth=max(trace.depth for trace in probe.traces.values()),
         multiply_adds=probe.flow.multiply_adds,
@@ -237,19 +250,44 @@ def local(found: Findings) -> Verdict:
     read = max(_largest(changes, lambda *_: True) for changes in (found.signs, found.magnitudes))
     bent = _largest(found.jumps, lambda layer, other: layer != other)
     peeked = _largest(found.peeks or {}, lambda layer, _: layer in found.hidden)
-    foreign = max(found.presynaptic.values(), default=0.0)
+    foreign = max((share for share in found.presynaptic.values() if share == share), default=0.0)
+    unasked = [layer for layer, share in found.presynaptic.items() if share != share]
     numbers = {"weights": read, "derivatives": bent, "activities": peeked, "not_presynaptic": foreign}
     parts = ["other layers' weights"] if read > MOVED else []
     parts += ["later layers' derivatives"] if bent > JUMPED else []
     parts += ["later layers' activities, with the output held"] if peeked > MOVED else []
-    parts += ["more than its input times a signal"] if foreign > MOVED else []
+    parts += ["more than their layer's inputs times signals"] if foreign > MOVED else []
     text = f"updates depend on {', '.join(parts)}" if parts else "updates depend on no other layer's weights or derivatives"
     if found.peeks is None:
-        text += "; later activities were not asked about: the output is part of a loop"
+        text += "; later activities were not asked about: the output responds in several passes, and cannot be held"
+    if unasked:
+        what = "every input" if len(unasked) == len(found.presynaptic) else f"the inputs of {', '.join(unasked)}"
+        text += (
+            f"; whether updates are made of the layer's own inputs was not asked of {what}: they change, or span everything"
+        )
     if not parts:
         return Verdict("yes", True, text, numbers)
     bad = read > MOVED or foreign > MOVED
     return Verdict("no" if bad else "partly", False if bad else None, text, numbers)
+
+
+def no_credit_across_positions(found: Findings) -> Verdict:
+    """Does the error at a position (a token, a moment) teach a layer about its input at that position alone?"""
+    if found.no_positions:
+        return Verdict("not applicable", None, found.no_positions, {})
+    told = {layer: share for layer, share in found.crossing.items() if share == share}
+    if not told:
+        return Verdict("not applicable", None, "at a position, every layer's inputs span everything it could be given", {})
+    crossing = sorted((layer for layer, share in told.items() if share > MOVED), key=lambda layer: -told[layer])
+    text = "what the error at a position adds to updates is a multiple of the layer's input there"
+    if crossing:
+        most = ", ".join(f"{layer} {told[layer]:.2g}" for layer in crossing[:NAMED])
+        text = (
+            f"in {len(crossing)} of {len(told)} layers, the error at a position also adds to the update what is no multiple"
+        )
+        text += f" of the layer's input there; share of its norm: {most}{', ...' if len(crossing) > NAMED else ''}"
+    numbers = {"share": max(told.values()), "layers": len(crossing), "asked": len(told)}
+    return Verdict("no" if crossing else "yes", not crossing, text, numbers)
 
 
 def no_backward_locking(found: Findings) -> Verdict:
@@ -360,6 +398,7 @@ CRITERIA: list[Criterion] = [
     _criterion(no_magnitude_transport, "No transport of magnitudes"),
     _criterion(no_symmetry, "No symmetry after training"),
     _criterion(local, "Local"),
+    _criterion(no_credit_across_positions, "No credit across positions"),
     _criterion(no_backward_locking, "No backward locking"),
     _criterion(no_update_locking, "No update locking"),
     _criterion(one_phase, "One phase"),

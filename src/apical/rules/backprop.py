@@ -8,12 +8,19 @@ Not local: the error travels through the transpose of the forward weights.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.placement import layer_paths
 
 
 class Backprop(CreditRule):
     """Exact gradient of the loss by automatic differentiation; any module whatever.
+
+    Args:
+        model: any network.
+        loss: maps (output, targets) to a scalar batch mean.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     >>> import torch
     >>> rule = Backprop(torch.nn.Linear(4, 3))
@@ -24,8 +31,9 @@ class Backprop(CreditRule):
 
     chains_errors = True
 
-    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
+    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, attention: Attention = "exact") -> None:
         super().__init__(model, loss)
+        self.attention = known(attention)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
+from apical.core.packed import xavier_
 from apical.core.plastic import Initial, PlasticRule, check_initial
 from apical.core.transport import Geometry, transport, weight_gradient
 from apical.errors import ConfigError
@@ -47,7 +49,7 @@ class KolenPollack(PlasticRule):
     Give `rule.parameters()` to the optimiser, with a positive weight decay.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         form: "explicit" holds B as a parameter; "closed" never does, and refuses what it cannot follow exactly; "auto" takes
             for each layer the closed form from the first step on where it is exact, and says in `rule.remarks` where not.
@@ -57,6 +59,9 @@ class KolenPollack(PlasticRule):
             which the decay of AdamW and its like is too small to do. The rule is built before it knows the optimiser, so
             that it is for you to choose.
         mirror: noise vectors per input of a layer, for initial="mirror".
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: unknown form or initial, mirror < 1; or, while training, an optimiser without B, or what the
@@ -85,13 +90,17 @@ class KolenPollack(PlasticRule):
         first_layer: bool = False,
         initial: Initial = "random",
         mirror: int = 40,
+        sites: Collection[str] = (),
+        through_time: bool = True,
+        attention: Attention = "exact",
     ) -> None:
         check_initial(initial, mirror)
         if form not in ("auto", "closed", "explicit"):
             raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
-        super().__init__(model, loss, exact, first_layer, form)
+        super().__init__(model, loss, exact, first_layer, form, sites=sites, through_time=through_time)
+        self.attention = known(attention)
         for name, layer in self.layers.items():
-            self.hold(name, nn.init.xavier_uniform_(torch.empty_like(weight_now(layer))))
+            self.hold(name, xavier_(torch.empty_like(weight_now(layer)), layer))
         if initial == "mirror":
             self.mirror(mirror)
 
@@ -128,7 +137,7 @@ class KolenPollack(PlasticRule):
     def substitutes(self) -> dict[str, Tensor]:
         """Weights whose gradient is also B's."""
         return self.steps.taps() | {
-            f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
+            self.weight_name(name): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
             for name, layer in self.layers.items()
             if self.mismatch_of(name) is None and self.tapped(name)
         }

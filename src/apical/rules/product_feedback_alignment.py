@@ -31,10 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.attention import Attention, known
 from apical.core.credit import Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
+from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, Initial, PlasticRule, check_initial
+from apical.core.repeats import Repeats
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -116,7 +119,7 @@ class ProductFeedbackAlignment(PlasticRule):
     falls as `exp(-lr decay steps / (1 - momentum))`, and the paper's settings make that exponent about 2.5.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         expansion: lambda >= 1, the size of r over the layer's output; ignored unless feedback is "random".
         feedback: "random" B; "orthogonal" B with lambda = 1 (PFA-o); "identity", which makes the rule Kolen-Pollack.
@@ -133,6 +136,9 @@ class ProductFeedbackAlignment(PlasticRule):
             (:meth:`mirror`), which the decay of AdamW and its like is too small to do. The rule is built before it knows the
             optimiser, so that it is for you to choose.
         mirror: noise vectors per input of a layer, for initial="mirror".
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
+        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            :mod:`apical.core.attention`.
 
     Raises:
         ConfigError: an option out of range; or, while training, an optimiser without R, or what the closed form cannot
@@ -167,12 +173,17 @@ class ProductFeedbackAlignment(PlasticRule):
         update: Literal["shared", "own"] = "shared",
         initial: Initial = "random",
         mirror: int = 40,
+        sites: Collection[str] = (),
+        through_time: bool = True,
+        attention: Attention = "exact",
     ) -> None:
         _check_options(expansion, feedback, density, form, update)
         check_initial(initial, mirror)
-        super().__init__(model, loss, exact, first_layer, form, sparse=density < 1.0 and form == "auto")
+        sparse = density < 1.0 and form == "auto"
+        super().__init__(model, loss, exact, first_layer, form, sparse, sites, through_time)
+        self.attention = known(attention)
         self.feedback, self.density, self.update = feedback, density, update
-        self._rows = 0
+        self._rows, self._repeats = 0, Repeats()
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -200,7 +211,7 @@ class ProductFeedbackAlignment(PlasticRule):
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
         """Draw B and R_0 of one layer and keep what the form needs of them."""
         shape = self.geometries[name]
-        groups = 1 if shape is None else shape.groups
+        groups = row_blocks(self.layers[name]) if shape is None else shape.groups
         n_out = len(as_matrix(shape, weight))
         m = groups * round(expansion * n_out / groups) if feedback == "random" else n_out
         if feedback == "random":
@@ -213,7 +224,7 @@ class ProductFeedbackAlignment(PlasticRule):
         size[1 if shape is not None and shape.transposed else 0] = (
             m // groups if shape is not None and shape.transposed else m
         )
-        r = nn.init.xavier_uniform_(torch.empty(size, dtype=weight.dtype, device=weight.device))
+        r = xavier_(torch.empty(size, dtype=weight.dtype, device=weight.device), self.layers[name])
         if self.density < 1.0:
             mask = (torch.rand_like(r) < self.density).to(r.dtype)
             self.mask.register_buffer(key(name), mask)
@@ -235,6 +246,9 @@ class ProductFeedbackAlignment(PlasticRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
         self._rows = len(inputs)
+        dense = {name: layer for name, layer in self.layers.items() if self.geometries[name] is None}
+        if (self.form == "explicit" or (self.form == "auto" and self.reasons)) and not torch.compiler.is_compiling():
+            self._repeats.look(self.model, dense, inputs)
         return super().forward(inputs, targets)
 
     def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
@@ -270,14 +284,17 @@ class ProductFeedbackAlignment(PlasticRule):
             self.replace(name, r)
 
     def literal(self, name: str) -> bool:
-        """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
+        """Whether this layer takes the literal form: by choice, or where its rows are fewer than it has units."""
         if self.mismatch_of(name) is not None:
+            return False
+        if isinstance(self.layers[name], Part):  # its module applies it out of sight
             return False
         if self.form == "literal" or not self.tapped(name):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
             return False
-        return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
+        rows = self._rows * self._repeats.of(name)
+        return self.geometries[name] is None and rows <= len(self.layers[name].weight)
 
     def feedback_of(self, name: str) -> Feedback:
         """B R of this layer, as `M F` in closed form."""
@@ -306,7 +323,7 @@ class ProductFeedbackAlignment(PlasticRule):
             if self.mismatch_of(name) is None and not self.literal(name):
                 b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
                 tensors = (b, plastic.detach(), *self._mask(name))
-                taps[f"{name}.weight".lstrip(".")] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
+                taps[self.weight_name(name)] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
         return taps
 
     def to_weight(self, name: str, plastic: Tensor) -> Tensor:

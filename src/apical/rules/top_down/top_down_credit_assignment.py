@@ -15,9 +15,9 @@ output's credit, unless credit="probabilities"; and in a residual block each act
 transposed weight is used at all; there, the code backpropagates one step.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
-from apical.core.cut import CutRule, eagerly
+from apical.core.cut import CutRule, Units, eagerly
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
@@ -77,7 +77,7 @@ class TopDownCreditAssignment(CutRule):
         silent: bool = False,
         credit: Place | None = None,
         exact: Collection[str] = (),
-        units: Literal["auto", "activation"] | Sequence[str] = "auto",
+        units: Units = "auto",
     ) -> None:
         super().__init__(model, loss, "activation", exact, units)
         refuse_options(loss, "top-down credit assignment")
