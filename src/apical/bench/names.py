@@ -69,6 +69,10 @@ class Entry:
     physical: dict[str, Any] = field(default_factory=dict)
 
 
+MIRRORED = "kp-mirror, pfa-mirror and pfa-o-mirror"
+MIRROR = {"initial": "mirror"}
+"""Before the first step noise copies the weights into the feedback."""
+
 EXPLICIT = {"form": "explicit"}
 """Feedback weights are kept as such, not derived from forward weights that got the same updates."""
 
@@ -88,6 +92,9 @@ RULES: dict[str, Entry] = {
     "brsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn for every batch", {"variant": "batchwise"}),
     "frsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn once", {"variant": "fixed"}),
     "kp": Entry(KolenPollack, "Kolen-Pollack: feedback gets the same updates and decay", aligns=True, physical=EXPLICIT),
+    "kp-mirror": Entry(
+        KolenPollack, "Kolen-Pollack from a mirror at birth, for adamw and its like", MIRROR, physical=EXPLICIT
+    ),
     "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
     "pfa": Entry(
         ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True, physical=LITERAL
@@ -97,6 +104,18 @@ RULES: dict[str, Entry] = {
         "product feedback alignment, orthogonal",
         {"feedback": "orthogonal"},
         True,
+        physical=LITERAL,
+    ),
+    "pfa-mirror": Entry(
+        ProductFeedbackAlignment,
+        "product feedback alignment from a mirror at birth, for adamw and its like",
+        {"expansion": 10, **MIRROR},
+        physical=LITERAL,
+    ),
+    "pfa-o-mirror": Entry(
+        ProductFeedbackAlignment,
+        "product feedback alignment, orthogonal, from a mirror at birth",
+        {"feedback": "orthogonal", **MIRROR},
         physical=LITERAL,
     ),
     "dfc": Entry(
@@ -430,9 +449,14 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
             known_text = ", ".join(known) or "none"
             raise ConfigError(f"rule {recipe.rule_name!r} has no option {key!r}{hint} Its options: {known_text}")
     added = []
-    if entry.aligns and recipe.optimizer != "sgd" and "form" not in given:
+    if entry.aligns and recipe.optimizer == "adam" and "form" not in given:
         added.append("form='explicit'")
-        notes.append(f"{recipe.rule_name} keeps its feedback explicitly, because {recipe.optimizer} is not linear")
+        notes.append(f"{recipe.rule_name} keeps its feedback explicitly: the weight decay of adam goes through its moments")
+    if entry.aligns and recipe.optimizer != "sgd" and "initial" not in given | entry.options:
+        notes.append(
+            f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} begin "
+            "near the weights"
+        )
     if recipe.probe and "first_layer" in known and "first_layer" not in given:
         added.append("first_layer=True")
         notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")

@@ -1,5 +1,7 @@
 """The recipe's optimiser: one group for the forward weights and, where a rule learns its feedback, one for that."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from apical.bench.passes import Pass
 from apical.bench.recipe import ClipOver, Recipe
 from apical.bench.schedule import cosine, piecewise
 from apical.core.credit import CreditRule
+from apical.optim import InputAdam
 
 Optimizer = torch.optim.Optimizer
 NEVER = "never_decays"
@@ -24,11 +27,21 @@ def make_optimizer(recipe: Recipe, rule: CreditRule) -> Optimizer:
     feedback = [parameter for parameter in rule.feedback_parameters() if parameter.requires_grad]
     apart = set(map(id, feedback))
     forward = [parameter for parameter in rule.parameters() if parameter.requires_grad and id(parameter) not in apart]
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    kind = KINDS[recipe.optimizer]
     groups = _forward_groups(recipe, rule, forward)
     groups += [{"params": feedback, **_feedback_options(recipe)}] if feedback else []
-    optimizer: Optimizer = kind(groups, lr=recipe.lr[0], weight_decay=recipe.weight_decay[0], **_options(recipe))
-    return optimizer
+    return kind(groups, lr=recipe.lr[0], weight_decay=recipe.weight_decay[0], **_options(recipe))
+
+
+KINDS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "nadam": partial(torch.optim.NAdam, decoupled_weight_decay=True),
+    "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
+    "input-adam": InputAdam,
+}
+"""Optimisers by the recipe's names."""
 
 
 def _forward_groups(recipe: Recipe, rule: CreditRule, forward: list[nn.Parameter]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from apical.errors import ConfigError, unknown_name
 
 Device = Literal["auto", "cpu", "cuda"]
-Optimizer = Literal["sgd", "adam", "adamw"]
+Optimizer = Literal["sgd", "adam", "adamw", "nadam", "radam", "input-adam"]
 Amp = Literal["off", "bf16"]
 ClipOver = Literal["tensor", "network"]
 LossName = Literal["cross_entropy", "squared", "mse", "token_cross_entropy"]
@@ -93,7 +93,7 @@ class Recipe:
     batch_size: int = 32
     """Images per step, over all processes together."""
     optimizer: Optimizer = "sgd"
-    """Optimiser."""
+    """Optimiser; all but sgd and adam decay weights apart from gradients, input-adam is apical.optim.InputAdam."""
     lr: Annotated[tuple[float, ...], Option("RATE ...", "0.02, or tuned for the rule")] = (0.02,)
     """Learning rates, one after the other."""
     lr_epochs: tuple[int, ...] = ()
@@ -111,11 +111,11 @@ class Recipe:
     centralise: bool = False
     """Subtract from each weight's gradient its mean over inputs (gradient centralisation)."""
     momentum: float = 0.9
-    """Momentum of sgd, beta1 of adam and adamw."""
+    """Momentum of sgd, beta1 of the others."""
     beta2: float = 0.999
-    """beta2 of adam and adamw."""
+    """beta2 of all but sgd."""
     eps: Annotated[float, Option("X", "1e-8")] = 1e-8
-    """eps of adam and adamw."""
+    """eps of all but sgd."""
     clip: Annotated[float, Option("NORM", "off")] = 0.0
     """Largest norm of a step's gradient, of each weight tensor by itself and of all feedback weights together."""
     clip_over: ClipOver = "tensor"
@@ -132,11 +132,11 @@ class Recipe:
     feedback_lr: Annotated[float | None, Option("RATE", _FORWARD)] = None
     """Learning rate of feedback weights, where the rule learns them apart."""
     feedback_beta1: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their momentum of sgd, beta1 of adam and adamw."""
+    """Their momentum of sgd, beta1 of the others."""
     feedback_beta2: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their beta2 of adam and adamw."""
+    """Their beta2 of all but sgd."""
     feedback_eps: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their eps of adam and adamw."""
+    """Their eps of all but sgd."""
     feedback_weight_decay: Annotated[float | None, Option("X", _FORWARD)] = None
     """Their weight decay, which has no schedule."""
     pretrain_epochs: int = 0
@@ -187,7 +187,7 @@ class Recipe:
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
         for option, choices in (
-            ("optimizer", ("sgd", "adam", "adamw")),
+            ("optimizer", get_args(Optimizer)),
             ("amp", ("off", "bf16")),
             ("loss", get_args(LossName)),
             ("tokens", get_args(Tokens)),

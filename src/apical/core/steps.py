@@ -251,9 +251,9 @@ class Steps:
         self._warned = True
         rows = self.rule.plastic_of(name).numel() / cast(nn.Parameter, self.rule.layers[name].weight).numel()
         warnings.warn(
-            f'update="own" moves R by {type(optimizer).__name__}\'s own state, which does not commute with B^T: '
-            f'R drifts away from B^T W and training suffers; use update="shared", or apical.optim.InputAdam, or give R the learning rate '
-            f"lr / {math.sqrt(1 + 2 * rows / math.pi):.3g} = lr / sqrt(1 + 2 lambda / pi)",
+            f'update="own" moves R by {type(optimizer).__name__}\'s own state, which does not commute with B^T: R drifts '
+            'away from B^T W and training suffers; use update="shared", or apical.optim.InputAdam, or give R the learning '
+            f"rate lr / {math.sqrt(1 + 2 * rows / math.pi):.3g} = lr / sqrt(1 + 2 lambda / pi)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -407,6 +407,8 @@ class Steps:
 
     def open(self, name: str, reason: str, optimizer: Optimizer | None = None) -> None:
         """Back to the explicit form: R = B^T F, with the gradient and the momentum that it would have by now.
+
+        The part of R that B does not see is zero from here on.
 
         Raises:
             ConfigError: the form "closed" was asked for.

@@ -7,8 +7,8 @@ to zero at the rate of the decay, which must be positive. Local: B's synapse see
 
 While the optimiser moves W and B alike, `B = W + c (B_0 - W_0)` with one number c (:mod:`apical.core.mismatch`), and B
 needs no gradient, momentum or update of its own. That is so under `torch.optim.SGD`, and under optimisers whose decay is
-apart from what they make of gradients (AdamW, Muon): equal gradients make equal changes. Adam's own weight decay goes through its
-moments, where no number c exists. Form "auto" (default) uses this layer by layer where it is exact, and keeps B as a
+apart from what they make of gradients (AdamW, Muon): equal gradients make equal changes. Adam's weight decay goes through
+its moments, where no number c exists. Form "auto" (default) uses this layer by layer where it is exact, and keeps B as a
 parameter where it is not (:mod:`apical.core.plastic`).
 """
 
