@@ -18,7 +18,7 @@ from front_page import front_page, rules
 from gallery_page import gallery
 from paper_pages import paper_pages
 from reproduction_page import reproduction_page
-from result_pages import comparison_page, file_page, results_index, study_page
+from result_pages import comparison_page, file_page, results_index, study_page, study_table
 from rule_pages import choice, overview, rule_blocks, rule_classes
 from tables import benchmarks, comparisons, own_studies, reproductions, table, toml
 from zoo_page import zoo_page
@@ -57,6 +57,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     blocks = {
         root / "README.md": front_page(root, measured, records),
         root / "docs" / "command-line.md": command_blocks(),
+        root / "docs" / "transformers.md": {"language": study_table(root / "results" / "transformers-language")},
         root / "docs" / "rules.md": {"overview": overview(root), "families": rules(toml("families"), records)},
         root / "docs" / "choose.md": choice(root),
         **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},

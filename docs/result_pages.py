@@ -233,6 +233,19 @@ def study_page(folder: Path) -> str:
     return joined(parts)
 
 
+def study_table(folder: Path) -> str:
+    """The first table of a study of its own, with its settings in a sentence; says so where it is not kept."""
+    if not (folder / "results.json").exists():
+        return "No results are kept."
+    results = load(folder / "results.json")
+    first, settings = results["tables"][0], results.get("settings") or {}
+    said = "; ".join(
+        f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in settings.items()
+    )
+    sentence = f"From [the study's page](results/{folder.name}.md). Settings: {said}."
+    return joined([sentence, first["note"], table(first["header"], first["rows"])])
+
+
 def _head(content: Row, name: str) -> list[str]:
     """Title, explanation and command."""
     parts = [NOTE, f"# {content.get('title', name)}", str(content.get("about", ""))]

@@ -36,6 +36,7 @@ ARMS: dict[str, Arm] = {
     "wm": Arm("wm"),
     "fa": Arm("fa"),
     "dfa": Arm("dfa", ("units=block",)),
+    "dfa-head": Arm("dfa", ("units=block", "source=head")),
     "head only": Arm("bp", head_only=True),
     "tdca": Arm("tdca", ("units=block",)),
     "usf": Arm("usf"),
@@ -167,12 +168,13 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
         *below("M6", "usf-current", "usf", 0.03),
         *below("M7", "fa", "head only", 0.2),
         *below("M7", "kp-mirror", "fa", 0.2),
-        *below("M8", "dfa", "head only", 0.1),
-        *below("M8", "bp", "dfa", 0.2),
+        *(row for arm in _DIRECT for row in (*below("M8", arm, "head only", 0.1), *below("M8", "bp", arm, 0.2))),
         *below("M8", "dfa", "dfa-micro", 0.0),
     ]
 
 
+_DIRECT = ("dfa", "dfa-head")
+"""With the output error, and with the error at the read-out's input, which is what the prototype had."""
 _DECAY = ("kp-decay", "pfa-decay")
 
 

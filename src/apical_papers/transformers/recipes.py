@@ -42,7 +42,7 @@ COPY = replace(LANGUAGE, data="copy", model="lstm-128", context=20, epochs=20, l
 STUDIES: dict[str, Study] = {
     "text-python": Study(
         "A decoder of two blocks, width 96, on the sources of Python's standard library, 400 steps",
-        "under a minute on one CPU core",
+        "about a minute on one CPU core",
         {rule: Row(replace(LANGUAGE, rule=rule), ()) for rule in ("bp", "fa")},
         LANGUAGE,
     ),
