@@ -32,7 +32,6 @@ from apical.bench.names import (
     merged,
     options_for,
     resolve,
-    tuned_rate,
 )
 from apical.bench.papers import studies
 from apical.bench.progress import Watch, Watched, describe, results_table, shown_path
@@ -44,6 +43,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import read_json, write_state
 from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
+from apical.bench.tuned_rates import tuned_rate
 from apical.cli.columns import columns, margin
 from apical.errors import ConfigError, DivergenceError, unknown_name
 
