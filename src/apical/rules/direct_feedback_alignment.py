@@ -240,7 +240,7 @@ class DirectFeedbackAlignment(CutRule):
         return key(self.first_use(unit))
 
     def _topmost(self) -> Layer:
-        return next(reversed(self.layers.values()))
+        return next(reversed(self._whole.values()))
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
         """Draw the matrix of a unit that is met first, or see that it fits."""
@@ -277,8 +277,8 @@ class DirectFeedbackAlignment(CutRule):
 
     def _order(self) -> dict[str, int]:
         """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""
-        first = next(iter(self.layers))
-        kinds = self.layers if self.where == "input" else self._cutting.activations
+        first = next(iter(self._whole))
+        kinds = self._whole if self.where == "input" else self._cutting.activations
         names = [name for name, _ in self.model.named_modules() if name in kinds or name == first]
         return {name: place for place, name in enumerate(names[names.index(first) + 1 :])}
 

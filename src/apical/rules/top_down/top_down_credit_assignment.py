@@ -104,7 +104,7 @@ class TopDownCreditAssignment(CutRule):
         loss = value_at(self.loss, whole, targets)
         if not isinstance(targets, Tensor):
             raise ConfigError(f"top-down credit needs targets that are a tensor, not a {type(targets).__name__}")
-        *_, topmost = self.layers.values()
+        *_, topmost = self._whole.values()
         axis = class_axis(output, targets, isinstance(topmost, _ConvNd))
         moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
         prediction, target = described(ordered(output.detach(), axis), ordered(targets, axis) if moved else targets)
