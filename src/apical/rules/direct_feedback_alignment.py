@@ -132,7 +132,7 @@ class DirectFeedbackAlignment(CutRule):
             signals = [self.signal(cut, heard) for cut in cuts]
         else:
             units = [cut.bare() for cut in cuts]
-            teacher.signal = lambda index, scale: self.signal(units[index], heard * scale)
+            teacher.signal = lambda index, scale: self.signal(units[index], _times(heard, scale))
             signals = [None for _ in cuts]
         taught: list[tuple[Tensor, Tensor | None]] = [
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
@@ -310,6 +310,11 @@ class DirectFeedbackAlignment(CutRule):
         if (known := state_dict.get(f"{prefix}projection")) is not None and self.projection is None:
             self.projection = torch.empty_like(known, device=self.seed.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _times(errors: Tensor, scale: Tensor) -> Tensor:
+    """The product; as a rule the scale is 1, which can be seen for nothing on the CPU."""
+    return errors if scale.is_cpu and float(scale) == 1.0 else errors * scale
 
 
 def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) -> Tensor:
