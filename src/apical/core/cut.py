@@ -20,6 +20,7 @@ from apical.core.cutting import Cutting, Pass
 from apical.core.graph import leaves, reshapes, vertex
 from apical.core.inside import InnerEdges
 from apical.core.outputs import tensors
+from apical.core.packed import caller
 from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.separators import KINDS, ends
@@ -87,12 +88,13 @@ class CutRule(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         require_choice("inside", inside, ("exact", "feedback"))
-        self.layers = weighted_layers(model, exact, shared=True)
+        self.layers = weighted_layers(model, exact, shared=True, packed="parts")
+        self._whole = weighted_layers(model, exact, shared=True, packed="whole")  # as they are called
         self.exact = tuple(exact)
         self.where, self.units = where, units
         named = [] if isinstance(units, str) else list(units)
         _check_units(model, units, named)
-        self._cutting = Cutting(model, self.layers, where == "input")
+        self._cutting = Cutting(model, self._whole, where == "input")
         self._hooks = self._cutting.hooks
         weakref.finalize(self, _remove, self._hooks)
         self._cutting.add_points(named)
@@ -157,7 +159,8 @@ class CutRule(CreditRule):
         if self.where == "input":
             return super().credit_paths(inputs)
         paths = self._trace(inputs).paths
-        return {name: self._path(layer, paths.get(name, [])) for name, layer in self.layers.items()}
+        names = {layer: name for name, layer in self._whole.items()}
+        return {name: self._path(layer, paths.get(names[caller(layer)], [])) for name, layer in self.layers.items()}
 
     def _path(self, layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
         if not any(parameter.requires_grad for parameter in layer.parameters()):

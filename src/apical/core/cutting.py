@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core.activations import is_activation
 from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
+from apical.core.layers import is_packed
 from apical.core.rows import Rows
 from apical.core.signals import Cut, Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
@@ -32,7 +33,7 @@ class Call(NamedTuple):
         base: the same without "#k".
         at: its output in autograd's graph; None where it needs no gradient.
         first: whether no weighted layer was called before.
-        shape: of its output, or () for layers and activations.
+        shape: of its output, or () for layers.
     """
 
     kind: Literal["layer", "activation", "module", "function"]
@@ -43,11 +44,32 @@ class Call(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
+def is_part_of(point: str, module: str) -> bool:
+    """Whether a point is a tensor of the module's output.
+
+    >>> is_part_of("lstm:1", "lstm"), is_part_of("lstm1", "lstm")
+    (True, False)
+    """
+    return point.partition(":")[0] == module
+
+
+def is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a module lies within one of others."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def parts(name: str, output: Any) -> list[tuple[str, Tensor]]:
+    """Tensors of real numbers that a layer returns, by name: the first has the layer's."""
+    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [(f"{name}:{number}" if number else name, part) for number, part in enumerate(found)]
+
+
 class Cutting:
     """Where a model is cut, and the hooks that do it during :meth:`cut_pass`.
 
     Attributes:
         activations: names of activation modules.
+        packed: names of layers with several weights, whose inner calls are of no interest.
         points: further cuts: names of modules, cut at every call, and of function calls.
         bases: names of function calls among the points, without "#k".
         inside: names of activation calls within a unit, where there is no cut.
@@ -63,6 +85,7 @@ class Cutting:
         self.model, self.layers, self.at_inputs = model, layers, at_inputs
         self.modules = dict(model.named_modules())
         self.activations = {name for name, module in self.modules.items() if is_activation(module)}
+        self.packed = {name for name, layer in layers.items() if is_packed(layer)}
         self.points: set[str] = set()
         self.bases: set[str] = set()
         self.inside: set[str] = set()
@@ -82,11 +105,13 @@ class Cutting:
                 self.hooks.append(module.register_forward_hook(partial(_after_activation, self, name)))
 
     def add_points(self, names: Collection[str]) -> None:
-        """Cut at the outputs of these modules too; other names are function calls."""
+        """Cut at the outputs of these modules too, ":k" for tensor k of a layer's; other names are function calls."""
         for name in sorted(set(names) - self.points):
             self.points.add(name)
-            if name in self.modules:
-                self.hooks.append(self.modules[name].register_forward_hook(partial(_after_point, self, name)))
+            module = name.partition(":")[0]
+            if module in self.modules:
+                if not any(is_part_of(point, module) for point in self.points - {name}):
+                    self.hooks.append(self.modules[module].register_forward_hook(partial(_after_point, self, module)))
             else:
                 self.bases.add(name.partition("#")[0])
                 self.hear_functions()
@@ -101,7 +126,10 @@ class Cutting:
         """Hooks that keep count of whose code runs."""
         hooks: list[Any] = []
         for name, module in self.modules.items():
-            if name not in self.layers:
+            if name in self.packed:
+                hooks.append(module.register_forward_pre_hook(partial(_enter, self, name)))
+                hooks.append(module.register_forward_hook(partial(_pass_by, self)))
+            elif name not in self.layers and not is_inside(name, self.packed):
                 hooks.append(module.register_forward_pre_hook(partial(_enter, self, name)))
                 hooks.append(module.register_forward_hook(partial(_leave, self, name)))
         return hooks
@@ -167,6 +195,7 @@ class Pass:
         events: names of what was called, in order; "~" before activations without a cut.
         sites: each call of a weighted layer, and its output in the graph.
         cuts: the units that ended.
+        calls_of: the number of the call of a weighted layer that made a vertex.
     """
 
     def __init__(self, cutting: Cutting, plain: bool = False) -> None:
@@ -175,6 +204,7 @@ class Pass:
         self.events: list[str] = []
         self.sites: list[tuple[str, Vertex | None]] = []
         self.cuts: list[Cut] = []
+        self.calls_of: dict[Vertex, int] = {}
         self.near: str | None = None  # the last weighted layer
         self.last: Tensor | None = None  # what came out of the last cut
         self.version = 0  # of that tensor then
@@ -211,8 +241,12 @@ class Pass:
         if not torch.compiler.is_compiling():
             if self.learns and not torch.is_grad_enabled():
                 refuse_hidden(name)
-            at = self.at if self.is_cut(output) else vertex(output) if isinstance(output, Tensor) else None
-            self.sites.append((name, at))
+            made = [output] if isinstance(output, Tensor) else [part for _, part in parts(name, output)]
+            for part in made:
+                at = self.at if self.is_cut(part) else vertex(part)
+                self.sites.append((name, at))
+                if at is not None:
+                    self.calls_of[at] = len(self.events)
 
     def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
         """Cut at an activation's output, unless it has no unit of its own. `inputs` is what it is given."""
@@ -225,11 +259,22 @@ class Pass:
             return None
         return self.cut(name, output, output is inputs)
 
-    def point(self, name: str, output: Any, inputs: Any = None) -> Tensor | None:
+    def is_merged(self, site: Vertex, passed: Vertex | None) -> bool:
+        """Whether an error that passes the one weighted site on its way to the other passes another call's weights."""
+        return passed is not None and (passed not in self.calls_of or self.calls_of[passed] != self.calls_of.get(site))
+
+    def point(self, name: str, output: Any, inputs: Any = None) -> Any:
         """Cut at a module's output. `inputs` is what it is given."""
-        if not isinstance(output, Tensor) or self.is_cut(output):
+        if not isinstance(output, Tensor):
+            return self._several(name, output) if name in self.cutting.layers else None
+        if self.is_cut(output):
             return None
         return self.cut(self.number(name), output, output is inputs)
+
+    def _several(self, name: str, output: Any) -> Any:
+        """Cut at tensors of a layer's output."""
+        ends = {id(part): full for full, part in parts(name, output) if full in self.cutting.points and part.requires_grad}
+        return tree_map(lambda leaf: self.cut(self.number(ends[id(leaf)]), leaf) if id(leaf) in ends else leaf, output)
 
     def left(self, name: str, output: Any) -> None:
         """A module's forward pass is over."""
@@ -237,7 +282,7 @@ class Pass:
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Cut at a function's result where it is an activation or a further point."""
         cutting = self.cutting
-        if cutting.at_inputs or self.owners[-1] in cutting.activations:
+        if cutting.at_inputs or self.owners[-1] in cutting.activations or self.owners[-1] in cutting.packed:
             return result
         if function in FUNCTIONS and not cutting.skips_activations:
             hidden = self.activation(self.called(function), result, args[0] if args else None)
@@ -308,7 +353,7 @@ class Trace(Pass):
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a layer's output."""
         super().layer(name, output)
-        at = self.sites[-1][1]
+        at = self.sites[-1][1] if isinstance(output, Tensor) else None
         self.calls.append(Call("layer", self.number(name), name, at))
         if at is not None:
             self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[name]))
@@ -319,7 +364,8 @@ class Trace(Pass):
         self._watch(output)
         if self.cutting.skips_activations:
             return None  # noted as every module's output
-        self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
+        number = name if first else self.number(name)
+        self.calls.append(Call("activation", number, name, vertex(output), first, tuple(output.shape)))
         return None
 
     def point(self, name: str, output: Any, inputs: Any = None) -> Tensor | None:
@@ -333,14 +379,16 @@ class Trace(Pass):
 
     def left(self, name: str, output: Any) -> None:
         """Note a module's output."""
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            self._watch(output)
-            number = self.number(f"{name}:output").replace(":output", "", 1)
-            self.calls.append(Call("module", number, name, vertex(output), shape=tuple(output.shape)))
+        several = name in self.cutting.layers and not isinstance(output, Tensor)
+        for full, part in parts(name, output) if several else [(name, output)]:
+            if isinstance(part, Tensor) and part.grad_fn is not None:
+                self._watch(part)
+                number = self.number(f"{full}:output").replace(":output", "", 1)
+                self.calls.append(Call("module", number, full, vertex(part), shape=tuple(part.shape)))
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
-        if self.owners[-1] in self.cutting.activations:
+        if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
         name = self.called(function)
         if function in FUNCTIONS and not self.cutting.skips_activations:
@@ -382,6 +430,11 @@ def _leave(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...]
     if cutting.now is not None:
         cutting.now.owners.pop()
         cutting.now.left(name, output)
+
+
+def _pass_by(cutting: Cutting, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if cutting.now is not None:
+        cutting.now.owners.pop()
 
 
 def _noted(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

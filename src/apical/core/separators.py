@@ -41,8 +41,8 @@ def ends(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], kind: str) -
         if at in named and layers.bit_count() < len(weighted):
             groups.setdefault(layers, []).append(at)
     if kind == "block":
-        holds = {name for name in cutting.modules if any(_is_in(layer, name) for layer in cutting.layers)}
-        made = {call.at for call in trace.calls if call.kind == "module" and call.base in holds}
+        holds = {name for name in cutting.modules if any(_is_in(layer, name) for layer in cutting.layers)} | cutting.packed
+        made = {call.at for call in trace.calls if call.kind == "module" and call.base.partition(":")[0] in holds}
         groups = {layers: group for layers, group in groups.items() if not made.isdisjoint(group)}
     if not groups and len(weighted) > 1:
         what = "behind no module that holds layers" if kind == "block" else "nowhere between its layers"
@@ -52,7 +52,8 @@ def ends(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], kind: str) -
     for group in groups.values():
         shape = named[group[-1]].shape
         found.append(next(at for at in group if named[at].shape == shape))
-    return [call.name if call.kind == "function" else call.base for call in (named[at] for at in found)]
+    calls = [named[at] for at in found if named[at].kind != "activation"]  # a cut already
+    return [call.name if call.kind == "function" else call.base for call in calls]
 
 
 def _is_in(layer: str, module: str) -> bool:
@@ -61,12 +62,18 @@ def _is_in(layer: str, module: str) -> bool:
 
 def _names(trace: Trace, graph: Graph) -> dict[Vertex, Call]:
     """A call for each tensor at which a unit could end; of a module that is called once, if there is one."""
-    calls = [call for call in trace.calls if call.at in graph.children and call.kind in ("module", "function")]
+    calls = [call for call in trace.calls if call.at in graph.children and call.kind != "layer"]
     uses: dict[str, int] = {}
     for call in calls:
         uses[call.base] = uses.get(call.base, 0) + (call.kind == "module")
     named: dict[Vertex, Call] = {}
-    for call in sorted(calls, key=lambda call: (call.kind == "function") if uses[call.base] < 2 else 2):
+    for call in sorted(calls, key=lambda call: _rank(call, uses[call.base])):
         if call.at is not None:
             named.setdefault(call.at, call)
     return named
+
+
+def _rank(call: Call, uses: int) -> int:
+    return (
+        0 if call.kind == "activation" else 1 if call.kind == "module" and uses < 2 else 2 if call.kind == "function" else 3
+    )

@@ -132,7 +132,7 @@ class DirectFeedbackAlignment(CutRule):
             signals = [self.signal(cut, heard) for cut in cuts]
         else:
             units = [cut.bare() for cut in cuts]
-            teacher.signal = lambda index, scale: self.signal(units[index], heard * scale)
+            teacher.signal = lambda index, scale: self.signal(units[index], _times(heard, scale))
             signals = [None for _ in cuts]
         taught: list[tuple[Tensor, Tensor | None]] = [
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
@@ -240,7 +240,7 @@ class DirectFeedbackAlignment(CutRule):
         return key(self.first_use(unit))
 
     def _topmost(self) -> Layer:
-        return next(reversed(self.layers.values()))
+        return next(reversed(self._whole.values()))
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
         """Draw the matrix of a unit that is met first, or see that it fits."""
@@ -277,8 +277,8 @@ class DirectFeedbackAlignment(CutRule):
 
     def _order(self) -> dict[str, int]:
         """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""
-        first = next(iter(self.layers))
-        kinds = self.layers if self.where == "input" else self._cutting.activations
+        first = next(iter(self._whole))
+        kinds = self._whole if self.where == "input" else self._cutting.activations
         names = [name for name, _ in self.model.named_modules() if name in kinds or name == first]
         return {name: place for place, name in enumerate(names[names.index(first) + 1 :])}
 
@@ -310,6 +310,11 @@ class DirectFeedbackAlignment(CutRule):
         if (known := state_dict.get(f"{prefix}projection")) is not None and self.projection is None:
             self.projection = torch.empty_like(known, device=self.seed.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _times(errors: Tensor, scale: Tensor) -> Tensor:
+    """The product; as a rule the scale is 1, which can be seen for nothing on the CPU."""
+    return errors if scale.is_cpu and float(scale) == 1.0 else errors * scale
 
 
 def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) -> Tensor:
