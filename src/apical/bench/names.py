@@ -403,8 +403,8 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
         notes.append(f"{recipe.rule_name} keeps its feedback explicitly: the weight decay of adam goes through its moments")
     if entry.aligns and recipe.optimizer != "sgd" and "initial" not in given | entry.options:
         notes.append(
-            f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} begin near "
-            "the weights"
+            f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} begin "
+            "near the weights"
         )
     if recipe.probe and "first_layer" in known and "first_layer" not in given:
         added.append("first_layer=True")

@@ -172,7 +172,8 @@ class ProductFeedbackAlignment(PlasticRule):
         check_initial(initial, mirror)
         super().__init__(model, loss, exact, first_layer, form, sparse=density < 1.0 and form == "auto")
         self.feedback, self.density, self.update = feedback, density, update
-        self._rows = 0
+        self._rows, self._rows_per_sample = 0, dict.fromkeys(self.layers, 1.0)
+        self._seen: dict[str, float] = {}
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -235,6 +236,7 @@ class ProductFeedbackAlignment(PlasticRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
         self._rows = len(inputs)
+        self._rows_per_sample |= self._seen
         return super().forward(inputs, targets)
 
     def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
@@ -270,14 +272,14 @@ class ProductFeedbackAlignment(PlasticRule):
             self.replace(name, r)
 
     def literal(self, name: str) -> bool:
-        """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
+        """Whether this layer takes the literal form: by choice, or where rows (tokens) are fewer than its outputs."""
         if self.mismatch_of(name) is not None:
             return False
         if self.form == "literal" or not self.tapped(name):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
             return False
-        return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
+        return self.geometries[name] is None and self._rows * self._rows_per_sample[name] <= len(self.layers[name].weight)
 
     def feedback_of(self, name: str) -> Feedback:
         """B R of this layer, as `M F` in closed form."""
@@ -289,6 +291,8 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
         """The literal form, and for dense layers the cheaper order of the closed one."""
+        if self._rows and self.geometries[name] is None and not torch.compiler.is_compiling():
+            self._seen[name] = inputs.numel() / (inputs.shape[-1] * self._rows)
         if self.literal(name):
             tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic_of(name), *self._mask(name))
             return literal_feedback, tensors
