@@ -525,6 +525,46 @@ def test_an_optimiser_around_another_is_not_tried() -> None:
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
+def tied() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+class TiedHead(nn.Module):
+    """The table of an embedding is the head's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.tanh(self.middle(self.table(x))))
+        return result
+
+
+@pytest.mark.parametrize("make", [KP, PFA])
+def test_tied_weights(make: Any) -> None:
+    """Two layers with one weight keep feedback apart, or are refused; a tied table also moves the feedback of the head."""
+    with pytest.raises(ConfigError, match=r"layer '[02]' shares its weight"):
+        make(tied(), form="closed", first_layer=True)
+    rule = make(tied(), first_layer=True)
+    train(rule, SEPARATE["adamw"], steps=4)
+    assert closed(rule) == ["4"]
+    assert "a tied weight" in rule.remarks[0]
+    rule = make(TiedHead())
+    theory, optimizer = Theory(rule), torch.optim.AdamW(rule.parameters(), lr=0.01, weight_decay=DECAY)
+    for step in range(8):
+        x = torch.arange(8) + step % 3
+        optimizer.zero_grad()
+        rule(x, x.flip(0)).backward()
+        optimizer.step()
+        theory.step(rule, 1 - 0.01 * DECAY)
+    assert closed(rule) == ["middle", "head"]
+
+
 def trained_share(rank: int | None, name: str, form: str) -> dict[str, Tensor]:
     """Six steps of AdamW on the whole batch, or on a rank's half of it."""
     torch.set_default_dtype(torch.double)
