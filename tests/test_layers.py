@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
 LIBRARY = {"core", "errors"}
-SIDES = {"diagnostics", "models", "data", "evolution"}
+SIDES = {"diagnostics", "models", "data", "evolution", "optim"}
 ROOMS = {
     "errors": set(),
     "core": LIBRARY,
@@ -20,6 +20,7 @@ ROOMS = {
     "data": {"data", "errors", "own_code"},
     "diagnostics": LIBRARY | {"diagnostics", "rules"},
     "evolution": LIBRARY | {"evolution", "rules", "models", "data"},
+    "optim": {"errors", "optim"},
     "testing": LIBRARY | {"testing", "rules"},
     "bench": LIBRARY | SIDES | {"bench", "rules", "own_code"},
     "papers": LIBRARY | SIDES | {"papers", "bench", "rules"},

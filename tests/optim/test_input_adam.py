@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import apical
+from apical.data import load
 from apical.errors import ConfigError
 from apical.optim import InputAdam
 
@@ -119,3 +120,35 @@ def test_pfa_learns_by_its_own_local_step_and_stays_aligned(feedback: str) -> No
         assert torch.allclose(paths[0], paths[1], rtol=0, atol=1e-11)
     else:
         assert float(nn.functional.cosine_similarity(paths[0].flatten(), paths[1].flatten(), dim=0)) > 0.99
+
+
+def angles(optimiser: type[torch.optim.Optimizer], update: str) -> list[float]:
+    """Degrees between product and weight of the topmost layer, after the first and the last of 150 steps on digits."""
+    torch.manual_seed(0)
+    digits = load("digits")
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10)
+    ).double()
+    rule = apical.ProductFeedbackAlignment(model, update=update, initial="mirror")  # type: ignore[arg-type]
+    optimizer = optimiser(rule.parameters(), lr=0.01)  # type: ignore[call-arg]
+    found = []
+    for step in range(150):
+        batch = torch.randint(len(digits.train), (32,))
+        optimizer.zero_grad()
+        rule(digits.train.inputs[batch].double(), digits.train.targets[batch]).backward()
+        optimizer.step()
+        if step in (0, 149):
+            name, path = list(rule.feedback_weights().items())[-1]
+            cosine = nn.functional.cosine_similarity(path.flatten(), rule.layers[name].weight.flatten(), dim=0)
+            found.append(math.degrees(math.acos(float(cosine.detach()))))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:update=.own. moves R by AdamW")
+def test_own_state_keeps_the_angle_under_input_adam_and_loses_it_under_adamw() -> None:
+    """Pilot M9 in small. Expected for isotropic weights and expansion 10: arctan(1 / sqrt(10)) = 17.5 degrees."""
+    for first, last in (angles(InputAdam, "own"), angles(torch.optim.AdamW, "shared")):
+        assert 13 < first < 22
+        assert 13 < last < 22
+    _, drifted = angles(torch.optim.AdamW, "own")
+    assert drifted > 27

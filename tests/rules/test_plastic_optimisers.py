@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 import apical
 from apical.errors import ConfigError
 from apical.optim import InputAdam
+from apical.testing.two_ranks import on_two_ranks
 
 KP, PFA = apical.KolenPollack, apical.ProductFeedbackAlignment
 RULES: dict[str, Callable[..., Any]] = {
@@ -522,3 +523,69 @@ def test_an_optimiser_around_another_is_not_tried() -> None:
             optimizer.step()
     for a, b in zip(rules[0].model.parameters(), rules[1].model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def tied() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+class TiedHead(nn.Module):
+    """The table of an embedding is the head's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.tanh(self.middle(self.table(x))))
+        return result
+
+
+@pytest.mark.parametrize("make", [KP, PFA])
+def test_tied_weights(make: Any) -> None:
+    """Two layers with one weight keep feedback apart, or are refused; a tied table also moves the feedback of the head."""
+    with pytest.raises(ConfigError, match=r"layer '[02]' shares its weight"):
+        make(tied(), form="closed", first_layer=True)
+    rule = make(tied(), first_layer=True)
+    train(rule, SEPARATE["adamw"], steps=4)
+    assert closed(rule) == ["4"]
+    assert "a tied weight" in rule.remarks[0]
+    rule = make(TiedHead())
+    theory, optimizer = Theory(rule), torch.optim.AdamW(rule.parameters(), lr=0.01, weight_decay=DECAY)
+    for step in range(8):
+        x = torch.arange(8) + step % 3
+        optimizer.zero_grad()
+        rule(x, x.flip(0)).backward()
+        optimizer.step()
+        theory.step(rule, 1 - 0.01 * DECAY)
+    assert closed(rule) == ["middle", "head"]
+
+
+def trained_share(rank: int | None, name: str, form: str) -> dict[str, Tensor]:
+    """Six steps of AdamW on the whole batch, or on a rank's half of it."""
+    torch.set_default_dtype(torch.double)
+    rule = build(RULES[name], form=form)
+    module = rule if rank is None else nn.parallel.DistributedDataParallel(rule)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=DECAY)
+    share = slice(None) if rank is None else slice(rank, None, 2)
+    for step in range(6):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        module(x[share], y[share]).backward()
+        optimizer.step()
+    result = {key: value.detach().clone() for key, value in rule.feedback_weights().items()}
+    torch.set_default_dtype(torch.float)
+    return result | {f"W{key}": layer.weight.detach().clone() for key, layer in rule.layers.items()}
+
+
+@pytest.mark.parametrize("form", ["auto", "closed"])
+@pytest.mark.parametrize("name", RULES)
+def test_two_ranks_are_one_process(name: str, form: str) -> None:
+    """T19: explicit for "auto", where R takes W's change; closed stays closed."""
+    one = trained_share(None, name, form)
+    for rank in on_two_ranks(trained_share, name, form):
+        assert all(torch.allclose(rank[key], value, rtol=0, atol=1e-10) for key, value in one.items())

@@ -203,6 +203,11 @@ class PlasticRule(EdgeRule):
 
     def hold(self, name: str, plastic: Tensor) -> None:
         """Begin with R_0 = `plastic`, in the form that was asked for."""
+        if self.form == "closed" and name in self._tied:
+            raise ConfigError(
+                f"layer {name!r} shares its weight with another one, whose gradients {type(self).__name__} in closed form "
+                'cannot keep from its feedback: build the rule with form="auto"'
+            )
         if self.form == "closed":
             weight = self.layers[name].weight.detach()
             self.close(name, Mismatch(self.to_weight(name, plastic).sub_(weight)), weight)

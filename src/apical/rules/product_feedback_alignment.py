@@ -37,7 +37,6 @@ from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, Initial, PlasticRule, check_initial
-from apical.core.repeats import Repeats
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -183,7 +182,8 @@ class ProductFeedbackAlignment(PlasticRule):
         super().__init__(model, loss, exact, first_layer, form, sparse, sites, through_time)
         self.attention = known(attention)
         self.feedback, self.density, self.update = feedback, density, update
-        self._rows, self._repeats = 0, Repeats()
+        self._rows, self._rows_per_sample = 0, dict.fromkeys(self.layers, 1.0)
+        self._seen: dict[str, float] = {}
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -246,9 +246,7 @@ class ProductFeedbackAlignment(PlasticRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
         self._rows = len(inputs)
-        dense = {name: layer for name, layer in self.layers.items() if self.geometries[name] is None}
-        if (self.form == "explicit" or (self.form == "auto" and self.reasons)) and not torch.compiler.is_compiling():
-            self._repeats.look(self.model, dense, inputs)
+        self._rows_per_sample |= self._seen
         return super().forward(inputs, targets)
 
     def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
@@ -284,7 +282,7 @@ class ProductFeedbackAlignment(PlasticRule):
             self.replace(name, r)
 
     def literal(self, name: str) -> bool:
-        """Whether this layer takes the literal form: by choice, or where its rows are fewer than it has units."""
+        """Whether this layer takes the literal form: by choice, or where rows (tokens) are fewer than its outputs."""
         if self.mismatch_of(name) is not None:
             return False
         if isinstance(self.layers[name], Part):  # its module applies it out of sight
@@ -293,8 +291,7 @@ class ProductFeedbackAlignment(PlasticRule):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
             return False
-        rows = self._rows * self._repeats.of(name)
-        return self.geometries[name] is None and rows <= len(self.layers[name].weight)
+        return self.geometries[name] is None and self._rows * self._rows_per_sample[name] <= len(self.layers[name].weight)
 
     def feedback_of(self, name: str) -> Feedback:
         """B R of this layer, as `M F` in closed form."""
@@ -306,6 +303,8 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
         """The literal form, and for dense layers the cheaper order of the closed one."""
+        if self._rows and self.geometries[name] is None and not torch.compiler.is_compiling():
+            self._seen[name] = inputs.numel() / (inputs.shape[-1] * self._rows)
         if self.literal(name):
             tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic_of(name), *self._mask(name))
             return literal_feedback, tensors
