@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from apical.core.credit import CreditRule, Loss
 from apical.core.cutting import Cutting, Pass
 from apical.core.graph import leaves
+from apical.core.layers import is_packed
 from apical.core.outputs import tensors
+from apical.core.packed import full_name
 from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.signals import Cut, Teacher
@@ -78,7 +80,7 @@ class CutRule(CreditRule):
         units: Literal["auto", "activation"] | Sequence[str] = "auto",
     ) -> None:
         super().__init__(model, loss)
-        self.layers = weighted_layers(model, exact, shared=True)
+        self.layers = weighted_layers(model, exact, shared=True, packed="whole" if where == "activation" else "refused")
         self.exact = tuple(exact)
         self.where, self.units = where, units
         named = [] if isinstance(units, str) else list(units)
@@ -122,7 +124,11 @@ class CutRule(CreditRule):
         if self.where == "input":
             return super().credit_paths(inputs)
         paths = self._trace(inputs).paths
-        return {name: self._path(layer, paths.get(name, [])) for name, layer in self.layers.items()}
+        found = {name: self._path(layer, paths.get(name, [])) for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            if is_packed(layer):  # with what is inside
+                found |= {full_name(name, inner): found[name] for inner, _ in layer.named_children()}
+        return found
 
     def _path(self, layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
         if not any(parameter.requires_grad for parameter in layer.parameters()):

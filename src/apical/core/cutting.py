@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from apical.core.activations import is_activation
 from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
+from apical.core.layers import is_packed
 from apical.core.rows import Rows
 from apical.core.signals import Cut, Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
@@ -46,6 +47,7 @@ class Cutting:
 
     Attributes:
         activations: names of activation modules.
+        closed: names of activation modules and of modules that hold several weights: calls within them are no calls.
         points: further cuts: names of modules, cut at every call, and of function calls.
         bases: names of function calls among the points, without "#k".
         inside: names of activation calls within a unit, where there is no cut.
@@ -59,6 +61,7 @@ class Cutting:
         self.model, self.layers, self.at_inputs = model, layers, at_inputs
         self.modules = dict(model.named_modules())
         self.activations = {name for name, module in self.modules.items() if is_activation(module)}
+        self.closed = set(self.activations)
         self.points: set[str] = set()
         self.bases: set[str] = set()
         self.inside: set[str] = set()
@@ -70,6 +73,10 @@ class Cutting:
         for name, module in self.modules.items():
             if name in layers and at_inputs:
                 self.hooks.append(module.register_forward_pre_hook(partial(_before_layer, self, name), with_kwargs=True))
+            elif name in layers and is_packed(module):
+                self.closed.add(name)
+                self.hooks.append(module.register_forward_pre_hook(partial(_enter, self, name)))
+                self.hooks.append(module.register_forward_hook(partial(_after_packed, self, name)))
             elif name in layers:
                 self.hooks.append(module.register_forward_hook(partial(_after_layer, self, name)))
             elif name in self.activations and not at_inputs:
@@ -196,6 +203,15 @@ class Pass:
             return args, {**kwargs, "input": self.cut(self.number(name), kwargs["input"])}
         raise UnsupportedModelError(f"layer {name!r} was called without its input; pass it by position")
 
+    def packed(self, name: str, output: Any) -> Any:
+        """Note a call of a module that holds several weights, one layer; its outputs become those of one node."""
+        parts = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.is_floating_point()]
+        if self.learns and not torch.compiler.is_compiling() and any(part.requires_grad for part in parts):
+            parts = list(cast(Any, Joined).apply(*parts))
+        for part in parts:
+            self.layer(name, part)
+        return output if not parts else tree_unflatten(*_filled(output, parts))
+
     def layer(self, name: str, output: Any) -> None:
         """Note a call of a weighted layer."""
         self.events.append(name)
@@ -217,8 +233,11 @@ class Pass:
             return None
         return self.cut(name, output, output is inputs)
 
-    def point(self, name: str, output: Any, inputs: Any = None) -> Tensor | None:
-        """Cut at a module's output. `inputs` is what it is given."""
+    def point(self, name: str, output: Any, inputs: Any = None) -> Any:
+        """Cut at a module's output, of several at the first. `inputs` is what it is given."""
+        if isinstance(output, tuple) and output and name in self.cutting.layers:
+            hidden = self.point(name, output[0])
+            return None if hidden is None else (hidden, *output[1:])
         if not isinstance(output, Tensor) or self.is_cut(output):
             return None
         return self.cut(self.number(name), output, output is inputs)
@@ -229,7 +248,7 @@ class Pass:
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Cut at a function's result where it is an activation or a further point."""
         cutting = self.cutting
-        if cutting.at_inputs or self.owners[-1] in cutting.activations:
+        if cutting.at_inputs or self.owners[-1] in cutting.closed:
             return result
         if function in FUNCTIONS:
             hidden = self.activation(self.called(function), result, args[0] if args else None)
@@ -322,7 +341,9 @@ class Trace(Pass):
             self.cutting.moves_rows = self.rows.moves(output, self.folds)
 
     def left(self, name: str, output: Any) -> None:
-        """Note a module's output."""
+        """Note a module's output, of several the first."""
+        if isinstance(output, tuple) and output and name in self.cutting.layers:
+            output = output[0]
         if isinstance(output, Tensor) and output.grad_fn is not None:
             self._watch(output)
             number = self.number(f"{name}:output").replace(":output", "", 1)
@@ -330,7 +351,7 @@ class Trace(Pass):
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
-        if self.owners[-1] in self.cutting.activations:
+        if self.owners[-1] in self.cutting.closed:
             return result
         name = self.called(function)
         if function in FUNCTIONS:
@@ -353,6 +374,34 @@ def _before_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any
 def _after_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if cutting.now is not None:
         cutting.now.layer(name, output)
+
+
+def _after_packed(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if cutting.now is None:
+        return None
+    cutting.now.owners.pop()
+    return cutting.now.packed(name, output)
+
+
+class Joined(torch.autograd.Function):
+    """Tensors as they are; whatever error comes to one of them comes to one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
+        """The tensors."""
+        return tuple(part.view_as(part) for part in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, ...]:
+        """The errors."""
+        return errors
+
+
+def _filled(output: Any, parts: list[Tensor]) -> tuple[list[Any], Any]:
+    """Leaves and structure of `output`, with `parts` in place of its tensors."""
+    leaves, structure = tree_flatten(output)
+    rest = iter(parts)
+    return [next(rest) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves], structure
 
 
 def _after_activation(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
