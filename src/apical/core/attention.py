@@ -19,7 +19,7 @@ feedback on each: the packed weight of `nn.MultiheadAttention` comes to it as th
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apical.core.checkpointing import is_checkpointed, refuse_hidden
+from apical.core.credit import Attention
 from apical.core.outside_use import PRODUCTS
 from apical.errors import ConfigError, UnsupportedModelError
 
-Attention = Literal["exact", "fixed", "present"]
-
 Linear = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """`linear(name, input, weight, bias)` for one of the projections "q", "k", "v", "out"."""
-
-KINDS = ("exact", "fixed", "present")
 
 
 def plain(name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -330,17 +327,6 @@ def attend(
         linear=linear,
     )
     return output.transpose(0, 1) if turned else output, a
-
-
-def known(attention: Attention) -> Attention:
-    """The option itself.
-
-    Raises:
-        ConfigError: it is none of "exact", "fixed", "present".
-    """
-    if attention not in KINDS:
-        raise ConfigError(f'attention must be "exact", "fixed" or "present", not {attention!r}')
-    return attention
 
 
 class Attending(TorchFunctionMode):

@@ -76,7 +76,7 @@ class PlasticRule(EdgeRule):
         layers = defaultdict(list)
         for name, reason in self.reasons.items():
             layers[reason].append(repr(name))
-        return [
+        return super().remarks + [
             f"{type(self).__name__} keeps the feedback of {', '.join(names)} explicitly: {reason}"
             for reason, names in layers.items()
         ]

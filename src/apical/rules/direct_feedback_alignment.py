@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Attention, Credit, Loss
 from apical.core.cut import CutRule, eagerly
 from apical.core.losses import terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
@@ -89,7 +88,7 @@ class DirectFeedbackAlignment(CutRule):
         if scale not in ("map", "xavier"):
             raise ConfigError(f'scale must be "map" or "xavier", not {scale!r}')
         super().__init__(model, loss, "input" if leaky else "activation", exact, units)
-        self.attention = known(attention)
+        self.attention = attention
         self.kind = feedback
         self.scale = "xavier" if leaky else scale
         self.feedback = nn.Module()

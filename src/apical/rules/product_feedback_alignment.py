@@ -27,8 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Attention, Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.plastic import Form, PlasticRule
@@ -160,7 +159,7 @@ class ProductFeedbackAlignment(PlasticRule):
     ) -> None:
         _check_options(expansion, feedback, density, form)
         super().__init__(model, loss, exact, first_layer, form, sparse=density < 1.0 and form == "auto")
-        self.attention = known(attention)
+        self.attention = attention
         self.feedback, self.density = feedback, density
         self._rows = 0
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Loss
+from apical.core.credit import Attention, Loss
 from apical.core.edge import EdgeRule, Feedback
 from apical.core.effective import weight_now
 from apical.core.transport import Geometry, as_matrix, geometry
@@ -94,7 +93,7 @@ class SignSymmetry(EdgeRule):
         if scale not in ("xavier", "kaiming", "xiao"):
             raise ConfigError(f'scale must be "xavier", "kaiming" or "xiao", not {scale!r}')
         super().__init__(model, loss, exact, first_layer)
-        self.attention = known(attention)
+        self.attention = attention
         self.variant, self.generator = variant, generator
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():
