@@ -14,7 +14,7 @@ from apical.bench.first_layer import needs_feedback
 from apical.bench.recipe import ClipOver, Recipe, bare_rule, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
 from apical.core.credit import CreditRule, Loss
-from apical.core.losses import squared_error
+from apical.core.losses import squared_error, token_cross_entropy
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.rules.backprop import Backprop
 from apical.rules.corinfomax import CorInfoMax
@@ -407,7 +407,12 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     return replace(recipe, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "squared": squared_error, "mse": F.mse_loss}
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": F.cross_entropy,
+    "squared": squared_error,
+    "mse": F.mse_loss,
+    "token_cross_entropy": token_cross_entropy,
+}
 """Losses by the recipe's names."""
 
 _GIVEN = ("loss", "input_shape")

@@ -116,7 +116,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of a run, and nothing else."""
         written = (self.result, self.checkpoint, self.metrics, self.environment, self.config, self.examples, self.trajectory)
-        for path in (*written, self.path / "placement.json"):
+        for path in (*written, self.path / "placement.json", self.path / "sample.json"):
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
 

@@ -5,14 +5,21 @@ from apical.models.initialisation import xavier_, xavier_normal_
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
 from apical.models.mu import mlp_mu
+from apical.models.patches import Mixer, VisionTransformer
+from apical.models.recurrent import Recurrent
 from apical.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
+from apical.models.transformer import Transformer
 
 __all__ = [
     "BasicBlock",
     "CifarResNet",
     "LeNet",
     "LeNetCIFAR",
+    "Mixer",
+    "Recurrent",
     "ResNet",
+    "Transformer",
+    "VisionTransformer",
     "ZeroPadShortcut",
     "autoencoder",
     "build",

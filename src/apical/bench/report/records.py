@@ -54,6 +54,7 @@ class Score(NamedTuple):
 
 ACCURACY = Score("test_accuracy", "test accuracy", "test accuracy (%)", 100.0)
 LOSS = Score("test_loss", "test loss", "test loss", 1.0)
+NATS = Score("test_loss", "test loss", "test loss (nats per token)", 1.0)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ class Comparison:
         def has(key: str) -> bool:
             return any(math.isfinite(_finite(row.get(key))) for run in self.runs for row in (run.result or {}, *run.records))
 
-        return LOSS if has(LOSS.key) and not has(ACCURACY.key) else ACCURACY
+        if not has(LOSS.key) or has(ACCURACY.key):
+            return ACCURACY
+        return NATS if any(run.config.get("loss") == "token_cross_entropy" for run in self.runs) else LOSS
 
     def of(self, rule: str) -> list[Run]:
         """The runs of one rule, by seed."""
