@@ -34,7 +34,7 @@ TESTED = 256
 """Test sequences by which a rule's accuracy is told, at most."""
 
 FUSED = {"form": "fused"}
-"""The form of product feedback alignment that holds what the literal one holds, and is quicker where there are many tokens."""
+"""The form of product feedback alignment that holds what the literal one holds, and is quicker for many tokens."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     slow = replace(recipe, rule_options=merged(recipe.rule_options, physical))
     examined, trained = _made(slow, dataset).double(), _made(recipe, dataset)
     if _layout(examined) != _layout(trained):
-        form = {**entry.physical, **(FUSED if dataset.is_sequences and entry.physical.get("form") == "literal" else {})}
-        recipe = replace(recipe, rule_options=merged(recipe.rule_options, _options(form)))
+        quick = FUSED if dataset.is_sequences and entry.physical.get("form") == "literal" else {}
+        recipe = replace(recipe, rule_options=merged(recipe.rule_options, _options({**entry.physical, **quick})))
         trained = _made(recipe, dataset)
     train(trained, recipe, dataset)  # in the fast form where it keeps the same weights: it learns the same
     examined.load_state_dict(trained.state_dict())
