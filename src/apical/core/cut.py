@@ -6,8 +6,10 @@ unit outputs at once, each with its own signal, then makes every unit's local gr
 the cuts, and makes sure that no error goes round them.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -30,8 +32,17 @@ ATTEMPTS = 8
 
 
 def eagerly(method: Method) -> Method:
-    """Keep a method out of compiled graphs: what it does happens once, at the first batch."""
-    return cast(Method, torch.compiler.disable(method))
+    """Keep a method out of compiled graphs: what it does happens once, at the first batch.
+
+    The compiler is asked at the call: importing it takes as long as importing PyTorch.
+    """
+
+    @wraps(method)
+    def outside(*arguments: Any) -> Any:
+        return (torch.compiler.disable(method) if "torch._dynamo" in sys.modules else method)(*arguments)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+    return cast(Method, outside)
 
 
 class CutRule(CreditRule):

@@ -17,14 +17,17 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.bundle import Bundle
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
 from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly
 from apical.core.outside_use import OutsideUse
+from apical.core.packed import Part, caller, row_blocks, xavier_
 from apical.core.placement import layer_paths
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
 from apical.core.swap import Swap
@@ -43,6 +46,11 @@ tensor or None. `template` has the shape of the input; it is None when nobody ne
 def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
     """The plainest feedback weight: a stored one."""
     return feedback
+
+
+def block_of(compute: Callable[..., Tensor], block: int, blocks: int, shape: Geometry | None, *tensors: Tensor) -> Tensor:
+    """A block of rows of a feedback weight."""
+    return compute(shape, *tensors).chunk(blocks)[block]
 
 
 class FeedbackEdge(torch.autograd.Function):
@@ -123,6 +131,11 @@ class EdgeRule(CreditRule):
         exact: names of modules or parameters without known transport that keep their exact derivative.
         first_layer: hold feedback for the first registered layer in any case. Otherwise only where it has a second name, or
             trainable parameters are registered before it (an embedding): these get their error through it.
+        sites: names of parameters, matrices (n_out, n_in), that a user's module multiplies its activities by itself
+            (`F.linear(x, self.weight)`); there too the error goes back through feedback. The module may use them in no
+            other way.
+        through_time: whether recurrent weights of PyTorch's recurrent modules lead the error to earlier moments; if not,
+            their feedback is zero, and all else is as ever. An LSTM then learns by e-prop, and a leaky network by RFLO.
 
     Raises:
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
@@ -130,15 +143,24 @@ class EdgeRule(CreditRule):
 
     chains_errors = True
 
-    def __init__(self, model: nn.Module, loss: Loss, exact: Collection[str] = (), first_layer: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        exact: Collection[str] = (),
+        first_layer: bool = False,
+        sites: Collection[str] = (),
+        through_time: bool = True,
+    ) -> None:
         super().__init__(model, loss)
-        self._weighted = weighted_layers(model, exact, shared=True)
-        self.exact = tuple(exact)
-        first = next(iter(self._weighted))
+        self._weighted = weighted_layers(model, exact, shared=True, packed="parts", sites=sites)
+        self.exact, self.sites, self.through_time = tuple(exact), tuple(sites), through_time
+        first, part = next(iter(self._weighted.items()))
         every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-        is_reused = every.count(id(self._weighted[first])) > 1
-        self._first = None if first_layer or is_reused or trains_before(model, first) else first
-        self.layers = {name: layer for name, layer in self._weighted.items() if name != self._first}
+        is_reused = every.count(id(caller(part))) > 1
+        self._first = None if first_layer or is_reused or trains_before(model, caller(part)) else first
+        still = set() if through_time else self._recurrent()
+        self.layers = {name: layer for name, layer in self._weighted.items() if name not in {self._first, *still}}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
         self._aliased = len(set(every)) < len(every)
@@ -147,19 +169,65 @@ class EdgeRule(CreditRule):
         self._may_swap = self._watched = False
         self._attach()
 
+    def _recurrent(self) -> set[str]:
+        """Names of the recurrent weights.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        names = {name for name, layer in self._weighted.items() if isinstance(layer, Part) and layer.recurrent}
+        if not names:
+            raise ConfigError(
+                "through_time=False takes the error out of nn.RNN, nn.GRU, nn.LSTM and their cells, of which the model has "
+                "none; leave it out, or write the recurrence with a cell"
+            )
+        return names
+
     def _attach(self) -> None:
-        hold = Attachment(self, self._weighted.values())
+        plain = {name: layer for name, layer in self._weighted.items() if not isinstance(layer, Part)}
+        parts = {name: cast(Part, layer) for name, layer in self._weighted.items() if isinstance(layer, Part)}
+        owners: dict[nn.Module, None] = dict.fromkeys(part.owner for part in parts.values())
+        hold = Attachment(self, [*plain.values(), *owners])
         self._hooks.append(hold)
         self._sites = {
             name: (
                 wrapped,
                 Site(name, wrapped, Swap(layer, partial(self.feedback_weight, name)) if name in self.layers else None),
             )
-            for (name, layer), wrapped in zip(self._weighted.items(), hold.wrapped, strict=True)
+            for (name, layer), wrapped in zip(plain.items(), hold.wrapped, strict=False)
         }
+        names = {module: name for name, module in self.model.named_modules()}
+        self._bundles = {}
+        for owner, wrapped in zip(owners, hold.wrapped[len(plain) :], strict=True):
+            own = {name: part for name, part in parts.items() if part.owner is owner}
+            first = self._first if self._first in own else None
+            bundle = Bundle(names[owner], wrapped, own, self._feedback_of_part, first, self._projected)
+            bundle.refuse_substitutes()
+            self._bundles[bundle.name] = (wrapped, bundle)
+
+    def _feedback_of_part(self, name: str) -> Tensor:
+        """Feedback of one weight of a packed module: none for the first layer, or through time."""
+        return self.feedback_weight(name) if name in self.layers else torch.zeros_like(self._weighted[name].weight)
+
+    def _projected(self, name: str, block: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A dense layer whose weight is a block of rows of a part's, with an edge."""
+        if not (inputs.requires_grad and name in self.layers):
+            return F.linear(inputs, weight, bias)
+        compute, tensors = self.feedback_of(name)
+        output = F.linear(inputs.detach(), weight, bias)
+        rows = partial(block_of, compute, block, row_blocks(self.layers[name]))
+        return cast(Tensor, cast(Any, FeedbackEdge).apply(output, inputs, rows, None, None, *tensors))
+
+    def weight_name(self, name: str) -> str:
+        """Name in the model of the parameter that is a layer's weight."""
+        layer = self._weighted[name]
+        if not isinstance(layer, Part):
+            return f"{name}.weight".lstrip(".")
+        module = name.rpartition(".")[0] if layer.module is layer.owner else name
+        return f"{module}.{layer.parameter}".lstrip(".")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": [], "_sites": {}}
+        return {**self.__dict__, "_hooks": [], "_sites": {}, "_bundles": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -181,6 +249,8 @@ class EdgeRule(CreditRule):
 
     def is_plain(self, name: str) -> bool:
         """Whether the layer computes with its own weight as it is; otherwise `delta h^T` is not the weight's gradient."""
+        if name not in self._sites:  # a part of a packed module
+            return bool(self._weighted[name]._parameters)
         site = self._sites[name][1]
         return site.plain and computes_plainly(site.layer)
 
@@ -190,9 +260,9 @@ class EdgeRule(CreditRule):
         Raises:
             UnsupportedModelError: under `torch.compile`, a layer whose weight is another at every call.
         """
-        site = self._sites[name][1]
         if self.is_plain(name):
-            return site.layer.weight
+            return self.layers[name].weight
+        site = self._sites[name][1]
         if site.varies and torch.compiler.is_compiling():
             raise UnsupportedModelError(
                 f"layer {name!r} makes its weight anew at every call, which {type(self).__name__} cannot follow under "
@@ -212,7 +282,7 @@ class EdgeRule(CreditRule):
             use = id(layer.weight) if self.is_plain(name) else name
             if use not in drawn:
                 empty = torch.empty_like(weight, device=None if generator is None else generator.device)
-                drawn[use] = nn.init.xavier_uniform_(empty, generator=generator).to(weight.device)
+                drawn[use] = xavier_(empty, layer, generator).to(weight.device)
             feedback.register_buffer(key(name), drawn[use])
         return feedback
 
@@ -233,9 +303,13 @@ class EdgeRule(CreditRule):
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """What the error of each layer passes through on its way down."""
         paths = layer_paths(self.model, inputs, "exact")
-        for name in self._weighted:
+        for name in self._sites:
             if paths.get(name) == "exact":
                 paths[name] = "own feedback" if name in self.layers else "no layer below"
+        for _, bundle in self._bundles.values():
+            for path in {self.weight_name(name).rpartition(".")[0] for name in bundle.parts}:
+                if paths.get(path) == "exact":
+                    paths[path] = "own feedback"
         return paths
 
     def feedback_weight(self, name: str) -> Tensor:
@@ -283,6 +357,9 @@ class EdgeRule(CreditRule):
             if not compiling and site.placed.get("forward") is not wrapped:
                 wrapped.require_in_place(site.name)
             wrapped.rule, wrapped.site = watch or self, site
+        for wrapped, bundle in self._bundles.values():
+            wrapped.require_in_place(bundle.name)
+            wrapped.rule, wrapped.site = watch or self, bundle
         try:
             with watch or nullcontext():
                 if substitutes:
@@ -298,15 +375,23 @@ class EdgeRule(CreditRule):
             self._watched = self._watched or (watch is not None and watch.found is None)
             for wrapped, _ in self._sites.values():
                 wrapped.rule = wrapped.site = None
+            for wrapped, bundle in self._bundles.values():
+                wrapped.rule = wrapped.site = None
+                bundle.settle()
 
     def _weights_in(self, substitutes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each layer's weight parameter, or what stands in for it."""
         own = {name: layer._parameters.get("weight") for name, layer in self._weighted.items()}
-        weights = {name: substitutes.get(f"{name}.weight".lstrip("."), weight) for name, weight in own.items()}
+        weights = {name: substitutes.get(self.weight_name(name), weight) for name, weight in own.items()}
         return {name: weight for name, weight in weights.items() if weight is not None}
 
-    def call_layer(self, site: Site, *args: Any, **kwargs: Any) -> Any:
+    def call_layer(self, site: Site | Bundle, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass, with its feedback, while the rule is at work."""
+        if isinstance(site, Bundle):
+            if self._unseen and torch.is_grad_enabled():
+                self._unseen -= site.parts.keys()
+            site.attention = self.attention
+            return site(*args, **kwargs)
         if not torch.is_grad_enabled():
             refuse_hidden(site.name)
             return site.forward(*args, **kwargs)

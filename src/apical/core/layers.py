@@ -35,6 +35,9 @@ LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embeddi
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
+PACKED = (nn.MultiheadAttention, nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+"""Modules that hold several weights between populations and apply them within one call (:mod:`apical.core.packed`)."""
+
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
 POOLS = (pooling._MaxPoolNd, *AVERAGES, SoftmaxPool2d)
@@ -113,6 +116,12 @@ def is_weighted(module: nn.Module) -> TypeGuard[Layer]:
 def is_registered(module: nn.Module) -> bool:
     """Whether the module's type is one that :func:`register_layer` has made known."""
     return any(kind in _LAYERS and kind not in OWN_FORWARD for kind in type(module).__mro__)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the module holds several weights between populations and applies them in PyTorch's own way."""
+    kind = next((kind for kind in type(module).__mro__ if kind in PACKED), None)
+    return kind is not None and runs_own_forward(module, kind.forward)
 
 
 def is_local(module: nn.Module) -> bool:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule
 from apical.core.mismatch import Mismatch
+from apical.core.packed import Part
 from apical.core.steps import FROZEN, FUNCTION, Steps
 from apical.core.units import key
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 Form = Literal["auto", "closed", "explicit", "literal", "fused"]
 
@@ -33,7 +34,7 @@ class PlasticRule(EdgeRule):
     """Base of the rules with plastic feedback.
 
     Args:
-        model, loss, exact, first_layer: see :class:`apical.core.edge.EdgeRule`.
+        model, loss, exact, first_layer, sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         form: "auto", "closed", or any other name for explicit.
     """
 
@@ -44,9 +45,17 @@ class PlasticRule(EdgeRule):
     """Name of the `nn.ModuleDict` that holds the mismatch of the layers in closed form."""
 
     def __init__(
-        self, model: nn.Module, loss: Loss, exact: Collection[str], first_layer: bool, form: Form, sparse: bool = False
+        self,
+        model: nn.Module,
+        loss: Loss,
+        exact: Collection[str],
+        first_layer: bool,
+        form: Form,
+        sparse: bool = False,
+        sites: Collection[str] = (),
+        through_time: bool = True,
     ) -> None:
-        super().__init__(model, loss, exact, first_layer)
+        super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.form: Form = form
         self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
         if form == "auto":
@@ -58,6 +67,12 @@ class PlasticRule(EdgeRule):
         own = {name: layer._parameters.get("weight") for name, layer in self.layers.items()}
         counts = Counter(id(weight) for weight in own.values() if weight is not None)
         self._tied = {name for name, weight in own.items() if counts[id(weight)] > 1}
+        for name in self._tied if form != "closed" else ():
+            if isinstance(self.layers[name], Part):
+                raise UnsupportedModelError(
+                    f"layer {name!r} shares its weight with another place, where the feedback of {type(self).__name__} gets "
+                    'no gradient of its own; untie them, or build the rule with form="closed"'
+                )
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
         self._called = False
         self._steps: Steps | None = Steps(self)

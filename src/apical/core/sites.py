@@ -81,10 +81,11 @@ def graph_leaves(loss: Tensor) -> set[int]:
     return leaves
 
 
-def trains_before(model: nn.Module, first: str) -> bool:
-    """Whether trainable parameters are registered before the layer named `first`."""
-    for name, parameter in model.named_parameters():
-        if not first or name.startswith(f"{first}."):
+def trains_before(model: nn.Module, first: nn.Module) -> bool:
+    """Whether trainable parameters are registered before those of the module `first`."""
+    own = {id(parameter) for parameter in first.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) in own:
             return False
         if parameter.requires_grad:
             return True

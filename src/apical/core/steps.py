@@ -148,7 +148,7 @@ class Steps:
         taps = {}
         for name, arrival in self._arrivals.items() if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
             if arrival.sampled and name in self._watches and self.rule.mismatch_of(name) is not None:
-                taps[f"{name}.weight".lstrip(".")] = noted(self._watches[name].parameter, arrival)
+                taps[self.rule.weight_name(name)] = noted(self._watches[name].parameter, arrival)
         return taps
 
     def moving(self, name: str) -> bool:

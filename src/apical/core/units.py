@@ -1,13 +1,15 @@
 """Which modules of a model a rule treats as layers, found and validated before anything is changed."""
 
 from collections.abc import Collection, Iterator
+from typing import Literal, cast
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from apical.core.activations import is_activation
 from apical.core.layers import Layer as Layer
-from apical.core.layers import is_local, is_registered, is_weighted
+from apical.core.layers import is_local, is_packed, is_registered, is_weighted
+from apical.core.packed import full_name, own_parts, parameter_names, parts_of
 from apical.errors import UnsupportedModelError
 
 
@@ -20,7 +22,13 @@ def key(name: str) -> str:
     return name.replace(".", "/") or "model"
 
 
-def weighted_layers(model: nn.Module, exact: Collection[str] | None = (), shared: bool = False) -> dict[str, Layer]:
+def weighted_layers(
+    model: nn.Module,
+    exact: Collection[str] | None = (),
+    shared: bool = False,
+    packed: Literal["refused", "parts", "whole"] = "refused",
+    sites: Collection[str] = (),
+) -> dict[str, Layer]:
     """All weighted layers of the model by name, in registration order.
 
     Parameters of a parametrisation, and of other modules inside a weighted layer, belong to that layer.
@@ -31,8 +39,12 @@ def weighted_layers(model: nn.Module, exact: Collection[str] | None = (), shared
             rules without this option.
         shared: whether a module may be registered under several names (it counts once, under the first), and layers may
             share a parameter.
+        packed: modules that apply several weights within one call (attention, recurrent networks) are no layers a rule
+            knows; or their weights count as layers, one by one (:class:`apical.core.packed.Part`); or they count as one.
+        sites: full names of parameters of a user's modules that count as layers (parts) too.
 
     Raises:
+        ConfigError: see :func:`apical.core.packed.own_parts`.
         UnsupportedModelError: a module used under two names, a parameter shared by two modules, an orphan parameter,
             an unknown layer with parameters, a lazy layer, an unknown name in `exact`, or no weighted layer at all. Every
             offender is named.
@@ -42,6 +54,7 @@ def weighted_layers(model: nn.Module, exact: Collection[str] | None = (), shared
     names: dict[nn.Module, str] = {}
     inside: set[nn.Module] = set()
     owner: dict[int, str] = {}
+    own_sites = own_parts(model, sites)
     faults = Faults()
     exempt = {m for name, m in model.named_modules(remove_duplicate=False) if _is_exact(name, exact)} if shared else set()
     for name, module in model.named_modules(remove_duplicate=shared):
@@ -60,13 +73,26 @@ def weighted_layers(model: nn.Module, exact: Collection[str] | None = (), shared
         for full, parameter in own.items():
             if owner.setdefault(id(parameter), full) != full and not shared:
                 faults.tied[full] = owner[id(parameter)]
+        for full in own.keys() & own_sites.keys():
+            layers[full] = cast(Layer, own_sites[full])
+            del own[full]
         if is_weighted(module) and module not in inside:
             layers[name] = module
             inside |= _belonging(module)
+        elif packed != "refused" and is_packed(module) and module not in inside:
+            inside |= set(module.modules())
+            parts = {full_name(name, part): its for part, its in parts_of(module).items()}
+            strange = [full for full in own if full.removeprefix(f"{name}.") not in parameter_names(module)]
+            if strange:
+                faults.orphans |= dict.fromkeys(strange, type(module).__name__)
+            layers |= cast(dict[str, Layer], parts if packed == "parts" else {name: module})
         elif is_local(module) or is_activation(module):
             inside |= _belonging(module)
         elif own and module not in inside:
             faults.add(name, module, own)
+            faults.matrices += [
+                full for full, q in own.items() if packed == "parts" and q.dim() == 2 and full in faults.orphans
+            ]
     faults.report(advises_exact=exact is not None)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no Linear or convolution layer to assign credit to")
@@ -122,6 +148,7 @@ class Faults:
         lazy: names of lazy modules.
         unknown: modules of PyTorch with parameters of which no backward map is known.
         orphans: names of parameters outside layers, and the type that holds each.
+        matrices: those of them that a rule with the option `sites` could lead the error through.
     """
 
     def __init__(self) -> None:
@@ -130,6 +157,7 @@ class Faults:
         self.lazy: list[str] = []
         self.unknown: dict[str, nn.Module] = {}
         self.orphans: dict[str, str] = {}
+        self.matrices: list[str] = []
 
     def add(self, name: str, module: nn.Module, own: Collection[str]) -> None:
         """Note a module with parameters that is no layer of known kind."""
@@ -174,6 +202,10 @@ class Faults:
         if strange and advises_exact:
             one = len(strange) == 1
             parts[-1] += f", or pass exact={strange!r} to give {'it its' if one else 'them their'} exact derivative"
+        if self.matrices:
+            parts[-1] += (
+                f", or pass sites={tuple(self.matrices)!r} where its module multiplies activities by it (n_out, n_in)"
+            )
         raise UnsupportedModelError("; ".join(parts))
 
 

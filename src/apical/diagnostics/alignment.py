@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apical.core.credit import CreditRule
 from apical.core.effective import measured_weight
-from apical.core.layers import is_weighted
+from apical.core.layers import is_packed, is_weighted
+from apical.core.packed import Part, full_name, parts_of
 from apical.core.processes import alone
 from apical.core.wrapped import innermost
 
@@ -36,20 +38,21 @@ def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
 
     For product feedback alignment this is the path alignment of arXiv 2405.20594, for the others the weight alignment.
     """
-    modules = dict(rule.model.named_modules())
+    modules: dict[str, Any] = dict(rule.model.named_modules())
+    held = {name: layer for name, layer in getattr(innermost(rule), "layers", {}).items() if isinstance(layer, Part)}
     with unchanged(rule), torch.no_grad():
         return {
             name: {
-                "weight_alignment": angle(feedback, _weight(modules[name])),
-                "norm_ratio": norm_ratio(feedback, _weight(modules[name])),
+                "weight_alignment": angle(feedback, _weight(held.get(name) or modules[name])),
+                "norm_ratio": norm_ratio(feedback, _weight(held.get(name) or modules[name])),
             }
             for name, feedback in rule.feedback_weights().items()
         }
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _weight(module: Any) -> Tensor:
     """The weight that the module computes with."""
-    weight = measured_weight(module) if is_weighted(module) else module.weight
+    weight = measured_weight(module) if isinstance(module, nn.Module) and is_weighted(module) else module.weight
     assert isinstance(weight, Tensor)
     return weight
 
@@ -85,6 +88,9 @@ def gradients(
     """
     if weights is None:
         weights = {name: module.weight for name, module in rule.model.named_modules() if is_weighted(module)}
+        packed = [(name, module) for name, module in rule.model.named_modules() if is_packed(module)]
+        parts = {full_name(name, part): its for name, module in packed for part, its in parts_of(module).items()}
+        weights |= {name: part.weight for name, part in parts.items()}
     layers = {name: weight for name, weight in weights.items() if weight.is_leaf and weight.requires_grad}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule.accumulate(inputs, targets)

@@ -20,10 +20,11 @@ class FeedbackAlignment(EdgeRule):
     """The error travels back through fixed random matrices.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         exact: names of modules or parameters without known transport that keep their exact derivative.
         first_layer: also draw feedback for the first layer (read-outs only, no effect on training).
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
@@ -46,9 +47,11 @@ class FeedbackAlignment(EdgeRule):
         loss: Loss = F.cross_entropy,
         exact: Collection[str] = (),
         first_layer: bool = False,
+        sites: Collection[str] = (),
+        through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
-        super().__init__(model, loss, exact, first_layer)
+        super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.attention = attention
         self.feedback = self.random_feedback()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
+from apical.core.packed import xavier_
 from apical.core.plastic import PlasticRule
 from apical.core.transport import Geometry, transport, weight_gradient
 from apical.errors import ConfigError
@@ -44,12 +45,13 @@ class KolenPollack(PlasticRule):
     Give `rule.parameters()` to the optimiser, with a positive weight decay.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         form: "explicit" holds B as a parameter; "closed" never does, and refuses what it cannot follow exactly; "auto" takes
             for each layer the closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
@@ -76,14 +78,16 @@ class KolenPollack(PlasticRule):
         form: Literal["auto", "closed", "explicit"] = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        sites: Collection[str] = (),
+        through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
         if form not in ("auto", "closed", "explicit"):
             raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
-        super().__init__(model, loss, exact, first_layer, form)
+        super().__init__(model, loss, exact, first_layer, form, sites=sites, through_time=through_time)
         self.attention = attention
         for name, layer in self.layers.items():
-            self.hold(name, nn.init.xavier_uniform_(torch.empty_like(weight_now(layer))))
+            self.hold(name, xavier_(torch.empty_like(weight_now(layer)), layer))
 
     def set_feedback(self, name: str, B: Tensor) -> None:
         """Replace B of one layer; its momentum in the optimiser stays.
@@ -118,7 +122,7 @@ class KolenPollack(PlasticRule):
     def substitutes(self) -> dict[str, Tensor]:
         """Weights whose gradient is also B's."""
         return self.steps.taps() | {
-            f"{name}.weight".lstrip("."): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
+            self.weight_name(name): weight_tap(layer.weight, self.plastic_of(name), same_gradient, None)
             for name, layer in self.layers.items()
             if self.mismatch_of(name) is None and self.tapped(name)
         }

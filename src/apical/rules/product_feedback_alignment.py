@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from apical.core.credit import Attention, Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
+from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, PlasticRule
+from apical.core.repeats import Repeats
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -112,7 +114,7 @@ class ProductFeedbackAlignment(PlasticRule):
     falls as `exp(-lr decay steps / (1 - momentum))`, and the paper's settings make that exponent about 2.5.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         expansion: lambda >= 1, the size of r over the layer's output; ignored unless feedback is "random".
         feedback: "random" B; "orthogonal" B with lambda = 1 (PFA-o); "identity", which makes the rule Kolen-Pollack.
@@ -122,6 +124,7 @@ class ProductFeedbackAlignment(PlasticRule):
             closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
@@ -155,13 +158,18 @@ class ProductFeedbackAlignment(PlasticRule):
         form: Form = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        sites: Collection[str] = (),
+        through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
         _check_options(expansion, feedback, density, form)
-        super().__init__(model, loss, exact, first_layer, form, sparse=density < 1.0 and form == "auto")
+        sparse = density < 1.0 and form == "auto"
+        super().__init__(model, loss, exact, first_layer, form, sparse, sites, through_time)
         self.attention = attention
         self.feedback, self.density = feedback, density
-        self._rows = 0
+        self._rows, self._repeats = 0, Repeats()
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+        self._embedding = {name for name, layer in self.layers.items() if id(layer.weight) in tables}
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -169,7 +177,7 @@ class ProductFeedbackAlignment(PlasticRule):
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
         """Draw B and R_0 of one layer and keep what the form needs of them."""
         shape = self.geometries[name]
-        groups = 1 if shape is None else shape.groups
+        groups = row_blocks(self.layers[name]) if shape is None else shape.groups
         n_out = len(as_matrix(shape, weight))
         m = groups * round(expansion * n_out / groups) if feedback == "random" else n_out
         if feedback == "random":
@@ -182,7 +190,7 @@ class ProductFeedbackAlignment(PlasticRule):
         size[1 if shape is not None and shape.transposed else 0] = (
             m // groups if shape is not None and shape.transposed else m
         )
-        r = nn.init.xavier_uniform_(torch.empty(size, dtype=weight.dtype, device=weight.device))
+        r = xavier_(torch.empty(size, dtype=weight.dtype, device=weight.device), self.layers[name])
         if self.density < 1.0:
             mask = (torch.rand_like(r) < self.density).to(r.dtype)
             self.mask.register_buffer(key(name), mask)
@@ -204,6 +212,9 @@ class ProductFeedbackAlignment(PlasticRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
         self._rows = len(inputs)
+        dense = {name: layer for name, layer in self.layers.items() if self.geometries[name] is None}
+        if (self.form == "explicit" or (self.form == "auto" and self.reasons)) and not torch.compiler.is_compiling():
+            self._repeats.look(self.model, dense, inputs)
         return super().forward(inputs, targets)
 
     def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
@@ -239,14 +250,17 @@ class ProductFeedbackAlignment(PlasticRule):
             self.replace(name, r)
 
     def literal(self, name: str) -> bool:
-        """Whether this layer takes the literal form: by choice, or where the batch is smaller than the layer is wide."""
+        """Whether this layer takes the literal form: by choice, or where its rows are fewer than it has units."""
         if self.mismatch_of(name) is not None:
             return False
+        if isinstance(self.layers[name], Part) or name in self._embedding:
+            return False  # its module applies it out of sight; or R hears of what the embedding learns as well
         if self.form == "literal" or not self.tapped(name):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
             return False
-        return self.geometries[name] is None and self._rows <= len(self.layers[name].weight)
+        rows = self._rows * self._repeats.of(name)
+        return self.geometries[name] is None and rows <= len(self.layers[name].weight)
 
     def feedback_of(self, name: str) -> Feedback:
         """B R of this layer, as `M F` in closed form."""
@@ -275,7 +289,7 @@ class ProductFeedbackAlignment(PlasticRule):
             if self.mismatch_of(name) is None and not self.literal(name):
                 b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
                 tensors = (b, plastic.detach(), *self._mask(name))
-                taps[f"{name}.weight".lstrip(".")] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
+                taps[self.weight_name(name)] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
         return taps
 
     def to_weight(self, name: str, plastic: Tensor) -> Tensor:

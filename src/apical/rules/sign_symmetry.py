@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from apical.core.credit import Attention, Loss
 from apical.core.edge import EdgeRule, Feedback
 from apical.core.effective import weight_now
+from apical.core.packed import row_blocks
 from apical.core.transport import Geometry, as_matrix, geometry
 from apical.core.units import Layer, key
 from apical.errors import ConfigError
@@ -51,19 +52,30 @@ def fixed_signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Te
     return weight.sign().mul_(magnitude)
 
 
+def current_scale(weight: Tensor, blocks: int = 1) -> Tensor:
+    """Root mean square of a weight as it is now; of each of its row blocks, (n_out, 1), where there are several."""
+    if blocks == 1:
+        return weight.square().mean().sqrt()
+    each = weight.reshape(blocks, -1).square().mean(1).sqrt()
+    return each.repeat_interleave(len(weight) // blocks)[:, None]
+
+
 class SignSymmetry(EdgeRule):
     """The error travels back through the signs of the forward weights.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         variant: "uniform" (uSF), "batchwise" (brSF) or "fixed" (frSF).
         scale: magnitude law. "xavier": uniform variant sqrt(2/(fan_in+fan_out)), drawn variants the Xavier uniform
             law; "kaiming": standard deviation sqrt(1/(3 fan_in)), PyTorch's default initialisation; "xiao": the released
-            code of arXiv 1811.03567, sqrt(2/(k^2 c_out)) for convolutions and 1/sqrt(n_in) for dense layers.
+            code of arXiv 1811.03567, sqrt(2/(k^2 c_out)) for convolutions and 1/sqrt(n_in) for dense layers; "current":
+            root mean square of the weight as it is now, one number per layer that is transported beside the signs. In a
+            residual network, where a branch's error is added to the stream's, magnitudes matter.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
         generator: for the magnitudes that are drawn; None draws from PyTorch's global state.
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
@@ -82,19 +94,21 @@ class SignSymmetry(EdgeRule):
         model: nn.Module,
         loss: Loss = F.cross_entropy,
         variant: Literal["uniform", "batchwise", "fixed"] = "uniform",
-        scale: Literal["xavier", "kaiming", "xiao"] = "xavier",
+        scale: Literal["xavier", "kaiming", "xiao", "current"] = "xavier",
         exact: Collection[str] = (),
         first_layer: bool = False,
         generator: torch.Generator | None = None,
+        sites: Collection[str] = (),
+        through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
         if variant not in ("uniform", "batchwise", "fixed"):
             raise ConfigError(f'variant must be "uniform", "batchwise" or "fixed", not {variant!r}')
-        if scale not in ("xavier", "kaiming", "xiao"):
-            raise ConfigError(f'scale must be "xavier", "kaiming" or "xiao", not {scale!r}')
-        super().__init__(model, loss, exact, first_layer)
+        if scale not in ("xavier", "kaiming", "xiao", "current"):
+            raise ConfigError(f'scale must be "xavier", "kaiming", "xiao" or "current", not {scale!r}')
+        super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.attention = attention
-        self.variant, self.generator = variant, generator
+        self.variant, self.scale, self.generator = variant, scale, generator
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():
             weight = weight_now(layer)
@@ -111,7 +125,10 @@ class SignSymmetry(EdgeRule):
         compute: Callable[..., Tensor] = {"uniform": uniform_signs, "fixed": fixed_signs}.get(self.variant, drawn_signs)
         if self.variant == "batchwise" and self.generator is not None:
             compute = partial(drawn_signs, generator=self.generator)
-        return compute, (self.forward_weight(name), self.magnitude.get_buffer(key(name)))
+        weight, magnitude = self.forward_weight(name).detach(), self.magnitude.get_buffer(key(name))
+        if self.scale == "current":
+            magnitude = magnitude * current_scale(weight, row_blocks(self.layers[name]))
+        return compute, (weight, magnitude)
 
     def set_feedback(self, name: str, U: Tensor) -> None:
         """Replace U_0 of one layer in variant "fixed"; the feedback is `|U_0| sign(W)`.
@@ -132,14 +149,16 @@ class SignSymmetry(EdgeRule):
 
 
 def standard_deviation(layer: Layer, scale: str) -> float:
-    """Standard deviation of the forward weight under the named initialisation law."""
+    """Standard deviation of the forward weight under the named initialisation law; 1 for "current"."""
     weight = weight_now(layer)
+    if scale == "current":
+        return 1.0
     if scale == "xavier":
         fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-        return math.sqrt(2.0 / (fan_in + fan_out))
+        return math.sqrt(2.0 / (fan_in + fan_out // row_blocks(layer)))
     rows = as_matrix(geometry(layer), weight)
     if scale == "kaiming":
         return 1.0 / math.sqrt(3.0 * rows.shape[1])
-    if isinstance(layer, nn.Linear):
+    if geometry(layer) is None:
         return 1.0 / math.sqrt(rows.shape[1])
     return math.sqrt(2.0 / (weight[0, 0].numel() * rows.shape[0]))

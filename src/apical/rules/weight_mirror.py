@@ -37,7 +37,7 @@ class WeightMirror(EdgeRule):
     """Feedback weights learned from noise, in a mode of their own.
 
     Args:
-        model: network of Linear and convolution layers; other modules keep their exact derivative.
+        model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         rate: averaging rate rho in [0, 1] of a mirror step; one is taken before every training step.
         batch: noise samples per mirror step.
@@ -45,6 +45,7 @@ class WeightMirror(EdgeRule):
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
         generator: for initial feedback and noise; None draws from PyTorch's global state.
+        sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
@@ -68,11 +69,13 @@ class WeightMirror(EdgeRule):
         exact: Collection[str] = (),
         first_layer: bool = False,
         generator: torch.Generator | None = None,
+        sites: Collection[str] = (),
+        through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
         if not 0.0 <= rate <= 1.0 or batch < 1:
             raise ConfigError(f"rate must lie in [0, 1] and batch be positive, not rate={rate}, batch={batch}")
-        super().__init__(model, loss, exact, first_layer)
+        super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.attention = attention
         self.rate, self.batch, self.generator = rate, batch, generator
         self.feedback = self.random_feedback(generator)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from apical.core.layers import computes_plainly
+from apical.core.packed import Part
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:
@@ -17,7 +18,7 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if computes_plainly(layer):
+    if isinstance(layer, Part) or computes_plainly(layer):
         return weight.detach().clone()
     forward = type(layer).forward.__get__(layer)
     own = layer.__dict__.get("forward")

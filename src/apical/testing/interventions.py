@@ -93,6 +93,8 @@ def check_feedback_exact(trial: Trial) -> str:
     rule = _edge_rule(trial)
     if trial.rule is not rule:
         raise NotApplicableError("a rule around this one changes its updates by definition")
+    if not rule.through_time:
+        raise NotApplicableError("no error goes to earlier moments, by choice")
     weights = effective_weights(trial, rule)
     with _still(trial) as still:
         require_backprop(still, _with_feedback(still, rule, weights), "with feedback equal to the weights")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from apical.core.credit import Credit, CreditRule
+from apical.core.packed import Part, caller
 from apical.core.placement import Placement
 from apical.core.rest import undisturbed
 
@@ -110,21 +111,26 @@ class Trial:
         )
 
     def below(self, layer: nn.Module) -> set[str]:
-        """Names of the parameters that the layer's input depends on."""
+        """Names of the parameters that the layer's input depends on; of a part, also those of its module."""
         seen: list[Tensor] = []
+        module = caller(layer)
+        own = {id(parameter) for parameter in module.parameters()} if isinstance(layer, Part) else set()
+        within = {name for name, parameter in self.model.named_parameters() if id(parameter) in own}
         with self.sandbox():
-            hook = layer.register_forward_pre_hook(partial(_record, seen), with_kwargs=True)
+            hook = module.register_forward_pre_hook(partial(_record, seen), with_kwargs=True)
             self.model(self.inputs)
             hook.remove()
             starts = [x.abs().sum() for x in seen if x.requires_grad]
             if starts:
                 torch.autograd.backward(starts)
-            return set(self.collected())
+            return set(self.collected()) | within
 
     def through(self, layer: nn.Module) -> set[str]:
-        """Names of the parameters that the loss depends on through this layer's input alone."""
+        """Names of the parameters that the loss depends on through this layer's input alone, as far as is known."""
+        if isinstance(layer, Part) and not layer.whole:
+            return set()
         with self.sandbox():
-            hook = layer.register_forward_pre_hook(_detached, with_kwargs=True)
+            hook = caller(layer).register_forward_pre_hook(_detached, with_kwargs=True)
             loss = self.loss(self.model(self.inputs))
             if loss.requires_grad:
                 loss.backward()  # which may run checkpointed layers again

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import CreditRule, Loss
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.testing import packed_zoo as packed
 from apical.testing import zoo_images as images
 from apical.testing import zoo_sequences as sequences
 from apical.testing.model import ModelReport, check_model
@@ -82,6 +84,11 @@ ZOO: dict[str, Specimen] = {
     "gpt": Specimen("hand-written GPT", sequences.Gpt, _classes(11, 5), _classes(11, 5), per_token),
     "vit": Specimen("vision transformer", sequences.Vit, _normal(3, 8, 8), _classes(10)),
     "rnn": Specimen("hand-written RNN, three lengths", sequences.Rnn, _normal(6, 5), _classes(4)),
+    "attention": Specimen("nn.MultiheadAttention, self and cross", packed.Attends, _normal(6, 5), _classes(4)),
+    "encoder": Specimen("nn.TransformerEncoder", packed.Encoder, _classes(11, 5), _classes(11, 5), per_token),
+    "lstm": Specimen("nn.LSTM of two layers", packed.Recurrent, _normal(6, 5), _classes(4)),
+    "gru": Specimen("nn.GRU", partial(packed.Recurrent, nn.GRU, 1), _normal(6, 5), _classes(4)),
+    "tied": Specimen("tied embedding and head, a GRU cell", packed.Tied, _classes(11, 5), _classes(11, 5), per_token),
     "masked": Specimen("masked and standardised layers", sequences.MaskedAndStandardised, _normal(6), _classes(4)),
     "shared": Specimen("a layer used three times", sequences.Shared, _normal(6), _classes(4)),
     "frozen": Specimen("a frozen layer", sequences.frozen, _normal(6), _classes(4)),

@@ -1,0 +1,243 @@
+"""Modules that hold several weights and apply them within one call: attention, recurrent networks, a user's own.
+
+Each weight is a :class:`Part`, which stands where rules expect a layer. A matrix whose rows are several populations
+(queries, keys and values; gates) has as many row blocks, each of which has the random law of a layer of its own, so that a
+fused and a separate parametrisation are the same rule.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNBase
+
+from apical.core.layers import PACKED
+from apical.core.transport import GEOMETRIES, dense
+from apical.errors import ConfigError, UnsupportedModelError
+
+
+class Part:
+    """One weight of a packed module.
+
+    Args:
+        module: who holds the parameter; the packed module, or one inside.
+        parameter: its name there.
+        owner: the packed module, whose call applies the weight.
+        blocks: how many populations its rows are.
+        recurrent: leads from one moment to the next.
+        whole: no error leaves the packed module's call by its inputs but through this weight.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameter: str,
+        owner: nn.Module,
+        blocks: int = 1,
+        recurrent: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self.module, self.parameter, self.owner = module, parameter, owner
+        self.blocks, self.recurrent, self.whole = blocks, recurrent, whole
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, or what stands in for it now."""
+        weight: nn.Parameter = getattr(self.module, self.parameter)
+        return weight
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        """As a layer has them; empty where the parameter was replaced by a function of others."""
+        held = self.module._parameters
+        return {"weight": held[self.parameter]} if self.parameter in held else {}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weight."""
+        yield "weight", self.weight
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weight."""
+        yield self.weight
+
+
+GEOMETRIES[Part] = dense
+
+
+def caller(layer: Any) -> nn.Module:
+    """The module whose call applies the layer's weight: the layer itself, but for a part."""
+    module: nn.Module = layer.owner if isinstance(layer, Part) else layer
+    return module
+
+
+def row_blocks(layer: Any) -> int:
+    """How many populations the rows of a layer's weight are."""
+    return layer.blocks if isinstance(layer, Part) else 1
+
+
+def xavier_(tensor: Tensor, layer: Any, generator: torch.Generator | None = None) -> Tensor:
+    """Draw from the Xavier uniform law of each of the layer's row blocks, in place."""
+    for block in tensor.chunk(row_blocks(layer)):
+        nn.init.xavier_uniform_(block, generator=generator)
+    return tensor
+
+
+def parts_of(module: nn.Module) -> dict[str, Part]:
+    """The weights of a packed module, by their names within it.
+
+    >>> {name: part.blocks for name, part in parts_of(nn.MultiheadAttention(4, 2)).items()}
+    {'in_proj': 3, 'out_proj': 1}
+    >>> {name: part.blocks for name, part in parts_of(nn.GRU(3, 5)).items()}
+    {'weight_ih_l0': 3, 'weight_hh_l0': 3}
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        inner = {"in_proj": Part(module, "in_proj_weight", module, 3, whole=True)}
+        if module.in_proj_weight is None:
+            inner = {f"{kind}_proj": Part(module, f"{kind}_proj_weight", module) for kind in "qkv"}
+        return inner | {"out_proj": Part(module.out_proj, "weight", module, whole=True)}
+    gates = {"LSTM": 4, "GRU": 3}.get(_kind(module).__name__.removesuffix("Cell"), 1)
+    names = [name for name in parameter_names(module) if name.startswith("weight")]
+    both = getattr(module, "bidirectional", False)
+    return {
+        name: Part(
+            module,
+            name,
+            module,
+            1 if "_hr" in name else gates,
+            recurrent="_hh" in name,
+            whole="_ih" in name and not both,
+        )
+        for name in names
+    }
+
+
+def _kind(module: nn.Module) -> type:
+    return next(kind for kind in type(module).__mro__ if kind in PACKED)
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Names of the parameters that a packed module itself may have; any other is somebody's addition."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [*(f"{kind}_proj_weight" for kind in ("in", "q", "k", "v")), "in_proj_bias", "bias_k", "bias_v"]
+    if isinstance(module, RNNBase):
+        return list(module._flat_weights_names)
+    return ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+
+
+def full_name(owner: str, part: str) -> str:
+    """Name of a part in a model.
+
+    >>> full_name("blocks.0.attn", "in_proj"), full_name("", "weight_ih_l0")
+    ('blocks.0.attn.in_proj', 'weight_ih_l0')
+    """
+    return f"{owner}.{part}" if owner else part
+
+
+def own_parts(model: nn.Module, sites: Collection[str]) -> dict[str, Part]:
+    """Parameters of a user's modules that shall be led by feedback where their module uses them, by full name.
+
+    Raises:
+        ConfigError: no such parameter, or not a matrix.
+    """
+    parts = {}
+    for name in sites:
+        owner, _, parameter = name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+            weight = module._parameters.get(parameter)
+        except AttributeError:
+            weight = None
+        if weight is None:
+            raise ConfigError(f"sites names {name!r}, but the model has no such parameter")
+        if weight.dim() != 2:
+            raise ConfigError(f"sites names {name!r}, which is no matrix (n_out, n_in) but has shape {tuple(weight.shape)}")
+        parts[name] = Part(module, parameter, module)
+    return parts
+
+
+class View:
+    """A note in place of a view of a part's weight, while autograd keeps it."""
+
+    __slots__ = ("made", "name", "offset", "size", "stride", "version", "weight")
+
+    def __init__(self, made: dict[str, Tensor], name: str, weight: Tensor, saved: Tensor) -> None:
+        self.made, self.name, self.weight, self.version = made, name, weight, weight._version
+        self.size, self.stride, self.offset = saved.size(), saved.stride(), saved.storage_offset() - weight.storage_offset()
+
+
+class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
+    """While a packed module runs, autograd keeps notes in place of views of its weights, and is given the same views of K.
+
+    Args:
+        feedback: makes K of one part, in the shape of its weight, when the backward pass first asks for it.
+
+    Attributes:
+        met: names of the parts of which autograd has kept anything in the last call.
+    """
+
+    def __init__(self, feedback: Callable[[str], Tensor]) -> None:
+        super().__init__(self.pack, self.unpack)
+        self.feedback = feedback
+        self.met: set[str] = set()
+        self._weights: list[tuple[Any, Any, Any, str, Tensor]] = []
+        self._made: dict[str, Tensor] = {}
+
+    def over(self, weights: Iterable[tuple[str, Tensor]]) -> "PackedSwap":
+        """Itself, for one call with these weights."""
+        self.met, self._made, self._weights = set(), {}, []
+        for name, weight in weights:
+            begin = weight.storage_offset()
+            self._weights.append((weight.untyped_storage()._cdata, begin, begin + _extent(weight), name, weight))
+        return self
+
+    def pack(self, saved: Tensor) -> Any:
+        """A note for a view of a weight; (the tensor, its version) for anything else."""
+        storage, first = saved.untyped_storage()._cdata, saved.storage_offset()
+        shared = False
+        for its, begin, end, name, weight in self._weights:
+            if its == storage and first < end and first + _extent(saved) > begin:
+                if begin <= first and first + _extent(saved) <= end:
+                    self.met.add(name)
+                    return View(self._made, name, weight, saved)
+                shared = True
+        if shared:
+            raise UnsupportedModelError("a buffer over several weights is kept for the backward pass")
+        return saved, saved._version
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The view of the feedback, or the tensor that was kept, unless it was changed since."""
+        if not isinstance(packed, View):
+            saved, version = packed
+            _require_version(saved, version)
+            return saved  # type: ignore[no-any-return]
+        weight = packed.weight
+        _require_version(weight, packed.version)
+        if packed.name not in packed.made:
+            packed.made[packed.name] = _laid_out(self.feedback(packed.name), weight)
+        made = packed.made[packed.name]
+        return made.as_strided(packed.size, packed.stride, made.storage_offset() + packed.offset)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Places of the storage from a tensor's first element to its last."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+
+
+def _require_version(tensor: Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
+
+
+def _laid_out(feedback: Tensor, weight: Tensor) -> Tensor:
+    """The feedback with the weight's type, device and strides."""
+    feedback = feedback.detach()
+    if feedback.dtype != weight.dtype or feedback.device != weight.device:
+        feedback = feedback.to(weight)
+    if feedback.stride() != weight.stride():
+        feedback = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device=weight.device).copy_(
+            feedback
+        )
+    return feedback
