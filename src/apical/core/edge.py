@@ -390,6 +390,7 @@ class EdgeRule(CreditRule):
         if isinstance(site, Bundle):
             if self._unseen and torch.is_grad_enabled():
                 self._unseen -= site.parts.keys()
+            site.attention = self.attention
             return site(*args, **kwargs)
         if not torch.is_grad_enabled():
             refuse_hidden(site.name)

@@ -114,7 +114,7 @@ class PlasticRule(EdgeRule):
         layers = defaultdict(list)
         for name, reason in self.reasons.items():
             layers[reason].append(repr(name))
-        remarks = [
+        remarks = super().remarks + [
             f"{type(self).__name__} keeps the feedback of {', '.join(names)} explicitly: {reason}"
             for reason, names in layers.items()
         ]

@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Attention, Credit, Loss
 from apical.core.cut import CutRule, Units, eagerly
 from apical.core.layers import computes_plainly
 from apical.core.losses import terms
@@ -104,7 +103,7 @@ class DirectFeedbackAlignment(CutRule):
         require_choice("scale", scale, ("map", "xavier"))
         require_choice("source", source, SOURCES)
         super().__init__(model, loss, "input" if leaky else "activation", exact, units, inside)
-        self.attention = known(attention)
+        self.attention = attention
         self.kind, self.source = feedback, source
         self.scale = "xavier" if leaky else scale
         self.feedback = nn.Module()

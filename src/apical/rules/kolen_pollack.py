@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Loss
+from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import xavier_
@@ -98,7 +97,7 @@ class KolenPollack(PlasticRule):
         if form not in ("auto", "closed", "explicit"):
             raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
         super().__init__(model, loss, exact, first_layer, form, sites=sites, through_time=through_time)
-        self.attention = known(attention)
+        self.attention = attention
         for name, layer in self.layers.items():
             self.hold(name, xavier_(torch.empty_like(weight_now(layer)), layer))
         if initial == "mirror":

@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Attention, Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
@@ -180,17 +179,12 @@ class ProductFeedbackAlignment(PlasticRule):
         check_initial(initial, mirror)
         sparse = density < 1.0 and form == "auto"
         super().__init__(model, loss, exact, first_layer, form, sparse, sites, through_time)
-        self.attention = known(attention)
-<<<<<<< HEAD
+        self.attention = attention
         self.feedback, self.density, self.update = feedback, density, update
         self._rows, self._rows_per_sample = 0, dict.fromkeys(self.layers, 1.0)
         self._seen: dict[str, float] = {}
-=======
-        self.feedback, self.density = feedback, density
-        self._rows, self._repeats = 0, Repeats()
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         self._embedding = {name for name, layer in self.layers.items() if id(layer.weight) in tables}
->>>>>>> sites
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Attention, Credit, Loss
 from apical.core.edge import EdgeRule, Feedback, stored
 from apical.core.mirror import mirror, require_affine
 from apical.core.units import key
@@ -72,7 +71,7 @@ class WeightMirror(EdgeRule):
         if not 0.0 <= rate <= 1.0 or batch < 1:
             raise ConfigError(f"rate must lie in [0, 1] and batch be positive, not rate={rate}, batch={batch}")
         super().__init__(model, loss, exact, first_layer, sites, through_time)
-        self.attention = known(attention)
+        self.attention = attention
         self.rate, self.batch, self.generator = rate, batch, generator
         self.feedback = self.random_feedback(generator)
         self.mirror(warmup)
