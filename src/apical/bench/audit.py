@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apical.bench.claims import claimed
 from apical.bench.materials import model_for
-from apical.bench.measure import probe_batch
+from apical.bench.measure import EVALUATION_BATCH, probe_batch
 from apical.bench.names import find_rule, make_rule, merged, resolve
 from apical.bench.papers import claims as paper_claims
 from apical.bench.plain_loop import train
@@ -111,6 +111,6 @@ def _exactly(inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _accuracy(rule: CreditRule, dataset: Dataset) -> float:
-    predicted = rule.answer(_exactly(dataset.test.inputs)).argmax(-1)
-    hits = (predicted == dataset.test.targets).sum()
-    return float(hits) / (len(dataset.test) * dataset.test.answers)
+    batches = zip(dataset.test.inputs.split(EVALUATION_BATCH), dataset.test.targets.split(EVALUATION_BATCH), strict=True)
+    hits = sum(int((rule.answer(_exactly(inputs)).argmax(-1) == targets).sum()) for inputs, targets in batches)
+    return hits / (len(dataset.test) * dataset.test.answers)
