@@ -12,11 +12,11 @@ from torch import Tensor
 
 from apical.bench.claims import claimed
 from apical.bench.materials import model_for
-from apical.bench.measure import EVALUATION_BATCH, probe_batch
+from apical.bench.measure import probe_batch
 from apical.bench.names import find_rule, make_rule, merged, resolve
 from apical.bench.papers import claims as paper_claims
 from apical.bench.plain_loop import train
-from apical.bench.recipe import LossName, Recipe, rule_name
+from apical.bench.recipe import Recipe, rule_name
 from apical.core.credit import CreditRule
 from apical.data.dataset import Dataset
 from apical.diagnostics.plausibility import Verdict, examine, judge
@@ -70,8 +70,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     entry = find_rule(rule)
     if dataset.is_regression:
         raise ConfigError(f"an audit needs classes, and the targets of {dataset.name} are numbers")
-    loss: LossName = "token_cross_entropy" if dataset.is_sequences else "cross_entropy"
-    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, probe=0, loss=loss)
+    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, probe=0)
     recipe, _ = resolve(plain, len(dataset.train))
     physical = tuple(f"{key}={value!r}" for key, value in entry.physical.items())
     slow = replace(recipe, rule_options=merged(recipe.rule_options, physical))
@@ -111,6 +110,5 @@ def _exactly(inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _accuracy(rule: CreditRule, dataset: Dataset) -> float:
-    batches = zip(dataset.test.inputs.split(EVALUATION_BATCH), dataset.test.targets.split(EVALUATION_BATCH), strict=True)
-    hits = sum(int((rule.answer(_exactly(inputs)).argmax(-1) == targets).sum()) for inputs, targets in batches)
-    return hits / (len(dataset.test) * dataset.test.answers)
+    predicted = rule.answer(_exactly(dataset.test.inputs)).argmax(1)
+    return float((predicted == dataset.test.targets).double().mean())
