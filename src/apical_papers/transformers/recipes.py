@@ -36,20 +36,20 @@ LANGUAGE = Recipe(
 )
 """400 steps in windows drawn anew; an epoch is 50 of them."""
 
-COPY = replace(LANGUAGE, data="copy", model="lstm-128", context=20, epochs=20, lr_cosine=20, lr=(1e-2,))
-"""1,000 steps on words of ten symbols."""
+COPY = replace(LANGUAGE, data="copy", model="lstm-128", context=10, epochs=10, lr_cosine=10)
+"""500 steps on words of five symbols."""
 
 STUDIES: dict[str, Study] = {
     "text-python": Study(
         "A decoder of two blocks, width 96, on the sources of Python's standard library, 400 steps",
         "about a minute on one CPU core",
-        {rule: Row(replace(LANGUAGE, rule=rule), ()) for rule in ("bp", "fa")},
+        {rule: Row(replace(LANGUAGE, rule=rule), ()) for rule in ("bp", "kp-mirror", "pfa-mirror", "fa", "dfa")},
         LANGUAGE,
     ),
     "lstm-copy": Study(
-        "An LSTM of 128 units says words of ten symbols again, 1,000 steps",
+        "An LSTM of 128 units says words of five symbols again, 500 steps",
         "about a minute on one CPU core",
-        {"bp": Row(replace(COPY, rule="bp"), ())},
+        {rule: Row(replace(COPY, rule=rule), ()) for rule in ("bp", "fa", "kp-mirror", "pfa-mirror")},
         COPY,
     ),
 }
