@@ -159,7 +159,7 @@ class CutRule(CreditRule):
         if self.where == "input":
             return super().credit_paths(inputs)
         paths = self._trace(inputs).paths
-        names = {layer: name for name, layer in self._whole.items()}
+        names: dict[nn.Module, str] = {layer: name for name, layer in self._whole.items()}
         return {name: self._path(layer, paths.get(names[caller(layer)], [])) for name, layer in self.layers.items()}
 
     def _path(self, layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:

@@ -252,7 +252,8 @@ class DirectFeedbackAlignment(CutRule):
             is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
             share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
             if self.projection is not None:
-                share /= _product_law(*self.projection.shape, cut.width)
+                outputs, inner = self.projection.shape
+                share /= _product_law(outputs, inner, cut.width)
             if self.kind == "position" and matched(errors, cut).dim() < max(3, errors.dim()):
                 raise UnsupportedModelError(
                     f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, whose places are not those of the "
