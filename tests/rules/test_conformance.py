@@ -40,6 +40,9 @@ RULES = {
     "fa-first": partial(apical.FeedbackAlignment, first_layer=True),
     "dfa": apical.DirectFeedbackAlignment,
     "dfa-broadcast": partial(apical.DirectFeedbackAlignment, feedback="broadcast"),
+    "dfa-feedback-inside": partial(apical.DirectFeedbackAlignment, units="sublayer", inside="feedback"),
+    "dfa-micro-factored": partial(apical.DirectFeedbackAlignment, units="micro", source="factored"),
+    "dfa-head": partial(apical.DirectFeedbackAlignment, source="head"),
     "dfa-leaky": partial(apical.DirectFeedbackAlignment, feedback="broadcast", leaky=True),
     "usf": apical.SignSymmetry,
     "brsf": partial(apical.SignSymmetry, variant="batchwise"),
@@ -83,6 +86,7 @@ RULES = {
     "dualprop-original": partial(DP, variant="original", alpha=1.0, sweeps=3),
     "sibp": apical.SemiImplicit,
     "tdca": TDCA,
+    "tdca-sublayer": partial(TDCA, units="sublayer", inside="feedback"),
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
     "strong-dfc": STRONG,
     "strong-dfc-simulate": partial(STRONG, solver="simulate", points=12, sigma=0.0, learn="none"),
@@ -110,6 +114,7 @@ RULES = {
     "corinfomax-sparse": partial(CIM, nudge="one-sided", sparse=(0.1, 0.1, 0.1), free_steps=8, nudged_steps=4),
 }
 SKIPPED = {
+    ("dfa-head", "odd_modules"): "the unit that the head reads hears the true error at the head's input",
     ("pc-incremental", "compile"): "states are kept from call to call, which no graph does; it is refused by name",
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",

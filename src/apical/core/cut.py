@@ -159,7 +159,7 @@ class CutRule(CreditRule):
         if self.where == "input":
             return super().credit_paths(inputs)
         paths = self._trace(inputs).paths
-        names = {layer: name for name, layer in self._whole.items()}
+        names: dict[nn.Module, str] = {layer: name for name, layer in self._whole.items()}
         return {name: self._path(layer, paths.get(names[caller(layer)], [])) for name, layer in self.layers.items()}
 
     def _path(self, layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
@@ -216,14 +216,17 @@ class CutRule(CreditRule):
             raise ConfigError(f"the batch is empty: inputs have the shape {tuple(inputs.shape)}; leave it out")
         if self.where == "activation" and self._separation is None:
             self._trace(inputs)
-        self._cutting.run = self._inner[0]._run if self._inner and torch.is_grad_enabled() else self.model
-        output, done = self._cutting.cut_pass(inputs, self.takes_signals)
+        output, done = self._cut_pass(inputs, self.takes_signals)
         if not tensors(output):
             raise _no_tensor(type(self).__name__, output)
         if self.where == "activation" and not self._is_right(output, done):
             output, done = self._retried(inputs, output, done)
         self.readers.update({cut.name: cut.reader for cut in done.cuts if cut.reader})
         return output, done.cuts, done.teacher
+
+    def _cut_pass(self, inputs: Tensor, plain: bool) -> tuple[Any, Pass]:
+        run = self._inner[0]._run if self._inner and torch.is_grad_enabled() else None
+        return self._cutting.cut_pass(inputs, plain, run)
 
     def require_ends(self, output: Any, errors: Sequence[Tensor | None]) -> None:
         """Refuse a loss that reads a hidden unit's output, whose exact error would be lost at the cut.
@@ -269,7 +272,7 @@ class CutRule(CreditRule):
                 self._last |= {id(leaf) for part in tensors(output) for leaf in leaves(part.grad_fn)}
                 return output, done
             self._trace(inputs)
-            output, done = self._cutting.cut_pass(inputs, False)
+            output, done = self._cut_pass(inputs, False)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.data.copy_(value)  # as after the first of these passes

@@ -77,7 +77,6 @@ class Cutting:
         skips_activations: units end at the points only.
         is_functional: whether some cut is at a function's call, so that calls must be heard.
         moves_rows: whether rows of some unit are not those of the batch.
-        run: makes the model's output in a pass with cuts; another rule may be at work in it.
         now: the pass that is under way.
     """
 
@@ -93,7 +92,6 @@ class Cutting:
         self.skips_activations = False
         self.is_functional = False
         self.moves_rows = False
-        self.run: Callable[[Any], Any] = model
         self.now: Pass | Trace | None = None
         self.hooks: list[Any] = []
         for name, module in self.modules.items():
@@ -151,15 +149,18 @@ class Cutting:
         moved = any([now.rows is not None and now.rows.moves(part, folded) for part in parts])
         return moved or bool(now.folds - folded)
 
-    def cut_pass(self, inputs: Any, plain: bool) -> tuple[Any, "Pass"]:
-        """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves."""
+    def cut_pass(self, inputs: Any, plain: bool, run: Callable[[Any], Any] | None = None) -> tuple[Any, "Pass"]:
+        """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves.
+
+        Another rule may be at work within units: `run(inputs)` then makes the model's output.
+        """
         now = Pass(self, plain)
         if self.moves_rows:
             if torch.compiler.is_compiling():
                 raise UnsupportedModelError("the model moves rows of the batch, which is followed in eager mode only")
             now.rows = Rows(inputs)
         with self._under_way(now, self.is_functional):
-            output = self.run(inputs)
+            output = (run or self.model)(inputs)
         if now.rows is not None:
             now.cuts = now.rows.tell(now.cuts, output)
         return output, now

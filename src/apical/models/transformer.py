@@ -37,8 +37,7 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(N, T, width) -> (N, heads, T, width / heads)."""
-        split: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return split
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class Block(nn.Module):

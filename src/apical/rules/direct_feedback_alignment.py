@@ -250,6 +250,9 @@ class DirectFeedbackAlignment(CutRule):
         if known is None:
             is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
             share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
+            if self.projection is not None:
+                outputs, inner = self.projection.shape
+                share /= _product_law(outputs, inner, cut.width)
             if self.kind == "position" and matched(errors, cut).dim() < max(3, errors.dim()):
                 raise UnsupportedModelError(
                     f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, whose places are not those of the "
@@ -293,10 +296,7 @@ class DirectFeedbackAlignment(CutRule):
         self.projection = self._drawn(size, int.from_bytes(sha256(b"projection").digest()[:7], "big")).to(device)
 
     def _drawn(self, size: tuple[int, ...], place: int) -> Tensor:
-        """A matrix from the Xavier uniform law.
-
-        A unit as wide as the head's input so has `Q P_l` with numbers as large as those of that law for the product.
-        """
+        """A matrix from the Xavier uniform law."""
         generator = torch.Generator().manual_seed((int(self.seed) + place) % 2**63)
         parameter = next(self.model.parameters())
         return nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype), generator=generator)
@@ -309,6 +309,19 @@ class DirectFeedbackAlignment(CutRule):
         if (known := state_dict.get(f"{prefix}projection")) is not None and self.projection is None:
             self.projection = torch.empty_like(known, device=self.seed.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _product_law(outputs: int, inner: int, width: int) -> float:
+    """What squares of numbers of P are multiplied by, so that those of Q P follow the Xavier law of (outputs, width).
+
+    Args:
+        outputs, inner: of Q, which has the Xavier law.
+        width: of P, which has it but for this.
+
+    >>> _product_law(50, 8, 8)
+    1.0
+    """
+    return (outputs + inner) * (inner + width) / (2 * inner * (outputs + width))
 
 
 def _times(errors: Tensor, scale: Tensor) -> Tensor:

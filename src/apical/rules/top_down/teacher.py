@@ -27,7 +27,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ class TopDownNetwork(nn.Module):
 
     def emitters(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """Weights (width, hidden) and biases (width,) that make each hidden layer's credit, and the output's, of a state."""
-        top = self.body[-1]
+        top = cast(nn.Linear, self.body[-1])
         sizes = [*self.emissions, self.projected or self.outputs]
         weights = top.weight.split(sizes)
         biases = [None for _ in sizes] if top.bias is None else list(top.bias.split(sizes))
@@ -247,8 +247,8 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
             raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
         if content["format"] == OLDER:
             content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
-        sizes = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower")
-        network = TopDownNetwork(*(content[name] for name in sizes), projected=content.get("projected"))
+        sizes = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected")
+        network = TopDownNetwork(*({"projected": None, **content}[name] for name in sizes))
         network.share = content["share"]
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
         return network, json.loads(content["provenance"])
