@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark_pages import benchmark_page
+from circuits import circuits, drawing
 from front_page import front_page, rules
 from gallery_page import gallery
 from paper_pages import paper_pages
@@ -50,6 +51,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
         root / "docs" / "results" / "index.md": results_index([*names, *(path.stem for path in files)]),
         **({root / "docs" / "results" / "reproductions.md": reproduction_page(records)} if records else {}),
         **paper_pages(root, papers(), records),
+        **{root / "docs" / "circuits" / f"{page}.svg": drawing(circuit) for page, circuit in circuits().items()},
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
         **{root / "docs" / "results" / f"{path.stem}.md": file_page(path) for path in files},

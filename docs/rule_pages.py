@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
+from circuits import circuits
 from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
 from tables import Cell, Row, benchmarks, code, comparisons, load, number, own_studies, present, table, tabulate
 from torch.nn import Linear
@@ -52,10 +53,36 @@ def rule_blocks(kind: type[CreditRule], root: Path) -> dict[str, str]:
     names = short_names(kind)
     rows = [[f"`{name}`", titled(name)] for name in names]
     measured = [*audit_part(names, root), *results_part(names, root), *cost_part(names, root)]
+    listed = table(("on the command line", "what it is"), rows, numeric_from=2)
     return {
-        "names": table(("on the command line", "what it is"), rows, numeric_from=2),
+        "names": "\n\n".join([listed, *drawn_part(page_name(kind), names, root)]),
         "measured": "\n\n".join(measured),
     }
+
+
+def drawn_part(page: str, names: Sequence[str], root: Path) -> list[str]:
+    """Who sends what to whom, with a learning curve beside it where one is kept."""
+    circuit = circuits().get(page)
+    if circuit is None:
+        return []
+    parts = [f"::::{{container}}\n```{{raw}} html\n:file: ../circuits/{page}.svg\n```\n\n{circuit.caption}\n::::"]
+    curve = learning_curve(names, root)
+    if curve is not None:
+        about = f"[{title(curve)}](../results/{curve.name}.md): test accuracy over epochs, mean and spread over seeds."
+        parts.append(
+            f"::::{{container}}\n![Learning curves: {title(curve)}](../../results/{curve.name}/figures/accuracy.svg)\n\n{about}\n::::"
+        )
+    return [":::::{container} beside", *parts, ":::::"]
+
+
+def learning_curve(names: Sequence[str], root: Path) -> Path | None:
+    """The comparison with a figure of accuracies that has most of these rules; the demo, or the one of fewest rules, among equals."""
+    found = []
+    for folder in comparisons(root):
+        rules = {row["rule"] for row in load(folder / "summary.json")}
+        if (folder / "figures" / "accuracy.svg").exists() and rules & {*names}:
+            found.append((len(rules & {*names}), folder.name == "demo", -len(rules), folder))
+    return max(found)[-1] if found else None
 
 
 def audit_part(names: Sequence[str], root: Path) -> list[str]:
