@@ -119,7 +119,7 @@ def _towards(a: Point, b: Point, length: float = 1.0) -> Point:
 
 
 def _arrow(places: Mapping[str, Point], arrow: str) -> tuple[str, float]:
-    """The line, its head, and its label, on the side to which it bends ("!" before the label: on the other); and its lowest y."""
+    """Line, head, and label, on the side to which the line bends or, after "!", on the other; and their lowest y."""
     found = ARROW.fullmatch(arrow)
     if found is None:
         raise ValueError(f"circuits.toml: {arrow!r} is no arrow")

@@ -69,14 +69,13 @@ def drawn_part(page: str, names: Sequence[str], root: Path) -> list[str]:
     curve = learning_curve(names, root)
     if curve is not None:
         about = f"[{title(curve)}](../results/{curve.name}.md): test accuracy over epochs, mean and spread over seeds."
-        parts.append(
-            f"::::{{container}}\n![Learning curves: {title(curve)}](../../results/{curve.name}/figures/accuracy.svg)\n\n{about}\n::::"
-        )
+        image = f"![Learning curves: {title(curve)}](../../results/{curve.name}/figures/accuracy.svg)"
+        parts.append(f"::::{{container}}\n{image}\n\n{about}\n::::")
     return [":::::{container} beside", *parts, ":::::"]
 
 
 def learning_curve(names: Sequence[str], root: Path) -> Path | None:
-    """The comparison with a figure of accuracies that has most of these rules; the demo, or the one of fewest rules, among equals."""
+    """The comparison with a drawn accuracy that has most of these rules; among equals the demo, or that of fewest rules."""
     found = []
     for folder in comparisons(root):
         rules = {row["rule"] for row in load(folder / "summary.json")}
