@@ -1,9 +1,10 @@
 """The generated parts of the README: what the demo shows, what installing takes, why, the rules, the papers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
+from index_page import share
 from paper_pages import folders
 from rule_pages import belongs, rule_classes, short_names
 from tables import Row, load, number, present, spread, table, toml
@@ -128,12 +129,6 @@ def linked(references: str) -> str:
         f"[{each}]({LINKS['doi ' if each.startswith('doi') else '']}{each.removeprefix('doi ')})" if "." in each else each
         for each in references.split(", ")
     )
-
-
-def share(verdicts: Iterable[str]) -> str:
-    """How many of the decided verdicts are "reproduced"."""
-    decided = [each for each in verdicts if each in ("reproduced", "not reproduced")]
-    return f"{decided.count('reproduced')} of {len(decided)}" if decided else "-"
 
 
 def reproduced(root: Path, records: Sequence[Row]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmark_pages import setting
 from circuits import circuits
 from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
-from tables import Cell, Row, benchmarks, code, comparisons, load, number, own_studies, present, table, tabulate
+from tables import Cell, Row, benchmarks, code, comparisons, fitting, load, number, own_studies, present, table, tabulate
 from torch.nn import Linear
 
 import apical.exports
@@ -267,7 +267,7 @@ def accuracies(root: Path) -> str:
         return "No comparison of many rules is kept here yet."
     names = [name for name in RULES if any((name, column) in found for column in columns)]
     lines = [[f"`{name}`", *(found.get((name, column), "-") for column in columns)] for name in names]
-    return table(("rule", *columns.values()), lines)
+    return fitting(("rule", *columns.values()), lines)
 
 
 def costs(root: Path) -> str:
