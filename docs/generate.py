@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark_pages import benchmark_page
+from choose_page import choice
 from circuits import circuits, drawing
 from front_page import front_page, rules
 from gallery_page import gallery
@@ -21,7 +22,7 @@ from index_page import results_index, standings
 from paper_pages import paper_pages
 from reproduction_page import reproduction_page
 from result_pages import comparison_page, file_page, study_page, title
-from rule_pages import choice, overview, rule_blocks, rule_classes
+from rule_pages import overview, rule_blocks, rule_classes
 from tables import benchmarks, comparisons, load, own_studies, reproductions, table, toml
 from zoo_page import zoo_page
 

@@ -1,4 +1,4 @@
-"""The generated parts of the pages on rules: names, audit, results, cost, the overview, and the table to choose by."""
+"""The generated parts of the pages on rules: names, audit, results, cost, the overview, and the tables to choose by."""
 
 import statistics
 from collections.abc import Sequence
@@ -180,7 +180,8 @@ def overview(root: Path) -> str:
     rows = []
     for page, kind in rule_classes().items():
         names = ", ".join(f"`{name}`" for name in short_names(kind))
-        rows.append([f"[`{kind.__name__}`](rules/{page}.md)", names, "yes" if residual(kind) else "no", _time(kind, root)])
+        ratios = ratios_to_bp(benchmark_rows(root), short_names(kind), "MLP")
+        rows.append([f"[`{kind.__name__}`](rules/{page}.md)", names, "yes" if residual(kind) else "no", step_time(ratios)])
     header = ("rule", "on the command line", "residual networks", "time / BP, MLP")
     pages = "\n".join(f"rules/{page}" for page in rule_classes())
     return f"{table(header, rows, numeric_from=3)}\n\n```{{toctree}}\n:hidden:\n\n{pages}\n```"
@@ -196,9 +197,8 @@ def residual(kind: type[CreditRule]) -> bool:
     return len(settings(factory)) == 2
 
 
-def _time(kind: type, root: Path) -> str:
-    """The range of times relative to backpropagation over names and settings of fully connected networks."""
-    ratios = ratios_to_bp(benchmark_rows(root), short_names(kind), "MLP")
+def step_time(ratios: Sequence[float]) -> str:
+    """The range of times relative to backpropagation, over names and settings."""
     low, high = (f"{value:.2f}" for value in (min(ratios, default=0), max(ratios, default=0)))
     return "-" if not ratios else low if low == high else f"{low} to {high}"
 
@@ -206,12 +206,6 @@ def _time(kind: type, root: Path) -> str:
 def ratios_to_bp(rows: Sequence[Row], names: Sequence[str], network: str) -> list[float]:
     """Times of a step relative to backpropagation's, of rules on a kind of network."""
     return present((row for row in rows if row["rule"] in names and network in row["model"]), "ratio_to_bp")
-
-
-def choice(root: Path) -> dict[str, str]:
-    """The generated blocks of the page on choosing a rule."""
-    audit = load(root / "results" / "audit" / "audit.json")
-    return {"audit": NO_AUDIT if audit is None else audit_table(audit), "accuracy": accuracies(root), "cost": costs(root)}
 
 
 def audit_table(audit: Row) -> str:
