@@ -39,7 +39,7 @@ def choice(root: Path) -> dict[str, str]:
 
 
 def decision(asked: Mapping[str, str], audit: Row, root: Path) -> list[str]:
-    """One line: what is wanted, the rule with the best accuracy of those that have it, and the numbers; empty if there is none."""
+    """What is wanted, the rule with the best accuracy of those that have it, and the numbers; empty if there is none."""
     folder = root / "results" / asked["comparison"]
     runs = load(folder / "summary.json") or []
     fit = {row["rule"] for row in audit["rows"] if all(row["verdicts"][key]["good"] for key in asked.get("criteria", ()))}

@@ -31,20 +31,20 @@ def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row]) 
     }
 
 
-def demo_block(root: Path) -> str:
-    """The caption, of the comparison in results/demo."""
+def demo_block(root: Path, page: str = "docs/results/demo.md") -> str:
+    """The caption, of the comparison in results/demo, with a link to its page."""
     summary, plan = (load(root / "results" / "demo" / f"{name}.json") for name in ("summary", "compare"))
-    return demo(summary, plan) if summary and plan else "The demo is not kept here."
+    return demo(summary, plan, page) if summary and plan else "The demo is not kept here."
 
 
-def demo(summary: Sequence[Row], plan: Row) -> str:
+def demo(summary: Sequence[Row], plan: Row, page: str = "docs/results/demo.md") -> str:
     """The caption of the demo's figure."""
     recipe = plan["recipe"]
     seeds, epochs = len({row["seed"] for row in summary}), recipe["epochs"]
     final = [f"`{rule}` {_accuracy(summary, rule)}" for rule in dict.fromkeys(row["rule"] for row in summary)]
     return (
         f"`make demo`: {len(final)} rules on handwritten digits, {recipe['model']}, {epochs} epochs, n = {seeds} seeds; "
-        f"bands: one standard deviation. Test accuracy at the end, %: {', '.join(final)} ([data](docs/results/demo.md))."
+        f"bands: one standard deviation. Test accuracy at the end, %: {', '.join(final)} ([data]({page}))."
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmark_pages import benchmark_page
 from choose_page import choice
 from circuits import circuits, drawing
-from front_page import front_page, rules
+from front_page import demo_block, front_page, rules
 from gallery_page import gallery
 from index_page import results_index, standings
 from paper_pages import paper_pages
@@ -68,6 +68,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
         root / "docs" / "command-line.md": command_blocks(),
         root / "docs" / "rules.md": {"overview": overview(root), "families": rules(toml("families"), records)},
         root / "docs" / "choose.md": choice(root),
+        root / "docs" / "index.md": {"demo": demo_block(root, "results/demo.md")},
         **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},
     }
     for path, contents in blocks.items():
