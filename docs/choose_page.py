@@ -29,8 +29,9 @@ def choice(root: Path) -> dict[str, str]:
     """The generated blocks."""
     audit = load(root / "results" / "audit" / "audit.json")
     lines = [line for each in toml("choose")["lines"] if (line := decision(each, audit or {"rows": []}, root))]
+    decisions = table(("you want", "take", "because"), lines, 99)
     return {
-        "decision": table(("you want", "take", "because"), lines, 99) if lines else "Nothing is kept to decide by yet.",
+        "decision": f":::{{container}} stacked decision\n{decisions}\n:::" if lines else "Nothing is kept to decide by yet.",
         "families": families(root),
         "audit": NO_AUDIT if audit is None else audit_table(audit),
         "accuracy": accuracies(root),
@@ -42,7 +43,8 @@ def decision(asked: Mapping[str, str], audit: Row, root: Path) -> list[str]:
     """What is wanted, the rule with the best accuracy of those that have it, and the numbers; empty if there is none."""
     folder = root / "results" / asked["comparison"]
     runs = load(folder / "summary.json") or []
-    fit = {row["rule"] for row in audit["rows"] if all(row["verdicts"][key]["good"] for key in asked.get("criteria", ()))}
+    criteria = asked.get("criteria", ())
+    fit = {row["rule"] for row in audit["rows"] if all(row["verdicts"].get(key, {}).get("good") for key in criteria)}
     members = toml("families").get(asked.get("family", ""), {})
     named = [name for kind in rule_classes().values() if kind.__name__ in members for name in short_names(kind)]
     means = {
@@ -75,7 +77,8 @@ def families(root: Path) -> str:
         networks = "chains and rows of blocks" if takes == {False} else "any" if takes == {True} else "differ by rule"
         ratios = [ratio for kind in mine for ratio in ratios_to_bp(benchmark_rows(root), short_names(kind), "MLP")]
         lines.append([family, links, networks, step_time(ratios)])
-    return table(("family", "rules", "networks", "time / BP, MLP"), lines, 3)
+    text = table(("family", "rules", "networks", "time / BP, MLP"), lines, 3)
+    return f":::{{container}} stacked families\n{text}\n:::"
 
 
 def _plain(kind: type) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from result_pages import NOTE, finished, joined
-from tables import Row, load, significant, table
+from tables import Row, grouped, load, significant, table
 
 from apical.bench.papers import Table, papers, studies
 
@@ -39,10 +39,8 @@ class Standing(NamedTuple):
         """The first line of the page."""
         if not self.target:
             return "**Done**: a comparison or study of our own, no table of a paper."
-        where = f"`apical reproduce {self.target}`"
-        if self.size == "done":
-            return f"**Done** at the full size of {where}."
-        return f"**Shortened**: {self.size}, of the full size of {where}."
+        said = "**Done** at full size" if self.size == "done" else f"**Shortened**: {self.size}"
+        return f"{said} (`apical reproduce {self.target} --budget paper`)."
 
 
 def standings(root: Path, records: Sequence[Row]) -> dict[str, Standing]:
@@ -104,14 +102,14 @@ def shortened(sizes: Mapping[str, Any], full: Mapping[str, Any]) -> str:
 
 
 def _sizes(content: Row, runs: Iterable[Row]) -> dict[str, int]:
-    """Epochs and seeds that the finished runs have, and the cut of the data."""
+    """Epochs and seeds that the finished runs of every rule have, and the cut of the data."""
     runs = finished(runs)
     sizes = {key: value for key, value in (content.get("settings") or {}).items() if key in ("epochs", "seeds")}
     sizes = {key: len(value) if isinstance(value, list) else value for key, value in sizes.items()}
     epochs = [row.get("epochs", row.get("epoch")) for row in runs]
-    seeds = len({row["seed"] for row in runs if "seed" in row}) or min((row.get("seeds", 0) for row in runs), default=0)
+    counted = [sum(row.get("seeds", 1) for row in rows) for rows in grouped(runs, "rule").values()]
     sizes |= {"epochs": max(epochs)} if all(epochs) and epochs else {}
-    sizes |= {"seeds": seeds} if seeds else {}
+    sizes |= {"seeds": min(counted)} if counted else {}
     return sizes | {"train_limit": (content.get("recipe") or {}).get("train_limit") or 0}
 
 
@@ -160,7 +158,7 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
     ]
     rest = table(("what it is", "machine", "hours", "commit"), others, 99) if others else ""
     listed = "```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```" if pages else "None are kept here yet."
-    parts = [NOTE, "# Results", about, count, f":::{{container}} small index\n{table(header, rows, 99)}\n:::"]
+    parts = [NOTE, "# Results", about, count, f":::{{container}} small stacked index\n{table(header, rows, 99)}\n:::"]
     parts += ["## Comparisons and studies of our own", f":::{{container}} small\n{rest}\n:::"] if rest else []
     return joined([*parts, listed])
 

@@ -60,7 +60,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: in
 def fitting(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: int = 1) -> str:
     """The same for a page of the documentation: set small where there are many columns."""
     text = table(header, rows, numeric_from)
-    return f":::{{container}} small\n{text}\n:::" if len(header) > 6 else text
+    return f":::{{container}} small\n{text}\n:::" if len(header) > 5 else text
 
 
 def _escaped(cells: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The package as a stranger gets it: wheel and sdist build, hold what they should, and work from where they were installed."""
+"""The package as a stranger gets it: wheel and sdist build, hold what they should, and work where they were installed."""
 
 import csv
 import email
