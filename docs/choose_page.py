@@ -20,8 +20,6 @@ from rule_pages import (
 )
 from tables import Row, grouped, load, number, present, table, toml
 
-from apical.bench.names import RULES
-
 NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."
 
 
@@ -58,7 +56,8 @@ def decision(asked: Mapping[str, str], audit: Row, root: Path) -> list[str]:
     because = _score(folder, best) + (f"; {_score(root / 'results' / asked['also'], best)}" if "also" in asked else "")
     ratios = ratios_to_bp(benchmark_rows(root), [best], asked["network"])
     because += f"; a step takes {number(statistics.median(ratios), 2)} of backpropagation's time" if ratios else ""
-    return [asked["want"], f"[`{best}`](rules/{page_name(RULES[best].build)}.md)", f"{because}."]
+    page = next(page for page, kind in rule_classes().items() if best in short_names(kind))
+    return [asked["want"], f"[`{best}`](rules/{page}.md)", f"{because}."]
 
 
 def _score(folder: Path, rule: str) -> str:

@@ -159,7 +159,7 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
     rest = table(("what it is", "machine", "hours", "commit"), others, 99) if others else ""
     listed = "```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```" if pages else "None are kept here yet."
     parts = [NOTE, "# Results", about, count, f":::{{container}} small stacked index\n{table(header, rows, 99)}\n:::"]
-    parts += ["## Comparisons and studies of our own", f":::{{container}} small\n{rest}\n:::"] if rest else []
+    parts += ["## Comparisons and studies of our own", f":::{{container}} small stacked own\n{rest}\n:::"] if rest else []
     return joined([*parts, listed])
 
 

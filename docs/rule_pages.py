@@ -78,7 +78,7 @@ def learning_curve(names: Sequence[str], root: Path) -> Path | None:
     """The comparison with a drawn accuracy that has most of these rules; among equals the demo, or that of fewest rules."""
     found = []
     for folder in comparisons(root):
-        rules = {row["rule"] for row in load(folder / "summary.json")}
+        rules = {row["rule"] for row in load(folder / "summary.json") if row["epochs"] > 1}
         if (folder / "figures" / "accuracy.svg").exists() and rules & {*names}:
             found.append((len(rules & {*names}), folder.name == "demo", -len(rules), folder))
     return max(found)[-1] if found else None

@@ -439,6 +439,9 @@ def test_the_learning_curve_is_of_the_comparison_that_knows_most(comparison: Pat
     assert script("rule_pages").learning_curve(["pfa"], root) is None
     (comparison / "figures").mkdir()
     (comparison / "figures" / "accuracy.svg").write_text("")
+    assert script("rule_pages").learning_curve(["pfa"], root) is None, "one epoch is no curve"
+    runs = [{**row, "epochs": 2} for row in json.loads((comparison / "summary.json").read_text())]
+    (comparison / "summary.json").write_text(json.dumps(runs))
     assert script("rule_pages").learning_curve(["pfa"], root) == comparison
     assert script("rule_pages").learning_curve(["dfa"], root) is None
 
