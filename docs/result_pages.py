@@ -227,7 +227,8 @@ def figures(folder: Path, where: str) -> list[str]:
     for path in sorted(folder.glob("*.svg")):
         small = path.stat().st_size < LARGE or not path.with_suffix(".png").exists()
         shown = path if small else path.with_suffix(".png")
-        drawn.append(f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})")
+        caption = toml("captions").get(path.stem, "")
+        drawn += [f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})", *([caption] if caption else [])]
     return ["## Figures", *drawn] if drawn else []
 
 

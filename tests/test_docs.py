@@ -183,7 +183,7 @@ def test_the_gallery_has_each_figure_once(study: Path) -> None:
     page = generate.gallery(study.parents[1])
     assert "## Toy" in page
     assert page.count(":::{figure}") == 1
-    assert ":::{figure} ../results/toy/conditions.png\n:alt: conditions: Toy\n\n[conditions](results/toy.md)" in page
+    assert ":::{figure} ../results/toy/conditions.png\n:alt: conditions: Toy\n\nConditions. [Data](results/toy.md)." in page
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
