@@ -116,7 +116,7 @@ def channel(
     if where == "end":
         nats, bound = (
             information(within_budget(jacobian), covariance, last),
-            torch.tensor(capacity(jacobian.shape[1], noise)),
+            unit.new_tensor(capacity(jacobian.shape[1], noise)),
         )
     else:
         before = sum((layer @ layer.mT for layer in inner), torch.zeros_like(unit))

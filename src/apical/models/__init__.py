@@ -1,6 +1,8 @@
 """Plain `nn.Module`s of the papers, Xavier-initialised, every activation a module of its own."""
 
 from apical.models.catalogue import build, names
+from apical.models.flow import flow
+from apical.models.graph import Graph
 from apical.models.initialisation import critical_, looks_linear_, orthogonal_, xavier_, xavier_normal_
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
@@ -10,6 +12,7 @@ from apical.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcu
 __all__ = [
     "BasicBlock",
     "CifarResNet",
+    "Graph",
     "LeNet",
     "LeNetCIFAR",
     "ResNet",
@@ -17,6 +20,7 @@ __all__ = [
     "autoencoder",
     "build",
     "critical_",
+    "flow",
     "looks_linear_",
     "mlp",
     "mlp_elu",
