@@ -107,27 +107,35 @@ def test_feedback_of_the_transpose_is_backpropagation() -> None:
 
 
 def test_under_dfa_errors_reach_edges_without_a_weight() -> None:
-    """e_i is `relu'(u_i) * B_i e`: the signal of the activation right behind u_i, and the node's own weight has no part in it."""
+    """e_i = relu'(u_i) * B_i e, the signal of the activation right behind u_i. The node's weight has no part in it."""
     torch.manual_seed(4)
     model = GraphClassifier(6, 4, 3, 3, "complete", "learned").double()
     rule = apical.DirectFeedbackAlignment(model)
-    received: list[Tensor] = []
-    errors: dict[int, Tensor] = {}
-
-    def keep(module: nn.Module, args: object, result: Tensor) -> None:
-        i = len(received)
-        received.append(result.detach())
-        result.register_hook(lambda error: errors.update({i: error}))
-
-    for mix in model.graph.mixes:
-        mix.register_forward_hook(keep)
     x, y = torch.randn(7, 6).double(), torch.arange(7) % 3
     rule(x, y).backward()
     output = model(x)
     e = torch.autograd.grad(nn.functional.cross_entropy(output, y), output)[0]
-    for i in range(3):
-        b = rule.feedback.get_buffer(f"graph/nodes/{i}/0")
-        assert (errors[i] - (received[i] > 0) * (e @ b)).abs().max() < 1e-14
+    received, sent = states(model.graph, model.stem(x))
+    for i, mix in enumerate(model.graph.mixes):
+        b = rule.feedback.get_buffer(f"graph/nodes/{i}/0" if i < 3 else "relu")
+        error = (received[i] > 0) * (e @ b)
+        assert (mix.alpha.grad - torch.stack([(error * sent[j]).sum() for j in mix.senders])).abs().max() < 1e-7
+
+
+def test_a_look_at_the_placement_leaves_the_cuts_as_they_were() -> None:
+    """Further cuts that a look finds are found again afterwards."""
+    torch.manual_seed(4)
+    x, y = torch.randn(7, 6), torch.arange(7) % 3
+    grads = []
+    for look in (False, True):
+        torch.manual_seed(5)
+        model = GraphClassifier(6, 4, 3, 3, "complete", "learned")
+        rule = apical.DirectFeedbackAlignment(model)
+        if look:
+            assert all("cut at" in row.path for row in rule.placement(x) if row.kind == "Linear" and row.layer != "head")
+        rule(x, y).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa", "usf", "pfa"])

@@ -85,6 +85,9 @@ class CutRule(CreditRule):
         _check_units(model, units, named)
         self._cutting = Cutting(model, self.layers, where == "input")
         self._hooks = self._cutting.hooks
+        # attributes of the rule, so that whoever puts hooks back as they were puts these back too
+        self._points, self._bases = self._cutting.points, self._cutting.bases
+        self._inside, self._heard = self._cutting.inside, self._cutting.heard
         weakref.finalize(self, _remove, self._hooks)
         self._cutting.add_points(named)
         self._separation: Separation | None = None  # of the last traced pass

@@ -9,6 +9,7 @@ the whole network is exactly orthogonal, whatever its depth, and every rule can 
 then its own. The Cayley map replaces the exponential.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -80,7 +81,7 @@ def orthogonal_schedule(width: int, depth: int, kind: Flow = "isospectral") -> l
 
 def _symmetric(matrix: Tensor) -> Tensor:
     """`M + M^T`, scaled to a spectrum of order one."""
-    return (matrix + matrix.mT) / (2 * len(matrix)) ** 0.5
+    return (matrix + matrix.mT) / math.sqrt(2 * len(matrix))
 
 
 class EulerStep(nn.Module):

@@ -127,7 +127,7 @@ def _activation(model: nn.Module) -> nn.Module:
     if len(found) != 1:
         what = ", ".join(f"{name!r} ({text})" for text, (name, _) in found.items()) or "none that is a module"
         raise UnsupportedModelError(f"this initialisation needs a model with one kind of activation; it has {what}")
-    ((name, module),) = found.values()
+    name, module = next(iter(found.values()))
     entry = known(module)
     if entry is None or not entry.elementwise:
         raise UnsupportedModelError(f"this initialisation needs an element-wise activation; {name!r} is {module!r}")
