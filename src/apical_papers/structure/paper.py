@@ -14,7 +14,7 @@ PAPER = Paper(
             module="apical_papers.structure.study",
             side_by_side=True,
             needs={"epochs": 5, "seeds": 5},
-            hours={"cpu": 0.15},
+            hours={"cpu": 0.22},
         ),
     },
 )
