@@ -77,7 +77,7 @@ class Recipe:
     """Images per step, over all processes together."""
     optimizer: Optimizer = "sgd"
     """Optimiser."""
-    lr: Annotated[tuple[float, ...], Option("RATE ...")] = (0.02,)
+    lr: Annotated[tuple[float, ...], Option("RATE ...", "0.02, or tuned for the rule")] = (0.02,)
     """Learning rates, one after the other."""
     lr_epochs: tuple[int, ...] = ()
     """Finished epochs after which the next learning rate starts."""

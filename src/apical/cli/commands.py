@@ -33,6 +33,7 @@ from apical.bench.names import (
     merged,
     options_for,
     resolve,
+    tuned_rate,
 )
 from apical.bench.network import SAMPLES, measured
 from apical.bench.papers import studies
@@ -97,6 +98,7 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
     recipes, notes = prepare(drafts, tell)
+    tell_rates(drafts, flags, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
         [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
@@ -136,7 +138,9 @@ def train(flags: "Train", command: str) -> int:
         torch.set_num_threads(recipe.threads)
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
         tell = print if world.is_main else _silent
-        (recipe,), (notes,) = prepare(understood([recipe], flags, tell), tell)
+        drafts = understood([recipe], flags, tell)
+        (recipe,), (notes,) = prepare(drafts, tell)
+        tell_rates(drafts, flags, tell)
         folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
         if state == "finished":
@@ -181,7 +185,9 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
         options = (*options, *_taught_by(flags, rule))
     if not hasattr(flags, "rule"):  # of a comparison: for several rules
         options = options_for(rule, options)
-    return replace(recipe, **{**settings, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+    recipe = replace(recipe, **{**settings, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
+    rate = None if study or "lr" in settings else tuned_rate(recipe)
+    return recipe if rate is None else replace(recipe, lr=(rate,))
 
 
 def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
@@ -198,6 +204,14 @@ def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
     for line in filter(None, (about, note)):
         tell(line)
     return list(drafts)
+
+
+def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> None:
+    """Say which learning rates are not the common one though none was asked for."""
+    tuned = [] if flags.recipe or "lr" in flags.settings() else [item for item in drafts if tuned_rate(item)]
+    if tuned:
+        rates = ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in tuned)
+        tell(f"learning rates as tuned for each rule on these data: {rates}; --lr sets another")
 
 
 def _silent(line: str) -> None:

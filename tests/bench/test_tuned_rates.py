@@ -1,0 +1,54 @@
+"""Learning rates where none is asked for: those of the sweep over digits, in the setting of that sweep alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from apical.bench.names import RATES, RULES, resolve, tuned_rate
+from apical.bench.recipe import Recipe, from_json
+from apical.cli.main import main
+
+SWEEP = Path(__file__).parents[2] / "results" / "rates-digits" / "best.json"
+
+
+def test_rates_are_those_of_the_sweep() -> None:
+    rows = {name: from_json(row) for name, row in json.loads(SWEEP.read_text())["rows"].items()}
+    assert {name: (rate,) for name, rate in RATES.items()} == {name: row.lr for name, row in rows.items()}
+    for name, row in rows.items():  # and all else is at its default
+        assert replace(row, validation=0, probe=256) == replace(
+            resolve(Recipe(rule=name, lr=row.lr, probe=0), 1197)[0], probe=256
+        )
+
+
+def test_variants_and_controls_have_the_rate_of_their_rule() -> None:
+    rates = {name: tuned_rate(Recipe(rule=name)) for name in RULES}
+    for name, control in RULES.items():
+        if "a control" in control.title:
+            assert rates[name] is not None, f"{name} is held against a rule that was tuned"
+    assert rates["tdca-silent"] == rates["tdca-unevolved"] == rates["tdca"]
+    assert rates["ff-readout"] == rates["ff"] != rates["scff"]
+    assert rates["pc-one-step"] == rates["pc-error"]
+    assert rates["ep"] is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 1}, {"model": "mlp-8"}, {"data": "mnist"}, {"optimizer": "adam"}, {"batch_size": 8}]
+)
+def test_another_setting_has_the_common_rate(change: dict[str, object]) -> None:
+    assert tuned_rate(replace(Recipe(rule="kp"), **change)) is None
+
+
+def test_a_comparison_says_its_rates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apical.bench import compare
+
+    jobs = []
+    monkeypatch.setattr(compare, "check", lambda job: (jobs.append(job), 1 / 0))  # nothing is trained
+    for options in ([], ["--lr", "0.02"], ["--epochs", "2"]):
+        with pytest.raises(ZeroDivisionError):
+            main(["compare", "--rules", "ccl", "ep", *options, "--out", str(tmp_path)])
+    assert [[recipe.lr for recipe in job.recipes] for job in jobs] == [[(0.2,), (0.02,)], [(0.02,)] * 2, [(0.02,)] * 2]
+    assert capsys.readouterr().out.count("ccl 0.2; --lr sets another") == 1
