@@ -3,7 +3,7 @@
 from apical.bench.papers import Paper, Table
 
 PAPER = Paper(
-    title="Structure and depth: persistence of weights, learned wirings, orthogonal flows",
+    title="Addressing caveats of neural persistence with deep graph persistence",
     reference="Girrbach et al., TMLR 2023, arXiv 2307.10865; Yuan et al., ECCV 2020, arXiv 2008.08261; Choromanski et al., "
     "NeurIPS 2020, arXiv 2006.11421; Yuan et al., arXiv 2105.13905; Weng et al., arXiv 2212.01744",
     studies={},
