@@ -34,6 +34,7 @@ from apical.cli.flags.audit import Audit
 from apical.cli.flags.evolve import Evolve
 from apical.cli.flags.help import option_rows
 from apical.cli.flags.landscape import Landscape
+from apical.cli.flags.measure import Measure
 from apical.cli.flags.reproduce import Reproduce
 from apical.cli.flags.sweep import SweepFlags
 from apical.cli.flags.training import CompareFlags, Flags, TrainFlags
@@ -110,7 +111,7 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 
 COMMANDS: dict[str, type] = {"compare": CompareFlags, "train": TrainFlags, "both": Flags, "evolve": Evolve}
-COMMANDS |= {"landscape": Landscape, "audit": Audit, "reproduce": Reproduce, "sweep": SweepFlags}
+COMMANDS |= {"landscape": Landscape, "audit": Audit, "measure": Measure, "reproduce": Reproduce, "sweep": SweepFlags}
 """Block of the command-line page -> class of flags."""
 
 

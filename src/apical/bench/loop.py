@@ -25,7 +25,9 @@ from apical.bench.measure import (
     minimum_norm,
     own_measures,
     per_token,
+    probe_batch,
 )
+from apical.bench.network import SAMPLES, measured, moments_of_training
 from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, set_rate, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
@@ -102,6 +104,7 @@ class Training:
         self.dataset = place(dataset, self.device)
         self.module = self._shared()
         self._timer, self._feedback_timer = StepTimer(self.device), StepTimer(self.device)
+        self._measured_at = set(moments_of_training(recipe.epochs).values())
         self._signum, self._costs = 0, dict[Phase, StepCost]()
         self._sums = Sums(world, classes=dataset.counts_hits, answers=dataset.train.answers)
         self._untrained = chance_loss(self.rule, self.dataset.test, dataset.output_shape)
@@ -329,6 +332,9 @@ class Training:
             "minimum_norm_alignment": angle,
             "condition_two": None,
         }
+        if self.recipe.measure and self.world.is_main and self.line["epoch"] in self._measured_at:
+            inputs, _ = probe_batch(self.dataset.train, SAMPLES)
+            self.line["measured"] = measured(self.recipe.measure, self.rule.model, inputs)
         clash = own.network.keys() & (self.line.keys() - {"condition_two"})
         clash |= {key for values in own.layers.values() for key in values if key in FIELDS}
         if clash:

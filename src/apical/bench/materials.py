@@ -10,8 +10,9 @@ from apical.bench.recipe import LossName, Recipe
 from apical.data import Dataset
 from apical.data.catalogue import ENTRIES
 from apical.data.own import sources as own_data
-from apical.errors import CheckpointError
+from apical.errors import CheckpointError, unknown_name
 from apical.models import own as own_models
+from apical.models.initialisation import INITIALISERS
 
 _FEW = 2
 """Samples on which a model of the user's is tried."""
@@ -46,7 +47,21 @@ def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
     """
     if own_models.is_own(recipe.model):
         _check(f"the model {recipe.model}", recipe.model_sha256, own_models.checksum(recipe.model))
-    return model_for(recipe.model, dataset)
+    return initialised(model_for(recipe.model, dataset), recipe.init)
+
+
+def initialised(model: nn.Module, name: str) -> nn.Module:
+    """The model with weights drawn anew by the initialiser of that name; as it is for an empty name.
+
+    Raises:
+        ConfigError: there is no such initialiser.
+        UnsupportedModelError: it is not for this model.
+    """
+    if not name:
+        return model
+    if name not in INITIALISERS:
+        raise unknown_name("--init", name, INITIALISERS)
+    return INITIALISERS[name](model)
 
 
 def model_for(name: str, dataset: Dataset) -> nn.Module:

@@ -44,9 +44,10 @@ _LATER: dict[str, Any] = {
     "lr_warmup": 0,
     "lr_final": 0.0,
     "decay_on": "all",
+    "init": "",
 }
 """Fields that recipes got after results had been kept under their hashes, which leave these values out."""
-_BESIDE = ("threads", "device", "checkpoint_steps", "trajectory")
+_BESIDE = ("threads", "device", "checkpoint_steps", "trajectory", "measure")
 _PASSES = ("pretrain_epochs", "feedback_passes")
 _COUNTS = ("lr_cosine", "lr_warmup", "epoch_steps", "warmup_steps", "checkpoint_steps", "trajectory")
 _FORWARD = "as the forward weights"
@@ -173,6 +174,11 @@ class Recipe:
     """Save also every N steps within an epoch."""
     trajectory: Annotated[int, Option("N", "off")] = 0
     """Keep the weights every N steps, and at start and end, for `apical landscape`."""
+    init: Annotated[str, Option("NAME", "the model's own")] = ""
+    """Draw the initial weights anew: xavier, xavier-normal, orthogonal, critical or looks-linear."""
+    measure: Annotated[tuple[str, ...], Option("NAME ...", "off")] = ()
+    """Measure the network before, halfway through and after training: persistence, coding, learnability, channel, or
+    FILE.py:FUNCTION. The report has the numbers."""
     data_sha256: str = ""
     """Of the content of the user's own data, sixteen hex digits; empty where they have a name."""
     model_sha256: str = ""
@@ -276,7 +282,7 @@ class Recipe:
         return fields
 
     def hash(self) -> str:
-        """Twelve hex digits of the fields that decide the result: all but threads, device, checkpoint_steps, trajectory."""
+        """Twelve hex digits of the fields that decide the result: all but :data:`_BESIDE`."""
         fields = {k: v for k, v in self.to_json().items() if k not in _BESIDE and not (k in CHECKSUMS and not v)}
         fields = {k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]

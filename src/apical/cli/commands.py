@@ -22,6 +22,7 @@ from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.loop import Training
 from apical.bench.materials import build_model, identified, load_data, located, loss_for
+from apical.bench.measure import probe_batch
 from apical.bench.names import (
     AROUND,
     RULES,
@@ -33,6 +34,7 @@ from apical.bench.names import (
     options_for,
     resolve,
 )
+from apical.bench.network import SAMPLES, measured
 from apical.bench.papers import studies
 from apical.bench.progress import Watch, Watched, describe, results_table, shown_path
 from apical.bench.provenance import environment
@@ -254,6 +256,8 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")
         apart.append(rule.learns_apart)
+        if recipe.measure and len(recipes) == 1:  # every rule trains the same network
+            measured(recipe.measure, rule.model, probe_batch(dataset.train, SAMPLES)[0])
     for i, recipe in enumerate(recipes):
         if any(apart) and not apart[i] and recipe.has_feedback_passes:
             recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)

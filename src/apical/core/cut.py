@@ -96,6 +96,9 @@ class CutRule(CreditRule):
         _check_units(model, units, named)
         self._cutting = Cutting(model, self._whole, where == "input")
         self._hooks = self._cutting.hooks
+        # attributes of the rule, so that whoever puts hooks back as they were puts these back too
+        self._points, self._bases = self._cutting.points, self._cutting.bases
+        self._inside, self._listens = self._cutting.inside, self._cutting.heard
         weakref.finalize(self, _remove, self._hooks)
         self._cutting.add_points(named)
         self._cutting.skips_activations = where == "activation" and units in ("block", "sublayer")

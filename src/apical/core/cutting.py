@@ -75,7 +75,7 @@ class Cutting:
         inside: names of activation calls within a unit, where there is no cut.
         tail: names of activation calls behind the last weighted layer.
         skips_activations: units end at the points only.
-        is_functional: whether some cut is at a function's call, so that calls must be heard.
+        heard: "functions", once some cut is at a function's call.
         moves_rows: whether rows of some unit are not those of the batch.
         now: the pass that is under way.
     """
@@ -90,7 +90,7 @@ class Cutting:
         self.inside: set[str] = set()
         self.tail: set[str] = set()
         self.skips_activations = False
-        self.is_functional = False
+        self.heard: set[str] = set()
         self.moves_rows = False
         self.now: Pass | Trace | None = None
         self.hooks: list[Any] = []
@@ -114,10 +114,15 @@ class Cutting:
                 self.bases.add(name.partition("#")[0])
                 self.hear_functions()
 
+    @property
+    def is_functional(self) -> bool:
+        """Whether some cut is at a function's call, so that calls must be heard."""
+        return bool(self.heard)
+
     def hear_functions(self) -> None:
         """From now on, cut at function calls too."""
         if not self.is_functional:
-            self.is_functional = True
+            self.heard.add("functions")
             self.hooks += self._owners()
 
     def _owners(self) -> list[Any]:

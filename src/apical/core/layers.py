@@ -33,6 +33,8 @@ Layer: TypeAlias = nn.Linear | _ConvNd
 LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag)
 """Layers without such a weight: scales, shifts, slopes, look-ups. They always keep their exact derivative."""
 
+_local: list[type[nn.Module]] = [*LOCAL]
+
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 PACKED = (nn.MultiheadAttention, nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
@@ -108,6 +110,31 @@ def register_layer(
     _LAYERS[kind] = LayerType(kind.forward, weight)
 
 
+def register_local(kind: type[nn.Module]) -> None:
+    """Make a type of modules known as local, in every rule: its parameters get their exact derivative.
+
+    Only for modules without a weight between two populations, such as a scale of each connection; a matrix in one would be
+    transported. Linear and convolution layers inside of one are layers all the same.
+
+    Raises:
+        ConfigError: `kind` is no type of modules, or a weighted layer.
+
+    >>> class Gain(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.gain = nn.Parameter(torch.ones(()))
+    >>> register_local(Gain)
+    >>> is_local(Gain())
+    True
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ConfigError(f"register_local takes a subclass of nn.Module, not {kind!r}")
+    if geometry_of_type(kind) is not None:
+        raise ConfigError(f"register_local: {kind.__name__} has a weight between two populations; use register_layer")
+    if kind not in _local:
+        _local.append(kind)
+
+
 def is_weighted(module: nn.Module) -> TypeGuard[Layer]:
     """Whether the module is a layer with a weight between two populations."""
     return geometry_of_type(type(module)) is not None
@@ -126,7 +153,7 @@ def is_packed(module: nn.Module) -> bool:
 
 def is_local(module: nn.Module) -> bool:
     """Whether the module may have parameters, but no weight between two populations."""
-    return isinstance(module, LOCAL)
+    return isinstance(module, tuple(_local))
 
 
 def is_norm(module: nn.Module) -> bool:

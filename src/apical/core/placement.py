@@ -122,7 +122,7 @@ def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
 def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
     """`path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
 
-    Any module with parameters that is not one of :data:`apical.core.layers.LOCAL` counts as weighted.
+    Any module with parameters that is not local (:func:`apical.core.layers.is_local`) counts as weighted.
     """
     modules = {name: own for name, (module, own) in _modules(model).items() if not is_local(module)}
     reached = _reached(model, [q for own in modules.values() for q in own.values() if q.requires_grad], inputs)

@@ -12,6 +12,8 @@ from apical.core.sigmoids import DoubleSiLU, HalfClip
 from apical.errors import ConfigError, unknown_name
 from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
+from apical.models.flow import flow_classifier
+from apical.models.graph import graph
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.mu import mlp_mu
@@ -32,6 +34,9 @@ _EXAMPLES = {
     "mlp-residual": "mlp-residual-100-100-100",
     "mlp-mu": "mlp-mu-128x29",
     "autoencoder": "autoencoder-256-32-256",
+    "graph": "graph-64x8",
+    "graph-attention": "graph-attention-64x8",
+    "flow": "flow-32x50",
     "cnn-elu": "cnn-elu-128-128-256-256-512",
     "cnn-elu-bn": "cnn-elu-bn-128-128-256-256-512",
     "cnn-stride": "cnn-stride-128-128-256-256-512",
@@ -98,6 +103,9 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp-residual": mlp_residual,
     "mlp-mu": mlp_mu,
     "autoencoder": autoencoder,
+    "graph": graph,
+    "graph-attention": partial(graph, edges="attention"),
+    "flow": flow_classifier,
 }
 _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = {
     "cnn-elu": cnn_elu,

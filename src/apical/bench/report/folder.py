@@ -19,6 +19,7 @@ from apical.bench.figures import curves as figures
 from apical.bench.figures.style import styles
 from apical.bench.recipe import FEEDBACK_FIELDS, Recipe
 from apical.bench.report import html as report_html
+from apical.bench.report import measures as measures_section
 from apical.bench.report import placement as placement_section
 from apical.bench.report import sample
 from apical.bench.report.protocol import section, sureness
@@ -28,7 +29,7 @@ from apical.bench.state import write_page
 from apical.errors import CheckpointError
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
-_WHERE_SET = ("beta2", "eps", "clip", "clip_over", "data_sha256", "model_sha256")
+_WHERE_SET = ("init", "measure", "beta2", "eps", "clip", "clip_over", "data_sha256", "model_sha256")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def write(out: Path) -> Path:
         verdicts=verdicts,
         sure=section(sure, comparison.score),
         placement=sample.section(out, comparison.rules) + placement_section.section(out, comparison.rules),
+        measures=measures_section.section(comparison),
     )
     try:
         (out / "figures").mkdir(exist_ok=True)

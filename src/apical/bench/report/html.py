@@ -27,6 +27,7 @@ def render(
     verdicts: Sequence[Verdict] = (),
     sure: str = "",
     placement: str = "",
+    measures: str = "",
 ) -> str:
     """The page as text; every name and value taken from the runs is escaped."""
     figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
@@ -39,6 +40,7 @@ def render(
 <div class="figures">
 {figures}
 </div>
+{measures}
 {reproduce(comparison.command, config, environment)}
 {placement}
 <h2>Every run</h2>
