@@ -79,7 +79,7 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
     """Weight gradients of the rule and of backpropagation, by layer name, on one batch.
 
     Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through
-    time.
+    time. Where it has no derivative, as spikes have none, there is nothing to compare: both are empty.
     """
     layers = {
         name: module.weight
@@ -91,6 +91,8 @@ def gradients(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[dict[s
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         loss = rule.loss(rule.answer(inputs), targets)
+        if not loss.requires_grad:
+            return {}, {}
         exact = torch.autograd.grad(loss, [layers[name] for name in own])
     return own, dict(zip(own, exact, strict=True))
 

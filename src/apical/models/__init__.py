@@ -6,6 +6,7 @@ from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_elu, mlp_tanh
 from apical.models.mu import mlp_mu
 from apical.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
+from apical.models.spiking import spiking
 
 __all__ = [
     "BasicBlock",
@@ -21,6 +22,7 @@ __all__ = [
     "mlp_mu",
     "mlp_tanh",
     "names",
+    "spiking",
     "xavier_",
     "xavier_normal_",
 ]

@@ -16,6 +16,7 @@ from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.mu import mlp_mu
 from apical.models.resnet import CifarResNet, ResNet
+from apical.models.spiking import spiking
 
 _WIDTHS = r"(-[1-9][0-9]{0,6}(x[1-9][0-9]{0,3})?)+"
 _EXAMPLES = {
@@ -28,6 +29,7 @@ _EXAMPLES = {
     "mlp-box": "mlp-box-500",
     "mlp-residual": "mlp-residual-100-100-100",
     "mlp-mu": "mlp-mu-128x29",
+    "spiking": "spiking-128-64",
     "autoencoder": "autoencoder-256-32-256",
     "cnn-elu": "cnn-elu-128-128-256-256-512",
     "cnn-elu-bn": "cnn-elu-bn-128-128-256-256-512",
@@ -82,6 +84,7 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp-box": mlp_box,
     "mlp-residual": mlp_residual,
     "mlp-mu": mlp_mu,
+    "spiking": spiking,
     "autoencoder": autoencoder,
 }
 _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = {
