@@ -12,6 +12,7 @@ from apical.core.sigmoids import DoubleSiLU, HalfClip
 from apical.errors import ConfigError, unknown_name
 from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
+from apical.models.first_spike import first_spike
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.mu import mlp_mu
@@ -30,6 +31,7 @@ _EXAMPLES = {
     "mlp-residual": "mlp-residual-100-100-100",
     "mlp-mu": "mlp-mu-128x29",
     "spiking": "spiking-128-64",
+    "first-spike": "first-spike-340",
     "autoencoder": "autoencoder-256-32-256",
     "cnn-elu": "cnn-elu-128-128-256-256-512",
     "cnn-elu-bn": "cnn-elu-bn-128-128-256-256-512",
@@ -85,6 +87,7 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp-residual": mlp_residual,
     "mlp-mu": mlp_mu,
     "spiking": spiking,
+    "first-spike": first_spike,
     "autoencoder": autoencoder,
 }
 _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = {

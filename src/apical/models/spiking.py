@@ -1,4 +1,4 @@
-"""Networks whose hidden neurons are rates between 0 and 1, as spiking neurons have them, and whose weights are in [-1, 1]."""
+"""Networks whose hidden neurons are rates between 0 and 1, as of spiking neurons, and whose weights are in [-1, 1]."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

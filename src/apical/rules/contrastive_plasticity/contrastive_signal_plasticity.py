@@ -9,11 +9,12 @@ trace of its neuron, and one number of its layer.
 
 Sources: Ororbia, arXiv 2303.18187, Science Advances 10, eadn6076, and its code; memristors: arXiv 2409.10887.
 Departures: the update is one step of the optimiser for a stimulus (`learn="stimulus"`) unless `learn="step"` asks for the
-paper's own; the answer's input spikes come from one set of numbers that all samples share, so that it is no matter of chance;
+paper's own; the answer's input spikes come from one set of numbers that all samples share, so that no chance is in it;
 biases, where the model has them, are weights from a neuron that fires always; no reconstruction of the input.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,12 +58,14 @@ class Stimulus(NamedTuple):
         context: of the class (rows, K); None without labels.
         target: what the read-out is to answer (rows, K); zero for negatives.
         y: 1 and 0 (rows,).
+        samples: positive rows.
     """
 
     x: Tensor
     context: Tensor | None
     target: Tensor
     y: Tensor
+    samples: int
 
 
 class Held(NamedTuple):
@@ -73,6 +76,7 @@ class Held(NamedTuple):
     output: Tensor
     calls: int
     x: Tensor
+    targets: Tensor
 
 
 class ContrastiveSignalPlasticity(CreditRule):
@@ -81,8 +85,8 @@ class ContrastiveSignalPlasticity(CreditRule):
     The answer is the rule's (:meth:`answer`): spikes have no derivative, and the model alone is a network of rates.
 
     Args:
-        model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them, one hidden layer at least, such
-            as `apical.models.spiking` makes: hidden layers are W_1..W_L, the last one reads layer L. Inputs are spike
+        model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them, one hidden layer at least,
+            such as `apical.models.spiking` makes: hidden layers are W_1..W_L, the last one reads layer L. Inputs are spike
             probabilities: below 0 counts as 0, above 1 as 1.
         loss: of spike counts, for reports and for parameters in it; it does not teach.
         negatives: "labels" (a wrong class in the context) or "mixtures" (of two inputs, without context).
@@ -109,6 +113,7 @@ class ContrastiveSignalPlasticity(CreditRule):
     ((6, 3), ['context.0', 'lateral.0', 'model.0.bias', 'model.0.weight', 'model.2.bias', 'model.2.weight'])
     """
 
+    chance: Tensor
     output_alone = True
     feed_forward = False
     random_per_sample = True
@@ -137,8 +142,8 @@ class ContrastiveSignalPlasticity(CreditRule):
                 raise unknown_name(what, str(value), known)
         if not (isinstance(steps, int) and steps >= 2 and alpha > 0 and 0 <= mix < 1 and decay >= 0):
             raise ConfigError(
-                "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), decay "
-                f"not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
+                "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
+                f"decay not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
             )
         refuse_options(loss, "contrastive-signal-dependent plasticity")
         self.chain = Chain(model)
@@ -150,8 +155,8 @@ class ContrastiveSignalPlasticity(CreditRule):
                 raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; spiking layers need these")
             if not isinstance(stage.activation, BOX):
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not the rate between "
-                    "0 and 1 of a spiking neuron; use ReLU or Hardtanh(0, 1) there"
+                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not the rate "
+                    "between 0 and 1 of a spiking neuron; use ReLU or Hardtanh(0, 1) there"
                 )
         self.classes = stages[-1].size
         if self.classes < 2:
@@ -167,18 +172,18 @@ class ContrastiveSignalPlasticity(CreditRule):
             return nn.ParameterList(nn.Parameter(like.new_empty(shape).uniform_(low, 1.0)) for shape in shapes)
 
         self.lateral = drawn(0.0, ((n, n) for n in sizes))
-        self.down = drawn(-1.0, zip(sizes, sizes[1:], strict=False))
+        self.down = drawn(-1.0, pairwise(sizes))
         self.context = drawn(-1.0, ((n, self.classes) for n in sizes if negatives == "labels"))
         self.read = drawn(-1.0, ((self.classes, n) for n in sizes[:-1]))
         self.thresholds = nn.Module()
         for stage in stages:
             h = like.new_empty(stage.size).uniform_(THRESHOLD - JITTER, THRESHOLD + JITTER)
             self.thresholds.register_buffer(key(stage.name), h)
-        self.register_buffer("chance", like.new_empty(steps, stages[0].layer.in_features).uniform_())
+        self.register_buffer("chance", like.new_empty(steps, *stages[0].input_shape).uniform_())
         with torch.no_grad():
             for m in self.lateral:
                 m.fill_diagonal_(0.0)
-        self._silent: dict[int, Tensor] = {}  # of the batches since the last `constrain_`
+        self._silent: dict[tuple[str, int], Tensor] = {}  # of the batches since the last `constrain_`
 
     @property
     def remarks(self) -> list[str]:
@@ -207,23 +212,17 @@ class ContrastiveSignalPlasticity(CreditRule):
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             x = self._enter(inputs)
             self._check(x, targets)
-            held: Held | None = self._held if learns else None
+            held = self._resumed(x, targets) if learns and self.repeats > 1 else None
             output = self._counts(x) if held is None else held.output
             roots: list[Root] = []
             logs: dict[str, Tensor] = {}
             if learns:
                 held = held or self._begun(x, targets, output)
-                if held.x.shape != x.shape or not torch.equal(held.x, x):
-                    self._held = None
-                    raise ConfigError(
-                        f"learn='step' takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser "
-                        f"after each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to "
-                        "leave a batch early, or use learn='stimulus'"
-                    )
-                steps = self.steps if self.learn == "stimulus" else 1
+                steps = 1 if self.repeats > 1 else self.steps
                 state, roots, logs = self._taught(held.stimulus, held.state, steps)
-                calls = held.calls + 1
-                self._held = held._replace(state=state, calls=calls) if calls < self.repeats else None
+                if self.repeats > 1:
+                    calls = held.calls + 1
+                    self._held = held._replace(state=state, calls=calls) if calls < self.repeats else None
         loss = value_at(self.loss, output, targets)
         return Credit.of([*roots, *terms(loss)], output, loss, logs)
 
@@ -235,13 +234,11 @@ class ContrastiveSignalPlasticity(CreditRule):
     @torch.no_grad()
     def constrain_(self) -> None:
         """Take off what decays; then weights to [-1, 1], lateral ones to [0, 1] with nothing from a neuron to itself."""
-        for parameter in self._synapses().values():
-            if not parameter.requires_grad:
-                continue
-            silent = self._silent.pop(id(parameter), None)
-            if silent is not None:
-                parameter.sub_(summed(silent), alpha=self.decay)
-            parameter.clamp_(-1.0, 1.0)
+        for place, parameter in self._synapses().items():
+            if parameter.requires_grad:
+                if place in self._silent:
+                    parameter.sub_(summed(self._silent.pop(place)), alpha=self.decay)
+                parameter.clamp_(-1.0, 1.0)
         for m in self.lateral:
             m.clamp_(min=0.0).fill_diagonal_(0.0)
 
@@ -278,9 +275,28 @@ class ContrastiveSignalPlasticity(CreditRule):
                 each.append(layer.s)
         return {name: torch.stack(each) for name, each in found.items()}
 
+    def _resumed(self, x: Tensor, targets: Tensor) -> Held | None:
+        """Where the batch stands; None where it begins."""
+        if torch.compiler.is_compiling():
+            raise ConfigError(
+                "learn='step' keeps spikes from call to call, which no graph can; do not compile the rule, or use "
+                "learn='stimulus'"
+            )
+        held: Held | None = self._held
+        if held is None or (torch.equal(held.x, x) and torch.equal(held.targets, targets)):
+            return held
+        self._held = None
+        raise ConfigError(
+            f"learn='step' takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser after "
+            f"each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to leave a batch "
+            "early, or use learn='stimulus'"
+        )
+
     def _begun(self, x: Tensor, targets: Tensor, output: Tensor) -> Held:
         stimulus = self._stimulus(x, targets)
-        return Held(stimulus, self._rest(stimulus.x, context=stimulus.context is not None), output, 0, x.clone())
+        return Held(
+            stimulus, self._rest(stimulus.x, context=stimulus.context is not None), output, 0, x.clone(), targets.clone()
+        )
 
     def _taught(self, stimulus: Stimulus, state: State, steps: int) -> tuple[State, list[Root], dict[str, Tensor]]:
         """State after some steps, gradients of all synapses summed over them, and mean losses and goodness."""
@@ -288,7 +304,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         gradients = {place: torch.zeros_like(p) for place, p in named.items() if p.requires_grad}
         synapses, constants = self._matrices(), self.constants
         losses = [stimulus.x.new_zeros(()) for _ in self.names]
-        pull = 2 * stimulus.y.unsqueeze(1) / stimulus.y.sum()
+        pull = 2 * stimulus.y.unsqueeze(1) / stimulus.samples
 
         def add(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
             if (kind, k) in gradients:
@@ -302,8 +318,8 @@ class ContrastiveSignalPlasticity(CreditRule):
             m = []
             for k, layer in enumerate(state.layers):
                 g = goodness(layer.t)
-                losses[k] = losses[k] + self._loss_of(g, stimulus.y)
-                m.append(modulator(layer.t, self._slope(g, stimulus.y)))
+                losses[k] = losses[k] + self._loss_of(g, stimulus.y, stimulus.samples)
+                m.append(modulator(layer.t, self._slope(g, stimulus.y, stimulus.samples)))
             products(before, synapses, constants, m, (state.readout.t - stimulus.target) * pull, add)
             if self.decay:
                 self._note_silence(before, state)
@@ -323,25 +339,29 @@ class ContrastiveSignalPlasticity(CreditRule):
         if place in gradients:
             gradients[place].mul_(1 - weight.detach().abs())
 
-    def _loss_of(self, g: Tensor, y: Tensor) -> Tensor:
+    def _loss_of(self, g: Tensor, y: Tensor, samples: int) -> Tensor:
         if self.contrast == "threshold":
             return threshold_loss(g, y, self.theta)
-        return pairs_loss(g, self.alpha) if len(g) > y.sum() else g.new_zeros(())
+        return pairs_loss(g, self.alpha) if len(g) > samples else g.new_zeros(())
 
-    def _slope(self, g: Tensor, y: Tensor) -> Tensor:
+    def _slope(self, g: Tensor, y: Tensor, samples: int) -> Tensor:
         """Derivative of the loss by goodness (rows,)."""
         if self.contrast == "threshold":
             return threshold_slope(g, y, self.theta)
-        return pairs_slope(g, self.alpha) if len(g) > y.sum() else torch.zeros_like(g)
+        return pairs_slope(g, self.alpha) if len(g) > samples else torch.zeros_like(g)
 
     def _note_silence(self, before: State, after: State) -> None:
         """For every synapse, how often its neuron fired while it was silent."""
+        if torch.compiler.is_compiling():
+            raise ConfigError(
+                "decay counts spikes from call to call, which no graph can; do not compile the rule, or use decay=0"
+            )
+        learning = {place for place, parameter in self._synapses().items() if parameter.requires_grad}
 
         def note(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
-            parameter = self._synapses().get((kind, k))
-            if parameter is not None and parameter.requires_grad and kind != "read":
+            if (kind, k) in learning and kind != "read":
                 seen = to.sum(0).unsqueeze(1) - to.T @ spikes
-                self._silent[id(parameter)] = self._silent.get(id(parameter), 0.0) + seen
+                self._silent[kind, k] = self._silent[kind, k] + seen if (kind, k) in self._silent else seen
 
         products(before, self._matrices(), self.constants, [layer.s for layer in after.layers], after.readout.s, note)
 
@@ -408,7 +428,7 @@ class ContrastiveSignalPlasticity(CreditRule):
             negative = torch.lerp(x[other], x, self.mix)
         y = torch.cat([x.new_ones(len(x)), x.new_zeros(len(negative))])
         target = torch.cat([right, right.new_zeros(len(negative), self.classes)])
-        return Stimulus(torch.cat([x, negative]), context, target, y)
+        return Stimulus(torch.cat([x, negative]), context, target, y, len(x))
 
     def _enter(self, inputs: Tensor) -> Tensor:
         """Spike probabilities (batch, n_0)."""
