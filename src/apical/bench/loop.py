@@ -15,7 +15,7 @@ from apical.bench import checkpoint
 from apical.bench.distributed import World, place
 from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
-from apical.bench.measure import FIELDS, alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures
+from apical.bench.measure import FIELDS, alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures, panels
 from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
@@ -132,7 +132,7 @@ class Training:
             self.folder.result.unlink(missing_ok=True)
             self.folder.write_config(self.recipe, command=command, notes=notes)
             if self.epoch == self.recipe.epochs:  # it was killed between its last checkpoint and its end
-                self.folder.write_examples(examples(self.rule, self.dataset.test))
+                self._keep_pictures()
         elif self.world.is_main:
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
@@ -329,7 +329,13 @@ class Training:
         if self.world.is_main:
             self.folder.append_metrics(self.line)
             if self.epoch == self.recipe.epochs:
-                self.folder.write_examples(examples(self.rule, self.dataset.test))
+                self._keep_pictures()
+
+    def _keep_pictures(self) -> None:
+        """What the report shows of the trained network."""
+        self.folder.write_examples(examples(self.rule, self.dataset.test))
+        with self._own_randomness():
+            self.folder.write_panels(panels(self.rule, self.dataset.train, self.recipe.probe))
 
     def _multiply_adds(self) -> int:
         """Of all steps so far, all processes together."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from apical.core.credit import Panel
 from apical.core.spike_times import FirstSpike, Readout, SpikingLinear
 from apical.errors import ConfigError
 
@@ -30,6 +31,27 @@ class FirstSpikeNetwork(nn.Sequential):
     def silent(self, inputs: Tensor) -> dict[str, Tensor]:
         """Share of the samples for which each neuron is silent (n,), by layer."""
         return {name: times.isinf().to(times.dtype).mean(0) for name, times in self.times(inputs).items()}
+
+    def measures(self, inputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """By layer, the share of neurons that are silent, and of those that are silent for every sample."""
+        shares = self.silent(inputs).items()
+        return {name: {"silent": float(s.mean()), "dead": float((s == 1).to(s.dtype).mean())} for name, s in shares}
+
+    def panels(self, inputs: Tensor, targets: Tensor) -> list[Panel]:
+        """Spike times by layer, and when the output neuron of the right class fires, by class."""
+        times = self.times(inputs)
+        last = list(times.values())[-1]
+        right = last.gather(1, targets.unsqueeze(1)).squeeze(1)
+        others = last.scatter(1, targets.unsqueeze(1), torch.inf).amin(1)
+        classes = range(last.shape[1])
+        shown = {
+            name: torch.stack([each[(targets == k) & each.isfinite()].median() for k in classes])
+            for name, each in (("of the class", right), ("first of the others", others))
+        }
+        return [
+            Panel("Spike times", "histogram", "time", "share of neurons", {name: t.flatten() for name, t in times.items()}),
+            Panel("Median time of output neurons by class", "bars", "class", "time", shown, [str(k) for k in classes]),
+        ]
 
 
 def first_spike(in_features: int, widths: Sequence[int], out_features: int) -> FirstSpikeNetwork:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from apical.core.batch import require_classes, require_one_type, require_precision
 from apical.core.chain import Chain
-from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel, Root
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.processes import summed
 from apical.core.units import key
@@ -265,6 +265,23 @@ class ContrastiveSignalPlasticity(CreditRule):
             for name, spikes in self.spikes(probe[0]).items():
                 layers.setdefault(name, {})["firing_rate"] = float(spikes.mean())
         return Measures(layers=layers)
+
+    @torch.no_grad()
+    def panels(self, probe: Batch) -> list[Panel]:
+        """Spikes of the first sample while it is answered, rates of neurons, and goodness by class."""
+        inputs, targets = probe
+        spikes = self.spikes(inputs)
+        rates = {name: each.mean((0, 1)) for name, each in spikes.items()}
+        known, heights = targets.unique().tolist(), dict[str, Tensor]()
+        for name, (positive, negative) in self.goodness(inputs, targets).items():
+            for sign, g in (("positive", positive), ("negative", negative)):
+                if len(g):
+                    heights[f"{name}, {sign}"] = torch.stack([g[targets == k].mean() for k in known])
+        return [
+            Panel("Spikes of one sample", "raster", "step", "neuron", {name: each[:, 0] for name, each in spikes.items()}),
+            Panel("Firing rates", "histogram", "share of steps in which a neuron fires", "share of neurons", rates),
+            Panel("Goodness by class", "bars", "class", "goodness", heights, [str(k) for k in known]),
+        ]
 
     @torch.no_grad()
     def spikes(self, inputs: Tensor) -> dict[str, Tensor]:
