@@ -182,6 +182,9 @@ RULES: dict[str, Entry] = {
         "csdp whose negatives are mixtures of images; labels teach the read-outs alone",
         {"negatives": "mixtures"},
     ),
+    "csdp-memristor": Entry(
+        ContrastiveSignalPlasticity, "csdp whose weights are pairs of memristors with 64 levels", {"levels": 64}
+    ),
     "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
     "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
     "tdca": Entry(

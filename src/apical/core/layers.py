@@ -123,18 +123,19 @@ def is_registered(module: nn.Module) -> bool:
 
 def is_affine(module: nn.Module) -> bool:
     """Whether the layer is an affine map of its input, as far as its type says."""
-    return _through(module) is None
+    kind = _registered(module)
+    return kind is None or kind.through is None
 
 
 def through(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
     """What runs a layer that is no affine map with a feedback weight; None of others, and of layers with another forward."""
-    own = "weight" in module._parameters and runs_own_forward(module, type(module).forward)
-    return _through(module) if own else None
+    kind = _registered(module)
+    own = kind is not None and "weight" in module._parameters and runs_own_forward(module, kind.forward)
+    return kind.through if own and kind is not None else None
 
 
-def _through(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
-    kind = next((base for base in type(module).__mro__ if base in _LAYERS), None)
-    return None if kind is None else _LAYERS[kind].through
+def _registered(module: nn.Module) -> LayerType | None:
+    return next((_LAYERS[base] for base in type(module).__mro__ if base in _LAYERS), None)
 
 
 def is_local(module: nn.Module) -> bool:

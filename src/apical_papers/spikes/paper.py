@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, cut, table_of
+from apical.bench.papers import Paper, Table, cut, table_of
 from apical_papers.spikes.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -18,6 +18,20 @@ PAPER = Paper(
         "csdp": of("csdp-mnist", cut(1000), {"epochs": 3, "seeds": 1, "train_limit": 20000}, {"epochs": 10, "seeds": 3}),
         "first-spike": of(
             "first-spike-mnist", cut(320), {"epochs": 3, "seeds": 1, "train_limit": 20000}, {"epochs": 10, "seeds": 3}
+        ),
+        "study": Table(
+            "Spiking networks on a little of MNIST",
+            {"smoke": {"epochs": 1, "seeds": 1}, "cpu": {"epochs": 4, "seeds": 3}, "paper": {"epochs": 4, "seeds": 10}},
+            module="apical_papers.spikes.study",
+            side_by_side=True,
+            needs={"epochs": 4, "seeds": 3},
+        ),
+        "logic": Table(
+            "Logic with two inputs by memristors",
+            {"smoke": {"epochs": 3, "seeds": 2}, "cpu": {"epochs": 300, "seeds": 10}, "paper": {"epochs": 300, "seeds": 20}},
+            module="apical_papers.spikes.logic",
+            side_by_side=True,
+            needs={"epochs": 300, "seeds": 10},
         ),
     },
 )

@@ -28,9 +28,11 @@ from apical.core.losses import refuse_options, terms, value_at
 from apical.core.processes import summed
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.rules.contrastive_plasticity.memristor import Pairs
 from apical.rules.contrastive_plasticity.network import State, Synapses, advance, products, rest
 from apical.rules.contrastive_plasticity.neurons import (
     Constants,
+    drawn,
     goodness,
     modulator,
     pairs_loss,
@@ -97,6 +99,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         alpha: of the pairs.
         mix: share of the own input in a mixture.
         decay: taken off a weight for every step and sample in which its neuron fires without it, in `constrain_()`.
+        levels: of the two memristors that every weight is the difference of (:mod:`.memristor`); 0 has no such pairs.
         constants: of neurons and traces.
 
     Raises:
@@ -130,6 +133,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         alpha: float = 1.0,
         mix: float = 0.5,
         decay: float = 0.0,
+        levels: int = 0,
         constants: Constants = Constants(),  # noqa: B008
     ) -> None:
         super().__init__(model, loss)
@@ -145,6 +149,8 @@ class ContrastiveSignalPlasticity(CreditRule):
                 "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
                 f"decay not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
             )
+        if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
+            raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
         refuse_options(loss, "contrastive-signal-dependent plasticity")
         self.chain = Chain(model)
         stages = self.chain.stages
@@ -168,13 +174,13 @@ class ContrastiveSignalPlasticity(CreditRule):
         require_precision(type(self).__name__, like)
         sizes = [stage.size for stage in stages[:-1]]
 
-        def drawn(low: float, shapes: Iterator[tuple[int, int]]) -> nn.ParameterList:
+        def uniform(low: float, shapes: Iterator[tuple[int, int]]) -> nn.ParameterList:
             return nn.ParameterList(nn.Parameter(like.new_empty(shape).uniform_(low, 1.0)) for shape in shapes)
 
-        self.lateral = drawn(0.0, ((n, n) for n in sizes))
-        self.down = drawn(-1.0, pairwise(sizes))
-        self.context = drawn(-1.0, ((n, self.classes) for n in sizes if negatives == "labels"))
-        self.read = drawn(-1.0, ((self.classes, n) for n in sizes[:-1]))
+        self.lateral = uniform(0.0, ((n, n) for n in sizes))
+        self.down = uniform(-1.0, pairwise(sizes))
+        self.context = uniform(-1.0, ((n, self.classes) for n in sizes if negatives == "labels"))
+        self.read = uniform(-1.0, ((self.classes, n) for n in sizes[:-1]))
         self.thresholds = nn.Module()
         for stage in stages:
             h = like.new_empty(stage.size).uniform_(THRESHOLD - JITTER, THRESHOLD + JITTER)
@@ -183,6 +189,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         with torch.no_grad():
             for m in self.lateral:
                 m.fill_diagonal_(0.0)
+        self.pairs = Pairs(self._synapses(), levels) if levels else None
         self._silent: dict[tuple[str, int], Tensor] = {}  # of the batches since the last `constrain_`
 
     @property
@@ -233,7 +240,8 @@ class ContrastiveSignalPlasticity(CreditRule):
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Take off what decays; then weights to [-1, 1], lateral ones to [0, 1] with nothing from a neuron to itself."""
+        """Take off what decays; then weights to [-1, 1], lateral ones to [0, 1] with nothing from a neuron to itself, and
+        all to what their memristors can be."""
         for place, parameter in self._synapses().items():
             if parameter.requires_grad:
                 if place in self._silent:
@@ -241,6 +249,8 @@ class ContrastiveSignalPlasticity(CreditRule):
                 parameter.clamp_(-1.0, 1.0)
         for m in self.lateral:
             m.clamp_(min=0.0).fill_diagonal_(0.0)
+        if self.pairs is not None:
+            self.pairs.program_({place: p for place, p in self._synapses().items() if p.requires_grad})
 
     @torch.no_grad()
     def goodness(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -407,8 +417,9 @@ class ContrastiveSignalPlasticity(CreditRule):
         return rest(x, [self.thresholds.get_buffer(key(stage.name)) for stage in self.chain.stages], context)
 
     def _next(self, state: State, synapses: Synapses, stimulus: Stimulus) -> State:
-        context = None if stimulus.context is None else torch.bernoulli(stimulus.context)
-        return advance(state, synapses, self.constants, torch.bernoulli(stimulus.x), context)
+        inputs = drawn(stimulus.x, torch.rand_like(stimulus.x))
+        context = None if stimulus.context is None else drawn(stimulus.context, torch.rand_like(stimulus.context))
+        return advance(state, synapses, self.constants, inputs, context)
 
     def _simulated(self, stimulus: Stimulus) -> Iterator[State]:
         """The states after each step."""
@@ -421,7 +432,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         """The same without context, every sample with the same random numbers."""
         state, synapses = self._rest(x, context=False), self._matrices()
         for u in self.chance:
-            state = advance(state, synapses, self.constants, (u < x).to(x.dtype), None)
+            state = advance(state, synapses, self.constants, drawn(x, u), None)
             yield state
 
     def _counts(self, x: Tensor) -> Tensor:
