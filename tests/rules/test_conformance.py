@@ -12,6 +12,7 @@ import apical
 from apical.core.credit import CreditRule, Loss
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
+from apical.rules.contrastive_plasticity.neurons import Constants
 from apical.testing import CHECKS, check_oracle
 
 PFA = apical.ProductFeedbackAlignment
@@ -26,6 +27,8 @@ DP = apical.DualPropagation
 PC = apical.PredictiveCoding
 LOCAL = apical.LocalClassifiers
 FF = apical.ForwardForward
+CSDP = apical.ContrastiveSignalPlasticity
+QUICK = Constants(dt=50.0, trace=200.0)
 
 
 def residual_predictive_coding(model: torch.nn.Module, loss: Loss = torch.nn.functional.cross_entropy) -> CreditRule:
@@ -80,6 +83,12 @@ RULES = {
     "ff-all": partial(FF, negatives="all"),
     "ff-symba": partial(FF, negatives="all", objective="difference", answers="goodness"),
     "scff": partial(FF, negatives="images"),
+    "csdp": partial(CSDP, steps=5, constants=QUICK),
+    "csdp-unsupervised": partial(CSDP, negatives="mixtures", steps=5, constants=QUICK),
+    "csdp-pairs": partial(CSDP, contrast="pairs", steps=5, constants=QUICK),
+    "csdp-step": partial(CSDP, learn="step", steps=4, constants=QUICK),
+    "csdp-decay": partial(CSDP, decay=1e-3, steps=5, constants=QUICK),
+    "csdp-memristor": partial(CSDP, levels=64, steps=5, constants=QUICK),
     "pc-incremental": partial(PC, inference="incremental", steps=3),
     "pc-residual": residual_predictive_coding,
     "dualprop": DP,
@@ -115,6 +124,8 @@ RULES = {
 }
 SKIPPED = {
     ("dfa-head", "odd_modules"): "the unit that the head reads hears the true error at the head's input",
+    ("csdp-step", "compile"): "spikes are kept from call to call, which no graph does; it is refused by name",
+    ("csdp-decay", "compile"): "spikes are counted from call to call, which no graph does; it is refused by name",
     ("pc-incremental", "compile"): "states are kept from call to call, which no graph does; it is refused by name",
     ("ccl-spread", "batch_mean"): "samples repel each other, and their copies by the constant added to lengths",
     ("ccl-spread", "distributed"): "samples repel those of their own rank's half of the batch only",

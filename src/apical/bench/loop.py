@@ -24,6 +24,7 @@ from apical.bench.measure import (
     finite,
     minimum_norm,
     own_measures,
+    panels,
     per_token,
     probe_batch,
 )
@@ -146,7 +147,7 @@ class Training:
             self.folder.result.unlink(missing_ok=True)
             self.folder.write_config(self.recipe, command=command, notes=notes)
             if self.epoch == self.recipe.epochs:  # it was killed between its last checkpoint and its end
-                self._keep_examples()
+                self._keep_pictures()
         elif self.world.is_main:
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
@@ -350,12 +351,14 @@ class Training:
         if self.world.is_main:
             self.folder.append_metrics(self.line)
             if self.epoch == self.recipe.epochs:
-                self._keep_examples()
+                self._keep_pictures()
 
-    def _keep_examples(self) -> None:
-        """What the trained network makes of images, or goes on to write."""
+    def _keep_pictures(self) -> None:
+        """What the report shows of the trained network: what it makes of images or goes on to write, and its own figures."""
         self.folder.write_examples(examples(self.rule, self.dataset.test))
         sample.keep(self.folder.path, self.rule, self.dataset)
+        with self._own_randomness():
+            self.folder.write_panels(panels(self.rule, self.dataset.train, self.recipe.probe))
 
     def _evaluate(self, split: Split) -> tuple[float, float | None]:
         return evaluate(self.rule, split, self.recipe.amp, self.world, counts_hits=self.dataset.counts_hits)

@@ -1,6 +1,7 @@
 """What is measured after each epoch: loss and accuracy of the answers, alignment of each layer."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from apical.bench.distributed import World
 from apical.bench.schedule import generator
 from apical.core.chain import Chain
-from apical.core.credit import CreditRule, Measures
+from apical.core.credit import CreditRule, Measures, Panel
 from apical.core.rest import evaluating
 from apical.data import Split
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment, unchanged
@@ -83,6 +84,14 @@ def own_measures(rule: CreditRule, train: Split, test: Split, probe: int) -> Mea
     batches = list(zip(test.inputs.split(EVALUATION_BATCH), test.targets.split(EVALUATION_BATCH), strict=True))
     with unchanged(rule):
         return rule.measures(probe_batch(train, probe), batches)
+
+
+def panels(rule: CreditRule, train: Split, probe: int) -> Sequence[Panel]:
+    """Figures that the rule or its model has of itself; none if `probe` is 0."""
+    if not probe:
+        return ()
+    with unchanged(rule), torch.no_grad():
+        return rule.panels(probe_batch(train, probe))
 
 
 def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:

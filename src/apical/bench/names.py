@@ -17,6 +17,7 @@ from apical.core.credit import CreditRule, Loss
 from apical.core.losses import squared_error, token_cross_entropy
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.rules.backprop import Backprop
+from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
 from apical.rules.corinfomax import CorInfoMax
 from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
@@ -190,6 +191,18 @@ RULES: dict[str, Entry] = {
     ),
     "scff": Entry(
         ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
+    ),
+    "csdp": Entry(
+        ContrastiveSignalPlasticity,
+        "contrastive-signal-dependent plasticity: spiking layers, large traces for images with their label",
+    ),
+    "csdp-unsupervised": Entry(
+        ContrastiveSignalPlasticity,
+        "csdp whose negatives are mixtures of images; labels teach the read-outs alone",
+        {"negatives": "mixtures"},
+    ),
+    "csdp-memristor": Entry(
+        ContrastiveSignalPlasticity, "csdp whose weights are pairs of memristors with 64 levels", {"levels": 64}
     ),
     "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
     "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),

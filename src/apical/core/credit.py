@@ -207,6 +207,28 @@ class Measures:
     depths: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A figure of one network after training, see :meth:`CreditRule.panels`; the report draws it, of the first seed.
+
+    Attributes:
+        title: what it shows.
+        kind: "raster" (values (steps, n), 0 or 1: one panel each), "bars" (values (categories,) side by side) or "histogram"
+            (values (n,), what is not finite counted apart).
+        x: label of the axis.
+        y: label of the other.
+        values: by name.
+        categories: of the bars.
+    """
+
+    title: str
+    kind: Literal["raster", "bars", "histogram"]
+    x: str
+    y: str
+    values: Mapping[str, Tensor]
+    categories: Sequence[str] = ()
+
+
 def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: Iterable[Batch]) -> dict[str, float]:
     """Accuracy (0 to 1) at each layer; empty where targets are numbers, or not one class for each sample.
 
@@ -385,7 +407,8 @@ class CreditRule(nn.Module):
         return "" if self._placement is None else f"placement: {self._placement.summary()}"
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
-        """Quantities of this rule that are recorded after each epoch; none by default.
+        """Quantities that are recorded after each epoch; by default what the model measures of its layers, if it has a
+        method `measures(inputs, targets)` that returns numbers by layer.
 
         The rule is in training mode; its gradients, buffers and random state are restored afterwards.
 
@@ -393,7 +416,17 @@ class CreditRule(nn.Module):
             probe: the training samples on which alignment is measured, always the same (`--probe N`; 0 measures nothing).
             test: the test set.
         """
-        return Measures()
+        own = getattr(self.model, "measures", None)
+        return Measures(layers=own(*probe)) if callable(own) else Measures()
+
+    def panels(self, probe: Batch) -> Sequence[Panel]:
+        """Figures of the trained network; by default those that the model has, if it has a method `panels(inputs, targets)`.
+
+        Args:
+            probe: as of :meth:`measures`.
+        """
+        own = getattr(self.model, "panels", None)
+        return own(*probe) if callable(own) else ()
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """Trainable feedback weights that an optimiser may treat apart from the forward weights; empty where none are."""

@@ -53,10 +53,12 @@ class LayerType:
     Attributes:
         forward: the method that applies the effective weight and the bias, and nothing else.
         weight: the effective weight, as a function of the layer.
+        through: runs a layer that is no affine map with a feedback weight; None where the forward is `weight h + bias`.
     """
 
     forward: Callable[..., Any]
     weight: Callable[[Any], Tensor]
+    through: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 
 
 def _own_weight(layer: Any) -> Tensor:
@@ -82,17 +84,21 @@ def register_layer(
     *,
     geometry: Callable[[Any], Geometry | None] | None = None,
     weight: Callable[[Any], Tensor] = _own_weight,
+    through: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Make a type of modules known as weighted layers, in every rule.
 
-    Its forward must map an input h to `weight(layer) h + layer.bias`. The module has an attribute `weight` of the layout of
-    nn.Linear's or a convolution's, which may be a property; `bias` may be None or missing.
+    Its forward must map an input h to `weight(layer) h + layer.bias`, unless it is not affine. The module has an attribute
+    `weight` of the layout of nn.Linear's or a convolution's, which may be a property; `bias` may be None or missing.
 
     Args:
         kind: the type; a subclass that overrides `forward` again is not covered.
         geometry: geometry of the backward map, as a function of the layer; that of the type it inherits from by default, or
             else None, which is dense. For convolutions see :class:`apical.core.transport.Geometry`.
         weight: the effective weight, computed from the parameters so that autograd can follow; `layer.weight` by default.
+        through: for a layer that is no affine map of its input, a function of (layer, input, feedback): its forward, with a
+            feedback weight in the weight's place where a backward pass hands the error to the input. Rules with feedback
+            weights train it so; those whose equations are about affine maps refuse it.
 
     Raises:
         ConfigError: `kind` is no type of modules.
@@ -107,7 +113,7 @@ def register_layer(
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"register_layer takes a subclass of nn.Module, not {kind!r}")
     GEOMETRIES[kind] = geometry or geometry_of_type(kind) or dense
-    _LAYERS[kind] = LayerType(kind.forward, weight)
+    _LAYERS[kind] = LayerType(kind.forward, weight, through)
 
 
 def register_local(kind: type[nn.Module]) -> None:
@@ -149,6 +155,23 @@ def is_packed(module: nn.Module) -> bool:
     """Whether the module holds several weights between populations and applies them in PyTorch's own way."""
     kind = next((kind for kind in type(module).__mro__ if kind in PACKED), None)
     return kind is not None and runs_own_forward(module, kind.forward)
+
+
+def is_affine(module: nn.Module) -> bool:
+    """Whether the layer is an affine map of its input, as far as its type says."""
+    kind = _registered(module)
+    return kind is None or kind.through is None
+
+
+def through(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
+    """What runs a layer that is no affine map with a feedback weight; None of others, and of layers with another forward."""
+    kind = _registered(module)
+    own = kind is not None and "weight" in module._parameters and runs_own_forward(module, kind.forward)
+    return kind.through if own and kind is not None else None
+
+
+def _registered(module: nn.Module) -> LayerType | None:
+    return next((_LAYERS[base] for base in type(module).__mro__ if base in _LAYERS), None)
 
 
 def is_local(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from apical.core.sigmoids import DoubleSiLU, HalfClip
 from apical.errors import ConfigError, unknown_name
 from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
+from apical.models.first_spike import first_spike
 from apical.models.flow import flow_classifier
 from apical.models.graph import graph
 from apical.models.lenet import LeNet, LeNetCIFAR
@@ -20,6 +21,7 @@ from apical.models.mu import mlp_mu
 from apical.models.patches import Mixer, VisionTransformer
 from apical.models.recurrent import Recurrent
 from apical.models.resnet import CifarResNet, ResNet
+from apical.models.spiking import spiking
 from apical.models.transformer import Transformer
 
 _WIDTHS = r"(-[1-9][0-9]{0,6}(x[1-9][0-9]{0,3})?)+"
@@ -33,6 +35,8 @@ _EXAMPLES = {
     "mlp-box": "mlp-box-500",
     "mlp-residual": "mlp-residual-100-100-100",
     "mlp-mu": "mlp-mu-128x29",
+    "spiking": "spiking-128-64",
+    "first-spike": "first-spike-340",
     "autoencoder": "autoencoder-256-32-256",
     "graph": "graph-64x8",
     "graph-attention": "graph-attention-64x8",
@@ -102,6 +106,8 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp-box": mlp_box,
     "mlp-residual": mlp_residual,
     "mlp-mu": mlp_mu,
+    "spiking": spiking,
+    "first-spike": first_spike,
     "autoencoder": autoencoder,
     "graph": graph,
     "graph-attention": partial(graph, edges="attention"),

@@ -284,7 +284,7 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def literal(self, name: str) -> bool:
         """Whether this layer takes the literal form: by choice, or where rows (tokens) are fewer than its outputs."""
-        if self.mismatch_of(name) is not None:
+        if self.mismatch_of(name) is not None or (self.tapped(name) and not self.takes_pathway(name)):
             return False
         if isinstance(self.layers[name], Part) or name in self._embedding:
             return False  # its module applies it out of sight; or R hears of what the embedding learns as well
@@ -310,7 +310,13 @@ class ProductFeedbackAlignment(PlasticRule):
             tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic_of(name), *self._mask(name))
             return literal_feedback, tensors
         mismatch, mixing = self.mismatch_of(name), self._mixing(name)
-        if mismatch is not None and mixing is not None and self.geometries[name] is None and inputs.requires_grad:
+        if (
+            mismatch is not None
+            and mixing is not None
+            and self.geometries[name] is None
+            and inputs.requires_grad
+            and self.takes_pathway(name)
+        ):
             n_in, rows = inputs.shape[-1], inputs.numel() // inputs.shape[-1]
             if mixing.numel() * (n_in - rows) > WORTH_A_PATHWAY:
                 return mixed_first, (mixing, mismatch.feedback)

@@ -70,6 +70,7 @@ class Run:
         records: the metrics of each epoch in `epochs`.
         result: contents of result.json, None while the run has not ended.
         examples: images and what the model made of them, each (n, channels, height, width), where the run kept any.
+        panels: figures of the network, :class:`apical.core.credit.Panel` as a dictionary each.
     """
 
     rule: str
@@ -80,6 +81,7 @@ class Run:
     records: tuple[Mapping[str, Any], ...]
     result: Mapping[str, Any] | None
     examples: tuple[Array, Array] | None = None
+    panels: Sequence[Mapping[str, Any]] = ()
 
     @property
     def finished(self) -> bool:
@@ -202,7 +204,25 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
     if isinstance(done, int) and done > 0 and done not in records:
         raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, with which the run ended, is not in it")
     lines = tuple(records[epoch] for epoch in epochs)
-    return Run(rule, seed, config, environment, epochs, lines, result, _read_examples(folder / "examples.npz"))
+    return Run(
+        rule,
+        seed,
+        config,
+        environment,
+        epochs,
+        lines,
+        result,
+        _read_examples(folder / "examples.npz"),
+        _read_panels(folder / "panels.json"),
+    )
+
+
+def _read_panels(path: Path) -> Sequence[Mapping[str, Any]]:
+    kept = _read_object(path).get("panels", []) if path.exists() else []
+    fields = ("title", "kind", "x", "y", "values", "categories")
+    if not isinstance(kept, list) or not all(isinstance(each, dict) and set(fields) <= each.keys() for each in kept):
+        raise CheckpointError(f"{path} is damaged: it holds no figures")
+    return kept
 
 
 def _read_examples(path: Path) -> tuple[Array, Array] | None:
