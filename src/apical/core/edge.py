@@ -256,7 +256,8 @@ class EdgeRule(CreditRule):
 
     def takes_pathway(self, name: str) -> bool:
         """Whether another way than one feedback weight can stand for the layer's backward map."""
-        return self._sites[name][1].through is None
+        site = self._sites.get(name)  # parts of attention and recurrent modules have none
+        return site is None or site[1].through is None
 
     def forward_weight(self, name: str) -> Tensor:
         """The weight that the layer computes with: its parameter, or what it makes of it in this forward pass.
