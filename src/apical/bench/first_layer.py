@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from apical.core.packed import caller
 from apical.core.rest import undisturbed
 from apical.core.units import weighted_layers
 from apical.errors import ApicalError
@@ -24,14 +25,14 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
         seen.extend(value.requires_grad for value in args if isinstance(value, torch.Tensor))
 
     try:
-        layer = next(iter(weighted_layers(model, exact, shared=True).values()))
+        layer = next(iter(weighted_layers(model, exact, shared=True, packed="parts").values()))
     except ApicalError:  # the rule says better what is wrong with it
         return False
     for kind in (layer.weight.dtype, torch.long):  # whole numbers for a model that embeds them
         try:
             with torch.enable_grad(), undisturbed(model):
                 model.eval()
-                layer.register_forward_pre_hook(look)
+                caller(layer).register_forward_pre_hook(look)
                 model(torch.zeros(2, *input_shape, dtype=kind, device=layer.weight.device))
                 break
         except (ApicalError, RuntimeError, TypeError, ValueError, IndexError):

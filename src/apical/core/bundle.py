@@ -1,5 +1,6 @@
 """Calls of packed modules (:mod:`apical.core.packed`) under a rule: one swap for all weights of a module."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -10,6 +11,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core import graph
+from apical.core.attention import attend
 from apical.core.checkpointing import is_checkpointed, refuse_hidden
 from apical.core.effective import unchanged
 from apical.core.layer_forward import Wrapped
@@ -25,11 +27,15 @@ UNCOMPILED = (
 _checked: set[tuple[Any, ...]] = set()
 
 
-def _direct(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The call, kept out of compiled graphs. The compiler is asked now: importing it takes as long as importing PyTorch."""
+    if "torch._dynamo" in sys.modules:
+        call = cast(Any, torch.compiler.disable)(call, reason=UNCOMPILED)
     return call(*args, **kwargs)
 
 
-_eagerly = torch.compiler.disable(_direct, reason=UNCOMPILED)
+_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+_eagerly._torchdynamo_disable_msg = UNCOMPILED  # type: ignore[attr-defined]
 
 
 class Bundle:
@@ -41,6 +47,8 @@ class Bundle:
         parts: its weights, by their names in the rule.
         feedback: makes the feedback of a part; None for a part that has none.
         first: the part that was taken for the first layer, if it is one of these.
+        project: `project(part, block, input, weight, bias)`, one projection of attention with feedback of its own, for
+            compiled graphs, in which there is no swap.
     """
 
     def __init__(
@@ -50,10 +58,11 @@ class Bundle:
         parts: Mapping[str, Part],
         feedback: Callable[[str], Tensor],
         first: str | None,
+        project: Callable[[str, int, Tensor, Tensor, Tensor | None], Tensor],
     ) -> None:
         self.name, self.module, self.forward = name, wrapped.layer, wrapped.forward
         self.parts, self.first = dict(parts), first
-        self.swap = PackedSwap(feedback)
+        self.swap, self.project = PackedSwap(feedback), project
         self._checked = False
 
     def refuse_substitutes(self) -> None:
@@ -79,9 +88,17 @@ class Bundle:
         if not torch.is_grad_enabled():
             refuse_hidden(self.name)
             return self.forward(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return cast(Any, _eagerly)(self._call, *args, **kwargs)
-        return self._call(*args, **kwargs)
+        if torch.compiler.is_compiling() and isinstance(self.module, nn.MultiheadAttention):
+            self._require_no_error_at_first(args, kwargs)
+            return attend(self.module, *args, **kwargs, linear=self._projected)
+        return _eagerly(self._call, *args, **kwargs)
+
+    def _projected(self, kind: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One of the projections "q", "k", "v", "out" of attention."""
+        prefix = f"{self.name}." if self.name else ""
+        if f"{prefix}{kind}_proj" in self.parts:
+            return self.project(f"{prefix}{kind}_proj", 0, inputs, weight, bias)
+        return self.project(f"{prefix}in_proj", "qkv".index(kind), inputs, weight, bias)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if is_checkpointed():

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.bundle import Bundle
@@ -26,7 +27,7 @@ from apical.core.effective import measured_weight, of_rows, require_affine, weig
 from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly
 from apical.core.outside_use import OutsideUse
-from apical.core.packed import Part, caller, xavier_
+from apical.core.packed import Part, caller, row_blocks, xavier_
 from apical.core.placement import layer_paths
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
 from apical.core.swap import Swap
@@ -45,6 +46,11 @@ tensor or None. `template` has the shape of the input; it is None when nobody ne
 def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
     """The plainest feedback weight: a stored one."""
     return feedback
+
+
+def block_of(compute: Callable[..., Tensor], block: int, blocks: int, shape: Geometry | None, *tensors: Tensor) -> Tensor:
+    """A block of rows of a feedback weight."""
+    return compute(shape, *tensors).chunk(blocks)[block]
 
 
 class FeedbackEdge(torch.autograd.Function):
@@ -194,13 +200,23 @@ class EdgeRule(CreditRule):
         self._bundles = {}
         for owner, wrapped in zip(owners, hold.wrapped[len(plain) :], strict=True):
             own = {name: part for name, part in parts.items() if part.owner is owner}
-            bundle = Bundle(names[owner], wrapped, own, self._feedback_of_part, self._first if self._first in own else None)
+            first = self._first if self._first in own else None
+            bundle = Bundle(names[owner], wrapped, own, self._feedback_of_part, first, self._projected)
             bundle.refuse_substitutes()
             self._bundles[bundle.name] = (wrapped, bundle)
 
     def _feedback_of_part(self, name: str) -> Tensor:
         """Feedback of one weight of a packed module: none for the first layer, or through time."""
         return self.feedback_weight(name) if name in self.layers else torch.zeros_like(self._weighted[name].weight)
+
+    def _projected(self, name: str, block: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A dense layer whose weight is a block of rows of a part's, with an edge."""
+        if not (inputs.requires_grad and name in self.layers):
+            return F.linear(inputs, weight, bias)
+        compute, tensors = self.feedback_of(name)
+        output = F.linear(inputs.detach(), weight, bias)
+        rows = partial(block_of, compute, block, row_blocks(self.layers[name]))
+        return cast(Tensor, cast(Any, FeedbackEdge).apply(output, inputs, rows, None, None, *tensors))
 
     def weight_name(self, name: str) -> str:
         """Name in the model of the parameter that is a layer's weight."""

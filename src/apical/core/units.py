@@ -90,6 +90,9 @@ def weighted_layers(
             inside |= _belonging(module)
         elif own and module not in inside:
             faults.add(name, module, own)
+            faults.matrices += [
+                full for full, q in own.items() if packed == "parts" and q.dim() == 2 and full in faults.orphans
+            ]
     faults.report(advises_exact=exact is not None)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no Linear or convolution layer to assign credit to")
@@ -145,6 +148,7 @@ class Faults:
         lazy: names of lazy modules.
         unknown: modules of PyTorch with parameters of which no backward map is known.
         orphans: names of parameters outside layers, and the type that holds each.
+        matrices: those of them that a rule with the option `sites` could lead the error through.
     """
 
     def __init__(self) -> None:
@@ -153,6 +157,7 @@ class Faults:
         self.lazy: list[str] = []
         self.unknown: dict[str, nn.Module] = {}
         self.orphans: dict[str, str] = {}
+        self.matrices: list[str] = []
 
     def add(self, name: str, module: nn.Module, own: Collection[str]) -> None:
         """Note a module with parameters that is no layer of known kind."""
@@ -197,6 +202,10 @@ class Faults:
         if strange and advises_exact:
             one = len(strange) == 1
             parts[-1] += f", or pass exact={strange!r} to give {'it its' if one else 'them their'} exact derivative"
+        if self.matrices:
+            parts[-1] += (
+                f", or pass sites={tuple(self.matrices)!r} where its module multiplies activities by it (n_out, n_in)"
+            )
         raise UnsupportedModelError("; ".join(parts))
 
 

@@ -169,6 +169,8 @@ class ProductFeedbackAlignment(PlasticRule):
         self.attention = known(attention)
         self.feedback, self.density = feedback, density
         self._rows, self._repeats = 0, Repeats()
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+        self._embedding = {name for name, layer in self.layers.items() if id(layer.weight) in tables}
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -252,8 +254,8 @@ class ProductFeedbackAlignment(PlasticRule):
         """Whether this layer takes the literal form: by choice, or where its rows are fewer than it has units."""
         if self.mismatch_of(name) is not None:
             return False
-        if isinstance(self.layers[name], Part):  # its module applies it out of sight
-            return False
+        if isinstance(self.layers[name], Part) or name in self._embedding:
+            return False  # its module applies it out of sight; or R hears of what the embedding learns as well
         if self.form == "literal" or not self.tapped(name):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):

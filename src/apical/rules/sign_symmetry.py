@@ -57,7 +57,8 @@ def current_scale(weight: Tensor, blocks: int = 1) -> Tensor:
     """Root mean square of a weight as it is now; of each of its row blocks, (n_out, 1), where there are several."""
     if blocks == 1:
         return weight.square().mean().sqrt()
-    return weight.unflatten(0, (blocks, -1)).square().mean((1, 2)).sqrt().repeat_interleave(len(weight) // blocks)[:, None]
+    scales: Tensor = torch.stack([block.square().mean().sqrt() for block in weight.chunk(blocks)])
+    return scales.repeat_interleave(len(weight) // blocks).unsqueeze(1)
 
 
 class SignSymmetry(EdgeRule):
