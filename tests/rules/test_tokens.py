@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import apical
 from apical.core.credit import Credit
@@ -18,6 +19,7 @@ from apical.errors import ConfigError, UnsupportedModelError
 from apical.models import CifarResNet, Transformer
 from apical.rules.top_down.teacher import TopDownNetwork, load
 from apical.testing import check_model, packed_zoo
+from apical.testing.two_ranks import on_two_ranks
 
 DFA, TDCA = apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment
 VOCABULARY, WIDTH, LENGTH, BATCH = 11, 8, 5, 3
@@ -414,6 +416,48 @@ def test_many_outputs_are_seen_through_a_projection_that_is_saved(tmp_path: Any)
 
 
 @pytest.mark.parametrize("kind", [DFA, TDCA])
+def test_precision_is_the_models(kind: Any) -> None:
+    torch.set_default_dtype(torch.float)
+    inputs, targets = tokens(40)
+    rule = kind(decoder(vocabulary=40), token_cross_entropy, units="block", inside="feedback")
+    expected = learned(rule, inputs, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        credit = rule(inputs, targets)
+    credit.backward()
+    for name, gradient in gradients(rule.model).items():
+        if name.endswith("k.bias"):  # which softmax does not feel
+            continue
+        assert float(F.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0)) > 0.99, name
+    rule.to(torch.bfloat16)
+    rule(inputs, targets).backward()
+    assert {gradient.dtype for gradient in gradients(rule.model).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", [DFA, TDCA])
 @pytest.mark.parametrize("options", [{"units": "block"}, {"units": "micro", "inside": "feedback"}])
 def test_models_of_tokens_are_checked(kind: Any, options: dict[str, Any]) -> None:
     assert "placement" in check_model(kind(decoder(), token_cross_entropy, **options), *tokens(), skip=("compiled",)).passed
+
+
+def trained(rank: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Gradients of one rank of two on its half of a batch, or of one process (rank -1) on all of it."""
+    torch.set_default_dtype(torch.double)
+    torch.manual_seed(0)
+    rule = DFA(decoder(vocabulary=40), token_cross_entropy, **options)
+    torch.manual_seed(1)
+    inputs, targets = torch.randint(40, (4, LENGTH)), torch.randint(40, (4, LENGTH))
+    if rank < 0:
+        rule(inputs, targets).loss.backward()
+    else:
+        half = slice(2 * rank, 2 * rank + 2)
+        parallel = DistributedDataParallel(rule)
+        parallel(inputs[half], targets[half]).loss.backward()
+    return gradients(rule.model)
+
+
+@pytest.mark.parametrize("options", [{}, {"units": "block", "source": "head", "inside": "feedback"}])
+def test_two_ranks_are_one_process(options: dict[str, Any]) -> None:
+    """T19."""
+    alone = trained(-1, options)
+    for rank in on_two_ranks(trained, options):
+        assert distance(rank, alone) <= 1e-12

@@ -88,8 +88,9 @@ class CutRule(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         require_choice("inside", inside, ("exact", "feedback"))
-        self.layers = weighted_layers(model, exact, shared=True, packed="parts")
-        self._whole = weighted_layers(model, exact, shared=True, packed="whole")  # as they are called
+        cuts = where == "activation"
+        self.layers = weighted_layers(model, exact, shared=True, packed="parts" if cuts else "refused")
+        self._whole = weighted_layers(model, exact, shared=True, packed="whole" if cuts else "refused")  # as they are called
         self.exact = tuple(exact)
         self.where, self.units = where, units
         named = [] if isinstance(units, str) else list(units)

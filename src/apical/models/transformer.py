@@ -37,7 +37,8 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(N, T, width) -> (N, heads, T, width / heads)."""
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        split: Tensor = x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # which is compiled below function modes too
+        return split
 
 
 class Block(nn.Module):

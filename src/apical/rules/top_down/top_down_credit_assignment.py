@@ -166,17 +166,18 @@ class TopDownCreditAssignment(CutRule):
         places, units = prediction.shape[:-1], [cut.bare() for cut in cuts]
         p, y = (part.flatten(0, -2) for part in (prediction, target))
         teacher, widths = cast(TopDownNetwork, self._teacher(prediction, cuts)), [cut.width for cut in cuts]
-        with torch.no_grad():
+        p, y = (part.to(cast(Tensor, teacher.body[0].weight).dtype) for part in (p, y))
+        with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
             teacher.check(p.shape[1], widths)
             state, emitters = teacher.state(p, y, classes), teacher.emitters(widths)
             told = y.sum(1, keepdim=True) if classes and ignores else y.new_ones(len(y), 1)
             share = told / told.sum().clamp(min=1)
 
         def emitted(number: int, share: Tensor) -> Tensor:
-            return F.linear(state, *emitters[number]).mul_(share).view(*places, -1)
+            return F.linear(state, *emitters[number]).mul_(share.to(state.dtype)).view(*places, -1)
 
         late.signal = lambda index, scale: self._delivered(emitted(index, share * scale), units[index], places)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
             last = emitted(-1, share)
         return through_softmax(last, prediction) if classes and self.credit == "probabilities" else last
 
