@@ -1,9 +1,10 @@
 """The generated parts of the README: what the demo shows, what installing takes, why, the rules, the papers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
+from index_page import share
 from paper_pages import folders
 from rule_pages import belongs, rule_classes, short_names
 from tables import Row, load, number, present, spread, table, toml
@@ -30,20 +31,20 @@ def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row]) 
     }
 
 
-def demo_block(root: Path) -> str:
-    """The caption, of the comparison in results/demo."""
+def demo_block(root: Path, page: str = "docs/results/demo.md") -> str:
+    """The caption, of the comparison in results/demo, with a link to its page."""
     summary, plan = (load(root / "results" / "demo" / f"{name}.json") for name in ("summary", "compare"))
-    return demo(summary, plan) if summary and plan else "The demo is not kept here."
+    return demo(summary, plan, page) if summary and plan else "The demo is not kept here."
 
 
-def demo(summary: Sequence[Row], plan: Row) -> str:
+def demo(summary: Sequence[Row], plan: Row, page: str = "docs/results/demo.md") -> str:
     """The caption of the demo's figure."""
     recipe = plan["recipe"]
     seeds, epochs = len({row["seed"] for row in summary}), recipe["epochs"]
     final = [f"`{rule}` {_accuracy(summary, rule)}" for rule in dict.fromkeys(row["rule"] for row in summary)]
     return (
         f"`make demo`: {len(final)} rules on handwritten digits, {recipe['model']}, {epochs} epochs, n = {seeds} seeds; "
-        f"bands: one standard deviation. Test accuracy at the end, %: {', '.join(final)} ([data](docs/results/demo.md))."
+        f"bands: one standard deviation. Test accuracy at the end, %: {', '.join(final)} ([data]({page}))."
     )
 
 
@@ -128,12 +129,6 @@ def linked(references: str) -> str:
         f"[{each}]({LINKS['doi ' if each.startswith('doi') else '']}{each.removeprefix('doi ')})" if "." in each else each
         for each in references.split(", ")
     )
-
-
-def share(verdicts: Iterable[str]) -> str:
-    """How many of the decided verdicts are "reproduced"."""
-    decided = [each for each in verdicts if each in ("reproduced", "not reproduced")]
-    return f"{decided.count('reproduced')} of {len(decided)}" if decided else "-"
 
 
 def reproduced(root: Path, records: Sequence[Row]) -> str:

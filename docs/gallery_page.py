@@ -1,15 +1,15 @@
-"""The gallery: every figure of the results, with a caption that leads to its page."""
+"""The gallery: every figure of the results, with what it shows and a link to its page."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from result_pages import NOTE, joined, title
-from tables import load
+from tables import load, toml
 
 
 def gallery(root: Path) -> str:
     """The page, of all figures under `results/`."""
-    about = "Every figure here is drawn by the command on the page that its caption leads to."
+    about = "Every figure here is drawn by the command on the page that its caption links to."
     parts = [NOTE, "# Gallery", about]
     for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
         pictures = figures(folder)
@@ -37,6 +37,8 @@ def card(folder: Path, path: Path, root: Path) -> str:
     """One figure with its caption."""
     what = path.stem.replace("_", " ")
     page = f"results/{folder.name}.md"
-    caption = f"[{what}]({page})" if folder.name != "audit" else f"[{what}](choose.md)"
+    if folder.name == "audit":
+        page = "choose.md"
+    caption = f"{toml('captions').get(path.stem, f'{what.capitalize()}.')} [Data]({page})."
     where = path.relative_to(root).as_posix()
     return f":::{{figure}} ../{where}\n:alt: {what}: {heading(folder)}\n\n{caption}\n:::"

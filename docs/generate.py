@@ -14,13 +14,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark_pages import benchmark_page
-from front_page import front_page, rules
+from choose_page import choice
+from circuits import circuits, drawing
+from front_page import demo_block, front_page, rules
 from gallery_page import gallery
+from index_page import results_index, standings
 from paper_pages import paper_pages
 from reproduction_page import reproduction_page
-from result_pages import comparison_page, file_page, results_index, study_page
-from rule_pages import choice, overview, rule_blocks, rule_classes
-from tables import benchmarks, comparisons, own_studies, reproductions, table, toml
+from result_pages import comparison_page, file_page, study_page, study_table, title
+from rule_pages import overview, rule_blocks, rule_classes
+from tables import benchmarks, comparisons, load, own_studies, reproductions, table, toml
 from zoo_page import zoo_page
 
 from apical import models
@@ -31,6 +34,7 @@ from apical.cli.flags.audit import Audit
 from apical.cli.flags.evolve import Evolve
 from apical.cli.flags.help import option_rows
 from apical.cli.flags.landscape import Landscape
+from apical.cli.flags.measure import Measure
 from apical.cli.flags.reproduce import Reproduce
 from apical.cli.flags.sweep import SweepFlags
 from apical.cli.flags.training import CompareFlags, Flags, TrainFlags
@@ -42,23 +46,31 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     """Path -> content of every file that is generated, wholly or between markers."""
     folders, studies, files = comparisons(root), own_studies(root), sorted((root / "results").glob("*.json"))
     records, measured = reproductions(root), benchmarks(root)
-    names = ["reproductions"] * bool(records) + [path.name for path in sorted([*folders, *studies])]
+    known = standings(root, records)
+    said = {name: standing.sentence for name, standing in known.items()}
+    titles = {"reproductions": "Reproduced on demand"} if records else {}
+    titles |= {path.name: title(path) for path in folders}
+    titles |= {path.name: load(path / "results.json").get("title", path.name) for path in studies}
+    titles |= {path.stem: dict(load(path)).get("title", path.stem) for path in files}
     written = {
         root / "docs" / "benchmarks.md": benchmark_page(measured),
         root / "docs" / "gallery.md": gallery(root),
         root / "docs" / "zoo.md": zoo_page(measured.get("zoo") or {}),
-        root / "docs" / "results" / "index.md": results_index([*names, *(path.stem for path in files)]),
+        root / "docs" / "results" / "index.md": results_index(titles, known),
         **({root / "docs" / "results" / "reproductions.md": reproduction_page(records)} if records else {}),
         **paper_pages(root, papers(), records),
-        **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path) for path in folders},
-        **{root / "docs" / "results" / f"{path.name}.md": study_page(path) for path in studies},
-        **{root / "docs" / "results" / f"{path.stem}.md": file_page(path) for path in files},
+        **{root / "docs" / "circuits" / f"{page}.svg": drawing(circuit) for page, circuit in circuits().items()},
+        **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path, said[path.name]) for path in folders},
+        **{root / "docs" / "results" / f"{path.name}.md": study_page(path, said[path.name]) for path in studies},
+        **{root / "docs" / "results" / f"{path.stem}.md": file_page(path, said[path.stem]) for path in files},
     }
     blocks = {
         root / "README.md": front_page(root, measured, records),
         root / "docs" / "command-line.md": command_blocks(),
+        root / "docs" / "transformers.md": {"language": study_table(root / "results" / "transformers-language")},
         root / "docs" / "rules.md": {"overview": overview(root), "families": rules(toml("families"), records)},
         root / "docs" / "choose.md": choice(root),
+        root / "docs" / "index.md": {"demo": demo_block(root, "results/demo.md")},
         **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},
     }
     for path, contents in blocks.items():
@@ -99,7 +111,7 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 
 COMMANDS: dict[str, type] = {"compare": CompareFlags, "train": TrainFlags, "both": Flags, "evolve": Evolve}
-COMMANDS |= {"landscape": Landscape, "audit": Audit, "reproduce": Reproduce, "sweep": SweepFlags}
+COMMANDS |= {"landscape": Landscape, "audit": Audit, "measure": Measure, "reproduce": Reproduce, "sweep": SweepFlags}
 """Block of the command-line page -> class of flags."""
 
 

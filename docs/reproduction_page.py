@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 
-from result_pages import NOTE, joined
-from tables import Row, code, console, table, tabulate, text, toml
+from result_pages import NOTE, joined, judged
+from tables import Row, console, table, tabulate, text, toml
 
 from apical.cli.reproduce import measured
 
 VERDICTS = ("reproduced", "not reproduced", "budget too small to tell", "not run")
 *_, SOURCES = toml("sources").values()
-COLUMNS = {"rule": code("rule"), "what": text("what"), "reference": text("reference"), "source": text("source")}
-COLUMNS |= {"ours": lambda row: measured(dict(row)), "n": text("n"), "verdict": text("verdict")}
+COLUMNS = {"verdict": text("verdict"), "what": text("what"), "rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-"}
+COLUMNS |= {
+    "reference": text("reference"),
+    "ours": lambda row: measured(dict(row)),
+    "n": text("n"),
+    "source": text("source"),
+}
 
 
 def reproduction_page(records: Sequence[Row]) -> str:
@@ -46,7 +51,7 @@ def _section(record: Row) -> list[str]:
     return [
         f"({_anchor(record)})=\n## {record['target']}, budget {record['budget']}",
         f"{record['title']}. Sizes: {sizes}. Commit `{str(record['environment'].get('commit'))[:10]}`.",
-        console(record["command"]),
         f"Sources: {'; '.join(used)}." if used else "",
-        tabulate(record["rows"], COLUMNS, numeric_from=99),
+        judged(tabulate(record["rows"], COLUMNS, numeric_from=99)),
+        console(record["command"]),
     ]

@@ -1,7 +1,9 @@
-"""The pages of measured results: comparisons of rules, studies of their own, single files of rows, and their list."""
+"""The pages of measured results: comparisons of rules, studies of their own, single files of rows."""
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tables import (
     code,
     console,
     facts,
+    fitting,
     flat,
     grouped,
     load,
@@ -81,24 +84,32 @@ def comparison_table(rows: Sequence[Row]) -> str:
 def title(folder: Path) -> str:
     """What a comparison was about."""
     plan = load(folder / "compare.json") or {}
+    runs = finished(load(folder / "summary.json") or [])
+    most = max((run["epochs"] for run in runs), default=0)
     if plan.get("study") in studies():
-        return studies()[plan["study"]].title
-    recipe = plan.get("recipe") or {}
-    return f"{recipe['model']} on {recipe['data']}" if {"model", "data"} <= recipe.keys() else folder.name
+        return re.sub(r"\b(\d+) epochs", partial(_so_far, most), studies()[plan["study"]].title)
+    recipe, rules = plan.get("recipe") or {}, len(plan.get("rules") or ())
+    return f"{rules} rules on {recipe['data']}, {recipe['model']}" if {"model", "data"} <= recipe.keys() else folder.name
+
+
+def _so_far(most: int, planned: re.Match[str]) -> str:
+    """ "5 of 40 epochs" where the title of a study says 40 and no run came so far."""
+    return f"{most} of {planned[0]}" if most < int(planned[1]) else planned[0]
 
 
 def origin(folder: Path) -> str:
-    """The command and the commit behind a comparison, and where it left its recipe."""
+    """The command and the commit behind a comparison."""
     plan, rows = load(folder / "compare.json") or {}, load(folder / "summary.json")
     parts = [console(plan["command"])] if plan.get("command") else []
     commits = sorted({str(row["commit"]) for row in rows if row.get("commit")})
     parts += [f"Commit {', '.join(f'`{commit}`' for commit in commits)}."] if commits else []
+    parts = ["## How it was made", *parts] if parts else []
     if str(plan.get("study")).startswith("dfc-"):
         parts.append(
             "{doc}`../feedback-control` says which version of the paper the numbers are from and where the recipe departs "
             "from the authors' procedure."
         )
-    return "\n\n".join([*parts, departures(plan)]).strip()
+    return "\n\n".join(parts)
 
 
 def departures(plan: Row) -> str:
@@ -116,7 +127,7 @@ def departures(plan: Row) -> str:
                 different[f"{key.replace('_', ' ')} {words(value)} instead of {instead}"] = None
         options = _options(recipe.get("rule_options") or (), asked["rule_options"])
         different |= dict.fromkeys(f"option {option} of `{rule}`" for option in options)
-    return f"**Not the recipe as it stands**: {'; '.join(different)}." if different else ""
+    return f"Unlike the recipe: {'; '.join(different)}." if different else ""
 
 
 def _chosen(rule: str, key: str, value: Any, asked: Row) -> bool:
@@ -151,12 +162,15 @@ def verdict_table(verdicts: Sequence[Row]) -> str:
         value = f"{shown(row, 'published')}"
         return f"at least {value}" if row["tolerance"] is None else f"{value} ± {row['tolerance']:g}"
 
-    columns = {"rule": code("rule"), "what": text("what"), "after epoch": text("epoch"), "reference": expected}
-    columns |= {
-        "source": text("tag"),
-        "measured": lambda row: plus_minus(shown(row, "measured") or "-", shown(row, "spread")),
-    }
-    return tabulate(verdicts, columns | {"seeds": text("n"), "verdict": text("verdict")}, numeric_from=2)
+    columns = {"verdict": text("verdict"), "what": text("what"), "rule": code("rule"), "epoch": text("epoch")}
+    columns |= {"reference": expected, "source": text("tag")}
+    columns["measured"] = lambda row: plus_minus(shown(row, "measured") or "-", shown(row, "spread"))
+    return judged(tabulate(verdicts, columns | {"seeds": text("n")}, numeric_from=99))
+
+
+def judged(verdicts: str) -> str:
+    """A table of verdicts, whose second column has long texts and gets room for them."""
+    return f":::{{container}} verdicts\n{verdicts}\n:::"
 
 
 def verdict_sentence(verdicts: Sequence[Row]) -> str:
@@ -170,14 +184,15 @@ def sources(verdicts: Sequence[Row]) -> str:
     return f"Sources: {'; '.join(f'`{tag}` {TAGS[tag]}' for tag in used)}." if used else ""
 
 
-def comparison_page(folder: Path) -> str:
-    """The page of one comparison."""
+def comparison_page(folder: Path, standing: str = "") -> str:
+    """The page of one comparison, which begins with what it is and how it came out."""
     summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
-    parts = [NOTE, f"# {title(folder)}", origin(folder), comparison_table(summary), *rates(load(folder / "compare.json"))]
+    plan = load(folder / "compare.json")
+    parts = [NOTE, f"# {title(folder)}", standing, verdict_sentence(verdicts) if verdicts else "", departures(plan or {})]
+    parts += [comparison_table(summary), *rates(plan)]
     if verdicts:
-        parts += ["## Against reference numbers", verdict_sentence(verdicts), sources(verdicts), verdict_table(verdicts)]
-        parts += distances(verdicts, summary)
-    return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures")])
+        parts += ["## Against reference numbers", sources(verdicts), verdict_table(verdicts), *distances(verdicts, summary)]
+    return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])
 
 
 def rates(plan: Row | None) -> list[str]:
@@ -212,14 +227,15 @@ def figures(folder: Path, where: str) -> list[str]:
     for path in sorted(folder.glob("*.svg")):
         small = path.stat().st_size < LARGE or not path.with_suffix(".png").exists()
         shown = path if small else path.with_suffix(".png")
-        drawn.append(f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})")
+        caption = toml("captions").get(path.stem, "")
+        drawn += [f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})", *([caption] if caption else [])]
     return ["## Figures", *drawn] if drawn else []
 
 
-def study_page(folder: Path) -> str:
+def study_page(folder: Path, standing: str = "") -> str:
     """The page of a study with measures of its own: `results.json` with verdicts and curves, and its figures."""
     results = load(folder / "results.json")
-    parts = _head(results, folder.name)
+    parts = _head(results, folder.name, standing, study_sentence(results))
     parts += [f"**Runs that failed**: {'; '.join(results['failures'])}."] if results.get("failures") else []
     parts += _study_verdicts(results)
     if results.get("curves"):
@@ -227,26 +243,42 @@ def study_page(folder: Path) -> str:
     parts += figures(folder, folder.name)
     for each in results.get("tables") or []:
         first = next((i for i, cell in enumerate(each["rows"][0]) if cell[:1].isdigit()), len(each["header"]))
-        parts += [f"## {each['title']}", each["note"], table(each["header"], each["rows"], numeric_from=first)]
+        parts += [f"## {each['title']}", each["note"], fitting(each["header"], each["rows"], numeric_from=first)]
     for name in ("checks", "settings", "environment"):
         parts += [f"## {name.capitalize()}", facts(results[name])] if flat(results.get(name) or {}) else []
-    return joined(parts)
+    return joined([*parts, *_command(results)])
 
 
-def _head(content: Row, name: str) -> list[str]:
-    """Title, explanation and command."""
-    parts = [NOTE, f"# {content.get('title', name)}", str(content.get("about", ""))]
-    return [*parts, *([console(content["command"])] if content.get("command") else [])]
+def study_table(folder: Path) -> str:
+    """The first table of a study of its own, with its settings in a sentence; says so where it is not kept."""
+    if not (folder / "results.json").exists():
+        return "No results are kept."
+    results = load(folder / "results.json")
+    first, settings = results["tables"][0], results.get("settings") or {}
+    said = "; ".join(
+        f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in settings.items()
+    )
+    sentence = f"From [the study's page](results/{folder.name}.md). Settings: {said}."
+    return joined([sentence, first["note"], table(first["header"], first["rows"])])
+
+
+def _head(content: Row, name: str, *said: str) -> list[str]:
+    """Title, what it is and how it came out, and the explanation."""
+    return [NOTE, f"# {content.get('title', name)}", *said, str(content.get("about", ""))]
+
+
+def _command(content: Row) -> list[str]:
+    return ["## How it was made", console(content["command"])] if content.get("command") else []
 
 
 def _study_verdicts(results: Row) -> list[str]:
     parts = []
     if results.get("verdicts"):
         meaning = "\n".join(f"- *{name}*: {about}" for name, about in (results.get("sources") or {}).items())
-        columns = {"figure": text("figure"), "rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-"}
-        columns |= {"what": text("what"), "mark": text("mark"), "measured": _measured, "n": text("n")}
-        columns |= {"source": text("source"), "verdict": text("verdict")}
-        parts += ["## Verdicts", study_sentence(results), meaning, tabulate(results["verdicts"], columns, numeric_from=3)]
+        columns = {"verdict": text("verdict"), "what": text("what")}
+        columns |= {"rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-", "mark": text("mark")}
+        columns |= {"measured": _measured, "n": text("n"), "source": text("source"), "figure": text("figure")}
+        parts += ["## Verdicts", meaning, judged(tabulate(results["verdicts"], columns, numeric_from=99))]
     if results.get("axes"):
         inside = {True: "inside", False: "outside", None: "not run"}
         columns = {"measure": lambda row: row["measure"].replace("_", " "), "axis": lambda row: _range(row["limits"])}
@@ -283,7 +315,7 @@ def final_values(curves: Mapping[str, Mapping[str, Any]], measures: Mapping[str,
     for rule, curve in curves.items():
         cells = [_last(curve["metrics"].get(key), curve["n"]) for key in columns]
         lines.append([f"`{rule}`", str(curve["n"]), str(curve["epochs"][-1]) if curve["epochs"] else "-", *cells])
-    return table(("rule", "seeds", "epochs", *(measures.get(key, key.replace("_", " ")) for key in columns)), lines)
+    return fitting(("rule", "seeds", "epochs", *(measures.get(key, key.replace("_", " ")) for key in columns)), lines)
 
 
 def _last(curve: Mapping[str, Sequence[float]] | None, n: int) -> str:
@@ -292,21 +324,14 @@ def _last(curve: Mapping[str, Sequence[float]] | None, n: int) -> str:
     return plus_minus(significant(curve["mean"][-1]), None if n < 2 else significant(curve["std"][-1], 2))
 
 
-def file_page(path: Path) -> str:
+def file_page(path: Path, standing: str = "") -> str:
     """The page of a single results file: a list of rows, or an object with `rows` and, if it likes, `title`, `about`."""
     content = load(path)
     content = content if isinstance(content, dict) else {"rows": content}
     rows = content.get("rows") or []
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("device", "commit")))
     cells = [[words(row.get(column)) for column in columns] for row in rows]
-    return joined([*_head(content, path.stem), table([column.replace("_", " ") for column in columns], cells)])
-
-
-def results_index(names: Sequence[str]) -> str:
-    """The list of the results pages."""
-    about = (
-        "Every number on these pages is computed from files under `results/` in the repository, which the commands named on "
-        "them wrote. {doc}`../how-results-are-made` says how."
-    )
-    listed = "```{toctree}\n:maxdepth: 1\n\n" + "\n".join(names) + "\n```" if names else "None are kept here yet."
-    return joined([NOTE, "# Results", about, listed])
+    parts = [*_head(content, path.stem, standing), fitting([column.replace("_", " ") for column in columns], cells)]
+    where = {key: ", ".join(dict.fromkeys(str(row[key]) for row in rows if row.get(key))) for key in ("device", "commit")}
+    parts += [f"{key.capitalize()}: {value}." for key, value in where.items() if value]
+    return joined([*parts, *_command(content)])

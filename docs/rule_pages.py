@@ -1,12 +1,13 @@
-"""The generated parts of the pages on rules: names, audit, results, cost, the overview, and the table to choose by."""
+"""The generated parts of the pages on rules: names, audit, results, cost, the overview, and the tables to choose by."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
+from circuits import circuits
 from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
-from tables import Cell, Row, benchmarks, code, comparisons, load, number, own_studies, present, table, tabulate
+from tables import Cell, Row, benchmarks, code, comparisons, fitting, load, number, own_studies, present, table, tabulate
 from torch.nn import Linear
 
 import apical.exports
@@ -52,10 +53,35 @@ def rule_blocks(kind: type[CreditRule], root: Path) -> dict[str, str]:
     names = short_names(kind)
     rows = [[f"`{name}`", titled(name)] for name in names]
     measured = [*audit_part(names, root), *results_part(names, root), *cost_part(names, root)]
+    listed = table(("on the command line", "what it is"), rows, numeric_from=2)
     return {
-        "names": table(("on the command line", "what it is"), rows, numeric_from=2),
+        "names": "\n\n".join([listed, *drawn_part(page_name(kind), names, root)]),
         "measured": "\n\n".join(measured),
     }
+
+
+def drawn_part(page: str, names: Sequence[str], root: Path) -> list[str]:
+    """Who sends what to whom, with a learning curve beside it where one is kept."""
+    circuit = circuits().get(page)
+    if circuit is None:
+        return []
+    parts = [f"::::{{container}}\n```{{raw}} html\n:file: ../circuits/{page}.svg\n```\n\n{circuit.caption}\n::::"]
+    curve = learning_curve(names, root)
+    if curve is not None:
+        about = f"[{title(curve)}](../results/{curve.name}.md): test accuracy over epochs, mean and spread over seeds."
+        image = f"![Learning curves: {title(curve)}](../../results/{curve.name}/figures/accuracy.svg)"
+        parts.append(f"::::{{container}}\n{image}\n\n{about}\n::::")
+    return [":::::{container} beside", *parts, ":::::"]
+
+
+def learning_curve(names: Sequence[str], root: Path) -> Path | None:
+    """The comparison with a drawn accuracy that has most of these rules; among equals the demo, or that of fewest rules."""
+    found = []
+    for folder in comparisons(root):
+        rules = {row["rule"] for row in load(folder / "summary.json") if row["epochs"] > 1}
+        if (folder / "figures" / "accuracy.svg").exists() and rules & {*names}:
+            found.append((len(rules & {*names}), folder.name == "demo", -len(rules), folder))
+    return max(found)[-1] if found else None
 
 
 def audit_part(names: Sequence[str], root: Path) -> list[str]:
@@ -154,7 +180,8 @@ def overview(root: Path) -> str:
     rows = []
     for page, kind in rule_classes().items():
         names = ", ".join(f"`{name}`" for name in short_names(kind))
-        rows.append([f"[`{kind.__name__}`](rules/{page}.md)", names, "yes" if residual(kind) else "no", _time(kind, root)])
+        ratios = ratios_to_bp(benchmark_rows(root), short_names(kind), "MLP")
+        rows.append([f"[`{kind.__name__}`](rules/{page}.md)", names, "yes" if residual(kind) else "no", step_time(ratios)])
     header = ("rule", "on the command line", "residual networks", "time / BP, MLP")
     pages = "\n".join(f"rules/{page}" for page in rule_classes())
     return f"{table(header, rows, numeric_from=3)}\n\n```{{toctree}}\n:hidden:\n\n{pages}\n```"
@@ -170,9 +197,8 @@ def residual(kind: type[CreditRule]) -> bool:
     return len(settings(factory)) == 2
 
 
-def _time(kind: type, root: Path) -> str:
-    """The range of times relative to backpropagation over names and settings of fully connected networks."""
-    ratios = ratios_to_bp(benchmark_rows(root), short_names(kind), "MLP")
+def step_time(ratios: Sequence[float]) -> str:
+    """The range of times relative to backpropagation, over names and settings."""
     low, high = (f"{value:.2f}" for value in (min(ratios, default=0), max(ratios, default=0)))
     return "-" if not ratios else low if low == high else f"{low} to {high}"
 
@@ -180,12 +206,6 @@ def _time(kind: type, root: Path) -> str:
 def ratios_to_bp(rows: Sequence[Row], names: Sequence[str], network: str) -> list[float]:
     """Times of a step relative to backpropagation's, of rules on a kind of network."""
     return present((row for row in rows if row["rule"] in names and network in row["model"]), "ratio_to_bp")
-
-
-def choice(root: Path) -> dict[str, str]:
-    """The generated blocks of the page on choosing a rule."""
-    audit = load(root / "results" / "audit" / "audit.json")
-    return {"audit": NO_AUDIT if audit is None else audit_table(audit), "accuracy": accuracies(root), "cost": costs(root)}
 
 
 def audit_table(audit: Row) -> str:
@@ -241,7 +261,7 @@ def accuracies(root: Path) -> str:
         return "No comparison of many rules is kept here yet."
     names = [name for name in RULES if any((name, column) in found for column in columns)]
     lines = [[f"`{name}`", *(found.get((name, column), "-") for column in columns)] for name in names]
-    return table(("rule", *columns.values()), lines)
+    return fitting(("rule", *columns.values()), lines)
 
 
 def costs(root: Path) -> str:

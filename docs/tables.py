@@ -57,6 +57,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: in
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def fitting(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: int = 1) -> str:
+    """The same for a page of the documentation: set small where there are many columns."""
+    text = table(header, rows, numeric_from)
+    return f":::{{container}} small\n{text}\n:::" if len(header) > 5 else text
+
+
 def _escaped(cells: Iterable[str]) -> list[str]:
     return [cell.replace("|", "\\|") for cell in cells]
 

@@ -16,8 +16,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-FAULTS = ("overflow", "wide", "broken", "flat", "raw")
-"""What a page may not have: too much width, parts that stick out, images that do not load, equations flat or unread."""
+FAULTS = ("overflow", "wide", "broken", "tiny", "flat", "raw")
+"""What a page may not have: too much width, parts that stick out, images that do not load, texts of drawings too small to
+read, equations flat or unread. "cut", tables and figures that scroll by themselves, is allowed on a phone."""
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LOOK = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><title>look</title><body><script>
@@ -37,6 +38,10 @@ async function look(page, width) {
   found.push({page, width, title: d.title, overflow: root.scrollWidth - root.clientWidth,
     wide: wide.slice(0, 5).map(e => e.outerHTML.slice(0, 160)),
     broken: [...d.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
+    cut: [...d.querySelectorAll(".table-wrapper, figure, .circuit")]
+      .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 80)),
+    tiny: [...d.querySelectorAll("svg.circuit text")]
+      .filter(t => t.getBoundingClientRect().height < 11).map(t => t.textContent),
     images: d.images.length,
     equations: d.querySelectorAll("math").length,
     flat: [...d.querySelectorAll("math")].filter(m => m.checkVisibility() && !(m.getBoundingClientRect().width > 1)).length,

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from apical.core.credit import CreditRule
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 
 
-generate, results = script("generate"), script("result_pages")
+generate, results, choosing, index, circuits = map(
+    script, ("generate", "result_pages", "choose_page", "index_page", "circuits")
+)
 
 
 def code(page: Path, language: str) -> str:
@@ -136,7 +139,7 @@ AUDIT = {
 def test_the_audit_becomes_a_table_to_choose_by_and_a_row_on_each_page(tmp_path: Path) -> None:
     (tmp_path / "results" / "audit").mkdir(parents=True)
     (tmp_path / "results" / "audit" / "audit.json").write_text(json.dumps(AUDIT))
-    choose = generate.choice(tmp_path)["audit"]
+    choose = choosing.choice(tmp_path)["audit"]
     assert "| rule | No transport |\n| --- | --- |\n| `bp` | ✗ |\n| `fa` | ✓ |" in choose
     assert "| No transport | Does each weight do without the others? | `fa` |" in choose
     page = generate.rule_blocks(apical.FeedbackAlignment, tmp_path)["measured"]
@@ -153,7 +156,7 @@ def test_a_rules_page_lists_its_comparisons_and_their_verdicts(comparison: Path)
     (comparison / "verdicts.json").write_text(json.dumps(verdicts))
     root = comparison.parents[1]
     page = generate.rule_blocks(apical.ProductFeedbackAlignment, root)["measured"]
-    link = "[MNIST, 784-512-512-10, 40 epochs](../results/study.md)"
+    link = "[MNIST, 784-512-512-10, 1 of 40 epochs](../results/study.md)"
     said = "Reproduced: 1 of 1 read off the published curves."
     assert f"| {link} | `pfa` | {said} | 1 | 1 | 94.00 | 96.50 ± 0.71 |" in page
     own = generate.rule_blocks(apical.Backprop, root)["measured"]
@@ -168,7 +171,7 @@ def test_the_cost_of_a_rule_is_that_of_the_benchmarks(tmp_path: Path) -> None:
     page = generate.rule_blocks(apical.FeedbackAlignment, tmp_path)["measured"]
     assert "| `fa` | MLP, batch 8, float32 | cpu | 1.25 | 1.50 |" in page
     assert "dfa" not in page
-    assert "| `fa` | 1.25 | - | - |" in generate.choice(tmp_path)["cost"]
+    assert "| `fa` | 1.25 | - | - |" in choosing.choice(tmp_path)["cost"]
 
 
 def test_rules_are_said_to_take_residual_networks_where_they_do() -> None:
@@ -180,7 +183,7 @@ def test_the_gallery_has_each_figure_once(study: Path) -> None:
     page = generate.gallery(study.parents[1])
     assert "## Toy" in page
     assert page.count(":::{figure}") == 1
-    assert ":::{figure} ../results/toy/conditions.png\n:alt: conditions: Toy\n\n[conditions](results/toy.md)" in page
+    assert ":::{figure} ../results/toy/conditions.png\n:alt: conditions: Toy\n\nConditions. [Data](results/toy.md)." in page
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
@@ -214,7 +217,8 @@ def test_a_comparison_becomes_a_table_of_finished_seeds(comparison: Path) -> Non
     page = generate.comparison_page(comparison)
     assert "| `bp` | 2 | 1 | 96.50 ± 0.71 | 0.2500 ± 0.0000 | - |" in page
     assert "| `pfa` | 1 of 2 | 1 | 94.00 | 0.2500 | - |" in page
-    assert "**Not the recipe as it stands**: epochs 1 instead of 40." in page
+    assert "# MNIST, 784-512-512-10, 1 of 40 epochs" in page
+    assert "Unlike the recipe: epochs 1 instead of 40." in page
 
 
 def test_verdicts_are_listed_and_counted(comparison: Path) -> None:
@@ -225,9 +229,12 @@ def test_verdicts_are_listed_and_counted(comparison: Path) -> None:
     (comparison / "verdicts.json").write_text(json.dumps([near, absent, order]))
     page = generate.comparison_page(comparison)
     assert "Reproduced: 1 of 2 read off the published curves." in page
-    assert "| `pfa` | angle, ° | 5 | 20.30 ± 1.5 | fig | 20.50 ± 0.25 | 2 | reproduced |" in page
-    assert "| 20.30 ± 1.5 | fig | - | - | not run |" in page
-    assert "| at least 0.00 | fig | -1.00 | 2 | not reproduced |" in page
+    assert "| reproduced | angle, ° | `pfa` | 5 | 20.30 ± 1.5 | fig | 20.50 ± 0.25 | 2 |" in page
+    assert "| not run | angle, ° | `pfa` | 5 | 20.30 ± 1.5 | fig | - | - |" in page
+    assert "| not reproduced | angle, ° | `pfa` | 5 | at least 0.00 | fig | -1.00 | 2 |" in page
+    assert page.index("Reproduced: 1 of 2") < page.index("| rule | seeds |") < page.index("$ apical compare"), (
+        "verdict first"
+    )
 
 
 def test_runs_that_ended_early_state_their_distance(comparison: Path) -> None:
@@ -253,7 +260,7 @@ def test_small_losses_are_no_zeros(comparison: Path) -> None:
     page = generate.comparison_page(comparison)
     assert "| rule | seeds | epochs | test loss | training loss |" in page
     assert "| `dfc` | 2 | 1 | 0.1125 ± 0.0000 | 8.11e-08 ± 7.1e-09 |" in page
-    assert "| 7.61e-08 ± 1.5e-07 | code | 8.11e-08 | 1 | reproduced |" in page
+    assert "| reproduced | train loss | `dfc` | 100 | 7.61e-08 ± 1.5e-07 | code | 8.11e-08 | 1 |" in page
     assert "Sources: `code` is named in the authors' repository, for a single run." in page
 
 
@@ -273,7 +280,7 @@ def test_settings_that_a_recipe_leaves_to_the_rule_are_no_departure() -> None:
     filled = {**recipe, "clip": RULES["strong-dfc"].clip}
     assert results.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": filled}}) == ""
     sentence = results.departures({"study": "pfa-mnist", "recipes": {"strong-dfc": {**filled, "clip": 7.0}}})
-    assert sentence == "**Not the recipe as it stands**: clip 7 instead of 0."
+    assert sentence == "Unlike the recipe: clip 7 instead of 0."
 
 
 @pytest.fixture
@@ -308,10 +315,12 @@ def study(tmp_path: Path) -> Path:
 
 def test_a_study_of_its_own_becomes_a_page(study: Path) -> None:
     page = generate.study_page(study)
-    assert "# Toy\n\nAbout.\n\n```console\n$ python -m toy\n```" in page
-    assert "Reproduced: 1 of 2 thresholds of our choice.\n\n- *our mark*: we chose it" in page
-    assert "| 3 | `dfc` | angle, ° | <= 30 | 36.15 ± 6.8 | 3 | our mark | not reproduced |" in page
-    assert "| 3 | `dfc` | angle, ° | <= 30 | - | - | statement | not run |" in page
+    assert (
+        "# Toy\n\nReproduced: 1 of 2 thresholds of our choice.\n\nAbout.\n\n## Verdicts\n\n- *our mark*: we chose it" in page
+    )
+    assert page.endswith("## How it was made\n\n```console\n$ python -m toy\n```\n")
+    assert "| not reproduced | angle, ° | `dfc` | <= 30 | 36.15 ± 6.8 | 3 | our mark | 3 |" in page
+    assert "| not run | angle, ° | `dfc` | <= 30 | - | - | statement | 3 |" in page
     assert "| angle | 0 to 70 | - | not run |" in page
     assert "| rule | seeds | epochs | angle \\|°\\| |" in page
     assert "| `dfc` | 2 | 9 | 22.05 ± 3.1 |\n| `bp` | 0 | - | - |" in page
@@ -406,3 +415,63 @@ def test_learning_rates_are_told_where_they_differ() -> None:
     recipes = {"bp": {"lr": [0.1, 0.03, 0.01]}, "ccl": {"lr": [0.2]}}
     assert results.rates({"recipes": recipes}) == ["Learning rates: `bp` 0.1 to 0.01, `ccl` 0.2."]
     assert results.rates({"recipes": {"bp": {"lr": [0.1]}, "ccl": {"lr": [0.1]}}}) == results.rates(None) == []
+
+
+def test_every_rule_has_a_drawing_of_its_circuit() -> None:
+    drawn = circuits.circuits()
+    assert set(drawn) == set(generate.rule_classes()), "describe the rule in docs/circuits.toml"
+    for page, circuit in drawn.items():
+        svg = ElementTree.fromstring(circuits.drawing(circuit))
+        width, height = map(float, svg.attrib["viewBox"].split()[2:])
+        texts = svg.findall(".//{*}text")
+        assert all(0 < float(each.attrib["x"]) < width and 0 < float(each.attrib["y"]) < height for each in texts)
+        assert len(texts) > len(circuit.nodes), "labels and a legend"
+        assert f":file: ../circuits/{page}.svg" in (ROOT / "docs" / "rules" / f"{page}.md").read_text(encoding="utf-8")
+
+
+def test_an_arrow_that_is_none_is_an_error() -> None:
+    with pytest.raises(ValueError, match="is no arrow"):
+        circuits.drawing(circuits.Circuit(["a a 0 0", "b b 1 0"], ["a - b w"], [], ""))
+
+
+def test_the_learning_curve_is_of_the_comparison_that_knows_most(comparison: Path) -> None:
+    root = comparison.parents[1]
+    assert script("rule_pages").learning_curve(["pfa"], root) is None
+    (comparison / "figures").mkdir()
+    (comparison / "figures" / "accuracy.svg").write_text("")
+    assert script("rule_pages").learning_curve(["pfa"], root) is None, "one epoch is no curve"
+    runs = [{**row, "epochs": 2} for row in json.loads((comparison / "summary.json").read_text())]
+    (comparison / "summary.json").write_text(json.dumps(runs))
+    assert script("rule_pages").learning_curve(["pfa"], root) == comparison
+    assert script("rule_pages").learning_curve(["dfa"], root) is None
+
+
+def test_the_index_says_of_every_table_whether_it_was_run_and_how(comparison: Path, study: Path) -> None:
+    root = comparison.parents[1]
+    known = index.standings(root, [])
+    assert known["study"].target == "pfa/mnist"
+    assert known["study"].sentence.startswith("**Shortened**: 1 of 40 epochs, 1 of 5 seeds (")
+    assert not known["toy"].target
+    page = index.results_index({"study": "MNIST", "toy": "Toy"}, known)
+    assert f"Of {len(index.tables())} tables, 1 were run, 0 of them at their full size." in page
+    assert "| `pfa/mnist` | [MNIST](study.md) | mnist | 1 of 40 epochs, 1 of 5 seeds | - | - | - | abc |" in page
+    assert "| `pfa/cifar10` | CIFAR-10, ResNet-20 | cifar-10 | not run | - | - | - | - |" in page
+    assert "| [Toy](toy.md) | - | - | - |" in page
+    assert all(f"`{target}`" in page for target in index.tables())
+
+
+def test_full_size_is_done() -> None:
+    full = {"epochs": 40, "seeds": 3}
+    assert index.shortened(full, full) == index.shortened({**full, "seeds": 5}, full) == "done"
+    assert index.shortened({**full, "train_limit": 640}, full) == "640 training samples"
+
+
+def test_the_decision_takes_the_best_rule_that_has_what_is_wanted(comparison: Path) -> None:
+    asked = {"want": "speed", "criteria": ["transport"], "comparison": "study", "network": "MLP"}
+    verdicts = {"bp": False, "pfa": True, "fa": True}
+    audit = {"rows": [{"rule": rule, "verdicts": {"transport": {"good": good}}} for rule, good in verdicts.items()]}
+    want, take, because = choosing.decision(asked, audit, comparison.parents[1])
+    assert (want, take) == ("speed", "[`pfa`](rules/product-feedback-alignment.md)")
+    assert because.startswith("94.00 % on [MNIST")
+    assert "backpropagation has 96.50 ± 0.71 (n = 1)" in because
+    assert choosing.decision(asked, {"rows": []}, comparison.parents[1]) == []

@@ -147,15 +147,17 @@ def test_every_page_fits_a_phone_and_a_screen(tmp_path: Path) -> None:
     assert len(found) == len(pages)
     assert not faults(found)
     assert not console
-    wide = [
-        f"/site/{name}.html" for name in ("index", "choose", "gallery", "rules/deep-feedback-control", "results/pfa-mnist")
-    ]
-    again, console = browser.look_at({"site": SITE.resolve()}, wide, (DESKTOP,), tmp_path / "desktop")
+    again, console = browser.look_at({"site": SITE.resolve()}, pages, (DESKTOP,), tmp_path / "desktop")
     assert not faults(again)
     assert not console
+    assert not {page["page"]: page["cut"] for page in again if page["cut"]}, (
+        "wider than the page: fewer columns, or fitting()"
+    )
     by_name = {page["page"]: page for page in found}
     assert by_name["/site/rules/deep-feedback-control.html"]["equations"] > 10
     assert by_name["/site/gallery.html"]["images"] > 20
+    for name in ("index", "choose", "rules", "results/index"):  # what a stranger reads first does not even scroll
+        assert not by_name[f"/site/{name}.html"]["cut"], name
 
 
 @looks
@@ -190,6 +192,8 @@ def test_a_bad_page_is_found_out(tmp_path: Path) -> None:
         "image": '<img src="missing.png">',
         "script": "<script>undefined_name()</script>",
         "equation": "<math><mi>\\alpha</mi></math>",
+        "cut": '<div class="table-wrapper" style="overflow-x: auto"><div style="width: 500px; height: 9px">x</div></div>',
+        "tiny": '<svg class="circuit" viewBox="0 0 360 90" width="90"><text x="9" y="30" font-size="12">x</text></svg>',
         "good": '<div style="overflow-x: auto"><div style="width: 500px; height: 9px"></div></div><math><mi>a</mi></math>',
     }
     for name, body in bad.items():
@@ -202,7 +206,8 @@ def test_a_bad_page_is_found_out(tmp_path: Path) -> None:
     assert by_name["image"]["broken"]
     assert by_name["equation"]["raw"] == ["\\alpha"]
     assert any("undefined_name" in line for line in console)
-    assert len(faults(found)) == 3
+    assert by_name["cut"]["cut"] == by_name["tiny"]["tiny"] == ["x"]
+    assert len(faults(found)) == 4
     assert not any(by_name["good"][key] for key in browser.FAULTS)
 
 

@@ -47,3 +47,19 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
         near = [stems[stem] for stem in difflib.get_close_matches(name.lower().split("-")[0], stems, n=1, cutoff=0.6)]
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ConfigError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
+
+
+def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of an option's choices.
+
+    Raises:
+        ConfigError: names the option and its choices.
+
+    >>> require_choice("feedback", "ful", ["full", "broadcast"])
+    Traceback (most recent call last):
+    apical.errors.ConfigError: feedback must be 'full' or 'broadcast', not 'ful'
+    """
+    choices = list(choices)
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ConfigError(f"{option} must be {', '.join(others)}{' or ' * bool(others)}{last}, not {value!r}")

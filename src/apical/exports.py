@@ -4,7 +4,11 @@ from apical.core.activations import register_activation as register_activation
 from apical.core.credit import Credit as Credit
 from apical.core.credit import CreditRule as CreditRule
 from apical.core.layers import register_layer as register_layer
+from apical.core.layers import register_local as register_local
 from apical.rules.backprop import Backprop as Backprop
+from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import (
+    ContrastiveSignalPlasticity as ContrastiveSignalPlasticity,
+)
 from apical.rules.corinfomax import CorInfoMax as CorInfoMax
 from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning as CounterCurrentLearning
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment as DirectFeedbackAlignment

@@ -80,3 +80,41 @@ def test_claims_are_about_rules_and_criteria_that_exist() -> None:
 def test_physical_forms_are_options_of_their_rules() -> None:
     for entry in RULES.values():
         assert set(entry.physical) <= set(constructor_options(entry))
+
+
+SEQUENCES = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, tokens=16, width=8):
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(tokens, width), nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, tokens)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens)
+        y = self.norm(x)
+        return self.head(x + F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y), is_causal=True))
+"""
+
+
+def test_a_model_of_tokens_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "net.py").write_text(SEQUENCES, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("It is the same with words as with weights; " * 60, encoding="utf-8")
+    data, model, out = str(tmp_path / "text.txt"), f"{tmp_path / 'net.py'}:Net", tmp_path / "out"
+    assert main(["audit", "bp", "fa", "pfa", "--model", model, "--data", data, "--epochs", "1", "--out", str(out)]) == 0
+    record = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+    for row in record["rows"]:
+        assert row["verdicts"]["no_credit_across_positions"]["verdict"] == "no"
+        assert row["verdicts"]["no_credit_across_positions"]["numbers"]["asked"] == 4
+        assert 0 <= row["accuracy"] <= 1
+    assert {row["rule"]: row["verdicts"]["no_sign_transport"]["verdict"] for row in record["rows"]} == {
+        "bp": "no",
+        "fa": "yes",
+        "pfa": "yes",
+    }
+    assert "No credit across positions" in capsys.readouterr().out

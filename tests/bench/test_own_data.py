@@ -163,7 +163,7 @@ def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--data", "absent.npz"), "no such file or folder"),
         (("--data", "own.parquet"), "no such file or folder"),
         (("--flip", "True"), "--flip and --crop need images (channels, height, width)"),
-        (("--data", "owm"), "or your own: FILE.npz, FILE.csv, FOLDER, FILE.py:FUNCTION"),
+        (("--data", "owm"), "or your own: FILE.npz, FILE.csv, FILE.txt, FOLDER, FILE.py:FUNCTION"),
     ],
 )
 def test_refused_before_anything_is_written(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from apical.bench.names import RATES, RULES, resolve, tuned_rate
+from apical.bench.names import RULES, resolve
 from apical.bench.recipe import Recipe, from_json
+from apical.bench.tuned_rates import RATES, tuned_rate
 from apical.cli.main import main
 
 SWEEP = Path(__file__).parents[2] / "results" / "rates-digits" / "best.json"

@@ -398,3 +398,33 @@ def test_under_a_compiler() -> None:
     for name, parameter in rule.model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-10, atol=1e-12)
+
+
+class Weighing(nn.Module):
+    """A module of attention that also returns its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        output: Tensor = self.head(x + self.attention(x, x, x)[0])
+        return output.transpose(1, 2)
+
+
+@pytest.mark.parametrize("attention", ["fixed", "present"])
+def test_feedback_of_a_packed_module_eager_and_compiled(attention: Any) -> None:
+    torch.manual_seed(0)
+    rule = FeedbackAlignment(Weighing().double(), attention=attention)
+    probe = Probe(rule, *batch())
+    assert set(probe.responses.values()) == {1}
+    found, _ = across_positions(probe)
+    assert (max(found.values()) < 1e-12) == (attention == "present")
+    eager = gradients(rule)
+    rule.zero_grad()
+    torch.compile(rule, backend="aot_eager", fullgraph=True)(*batch()).backward()
+    for name, parameter in rule.model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-10, atol=1e-12)

@@ -258,3 +258,30 @@ def test_transposed_convolutions_compute_plainly(kind: type[nn.Module]) -> None:
     layer = kind(2, 3, 2)
     assert computes_plainly(layer)
     assert effective_weight(layer) is layer.weight
+
+
+def test_local_modules_of_ones_own() -> None:
+    """Scales of a user's own get their exact derivative, and are refused as orphans before they are known."""
+
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gain * x
+
+    model = nn.Sequential(nn.Linear(4, 3), Gain(), nn.Tanh(), nn.Linear(3, 2)).double()
+    with pytest.raises(UnsupportedModelError, match=r"'1\.gain' is an orphan"):
+        apical.FeedbackAlignment(model)
+    apical.register_local(Gain)
+    rule = apical.FeedbackAlignment(model)
+    rule.set_feedback("3", model[3].weight.detach())
+    x, y = torch.randn(5, 4).double(), torch.arange(5) % 2
+    rule(x, y).backward()
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model[1].gain)[0]
+    assert (model[1].gain.grad - expected).abs().max() < 1e-15
+    with pytest.raises(ConfigError, match="use register_layer"):
+        apical.register_local(nn.Linear)
+    with pytest.raises(ConfigError, match="takes a subclass"):
+        apical.register_local(3)  # type: ignore[arg-type]

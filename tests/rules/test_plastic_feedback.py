@@ -373,11 +373,9 @@ def test_options_that_come_apart_in_mid_training(make: Any) -> None:
 
 
 OTHERS = {
-    "adam": partial(torch.optim.Adam, lr=0.01),
-    "adamw": partial(torch.optim.AdamW, lr=0.01),
-    "asgd": partial(torch.optim.ASGD, lr=0.05),
-    "rmsprop": partial(torch.optim.RMSprop, lr=0.001),
-    "own": type("Own", (torch.optim.SGD,), {}),
+    "adam": (partial(torch.optim.Adam, lr=0.01), "weight decay of Adam goes through its moments"),
+    "rmsprop": (partial(torch.optim.RMSprop, lr=0.001), "weight decay of RMSprop goes through its moments"),
+    "own": (partial(type("Own", (torch.optim.SGD,), {}), lr=0.05, momentum=0.9), "not a decay plus a function of gradients"),
 }
 
 
@@ -385,9 +383,16 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimisers_move_the_explicit_feedback(make: Any, name: str) -> None:
     steps = 30 if name == "rmsprop" else STEPS  # where a gradient is next to zero it magnifies rounding without bound
-    rule = agree(make, loop(partial(OTHERS[name], weight_decay=0.01), steps=steps), tolerance=1e-8)
+    optimiser, reason = OTHERS[name]
+    rule = agree(make, loop(partial(optimiser, weight_decay=0.01), steps=steps), tolerance=1e-8)
     assert closed(rule) == []
-    assert "not torch.optim.SGD" in rule.remarks[0]
+    assert reason in rule.remarks[0]
+
+
+@each_rule
+def test_an_optimiser_that_is_linear_without_memory_takes_the_closed_form(make: Any) -> None:
+    """Its rate falls by a law of its own, which is found by trying it on single numbers."""
+    assert closed(agree(make, loop(partial(torch.optim.ASGD, lr=0.05, weight_decay=0.01)))) == ["2", "4"]
 
 
 def closures(optimiser: Callable[..., Any], steps: int) -> Loop:
@@ -449,15 +454,16 @@ def test_another_optimiser_in_mid_training(make: Any) -> None:
     def run(rule: Any) -> None:
         loop(steps=100)(rule)
         loop(steps=50)(rule)
-        optimizer = torch.optim.AdamW(rule.parameters(), lr=1e-3)
+        optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3, weight_decay=0.01)
         for step in range(50):
             optimizer.zero_grad()
             learn(rule, step)
             optimizer.step()
 
-    rule = agree(make, run, tolerance=1e-8)
+    # the part of R that B does not see is gone with the closed form; Adam's moments, with decay in them, would see it
+    rule = agree(make, run, tolerance=0.05 if make is RULES["pfa"] else 1e-8)
     assert closed(rule) == []
-    assert "AdamW" in rule.remarks[0]
+    assert "weight decay of Adam" in rule.remarks[0]
 
 
 @each_rule
@@ -599,7 +605,7 @@ def test_a_loop_that_moves_weights_by_hand_is_refused_in_closed_form(make: Any) 
 
 
 REFUSED = {
-    "Adam": (loop(torch.optim.Adam, steps=2), "Adam"),
+    "Adam": (loop(partial(torch.optim.Adam, weight_decay=0.1), steps=2), "decay of Adam.*use AdamW"),
     "frozen": (frozen_before, "frozen"),
     "clipped": (loop(gradients=CLIPS["value"], steps=2), "was changed"),
 }

@@ -16,7 +16,7 @@ from apical.bench.measure import probe_batch
 from apical.bench.names import find_rule, make_rule, merged, resolve
 from apical.bench.papers import claims as paper_claims
 from apical.bench.plain_loop import train
-from apical.bench.recipe import Recipe, rule_name
+from apical.bench.recipe import LossName, Recipe, rule_name
 from apical.core.credit import CreditRule
 from apical.data.dataset import Dataset
 from apical.diagnostics.plausibility import Verdict, examine, judge
@@ -25,6 +25,16 @@ from apical.rules.backprop import Backprop
 
 BATCH = 16
 """Images on which a rule is examined; memory and time of simulated rules grow with them."""
+
+POSITIONS = 256
+"""Positions of sequences on which a rule is examined, of as many sequences as these make, but of two at least."""
+
+
+TESTED = 256
+"""Test sequences by which a rule's accuracy is told, at most."""
+
+FUSED = {"form": "fused"}
+"""The form of product feedback alignment that holds what the literal one holds, and is quicker for many tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Audited:
         rule: short name.
         title: what it is.
         form: options under which it was examined, if they are not its defaults.
-        accuracy: of the test images after training.
+        accuracy: of test images, or tokens, after training.
         verdicts: by criterion.
         claims: what a paper claims, by criterion, and whether the verdict agrees.
         placement: layers by what their error passes through, in a line.
@@ -70,18 +80,22 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     entry = find_rule(rule)
     if dataset.is_regression:
         raise ConfigError(f"an audit needs classes, and the targets of {dataset.name} are numbers")
-    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, probe=0)
+    loss: LossName = "token_cross_entropy" if dataset.is_sequences else "cross_entropy"
+    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, probe=0, loss=loss)
     recipe, _ = resolve(plain, len(dataset.train))
-    physical = tuple(f"{key}={value!r}" for key, value in entry.physical.items())
+    physical = _options(entry.physical)
     slow = replace(recipe, rule_options=merged(recipe.rule_options, physical))
     examined, trained = _made(slow, dataset).double(), _made(recipe, dataset)
     if _layout(examined) != _layout(trained):
-        recipe, trained = slow, _made(slow, dataset)
+        quick = FUSED if dataset.is_sequences and entry.physical.get("form") == "literal" else {}
+        recipe = replace(recipe, rule_options=merged(recipe.rule_options, _options({**entry.physical, **quick})))
+        trained = _made(recipe, dataset)
     train(trained, recipe, dataset)  # in the fast form where it keeps the same weights: it learns the same
     examined.load_state_dict(trained.state_dict())
-    inputs, targets = probe_batch(dataset.train, BATCH)
+    answers = dataset.train.answers
+    inputs, targets = probe_batch(dataset.train, BATCH if answers == 1 else min(max(POSITIONS // answers, 2), BATCH))
     inputs = _exactly(inputs)
-    exact = Backprop(model_for(model, dataset).double())
+    exact = Backprop(model_for(model, dataset).double(), examined.loss)
     verdicts = judge(examine(examined, inputs, targets, exact))
     claims = {
         key: {"claimed": claim, "agrees": verdicts[key].verdict == claim}
@@ -91,6 +105,10 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     form, accuracy = ", ".join(physical), _accuracy(examined, dataset)
     placement = examined.placement(inputs).layers()
     return Audited(rule_name(rule), entry.title, form, accuracy, verdicts, claims, placement)
+
+
+def _options(values: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={value!r}" for key, value in values.items())
 
 
 def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:
@@ -110,5 +128,7 @@ def _exactly(inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _accuracy(rule: CreditRule, dataset: Dataset) -> float:
-    predicted = rule.answer(_exactly(dataset.test.inputs)).argmax(1)
-    return float((predicted == dataset.test.targets).double().mean())
+    number = min(len(dataset.test), TESTED) if dataset.is_sequences else len(dataset.test)
+    predicted = rule.answer(_exactly(dataset.test.inputs[:number])).argmax(-1)
+    hits = (predicted == dataset.test.targets[:number]).sum()
+    return float(hits) / (number * dataset.test.answers)

@@ -1,5 +1,7 @@
 """When a training whose loss is still finite counts as diverged."""
 
+from collections.abc import Callable
+
 import torch
 
 from apical.core.credit import CreditRule
@@ -10,11 +12,11 @@ FACTOR = 100.0
 _SAMPLES = 1000
 
 
-def chance_loss(rule: CreditRule, test: Split, outputs: int) -> float:
+def chance_loss(rule: CreditRule, test: Split, output_shape: Callable[[int], tuple[int, ...]]) -> float:
     """Loss of answers that are all zero, which for classes is that of guessing, on the first test samples."""
     targets = test.targets[:_SAMPLES]
     with torch.no_grad():
-        return float(rule.loss(torch.zeros(len(targets), outputs, device=targets.device), targets))
+        return float(rule.loss(torch.zeros(output_shape(len(targets)), device=targets.device), targets))
 
 
 def has_diverged(train_loss: float | None, test_loss: float, untrained: float) -> bool:

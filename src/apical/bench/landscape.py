@@ -60,7 +60,7 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
     entries: list[tuple[Path, Path, Recipe]] = []
     diverged = []
     for source in folders:
-        for path in _run_folders(source):
+        for path in run_folders(source):
             folder = RunFolder(path)
             if not folder.result.exists():
                 raise ConfigError(f"{path} is not finished; continue it with --resume")
@@ -96,7 +96,12 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
     return runs, diverged
 
 
-def _run_folders(source: Path) -> list[Path]:
+def run_folders(source: Path) -> list[Path]:
+    """The folders of the runs of a run's or a comparison's folder, by rule and seed.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if (source / "config.json").exists():
         return [source]
     if (source / "compare.json").exists():

@@ -15,11 +15,25 @@ from apical.bench import checkpoint
 from apical.bench.distributed import World, place
 from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
-from apical.bench.measure import FIELDS, alignment, autocast, evaluate, examples, finite, minimum_norm, own_measures
-from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, shape_gradients
+from apical.bench.measure import (
+    FIELDS,
+    alignment,
+    autocast,
+    evaluate,
+    examples,
+    finite,
+    minimum_norm,
+    own_measures,
+    panels,
+    per_token,
+    probe_batch,
+)
+from apical.bench.network import SAMPLES, measured, moments_of_training
+from apical.bench.optimizer import begin_pass, end_pass, make_optimizer, scheduled, set_rate, shape_gradients
 from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
 from apical.bench.report import placement as placement_section
+from apical.bench.report import sample
 from apical.bench.restore import check_line, check_place, restore_optimizer, restore_partial, restore_rule
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
@@ -28,7 +42,7 @@ from apical.bench.sums import Sums
 from apical.bench.timing import StepCost, StepTimer, peak_memory, step_cost
 from apical.bench.trajectory import Recorder
 from apical.core.credit import CreditRule, Phase
-from apical.data import Augment, Dataset
+from apical.data import Augment, Dataset, Split
 from apical.errors import CheckpointError, ConfigError, DivergenceError, InstabilityError
 
 MakeRule = Callable[[Recipe, nn.Module, tuple[int, ...]], CreditRule]
@@ -73,7 +87,7 @@ class Training:
     ) -> None:
         self.recipe, self.folder, self.world, self.device = recipe, folder, world, world.device
         self.stop = stop or StopSignals()
-        recipe.check_targets(are_numbers=dataset.is_regression)
+        recipe.check_targets(are_numbers=dataset.is_regression, are_tokens=dataset.is_sequences)
         self.steps_per_epoch = recipe.steps_per_epoch(len(dataset.train))
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.line: dict[str, Any] = {}
@@ -91,9 +105,10 @@ class Training:
         self.dataset = place(dataset, self.device)
         self.module = self._shared()
         self._timer, self._feedback_timer = StepTimer(self.device), StepTimer(self.device)
+        self._measured_at = set(moments_of_training(recipe.epochs).values())
         self._signum, self._costs = 0, dict[Phase, StepCost]()
-        self._sums = Sums(world, classes=not dataset.is_regression)
-        self._untrained = chance_loss(self.rule, self.dataset.test, dataset.classes)
+        self._sums = Sums(world, classes=dataset.counts_hits, answers=dataset.train.answers)
+        self._untrained = chance_loss(self.rule, self.dataset.test, dataset.output_shape)
 
     @property
     def lr(self) -> float:
@@ -132,7 +147,7 @@ class Training:
             self.folder.result.unlink(missing_ok=True)
             self.folder.write_config(self.recipe, command=command, notes=notes)
             if self.epoch == self.recipe.epochs:  # it was killed between its last checkpoint and its end
-                self.folder.write_examples(examples(self.rule, self.dataset.test))
+                self._keep_pictures()
         elif self.world.is_main:
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
@@ -189,6 +204,8 @@ class Training:
             "config_hash": self.recipe.hash(),
             "status": status,
         }
+        if self.dataset.is_text:
+            result |= per_token(self.line.get("test_loss"))
         return result if message is None else {**result, "message": message}
 
     def _shared(self) -> nn.Module:
@@ -226,8 +243,11 @@ class Training:
         return self.world.own_slice(inputs), self.world.own_slice(targets)
 
     def _train_step(self, current: Pass, inputs: Tensor, targets: Tensor) -> None:
+        done = self.epoch * self.steps_per_epoch + self.step - current.first
         timer = self._timer if current.is_main else self._feedback_timer
         timer.start()
+        if current.is_main:
+            set_rate(self.optimizer, self.recipe, done, self.steps_per_epoch)
         first = None
         self.rule.restart()
         for _ in range(self.rule.repeats):
@@ -235,7 +255,6 @@ class Training:
             with autocast(self.device, self.recipe.amp):
                 credit = self.module(inputs, targets)
             credit.backward()
-            done = self.epoch * self.steps_per_epoch + self.step - current.first
             shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
             self.optimizer.step()
             self.rule.constrain_()
@@ -279,10 +298,10 @@ class Training:
         loss, accuracy, logs = self._sums.means()
         self.rule.phase = "forward" if self.recipe.feedback_passes else "both"
         with self._own_randomness():
-            test_loss, test_accuracy = evaluate(self.rule, self.dataset.test, self.recipe.amp, self.world)
+            test_loss, test_accuracy = self._evaluate(self.dataset.test)
             held_out, validation_loss, validation_accuracy = self.dataset.validation, None, None
             if held_out is not None:
-                validation_loss, validation_accuracy = evaluate(self.rule, held_out, self.recipe.amp, self.world)
+                validation_loss, validation_accuracy = self._evaluate(held_out)
             probe = self.recipe.probe if self.world.is_main else 0
             layers = alignment(self.rule, self.dataset.train, probe)
             angle = minimum_norm(self.rule, self.dataset.train, probe)
@@ -314,6 +333,9 @@ class Training:
             "minimum_norm_alignment": angle,
             "condition_two": None,
         }
+        if self.recipe.measure and self.world.is_main and self.line["epoch"] in self._measured_at:
+            inputs, _ = probe_batch(self.dataset.train, SAMPLES)
+            self.line["measured"] = measured(self.recipe.measure, self.rule.model, inputs)
         clash = own.network.keys() & (self.line.keys() - {"condition_two"})
         clash |= {key for values in own.layers.values() for key in values if key in FIELDS}
         if clash:
@@ -329,7 +351,17 @@ class Training:
         if self.world.is_main:
             self.folder.append_metrics(self.line)
             if self.epoch == self.recipe.epochs:
-                self.folder.write_examples(examples(self.rule, self.dataset.test))
+                self._keep_pictures()
+
+    def _keep_pictures(self) -> None:
+        """What the report shows of the trained network: what it makes of images or goes on to write, and its own figures."""
+        self.folder.write_examples(examples(self.rule, self.dataset.test))
+        sample.keep(self.folder.path, self.rule, self.dataset)
+        with self._own_randomness():
+            self.folder.write_panels(panels(self.rule, self.dataset.train, self.recipe.probe))
+
+    def _evaluate(self, split: Split) -> tuple[float, float | None]:
+        return evaluate(self.rule, split, self.recipe.amp, self.world, counts_hits=self.dataset.counts_hits)
 
     def _multiply_adds(self) -> int:
         """Of all steps so far, all processes together."""

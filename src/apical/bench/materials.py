@@ -6,12 +6,13 @@ from typing import Any
 from torch import nn
 
 from apical import data, models
-from apical.bench.recipe import Recipe
+from apical.bench.recipe import LossName, Recipe
 from apical.data import Dataset
 from apical.data.catalogue import ENTRIES
 from apical.data.own import sources as own_data
-from apical.errors import CheckpointError
+from apical.errors import CheckpointError, unknown_name
 from apical.models import own as own_models
+from apical.models.initialisation import INITIALISERS
 
 _FEW = 2
 """Samples on which a model of the user's is tried."""
@@ -30,6 +31,8 @@ def load_data(recipe: Recipe) -> Dataset:
         test_limit=recipe.test_limit,
         seed=0,
         numbers=recipe.loss == "mse",
+        context=recipe.context,
+        tokens=recipe.tokens,
     )
     _check(f"the data {recipe.data}", recipe.data_sha256, dataset.sha256)
     return dataset
@@ -44,14 +47,29 @@ def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
     """
     if own_models.is_own(recipe.model):
         _check(f"the model {recipe.model}", recipe.model_sha256, own_models.checksum(recipe.model))
-    return model_for(recipe.model, dataset)
+    return initialised(model_for(recipe.model, dataset), recipe.init)
+
+
+def initialised(model: nn.Module, name: str) -> nn.Module:
+    """The model with weights drawn anew by the initialiser of that name; as it is for an empty name.
+
+    Raises:
+        ConfigError: there is no such initialiser.
+        UnsupportedModelError: it is not for this model.
+    """
+    if not name:
+        return model
+    if name not in INITIALISERS:
+        raise unknown_name("--init", name, INITIALISERS)
+    return INITIALISERS[name](model)
 
 
 def model_for(name: str, dataset: Dataset) -> nn.Module:
     """The model of that name for a data set, as :func:`build_model` makes it."""
     model = models.build(name, dataset.input_shape, dataset.classes)
     if own_models.is_own(name) or dataset.sha256:
-        own_models.check_output(model, name, dataset.train.inputs[:_FEW], dataset.classes, dataset.name.rpartition("/")[2])
+        few, where = dataset.train.inputs[:_FEW], dataset.name.rpartition("/")[2]
+        own_models.check_output(model, name, few, dataset.classes, where, dataset.output_shape(1)[1:-1])
     return model
 
 
@@ -78,15 +96,19 @@ def identified(recipe: Recipe, dataset: Dataset) -> Recipe:
     return recipe
 
 
-def is_regression(recipe: Recipe) -> bool:
-    """Whether the targets of the recipe's data are numbers; data with a name are not loaded for that.
+def loss_for(recipe: Recipe) -> LossName:
+    """The loss that goes with the targets of the recipe's data; data with a name are not loaded for that.
 
     Raises:
         ApicalError: there are no such data, or they are not usable.
     """
     if recipe.data in ENTRIES:
-        return ENTRIES[recipe.data].targets != "labels"
-    return load_data(recipe).is_regression
+        targets = ENTRIES[recipe.data].targets
+    else:
+        dataset = load_data(recipe)
+        targets = "tokens" if dataset.is_sequences else "numbers" if dataset.is_regression else "labels"
+    losses: dict[str, LossName] = {"labels": "cross_entropy", "tokens": "token_cross_entropy"}
+    return losses.get(targets, "mse")
 
 
 def _check(what: str, saved: str, now: str) -> None:

@@ -1,6 +1,7 @@
 """What is measured after each epoch: loss and accuracy of the answers, alignment of each layer."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from apical.bench.distributed import World
 from apical.bench.schedule import generator
 from apical.core.chain import Chain
-from apical.core.credit import CreditRule, Measures
+from apical.core.credit import CreditRule, Measures, Panel
 from apical.core.rest import evaluating
 from apical.data import Split
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment, unchanged
@@ -18,6 +19,8 @@ from apical.errors import InstabilityError, UnsupportedModelError
 
 EVALUATION_BATCH = 1000
 EXAMPLES = 8
+_LARGEST = 700.0
+"""Nats whose exponential a float holds."""
 FIELDS = ("weight_alignment", "norm_ratio", "gradient_alignment", "gradient_norm_ratio")
 
 
@@ -26,12 +29,11 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
-def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[float, float | None]:
+def evaluate(rule: CreditRule, split: Split, amp: str, world: World, *, counts_hits: bool) -> tuple[float, float | None]:
     """Mean loss and accuracy (0 to 1) of the rule's answers, the model in evaluation mode; processes share the batches.
 
-    There is no accuracy where the targets are numbers.
+    There is no accuracy unless answers are right or wrong: `counts_hits`.
     """
-    classes = not split.targets.is_floating_point()
     model = rule.model
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -42,12 +44,12 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World) -> tuple[fl
             with autocast(world.device, amp):
                 output = rule.answer(split.inputs[first : first + EVALUATION_BATCH])
             loss = rule.loss(output.float(), targets).double() * len(targets)
-            hits = (output.argmax(-1) == targets).sum().double() if classes else torch.zeros_like(loss)
+            hits = (output.argmax(-1) == targets).sum().double() if counts_hits else torch.zeros_like(loss)
             sums += torch.stack((loss, hits))
     for module, mode in modes.items():
         module.training = mode
     loss_sum, hits = world.sum(sums.clone()).tolist()
-    return loss_sum / len(split), hits / len(split) if classes else None
+    return loss_sum / len(split), hits / (len(split) * split.answers) if counts_hits else None
 
 
 def probe_batch(train: Split, size: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +86,14 @@ def own_measures(rule: CreditRule, train: Split, test: Split, probe: int) -> Mea
         return rule.measures(probe_batch(train, probe), batches)
 
 
+def panels(rule: CreditRule, train: Split, probe: int) -> Sequence[Panel]:
+    """Figures that the rule or its model has of itself; none if `probe` is 0."""
+    if not probe:
+        return ()
+    with unchanged(rule), torch.no_grad():
+        return rule.panels(probe_batch(train, probe))
+
+
 def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
     """The first test images and what an autoencoder makes of them (n, *shape); None where targets are no images."""
     inputs = test.inputs[:EXAMPLES]
@@ -96,6 +106,17 @@ def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
 def finite(value: float | None) -> float | None:
     """The number that metrics.jsonl has: None for NaN and infinity."""
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def per_token(nats: float | None) -> dict[str, float | None]:
+    """The loss of a text, nats per token, in its other units.
+
+    >>> {name: round(value, 3) for name, value in per_token(1.386294361).items()}
+    {'bits_per_token': 2.0, 'perplexity': 4.0}
+    """
+    if nats is None or nats > _LARGEST:
+        return {"bits_per_token": None, "perplexity": None}
+    return {"bits_per_token": nats / math.log(2), "perplexity": math.exp(nats)}
 
 
 def minimum_norm(rule: CreditRule, train: Split, probe: int) -> float | None:

@@ -14,9 +14,10 @@ from apical.bench.first_layer import needs_feedback
 from apical.bench.recipe import ClipOver, Recipe, bare_rule, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
 from apical.core.credit import CreditRule, Loss
-from apical.core.losses import squared_error
+from apical.core.losses import squared_error, token_cross_entropy
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.rules.backprop import Backprop
+from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
 from apical.rules.corinfomax import CorInfoMax
 from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
@@ -69,6 +70,10 @@ class Entry:
     physical: dict[str, Any] = field(default_factory=dict)
 
 
+MIRRORED = "kp-mirror, pfa-mirror and pfa-o-mirror"
+MIRROR = {"initial": "mirror"}
+"""Before the first step noise copies the weights into the feedback."""
+
 EXPLICIT = {"form": "explicit"}
 """Feedback weights are kept as such, not derived from forward weights that got the same updates."""
 
@@ -88,6 +93,9 @@ RULES: dict[str, Entry] = {
     "brsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn for every batch", {"variant": "batchwise"}),
     "frsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn once", {"variant": "fixed"}),
     "kp": Entry(KolenPollack, "Kolen-Pollack: feedback gets the same updates and decay", aligns=True, physical=EXPLICIT),
+    "kp-mirror": Entry(
+        KolenPollack, "Kolen-Pollack from a mirror at birth, for adamw and its like", MIRROR, physical=EXPLICIT
+    ),
     "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
     "pfa": Entry(
         ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True, physical=LITERAL
@@ -97,6 +105,18 @@ RULES: dict[str, Entry] = {
         "product feedback alignment, orthogonal",
         {"feedback": "orthogonal"},
         True,
+        physical=LITERAL,
+    ),
+    "pfa-mirror": Entry(
+        ProductFeedbackAlignment,
+        "product feedback alignment from a mirror at birth, for adamw and its like",
+        {"expansion": 10, **MIRROR},
+        physical=LITERAL,
+    ),
+    "pfa-o-mirror": Entry(
+        ProductFeedbackAlignment,
+        "product feedback alignment, orthogonal, from a mirror at birth",
+        {"feedback": "orthogonal", **MIRROR},
         physical=LITERAL,
     ),
     "dfc": Entry(
@@ -172,6 +192,18 @@ RULES: dict[str, Entry] = {
     "scff": Entry(
         ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
     ),
+    "csdp": Entry(
+        ContrastiveSignalPlasticity,
+        "contrastive-signal-dependent plasticity: spiking layers, large traces for images with their label",
+    ),
+    "csdp-unsupervised": Entry(
+        ContrastiveSignalPlasticity,
+        "csdp whose negatives are mixtures of images; labels teach the read-outs alone",
+        {"negatives": "mixtures"},
+    ),
+    "csdp-memristor": Entry(
+        ContrastiveSignalPlasticity, "csdp whose weights are pairs of memristors with 64 levels", {"levels": 64}
+    ),
     "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
     "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
     "tdca": Entry(
@@ -241,57 +273,6 @@ RULES: dict[str, Entry] = {
     ),
     "corinfomax": Entry(CorInfoMax, "correlative information maximisation: layers that predict both ways"),
 }
-
-
-RATES = {
-    "bp": 0.05,
-    "fa": 0.005,
-    "dfa": 0.005,
-    "usf": 0.02,
-    "frsf": 0.1,
-    "brsf": 0.02,
-    "kp": 0.1,
-    "wm": 0.02,
-    "pfa": 0.05,
-    "pfa-o": 0.1,
-    "ccl": 0.2,
-    "tdca": 0.005,
-    "local-pred": 0.1,
-    "local-sim": 0.02,
-    "mono-forward": 0.1,
-    "ff": 0.002,
-    "scff": 0.5,
-    "dualprop": 0.05,
-    "dtp": 0.005,
-    "ddtp-linear": 0.01,
-    "dfc-ssa": 0.05,
-    "pc-error": 0.005,
-}
-"""The best of twelve learning rates of SGD with every other setting at its default (results/rates-digits): a batch of 32
-digits, `mlp-256-256`, 20 epochs. With other data, widths or epochs they are often worse than the common one."""
-
-TUNED = ("data", "model", "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "loss", "train_limit")
-"""Settings that must be at their defaults for a tuned learning rate."""
-
-AS = {"pc-one-step": "pc-error", "ddtp-control": "ddtp-linear"}
-"""Controls whose learning rate is that of the rule they are held against, where the name does not tell."""
-
-
-def tuned_rate(recipe: Recipe) -> float | None:
-    """The learning rate that was tuned for a recipe, or for the rule that its rule is a variant of; None where none was.
-
-    >>> tuned_rate(Recipe(rule="ccl-frozen")), tuned_rate(Recipe(rule="grapes:bp")), tuned_rate(Recipe(rule="ep"))
-    (0.2, 0.05, None)
-    >>> tuned_rate(Recipe(rule="bp", epochs=5))
-    """
-    default = Recipe(rule=recipe.rule)
-    if any(getattr(recipe, name) != getattr(default, name) for name in TUNED):
-        return None
-    name = bare_rule(recipe.rule)
-    name = AS.get(name, name)
-    while name not in RATES and "-" in name:
-        name = name.rpartition("-")[0]
-    return RATES.get(name)
 
 
 def _grapes(rule: CreditRule, mode: Mode | None = None, clip: bool = True) -> CreditRule:
@@ -430,9 +411,14 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
             known_text = ", ".join(known) or "none"
             raise ConfigError(f"rule {recipe.rule_name!r} has no option {key!r}{hint} Its options: {known_text}")
     added = []
-    if entry.aligns and recipe.optimizer != "sgd" and "form" not in given:
+    if entry.aligns and recipe.optimizer == "adam" and "form" not in given:
         added.append("form='explicit'")
-        notes.append(f"{recipe.rule_name} keeps its feedback explicitly, because {recipe.optimizer} is not linear")
+        notes.append(f"{recipe.rule_name} keeps its feedback explicitly: the weight decay of adam goes through its moments")
+    if entry.aligns and recipe.optimizer != "sgd" and "initial" not in given | entry.options:
+        notes.append(
+            f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} begin "
+            "near the weights"
+        )
     if recipe.probe and "first_layer" in known and "first_layer" not in given:
         added.append("first_layer=True")
         notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")
@@ -458,7 +444,12 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     return replace(recipe, weight_decay=decay, weight_decay_epochs=decay_epochs), notes
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "squared": squared_error, "mse": F.mse_loss}
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": F.cross_entropy,
+    "squared": squared_error,
+    "mse": F.mse_loss,
+    "token_cross_entropy": token_cross_entropy,
+}
 """Losses by the recipe's names."""
 
 _GIVEN = ("loss", "input_shape")

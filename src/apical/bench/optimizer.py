@@ -1,5 +1,7 @@
 """The recipe's optimiser: one group for the forward weights and, where a rule learns its feedback, one for that."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,22 +11,54 @@ from apical.bench.passes import Pass
 from apical.bench.recipe import ClipOver, Recipe
 from apical.bench.schedule import cosine, piecewise
 from apical.core.credit import CreditRule
+from apical.optim import InputAdam
 
 Optimizer = torch.optim.Optimizer
+NEVER = "never_decays"
+"""Marks a group of forward weights that does not decay."""
 
 
 def make_optimizer(recipe: Recipe, rule: CreditRule) -> Optimizer:
     """The optimiser over every trainable parameter of the rule, at the first epoch's values.
 
-    The first group holds all but `rule.feedback_parameters()`, the second one these; without any there is one group.
+    The first group holds all but `rule.feedback_parameters()`, the last one these; without any there is one group. Where
+    only matrices decay (`decay_on`), forward weights that do not are a group of their own, behind the first.
     """
     feedback = [parameter for parameter in rule.feedback_parameters() if parameter.requires_grad]
     apart = set(map(id, feedback))
     forward = [parameter for parameter in rule.parameters() if parameter.requires_grad and id(parameter) not in apart]
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    groups = [{"params": forward}, {"params": feedback, **_feedback_options(recipe)}] if feedback else forward
-    optimizer: Optimizer = kind(groups, lr=recipe.lr[0], weight_decay=recipe.weight_decay[0], **_options(recipe))
-    return optimizer
+    kind = KINDS[recipe.optimizer]
+    groups = _forward_groups(recipe, rule, forward)
+    groups += [{"params": feedback, **_feedback_options(recipe)}] if feedback else []
+    return kind(groups, lr=recipe.lr[0], weight_decay=recipe.weight_decay[0], **_options(recipe))
+
+
+KINDS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "nadam": partial(torch.optim.NAdam, decoupled_weight_decay=True),
+    "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
+    "input-adam": InputAdam,
+}
+"""Optimisers by the recipe's names."""
+
+
+def _forward_groups(recipe: Recipe, rule: CreditRule, forward: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """One group; or, where only matrices decay, one of them and one of what does not decay, which is marked."""
+    if recipe.decay_on == "all":
+        return [{"params": forward}]
+    embeddings = [module for module in rule.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    tables = {id(module.weight) for module in embeddings}
+    decays = [parameter.dim() > 1 and id(parameter) not in tables for parameter in forward]
+    matrices, rest = ([p for p, it in zip(forward, decays, strict=True) if it == wanted] for wanted in (True, False))
+    return [{"params": matrices}, {"params": rest, NEVER: True, "weight_decay": 0.0}]
+
+
+def parts(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups of the forward weights, and of the feedback weights."""
+    forward = 1 + any(group.get(NEVER) for group in optimizer.param_groups)
+    return optimizer.param_groups[:forward], optimizer.param_groups[forward:]
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
@@ -53,15 +87,16 @@ def scheduled(recipe: Recipe, finished: int) -> tuple[float, float]:
     """Learning rate and weight decay of the forward weights once `finished` epochs are done."""
     lr = piecewise(recipe.lr, recipe.lr_epochs, finished)
     if recipe.lr_cosine:
-        lr = cosine(lr, recipe.lr_min, recipe.lr_cosine, finished)
+        lr = cosine(lr, recipe.lr_min or recipe.lr_final * lr, recipe.lr_cosine, finished)
     return lr, piecewise(recipe.weight_decay, recipe.weight_decay_epochs, finished)
 
 
 def begin_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
     """Set the rates of a pass; called again when a run is resumed within it."""
     lr, decay = scheduled(recipe, current.epoch - 1)
-    forward, *feedback = optimizer.param_groups
-    forward["lr"], forward["weight_decay"] = lr, decay
+    forward, feedback = parts(optimizer)
+    for group in forward:
+        group["lr"], group["weight_decay"] = lr, 0.0 if group.get(NEVER) else decay
     for group in feedback:
         group["lr"] = lr if recipe.feedback_lr is None else recipe.feedback_lr
         if current.kind == "pretrain" and recipe.pretrain_lr is not None:
@@ -69,10 +104,31 @@ def begin_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
         group["weight_decay"] = decay if recipe.feedback_weight_decay is None else recipe.feedback_weight_decay
 
 
+def set_rate(optimizer: Optimizer, recipe: Recipe, step: int, steps_per_epoch: int) -> None:
+    """Set the learning rate of one step, where the recipe's warm-up makes it change with steps.
+
+    It rises by equal amounts to --lr, and falls along half a cosine over the steps of --lr-cosine epochs meanwhile.
+    Feedback weights without a rate of their own follow.
+
+    Args:
+        step: forward steps before this one, over all epochs.
+        steps_per_epoch: of the forward weights.
+    """
+    if not recipe.lr_warmup:
+        return
+    lr = piecewise(recipe.lr, recipe.lr_epochs, step // steps_per_epoch)
+    if recipe.lr_cosine:
+        lr = cosine(lr, recipe.lr_min or recipe.lr_final * lr, recipe.lr_cosine * steps_per_epoch, step)
+    lr *= min(1.0, (step + 1) / recipe.lr_warmup)
+    forward, feedback = parts(optimizer)
+    for group in [*forward, *(feedback if recipe.feedback_lr is None else [])]:
+        group["lr"] = lr
+
+
 def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
     """Forget the feedback weights' moments at the end of pre-training, for which the authors have an optimiser apart."""
     if current.kind == "pretrain" and current.number == recipe.pretrain_epochs - 1:
-        for group in optimizer.param_groups[1:]:
+        for group in parts(optimizer)[1]:
             for parameter in group["params"]:
                 optimizer.state.pop(parameter, None)
 
@@ -106,7 +162,8 @@ def clip(optimizer: Optimizer, largest: float, over: ClipOver = "tensor") -> Non
     """
     if not largest:
         return
-    forward, *feedback = (group["params"] for group in optimizer.param_groups)
+    weights, others = parts(optimizer)
+    forward, feedback = [p for group in weights for p in group["params"]], [group["params"] for group in others]
     apart = [forward] if over == "network" else [[parameter] for parameter in forward]
     for parameters in apart + feedback:
         nn.utils.clip_grad_norm_(parameters, largest)

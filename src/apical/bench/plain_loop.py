@@ -1,8 +1,11 @@
 """Training without a run folder: nothing is measured, kept or resumed. For audits, and for the scikit-learn estimator."""
 
-import torch
+from collections.abc import Callable
 
-from apical.bench.optimizer import make_optimizer, scheduled, shape_gradients
+import torch
+from torch import Tensor
+
+from apical.bench.optimizer import NEVER, make_optimizer, parts, scheduled, set_rate, shape_gradients
 from apical.bench.recipe import Recipe
 from apical.bench.schedule import data_order
 from apical.core.credit import CreditRule
@@ -10,8 +13,11 @@ from apical.data import Dataset
 from apical.errors import ConfigError
 
 
-def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
+def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[[int, Tensor], None] | None = None) -> None:
     """Train a rule by its recipe, in one pass per epoch that learns forward and feedback weights together.
+
+    Args:
+        on_step: is told how many steps are done, and the loss of the last one before it taught.
 
     Raises:
         ConfigError: a weight is no longer finite.
@@ -23,19 +29,27 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset) -> None:
     optimizer = make_optimizer(recipe, rule)
     for epoch in range(recipe.epochs):
         lr, decay = scheduled(recipe, epoch)
-        for number, group in enumerate(optimizer.param_groups):
-            feedback = number > 0 and recipe.feedback_weight_decay is not None
-            group["lr"], group["weight_decay"] = lr, recipe.feedback_weight_decay if feedback else decay
+        forward, feedback = parts(optimizer)
+        for group in [*forward, *feedback]:
+            group["lr"], group["weight_decay"] = lr, 0.0 if group.get(NEVER) else decay
+        for group in feedback if recipe.feedback_weight_decay is not None else []:
+            group["weight_decay"] = recipe.feedback_weight_decay
         order = data_order(len(inputs), recipe.seed, epoch + 1)
         for batch in order[: steps * recipe.batch_size].split(recipe.batch_size):
+            set_rate(optimizer, recipe, step, steps)
             rule.restart()
+            losses = []
             for _ in range(rule.repeats):
                 optimizer.zero_grad()
-                rule(inputs[batch], targets[batch]).backward()
+                credit = rule(inputs[batch], targets[batch])
+                credit.backward()
+                losses.append(credit.loss)
                 shape_gradients(optimizer, recipe, step)
                 optimizer.step()
                 rule.constrain_()
             step += 1
+            if on_step is not None:
+                on_step(step, losses[0])
     optimizer.zero_grad()
     if not all(bool(parameter.isfinite().all()) for parameter in rule.parameters()):
         raise ConfigError(

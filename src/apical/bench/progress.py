@@ -164,9 +164,11 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The final table of a comparison: per rule, mean and standard deviation over seeds, and the median of times."""
     name = score_name(rows)
+    units = ("bits_per_token", "perplexity") if any("perplexity" in row for row in rows) else ()  # of a text
     table = Table(box=None, pad_edge=False)
     table.add_column("rule", min_width=max((len(row["rule"]) for row in rows), default=0))
-    for title in (name, "train loss", "ms/step", "time / bp", "seeds"):
+    titles = ("nats", "bits", "perplexity") if units else (name,)
+    for title in (*titles, "train loss", "ms/step", "time / bp", "seeds"):
         table.add_column(title, overflow="fold")
     for rule in dict.fromkeys(row["rule"] for row in rows):
         ours = [row for row in rows if row["rule"] == rule]
@@ -177,6 +179,7 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             rule,
             (f"{statistics.mean(values):{form}}{unit}{spread}" if values else "-"),
+            *(_over(statistics.mean, ours, unit, ".2f") for unit in units),
             _over(statistics.mean, ours, "train_loss", ".4f"),
             _over(statistics.median, ours, "ms_per_step", ".2f"),
             _over(statistics.median, ours, "ratio_to_bp", ".2f"),
@@ -197,7 +200,7 @@ def percent(value: float | None) -> str:
 
 def _over(middle: Callable[[list[float]], float], rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
     """The mean or median of a measurement over seeds."""
-    values = [row[key] for row in rows if row[key] is not None]
+    values = [row[key] for row in rows if row.get(key) is not None]
     return format(middle(values), form) if values else "-"
 
 

@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from apical.errors import ConfigError, unknown_name
 
 Device = Literal["auto", "cpu", "cuda"]
-Optimizer = Literal["sgd", "adam", "adamw"]
+Optimizer = Literal["sgd", "adam", "adamw", "nadam", "radam", "input-adam"]
 Amp = Literal["off", "bf16"]
 ClipOver = Literal["tensor", "network"]
-LossName = Literal["cross_entropy", "squared", "mse"]
+LossName = Literal["cross_entropy", "squared", "mse", "token_cross_entropy"]
+Tokens = Literal["characters", "bytes"]
+DecayOn = Literal["all", "matrices"]
 
 FEEDBACK_FIELDS = (
     "feedback_lr",
@@ -35,9 +37,19 @@ CHECKSUMS = ("data_sha256", "model_sha256")
 FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 """Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
 
-_BESIDE = ("threads", "device", "checkpoint_steps", "trajectory")
+_LATER: dict[str, Any] = {
+    "context": 64,
+    "tokens": "characters",
+    "epoch_steps": 0,
+    "lr_warmup": 0,
+    "lr_final": 0.0,
+    "decay_on": "all",
+    "init": "",
+}
+"""Fields that recipes got after results had been kept under their hashes, which leave these values out."""
+_BESIDE = ("threads", "device", "checkpoint_steps", "trajectory", "measure")
 _PASSES = ("pretrain_epochs", "feedback_passes")
-_COUNTS = ("lr_cosine", "warmup_steps", "checkpoint_steps", "trajectory")
+_COUNTS = ("lr_cosine", "lr_warmup", "epoch_steps", "warmup_steps", "checkpoint_steps", "trajectory")
 _FORWARD = "as the forward weights"
 
 
@@ -68,15 +80,21 @@ class Recipe:
     rule_options: tuple[str, ...] = ()
     """Options of the rule's constructor, each "key=value" with a Python literal as value."""
     data: Annotated[str, Option("NAME|FILE|FOLDER")] = "digits"
-    """Data set (`apical list data`), or your own: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION."""
+    """Data set (`apical list data`), or your own: FILE.npz, FILE.csv, FILE.txt, a FOLDER of images, FILE.py:FUNCTION."""
+    context: int = 64
+    """Tokens in a window of a text, and in the sequences of copy and recall."""
+    tokens: Tokens = "characters"
+    """What a token of a text is: one of its 95 commonest characters or another one, or a byte."""
     model: Annotated[str, Option("NAME|FILE.py:CLASS")] = "mlp-256-256"
     """Network (`apical list models`), or your own class or function that makes one; its code is run."""
     epochs: int = 20
     """Passes over the training images."""
+    epoch_steps: Annotated[int, Option("N", "all images")] = 0
+    """End a pass after so many steps; the next one draws anew from all training images."""
     batch_size: int = 32
     """Images per step, over all processes together."""
     optimizer: Optimizer = "sgd"
-    """Optimiser."""
+    """Optimiser; all but sgd and adam decay weights apart from gradients, input-adam is apical.optim.InputAdam."""
     lr: Annotated[tuple[float, ...], Option("RATE ...", "0.02, or tuned for the rule")] = (0.02,)
     """Learning rates, one after the other."""
     lr_epochs: tuple[int, ...] = ()
@@ -85,16 +103,20 @@ class Recipe:
     """Let the learning rate fall to --lr-min over so many epochs, along half a cosine."""
     lr_min: Annotated[float, Option("RATE")] = 0.0
     """Where --lr-cosine ends."""
+    lr_final: Annotated[float, Option("SHARE", "--lr-min")] = 0.0
+    """Where it ends, as a share of --lr."""
+    lr_warmup: Annotated[int, Option("STEPS", "off")] = 0
+    """Steps at the start over which the learning rate rises to --lr; --lr-cosine then falls with each step, not epoch."""
     warmup_steps: int = 0
     """Steps at the start over which gradients grow to their full size: 1/N, 2/N, ... of it."""
     centralise: bool = False
     """Subtract from each weight's gradient its mean over inputs (gradient centralisation)."""
     momentum: float = 0.9
-    """Momentum of sgd, beta1 of adam and adamw."""
+    """Momentum of sgd, beta1 of the others."""
     beta2: float = 0.999
-    """beta2 of adam and adamw."""
+    """beta2 of all but sgd."""
     eps: Annotated[float, Option("X", "1e-8")] = 1e-8
-    """eps of adam and adamw."""
+    """eps of all but sgd."""
     clip: Annotated[float, Option("NORM", "off")] = 0.0
     """Largest norm of a step's gradient, of each weight tensor by itself and of all feedback weights together."""
     clip_over: ClipOver = "tensor"
@@ -103,17 +125,19 @@ class Recipe:
     """Weight decays, one after the other."""
     weight_decay_epochs: tuple[int, ...] = ()
     """Finished epochs after which the next weight decay starts."""
-    loss: Annotated[LossName, Option("cross_entropy|squared|mse", "by the targets")] = "cross_entropy"
-    """Loss: cross_entropy where none is given, mse where targets are numbers; squared is half the squared distance to
-    one-hot targets."""
+    decay_on: DecayOn = "all"
+    """What decays: all forward weights, or matrices and kernels only, not biases, gains and tables of embeddings."""
+    loss: Annotated[LossName, Option("cross_entropy|squared|mse|token_cross_entropy", "by the targets")] = "cross_entropy"
+    """Loss: cross_entropy where none is given, token_cross_entropy for sequences, mse for numbers; squared is half the
+    squared distance to one-hot targets."""
     feedback_lr: Annotated[float | None, Option("RATE", _FORWARD)] = None
     """Learning rate of feedback weights, where the rule learns them apart."""
     feedback_beta1: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their momentum of sgd, beta1 of adam and adamw."""
+    """Their momentum of sgd, beta1 of the others."""
     feedback_beta2: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their beta2 of adam and adamw."""
+    """Their beta2 of all but sgd."""
     feedback_eps: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their eps of adam and adamw."""
+    """Their eps of all but sgd."""
     feedback_weight_decay: Annotated[float | None, Option("X", _FORWARD)] = None
     """Their weight decay, which has no schedule."""
     pretrain_epochs: int = 0
@@ -150,13 +174,18 @@ class Recipe:
     """Save also every N steps within an epoch."""
     trajectory: Annotated[int, Option("N", "off")] = 0
     """Keep the weights every N steps, and at start and end, for `apical landscape`."""
+    init: Annotated[str, Option("NAME", "the model's own")] = ""
+    """Draw the initial weights anew: xavier, xavier-normal, orthogonal, critical or looks-linear."""
+    measure: Annotated[tuple[str, ...], Option("NAME ...", "off")] = ()
+    """Measure the network before, halfway through and after training: persistence, coding, learnability, channel, or
+    FILE.py:FUNCTION. The report has the numbers."""
     data_sha256: str = ""
     """Of the content of the user's own data, sixteen hex digits; empty where they have a name."""
     model_sha256: str = ""
     """Of the file that defines the user's own model, likewise."""
 
     def __post_init__(self) -> None:
-        for option in ("epochs", "batch_size", "train_limit", "test_limit"):
+        for option in ("epochs", "batch_size", "train_limit", "test_limit", "context"):
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise ConfigError(f"{_flag(option)} must be positive, got {value}")
@@ -164,9 +193,11 @@ class Recipe:
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
         for option, choices in (
-            ("optimizer", ("sgd", "adam", "adamw")),
+            ("optimizer", get_args(Optimizer)),
             ("amp", ("off", "bf16")),
-            ("loss", ("cross_entropy", "squared", "mse")),
+            ("loss", get_args(LossName)),
+            ("tokens", get_args(Tokens)),
+            ("decay_on", get_args(DecayOn)),
             ("clip_over", ("tensor", "network")),
             ("device", ("auto", "cpu", "cuda")),
         ):
@@ -176,7 +207,7 @@ class Recipe:
             value = getattr(self, option)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{_flag(option)} must be in [0, 1), got {value}")
-        for option in ("clip", "eps", "lr_min", "feedback_eps", "feedback_weight_decay"):
+        for option in ("clip", "eps", "lr_min", "lr_final", "feedback_eps", "feedback_weight_decay"):
             _check_number(option, getattr(self, option), positive=False)
         for option in ("feedback_lr", "pretrain_lr", "feedback_fraction"):
             _check_number(option, getattr(self, option), positive=True)
@@ -185,6 +216,8 @@ class Recipe:
         _check_schedule("lr", self.lr, self.lr_epochs, positive=True)
         if self.lr_cosine and len(self.lr) > 1:
             raise ConfigError("--lr-cosine starts from one learning rate; give --lr one value")
+        if self.lr_final and (not self.lr_cosine or self.lr_min or self.lr_final > 1):
+            raise ConfigError("--lr-final is where --lr-cosine ends, a share of --lr up to 1; leave --lr-min out")
         _check_schedule("weight_decay", self.weight_decay, self.weight_decay_epochs, positive=False)
         parse_options(self.rule_options)
 
@@ -199,7 +232,8 @@ class Recipe:
                 f"--batch-size {self.batch_size} is larger than the {examples} training images; "
                 "take a smaller batch or keep the last batch (--drop-last False)"
             )
-        return examples // self.batch_size if self.drop_last else math.ceil(examples / self.batch_size)
+        steps = examples // self.batch_size if self.drop_last else math.ceil(examples / self.batch_size)
+        return min(steps, self.epoch_steps or steps)
 
     @property
     def rule_name(self) -> str:
@@ -211,8 +245,8 @@ class Recipe:
         """Whether there are passes in which only feedback weights learn."""
         return bool(self.pretrain_epochs or self.feedback_passes)
 
-    def check_targets(self, *, are_numbers: bool) -> None:
-        """Refuse a loss or an augmentation that does not go with the data's targets: class labels or numbers.
+    def check_targets(self, *, are_numbers: bool, are_tokens: bool = False) -> None:
+        """Refuse a loss or an augmentation that does not go with the data's targets: class labels, numbers or tokens.
 
         Raises:
             ConfigError: names the option and the remedy.
@@ -221,6 +255,11 @@ class Recipe:
             raise ConfigError(f"the targets of {self.data} are numbers, not classes: add --loss mse")
         if not are_numbers and self.loss == "mse":
             raise ConfigError(f"--loss mse needs targets that are numbers; those of {self.data} are classes")
+        if are_tokens != (self.loss == "token_cross_entropy"):
+            remedy = "add --loss token_cross_entropy" if are_tokens else "leave --loss token_cross_entropy out"
+            raise ConfigError(
+                f"{self.data} {'has' if are_tokens else 'has not'} a target at each token of a sequence: {remedy}"
+            )
         if are_numbers and (self.flip or self.crop):
             raise ConfigError(f"--flip and --crop would change the images of {self.data} but not their targets")
 
@@ -243,8 +282,9 @@ class Recipe:
         return fields
 
     def hash(self) -> str:
-        """Twelve hex digits of the fields that decide the result: all but threads, device, checkpoint_steps, trajectory."""
+        """Twelve hex digits of the fields that decide the result: all but :data:`_BESIDE`."""
         fields = {k: v for k, v in self.to_json().items() if k not in _BESIDE and not (k in CHECKSUMS and not v)}
+        fields = {k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 

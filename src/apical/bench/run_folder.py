@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -24,6 +26,7 @@ from apical.bench.restore import check_leaves
 from apical.bench.state import REMEDY, brief, parse_object, read_json, sealed, write_state
 from apical.bench.state import write_json as write_json
 from apical.bench.tensorboard import Events
+from apical.core.credit import Panel
 from apical.errors import CheckpointError, ConfigError
 
 PATIENCE = 10.0
@@ -45,6 +48,7 @@ class RunFolder:
         self.config, self.environment = path / "config.json", path / "environment.json"
         self.metrics, self.checkpoint, self.result = path / "metrics.jsonl", path / "checkpoint.pt", path / "result.json"
         self.examples, self.trajectory = path / "examples.npz", path / "trajectory.pt"
+        self.panels = path / "panels.json"
         self._lock = FolderLock(path)
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> State:
@@ -116,7 +120,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of a run, and nothing else."""
         written = (self.result, self.checkpoint, self.metrics, self.environment, self.config, self.examples, self.trajectory)
-        for path in (*written, self.path / "placement.json"):
+        for path in (*written, self.panels, self.path / "placement.json", self.path / "sample.json"):
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
 
@@ -135,6 +139,15 @@ class RunFolder:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, images=examples[0].float().cpu().numpy(), made=examples[1].float().cpu().numpy())
         write_atomically(self.examples, buffer.getvalue())
+
+    def write_panels(self, panels: Sequence[Panel]) -> None:
+        """Keep figures of the network, as their numbers, in panels.json."""
+        if panels:
+            kept = [
+                asdict(replace(panel, values={})) | {"values": {name: _listed(v) for name, v in panel.values.items()}}
+                for panel in panels
+            ]
+            write_state(self.panels, {"panels": kept})
 
     def read_result(self) -> dict[str, Any]:
         """What result.json says.
@@ -276,6 +289,13 @@ class FolderLock:
             self.release(remove=not was_there and not is_used(self.folder))
             raise
         self.release()
+
+
+def _listed(values: Tensor) -> list[Any]:
+    """Numbers for a JSON file, rounded; None where they are not finite."""
+    if values.dim() > 1:
+        return [_listed(row) for row in values]
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

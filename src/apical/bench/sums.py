@@ -16,10 +16,11 @@ class Sums:
     Args:
         world: this process's place under torchrun.
         classes: whether targets are class labels, so that there are hits to count.
+        answers: targets of a sample.
     """
 
-    def __init__(self, world: World, *, classes: bool) -> None:
-        self._world, self._classes = world, classes
+    def __init__(self, world: World, *, classes: bool, answers: int = 1) -> None:
+        self._world, self._classes, self._answers = world, classes, answers
         self.clear()
 
     def clear(self) -> None:
@@ -56,7 +57,7 @@ class Sums:
         logs = {name: _finite(value.item() / state["counts"][name]) for name, value in state["logs"].items()}
         if not self.examples:
             return None, None, logs
-        hits = state["hits"].item() / self.examples if self._classes else None
+        hits = state["hits"].item() / (self.examples * self._answers) if self._classes else None
         return state["loss"].item() / self.examples, hits, logs
 
     def state(self) -> dict[str, Any]:

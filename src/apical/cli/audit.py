@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 IMAGES = 2000
 """Training images that are used at most."""
 
+SEQUENCES = 500
+"""Training sequences that are used at most."""
+
 FILES = ("audit.json", "audit.png", "audit.svg")
 
 
@@ -51,8 +54,9 @@ def run(flags: "Audit", command: str) -> int:
     dataset = load_data(_asked(flags))
     if dataset.about:
         print(dataset.about)
-    if len(dataset.train) > IMAGES:
-        dataset = replace(dataset, train=Split(dataset.train.inputs[:IMAGES], dataset.train.targets[:IMAGES]))
+    most = SEQUENCES if dataset.is_sequences else IMAGES
+    if len(dataset.train) > most:
+        dataset = replace(dataset, train=Split(dataset.train.inputs[:most], dataset.train.targets[:most]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the matrices are small
     held = nullcontext() if flags.out is None else FolderLock(flags.out).held("auditing", wait=0)

@@ -21,7 +21,8 @@ from apical.bench.busy import busy_note
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.loop import Training
-from apical.bench.materials import build_model, identified, is_regression, load_data, located
+from apical.bench.materials import build_model, identified, load_data, located, loss_for
+from apical.bench.measure import probe_batch
 from apical.bench.names import (
     AROUND,
     RULES,
@@ -32,8 +33,8 @@ from apical.bench.names import (
     merged,
     options_for,
     resolve,
-    tuned_rate,
 )
+from apical.bench.network import SAMPLES, measured
 from apical.bench.papers import studies
 from apical.bench.progress import Watch, Watched, describe, results_table, shown_path
 from apical.bench.provenance import environment
@@ -44,6 +45,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import read_json, write_state
 from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
+from apical.bench.tuned_rates import tuned_rate
 from apical.cli.columns import columns, margin
 from apical.errors import ConfigError, DivergenceError, unknown_name
 
@@ -195,9 +197,10 @@ def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
         ApicalError: the data are missing, damaged or not usable.
     """
     first, note = drafts[0], ""
-    if flags.loss is None and first.loss != "mse" and is_regression(first):
-        drafts = [replace(recipe, loss="mse") for recipe in drafts]
-        note = f"the targets of {first.data.rpartition('/')[2]} are numbers: the loss is mse"
+    if flags.loss is None and (fits := loss_for(first)) in ("mse", "token_cross_entropy") and first.loss != fits:
+        drafts = [replace(recipe, loss=fits) for recipe in drafts]
+        kind = "numbers" if fits == "mse" else "tokens"
+        note = f"the targets of {first.data.rpartition('/')[2]} are {kind}: the loss is {fits}"
     about = "" if first.data in data.names() else load_data(drafts[0]).about
     for line in filter(None, (about, note)):
         tell(line)
@@ -240,7 +243,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     recipes, notes, apart = [], [], []
     for item in drafts:
         recipe, choices = resolve(identified(item, dataset), len(dataset.train))
-        recipe.check_targets(are_numbers=dataset.is_regression)
+        recipe.check_targets(are_numbers=dataset.is_regression, are_tokens=dataset.is_sequences)
         if (recipe.flip or recipe.crop) and dataset.train.inputs.dim() != 4:
             shape = dataset.input_shape
             raise ConfigError(
@@ -253,6 +256,8 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")
         apart.append(rule.learns_apart)
+        if recipe.measure and len(recipes) == 1:  # every rule trains the same network
+            measured(recipe.measure, rule.model, probe_batch(dataset.train, SAMPLES)[0])
     for i, recipe in enumerate(recipes):
         if any(apart) and not apart[i] and recipe.has_feedback_passes:
             recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)

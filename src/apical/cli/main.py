@@ -21,6 +21,7 @@ from apical.cli.flags.audit import Audit
 from apical.cli.flags.evolve import Evolve
 from apical.cli.flags.help import OVERVIEW, option_rows, short_help
 from apical.cli.flags.landscape import Landscape
+from apical.cli.flags.measure import Measure
 from apical.cli.flags.reproduce import Reproduce
 from apical.cli.flags.sweep import Sweep
 from apical.cli.flags.training import Compare, Train
@@ -76,6 +77,7 @@ COMMANDS: dict[str, type] = {
     "evolve": Evolve,
     "landscape": Landscape,
     "audit": Audit,
+    "measure": Measure,
     "reproduce": Reproduce,
     "sweep": Sweep,
     "report": Report,

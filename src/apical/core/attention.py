@@ -19,7 +19,7 @@ feedback on each: the packed weight of `nn.MultiheadAttention` comes to it as th
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apical.core.checkpointing import is_checkpointed, refuse_hidden
+from apical.core.credit import Attention
 from apical.core.outside_use import PRODUCTS
 from apical.errors import ConfigError, UnsupportedModelError
 
-Attention = Literal["exact", "fixed", "present"]
-
 Linear = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """`linear(name, input, weight, bias)` for one of the projections "q", "k", "v", "out"."""
-
-KINDS = ("exact", "fixed", "present")
 
 
 def plain(name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -245,11 +242,14 @@ def multi_head(
     else:
         matrices = list(cast(Tensor, in_proj_weight).chunk(3))
     biases: list[Any] = [None, None, None] if in_proj_bias is None else list(in_proj_bias.chunk(3))
-    given = zip(("q", "k", "v"), (query, key, value), matrices, biases, strict=True)
-    q, k, v = (linear(*projection) for projection in given)
+    if linear is plain and in_proj_weight is not None and query is key and key is value:
+        q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        given = zip(("q", "k", "v"), (query, key, value), matrices, biases, strict=True)
+        q, k, v = (linear(*projection) for projection in given)
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([x, bias.expand(1, samples, width).to(x.dtype)]) for x, bias in ((k, bias_k), (v, bias_v)))
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k, v))
+    q, k, v = (x.view(*x.shape[:2], num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
     if add_zero_attn:
         k, v = (torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], -2) for x in (k, v))
     extra = k.shape[-2] - key.shape[0]
@@ -309,9 +309,8 @@ def attend(
     """
     turned = module.batch_first and query.dim() == 3
     if turned:
-        same = query is key
-        query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        key = query if same else key
+        rows = {id(tensor): tensor.transpose(0, 1) for tensor in (query, key, value)}  # one tensor stays one
+        query, key, value = (rows[id(tensor)] for tensor in (query, key, value))
     separate = not module._qkv_same_embed_dim
     output, a = multi_head(
         *(query, key, value, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias),
@@ -330,17 +329,6 @@ def attend(
         linear=linear,
     )
     return output.transpose(0, 1) if turned else output, a
-
-
-def known(attention: Attention) -> Attention:
-    """The option itself.
-
-    Raises:
-        ConfigError: it is none of "exact", "fixed", "present".
-    """
-    if attention not in KINDS:
-        raise ConfigError(f'attention must be "exact", "fixed" or "present", not {attention!r}')
-    return attention
 
 
 class Attending(TorchFunctionMode):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
-from apical.core.chain import Call, example_of, traced
+from apical.core.chain import Call, example_of, require_affine_type, traced
 from apical.core.layers import Layer, is_known_in_row, is_own, is_weighted, shapes_input
 from apical.core.units import leaves, weighted_layers
 from apical.errors import UnsupportedModelError
@@ -79,6 +79,8 @@ def blocks(
     for name, module in leaves(model):
         if module in within:
             continue
+        if is_weighted(module):
+            require_affine_type(name, module)
         if is_own(module) and not (is_weighted(module) or is_activation(module) or is_known_in_row(module)):
             raise UnsupportedModelError(
                 f"module {name!r} ({type(module).__name__}) has no place in a row of blocks; replace it"

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from apical.core import graph
 from apical.core.attention import attend
 from apical.core.checkpointing import is_checkpointed, refuse_hidden
+from apical.core.credit import Attention
 from apical.core.effective import unchanged
 from apical.core.layer_forward import Wrapped
 from apical.core.layers import is_packed
@@ -63,6 +64,7 @@ class Bundle:
         self.name, self.module, self.forward = name, wrapped.layer, wrapped.forward
         self.parts, self.first = dict(parts), first
         self.swap, self.project = PackedSwap(feedback), project
+        self.attention: Attention = "exact"
         self._checked = False
 
     def refuse_substitutes(self) -> None:
@@ -90,7 +92,7 @@ class Bundle:
             return self.forward(*args, **kwargs)
         if torch.compiler.is_compiling() and isinstance(self.module, nn.MultiheadAttention):
             self._require_no_error_at_first(args, kwargs)
-            return attend(self.module, *args, **kwargs, linear=self._projected)
+            return attend(self.module, *args, **kwargs, attention=self.attention, linear=self._projected)
         return _eagerly(self._call, *args, **kwargs)
 
     def _projected(self, kind: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from apical.core.affine import affine, is_changed_by_hooks, original, require_af
 from apical.core.containers import Containers
 from apical.core.layers import (
     Layer,
+    is_affine,
     is_hooked,
     is_linear,
     is_maximum,
@@ -262,12 +263,26 @@ def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Seque
     return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
 
 
+def require_affine_type(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that its type says is no affine map.
+
+    Raises:
+        UnsupportedModelError: names it.
+    """
+    if not is_affine(layer):
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(layer).__name__}) is no affine map of its input, which this rule's equations are about; "
+            "backpropagation and the rules with feedback weights (fa, usf, kp, wm, pfa) train it"
+        )
+
+
 def _check_kind(name: str, module: nn.Module, *, pools: bool) -> None:
     """Refuse modules to which the mathematics does not carry over, whatever their place in the model."""
     what = f"module {name!r} ({type(module).__name__})"
     if is_weighted(module):
         if (shape := geometry(module)) is not None and shape.transposed:
             raise UnsupportedModelError(f"{what}: transposed convolutions are not supported in a chain")
+        require_affine_type(name, module)
         return
     if is_elementwise(module) or is_linear(module) or (pools and is_pool(module)):
         return

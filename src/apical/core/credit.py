@@ -6,14 +6,13 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.core.attention import Attending, Attention
 from apical.core.diagnosis import explained, require_loss_of_output
 from apical.core.placement import Placement, layer_paths, place
 from apical.core.rest import undisturbed
@@ -27,6 +26,9 @@ Root = tuple[Tensor, Tensor | None]
 
 Phase = Literal["both", "forward", "feedback"]
 """What a call of a rule learns."""
+
+Attention = Literal["exact", "fixed", "present"]
+"""What of the backward pass of attention a rule keeps, see :mod:`apical.core.attention`."""
 
 Batch = tuple[Tensor, Tensor]
 """Inputs (batch, ...) and their targets."""
@@ -205,6 +207,28 @@ class Measures:
     depths: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A figure of one network after training, see :meth:`CreditRule.panels`; the report draws it, of the first seed.
+
+    Attributes:
+        title: what it shows.
+        kind: "raster" (values (steps, n), 0 or 1: one panel each), "bars" (values (categories,) side by side) or "histogram"
+            (values (n,), what is not finite counted apart).
+        x: label of the axis.
+        y: label of the other.
+        values: by name.
+        categories: of the bars.
+    """
+
+    title: str
+    kind: Literal["raster", "bars", "histogram"]
+    x: str
+    y: str
+    values: Mapping[str, Tensor]
+    categories: Sequence[str] = ()
+
+
 def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: Iterable[Batch]) -> dict[str, float]:
     """Accuracy (0 to 1) at each layer; empty where targets are numbers, or not one class for each sample.
 
@@ -237,8 +261,6 @@ class CreditRule(nn.Module):
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
         random_per_sample: every sample gets random numbers of its own, so a batch twice over, or shared by two processes,
             is another draw.
-        attention: what of the backward pass of attention is kept, where a rule has this option; see
-            :mod:`apical.core.attention`.
         repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
@@ -253,9 +275,9 @@ class CreditRule(nn.Module):
     output_alone: bool = False
     chains_errors: bool = False
     random_per_sample: bool = False
-    attention: Attention = "exact"
     repeats: int = 1
     phase: Phase
+    _attention: Attention = "exact"
     _has_attended: bool = False  # and attention by hand was looked for
     _placement: Placement | None = None
     _held: Any = None  # of a batch between its calls
@@ -280,6 +302,8 @@ class CreditRule(nn.Module):
                 f"attention={self.attention!r} must see the model at work before torch.compile: call the rule once on a "
                 "batch without it"
             )
+        from apical.core.attention import Attending  # few want it
+
         attending = Attending(self.attention, self.model, looks=learns and not self._has_attended)
         with attending:
             credit = self._credited(*args, **kwargs)
@@ -287,6 +311,17 @@ class CreditRule(nn.Module):
             attending.report()
             self._has_attended = True
         return credit
+
+    @property
+    def attention(self) -> Attention:
+        """What of the backward pass of attention is kept, where a rule has this option; see :mod:`apical.core.attention`."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, attention: Attention) -> None:
+        if attention not in get_args(Attention):
+            raise ConfigError(f'attention must be "exact", "fixed" or "present", not {attention!r}')
+        self._attention, self._has_attended = attention, False
 
     def _credited(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -342,7 +377,10 @@ class CreditRule(nn.Module):
     @property
     def remarks(self) -> list[str]:
         """How what is trained differs from the model as its modules say it, in sentences; empty where it does not."""
-        return []
+        if self.attention == "exact":
+            return []
+        what = "A is a constant" if self.attention == "fixed" else "errors stay at their own position"
+        return [f"the backward pass of attention is not the exact one: {what} (attention={self.attention!r})"]
 
     def feedback_weights(self) -> dict[str, Tensor]:
         """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
@@ -369,7 +407,8 @@ class CreditRule(nn.Module):
         return "" if self._placement is None else f"placement: {self._placement.summary()}"
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
-        """Quantities of this rule that are recorded after each epoch; none by default.
+        """Quantities that are recorded after each epoch; by default what the model measures of its layers, if it has a
+        method `measures(inputs, targets)` that returns numbers by layer.
 
         The rule is in training mode; its gradients, buffers and random state are restored afterwards.
 
@@ -377,7 +416,17 @@ class CreditRule(nn.Module):
             probe: the training samples on which alignment is measured, always the same (`--probe N`; 0 measures nothing).
             test: the test set.
         """
-        return Measures()
+        own = getattr(self.model, "measures", None)
+        return Measures(layers=own(*probe)) if callable(own) else Measures()
+
+    def panels(self, probe: Batch) -> Sequence[Panel]:
+        """Figures of the trained network; by default those that the model has, if it has a method `panels(inputs, targets)`.
+
+        Args:
+            probe: as of :meth:`measures`.
+        """
+        own = getattr(self.model, "panels", None)
+        return own(*probe) if callable(own) else ()
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """Trainable feedback weights that an optimiser may treat apart from the forward weights; empty where none are."""

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from apical.core.credit import CreditRule, Loss
 from apical.core.cutting import Cutting, Pass
-from apical.core.graph import leaves
-from apical.core.layers import is_packed
+from apical.core.graph import leaves, reshapes, vertex
+from apical.core.inside import InnerEdges
 from apical.core.outputs import tensors
-from apical.core.packed import full_name
+from apical.core.packed import caller
 from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
+from apical.core.separators import KINDS, ends
 from apical.core.signals import Cut, Teacher
 from apical.core.units import weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Units = Literal["auto", "activation", "block", "sublayer", "micro"] | Sequence[str]
 
 ATTEMPTS = 8
 """Passes that may be tried until one takes a path whose cuts are known to be right."""
@@ -59,7 +61,11 @@ class CutRule(CreditRule):
         units: "auto" also cuts wherever an error would go round those cuts, or pass one layer's weight on its way to
             another (residual streams, skips taken before an activation, activations that are formulas); "activation" cuts
             behind activations only, and refuses a model where an error would go round them; names of modules are further
-            cuts besides those of "auto".
+            cuts besides those of "auto". Within a unit of the others an error passes several layers: "block" cuts behind
+            modules that hold layers, where all errors pass their output; "sublayer" wherever all errors pass one tensor, as
+            behind each sum of a residual stream; "micro" there and behind activations.
+        inside: what an error passes within a unit: "exact" are the layers' own weights, "feedback" fixed random matrices in
+            their place, at every layer, the topmost too.
 
     Raises:
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no place is found where
@@ -77,25 +83,57 @@ class CutRule(CreditRule):
         loss: Loss,
         where: Literal["activation", "input"] = "activation",
         exact: Collection[str] = (),
-        units: Literal["auto", "activation"] | Sequence[str] = "auto",
+        units: Units = "auto",
+        inside: Literal["exact", "feedback"] = "exact",
     ) -> None:
         super().__init__(model, loss)
-        self.layers = weighted_layers(model, exact, shared=True, packed="whole" if where == "activation" else "refused")
+        require_choice("inside", inside, ("exact", "feedback"))
+        self.layers = weighted_layers(model, exact, shared=True, packed="parts")
+        self._whole = weighted_layers(model, exact, shared=True, packed="whole")  # as they are called
         self.exact = tuple(exact)
         self.where, self.units = where, units
         named = [] if isinstance(units, str) else list(units)
         _check_units(model, units, named)
-        self._cutting = Cutting(model, self.layers, where == "input")
+        self._cutting = Cutting(model, self._whole, where == "input")
         self._hooks = self._cutting.hooks
+        # attributes of the rule, so that whoever puts hooks back as they were puts these back too
+        self._points, self._bases = self._cutting.points, self._cutting.bases
+        self._inside, self._listens = self._cutting.inside, self._cutting.heard
         weakref.finalize(self, _remove, self._hooks)
         self._cutting.add_points(named)
+        self._cutting.skips_activations = where == "activation" and units in ("block", "sublayer")
+        self.inside: nn.Module | None = None  # feedback within units, by layer
+        self._inner: tuple[InnerEdges, ...] = ()  # not a submodule: it holds the same model
+        if inside == "feedback":
+            self._inner = (InnerEdges(model, loss, exact, int(torch.randint(2**62, ()))),)
+            self.inside = self._inner[0].feedback
         self._separation: Separation | None = None  # of the last traced pass
         self._patterns: set[Pattern] = set()
         self._shares: dict[str, float] = {}
         self._firsts: dict[str, str] = {}
+        self.readers: dict[str, str] = {}  # the layer that reads a unit's output as it is
+        self.heads: list[str] = []  # layers whose output is the model's
         self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
         self._graded: list[bool] = []  # which outputs depend on anything
         self._last: set[int] = set()  # ids of parameters that the output's own error may reach
+
+    def detach(self) -> nn.Module:
+        """Remove everything from the model and return it."""
+        for inner in self._inner:
+            inner.detach()
+        return super().detach()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Weights that errors pass within units."""
+        if self.inside is not None:
+            return []
+        merged = {} if self._separation is None else self._separation.paths
+        passed = {through for calls in merged.values() for _, through in calls if through is not None}
+        if not passed and self.units not in KINDS:
+            return []
+        which = f" (those of {', '.join(sorted(passed))})" if passed else ""
+        return [f"Within units errors pass the layers' own weights{which}; inside='feedback' puts random matrices there."]
 
     @property
     def takes_signals(self) -> bool:
@@ -124,11 +162,8 @@ class CutRule(CreditRule):
         if self.where == "input":
             return super().credit_paths(inputs)
         paths = self._trace(inputs).paths
-        found = {name: self._path(layer, paths.get(name, [])) for name, layer in self.layers.items()}
-        for name, layer in self.layers.items():
-            if is_packed(layer):  # with what is inside
-                found |= {full_name(name, inner): found[name] for inner, _ in layer.named_children()}
-        return found
+        names: dict[nn.Module, str] = {layer: name for name, layer in self._whole.items()}
+        return {name: self._path(layer, paths.get(names[caller(layer)], [])) for name, layer in self.layers.items()}
 
     def _path(self, layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
         if not any(parameter.requires_grad for parameter in layer.parameters()):
@@ -137,10 +172,10 @@ class CutRule(CreditRule):
         units = list(dict.fromkeys(self.first_use(unit) for above, _ in calls for unit in above))
         if not units:
             return "no credit"
-        if merged:
+        if merged and not self._inner:
             return f"merged with {merged[0]!r}"
-        named = [f"cut at {unit!r}" for unit in units if unit != OUTPUT]
-        return ", ".join(named + ["exact"] * (OUTPUT in units))
+        named = ["own feedback"] * bool(merged) + [f"cut at {unit!r}" for unit in units if unit != OUTPUT]
+        return ", ".join(named + ["exact"] * (OUTPUT in units and not merged))
 
     @eagerly
     def _trace(self, inputs: Tensor) -> Separation:
@@ -151,7 +186,12 @@ class CutRule(CreditRule):
             if not tensors(output):
                 raise _no_tensor(type(self).__name__, output)
             self._graded = [part.requires_grad for part in tensors(output)]
-        separation = separate(self._cutting, trace, tensors(output), self.units == "activation", self.units != "activation")
+        if self.units in KINDS:
+            self._cutting.add_points(ends(self._cutting, trace, tensors(output), str(self.units)))
+        merges, mends = self.units in ("activation", *KINDS), self.units not in ("activation", "block", "sublayer")
+        separation = separate(self._cutting, trace, tensors(output), merges, mends)
+        made = {reshaped for part in tensors(output) for reshaped in reshapes(vertex(part))}
+        self.heads = [name for name, at in trace.sites if at in made]
         if self.units == "activation" and not separation.units and len(trace.sites) > 1:
             raise UnsupportedModelError(
                 "no activation was called between the weighted layers, so there is no hidden unit to send a signal to; pass "
@@ -179,12 +219,17 @@ class CutRule(CreditRule):
             raise ConfigError(f"the batch is empty: inputs have the shape {tuple(inputs.shape)}; leave it out")
         if self.where == "activation" and self._separation is None:
             self._trace(inputs)
-        output, done = self._cutting.cut_pass(inputs, self.takes_signals)
+        output, done = self._cut_pass(inputs, self.takes_signals)
         if not tensors(output):
             raise _no_tensor(type(self).__name__, output)
         if self.where == "activation" and not self._is_right(output, done):
             output, done = self._retried(inputs, output, done)
+        self.readers.update({cut.name: cut.reader for cut in done.cuts if cut.reader})
         return output, done.cuts, done.teacher
+
+    def _cut_pass(self, inputs: Tensor, plain: bool) -> tuple[Any, Pass]:
+        run = self._inner[0]._run if self._inner and torch.is_grad_enabled() else None
+        return self._cutting.cut_pass(inputs, plain, run)
 
     def require_ends(self, output: Any, errors: Sequence[Tensor | None]) -> None:
         """Refuse a loss that reads a hidden unit's output, whose exact error would be lost at the cut.
@@ -230,7 +275,7 @@ class CutRule(CreditRule):
                 self._last |= {id(leaf) for part in tensors(output) for leaf in leaves(part.grad_fn)}
                 return output, done
             self._trace(inputs)
-            output, done = self._cutting.cut_pass(inputs, False)
+            output, done = self._cut_pass(inputs, False)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.data.copy_(value)  # as after the first of these passes
@@ -247,8 +292,9 @@ def _remove(hooks: list[Any]) -> None:
 
 
 def _check_units(model: nn.Module, units: str | Sequence[str], named: list[str]) -> None:
-    if isinstance(units, str) and units not in ("auto", "activation"):
-        raise ConfigError(f"units must be 'auto', 'activation' or a list of names of modules, not {units!r}")
+    if isinstance(units, str) and units not in ("auto", "activation", *KINDS):
+        kinds = ", ".join(map(repr, ("auto", "activation", *KINDS)))
+        raise ConfigError(f"units must be {kinds} or a list of names of modules, not {units!r}")
     modules = dict(model.named_modules())
     unknown = [name for name in named if name not in modules]
     if unknown:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core.activations import is_activation
 from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
@@ -33,6 +33,7 @@ class Call(NamedTuple):
         base: the same without "#k".
         at: its output in autograd's graph; None where it needs no gradient.
         first: whether no weighted layer was called before.
+        shape: of its output, or () for layers.
     """
 
     kind: Literal["layer", "activation", "module", "function"]
@@ -40,6 +41,27 @@ class Call(NamedTuple):
     base: str
     at: Vertex | None
     first: bool = False
+    shape: tuple[int, ...] = ()
+
+
+def is_part_of(point: str, module: str) -> bool:
+    """Whether a point is a tensor of the module's output.
+
+    >>> is_part_of("lstm:1", "lstm"), is_part_of("lstm1", "lstm")
+    (True, False)
+    """
+    return point.partition(":")[0] == module
+
+
+def is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a module lies within one of others."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def parts(name: str, output: Any) -> list[tuple[str, Tensor]]:
+    """Tensors of real numbers that a layer returns, by name: the first has the layer's."""
+    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [(f"{name}:{number}" if number else name, part) for number, part in enumerate(found)]
 
 
 class Cutting:
@@ -47,12 +69,13 @@ class Cutting:
 
     Attributes:
         activations: names of activation modules.
-        closed: names of activation modules and of modules that hold several weights: calls within them are no calls.
+        packed: names of layers with several weights, whose inner calls are of no interest.
         points: further cuts: names of modules, cut at every call, and of function calls.
         bases: names of function calls among the points, without "#k".
         inside: names of activation calls within a unit, where there is no cut.
         tail: names of activation calls behind the last weighted layer.
-        is_functional: whether some cut is at a function's call, so that calls must be heard.
+        skips_activations: units end at the points only.
+        heard: "functions", once some cut is at a function's call.
         moves_rows: whether rows of some unit are not those of the batch.
         now: the pass that is under way.
     """
@@ -61,48 +84,55 @@ class Cutting:
         self.model, self.layers, self.at_inputs = model, layers, at_inputs
         self.modules = dict(model.named_modules())
         self.activations = {name for name, module in self.modules.items() if is_activation(module)}
-        self.closed = set(self.activations)
+        self.packed = {name for name, layer in layers.items() if is_packed(layer)}
         self.points: set[str] = set()
         self.bases: set[str] = set()
         self.inside: set[str] = set()
         self.tail: set[str] = set()
-        self.is_functional = False
+        self.skips_activations = False
+        self.heard: set[str] = set()
         self.moves_rows = False
         self.now: Pass | Trace | None = None
         self.hooks: list[Any] = []
         for name, module in self.modules.items():
             if name in layers and at_inputs:
                 self.hooks.append(module.register_forward_pre_hook(partial(_before_layer, self, name), with_kwargs=True))
-            elif name in layers and is_packed(module):
-                self.closed.add(name)
-                self.hooks.append(module.register_forward_pre_hook(partial(_enter, self, name)))
-                self.hooks.append(module.register_forward_hook(partial(_after_packed, self, name)))
             elif name in layers:
                 self.hooks.append(module.register_forward_hook(partial(_after_layer, self, name)))
             elif name in self.activations and not at_inputs:
                 self.hooks.append(module.register_forward_hook(partial(_after_activation, self, name)))
 
     def add_points(self, names: Collection[str]) -> None:
-        """Cut at the outputs of these modules too; other names are function calls."""
+        """Cut at the outputs of these modules too, ":k" for tensor k of a layer's; other names are function calls."""
         for name in sorted(set(names) - self.points):
             self.points.add(name)
-            if name in self.modules:
-                self.hooks.append(self.modules[name].register_forward_hook(partial(_after_point, self, name)))
+            module = name.partition(":")[0]
+            if module in self.modules:
+                if not any(is_part_of(point, module) for point in self.points - {name}):
+                    self.hooks.append(self.modules[module].register_forward_hook(partial(_after_point, self, module)))
             else:
                 self.bases.add(name.partition("#")[0])
                 self.hear_functions()
 
+    @property
+    def is_functional(self) -> bool:
+        """Whether some cut is at a function's call, so that calls must be heard."""
+        return bool(self.heard)
+
     def hear_functions(self) -> None:
         """From now on, cut at function calls too."""
         if not self.is_functional:
-            self.is_functional = True
+            self.heard.add("functions")
             self.hooks += self._owners()
 
     def _owners(self) -> list[Any]:
         """Hooks that keep count of whose code runs."""
         hooks: list[Any] = []
         for name, module in self.modules.items():
-            if name not in self.layers:
+            if name in self.packed:
+                hooks.append(module.register_forward_pre_hook(partial(_enter, self, name)))
+                hooks.append(module.register_forward_hook(partial(_pass_by, self)))
+            elif name not in self.layers and not is_inside(name, self.packed):
                 hooks.append(module.register_forward_pre_hook(partial(_enter, self, name)))
                 hooks.append(module.register_forward_hook(partial(_leave, self, name)))
         return hooks
@@ -124,15 +154,18 @@ class Cutting:
         moved = any([now.rows is not None and now.rows.moves(part, folded) for part in parts])
         return moved or bool(now.folds - folded)
 
-    def cut_pass(self, inputs: Any, plain: bool) -> tuple[Any, "Pass"]:
-        """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves."""
+    def cut_pass(self, inputs: Any, plain: bool, run: Callable[[Any], Any] | None = None) -> tuple[Any, "Pass"]:
+        """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves.
+
+        Another rule may be at work within units: `run(inputs)` then makes the model's output.
+        """
         now = Pass(self, plain)
         if self.moves_rows:
             if torch.compiler.is_compiling():
                 raise UnsupportedModelError("the model moves rows of the batch, which is followed in eager mode only")
             now.rows = Rows(inputs)
         with self._under_way(now, self.is_functional):
-            output = self.model(inputs)
+            output = (run or self.model)(inputs)
         if now.rows is not None:
             now.cuts = now.rows.tell(now.cuts, output)
         return output, now
@@ -168,6 +201,7 @@ class Pass:
         events: names of what was called, in order; "~" before activations without a cut.
         sites: each call of a weighted layer, and its output in the graph.
         cuts: the units that ended.
+        calls_of: the number of the call of a weighted layer that made a vertex.
     """
 
     def __init__(self, cutting: Cutting, plain: bool = False) -> None:
@@ -176,6 +210,7 @@ class Pass:
         self.events: list[str] = []
         self.sites: list[tuple[str, Vertex | None]] = []
         self.cuts: list[Cut] = []
+        self.calls_of: dict[Vertex, int] = {}
         self.near: str | None = None  # the last weighted layer
         self.last: Tensor | None = None  # what came out of the last cut
         self.version = 0  # of that tensor then
@@ -203,28 +238,25 @@ class Pass:
             return args, {**kwargs, "input": self.cut(self.number(name), kwargs["input"])}
         raise UnsupportedModelError(f"layer {name!r} was called without its input; pass it by position")
 
-    def packed(self, name: str, output: Any) -> Any:
-        """Note a call of a module that holds several weights, one layer; its outputs become those of one node."""
-        parts = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.is_floating_point()]
-        if self.learns and not torch.compiler.is_compiling() and any(part.requires_grad for part in parts):
-            parts = list(cast(Any, Joined).apply(*parts))
-        for part in parts:
-            self.layer(name, part)
-        return output if not parts else tree_unflatten(*_filled(output, parts))
-
-    def layer(self, name: str, output: Any) -> None:
-        """Note a call of a weighted layer."""
+    def layer(self, name: str, output: Any, inputs: Any = None) -> None:
+        """Note a call of a weighted layer, and whether it reads a unit's output as it is."""
+        if inputs is not None and self.is_cut(inputs):
+            self.cuts[-1] = self.cuts[-1]._replace(reader=name)
         self.events.append(name)
         self.near = name
         if not torch.compiler.is_compiling():
             if self.learns and not torch.is_grad_enabled():
                 refuse_hidden(name)
-            at = self.at if self.is_cut(output) else vertex(output) if isinstance(output, Tensor) else None
-            self.sites.append((name, at))
+            made = [output] if isinstance(output, Tensor) else [part for _, part in parts(name, output)]
+            for part in made:
+                at = self.at if self.is_cut(part) else vertex(part)
+                self.sites.append((name, at))
+                if at is not None:
+                    self.calls_of[at] = len(self.events)
 
     def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
         """Cut at an activation's output, unless it has no unit of its own. `inputs` is what it is given."""
-        if self.near is None:
+        if self.near is None or self.cutting.skips_activations:
             self.events.append(f"~{name}")
             return None
         name = self.number(name)
@@ -233,14 +265,22 @@ class Pass:
             return None
         return self.cut(name, output, output is inputs)
 
+    def is_merged(self, site: Vertex, passed: Vertex | None) -> bool:
+        """Whether an error that passes the one weighted site on its way to the other passes another call's weights."""
+        return passed is not None and (passed not in self.calls_of or self.calls_of[passed] != self.calls_of.get(site))
+
     def point(self, name: str, output: Any, inputs: Any = None) -> Any:
-        """Cut at a module's output, of several at the first. `inputs` is what it is given."""
-        if isinstance(output, tuple) and output and name in self.cutting.layers:
-            hidden = self.point(name, output[0])
-            return None if hidden is None else (hidden, *output[1:])
-        if not isinstance(output, Tensor) or self.is_cut(output):
+        """Cut at a module's output. `inputs` is what it is given."""
+        if not isinstance(output, Tensor):
+            return self._several(name, output) if name in self.cutting.layers else None
+        if self.is_cut(output):
             return None
         return self.cut(self.number(name), output, output is inputs)
+
+    def _several(self, name: str, output: Any) -> Any:
+        """Cut at tensors of a layer's output."""
+        ends = {id(part): full for full, part in parts(name, output) if full in self.cutting.points and part.requires_grad}
+        return tree_map(lambda leaf: self.cut(self.number(ends[id(leaf)]), leaf) if id(leaf) in ends else leaf, output)
 
     def left(self, name: str, output: Any) -> None:
         """A module's forward pass is over."""
@@ -248,9 +288,9 @@ class Pass:
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Cut at a function's result where it is an activation or a further point."""
         cutting = self.cutting
-        if cutting.at_inputs or self.owners[-1] in cutting.closed:
+        if cutting.at_inputs or self.owners[-1] in cutting.activations or self.owners[-1] in cutting.packed:
             return result
-        if function in FUNCTIONS:
+        if function in FUNCTIONS and not cutting.skips_activations:
             hidden = self.activation(self.called(function), result, args[0] if args else None)
             return result if hidden is None else hidden
         name = self.called(function)
@@ -316,10 +356,10 @@ class Trace(Pass):
     def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Nothing is cut."""
 
-    def layer(self, name: str, output: Any) -> None:
+    def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a layer's output."""
         super().layer(name, output)
-        at = self.sites[-1][1]
+        at = self.sites[-1][1] if isinstance(output, Tensor) else None
         self.calls.append(Call("layer", self.number(name), name, at))
         if at is not None:
             self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[name]))
@@ -328,7 +368,10 @@ class Trace(Pass):
         """Note an activation's output."""
         first = self.near is None
         self._watch(output)
-        self.calls.append(Call("activation", name if first else self.number(name), name, vertex(output), first))
+        if self.cutting.skips_activations:
+            return None  # noted as every module's output
+        number = name if first else self.number(name)
+        self.calls.append(Call("activation", number, name, vertex(output), first, tuple(output.shape)))
         return None
 
     def point(self, name: str, output: Any, inputs: Any = None) -> Tensor | None:
@@ -341,24 +384,24 @@ class Trace(Pass):
             self.cutting.moves_rows = self.rows.moves(output, self.folds)
 
     def left(self, name: str, output: Any) -> None:
-        """Note a module's output, of several the first."""
-        if isinstance(output, tuple) and output and name in self.cutting.layers:
-            output = output[0]
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            self._watch(output)
-            number = self.number(f"{name}:output").replace(":output", "", 1)
-            self.calls.append(Call("module", number, name, vertex(output)))
+        """Note a module's output."""
+        several = name in self.cutting.layers and not isinstance(output, Tensor)
+        for full, part in parts(name, output) if several else [(name, output)]:
+            if isinstance(part, Tensor) and part.grad_fn is not None:
+                self._watch(part)
+                number = self.number(f"{full}:output").replace(":output", "", 1)
+                self.calls.append(Call("module", number, full, vertex(part), shape=tuple(part.shape)))
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
-        if self.owners[-1] in self.cutting.closed:
+        if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
         name = self.called(function)
-        if function in FUNCTIONS:
+        if function in FUNCTIONS and not self.cutting.skips_activations:
             self.activation(name, result, None)
         elif isinstance(result, Tensor) and result.grad_fn is not None:
             at = cast(Vertex, vertex(result))
-            self.calls.append(Call("function", self.number(name), name, at))
+            self.calls.append(Call("function", self.number(name), name, at, shape=tuple(result.shape)))
             kind = getattr(function, "__name__", "")
             if kind in AVERAGES and args and isinstance(args[0], Tensor):
                 self.shrinkage[at] = args[0].numel() / max(result.numel(), 1)
@@ -373,35 +416,7 @@ def _before_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any
 
 def _after_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if cutting.now is not None:
-        cutting.now.layer(name, output)
-
-
-def _after_packed(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if cutting.now is None:
-        return None
-    cutting.now.owners.pop()
-    return cutting.now.packed(name, output)
-
-
-class Joined(torch.autograd.Function):
-    """Tensors as they are; whatever error comes to one of them comes to one node of the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-        """The tensors."""
-        return tuple(part.view_as(part) for part in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, ...]:
-        """The errors."""
-        return errors
-
-
-def _filled(output: Any, parts: list[Tensor]) -> tuple[list[Any], Any]:
-    """Leaves and structure of `output`, with `parts` in place of its tensors."""
-    leaves, structure = tree_flatten(output)
-    rest = iter(parts)
-    return [next(rest) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves], structure
+        cutting.now.layer(name, output, args[0] if args else None)
 
 
 def _after_activation(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -421,6 +436,11 @@ def _leave(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...]
     if cutting.now is not None:
         cutting.now.owners.pop()
         cutting.now.left(name, output)
+
+
+def _pass_by(cutting: Cutting, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if cutting.now is not None:
+        cutting.now.owners.pop()
 
 
 def _noted(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

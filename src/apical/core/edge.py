@@ -25,7 +25,7 @@ from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
 from apical.core.layer_forward import Attachment
-from apical.core.layers import computes_plainly
+from apical.core.layers import computes_plainly, is_affine, through
 from apical.core.outside_use import OutsideUse
 from apical.core.packed import Part, caller, row_blocks, xavier_
 from apical.core.placement import layer_paths
@@ -252,7 +252,11 @@ class EdgeRule(CreditRule):
         if name not in self._sites:  # a part of a packed module
             return bool(self._weighted[name]._parameters)
         site = self._sites[name][1]
-        return site.plain and computes_plainly(site.layer)
+        return site.plain and (computes_plainly(site.layer) or through(site.layer) is not None)
+
+    def takes_pathway(self, name: str) -> bool:
+        """Whether another way than one feedback weight can stand for the layer's backward map."""
+        return self._sites[name][1].through is None
 
     def forward_weight(self, name: str) -> Tensor:
         """The weight that the layer computes with: its parameter, or what it makes of it in this forward pass.
@@ -390,6 +394,7 @@ class EdgeRule(CreditRule):
         if isinstance(site, Bundle):
             if self._unseen and torch.is_grad_enabled():
                 self._unseen -= site.parts.keys()
+            site.attention = self.attention
             return site(*args, **kwargs)
         if not torch.is_grad_enabled():
             refuse_hidden(site.name)
@@ -404,6 +409,8 @@ class EdgeRule(CreditRule):
                     f"layer {site.name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
                 )
             return site.forward(*args, **kwargs)
+        if not is_affine(site.layer):
+            return self._through(site, inputs, len(args) + len(kwargs) == 1, lambda: site.forward(*args, **kwargs))
         swaps = self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked()
         if swaps and (self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None):
             swap.met = False
@@ -414,6 +421,18 @@ class EdgeRule(CreditRule):
             site.swaps = False
             site.affine = torch.is_autocast_enabled(inputs.device.type)  # there another tensor is to be expected
         return self._with_edge(site, of_input(site.forward, inputs, args, kwargs), inputs)
+
+    def _through(self, site: Site, inputs: Tensor, alone: bool, call: Callable[[], Any]) -> Any:
+        """The forward pass of a layer that is no affine map."""
+        if not inputs.requires_grad:
+            return call()
+        run = through(site.layer) if alone else None
+        if run is None or (not self._one_matrix and self.pathway(site.name, inputs) is not None):
+            raise UnsupportedModelError(
+                f"layer {site.name!r} ({type(site.layer).__name__}) is no affine map, and its error can go through one "
+                "feedback weight alone, in the forward that its type registered; use the layer as it is, or a rule with one"
+            )
+        return run(site.layer, inputs, self.feedback_weight(site.name))
 
     def _with_edge(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> Any:
         name, layer, shape = site.name, site.layer, site.shape

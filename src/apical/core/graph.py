@@ -6,13 +6,16 @@ backward pass of its own, and nothing comes through from above. The root is the 
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 Vertex = tuple[Node, int]
 """An autograd node and the number of its output."""
+
+SHAPES = ("TransposeBackward0", "PermuteBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+"""Nodes whose output has the same numbers as their input."""
 
 SEVERED = "_SeverBackward"
 """Name of the node at which :func:`apical.core.checkpointing.sever` ends a graph."""
@@ -21,6 +24,14 @@ SEVERED = "_SeverBackward"
 def vertex(tensor: Tensor) -> Vertex | None:
     """Where the tensor stands in the graph; None for one without a past."""
     return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+
+def reshapes(at: Vertex | None) -> Iterator[Vertex]:
+    """The vertex, and those of which it is another shape, as long as autograd says so."""
+    while at is not None:
+        yield at
+        below = at[0].next_functions
+        at = cast(Vertex, below[0]) if at[0].name() in SHAPES and below[0][0] is not None else None
 
 
 def leaves(node: Node | None) -> Iterator[Tensor]:
@@ -118,6 +129,31 @@ class Graph:
                     down.add(child)
                     waiting.append(child)
         return down - {top, site}
+
+    def separators(self, sites: Collection[Vertex], weighted: Collection[Vertex]) -> dict[Vertex, int]:
+        """Vertices that every path from the output to every site below them passes; nearest to the output first.
+
+        Args:
+            sites: all uses of parameters.
+            weighted: those of them that count for the value.
+
+        Returns:
+            For each separator, the weighted sites below it, as bits; not those below which there are none.
+        """
+        bits = {site: 1 << number for number, site in enumerate(sites)}
+        counted = sum(bits[site] for site in weighted)
+        above = self._dominators(frozenset(self.roots))
+        below: dict[Vertex, int] = {}
+        for at in reversed(self.order):
+            below[at] = bits.get(at, 0)
+            for child in self.children[at]:
+                below[at] |= below[child]
+        own = {at: bits.get(at, 0) for at in self.order}
+        for at in reversed(self.order):
+            parent = above.get(at)
+            if parent is not None:
+                own[parent] |= own[at]
+        return {at: own[at] & counted for at in self.order if own[at] == below[at] and own[at] & counted}
 
     def shares(self, output: Collection[Vertex], shrinkage: Mapping[Vertex, float]) -> dict[Vertex, float]:
         """For each vertex, the product of the shrinkages that all its paths from the output pass."""

@@ -33,6 +33,8 @@ Layer: TypeAlias = nn.Linear | _ConvNd
 LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag)
 """Layers without such a weight: scales, shifts, slopes, look-ups. They always keep their exact derivative."""
 
+_local: list[type[nn.Module]] = [*LOCAL]
+
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 PACKED = (nn.MultiheadAttention, nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
@@ -51,10 +53,12 @@ class LayerType:
     Attributes:
         forward: the method that applies the effective weight and the bias, and nothing else.
         weight: the effective weight, as a function of the layer.
+        through: runs a layer that is no affine map with a feedback weight; None where the forward is `weight h + bias`.
     """
 
     forward: Callable[..., Any]
     weight: Callable[[Any], Tensor]
+    through: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 
 
 def _own_weight(layer: Any) -> Tensor:
@@ -80,17 +84,21 @@ def register_layer(
     *,
     geometry: Callable[[Any], Geometry | None] | None = None,
     weight: Callable[[Any], Tensor] = _own_weight,
+    through: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Make a type of modules known as weighted layers, in every rule.
 
-    Its forward must map an input h to `weight(layer) h + layer.bias`. The module has an attribute `weight` of the layout of
-    nn.Linear's or a convolution's, which may be a property; `bias` may be None or missing.
+    Its forward must map an input h to `weight(layer) h + layer.bias`, unless it is not affine. The module has an attribute
+    `weight` of the layout of nn.Linear's or a convolution's, which may be a property; `bias` may be None or missing.
 
     Args:
         kind: the type; a subclass that overrides `forward` again is not covered.
         geometry: geometry of the backward map, as a function of the layer; that of the type it inherits from by default, or
             else None, which is dense. For convolutions see :class:`apical.core.transport.Geometry`.
         weight: the effective weight, computed from the parameters so that autograd can follow; `layer.weight` by default.
+        through: for a layer that is no affine map of its input, a function of (layer, input, feedback): its forward, with a
+            feedback weight in the weight's place where a backward pass hands the error to the input. Rules with feedback
+            weights train it so; those whose equations are about affine maps refuse it.
 
     Raises:
         ConfigError: `kind` is no type of modules.
@@ -105,7 +113,32 @@ def register_layer(
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"register_layer takes a subclass of nn.Module, not {kind!r}")
     GEOMETRIES[kind] = geometry or geometry_of_type(kind) or dense
-    _LAYERS[kind] = LayerType(kind.forward, weight)
+    _LAYERS[kind] = LayerType(kind.forward, weight, through)
+
+
+def register_local(kind: type[nn.Module]) -> None:
+    """Make a type of modules known as local, in every rule: its parameters get their exact derivative.
+
+    Only for modules without a weight between two populations, such as a scale of each connection; a matrix in one would be
+    transported. Linear and convolution layers inside of one are layers all the same.
+
+    Raises:
+        ConfigError: `kind` is no type of modules, or a weighted layer.
+
+    >>> class Gain(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.gain = nn.Parameter(torch.ones(()))
+    >>> register_local(Gain)
+    >>> is_local(Gain())
+    True
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ConfigError(f"register_local takes a subclass of nn.Module, not {kind!r}")
+    if geometry_of_type(kind) is not None:
+        raise ConfigError(f"register_local: {kind.__name__} has a weight between two populations; use register_layer")
+    if kind not in _local:
+        _local.append(kind)
 
 
 def is_weighted(module: nn.Module) -> TypeGuard[Layer]:
@@ -124,9 +157,26 @@ def is_packed(module: nn.Module) -> bool:
     return kind is not None and runs_own_forward(module, kind.forward)
 
 
+def is_affine(module: nn.Module) -> bool:
+    """Whether the layer is an affine map of its input, as far as its type says."""
+    kind = _registered(module)
+    return kind is None or kind.through is None
+
+
+def through(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
+    """What runs a layer that is no affine map with a feedback weight; None of others, and of layers with another forward."""
+    kind = _registered(module)
+    own = kind is not None and "weight" in module._parameters and runs_own_forward(module, kind.forward)
+    return kind.through if own and kind is not None else None
+
+
+def _registered(module: nn.Module) -> LayerType | None:
+    return next((_LAYERS[base] for base in type(module).__mro__ if base in _LAYERS), None)
+
+
 def is_local(module: nn.Module) -> bool:
     """Whether the module may have parameters, but no weight between two populations."""
-    return isinstance(module, LOCAL)
+    return isinstance(module, tuple(_local))
 
 
 def is_norm(module: nn.Module) -> bool:

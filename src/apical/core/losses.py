@@ -118,6 +118,30 @@ def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN))
             )
 
 
+def token_cross_entropy(output: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Cross-entropy in nats, the mean over all positions with a target: classes are the output's last axis.
+
+    With targets (batch,) it is PyTorch's cross-entropy.
+
+    Args:
+        output: logits (batch, ..., classes).
+        targets: classes (batch, ...), whole numbers.
+        ignore_index: target of positions that have none.
+
+    Raises:
+        ConfigError: targets of another shape; `torch.nn.functional.cross_entropy` takes (batch, classes, ...).
+
+    >>> token_cross_entropy(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
+    tensor(1.3863)
+    """
+    if output.shape[:-1] != targets.shape:
+        raise ConfigError(
+            f"token_cross_entropy takes logits (batch, ..., classes) and classes (batch, ...); "
+            f"got {tuple(output.shape)} and {tuple(targets.shape)}"
+        )
+    return F.cross_entropy(output.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
+
+
 def squared_error(output: Tensor, targets: Tensor) -> Tensor:
     """`1/2 |output - target|^2` per sample, the mean over the batch; class labels stand for one-hot targets.
 

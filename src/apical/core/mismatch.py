@@ -5,8 +5,10 @@ Nesterov and weight decay), then `E = R - B^T W` obeys a recursion without gradi
 
     v <- mu v + (1 - dampening) omega E,   E <- E - eta v      so      E_t = c_t E_0  with one scalar c
 
-and a second basis element where v begins as a matrix of its own: `E_t = c_0t E_0 + c_1t E_1`. What is stored beside E is the
-feedback itself, `F = W + E`: when W moves otherwise than by the optimiser, F stays, and E is measured anew.
+and a second basis element where v begins as a matrix of its own: `E_t = c_0t E_0 + c_1t E_1`. Under an optimiser whose decay
+is apart from what it makes of gradients (:mod:`apical.core.decay`), and R takes `B^T` times W's change, `c <- k c`.
+What is stored beside E is the feedback itself, `F = W + E`: when W moves otherwise than by the optimiser, F stays, and E is
+measured anew.
 """
 
 from typing import Any
@@ -61,6 +63,10 @@ class Mismatch(nn.Module):
                 self.v[k] = step if first else momentum * self.v[k] + (1 - group["dampening"]) * step
                 step = step + momentum * self.v[k] if group["nesterov"] else self.v[k]
             self.c[k] -= lr * step
+
+    def shrink(self, factor: float) -> None:
+        """One step of an optimiser with decoupled decay: `W' = k W - u`, and u is the same for the feedback."""
+        self.c = [factor * value for value in self.c]
 
     def follow(self, weight: Tensor) -> None:
         """`F = W + sum_k c_k E_k` in place, for a detached weight."""

@@ -104,8 +104,14 @@ def path_summary(paths: Iterable[str]) -> str:
 def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
     """The table of a model, given the paths of its weighted layers; other modules with parameters are exact and local."""
     rows = []
-    for name, (module, own) in _modules(model).items():
-        path = paths.get(name, LOCAL_PATH if any(q.requires_grad for q in own.values()) else "frozen")
+    modules = _modules(model)
+    parts: dict[str, dict[str, None]] = {}  # of modules with several weights
+    for name, path in paths.items():
+        if name not in modules:
+            parts.setdefault(name.rpartition(".")[0], {})[path] = None
+    for name, (module, own) in modules.items():
+        path = LOCAL_PATH if any(q.requires_grad for q in own.values()) else "frozen"
+        path = paths.get(name, ", ".join(parts.get(name, ())) or path)
         kind = type(module).__name__.removeprefix("Parametrized")
         weight = getattr(module, "weight", None)
         first = next(iter(own.values()))
@@ -116,7 +122,7 @@ def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
 def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
     """`path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
 
-    Any module with parameters that is not one of :data:`apical.core.layers.LOCAL` counts as weighted.
+    Any module with parameters that is not local (:func:`apical.core.layers.is_local`) counts as weighted.
     """
     modules = {name: own for name, (module, own) in _modules(model).items() if not is_local(module)}
     reached = _reached(model, [q for own in modules.values() for q in own.values() if q.requires_grad], inputs)

@@ -3,7 +3,11 @@
 Two forms of the same mathematics, layer by layer:
 
     explicit   R is a parameter with a gradient of its own, for any optimiser.
-    closed     F = W + c E_0 instead of R (:mod:`apical.core.mismatch`), while `torch.optim.SGD` moves W and R alike.
+    closed     F = W + c E_0 instead of R (:mod:`apical.core.mismatch`), while the optimiser moves W and R alike.
+
+Under an optimiser whose decay is apart from what it makes of gradients (AdamW, NAdam and RAdam with decoupled decay, Muon,
+Adam without decay), R takes `B^T` times the *change* of W, `R' = k R + B^T (W' - k W)`: F follows by `c <- k c`, whatever
+the gradients went through. Where B is the identity that is what a state of R's own would do.
 
 Form "auto" begins explicitly. Before the first step has moved anything it looks at the optimiser and at the gradients as
 they are by then, and takes the closed form for every layer where that is exact. Before a step that would not be, it goes
@@ -21,13 +25,16 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule
+from apical.core.mirror import mirrored, require_affine
 from apical.core.mismatch import Mismatch
 from apical.core.packed import Part
 from apical.core.steps import FROZEN, FUNCTION, Steps
+from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError
 
 Form = Literal["auto", "closed", "explicit", "literal", "fused"]
+Initial = Literal["random", "mirror"]
 
 
 class PlasticRule(EdgeRule):
@@ -36,7 +43,20 @@ class PlasticRule(EdgeRule):
     Args:
         model, loss, exact, first_layer, sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         form: "auto", "closed", or any other name for explicit.
+        sparse: R has no closed form.
+
+    Attributes:
+        update: "shared" where R takes `B^T` times W's change whenever the optimiser has a decay apart, in any form; "own"
+            where an explicit R always moves by the optimiser's own state.
+        reasons: why a layer keeps its feedback explicitly, by layer.
+        moved_by: the optimiser, not SGD, by whose change of W a feedback moved last.
+        alone: why an explicit R moves by the optimiser's own state although update is "shared", by layer.
     """
+
+    update: Literal["shared", "own"] = "shared"
+
+    ALIKE: ClassVar[bool] = False
+    """Whether R has W's own gradients, of which an optimiser's state of its own makes the same change."""
 
     PLASTIC: ClassVar[str]
     """Name of the `nn.ParameterDict` that holds the R of every layer; without elements in closed form."""
@@ -57,6 +77,9 @@ class PlasticRule(EdgeRule):
     ) -> None:
         super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.form: Form = form
+        self.alone: dict[str, str] = {}
+        self.moved_by = ""
+        self._mirrored = 0
         self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
         if form == "auto":
             self.decisions = Decisions(self.reasons)
@@ -87,14 +110,54 @@ class PlasticRule(EdgeRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Which layers keep their feedback explicitly although the form is "auto", and why."""
+        """Which layers keep their feedback explicitly although the form is "auto", and why; and the mirror at birth."""
         layers = defaultdict(list)
         for name, reason in self.reasons.items():
             layers[reason].append(repr(name))
-        return [
+        remarks = super().remarks + [
             f"{type(self).__name__} keeps the feedback of {', '.join(names)} explicitly: {reason}"
             for reason, names in layers.items()
         ]
+        if self._mirrored:
+            remarks.append(
+                f"the feedback of {type(self).__name__} began as a mirror of the weights: each layer was driven alone by "
+                f"{self._mirrored} vectors of noise per input, a second phase, once before the first step"
+            )
+        return remarks
+
+    def mirror(self, vectors: int = 40, generator: torch.Generator | None = None) -> None:
+        """Begin anew with feedback that noise has copied from the weights as they are: R_0 = mean of `(B^T y) x^T`, y = W x.
+
+        Args:
+            vectors: of noise, for every input of a layer; the angle to W is about `arctan(1 / sqrt(vectors))`.
+            generator: of the noise; None draws from PyTorch's global state.
+
+        Raises:
+            ConfigError: vectors < 1.
+            UnsupportedModelError: a layer that does more to noise than an affine map.
+        """
+        check_initial("mirror", vectors)
+        for name in self.layers:
+            require_affine(self, name)
+        for name in self.layers:
+            self.reopen(name)
+            shape, weight = self.geometries[name], self.forward_weight(name).detach()
+            copied = from_matrix(shape, mirrored(as_matrix(shape, weight), vectors, generator), weight)
+            mismatch = self.mismatch_of(name)
+            if mismatch is None:
+                self.plastic_of(name).data.copy_(self.from_weight(name, copied))
+            else:
+                mismatch.feedback.copy_(copied)
+                mismatch.measure(weight)
+        self._mirrored = vectors
+
+    def outputs(self, name: str) -> int:
+        """Output channels of a layer."""
+        return len(as_matrix(self.geometries[name], self.layers[name].weight))
+
+    def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimiser's state that R would have by now, from that of its weight; empty where it begins anew."""
+        return {}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
@@ -140,6 +203,11 @@ class PlasticRule(EdgeRule):
 
     def hold(self, name: str, plastic: Tensor) -> None:
         """Begin with R_0 = `plastic`, in the form that was asked for."""
+        if self.form == "closed" and name in self._tied:
+            raise ConfigError(
+                f"layer {name!r} shares its weight with another one, whose gradients {type(self).__name__} in closed form "
+                'cannot keep from its feedback: build the rule with form="auto"'
+            )
         if self.form == "closed":
             weight = self.layers[name].weight.detach()
             self.close(name, Mismatch(self.to_weight(name, plastic).sub_(weight)), weight)
@@ -212,6 +280,18 @@ class PlasticRule(EdgeRule):
             if mismatch is not None:
                 mismatch.velocity = torch.zeros_like(mismatch.initial) if velocity in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_initial(initial: str, vectors: int) -> None:
+    """Refuse options of how feedback begins.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if initial not in ("random", "mirror"):
+        raise ConfigError(f'initial must be "random" or "mirror", not {initial!r}')
+    if vectors < 1:
+        raise ConfigError(f"mirror must be a number of noise vectors per input, 1 or more, not {vectors}")
 
 
 def _measure(rule: nn.Module, *_: Any) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from apical.core.cutting import Call, Cutting, Pass, Trace
+from apical.core.cutting import Call, Cutting, Pass, Trace, is_part_of
 from apical.core.graph import Graph, Reached, Vertex, vertex
 from apical.errors import UnsupportedModelError
 
@@ -77,7 +77,9 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
     search = _Search(cutting, trace, [at for at in map(vertex, outputs) if at is not None])
     while True:
         reached = search.reached()
-        layers = [at for at in search.weighted if reached.leaks(at) or (not merges and reached.merged[at] is not None)]
+        layers = [
+            at for at in search.weighted if reached.leaks(at) or (not merges and trace.is_merged(at, reached.merged[at]))
+        ]
         astray = layers or [at for at in search.others if reached.leaks(at)]
         if not astray:
             return search.result(reached)
@@ -97,11 +99,18 @@ def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: se
     reached = graph.reach(output, roots, weighted)
     for at, name in (*weighted.items(), *others.items()):
         reach = reached.at(at)
-        merged = at in weighted and reach.merged is not None
+        merged = at in weighted and done.is_merged(at, reach.merged)
         units = [OUTPUT if root is None else roots[root] for root in reach.roots]
+        if not merged and name in cutting.packed and _are_own(units, name):
+            continue  # one of several outputs, of which another is made
         if (len(units) > 1 or merged) and _pattern(name, units, merged) not in patterns:
             return False
     return True
+
+
+def _are_own(units: list[str], layer: str) -> bool:
+    """Whether all units end at outputs of one call of a layer with several."""
+    return all(is_part_of(base(unit), layer) for unit in units) and len({unit.partition("#")[2] for unit in units}) == 1
 
 
 def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, str], dict[Vertex, str]]:
@@ -213,8 +222,8 @@ class _Search:
         cuts = sorted({base(call.name) for call in self.marks.values()})
         round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"
         return UnsupportedModelError(
-            f"the error would reach {self.sites[site]!r} round {round_}, over a residual connection or a skip; name modules "
-            "whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
+            f"the error would reach {self.sites[site]!r} round {round_}, over a residual connection or a skip; "
+            "pass units='auto', or name modules whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
         )
 
     def result(self, reached: Reached) -> Separation:
@@ -223,7 +232,8 @@ class _Search:
         paths: dict[str, list[tuple[list[str], str | None]]] = {}
         for at, name in self.sites.items():
             reach = reached.at(at)
-            merged = self.weighted[reach.merged] if at in self.weighted and reach.merged is not None else None
+            passed = reach.merged if at in self.weighted and self.trace.is_merged(at, reach.merged) else None
+            merged = self.weighted[passed] if passed is not None else None
             units = sorted(OUTPUT if root is None else self.marks[root].name for root in reach.roots)
             patterns.add(_pattern(name, units, merged is not None))
             if at in self.weighted:

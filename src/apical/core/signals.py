@@ -47,6 +47,7 @@ class Cut(NamedTuple):
         dtype: of the unit's output.
         name: of the module, or function call, whose output this is, with "#k" when it is used again.
         axis: the channels' axis: 1 behind a convolution, else the last.
+        reader: the weighted layer that reads it as it is, if one does next.
         rows, answers: the samples of its rows, and of the output's, where rows move; see :mod:`apical.core.rows`.
     """
 
@@ -57,6 +58,7 @@ class Cut(NamedTuple):
     axis: int = -1
     rows: Labels | None = None
     answers: Labels | None = None
+    reader: str = ""
 
     def bare(self) -> "Cut":
         """The same without the graph, for what the graph itself keeps."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apical.core.effective import probe
 from apical.core.layer_forward import Wrapped
-from apical.core.layers import computes_plainly
+from apical.core.layers import computes_plainly, through
 from apical.core.swap import Swap
 from apical.core.transport import geometry
 from apical.core.units import Layer
@@ -26,6 +26,7 @@ class Site:
         swaps: autograd keeps the weight itself, as far as is known.
         affine: the layer is affine in its input with the geometry of its weight: known of its type, or verified.
         probed: the same, verified at inputs made up for it.
+        through: runs a layer that is no affine map with a feedback weight; None for all others.
         varies: it computes with another weight at every call.
         dimensions: of its input, when it was last called.
         call: the layer's forward pass as a function of its input, while it is called.
@@ -46,6 +47,7 @@ class Site:
             "shape",
             "swap",
             "swaps",
+            "through",
             "varies",
         ]
     )
@@ -61,7 +63,8 @@ class Site:
 
     def look_again(self) -> None:
         """Find out how the layer computes, as far as can be told without a batch."""
-        self.plain = self.swaps = self.affine = self.probed = computes_plainly(self.layer)
+        self.through = through(self.layer)
+        self.plain = self.swaps = self.affine = self.probed = self.through is not None or computes_plainly(self.layer)
         self.varies = False
         if not self.plain and self.swap is not None:
             self.probed, self.varies = probe(self.name, self.layer, self.forward)

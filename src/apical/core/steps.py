@@ -1,5 +1,6 @@
 """The optimiser's steps as a rule with plastic feedback sees them: which form is exact for each layer, before each step."""
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from apical.core.decay import ELEMENTWISE, Decays
 from apical.core.mismatch import Mismatch, Watch
 from apical.core.stepping import (
     Arrival,
@@ -36,8 +38,11 @@ FUNCTION = "the layer computes with a function of its weight"
 FROZEN = "its weight is frozen"
 OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
 REPLACED = "its weight was replaced by another parameter"
+PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight)"
+OWN = 'update="own" gives it the optimiser\'s own moments'
 HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
 
 
 class Steps:
@@ -50,7 +55,11 @@ class Steps:
     def __init__(self, rule: "PlasticRule") -> None:
         self._rule = ref(rule)
         self._known: WeakKeyDictionary[Optimizer, tuple[Signature, Places]] = WeakKeyDictionary()
-        self._moving: dict[str, tuple[Group, bool]] = {}
+        self._moving: dict[str, tuple[Group, bool, float | None]] = {}
+        self._sharing: dict[str, tuple[float, Tensor]] = {}
+        self._shared: dict[str, int] = {}
+        self._decays = Decays()
+        self._warned = False
         self._lonely: dict[str, int] = {}
         self._apart: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -87,6 +96,7 @@ class Steps:
         self._watches: dict[str, Watch] = {}
         self._optimizer: ref[Optimizer] | None = None
         self._moving.clear()
+        self._sharing.clear()
 
     def concerns(self, optimizer: Optimizer) -> bool:
         """Whether it holds a weight or an R of the rule."""
@@ -106,6 +116,8 @@ class Steps:
             groups = held.get(id(weight)), held.get(id(plastic))
             if groups != (None, None):
                 places[name] = groups
+            if plastic is not None and weight is not None:
+                setattr(plastic, "outputs", rule.outputs(name))  # noqa: B010  of the layer, whatever the rows of R
         return places
 
     def require(self, name: str) -> None:
@@ -160,13 +172,17 @@ class Steps:
         """Decide the form of each layer; refuse, or go back to the explicit one, where the closed one would not be exact."""
         rule, places = self.rule, self._known[optimizer][1]
         self._moving.clear()
+        self._sharing.clear()
+        self._decays.begin()
         for name, (group, other) in places.items():
             if rule.mismatch_of(name) is not None:
                 self._keep_closed(name, optimizer, group, other)
-                continue
-            self._count_steps_alone(name, group, other)
-            if rule.form == "auto" and name not in rule.reasons:
-                self._decide(name, optimizer, group, other)
+            else:
+                self._count_steps_alone(name, group, other)
+                if rule.form == "auto" and name not in rule.reasons:
+                    self._decide(name, optimizer, group, other)
+            if rule.mismatch_of(name) is None and other is not None and not is_sgd(optimizer):
+                self._share(name, optimizer, group, other)
         for name in self._arrivals:
             if name in self._watches:
                 self._arrivals[name].sampled = self._watches[name].steps < 3 or self._watches[name].steps % 16 == 15
@@ -176,15 +192,71 @@ class Steps:
         rule._called = False
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Advance the mismatches by the step that was just taken."""
-        if self._moving and not skipped(optimizer):
-            self._optimizer = ref(optimizer)
-            for name, (group, first) in self._moving.items():
+        """Advance the mismatches, and what takes the weights' change, by the step that was just taken."""
+        if (self._moving or self._sharing) and not skipped(optimizer):
+            self._optimizer = ref(optimizer) if self._moving else self._optimizer
+            for name, (group, first, k) in self._moving.items():
                 watch = self._watches[name]
-                watch.mismatch.advance(group, first)
+                if k is None:
+                    watch.mismatch.advance(group, first)
+                else:
+                    watch.mismatch.shrink(k)
+                    self.rule.moved_by = type(optimizer).__name__
                 watch.stepped()
-                watch.momentum = optimizer.state.get(watch.parameter, {}).get("momentum_buffer")
+                watch.momentum = momentum_of(optimizer, watch.parameter)
+            for name, (k, before) in self._sharing.items():
+                self.rule.moved_by = type(optimizer).__name__
+                with torch.no_grad():
+                    change = self.rule.layers[name].weight - k * before
+                    self.rule.plastic_of(name).mul_(k).add_(self.rule.from_weight(name, change))
         self._moving.clear()
+        self._sharing.clear()
+
+    def _share(self, name: str, optimizer: Optimizer, group: Group | None, other: Group) -> None:
+        """Let an explicit R take `B^T` times W's change in this step, or say why it moves by the optimiser's own state."""
+        rule, plastic = self.rule, self.rule.plastic_of(name)
+        weight = rule.layers[name]._parameters.get("weight")
+        if rule.ALIKE or name in rule.alone or plastic.grad is None:
+            return
+        if rule.update == "own":
+            self._warn_of_own_state(name, optimizer)
+            return
+        reason, k = None, self._decays.factor(optimizer, other, plastic.dim())
+        if weight is None:
+            reason = FUNCTION
+        elif isinstance(k, str):
+            reason = k
+        elif not weight.requires_grad:
+            plastic.grad = None  # W rests, and so does R
+            return
+        elif group is None:
+            reason = "its weight and its feedback have different optimisers"
+        elif not alike(group, other, optimizer):
+            reason = OPTIONS_DIFFER
+        elif weight.grad is None:
+            reason = "its weight has no gradient of its own"
+        elif (count := self._shared.get(name, 0)) < 3 or count % 16 == 15:
+            reason = None if _parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
+        if reason is not None or weight is None or isinstance(k, str):
+            rule.alone[name] = reason or FUNCTION
+            return
+        self._shared[name] = self._shared.get(name, 0) + 1
+        self._sharing[name] = k, weight.detach().clone()
+        plastic.grad = None
+
+    def _warn_of_own_state(self, name: str, optimizer: Optimizer) -> None:
+        """Adam's step of `B^T G` is not `B^T` times its step of G: longer, and turned."""
+        if self._warned or type(optimizer) not in ELEMENTWISE:
+            return
+        self._warned = True
+        rows = self.rule.plastic_of(name).numel() / cast(nn.Parameter, self.rule.layers[name].weight).numel()
+        warnings.warn(
+            f'update="own" moves R by {type(optimizer).__name__}\'s own state, which does not commute with B^T: R drifts '
+            'away from B^T W and training suffers; use update="shared", or apical.optim.InputAdam, or give R the learning '
+            f"rate lr / {math.sqrt(1 + 2 * rows / math.pi):.3g} = lr / sqrt(1 + 2 lambda / pi)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _count_steps_alone(self, name: str, group: Group | None, other: Group | None) -> None:
         plastic, weight = self.rule.plastic_of(name), self.rule.layers[name].weight
@@ -208,12 +280,27 @@ class Steps:
             rule.reasons[name] = reason
             return
         held = rule.to_weight(name, plastic.detach())
-        mine, its = (optimizer.state.get(p, {}).get("momentum_buffer") for p in (weight, plastic))
-        velocity = None if mine is None else rule.to_weight(name, its).sub_(mine)
+        mine, its = (momentum_of(optimizer, p) for p in (weight, plastic))
+        velocity = None if mine is None or its is None else rule.to_weight(name, its).sub_(mine)
         rule.close(name, Mismatch(held.sub_(weight.detach()), velocity), weight.detach())
         plastic.data, plastic.grad = plastic.data.new_empty(0), None
         optimizer.state.pop(plastic, None)
-        self._move(name, optimizer, cast(Group, group))
+        self._move(name, optimizer, cast(Group, group), self._k(name, optimizer, cast(Group, group)))
+
+    def _k(self, name: str, optimizer: Optimizer, group: Group) -> float | None:
+        """By how much this step shrinks the weight; None under `torch.optim.SGD`, which has a recursion of its own."""
+        k = None if is_sgd(optimizer) else self._decays.factor(optimizer, group, self.rule.layers[name].weight.dim())
+        assert not isinstance(k, str)
+        return k
+
+    def _refused(self, name: str, optimizer: Optimizer, group: Group | None) -> str | None:
+        """Why no closed form follows this optimiser; None where one does."""
+        if is_sgd(optimizer):
+            return "the optimiser is differentiable" if (group or {}).get("differentiable") else None
+        if self.rule.update == "own":
+            return OWN
+        k = 0.0 if group is None else self._decays.factor(optimizer, group, self.rule.layers[name].weight.dim())
+        return k if isinstance(k, str) else None
 
     def _obstacle(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> str | None:
         """Why the layer cannot take the closed form in this step; None where it can."""
@@ -225,21 +312,24 @@ class Steps:
             return FROZEN
         if distributed():
             return "several processes share their gradients"
-        if type(optimizer) is not SGD or (group or {}).get("differentiable"):
-            return f"the optimiser is {type(optimizer).__name__}, not torch.optim.SGD"
+        reason = self._refused(name, optimizer, group)
+        if reason is not None:
+            return reason
         if is_hooked(optimizer):
             return HOOKED
         if group is None or other is None:
             return "its weight and its feedback have different optimisers"
-        if not alike(group, other):
+        if not alike(group, other, optimizer):
             return OPTIONS_DIFFER
         if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
             return "its weight or its feedback has no dense gradient of its own"
+        if not is_sgd(optimizer):  # R takes W's change, whatever was done to the size of gradients
+            return None if _parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
         if not arrival.untouched(weight.grad) or _hooked(weight):
             return "gradients were changed between backward pass and step (clipping, or anything of the kind)"
         if not _equal(plastic.grad, rule.from_weight(name, weight.grad)):
             return "the gradient of its feedback is not that of its weight (a penalty on the weight, a tied weight, a clip)"
-        mine, its = (optimizer.state.get(p, {}).get("momentum_buffer") for p in (weight, plastic))
+        mine, its = (momentum_of(optimizer, p) for p in (weight, plastic))
         if (mine is None) != (its is None):
             return "only one of its weight and its feedback has a momentum in the optimiser"
         return None
@@ -249,11 +339,12 @@ class Steps:
         arrival = self._arrivals.get(name)
         if group is None or (weight.grad is None and not (arrival is not None and arrival.fresh)):
             return None
-        if type(optimizer) is not SGD or group.get("differentiable"):
-            return self.open(name, f"the optimiser is {type(optimizer).__name__}, not torch.optim.SGD", optimizer)
+        reason = self._refused(name, optimizer, group)
+        if reason is not None:
+            return self.open(name, reason, optimizer)
         if is_hooked(optimizer):
             return self.open(name, HOOKED, optimizer)
-        if other is not None and not alike(group, other):
+        if other is not None and not alike(group, other, optimizer):
             return self.open(name, OPTIONS_DIFFER, optimizer)
         self._require_untouched(name, optimizer)
         if arrival is not None and arrival.fresh and not rule._called:
@@ -266,6 +357,8 @@ class Steps:
                 "another loss, a hook), which it cannot keep from its feedback in closed form: build the rule with "
                 'form="explicit"'
             )
+        if not is_sgd(optimizer) and weight.requires_grad:
+            return self._move(name, optimizer, group, self._k(name, optimizer, group))
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
                 f"the gradient of layer {name!r} was changed between backward pass and step (clipping, or anything of the "
@@ -273,12 +366,12 @@ class Steps:
                 'form="explicit"'
             )
         before = None if self._optimizer is None else self._optimizer()
-        if self._optimizer is not None and before is not optimizer and "momentum_buffer" in optimizer.state.get(weight, {}):
+        if self._optimizer is not None and before is not optimizer and momentum_of(optimizer, weight) is not None:
             raise ConfigError(
                 f"two optimisers take turns with the weight of layer {name!r}, each with a momentum of its own: build the "
                 f'{type(rule).__name__} with form="explicit"'
             )
-        return self._move(name, optimizer, group)
+        return self._move(name, optimizer, group, None)
 
     def _require_untouched(self, name: str, optimizer: Optimizer) -> None:
         """Refuse what was done to R or its momentum by somebody who does not know that the closed form holds neither."""
@@ -290,15 +383,15 @@ class Steps:
                 f"the feedback of layer {name!r} was changed between steps, but {type(rule).__name__} does not hold it "
                 'while it follows the weight in closed form: use rule.set_feedback, or build the rule with form="explicit"'
             )
-        momentum = optimizer.state.get(watch.parameter, {}).get("momentum_buffer")
+        momentum = momentum_of(optimizer, watch.parameter)
         if watch.momentum is not None and momentum is not None and momentum is not watch.momentum and self.moving(name):
             raise ConfigError(
                 f"the optimiser's momentum of layer {name!r} was replaced, while that of its feedback is a part of "
                 f'{type(rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
             )
 
-    def _move(self, name: str, optimizer: Optimizer, group: Group) -> None:
-        """The step to come moves this weight by SGD."""
+    def _move(self, name: str, optimizer: Optimizer, group: Group, k: float | None) -> None:
+        """The step to come moves this weight, by SGD or with a decay of k apart from all else."""
         weight = cast(nn.Parameter, self.rule.layers[name].weight)
         watch = self._watches.get(name)
         mismatch = cast(Mismatch, self.rule.mismatch_of(name))
@@ -306,14 +399,16 @@ class Steps:
             watch = self._watches[name] = Watch(weight, mismatch)
             watch.plastic = -1 if self.rule.form == "closed" else self.rule.plastic_of(name)._version
             drift, momentum = self._drifts.pop(name, (None, None))
-            if momentum is not None and momentum is optimizer.state.get(weight, {}).get("momentum_buffer"):
+            if momentum is not None and momentum is momentum_of(optimizer, weight):
                 mismatch.restart(watch.weight, drift)
         if watch.moved():
             mismatch.measure(watch.weight)
-        self._moving[name] = (group, optimizer.state.get(weight, {}).get("momentum_buffer") is None)
+        self._moving[name] = (group, momentum_of(optimizer, weight) is None, k)
 
     def open(self, name: str, reason: str, optimizer: Optimizer | None = None) -> None:
         """Back to the explicit form: R = B^T F, with the gradient and the momentum that it would have by now.
+
+        The part of R that B does not see is zero from here on.
 
         Raises:
             ConfigError: the form "closed" was asked for.
@@ -332,18 +427,30 @@ class Steps:
         gradient = (weight if own is None else own).grad
         if gradient is not None:
             plastic.grad = rule.from_weight(name, gradient)
-        state = {} if optimizer is None else optimizer.state.get(weight, {})
-        if state.get("momentum_buffer") is not None:
-            momentum = rule.from_weight(name, mismatch.drift().add_(state["momentum_buffer"]))
-            cast(Optimizer, optimizer).state[plastic]["momentum_buffer"] = momentum
+        buffer = None if optimizer is None else momentum_of(optimizer, weight)
+        if optimizer is not None and buffer is not None:
+            optimizer.state[plastic]["momentum_buffer"] = rule.from_weight(name, mismatch.drift().add_(buffer))
+        elif optimizer is not None and not is_sgd(optimizer):
+            optimizer.state[plastic].update(rule.own_state(optimizer.state.get(weight, {})))
         del rule._mismatches()[key(name)]
         rule.reasons[name] = reason
         self._watches.pop(name, None)
 
 
-def alike(group: Group, other: Group) -> bool:
-    """Whether SGD moves the parameters of both groups in the same way."""
-    return group is other or all(group[option] == other[option] for option in OPTIONS)
+def is_sgd(optimizer: Optimizer) -> bool:
+    """Whether it is torch's own SGD, under which R's gradient is all that R needs."""
+    return type(optimizer) is SGD
+
+
+def momentum_of(optimizer: Optimizer, weight: Tensor) -> Tensor | None:
+    """SGD's momentum of a weight."""
+    return optimizer.state.get(weight, {}).get("momentum_buffer") if is_sgd(optimizer) else None
+
+
+def alike(group: Group, other: Group, optimizer: Optimizer) -> bool:
+    """Whether the optimiser moves the parameters of both groups in the same way."""
+    options = OPTIONS if is_sgd(optimizer) else group.keys() - NO_MATTER
+    return group is other or all(group.get(option) == other.get(option) for option in options)
 
 
 def _hooked(weight: Tensor) -> bool:
@@ -356,3 +463,13 @@ def _equal(actual: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding."""
     allowed = 1e3 * torch.finfo(expected.dtype).eps
     return actual.shape == expected.shape and bool((actual - expected).norm() <= allowed * expected.norm())
+
+
+def _parallel(actual: Tensor, expected: Tensor) -> bool:
+    """Equal up to a positive factor and rounding; clipping makes one."""
+    a, b = actual.detach().double(), expected.double()
+    if a.shape != b.shape:
+        return False
+    size = a.norm() * b.norm()
+    allowed = 1e2 * torch.finfo(expected.dtype).eps
+    return bool(size - (a * b).sum() <= allowed * size)

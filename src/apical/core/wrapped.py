@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Phase
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel, Phase
 from apical.core.transport import Geometry, as_matrix, from_matrix
 from apical.errors import ConfigError
 
@@ -132,6 +132,10 @@ class WrappedRule(CreditRule):
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
         """What the wrapped rule measures of itself."""
         return self.rule.measures(probe, test)
+
+    def panels(self, probe: Batch) -> Sequence[Panel]:
+        """Figures of the wrapped rule."""
+        return self.rule.panels(probe)
 
     def detach(self) -> nn.Module:
         """Detach wrapper and wrapped rule from the model, and return it."""

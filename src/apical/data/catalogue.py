@@ -8,6 +8,8 @@ from typing import Literal
 
 from apical.data import arrays, cifar, compact, idx, student_teacher
 from apical.data.digits import embedded_digits
+from apical.data.text import python_source, tasks
+from apical.data.text.sequences import Make
 from apical.errors import ConfigError, unknown_name
 
 Reader = Callable[[Path, str], arrays.Arrays]
@@ -68,7 +70,8 @@ class Made:
 class Entry:
     """One data set. Raw pixels from `low` to `high` are scaled to 0..1 before `mean` and `std` apply.
 
-    Its targets are class labels, numbers (`classes` of them per sample), or the normalised images themselves, flat.
+    Its targets are class labels, numbers (`classes` of them per sample), or the normalised images themselves, flat; or
+    tokens, one for each of a sequence, and then `sequences` makes it.
     """
 
     what: str
@@ -81,7 +84,8 @@ class Entry:
     high: float = 255.0
     remote: Remote | None = None
     made: Made | None = None
-    targets: Literal["labels", "numbers", "images"] = "labels"
+    targets: Literal["labels", "numbers", "images", "tokens"] = "labels"
+    sequences: Make | None = None
 
 
 def entry(name: str) -> Entry:
@@ -94,7 +98,7 @@ def entry(name: str) -> Entry:
 def unknown_data(name: str) -> ConfigError:
     """The error for a name of no data set: with the nearest name, and what else could stand there."""
     return ConfigError(
-        f"{unknown_name('data set', name, ENTRIES)}; or your own: FILE.npz, FILE.csv, FOLDER, FILE.py:FUNCTION"
+        f"{unknown_name('data set', name, ENTRIES)}; or your own: FILE.npz, FILE.csv, FILE.txt, FOLDER, FILE.py:FUNCTION"
     )
 
 
@@ -304,6 +308,14 @@ ENTRIES |= {
             std=tuple(factor * each for each in ENTRIES["cifar-10"].std),
         )
         for factor in (1.5, 3.0)
+    },
+    **{
+        name: Entry(what, classes, (), (), (), (), targets="tokens", sequences=make)
+        for name, what, classes, make in (
+            ("text-python", "sources of Python's standard library, the next character", 96, python_source.make),
+            ("copy", "a word of 8 symbols, said again after a cue", tasks.SYMBOLS + 2, tasks.make_copy),
+            ("recall", "pairs of 16 keys and values; each key asks for its value", 2 * tasks.KEYS + 1, tasks.make_recall),
+        )
     },
     "student-teacher": _student_teacher(5),
     "student-teacher-1": _student_teacher(1),

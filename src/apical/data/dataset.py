@@ -12,13 +12,21 @@ _CHUNK = 4096
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images (N, C, H, W) or other samples, float32 and normalised, with labels (N,), int64, or numbers (N, M), float32."""
+    """Images (N, C, H, W) or other samples, float32 and normalised, with labels (N,), int64, or numbers (N, M), float32.
+
+    Or sequences: tokens (N, T) and a token as target at each position (N, T), -100 where there is none, int64.
+    """
 
     inputs: Tensor
     targets: Tensor
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def answers(self) -> int:
+        """Targets of a sample: one, or those of a sequence, in which all samples have equally many."""
+        return 1 if self.targets.dim() == 1 else int((self.targets[0] >= 0).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +51,8 @@ class Dataset:
     sha256: str = ""
     about: str = ""
     class_names: tuple[str, ...] = ()
+    is_text: bool = False
+    """The next token is to be predicted; there are no right answers, only how well it is."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -53,6 +63,21 @@ class Dataset:
     def is_regression(self) -> bool:
         """Whether the targets are numbers (N, classes) instead of class labels (N,)."""
         return self.train.targets.is_floating_point()
+
+    @property
+    def is_sequences(self) -> bool:
+        """Whether samples are sequences of tokens with a target at each."""
+        return self.train.targets.dim() > 1 and not self.is_regression
+
+    @property
+    def counts_hits(self) -> bool:
+        """Whether answers are right or wrong, so that there is an accuracy."""
+        return not (self.is_regression or self.is_text)
+
+    def output_shape(self, samples: int) -> tuple[int, ...]:
+        """The shape of what a model says of so many samples: (N, classes), or (N, T, classes) of sequences."""
+        positions = self.input_shape if self.is_sequences else ()
+        return (samples, *positions, self.classes)
 
 
 def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:

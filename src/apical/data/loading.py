@@ -13,6 +13,7 @@ from apical.data.catalogue import ENTRIES, Entry, Layout, entry
 from apical.data.dataset import Dataset, Split, check
 from apical.data.own import sources as own
 from apical.data.roots import roots
+from apical.data.text.sequences import Level, Sequences
 from apical.errors import ConfigError, DataError
 
 _CHUNK = 512
@@ -36,6 +37,9 @@ def status() -> list[Status]:
     """One row for every data set, found or not, without reading the images."""
     rows = []
     for name, dataset in ENTRIES.items():
+        if dataset.sequences is not None:
+            rows.append(Status(name, dataset.what, "made here, in windows of --context tokens", ""))
+            continue
         if dataset.made is not None:
             rows.append(Status(name, dataset.what, dataset.made.source, f"{dataset.made.train:,} + {dataset.made.test:,}"))
             continue
@@ -58,11 +62,14 @@ def load(
     test_limit: int | None = None,
     seed: int = 0,
     numbers: bool = False,
+    context: int = 64,
+    tokens: Level = "characters",
 ) -> Dataset:
     """The data set `name`: images (N, C, H, W) float32, normalised, and labels (N,) int64 or numbers (N, classes) float32.
 
-    Any other name stands for the user's own data (:mod:`apical.data.own.sources`): a .npz or .csv file, a folder of images,
-    or "path/to/file.py:FUNCTION". Whole numbers as targets are classes there, or numbers to be approximated with `numbers`.
+    Any other name stands for the user's own data (:mod:`apical.data.own.sources`): a .npz, .csv or .txt file, a folder of
+    images, or "path/to/file.py:FUNCTION". Whole numbers as targets are classes there, or numbers to be approximated with
+    `numbers`. A text is cut into windows of `context` characters or bytes (`tokens`).
 
     `root` is the only folder searched if given; otherwise $APICAL_DATA and then the cache folder are. `validation`
     training images are held out, `train_limit` of the rest and `test_limit` test images are kept: random subsets
@@ -70,6 +77,9 @@ def load(
 
     Raises `ConfigError` for an unknown name or impossible sizes, `DataError` for a missing or damaged set.
     """
+    make = own.text_reader(name) if name not in ENTRIES else ENTRIES[name].sequences
+    if make is not None:
+        return _sequences(name, make(context, tokens), validation, train_limit, test_limit, seed)
     if name not in ENTRIES and own.is_own(name):
         return _own(name, validation, train_limit, test_limit, seed, numbers)
     about = entry(name)
@@ -118,6 +128,29 @@ def _own(name: str, validation: int, train_limit: int | None, test_limit: int | 
         sha256=data.sha256,
         about=data.about,
         class_names=data.names,
+    )
+
+
+def _sequences(
+    name: str, made: Sequences, validation: int, train_limit: int | None, test_limit: int | None, seed: int
+) -> Dataset:
+    if validation >= len(made.train[1]):
+        raise ConfigError(f"validation={validation} leaves none of the {len(made.train[1])} training windows of {name}")
+    held_out, train_kept = _held_out(len(made.train[1]), validation, train_limit, seed, f"train_limit for {name}")
+    _, test_kept = _held_out(len(made.test[1]), 0, test_limit, seed, f"test_limit for {name}")
+    return Dataset(
+        name=name,
+        train=Split(*(part[train_kept] for part in made.train)),
+        validation=Split(*(part[held_out] for part in made.train)) if validation else None,
+        test=Split(*(part[test_kept] for part in made.test)),
+        classes=made.vocabulary,
+        mean=(),
+        std=(),
+        source=made.source,
+        sha256=made.sha256,
+        about=made.about,
+        class_names=made.names,
+        is_text=made.is_text,
     )
 
 

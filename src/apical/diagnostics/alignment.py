@@ -84,7 +84,7 @@ def gradients(
     """Weight gradients of the rule and of backpropagation, by name, on one batch: of all layers, or of the given weights.
 
     Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through
-    time.
+    time. Where it has no derivative, as spikes have none, there is nothing to compare: both are empty.
     """
     if weights is None:
         weights = {name: module.weight for name, module in rule.model.named_modules() if is_weighted(module)}
@@ -97,6 +97,8 @@ def gradients(
         own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         loss = rule.loss(rule.answer(inputs), targets)
+        if not loss.requires_grad:
+            return {}, {}
         exact = torch.autograd.grad(loss, [layers[name] for name in own])
     return own, dict(zip(own, exact, strict=True))
 

@@ -66,7 +66,8 @@ def across_positions(probe: Probe) -> tuple[dict[str, float], str]:
     if not given:
         return {}, "no dense layer has the positions of the answer"
     before = probe.rows(probe.updates(batch=probe.sample))
-    for place, other in _changes(probe, output, targets, rows):
+    axis = class_axis(output, targets, convolution=False)
+    for place, other in (change for last in (axis, -axis) for change in _changes(probe, output, targets, rows, last)):
         after = probe.rows(probe.updates(batch=(inputs, other)))
         found = {}
         for name, at in given.items():
@@ -105,9 +106,18 @@ def inputs_at(calls: list[Tensor], positions: int) -> list[Tensor] | None:
     return None
 
 
-def _changes(probe: Probe, output: Tensor, targets: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Positions, and targets that differ there so that the errors differ there alone; the middle of the sample first."""
-    axis = class_axis(output, targets, convolution=False)
+def _changes(probe: Probe, output: Tensor, targets: Tensor, rows: Tensor, axis: int) -> Iterator[tuple[int, Tensor]]:
+    """Positions, and targets that differ there so that the errors differ there alone; the middle of the sample first.
+
+    Args:
+        probe: rule and sample.
+        output: its output.
+        targets: its targets.
+        rows: the same, positions first.
+        axis: of the output, of classes or numbers.
+    """
+    if output.dim() <= axis or output.numel() != len(rows) * output.shape[axis]:
+        return
     classes = output.shape[axis]
 
     def errors(wanted: Tensor) -> Tensor:

@@ -12,10 +12,17 @@ from apical.core.sigmoids import DoubleSiLU, HalfClip
 from apical.errors import ConfigError, unknown_name
 from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
+from apical.models.first_spike import first_spike
+from apical.models.flow import flow_classifier
+from apical.models.graph import graph
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.mu import mlp_mu
+from apical.models.patches import Mixer, VisionTransformer
+from apical.models.recurrent import Recurrent
 from apical.models.resnet import CifarResNet, ResNet
+from apical.models.spiking import spiking
+from apical.models.transformer import Transformer
 
 _WIDTHS = r"(-[1-9][0-9]{0,6}(x[1-9][0-9]{0,3})?)+"
 _EXAMPLES = {
@@ -28,7 +35,12 @@ _EXAMPLES = {
     "mlp-box": "mlp-box-500",
     "mlp-residual": "mlp-residual-100-100-100",
     "mlp-mu": "mlp-mu-128x29",
+    "spiking": "spiking-128-64",
+    "first-spike": "first-spike-340",
     "autoencoder": "autoencoder-256-32-256",
+    "graph": "graph-64x8",
+    "graph-attention": "graph-attention-64x8",
+    "flow": "flow-32x50",
     "cnn-elu": "cnn-elu-128-128-256-256-512",
     "cnn-elu-bn": "cnn-elu-bn-128-128-256-256-512",
     "cnn-stride": "cnn-stride-128-128-256-256-512",
@@ -38,6 +50,8 @@ _EXAMPLES = {
     "conv-autoencoder": "conv-autoencoder-64-128-256-512",
 }
 _IMAGENET_FORM_FROM = 64
+_RECURRENT = re.compile(r"(lstm|gru|rnn)-([1-9][0-9]{0,4})")
+_DECODER = re.compile(r"gpt-([1-9][0-9]{0,2})x([1-9][0-9]{0,4})")
 
 
 def _build_lenet(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -62,6 +76,14 @@ def _build_resnet18(name: str, shape: tuple[int, ...], num_classes: int) -> nn.M
     return ResNet((2, 2, 2, 2), channels, num_classes, small_images=min(sides) < _IMAGENET_FORM_FROM)
 
 
+def _build_vit(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return VisionTransformer(_image(name, shape), num_classes)
+
+
+def _build_mixer(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return Mixer(_image(name, shape), num_classes)
+
+
 _REMEDY = " (mlp-512-512 and resnet8 take any size)"
 _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
     "lenet": _build_lenet,
@@ -71,6 +93,8 @@ _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
     "resnet32": _build_cifar_resnet,
     "resnet56": _build_cifar_resnet,
     "resnet18": _build_resnet18,
+    "mixer": _build_mixer,
+    "vit": _build_vit,
 }
 _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp": mlp,
@@ -82,7 +106,12 @@ _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp-box": mlp_box,
     "mlp-residual": mlp_residual,
     "mlp-mu": mlp_mu,
+    "spiking": spiking,
+    "first-spike": first_spike,
     "autoencoder": autoencoder,
+    "graph": graph,
+    "graph-attention": partial(graph, edges="attention"),
+    "flow": flow_classifier,
 }
 _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = {
     "cnn-elu": cnn_elu,
@@ -97,7 +126,8 @@ _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = 
 
 def names() -> list[str]:
     """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 or mlp-128x30."""
-    return [*(f"{kind}-<widths>" for kind in (*_PERCEPTRONS, *_ROWS)), *_CONVNETS]
+    sequences = ("gpt-<blocks>x<width>", "lstm-<width>", "gru-<width>", "rnn-<width>")
+    return [*(f"{kind}-<widths>" for kind in (*_PERCEPTRONS, *_ROWS)), *_CONVNETS, *sequences]
 
 
 def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -110,7 +140,7 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
         num_classes: number of logits, or of outputs where the targets are numbers.
 
     Returns:
-        A module mapping (N, *input_shape) to (N, num_classes).
+        A module mapping (N, *input_shape) to (N, num_classes); those of tokens (N, T) to (N, T, num_classes).
 
     Raises:
         ConfigError: the name is unknown, or samples of this shape do not fit the model.
@@ -122,6 +152,12 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
         raise ConfigError(f"model {name!r} needs non-empty samples and classes; got {input_shape}, {num_classes}")
     if own.is_own(name):
         return own.build(name, input_shape, num_classes)
+    if decoder := _DECODER.fullmatch(name):
+        blocks, width = map(int, decoder.groups())
+        return Transformer(num_classes, width, blocks, context=_tokens(name, input_shape))
+    if recurrent := _RECURRENT.fullmatch(name):
+        _tokens(name, input_shape)
+        return Recurrent(num_classes, int(recurrent[2]), recurrent[1])
     for kind in (*_PERCEPTRONS, *_ROWS):
         if re.fullmatch(kind + _WIDTHS, name):
             widths = [width for part in name.removeprefix(kind + "-").split("-") for width in _repeated(part)]
@@ -133,9 +169,19 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
             raise ConfigError(
                 f"model {name!r} does not name its hidden widths; write for example {_EXAMPLES.get(kind, kind + '-512')}"
             )
+    for kind, example in (("gpt", "gpt-2x96"), ("lstm", "lstm-128"), ("gru", "gru-96"), ("rnn", "rnn-96")):
+        if name == kind or name.startswith(f"{kind}-"):
+            raise ConfigError(f"model {name!r} does not name its size; write for example {example}")
     if name not in _CONVNETS:
         raise ConfigError(f"{unknown_name('model', name, names())}; or your own: FILE.py:CLASS_OR_FUNCTION")
     return _CONVNETS[name](name, input_shape, num_classes)
+
+
+def _tokens(name: str, shape: tuple[int, ...]) -> int:
+    """The T of samples (T,), or an error if they are no sequences."""
+    if len(shape) != 1:
+        raise ConfigError(f"model {name!r} needs sequences of tokens (T,); got samples of shape {shape}")
+    return shape[0]
 
 
 def _repeated(part: str) -> list[int]:

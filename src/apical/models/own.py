@@ -17,8 +17,10 @@ IN_MEMORY = "in-memory:"
 
 SHAPE = ("input_shape",)
 FEATURES = ("in_features", "input_size")
-OUTPUTS = ("num_outputs", "num_classes", "outputs", "n_classes", "out_features")
-"""Parameters that are filled in: the shape of one sample, how many numbers that are, and how many outputs the data need."""
+OUTPUTS = ("num_outputs", "num_classes", "outputs", "n_classes", "out_features", "vocab_size", "vocabulary")
+CONTEXT = ("block_size", "context", "context_length")
+"""Parameters that are filled in: the shape of one sample, how many numbers that are, how many outputs the data need (of a
+text: how many tokens there are), and the tokens of a window."""
 
 _EXAMPLE = "my_model.py:Net"
 _memory: dict[str, Callable[..., nn.Module]] = {}
@@ -77,8 +79,10 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     return model
 
 
-def check_output(model: nn.Module, name: str, inputs: Tensor, outputs: int, data: str) -> None:
-    """See what the model makes of a few samples (n, ...): it must be (n, outputs). Changes nothing.
+def check_output(
+    model: nn.Module, name: str, inputs: Tensor, outputs: int, data: str, positions: tuple[int, ...] = ()
+) -> None:
+    """See what the model makes of a few samples (n, ...): it must be (n, *positions, outputs). Changes nothing.
 
     Raises:
         ConfigError: it fails, or the shape is another; names both shapes.
@@ -103,10 +107,11 @@ def check_output(model: nn.Module, name: str, inputs: Tensor, outputs: int, data
             module.training = mode
     if not isinstance(result, Tensor):
         raise ConfigError(f"model {where} must return one tensor; for inputs {shape} it returns a {type(result).__name__}")
-    if tuple(result.shape) != (len(inputs), outputs):
+    needed = (len(inputs), *positions, outputs)
+    if tuple(result.shape) != needed:
         raise ConfigError(
-            f"model {where} maps inputs {shape} to {tuple(result.shape)}, but {data} needs {(len(inputs), outputs)}: "
-            f"{outputs} outputs for each sample"
+            f"model {where} maps inputs {shape} to {tuple(result.shape)}, but {data} needs {needed}: "
+            f"{outputs} outputs for each {'token, at every position of the window' if positions else 'sample'}"
         )
 
 
@@ -139,6 +144,7 @@ def _given(factory: Callable[..., Any], where: str, shape: tuple[int, ...], outp
     fillings: dict[str, Any] = dict.fromkeys(SHAPE, shape)
     fillings |= dict.fromkeys(FEATURES, math.prod(shape))
     fillings |= dict.fromkeys(OUTPUTS, outputs)
+    fillings |= dict.fromkeys(CONTEXT, shape[0]) if len(shape) == 1 else {}
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
@@ -151,6 +157,6 @@ def _given(factory: Callable[..., Any], where: str, shape: tuple[int, ...], outp
             and not fixed
             and (name not in fillings or parameter.kind not in plain)
         ):
-            names = ", ".join((*SHAPE, *FEATURES[:1], *OUTPUTS[:2]))
+            names = ", ".join((*SHAPE, *FEATURES[:1], *OUTPUTS[:2], "vocab_size", *CONTEXT[:1]))
             raise ConfigError(f"model {where} needs an argument {name!r}; give it a default. Filled in are {names}")
     return {name: fillings[name] for name, item in parameters.items() if name in fillings and item.kind in plain}

@@ -8,8 +8,7 @@ Not local: the error travels through the transpose of the forward weights.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, CreditRule, Loss
+from apical.core.credit import Attention, Credit, CreditRule, Loss
 from apical.core.placement import layer_paths
 
 
@@ -33,7 +32,7 @@ class Backprop(CreditRule):
 
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, attention: Attention = "exact") -> None:
         super().__init__(model, loss)
-        self.attention = known(attention)
+        self.attention = attention
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""

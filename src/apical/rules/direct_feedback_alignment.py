@@ -12,27 +12,32 @@ residual connections; `leaky=True` does that too, for comparison with its publis
 Where a network answers at many places (tokens, pixels), each place of a unit hears the error of its own place through
 one matrix (outputs, channels); units with places of their own hear the sum, see :mod:`apical.core.positions`. So do units
 with tokens in a network with one answer, in equal parts: their number may vary.
+
+Where outputs are many (a vocabulary), one matrix Q brings them to the width of the head's input, and each unit has a small
+P_l: B_l = Q P_l. Or P_l hears the error at the head's input, by the head's own weight (Launay et al., arXiv 2006.12878).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
-from apical.core.cut import CutRule, eagerly
+from apical.core.credit import Attention, Credit, Loss
+from apical.core.cut import CutRule, Units, eagerly
+from apical.core.layers import computes_plainly
 from apical.core.losses import terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, routed
 from apical.core.signals import Cut
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
+
+SOURCES = ("auto", "output", "factored", "head")
 
 
 class DirectFeedbackAlignment(CutRule):
@@ -44,12 +49,19 @@ class DirectFeedbackAlignment(CutRule):
     Args:
         model: any network; what lies between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean.
-        feedback: "full", or "broadcast": one number per channel (at dense units the two are the same). With `leaky`,
-            broadcast passes the error through a transposed convolution with a fixed kernel of the layer's geometry.
+        feedback: "auto": a matrix (outputs, channels) at tokens, and at every place of a network that answers at places; a
+            row for each neuron of a map where there is one answer. "full": a row for each neuron in any case, for the
+            errors of all places. "broadcast": one number per channel in any case (at dense units all are the same).
+            "position": as "auto", and a unit whose places are not those of the answer is refused. With `leaky`, broadcast
+            passes the error through a transposed convolution with a fixed kernel of the layer's geometry.
         leaky: replace the error at every weighted layer's input instead of behind every activation, so that
             residual connections still carry exact errors.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
-        units: where there are cuts, see :class:`apical.core.cut.CutRule`.
+        units, inside: where there are cuts, and what an error passes within a unit, see :class:`apical.core.cut.CutRule`.
+        source: what matrices hear: "output", the error there; "factored", that error times one fixed random matrix
+            (outputs, width of the head's input) for all units; "head", the error at the head's input, through the head's own
+            weight: that is weight transport; a unit that the head reads as it is hears this error itself. "auto" is
+            "factored" where the network answers at places and outputs are more than twice the head's inputs.
         scale: of feedback to feature maps. "map": full feedback is as long as true errors are when training starts. It is
             divided by the square root of the number of places that averages above the unit take together, and multiplied by
             the gain, if below 1, of each layer above it that all paths pass and no normalisation follows: the root mean
@@ -60,7 +72,7 @@ class DirectFeedbackAlignment(CutRule):
             :mod:`apical.core.attention`.
 
     Raises:
-        ConfigError: unknown feedback, units or scale.
+        ConfigError: unknown feedback, units, inside, source or scale.
         UnsupportedModelError: see :class:`apical.core.cut.CutRule`.
 
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -72,28 +84,31 @@ class DirectFeedbackAlignment(CutRule):
     """
 
     seed: Tensor
+    projection: Tensor | None
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss = F.cross_entropy,
-        feedback: Literal["full", "broadcast"] = "full",
+        feedback: Literal["auto", "full", "broadcast", "position"] = "auto",
         leaky: bool = False,
         exact: Collection[str] = (),
-        units: Literal["auto", "activation"] | Sequence[str] = "auto",
+        units: Units = "auto",
         scale: Literal["map", "xavier"] = "map",
+        source: Literal["auto", "output", "factored", "head"] = "auto",
+        inside: Literal["exact", "feedback"] = "exact",
         attention: Attention = "exact",
     ) -> None:
-        if feedback not in ("full", "broadcast"):
-            raise ConfigError(f'feedback must be "full" or "broadcast", not {feedback!r}')
-        if scale not in ("map", "xavier"):
-            raise ConfigError(f'scale must be "map" or "xavier", not {scale!r}')
-        super().__init__(model, loss, "input" if leaky else "activation", exact, units)
-        self.attention = known(attention)
-        self.kind = feedback
+        require_choice("feedback", feedback, ("auto", "full", "broadcast", "position"))
+        require_choice("scale", scale, ("map", "xavier"))
+        require_choice("source", source, SOURCES)
+        super().__init__(model, loss, "input" if leaky else "activation", exact, units, inside)
+        self.attention = attention
+        self.kind, self.source = feedback, source
         self.scale = "xavier" if leaky else scale
         self.feedback = nn.Module()
-        self.register_buffer("seed", torch.randint(2**62, ()))  # all B_l follow from it, on every rank alike
+        self.register_buffer("seed", torch.randint(2**62, ()))  # all matrices follow from it, on every rank alike
+        self.register_buffer("projection", None)  # Q
         self._places = self._order()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -107,14 +122,16 @@ class DirectFeedbackAlignment(CutRule):
         errors = side_by_side([e for _, e in read], [class_axis(part, targets, convolution) for part, _ in read])
         if not torch.is_grad_enabled():
             cuts = []  # validation, perhaps with other outputs
+        heard = self._heard(errors) if cuts else errors
         for cut in cuts:
-            self._prepare(cut, errors)
+            if not self._hears_itself(cut):
+                self._prepare(cut, heard)
         signals: list[Tensor | None] = []
         if self.takes_signals:
-            signals = [self.signal(cut, errors) for cut in cuts]
+            signals = [self.signal(cut, heard) for cut in cuts]
         else:
             units = [cut.bare() for cut in cuts]
-            teacher.signal = lambda index, scale: self.signal(units[index], errors * scale)
+            teacher.signal = lambda index, scale: self.signal(units[index], _times(heard, scale))
             signals = [None for _ in cuts]
         taught: list[tuple[Tensor, Tensor | None]] = [
             (cut.root, signal) for cut, signal in zip(cuts, signals, strict=True) if cut.root.requires_grad
@@ -124,7 +141,12 @@ class DirectFeedbackAlignment(CutRule):
         return Credit.of(taught, detached(output), loss)
 
     def signal(self, cut: Cut, errors: Tensor) -> Tensor:
-        """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs)."""
+        """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs).
+
+        Where matrices hear another `source`, that takes the place of the errors.
+        """
+        if self._hears_itself(cut):
+            return delivered(matched(errors, cut), cut)
         b = self.feedback.get_buffer(self._at(cut.name)).to(errors.dtype)
         if b.dim() > 2:  # a kernel of the layer that reads this tensor
             return _broadcast(self.layers[cut.name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
@@ -135,12 +157,61 @@ class DirectFeedbackAlignment(CutRule):
             return result.view(cut.shape).to(cut.dtype)
         return delivered(result, cut, divided=self.scale == "map")
 
+    def _heard(self, errors: Tensor) -> Tensor:
+        """What the matrices hear: (batch, *places, outputs or head inputs), or all places of an answer in a row."""
+        kind, outputs = self.source, errors.shape[-1]
+        if kind == "auto":
+            head = self._topmost().weight
+            is_wide = errors.dim() > 2 and self.kind != "full" and self.where == "activation"
+            kind = "factored" if is_wide and outputs > 2 * head.shape[1] else "output"
+        if kind != "output":
+            factor = self._head(outputs).weight.detach() if kind == "head" else self._factor(outputs, errors.device)
+            half = errors.dtype in (torch.float16, torch.bfloat16)
+            with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+                errors = errors.float() @ factor.float() if half else errors @ factor.to(errors.dtype)
+        return errors.flatten(1) if self.kind == "full" and errors.dim() > 2 else errors
+
+    def _factor(self, outputs: int, device: torch.device) -> Tensor:
+        """Q (outputs, head inputs)."""
+        if self.projection is None:
+            self._draw_projection((outputs, self._topmost().weight.shape[1]), device)
+        known = cast(Tensor, self.projection)
+        if known.shape[0] != outputs:
+            raise ConfigError(f"the feedback is for {known.shape[0]} outputs, and the loss reads {outputs}; make a new rule")
+        return known
+
+    def _head(self, outputs: int) -> Layer:
+        """The layer whose output is the model's.
+
+        Raises:
+            UnsupportedModelError: there is none, or it is no plain Linear.
+        """
+        for name in self.heads:
+            layer = self.layers[name]
+            if geometry(layer) is None and computes_plainly(layer) and layer.weight.shape[0] == outputs:
+                return layer
+        raise UnsupportedModelError(
+            "source='head' sends the error through the weight of the Linear layer whose output is the model's, and there is "
+            "none; pass source='factored'"
+        )
+
+    def _hears_itself(self, cut: Cut) -> bool:
+        """Whether the unit's error is that at the head's input, which is local to the head."""
+        return self.source == "head" and self.readers.get(cut.name) in self.heads
+
+    @property
+    def remarks(self) -> list[str]:
+        """Weights that errors pass."""
+        head = "The error at the head's input goes through the head's own weight (source='head'): that is weight transport."
+        return [*super().remarks, *([head] if self.source == "head" else [])]
+
     def set_feedback(self, name: str, B: Tensor) -> None:
         """Set the feedback matrix of a unit, by its own name or that of a weighted layer whose error passes its cut.
 
         Args:
             name: of the unit ("relu1", "relu1#2") or layer.
-            B: (outputs, neurons of the unit) or, one number per channel, (outputs, channels); see `feedback`.
+            B: (outputs, neurons of the unit) or, one number per channel, (outputs, channels); see `feedback`. Where another
+                `source` than the output is heard, the width of the head's input stands in place of the outputs.
 
         Raises:
             ConfigError: there is no such unit, or the matrix has another shape.
@@ -167,8 +238,8 @@ class DirectFeedbackAlignment(CutRule):
         """Key of a unit's matrix: one for all steps of a recurrent network."""
         return key(self.first_use(unit))
 
-    def _topmost(self) -> nn.Module:
-        return next(reversed(self.layers.values()))
+    def _topmost(self) -> Layer:
+        return next(reversed(self._whole.values()))
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
         """Draw the matrix of a unit that is met first, or see that it fits."""
@@ -179,6 +250,14 @@ class DirectFeedbackAlignment(CutRule):
         if known is None:
             is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
             share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
+            if self.projection is not None:
+                outputs, inner = self.projection.shape
+                share /= _product_law(outputs, inner, cut.width)
+            if self.kind == "position" and matched(errors, cut).dim() < max(3, errors.dim()):
+                raise UnsupportedModelError(
+                    f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, whose places are not those of the "
+                    "model's output; pass feedback='auto', which sends it the sum of the errors"
+                )
             self._draw(self.first_use(cut.name), size, share, errors.device)
         elif known.shape != size:
             raise ConfigError(
@@ -191,14 +270,17 @@ class DirectFeedbackAlignment(CutRule):
         dense = len(cut.shape) == 2
         if self.where == "input" and self.kind == "broadcast" and not dense:
             return (outputs, cut.shape[1], *self.layers[cut.name.split("#")[0]].weight.shape[2:])
-        if dense or self.kind == "broadcast" or errors.dim() > 2 or (cut.axis == -1 and self.where == "activation"):
+        if dense or self.kind == "broadcast" or errors.dim() > 2 or self._is_of_tokens(cut):
             return (outputs, cut.width)
         return (outputs, cut.shape[1:].numel())
 
+    def _is_of_tokens(self, cut: Cut) -> bool:
+        return cut.axis == -1 and self.where == "activation" and self.kind != "full"
+
     def _order(self) -> dict[str, int]:
         """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""
-        first = next(iter(self.layers))
-        kinds = self.layers if self.where == "input" else self._cutting.activations
+        first = next(iter(self._whole))
+        kinds = self._whole if self.where == "input" else self._cutting.activations
         names = [name for name, _ in self.model.named_modules() if name in kinds or name == first]
         return {name: place for place, name in enumerate(names[names.index(first) + 1 :])}
 
@@ -207,17 +289,44 @@ class DirectFeedbackAlignment(CutRule):
         place = self._places.get(name)
         if place is None:  # further uses, functions, blocks: by name
             place = int.from_bytes(sha256(name.encode()).digest()[:7], "big")
+        self.feedback.register_buffer(key(name), self._drawn(size, place).div_(share**0.5).to(device))
+
+    @eagerly
+    def _draw_projection(self, size: tuple[int, ...], device: torch.device) -> None:
+        self.projection = self._drawn(size, int.from_bytes(sha256(b"projection").digest()[:7], "big")).to(device)
+
+    def _drawn(self, size: tuple[int, ...], place: int) -> Tensor:
+        """A matrix from the Xavier uniform law."""
         generator = torch.Generator().manual_seed((int(self.seed) + place) % 2**63)
         parameter = next(self.model.parameters())
-        value = nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype), generator=generator)
-        self.feedback.register_buffer(key(name), value.div_(share**0.5).to(device))
+        return nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype), generator=generator)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         start = f"{prefix}feedback."
         for name, value in state_dict.items():
             if name.startswith(start) and name[len(start) :] not in self.feedback._buffers:
                 self.feedback.register_buffer(name[len(start) :], torch.empty_like(value, device=self.seed.device))
+        if (known := state_dict.get(f"{prefix}projection")) is not None and self.projection is None:
+            self.projection = torch.empty_like(known, device=self.seed.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _product_law(outputs: int, inner: int, width: int) -> float:
+    """What squares of numbers of P are multiplied by, so that those of Q P follow the Xavier law of (outputs, width).
+
+    Args:
+        outputs, inner: of Q, which has the Xavier law.
+        width: of P, which has it but for this.
+
+    >>> _product_law(50, 8, 8)
+    1.0
+    """
+    return (outputs + inner) * (inner + width) / (2 * inner * (outputs + width))
+
+
+def _times(errors: Tensor, scale: Tensor) -> Tensor:
+    """The product; as a rule the scale is 1, which can be seen for nothing on the CPU."""
+    return errors if scale.is_cpu and float(scale) == 1.0 else errors * scale
 
 
 def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) -> Tensor:

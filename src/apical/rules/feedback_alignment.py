@@ -11,8 +11,7 @@ from collections.abc import Collection
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Loss
+from apical.core.credit import Attention, Loss
 from apical.core.edge import EdgeRule, Feedback, stored
 from apical.core.units import key
 
@@ -53,7 +52,7 @@ class FeedbackAlignment(EdgeRule):
         attention: Attention = "exact",
     ) -> None:
         super().__init__(model, loss, exact, first_layer, sites, through_time)
-        self.attention = known(attention)
+        self.attention = attention
         self.feedback = self.random_feedback()
 
     def set_feedback(self, name: str, B: Tensor) -> None:

@@ -5,24 +5,26 @@
 Feedback and forward weight receive the same update and the same weight decay, so their difference decays: `B - W` shrinks
 to zero at the rate of the decay, which must be positive. Local: B's synapse sees the same two activities as W's.
 
-While `torch.optim.SGD` moves W and B alike, `B = W + c (B_0 - W_0)` with one number c (:mod:`apical.core.mismatch`), and B
-needs no gradient, momentum or update of its own. Form "auto" (default) uses this layer by layer where it is exact, and keeps
-B as a parameter where it is not (:mod:`apical.core.plastic`).
+While the optimiser moves W and B alike, `B = W + c (B_0 - W_0)` with one number c (:mod:`apical.core.mismatch`), and B
+needs no gradient, momentum or update of its own. That is so under `torch.optim.SGD`, and under optimisers whose decay is
+apart from what they make of gradients (AdamW, Muon): equal gradients make equal changes. Adam's weight decay goes through
+its moments, where no number c exists. Form "auto" (default) uses this layer by layer where it is exact, and keeps B as a
+parameter where it is not (:mod:`apical.core.plastic`).
 """
 
+import copy
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Loss
+from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import xavier_
-from apical.core.plastic import PlasticRule
+from apical.core.plastic import Initial, PlasticRule, check_initial
 from apical.core.transport import Geometry, transport, weight_gradient
 from apical.errors import ConfigError
 
@@ -52,12 +54,17 @@ class KolenPollack(PlasticRule):
             for each layer the closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        initial: "random", as in the papers; or "mirror": before the first step noise copies the weights (:meth:`mirror`),
+            which the decay of AdamW and its like is too small to do. The rule is built before it knows the optimiser, so
+            that it is for you to choose.
+        mirror: noise vectors per input of a layer, for initial="mirror".
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:
-        ConfigError: unknown form; or, while training, an optimiser without B, or what the closed form cannot follow.
+        ConfigError: unknown form or initial, mirror < 1; or, while training, an optimiser without B, or what the
+            closed form cannot follow.
 
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = KolenPollack(model)
@@ -71,6 +78,7 @@ class KolenPollack(PlasticRule):
     """
 
     PLASTIC, MISMATCH = "feedback", "difference"
+    ALIKE = True
 
     def __init__(
         self,
@@ -79,16 +87,21 @@ class KolenPollack(PlasticRule):
         form: Literal["auto", "closed", "explicit"] = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        initial: Initial = "random",
+        mirror: int = 40,
         sites: Collection[str] = (),
         through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
+        check_initial(initial, mirror)
         if form not in ("auto", "closed", "explicit"):
             raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
         super().__init__(model, loss, exact, first_layer, form, sites=sites, through_time=through_time)
-        self.attention = known(attention)
+        self.attention = attention
         for name, layer in self.layers.items():
             self.hold(name, xavier_(torch.empty_like(weight_now(layer)), layer))
+        if initial == "mirror":
+            self.mirror(mirror)
 
     def set_feedback(self, name: str, B: Tensor) -> None:
         """Replace B of one layer; its momentum in the optimiser stays.
@@ -135,3 +148,7 @@ class KolenPollack(PlasticRule):
     def from_weight(self, name: str, weight: Tensor) -> Tensor:
         """The weight itself."""
         return weight.clone()
+
+    def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The weight's own: from equal gradients the optimiser made the same."""
+        return copy.deepcopy(state)

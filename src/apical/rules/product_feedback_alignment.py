@@ -13,13 +13,17 @@ Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
 
     literal   as written above
     fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser
-    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while SGD moves W and R alike, no
-              sparse masks
+    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while the optimiser moves W and R
+              alike, no sparse masks
+
+Under SGD a step of R with its own gradient is `B^T` times W's step. Under Adam it is not: element-wise scales do not commute
+with B^T. There R takes `B^T` times W's change itself (update="shared"), or its own step (update="own"), which trains worse.
 
 Departures from the released code: a grouped convolution gets a block-diagonal B; R of the first layer is optional.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Literal
 
@@ -27,13 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Attention, Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
-from apical.core.plastic import Form, PlasticRule
-from apical.core.repeats import Repeats
+from apical.core.plastic import Form, Initial, PlasticRule, check_initial
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -125,6 +127,13 @@ class ProductFeedbackAlignment(PlasticRule):
             closed form from the first step on where it is exact, and says in `rule.remarks` where not.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
+        update: under other optimisers than SGD, "shared": R takes `B^T` times W's change, in any form, where the optimiser's
+            decay is apart from what it makes of gradients (AdamW, Muon, Adam without decay), else its own step, and
+            `rule.remarks` says so; "own": the optimiser's own step of R's own gradient.
+        initial: "random", as in the paper; or "mirror": before the first step noise copies the weights into R
+            (:meth:`mirror`), which the decay of AdamW and its like is too small to do. The rule is built before it knows the
+            optimiser, so that it is for you to choose.
+        mirror: noise vectors per input of a layer, for initial="mirror".
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
         attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
@@ -159,21 +168,46 @@ class ProductFeedbackAlignment(PlasticRule):
         form: Form = "auto",
         exact: Collection[str] = (),
         first_layer: bool = False,
+        update: Literal["shared", "own"] = "shared",
+        initial: Initial = "random",
+        mirror: int = 40,
         sites: Collection[str] = (),
         through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
-        _check_options(expansion, feedback, density, form)
+        _check_options(expansion, feedback, density, form, update)
+        check_initial(initial, mirror)
         sparse = density < 1.0 and form == "auto"
         super().__init__(model, loss, exact, first_layer, form, sparse, sites, through_time)
-        self.attention = known(attention)
-        self.feedback, self.density = feedback, density
-        self._rows, self._repeats = 0, Repeats()
+        self.attention = attention
+        self.feedback, self.density, self.update = feedback, density, update
+        self._rows, self._rows_per_sample = 0, dict.fromkeys(self.layers, 1.0)
+        self._seen: dict[str, float] = {}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         self._embedding = {name for name, layer in self.layers.items() if id(layer.weight) in tables}
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
+        if initial == "mirror":
+            self.mirror(mirror)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Also what a synapse of R cannot see."""
+        remarks = super().remarks
+        if self.moved_by:
+            remarks.append(
+                f"R takes B^T times W's change. Under {self.moved_by} that change is not a product of r and h: a synapse of "
+                "R cannot see it"
+            )
+        layers = defaultdict(list)
+        for name, reason in self.alone.items():
+            layers[reason].append(repr(name))
+        return remarks + [
+            f"R of {', '.join(names)} moves by the optimiser's own state, not by B^T times W's change, from which it drifts "
+            f"apart: {reason}"
+            for reason, names in layers.items()
+        ]
 
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
         """Draw B and R_0 of one layer and keep what the form needs of them."""
@@ -213,9 +247,7 @@ class ProductFeedbackAlignment(PlasticRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
         self._rows = len(inputs)
-        dense = {name: layer for name, layer in self.layers.items() if self.geometries[name] is None}
-        if (self.form == "explicit" or (self.form == "auto" and self.reasons)) and not torch.compiler.is_compiling():
-            self._repeats.look(self.model, dense, inputs)
+        self._rows_per_sample |= self._seen
         return super().forward(inputs, targets)
 
     def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
@@ -251,8 +283,8 @@ class ProductFeedbackAlignment(PlasticRule):
             self.replace(name, r)
 
     def literal(self, name: str) -> bool:
-        """Whether this layer takes the literal form: by choice, or where its rows are fewer than it has units."""
-        if self.mismatch_of(name) is not None:
+        """Whether this layer takes the literal form: by choice, or where rows (tokens) are fewer than its outputs."""
+        if self.mismatch_of(name) is not None or (self.tapped(name) and not self.takes_pathway(name)):
             return False
         if isinstance(self.layers[name], Part) or name in self._embedding:
             return False  # its module applies it out of sight; or R hears of what the embedding learns as well
@@ -260,8 +292,7 @@ class ProductFeedbackAlignment(PlasticRule):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
             return False
-        rows = self._rows * self._repeats.of(name)
-        return self.geometries[name] is None and rows <= len(self.layers[name].weight)
+        return self.geometries[name] is None and self._rows * self._rows_per_sample[name] <= len(self.layers[name].weight)
 
     def feedback_of(self, name: str) -> Feedback:
         """B R of this layer, as `M F` in closed form."""
@@ -273,11 +304,19 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
         """The literal form, and for dense layers the cheaper order of the closed one."""
+        if self._rows and self.geometries[name] is None and not torch.compiler.is_compiling():
+            self._seen[name] = inputs.numel() / (inputs.shape[-1] * self._rows)
         if self.literal(name):
             tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic_of(name), *self._mask(name))
             return literal_feedback, tensors
         mismatch, mixing = self.mismatch_of(name), self._mixing(name)
-        if mismatch is not None and mixing is not None and self.geometries[name] is None and inputs.requires_grad:
+        if (
+            mismatch is not None
+            and mixing is not None
+            and self.geometries[name] is None
+            and inputs.requires_grad
+            and self.takes_pathway(name)
+        ):
             n_in, rows = inputs.shape[-1], inputs.numel() // inputs.shape[-1]
             if mixing.numel() * (n_in - rows) > WORTH_A_PATHWAY:
                 return mixed_first, (mixing, mismatch.feedback)
@@ -303,8 +342,9 @@ class ProductFeedbackAlignment(PlasticRule):
         return product(shape, torch.linalg.inv(exact @ exact.T), target.double()).to(plastic.dtype)
 
     def from_weight(self, name: str, weight: Tensor) -> Tensor:
-        """`B^T W`."""
-        return shared_gradient(weight, self.geometries[name], self.expansion.get_buffer(key(name)), weight)
+        """`B^T W`, on R's mask where R is sparse."""
+        b = self.expansion.get_buffer(key(name))
+        return shared_gradient(weight, self.geometries[name], b, weight, *self._mask(name))
 
     def settle(self, name: str) -> None:
         """M of a layer in closed form."""
@@ -320,11 +360,13 @@ class ProductFeedbackAlignment(PlasticRule):
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
 
 
-def _check_options(expansion: float, feedback: str, density: float, form: str) -> None:
+def _check_options(expansion: float, feedback: str, density: float, form: str, update: str) -> None:
     if not expansion >= 1.0 or not math.isfinite(expansion):
         raise ConfigError(f"expansion must be a number >= 1, not {expansion}")
     if feedback not in ("random", "orthogonal", "identity"):
         raise ConfigError(f'feedback must be "random", "orthogonal" or "identity", not {feedback!r}')
+    if update not in ("shared", "own"):
+        raise ConfigError(f'update must be "shared" or "own", not {update!r}')
     if not 0.0 < density <= 1.0:
         raise ConfigError(f"density must lie in (0, 1], not {density}")
     if form not in ("auto", "closed", "explicit", "literal", "fused"):

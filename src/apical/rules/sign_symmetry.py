@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Loss
+from apical.core.credit import Attention, Loss
 from apical.core.edge import EdgeRule, Feedback
 from apical.core.effective import weight_now
 from apical.core.packed import row_blocks
@@ -108,7 +107,7 @@ class SignSymmetry(EdgeRule):
         if scale not in ("xavier", "kaiming", "xiao", "current"):
             raise ConfigError(f'scale must be "xavier", "kaiming", "xiao" or "current", not {scale!r}')
         super().__init__(model, loss, exact, first_layer, sites, through_time)
-        self.attention = known(attention)
+        self.attention = attention
         self.variant, self.scale, self.generator = variant, scale, generator
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():

@@ -21,17 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.attention import Attention, known
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Attention, Credit, Loss
 from apical.core.edge import EdgeRule, Feedback, stored
+from apical.core.mirror import mirror, require_affine
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError
-
-
-def mirror(weight: Tensor, noise: Tensor) -> Tensor:
-    """`y x^T / batch` with `y = W x`, for unit-variance noise (batch, fan_in): an unbiased estimate of the weight."""
-    rows = weight.flatten(1)
-    return ((noise @ rows.T).T @ noise / len(noise)).view_as(weight)
+from apical.errors import ConfigError
 
 
 class WeightMirror(EdgeRule):
@@ -77,7 +71,7 @@ class WeightMirror(EdgeRule):
         if not 0.0 <= rate <= 1.0 or batch < 1:
             raise ConfigError(f"rate must lie in [0, 1] and batch be positive, not rate={rate}, batch={batch}")
         super().__init__(model, loss, exact, first_layer, sites, through_time)
-        self.attention = known(attention)
+        self.attention = attention
         self.rate, self.batch, self.generator = rate, batch, generator
         self.feedback = self.random_feedback(generator)
         self.mirror(warmup)
@@ -87,12 +81,8 @@ class WeightMirror(EdgeRule):
         """Take `steps` mirror steps on every layer, which keeps the weight it computes with meanwhile."""
         if not self.rate:
             return
-        for name, layer in self.layers.items():
-            if not (self.is_plain(name) or self._sites[name][1].probed):
-                raise UnsupportedModelError(
-                    f"layer {name!r} ({type(layer).__name__}) does not map noise alone by an affine map, as the weight "
-                    f"mirror needs; put what else it does into a module of its own, or pass exact=({name!r},)"
-                )
+        for name in self.layers:
+            require_affine(self, name)
         weights = {name: self.forward_weight(name) for name in self.layers}
         for _ in range(steps):
             for name, weight in weights.items():

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from apical.bench.figures.cost import compute, seconds
 from apical.bench.figures.depth import depth_accuracy, reconstructions
 from apical.bench.figures.overview import overview
+from apical.bench.figures.panels import panels
 from apical.bench.figures.spread import column_mean, has_values, spread
 from apical.bench.figures.style import RC, styles
 from apical.bench.report.records import Array, Comparison, Run
@@ -121,6 +122,7 @@ def draw(comparison: Comparison) -> list[Drawing]:
             ("reconstructions", "Reconstructed images", _IMAGES, reconstructions(comparison)),
         ):
             drawings.append(render(name, title, caption, figure))
+        drawings += [render(stem, title, caption, figure) for stem, title, caption, figure in panels(comparison)]
     return [drawing for drawing in drawings if drawing is not None]
 
 

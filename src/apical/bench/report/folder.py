@@ -19,7 +19,9 @@ from apical.bench.figures import curves as figures
 from apical.bench.figures.style import styles
 from apical.bench.recipe import FEEDBACK_FIELDS, Recipe
 from apical.bench.report import html as report_html
+from apical.bench.report import measures as measures_section
 from apical.bench.report import placement as placement_section
+from apical.bench.report import sample
 from apical.bench.report.protocol import section, sureness
 from apical.bench.report.records import Comparison, Run, Score, read
 from apical.bench.report.verdicts import judge
@@ -27,7 +29,7 @@ from apical.bench.state import write_page
 from apical.errors import CheckpointError
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
-_WHERE_SET = ("beta2", "eps", "clip", "clip_over", "data_sha256", "model_sha256")
+_WHERE_SET = ("init", "measure", "beta2", "eps", "clip", "clip_over", "data_sha256", "model_sha256")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class RuleSummary:
         finished: number of seeds that finished.
         accuracy: test accuracy after the last epoch, in percent; empty for regression.
         test_loss: test loss after the last epoch.
+        bits: the same in bits per token, and
+        perplexity: its exponential; both empty unless the data are a text.
         train_loss: training loss of the last epoch.
         milliseconds: median time per training step.
         ratio: time per step relative to backpropagation.
@@ -56,6 +60,8 @@ class RuleSummary:
     finished: int
     accuracy: tuple[float, ...]
     test_loss: tuple[float, ...]
+    bits: tuple[float, ...]
+    perplexity: tuple[float, ...]
     train_loss: tuple[float, ...]
     milliseconds: tuple[float, ...]
     ratio: tuple[float, ...]
@@ -93,7 +99,8 @@ def write(out: Path) -> Path:
         environment=environment_rows(comparison),
         verdicts=verdicts,
         sure=section(sure, comparison.score),
-        placement=placement_section.section(out, comparison.rules),
+        placement=sample.section(out, comparison.rules) + placement_section.section(out, comparison.rules),
+        measures=measures_section.section(comparison),
     )
     try:
         (out / "figures").mkdir(exist_ok=True)
@@ -137,6 +144,8 @@ def summarise(comparison: Comparison) -> list[RuleSummary]:
                 finished=len(done),
                 accuracy=_numbers(100 * run.final("test_accuracy") for run in done),
                 test_loss=_numbers(run.final("test_loss") for run in done),
+                bits=_numbers(run.final("bits_per_token") for run in done),
+                perplexity=_numbers(run.final("perplexity") for run in done),
                 train_loss=_numbers(run.final("train_loss") for run in done),
                 milliseconds=_numbers(run.final("ms_per_step") for run in done),
                 ratio=_numbers(map(ratio, done)),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from apical.bench.document import MISSING, document, figure_block, reproduce, significant
 from apical.bench.figures.curves import Drawing
-from apical.bench.report.records import ACCURACY, Comparison, Run, Score
+from apical.bench.report.records import ACCURACY, NATS, Comparison, Run, Score
 from apical.bench.report.verdicts import Verdict, tally
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def render(
     verdicts: Sequence[Verdict] = (),
     sure: str = "",
     placement: str = "",
+    measures: str = "",
 ) -> str:
     """The page as text; every name and value taken from the runs is escaped."""
     figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
@@ -39,6 +40,7 @@ def render(
 <div class="figures">
 {figures}
 </div>
+{measures}
 {reproduce(comparison.command, config, environment)}
 {placement}
 <h2>Every run</h2>
@@ -61,6 +63,8 @@ def mean_and_spread(values: Sequence[float], score: Score = ACCURACY) -> str:
 
 
 def _heading(score: Score) -> str:
+    if score == NATS:
+        return "Test loss,&nbsp;nats"
     return "Test loss" if score.is_loss else "Test accuracy,&nbsp;%"
 
 
@@ -71,7 +75,16 @@ def _rules_table(rows: Sequence["RuleSummary"], score: Score) -> str:
     relative = "Time relative to bp <small>median (range)</small>" if seeds > 1 else "Time relative to bp"
     with_memory = any(row.memory for row in rows)
     memory = ("Peak memory,&nbsp;MB",) if with_memory else ()
-    heads = (first, "Seeds", "Training loss", step, relative, *memory, "Parameters")
+    heads = (
+        first,
+        *(_OTHER_UNITS if score == NATS else ()),
+        "Seeds",
+        "Training loss",
+        step,
+        relative,
+        *memory,
+        "Parameters",
+    )
     head = "<th>Rule</th>" + "".join(f'<th class="n">{text}</th>' for text in heads)
     body = "\n".join(_rule_row(row, with_memory, score) for row in rows)
     note = (
@@ -92,6 +105,7 @@ def _rule_row(row: "RuleSummary", with_memory: bool, score: Score) -> str:
     memory = significant(statistics.median(row.memory)) if row.memory else MISSING
     cells = (
         (_heading(score), mean_and_spread(row.scores(score), score)),
+        *(zip(_OTHER_UNITS, map(_mean, (row.bits, row.perplexity)), strict=True) if score == NATS else ()),
         ("Seeds", seeds),
         ("Training loss", significant(statistics.mean(row.train_loss)) if row.train_loss else MISSING),
         ("ms per step", _median_and_range(row.milliseconds)),
@@ -100,6 +114,13 @@ def _rule_row(row: "RuleSummary", with_memory: bool, score: Score) -> str:
         ("Parameters", f"{row.parameters:,}" if row.parameters is not None else MISSING),
     )
     return f"<tr><td>{swatch}{escape(row.name)}{short}</td>{''.join(_cell(*cell) for cell in cells)}</tr>"
+
+
+_OTHER_UNITS = ("Bits per token", "Perplexity")
+
+
+def _mean(values: Sequence[float]) -> str:
+    return significant(statistics.mean(values)) if values else MISSING
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:

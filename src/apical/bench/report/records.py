@@ -54,6 +54,7 @@ class Score(NamedTuple):
 
 ACCURACY = Score("test_accuracy", "test accuracy", "test accuracy (%)", 100.0)
 LOSS = Score("test_loss", "test loss", "test loss", 1.0)
+NATS = Score("test_loss", "test loss", "test loss (nats per token)", 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Run:
         records: the metrics of each epoch in `epochs`.
         result: contents of result.json, None while the run has not ended.
         examples: images and what the model made of them, each (n, channels, height, width), where the run kept any.
+        panels: figures of the network, :class:`apical.core.credit.Panel` as a dictionary each.
     """
 
     rule: str
@@ -79,6 +81,7 @@ class Run:
     records: tuple[Mapping[str, Any], ...]
     result: Mapping[str, Any] | None
     examples: tuple[Array, Array] | None = None
+    panels: Sequence[Mapping[str, Any]] = ()
 
     @property
     def finished(self) -> bool:
@@ -143,7 +146,9 @@ class Comparison:
         def has(key: str) -> bool:
             return any(math.isfinite(_finite(row.get(key))) for run in self.runs for row in (run.result or {}, *run.records))
 
-        return LOSS if has(LOSS.key) and not has(ACCURACY.key) else ACCURACY
+        if not has(LOSS.key) or has(ACCURACY.key):
+            return ACCURACY
+        return NATS if any(run.config.get("loss") == "token_cross_entropy" for run in self.runs) else LOSS
 
     def of(self, rule: str) -> list[Run]:
         """The runs of one rule, by seed."""
@@ -199,7 +204,25 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
     if isinstance(done, int) and done > 0 and done not in records:
         raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, with which the run ended, is not in it")
     lines = tuple(records[epoch] for epoch in epochs)
-    return Run(rule, seed, config, environment, epochs, lines, result, _read_examples(folder / "examples.npz"))
+    return Run(
+        rule,
+        seed,
+        config,
+        environment,
+        epochs,
+        lines,
+        result,
+        _read_examples(folder / "examples.npz"),
+        _read_panels(folder / "panels.json"),
+    )
+
+
+def _read_panels(path: Path) -> Sequence[Mapping[str, Any]]:
+    kept = _read_object(path).get("panels", []) if path.exists() else []
+    fields = ("title", "kind", "x", "y", "values", "categories")
+    if not isinstance(kept, list) or not all(isinstance(each, dict) and set(fields) <= each.keys() for each in kept):
+        raise CheckpointError(f"{path} is damaged: it holds no figures")
+    return kept
 
 
 def _read_examples(path: Path) -> tuple[Array, Array] | None:

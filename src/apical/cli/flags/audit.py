@@ -18,7 +18,7 @@ class Audit:
     model: Annotated[str, shown("NAME|FILE.py:CLASS", "(default: mlp-48-32)")] = "mlp-48-32"
     """Network, or your own. The no-derivative test needs a piecewise-linear activation such as ReLU."""
     data: Annotated[str, shown("NAME|FILE|FOLDER", "(default: digits)")] = "digits"
-    """Data set that the rules are trained on before they are examined, up to 2,000 images of it."""
+    """Data set that the rules are trained on before they are examined, up to 2,000 images or 500 sequences of it."""
     epochs: Annotated[int, shown("N", "(default: 5)")] = 5
     """Epochs of training before that."""
     seed: Annotated[int, shown("N", "(default: 0)")] = 0

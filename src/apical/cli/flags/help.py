@@ -28,6 +28,7 @@ Train
   evolve      a top-down network that hands out credit, for the rule tdca
 Measure
   audit       what rules need that a brain may lack
+  measure     networks: their weights, codes and Jacobians
   landscape   paths of training on their loss surface
   report      write figures and page of a folder again
 Papers
@@ -51,6 +52,7 @@ EXAMPLES = {
     "sweep": ("apical sweep --rules bp dfa --space lr=0.01,0.03,0.1 --out runs/sweep",),
     "evolve": ("apical evolve --recipe digits --out runs/teacher",),
     "audit": ("apical audit bp fa pfa --out runs/audit",),
+    "measure": ("apical measure my_model.py:Net --data mine.npz", "apical measure runs/demo --out runs/measured"),
     "landscape": ("apical train --trajectory 20 --out runs/bp", "apical landscape runs/bp --out runs/landscape"),
     "reproduce": ("apical reproduce pfa/mnist --budget smoke --out runs/papers",),
     "report": ("apical report runs/demo",),

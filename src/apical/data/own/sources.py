@@ -1,4 +1,4 @@
-"""A user's own data: FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION, or Datasets in memory, as checked tensors.
+"""A user's own data: FILE.npz, FILE.csv, FILE.txt, a FOLDER of images, FILE.py:FUNCTION, or Datasets in memory, as tensors.
 
 What files hold is standardised by the training samples; what code returns is used as it is. Nothing is unpickled.
 """
@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from apical import own_code
 from apical.data.dataset import check
 from apical.data.own import files, images, sets
 from apical.data.own.targets import Raw, divide, number_classes
+from apical.data.text import files as text_files
+from apical.data.text.sequences import Make
 from apical.errors import DataError
 
 IN_MEMORY = "in-memory:"
 """How names of data begin that only this process has."""
 
-FORMS = "FILE.npz, FILE.csv, a FOLDER of images, FILE.py:FUNCTION"
+FORMS = "FILE.npz, FILE.csv, FILE.txt, a FOLDER of images, FILE.py:FUNCTION"
+_TEXT = ".txt"
 _OTHER = (
     ".npy",
     ".pkl",
@@ -73,7 +77,7 @@ def is_own(name: str) -> bool:
     return (
         name.startswith(IN_MEMORY)
         or own_code.is_code(name)
-        or name.lower().endswith((".npz", ".csv", *_OTHER))
+        or name.lower().endswith((".npz", ".csv", _TEXT, *_OTHER))
         or os.sep in name
         or Path(name).is_dir()
     )
@@ -120,6 +124,20 @@ def read(name: str, *, numbers: bool = False) -> Own:
         raise DataError(f"--data {name}: this kind of file is not read; give {FORMS}")
     reader = files.read_npz if suffix == ".npz" else files.read_csv
     return _once((str(path.resolve()), numbers, *_state([path])), lambda: reader(path), numbers)
+
+
+def text_reader(name: str) -> Make | None:
+    """What makes windows of the text file that a name says; None for other data.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if name.startswith(IN_MEMORY) or own_code.is_code(name) or not name.lower().endswith(_TEXT) or Path(name).is_dir():
+        return None
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(f"--data {name}: there is no such file or folder")
+    return partial(text_files.read, path)
 
 
 def _state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:

@@ -91,10 +91,10 @@ def wired(network: TopDownNetwork, seed: int = 0) -> TopDownNetwork:
     Unit k of both hidden layers follows p_k, from -1/2 to 1/2; the others are left as they are, and not listened to.
 
     Raises:
-        ConfigError: its credit is not relative, or it has fewer hidden units than there are outputs.
+        ConfigError: its credit is not relative, it has fewer hidden units than there are outputs, or it sees a projection.
     """
     n, h = network.outputs, network.hidden
-    if not network.relative or h < n:
+    if not network.relative or h < n or network.projection is not None:
         raise ConfigError(
             f"to be wired by hand a top-down network needs relative credit and a hidden unit for each of {n} outputs; got "
             f"relative={network.relative}, hidden={h}"

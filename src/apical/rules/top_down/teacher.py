@@ -27,7 +27,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,9 @@ class TopDownNetwork(nn.Module):
         credit: the output's stands on "logits" or on "probabilities".
         shallower: also serve learners with fewer hidden layers. Layers are counted from the output, so that such a learner
             takes the credits of the topmost ones. Needs `sites`.
+        projected: for many outputs (a vocabulary): how many numbers a fixed random matrix Q brings prediction and target to,
+            [p Q ; y Q]; the output's credit is z Q^T. None: none.
+        seed: of Q.
 
     Raises:
         ConfigError: a size is not positive, or a choice is unknown.
@@ -86,12 +89,14 @@ class TopDownNetwork(nn.Module):
         relative: bool = False,
         credit: Place = "logits",
         shallower: bool = False,
+        projected: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(outputs, hidden, *widths, sites if sites is not None else 1) < 1:
+        if min(outputs, hidden, *widths, *(size for size in (sites, projected) if size is not None)) < 1:
             raise ConfigError(
                 f"a top-down network needs positive sizes; got outputs={outputs}, widths={list(widths)}, "
-                f"hidden={hidden}, sites={sites}"
+                f"hidden={hidden}, sites={sites}, projected={projected}"
             )
         if credit not in get_args(Place):
             raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
@@ -100,9 +105,15 @@ class TopDownNetwork(nn.Module):
         self.outputs, self.widths, self.hidden = outputs, tuple(widths), hidden
         self.sites, self.relative, self.credit, self.shallower = sites, relative, credit, shallower
         self.share = 0.5  # the power of a layer's width that relative credit is divided by
-        emitted = sum(self.emissions) + outputs
+        self.projected = projected
+        self.projection: Tensor | None
+        random = torch.Generator().manual_seed(seed)
+        drawn = None if projected is None else torch.randn(outputs, projected, generator=random) / projected**0.5
+        self.register_buffer("projection", drawn)
+        seen = projected or outputs
+        emitted = sum(self.emissions) + seen
         self.body = nn.Sequential(
-            nn.Linear(2 * outputs, hidden),
+            nn.Linear(2 * seen, hidden),
             nn.Tanh(),
             nn.Linear(hidden, hidden),
             nn.Tanh(),
@@ -147,26 +158,48 @@ class TopDownNetwork(nn.Module):
             prediction, target: as :func:`described` makes them.
             classes: every row of the target has a single one, or is of no interest.
         """
-        top, below = self.body[-1], self.body[:-1]
-        state = below(torch.cat([prediction, target], 1))
+        emitted: Tensor = self.body[-1](self.state(prediction, target, classes))
+        return emitted
+
+    def state(self, prediction: Tensor, target: Tensor, classes: bool = False) -> Tensor:
+        """What the topmost layer reads, (batch, hidden)."""
+        below, seen = self.body[:-1], self._seen
+        state: Tensor = below(torch.cat([seen(prediction), seen(target)], 1))
         if self.relative:  # the topmost layer is linear: V3 a - V3 b = V3 (a - b)
             if classes:  # there are only so many right answers
-                every = torch.eye(self.outputs, dtype=target.dtype, device=target.device)
+                every = seen(torch.eye(self.outputs, dtype=target.dtype, device=target.device))
                 state = state - target @ below(torch.cat([every, every], 1))
             else:
-                state = state - below(torch.cat([target, target], 1))
-        emitted: Tensor = top(state)
-        return emitted
+                state = state - below(torch.cat([seen(target), seen(target)], 1))
+        return state
+
+    def _seen(self, values: Tensor) -> Tensor:
+        return values if self.projection is None else values @ self.projection
+
+    def emitters(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+        """Weights (width, hidden) and biases (width,) that make each hidden layer's credit, and the output's, of a state."""
+        top = cast(nn.Linear, self.body[-1])
+        sizes = [*self.emissions, self.projected or self.outputs]
+        weights = top.weight.split(sizes)
+        biases = [None for _ in sizes] if top.bias is None else list(top.bias.split(sizes))
+        pairs = list(zip(weights, biases, strict=True))[len(sizes) - 1 - len(widths) :]
+        spread: list[Tensor | None] = [None if self.sites is None else self._kernel(width, top.weight) for width in widths]
+        made = []
+        for (weight, bias), matrix, width in zip(pairs, [*spread, self.projection], [*widths, 1], strict=True):
+            if matrix is not None:
+                weight, bias = matrix @ weight, None if bias is None else matrix @ bias
+            made.append((weight / width**self.share if self.relative else weight, bias))
+        return made
 
     def credits(self, emitted: Tensor, widths: Sequence[int]) -> list[Tensor]:
         """Credits (batch, width) of each hidden layer, and (batch, outputs) of the output, from emitted values."""
-        *hidden, last = emitted.split([*self.emissions, self.outputs], dim=1)
+        *hidden, last = emitted.split([*self.emissions, self.projected or self.outputs], dim=1)
         hidden = hidden[len(hidden) - len(widths) :]  # counted from the output
         if self.relative:
             hidden = [z / width**self.share for z, width in zip(hidden, widths, strict=True)]
         if self.sites is not None:
             hidden = [z @ self._kernel(width, z).T for z, width in zip(hidden, widths, strict=True)]
-        return [*hidden, last]
+        return [*hidden, last if self.projection is None else last @ self.projection.T]
 
     def _kernel(self, units: int, like: Tensor) -> Tensor:
         place = (units, like.dtype, like.device)
@@ -186,6 +219,7 @@ class TopDownNetwork(nn.Module):
             "credit": self.credit,
             "share": self.share,
             "shallower": self.shallower,
+            "projected": self.projected,
             "weights": self.state_dict(),
             "provenance": json.dumps(provenance or {}, sort_keys=True),
         }
@@ -213,8 +247,8 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
             raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
         if content["format"] == OLDER:
             content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
-        sizes = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower")
-        network = TopDownNetwork(*(content[name] for name in sizes))
+        sizes = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected")
+        network = TopDownNetwork(*({"projected": None, **content}[name] for name in sizes))
         network.share = content["share"]
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
         return network, json.loads(content["provenance"])

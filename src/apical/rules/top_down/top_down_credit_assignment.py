@@ -15,9 +15,9 @@ output's credit, unless credit="probabilities"; and in a residual block each act
 transposed weight is used at all; there, the code backpropagates one step.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
-from apical.core.cut import CutRule, eagerly
+from apical.core.cut import CutRule, Units, eagerly
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
-from apical.core.signals import Cut
+from apical.core.signals import Cut, Teacher
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.top_down.teacher import Place, TopDownNetwork, described, load, through_softmax
+
+PROJECTED = 64
+"""Numbers that an unevolved teacher sees of more than four times as many outputs."""
 
 SHIPPED = Path(__file__).parents[2] / "evolution" / "teachers"
 
@@ -50,7 +53,7 @@ class TopDownCreditAssignment(CutRule):
         credit: where the credit of an output of classes stands: on "logits" or on "probabilities". None: where the
             teacher's does; on logits, if it does not say.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
-        units: where there are cuts, see :class:`apical.core.cut.CutRule`.
+        units, inside: where there are cuts, and what a credit passes within a unit, see :class:`apical.core.cut.CutRule`.
 
     Raises:
         ConfigError: the teacher file is missing or damaged; `credit` is unknown, or is not what the teacher was made for;
@@ -77,9 +80,10 @@ class TopDownCreditAssignment(CutRule):
         silent: bool = False,
         credit: Place | None = None,
         exact: Collection[str] = (),
-        units: Literal["auto", "activation"] | Sequence[str] = "auto",
+        units: Units = "auto",
+        inside: Literal["exact", "feedback"] = "exact",
     ) -> None:
-        super().__init__(model, loss, "activation", exact, units)
+        super().__init__(model, loss, "activation", exact, units, inside)
         refuse_options(loss, "top-down credit assignment")
         if isinstance(teacher, Path | str):
             teacher = load(shipped(str(teacher)))[0]
@@ -104,7 +108,7 @@ class TopDownCreditAssignment(CutRule):
         loss = value_at(self.loss, whole, targets)
         if not isinstance(targets, Tensor):
             raise ConfigError(f"top-down credit needs targets that are a tensor, not a {type(targets).__name__}")
-        *_, topmost = self.layers.values()
+        *_, topmost = self._whole.values()
         axis = class_axis(output, targets, isinstance(topmost, _ConvNd))
         moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
         prediction, target = described(ordered(output.detach(), axis), ordered(targets, axis) if moved else targets)
@@ -112,9 +116,12 @@ class TopDownCreditAssignment(CutRule):
         ignores = classes and not self.plain_roots
         if ignores and not self.takes_signals and targets.is_cpu:
             ignores = bool((targets < 0).any())
-        *hidden, last = self.signals(prediction, target, cuts, classes=classes, ignores=ignores)
+        if self.takes_signals or prediction.dim() < 3 or not isinstance(self._teacher(prediction, cuts), TopDownNetwork):
+            *hidden, last = self.signals(prediction, target, cuts, classes=classes, ignores=ignores)
+            late.signal = lambda index, scale: hidden[index] * scale.to(hidden[index].dtype)
+        else:
+            hidden, last = [], self._later(late, prediction, target, cuts, classes, ignores)
         signals = [*hidden, last.movedim(-1, axis).reshape(output.shape).to(output.dtype)]
-        late.signal = lambda index, scale: signals[index] * scale.to(signals[index].dtype)
         given = signals if self.takes_signals else [*(None for _ in cuts), signals[-1]]
         taught = [
             (root, signal)
@@ -149,6 +156,30 @@ class TopDownCreditAssignment(CutRule):
             last = through_softmax(last, prediction)
         return [*(self._delivered(c, cut, places) for c, cut in zip(hidden, cuts, strict=True)), last]
 
+    def _later(
+        self, late: Teacher, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool
+    ) -> Tensor:
+        """The output's credit (batch, *places, outputs); `late` makes each unit's when it is asked for.
+
+        At many places the credits of all units at once would be more numbers than the network's activity.
+        """
+        places, units = prediction.shape[:-1], [cut.bare() for cut in cuts]
+        p, y = (part.flatten(0, -2) for part in (prediction, target))
+        teacher, widths = cast(TopDownNetwork, self._teacher(prediction, cuts)), [cut.width for cut in cuts]
+        with torch.no_grad():
+            teacher.check(p.shape[1], widths)
+            state, emitters = teacher.state(p, y, classes), teacher.emitters(widths)
+            told = y.sum(1, keepdim=True) if classes and ignores else y.new_ones(len(y), 1)
+            share = told / told.sum().clamp(min=1)
+
+        def emitted(number: int, share: Tensor) -> Tensor:
+            return F.linear(state, *emitters[number]).mul_(share).view(*places, -1)
+
+        late.signal = lambda index, scale: self._delivered(emitted(index, share * scale), units[index], places)
+        with torch.no_grad():
+            last = emitted(-1, share)
+        return through_softmax(last, prediction) if classes and self.credit == "probabilities" else last
+
     @staticmethod
     def _delivered(credit: Tensor, cut: Cut, places: torch.Size) -> Tensor:
         """A credit per channel, or one for each of the unit's neurons, as a signal of the unit's shape."""
@@ -159,23 +190,30 @@ class TopDownCreditAssignment(CutRule):
 
     def _credits(self, prediction: Tensor, target: Tensor, widths: list[int], classes: bool) -> list[Tensor]:
         """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
-        sizes = (prediction.shape[1], *widths)
-        if self.teacher is None and (
-            sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != prediction.device
-        ):
-            self._draw(sizes, prediction.device)
-        teacher = self.teacher if self.teacher is not None else self._drawn[sizes]
+        teacher = self._teacher_of((prediction.shape[1], *widths), prediction.device)
         if not isinstance(teacher, TopDownNetwork):
             return [credit / len(prediction) for credit in teacher(prediction, target)]
-        teacher.check(sizes[0], widths)
+        teacher.check(prediction.shape[1], widths)
         return teacher.credits(teacher(prediction, target, classes) / len(prediction), widths)
+
+    def _teacher(self, prediction: Tensor, cuts: list[Cut]) -> nn.Module:
+        return self._teacher_of((prediction.shape[-1], *(cut.width for cut in cuts)), prediction.device)
+
+    def _teacher_of(self, sizes: tuple[int, ...], device: torch.device) -> nn.Module:
+        """The teacher for an output and units of these sizes; an unevolved one is drawn."""
+        if self.teacher is not None:
+            return self.teacher
+        if sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != device:
+            self._draw(sizes, device)
+        return self._drawn[sizes]
 
     @eagerly
     def _draw(self, sizes: tuple[int, ...], device: torch.device) -> None:
         """A network for an output and units of these sizes, from the seed."""
         with torch.random.fork_rng([]):
             torch.manual_seed(int(self.seed) % 2**63)
-            drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites, credit=self.credit)
+            projected = PROJECTED if sizes[0] > 4 * PROJECTED else None
+            drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites, credit=self.credit, projected=projected)
         self._drawn[sizes] = drawn.to(device, next(self.model.parameters()).dtype).requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any) -> None:

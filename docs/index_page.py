@@ -1,0 +1,187 @@
+"""The list of all results: every table of every paper, at what size it was run, how it came out, and where; and the rest."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from result_pages import NOTE, finished, joined
+from tables import Row, grouped, load, significant, table
+
+from apical.bench.papers import Table, papers, studies
+
+DATA = (
+    "Fashion-MNIST",
+    "MNIST",
+    "CIFAR-10",
+    "digits",
+    "student-teacher",
+    "CartPole and Pendulum",
+    "functions",
+    "exclusive or",
+)
+"""Data that titles and texts name, where no recipe does; the first that is named."""
+
+
+class Standing(NamedTuple):
+    """What one page of results is: a table of a paper or none, done or shortened how, and how it came out."""
+
+    target: str
+    size: str
+    share: str
+    machine: str
+    hours: str
+    commit: str
+    about: str
+
+    @property
+    def sentence(self) -> str:
+        """The first line of the page."""
+        if not self.target:
+            return "**Done**: a comparison or study of our own, no table of a paper."
+        said = "**Done** at full size" if self.size == "done" else f"**Shortened**: {self.size}"
+        return f"{said} (`apical reproduce {self.target} --budget paper`)."
+
+
+def standings(root: Path, records: Sequence[Row]) -> dict[str, Standing]:
+    """By the name of the page: comparisons, studies, and files of rows under `results/`."""
+    kept = {record["target"].replace("/", "-"): record for record in records}
+    known = {}
+    for path in sorted((root / "results").iterdir()):
+        content = load(path / "results.json") or load(path / "compare.json") if path.is_dir() else load(path)
+        if path.name not in ("audit", "reproductions") and content is not None and (path.is_dir() or path.suffix == ".json"):
+            content = content if isinstance(content, dict) else {"rows": content}
+            runs = load(path / "summary.json") or content.get("rows") or []
+            known[path.stem] = _standing(path, content, runs, kept.get(path.stem))
+    return known
+
+
+def tables() -> dict[str, Table]:
+    """Every table of every paper, as `apical reproduce` names it."""
+    return {f"{name}/{key}": each for name, paper in papers().items() for key, each in paper.tables.items()}
+
+
+def _standing(path: Path, content: Row, runs: Sequence[Row], record: Row | None) -> Standing:
+    named = {target.replace("/", "-"): target for target in tables()}
+    by_study = {each.study: target for target, each in tables().items() if each.study}
+    target = named.get(path.stem) or by_study.get(content.get("study") or path.stem, "")
+    sizes = record["sizes"] if record else _sizes(content, runs)
+    verdicts = [row["verdict"] for row in record["rows"]] if record else _verdicts(path, content, runs)
+    environment = (record or content).get("environment") or {}
+    machines = [environment.get("gpu") or environment.get("cpu"), *(row.get("device") for row in runs)]
+    commits = [environment.get("commit"), *(row.get("commit") for row in runs)]
+    spent = [each.get("seconds") for each in (content, record or {}) if not each.get("resumed")]
+    spent += [sum(row["seconds"] for row in runs)] if runs and all(row.get("seconds") for row in runs) else []
+    hours = next((significant(seconds / 3600, 2) for seconds in spent if isinstance(seconds, int | float)), "-")
+    full = {**(_recipe(tables()[target]) or {}), **tables()[target].budgets["paper"]} if target else {}
+    return Standing(
+        target,
+        shortened(sizes, full),
+        share(verdicts),
+        _first(machines),
+        hours,
+        _first(commits)[:8],
+        f"{content.get('about', '')} {content.get('settings', '')}",
+    )
+
+
+def shortened(sizes: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+    """ "done", or what is less than in the paper's budget.
+
+    >>> shortened({"epochs": 5, "seeds": 3}, {"epochs": 40, "seeds": 3}), shortened({"epochs": 40}, {"epochs": 40})
+    ('5 of 40 epochs', 'done')
+    """
+    less = [
+        f"{sizes[key]:,} of {most:,} {key.replace('_', ' ')}"
+        for key, most in full.items()
+        if key not in ("data", "train_limit") and 0 < sizes.get(key, most) < most
+    ]
+    cut = sizes.get("train_limit")
+    less += [f"{cut:,} training samples"] if cut and cut != full.get("train_limit") else []
+    return ", ".join(less) or "done"
+
+
+def _sizes(content: Row, runs: Iterable[Row]) -> dict[str, int]:
+    """Epochs and seeds that the finished runs of every rule have, and the cut of the data."""
+    runs = finished(runs)
+    sizes = {key: value for key, value in (content.get("settings") or {}).items() if key in ("epochs", "seeds")}
+    sizes = {key: len(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    epochs = [row.get("epochs", row.get("epoch")) for row in runs]
+    counted = [sum(row.get("seeds", 1) for row in rows) for rows in grouped(runs, "rule").values()]
+    sizes |= {"epochs": max(epochs)} if all(epochs) and epochs else {}
+    sizes |= {"seeds": min(counted)} if counted else {}
+    return sizes | {"train_limit": (content.get("recipe") or {}).get("train_limit") or 0}
+
+
+def _verdicts(path: Path, content: Row, runs: Iterable[Row]) -> list[str]:
+    rows = load(path / "verdicts.json") or content.get("verdicts") or [row for row in runs if row.get("verdict")]
+    said = {"within": "reproduced", "outside": "not reproduced"}
+    return [said.get(row["verdict"].split()[0], row["verdict"]) for row in rows]
+
+
+def share(verdicts: Iterable[str]) -> str:
+    """How many of the decided verdicts are "reproduced"."""
+    decided = [each for each in verdicts if each in ("reproduced", "not reproduced")]
+    return f"{decided.count('reproduced')} of {len(decided)}" if decided else "-"
+
+
+def _first(values: Iterable[Any]) -> str:
+    return next((str(value) for value in values if value), "-").replace("(R)", "").replace(" Processor", "")
+
+
+def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> str:
+    """The page.
+
+    Args:
+        pages: title of every page of results, by its name.
+        known: what each is.
+    """
+    about = (
+        "Every number on these pages is computed from files under `results/` in the repository, which the commands named on "
+        "them wrote; {doc}`../how-results-are-made` says how. *Size* is against `--budget paper`, the paper's epochs and at "
+        "least as many seeds: done, shortened how, or not run. *Reproduced* counts verdicts, of all that could be decided; "
+        "{doc}`reproductions` has every verdict on one page."
+    )
+    rows, done = [], 0
+    for target, each in tables().items():
+        mine = [name for name, standing in known.items() if standing.target == target and name in pages]
+        done += any(known[name].size == "done" for name in mine)
+        rows += [_line(name, pages[name], data(each, pages[name], known[name].about), known[name]) for name in mine]
+        rows += [] if mine else [[f"`{target}`", without_epochs(each.title), data(each), "not run", "-", "-", "-", "-"]]
+    run = len({known[name].target for name in pages if name in known and known[name].target})
+    count = f"Of {len(tables())} tables, {run} were run, {done} of them at their full size."
+    header = ("table", "what it is", "data", "size", "reproduced", "machine", "hours", "commit")
+    others = [
+        [f"[{text}]({name}.md)", *known[name][3:]]
+        for name, text in pages.items()
+        if name in known and not known[name].target
+    ]
+    rest = table(("what it is", "machine", "hours", "commit"), others, 99) if others else ""
+    listed = "```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```" if pages else "None are kept here yet."
+    parts = [NOTE, "# Results", about, count, f":::{{container}} small stacked index\n{table(header, rows, 99)}\n:::"]
+    parts += ["## Comparisons and studies of our own", f":::{{container}} small stacked own\n{rest}\n:::"] if rest else []
+    return joined([*parts, listed])
+
+
+def _line(name: str, title: str, data: str, standing: Standing) -> list[str]:
+    return [f"`{standing.target}`", f"[{title}]({name}.md)", data, *standing[1:6]]
+
+
+def without_epochs(title: str) -> str:
+    """A table's title without the length of a training that it may not have had."""
+    return re.sub(r", \d+ epochs", "", title)
+
+
+def data(each: Table, *texts: str) -> str:
+    """The data of a table: its recipe's, or what its texts name."""
+    recipe = _recipe(each)
+    named = "; ".join((each.title, *texts)).lower()
+    return recipe["data"] if recipe else next((name for name in DATA if name.lower() in named), "made for it")
+
+
+def _recipe(each: Table) -> Row | None:
+    """What a table that trains has in its recipe of data, and of how many of them; None of others."""
+    if each.study not in studies():
+        return None
+    recipe = next(iter(studies()[each.study].rows.values())).recipe
+    return {"data": recipe.data, "train_limit": recipe.train_limit}

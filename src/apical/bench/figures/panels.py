@@ -1,0 +1,77 @@
+"""Figures that a rule or a model has of the trained network itself: rasters, bars, histograms."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from apical.bench.report.records import Array, Comparison
+
+_WIDTH = 3.5
+_BINS = 30
+
+
+def panels(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
+    """Stem, title, caption and figure of every panel, of the first seed of each rule that kept any."""
+    for rule in comparison.rules:
+        run = next((run for run in comparison.of(rule) if run.panels), None)
+        for number, panel in enumerate(run.panels if run is not None else ()):
+            values = {name: np.array(value, dtype=np.float64) for name, value in panel["values"].items()}
+            title = f"{panel['title']}, {rule}"
+            yield f"panel_{rule.replace(':', '-')}_{number}", title, _CAPTION, _DRAWN[panel["kind"]](panel, values)
+
+
+_CAPTION = "The network after the last epoch (first seed), on the training samples of the probe."
+
+
+def raster(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
+    """Dots where neurons (upwards) fire, over steps; one panel for each population."""
+    figure = Figure(figsize=(_WIDTH, 0.8 * len(values) + 0.5))
+    grid = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, spikes) in zip(grid, values.items(), strict=True):
+        step, neuron = spikes.nonzero()
+        axes.scatter(step, neuron, s=1.5, color="black", linewidths=0)
+        axes.set_ylim(-0.5, spikes.shape[1] - 0.5)
+        axes.set_title(name, loc="left", pad=2)
+        axes.grid(visible=False)
+    grid[-1].set_xlabel(panel["x"])
+    figure.supylabel(panel["y"], fontsize=8)
+    return figure
+
+
+def bars(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
+    """Bars side by side at each category."""
+    figure = Figure(figsize=(_WIDTH, 2.4))
+    axes, places = figure.add_subplot(), np.arange(len(panel["categories"]))
+    width = 0.8 / max(1, len(values))
+    for number, ((name, heights), colour) in enumerate(zip(values.items(), _colours(len(values)), strict=True)):
+        axes.bar(places - 0.4 + width * (number + 0.5), heights, width, label=name, color=colour)
+    axes.set_xticks(places, panel["categories"])
+    axes.set(xlabel=panel["x"], ylabel=panel["y"])
+    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handletextpad=0.5)
+    return figure
+
+
+def histogram(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
+    """Distributions of finite values; the legend says what share is not finite."""
+    figure = Figure(figsize=(_WIDTH, 2.4))
+    axes = figure.add_subplot()
+    every = np.concatenate([value[np.isfinite(value)] for value in values.values()] or [np.zeros(1)])
+    edges = np.linspace(every.min(initial=0.0), every.max(initial=1e-9), _BINS + 1)
+    for (name, value), colour in zip(values.items(), _colours(len(values)), strict=True):
+        finite = value[np.isfinite(value)]
+        without = 1 - finite.size / max(1, value.size)
+        label = f"{name} ({100 * without:.0f} % none)" if without else name
+        axes.stairs(np.histogram(finite, edges)[0] / max(1, value.size), edges, label=label, color=colour)
+    axes.set(xlabel=panel["x"], ylabel=panel["y"])
+    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handletextpad=0.5)
+    return figure
+
+
+_DRAWN = {"raster": raster, "bars": bars, "histogram": histogram}
+
+
+def _colours(count: int) -> list[Any]:
+    return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(1, count)))][:count]

@@ -1,0 +1,183 @@
+"""Measures of a network by the names that recipes and commands use, and the table that keeps what they find.
+
+Each is a function of a model and some of its inputs, whatever rule has trained it. A measure of one's own is a function in a
+file, "FILE.py:FUNCTION", that returns numbers by name, or layers with numbers by name.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apical import own_code
+from apical.core.rest import undisturbed
+from apical.diagnostics import channel as channels
+from apical.diagnostics import coding as codes
+from apical.diagnostics.learnability import learnability
+from apical.diagnostics.persistence import persistence
+from apical.errors import ApicalError, ConfigError, unknown_name
+
+Numbers = dict[str, dict[str, float | None]]
+"""Layer, or :data:`WHOLE`, to quantity to number; None where it is not finite."""
+
+WHOLE = "(network)"
+SAMPLES = 256
+"""Inputs that a measure is given at most."""
+
+FEW = 16
+ENTRIES = 2**25
+"""So many entries of Jacobians are held at most."""
+
+
+def of_persistence(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
+    """Persistence of the weights, beside shuffled weights and their spread."""
+    found = persistence(model)
+    layers = {
+        name: {"np": value, "np shuffled": found.shuffled[name][0], "spread": found.spread[name]}
+        for name, value in found.layers.items()
+    }
+    whole = {key: fmean(row[key] for row in layers.values()) for key in ("np", "np shuffled", "spread")}
+    if found.deep is not None and found.deep_shuffled is not None:
+        whole |= {"dgp": found.deep, "dgp shuffled": found.deep_shuffled[0], "dgp shuffled std": found.deep_shuffled[1]}
+    return {WHOLE: whole, **layers}
+
+
+def of_coding(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
+    """Entropies and dimensions of the activities; the network's are per unit, means over hidden layers."""
+    found = codes.coding(model, inputs)
+    layers = {name: {key.replace("_", " "): float(value) for key, value in asdict(c).items()} for name, c in found.items()}
+    hidden = [row for name, row in layers.items() if name != "output"] or list(layers.values())
+    per_unit = ("gaussian nats", "marginal nats", "participation ratio", "effective rank")
+    whole = {f"{key} per unit": fmean(row[key] / row["units"] for row in hidden) for key in per_unit}
+    return {WHOLE: whole | {"dead": fmean(row["dead"] for row in hidden)}, **layers}
+
+
+def of_learnability(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
+    """Spectrum of the Jacobian in the weights, on a few inputs."""
+    with torch.no_grad(), undisturbed(model):
+        outputs = model.eval()(inputs[:1]).numel()
+    size = outputs * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    few = inputs[: max(1, min(FEW, ENTRIES // max(1, size)))]
+    if size > 4 * ENTRIES:
+        raise ConfigError(f"the Jacobian of one sample has {size:,} entries, more than fit; measure a smaller network")
+    found = learnability(model, few)
+    values = found.singular_values
+    return {
+        WHOLE: {
+            "samples": float(len(few)),
+            "outputs x samples": float(outputs * len(few)),
+            "rank": float(found.rank),
+            "log10 condition": found.log10_condition,
+            "largest": float(values[0]),
+            "median": float(values.median()),
+        }
+    }
+
+
+def of_channel(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
+    """The Jacobian in the input, and nats under both models of noise."""
+    few = inputs[:FEW]
+    end, every = (channels.channel(model, few, where=where) for where in ("end", "every"))
+    return {
+        WHOLE: {
+            "largest": end.largest,
+            "smallest": end.smallest,
+            "log10 condition": end.log10_condition,
+            "mean square": end.mean_square,
+            "nats, noise at end": end.nats,
+            "bound": end.bound,
+            "nats, noise in every layer": every.nats,
+        }
+    }
+
+
+Measurer = Callable[[nn.Module, Tensor], Mapping[str, Any]]
+MEASURES: dict[str, Measurer] = {
+    "persistence": of_persistence,
+    "coding": of_coding,
+    "learnability": of_learnability,
+    "channel": of_channel,
+}
+"""The measures that have a name."""
+
+
+def find_measure(name: str) -> Measurer:
+    """The measure of a name, or a user's own function.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if own_code.is_code(name):
+        found = own_code.import_from(name, "measure", "my_measures.py:sharpness")
+        if not callable(found):
+            raise ConfigError(f"measure {name} is a {type(found).__name__}, not a function of a model and its inputs")
+        own: Measurer = found
+        return own
+    if name not in MEASURES:
+        raise unknown_name("measure", name, MEASURES)
+    return MEASURES[name]
+
+
+def measured(names: Iterable[str], model: nn.Module, inputs: Tensor) -> dict[str, Numbers]:
+    """What the measures find, by measure; the model is left as it was.
+
+    Args:
+        names: see :func:`find_measure`; a user's own goes by the function's name.
+        model: the network.
+        inputs: (samples, ...), of which the measures take what they need.
+
+    Raises:
+        ConfigError: a measure is not known, or cannot be taken of this model; says why.
+    """
+    found = {}
+    for name in names:
+        measure = find_measure(name)
+        try:
+            with undisturbed(model):
+                values = measure(model, inputs)
+        except (ApicalError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")[:300]
+            raise ConfigError(f"{name} cannot be measured on this model: {reason}; leave {name} out") from error
+        found[short_name(name)] = _table(name, values)
+    return found
+
+
+def short_name(name: str) -> str:
+    """What a measure is called in tables: its name, or that of the user's function."""
+    return name.rpartition(":")[2]
+
+
+def moments_of_training(epochs: int) -> dict[str, int]:
+    """Epochs after which a run is measured, by the words for them.
+
+    >>> moments_of_training(5), moments_of_training(1)
+    ({'before': 0, 'halfway': 3, 'after': 5}, {'before': 0, 'after': 1})
+    """
+    middle = (epochs + 1) // 2
+    return {"before": 0, **({"halfway": middle} if middle < epochs else {}), "after": epochs}
+
+
+def quantities(rows: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """Names of the quantities of several layers, each once."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _table(name: str, values: Any) -> Numbers:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"measure {name} returns a {type(values).__name__}, not numbers by name")
+    flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    nested = {str(key): value for key, value in values.items() if isinstance(value, Mapping)}
+    layers = {**({WHOLE: flat} if flat else {}), **nested}
+    return {layer: {str(key): _number(name, key, value) for key, value in row.items()} for layer, row in layers.items()}
+
+
+def _number(name: str, key: Any, value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"measure {name}: {key!r} is a {type(value).__name__}, not a number") from None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,72 @@
+"""What was measured of the networks on request, before, during and after training: tables of the report."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from apical.bench.document import MISSING, significant, table
+from apical.bench.network import WHOLE, quantities
+from apical.bench.report.records import Comparison, Run
+
+Cell = Mapping[str, Mapping[str, Any]]
+"""Layer to quantity to number."""
+
+
+def section(comparison: Comparison) -> str:
+    """The tables as HTML; empty where nothing was measured."""
+    parts = []
+    for measure in _names(comparison):
+        heads, lines, details = _tables(comparison, measure)
+        parts.append(f"<h3>{escape(measure)}</h3>{table(heads, lines) if lines else ''}")
+        if details[1]:
+            parts.append(f"<details><summary>{escape(measure)}, by layer</summary>{table(*details)}</details>")
+    if not parts:
+        return ""
+    note = (
+        "Means over the seeds that got there, ± standard deviation. Numbers of different networks, or of different noise, "
+    )
+    note += "do not compare; persistence counts where it differs from that of the same weights shuffled."
+    return "\n".join(["<h2>Measures of the network</h2>", f'<p class="note">{note}</p>', *parts])
+
+
+def _names(comparison: Comparison) -> list[str]:
+    found = (record.get("measured") for run in comparison.runs for record in run.records)
+    return list(dict.fromkeys(name for value in found if isinstance(value, Mapping) for name in value))
+
+
+def _tables(comparison: Comparison, measure: str) -> tuple[list[str], list[list[str]], tuple[list[str], list[list[str]]]]:
+    rows = [
+        (rule, epoch, [_cell(run, epoch, measure) for run in comparison.of(rule)])
+        for rule in comparison.rules
+        for epoch in sorted({e for run in comparison.of(rule) for e in run.epochs if _cell(run, e, measure)})
+    ]
+    every = [cell for *_, cells in rows for cell in cells]
+    whole = quantities([cell[WHOLE] for cell in every if WHOLE in cell])
+    lines = (
+        [[rule, f"{epoch}", *(shown(cells, WHOLE, key) for key in whole)] for rule, epoch, cells in rows] if whole else []
+    )
+    layers = [name for name in dict.fromkeys(name for cell in every for name in cell) if name != WHOLE]
+    keys = quantities([cell[name] for cell in every for name in layers if name in cell])
+    detailed = [
+        [rule, f"{epoch}", name, *(shown(cells, name, key) for key in keys)]
+        for rule, epoch, cells in rows
+        for name in layers
+    ]
+    return ["Rule", "Epoch", *whole], lines, (["Rule", "Epoch", "Layer", *keys], detailed)
+
+
+def _cell(run: Run, epoch: int, measure: str) -> Cell:
+    record = run.records[run.epochs.index(epoch)] if epoch in run.epochs else {}
+    found: Cell = (record.get("measured") or {}).get(measure) or {}
+    return found
+
+
+def shown(cells: Sequence[Cell], layer: str, key: str) -> str:
+    """Mean and standard deviation of a quantity over seeds."""
+    found = [cell.get(layer, {}).get(key) for cell in cells]
+    values = [float(value) for value in found if isinstance(value, int | float)]
+    if not values:
+        return MISSING
+    mean = significant(statistics.mean(values))
+    return f"{mean} ± {significant(statistics.stdev(values))}" if len(values) > 1 else mean

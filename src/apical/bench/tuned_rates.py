@@ -1,0 +1,53 @@
+"""Learning rates that were tuned, for the setting in which they were."""
+
+from apical.bench.recipe import Recipe, bare_rule
+
+RATES = {
+    "bp": 0.05,
+    "fa": 0.005,
+    "dfa": 0.005,
+    "usf": 0.02,
+    "frsf": 0.1,
+    "brsf": 0.02,
+    "kp": 0.1,
+    "wm": 0.02,
+    "pfa": 0.05,
+    "pfa-o": 0.1,
+    "ccl": 0.2,
+    "tdca": 0.005,
+    "local-pred": 0.1,
+    "local-sim": 0.02,
+    "mono-forward": 0.1,
+    "ff": 0.002,
+    "scff": 0.5,
+    "dualprop": 0.05,
+    "dtp": 0.005,
+    "ddtp-linear": 0.01,
+    "dfc-ssa": 0.05,
+    "pc-error": 0.005,
+}
+"""The best of twelve learning rates of SGD with every other setting at its default (results/rates-digits): a batch of 32
+digits, `mlp-256-256`, 20 epochs. With other data, widths or epochs they are often worse than the common one."""
+
+TUNED = ("data", "model", "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "loss", "train_limit")
+"""Settings that must be at their defaults for a tuned learning rate."""
+
+AS = {"pc-one-step": "pc-error", "ddtp-control": "ddtp-linear"}
+"""Controls whose learning rate is that of the rule they are held against, where the name does not tell."""
+
+
+def tuned_rate(recipe: Recipe) -> float | None:
+    """The learning rate that was tuned for a recipe, or for the rule that its rule is a variant of; None where none was.
+
+    >>> tuned_rate(Recipe(rule="ccl-frozen")), tuned_rate(Recipe(rule="grapes:bp")), tuned_rate(Recipe(rule="ep"))
+    (0.2, 0.05, None)
+    >>> tuned_rate(Recipe(rule="bp", epochs=5))
+    """
+    default = Recipe(rule=recipe.rule)
+    if any(getattr(recipe, name) != getattr(default, name) for name in TUNED):
+        return None
+    name = bare_rule(recipe.rule)
+    name = AS.get(name, name)
+    while name not in RATES and "-" in name:
+        name = name.rpartition("-")[0]
+    return RATES.get(name)

@@ -1,0 +1,223 @@
+"""`apical measure`: networks by name and trained ones from folders, measured, shown as tables, kept with a page."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from apical.bench import checkpoint
+from apical.bench.distributed import under_torchrun
+from apical.bench.document import document, pairs, reproduce
+from apical.bench.document import table as html_table
+from apical.bench.folders import check_writable, refuse_used
+from apical.bench.landscape import run_folders
+from apical.bench.materials import build_model, load_data, located
+from apical.bench.measure import probe_batch
+from apical.bench.names import make_rule
+from apical.bench.network import MEASURES, WHOLE, find_measure, measured, quantities, short_name
+from apical.bench.progress import shown_path
+from apical.bench.provenance import environment
+from apical.bench.recipe import Recipe, from_json
+from apical.bench.report.measures import shown
+from apical.bench.restore import restore_rule
+from apical.bench.run_folder import FolderLock, RunFolder
+from apical.bench.state import read_json, write_json, write_page
+from apical.cli.commands import refuse_numbers
+from apical.data.dataset import Dataset
+from apical.errors import CheckpointError, ConfigError
+from apical.models.own import is_own
+
+if TYPE_CHECKING:
+    from apical.cli.flags.measure import Measure
+
+TITLES = {
+    "persistence": "Persistence of the weights (np: neural persistence of layers, dgp: deep graph persistence)",
+    "coding": "Codes of the activities",
+    "learnability": "Jacobian in the weights: what can be learned from a few samples",
+    "channel": "Jacobian in the input: what passes through, with noise of 0.1",
+}
+BEFORE = "before training"
+
+
+def run(flags: "Measure", command: str) -> int:
+    """Measure the targets; returns the exit status.
+
+    Raises:
+        ApicalError: an option, a model or a folder is not usable.
+    """
+    _check(flags)
+    held = nullcontext() if flags.out is None else FolderLock(flags.out).held("measuring", wait=0)
+    with held:
+        _check(flags)  # again: its last holder may have written it since
+        return _run(flags, command)
+
+
+def _run(flags: "Measure", command: str) -> int:
+    started = time.perf_counter()
+    names = flags.measure or tuple(MEASURES)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for label, seed, model, dataset in _networks(flags, notes):
+        inputs, _ = probe_batch(dataset.train, flags.samples)
+        found: dict[str, Any] = {}
+        for name in names:
+            try:
+                found |= measured((name,), model, inputs)
+            except ConfigError as error:
+                if flags.measure:
+                    raise
+                notes.append(f"{label}: {error}")
+        rows.append({"network": label, "seed": seed, "measured": found})
+    notes = list(dict.fromkeys(notes))
+    if not any(row["measured"] for row in rows):
+        raise ConfigError("; ".join(notes) or "there is nothing to measure")
+    record = {
+        "command": command,
+        "targets": list(flags.targets),
+        "data": flags.data,
+        "samples": flags.samples,
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": rows,
+        "notes": notes,
+        "environment": environment("cpu", torch.get_num_threads()),
+    }
+    tables = [(short_name(name), *part) for name in names for part in _tables(rows, short_name(name))]
+    _tell(record, tables)
+    if flags.out is not None:
+        write_json(flags.out / "measure.json", record)
+        write_page(flags.out / "report.html", _page(record, tables))
+        for file in ("measure.json", "report.html"):
+            print(f"{file.rpartition('.')[2]}: {shown_path(flags.out / file)}")
+    return 0
+
+
+def _check(flags: "Measure") -> None:
+    if under_torchrun():
+        raise ConfigError("apical measure is single-process; do not run it under torchrun")
+    refuse_numbers(flags)
+    if not flags.targets:
+        raise ConfigError("apical measure needs a MODEL or the folder of a run or a comparison")
+    if flags.samples < 2:
+        raise ConfigError(f"--samples must be at least 2, got {flags.samples}")
+    for name in flags.measure:
+        find_measure(name)
+    if flags.out is not None:
+        check_writable(flags.out)
+        if not flags.overwrite:
+            refuse_used(flags.out, "add --overwrite to replace what was measured in it")
+
+
+def _networks(flags: "Measure", notes: list[str]) -> Iterator[tuple[str, int, nn.Module, Dataset]]:
+    """Each network with its label, its seed and its data."""
+    load = lru_cache(maxsize=2)(load_data)
+    for target in flags.targets:
+        path = Path(target)
+        if path.is_dir():
+            yield from _trained(path, load, notes, prefix=f"{path.name}: " if len(flags.targets) > 1 else "")
+        elif "/" in target and not is_own(target):
+            raise ConfigError(f"there is no folder {target}")
+        else:
+            recipe = Recipe(**located({"data": flags.data, "model": target}), init=flags.init, seed=flags.seed)
+            dataset = load(recipe)
+            yield target.rpartition("/")[2], flags.seed, _initial(recipe, dataset), dataset
+
+
+def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator[tuple[str, int, nn.Module, Dataset]]:
+    seen: set[tuple[str, str, int]] = set()
+    for folder in map(RunFolder, run_folders(source)):
+        if not folder.config.exists():
+            notes.append(f"left out, because it has not begun: {folder.path}")
+            continue
+        if not folder.checkpoint.exists():
+            notes.append(f"left out, because it has no checkpoint: {folder.path}")
+            continue
+        recipe = _recipe_of(folder)
+        dataset = load(recipe)
+        key = (recipe.model, recipe.init, recipe.seed)
+        if key not in seen:  # every rule begins with the same weights
+            seen.add(key)
+            yield prefix + BEFORE, recipe.seed, _initial(recipe, dataset), dataset
+        state = checkpoint.load(folder.checkpoint)
+        torch.manual_seed(recipe.seed)
+        rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
+        try:
+            restore_rule(rule, state["rule"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder.checkpoint} does not fit its configuration ({error})") from error
+        rule.detach()
+        if state["epoch"] < recipe.epochs:
+            notes.append(f"{folder.path} ended after {state['epoch']} of {recipe.epochs} epochs")
+        yield prefix + recipe.rule_name, recipe.seed, rule.model, dataset
+
+
+def _recipe_of(folder: RunFolder) -> Recipe:
+    try:
+        return from_json(read_json(folder.config))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder.config} is damaged ({error})") from error
+
+
+def _initial(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    torch.manual_seed(recipe.seed)
+    return build_model(recipe, dataset)
+
+
+Part = tuple[str, list[str], list[list[str]]]
+"""Title, heads and lines of a table."""
+
+
+def _tables(rows: Sequence[Mapping[str, Any]], measure: str) -> list[Part]:
+    """One of the networks, and one of their layers."""
+    labels = list(dict.fromkeys(row["network"] for row in rows))
+    cells = {label: [row["measured"].get(measure, {}) for row in rows if row["network"] == label] for label in labels}
+    every = [cell for found in cells.values() for cell in found]
+    parts = []
+    whole = quantities([cell[WHOLE] for cell in every if WHOLE in cell])
+    if whole:
+        lines = [[label, *(shown(cells[label], WHOLE, key) for key in whole)] for label in labels]
+        parts.append((TITLES.get(measure, measure), ["network", *whole], lines))
+    layers = [name for name in dict.fromkeys(name for cell in every for name in cell) if name != WHOLE]
+    keys = quantities([cell[name] for cell in every for name in layers if name in cell])
+    if layers:
+        lines = [[label, name, *(shown(cells[label], name, key) for key in keys)] for label in labels for name in layers]
+        parts.append((f"{measure}, by layer", ["network", "layer", *keys], lines))
+    return parts
+
+
+def _tell(record: Mapping[str, Any], tables: Sequence[tuple[str, str, list[str], list[list[str]]]]) -> None:
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    alone = len({row["network"] for row in record["rows"]}) == 1
+    for _, title, heads, lines in tables:
+        if heads[1] == "layer" and not alone:  # the page has them
+            continue
+        say(f"\n{title}")
+        grid = Table(box=None, pad_edge=False)
+        for place, head in enumerate(heads):
+            named = place == 0 or head == "layer"
+            grid.add_column(head, justify="left" if named else "right", no_wrap=named)
+        for line in lines:
+            grid.add_row(*line)
+        console.print(grid)
+    for note in record["notes"]:
+        say(note)
+    count = len(record["rows"])
+    say(f"{count} {'network' if count == 1 else 'networks'} in {record['seconds']:.0f} s")
+
+
+def _page(record: Mapping[str, Any], tables: Sequence[tuple[str, str, list[str], list[list[str]]]]) -> str:
+    body = "".join(f"<h2>{title}</h2>{html_table(heads, lines)}" for _, title, heads, lines in tables)
+    settings = {key: record[key] for key in ("targets", "data", "samples")}
+    body += reproduce(record["command"], pairs(settings), pairs(record["environment"]))
+    lead = "Numbers of the networks, whatever rule has trained them; means over seeds ± standard deviation. "
+    return document("Measures of networks", lead + " ".join(record["notes"]), body, full=True)

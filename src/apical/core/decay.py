@@ -1,0 +1,139 @@
+"""By how much a step shrinks a weight, apart from what it makes of gradients: `W' = k W - u(G_0 .. G_t)`.
+
+Where an optimiser's step has this form (decoupled decay: AdamW, Muon, anything without decay), two weights that receive the
+same u come together by the factor k alone, and one weight can take another's change: `R' = k R + B^T (W' - k W)`.
+"""
+
+import copy
+import math
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
+
+from apical.core.stepping import Group
+
+ELEMENTWISE = {optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad, optim.Adadelta}
+"""Optimisers of torch whose step sees a weight in its decay alone, which goes through the moments unless decoupled."""
+
+MUON: Any = getattr(optim, "Muon", None)
+ALLOWED = 1e-9
+TRIED = 0.05
+"""Learning rate at which a step is tried, since a warm-up may begin at none."""
+
+
+class Decays:
+    """The factor k of the groups of any optimiser, at each step."""
+
+    def __init__(self) -> None:
+        self._probes: WeakKeyDictionary[Optimizer, dict[tuple[int, int], Probe | None]] = WeakKeyDictionary()
+        self._now: dict[tuple[int, int], float | None] = {}
+
+    def begin(self) -> None:
+        """A step is about to be taken."""
+        self._now.clear()
+
+    def factor(self, optimizer: Optimizer, group: Group, dim: int) -> float | str:
+        """k of the step to come for a weight of `dim` dimensions; or why there is none, in words."""
+        name = type(optimizer).__name__
+        if group.get("differentiable"):
+            return f"{name} is differentiable"
+        if type(optimizer) in ELEMENTWISE or type(optimizer) is MUON:
+            if type(optimizer) is MUON or group.get("decoupled_weight_decay") or not group["weight_decay"]:
+                return 1.0 - float(group["lr"]) * float(group["weight_decay"])
+            apart = "use AdamW" if name == "Adam" else "use AdamW, or no decay"
+            apart = (
+                f"pass {name} decoupled_weight_decay=True" if "decoupled_weight_decay" in group and name != "Adam" else apart
+            )
+            return f"the weight decay of {name} goes through its moments, where no factor describes it: {apart}"
+        place = id(group), dim
+        if place not in self._now:
+            self._now[place] = self._probed(optimizer, group, dim)
+        k = self._now[place]
+        return f"the step of {name} is not a decay plus a function of gradients alone: use AdamW" if k is None else k
+
+    def _probed(self, optimizer: Optimizer, group: Group, dim: int) -> float | None:
+        probes = self._probes.setdefault(optimizer, {})
+        place = id(group), dim
+        if place not in probes and _reaches(_attributes(optimizer)):
+            probes[place] = None  # a copy of it would not be one
+        if place not in probes:
+            trial = Probe(optimizer, group, dim, TRIED if "lr" in group else None)
+            probes[place] = None if any(trial.step(group) is None for _ in range(6)) else Probe(optimizer, group, dim)
+        probe = probes[place]
+        k = None if probe is None else probe.step(group)
+        if k is None:
+            probes[place] = None
+        return k
+
+
+class Probe:
+    """Four numbers under a copy of an optimiser: two get one gradient, from 0 and 1; two get none, and start at 1.
+
+    Args:
+        optimizer: it is left as it is.
+        group: the weight's.
+        dim: of the weight.
+        lr: instead of the group's.
+    """
+
+    def __init__(self, optimizer: Optimizer, group: Group, dim: int, lr: float | None = None) -> None:
+        self.numbers = [torch.full((1,) * dim, value, dtype=torch.float64) for value in (0.0, 1.0, 1.0, 1.0)]
+        self.options: dict[str, Any] = {"capturable": False} if "capturable" in group else {}
+        self.options |= {} if lr is None else {"lr": lr}
+        twin = object.__new__(type(optimizer))
+        twin.__dict__.update({name: copy.copy(value) for name, value in _attributes(optimizer).items()})
+        twin.__dict__.update({name: OrderedDict() for name in optimizer.__dict__ if name.startswith("_optimizer_")})
+        twin.state = defaultdict(dict)
+        twin.param_groups = [{**group, **self.options, "params": self.numbers}]
+        states = (optimizer.state[p] for p in group["params"] if p.dim() == dim and optimizer.state.get(p))
+        like: dict[str, Any] = next(states, {})
+        for number in self.numbers if like else ():
+            twin.state[number] = {key: _still(value) for key, value in like.items()}
+        self.twin, self.steps = twin, 0
+
+    def step(self, group: Group) -> float | None:
+        """k of the next step by the group's options as they are now; None where the numbers contradict any k."""
+        a, b, c, d = self.numbers
+        before = float(c)
+        self.twin.param_groups[0].update({key: value for key, value in group.items() if key != "params"} | self.options)
+        gradient = math.cos(2.4 * self.steps) + 0.5
+        for number, value in zip(self.numbers, (gradient, gradient, 0.0, 0.0), strict=True):
+            number.grad = torch.full_like(number, value)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=()):
+                self.twin.step()
+        except Exception:
+            return None  # whatever it asks of a weight, single numbers do not have it
+        self.steps += 1
+        k = float(d)
+        separate = abs(float(b) - float(a) - float(c)) <= ALLOWED * (1 + abs(float(a)))
+        memoryless = abs(float(c) - k * before) <= ALLOWED
+        d.fill_(1.0)
+        return k if separate and memoryless else None
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimiser holds beside groups, state, hooks and a step that a schedule has wrapped."""
+    apart = ("param_groups", "state", "step")
+    return {name: value for name, value in vars(optimizer).items() if name not in apart and name[:11] != "_optimizer_"}
+
+
+def _reaches(value: Any) -> bool:
+    """Whether weights, or another optimiser, hang on a value."""
+    if isinstance(value, Mapping):
+        return any(map(_reaches, (*value.keys(), *value.values())))
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return any(map(_reaches, value))
+    return isinstance(value, (nn.Parameter, nn.Module, Optimizer)) or isinstance(getattr(value, "__self__", None), Optimizer)
+
+
+def _still(value: Any) -> Any:
+    """The same place in time of a weight's state, without its gradients' traces."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().cpu() if value.dim() == 0 else torch.zeros((1,) * value.dim(), dtype=torch.float64)
+    return copy.copy(value)

@@ -1,0 +1,1 @@
+"""Sequences of tokens: texts, tasks that are generated, and what counting predicts of them."""

@@ -1,0 +1,1 @@
+"""Contrastive-signal-dependent plasticity: spiking layers that learn from their own traces."""

@@ -1,0 +1,474 @@
+"""Contrastive-signal-dependent plasticity (CSDP): spiking layers whose traces are to be large for data, small for contrast.
+
+    m = dL/dt = 2 t (p - y) / B',   p = sigmoid(sum_i t_i^2 - theta)         L: logistic loss of "is this data?", y in {1, 0}
+    dW = - sum_steps (R_m m) s_pre^T,   a readout of all layers learns by its own error
+
+Neurons and network are in the modules beside this one. Negatives are the same input with a wrong class ("labels"), or mixed
+with another input of the batch ("mixtures"). No error travels between layers: a synapse knows the spikes that reach it, the
+trace of its neuron, and one number of its layer.
+
+Sources: Ororbia, arXiv 2303.18187, Science Advances 10, eadn6076, and its code; memristors: arXiv 2409.10887.
+Departures: the update is one step of the optimiser for a stimulus (`learn="stimulus"`) unless `learn="step"` asks for the
+paper's own; the answer's input spikes come from one set of numbers that all samples share, so that no chance is in it;
+biases, where the model has them, are weights from a neuron that fires always; no reconstruction of the input.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.batch import require_classes, require_one_type, require_precision
+from apical.core.chain import Chain
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel, Root
+from apical.core.losses import refuse_options, terms, value_at
+from apical.core.processes import summed
+from apical.core.units import key
+from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.rules.contrastive_plasticity.memristor import Pairs
+from apical.rules.contrastive_plasticity.network import State, Synapses, advance, products, rest
+from apical.rules.contrastive_plasticity.neurons import (
+    Constants,
+    drawn,
+    goodness,
+    modulator,
+    pairs_loss,
+    pairs_slope,
+    threshold_loss,
+    threshold_slope,
+)
+
+Negatives = Literal["labels", "mixtures"]
+Contrast = Literal["threshold", "pairs"]
+Learn = Literal["stimulus", "step"]
+
+THRESHOLD, JITTER = 0.055, 0.025
+"""Where thresholds are drawn: uniformly, so far around it."""
+
+BOX = (nn.ReLU, nn.Hardtanh, nn.Identity)
+"""Activations that a rate between 0 and 1 may stand for."""
+
+
+class Stimulus(NamedTuple):
+    """Spike probabilities of positive samples, then negative ones.
+
+    Attributes:
+        x: of the input (rows, n_0).
+        context: of the class (rows, K); None without labels.
+        target: what the read-out is to answer (rows, K); zero for negatives.
+        y: 1 and 0 (rows,).
+        samples: positive rows.
+    """
+
+    x: Tensor
+    context: Tensor | None
+    target: Tensor
+    y: Tensor
+    samples: int
+
+
+class Held(NamedTuple):
+    """Of a stimulus that is being learned step by step."""
+
+    stimulus: Stimulus
+    state: State
+    output: Tensor
+    calls: int
+    x: Tensor
+    targets: Tensor
+
+
+class ContrastiveSignalPlasticity(CreditRule):
+    """Layers of spiking neurons learn locally in time; the answer is which class's neuron fires most.
+
+    The answer is the rule's (:meth:`answer`): spikes have no derivative, and the model alone is a network of rates.
+
+    Args:
+        model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them, one hidden layer at least,
+            such as `apical.models.spiking` makes: hidden layers are W_1..W_L, the last one reads layer L. Inputs are spike
+            probabilities: below 0 counts as 0, above 1 as 1.
+        loss: of spike counts, for reports and for parameters in it; it does not teach.
+        negatives: "labels" (a wrong class in the context) or "mixtures" (of two inputs, without context).
+        steps: of a stimulus.
+        learn: "stimulus" makes one credit of all steps; "step" makes one of each, for `steps` calls (see `repeats`).
+        contrast: "threshold", or "pairs" of a positive and its negative.
+        theta: of the threshold.
+        alpha: of the pairs.
+        mix: share of the own input in a mixture.
+        decay: taken off a weight for every step and sample in which its neuron fires without it, in `constrain_()`.
+        levels: of the two memristors that every weight is the difference of (:mod:`.memristor`); 0 has no such pairs.
+        constants: of neurons and traces.
+
+    Raises:
+        ConfigError: an option out of range, fewer than two classes, or a loss with options that labels do not have; or, in
+            use, targets that are no class labels.
+        UnsupportedModelError: the model is no such chain; a module is named.
+
+    >>> model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> rule = ContrastiveSignalPlasticity(model, steps=10)
+    >>> credit = rule(torch.rand(6, 9), torch.arange(6) % 3)
+    >>> credit.backward()
+    >>> rule.constrain_()
+    >>> tuple(rule.answer(torch.rand(6, 9)).shape), sorted(name for name, _ in rule.named_parameters())
+    ((6, 3), ['context.0', 'lateral.0', 'model.0.bias', 'model.0.weight', 'model.2.bias', 'model.2.weight'])
+    """
+
+    chance: Tensor
+    output_alone = True
+    feed_forward = False
+    random_per_sample = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        negatives: Negatives = "labels",
+        steps: int = 40,
+        learn: Learn = "stimulus",
+        contrast: Contrast = "threshold",
+        theta: float = 10.0,
+        alpha: float = 1.0,
+        mix: float = 0.5,
+        decay: float = 0.0,
+        levels: int = 0,
+        constants: Constants = Constants(),  # noqa: B008
+    ) -> None:
+        super().__init__(model, loss)
+        for what, value, known in (
+            ("negatives", negatives, ("labels", "mixtures")),
+            ("learn", learn, ("stimulus", "step")),
+            ("contrast", contrast, ("threshold", "pairs")),
+        ):
+            if value not in known:
+                raise unknown_name(what, str(value), known)
+        if not (isinstance(steps, int) and steps >= 2 and alpha > 0 and 0 <= mix < 1 and decay >= 0):
+            raise ConfigError(
+                "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
+                f"decay not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
+            )
+        if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
+            raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
+        refuse_options(loss, "contrastive-signal-dependent plasticity")
+        self.chain = Chain(model)
+        stages = self.chain.stages
+        if len(stages) < 2:
+            raise UnsupportedModelError(f"layer {stages[0].name!r} is the only one; spiking layers need a hidden one")
+        for stage in stages:
+            if not stage.is_dense:
+                raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; spiking layers need these")
+            if not isinstance(stage.activation, BOX):
+                raise UnsupportedModelError(
+                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not the rate "
+                    "between 0 and 1 of a spiking neuron; use ReLU or Hardtanh(0, 1) there"
+                )
+        self.classes = stages[-1].size
+        if self.classes < 2:
+            raise ConfigError(f"contrastive plasticity needs two classes or more, and the model has {self.classes} output")
+        self.negatives, self.steps, self.learn, self.contrast = negatives, steps, learn, contrast
+        self.theta, self.alpha, self.mix, self.decay, self.constants = theta, alpha, mix, decay, constants
+        self.repeats = steps if learn == "step" else 1
+        like = stages[0].layer.weight.detach()
+        require_precision(type(self).__name__, like)
+        sizes = [stage.size for stage in stages[:-1]]
+
+        def uniform(low: float, shapes: Iterator[tuple[int, int]]) -> nn.ParameterList:
+            return nn.ParameterList(nn.Parameter(like.new_empty(shape).uniform_(low, 1.0)) for shape in shapes)
+
+        self.lateral = uniform(0.0, ((n, n) for n in sizes))
+        self.down = uniform(-1.0, pairwise(sizes))
+        self.context = uniform(-1.0, ((n, self.classes) for n in sizes if negatives == "labels"))
+        self.read = uniform(-1.0, ((self.classes, n) for n in sizes[:-1]))
+        self.thresholds = nn.Module()
+        for stage in stages:
+            h = like.new_empty(stage.size).uniform_(THRESHOLD - JITTER, THRESHOLD + JITTER)
+            self.thresholds.register_buffer(key(stage.name), h)
+        self.register_buffer("chance", like.new_empty(steps, *stages[0].input_shape).uniform_())
+        with torch.no_grad():
+            for m in self.lateral:
+                m.fill_diagonal_(0.0)
+        self.pairs = Pairs(self._synapses(), levels) if levels else None
+        self._silent: dict[tuple[str, int], Tensor] = {}  # of the batches since the last `constrain_`
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the model's modules do not say."""
+        behind = [s.name for s in self.chain.stages[:-1] if not isinstance(s.activation, nn.Hardtanh)]
+        said = ["the answer counts spikes; the model alone is a network of rates, which nobody trained"]
+        if behind:
+            said.append(f"neurons of {' and '.join(behind)} fire or not, whatever activation stands behind them")
+        if self.repeats > 1:
+            said.append(f"each batch takes {self.repeats} steps of the optimiser, where other rules take one")
+        return [*said, "inputs are spike probabilities, below 0 and above 1 cut off"]
+
+    @property
+    def names(self) -> list[str]:
+        """Hidden layers."""
+        return [stage.name for stage in self.chain.stages[:-1]]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """Credit for one batch: `inputs` (batch, ...), `targets` (batch,) class labels.
+
+        Raises:
+            ConfigError: no class labels; or, with learn="step", another batch came before this one had all its calls.
+        """
+        self.require_attached()
+        learns = torch.is_grad_enabled()
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            x = self._enter(inputs)
+            self._check(x, targets)
+            held = self._resumed(x, targets) if learns and self.repeats > 1 else None
+            output = self._counts(x) if held is None else held.output
+            roots: list[Root] = []
+            logs: dict[str, Tensor] = {}
+            if learns:
+                held = held or self._begun(x, targets, output)
+                steps = 1 if self.repeats > 1 else self.steps
+                state, roots, logs = self._taught(held.stimulus, held.state, steps)
+                if self.repeats > 1:
+                    calls = held.calls + 1
+                    self._held = held._replace(state=state, calls=calls) if calls < self.repeats else None
+        loss = value_at(self.loss, output, targets)
+        return Credit.of([*roots, *terms(loss)], output, loss, logs)
+
+    def answer(self, inputs: Tensor) -> Tensor:
+        """Spike counts of the classes (batch, K) after all steps, without context; they have no derivative."""
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            return self._counts(self._enter(inputs))
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Take off what decays; then weights to [-1, 1], lateral ones to [0, 1] with nothing from a neuron to itself, and
+        all to what their memristors can be."""
+        for place, parameter in self._synapses().items():
+            if parameter.requires_grad:
+                if place in self._silent:
+                    parameter.sub_(summed(self._silent.pop(place)), alpha=self.decay)
+                parameter.clamp_(-1.0, 1.0)
+        for m in self.lateral:
+            m.clamp_(min=0.0).fill_diagonal_(0.0)
+        if self.pairs is not None:
+            self.pairs.program_({place: p for place, p in self._synapses().items() if p.requires_grad})
+
+    @torch.no_grad()
+    def goodness(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Goodness of positive and negative samples (batch,), mean over steps, by hidden layer."""
+        stimulus = self._stimulus(self._enter(inputs), targets)
+        sums = [torch.zeros_like(stimulus.y) for _ in self.names]
+        for state in self._simulated(stimulus):
+            for total, layer in zip(sums, state.layers, strict=True):
+                total += goodness(layer.t)
+        found = (total / self.steps for total in sums)
+        return {name: (g[: len(inputs)], g[len(inputs) :]) for name, g in zip(self.names, found, strict=True)}
+
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        """Goodness of positive and negative samples of the probe, and the share of steps in which neurons fire."""
+        layers: dict[str, dict[str, float]] = {}
+        for name, (positive, negative) in self.goodness(*probe).items():
+            values = {"goodness": float(positive.mean())}
+            if len(negative):
+                values["goodness_negative"] = float(negative.mean())
+            layers[name] = values
+        with torch.no_grad():
+            for name, spikes in self.spikes(probe[0]).items():
+                layers.setdefault(name, {})["firing_rate"] = float(spikes.mean())
+        return Measures(layers=layers)
+
+    @torch.no_grad()
+    def panels(self, probe: Batch) -> list[Panel]:
+        """Spikes of the first sample while it is answered, rates of neurons, and goodness by class."""
+        inputs, targets = probe
+        spikes = self.spikes(inputs)
+        rates = {name: each.mean((0, 1)) for name, each in spikes.items()}
+        known, heights = targets.unique().tolist(), dict[str, Tensor]()
+        for name, (positive, negative) in self.goodness(inputs, targets).items():
+            for sign, g in (("positive", positive), ("negative", negative)):
+                if len(g):
+                    heights[f"{name}, {sign}"] = torch.stack([g[targets == k].mean() for k in known])
+        return [
+            Panel("Spikes of one sample", "raster", "step", "neuron", {name: each[:, 0] for name, each in spikes.items()}),
+            Panel("Firing rates", "histogram", "share of steps in which a neuron fires", "share of neurons", rates),
+            Panel("Goodness by class", "bars", "class", "goodness", heights, [str(k) for k in known]),
+        ]
+
+    @torch.no_grad()
+    def spikes(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Spikes (steps, batch, n) of every layer while it answers, 0 or 1."""
+        found: dict[str, list[Tensor]] = {stage.name: [] for stage in self.chain.stages}
+        for state in self._answering(self._enter(inputs)):
+            for each, layer in zip(found.values(), (*state.layers, state.readout), strict=True):
+                each.append(layer.s)
+        return {name: torch.stack(each) for name, each in found.items()}
+
+    def _resumed(self, x: Tensor, targets: Tensor) -> Held | None:
+        """Where the batch stands; None where it begins."""
+        if torch.compiler.is_compiling():
+            raise ConfigError(
+                "learn='step' keeps spikes from call to call, which no graph can; do not compile the rule, or use "
+                "learn='stimulus'"
+            )
+        held: Held | None = self._held
+        if held is None or (torch.equal(held.x, x) and torch.equal(held.targets, targets)):
+            return held
+        self._held = None
+        raise ConfigError(
+            f"learn='step' takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser after "
+            f"each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to leave a batch "
+            "early, or use learn='stimulus'"
+        )
+
+    def _begun(self, x: Tensor, targets: Tensor, output: Tensor) -> Held:
+        stimulus = self._stimulus(x, targets)
+        return Held(
+            stimulus, self._rest(stimulus.x, context=stimulus.context is not None), output, 0, x.clone(), targets.clone()
+        )
+
+    def _taught(self, stimulus: Stimulus, state: State, steps: int) -> tuple[State, list[Root], dict[str, Tensor]]:
+        """State after some steps, gradients of all synapses summed over them, and mean losses and goodness."""
+        named = self._synapses()
+        gradients = {place: torch.zeros_like(p) for place, p in named.items() if p.requires_grad}
+        synapses, constants = self._matrices(), self.constants
+        losses = [stimulus.x.new_zeros(()) for _ in self.names]
+        pull = 2 * stimulus.y.unsqueeze(1) / stimulus.samples
+
+        def add(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
+            if (kind, k) in gradients:
+                gradients[kind, k].addmm_(to.T, spikes, alpha=factor)
+            if (f"{kind} bias", k) in gradients:
+                gradients[f"{kind} bias", k].add_(to.sum(0), alpha=factor)
+
+        for _ in range(steps):
+            before = state
+            state = self._next(before, synapses, stimulus)
+            m = []
+            for k, layer in enumerate(state.layers):
+                g = goodness(layer.t)
+                losses[k] = losses[k] + self._loss_of(g, stimulus.y, stimulus.samples)
+                m.append(modulator(layer.t, self._slope(g, stimulus.y, stimulus.samples)))
+            products(before, synapses, constants, m, (state.readout.t - stimulus.target) * pull, add)
+            if self.decay:
+                self._note_silence(before, state)
+        for k, read in enumerate(synapses.read):
+            self._soften(gradients, ("read", k), read)
+        if synapses.read_bias is not None:
+            self._soften(gradients, ("read bias", len(synapses.read) - 1), synapses.read_bias)
+        for k in range(len(self.lateral)):
+            if ("lateral", k) in gradients:
+                gradients["lateral", k].fill_diagonal_(0.0)
+        logs = {f"local {name}": loss / steps for name, loss in zip(self.names, losses, strict=True)}
+        return state, [(named[place], gradient) for place, gradient in gradients.items()], logs
+
+    @staticmethod
+    def _soften(gradients: dict[tuple[str, int], Tensor], place: tuple[str, int], weight: Tensor) -> None:
+        """Times 1 - |C|, which keeps read-outs in [-1, 1]."""
+        if place in gradients:
+            gradients[place].mul_(1 - weight.detach().abs())
+
+    def _loss_of(self, g: Tensor, y: Tensor, samples: int) -> Tensor:
+        if self.contrast == "threshold":
+            return threshold_loss(g, y, self.theta)
+        return pairs_loss(g, self.alpha) if len(g) > samples else g.new_zeros(())
+
+    def _slope(self, g: Tensor, y: Tensor, samples: int) -> Tensor:
+        """Derivative of the loss by goodness (rows,)."""
+        if self.contrast == "threshold":
+            return threshold_slope(g, y, self.theta)
+        return pairs_slope(g, self.alpha) if len(g) > samples else torch.zeros_like(g)
+
+    def _note_silence(self, before: State, after: State) -> None:
+        """For every synapse, how often its neuron fired while it was silent."""
+        if torch.compiler.is_compiling():
+            raise ConfigError(
+                "decay counts spikes from call to call, which no graph can; do not compile the rule, or use decay=0"
+            )
+        learning = {place for place, parameter in self._synapses().items() if parameter.requires_grad}
+
+        def note(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
+            if (kind, k) in learning and kind != "read":
+                seen = to.sum(0).unsqueeze(1) - to.T @ spikes
+                self._silent[kind, k] = self._silent[kind, k] + seen if (kind, k) in self._silent else seen
+
+        products(before, self._matrices(), self.constants, [layer.s for layer in after.layers], after.readout.s, note)
+
+    def _synapses(self) -> dict[tuple[str, int], nn.Parameter]:
+        """Every trainable matrix and bias, by kind and layer."""
+        s = self._matrices()
+        kinds = {"up": s.up, "up bias": s.bias, "down": s.down, "lateral": s.lateral, "context": s.context, "read": s.read}
+        found = {(kind, k): each for kind, every in kinds.items() for k, each in enumerate(every) if each is not None}
+        if s.read_bias is not None:
+            found["read bias", len(s.read) - 1] = s.read_bias
+        return found  # type: ignore[return-value]
+
+    def _matrices(self) -> Synapses:
+        *hidden, last = (stage.layer for stage in self.chain.stages)
+        return Synapses(
+            [layer.weight for layer in hidden],
+            [layer.bias for layer in hidden],
+            list(self.down),
+            list(self.lateral),
+            list(self.context),
+            [*self.read, last.weight],
+            last.bias,
+        )
+
+    def _rest(self, x: Tensor, *, context: bool) -> State:
+        return rest(x, [self.thresholds.get_buffer(key(stage.name)) for stage in self.chain.stages], context)
+
+    def _next(self, state: State, synapses: Synapses, stimulus: Stimulus) -> State:
+        inputs = drawn(stimulus.x, torch.rand_like(stimulus.x))
+        context = None if stimulus.context is None else drawn(stimulus.context, torch.rand_like(stimulus.context))
+        return advance(state, synapses, self.constants, inputs, context)
+
+    def _simulated(self, stimulus: Stimulus) -> Iterator[State]:
+        """The states after each step."""
+        state, synapses = self._rest(stimulus.x, context=stimulus.context is not None), self._matrices()
+        for _ in range(self.steps):
+            state = self._next(state, synapses, stimulus)
+            yield state
+
+    def _answering(self, x: Tensor) -> Iterator[State]:
+        """The same without context, every sample with the same random numbers."""
+        state, synapses = self._rest(x, context=False), self._matrices()
+        for u in self.chance:
+            state = advance(state, synapses, self.constants, drawn(x, u), None)
+            yield state
+
+    def _counts(self, x: Tensor) -> Tensor:
+        counts = x.new_zeros(len(x), self.classes)
+        for state in self._answering(x):
+            counts = counts + state.readout.s
+        return counts
+
+    def _stimulus(self, x: Tensor, targets: Tensor) -> Stimulus:
+        right = F.one_hot(targets, self.classes).to(x.dtype)
+        context = None
+        if self.negatives == "labels":
+            away = torch.randint(1, self.classes, targets.shape, device=targets.device)
+            context = torch.cat([right, F.one_hot((targets + away) % self.classes, self.classes).to(x.dtype)])
+            negative = x
+        elif len(x) == 1:  # nobody to mix with
+            negative = x[:0]
+        else:
+            own = torch.arange(len(x), device=x.device)
+            other = (own + torch.randint(1, len(x), (), device=x.device)) % len(x)
+            negative = torch.lerp(x[other], x, self.mix)
+        y = torch.cat([x.new_ones(len(x)), x.new_zeros(len(negative))])
+        target = torch.cat([right, right.new_zeros(len(negative), self.classes)])
+        return Stimulus(torch.cat([x, negative]), context, target, y, len(x))
+
+    def _enter(self, inputs: Tensor) -> Tensor:
+        """Spike probabilities (batch, n_0)."""
+        return self.chain.enter(inputs).clamp(0.0, 1.0)
+
+    def _check(self, x: Tensor, targets: Tensor) -> None:
+        like = self.chain.weights[0]
+        require_precision(type(self).__name__, like)
+        require_one_type(type(self).__name__, like, [*self.lateral, *self.thresholds.buffers()])
+        if targets.is_floating_point() or targets.shape != x.shape[:1]:
+            raise ConfigError(
+                f"contrastive plasticity needs one class label per sample, not targets of shape {tuple(targets.shape)} and "
+                f"{targets.dtype}"
+            )
+        require_classes(targets, self.classes)

@@ -1,0 +1,66 @@
+"""Weights as pairs of memristors: each the difference of two conductances, which are bounded and have few levels.
+
+    W = G+ - G-,   G in {0, 1/(N-1), ..., 1};   a change of W is shared, half of it to G+ and minus half to G-
+
+A conductance between two levels becomes one of them at random, so that its mean is what was asked for: steps much smaller
+than a level still add up. Nothing but the pair is kept.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def key(kind: str, k: int) -> str:
+    """Name of a matrix among the buffers.
+
+    >>> key("up bias", 0)
+    'up_bias0'
+    """
+    return f"{kind.replace(' ', '_')}{k}"
+
+
+def levelled(g: Tensor, levels: int, u: Tensor) -> Tensor:
+    """Conductances on their levels, up or down by chance; u are uniform numbers in [0, 1) of g's shape."""
+    return (g.clamp(0.0, 1.0) * (levels - 1) + u).floor_().div_(levels - 1)
+
+
+class Pairs(nn.Module):
+    """The conductances behind weights.
+
+    Args:
+        weights: between -1 and 1, by kind and layer; they are not changed here.
+        levels: N.
+    """
+
+    programmed: Tensor
+
+    def __init__(self, weights: Mapping[tuple[str, int], Tensor], levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+        self.plus, self.minus = nn.Module(), nn.Module()
+        for place, weight in weights.items():
+            half = weight.detach().clamp(-1.0, 1.0) / 2
+            self.plus.register_buffer(key(*place), 0.5 + half)
+            self.minus.register_buffer(key(*place), 0.5 - half)
+        self.register_buffer("programmed", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def program_(self, weights: Mapping[tuple[str, int], Tensor]) -> None:
+        """Move conductances by what weights have changed, and make weights what the pairs then are.
+
+        Chance is that of the number of the step, the same in all processes and after a restart.
+        """
+        chance = torch.Generator().manual_seed(int(self.programmed))
+        self.programmed += 1
+        for place, weight in weights.items():
+            plus, minus = self.plus.get_buffer(key(*place)), self.minus.get_buffer(key(*place))
+            half = (weight - (plus - minus)) / 2
+            u = torch.rand((2, *weight.shape), generator=chance, dtype=torch.float64).to(weight)
+            plus.copy_(levelled(plus + half, self.levels, u[0]))
+            minus.copy_(levelled(minus - half, self.levels, u[1]))
+            if place[0] == "lateral":  # not negative, and none from a neuron to itself
+                minus.copy_(torch.minimum(minus, plus))
+                minus.diagonal().copy_(plus.diagonal())
+            weight.copy_(plus - minus)

@@ -1,0 +1,1 @@
+"""Spiking networks: contrastive-signal-dependent plasticity, and neurons that fire once."""

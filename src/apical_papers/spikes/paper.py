@@ -1,0 +1,37 @@
+"""Spiking networks: what there is to run again."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, Table, cut, table_of
+from apical_papers.spikes.recipes import STUDIES
+
+of = partial(table_of, STUDIES)
+
+PAPER = Paper(
+    title="Spiking networks: contrastive plasticity and first spikes",
+    reference=(
+        "Ororbia, Science Advances 10, eadn6076, 2024, arXiv 2303.18187; on memristors: Merkel and Ororbia, 2024, "
+        "arXiv 2409.10887; first spikes: Zhang et al., 2021, arXiv 2003.11837"
+    ),
+    studies=STUDIES,
+    tables={
+        "csdp": of("csdp-mnist", cut(1000), {"epochs": 3, "seeds": 1, "train_limit": 20000}, {"epochs": 10, "seeds": 3}),
+        "first-spike": of(
+            "first-spike-mnist", cut(320), {"epochs": 3, "seeds": 1, "train_limit": 20000}, {"epochs": 10, "seeds": 3}
+        ),
+        "study": Table(
+            "Spiking networks on a little of MNIST",
+            {"smoke": {"epochs": 1, "seeds": 1}, "cpu": {"epochs": 4, "seeds": 3}, "paper": {"epochs": 4, "seeds": 10}},
+            module="apical_papers.spikes.study",
+            side_by_side=True,
+            needs={"epochs": 4, "seeds": 3},
+        ),
+        "logic": Table(
+            "Logic with two inputs by memristors",
+            {"smoke": {"epochs": 3, "seeds": 2}, "cpu": {"epochs": 300, "seeds": 10}, "paper": {"epochs": 300, "seeds": 20}},
+            module="apical_papers.spikes.logic",
+            side_by_side=True,
+            needs={"epochs": 300, "seeds": 10},
+        ),
+    },
+)

@@ -1,0 +1,114 @@
+"""How much of the credit arrives at the first layer of a deep chain, under each rule, at the initial weights."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apical.bench.names import find_rule
+from apical.errors import ApicalError
+from apical.models import critical_, flow, orthogonal_, xavier_
+
+RULES = (
+    *("bp", "fa", "dfa", "usf", "pfa", "pfa-o", "dtp", "ddtp-linear", "dfc-ssa", "strong-dfc", "tdca-unevolved", "ccl"),
+    *("pc", "pc-error", "dualprop", "mono-forward", "ff", "ep"),
+)
+DEPTHS = (10, 50, 200)
+WIDTH, SAMPLES = 32, 1
+SEEDS = 3
+"""Of the study, seeds whose chains are measured: the rest of it is cheaper."""
+
+SLOW = {"pc": 50, "ep": 50, "strong-dfc": 50}
+"""Depths beyond which a rule is not asked: its network settles for seconds there, for every sample."""
+
+
+def chain(depth: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """`depth` layers of one width, each with its activation."""
+    return nn.Sequential(*(part for _ in range(depth) for part in (nn.Linear(WIDTH, WIDTH), activation())))
+
+
+def _abs() -> nn.Module:
+    return nn.LeakyReLU(-1.0)
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "|x|, orthogonal flow": lambda depth: flow(WIDTH, depth),
+    "|x|, Xavier": lambda depth: xavier_(chain(depth, _abs)),
+    "tanh, orthogonal": lambda depth: orthogonal_(chain(depth, nn.Tanh)),
+    "tanh, critical": lambda depth: critical_(chain(depth, nn.Tanh)),
+    "tanh, Xavier": lambda depth: xavier_(chain(depth, nn.Tanh)),
+}
+"""Chains by activation and initial weights. For |x| critical weights are normal with Xavier's variance."""
+
+EXACT = next(iter(NETWORKS))
+
+
+def network(name: str, depth: int, seed: int) -> nn.Sequential:
+    """A chain with a read-out of ten classes, orthogonal."""
+    torch.manual_seed(seed)
+    body = NETWORKS[name](depth)
+    return nn.Sequential(*body.children(), _read_out())
+
+
+def _read_out() -> nn.Linear:
+    layer = nn.Linear(WIDTH, 10)
+    nn.init.orthogonal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    """Single samples: inputs (samples, 1, width) and classes (samples, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(SAMPLES, 1, WIDTH, generator=generator), torch.randint(10, (SAMPLES, 1), generator=generator)
+
+
+def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
+    """Gradient norm of layer 1 over that of the last hidden layer, root mean square over single samples; or why not.
+
+    One sample at a time, for in the gradient of a batch the alignment of activities, which depth changes, counts too.
+    """
+    if depth > SLOW.get(rule, depth):
+        return "not run"
+    model = network(name, depth, seed)
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    ends, squares = (layers[0], layers[-2]), [0.0, 0.0]
+    entry = find_rule(rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # feedback is untrained, and rules say so
+        try:
+            made = entry.build(model, **entry.options)
+            for x, y in zip(*batch(seed), strict=True):
+                model.zero_grad()
+                made.accumulate(x, y)
+                for i, layer in enumerate(ends):
+                    grad = layer.weight.grad
+                    squares[i] += 0.0 if grad is None else float(grad.double().square().sum())
+        except ApicalError as error:
+            return " ".join(str(error).split())[:120]
+    if not all(map(math.isfinite, squares)):
+        return "not finite"
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else "no credit at the last hidden layer"
+
+
+def measure(seed: int) -> dict[str, dict[str, dict[str, float | str]]]:
+    """Network, rule and depth to what arrives."""
+    return {
+        name: {rule: {str(depth): arrival(rule, name, depth, seed) for depth in DEPTHS} for rule in RULES}
+        for name in NETWORKS
+    }
+
+
+def ratios(cells: Any, name: str, rule: str, depth: int) -> list[float]:
+    """Of all seeds that have a number."""
+    found = [cell["depth"][name][rule][str(depth)] for cell in cells if cell["depth"]]
+    return [value for value in found if isinstance(value, float)]
+
+
+def reason(cells: Any, name: str, rule: str, depth: int) -> str:
+    """Why there is none."""
+    found = [cell["depth"][name][rule][str(depth)] for cell in cells if cell["depth"]]
+    return next(str(value) for value in found if isinstance(value, str))

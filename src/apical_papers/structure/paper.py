@@ -1,0 +1,20 @@
+"""Structure and depth: what there is to run again."""
+
+from apical.bench.papers import Paper, Table
+
+PAPER = Paper(
+    title="Addressing caveats of neural persistence with deep graph persistence",
+    reference="Girrbach et al., TMLR 2023, arXiv 2307.10865; Yuan et al., ECCV 2020, arXiv 2008.08261; Choromanski et al., "
+    "NeurIPS 2020, arXiv 2006.11421; Yuan et al., arXiv 2105.13905; Weng et al., arXiv 2212.01744",
+    studies={},
+    tables={
+        "study": Table(
+            "How far credit arrives in deep chains, and what rules leave in the weights",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 5, "seeds": 5}, "paper": {"epochs": 5, "seeds": 10}},
+            module="apical_papers.structure.study",
+            side_by_side=True,
+            needs={"epochs": 5, "seeds": 5},
+            hours={"cpu": 0.22},
+        ),
+    },
+)

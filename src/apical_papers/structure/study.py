@@ -1,0 +1,265 @@
+"""Structure and depth: does credit reach the first layer, and does the rule that assigns it shape the weights' topology?
+
+Run `python -m apical_papers.structure.study --out results/structure-study --jobs 1`. Gradients of deep chains at their
+initial weights; persistence of the weights of small networks trained on MNIST digits under eight rules, beside shuffled
+weights; learned wirings beside fixed ones; entropy of random codes beside what a read-out makes of them. Each seed is kept
+when it is finished. The marks were written before the run; learning rates and gamma after a look at one other seed.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from apical.bench.finding import Row, at_least, count, difference, shown
+from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.statistics import student
+from apical_papers.structure import depth
+from apical_papers.structure.trained import (
+    NODES,
+    RULES,
+    TEST,
+    TRAIN,
+    WIDTH,
+    WIRINGS,
+    Digits,
+    codes,
+    spearman,
+    topology,
+    wirings,
+)
+
+SETTINGS: dict[str, Any] = {
+    "training digits": TRAIN,
+    "test digits": TEST,
+    "depth: width, depths": f"{depth.WIDTH}; {', '.join(map(str, depth.DEPTHS))}",
+    "persistence: network": "784-64-64-10, ReLU, Xavier; plain SGD, batches of 64",
+    "persistence: learning rates": ", ".join(f"{rule} {lr:g}" for rule, lr in RULES.items()),
+    "graphs: nodes, width": f"{NODES}, {WIDTH}; SGD at 0.05; gamma of L1 0.01",
+    "codes": "30 random ReLU networks 784-100-100 a seed, linear read-out",
+}
+FIXED = ("chain", "residual", "complete", "random")
+
+ABOUT: dict[str, Any] = {
+    "title": "Structure and depth: how far credit arrives, and what it leaves in the weights",
+    "about": "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers; and whether rules "
+    "leave weights of different topology: deep graph persistence, beside that of the same weights shuffled in their layers.",
+    "sources": {
+        "our mark": "No table of these papers was found in a source that could be read; their claims are tested at a small "
+        "size, with marks of ours that were written before the run. Reproduced means that the 95 % interval (Student's t, "
+        "paired over seeds) lies on its better side, or the mean past the mark."
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options(SeedOptions):
+    """Depth, topology, learned wirings and codes."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("results/structure-study")
+    epochs: Annotated[int, arg(metavar="N")] = 5
+    """Of every network that is trained."""
+
+
+def _cell(seed: int, epochs: int) -> dict[str, Any]:
+    begun, digits = time.perf_counter(), Digits()
+    return {
+        "depth": depth.measure(seed) if seed < depth.SEEDS else {},
+        "topology": topology(digits, seed, epochs),
+        "wirings": wirings(digits, seed, epochs),
+        "codes": codes(digits, seed),
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Run the seeds that are not kept yet, then write results.json and report.html."""
+    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
+
+
+def verdicts(cells: Cells) -> list[Row]:
+    """What arrives, what differs, which wiring is better."""
+    return [*depth_verdicts(cells), *topology_verdicts(cells), *wiring_verdicts(cells)]
+
+
+def depth_verdicts(cells: Cells) -> list[Row]:
+    """On the isometry at depth 50: all of backpropagation's, a tenth of that of rules with fixed feedback, none of CCL's."""
+    rows = []
+    for layers in depth.DEPTHS:
+        off = [1 - abs(1 - r) for r in depth.ratios(cells, depth.EXACT, "bp", layers)]
+        what = f"|x| at depth {layers}: 1 minus the distance of layer 1 / L from 1"
+        rows.append(at_least("depth", "bp", what, off, 0.999))
+    for rule in ("fa", "dfa", "usf", "dtp", "ddtp-linear", "dualprop"):
+        found = depth.ratios(cells, depth.EXACT, rule, 50)
+        rows.append(at_least("depth", rule, "|x| at depth 50: gradient norm of layer 1 / L", found, 0.1))
+    found = [-math.log10(max(r, 1e-30)) for r in depth.ratios(cells, depth.EXACT, "ccl", 50)]
+    rows.append(at_least("depth", "ccl", "|x| at depth 50: orders of magnitude lost", found, 6.0))
+    return rows
+
+
+def topology_verdicts(cells: Cells) -> list[Row]:
+    """Training raises DGP; rules differ from backpropagation, before and after shuffling is allowed for."""
+    rows = []
+    for rule in RULES:
+        what = "deep graph persistence minus that before training"
+        rows.append(difference("DGP", rule, what, _deep(cells, rule), _deep(cells, "untrained"), less=False))
+    others = [rule for rule in RULES if rule != "bp"]
+    differ = [_differs(_deep(cells, r), _deep(cells, "bp")) for r in others]
+    excess = [_differs(_excess(cells, r), _excess(cells, "bp")) for r in others]
+    rows.append(count("DGP", "all", "rules whose DGP differs from bp's", differ, 4))
+    both = [a and b for a, b in zip(differ, excess, strict=True)]
+    rows.append(count("DGP", "all", "rules whose DGP and its excess over shuffled weights both differ from bp's", both, 4))
+    first = [z[0] - 3 * max(z[1:]) for z in (_z(cell["topology"]["bp"]) for cell in cells)]
+    rows.append(at_least("NP", "bp", "z of layer 1 against shuffles minus 3 times that of every later layer", first, 0.0))
+    rows.append(at_least("NP", "all", "later layers: rank correlation of NP with the spread", _spread_rho(cells), 0.8))
+    return rows
+
+
+def wiring_verdicts(cells: Cells) -> list[Row]:
+    """Learned edges against fixed ones, under two rules; edges that go; entropy and accuracy of random codes."""
+
+    def of(name: str, key: str = "accuracy") -> list[float]:
+        return [cell["wirings"][name][key] for cell in cells]
+
+    best = max(FIXED, key=lambda name: fmean(of(name)))
+    rows = [
+        difference("graph", "bp", f"learned minus {best}, the best fixed wiring", of("learned"), of(best), less=False),
+        difference("graph", "bp", "learned minus chain", of("learned"), of("chain"), less=False),
+        difference("graph", "fa", "learned minus chain", of("learned, fa"), of("chain, fa"), less=False),
+        difference("graph", "bp", "attention minus learned", of("attention"), of("learned"), less=False),
+        at_least("graph", "bp", "with L1: share of the edges below 0.01", of("learned, L1", "pruned"), 0.3),
+    ]
+    kept = [after - before for after, before in zip(of("learned, L1", "accuracy pruned"), of("learned, L1"), strict=True)]
+    rows.append(at_least("graph", "bp", "with L1: accuracy without them minus that with them", kept, -0.005))
+    rho = [cell["codes"] for cell in cells]
+    rows.append(at_least("codes", "none", "rank correlation of entropy with a read-out's accuracy", rho, 0.5))
+    return rows
+
+
+def _deep(cells: Cells, rule: str) -> list[float]:
+    return [cell["topology"][rule]["dgp"] for cell in cells]
+
+
+def _excess(cells: Cells, rule: str) -> list[float]:
+    found = [cell["topology"][rule] for cell in cells]
+    return [math.log(row["dgp"] / row["dgp shuffled"]) for row in found]
+
+
+def _differs(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether the 95 % interval of the paired difference leaves out zero."""
+    _, low, high, _ = student([a - b for a, b in zip(ours, theirs, strict=True)])
+    return low is not None and high is not None and not low <= 0 <= high
+
+
+def _z(row: dict[str, Any]) -> list[float]:
+    keys = ("np", "np shuffled", "np shuffled std")
+    return [(value - mean) / max(std, 1e-12) for value, mean, std in zip(*(row[key] for key in keys), strict=True)]
+
+
+def _spread_rho(cells: Cells) -> list[float]:
+    """Spearman's rho over the networks of a seed, mean over the later layers."""
+    found = []
+    for cell in cells:
+        rows = list(cell["topology"].values())
+        layers = range(1, len(rows[0]["np"]))
+        rhos = [spearman([row["np"][i] for row in rows], [row["spread"][i] for row in rows]) for i in layers]
+        found.append(abs(fmean(rhos)))
+    return found
+
+
+def tables(cells: Cells) -> list[Row]:
+    """Means over seeds with 95 % intervals."""
+    return [*map(_depth_table(cells), depth.NETWORKS), _topology_table(cells), _layers_table(cells), _wiring_table(cells)]
+
+
+def _depth_table(cells: Cells) -> Callable[[str], Row]:
+    def entry(name: str, rule: str, layers: int) -> str:
+        found = depth.ratios(cells, name, rule, layers)
+        return _geometric(found) if found else depth.reason(cells, name, rule, layers)
+
+    def of(name: str) -> Row:
+        return {
+            "title": f"Gradient norm of layer 1 over that of the last hidden layer: {name}",
+            "note": "At the initial weights and initial feedback, single samples; geometric mean over seeds and its range.",
+            "header": ["rule", *(f"depth {layers}" for layers in depth.DEPTHS)],
+            "rows": [[rule, *(entry(name, rule, layers) for layers in depth.DEPTHS)] for rule in depth.RULES],
+        }
+
+    return of
+
+
+def _geometric(values: Sequence[float]) -> str:
+    if min(values) <= 0:
+        return f"{fmean(values):.2g}" if max(values) else "0"
+    return f"{math.exp(fmean(map(math.log, values))):.2g} ({min(values):.2g} to {max(values):.2g})"
+
+
+def _topology_table(cells: Cells) -> Row:
+    names = ["untrained", *RULES]
+    return {
+        "title": "Deep graph persistence",
+        "note": "Mean over seeds with 95 % interval. Shuffled: of the same weights within their layers, which keeps their "
+        "spread. Excess: log of the ratio; minus bp's, pair by pair.",
+        "header": ["rule", "test accuracy", "DGP", "shuffled", "excess", "excess minus bp's"],
+        "rows": [
+            [
+                rule,
+                shown([cell["topology"][rule]["accuracy"] for cell in cells]),
+                shown(_deep(cells, rule)),
+                shown([cell["topology"][rule]["dgp shuffled"] for cell in cells]),
+                shown(_excess(cells, rule)),
+                shown([a - b for a, b in zip(_excess(cells, rule), _excess(cells, "bp"), strict=True)]),
+            ]
+            for rule in names
+        ],
+    }
+
+
+def _layers_table(cells: Cells) -> Row:
+    def of(rule: str, key: str, layer: int) -> str:
+        return shown([cell["topology"][rule][key][layer] for cell in cells])
+
+    return {
+        "title": "Neural persistence by layer",
+        "note": "Beside that of shuffled weights and the spread std(|W| / max |W|).",
+        "header": ["rule", "layer", "NP", "shuffled", "spread"],
+        "rows": [
+            [rule, str(layer + 1), *(of(rule, key, layer) for key in ("np", "np shuffled", "spread"))]
+            for rule in ("untrained", *RULES)
+            for layer in range(3)
+        ],
+    }
+
+
+def _wiring_table(cells: Cells) -> Row:
+    return {
+        "title": "Wirings of eight nodes",
+        "note": "Test accuracy (0 to 1), mean over seeds with 95 % interval; share of the edges below 0.01.",
+        "header": ["wiring", "rule", "accuracy", "share below 0.01", "accuracy without these"],
+        "rows": [
+            [
+                name,
+                rule,
+                *(
+                    shown([cell["wirings"][name][key] for cell in cells])
+                    for key in ("accuracy", "pruned", "accuracy pruned")
+                ),
+            ]
+            for name, (_, _, rule, _) in WIRINGS.items()
+        ],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command("apical_papers.structure.study", Options, study, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Networks trained on digits: the persistence of their weights under eight rules, learned wirings, and random codes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from apical.bench.names import find_rule
+from apical.core.credit import CreditRule
+from apical.data import load
+from apical.diagnostics.coding import covariance_spectrum, gaussian_entropy
+from apical.diagnostics.persistence import persistence
+from apical.models import mlp
+from apical.models.graph import GraphClassifier
+
+TRAIN, TEST, BATCH = 4000, 1000, 64
+RULES = {"bp": 0.1, "fa": 0.1, "dfa": 0.1, "usf": 0.1, "pfa-o": 0.1, "dtp": 0.1, "ccl": 1.0, "mono-forward": 0.1}
+"""Rules whose nets are measured, with learning rates of plain SGD, chosen after a look at the accuracy of one seed."""
+
+WIRINGS: dict[str, tuple[str | float, str, str, float]] = {
+    "chain": ("chain", "fixed", "bp", 0.0),
+    "residual": ("residual", "fixed", "bp", 0.0),
+    "complete": ("complete", "fixed", "bp", 0.0),
+    "random": (0.5, "fixed", "bp", 0.0),
+    "learned": ("complete", "learned", "bp", 0.0),
+    "learned, L1": ("complete", "learned", "bp", 1e-2),
+    "attention": ("complete", "attention", "bp", 0.0),
+    "chain, fa": ("chain", "fixed", "fa", 0.0),
+    "learned, fa": ("complete", "learned", "fa", 0.0),
+}
+"""Wiring, edges, rule and gamma of graphs of eight nodes."""
+
+NODES, WIDTH, GRAPH_LR = 8, 64, 0.05
+
+
+class Digits:
+    """Training and test digits (n, 784) in [0, 1], and labels."""
+
+    def __init__(self, name: str = "mnist") -> None:
+        data = load(name)
+        self.x, self.y = data.train.inputs.flatten(1)[:TRAIN], data.train.targets[:TRAIN]
+        self.test = (data.test.inputs.flatten(1)[:TEST], data.test.targets[:TEST])
+        low, high = self.x.min(), self.x.max()
+        self.x, self.test = (self.x - low) / (high - low), ((self.test[0] - low) / (high - low), self.test[1])
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass in random order."""
+        for chosen in torch.randperm(len(self.x)).split(BATCH):
+            yield self.x[chosen], self.y[chosen]
+
+    def accuracy(self, model: nn.Module) -> float:
+        """On the test digits (0 to 1), of a network or of a rule's answers."""
+        answer = model.answer if isinstance(model, CreditRule) else model
+        with torch.no_grad():
+            return float((answer(self.test[0]).argmax(1) == self.test[1]).double().mean())
+
+
+def trained(
+    rule: str, model: nn.Module, digits: Digits, lr: float, epochs: int, after: Callable[[], None] = lambda: None
+) -> CreditRule:
+    """The rule after plain SGD; `after` runs after every step."""
+    entry = find_rule(rule)
+    made = entry.build(model, **entry.options)
+    optimizer = torch.optim.SGD(made.parameters(), lr)
+    for _ in range(epochs):
+        for x, y in digits.batches():
+            optimizer.zero_grad()
+            made(x, y).backward()
+            if entry.clip:
+                for parameter in made.parameters():
+                    nn.utils.clip_grad_norm_([parameter], entry.clip)
+            optimizer.step()
+            made.constrain_()
+            after()
+    return made
+
+
+def numbers(model: nn.Module) -> dict[str, Any]:
+    """What is kept of a network's persistence."""
+    found = persistence(model, shuffles=3)
+    assert found.deep_shuffled is not None
+    return {
+        "np": list(found.layers.values()),
+        "np shuffled": [mean for mean, _ in found.shuffled.values()],
+        "np shuffled std": [std for _, std in found.shuffled.values()],
+        "spread": list(found.spread.values()),
+        "dgp": found.deep,
+        "dgp shuffled": found.deep_shuffled[0],
+    }
+
+
+def topology(digits: Digits, seed: int, epochs: int) -> dict[str, Any]:
+    """Persistence before training, and after it under each rule."""
+    results: dict[str, Any] = {}
+    for rule, lr in RULES.items():
+        torch.manual_seed(seed)
+        model = mlp(digits.x.shape[1], [64, 64], 10)
+        results.setdefault("untrained", {**numbers(model), "accuracy": digits.accuracy(model)})
+        made = trained(rule, model, digits, lr, epochs)
+        results[rule] = {**numbers(model), "accuracy": digits.accuracy(made)}
+    return results
+
+
+def wirings(digits: Digits, seed: int, epochs: int) -> dict[str, dict[str, float]]:
+    """Test accuracy of each wiring, and the share of its edges that can go below 0.01, with the accuracy then."""
+    results = {}
+    for name, (wiring, edges, rule, gamma) in WIRINGS.items():
+        torch.manual_seed(seed)
+        model = GraphClassifier(digits.x.shape[1], WIDTH, NODES, 10, wiring, edges)  # type: ignore[arg-type]
+
+        def shrink(model: GraphClassifier = model, gamma: float = gamma) -> None:
+            if gamma:
+                model.graph.shrink_(GRAPH_LR * gamma)
+
+        trained(rule, model, digits, GRAPH_LR, epochs, shrink)
+        accuracy = digits.accuracy(model)
+        count = sum(len(cast(Any, mix).senders) for mix in model.graph.mixes)
+        share = model.graph.prune_() / count
+        results[name] = {"accuracy": accuracy, "pruned": share, "accuracy pruned": digits.accuracy(model)}
+    return results
+
+
+def codes(digits: Digits, seed: int, networks: int = 30) -> float:
+    """Spearman's rho between the Gaussian entropy of random features and the accuracy of a linear read-out.
+
+    Two ReLU layers with masks: their density and locality vary from network to network.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pixels = digits.x.shape[1]
+    side = round(pixels**0.5)
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1).float()
+    target = nn.functional.one_hot(digits.y, 10).float()
+    found = []
+    for _ in range(networks):
+        density, radius = torch.rand(2, generator=generator).tolist()
+        centres = places[torch.randint(pixels, (100,), generator=generator)]
+        near = (places[:, None] - centres[None]).norm(dim=-1) < side * (0.1 + 0.9 * radius)
+        first = near & (torch.rand(pixels, 100, generator=generator) < 0.05 + 0.95 * density)
+        second = torch.rand(100, 100, generator=generator) < 0.05 + 0.95 * density
+        h, test = digits.x, digits.test[0]
+        for mask in (first, second):
+            weight = torch.randn(mask.shape, generator=generator) * mask / mask.sum(0).clamp(min=1).sqrt()
+            h, test = torch.relu(h @ weight), torch.relu(test @ weight)
+        entropy = gaussian_entropy(covariance_spectrum(h))
+        scale, shift = h.std(0).clamp(min=1e-6), h.mean(0)
+        features = torch.cat([(h - shift) / scale, torch.ones(len(h), 1)], 1)
+        read = torch.linalg.solve(features.T @ features + torch.eye(101), features.T @ target)
+        seen = torch.cat([(test - shift) / scale, torch.ones(len(test), 1)], 1)
+        found.append((entropy, float(((seen @ read).argmax(1) == digits.test[1]).double().mean())))
+    return spearman(*zip(*found, strict=True))
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Correlation of the ranks of two series.
+
+    >>> round(spearman([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]), 9)
+    0.5
+    """
+    ranks = torch.tensor([a, b], dtype=torch.float64).argsort(1).argsort(1)
+    return float(torch.corrcoef(ranks.double())[0, 1])

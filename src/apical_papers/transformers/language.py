@@ -1,0 +1,263 @@
+"""Rules on a small language model, each at its best learning rate, beside tables of counts and a read-out that learns alone.
+
+Run `python -m apical_papers.transformers.language --out results/transformers-language`. A pre-norm decoder of two blocks on
+the sources of Python's standard library; equal steps and windows for all, and equally many learning rates, of which each arm
+takes the one with the least loss on windows held out of the training text, at seed 0. Marks are those of the specification,
+written before this was run. Each training is kept in the folder when it is finished, so an interrupted study continues.
+"""
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from apical.bench.finding import Row, difference, shown
+from apical.bench.folders import check_writable
+from apical.bench.page import write
+from apical.bench.program import run_command
+from apical.bench.provenance import environment
+from apical.bench.statistics import student
+from apical.data import Dataset
+from apical.data.text.counts import count_losses
+from apical.errors import ConfigError
+from apical_papers.transformers.training import Arm, Setting, data, kept_training
+
+MIRROR = "initial=mirror"
+ARMS: dict[str, Arm] = {
+    "bp": Arm("bp"),
+    "kp-mirror": Arm("kp", (MIRROR,)),
+    "pfa-mirror": Arm("pfa", (MIRROR,)),
+    "pfa-o-mirror": Arm("pfa-o", (MIRROR,)),
+    "usf-current": Arm("usf", ("scale=current",)),
+    "wm": Arm("wm"),
+    "fa": Arm("fa"),
+    "dfa": Arm("dfa", ("units=block",)),
+    "dfa-head": Arm("dfa", ("units=block", "source=head")),
+    "head only": Arm("bp", head_only=True),
+    "tdca": Arm("tdca", ("units=block",)),
+    "usf": Arm("usf"),
+    "dfa-micro": Arm("dfa", ("units=micro",)),
+    "kp-decay": Arm("kp", ("initial=random",), decay=2.5),
+    "pfa-decay": Arm("pfa", ("initial=random",), decay=2.5),
+}
+"""In the order in which they are trained. "decay" aligns by decay in the first quarter of the steps."""
+
+Cells = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By arm, what was kept of each seed at the arm's rate; empty where the rule refused or nothing was trained."""
+
+ABOUT: dict[str, Any] = {
+    "title": "Credit rules on a small language model",
+    "about": "Nats per character of the sources of Python's standard library, on modules that were not trained on.",
+    "sources": {
+        "our mark": "Marks come from a prototype's pilots (apart from apical, width 64, 400 steps) and were written before "
+        "the runs. Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over "
+        "seeds) of the difference lies on its better side."
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Credit rules on a small language model."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("results/transformers-language")
+    seeds: Annotated[int, arg(metavar="K")] = 3
+    """Weights and windows; the first one chooses the learning rate."""
+    steps: Annotated[int, arg(metavar="N")] = 400
+    """Of each training, a multiple of 4."""
+    width: Annotated[int, arg(metavar="N")] = 96
+    """Of the stream."""
+    rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (3e-3, 1e-2, 2e-2)
+    """Learning rates that each arm is tried at."""
+    arms: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = tuple(ARMS)
+    """Arms that are trained."""
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Train what is not kept yet, then write results.json and report.html.
+
+    Raises:
+        ConfigError: an option is not usable.
+    """
+    unknown = [name for name in options.arms if name not in ARMS]
+    if unknown or options.seeds < 2 or options.steps < 4 or options.steps % 4 or not options.rates:
+        raise ConfigError(
+            f"--arms are of {', '.join(ARMS)}; --seeds at least 2, --steps a multiple of 4, --rates at least one"
+        )
+    check_writable(options.out)
+    dataset = data()
+    tried = {name: [_training(options, dataset, name, lr, 0) for lr in options.rates] for name in options.arms}
+    best = {name: _best(options.rates, cells) for name, cells in tried.items()}
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in options.arms}
+    for seed in range(options.seeds):  # arm by arm within a seed, so that a stopped study has whole seeds
+        for name, lr in best.items():
+            if lr is not None:
+                cells[name].append(_training(options, dataset, name, lr, seed))
+    counts = count_losses(dataset.train, dataset.test, dataset.classes)
+    every = [cell for group in (*tried.values(), *cells.values()) for cell in group]
+    results = {
+        **ABOUT,
+        "command": command,
+        "environment": environment("cpu", 1),
+        "settings": {
+            "data": dataset.about,
+            "sha256 of the text": dataset.sha256,
+            "model": f"gpt-2x{options.width}",
+            "steps": options.steps,
+            "seeds": options.seeds,
+            "learning rates": list(options.rates),
+        },
+        "seconds": round(sum({id(cell): cell["seconds"] for cell in every}.values()), 1),
+        "verdicts": verdicts({name: _whole(group) for name, group in cells.items()}, counts),
+        "tables": tables(options, tried, best, cells, counts),
+    }
+    write(options.out, results, [])
+    return results
+
+
+def _training(options: Options, dataset: Dataset, name: str, lr: float, seed: int) -> dict[str, Any]:
+    return kept_training(options.out, ARMS, dataset, Setting(name, lr, seed, options.width, options.steps))
+
+
+def _best(rates: Sequence[float], cells: Sequence[Mapping[str, Any]]) -> float | None:
+    """The rate with the least loss on held-out windows; None where every training was refused or diverged."""
+    found = [(cell["held out"], lr) for lr, cell in zip(rates, cells, strict=True) if cell["held out"] is not None]
+    return min(found)[1] if found else None
+
+
+def _whole(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return [] if any(cell["test"] is None for cell in cells) else cells
+
+
+def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
+    """The marks M1 to M8 that there are numbers for."""
+
+    def test(arm: str) -> list[float]:
+        return [cell["test"] for cell in cells.get(arm, ())]
+
+    def ratio(mark: str, arm: str, most: float) -> list[Row]:
+        ours, bp = test(arm), test("bp")
+        values = [a / b for a, b in zip(ours, bp, strict=True)] if ours and bp else []
+        return at_most(mark, arm, "test loss over that of bp", values, most)
+
+    def below(mark: str, arm: str, other: str, by: float) -> list[Row]:
+        ours, theirs = test(arm), test(other)
+        if not (ours and theirs):
+            return []
+        what = f"test loss minus that of {other}, plus {by:g}"
+        return [difference(mark, arm, what, [value + by for value in ours], theirs, less=True)]
+
+    def angle(mark: str, arm: str, most: float) -> list[Row]:
+        return at_most(mark, arm, "mean angle at the end, degrees", _mean(cells.get(arm, ()), "last"), most)
+
+    kp = cells.get("kp-mirror", ())
+    return [
+        *at_most("M1", "bp", "test loss minus that of the bigram table", [x - counts["bigram"] for x in test("bp")], -0.4),
+        *ratio("M2", "kp-mirror", 1.03),
+        *at_most("M2", "kp-mirror", "largest angle at step 1, degrees", _largest(kp, "first"), 12.0),
+        *at_most("M2", "kp-mirror", "mean angle, last step minus first", _turned(kp), 0.0),
+        *ratio("M3", "pfa-mirror", 1.05),
+        *angle("M3", "pfa-mirror", 19.0),
+        *ratio("M4", "pfa-o-mirror", 1.03),
+        *(row for arm in _DECAY for row in (*ratio("M5", arm, 1.15), *angle("M5", arm, 20.0))),
+        *ratio("M6", "usf-current", 1.12),
+        *below("M6", "usf-current", "usf", 0.03),
+        *below("M7", "fa", "head only", 0.2),
+        *below("M7", "kp-mirror", "fa", 0.2),
+        *(row for arm in _DIRECT for row in (*below("M8", arm, "head only", 0.1), *below("M8", "bp", arm, 0.2))),
+        *below("M8", "dfa", "dfa-micro", 0.0),
+    ]
+
+
+_DIRECT = ("dfa", "dfa-head")
+"""With the output error, and with the error at the read-out's input, which is what the prototype had."""
+_DECAY = ("kp-decay", "pfa-decay")
+
+
+def at_most(mark: str, rule: str, what: str, values: Sequence[float], most: float) -> list[Row]:
+    """A verdict on the mean, with its interval; none without values."""
+    if not values:
+        return []
+    mean, low, high, n = student(values)
+    row = {"figure": mark, "rule": rule, "what": what, "mark": f"mean ≤ {most:g}", "mean": mean, "std": None, "low": low}
+    verdict = "reproduced" if mean <= most else "not reproduced"
+    return [{**row, "high": high, "n": n, "source": "our mark", "verdict": verdict}]
+
+
+def _mean(cells: Sequence[Mapping[str, Any]], when: str) -> list[float]:
+    return [statistics.mean(cell["angles"][when].values()) for cell in cells if cell["angles"][when]]
+
+
+def _largest(cells: Sequence[Mapping[str, Any]], when: str) -> list[float]:
+    return [max(cell["angles"][when].values()) for cell in cells if cell["angles"][when]]
+
+
+def _turned(cells: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [last - first for first, last in zip(_mean(cells, "first"), _mean(cells, "last"), strict=True)]
+
+
+def tables(
+    options: Options,
+    tried: Cells,
+    best: Mapping[str, float | None],
+    cells: Cells,
+    counts: Mapping[str, float],
+) -> list[Row]:
+    """Each arm at its rate, with the counts; and the losses by which rates were chosen."""
+    bp = [cell["test"] for cell in _whole(cells.get("bp", ()))]
+    rows = []
+    for name in sorted(cells, key=lambda name: _order(cells[name])):
+        whole = _whole(cells[name])
+        if not whole:
+            refused = next((cell["refused"] for cell in (*cells[name], *tried[name]) if cell.get("refused")), "-")
+            rows.append([name, "refused", "-", "-", "-", refused])
+            continue
+        values = [cell["test"] for cell in whole]
+        over = shown([100 * (a / b - 1) for a, b in zip(values, bp, strict=False)]) if bp else "-"
+        angles = " -> ".join(f"{statistics.mean(_mean(whole, when)):.3g}" for when in _WHEN if _mean(whole, when))
+        each = ", ".join(f"{value:.3f}" for value in values)
+        rows.append([name, shown(values), over, f"{best[name]:g}", angles or "-", each])
+    rows += [[f"{name} counts", f"{value:.4g}", "-", "-", "-", "-"] for name, value in counts.items()]
+    rates = [f"{lr:g}" for lr in options.rates]
+    chosen = [[name, *(_loss(cell, "held out") for cell in group)] for name, group in tried.items()]
+    return [
+        {
+            "title": "Test loss, nats per character",
+            "note": "Mean over seeds with 95 % interval (Student's t), at the rate with the least loss on held-out windows. "
+            "Angles are those of feedback to weights, mean over layers, after the first step and the last. The seed that "
+            "chose the rate is among the seeds.",
+            "header": ["arm", "test loss", "% over bp", "rate", "angle, degrees", "each seed"],
+            "rows": rows,
+        },
+        {
+            "title": "Loss on held-out windows, by learning rate",
+            "note": "Seed 0, nats per character.",
+            "header": ["arm", *rates],
+            "rows": chosen,
+        },
+    ]
+
+
+_WHEN = ("first", "last")
+
+
+def _order(cells: Sequence[Mapping[str, Any]]) -> float:
+    whole = _whole(cells)
+    return statistics.mean(cell["test"] for cell in whole) if whole else float("inf")
+
+
+def _loss(cell: Mapping[str, Any], part: str) -> str:
+    return f"{cell[part]:.4f}" if cell[part] is not None else "-"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command("apical_papers.transformers.language", Options, study, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

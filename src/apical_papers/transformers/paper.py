@@ -1,0 +1,34 @@
+"""Transformers and sequences: what there is to run."""
+
+from functools import partial
+
+from apical.bench.papers import Paper, Sizes, Table, table_of
+from apical_papers.transformers.recipes import EPOCHS, STUDIES
+
+of = partial(table_of, STUDIES)
+_SMOKE: Sizes = {"epochs": 1, "seeds": 1, "train_limit": 128, "test_limit": 32}
+
+PAPER = Paper(
+    title="Direct feedback alignment scales to modern deep learning tasks and architectures",
+    reference=(
+        "Launay, Poli, Boniface and Krzakala, NeurIPS 33, 2020, arXiv 2006.12878; "
+        "scaling: Filipovich, Cappelli, Hesslow and Launay, 2022, arXiv 2210.14593"
+    ),
+    studies=STUDIES,
+    tables={
+        "text-python": of("text-python", _SMOKE, {"epochs": EPOCHS, "seeds": 3}, {"epochs": EPOCHS, "seeds": 5}),
+        "lstm-copy": of("lstm-copy", _SMOKE, {"epochs": 10, "seeds": 3}, {"epochs": 10, "seeds": 5}),
+        "language": Table(
+            "Credit rules on a small language model, each at its best of three learning rates",
+            {"smoke": {"steps": 4, "seeds": 2, "width": 32}, "cpu": {"steps": 400, "seeds": 3}, "paper": {"seeds": 5}},
+            module="apical_papers.transformers.language",
+            needs={"steps": 400, "seeds": 3},
+        ),
+        "scaling": Table(
+            "Loss against width of a small language model, by rule",
+            {"smoke": {"steps": 4, "seeds": 2}, "cpu": {"steps": 200, "seeds": 3}, "paper": {"steps": 400, "seeds": 5}},
+            module="apical_papers.transformers.scaling",
+            needs={"steps": 200, "seeds": 3},
+        ),
+    },
+)

@@ -1,0 +1,128 @@
+"""A network as a channel: its formulas step by step, the bound that is provable, and the table of the pilot."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from apical import models
+from apical.diagnostics.channel import capacity, channel, information, jacobians, within_budget
+from apical.errors import ConfigError
+
+
+def tanh_network(gain: float, orthogonal: bool, seed: int, depth: int = 10, width: int = 32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width, bias=False), nn.Tanh())))
+    for layer in model[::2]:
+        if orthogonal:
+            nn.init.orthogonal_(layer.weight, gain)
+        else:
+            nn.init.normal_(layer.weight, std=gain / width**0.5)
+    return model
+
+
+def test_jacobian_and_noise_step_by_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, noise = torch.randn(3, 4).double(), 0.2
+    nats = []
+    for sample in x:
+        j, n = torch.eye(4).double(), torch.zeros(4, 4).double()
+        h, slope = sample, torch.ones(4).double()
+        for layer in model[::2]:  # the noise of a layer's output passes its activation and the layers above
+            d = layer.weight * slope
+            j, n = d @ j, d @ n @ d.T + noise**2 * torch.eye(len(layer.weight)).double()
+            v = layer(h)
+            h, slope = v.tanh(), 1 - v.tanh() ** 2
+        expected = torch.autograd.functional.jacobian(model, sample)
+        assert (j - expected).abs().max() < 1e-14
+        nats.append(0.5 * torch.logdet(torch.eye(3).double() + torch.linalg.solve(n, j @ j.T)))
+    found = channel(model, x, noise, "every")
+    assert found.nats == pytest.approx(float(torch.stack(nats).mean().detach()), abs=1e-10)
+    assert found.nats < found.bound
+    inner = jacobians(model, x)[1]
+    assert [layer.shape[1:] for layer in inner] == [(3, 5), (3, 6)]
+
+
+def test_the_bound_for_a_power_budget() -> None:
+    torch.manual_seed(1)
+    noise = torch.eye(8).double()
+    bound = capacity(8, 1.0)
+    assert bound == pytest.approx(4 * math.log(2))
+    orthogonal = torch.linalg.qr(torch.randn(8, 8).double())[0]
+    assert float(information(orthogonal, None, noise)) == pytest.approx(bound, abs=1e-12)
+    drawn = [float(information(within_budget(torch.randn(8, 8).double()), None, noise)) for _ in range(20)]
+    assert max(drawn) < bound - 0.1
+    singular = torch.rand(8).double()
+    by_hand = 0.5 * torch.log1p(within_budget(singular.diag()).diagonal() ** 2).sum()
+    assert float(information(within_budget(singular.diag()), None, noise)) == pytest.approx(float(by_hand), abs=1e-12)
+
+
+def test_information_does_not_depend_on_the_basis() -> None:
+    torch.manual_seed(2)
+    j, n = torch.randn(4, 6).double(), torch.eye(4).double()
+    u, v = (torch.linalg.qr(torch.randn(k, k).double())[0] for k in (4, 6))
+    assert float(information(u @ j @ v, None, n)) == pytest.approx(float(information(j, None, n)), abs=1e-12)
+    s = torch.randn(6, 6).double()
+    s = s @ s.T
+    expected = 0.5 * torch.logdet(n + j @ s @ j.T)
+    assert float(information(j, s, n)) == pytest.approx(float(expected), abs=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_orthogonal_above_gaussian_at_every_gain(seed: int) -> None:
+    inputs = torch.randn(6, 32, generator=torch.Generator().manual_seed(9))
+    for gain in (0.8, 1.0, 1.2, 1.5, 2.0):
+        for where in ("every", "end"):
+            one, other = (channel(tanh_network(gain, kind, seed), inputs, where=where).nats for kind in (True, False))
+            assert one > other
+
+
+def test_with_a_budget_information_falls_as_the_condition_grows() -> None:
+    inputs = torch.randn(6, 32, generator=torch.Generator().manual_seed(9))
+    found = [channel(tanh_network(gain, True, 0), inputs) for gain in (0.5, 0.8, 1.0, 1.2, 1.5, 2.0)]
+    assert [row.nats for row in found] == sorted((row.nats for row in found), reverse=True)
+    assert [row.log10_condition for row in found] == sorted(row.log10_condition for row in found)
+
+
+def test_an_isometry() -> None:
+    model = models.orthogonal_(nn.Sequential(*(nn.Linear(8, 8) for _ in range(20)))).double()
+    models.orthogonal_(model)
+    found = channel(model, torch.randn(2, 8))
+    assert found.largest == pytest.approx(1, abs=1e-12)
+    assert found.smallest == pytest.approx(1, abs=1e-12)
+    assert found.nats == pytest.approx(found.bound, abs=1e-10)
+
+
+def test_models_with_skips_norms_and_activations_in_place() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.relu, self.last = (
+                nn.Linear(4, 4),
+                nn.BatchNorm1d(4),
+                nn.ReLU(inplace=True),
+                nn.Linear(4, 2),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.relu(self.norm(self.first(x))) + x)
+
+    model = Net()
+    x = torch.randn(3, 4)
+    whole, _ = jacobians(model, x)
+    twin = Net().double().eval()
+    twin.load_state_dict(model.state_dict())
+    expected = torch.autograd.functional.jacobian(lambda v: twin(v[None])[0], x[1].double())
+    assert (whole[1] - expected).abs().max() < 1e-14
+    assert model.training
+    assert model.first.weight.dtype == torch.float32
+
+
+def test_bad_input() -> None:
+    for arguments in ({"noise": 0.0}, {"where": "start"}):
+        with pytest.raises(ConfigError, match="noise above 0"):
+            channel(nn.Linear(2, 2), torch.randn(2, 2), **arguments)
+    with pytest.raises(ConfigError, match="indices"):
+        channel(nn.Embedding(3, 2), torch.tensor([1, 2]))

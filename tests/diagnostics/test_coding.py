@@ -1,0 +1,76 @@
+"""Codes: what is known of their entropies and dimensions, and what of a model counts as a code."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from apical.diagnostics.coding import (
+    code_of,
+    coding,
+    covariance_spectrum,
+    effective_rank,
+    gaussian_entropy,
+    marginal_entropy,
+    participation_ratio,
+)
+from apical.errors import ConfigError
+
+
+def rotation(n: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+
+
+def test_gaussian_entropy_of_the_formula_and_rotations() -> None:
+    torch.manual_seed(0)
+    a = torch.randn(200, 6).double() @ torch.diag(torch.arange(1, 7).double())
+    c = torch.from_numpy(np.cov(a.numpy().T, bias=True))
+    c = c * 6 / c.trace()
+    expected = 0.5 * torch.logdet(2 * math.pi * math.e * (c + 0.01 * torch.eye(6).double()))
+    assert gaussian_entropy(covariance_spectrum(a)) == pytest.approx(float(expected), abs=1e-10)
+    turned = a @ rotation(6)
+    assert gaussian_entropy(covariance_spectrum(turned)) == pytest.approx(float(expected), abs=1e-10)
+    assert gaussian_entropy(torch.ones(6)) > gaussian_entropy(covariance_spectrum(a))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_white_and_rank_one(n: int) -> None:
+    torch.manual_seed(1)
+    white = torch.linalg.qr(torch.randn(60, 4).double() - 0)[0]
+    white = torch.linalg.qr(white - white.mean(0))[0]
+    a = white[:, :1] @ torch.randn(1, 5).double() if n == 1 else white
+    spectrum = covariance_spectrum(a)
+    assert participation_ratio(spectrum) == pytest.approx(n, abs=1e-10)
+    assert effective_rank(spectrum) == pytest.approx(n, abs=1e-5)
+
+
+def test_marginal_entropy_by_numpy() -> None:
+    torch.manual_seed(2)
+    a = torch.randn(300, 3).double()
+    expected = 0.0
+    for unit in a.T.numpy():
+        shares = np.histogram(unit, 32)[0] / 300
+        expected -= (shares[shares > 0] * np.log(shares[shares > 0])).sum()
+    assert marginal_entropy(a) == pytest.approx(expected, abs=1e-10)
+
+
+def test_silent_units() -> None:
+    code = code_of(torch.zeros(10, 3))
+    assert (code.dead, code.participation_ratio, code.effective_rank, code.marginal_nats) == (1.0, 0.0, 0.0, 0.0)
+    with pytest.raises(ConfigError, match="finite"):
+        code_of(torch.full((4, 2), float("nan")))
+    with pytest.raises(ConfigError, match="two samples"):
+        code_of(torch.ones(1, 2))
+
+
+def test_shared_activations_maps_and_modes() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), relu, nn.Flatten(), nn.Dropout(), nn.Linear(36, 5), relu)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = coding(model, torch.randn(6, 1, 5, 5))
+    assert {name: code.units for name, code in found.items()} == {"2": 4, "2#2": 5, "output": 5}
+    assert model.training
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert not any(module._forward_hooks for module in model.modules())

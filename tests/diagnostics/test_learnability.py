@@ -1,0 +1,129 @@
+"""Learnability: the Jacobian by autograd, kernels of rules against theory, and the Lorenz system's sizes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apical
+from apical.diagnostics.learnability import learnability, rank_by_width, rule_updates, smallest_width, weight_jacobian
+from apical.errors import ConfigError
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def test_jacobian_row_by_row() -> None:
+    model, x = network(), torch.randn(3, 4).double()
+    found = weight_jacobian(model, x)
+    for sample in range(3):
+        for output in range(3):
+            grads = torch.autograd.grad(model(x)[sample, output], list(model.parameters()))
+            assert (found[sample, output] - torch.cat([g.flatten() for g in grads])).abs().max() < 1e-14
+
+
+def test_backpropagation_has_the_tangent_kernel() -> None:
+    model, x = network(), torch.randn(3, 4).double()
+    plain, bp = learnability(model, x), learnability(model, x, apical.Backprop(model))
+    expected = plain.singular_values.square()
+    assert (bp.kernel.real - expected).abs().max() < 1e-10
+    assert bp.unlearned == 0
+    assert plain.rank == 9
+
+
+def test_direct_feedback_through_the_true_weights_is_backpropagation() -> None:
+    model, x = network(), torch.randn(3, 4).double()
+    rule = apical.DirectFeedbackAlignment(model)
+    rule(x, torch.tensor([0, 1, 2])).backward()
+    rule.zero_grad()
+    random = learnability(model, x, rule)
+    rule.set_feedback("1", model[2].weight.detach())
+    true = learnability(model, x, rule)
+    assert (true.kernel.real - true.singular_values.square()).abs().max() < 1e-10
+    assert (random.kernel - true.kernel).abs().max() > 1e-3
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert rule.loss is nn.functional.cross_entropy
+
+
+def test_updates_are_the_rules_own() -> None:
+    model, x = network(), torch.randn(2, 4).double()
+    rule = apical.FeedbackAlignment(model)
+    updates = rule_updates(rule, x, 3)
+    error = torch.tensor([[0.3, -1.0, 2.0]]).double()
+    rule.loss = lambda output, target: (output * error).sum()
+    rule(x[:1], torch.zeros(1)).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert ((error @ updates[0])[0] - expected).abs().max() < 1e-12
+
+
+class Lorenz(nn.Module):
+    """The seven terms of the system, each with its coefficient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.tensor([-10.0, 10.0, 28.0, -1.0, -1.0, 1.0, -8 / 3]).double())
+
+    def forward(self, state: Tensor) -> Tensor:
+        x, y, z = state.unbind(-1)
+        c = self.c
+        return torch.stack([c[0] * x + c[1] * y, c[2] * x + c[3] * y + c[4] * x * z, c[5] * x * y + c[6] * z], -1)
+
+
+class Products(nn.Module):
+    """A x + c + G ((P x) * (R x)) with h product nodes."""
+
+    def __init__(self, h: int) -> None:
+        super().__init__()
+        self.linear, self.g = nn.Linear(3, 3), nn.Linear(h, 3, bias=False)
+        self.p, self.r = nn.Linear(3, h, bias=False), nn.Linear(3, h, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x) + self.g(self.p(x) * self.r(x))
+        return result
+
+
+class Quadratic(nn.Module):
+    """Every monomial up to the second order, to each component."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.stack([x[..., i] * x[..., j] for i in range(3) for j in range(i, 3)], -1)
+        result: Tensor = self.read(torch.cat([x, pairs], -1))
+        return result
+
+
+def test_sizes_for_the_lorenz_system() -> None:
+    torch.manual_seed(0)
+    states = 10 * torch.randn(40, 3).double()
+    assert learnability(Lorenz(), states).rank == 7
+    assert learnability(Quadratic(), states).rank == 30
+    assert smallest_width(30, 3) == 4
+    two = Products(2).double()
+    with torch.no_grad():
+        two.linear.weight.copy_(torch.tensor([[-10, 10, 0], [28, -1, 0], [0, 0, -8 / 3]]))
+        two.linear.bias.zero_()
+        two.p.weight.copy_(torch.tensor([[1.0, 0, 0], [1, 0, 0]]))
+        two.r.weight.copy_(torch.tensor([[0.0, 0, 1], [0, 1, 0]]))
+        two.g.weight.copy_(torch.tensor([[0.0, 0], [-1, 0], [0, 1]]))
+        assert (two(states) - Lorenz()(states)).abs().max() < 1e-12
+    # quadratic forms of the components: one product node makes multiples of one form, and the system's span two dimensions
+    forms = torch.zeros(3, 3, 3)
+    forms[1, 0, 2] = forms[1, 2, 0] = -0.5
+    forms[2, 0, 1] = forms[2, 1, 0] = 0.5
+    assert torch.linalg.matrix_rank(forms.flatten(1)) == 2
+
+
+def test_rank_by_width_ends_at_the_inputs() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(10, 3)
+    ranks = rank_by_width(lambda h: nn.Sequential(nn.Linear(3, h), nn.Tanh(), nn.Linear(h, 1)), (1, 2, 8), inputs)
+    assert ranks == {1: 6, 2: 10, 8: 10}
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ConfigError, match="no parameter"):
+        learnability(nn.Linear(2, 2).requires_grad_(False), torch.randn(2, 2))

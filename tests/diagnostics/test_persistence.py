@@ -1,0 +1,123 @@
+"""Persistence against scipy's spanning trees and paths found one by one, and what it does not depend on."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from apical.diagnostics.persistence import (
+    deep_graph_persistence,
+    neural_persistence,
+    persistence,
+    standardised,
+    strongest_paths,
+    tree_weights,
+)
+from apical.errors import ConfigError, UnsupportedModelError
+
+RANDOM = np.random.default_rng(0)
+
+
+def naive_tree(edges: np.ndarray) -> list[float]:
+    """Kruskal: edges from large to small, each kept that joins two components."""
+    rows, columns = edges.shape
+    component = list(range(rows + columns))
+    kept = []
+    order = sorted(itertools.product(range(rows), range(columns)), key=lambda place: -edges[place])
+    for i, j in order:
+        a, b = component[i], component[rows + j]
+        if a != b:
+            kept.append(float(edges[i, j]))
+            component = [a if c == b else c for c in component]
+    return kept
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 1), (4, 6), (13, 9)])
+def test_tree_of_kruskal(shape: tuple[int, int]) -> None:
+    edges = RANDOM.random(shape)
+    assert np.allclose(tree_weights(edges), naive_tree(edges), atol=0)
+
+
+def test_tree_of_scipy_and_the_cut_property() -> None:
+    sparse, csgraph = pytest.importorskip("scipy.sparse"), pytest.importorskip("scipy.sparse.csgraph")
+    edges = RANDOM.random((60, 40))
+    tree = tree_weights(edges)
+    graph = sparse.csr_matrix(np.block([[np.zeros((60, 60)), 2 - edges], [np.zeros((40, 100))]]))
+    found = 2 - csgraph.minimum_spanning_tree(graph).data
+    assert len(tree) == 99
+    assert np.abs(np.sort(found)[::-1] - tree).max() < 1e-15
+    assert set(edges.max(0)) | set(edges.max(1)) <= set(tree)
+
+
+def test_paths_one_by_one_and_associativity() -> None:
+    a, b, c = (RANDOM.random(shape) for shape in ((3, 4), (4, 5), (5, 2)))
+    whole = strongest_paths(strongest_paths(a, b), c)
+    assert np.array_equal(whole, strongest_paths(a, strongest_paths(b, c)))
+    for i, o in itertools.product(range(3), range(2)):
+        best = max(min(a[i, k], b[k, m], c[m, o]) for k in range(4) for m in range(5))
+        assert whole[i, o] == best
+
+
+def test_what_np_does_not_depend_on() -> None:
+    edges = RANDOM.random((6, 8))
+    edges /= edges.max()
+    value = neural_persistence(edges)
+    assert 0 <= value <= 1
+    assert neural_persistence(edges[RANDOM.permutation(6)][:, RANDOM.permutation(8)]) == pytest.approx(value, abs=1e-15)
+    assert neural_persistence(edges, essential=True) ** 2 == pytest.approx(value**2 + 1 / 13, abs=1e-14)
+    for place in np.ndindex(edges.shape):
+        raised = edges.copy()
+        raised[place] = min(1.0, raised[place] + 0.3)
+        assert neural_persistence(raised) <= value + 1e-15
+    assert neural_persistence(np.ones((3, 4))) == 0
+    assert neural_persistence(np.ones((3, 4)), essential=True) == pytest.approx(6**-0.5)
+
+
+def test_signs_and_scale_of_a_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    before = persistence(model)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.mul_(torch.where(torch.rand_like(layer.weight) < 0.5, -3.0, 3.0))
+    after = persistence(model)
+    for name, value in before.layers.items():
+        assert after.layers[name] == pytest.approx(value, abs=1e-14)
+    assert after.deep != pytest.approx(before.deep, abs=1e-6)
+
+
+def test_what_dgp_does_not_depend_on() -> None:
+    first, second = RANDOM.standard_normal((6, 5)), RANDOM.standard_normal((3, 6))
+    value = deep_graph_persistence([first, second])
+    order = RANDOM.permutation(6)
+    assert deep_graph_persistence([first[order], second[:, order]]) == pytest.approx(value, abs=1e-14)
+    assert deep_graph_persistence([-2 * first + 7, 0.3 * second - 1]) == pytest.approx(value, abs=1e-13)
+    assert deep_graph_persistence([first]) == pytest.approx(neural_persistence(standardised([first])[0]), abs=1e-15)
+
+
+def test_models_of_other_kinds() -> None:
+    convolution = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    found = persistence(convolution)
+    assert list(found.layers) == ["0", "3"]
+    assert found.deep is None
+    with pytest.raises(UnsupportedModelError, match="Linear or convolution"):
+        persistence(nn.ReLU())
+    with torch.no_grad():
+        convolution[3].weight[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="layer '3' is not finite"):
+        persistence(convolution)
+    with pytest.raises(ConfigError, match="makes 4 numbers"):
+        deep_graph_persistence([np.ones((4, 3)), np.ones((2, 5))])
+
+
+def test_the_model_is_only_read() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert persistence(model) == persistence(model)
+    assert torch.equal(torch.rand(1), drawn)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())

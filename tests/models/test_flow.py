@@ -1,0 +1,92 @@
+"""Orthogonal flows: identities of the equations, and a network of any depth whose Jacobian is an isometry."""
+
+import pytest
+import torch
+
+from apical.diagnostics.channel import jacobians, singular_values
+from apical.errors import ConfigError
+from apical.models import build, flow
+from apical.models.flow import cayley, commutator, gated, isospectral, orthogonal_schedule, schedule
+
+
+def symmetric(n: int) -> torch.Tensor:
+    m = torch.randn(n, n).double()
+    return (m + m.T) / 2
+
+
+@pytest.mark.parametrize("kind", ["isospectral", "gated", "tied"])
+def test_weights_stay_orthogonal_and_move(kind: str) -> None:
+    torch.manual_seed(0)
+    weights = orthogonal_schedule(16, 200, kind)
+    one = torch.eye(16).double()
+    assert max((w.T @ w - one).abs().max() for w in weights) < 1e-12
+    assert ((weights[-1] - weights[0]).norm() > 0.5) == (kind != "tied")
+
+
+def test_spectrum_is_kept_and_brockett_rises() -> None:
+    torch.manual_seed(1)
+    q, n, w = symmetric(6), symmetric(6), torch.linalg.qr(torch.randn(6, 6).double())[0]
+    weights = schedule(w, 3000, lambda w: isospectral(w, q, n), time=60.0)
+    eigenvalues = torch.linalg.eigvalsh(q)
+    assert max((torch.linalg.eigvalsh(w.T @ q @ w) - eigenvalues).abs().max() for w in weights[::300]) < 1e-11
+    heights = torch.stack([(w.T @ q @ w @ n).trace() for w in weights])
+    assert (heights.diff() > -1e-12).all()
+    assert heights[-1] == pytest.approx(float(eigenvalues @ torch.linalg.eigvalsh(n)), abs=1e-2)
+
+
+def test_derivatives_of_the_flow() -> None:
+    """dH/dt = [H, [H, N]] and d tr(H N)/dt = |[H, N]|^2, by autograd in time."""
+    torch.manual_seed(2)
+    q, n, w = symmetric(5), symmetric(5), torch.linalg.qr(torch.randn(5, 5).double())[0]
+    omega = isospectral(w, q, n)
+
+    def h_at(t: torch.Tensor) -> torch.Tensor:
+        moved = w @ torch.linalg.matrix_exp(t * omega)
+        return moved.T @ q @ moved
+
+    zero = torch.zeros(()).double()
+    h, rate = torch.func.jvp(h_at, (zero,), (zero + 1,))
+    assert (rate - commutator(h, commutator(h, n))).abs().max() < 1e-12
+    assert (rate @ n).trace().item() == pytest.approx(commutator(h, n).square().sum().item(), rel=1e-12)
+
+
+def test_where_nothing_flows() -> None:
+    w, s, one = torch.linalg.qr(torch.randn(4, 4).double())[0], symmetric(4), torch.eye(4).double()
+    assert isospectral(w, 3 * one, s).abs().max() < 1e-14
+    assert isospectral(w, s, 2 * one).abs().max() < 1e-14
+    omega = gated(w, torch.randn(2).double(), *torch.randn(2, 2, 4, 4).double())
+    assert torch.allclose(omega, -omega.T)
+    exact = torch.linalg.matrix_exp(1e-3 * omega)
+    assert (cayley(omega, 1e-3) - exact).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("depth", [50, 200])
+def test_the_jacobian_is_an_isometry(depth: int) -> None:
+    torch.manual_seed(3)
+    model = flow(16, depth).double()
+    for layer, weight in zip(model[::2], orthogonal_schedule(16, depth), strict=True):
+        with torch.no_grad():
+            layer.weight.copy_(weight)  # in float64
+    values = singular_values(jacobians(model, torch.randn(2, 16))[0])
+    assert (values - 1).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("kind", ["isospectral", "tied"])
+def test_the_bound_of_euler_steps(kind: str) -> None:
+    torch.manual_seed(4)
+    n = 20
+    values = singular_values(jacobians(flow(8, n, kind, residual=True), torch.randn(4, 8))[0])
+    low, high = (1 - 1 / n) ** n, (1 + 1 / n) ** n
+    assert low <= values.min()
+    assert values.max() <= high
+    assert values.max() - values.min() > 0.1
+
+
+def test_by_name_and_bad_input() -> None:
+    assert len([m for m in build("flow-8x50", (4, 3), 3).modules() if isinstance(m, torch.nn.Linear)]) == 52
+    with pytest.raises(ConfigError, match="layers of one width"):
+        build("flow-8-4", (4,), 3)
+    with pytest.raises(ConfigError, match="at least 1"):
+        flow(0, 3)
+    with pytest.raises(ConfigError, match="flow must be"):
+        flow(4, 3, "fast")

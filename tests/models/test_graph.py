@@ -1,0 +1,195 @@
+"""Learned connectivity: what special wirings are, what an edge learns under each rule, and sparsity."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apical
+from apical.errors import ConfigError
+from apical.models import Graph, build
+from apical.models.graph import Attention, GraphClassifier, Mix
+from apical.testing import check_model
+
+
+def nodes(count: int = 3) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.ReLU(), nn.Linear(4, 4)).double() for _ in range(count)]
+
+
+def states(model: Graph, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """u_1.. and x_0.. by the equations."""
+    a = model.adjacency().double()
+    received, sent = [], [x]
+    for i in range(1, len(a)):
+        received.append(sum(a[i, j] * sent[j] for j in range(i)))
+        if i < len(a) - 1:
+            sent.append(model.nodes[i - 1](received[-1]))
+    return received, sent
+
+
+@pytest.mark.parametrize("wiring", ["complete", "chain", "residual", 0.5])
+def test_the_equations(wiring: str | float) -> None:
+    model = Graph(nodes(), wiring).double()
+    x = torch.randn(5, 4).double()
+    assert (model(x) - states(model, x)[0][-1]).abs().max() < 1e-15
+    a = model.adjacency()
+    assert torch.equal(a, a.tril(-1))
+    assert all(row[i - 1] for i, row in enumerate(a) if i)
+
+
+def test_a_chain_is_a_chain() -> None:
+    own = nodes()
+    model, plain = Graph(own, "chain", "fixed").double(), nn.Sequential(*own)
+    x = torch.randn(5, 4).double()
+    assert torch.equal(model(x), plain(x))
+    for one, other in zip(
+        torch.autograd.grad(model(x).square().sum(), list(own[0].parameters())),
+        torch.autograd.grad(plain(x).square().sum(), list(own[0].parameters())),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_only_the_order_of_dependence_matters() -> None:
+    """Two nodes that do not hear each other change places."""
+    first, second, last = nodes()
+    torch.manual_seed(1)
+    a = torch.rand(5, 5).tril(-1).double()
+    a[2, 1] = 0
+    order = [0, 2, 1, 3, 4]
+    x = torch.randn(5, 4).double()
+    results = []
+    for own, matrix in (([first, second, last], a), ([second, first, last], a[order][:, order])):
+        model = Graph(own).double()
+        with torch.no_grad():
+            for i, mix in enumerate(model.mixes, start=1):
+                mix.alpha.copy_(matrix[i, :i])
+        results.append(model(x))
+    assert torch.allclose(*results, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.FeedbackAlignment, apical.SignSymmetry, apical.KolenPollack])
+def test_an_edge_learns_error_times_activity(kind: type) -> None:
+    torch.manual_seed(2)
+    model = GraphClassifier(6, 4, 3, 3, "complete", "learned").double()
+    rule = kind(model)
+    sent: dict[int, Tensor] = {}
+    errors: dict[int, Tensor] = {}
+
+    def look(i: int, mix: nn.Module) -> None:
+        def keep(module: nn.Module, args: tuple[list[Tensor]], result: Tensor) -> None:
+            sent.update(enumerate(args[0]))
+            result.register_hook(lambda error: errors.update({i: error}))
+
+        mix.register_forward_hook(keep)
+
+    for i, mix in enumerate(model.graph.mixes, start=1):
+        look(i, mix)
+    rule(torch.randn(7, 6).double(), torch.arange(7) % 3).backward()
+    for i, mix in enumerate(model.graph.mixes, start=1):
+        expected = torch.stack([(errors[i] * sent[j]).sum() for j in mix.senders])
+        assert (mix.alpha.grad - expected).abs().max() < 1e-14
+
+
+def test_feedback_of_the_transpose_is_backpropagation() -> None:
+    torch.manual_seed(3)
+    model = GraphClassifier(6, 4, 3, 3, "complete", "attention").double()
+    x, y = torch.randn(7, 6).double(), torch.arange(7) % 3
+    rule = apical.FeedbackAlignment(model)
+    apical.Backprop(model)(x, y).backward()
+    exact = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for name in rule.feedback_weights():
+        rule.set_feedback(name, model.get_submodule(name).weight.detach())
+    rule(x, y).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - exact[name]).abs().max() < 1e-14
+
+
+def test_under_dfa_errors_reach_edges_without_a_weight() -> None:
+    """e_i = relu'(u_i) * B_i e, the signal of the activation right behind u_i. The node's weight has no part in it."""
+    torch.manual_seed(4)
+    model = GraphClassifier(6, 4, 3, 3, "complete", "learned").double()
+    rule = apical.DirectFeedbackAlignment(model)
+    x, y = torch.randn(7, 6).double(), torch.arange(7) % 3
+    rule(x, y).backward()
+    output = model(x)
+    e = torch.autograd.grad(nn.functional.cross_entropy(output, y), output)[0]
+    received, sent = states(model.graph, model.stem(x))
+    for i, mix in enumerate(model.graph.mixes):
+        b = rule.feedback.get_buffer(f"graph/nodes/{i}/0" if i < 3 else "relu")
+        error = (received[i] > 0) * (e @ b)
+        assert (mix.alpha.grad - torch.stack([(error * sent[j]).sum() for j in mix.senders])).abs().max() < 1e-7
+
+
+def test_a_look_at_the_placement_leaves_the_cuts_as_they_were() -> None:
+    """Further cuts that a look finds are found again afterwards."""
+    torch.manual_seed(4)
+    x, y = torch.randn(7, 6), torch.arange(7) % 3
+    grads = []
+    for look in (False, True):
+        torch.manual_seed(5)
+        model = GraphClassifier(6, 4, 3, 3, "complete", "learned")
+        rule = apical.DirectFeedbackAlignment(model)
+        if look:
+            assert all("cut at" in row.path for row in rule.placement(x) if row.kind == "Linear" and row.layer != "head")
+        rule(x, y).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa", "usf", "pfa"])
+@pytest.mark.parametrize("model", ["graph-8x3", "graph-attention-8x3"])
+def test_promises_on_the_model(name: str, model: str) -> None:
+    from apical.bench.names import find_rule
+
+    torch.manual_seed(5)
+    net = build(model, (6,), 3)
+    entry = find_rule(name)
+    check_model(entry.build(net, **entry.options), torch.randn(8, 6), torch.arange(8) % 3)
+
+
+def test_sparsity() -> None:
+    model = Graph(nodes(), "complete").double()
+    mix = model.mixes[2]
+    assert isinstance(mix, Mix)
+    with torch.no_grad():
+        mix.alpha.copy_(torch.tensor([0.0, 0.005, -0.4]))
+    model.shrink_(1e-3)
+    assert torch.allclose(mix.alpha, torch.tensor([0.0, 0.004, -0.399]).double(), atol=1e-15)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mix.alpha.grad = torch.tensor([0.9e-3, 0.0, 0.0]).double()  # |gradient| < gamma: an edge at zero stays there
+    optimizer.step()
+    model.shrink_(0.1 * 1e-3)
+    assert mix.alpha[0] == 0
+    assert model.prune_() == 2
+    assert mix.alpha[1] == 0
+
+
+def test_attention() -> None:
+    model = Graph(nodes(), edges="attention", features=4).double()
+    x = torch.randn(5, 4).double().requires_grad_()
+    mix = model.mixes[1]
+    assert isinstance(mix, Attention)
+    alpha = mix.weights(x)
+    assert torch.allclose(alpha.sum(1), torch.ones(5).double())
+    assert not torch.autograd.grad(alpha[:, 0].sum(), x, allow_unused=True)[0:1][0]
+    assert torch.allclose(model.adjacency(x)[1:].sum(1), torch.ones(4))
+    with pytest.raises(ConfigError, match="give adjacency the inputs"):
+        model.adjacency()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"wiring": "ring"}, "wiring must be"),
+        ({"wiring": 2.0}, "wiring must be"),
+        ({"edges": "soft"}, "edges must be"),
+        ({"edges": "attention"}, "needs features="),
+    ],
+)
+def test_bad_input(arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Graph(nodes(), **arguments)
+    with pytest.raises(ConfigError, match="nodes of one width"):
+        build("graph-8-4", (6,), 3)

@@ -1,0 +1,76 @@
+"""The study of structure and depth: what arrives at the first layer, what is compared with what, and its verdicts."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from apical_papers.structure import depth, study, trained
+
+
+def test_all_of_backpropagations_gradient_arrives_through_an_isometry() -> None:
+    for layers in (10, 50):
+        assert depth.arrival("bp", depth.EXACT, layers, 0) == pytest.approx(1, abs=1e-4)
+    assert depth.arrival("ccl", depth.EXACT, 50, 0) < 1e-10  # type: ignore[operator]
+    assert depth.arrival("pc", depth.EXACT, 200, 0) == "not run"
+    assert "box" in str(depth.arrival("corinfomax", depth.EXACT, 10, 0))
+
+
+def test_networks_of_every_kind_have_their_depth() -> None:
+    for name in depth.NETWORKS:
+        layers = [m for m in depth.network(name, 10, 0) if isinstance(m, torch.nn.Linear)]
+        assert [len(layer.weight) for layer in layers] == [depth.WIDTH] * 10 + [10]
+
+
+def test_rules_begin_with_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained, "RULES", {"bp": 0.0, "fa": 0.0})
+    monkeypatch.setattr(trained, "TRAIN", 128)
+    found = trained.topology(trained.Digits("digits"), 0, 1)
+    assert found["untrained"] == found["bp"] == found["fa"]
+
+
+def test_spearman_by_hand() -> None:
+    assert trained.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def cells() -> list[dict[str, Any]]:
+    """Results in which bp's DGP is at the level of shuffled weights, and the others' above."""
+    made = []
+    for seed in range(3):
+        noise = 0.001 * seed
+
+        def row(dgp: float, noise: float = noise) -> dict[str, Any]:
+            layers = {"np": [0.9, 0.5, 0.4], "np shuffled": [0.8, 0.5, 0.4], "np shuffled std": [0.01] * 3}
+            return {**layers, "spread": [0.1, dgp, dgp], "dgp": dgp + noise, "dgp shuffled": 0.5, "accuracy": 0.9}
+
+        wiring = {"accuracy": 0.5 + noise, "pruned": 0.0, "accuracy pruned": 0.5 + noise}
+        wirings = {name: dict(wiring) for name in trained.WIRINGS}
+        for name in ("learned", "learned, fa"):
+            wirings[name]["accuracy"] += 0.2 + noise
+        arrives = {rule: {str(d): 1e-14 if rule == "ccl" else 1.0 for d in depth.DEPTHS} for rule in depth.RULES}
+        made.append(
+            {
+                "depth": {name: copy.deepcopy(arrives) for name in depth.NETWORKS},
+                "topology": {"untrained": row(0.1), **{r: row(0.5 + 0.1 * (r != "bp") + noise) for r in trained.RULES}},
+                "wirings": wirings,
+                "codes": -0.2 + noise,
+                "seconds": 1.0,
+            }
+        )
+    return made
+
+
+def test_verdicts_and_tables() -> None:
+    rows = {(row["rule"], row["what"]): row["verdict"] for row in study.verdicts(cells())}
+    assert rows["all", "rules whose DGP and its excess over shuffled weights both differ from bp's"] == "reproduced"
+    assert rows["bp", "learned minus chain"] == "reproduced"
+    assert rows["bp", "attention minus learned"] == "not reproduced"
+    assert rows["bp", "with L1: share of the edges below 0.01"] == "not reproduced"
+    assert rows["none", "rank correlation of entropy with a read-out's accuracy"] == "not reproduced"
+    assert rows["ccl", "|x| at depth 50: orders of magnitude lost"] == "reproduced"
+    titles = [part["title"] for part in study.tables(cells())]
+    assert len(titles) == len(depth.NETWORKS) + 3
+    assert all(len(line) == len(part["header"]) for part in study.tables(cells()) for line in part["rows"])
+    assert math.isclose(study._excess(cells(), "bp")[0], 0, abs_tol=1e-12)

@@ -1,0 +1,404 @@
+"""Contrastive-signal-dependent plasticity: neurons, modulator, products of a stimulus, bounds, memristors, memory."""
+
+import copy
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apical
+from apical import models
+from apical.errors import ConfigError, UnsupportedModelError
+from apical.rules.contrastive_plasticity import neurons
+from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
+from apical.rules.contrastive_plasticity.memristor import Pairs, levelled
+from apical.rules.contrastive_plasticity.neurons import Constants, Neurons
+
+QUICK = Constants(dt=50.0, trace=200.0)
+"""Neurons that fire within a few steps, whatever the weights."""
+
+
+def network(hidden: tuple[int, ...] = (6, 5)) -> nn.Sequential:
+    """Of 7 inputs and 3 classes."""
+    return models.spiking(7, hidden, 3).double()
+
+
+def weight_of(rule: ContrastiveSignalPlasticity, place: int) -> Tensor:
+    """Of a module of the model."""
+    return list(rule.model.children())[place].get_parameter("weight")
+
+
+def batch(size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Spike probabilities and classes."""
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.rand(size, 7, generator=drawn, dtype=torch.double), torch.arange(size) % 3
+
+
+Check = tuple[Callable[[Tensor], Tensor], Tensor]
+
+
+def gradients(rule: nn.Module) -> dict[str, Tensor]:
+    """What was written to `.grad`."""
+    return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
+
+
+def test_the_modulator_is_the_numerical_gradient_of_the_loss() -> None:
+    torch.manual_seed(0)
+    t, y, theta = torch.rand(6, 5, dtype=torch.double), torch.tensor([1.0, 1, 1, 0, 0, 0]).double(), 1.3
+    g = neurons.goodness(t)
+    losses: list[Check] = [
+        (lambda t: neurons.threshold_loss(neurons.goodness(t), y, theta), neurons.threshold_slope(g, y, theta)),
+        (lambda t: neurons.pairs_loss(neurons.goodness(t), 0.7), neurons.pairs_slope(g, 0.7)),
+    ]
+    for loss, slope in losses:
+        m, step = neurons.modulator(t, slope), 1e-5
+        for place in ((0, 1), (2, 4), (3, 0), (5, 3)):
+            moved = torch.zeros_like(t)
+            moved[place] = step
+            assert abs((loss(t + moved) - loss(t - moved)) / (2 * step) - m[place]) < 1e-9
+        assert bool((m[:3] <= 0).all())
+        assert bool((m[3:] >= 0).all())
+
+
+def test_equal_traces_of_positive_and_negative_samples_cancel_at_the_threshold() -> None:
+    t = torch.rand(1, 5, dtype=torch.double).repeat(2, 1)
+    y = torch.tensor([1.0, 0.0]).double()
+    for theta in (0.4, float(neurons.goodness(t)[0])):
+        g = neurons.goodness(t)
+        m = neurons.modulator(t, neurons.threshold_slope(g, y, theta))
+        p = torch.sigmoid(g - theta)[0]
+        assert torch.allclose(m.sum(0), 2 * t[0] * (2 * p - 1) / 2, atol=1e-14)
+    assert float(m.sum(0).abs().max()) < 1e-14
+
+
+def test_neurons_step_as_the_equations_say() -> None:
+    torch.manual_seed(1)
+    c = Constants()
+    v, h, t = (torch.rand(3, 4, dtype=torch.double) * scale for scale in (0.1, 0.06, 1.0))
+    j, s = torch.randn(3, 4, dtype=torch.double), torch.zeros(3, 4, dtype=torch.double)
+    made = neurons.stepped(Neurons(v, s, h, t), j, c)
+    for row in range(3):
+        fired = [float(v[row, i] + c.dt / c.membrane * (j[row, i] - v[row, i])) > float(h[row, i]) for i in range(4)]
+        for i in range(4):
+            assert float(made.s[row, i]) == fired[i]
+            free = float(v[row, i] + c.dt / c.membrane * (j[row, i] - v[row, i]))
+            assert float(made.v[row, i]) == pytest.approx(0.0 if fired[i] else free, abs=1e-15)
+            assert float(made.h[row, i]) == pytest.approx(max(float(h[row, i]) + c.adaptation * (sum(fired) - 1), c.floor))
+            decayed = (1 - c.dt / c.trace) * float(t[row, i])
+            assert float(made.t[row, i]) == pytest.approx(1.0 if fired[i] else decayed, abs=1e-15)
+
+
+def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed: int) -> dict[str, Tensor]:
+    """All gradients of one stimulus, synapse by synapse as the paper writes them, weights (from, to)."""
+    torch.manual_seed(seed)
+    c, classes = rule.constants, 3
+    away = torch.randint(1, classes, targets.shape)
+    right, wrong = F.one_hot(targets, classes).double(), F.one_hot((targets + away) % classes, classes).double()
+    xx, context = torch.cat([x, x]), torch.cat([right, wrong])
+    b, y = len(xx), torch.cat([torch.ones(len(x)), torch.zeros(len(x))]).double().unsqueeze(1)
+    w1, w2, c2 = (layer.weight.detach().T for layer in rule.model.children() if isinstance(layer, nn.Linear))
+    v2, (m1, m2), (u1, u2), c1 = rule.down[0].T, (m.T for m in rule.lateral), (u.T for u in rule.context), rule.read[0].T
+    h = [buffer.expand(b, -1).clone() for buffer in rule.thresholds.buffers()]
+    v, s, t = ([torch.zeros_like(each) for each in h] for _ in range(3))
+    p0, p3 = torch.zeros_like(xx), torch.zeros_like(context)
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, product: Tensor) -> None:
+        found[name] = found.get(name, 0.0) + product
+
+    for _ in range(rule.steps):
+        p1, p2, _ = (each.clone() for each in s)
+        s0, s3 = (torch.rand_like(xx) < xx).double(), (torch.rand_like(context) < context).double()
+        j = [
+            c.resistance * (p0 @ w1 + p2 @ v2 + p3 @ u1) - c.inhibition * p1 @ m1,
+            c.resistance * (p1 @ w2 + p3 @ u2) - c.inhibition * p2 @ m2,
+            p1 @ c1 + p2 @ c2,
+        ]
+        for k in range(3):
+            v[k] = v[k] + c.dt / c.membrane * (-v[k] + j[k])
+            s[k] = (v[k] > h[k]).double()
+            v[k] = (1 - s[k]) * v[k]
+            h[k] = (h[k] + c.adaptation * (s[k].sum(1, keepdim=True) - 1)).clamp_min(c.floor)
+            t[k] = (1 - c.dt / c.trace) * t[k] * (1 - s[k]) + s[k]
+        m = [2 * t[k] * (torch.sigmoid(t[k].square().sum(1, keepdim=True) - rule.theta) - y) / b for k in range(2)]
+        e = 2 * (context - t[2]) * y / len(x)
+        add("model.linear1.weight", p0.T @ (c.resistance * m[0]))
+        add("model.linear2.weight", p1.T @ (c.resistance * m[1]))
+        add("down.0", p2.T @ (c.resistance * m[0]))
+        add("context.0", p3.T @ (c.resistance * m[0]))
+        add("context.1", p3.T @ (c.resistance * m[1]))
+        add("lateral.0", (p1.T @ (c.inhibition * m[0])).fill_diagonal_(0.0))
+        add("lateral.1", (p2.T @ (c.inhibition * m[1])).fill_diagonal_(0.0))
+        add("read.0", -(p1.T @ (c.resistance * e)) * (1 - c1.abs()))
+        add("model.linear3.weight", -(p2.T @ (c.resistance * e)) * (1 - c2.abs()))
+        p0, p3 = s0, s3
+    return {name: product.T for name, product in found.items()}
+
+
+@pytest.mark.parametrize(("constants", "steps"), [(QUICK, 12), (Constants(), 60)])
+def test_a_stimulus_teaches_what_the_equations_say(constants: Constants, steps: int) -> None:
+    torch.manual_seed(3)
+    rule = ContrastiveSignalPlasticity(network(), steps=steps, theta=1.5, constants=constants)
+    x, targets = batch()
+    torch.manual_seed(5)
+    rule(x, targets).backward()
+    got = gradients(rule)
+    with torch.no_grad():
+        wanted = by_hand(rule, x, targets, 5)
+    assert got.keys() == wanted.keys()
+    assert sum(bool(each.any()) for each in got.values()) > 6
+    for name, gradient in got.items():
+        assert torch.allclose(gradient, wanted[name], rtol=1e-12, atol=1e-15), name
+
+
+def test_steps_and_stimulus_agree_where_weights_hardly_move() -> None:
+    """The change of all steps, each with a step of SGD, is that of the stimulus but for a share of the order of the rate."""
+    changes = {}
+    for learn in ("stimulus", "step"):
+        torch.manual_seed(3)
+        rule = ContrastiveSignalPlasticity(network(), steps=12, theta=1.5, learn=learn, constants=QUICK)
+        before = [p.detach().clone() for p in rule.parameters()]
+        optimizer = torch.optim.SGD(rule.parameters(), lr=1e-9)
+        torch.manual_seed(7)
+        for _ in range(rule.repeats):
+            optimizer.zero_grad()
+            rule(*batch()).backward()
+            optimizer.step()
+        changes[learn] = torch.cat([(p.detach() - b).flatten() for p, b in zip(rule.parameters(), before, strict=True)])
+    gap = (changes["stimulus"] - changes["step"]).norm() / changes["stimulus"].norm()
+    assert changes["stimulus"].norm() > 0
+    assert float(gap) < 1e-5
+
+
+def test_a_layer_knows_nothing_of_the_ones_above_without_feedback() -> None:
+    found = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        rule = ContrastiveSignalPlasticity(network(), steps=10, theta=1.5, constants=QUICK)
+        with torch.no_grad():
+            rule.down[0].zero_()
+            if changed:
+                weight_of(rule, 3).uniform_()
+                weight_of(rule, 5).uniform_()
+                rule.lateral[1].uniform_()
+        torch.manual_seed(1)
+        rule(*batch()).backward()
+        found.append(gradients(rule))
+    for name in ("model.linear1.weight", "lateral.0", "context.0", "read.0"):
+        same = torch.equal(found[0][name], found[1][name])
+        assert same is (name != "read.0"), name  # the read-out of a layer learns by the joint error
+
+
+def test_a_silent_neuron_learns_nothing() -> None:
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(network(), steps=10, theta=1.5, constants=QUICK)
+    with torch.no_grad():
+        for weights in (weight_of(rule, 1), rule.context[0], rule.down[0]):
+            weights[2] = -1.0
+    rule(*batch()).backward()
+    assert not bool(gradients(rule)["model.linear1.weight"][2].any())
+    assert bool(gradients(rule)["model.linear1.weight"].any())
+
+
+@pytest.mark.parametrize("options", [{}, {"negatives": "mixtures"}, {"contrast": "pairs"}, {"decay": 0.01}, {"levels": 8}])
+def test_bounds_hold_after_every_step(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(network(), steps=6, theta=1.5, constants=QUICK, **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam(rule.parameters(), lr=0.5)
+    for seed in range(6):
+        optimizer.zero_grad()
+        rule(*batch(seed=seed)).backward()
+        optimizer.step()
+        rule.constrain_()
+        assert all(float(p.detach().abs().max()) <= 1 for p in rule.parameters())
+        assert all(float(m.detach().min()) >= 0 and not bool(m.detach().diagonal().any()) for m in rule.lateral)
+    assert all(float(each.min()) >= 0 and float(each.max()) <= 1 for each in rule.spikes(batch()[0]).values())
+
+
+def test_decay_is_taken_off_for_every_spike_without_the_synapse() -> None:
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(network((6,)), steps=2, decay=1e-3, constants=Constants(dt=100.0, trace=300.0))
+    with torch.no_grad():
+        weight_of(rule, 1).fill_(0.5)
+        rule.context[0].fill_(0.5)
+    x = torch.zeros(2, 7).double()
+    x[:, :3] = 1.0  # fire at the first step, and so move the neurons at the second, in which four inputs are silent
+    rule(x, torch.tensor([0, 1])).backward()
+    rule.constrain_()
+    lost = 0.5 - weight_of(rule, 1).detach()
+    assert torch.allclose(lost[:, :3], torch.zeros(6, 3).double(), atol=1e-12)
+    assert torch.allclose(lost[:, 3:], torch.full((6, 4), 4e-3).double(), atol=1e-12)  # four rows, one spike each
+    rule.constrain_()
+    assert torch.allclose(0.5 - weight_of(rule, 1).detach(), lost)
+
+
+def test_mixtures_are_of_two_inputs_and_one_sample_has_none() -> None:
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(network(), negatives="mixtures", mix=0.25, steps=4, constants=QUICK)
+    x, targets = batch(5)
+    negative = rule._stimulus(x, targets).x[5:]
+    matches = [[torch.allclose(n, 0.25 * x[i] + 0.75 * other) for other in x].index(True) for i, n in enumerate(negative)]
+    assert sorted(matches) == list(range(5))
+    assert all(i != other for i, other in enumerate(matches))
+    rule(x[:1], targets[:1]).backward()
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(rule).values())
+
+
+def test_answers_do_not_depend_on_the_batch_or_on_chance() -> None:
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(network(), steps=30)
+    x, _ = batch(6)
+    whole = rule.answer(x)
+    assert bool(whole.any())
+    assert torch.equal(whole[2:4], rule.answer(x[2:4]))
+    state = torch.random.get_rng_state()
+    rule.answer(x)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(copy.deepcopy(rule).answer(x), whole)
+
+
+def test_memristors_have_levels_and_small_steps_add_up() -> None:
+    torch.manual_seed(0)
+    weight = torch.zeros(200, 50, dtype=torch.double)
+    pairs = Pairs({("up", 0): weight}, levels=33)
+    for _ in range(40):
+        weight += 0.01  # a level is 1/32
+        pairs.program_({("up", 0): weight})
+        for g in (pairs.plus.get_buffer("up0"), pairs.minus.get_buffer("up0")):
+            assert torch.equal((32 * g).round(), 32 * g)
+            assert float(g.min()) >= 0
+            assert float(g.max()) <= 1
+    assert float(weight.mean()) == pytest.approx(0.4, abs=0.005)
+    assert torch.equal(
+        levelled(torch.tensor([0.0, 0.25, 1.0]), 5, torch.tensor([0.999, 0.5, 0.0])), torch.tensor([0.0, 0.25, 1.0])
+    )
+
+
+def test_memristors_continue_bit_for_bit() -> None:
+    rules = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        rules.append(ContrastiveSignalPlasticity(network(), steps=4, levels=16, constants=QUICK))
+
+    def step(rule: ContrastiveSignalPlasticity, seed: int) -> None:
+        torch.manual_seed(seed)
+        rule.zero_grad()
+        rule(*batch()).backward()
+        with torch.no_grad():
+            for p in rule.parameters():
+                p.sub_(0.1 * p.grad if p.grad is not None else 0.0)
+        rule.constrain_()
+
+    step(rules[0], 2)
+    rules[1].load_state_dict(rules[0].state_dict())
+    for rule in rules:
+        step(rule, 3)
+    for name, value in rules[0].state_dict().items():
+        assert torch.equal(value, rules[1].state_dict()[name]), name
+
+
+def test_the_time_loop_leaves_no_memory_behind() -> None:
+    """As many tensors after 2,000 steps as after the first ones."""
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(models.spiking(4, [3], 2), steps=2000)
+    x, targets = torch.rand(2, 4), torch.tensor([0, 1])
+    stimulus = rule._stimulus(x, targets)
+    counts = []
+    with torch.no_grad():
+        state = rule._rest(stimulus.x, context=True)
+        for steps in (20, 1980):
+            state, roots, logs = rule._taught(stimulus, state, steps)
+            del roots, logs
+            gc.collect()
+            counts.append(sum(isinstance(each, Tensor) for each in gc.get_objects()))
+    assert counts[1] <= counts[0]
+
+
+def test_another_batch_must_wait_for_all_calls() -> None:
+    rule = ContrastiveSignalPlasticity(network(), steps=4, learn="step")
+    rule(*batch()).backward()
+    with pytest.raises(ConfigError, match="another batch came after 1"):
+        rule(*batch(seed=9))
+    rule(*batch(seed=9)).backward()
+    rule.restart()
+    rule(*batch()).backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negatives": "noise"}, "negatives"),
+        ({"learn": "never"}, "learn"),
+        ({"contrast": "x"}, "contrast"),
+        ({"steps": 1}, "steps must be"),
+        ({"levels": 1}, "levels must be 0"),
+        ({"loss": nn.CrossEntropyLoss(ignore_index=2)}, "ignore_index"),
+    ],
+)
+def test_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ContrastiveSignalPlasticity(network(), **options)  # type: ignore[arg-type]
+
+
+def test_models_and_targets_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="only one"):
+        ContrastiveSignalPlasticity(nn.Sequential(nn.Linear(4, 3)))
+    with pytest.raises(UnsupportedModelError, match=r"behind layer '0' \(Tanh\)"):
+        ContrastiveSignalPlasticity(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    with pytest.raises(ConfigError, match="two classes"):
+        ContrastiveSignalPlasticity(models.spiking(4, [3], 1))
+    with pytest.raises(UnsupportedModelError, match="bfloat16"):
+        ContrastiveSignalPlasticity(models.spiking(4, [3], 2).bfloat16())
+    rule = ContrastiveSignalPlasticity(network())
+    with pytest.raises(ConfigError, match="class label"):
+        rule(batch()[0], torch.zeros(4, 1, dtype=torch.long))
+    with pytest.raises(ConfigError, match="empty"):
+        rule(torch.zeros(0, 7).double(), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(ConfigError, match="label 3"):
+        rule(batch()[0], torch.tensor([0, 1, 2, 3]))
+
+
+def test_frozen_layers_stay_and_nothing_is_recorded_without_gradients() -> None:
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(network(), steps=8, theta=1.5, constants=QUICK, decay=0.1)
+    weight = weight_of(rule, 1).requires_grad_(False)
+    with torch.no_grad():
+        weight.fill_(3.0)
+        assert not rule(*batch()).roots
+    rule(*batch()).backward()
+    rule.constrain_()
+    assert weight.grad is None
+    assert bool((weight == 3.0).all())
+    with torch.inference_mode():
+        assert rule(*batch()).output.shape == (4, 3)
+
+
+def test_scaled_losses_scale_the_gradients() -> None:
+    rule = ContrastiveSignalPlasticity(network(), steps=8, theta=1.5, constants=QUICK)
+    found = []
+    for scale in (None, 0.25):
+        torch.manual_seed(0)
+        rule.zero_grad()
+        credit = rule(*batch())
+        if scale is None:
+            credit.backward()
+        else:
+            (credit.loss * scale).backward()
+        found.append(gradients(rule))
+    for name, gradient in found[0].items():
+        assert torch.allclose(0.25 * gradient, found[1][name], rtol=1e-12), name
+
+
+def test_figures_and_measures() -> None:
+    torch.manual_seed(0)
+    rule = apical.ContrastiveSignalPlasticity(network(), steps=20)
+    measured = rule.measures(batch(6), []).layers
+    assert measured["linear1"].keys() == {"goodness", "goodness_negative", "firing_rate"}
+    assert measured["linear3"].keys() == {"firing_rate"}
+    raster, rates, classes = rule.panels(batch(6))
+    assert raster.values["linear1"].shape == (20, 6)
+    assert rates.values["linear3"].shape == (3,)
+    assert list(classes.categories) == ["0", "1", "2"]
