@@ -703,3 +703,47 @@ def test_the_current_scale_is_the_weights_root_mean_square() -> None:
         assert torch.allclose(found, weight.sign() * weight.square().mean().sqrt(), rtol=0, atol=1e-14)
     above = rule.feedback_weight("above")
     assert torch.allclose(above, model.above.weight.sign() * model.above.weight.square().mean().sqrt(), rtol=0, atol=1e-14)
+
+
+def test_compiled_attention_is_eager_attention() -> None:
+    model, x = around(nn.MultiheadAttention(8, 2, batch_first=True), STACKS["attention"][1]), inputs()
+    rule = apical.FeedbackAlignment(model, squared)
+    eager = ruled(rule, x, model(x))
+    torch._dynamo.reset()
+    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    compiled(x, torch.randn(3, 6, 4, dtype=D, generator=torch.Generator().manual_seed(3))).backward()
+    same({name: q.grad.clone() for name, q in model.named_parameters()}, eager, 1e-12)
+
+
+def test_recurrent_modules_run_outside_a_compiled_graph() -> None:
+    model, x = around(nn.GRU(8, 8, batch_first=True), lambda m, h: m(h)[0]), inputs()
+    rule = apical.FeedbackAlignment(model, squared)
+    targets = torch.randn(3, 6, 4, dtype=D, generator=torch.Generator().manual_seed(3))
+    eager = ruled(rule, x, model(x))
+    torch._dynamo.reset()
+    model.zero_grad()
+    torch.compile(rule, backend="aot_eager")(x, targets).backward()
+    same({name: q.grad.clone() for name, q in model.named_parameters()}, eager, 1e-12)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="GRU"):
+        torch.compile(rule, backend="aot_eager", fullgraph=True)(x, targets)
+
+
+@pytest.mark.parametrize("used", ["last", "hidden", "cell", "both"])
+def test_no_error_goes_round_the_cuts_by_any_output_of_a_recurrent_module(used: str) -> None:
+    def call(m: nn.Module, h: Tensor) -> Tensor:
+        out, (hidden, cell) = m(h)
+        return {"last": out[:, -1], "hidden": hidden[-1], "cell": cell[-1], "both": out.mean(1) + hidden[-1]}[used]  # type: ignore[no-any-return]
+
+    model, x = around(nn.LSTM(8, 8, batch_first=True), call), inputs()
+    rule = apical.DirectFeedbackAlignment(model, F.cross_entropy)
+    targets = torch.tensor([0, 1, 2])
+    assert [row.path.startswith("cut") for row in rule.placement(x)] == [True, True, False]
+    F.cross_entropy(model(x), targets).backward()
+    exact = {name: q.grad.clone() for name, q in model.named_parameters()}
+    model.zero_grad()
+    rule(x, targets).backward()
+    for name, q in model.named_parameters():
+        close = torch.allclose(q.grad, exact[name], rtol=1e-6, atol=0)
+        assert close == name.startswith("above"), name
