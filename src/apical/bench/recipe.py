@@ -80,7 +80,7 @@ class Recipe:
     rule_options: tuple[str, ...] = ()
     """Options of the rule's constructor, each "key=value" with a Python literal as value."""
     data: Annotated[str, Option("NAME|FILE|FOLDER")] = "digits"
-    """Data set (`apical list data`), or your own: FILE.npz, FILE.csv, FILE.txt, a FOLDER of images, FILE.py:FUNCTION."""
+    """Data set (`apical list data`), or your own: FILE.npz, .csv, .txt, a FOLDER of images, FILE.py:FUNCTION."""
     context: int = 64
     """Tokens in a window of a text, and in the sequences of copy and recall."""
     tokens: Tokens = "characters"
@@ -128,8 +128,8 @@ class Recipe:
     decay_on: DecayOn = "all"
     """What decays: all forward weights, or matrices and kernels only, not biases, gains and tables of embeddings."""
     loss: Annotated[LossName, Option("cross_entropy|squared|mse|token_cross_entropy", "by the targets")] = "cross_entropy"
-    """Loss: cross_entropy where none is given, token_cross_entropy for sequences, mse for numbers; squared is half the
-    squared distance to one-hot targets."""
+    """Loss; cross_entropy is for labels, token_cross_entropy for sequences, mse for numbers, squared is half the squared
+    distance to one-hot targets."""
     feedback_lr: Annotated[float | None, Option("RATE", _FORWARD)] = None
     """Learning rate of feedback weights, where the rule learns them apart."""
     feedback_beta1: Annotated[float | None, Option("X", _FORWARD)] = None

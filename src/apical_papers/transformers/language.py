@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from apical.bench.finding import Row, difference, shown
+from apical.bench.finding import Row, difference
 from apical.bench.folders import check_writable
 from apical.bench.page import write
 from apical.bench.program import run_command
@@ -75,6 +75,8 @@ class Options:
     """Learning rates that each arm is tried at."""
     arms: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = tuple(ARMS)
     """Arms that are trained."""
+    kept: bool = False
+    """Train nothing: report what is in the folder, also of a study that was stopped."""
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
@@ -91,12 +93,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
     check_writable(options.out)
     dataset = data()
     tried = {name: [_training(options, dataset, name, lr, 0) for lr in options.rates] for name in options.arms}
-    best = {name: _best(options.rates, cells) for name, cells in tried.items()}
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in options.arms}
+    tried = {name: row for name, row in tried.items() if None not in row}  # equally many rates for all
+    best = {name: _best(options.rates, row) for name, row in tried.items()}
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in tried}
     for seed in range(options.seeds):  # arm by arm within a seed, so that a stopped study has whole seeds
         for name, lr in best.items():
-            if lr is not None:
-                cells[name].append(_training(options, dataset, name, lr, seed))
+            cell = None if lr is None or len(cells[name]) < seed else _training(options, dataset, name, lr, seed)
+            if cell is not None:
+                cells[name].append(cell)
     counts = count_losses(dataset.train, dataset.test, dataset.classes)
     every = [cell for group in (*tried.values(), *cells.values()) for cell in group]
     results = {
@@ -108,8 +112,9 @@ def study(options: Options, command: str) -> dict[str, Any]:
             "sha256 of the text": dataset.sha256,
             "model": f"gpt-2x{options.width}",
             "steps": options.steps,
-            "seeds": options.seeds,
+            "seeds, at most": options.seeds,
             "learning rates": list(options.rates),
+            "commits of the trainings": sorted({str(cell["commit"])[:12] for cell in every if "commit" in cell}),
         },
         "seconds": round(sum({id(cell): cell["seconds"] for cell in every}.values()), 1),
         "verdicts": verdicts({name: _whole(group) for name, group in cells.items()}, counts),
@@ -119,8 +124,12 @@ def study(options: Options, command: str) -> dict[str, Any]:
     return results
 
 
-def _training(options: Options, dataset: Dataset, name: str, lr: float, seed: int) -> dict[str, Any]:
-    return kept_training(options.out, ARMS, dataset, Setting(name, lr, seed, options.width, options.steps))
+def _training(options: Options, dataset: Dataset, name: str, lr: float, seed: int) -> Any:
+    """What came of a training; None where only what is kept is asked for, and it is not."""
+    setting = Setting(name, lr, seed, options.width, options.steps)
+    if options.kept and not (options.out / "cells" / setting.file).exists():
+        return None
+    return kept_training(options.out, ARMS, dataset, setting)
 
 
 def _best(rates: Sequence[float], cells: Sequence[Mapping[str, Any]]) -> float | None:
@@ -141,15 +150,15 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
 
     def ratio(mark: str, arm: str, most: float) -> list[Row]:
         ours, bp = test(arm), test("bp")
-        values = [a / b for a, b in zip(ours, bp, strict=True)] if ours and bp else []
+        values = [a / b for a, b in zip(ours, bp, strict=False)]
         return at_most(mark, arm, "test loss over that of bp", values, most)
 
     def below(mark: str, arm: str, other: str, by: float) -> list[Row]:
-        ours, theirs = test(arm), test(other)
-        if not (ours and theirs):
+        pairs = list(zip(test(arm), test(other), strict=False))  # of the seeds that both have
+        if len(pairs) < 2:
             return []
         what = f"test loss minus that of {other}, plus {by:g}"
-        return [difference(mark, arm, what, [value + by for value in ours], theirs, less=True)]
+        return [difference(mark, arm, what, [a + by for a, _ in pairs], [b for _, b in pairs], less=True)]
 
     def angle(mark: str, arm: str, most: float) -> list[Row]:
         return at_most(mark, arm, "mean angle at the end, degrees", _mean(cells.get(arm, ()), "last"), most)
@@ -217,10 +226,10 @@ def tables(
             rows.append([name, "refused", "-", "-", "-", refused])
             continue
         values = [cell["test"] for cell in whole]
-        over = shown([100 * (a / b - 1) for a, b in zip(values, bp, strict=False)]) if bp else "-"
+        over = student([100 * (a / b - 1) for a, b in zip(values, bp, strict=False)]).shown(1) if bp else "-"
         angles = " -> ".join(f"{statistics.mean(_mean(whole, when)):.3g}" for when in _WHEN if _mean(whole, when))
         each = ", ".join(f"{value:.3f}" for value in values)
-        rows.append([name, shown(values), over, f"{best[name]:g}", angles or "-", each])
+        rows.append([name, student(values).shown(3), over, f"{best[name]:g}", angles or "-", each])
     rows += [[f"{name} counts", f"{value:.4g}", "-", "-", "-", "-"] for name, value in counts.items()]
     rates = [f"{lr:g}" for lr in options.rates]
     chosen = [[name, *(_loss(cell, "held out") for cell in group)] for name, group in tried.items()]
@@ -228,7 +237,8 @@ def tables(
         {
             "title": "Test loss, nats per character",
             "note": "Mean over seeds with 95 % interval (Student's t), at the rate with the least loss on held-out windows. "
-            "Angles are those of feedback to weights, mean over layers, after the first step and the last. The seed that "
+            "Percent are over the same seeds of bp. Angles are those of feedback to weights, mean over layers, after the "
+            "first step and the last. The seed that "
             "chose the rate is among the seeds.",
             "header": ["arm", "test loss", "% over bp", "rate", "angle, degrees", "each seed"],
             "rows": rows,
