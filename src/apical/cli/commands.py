@@ -95,8 +95,8 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
     if len({item.epochs for item in drafts}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
-    tell_rates(drafts, flags, tell)
     recipes, notes = prepare(drafts, tell)
+    tell_rates(drafts, flags, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
         [asdict(c) for c in study.claims if c.epoch <= recipes[0].epochs and {c.rule, c.other} <= {*rules}] if study else []
@@ -136,8 +136,9 @@ def train(flags: "Train", command: str) -> int:
         torch.set_num_threads(recipe.threads)
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
         tell = print if world.is_main else _silent
-        tell_rates([recipe], flags, tell)
-        (recipe,), (notes,) = prepare(understood([recipe], flags, tell), tell)
+        drafts = understood([recipe], flags, tell)
+        (recipe,), (notes,) = prepare(drafts, tell)
+        tell_rates(drafts, flags, tell)
         folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
         if state == "finished":
