@@ -19,6 +19,7 @@ from apical.core.credit import CreditRule, Loss
 from apical.core.cutting import Cutting, Pass
 from apical.core.graph import leaves, reshapes, vertex
 from apical.core.inside import InnerEdges
+from apical.core.layers import is_packed
 from apical.core.outputs import tensors
 from apical.core.packed import caller
 from apical.core.rest import undisturbed
@@ -131,6 +132,7 @@ class CutRule(CreditRule):
             return []
         merged = {} if self._separation is None else self._separation.paths
         passed = {through for calls in merged.values() for _, through in calls if through is not None}
+        passed |= {name for name, layer in self._whole.items() if is_packed(layer)}  # from one weight of them to another
         if not passed and self.units not in KINDS:
             return []
         which = f" (those of {', '.join(sorted(passed))})" if passed else ""
