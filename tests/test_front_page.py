@@ -66,14 +66,14 @@ def test_each_rule_has_its_papers_and_verdicts() -> None:
     first, second = page.rules(families, RECORDS).splitlines()[2:]
     link = "[`ProductFeedbackAlignment`](rules/product-feedback-alignment.md)"
     paper = "[2405.20594](https://arxiv.org/abs/2405.20594)"
-    assert first == f"| edges | {link} | `pfa` `pfa-o` | {paper} | two matrices | 1 of 2 |"
-    assert second.endswith("| `kp` | Kolen & Pollack | x | - |")
+    assert first == f"| edges | {link} | `pfa` `pfa-o` `pfa-mirror` `pfa-o-mirror` | {paper} | two matrices | 1 of 2 |"
+    assert second.endswith("| `kp` `kp-mirror` | Kolen & Pollack | x | - |")
     (line,) = page.by_family(families, RECORDS).splitlines()[2:]
     links = [
         f"[`{name}`](docs/rules/{at}.md) {names}"
         for name, at, names in (
-            ("ProductFeedbackAlignment", "product-feedback-alignment", "`pfa` `pfa-o`"),
-            ("KolenPollack", "kolen-pollack", "`kp`"),
+            ("ProductFeedbackAlignment", "product-feedback-alignment", "`pfa` `pfa-o` `pfa-mirror` `pfa-o-mirror`"),
+            ("KolenPollack", "kolen-pollack", "`kp` `kp-mirror`"),
         )
     ]
     assert line == f"| edges | {'; '.join(links)} | 1 of 2 |"

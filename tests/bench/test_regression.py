@@ -80,7 +80,7 @@ def test_losses_are_mean_squared_errors_and_there_is_no_accuracy(begin: Callable
     assert training.result()["test_loss"] == found["test_loss"]
 
 
-OF_CLASSES = ("local-sim", "local-both", "ff", "scff")
+OF_CLASSES = ("local-sim", "local-both", "ff", "scff", "csdp")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from apical.core.losses import output_error, squared_error, terms, value_at
 from apical.errors import ConfigError
 from apical.testing import dense_network
 
-COMPARE = ("local-sim", "local-both", "ff", "scff")
+COMPARE = ("local-sim", "local-both", "ff", "scff", "csdp")
 """Rules that compare samples by their labels, or with each other."""
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.double)

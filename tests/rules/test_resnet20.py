@@ -20,7 +20,7 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs, inputs.mean(dim=(2, 3)).argmax(dim=1)
 
 
-BEGINNINGS = ("ccl", "ep", "hep", "mupc", "dualprop", "corinfomax", "local", "mono-forward", "ff", "scff", "sibp")
+BEGINNINGS = ("ccl", "ep", "hep", "mupc", "dualprop", "corinfomax", "local", "mono-forward", "ff", "scff", "csdp", "sibp")
 CHAINS = [name for name in RULES if "dfc" in name or name.startswith(BEGINNINGS) or "dtp" in name]
 """Rules whose mathematics is about chains of layers, or about models of one parametrisation."""
 SLOW = ("pc", "pc-incremental", "pc-one-step")

@@ -179,7 +179,7 @@ class FirstSpike(nn.Module):
     """Times of inputs between 0 and 1, (batch, ...) -> (batch, n): `1 - x`, and no spike up to `silent`.
 
     >>> FirstSpike()(torch.tensor([[0.0, 0.25, 1.0]]))
-    tensor([[  inf, 0.7500, 0.0000]])
+    tensor([[   inf, 0.7500, 0.0000]])
     """
 
     def __init__(self, silent: float = 0.1) -> None:

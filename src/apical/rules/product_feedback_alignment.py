@@ -184,7 +184,9 @@ class ProductFeedbackAlignment(PlasticRule):
         self._rows, self._rows_per_sample = 0, dict.fromkeys(self.layers, 1.0)
         self._seen: dict[str, float] = {}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-        self._embedding = {name for name, layer in self.layers.items() if id(layer.weight) in tables}
+        self._embedding = {
+            n for n, layer in self.layers.items() if id(getattr(layer, "_parameters", {}).get("weight")) in tables
+        }
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
