@@ -133,7 +133,7 @@ def test_what_people_see_is_the_test_loss(begin: Callable[..., Training], tmp_pa
     assert "Test accuracy" not in page
     words = report.describe(comparison)
     assert f"Backpropagation reached a test loss of {significant(mean)} ± " in words
-    assert " %" not in words
+    assert "accuracy" not in words
     ordered = sum(fa.test_loss) > sum(bp.test_loss)
     assert ("above it" if ordered else "below it") in words
 

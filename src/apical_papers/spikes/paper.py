@@ -8,7 +8,7 @@ from apical_papers.spikes.recipes import STUDIES
 of = partial(table_of, STUDIES)
 
 PAPER = Paper(
-    title="Contrastive signal–dependent plasticity: Self-supervised learning in spiking neural circuits",
+    title="Contrastive signal-dependent plasticity: Self-supervised learning in spiking neural circuits",
     reference=(
         "Ororbia, Science Advances 10, eadn6076, 2024, arXiv 2303.18187; on memristors: Merkel and Ororbia, 2024, "
         "arXiv 2409.10887; first spikes: Zhang et al., 2021, arXiv 2003.11837"
