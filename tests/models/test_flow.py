@@ -6,7 +6,7 @@ import torch
 from apical.diagnostics.channel import jacobians, singular_values
 from apical.errors import ConfigError
 from apical.models import build, flow
-from apical.models.flow import cayley, commutator, gated, isospectral, orthogonal_schedule, schedule
+from apical.models.orthogonal_flow import cayley, commutator, gated, isospectral, orthogonal_schedule, schedule
 
 
 def symmetric(n: int) -> torch.Tensor:

@@ -13,11 +13,11 @@ from apical.errors import ConfigError, unknown_name
 from apical.models import own
 from apical.models.convnets import cnn_elu, cnn_pooled, cnn_stride, conv_autoencoder
 from apical.models.first_spike import first_spike
-from apical.models.flow import flow_classifier
 from apical.models.graph import graph
 from apical.models.lenet import LeNet, LeNetCIFAR
 from apical.models.mlp import autoencoder, mlp, mlp_bn, mlp_box, mlp_clip, mlp_elu, mlp_residual, mlp_sigmoid, mlp_tanh
 from apical.models.mu import mlp_mu
+from apical.models.orthogonal_flow import flow_classifier
 from apical.models.patches import Mixer, VisionTransformer
 from apical.models.recurrent import Recurrent
 from apical.models.resnet import CifarResNet, ResNet

@@ -2,7 +2,7 @@
 
     u_i = sum_{j<i} alpha_ij x_j,   x_i = f_i(u_i),   x_0: the input;   loss + gamma sum |alpha_ij|
 
- With e_i = dL/du_i the gradient of an edge is `sum over the batch <e_i, x_j>`, the error at the receiver times the activity
+With e_i = dL/du_i the gradient of an edge is `sum over the batch <e_i, x_j>`, the error at the receiver times the activity
 of the sender: local, whatever rule delivers e_i. The container is that of TopoNet (Yuan et al., arXiv 2008.08261), whose
 body could not be read: edges are raw numbers here, nodes are ReLU and then Linear. Under rules that hand errors to
 activations, errors then reach edges without passing a weight. Edges for each input, by attention, follow Yuan et al. (arXiv
