@@ -133,11 +133,6 @@ class TopDownCreditAssignment(CutRule):
         taught += terms(loss)
         return Credit.of(taught, detached(whole), loss)
 
-    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """What the error of each weighted layer passes through; without the teacher's word there is no credit at a cut."""
-        paths = super().credit_paths(inputs)
-        return {n: "no credit" if self.silent and path.startswith("cut at") else path for n, path in paths.items()}
-
     def signals(
         self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool = True
     ) -> list[Tensor]:
