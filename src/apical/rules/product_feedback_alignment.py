@@ -195,8 +195,13 @@ class ProductFeedbackAlignment(PlasticRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Also what a synapse of R cannot see."""
+        """Also what a synapse of R cannot see, and where the literal form cannot be had."""
         remarks = super().remarks
+        if self.form == "literal" and (fused := [repr(name) for name in self.layers if self._is_fused_only(name)]):
+            remarks.append(
+                f"the error passes the product B R, made beforehand, in {', '.join(fused)}: only one matrix can stand "
+                "for the weight there. The credit is the same"
+            )
         if self.moved_by:
             remarks.append(
                 f"R takes B^T times W's change. Under {self.moved_by} that change is not a product of r and h: a synapse of "
@@ -286,15 +291,18 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def literal(self, name: str) -> bool:
         """Whether this layer takes the literal form: by choice, or where rows (tokens) are fewer than its outputs."""
-        if self.mismatch_of(name) is not None or (self.tapped(name) and not self.takes_pathway(name)):
+        if self.mismatch_of(name) is not None or self._is_fused_only(name):
             return False
-        if isinstance(self.layers[name], Part) or name in self._embedding:
-            return False  # its module applies it out of sight; or R hears of what the embedding learns as well
         if self.form == "literal" or not self.tapped(name):
             return True
         if self.form == "fused" or (self.form == "auto" and name not in self.reasons):
             return False
         return self.geometries[name] is None and self._rows * self._rows_per_sample[name] <= len(self.layers[name].weight)
+
+    def _is_fused_only(self, name: str) -> bool:
+        """Whether only one matrix can stand for the weight: its module applies it out of sight, or an embedding shares it."""
+        hidden = isinstance(self.layers[name], Part) or name in self._embedding
+        return hidden or (self.tapped(name) and not self.takes_pathway(name))
 
     def feedback_of(self, name: str) -> Feedback:
         """B R of this layer, as `M F` in closed form."""
