@@ -43,13 +43,15 @@ class Decays:
         if group.get("differentiable"):
             return f"{name} is differentiable"
         if type(optimizer) in ELEMENTWISE or type(optimizer) is MUON:
-            if type(optimizer) is MUON or group.get("decoupled_weight_decay") or not group["weight_decay"]:
+            apart = type(optimizer) in (MUON, optim.AdamW) or group.get(
+                "decoupled_weight_decay"
+            )  # AdamW: PyTorch 2.6 has no key
+            if apart or not group["weight_decay"]:
                 return 1.0 - float(group["lr"]) * float(group["weight_decay"])
-            apart = "use AdamW" if name == "Adam" else "use AdamW, or no decay"
-            apart = (
-                f"pass {name} decoupled_weight_decay=True" if "decoupled_weight_decay" in group and name != "Adam" else apart
-            )
-            return f"the weight decay of {name} goes through its moments, where no factor describes it: {apart}"
+            remedy = "use AdamW" if name == "Adam" else "use AdamW, or no decay"
+            if "decoupled_weight_decay" in group and name != "Adam":
+                remedy = f"pass {name} decoupled_weight_decay=True"
+            return f"the weight decay of {name} goes through its moments, where no factor describes it: {remedy}"
         place = id(group), dim
         if place not in self._now:
             self._now[place] = self._probed(optimizer, group, dim)

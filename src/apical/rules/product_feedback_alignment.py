@@ -300,7 +300,7 @@ class ProductFeedbackAlignment(PlasticRule):
         return self.geometries[name] is None and self._rows * self._rows_per_sample[name] <= len(self.layers[name].weight)
 
     def _is_fused_only(self, name: str) -> bool:
-        """Whether only one matrix can stand for the weight: its module applies it out of sight, or an embedding shares it."""
+        """Whether only one matrix can stand for the weight: its module applies it unseen, or an embedding shares it."""
         hidden = isinstance(self.layers[name], Part) or name in self._embedding
         return hidden or (self.tapped(name) and not self.takes_pathway(name))
 
