@@ -44,9 +44,7 @@ class Decays:
             return f"{name} is differentiable"
         if type(optimizer) in ELEMENTWISE or type(optimizer) is MUON:
             # AdamW of PyTorch 2.6 has no such key
-            apart = type(optimizer) in (MUON, optim.AdamW) or group.get(
-                "decoupled_weight_decay"
-            )
+            apart = type(optimizer) in (MUON, optim.AdamW) or group.get("decoupled_weight_decay")
             if apart or not group["weight_decay"]:
                 return 1.0 - float(group["lr"]) * float(group["weight_decay"])
             remedy = "use AdamW" if name == "Adam" else "use AdamW, or no decay"
