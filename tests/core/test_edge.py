@@ -525,3 +525,19 @@ def test_a_layer_under_two_names_keeps_its_parameter() -> None:
     rule(torch.randn(4, 5), torch.arange(4) % 3).backward()
     assert model.first.weight is weight
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_compiled_at_several_lengths(half: bool) -> None:
+    network = nn.Sequential(nn.Embedding(5, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
+    rule = apical.FeedbackAlignment(network.float() if half else network, squares)
+    torch._dynamo.reset()
+    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
+    for batch, length in [(4, 8), (4, 7), (3, 9)]:  # from the second on with symbolic lengths
+        tokens = torch.randint(5, (batch, length))
+        results = []
+        for call in (rule, compiled):
+            with torch.autocast("cpu", enabled=half):
+                call(tokens, tokens).backward()
+            results.append(gradients(rule))
+        torch.testing.assert_close(*results, **({"rtol": 0.02, "atol": 1e-3} if half else {"rtol": 1e-10, "atol": 1e-12}))

@@ -68,9 +68,12 @@ class FeedbackEdge(torch.autograd.Function):
     ) -> Tensor:
         """Return `output` itself; keep the input, as the layer does too, only where a CPU kernel wants a real one."""
         ctx.feedback, ctx.pathway, ctx.geometry = feedback, pathway, shape
-        ctx.input_shape, ctx.input_dtype = inputs.shape, inputs.dtype
+        ctx.input_dtype = inputs.dtype
         ctx.real = shape is not None and inputs.device.type == "cpu" and inputs.dtype == output.dtype
-        ctx.save_for_backward(*([inputs] if ctx.real else []), *tensors)
+        ctx.keeps = ctx.real or torch.compiler.is_compiling()  # a symbolic shape beside a dirty output shifts gradients
+        if not ctx.keeps:
+            ctx.input_shape = inputs.shape
+        ctx.save_for_backward(*([inputs] if ctx.keeps else []), *tensors)
         ctx.mark_dirty(output)  # not a view: the next module may work in place
         return output
 
@@ -78,12 +81,13 @@ class FeedbackEdge(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Split the error: to the layer's own derivative, and by feedback to the layer below."""
         tensors, template = ctx.saved_tensors, None
-        if ctx.real:
+        if ctx.keeps:
             template, *tensors = tensors
-        elif ctx.needs_input_grad[1]:
-            template = delta if ctx.geometry is None else delta.new_empty(1).expand(ctx.input_shape)
         if not ctx.needs_input_grad[1]:
             template = None
+        elif not ctx.real:
+            shape = ctx.input_shape if template is None else template.shape
+            template = delta if ctx.geometry is None else delta.new_empty(1).expand(shape)
         below: Tensor | None = None
         grads: tuple[Tensor | None, ...] = tuple(None for _ in tensors)
         if ctx.pathway is not None:

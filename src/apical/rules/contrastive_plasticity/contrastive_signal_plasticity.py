@@ -231,7 +231,7 @@ class ContrastiveSignalPlasticity(CreditRule):
                     calls = held.calls + 1
                     self._held = held._replace(state=state, calls=calls) if calls < self.repeats else None
         loss = value_at(self.loss, output, targets)
-        loss = torch.where(x.isfinite().all(), loss, torch.nan)  # spikes would hide what is no number
+        loss = loss.where(x.isfinite().all(), torch.nan)  # spikes would hide what is no number
         return Credit.of([*roots, *terms(loss)], output, loss, logs)
 
     def answer(self, inputs: Tensor) -> Tensor:
