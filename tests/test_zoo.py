@@ -1,5 +1,7 @@
 """Rules on models as people write them, in small."""
 
+from functools import partial
+
 import pytest
 
 import apical
@@ -20,6 +22,21 @@ def test_cuts_train_everything(model: str) -> None:
     result = outcome(apical.DirectFeedbackAlignment, ZOO[model], skip=SLOW)
     assert result.trained, result
     assert {"zero signals", "signals reach their unit"} <= set(result.checks)
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_top_down_credit_trains_everything(model: str) -> None:
+    result = outcome(apical.TopDownCreditAssignment, ZOO[model], skip=SLOW)
+    assert result.trained, result
+    assert {"zero signals", "signals reach their unit"} <= set(result.checks)
+
+
+@pytest.mark.parametrize("model", ["mnist-example", "vgg", "gpt", "tied", "dict", "experts"])
+def test_a_silent_teacher_says_that_hidden_layers_get_no_credit(model: str) -> None:
+    result = outcome(partial(apical.TopDownCreditAssignment, silent=True), ZOO[model], skip=SLOW)
+    assert result.trained, result
+    assert "zero signals" in result.checks
+    assert "signals reach their unit" not in result.checks
 
 
 def test_a_chain_rule_refuses_what_is_no_chain_by_name() -> None:
