@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 import apical
+from apical.bench.names import RULES
 from apical.testing.zoo import ZOO, outcome
 
 SLOW = ("compiled",)
@@ -56,3 +57,13 @@ def test_a_fault_is_told_apart_from_a_refusal() -> None:
     assert not result.trained
     assert not result.refused
     assert "changes nothing below" in result.fault
+
+
+@pytest.mark.parametrize(
+    "name", ["ccl", "ccl-readout", "local-both", "ff-readout", "pc", "dfc-ss", "ddtp-linear", "dualprop"]
+)
+def test_rules_of_chains_train_a_perceptron_as_they_say(name: str) -> None:
+    entry = RULES[name]
+    result = outcome(partial(entry.build, **entry.options), ZOO["perceptron"], skip=SLOW)
+    assert result.trained, result
+    assert "placement" in result.checks

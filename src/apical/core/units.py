@@ -1,6 +1,6 @@
 """Which modules of a model a rule treats as layers, found and validated before anything is changed."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, cast
 
 from torch import nn
@@ -147,6 +147,7 @@ class Faults:
         tied: names of parameters that are the same tensor as another, and that one's name.
         lazy: names of lazy modules.
         unknown: modules of PyTorch with parameters of which no backward map is known.
+        several: modules that apply several weights within one call, where a rule takes none of these.
         orphans: names of parameters outside layers, and the type that holds each.
         matrices: those of them that a rule with the option `sites` could lead the error through.
     """
@@ -156,12 +157,15 @@ class Faults:
         self.tied: dict[str, str] = {}
         self.lazy: list[str] = []
         self.unknown: dict[str, nn.Module] = {}
+        self.several: dict[str, nn.Module] = {}
         self.orphans: dict[str, str] = {}
         self.matrices: list[str] = []
 
     def add(self, name: str, module: nn.Module, own: Collection[str]) -> None:
         """Note a module with parameters that is no layer of known kind."""
-        if type(module).__module__.startswith("torch.nn"):
+        if is_packed(module):
+            self.several[name] = module
+        elif type(module).__module__.startswith("torch.nn"):
             self.unknown[name] = module
         else:
             self.orphans |= dict.fromkeys(own, type(module).__name__)
@@ -183,8 +187,15 @@ class Faults:
         if self.lazy:
             what = _counted("module", self.lazy, "is", "are") if self.lazy != [""] else "the model itself is"
             parts.append(f"{what} lazy: run one batch through the model before making the rule")
+        if self.several:
+            one = len(self.several) == 1
+            what = f"{'module' if one else 'modules'} {_typed(self.several)} {'applies' if one else 'apply'} several weights"
+            parts.append(
+                f"{what} in one call, and this rule takes layers of one weight; use another rule, or replace "
+                f"{'it' if one else 'them'}"
+            )
         if self.unknown:
-            kinds = ", ".join(f"{n!r} ({type(module).__name__})" for n, module in self.unknown.items())
+            kinds = _typed(self.unknown)
             one = len(self.unknown) == 1
             parts.append(
                 f"{'layer' if one else 'layers'} {kinds} {'is' if one else 'are'} not supported: no feedback transport is "
@@ -198,7 +209,7 @@ class Faults:
             )
         if not parts:
             return
-        strange = (*self.unknown, *self.orphans)
+        strange = (*self.several, *self.unknown, *self.orphans)
         if strange and advises_exact:
             one = len(strange) == 1
             parts[-1] += f", or pass exact={strange!r} to give {'it its' if one else 'them their'} exact derivative"
@@ -211,6 +222,10 @@ class Faults:
 
 def _listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+def _typed(modules: Mapping[str, nn.Module]) -> str:
+    return ", ".join(f"{name!r} ({type(module).__name__})" for name, module in modules.items())
 
 
 def _counted(noun: str, names: Collection[str], singular: str, plural: str) -> str:

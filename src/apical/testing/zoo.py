@@ -72,6 +72,9 @@ def _classes(number: int, *shape: int) -> Callable[[torch.Generator], Tensor]:
 
 
 ZOO: dict[str, Specimen] = {
+    "perceptron": Specimen("perceptron of ReLU", sequences.perceptron, _normal(6), _classes(4)),
+    "tanh": Specimen("perceptron of tanh", partial(sequences.perceptron, nn.Tanh), _normal(6), _classes(4)),
+    "lenet": Specimen("LeNet with average pooling", images.lenet, _normal(1, 8, 8), _classes(10)),
     "mnist-example": Specimen(
         "PyTorch's basic MNIST example", images.MnistExample, _normal(1, 12, 12), _classes(10), F.nll_loss
     ),

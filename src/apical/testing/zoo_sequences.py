@@ -112,6 +112,11 @@ class MaskedAndStandardised(nn.Module):
         return self.last(F.relu(self.standardised(F.relu(x))))  # type: ignore[no-any-return]
 
 
+def perceptron(act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    """A chain of three layers."""
+    return nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 4))
+
+
 class Shared(nn.Module):
     """One layer used three times."""
 

@@ -152,7 +152,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
             raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
         refuse_options(loss, "contrastive-signal-dependent plasticity")
-        self.chain = Chain(model)
+        self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         if len(stages) < 2:
             raise UnsupportedModelError(f"layer {stages[0].name!r} is the only one; spiking layers need a hidden one")

@@ -40,6 +40,7 @@ from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, depth_
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, terms
+from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
 from apical.core.similarity import linear_cka
 from apical.core.teaching import Activity, Taught, Teaching
@@ -255,6 +256,11 @@ class CounterCurrentLearning(CreditRule):
             loss = self.loss(output, targets)
             teaching.loss(loss)
         return Credit.of(teaching.roots, output.detach(), loss, self._logs(local, loss))
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """Exact for the last block, whose loss is the model's; images as outputs have their error times their height."""
+        scaled = self.pair == "match" and self._height > 1
+        return layer_paths(self.model, inputs, "signal of its own", exact=() if scaled else (self.row[-1].name,))
 
     def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
         """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
