@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rule_pages import counted_cell, sign
-from tables import Row, load, table
+from tables import Row, load, signs
 
 from apical.bench.names import RULES
 
@@ -30,23 +30,22 @@ def findings(audit: Row) -> str:
     asked = [key for key in numbers if key not in measured]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in audit["rows"]:
-        signs = tuple(sign(row["verdicts"][key]) for key in asked)
+        said = tuple(sign(row["verdicts"][key]) for key in asked)
         kind = RULES[row["rule"]].build if row["rule"] in RULES else None
-        groups.setdefault((repr(kind), *signs), []).append(row)
-    lines = [[" ".join(f"`{row['rule']}`" for row in rows), *signs] for (_, *signs), rows in groups.items()]
+        groups.setdefault((repr(kind), *said), []).append(row)
+    lines = [[" ".join(f"`{row['rule']}`" for row in rows), *said] for (_, *said), rows in groups.items()]
     counts = [
         [f"`{row['rule']}`", *(counted_cell(key, row["verdicts"][key], reference) for key in numbers if key in measured)]
         for row in audit["rows"]
     ]
     epochs = f"{audit['epochs']} epoch{'s' if audit['epochs'] > 1 else ''}"
     parts = [
-        f"Computed by `{audit['command']}` on {audit['model']}, after {epochs} of {audit['data']}, in "
-        f"{audit['seconds']:.0f} s. ✓ yes, ~ partly, ✗ no, - not applicable.",
-        table(("rule", *(str(numbers[key]) for key in asked)), lines, 99),
-        _details(
-            "Robustness in degrees by which updates turn, and cost",
-            [table(("rule", *(str(i) for key, i in numbers.items() if key in measured)), counts, 1)],
-        ),
+        f"Computed by `{audit['command']}` on {audit['model']}, after {epochs} of {audit['data']}. "
+        "✓ yes, ~ partly, ✗ no, - not applicable.",
+        signs(("rule", *(str(numbers[key]) for key in asked)), lines),
+        "<details><summary>Robustness in degrees by which updates turn, and cost</summary>",
+        signs(("rule", *(str(i) for key, i in numbers.items() if key in measured)), counts, 1),
+        "</details>",
     ]
     if claims := _claims(audit, numbers):
         parts.append(f"Otherwise than in {audit['claims']}: {claims}.")
@@ -54,10 +53,6 @@ def findings(audit: Row) -> str:
         reasons = "; ".join(f"`{rule}`, for {why}" for rule, why in audit["refused"].items())
         parts.append(f"Not audited: {reasons}.")
     return "\n\n".join(parts)
-
-
-def _details(summary: str, parts: list[str]) -> str:
-    return "\n\n".join([f"<details><summary>{summary}</summary>", *parts, "</details>"])
 
 
 def _claims(audit: Row, numbers: dict[str, int]) -> str:

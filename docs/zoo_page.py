@@ -6,7 +6,7 @@ from string import ascii_uppercase
 
 from result_pages import NOTE, joined
 from rule_pages import rule_classes, short_names
-from tables import Row, facts, table
+from tables import Row, facts, signs, table
 
 NAME = re.compile(r"(?<!\w)'([^']+)'(?: \(\w+\))?")
 DETAIL = re.compile(
@@ -39,7 +39,7 @@ def zoo_page(zoo: Row) -> str:
     parts += [
         table(("column", "rules"), [[letter, merged(group)] for letter, group in columns.items()], 99),
         "A rule's page lists its short names; those in brackets are the ones meant, where others stand in another column.",
-        table(("model", *columns), body, 99),
+        signs(("model", *columns), body),
         *_faults(rows, models),
         "## Refused because",
         "\n".join(f"{i}. {_plain(why)}.\n   *In {_where(why, rows, models)}.*" for i, why in enumerate(reasons, 1)),
