@@ -10,7 +10,7 @@ from tables import Row, facts, signs, table
 
 NAME = re.compile(r"(?<!\w)'([^']+)'(?: \(\w+\))?")
 DETAIL = re.compile(
-    rf"{NAME.pattern}|[\[(][\d, ]+[\])]|\b\d+x?\d*\b|\b\w+(?=, which needs one tensor| needs the one tensor)"
+    rf"{NAME.pattern}|[\[(][\d, ]+[\])]|\b\d+(?:\.\d+|x\d+)?\b|\b\w+(?=, which needs one tensor| needs the one tensor)"
 )
 FAULT = "fault"
 
