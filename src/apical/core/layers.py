@@ -171,7 +171,10 @@ def through(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None
 
 
 def _registered(module: nn.Module) -> LayerType | None:
-    return next((_LAYERS[base] for base in type(module).__mro__ if base in _LAYERS), None)
+    for base in type(module).__mro__:  # a loop, which the compiler of PyTorch 2.6 can follow
+        if base in _LAYERS:
+            return _LAYERS[base]
+    return None
 
 
 def is_local(module: nn.Module) -> bool:
