@@ -28,8 +28,7 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(compact(rounded(results)) + "\n", encoding="utf-8")
     for drawing in drawings:
-        (out / f"{drawing.stem}.png").write_bytes(drawing.png)
-        (out / f"{drawing.stem}.svg").write_bytes(drawing.svg)
+        drawing.write(out)
     (out / "report.html").write_text((page or study_page)(results, drawings), encoding="utf-8")
 
 

@@ -98,9 +98,7 @@ def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[s
             "feedback weights Q; dashed: Q fixed at the product of the initial forward weights. Dotted grey: where the "
             "condition holds exactly, or the limit of stability. DFC-SS and DFC-SSA lie on each other."
         )
-        drawing = render("conditions", "Conditions and alignment during training", caption, figure)
-    assert drawing is not None
-    return drawing
+        return render("conditions", "Conditions and alignment during training", caption, figure)
 
 
 def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tensor, sample: int = 0) -> Drawing:
@@ -140,9 +138,7 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
             "drawn, those with the largest apical potential under strong control. Left: target a tenth of the way to the "
             "label (lambda 0.05); right: same sample, network and feedback, target the label itself. The scales differ."
         )
-        drawing = render("trace", "Weak and strong control of one sample", caption, figure)
-    assert drawing is not None
-    return drawing
+        return render("trace", "Weak and strong control of one sample", caption, figure)
 
 
 def optimal(points: Cloud) -> Drawing:
@@ -165,9 +161,7 @@ def optimal(points: Cloud) -> Drawing:
             f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All ask for the "
             "same update."
         )
-        drawing = render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
-    assert drawing is not None
-    return drawing
+        return render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
 
 
 def _style(rule: str) -> Style:

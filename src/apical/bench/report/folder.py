@@ -105,8 +105,7 @@ def write(out: Path) -> Path:
     try:
         (out / "figures").mkdir(exist_ok=True)
         for drawing in drawings:
-            write_atomically(out / "figures" / f"{drawing.stem}.png", drawing.png)
-            write_atomically(out / "figures" / f"{drawing.stem}.svg", drawing.svg)
+            drawing.write(out / "figures")
         if verdicts:
             write_atomically(
                 out / "verdicts.json", (json.dumps([asdict(row) for row in verdicts], indent=1) + "\n").encode()
