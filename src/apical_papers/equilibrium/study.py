@@ -8,20 +8,16 @@ homeostatic loss (arXiv 2309.02214). Each seed is kept in the folder when it is 
 
 import math
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
@@ -53,13 +49,6 @@ ABOUT: dict[str, Any] = {
         "its better side."
     },
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Equilibrium propagation: gradients, and weights that learn apart."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-study")
 
 
 def directions(digits: Dataset, seed: int) -> dict[str, float]:
@@ -206,7 +195,7 @@ def original(seed: int, epochs: int) -> float:
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, digits = time.perf_counter(), load("digits")
+    digits = load("digits")
     return {
         "directions": directions(digits, seed),
         "orders": orders(digits, seed),
@@ -217,13 +206,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
         },
         "decaying": decaying(digits, seed, epochs),
         "original": original(seed, epochs),
-        "seconds": time.perf_counter() - begun,
     }
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -294,9 +277,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.equilibrium.study", Options, study, arguments)
+main = SeedStudy("apical_papers.equilibrium.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/ep-study")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,14 @@ when it is finished, so an interrupted study continues.
 """
 
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, count, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
@@ -58,15 +54,6 @@ ABOUT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Local classifiers: which local loss."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/local-study")
-    epochs: Annotated[int, arg(metavar="N")] = 4
-    """Over the training images."""
-
-
 def pixels(name: str, train: int, test: int) -> Dataset:
     """A part of a data set, its pixels between 0 and 1 again."""
     data = load(name, train_limit=train, test_limit=test)
@@ -101,20 +88,13 @@ def trained(data: Dataset, seed: int, epochs: int, arm: str, norm: bool) -> dict
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun = time.perf_counter()
     data = pixels(SETTINGS["data"], SETTINGS["train images"], SETTINGS["test images"])
     longer = epochs * SETTINGS["epochs for silent samples"]
     return {
         "plain": {arm: trained(data, seed, epochs, arm, norm=False) for arm in PLAIN},
         "normalised": {arm: trained(data, seed, epochs, arm, norm=True) for arm in NORMALISED},
         "long": {arm: trained(data, seed, longer, arm, norm=False) for arm in ("similarity", "both")},
-        "seconds": time.perf_counter() - begun,
     }
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -180,9 +160,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.local.study", Options, study, arguments)
+main = SeedStudy("apical_papers.local.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/local-study", epochs=4)
 
 
 if __name__ == "__main__":
