@@ -67,7 +67,7 @@ def _variants(
 
 
 def _learning(base: Recipe, lr: float, pretrain_lr: float, eps: float, decay: float, pretrain_epochs: int) -> Recipe:
-    """The recipe with feedback weights that learn: before the first epoch, and in three passes over a quarter of the batches in each."""
+    """The recipe with learned feedback weights: before the first epoch, and in each in three passes over a quarter of it."""
     feedback: dict[str, Any] = {"feedback_lr": lr, "feedback_eps": eps, "feedback_weight_decay": decay}
     passes: dict[str, Any] = {"pretrain_epochs": pretrain_epochs, "feedback_passes": 3, "feedback_fraction": 0.25}
     return replace(base, pretrain_lr=pretrain_lr, **feedback, **passes)
