@@ -1,7 +1,7 @@
 """Figures of feedback control: conditions and angles over training, compartments over time, the set of optimal feedback."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ from apical.bench.figures.curves import Drawing, render
 from apical.bench.figures.style import RC, RULES, Style
 from apical.bench.report.records import Array
 from apical.rules.feedback_control.trajectory import Trace
+from apical_papers.dfc.toy.optimal import Optimal
 
 _COLUMN, _PAGE = 3.5, 7.0
 _FIXED = (0, (4, 1.5))
@@ -34,34 +35,6 @@ STYLES: dict[str, Style] = {
 """Colour is the variant, solid is learned feedback, dashed is fixed feedback."""
 
 COMPARTMENTS = {"soma": "#000000", "basal": "#0072B2", "apical": "#D55E00"}
-
-
-class Cloud(Protocol):
-    """The points of the paper's figure 2, see :class:`apical_papers.dfc.toy.optimal.Optimal`."""
-
-    @property
-    def cloud(self) -> Array:
-        """Random optimal Q in the plane (draws, 2)."""
-
-    @property
-    def transpose(self) -> Array:
-        """J^T (2,)."""
-
-    @property
-    def pseudoinverse(self) -> Array:
-        """J^+ (2,)."""
-
-    @property
-    def damped(self) -> Array:
-        """Damped pseudoinverses (gammas, 2)."""
-
-    @property
-    def gammas(self) -> Array:
-        """Their damping (gammas,)."""
-
-    @property
-    def explained(self) -> Array:
-        """Share of the variance of both axes (2,)."""
 
 
 def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[str, str]]) -> Drawing:
@@ -141,7 +114,7 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
         return render("trace", "Weak and strong control of one sample", caption, figure)
 
 
-def optimal(points: Cloud) -> Drawing:
+def optimal(points: Optimal) -> Drawing:
     """Random optimal feedback weights in the plane of their principal components, with J^T, J^+ and what lies between."""
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_COLUMN, 3.1))
