@@ -76,9 +76,7 @@ def document(title: str, lead: str, body: str, *, full: bool = False) -> str:
     """The page as text.
 
     Args:
-        title: is escaped.
         lead: the first paragraph, is escaped.
-        body: HTML.
         full: figures are as wide as the page.
     """
     return f"""<!doctype html>

@@ -20,9 +20,7 @@ def write(
     """results.json, each figure as PNG and SVG, and report.html.
 
     Args:
-        out: folder.
         results: title, about, sources, verdicts, tables, command, settings, environment.
-        drawings: figures.
         page: makes the page; :func:`study_page` by default.
     """
     out.mkdir(parents=True, exist_ok=True)

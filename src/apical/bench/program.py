@@ -52,10 +52,7 @@ def by_seed(
 
     Args:
         options: of the command line.
-        command: that was typed.
         cell: (seed, epochs) -> what to keep of the seed; a module's function, for other processes are handed it.
-        verdicts: of all seeds.
-        tables: of all seeds.
         settings: shown, and held against those with which kept seeds were made.
         about: title, about and sources of the results.
 
@@ -157,11 +154,9 @@ def run_command(
     """`python -m MODULE ...`: run a study and print its verdicts; returns the exit status.
 
     Args:
-        module: name, for the record.
         options: what its command line takes.
         study: maps options and the command to what results.json holds.
         arguments: of the command line; None for those of this process.
-        shown: what tyro needs besides.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = tyro.cli(options, prog=f"python -m {module}", args=arguments, **shown)

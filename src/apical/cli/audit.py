@@ -35,11 +35,7 @@ SEQUENCES = 500
 
 
 def run(flags: "Audit", command: str) -> int:
-    """Audit the rules; returns the exit status.
-
-    Raises:
-        ApicalError: an option is not usable, or no rule can train the model.
-    """
+    """Audit the rules; returns the exit status."""
     rules = list(dict.fromkeys(flags.rules or RULES))
     started, threads = time.perf_counter(), torch.get_num_threads()
     with held(flags.out, "auditing", partial(_check, flags)):

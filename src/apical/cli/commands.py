@@ -72,12 +72,7 @@ def compare(flags: "Compare", command: str) -> int:
 
 
 def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[list[dict[str, Any]], Path]:
-    """Train the rules side by side, print the final table and write the report; returns summary.json's rows, and the page.
-
-    Raises:
-        ApicalError: an option, the data, the model or the folder is not usable.
-        Interrupted: a signal came; every run is saved.
-    """
+    """Train the rules side by side, print the final table and write the report; returns summary.json's rows, and the page."""
     if under_torchrun():
         raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
     check_least(flags, seeds=1, jobs=0)
@@ -175,11 +170,7 @@ def train(flags: "Train", command: str) -> int:
 
 
 def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
-    """The recipe of one rule: the study's row or the defaults, with the given options in place.
-
-    Raises:
-        ConfigError: an option is out of range, or needs a package that is not there.
-    """
+    """The recipe of one rule: the study's row or the defaults, with the given options in place."""
     if flags.tensorboard:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
@@ -199,11 +190,7 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
 
 
 def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
-    """The recipes, with the loss that goes with the data where none was asked for; says what the user's own data are.
-
-    Raises:
-        ApicalError: the data are missing, damaged or not usable.
-    """
+    """The recipes, with the loss that goes with the data where none was asked for; says what the user's own data are."""
     first, note = drafts[0], ""
     if flags.loss is None and (fits := loss_for(first)) in ("mse", "token_cross_entropy") and first.loss != fits:
         drafts = [replace(recipe, loss=fits) for recipe in drafts]
@@ -235,11 +222,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     """The recipes with the rules' defaults, and notes on them; builds each model and rule once, to see that it works.
 
     Args:
-        drafts: as asked for.
         tell: is told how what is trained differs from the models as they are named.
-
-    Raises:
-        ApicalError: a name, size or option is not usable, or the data are missing or damaged.
     """
     first = drafts[0]
     pick_device(first.device)
@@ -280,11 +263,7 @@ _NUMBERS = {
 
 
 def refuse_numbers(flags: Any) -> None:
-    """Refuse a number, or nothing, in the place of a name, and say which option it may have been meant for.
-
-    Raises:
-        ConfigError: names the option.
-    """
+    """Refuse a number, or nothing, in the place of a name, and say which option it may have been meant for."""
     for option, remedy in _NUMBERS.items():
         values = getattr(flags, option, None)
         where = option if option == "rules" and hasattr(flags, "model") and not hasattr(flags, "seeds") else f"--{option}"
@@ -296,11 +275,7 @@ def refuse_numbers(flags: Any) -> None:
 
 
 def find_study(name: str | None) -> Study | None:
-    """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None.
-
-    Raises:
-        ConfigError: there is none; names the nearest.
-    """
+    """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None."""
     if name is not None and name.endswith(".json"):
         return from_file(Path(name))
     if name is not None and name not in studies():

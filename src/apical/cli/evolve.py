@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 
 def run(flags: "Evolve", command: str) -> int:
-    """Evolve a top-down network; returns the exit status.
-
-    Raises:
-        ApicalError: an option, the data or the folder is not usable, or no cluster answers.
-    """
+    """Evolve a top-down network; returns the exit status."""
     recipe, folder = identified(drafted(flags)), EvolutionFolder(flags.out)
     task = classification(recipe)
     folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
@@ -65,11 +61,7 @@ def _workers(flags: "Evolve", chunk: int) -> Workers:
 
 
 def drafted(flags: "Evolve") -> EvolutionRecipe:
-    """The committed recipe asked for, or the defaults, with the given options in place.
-
-    Raises:
-        ConfigError: there is no such recipe, or an option is out of range.
-    """
+    """The committed recipe asked for, or the defaults, with the given options in place."""
     names = EvolutionRecipe.__dataclass_fields__
     settings = {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
     if flags.recipe is not None and flags.recipe not in evolutions():
@@ -78,11 +70,7 @@ def drafted(flags: "Evolve") -> EvolutionRecipe:
 
 
 def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
-    """The recipe with whole paths and checksums of the user's own data and networks; prints what the data are.
-
-    Raises:
-        ApicalError: they are not usable, or do not go together.
-    """
+    """The recipe with whole paths and checksums of the user's own data and networks; prints what the data are."""
     pairs = [located({"data": name}) for name in recipe.data], [located({"model": name}) for name in recipe.model]
     sets, networks = (tuple(item[what] for item in places) for what, places in zip(("data", "model"), pairs, strict=True))
     loaded = [data.load(name) for name in sets if name not in data.names()]

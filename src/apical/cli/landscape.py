@@ -26,11 +26,7 @@ SPANS = {"pca": 1.3, "random": 1.0}
 
 
 def run(flags: "Landscape", command: str) -> int:
-    """Draw the runs on one surface; returns the exit status.
-
-    Raises:
-        ApicalError: an option or a folder is not usable, or the runs do not go together.
-    """
+    """Draw the runs on one surface; returns the exit status."""
     with held(flags.out, "drawing", partial(_check, flags)):
         return _run(flags, command)
 

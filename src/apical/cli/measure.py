@@ -42,11 +42,7 @@ BEFORE = "before training"
 
 
 def run(flags: "Measure", command: str) -> int:
-    """Measure the targets; returns the exit status.
-
-    Raises:
-        ApicalError: an option, a model or a folder is not usable.
-    """
+    """Measure the targets; returns the exit status."""
     with held(flags.out, "measuring", partial(_check, flags)):
         return _run(flags, command)
 

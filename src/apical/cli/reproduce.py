@@ -32,11 +32,7 @@ Row = dict[str, Any]
 
 
 def run(flags: "Reproduce", command: str) -> int:
-    """Run the tables one after another; returns the exit status, that of the first table that has another than 0.
-
-    Raises:
-        ApicalError: a name is unknown, a folder is used, or a table cannot be run.
-    """
+    """Run the tables one after another; returns the exit status, that of the first table that has another than 0."""
     if under_torchrun():
         raise ConfigError("apical reproduce runs its own processes, not under torchrun")
     if not flags.targets:
@@ -55,11 +51,7 @@ def run(flags: "Reproduce", command: str) -> int:
 
 
 def tables_of(target: str) -> dict[str, Table]:
-    """The tables that a target means, by "paper/table".
-
-    Raises:
-        ConfigError: there are none; names the nearest.
-    """
+    """The tables that a target means, by "paper/table"."""
     paper, _, name = target.partition("/")
     if paper not in all_tables():
         raise unknown_name("paper", target, [f"{p}/{t}" for p, tables in all_tables().items() for t in tables])
@@ -172,7 +164,6 @@ def verdict(row: Verdict, epochs: int | None, *, cut: bool) -> str:
     Args:
         row: the number, and the verdict that tolerance and data give.
         epochs: of the budget; None for those of the table.
-        cut: images were left out.
     """
     if epochs is not None and row.epoch > epochs:
         return SMALL

@@ -43,11 +43,7 @@ SHARE = 10
 
 
 def run(flags: "Sweep", command: str) -> int:
-    """Search, choose, test; returns the exit status.
-
-    Raises:
-        ApicalError: an option, the space or a folder is not usable.
-    """
+    """Search, choose, test; returns the exit status."""
     rules, drafts, axes = _planned(flags)
     lock = _open(flags, command, drafts)
     here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))

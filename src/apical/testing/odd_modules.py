@@ -99,7 +99,6 @@ class Wrapped(nn.Module):
     """Calls its layer in some way of its own.
 
     Args:
-        layer: the layer.
         way: `way(layer, x)`.
     """
 

@@ -136,12 +136,7 @@ def _cell(options: Options, part: tuple[str, float, int]) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
-        CheckpointError: the folder holds parts of a study with other options.
-    """
+    """Run what is not finished yet, then write results.json and report.html."""
     if options.seeds < 2 or options.epochs < 1 or options.jobs < 0 or options.train_limit < 0:
         raise ConfigError("--seeds must be at least 2, --epochs at least 1, --jobs and --train-limit not negative")
     check_writable(options.out)

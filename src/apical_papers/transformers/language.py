@@ -78,11 +78,7 @@ class Options:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Train what is not kept yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: an option is not usable.
-    """
+    """Train what is not kept yet, then write results.json and report.html."""
     unknown = [name for name in options.arms if name not in ARMS]
     if unknown or options.seeds < 2 or options.steps < 4 or options.steps % 4 or not options.rates:
         raise ConfigError(

@@ -49,11 +49,7 @@ class Options:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Train what is not kept yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: an option is not usable.
-    """
+    """Train what is not kept yet, then write results.json and report.html."""
     if options.seeds < 2 or options.steps < 4 or options.steps % 4 or len(options.widths) < 2:
         raise ConfigError("--seeds at least 2, --steps a multiple of 4, --widths at least two")
     check_writable(options.out)

@@ -37,8 +37,6 @@ class RuleSummary:
     """What the runs of one rule came to; every tuple holds one number per finished seed that has it.
 
     Attributes:
-        rule: short name.
-        name: full name.
         colour: its colour in the figures.
         planned: number of seeds, finished or not.
         finished: number of seeds that finished.

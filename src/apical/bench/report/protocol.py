@@ -16,7 +16,6 @@ class Sureness:
     """One rule's final score over its finished seeds.
 
     Attributes:
-        rule: name.
         score: mean with its interval, in percent for an accuracy.
         against: the same minus backpropagation's, over common seeds; None for backpropagation or without it.
     """

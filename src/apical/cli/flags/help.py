@@ -98,7 +98,6 @@ def short_help(command: str, flags: type[Any]) -> str:
     """Use, purpose, example and options of a command, in lines of at most :data:`WIDTH` characters.
 
     Args:
-        command: its name.
         flags: the dataclass of its options.
     """
     texts, hints = field_texts(flags), _hints(flags)

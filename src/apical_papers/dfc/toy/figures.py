@@ -78,7 +78,6 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
     """Output, control and the compartments of two neurons per layer over time, weak control left and strong control right.
 
     Args:
-        weak, strong: trajectories of a batch.
         weak_target, strong_target: of the output (batch, n_L).
         sample: which sample of the batch to draw.
     """

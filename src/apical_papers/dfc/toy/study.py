@@ -62,9 +62,6 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
 
     Returns:
         What results.json holds, with unrounded numbers.
-
-    Raises:
-        ConfigError: the folder cannot be written, or there are fewer data than asked for.
     """
     check_writable(out)
     spent, around = 0.0, environment("cpu", torch.get_num_threads())
