@@ -292,17 +292,15 @@ def _key(option: str) -> str:
     return option.partition("=")[0].strip().replace("-", "_")
 
 
-def _origin(rule: str) -> list[str]:
-    return [] if rule in RULES else [own_rules.origin(rule)]
-
-
 def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     """The recipe with the rule's defaults filled in, for `examples` training images, and notes on what was chosen.
 
     Raises:
         ConfigError: unknown rule or option, or a batch larger than the data.
     """
-    entry, notes = find_rule(recipe.rule), _origin(bare_rule(recipe.rule))
+    entry, notes = find_rule(recipe.rule), list[str]()
+    if (bare := bare_rule(recipe.rule)) not in RULES:
+        notes.append(own_rules.origin(bare))
     given, known = parse_options(recipe.rule_options), constructor_options(entry)
     for key in given:
         if key not in known:

@@ -72,7 +72,7 @@ def compare(flags: "Compare", command: str) -> int:
 
 
 def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[list[dict[str, Any]], Path]:
-    """Train the rules side by side, print the final table and write the report; returns summary.json's rows, and the page."""
+    """Train the rules side by side, print the final table, write the report; returns summary.json's rows, and the page."""
     if under_torchrun():
         raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
     check_least(flags, seeds=1, jobs=0)

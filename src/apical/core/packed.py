@@ -96,7 +96,8 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
         if module.in_proj_weight is None:
             inner = {f"{kind}_proj": Part(module, f"{kind}_proj_weight", module) for kind in "qkv"}
         return inner | {"out_proj": Part(module.out_proj, "weight", module, whole=True)}
-    gates = {"LSTM": 4, "GRU": 3}.get(_kind(module).__name__.removesuffix("Cell"), 1)
+    kind = next(kind for kind in type(module).__mro__ if kind in PACKED)
+    gates = {"LSTM": 4, "GRU": 3}.get(kind.__name__.removesuffix("Cell"), 1)
     names = [name for name in parameter_names(module) if name.startswith("weight")]
     both = getattr(module, "bidirectional", False)
     return {
@@ -110,10 +111,6 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
         )
         for name in names
     }
-
-
-def _kind(module: nn.Module) -> type:
-    return next(kind for kind in type(module).__mro__ if kind in PACKED)
 
 
 def parameter_names(module: nn.Module) -> list[str]:
