@@ -13,6 +13,7 @@ import torch
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.fit import fit
 from apical.bench.program import Cells, SeedStudy
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle
@@ -55,11 +56,7 @@ def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **opt
     optimizer = torch.optim.SGD(rule.parameters(), SETTINGS["sgd"])
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = SETTINGS["sgd"] * SETTINGS["falls to, per epoch"] ** epoch
-        order = torch.randperm(len(digits.train))
-        for batch in order[: len(order) // 20 * 20].split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
+        fit(rule, optimizer, digits.train, SETTINGS["batch size"], drop_last=True)
     with torch.no_grad():
         free = rule._free(rule.chain.enter(digits.test.inputs))
     return {

@@ -14,6 +14,7 @@ from torch import nn
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.fit import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Split, load
@@ -63,20 +64,16 @@ def trained(rule: CreditRule, train: Split, test: Split, epochs: int, seed: int)
     """Test accuracy after each epoch, and `|W_3 W_2 W_1|`, the spectral norm of the product."""
     optimizer = torch.optim.Adam(rule.parameters(), SETTINGS["adam"])
     generator = torch.Generator().manual_seed(seed)
-    accuracy = []
+    reached = []
     for _ in range(epochs):
-        for batch in torch.randperm(len(train), generator=generator).split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(train.inputs[batch], train.targets[batch]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            accuracy.append(float((rule.model(test.inputs).argmax(1) == test.targets).double().mean()))
+        fit(rule, optimizer, train, SETTINGS["batch size"], generator)
+        reached.append(accuracy(rule, test))
     product = torch.eye(784)
     for module in rule.model.modules():
         if isinstance(module, nn.Linear):
             product = module.weight.detach() @ product
     norm = float(torch.linalg.matrix_norm(product, 2))
-    return {"accuracy": accuracy[-1], "last epoch's gain": accuracy[-1] - accuracy[0], "product's norm": norm}
+    return {"accuracy": reached[-1], "last epoch's gain": reached[-1] - reached[0], "product's norm": norm}
 
 
 def slopes(train: Split, seed: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
+from apical.bench.fit import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
@@ -101,16 +102,13 @@ def directed(digits: Dataset, degrees: int, homeostasis: float, seed: int, epoch
     optimizer = torch.optim.Adam(rule.parameters(), 3e-3)
     cosines = []
     for _ in range(epochs):
-        for batch in torch.randperm(len(digits.train)).split(50):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
+        fit(rule, optimizer, digits.train, 50)
         cosines.append(adjoint_cosines(rule, digits.train.inputs[:100], digits.train.targets[:100]))
     return {
         "cosine": sum(whole for whole, _ in cosines) / len(cosines),
         "cosine, layer 1": sum(first for _, first in cosines) / len(cosines),
         "symmetry": symmetry(rule),
-        "accuracy": accuracy(rule, digits),
+        "accuracy": accuracy(rule, digits.test),
     }
 
 
@@ -149,12 +147,6 @@ def symmetry(rule: EquilibriumPropagation) -> float:
     return math.sqrt(alike) / (math.sqrt(alike) + math.sqrt(unlike))
 
 
-@torch.no_grad()
-def accuracy(rule: EquilibriumPropagation, digits: Dataset) -> float:
-    """Of the test images, 0 to 1."""
-    return float((rule.answer(digits.test.inputs).argmax(1) == digits.test.targets).double().mean())
-
-
 def decaying(digits: Dataset, seed: int, epochs: int) -> dict[str, float]:
     """Degrees between the weights of both directions before and after training by one update for both."""
     torch.manual_seed(seed)
@@ -164,11 +156,8 @@ def decaying(digits: Dataset, seed: int, epochs: int) -> dict[str, float]:
     optimizer = torch.optim.SGD(rule.parameters(), 0.1, weight_decay=1e-3)
     before = angle(upper, rule.back[0])
     for _ in range(epochs):
-        for batch in torch.randperm(len(digits.train)).split(20):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
-    return {"before": before, "after": angle(upper, rule.back[0]), "accuracy": accuracy(rule, digits)}
+        fit(rule, optimizer, digits.train, 20)
+    return {"before": before, "after": angle(upper, rule.back[0]), "accuracy": accuracy(rule, digits.test)}
 
 
 def original(seed: int, epochs: int) -> float:
@@ -187,11 +176,8 @@ def original(seed: int, epochs: int) -> float:
     )
     optimizer = torch.optim.SGD(rule.parameters(), 0.2)
     for _ in range(epochs):
-        for batch in torch.randperm(len(digits.train)).split(20):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
-    return accuracy(rule, digits)
+        fit(rule, optimizer, digits.train, 20)
+    return accuracy(rule, digits.test)
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.fit import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Dataset
@@ -78,10 +79,7 @@ def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[d
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     looks = []
     for epoch in range(1, epochs[-1] + 1):
-        for chosen in torch.randperm(len(data.train)).split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(data.train.inputs[chosen], data.train.targets[chosen]).backward()
-            optimizer.step()
+        fit(rule, optimizer, data.train, SETTINGS["batch size"])
         if epoch in epochs:
             looks.append(_accuracies(rule, data))
     return looks
@@ -89,10 +87,10 @@ def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[d
 
 @torch.no_grad()
 def _accuracies(rule: CreditRule, data: Dataset) -> dict[str, float]:
-    found = {"answer": float((rule.answer(data.test.inputs).argmax(1) == data.test.targets).double().mean())}
+    found = {"answer": accuracy(rule, data.test)}
     if isinstance(rule, ForwardForward) and not rule.self_contrastive:
         rule.answers = "goodness"
-        found["goodness"] = float((rule.answer(data.test.inputs).argmax(1) == data.test.targets).double().mean())
+        found["goodness"] = accuracy(rule, data.test)
         rule.answers = "read-out"
     return found
 

@@ -13,6 +13,7 @@ import torch
 
 from apical import models
 from apical.bench.finding import Row, at_least, count, difference, shown
+from apical.bench.fit import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
@@ -76,15 +77,10 @@ def trained(data: Dataset, seed: int, epochs: int, arm: str, norm: bool) -> dict
     rule: CreditRule = LocalClassifiers(model, **options) if options else Backprop(model)
     optimizer = torch.optim.Adam([p for p in rule.parameters() if p.requires_grad], SETTINGS["adam"])
     for _ in range(epochs):
-        for chosen in torch.randperm(len(data.train)).split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(data.train.inputs[chosen], data.train.targets[chosen]).backward()
-            optimizer.step()
+        fit(rule, optimizer, data.train, SETTINGS["batch size"])
     rule.eval()
-    with torch.no_grad():
-        right = rule.answer(data.test.inputs).argmax(1) == data.test.targets
     finite = all(bool(parameter.isfinite().all()) for parameter in rule.parameters())
-    return {"accuracy": float(right.double().mean()), "finite": float(finite)}
+    return {"accuracy": accuracy(rule, data.test), "finite": float(finite)}
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
