@@ -1,7 +1,7 @@
 """Which modules of a model a rule treats as layers, found and validated before anything is changed."""
 
 from collections.abc import Collection, Iterator
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -100,13 +100,13 @@ def weighted_layers(
     return layers
 
 
-def _own_sites(model: nn.Module, sites: Collection[str]) -> dict[str, Any]:
+def _own_sites(model: nn.Module, sites: Collection[str]) -> dict[str, Layer]:
     """What a rule knows of parameters of a user's modules."""
     if not sites:
         return {}
     from apical.core.packed import own_parts
 
-    return dict(own_parts(model, sites))
+    return cast(dict[str, Layer], own_parts(model, sites))
 
 
 def _joined(name: str, parameter: str) -> str:
