@@ -16,10 +16,10 @@ from apical.bench.landscape import run_folders
 from apical.bench.materials import build_model, load_data, located
 from apical.bench.measure import probe_batch
 from apical.bench.names import make_rule
-from apical.bench.network import MEASURES, WHOLE, find_measure, measured, quantities, short_name
+from apical.bench.network import MEASURES, find_measure, measured, short_name
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, from_json
-from apical.bench.report.measures import shown
+from apical.bench.report.measures import of_networks_and_layers
 from apical.bench.restore import restore_rule
 from apical.bench.run_folder import RunFolder
 from apical.bench.state import read_json, write_json, write_page
@@ -156,20 +156,11 @@ Part = tuple[str, list[str], list[list[str]]]
 
 def _tables(rows: Sequence[Mapping[str, Any]], measure: str) -> list[Part]:
     """One of the networks, and one of their layers."""
-    labels = list(dict.fromkeys(row["network"] for row in rows))
-    cells = {label: [row["measured"].get(measure, {}) for row in rows if row["network"] == label] for label in labels}
-    every = [cell for found in cells.values() for cell in found]
-    parts = []
-    whole = quantities([cell[WHOLE] for cell in every if WHOLE in cell])
-    if whole:
-        lines = [[label, *(shown(cells[label], WHOLE, key) for key in whole)] for label in labels]
-        parts.append((TITLES.get(measure, measure), ["network", *whole], lines))
-    layers = [name for name in dict.fromkeys(name for cell in every for name in cell) if name != WHOLE]
-    keys = quantities([cell[name] for cell in every for name in layers if name in cell])
-    if layers:
-        lines = [[label, name, *(shown(cells[label], name, key) for key in keys)] for label in labels for name in layers]
-        parts.append((f"{measure}, by layer", ["network", "layer", *keys], lines))
-    return parts
+    labels = dict.fromkeys(row["network"] for row in rows)
+    cells = [([name], [row["measured"].get(measure, {}) for row in rows if row["network"] == name]) for name in labels]
+    whole, layers = of_networks_and_layers(cells, ["network"], "layer")
+    parts = [(TITLES.get(measure, measure), *whole), (f"{measure}, by layer", *layers)]
+    return [part for part in parts if part[2]]
 
 
 def _tell(record: Mapping[str, Any], tables: Sequence[tuple[str, str, list[str], list[list[str]]]]) -> None:
