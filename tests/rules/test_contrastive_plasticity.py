@@ -444,6 +444,16 @@ def test_scaled_losses_scale_the_gradients() -> None:
         assert torch.allclose(0.25 * gradient, found[1][name], rtol=1e-12), name
 
 
+def test_small_first_weights_are_remarked_upon() -> None:
+    for model, is_told in ((models.mlp(7, [6, 5], 3), True), (models.spiking(7, [6, 5], 3), False)):
+        with torch.no_grad():
+            for layer in model.modules():
+                if is_told and isinstance(layer, nn.Linear):
+                    layer.weight.clamp_(-0.4, 0.4)
+        remarks = " ".join(ContrastiveSignalPlasticity(model).remarks)
+        assert ("first weights of linear1 and linear2 are small" in remarks) is is_told
+
+
 def test_figures_and_measures() -> None:
     torch.manual_seed(0)
     rule = apical.ContrastiveSignalPlasticity(network(), steps=20)

@@ -51,6 +51,9 @@ Readout = Literal["context", "answer"]
 THRESHOLD, JITTER = 0.055, 0.025
 """Where thresholds are drawn: uniformly, so far around it."""
 
+FAINT = 0.5
+"""First weights below it, of which neurons hardly fire."""
+
 BOX = (nn.ReLU, nn.Hardtanh, nn.Identity)
 """Activations that a rate between 0 and 1 may stand for."""
 
@@ -183,6 +186,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         with torch.no_grad():
             for m in self.lateral:
                 m.fill_diagonal_(0.0)
+        self._faint = [stage.name for stage in stages[:-1] if float(stage.layer.weight.detach().abs().max()) < FAINT]
         self.pairs = Pairs(self._synapses(), levels) if levels else None
         self._silent: dict[tuple[str, int], Tensor] = {}  # of the batches since the last `constrain_`
 
@@ -193,9 +197,14 @@ class ContrastiveSignalPlasticity(CreditRule):
         said = ["the answer counts spikes; the model alone is a network of rates, which nobody trained"]
         if behind:
             said.append(f"neurons of {' and '.join(behind)} fire or not, whatever activation stands behind them")
+        if self._faint:
+            said.append(
+                f"the first weights of {' and '.join(self._faint)} are small, so that spiking neurons hardly fire; start from "
+                "weights in [-1, 1], as models.spiking does (--model spiking-256-64)"
+            )
         if self.repeats > 1:
             said.append(f"each batch takes {self.repeats} steps of the optimiser, where other rules take one")
-        return [*said, "inputs are spike probabilities, below 0 and above 1 cut off"]
+        return [*said, "inputs are spike probabilities, below 0 and above 1 cut off; data named ...-raw are scaled so"]
 
     @property
     def names(self) -> list[str]:
