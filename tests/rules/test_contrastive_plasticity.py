@@ -133,7 +133,10 @@ def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed:
 
     for _ in range(rule.steps):
         p1, p2, _ = (each.clone() for each in s)
-        s0, s3 = ((phase + torch.rand(xx.shape[1], dtype=torch.double)) % 1 < xx).double(), context  # the context fires for certain
+        s0, s3 = (
+            ((phase + torch.rand(xx.shape[1], dtype=torch.double)) % 1 < xx).double(),
+            context,
+        )  # the context fires for certain
         j = [
             c.resistance * (p0 @ w1 + p2 @ v2 + p3 @ u1) - c.inhibition * p1 @ m1,
             c.resistance * (p1 @ w2 + p3 @ u2) - c.inhibition * p2 @ m2,

@@ -1,10 +1,10 @@
 """Spiking networks on MNIST beside controls, every rate chosen on held-out images with the same budget.
 
-Run `python -m apical_papers.spikes.mnist --out results/spikes-mnist`. For each seed and training: four rates of Adam, one pass
-over 2000 training images each; the one with the best accuracy on 2000 held-out images trains anew on 10000. Plasticity is
-784-256-64-10 with 40 steps a stimulus, beside the same network whose read-outs alone learn; first spikes are 784-340-10.
-Controls trained by backpropagation are perceptrons with ReLU of the same widths, and a linear classifier. Marks were set
-before this was run. Each seed is kept in the folder when it is finished, so an interrupted study continues.
+Run `python -m apical_papers.spikes.mnist --out results/spikes-mnist`. For each seed and training: four rates of Adam, one
+pass over 2000 training images each; the one with the best accuracy on 2000 held-out images trains anew on 10000.
+Plasticity is 784-256-64-10 with 40 steps a stimulus, beside the same network whose read-outs alone learn; first spikes are
+784-340-10. Controls trained by backpropagation are perceptrons with ReLU of the same widths, and a linear classifier. Marks
+were set before this was run. Each seed is kept in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -100,9 +100,7 @@ class Options(SeedOptions):
 
 def cell(seed: int, epochs: int) -> dict[str, Any]:
     """Rate, accuracies and seconds of each training."""
-    data = load(
-        SETTINGS["data"], validation=SETTINGS["held-out images"], train_limit=SETTINGS["training images"], seed=seed
-    )
+    data = load(SETTINGS["data"], validation=SETTINGS["held-out images"], train_limit=SETTINGS["training images"], seed=seed)
     assert data.validation is not None
     few = SETTINGS["images for a rate"]
     trial = replace(data, train=Split(data.train.inputs[:few], data.train.targets[:few]), test=data.validation)
@@ -146,8 +144,8 @@ def tables(cells: Cells) -> list[Row]:
     return [
         {
             "title": "Trainings",
-            "note": "Test accuracy, 0 to 1, mean over seeds with 95 % interval; the rates chosen; seconds of one core, busy with "
-            "other work too.",
+            "note": "Test accuracy, 0 to 1, mean over seeds with 95 % interval; the rates chosen; seconds of one core, busy "
+            "with other work too.",
             "header": ["training", "accuracy", "rates chosen", "seconds"],
             "rows": [
                 [

@@ -143,7 +143,7 @@ class ContrastiveSignalPlasticity(CreditRule):
             )
         if readout == "answer" and learn == "step":
             raise ConfigError(
-                "readout='answer' learns from all steps of an answer at once, which learn='step' cannot; use learn='stimulus'"
+                "readout='answer' learns from all steps at once, which learn='step' cannot; use learn='stimulus'"
             )
         if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
             raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
@@ -199,7 +199,7 @@ class ContrastiveSignalPlasticity(CreditRule):
             said.append(f"neurons of {' and '.join(behind)} fire or not, whatever activation stands behind them")
         if self._faint:
             said.append(
-                f"the first weights of {' and '.join(self._faint)} are small, so that spiking neurons hardly fire; start from "
+                f"the first weights of {' and '.join(self._faint)} are small: spiking neurons hardly fire; start from "
                 "weights in [-1, 1], as models.spiking does (--model spiking-256-64)"
             )
         if self.repeats > 1:
@@ -447,9 +447,7 @@ class ContrastiveSignalPlasticity(CreditRule):
             state = advance(state, synapses, self.constants, drawn(x, u), None)
             yield state
 
-    def _counts(
-        self, x: Tensor, targets: Tensor | None = None, sums: dict[tuple[str, int], Tensor] | None = None
-    ) -> Tensor:
+    def _counts(self, x: Tensor, targets: Tensor | None = None, sums: dict[tuple[str, int], Tensor] | None = None) -> Tensor:
         """Spikes of the read-out (batch, K); with readout="answer" its gradients are added to the sums."""
         counts = x.new_zeros(len(x), self.classes)
         right = None

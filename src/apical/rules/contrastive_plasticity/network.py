@@ -81,9 +81,7 @@ def advance(state: State, synapses: Synapses, constants: Constants, inputs: Tens
     return State(inputs, context, layers, stepped(state.readout, jy, constants))
 
 
-def products(
-    before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]
-) -> None:
+def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:
     """What one step teaches hidden layers: `add(kind, k, to, from, factor)`, minus a matrix's change `factor * to^T from`.
 
     Args:

@@ -91,7 +91,7 @@ def threshold_slope(g: Tensor, y: Tensor, theta: float) -> Tensor:
 
 
 def pairs_loss(g: Tensor, alpha: float) -> Tensor:
-    """Mean of `log(1 + exp(-alpha (G+ - G-)))`, the first half of the rows (..., rows) positive, the second their negatives."""
+    """Mean of `log(1 + exp(-alpha (G+ - G-)))`, the first half of (..., rows) positive, the second their negatives."""
     positive, negative = g.chunk(2, -1)
     return F.softplus(alpha * (negative - positive)).mean()
 
