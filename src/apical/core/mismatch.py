@@ -136,9 +136,9 @@ class Watch:
         """The optimiser moved the weight: the feedback follows."""
         if self.parameter.data_ptr() != self._address or self.parameter.dtype != self.weight.dtype:
             self._bind()
-        self.mismatch.follow(self.weight)
         self._sample.copy_(self._values)
-        self._sum = self._total()
+        self._sum = self._total()  # first, while the optimiser's step has left the weight in the cache
+        self.mismatch.follow(self.weight)
         self._version = self.parameter._version
         self.steps += 1
 
