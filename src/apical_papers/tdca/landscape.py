@@ -61,8 +61,8 @@ ABOUT = (
 SOURCES = {
     "our mark": "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
     "difference (Student's t) lies on the better side of the mark, or that the count of starts reaches it. The paper claims "
-    "that TDCA's ways get past local minima where BP's stay: TDCA would have to end lower. Barriers are in the table but have "
-    "no mark: an earlier run, with another teacher, found none under either rule."
+    "that TDCA's ways get past local minima where BP's stay: TDCA would have to end lower. Barriers are in the table but "
+    "have no mark: an earlier run, with another teacher, found none under either rule."
 }
 
 
