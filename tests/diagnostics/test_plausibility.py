@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -26,7 +28,16 @@ from apical.core.credit import Credit, CreditRule
 from apical.diagnostics.dataflow import Dataflow, recorded
 from apical.diagnostics.interventions import Probe, change, jumps, other_signs, peeks, reads
 from apical.diagnostics.memory import held_bytes
-from apical.diagnostics.plausibility import CRITERIA, Findings, Verdict, examine, judge, no_backward_locking, symmetry
+from apical.diagnostics.plausibility import (
+    CRITERIA,
+    Findings,
+    Verdict,
+    close_to_backprop,
+    examine,
+    judge,
+    no_backward_locking,
+    symmetry,
+)
 from apical.diagnostics.synapses import Responding
 from apical.errors import ConfigError
 from apical.rules.semi_implicit import SemiImplicit
@@ -440,3 +451,10 @@ def test_an_operation_on_lists_is_one_for_every_place() -> None:
     assert (flow.trace(a).inputs, flow.trace(a).targets) == (True, False)
     assert (flow.trace(b).inputs, flow.trace(b).targets) == (False, True)
     assert (flow.trace(c[0]).inputs, flow.trace(c[1]).inputs) == (True, False)
+
+
+def test_an_answer_without_derivative_has_no_gradient_to_be_close_to() -> None:
+    findings = cast(Findings, SimpleNamespace(hidden=["first"], gradient={}))
+    assert close_to_backprop(findings).verdict == "not applicable"
+    findings.gradient["first"] = 10.0
+    assert close_to_backprop(findings).numbers == {"degrees": 10.0}

@@ -355,6 +355,8 @@ def close_to_backprop(found: Findings) -> Verdict:
     """Are hidden updates close to backpropagation's, after training?"""
     if not found.hidden:
         return _nothing_learns()
+    if not found.gradient:
+        return Verdict("not applicable", None, "the rule's answer has no derivative to compare with", {})
     mean = sum(found.gradient[layer] for layer in found.hidden) / len(found.hidden)
     if mean != mean:
         return Verdict("not applicable", None, "a hidden layer's gradient is zero", {})
