@@ -22,11 +22,11 @@ FAR = ("brsf", "frsf", "kp", "wm", "dfc", "dfc-ss", "pc-one-step", "dtp-drl", "d
 
 ABOUT: dict[str, Any] = {
     "title": "Credit in deep chains: variants of rules, and rules that refuse some of the chains",
-    "about": "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers, under the rules that "
-    "the study of structure and depth leaves out. A rule that refuses a chain is shown with its reason.",
+    "about": "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers, under the rules "
+    "that the study of structure and depth leaves out. A rule that refuses a chain is shown with its reason.",
     "sources": {
-        "our mark": "No paper has this table. Reproduced means that the 95 % interval (Student's t) lies on its better side, "
-        "or the mean past the mark."
+        "our mark": "No paper has this table. Reproduced means that the 95 % interval (Student's t) lies on its better "
+        "side, or the mean past the mark."
     },
 }
 

@@ -175,7 +175,12 @@ def _spread_rho(cells: Cells) -> list[float]:
 
 def tables(cells: Cells) -> list[Row]:
     """Means over seeds with 95 % intervals."""
-    return [*(depth.table(cells, name) for name in depth.NETWORKS), _topology_table(cells), _layers_table(cells), _wiring_table(cells)]
+    return [
+        *(depth.table(cells, name) for name in depth.NETWORKS),
+        _topology_table(cells),
+        _layers_table(cells),
+        _wiring_table(cells),
+    ]
 
 
 def _topology_table(cells: Cells) -> Row:
