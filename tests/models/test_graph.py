@@ -1,14 +1,19 @@
 """Learned connectivity: what special wirings are, what an edge learns under each rule, and sparsity."""
 
+import gc
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import apical
 from apical.errors import ConfigError
 from apical.models import Graph, build
 from apical.models.graph import Attention, GraphClassifier, Mix
 from apical.testing import check_model
+from apical.testing.two_ranks import on_two_ranks
 
 
 def nodes(count: int = 3) -> list[nn.Module]:
@@ -193,3 +198,44 @@ def test_bad_input(arguments: dict[str, object], said: str) -> None:
         Graph(nodes(), **arguments)
     with pytest.raises(ConfigError, match="nodes of one width"):
         build("graph-8-4", (6,), 3)
+
+
+def step(rule: nn.Module, optimizer: torch.optim.Optimizer, part: slice) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 6, generator=generator).double(), torch.arange(8) % 3
+    optimizer.zero_grad()
+    rule(x[part], y[part]).backward()
+    optimizer.step()
+
+
+def learned(rank: int | None, kind: type, edges: str) -> dict[str, Tensor]:
+    torch.manual_seed(6)
+    rule = kind(GraphClassifier(6, 4, 3, 3, "complete", edges).double(), F.cross_entropy)  # type: ignore[arg-type]
+    part = slice(None) if rank is None else slice(rank, None, 2)
+    called = rule if rank is None else DistributedDataParallel(rule)
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
+    for _ in range(3):
+        step(called, optimizer, part)
+    return {name: value.detach() for name, value in rule.model.named_parameters()}
+
+
+@pytest.mark.parametrize("edges", ["learned", "attention"])
+@pytest.mark.parametrize("kind", [apical.FeedbackAlignment, apical.DirectFeedbackAlignment, apical.ProductFeedbackAlignment])
+def test_two_ranks_are_one(kind: type, edges: str) -> None:
+    ranks, alone = on_two_ranks(learned, kind, edges), learned(None, kind, edges)
+    for name, value in alone.items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        assert (ranks[0][name] - value).abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("kind", [apical.FeedbackAlignment, apical.DirectFeedbackAlignment])
+def test_steps_leave_no_tensors(kind: type) -> None:
+    rule = kind(GraphClassifier(6, 4, 3, 3, "complete", "learned").double())
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.01)
+    alive = []
+    for _ in range(3):
+        for _ in range(20):
+            step(rule, optimizer, slice(None))
+        gc.collect()
+        alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+    assert alive[1] == alive[2]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apical_papers.structure import depth, study, trained
+from apical_papers.structure import depth, depth_study, study, trained
 
 
 def test_all_of_backpropagations_gradient_arrives_through_an_isometry() -> None:
@@ -74,3 +74,13 @@ def test_verdicts_and_tables() -> None:
     assert len(titles) == len(depth.NETWORKS) + 3
     assert all(len(line) == len(part["header"]) for part in study.tables(cells()) for line in part["rows"])
     assert math.isclose(study._excess(cells(), "bp")[0], 0, abs_tol=1e-12)
+
+
+def test_the_table_of_further_rules() -> None:
+    assert not set(depth.FURTHER) & set(depth.RULES)
+    arrives = {rule: {str(d): "refused" if rule == "csdp" else 0.5 for d in depth.DEPTHS} for rule in depth.FURTHER}
+    made = [{"depth": {name: copy.deepcopy(arrives) for name in depth.NETWORKS}} for _ in range(3)]
+    assert {row["verdict"] for row in depth_study.verdicts(made)} == {"reproduced"}
+    rows = {line[0]: line[1:] for line in depth_study.tables(made)[0]["rows"]}
+    assert rows["csdp"] == ["refused"] * 3
+    assert rows["kp"] == ["0.5 (0.5 to 0.5)"] * 3
