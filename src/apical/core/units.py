@@ -9,7 +9,6 @@ from torch.nn.parameter import UninitializedParameter
 from apical.core.activations import is_activation
 from apical.core.layers import Layer as Layer
 from apical.core.layers import is_local, is_packed, is_registered, is_weighted
-from apical.core.packed import full_name, own_parts, parameter_names, parts_of
 from apical.errors import UnsupportedModelError
 
 
@@ -54,7 +53,7 @@ def weighted_layers(
     names: dict[nn.Module, str] = {}
     inside: set[nn.Module] = set()
     owner: dict[int, str] = {}
-    own_sites = own_parts(model, sites)
+    own_sites = _own_sites(model, sites)
     faults = Faults()
     exempt = {m for name, m in model.named_modules(remove_duplicate=False) if _is_exact(name, exact)} if shared else set()
     for name, module in model.named_modules(remove_duplicate=shared):
@@ -74,12 +73,14 @@ def weighted_layers(
             if owner.setdefault(id(parameter), full) != full and not shared:
                 faults.tied[full] = owner[id(parameter)]
         for full in own.keys() & own_sites.keys():
-            layers[full] = cast(Layer, own_sites[full])
+            layers[full] = own_sites[full]
             del own[full]
         if is_weighted(module) and module not in inside:
             layers[name] = module
             inside |= _belonging(module)
         elif packed != "refused" and is_packed(module) and module not in inside:
+            from apical.core.packed import full_name, parameter_names, parts_of
+
             inside |= set(module.modules())
             parts = {full_name(name, part): its for part, its in parts_of(module).items()}
             strange = [full for full in own if full.removeprefix(f"{name}.") not in parameter_names(module)]
@@ -97,6 +98,15 @@ def weighted_layers(
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no Linear or convolution layer to assign credit to")
     return layers
+
+
+def _own_sites(model: nn.Module, sites: Collection[str]) -> dict[str, Layer]:
+    """What a rule knows of parameters of a user's modules."""
+    if not sites:
+        return {}
+    from apical.core.packed import own_parts
+
+    return cast(dict[str, Layer], own_parts(model, sites))
 
 
 def _joined(name: str, parameter: str) -> str:

@@ -22,10 +22,7 @@ class Specimen:
     """One model and how to feed it.
 
     Attributes:
-        title: what it is.
-        make: makes it.
         inputs: makes a batch (batch, ...) from a generator.
-        targets: makes targets.
         loss: maps (output, targets) to a scalar batch mean.
     """
 
@@ -42,7 +39,6 @@ class Outcome:
 
     Attributes:
         trained: every check of :func:`apical.testing.check_model` that applies passed.
-        checks: names of those.
         refused: why the rule refuses the model, if it does.
         fault: what was found wrong, if anything.
     """

@@ -15,8 +15,6 @@ class SelfAttention(nn.Module):
     """Hand-written attention with one layer for queries, keys and values.
 
     Args:
-        width: of a token.
-        heads: number of heads.
         causal: no token sees later ones.
     """
 

@@ -23,9 +23,7 @@ _UNITS = {"noise": "°", "sparse": "°", "quantised": "°", "multiply_adds": "re
 def draw(record: Mapping[str, Any]) -> Drawing:
     """:func:`matrix` as PNG and SVG."""
     with matplotlib.rc_context(RC):
-        drawing = render("audit", "What rules need", "", matrix(record))
-    assert drawing is not None
-    return drawing
+        return render("audit", "What rules need", "", matrix(record))
 
 
 def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:

@@ -233,7 +233,7 @@ class CounterCurrentLearning(CreditRule):
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
-            goals = self._goals(targets)
+            goals = targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
             a, local = Activity(self._prepared(inputs)), {}
             waiting: dict[int, Activity] = {}  # for the mask, which the output decides
             for level in range(len(self.row)):
@@ -267,10 +267,6 @@ class CounterCurrentLearning(CreditRule):
         names = {level: self.row[level - 1].name if level else "input" for level in local}
         total = torch.stack(list(local.values())).sum() if local else loss.new_zeros(())
         return {"local": total, **{f"local {names[level]}": value for level, value in local.items()}}
-
-    def _goals(self, targets: Tensor) -> Tensor:
-        """M of the labels; for "match" nothing more than the targets."""
-        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""
