@@ -50,7 +50,7 @@ test: $(VENV)/.apical-installed-dev
 	$(ONE_THREAD) $(SPHINX); documentation=$$?; \
 	wait $$types; types=$$?; cat docs/_build/types.txt; test $$documentation -eq 0 && test $$types -eq 0
 	@echo "== tests"
-	@$(ONE_THREAD) $(BIN) -m pytest -q -n $(WORKERS) --dist loadgroup
+	@$(ONE_THREAD) $(BIN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=20
 
 bench: $(VENV)/.apical-installed-dev
 	@echo "== benchmarks"

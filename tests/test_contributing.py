@@ -40,7 +40,7 @@ def insert(path: Path, line: str, pattern: str, after: bool) -> None:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package with the examples' files and lines added, and a distribution of another package beside it."""
     root = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "src", root / "src")  # with __pycache__, which stays valid: times of files are copied
     shutil.copy(ROOT / "pyproject.toml", root)
     for path, code in FILES.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -65,15 +65,51 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(copy: Path, *command: str, status: int = 0) -> str:
-    """Output of a command that sees the copy in place of the package."""
+def run(copy: Path, *command: str) -> str:
+    """Output of Python that sees the copy in place of the package."""
     paths = os.pathsep.join((str(copy / "src"), str(copy / "elsewhere")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=copy, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == status, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+CALLS = """
+import contextlib, io, json, pathlib, sys
+import apical
+from apical import BinaryFeedbackAlignment
+from apical.cli.main import main
+assert 'BinaryFeedbackAlignment' in apical.__all__
+ended = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+    ended.append((status, said.getvalue()))
+pathlib.Path("ended.json").write_text(json.dumps(ended))
+"""
+"""Runs commands one after the other in one process, because each process imports for seconds."""
+
+
+@pytest.fixture(scope="module")
+def said(copy: Path) -> dict[str, str]:
+    """What each of the page's commands says in the copy; exit statuses are checked."""
+    quick = ("--device", "cpu", "--jobs", "1")
+    commands = {
+        "train": [*command("command")[1:], "--device", "cpu", "--train-limit", "320"],
+        "compare": [*command("compare")[1:], *quick],
+        "recipes": ["list", "recipes"],
+        "tables": ["reproduce"],
+        "reproduce": [*command("reproduce")[1:], "--budget", "smoke", "--jobs", "1"],
+        "versions": command("versions")[1:],
+        "no package": ["versions", "--package", "no-such-package"],
+    }
+    run(copy, "-c", CALLS, json.dumps(list(commands.values())))
+    ended = dict(zip(commands, json.loads((copy / "ended.json").read_text()), strict=True))
+    assert {name: status for name, (status, _) in ended.items()} == {**dict.fromkeys(commands, 0), "no package": 2}, ended
+    return {name: output for name, (_, output) in ended.items()}
 
 
 def command(mark: str) -> list[str]:
@@ -90,19 +126,11 @@ def test_the_rule_is_short() -> None:
 
 def test_the_rules_test_passes(copy: Path) -> None:
     options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
-    assert "1 passed" in run(copy, "pytest", *options, "tests/rules/test_binary_feedback.py")
+    assert "1 passed" in run(copy, "-m", "pytest", *options, "tests/rules/test_binary_feedback.py")
 
 
-def test_the_rule_is_public(copy: Path) -> None:
-    (copy / "user.py").write_text(
-        "import apical\nfrom apical import BinaryFeedbackAlignment\n\nassert 'BinaryFeedbackAlignment' in apical.__all__\n"
-    )
-    run(copy, "user")
-
-
-def test_the_command_line_knows_the_rule(copy: Path) -> None:
-    output = run(copy, *command("command"), "--device", "cpu", "--train-limit", "320")
-    assert "results: runs/binary" in output
+def test_the_command_line_knows_the_rule(copy: Path, said: dict[str, str]) -> None:
+    assert "results: runs/binary" in said["train"]
     assert (copy / "runs/binary/result.json").exists()
 
 
@@ -120,8 +148,8 @@ def test_layer_and_activation_are_known() -> None:
     assert "2 ScaledLinear 3x16 own feedback" in lines
 
 
+@pytest.mark.usefixtures("said")
 def test_data_model_recipe_and_figure_work_together(copy: Path) -> None:
-    run(copy, *command("compare"), "--device", "cpu", "--jobs", "1")
     rows = json.loads((copy / "runs/spirals/summary.json").read_text())
     assert {(row["rule"], row["n_train"], row["n_test"]) for row in rows} == {("bp", 400, 100), ("fa", 400, 100)}
     assert all(row["parameters"] >= 2 * 32 + 32 + 32 * 2 + 2 for row in rows)
@@ -129,21 +157,21 @@ def test_data_model_recipe_and_figure_work_together(copy: Path) -> None:
     assert "Time per step" in (copy / "runs/spirals/report.html").read_text()
 
 
-def test_a_paper_of_another_package_is_found_and_reproduced(copy: Path) -> None:
-    assert "tiny-digits" in run(copy, "apical", "list", "recipes")
-    assert "tiny/digits" in run(copy, "apical", "reproduce")
-    run(copy, *command("reproduce"), "--budget", "smoke", "--jobs", "1")
+def test_a_paper_of_another_package_is_found_and_reproduced(copy: Path, said: dict[str, str]) -> None:
+    assert "tiny-digits" in said["recipes"]
+    assert "tiny/digits" in said["tables"]
     record = json.loads((copy / "runs/reproduced/reproductions/tiny-digits-smoke.json").read_text())
     told = [(row["rule"], row["reference"], row["source"], row["verdict"]) for row in record["rows"]]
     assert told == [("bp", "95.00 ± 3", "paper", "budget too small to tell")]  # its epoch 2 is not reached
 
 
-def test_the_command_runs_and_refuses_in_one_line(copy: Path) -> None:
-    assert numpy.__version__ in run(copy, *command("versions"))
-    line = run(copy, "apical", "versions", "--package", "no-such-package", status=2).splitlines()
-    assert line == ["apical: error: --package no-such-package: not installed; install it, or name another"]
+def test_the_command_runs_and_refuses_in_one_line(said: dict[str, str]) -> None:
+    assert numpy.__version__ in said["versions"]
+    assert said["no package"].splitlines() == [
+        "apical: error: --package no-such-package: not installed; install it, or name another"
+    ]
 
 
 def test_the_examples_are_in_the_style_of_the_house(copy: Path) -> None:
-    run(copy, "ruff", "check", *PYTHON)
-    run(copy, "ruff", "format", "--check", *PYTHON)
+    run(copy, "-m", "ruff", "check", *PYTHON)
+    run(copy, "-m", "ruff", "format", "--check", *PYTHON)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,11 @@ from apical.cli.main import main
 from apical.errors import ApicalError
 from apical.evolution import workers
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")  # two clusters at once hinder each other
 psutil = pytest.importorskip("psutil")
 
 SMALL = ["--rules", "bp", "fa", "--model", "mlp-16", "--train-limit", "640", "--test-limit", "100", "--seeds", "2"]
-
-
-@pytest.fixture(autouse=True)
-def no_ray_left() -> Iterator[None]:
-    yield
-    ray.shutdown()
 
 
 def scores(out: Path) -> list[tuple[str, int, float, float]]:
@@ -72,6 +65,7 @@ def end(folder: str) -> None:
     os._exit(1)
 
 
+@pytest.mark.usefixtures("local_cluster")
 def test_a_task_that_kills_its_worker_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cluster_module, workers):
         monkeypatch.setattr(module, "RETRIES", 1)  # a new worker takes seconds to start

@@ -194,15 +194,10 @@ def test_a_random_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("local_cluster")
 def test_a_cluster_gives_the_same_trials(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     arguments = ["--rules", "bp", "--space", "lr=0.001,0.1", "--final-seeds", "0", "--ray", "local"]
-    try:
-        assert swept(tmp_path / "out", *arguments) == 0
-    finally:
-        import ray
-
-        ray.shutdown()
+    assert swept(tmp_path / "out", *arguments) == 0
     ours = [t["score"] for t in read(tmp_path / "out" / "sweep.json")["trials"]]
     assert ours == [t["score"] for t in read(folder / "sweep.json")["trials"] if t["rule"] == "bp"][:2]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "rules"))
 
-from test_conformance import RULES
+from test_conformance import OF_CLASSES, PATHS, RULES
 
 import apical
 from apical.core.credit import CreditRule
@@ -33,7 +33,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.rand(8, 6, dtype=torch.double), torch.arange(8) % 4
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
@@ -52,7 +52,7 @@ def test_a_loss_that_is_no_scalar_tensor(name: str, loss: Any, words: str) -> No
         assert info.match(words)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_several_targets_are_taken_or_refused_in_words(name: str) -> None:
     try:
         rule = make(name, lambda output, targets: F.cross_entropy(output, targets[0]) + (output[:, 0] - targets[1]).mean())
@@ -63,7 +63,7 @@ def test_several_targets_are_taken_or_refused_in_words(name: str) -> None:
         rule(inputs, (labels, inputs[:, 0])).backward()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PATHS)
 def test_a_term_that_reads_activities_is_followed_or_refused(name: str) -> None:
     model, kept = dense_network(), {}
     found = []

@@ -54,8 +54,8 @@ def classification() -> Classification:
     return Classification([images()], setting)
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[RayWorkers]:
+@pytest.fixture
+def two(local_cluster: None) -> Iterator[RayWorkers]:
     with RayWorkers("local", 2, chunk=4) as workers:
         yield workers
 

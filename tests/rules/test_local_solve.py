@@ -180,8 +180,15 @@ def test_a_convolution_is_solved_like_its_matrix() -> None:
     torch.testing.assert_close(found[1], dense.bias.grad)
 
 
-@pytest.mark.parametrize("check", [check for check in CHECKS if check != "compile"])
-@pytest.mark.parametrize("kind", RULES)
+STAND_FOR_ALL = ("fa", "dfa", "ccl", "dtp", "pc-error")
+"""By edges, cuts, local losses, targets and states; what is around them is the same, and they have tests alone."""
+SLOW = ("distributed", "odd_modules")
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [(kind, check) for check in CHECKS if check != "compile" for kind in (STAND_FOR_ALL if check in SLOW else RULES)],
+)
 def test_conformance(kind: str, check: str) -> None:
     CHECKS[check](partial(around, RULES[kind]))
 

@@ -229,8 +229,15 @@ def test_a_gain_of_one_changes_no_bit_on_two_ranks(kind: str, mode: Mode) -> Non
     require_same(found, expected, 0.0, "a gain of one, two ranks")
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize(("kind", "mode"), COMBINATIONS)
+SLOW = ("compile", "distributed", "odd_modules")
+STAND_FOR_ALL = [("fa", "propagating"), ("kp", "propagating"), ("dfa", "local"), ("ccl", "local"), ("dtp", "local")]
+"""By edges fixed and learned, cuts, local losses and targets; what is around them is the same, and they have tests alone."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "check"),
+    [(*pair, check) for check in CHECKS for pair in (STAND_FOR_ALL if check in SLOW else COMBINATIONS)],
+)
 def test_conformance(kind: str, mode: Mode, check: str) -> None:
     CHECKS[check](partial(grapes, of(kind, mode), mode))
 

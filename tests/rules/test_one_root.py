@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conformance import RULES, SKIPPED
+from test_conformance import OF_CLASSES, PATHS, RULES, SKIPPED
 from torch import Tensor, nn
 
 import apical
@@ -77,7 +77,7 @@ def test_a_scaled_loss_scales_the_whole_update(name: str) -> None:
     check_scaled_loss(RULES[name])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PATHS)
 def test_a_term_beside_the_loss_adds_its_own_gradient(name: str) -> None:
     """`credit.loss + penalty`, and a weight on the loss that is learned itself."""
     alone, both = make(name), make(name)
@@ -93,7 +93,7 @@ def test_a_term_beside_the_loss_adds_its_own_gradient(name: str) -> None:
     assert weight.grad == credit.loss.detach()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_the_loss_behaves_as_a_scalar(name: str) -> None:
     credit = credit_of(make(name))
     assert credit.loss is credit.loss
@@ -104,7 +104,7 @@ def test_the_loss_behaves_as_a_scalar(name: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["backward", "loss"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PATHS)
 def test_a_second_backward_pass_is_refused_or_doubles(name: str, way: str) -> None:
     rule, once = make(name), make(name)
     credits = credit_of(once), credit_of(rule)
@@ -121,7 +121,7 @@ def test_a_second_backward_pass_is_refused_or_doubles(name: str, way: str) -> No
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_validation_without_gradients(name: str, mode: Callable[[], Any]) -> None:
     rule, other = make(name), make(name)
     inputs, targets = batch()
@@ -137,7 +137,7 @@ def test_validation_without_gradients(name: str, mode: Callable[[], Any]) -> Non
     assert gradients(rule)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_a_look_without_gradients_leaves_the_loss_its_graph(name: str) -> None:
     credit = credit_of(make(name))
     with torch.no_grad():
@@ -154,7 +154,7 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if (name, "batch_mean") not in SKIPPED and name not in STATEFUL])
+@pytest.mark.parametrize("name", [name for name in PATHS if (name, "batch_mean") not in SKIPPED and name not in STATEFUL])
 def test_four_micro_batches_are_one_batch(name: str) -> None:
     whole, parts = make(name), make(name)
     if whole.random_per_sample:
@@ -202,7 +202,7 @@ def with_scaler(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, 
     scaler.update()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_closures_and_gradient_scaling_are_the_plain_loop(name: str) -> None:
     results = []
     for step in (
@@ -218,7 +218,7 @@ def test_closures_and_gradient_scaling_are_the_plain_loop(name: str) -> None:
         same(other, plain)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if "closed" not in name])  # which is for SGD alone, and says so
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_lbfgs(name: str) -> None:
     """The loss goes down, or at least the search ends with finite weights, under an optimiser that needs closures."""
     rule = make(name)
@@ -236,7 +236,7 @@ def test_lbfgs(name: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, rule.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PATHS)
 def test_a_loss_made_of_the_output_is_the_rules_or_refused(name: str) -> None:
     rule, whole = make(name), make(name)
     credit = credit_of(rule)
@@ -275,7 +275,7 @@ def with_real_points(name: str) -> bool:
     return not name.startswith("hep")
 
 
-@pytest.mark.parametrize("name", filter(with_real_points, RULES))
+@pytest.mark.parametrize("name", filter(with_real_points, PATHS))
 def test_a_learned_temperature_gets_its_exact_gradient(name: str) -> None:
     loss = Temperature()
     rule = make(name, loss)
@@ -297,7 +297,7 @@ def credit_gradient(rule: CreditRule, loss: Temperature) -> Tensor:
 
 
 @pytest.mark.parametrize("index", [0, 4])
-@pytest.mark.parametrize("name", filter(with_real_points, RULES))
+@pytest.mark.parametrize("name", filter(with_real_points, PATHS))
 def test_a_penalty_on_a_weight_adds_its_exact_gradient(name: str, index: int) -> None:
     """The rest of the update is that of the same loss without the penalty."""
     results = []

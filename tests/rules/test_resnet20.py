@@ -23,8 +23,8 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 BEGINNINGS = ("ccl", "ep", "hep", "mupc", "dualprop", "corinfomax", "local", "mono-forward", "ff", "scff", "csdp", "sibp")
 CHAINS = [name for name in RULES if "dfc" in name or name.startswith(BEGINNINGS) or "dtp" in name]
 """Rules whose mathematics is about chains of layers, or about models of one parametrisation."""
-SLOW = ("pc", "pc-incremental", "pc-one-step")
-"""Rules that are tried by a sibling: `pc-error` trains the same blocks in fewer passes."""
+SIBLINGS = ("pc", "pc-incremental", "pc-one-step", *(name for name, entry in RULES.items() if "initial" in entry.options))
+"""Rules that are tried by a sibling: `pc-error` trains the same blocks in fewer passes; feedback begins at other numbers."""
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -35,7 +35,9 @@ def test_rules_of_chains_refuse_resnet20_by_a_module(name: str) -> None:
     assert any(repr(module) in str(refused.value) for module, _ in model.named_modules() if module)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in (*CHAINS, *SLOW) and not name.startswith("tdca")])
+@pytest.mark.parametrize(
+    "name", [name for name in RULES if name not in (*CHAINS, *SIBLINGS) and not name.startswith("tdca")]
+)
 def test_resnet20_trains(name: str) -> None:
     torch.manual_seed(0)
     model = models.build("resnet20", (3, 16, 16), 3)

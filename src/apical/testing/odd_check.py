@@ -18,22 +18,29 @@ EXAMPLES = 4
 """Networks that :func:`check_odd_modules` draws."""
 
 
-def check_odd_modules(factory: Factory) -> None:
+def check_odd_modules(factory: Factory, examples: int = EXAMPLES) -> None:
     """Networks of odd modules are trained as the rule says, or refused by an error that quotes a module's name.
 
     The networks are drawn by hypothesis, where it is installed: the same ones every time, others for every rule.
+
+    Args:
+        factory: makes the rule.
+        examples: how many networks are drawn.
+
+    Raises:
+        AssertionError: one is neither trained as the rule says nor refused by name.
     """
     try:
         import hypothesis
         import hypothesis.strategies as st
     except ImportError:
-        for i in range(EXAMPLES):
+        for i in range(examples):
             check_odd_network(factory, list(ODD)[(7 * i + _number(factory)) % len(ODD) :][:1])
         return
 
     @hypothesis.seed(_number(factory))
     @hypothesis.settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],
