@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import nn
@@ -275,21 +275,25 @@ RULES: dict[str, Entry] = {
 }
 
 
-def _grapes(rule: CreditRule, mode: Mode | None = None, clip: bool = True) -> CreditRule:
-    return Modulated(rule, _importance(rule, mode, clip))
+def _grapes(
+    rule: CreditRule, mode: Mode | None = None, clip: bool = True, weights: Literal["incoming", "outgoing"] = "incoming"
+) -> CreditRule:
+    return Modulated(rule, _importance(rule, mode, clip, weights))
 
 
-def _matched(rule: CreditRule, mode: Mode | None = None, clip: bool = True) -> CreditRule:
+def _matched(
+    rule: CreditRule, mode: Mode | None = None, clip: bool = True, weights: Literal["incoming", "outgoing"] = "incoming"
+) -> CreditRule:
     from apical.rules.node_importance import Matched
 
-    return Modulated(rule, Matched(_importance(rule, mode, clip)))
+    return Modulated(rule, Matched(_importance(rule, mode, clip, weights)))
 
 
-def _importance(rule: CreditRule, mode: Mode | None, clip: bool) -> Any:
+def _importance(rule: CreditRule, mode: Mode | None, clip: bool, weights: Literal["incoming", "outgoing"]) -> Any:
     """Gains are passed on where the rule passes errors on. Only who asks for it loads this module: it is patented."""
     from apical.rules.node_importance import NodeImportance
 
-    return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip)
+    return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip, weights)
 
 
 def _solved(rule: CreditRule, damping: float = 1e-2) -> CreditRule:
