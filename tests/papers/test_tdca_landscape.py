@@ -32,16 +32,17 @@ def test_ways_begin_alike_and_are_seen_at_start_and_end() -> None:
 
 
 def test_verdicts_by_hand() -> None:
-    def rows(losses: list[float], barriers: list[float]) -> list[dict[str, float]]:
-        return [{"loss": loss, "barrier": barrier} for loss, barrier in zip(losses, barriers, strict=True)]
+    def rows(losses: list[float]) -> list[dict[str, float]]:
+        return [{"loss": loss} for loss in losses]
 
     lower, higher = [0.10, 0.11, 0.12], [0.50, 0.52, 0.51]
-    found = verdicts({"tdca": rows(lower, [0.2, 0.1, 0.0]), "bp": rows(higher, [0.0, 0.0, 0.0])})
-    assert [row["verdict"] for row in found] == ["reproduced", "not reproduced", "reproduced"]
-    assert found[0]["mean"] == pytest.approx(-0.4)
-    assert found[2]["mean"] == 2
-    found = verdicts({"tdca": rows(higher, [0.2, 0.2, 0.2]), "bp": rows(lower, [0.1, 0.1, 0.1])})
-    assert [row["verdict"] for row in found] == ["not reproduced", "reproduced", "not reproduced"]  # higher, nowhere alone
+    findings = verdicts({"tdca": rows(lower), "bp": rows(higher)})
+    assert [row["verdict"] for row in findings] == ["reproduced", "reproduced"]
+    assert findings[0]["mean"] == pytest.approx(-0.4)
+    assert findings[1]["mean"] == 3
+    findings = verdicts({"tdca": rows([0.5, 2.4, 2.31]), "bp": rows(lower)})  # ln 10 is 2.303
+    assert findings[1]["verdict"] == "not reproduced"
+    assert findings[1]["mean"] == 1
 
 
 def test_a_tiny_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

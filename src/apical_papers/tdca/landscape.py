@@ -3,6 +3,7 @@
 Run `python -m apical_papers.tdca.landscape --out results/tdca-landscape`. The paper says that TDCA's ways pass local minima
 where backpropagation's stay. A drawing cannot show that, because a plane of principal components makes any two ways look
 apart; so the study measures, for each start, where both end and what lies on the straight line between start and end.
+The marks: the loss at the end below tuned backpropagation's, and no start that ends worse than a guess.
 Each rule has its learning rate from one grid, by the training loss from starts of their own. A few minutes on one core.
 """
 
@@ -44,6 +45,8 @@ MODEL = "mlp-256-256"
 LIFETIME = Lifetime(steps=900, lr=0.02, optimizer="sgd", clip=1.0, batch_size=32)
 EVERY = 45
 """Steps between snapshots."""
+GUESS = math.log(10)
+"""The loss of equal probabilities for ten digits."""
 POINTS = 40
 """Steps on a straight line, and on a side of the drawing."""
 TUNING = 8
@@ -57,8 +60,9 @@ ABOUT = (
 )
 SOURCES = {
     "our mark": "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
-    "difference (Student's t) lies on the better side of the mark, or that most starts show it. The paper claims that "
-    "TDCA's ways get past local minima where BP's stay: TDCA would have to end lower, or to pass barriers that BP does not."
+    "difference (Student's t) lies on the better side of the mark, or that the count of starts reaches it. The paper claims "
+    "that TDCA's ways get past local minima where BP's stay: TDCA would have to end lower. Barriers are in the table but "
+    "have no mark: an earlier run, with another teacher, found none under either rule."
 }
 
 
@@ -157,24 +161,19 @@ def record(digits: Dataset, ways: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def verdicts(rows: dict[str, list[dict[str, float]]]) -> list[Row]:
-    """Whether TDCA ends lower, and whether it passes barriers that backpropagation does not."""
-    ours, theirs = rows["tdca"], rows["bp"]
-    passes = [a["barrier"] > 0 and b["barrier"] == 0 for a, b in zip(ours, theirs, strict=True)]
-
-    def versus(key: str, what: str, *, less: bool) -> Row:
-        return difference("C4", "tdca", what, [row[key] for row in ours], [row[key] for row in theirs], less=less)
-
+    """Whether TDCA ends lower, and whether it ends better than a guess from every start."""
+    ours, theirs = ([row["loss"] for row in rows[rule]] for rule in ("tdca", "bp"))
+    settled = [loss <= GUESS for loss in ours]
     return [
-        versus("loss", "training loss at the end minus tuned BP's", less=True),
-        versus("barrier", "barrier from start to end minus tuned BP's", less=False),
-        count("C4", "tdca", "starts with a barrier from start to end where BP has none", passes, len(passes) // 2 + 1),
+        difference("C4", "tdca", "training loss at the end minus tuned BP's", ours, theirs, less=True),
+        count("C4", "tdca", "starts that end better than a guess", settled, len(settled)),
     ]
 
 
-def _ends(rows: list[dict[str, float]], classes: int) -> list[str]:
+def _ends(rows: list[dict[str, float]]) -> list[str]:
     """Median loss, and how many runs end above the loss of equal probabilities."""
     final = [row["loss"] for row in rows]
-    failed = sum(not loss <= math.log(classes) for loss in final)
+    failed = sum(not loss <= GUESS for loss in final)
     return [f"{median(final):.3g}", f"{failed} of {len(final)}"]
 
 
@@ -234,7 +233,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
                     [
                         name,
                         f"{rates[rule]:g}",
-                        *_ends(rows[rule], digits.classes),
+                        *_ends(rows[rule]),
                         *(shown([row[key] for row in rows[rule]]) for key in keys),
                     ]
                     for rule, name in RULES.items()
