@@ -128,6 +128,53 @@ def test_grapes_of_the_paper(kind: type[CreditRule], mode: Mode) -> None:
         torch.testing.assert_close(layer.bias.grad, bias, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.FeedbackAlignment])
+def test_outgoing_weights_of_dense_layers(kind: type[CreditRule], clip: bool) -> None:
+    """Propagating gains M_l of the columns of W_{l+1}: dW_1 and dW_2 of a chain of three by their own equations."""
+    model = mlp(6, 9, 8, 4)
+    x, y = dense_batch(0)
+    w = [m.weight.detach() for m in model if isinstance(m, nn.Linear)]
+    b = [m.bias.detach() for m in model if isinstance(m, nn.Linear)]
+    rule = Modulated(kind(model), NodeImportance(clip=clip, weights="outgoing"))
+    back = list({**dict(zip("024", w, strict=True)), **rule.feedback_weights()}.values())
+    gains = [2 * v.abs().sum(0) / v.abs().sum(0).max() for v in w[1:]]
+    gains = [gain.clamp(1, 2) if clip else gain for gain in gains]
+    a1 = x @ w[0].T + b[0]
+    a2 = a1.relu() @ w[1].T + b[1]
+    d3 = ((a2.relu() @ w[2].T + b[2]).softmax(1) - F.one_hot(y, 4)) / len(x)
+    d2 = gains[1] * (d3 @ back[2]) * (a2 > 0)
+    d1 = gains[0] * (d2 @ back[1]) * (a1 > 0)
+    rule(x, y).backward()
+    for layer, grad in zip("024", (d1.T @ x, d2.T @ a1.relu(), d3.T @ a2.relu()), strict=True):
+        torch.testing.assert_close(model.get_submodule(layer).weight.grad, grad, rtol=0, atol=1e-13)
+
+
+def test_outgoing_weights_of_channels() -> None:
+    """A channel's outgoing weights: all taps of a convolution, and all its positions behind nn.Flatten."""
+    torch.manual_seed(0)
+    conv, deep, dense = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5 * 4 * 4, 4)
+    model = nn.Sequential(conv, nn.ReLU(), deep, nn.ReLU(), nn.Flatten(), dense).double()
+    rule = Modulated(apical.Backprop(model), NodeImportance("local", clip=False, weights="outgoing"))
+    rule(torch.rand(6, 2, 4, 4).double(), torch.arange(6) % 4).backward()
+    for name, sums in (
+        ("0", [sum(abs(deep.weight[i, j]).sum() for i in range(5)) for j in range(3)]),
+        ("2", [sum(abs(dense.weight[i, 16 * j : 16 * j + 16]).sum() for i in range(4)) for j in range(5)]),
+    ):
+        torch.testing.assert_close(rule.gains()[name], 2 * torch.stack(sums).detach() / max(sums).detach())
+
+
+def test_outgoing_weights_that_are_not_known_are_refused() -> None:
+    grouped = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 4))
+    tokens = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 4))
+    for model, x in ((grouped, torch.rand(4, 2, 5, 5)), (tokens, torch.rand(4, 2, 5))):
+        rule = Modulated(apical.Backprop(model), NodeImportance(weights="outgoing"))
+        with pytest.raises(UnsupportedModelError):
+            rule(x, torch.arange(4))
+    with pytest.raises(ConfigError, match="incoming"):
+        Modulated(apical.Backprop(mlp(6, 5, 4)), NodeImportance(weights="both"))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("mode", "factors"), [("propagating", (4, 2, 1)), ("local", (2, 2, 1))])
 def test_equal_norms_double_every_hidden_layer(mode: Mode, factors: tuple[int, ...]) -> None:
     model = mlp(6, 8, 7, 4)

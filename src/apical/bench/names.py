@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import nn
@@ -175,21 +175,25 @@ RULES: dict[str, Entry] = {
 }
 
 
-def _grapes(rule: CreditRule, mode: Mode | None = None, clip: bool = True) -> CreditRule:
-    return Modulated(rule, _importance(rule, mode, clip))
+def _grapes(
+    rule: CreditRule, mode: Mode | None = None, clip: bool = True, weights: Literal["incoming", "outgoing"] = "incoming"
+) -> CreditRule:
+    return Modulated(rule, _importance(rule, mode, clip, weights))
 
 
-def _matched(rule: CreditRule, mode: Mode | None = None, clip: bool = True) -> CreditRule:
+def _matched(
+    rule: CreditRule, mode: Mode | None = None, clip: bool = True, weights: Literal["incoming", "outgoing"] = "incoming"
+) -> CreditRule:
     from apical.rules.node_importance import Matched
 
-    return Modulated(rule, Matched(_importance(rule, mode, clip)))
+    return Modulated(rule, Matched(_importance(rule, mode, clip, weights)))
 
 
-def _importance(rule: CreditRule, mode: Mode | None, clip: bool) -> Any:
+def _importance(rule: CreditRule, mode: Mode | None, clip: bool, weights: Literal["incoming", "outgoing"]) -> Any:
     """Gains are passed on where the rule passes errors on. Only who asks for it loads this module: it is patented."""
     from apical.rules.node_importance import NodeImportance
 
-    return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip)
+    return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip, weights)
 
 
 def _solved(rule: CreditRule, damping: float = 1e-2) -> CreditRule:

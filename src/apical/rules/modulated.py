@@ -10,16 +10,19 @@ Local: a gain reads the weights of its own unit, and whatever the modulator comp
 Source: the modes are those of arXiv 2104.11604, whose gain :mod:`apical.rules.node_importance` has.
 """
 
+import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from apical.core.blocks import blocks
 from apical.core.checkpointing import aside, is_checkpointed, refuse_hidden
 from apical.core.credit import Credit, CreditRule
 from apical.core.effective import measured_weight
@@ -35,14 +38,17 @@ Mode = Literal["propagating", "local"]
 
 
 class Modulator(Protocol):
-    """What gives every unit of a layer its gain; may have `remarks`, sentences for users."""
+    """What gives every unit of a layer its gain.
+
+    It may have `remarks`, sentences for users, and `weights`, "outgoing" to be given those instead of the incoming ones.
+    """
 
     @property
     def mode(self) -> Mode:
         """Whether gains are passed on."""
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Gains (n,) of a layer whose effective weight is `rows`, (n, fan_in)."""
+        """Gains (n,) of a layer from its effective weight, (n, fan_in), or its units' outgoing weights, (n, fan_out)."""
 
 
 class Modulated(WrappedRule):
@@ -51,12 +57,12 @@ class Modulated(WrappedRule):
     Args:
         rule: any rule for mode "local" but those whose feedback gets the weight's own update; for "propagating"
             backpropagation, or a rule of the feedback-alignment family.
-        modulator: makes a layer's gains from its weight.
+        modulator: makes a layer's gains from its weight; from outgoing weights on models that are a row of blocks.
         exact: names of modules that get no gain although they are no layers of known kind; None: those of the rule.
 
     Raises:
-        ConfigError: rule and mode do not go together.
-        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
+        ConfigError: rule and mode do not go together, or the modulator asks for other weights than there are.
+        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; in use, units' outgoing weights are not known.
 
     The log `gain` is the mean gain over hidden layers; `compounded` is the product of the layers' means, which in mode
     "propagating" is the factor on the first of a chain of layers.
@@ -87,10 +93,13 @@ class Modulated(WrappedRule):
                 f"the feedback of {type(inner).__name__} must get the weight's own update, which mode='local' changes; use "
                 "mode='propagating', or wrap FeedbackAlignment or WeightMirror"
             )
-        self.modulator, self.mode = modulator, mode
+        if (weights := getattr(modulator, "weights", "incoming")) not in ("incoming", "outgoing"):
+            raise ConfigError(f"the modulator's weights must be 'incoming' or 'outgoing', not {weights!r}")
+        self.modulator, self.mode, self.outgoing = modulator, mode, weights == "outgoing"
         self.exact = tuple((getattr(inner, "exact", ()) if exact is None else exact) or ())
         self.layers = weighted_layers(self.model, self.exact, shared=True)
         self._hidden: list[str] | None = None  # known after the first batch
+        self._readers: dict[str, nn.Module] = {}  # of outgoing weights: the layer that reads a hidden one
         self._seen: set[str] = set()
         self._gains: dict[str, Tensor] = {}  # during a call
         self._learns = False
@@ -114,7 +123,16 @@ class Modulated(WrappedRule):
         if self._hidden is None:
             raise ConfigError("which layers are hidden is known after the first batch; call the rule on one before")
         with torch.no_grad():
-            return {name: self.modulator(_rows(self.layers[name])) for name in self._hidden}
+            return {name: self.modulator(self._weights(name)) for name in self._hidden}
+
+    def _weights(self, name: str) -> Tensor:
+        """Incoming weights (n, fan_in) of a hidden layer's units, or their outgoing ones (n, fan_out)."""
+        layer = self.layers[name]
+        if not self.outgoing:
+            return _rows(layer)
+        columns = _rows(self._readers[name])  # W : (n_out, n positions)
+        units = len(_rows(layer))
+        return columns.view(len(columns), units, -1).transpose(0, 1).flatten(1)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """The wrapped rule's credit, with the gains in it."""
@@ -122,7 +140,10 @@ class Modulated(WrappedRule):
             return super().forward(inputs, targets)
         self.require_attached()
         if self._hidden is None:
-            self._hidden = self._find_hidden(inputs)
+            hidden = self._find_hidden(inputs)
+            if self.outgoing:
+                self._readers = readers(self.model, inputs.shape[1:])
+            self._hidden = hidden
         gains = self.gains()
         taps = self._taps(gains) if self.mode == "local" else {}
         self._learns = True
@@ -199,6 +220,25 @@ class Modulated(WrappedRule):
                         "a layer with a weight of its own there"
                     )
         return [name for name in self.layers if name in hidden]
+
+
+def readers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Module]:
+    """For each hidden layer of a row of blocks, by name, the layer that reads it: its columns are the units' in order.
+
+    Raises:
+        UnsupportedModelError: the model is no such row, or columns do not belong to one unit each; a layer is named.
+    """
+    _, row = blocks(model, input_shape)
+    for block, following in pairwise(row):
+        shape, reads, units = geometry(block.layer), geometry(following.layer), len(_rows(block.layer))
+        columns, seen = following.layer.weight.shape[1], math.prod(block.shape)
+        is_odd = any(each is not None and (each.transposed or each.groups > 1) for each in (shape, reads))
+        if is_odd or columns != (units if reads else seen) or (shape is None and seen != units):
+            raise UnsupportedModelError(
+                f"which weights of layer {following.name!r} are the outgoing ones of a unit of layer {block.name!r} is not "
+                "known; use dense layers, convolutions without groups, and nn.Flatten between them, or weights='incoming'"
+            )
+    return {block.name: following.layer for block, following in pairwise(row)}
 
 
 def _rows(layer: nn.Module) -> Tensor:

@@ -8,7 +8,8 @@ NumPy code of IBM/GRAPES.
 Rights: the method is covered by US patent 12,020,162 B2 (IBM). Nothing else in the library imports this module. Whether you
 may use it is for you to find out.
 Departures: biases are no part of the importance, and get the gain of their unit. Convolutions have one importance for each
-output channel. Dropout masks leave the importance alone. Importance from outgoing weights is not offered.
+output channel. Dropout masks leave the importance alone. Outgoing weights give the same gain as incoming ones do, on the
+error alone; the published code of direct feedback alignment has them on both sides of a weight.
 """
 
 from dataclasses import dataclass, field
@@ -32,17 +33,19 @@ def importance(rows: Tensor, clip: bool = True) -> Tensor:
 
 @dataclass(frozen=True)
 class NodeImportance:
-    """A modulator for :class:`apical.rules.modulated.Modulated`: large incoming weights, large errors.
+    """A modulator for :class:`apical.rules.modulated.Modulated`: large incoming (or outgoing) weights, large errors.
 
     Covered by US patent 12,020,162 B2.
 
     Args:
         mode: "propagating" passes the gain on to the layers below, "local" does not.
         clip: keep gains within [1, 2], as the paper's code does for backpropagation; it does not for feedback alignment.
+        weights: "incoming", or "outgoing" for those of the layer that reads the unit, c_j = sum_i |W_ij|.
     """
 
     mode: Literal["propagating", "local"] = "propagating"
     clip: bool = True
+    weights: Literal["incoming", "outgoing"] = "incoming"
     remarks: ClassVar[tuple[str, ...]] = ("node importance (GRAPES) is covered by US patent 12,020,162; check your rights",)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -63,6 +66,11 @@ class Matched:
     def mode(self) -> Literal["propagating", "local"]:
         """That of what it is the control of."""
         return self.of.mode
+
+    @property
+    def weights(self) -> Literal["incoming", "outgoing"]:
+        """That of what it is the control of."""
+        return self.of.weights
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Gains (n,), all the same."""
