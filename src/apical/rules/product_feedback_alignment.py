@@ -36,10 +36,12 @@ from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, Initial, PlasticRule, check_initial
+from apical.core.stepping import strided
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
 
+RENEWAL = 64  # steps until a product is formed anew, so that roundings do not add up
 WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping
 
 
@@ -108,6 +110,30 @@ def mixing_matrix(b: Tensor) -> Tensor | None:
     square = exact @ exact.T
     distance = float((square - torch.eye(len(b), dtype=square.dtype, device=b.device)).abs().max())
     return None if distance < 100 * torch.finfo(b.dtype).eps else square.to(b.dtype)
+
+
+class Held:
+    """The product K of two matrices, held while they are what they were.
+
+    Args:
+        value: K.
+        mixing: `M = B B^T`, None for the identity.
+    """
+
+    def __init__(self, value: Tensor, mixing: Tensor | None) -> None:
+        self.value, self.mixing, self.steps = value, mixing, 0
+
+    def follow(self, *factors: Tensor) -> None:
+        """Remember the factors as they are, of which K is the product after a step."""
+        self.steps += 1
+        self._known = [(factor.data_ptr(), factor._version, strided(factor).clone()) for factor in factors]
+
+    def is_of(self, *factors: Tensor) -> bool:
+        """Whether the factors are what they were: by place, version and about 64 of the values, should `.data` be written."""
+        return all(
+            (factor.data_ptr(), factor._version) == known[:2] and torch.equal(strided(factor), known[2])
+            for factor, known in zip(factors, self._known, strict=True)
+        )
 
 
 class ProductFeedbackAlignment(PlasticRule):
@@ -183,6 +209,7 @@ class ProductFeedbackAlignment(PlasticRule):
         self.feedback, self.density, self.update = feedback, density, update
         self._rows, self._rows_per_sample = 0, dict.fromkeys(self.layers, 1.0)
         self._seen: dict[str, float] = {}
+        self._products: dict[str, Held] = {}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         self._embedding = {
             n for n, layer in self.layers.items() if id(getattr(layer, "_parameters", {}).get("weight")) in tables
@@ -308,9 +335,30 @@ class ProductFeedbackAlignment(PlasticRule):
         """B R of this layer, as `M F` in closed form."""
         mismatch = self.mismatch_of(name)
         if mismatch is None:
-            return product, (self.expansion.get_buffer(key(name)), self.plastic_of(name).detach())
+            b, plastic = self.expansion.get_buffer(key(name)), self.plastic_of(name).detach()
+            held = None if torch.compiler.is_compiling() else self._products.get(name)
+            if held is not None and held.is_of(b, plastic):
+                return stored, (held.value,)
+            return product, (b, plastic)
         mixing = self._mixing(name)
         return (stored, (mismatch.feedback,)) if mixing is None else (product, (mixing, mismatch.feedback))
+
+    def take_change(self, name: str, k: float, change: Tensor) -> None:
+        """R in place, and the product `K = B R` with it: `K' = k K + M (W' - k W)` costs lambda times less than a new one."""
+        b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
+        held = self._products.pop(name, None)
+        if self.density < 1.0 or self.literal(name):
+            super().take_change(name, k, change)
+            return
+        if held is None or held.steps >= RENEWAL or not held.is_of(b, plastic):
+            held = Held(product(shape, b, plastic.detach()), mixing_matrix(b))
+        if shape is None:
+            plastic.addmm_(b.T, change, beta=k)
+        else:
+            super().take_change(name, k, change)
+        held.value.mul_(k).add_(change if held.mixing is None else product(shape, held.mixing, change))
+        held.follow(b, plastic)
+        self._products[name] = held
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
         """The literal form, and for dense layers the cheaper order of the closed one."""
@@ -336,7 +384,7 @@ class ProductFeedbackAlignment(PlasticRule):
         """In the fused form, weights whose gradient also makes R's."""
         taps = self.steps.taps()
         for name, layer in self.layers.items():
-            if self.mismatch_of(name) is None and not self.literal(name):
+            if self.mismatch_of(name) is None and not self.literal(name) and self.needs_gradient(name):
                 b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
                 tensors = (b, plastic.detach(), *self._mask(name))
                 taps[self.weight_name(name)] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
