@@ -71,6 +71,25 @@ def caller(layer: Any) -> nn.Module:
     return module
 
 
+def refuse_compiled(rule: str, names: Collection[str]) -> None:
+    """Refuse recurrent modules in a compiled graph, of which PyTorch's compiler takes none.
+
+    Without `fullgraph=True` the compiler leaves this part of the rule uncompiled.
+
+    Args:
+        rule: name of the rule's class.
+        names: of the recurrent modules.
+
+    Raises:
+        UnsupportedModelError: names them.
+    """
+    if names and torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            f"{', '.join(map(repr, names))} cannot be compiled under {rule}: torch.compile takes no nn.RNN, nn.GRU or "
+            "nn.LSTM; leave out fullgraph=True, or write the recurrence with a cell"
+        )
+
+
 def row_blocks(layer: Any) -> int:
     """How many populations the rows of a layer's weight are."""
     return layer.blocks if isinstance(layer, Part) else 1

@@ -25,7 +25,7 @@ Departures from the released code: a grouped convolution gets a block-diagonal B
 import math
 from collections import defaultdict
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +214,7 @@ class ProductFeedbackAlignment(PlasticRule):
         self._embedding = {
             n for n, layer in self.layers.items() if id(getattr(layer, "_parameters", {}).get("weight")) in tables
         }
+        self.register_state_dict_pre_hook(_form_anew)  # type: ignore[no-untyped-call]
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -242,6 +243,11 @@ class ProductFeedbackAlignment(PlasticRule):
             f"apart: {reason}"
             for reason, names in layers.items()
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without products, so that a copy and the rule itself go on with the same bits."""
+        self._products.clear()
+        return super().__getstate__()
 
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
         """Draw B and R_0 of one layer and keep what the form needs of them."""
@@ -416,6 +422,12 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def _mask(self, name: str) -> tuple[Tensor, ...]:
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
+
+
+def _form_anew(rule: nn.Module, *_: Any) -> None:
+    """Whoever loads the state forms products of B and R, and so does the rule itself from here on: to the same bits."""
+    assert isinstance(rule, ProductFeedbackAlignment)
+    rule._products.clear()
 
 
 def _check_options(expansion: float, feedback: str, density: float, form: str, update: str) -> None:
