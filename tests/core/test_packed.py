@@ -140,6 +140,7 @@ def feedback_of(rule: EdgeRule, prefix: str = "module.") -> dict[str, Tensor]:
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_self_attention_is_edges_written_by_hand(mask: str, batch_first: bool) -> None:
     """T1, with masks."""
+
     def call(m: nn.Module, h: Tensor) -> Tensor:
         h = h if batch_first else h.transpose(0, 1)
         y = m(h, h, h, **MASKS[mask])[0]
@@ -228,6 +229,7 @@ def test_recurrent_modules_are_edges_written_by_hand(name: str) -> None:
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_cells_are_edges_written_by_hand(kind: str) -> None:
     """T1, of cells."""
+
     def run(m: nn.Module, h: Tensor) -> Tensor:
         state, states = None, []
         for t in range(h.shape[1]):
@@ -745,7 +747,7 @@ def test_recurrent_modules_run_outside_a_compiled_graph() -> None:
     torch.compile(rule, backend="aot_eager")(x, targets).backward()
     same({name: q.grad.clone() for name, q in model.named_parameters()}, eager, 1e-12)
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="'module' cannot be compiled under .*leave out fullgraph=True"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"'module' cannot be compiled under .*leave out fullgraph=True"):
         torch.compile(rule, backend="aot_eager", fullgraph=True)(x, targets)
 
 

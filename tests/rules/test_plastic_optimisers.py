@@ -221,7 +221,7 @@ def test_explicit_and_closed_forms_are_equal(name: str, form: str, feedback: Any
 
 
 def test_an_explicit_feedback_is_spared_its_own_gradient() -> None:
-    """From the second step on; K = B R is followed, also where R is written to in between, and SGD gets R's gradient again."""
+    """From the second step on; K = B R is followed, also where R is written to, and SGD gets R's gradient again."""
     rule = build(PFA, form="fused")
     optimizer = SEPARATE["adamw"](rule.parameters())
     b = rule.expansion.get_buffer("2")

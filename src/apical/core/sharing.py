@@ -1,7 +1,7 @@
 """An explicit R that takes `B^T` times W's change: `R' = k R + B^T (W' - k W)`, whatever an optimiser made of gradients.
 
-At its first step a layer's R has a gradient of its own, which shows that W learns from nothing else. From then on R needs none:
-W's gradients are told from others now and then (:class:`apical.core.stepping.Arrival`), and the change is all that R takes.
+At its first step a layer's R has a gradient of its own, which shows that W learns from nothing else. From then on R needs
+none: W's gradients are told from others now and then (:class:`apical.core.stepping.Arrival`), and R takes the change alone.
 """
 
 import math

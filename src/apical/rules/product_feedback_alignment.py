@@ -12,7 +12,8 @@ B R then points along W, at arctan(1/sqrt(lambda)), while no single matrix resem
 Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
 
     literal   as written above
-    fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser
+    fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser. Where R takes W's change
+              it has no gradient after the first step, and K follows by M times the change
     closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while the optimiser moves W and R
               alike, no sparse masks
 
@@ -129,7 +130,7 @@ class Held:
         self._known = [(factor.data_ptr(), factor._version, strided(factor).clone()) for factor in factors]
 
     def is_of(self, *factors: Tensor) -> bool:
-        """Whether the factors are what they were: by place, version and about 64 of the values, should `.data` be written."""
+        """Whether the factors are what they were: by place, version and about 64 values, which writes to `.data` change."""
         return all(
             (factor.data_ptr(), factor._version) == known[:2] and torch.equal(strided(factor), known[2])
             for factor, known in zip(factors, self._known, strict=True)
@@ -350,7 +351,7 @@ class ProductFeedbackAlignment(PlasticRule):
         return (stored, (mismatch.feedback,)) if mixing is None else (product, (mixing, mismatch.feedback))
 
     def take_change(self, name: str, k: float, change: Tensor) -> None:
-        """R in place, and the product `K = B R` with it: `K' = k K + M (W' - k W)` costs lambda times less than a new one."""
+        """R in place, and with it `K = B R`: `K' = k K + M (W' - k W)` costs lambda times less than a new product."""
         b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
         held = self._products.pop(name, None)
         if self.density < 1.0 or self.literal(name):
