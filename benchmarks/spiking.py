@@ -17,7 +17,7 @@ import torch
 
 import apical
 from apical import models
-from apical.rules.contrastive_plasticity.network import currents, products
+from apical.rules.contrastive_plasticity.network import currents, products, read_products
 from floors import in_turns
 from run import environment, save
 
@@ -35,19 +35,17 @@ def row(widths: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
     rule = apical.ContrastiveSignalPlasticity(models.spiking(784, widths, 10))
     ink = torch.rand(batch, 784) < 0.2
     held = rule._begun(torch.rand(batch, 784) * ink, torch.arange(batch) % 10, torch.zeros(batch, 10))
-    state, *_ = rule._taught(held.stimulus, held.state, 3)
-    synapses = rule._matrices()
-    sums = {place: torch.zeros_like(p) for place, p in rule._synapses().items()}
-
-    def add(kind: str, k: int, to: torch.Tensor, spikes: torch.Tensor, factor: float) -> None:
-        sums[kind, k].addmm_(to.T, spikes, alpha=factor)
+    sums = rule._zeros()
+    state, _ = rule._taught(held.stimulus, held.state, 3, sums)
+    synapses, add = rule._matrices(), rule._into(sums)
 
     def alone() -> None:
         for _ in range(STEPS):
             currents(state, synapses, rule.constants)
-            products(state, synapses, rule.constants, [layer.t for layer in state.layers], state.readout.t, add)
+            products(state, synapses, rule.constants, [layer.t for layer in state.layers], add)
+            read_products(state, rule.constants, state.readout.t, add)
 
-    runs = {"products": alone, "step": partial(rule._taught, held.stimulus, state, STEPS)}
+    runs = {"products": alone, "step": partial(rule._taught, held.stimulus, state, STEPS, sums)}
     seconds = in_turns(runs, rounds, 1)
     ratio = statistics.median(a / b for a, b in zip(seconds["step"], seconds["products"], strict=True))
     made = {

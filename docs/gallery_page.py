@@ -6,6 +6,9 @@ from pathlib import Path
 from result_pages import NOTE, joined, title
 from tables import load, toml
 
+AUDITS = {"audit": ("Audit of plausibility", "choose.md"), "audit-gpt": ("Audit on a transformer", "audit.md")}
+"""Folders under results/ that have no page of their own: heading, and the page that has their numbers."""
+
 
 def gallery(root: Path) -> str:
     """The page, of all figures under `results/`."""
@@ -21,8 +24,8 @@ def gallery(root: Path) -> str:
 
 def heading(folder: Path) -> str:
     """What the figures of a folder are about."""
-    if folder.name == "audit":
-        return "Audit of plausibility"
+    if folder.name in AUDITS:
+        return AUDITS[folder.name][0]
     content = load(folder / "results.json") or {}
     return str(content.get("title") or title(folder))
 
@@ -37,8 +40,8 @@ def card(folder: Path, path: Path, root: Path) -> str:
     """One figure with its caption."""
     what = path.stem.replace("_", " ")
     page = f"results/{folder.name}.md"
-    if folder.name == "audit":
-        page = "choose.md"
+    if folder.name in AUDITS:
+        page = AUDITS[folder.name][1]
     caption = f"{toml('captions').get(path.stem, f'{what.capitalize()}.')} [Data]({page})."
     where = path.relative_to(root).as_posix()
     return f":::{{figure}} ../{where}\n:alt: {what}: {heading(folder)}\n\n{caption}\n:::"

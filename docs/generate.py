@@ -13,6 +13,7 @@ what would be written.
 from collections.abc import Iterable
 from pathlib import Path
 
+from audit_page import audit_blocks
 from benchmark_pages import benchmark_page
 from choose_page import choice
 from circuits import circuits, drawing
@@ -70,6 +71,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
         root / "docs" / "transformers.md": {"language": study_table(root / "results" / "transformers-language")},
         root / "docs" / "rules.md": {"overview": overview(root), "families": rules(toml("families"), records)},
         root / "docs" / "choose.md": choice(root),
+        root / "docs" / "audit.md": audit_blocks(root),
         root / "docs" / "index.md": {"demo": demo_block(root, "results/demo.md")},
         **{root / "docs" / "rules" / f"{page}.md": rule_blocks(kind, root) for page, kind in rule_classes().items()},
     }

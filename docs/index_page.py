@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gallery_page import AUDITS
 from result_pages import NOTE, finished, joined
 from tables import Row, grouped, load, significant, table
 
@@ -49,7 +50,7 @@ def standings(root: Path, records: Sequence[Row]) -> dict[str, Standing]:
     known = {}
     for path in sorted((root / "results").iterdir()):
         content = load(path / "results.json") or load(path / "compare.json") if path.is_dir() else load(path)
-        if path.name not in ("audit", "reproductions") and content is not None and (path.is_dir() or path.suffix == ".json"):
+        if path.name not in (*AUDITS, "reproductions") and content is not None and (path.is_dir() or path.suffix == ".json"):
             content = content if isinstance(content, dict) else {"rows": content}
             runs = load(path / "summary.json") or content.get("rows") or []
             known[path.stem] = _standing(path, content, runs, kept.get(path.stem))

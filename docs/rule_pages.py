@@ -212,7 +212,7 @@ def audit_table(audit: Row) -> str:
     """All rules by all criteria, the numbers, what the criteria ask, and for each the rules that do well."""
     rules, criteria = audit["rows"], audit["criteria"]
     counted = [c for c in criteria if any(row["verdicts"][c["key"]]["verdict"] == "measured" for row in rules)]
-    asked = [c for c in criteria if c not in counted]
+    asked = [c for c in criteria if c not in counted and any(sign(row["verdicts"][c["key"]]) != "-" for row in rules)]
     reference = next((row for row in rules if row["rule"] == "bp"), None)
     relative = {"multiply_adds", "held"} if reference else set()
     titles = [c["title"] + (", relative to bp" if c["key"] in relative else "") for c in counted]

@@ -63,6 +63,11 @@ def fitting(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: 
     return f":::{{container}} small\n{text}\n:::" if len(header) > 5 else text
 
 
+def signs(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: int = 99) -> str:
+    """A table of signs or short numbers, which keeps its columns narrow on a phone too."""
+    return f":::{{container}} signs\n{table(header, rows, numeric_from)}\n:::"
+
+
 def _escaped(cells: Iterable[str]) -> list[str]:
     return [cell.replace("|", "\\|") for cell in cells]
 

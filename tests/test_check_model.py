@@ -253,3 +253,31 @@ def test_a_refusal_comes_through() -> None:
 def test_unknown_checks_are_refused() -> None:
     with pytest.raises(ValueError, match="colour"):
         check_model(apical.Backprop(network()), *batch(), skip=("colour",))
+
+
+class SilentInName(apical.TopDownCreditAssignment):
+    """Says that hidden units get no signal, and sends them one."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        self.silent = False
+        credit = super().forward(inputs, targets)
+        self.silent = True
+        return credit
+
+
+def test_a_control_that_teaches_hidden_units_all_the_same_is_found() -> None:
+    with pytest.raises(AssertionError, match=r"'0\.weight' is said to be 'no credit', but it got a gradient"):
+        check_model(SilentInName(network(), silent=True), *batch(), skip=QUICK)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_last_unit_of_two_layers_may_have_feedback_between_them(silent: bool) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.LayerNorm(7), nn.Linear(7, 4))
+    rule = apical.TopDownCreditAssignment(
+        nn.Sequential(*layers).double(), silent=silent, units="activation", inside="feedback"
+    )
+    report = check_model(rule, *batch(), skip=QUICK)
+    assert report.placement.path("2") == "own feedback"
+    assert report.placement.path("0") == ("no credit" if silent else "cut at '1'")
+    assert "zero signals" in report.passed

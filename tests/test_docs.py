@@ -22,8 +22,8 @@ from apical.core.credit import CreditRule
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 
 
-generate, results, choosing, index, circuits = map(
-    script, ("generate", "result_pages", "choose_page", "index_page", "circuits")
+generate, results, choosing, index, circuits, audit_page, zoo_page = map(
+    script, ("generate", "result_pages", "choose_page", "index_page", "circuits", "audit_page", "zoo_page")
 )
 
 
@@ -475,3 +475,45 @@ def test_the_decision_takes_the_best_rule_that_has_what_is_wanted(comparison: Pa
     assert because.startswith("94.00 % on [MNIST")
     assert "backpropagation has 96.50 ± 0.71 (n = 1)" in because
     assert choosing.decision(asked, {"rows": []}, comparison.parents[1]) == []
+
+
+def test_audits_are_tables_of_numbered_criteria_in_which_equal_rows_of_a_class_are_one(tmp_path: Path) -> None:
+    rows = [{**AUDIT["rows"][int(rule != "bp")], "rule": rule, "claims": {}} for rule in ("bp", "pfa", "pfa-o")]
+    rows[1] = {**rows[1], "claims": {"transport": {"claimed": "no", "agrees": False}}}
+    more = {"epochs": 1, "data": "digits", "refused": {"dfc": "it is no chain"}, "claims": "table 1"}
+    (tmp_path / "results" / "audit").mkdir(parents=True)
+    (tmp_path / "results" / "audit" / "audit.json").write_text(json.dumps({**AUDIT, **more, "rows": rows}))
+    found = audit_page.audit_blocks(tmp_path)
+    assert found["criteria"] == "Columns are the criteria above: **1** No transport."
+    assert "| rule | 1 |\n| --- | --- |\n| `bp` | ✗ |\n| `pfa` `pfa-o` | ✓ |" in found["perceptron"]
+    assert "`pfa` on 1 is yes, claimed no" in found["perceptron"]
+    assert "Not audited: `dfc`, for it is no chain." in found["perceptron"]
+    assert found["transformer"] == "Not kept yet: `apical audit --out results/audit-gpt`."
+
+
+def test_the_zoo_has_a_column_for_rules_that_train_the_same_models() -> None:
+    def row(rule: str, model: str, refused: str = "", fault: str = "") -> dict[str, object]:
+        trained = not (refused or fault)
+        checks = ["gradients"] if trained else []
+        return {"rule": rule, "model": model, "trained": trained, "refused": refused, "fault": fault, "checks": checks}
+
+    rows = [row(rule, model) for rule in ("fa", "kp", "kp-mirror") for model in ("a", "b")]
+    rows += [row("pfa", "a"), row("pfa", "b", refused="layer 'x' is called 3 times; split it")]
+    rows += [row("dfc", "a", refused="module 'y' (Dropout) is random"), row("dfc", "b", fault="E: it_leaks")]
+    page = zoo_page.zoo_page(
+        {"rows": rows, "models": {"a": "first", "b": "second"}, "checks": {"gradients": "They are there.", "other": "Not."}}
+    )
+    every = ", ".join(
+        f"[{kind}](rules/{name}.md)"
+        for kind, name in (("FeedbackAlignment", "feedback-alignment"), ("KolenPollack", "kolen-pollack"))
+    )
+    assert f"| A | {every} |" in page
+    assert "| B | [ProductFeedbackAlignment](rules/product-feedback-alignment.md) (`pfa`) |" in page
+    assert "| model | A | B | C |" in page
+    assert "| first | ✓ | ✓ | 2 |" in page
+    assert "| second | ✓ | 1 | fault |" in page
+    assert "1. layer … is called … times; split it.\n   *In second (`x`).*" in page
+    assert "2. module … is random.\n   *In first (`y`).*" in page
+    assert r"- `dfc`, second: E: it\_leaks" in page
+    assert "| gradients | They are there. | every rule that trains a model |" in page
+    assert "Not." not in page

@@ -1,8 +1,11 @@
 """Rules on models as people write them, in small."""
 
+from functools import partial
+
 import pytest
 
 import apical
+from apical.bench.names import RULES
 from apical.testing.zoo import ZOO, outcome
 
 SLOW = ("compiled",)
@@ -22,6 +25,21 @@ def test_cuts_train_everything(model: str) -> None:
     assert {"zero signals", "signals reach their unit"} <= set(result.checks)
 
 
+@pytest.mark.parametrize("model", ZOO)
+def test_top_down_credit_trains_everything(model: str) -> None:
+    result = outcome(apical.TopDownCreditAssignment, ZOO[model], skip=SLOW)
+    assert result.trained, result
+    assert {"zero signals", "signals reach their unit"} <= set(result.checks)
+
+
+@pytest.mark.parametrize("model", ["mnist-example", "vgg", "gpt", "tied", "dict", "experts"])
+def test_a_silent_teacher_says_that_hidden_layers_get_no_credit(model: str) -> None:
+    result = outcome(partial(apical.TopDownCreditAssignment, silent=True), ZOO[model], skip=SLOW)
+    assert result.trained, result
+    assert "zero signals" in result.checks
+    assert "signals reach their unit" not in result.checks
+
+
 def test_a_chain_rule_refuses_what_is_no_chain_by_name() -> None:
     result = outcome(apical.DeepFeedbackControl, ZOO["preact-resnet"], skip=SLOW)
     assert not result.trained
@@ -39,3 +57,13 @@ def test_a_fault_is_told_apart_from_a_refusal() -> None:
     assert not result.trained
     assert not result.refused
     assert "changes nothing below" in result.fault
+
+
+@pytest.mark.parametrize(
+    "name", ["ccl", "ccl-readout", "local-both", "ff-readout", "pc", "dfc-ss", "ddtp-linear", "dualprop"]
+)
+def test_rules_of_chains_train_a_perceptron_as_they_say(name: str) -> None:
+    entry = RULES[name]
+    result = outcome(partial(entry.build, **entry.options), ZOO["perceptron"], skip=SLOW)
+    assert result.trained, result
+    assert "placement" in result.checks

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import models
@@ -42,7 +41,7 @@ class Functional(nn.Module):
         self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.two(F.relu(self.one(x)))
+        return self.two(2 * self.one(x))
 
 
 class Twice(nn.Module):
@@ -57,7 +56,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        (Functional(), None, "'two' is not the output of module 'one'"),
+        (Functional(), None, "'two' is not the output of module 'one' but the result of 'mul'"),
         (Twice(), None, "layer 'one' is called twice"),
         (models.build("resnet8", (3, 16, 16), 3), (3, 16, 16), "module '"),
         (nn.Sequential(nn.Conv2d(1, 2, 3)), None, "layer '0' is a convolution: pass input_shape"),

@@ -1,5 +1,7 @@
 """Models seen as chains: what is accepted, what each stage computes, and that every refusal names module and remedy."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,39 @@ class Lenet(nn.Module):
         return self.head(self.flat(self.pool(x)))
 
 
+class Forward(nn.Module):
+    """Two dense layers of one width and a function of them."""
+
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def _seen(x: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+    """The tensor itself, after a look at it that nothing comes of."""
+    look(x)
+    return x
+
+
+class FunctionalLenet(nn.Module):
+    """The same written with functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 4, 3, stride=2)
+        self.c, self.d = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.a(x), 0.1, inplace=True)
+        x = F.leaky_relu_(self.b(x), negative_slope=0.1)
+        x = F.avg_pool2d(x, 2)
+        return self.d(torch.tanh(self.c(x.view(len(x), -1))))
+
+
 ACCEPTED: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "one layer": (nn.Linear(4, 3), (4,), [""]),
     "mlp": (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,), ["0", "2"]),
@@ -37,6 +72,14 @@ ACCEPTED: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "flatten first": (nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3)), (3, 4), ["1", "3"]),
     "reshaped": (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 3)), (4,), ["0", "3"]),
     "lenet": (Lenet(), (1, 6, 6), ["features.a", "features.b", "head.0", "head.2"]),
+    "functional lenet": (FunctionalLenet(), (1, 6, 6), ["a", "b", "c", "d"]),
+    "functional": (Forward(lambda m, x: m.second(F.relu(m.first(x)))), (4,), ["first", "second"]),
+    "functional in place": (Forward(lambda m, x: m.second(m.first(x).relu_())), (4,), ["first", "second"]),
+    "looks at a function": (
+        Forward(lambda m, x: m.second(m.act(_seen(m.first(x), lambda y: y.relu().sum())))),
+        (4,),
+        ["first", "second"],
+    ),
     "pool between": (
         nn.Sequential(
             nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(3, 2, 2), nn.AdaptiveAvgPool1d(1), nn.Flatten()
@@ -131,18 +174,6 @@ def test_making_a_chain_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-class Forward(nn.Module):
-    """Two dense layers of one width and a function of them."""
-
-    def __init__(self, function: object) -> None:
-        super().__init__()
-        self.first, self.act, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
 class Square(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x
@@ -215,24 +246,52 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
     "rrelu": (nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)), None, r"'1' \(RReLU\).*remove it"),
     "softmax": (nn.Sequential(nn.Linear(4, 5), nn.Softmax(1)), None, r"'1' \(Softmax\).*remove it"),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.ReLU()), (1, 6, 6), r"'0' \(ConvTranspose2d\): transposed"),
-    "residual": (Forward(residual), None, r"output is not the output of module 'second': a function follows"),
+    "residual": (
+        Forward(residual),
+        None,
+        r"output is not the output of module 'second' but the result of 'add': a function, a sum",
+    ),
     "inner sum": (
         Forward(inner_residual),
         None,
         r"input of module 'second' is not the output of module 'first'.*sum.*chain",
     ),
     "sum in place": (Forward(residual_in_place), None, r"input of module 'act' is not the output of module 'first'.*sum"),
-    "output in place": (Forward(output_in_place), None, r"is not the output of module 'second': a function follows it"),
-    "functional": (Forward(lambda m, x: m.second(F.relu(m.first(x)))), None, r"input of module 'second'.*a function"),
-    "functional in place": (
-        Forward(lambda m, x: m.second(F.relu_(m.first(x)))),
+    "output in place": (
+        Forward(output_in_place),
         None,
-        r"input of module 'second'.*a function",
+        r"is not the output of module 'second' but the result of 'mul': a function, a sum",
     ),
+    "functional after a sum": (
+        Forward(lambda m, x: m.second(F.relu(m.first(x) + x))),
+        None,
+        r"input of function 'F.relu' is not the output of module 'first' but the result of 'add'.*a sum",
+    ),
+    "functional maximum": (
+        Forward(lambda m, x: m.second(F.max_pool1d(m.first(x), 1))),
+        None,
+        r"'F.max_pool1d' \(MaxPool1d\) is not linear; use average pooling",
+    ),
+    "functional softmax": (
+        Forward(lambda m, x: F.log_softmax(m.second(m.first(x)), dim=1)),
+        None,
+        r"'F.log_softmax' \(LogSoftmax\) is not supported in a chain",
+    ),
+    "other functions in training": (
+        Forward(lambda m, x: m.second(F.relu(m.first(x)) if m.training else torch.tanh(m.first(x)))),
+        None,
+        r"calls other modules in training mode \('first', 'F.relu' \(ReLU\(\)\), 'second'\) than in evaluation mode",
+    ),
+    "other options in training": (
+        Forward(lambda m, x: m.second(F.leaky_relu(m.first(x), 0.1 if m.training else 0.2))),
+        None,
+        r"calls other modules in training mode .*negative_slope=0.1.* than in evaluation mode .*negative_slope=0.2",
+    ),
+    "several outputs": (Forward(lambda m, x: {"y": m.second(m.first(x))}), None, r"output is a dict.*wrap the model"),
     "dropout in training": (
         Forward(lambda m, x: m.second(F.dropout(m.act(m.first(x)), 0.5, m.training))),
         None,
-        r"input of module 'second' is not the output of module 'act'.*a function",
+        r"input of module 'second' is not the output of module 'act' but the result of 'dropout'.*a function",
     ),
     "noise in training": (
         Forward(lambda m, x: m.second(m.act(m.first(x)) + (torch.randn(4) if m.training else 0))),

@@ -271,7 +271,8 @@ def test_every_offender_is_named_at_once() -> None:
         "module 'last' is the same object as module 'd.form'",
         "parameter 'e.up.weight' is shared with 'e.down.weight', parameter 'f.up.weight' is shared with 'f.down.weight'",
         "module 'lazy' is lazy",
-        "layers 'c.cell' (LSTM), 'd.form' (Bilinear) are not supported",
+        "module 'c.cell' (LSTM) applies several weights in one call",
+        "layer 'd.form' (Bilinear) is not supported",
         "parameters 'a.gain', 'a.offset', 'b.gain' are orphans: they belong directly to Orphan and to no layer; move them",
         "or pass exact=('c.cell', 'd.form', 'a.gain', 'a.offset', 'b.gain') to give them their exact derivative",
     )

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 
 from apical import (
     Backprop,
+    ContrastiveSignalPlasticity,
     CounterCurrentLearning,
     DeepFeedbackControl,
     DirectFeedbackAlignment,
     EquilibriumPropagation,
     FeedbackAlignment,
+    ForwardForward,
     KolenPollack,
     PredictiveCoding,
     SignSymmetry,
     WeightMirror,
 )
 from apical.core.credit import Credit, CreditRule
+from apical.diagnostics.alignment import gradients
 from apical.diagnostics.dataflow import Dataflow, recorded
 from apical.diagnostics.interventions import Probe, change, jumps, other_signs, peeks, reads
 from apical.diagnostics.memory import held_bytes
@@ -440,3 +443,22 @@ def test_an_operation_on_lists_is_one_for_every_place() -> None:
     assert (flow.trace(a).inputs, flow.trace(a).targets) == (True, False)
     assert (flow.trace(b).inputs, flow.trace(b).targets) == (False, True)
     assert (flow.trace(c[0]).inputs, flow.trace(c[1]).inputs) == (True, False)
+
+
+def test_an_answer_without_a_derivative_has_no_gradient_to_be_close_to() -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    inputs, targets = batch(8)
+    assert gradients(ContrastiveSignalPlasticity(model, steps=4), inputs.sigmoid(), targets) == ({}, {})
+    verdict = judge(replace(examined(Backprop), gradient={}))["close_to_backprop"]
+    assert verdict.verdict == "not applicable"
+    assert "no derivative" in verdict.text
+
+
+def test_inputs_are_those_of_the_rules_own_network() -> None:
+    """Forward-forward hands normalised activities on, so with biases its layers are given others than the model's are."""
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 4)).double()
+    inputs, targets = batch(8)
+    found = examine(ForwardForward(model), inputs, targets, Backprop(network(9)))
+    told = [share for share in found.presynaptic.values() if share == share]
+    assert told
+    assert max(told) < 1e-9

@@ -1,6 +1,7 @@
 """The studies of predictive coding and dual propagation: what they measure, on small data."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_findings_are_written(study: Any, tmp_path: Path, monkeypatch: pytest.Mo
             "seconds": 1.0,
         }
 
-    monkeypatch.setattr(study, "_cell", cell)
+    monkeypatch.setattr(study, "main", replace(study.main, cell=cell))
     assert study.main(["--out", str(tmp_path), "--seeds", "2", "--jobs", "1"]) == 0
     verdicts = {row["what"]: row["verdict"] for row in json.loads((tmp_path / "results.json").read_text())["verdicts"]}
     missed = {what for what, verdict in verdicts.items() if verdict != "reproduced"}

@@ -86,6 +86,7 @@ RULES = {
     "csdp": partial(CSDP, steps=5, constants=QUICK),
     "csdp-unsupervised": partial(CSDP, negatives="mixtures", steps=5, constants=QUICK),
     "csdp-pairs": partial(CSDP, contrast="pairs", steps=5, constants=QUICK),
+    "csdp-answer": partial(CSDP, readout="answer", steps=5, constants=QUICK),
     "csdp-step": partial(CSDP, learn="step", steps=4, constants=QUICK),
     "csdp-decay": partial(CSDP, decay=1e-3, steps=5, constants=QUICK),
     "csdp-memristor": partial(CSDP, levels=64, steps=5, constants=QUICK),

@@ -91,6 +91,27 @@ def test_neurons_step_as_the_equations_say() -> None:
             assert float(made.t[row, i]) == pytest.approx(1.0 if fired[i] else decayed, abs=1e-15)
 
 
+def test_spikes_of_a_sample_are_independent_and_as_probable_as_its_input() -> None:
+    """Over many stimuli, means and products of two spikes: other inputs, other steps, and other samples of one step."""
+    torch.manual_seed(0)
+    many, p = 20000, torch.tensor([[0.0, 0.3, 0.6, 1.0], [0.5, 0.2, 0.9, 0.7]], dtype=torch.double)
+    phase, shift = torch.rand(many, 2, 4, dtype=torch.double), torch.rand(2, many, 1, 4, dtype=torch.double)
+    first, second = (neurons.drawn_with_shift(p.expand(many, 2, 4), phase, each) for each in shift)
+    far = 5 * 0.5 / many**0.5  # five deviations of a mean of zeros and ones
+    pairs = [
+        (first[:, 0, 1], first[:, 0, 2], 0.3 * 0.6),
+        (first[:, 0, 1], second[:, 0, 1], 0.3 * 0.3),
+        (first[:, 0, 1], second[:, 0, 2], 0.3 * 0.6),
+        (first[:, 0, 1], first[:, 1, 1], 0.3 * 0.2),
+    ]
+    for step in (first, second):
+        assert float((step.mean(0) - p).abs().max()) < far
+        assert not bool(step[:, 0, 0].any())
+        assert bool(step[:, 0, 3].all())
+    for one, other, product in pairs:
+        assert float((one * other).mean()) == pytest.approx(product, abs=far)
+
+
 def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed: int) -> dict[str, Tensor]:
     """All gradients of one stimulus, synapse by synapse as the paper writes them, weights (from, to)."""
     torch.manual_seed(seed)
@@ -98,6 +119,7 @@ def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed:
     away = torch.randint(1, classes, targets.shape)
     right, wrong = F.one_hot(targets, classes).double(), F.one_hot((targets + away) % classes, classes).double()
     xx, context = torch.cat([x, x]), torch.cat([right, wrong])
+    phase = torch.rand_like(xx)
     b, y = len(xx), torch.cat([torch.ones(len(x)), torch.zeros(len(x))]).double().unsqueeze(1)
     w1, w2, c2 = (layer.weight.detach().T for layer in rule.model.children() if isinstance(layer, nn.Linear))
     v2, (m1, m2), (u1, u2), c1 = rule.down[0].T, (m.T for m in rule.lateral), (u.T for u in rule.context), rule.read[0].T
@@ -111,7 +133,10 @@ def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed:
 
     for _ in range(rule.steps):
         p1, p2, _ = (each.clone() for each in s)
-        s0, s3 = (torch.rand_like(xx) < xx).double(), (torch.rand_like(context) < context).double()
+        s0, s3 = (
+            ((phase + torch.rand(xx.shape[1], dtype=torch.double)) % 1 < xx).double(),
+            context,
+        )  # the context fires for certain
         j = [
             c.resistance * (p0 @ w1 + p2 @ v2 + p3 @ u1) - c.inhibition * p1 @ m1,
             c.resistance * (p1 @ w2 + p3 @ u2) - c.inhibition * p2 @ m2,
@@ -152,6 +177,34 @@ def test_a_stimulus_teaches_what_the_equations_say(constants: Constants, steps: 
     assert sum(bool(each.any()) for each in got.values()) > 6
     for name, gradient in got.items():
         assert torch.allclose(gradient, wanted[name], rtol=1e-12, atol=1e-15), name
+
+
+def test_read_outs_learn_from_answers_what_the_equations_say() -> None:
+    """With readout="answer" by the error of an answer, whose input has no class; all else as with "context"."""
+    found = {}
+    for readout in ("context", "answer"):
+        torch.manual_seed(3)
+        rule = ContrastiveSignalPlasticity(network(), steps=12, theta=1.5, readout=readout, constants=QUICK)
+        torch.manual_seed(5)
+        rule(*batch()).backward()
+        found[readout] = gradients(rule)
+    x, targets = batch()
+    right, c = F.one_hot(targets, 3).double(), rule.constants
+    spikes = rule.spikes(x)
+    trace, wanted = torch.zeros_like(right), dict.fromkeys(("read.0", "model.linear3.weight"), torch.zeros(()).double())
+    for step in range(rule.steps):
+        trace = (1 - c.dt / c.trace) * trace * (1 - spikes["linear3"][step]) + spikes["linear3"][step]
+        e = 2 * (trace - right) / len(x)
+        for name, layer in (("read.0", "linear1"), ("model.linear3.weight", "linear2")):
+            if step:
+                wanted[name] = wanted[name] + c.resistance * e.T @ spikes[layer][step - 1]
+    for name, gradient in found["answer"].items():
+        if name in wanted:
+            weight = rule.get_parameter(name).detach()
+            assert torch.allclose(gradient, wanted[name] * (1 - weight.abs()), rtol=1e-12, atol=1e-15), name
+            assert not torch.allclose(gradient, found["context"][name]), name
+        else:
+            assert torch.equal(gradient, found["context"][name]), name
 
 
 def test_steps_and_stimulus_agree_where_weights_hardly_move() -> None:
@@ -310,10 +363,10 @@ def test_the_time_loop_leaves_no_memory_behind() -> None:
     with torch.no_grad():
         state = rule._rest(stimulus.x, context=True)
         for steps in (20, 1980):
-            state, roots, logs = rule._taught(stimulus, state, steps)
-            del roots, logs
+            state, logs = rule._taught(stimulus, state, steps, rule._zeros())
+            del logs
             gc.collect()
-            counts.append(sum(isinstance(each, Tensor) for each in gc.get_objects()))
+            counts.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))
     assert counts[1] <= counts[0]
 
 
@@ -333,6 +386,8 @@ def test_another_batch_must_wait_for_all_calls() -> None:
         ({"negatives": "noise"}, "negatives"),
         ({"learn": "never"}, "learn"),
         ({"contrast": "x"}, "contrast"),
+        ({"readout": "never"}, "readout"),
+        ({"readout": "answer", "learn": "step"}, "use learn='stimulus'"),
         ({"steps": 1}, "steps must be"),
         ({"levels": 1}, "levels must be 0"),
         ({"loss": nn.CrossEntropyLoss(ignore_index=2)}, "ignore_index"),
@@ -390,6 +445,16 @@ def test_scaled_losses_scale_the_gradients() -> None:
         found.append(gradients(rule))
     for name, gradient in found[0].items():
         assert torch.allclose(0.25 * gradient, found[1][name], rtol=1e-12), name
+
+
+def test_small_first_weights_are_remarked_upon() -> None:
+    for model, is_told in ((models.mlp(7, [6, 5], 3), True), (models.spiking(7, [6, 5], 3), False)):
+        with torch.no_grad():
+            for layer in model.modules():
+                if is_told and isinstance(layer, nn.Linear):
+                    layer.weight.clamp_(-0.4, 0.4)
+        remarks = " ".join(ContrastiveSignalPlasticity(model).remarks)
+        assert ("first weights of linear1 and linear2 are small" in remarks) is is_told
 
 
 def test_figures_and_measures() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apical import ForwardForward
 from apical.diagnostics.cost import multiply_adds
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.forward_forward import difference, normalised, threshold, write_label
+from apical.rules.forward_forward import difference, drawn_wrong, normalised, threshold, write_label
 from apical.testing import check_model
 
 K = 4
@@ -138,11 +138,35 @@ def test_random_wrong_labels_are_wrong_and_average_to_all() -> None:
     close(gradients(every, x, y)[:-2], mean, 1e-11)
 
 
+def test_hard_negatives_are_drawn_as_the_read_out_believes() -> None:
+    scores, y = torch.randn(K, K), torch.arange(K)
+    chances = scores.softmax(1)
+    chances.fill_diagonal_(0)
+    chances /= chances.sum(1, keepdim=True)
+    count = 20_000
+    drawn = drawn_wrong(scores.repeat(count, 1), y.repeat(count)).view(count, K)
+    shares = F.one_hot(drawn, K).double().mean(0)
+    assert (shares - chances).abs().max() < 5 * 0.5 / count**0.5  # five deviations of a share, at most
+    assert torch.equal(shares.diagonal(), torch.zeros(K))
+
+
+def test_a_read_out_that_is_sure_chooses_the_hard_negative() -> None:
+    model, (x, y) = mlp(), batch()
+    with torch.no_grad():
+        model[-1].weight.zero_()
+        model[-1].bias.copy_(torch.tensor([0.0, 300.0, 200.0, 100.0]))  # label 1; where that is the true one, 2
+    ours = gradients(ForwardForward(model, negatives="hard"), x, y)[:-2]
+    wrong = torch.where(y == 1, 2, 1)
+    close(ours, reference(model, x, y, [wrong]), 1e-11)
+
+
 def test_two_classes_have_one_wrong_label() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))
     x, y = batch()[0], torch.arange(6) % 2
-    close(gradients(ForwardForward(model), x, y), gradients(ForwardForward(model, negatives="all"), x, y), 1e-13)
+    every = gradients(ForwardForward(model, negatives="all"), x, y)
+    for negatives in ("random", "hard"):
+        close(gradients(ForwardForward(model, negatives=negatives), x, y), every, 1e-13)  # type: ignore[arg-type]
 
 
 def test_a_straight_through_relu_would_change_nothing() -> None:
@@ -344,9 +368,9 @@ def test_micro_batches_add_up() -> None:
 
 
 def test_statistics_of_the_last_block_move_once() -> None:
-    for answers in ("read-out", "goodness"):
+    for options in ({}, {"answers": "goodness"}, {"negatives": "hard"}):
         model, (x, y) = nn.Sequential(*mlp(), nn.BatchNorm1d(K)), batch()
-        rule = ForwardForward(model, answers=answers)
+        rule = ForwardForward(model, **options)  # type: ignore[arg-type]
         rule(x, y)
         assert int(model[-1].num_batches_tracked) == 1
         rule.eval()
@@ -372,7 +396,7 @@ def test_without_gradient_and_in_inference_mode() -> None:
         assert not credit.loss.requires_grad
 
 
-@pytest.mark.parametrize("options", [{"negatives": "all"}, {"negatives": "images"}, {"objective": "difference"}])
+@pytest.mark.parametrize("options", [{"negatives": n} for n in ("hard", "all", "images")] + [{"objective": "difference"}])
 def test_on_models_of_ones_own(options: Any) -> None:
     for name in NETWORKS:
         rule = ForwardForward(NETWORKS[name][0](), input_shape=NETWORKS[name][1], **options)
@@ -415,7 +439,7 @@ def test_refusals() -> None:
         ForwardForward(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, K)))(x[:, :3], y)
 
 
-@pytest.mark.parametrize(("negatives", "passes"), [("random", 2), ("all", K)])
+@pytest.mark.parametrize(("negatives", "passes"), [("random", 2), ("hard", 2), ("all", K)])
 def test_multiply_adds(negatives: Any, passes: int) -> None:
     """Forward pass and weight gradient of every labelled input, the neutral pass, and the read-outs."""
     torch.manual_seed(0)

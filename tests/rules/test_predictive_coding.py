@@ -514,7 +514,7 @@ def test_a_skip_around_everything_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.b(torch.tanh(self.a(x)))
 
-    with pytest.raises(UnsupportedModelError, match=r"'b'.*a sum or a branch"):
+    with pytest.raises(UnsupportedModelError, match=r"'b' but the result of 'add'.*a sum or a branch"):
         PredictiveCoding(Around())
 
 

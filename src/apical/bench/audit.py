@@ -42,11 +42,8 @@ class Audited:
     """One rule's row.
 
     Attributes:
-        rule: short name.
-        title: what it is.
         form: options under which it was examined, if they are not its defaults.
         accuracy: of test images, or tokens, after training.
-        verdicts: by criterion.
         claims: what a paper claims, by criterion, and whether the verdict agrees.
         placement: layers by what their error passes through, in a line.
     """
@@ -68,8 +65,6 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     """Train a rule, and examine it in float64.
 
     Args:
-        rule: short name.
-        model: name of the network.
         dataset: what it is trained on.
         epochs: passes over the training images before it is examined.
         seed: of weights, feedback and data order.

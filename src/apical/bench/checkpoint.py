@@ -117,10 +117,6 @@ def read_sealed(path: Path, name: str) -> dict[str, Any]:
     A file without checksums is from an earlier version: it is read, and a line on stderr says so; those that zip keeps of
     its members are compared all the same.
 
-    Args:
-        path: the file.
-        name: what messages call it.
-
     Raises:
         CheckpointError: the file is damaged.
         OSError: it is not there or may not be read.

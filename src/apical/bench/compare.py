@@ -108,7 +108,6 @@ def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
 
     Args:
         job: what to train; :func:`check` has passed, and passes again once the folder is held.
-        stop: signals to obey.
         refresh: called now and then, to show progress.
 
     Raises:

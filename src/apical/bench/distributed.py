@@ -21,7 +21,6 @@ class World:
 
     Attributes:
         rank: 0 .. size - 1; only rank 0 writes files.
-        size: number of processes.
         device: where this process computes.
     """
 

@@ -27,7 +27,6 @@ def has_diverged(train_loss: float | None, test_loss: float, untrained: float) -
 
     Args:
         train_loss: mean over the epoch; None before training.
-        test_loss: at its end.
         untrained: the larger of the test loss before training and :func:`chance_loss`.
 
     >>> has_diverged(3865.0, 4102.0, 2.3), has_diverged(3865.0, 1.1, 2.3), has_diverged(12.0, 15.0, 2.3)

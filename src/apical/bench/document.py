@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -76,9 +76,7 @@ def document(title: str, lead: str, body: str, *, full: bool = False) -> str:
     """The page as text.
 
     Args:
-        title: is escaped.
         lead: the first paragraph, is escaped.
-        body: HTML.
         full: figures are as wide as the page.
     """
     return f"""<!doctype html>
@@ -131,11 +129,12 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
     return f'<table class="facts"><tbody>{body}</tbody></table>'
 
 
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """An HTML table, wide ones scroll; every cell is escaped."""
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:
+    """An HTML table; wide ones scroll unless they are of a kind of their own; every cell is escaped."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    text = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="{kind}">{text}' if kind else f'<div class="wide"><table>{text}</div>'
 
 
 def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:

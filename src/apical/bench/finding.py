@@ -16,7 +16,6 @@ def difference(figure: str, rule: str, what: str, ours: Sequence[float], theirs:
         figure: part of the specification that it belongs to.
         rule, what: which rule, and what is compared.
         ours, theirs: one value per meta-seed.
-        less: less is better.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, low, high, n = student(differences)

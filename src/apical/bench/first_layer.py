@@ -16,7 +16,6 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
 
     Args:
         model: is called once, on two samples of zeros, real or whole; nothing of it changes.
-        input_shape: of one sample.
         exact: see :class:`apical.core.edge.EdgeRule`.
     """
     seen: list[bool] = []

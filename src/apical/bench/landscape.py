@@ -40,7 +40,6 @@ class Run:
     Attributes:
         label: the rule's short name, with the folder's where several runs have the same rule and seed.
         folder: where it is kept.
-        recipe: what was trained.
         trajectory: where it went.
     """
 
@@ -144,13 +143,10 @@ def measure(
     """The surface, the runs on it, and what does not depend on the plane; all as JSON has it, None for what is not finite.
 
     Args:
-        runs: what to show.
         losses: the loss as a function of the weights.
         plane: where to show it.
-        grid: points on a side.
         span: half the side over the farthest coordinate of a snapshot from the middle of all if `whole`; otherwise over the
             plane's axes.
-        chunk: points evaluated together.
         whole: show all snapshots, or what is around the plane's origin.
     """
     places = [plane.coordinates(run.trajectory.weights) for run in runs]

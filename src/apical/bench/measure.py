@@ -34,11 +34,8 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World, *, counts_h
 
     There is no accuracy unless answers are right or wrong: `counts_hits`.
     """
-    model = rule.model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    with torch.inference_mode():
+    with evaluating(rule.model), torch.inference_mode():
         for first in range(0, len(split), EVALUATION_BATCH)[world.rank :: world.size]:
             targets = split.targets[first : first + EVALUATION_BATCH]
             with autocast(world.device, amp):
@@ -46,8 +43,6 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World, *, counts_h
             loss = rule.loss(output.float(), targets).double() * len(targets)
             hits = (output.argmax(-1) == targets).sum().double() if counts_hits else torch.zeros_like(loss)
             sums += torch.stack((loss, hits))
-    for module, mode in modes.items():
-        module.training = mode
     loss_sum, hits = world.sum(sums.clone()).tolist()
     return loss_sum / len(split), hits / (len(split) * split.answers) if counts_hits else None
 

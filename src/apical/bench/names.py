@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -85,192 +86,91 @@ SIMULATED = {"solver": "simulate", "learn": "noise", "points": 60, "dt": 0.05}
 
 SIMULATED_FIXED = {key: value for key, value in SIMULATED.items() if key != "learn"}
 
+# the names of one class, with what they have in common
+_SIGNS, _PFA = partial(Entry, SignSymmetry), partial(Entry, ProductFeedbackAlignment, physical=LITERAL)
+_DFC = partial(Entry, DeepFeedbackControl, feedback_decay=Q_DECAY)
+_FIXED = partial(Entry, DeepFeedbackControl)
+_CCL, _PC = partial(Entry, CounterCurrentLearning, clip=1.0), partial(Entry, PredictiveCoding, clip=1.0)
+_LOCAL, _FF = partial(Entry, LocalClassifiers), partial(Entry, ForwardForward)
+_CSDP = partial(Entry, ContrastiveSignalPlasticity)
+_TDCA = partial(Entry, TopDownCreditAssignment, clip=1.0, clip_over="network")
+_DTP, _EP = partial(Entry, DifferenceTargetPropagation, clip=1.0), partial(Entry, EquilibriumPropagation)
+
 RULES: dict[str, Entry] = {
     "bp": Entry(Backprop, "backpropagation"),
     "fa": Entry(FeedbackAlignment, "feedback alignment: fixed random feedback weights"),
     "dfa": Entry(DirectFeedbackAlignment, "direct feedback alignment: the output error straight to every layer"),
-    "usf": Entry(SignSymmetry, "sign symmetry: the signs of the weights, one magnitude", {"variant": "uniform"}),
-    "brsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn for every batch", {"variant": "batchwise"}),
-    "frsf": Entry(SignSymmetry, "sign symmetry: magnitudes drawn once", {"variant": "fixed"}),
+    "usf": _SIGNS("sign symmetry: the signs of the weights, one magnitude", {"variant": "uniform"}),
+    "brsf": _SIGNS("sign symmetry: magnitudes drawn for every batch", {"variant": "batchwise"}),
+    "frsf": _SIGNS("sign symmetry: magnitudes drawn once", {"variant": "fixed"}),
     "kp": Entry(KolenPollack, "Kolen-Pollack: feedback gets the same updates and decay", aligns=True, physical=EXPLICIT),
     "kp-mirror": Entry(
         KolenPollack, "Kolen-Pollack from a mirror at birth, for adamw and its like", MIRROR, physical=EXPLICIT
     ),
     "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
-    "pfa": Entry(
-        ProductFeedbackAlignment, "product feedback alignment, expansion 10", {"expansion": 10}, True, physical=LITERAL
+    "pfa": _PFA("product feedback alignment, expansion 10", {"expansion": 10}, aligns=True),
+    "pfa-o": _PFA("product feedback alignment, orthogonal", {"feedback": "orthogonal"}, aligns=True),
+    "pfa-mirror": _PFA(
+        "product feedback alignment from a mirror at birth, for adamw and its like", {"expansion": 10, **MIRROR}
     ),
-    "pfa-o": Entry(
-        ProductFeedbackAlignment,
-        "product feedback alignment, orthogonal",
-        {"feedback": "orthogonal"},
-        True,
-        physical=LITERAL,
+    "pfa-o-mirror": _PFA(
+        "product feedback alignment, orthogonal, from a mirror at birth", {"feedback": "orthogonal", **MIRROR}
     ),
-    "pfa-mirror": Entry(
-        ProductFeedbackAlignment,
-        "product feedback alignment from a mirror at birth, for adamw and its like",
-        {"expansion": 10, **MIRROR},
-        physical=LITERAL,
+    "dfc": _DFC("deep feedback control, averaged over time", {"variant": "dfc"}, physical=SIMULATED),
+    "dfc-ss": _DFC("deep feedback control at its steady state", {"variant": "ss"}, physical=SIMULATED),
+    "dfc-ssa": _DFC("deep feedback control at its linearised steady state", {"variant": "ssa"}),
+    "dfc-fixed": _FIXED("dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}, physical=SIMULATED_FIXED),
+    "dfc-ss-fixed": _FIXED(
+        "dfc-ss with fixed feedback weights", {"variant": "ss", "learn": "none"}, physical=SIMULATED_FIXED
     ),
-    "pfa-o-mirror": Entry(
-        ProductFeedbackAlignment,
-        "product feedback alignment, orthogonal, from a mirror at birth",
-        {"feedback": "orthogonal", **MIRROR},
-        physical=LITERAL,
-    ),
-    "dfc": Entry(
-        DeepFeedbackControl,
-        "deep feedback control, averaged over time",
-        {"variant": "dfc"},
-        feedback_decay=Q_DECAY,
-        physical=SIMULATED,
-    ),
-    "dfc-ss": Entry(
-        DeepFeedbackControl,
-        "deep feedback control at its steady state",
-        {"variant": "ss"},
-        feedback_decay=Q_DECAY,
-        physical=SIMULATED,
-    ),
-    "dfc-ssa": Entry(
-        DeepFeedbackControl,
-        "deep feedback control at its linearised steady state",
-        {"variant": "ssa"},
-        feedback_decay=Q_DECAY,
-    ),
-    "dfc-fixed": Entry(
-        DeepFeedbackControl, "dfc with fixed feedback weights", {"variant": "dfc", "learn": "none"}, physical=SIMULATED_FIXED
-    ),
-    "dfc-ss-fixed": Entry(
-        DeepFeedbackControl,
-        "dfc-ss with fixed feedback weights",
-        {"variant": "ss", "learn": "none"},
-        physical=SIMULATED_FIXED,
-    ),
-    "dfc-ssa-fixed": Entry(DeepFeedbackControl, "dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
-    "ccl": Entry(CounterCurrentLearning, "counter-current learning: two anti-parallel networks, local losses", clip=1.0),
-    "ccl-frozen": Entry(
-        CounterCurrentLearning, "ccl, a control: the feedback network stays random", {"feedback": "frozen"}, clip=1.0
-    ),
-    "ccl-free": Entry(
-        CounterCurrentLearning, "ccl, a control: free codes, that is a classifier per layer", {"feedback": "free"}, clip=1.0
-    ),
-    "ccl-readout": Entry(
-        CounterCurrentLearning, "ccl, a control: only the last layer learns", {"feedback": "none"}, clip=1.0
-    ),
-    "pc": Entry(
-        PredictiveCoding, "predictive coding: blocks learn to predict relaxed states", {"inference": "state"}, clip=1.0
-    ),
-    "pc-error": Entry(PredictiveCoding, "predictive coding, solved in the errors", {"inference": "error"}, clip=1.0),
-    "pc-one-step": Entry(
-        PredictiveCoding, "pc-error, a control: one step of inference", {"inference": "error", "steps": 1}, clip=1.0
-    ),
-    "pc-incremental": Entry(
-        PredictiveCoding,
-        "predictive coding whose weights move after every step of the states",
-        {"inference": "incremental"},
-        clip=1.0,
+    "dfc-ssa-fixed": _FIXED("dfc-ssa with fixed feedback weights", {"variant": "ssa", "learn": "none"}),
+    "ccl": _CCL("counter-current learning: two anti-parallel networks, local losses"),
+    "ccl-frozen": _CCL("ccl, a control: the feedback network stays random", {"feedback": "frozen"}),
+    "ccl-free": _CCL("ccl, a control: free codes, that is a classifier per layer", {"feedback": "free"}),
+    "ccl-readout": _CCL("ccl, a control: only the last layer learns", {"feedback": "none"}),
+    "pc": _PC("predictive coding: blocks learn to predict relaxed states", {"inference": "state"}),
+    "pc-error": _PC("predictive coding, solved in the errors", {"inference": "error"}),
+    "pc-one-step": _PC("pc-error, a control: one step of inference", {"inference": "error", "steps": 1}),
+    "pc-incremental": _PC(
+        "predictive coding whose weights move after every step of the states", {"inference": "incremental"}
     ),
     "mupc": Entry(
         PredictiveCoding,
         "predictive coding of deep residual networks in the mu parametrisation (models mlp-mu-...)",
         {"parametrisation": "mu"},
     ),
-    "local-pred": Entry(LocalClassifiers, "local classifiers: every block has a linear read-out with the model's loss"),
-    "local-sim": Entry(
-        LocalClassifiers, "local classifiers: every block makes samples as similar as their classes", {"local": "similarity"}
+    "local-pred": _LOCAL("local classifiers: every block has a linear read-out with the model's loss"),
+    "local-sim": _LOCAL("local classifiers: every block makes samples as similar as their classes", {"local": "similarity"}),
+    "local-both": _LOCAL("local classifiers: both losses at every block", {"local": "both"}),
+    "mono-forward": _LOCAL("Mono-Forward: local classifiers without biases, drawn at random", {"local": "projection"}),
+    "ff": _FF("forward-forward: active for images with their label, quiet for those with another"),
+    "ff-readout": _FF("ff, a control: hidden layers stay random, the read-out learns", {"train_hidden": False}),
+    "scff": _FF("self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}),
+    "csdp": _CSDP("contrastive-signal-dependent plasticity: spiking layers, large traces for images with their label"),
+    "csdp-unsupervised": _CSDP(
+        "csdp whose negatives are mixtures of images; labels teach the read-outs alone", {"negatives": "mixtures"}
     ),
-    "local-both": Entry(LocalClassifiers, "local classifiers: both losses at every block", {"local": "both"}),
-    "mono-forward": Entry(
-        LocalClassifiers, "Mono-Forward: local classifiers without biases, drawn at random", {"local": "projection"}
-    ),
-    "ff": Entry(ForwardForward, "forward-forward: active for images with their label, quiet for those with another"),
-    "ff-readout": Entry(
-        ForwardForward, "ff, a control: hidden layers stay random, the read-out learns", {"train_hidden": False}
-    ),
-    "scff": Entry(
-        ForwardForward, "self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}
-    ),
-    "csdp": Entry(
-        ContrastiveSignalPlasticity,
-        "contrastive-signal-dependent plasticity: spiking layers, large traces for images with their label",
-    ),
-    "csdp-unsupervised": Entry(
-        ContrastiveSignalPlasticity,
-        "csdp whose negatives are mixtures of images; labels teach the read-outs alone",
-        {"negatives": "mixtures"},
-    ),
-    "csdp-memristor": Entry(
-        ContrastiveSignalPlasticity, "csdp whose weights are pairs of memristors with 64 levels", {"levels": 64}
-    ),
+    "csdp-memristor": _CSDP("csdp whose weights are pairs of memristors with 64 levels", {"levels": 64}),
     "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
     "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
-    "tdca": Entry(
-        TopDownCreditAssignment,
-        "top-down credit assignment: an evolved network hands out credit",
-        {"teacher": "digits"},
-        clip=1.0,
-        clip_over="network",
-    ),
-    "tdca-silent": Entry(
-        TopDownCreditAssignment,
-        "tdca, a control: no credit to hidden units",
-        {"teacher": "digits", "silent": True},
-        clip=1.0,
-        clip_over="network",
-    ),
-    "tdca-unevolved": Entry(
-        TopDownCreditAssignment, "tdca, a control: the top-down network stays random", clip=1.0, clip_over="network"
-    ),
+    "tdca": _TDCA("top-down credit assignment: an evolved network hands out credit", {"teacher": "digits"}),
+    "tdca-silent": _TDCA("tdca, a control: no credit to hidden units", {"teacher": "digits", "silent": True}),
+    "tdca-unevolved": _TDCA("tdca, a control: the top-down network stays random"),
     "strong-dfc": Entry(
         StrongDeepFeedbackControl,
         "strong deep feedback control: the output held at the label",
         clip=1.0,
         physical={"solver": "simulate", "learn": "noise", "points": 100},
     ),
-    "dtp": Entry(
-        DifferenceTargetPropagation,
-        "difference target propagation: inverses learned layer by layer",
-        {"variant": "dtp"},
-        clip=1.0,
-    ),
-    "dtp-drl": Entry(
-        DifferenceTargetPropagation,
-        "dtp whose feedback learns by the difference reconstruction loss",
-        {"variant": "drl"},
-        clip=1.0,
-    ),
-    "ddtp-linear": Entry(
-        DifferenceTargetPropagation,
-        "direct difference target propagation: linear maps from the output, learned",
-        {"variant": "linear"},
-        clip=1.0,
-    ),
-    "ddtp-rhl": Entry(
-        DifferenceTargetPropagation,
-        "direct difference target propagation behind a fixed random layer",
-        {"variant": "hidden"},
-        clip=1.0,
-    ),
-    "ddtp-control": Entry(
-        DifferenceTargetPropagation,
-        "ddtp-linear, a control: reconstruction without the difference",
-        {"variant": "control"},
-        clip=1.0,
-    ),
-    "ep": Entry(EquilibriumPropagation, "equilibrium propagation, symmetric nudges"),
-    "ep-one-sided": Entry(
-        EquilibriumPropagation, "equilibrium propagation, one nudge of random sign", {"estimator": "random-sign"}
-    ),
-    "ep-directed": Entry(
-        EquilibriumPropagation,
-        "equilibrium propagation with weights of their own for each direction",
-        {"weights": "directed"},
-    ),
-    "hep": Entry(
-        EquilibriumPropagation, "holomorphic equilibrium propagation, complex nudges", {"estimator": "holomorphic"}
-    ),
+    "dtp": _DTP("difference target propagation: inverses learned layer by layer", {"variant": "dtp"}),
+    "dtp-drl": _DTP("dtp whose feedback learns by the difference reconstruction loss", {"variant": "drl"}),
+    "ddtp-linear": _DTP("direct difference target propagation: linear maps from the output, learned", {"variant": "linear"}),
+    "ddtp-rhl": _DTP("direct difference target propagation behind a fixed random layer", {"variant": "hidden"}),
+    "ddtp-control": _DTP("ddtp-linear, a control: reconstruction without the difference", {"variant": "control"}),
+    "ep": _EP("equilibrium propagation, symmetric nudges"),
+    "ep-one-sided": _EP("equilibrium propagation, one nudge of random sign", {"estimator": "random-sign"}),
+    "ep-directed": _EP("equilibrium propagation with weights of their own for each direction", {"weights": "directed"}),
+    "hep": _EP("holomorphic equilibrium propagation, complex nudges", {"estimator": "holomorphic"}),
     "corinfomax": Entry(CorInfoMax, "correlative information maximisation: layers that predict both ways"),
 }
 
@@ -392,17 +292,15 @@ def _key(option: str) -> str:
     return option.partition("=")[0].strip().replace("-", "_")
 
 
-def _origin(rule: str) -> list[str]:
-    return [] if rule in RULES else [own_rules.origin(rule)]
-
-
 def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     """The recipe with the rule's defaults filled in, for `examples` training images, and notes on what was chosen.
 
     Raises:
         ConfigError: unknown rule or option, or a batch larger than the data.
     """
-    entry, notes = find_rule(recipe.rule), _origin(bare_rule(recipe.rule))
+    entry, notes = find_rule(recipe.rule), list[str]()
+    if (bare := bare_rule(recipe.rule)) not in RULES:
+        notes.append(own_rules.origin(bare))
     given, known = parse_options(recipe.rule_options), constructor_options(entry)
     for key in given:
         if key not in known:

@@ -127,7 +127,6 @@ def measured(names: Iterable[str], model: nn.Module, inputs: Tensor) -> dict[str
 
     Args:
         names: see :func:`find_measure`; a user's own goes by the function's name.
-        model: the network.
         inputs: (samples, ...), of which the measures take what they need.
 
     Raises:

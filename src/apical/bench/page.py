@@ -20,16 +20,13 @@ def write(
     """results.json, each figure as PNG and SVG, and report.html.
 
     Args:
-        out: folder.
         results: title, about, sources, verdicts, tables, command, settings, environment.
-        drawings: figures.
         page: makes the page; :func:`study_page` by default.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(compact(rounded(results)) + "\n", encoding="utf-8")
     for drawing in drawings:
-        (out / f"{drawing.stem}.png").write_bytes(drawing.png)
-        (out / f"{drawing.stem}.svg").write_bytes(drawing.svg)
+        drawing.write(out)
     (out / "report.html").write_text((page or study_page)(results, drawings), encoding="utf-8")
 
 

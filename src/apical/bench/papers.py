@@ -35,8 +35,6 @@ class Table:
     """One table or figure.
 
     Attributes:
-        title: one line.
-        budgets: sizes of each budget.
         study: name of the study that it is; or empty, and then
         module: with a `main(arguments)` that takes `--out` and the sizes as options.
         needs: sizes of a module's run from which its verdicts are meant.
@@ -142,10 +140,7 @@ def table_of(
     """The table that a study of trainings is.
 
     Args:
-        studies: of the paper.
-        name: of the study.
         smoke, cpu, paper: sizes of the three budgets.
-        hours: measured, by budget.
     """
     study = studies[name]
     if study.default.validation:  # thousands of images, that every rule and seed would look at

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,10 +52,7 @@ def by_seed(
 
     Args:
         options: of the command line.
-        command: that was typed.
         cell: (seed, epochs) -> what to keep of the seed; a module's function, for other processes are handed it.
-        verdicts: of all seeds.
-        tables: of all seeds.
         settings: shown, and held against those with which kept seeds were made.
         about: title, about and sources of the results.
 
@@ -73,17 +70,63 @@ def by_seed(
         cell_of[seed] = content
         print(f"{content['seconds']:7.1f} s  seed {seed}", flush=True)
     cells = [cell_of[seed] for seed in range(options.seeds)]
+    shown = {"seeds": len(cells), **config}
+    return keep_results(options.out, command, about, shown, cells, verdicts(cells), tables(cells))
+
+
+def keep_results(
+    out: Path,
+    command: str,
+    about: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    cells: Iterable[Mapping[str, Any]],
+    verdicts: list[Row],
+    tables: list[Row],
+) -> dict[str, Any]:
+    """Write results.json and report.html of a study, whose cells have `seconds`, and return what results.json holds."""
     results = {
         **about,
         "command": command,
         "environment": environment("cpu", 1),
-        "settings": {"seeds": len(cells), **config},
-        "seconds": round(sum(item["seconds"] for item in cells), 1),
-        "verdicts": verdicts(cells),
-        "tables": tables(cells),
+        "settings": dict(settings),
+        "seconds": round(sum(cell["seconds"] for cell in cells), 1),
+        "verdicts": verdicts,
+        "tables": tables,
     }
-    write(options.out, results, [])
+    write(out, results, [])
     return results
+
+
+@dataclass(frozen=True)
+class SeedStudy:
+    """A study that runs seed by seed, as a program; see :func:`by_seed`.
+
+    Attributes:
+        module: that it stands in, which `python -m` runs.
+        passes: what its epochs are, where they are no passes over all the data.
+    """
+
+    module: str
+    about: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    cell: Callable[[int, int], dict[str, Any]]
+    verdicts: Callable[[Cells], list[Row]]
+    tables: Callable[[Cells], list[Row]]
+    out: str
+    seeds: int = 5
+    epochs: int = 20
+    jobs: int = 0
+    passes: str = ""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int:
+        """Run the command line; returns the exit status."""
+        default = SeedOptions(Path(self.out), self.seeds, self.epochs, self.jobs)
+        description = f"{self.about['title']}. " + (f"Epochs: {self.passes}" if self.passes else "")
+        return run_command(self.module, SeedOptions, self._run, arguments, default=default, description=description)
+
+    def _run(self, options: SeedOptions, command: str) -> dict[str, Any]:
+        of = (self.cell, self.verdicts, self.tables)
+        return by_seed(options, command, *of, settings=self.settings, about=self.about)
 
 
 def _kept_seed(
@@ -106,17 +149,17 @@ def run_command(
     options: type[Options],
     study: Callable[[Options, str], Mapping[str, Any]],
     arguments: Sequence[str] | None,
+    **shown: Any,
 ) -> int:
     """`python -m MODULE ...`: run a study and print its verdicts; returns the exit status.
 
     Args:
-        module: name, for the record.
         options: what its command line takes.
         study: maps options and the command to what results.json holds.
         arguments: of the command line; None for those of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    settings = tyro.cli(options, prog=f"python -m {module}", args=arguments)
+    settings = tyro.cli(options, prog=f"python -m {module}", args=arguments, **shown)
     torch.set_num_threads(1)  # the networks are too small for more
     try:
         results = study(settings, shlex.join(["python", "-m", module, *arguments]))

@@ -84,8 +84,6 @@ class Watch:
     """Shows runs on a console: one live table in a terminal, otherwise lines of text.
 
     Args:
-        console: to show them on.
-        runs: all of them.
         epochs: that they are trained for.
         anew: what their folders hold now will be replaced.
     """

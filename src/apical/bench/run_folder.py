@@ -38,7 +38,6 @@ class RunFolder:
     """Paths, checks, reading and writing of one run folder. Making the object touches nothing on disk.
 
     Args:
-        path: the folder.
         events: also write each epoch as TensorBoard events, into events/.
     """
 
@@ -222,7 +221,6 @@ class FolderLock:
     """Keeps other processes from writing a folder. Making the object touches nothing on disk.
 
     Args:
-        folder: is kept.
         name: of the file that is locked in it.
     """
 

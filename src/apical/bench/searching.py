@@ -8,11 +8,7 @@ from apical.errors import ConfigError
 
 
 class Grid:
-    """Given settings, in their order.
-
-    Args:
-        settings: all of them.
-    """
+    """Given settings, in their order."""
 
     def __init__(self, settings: Sequence[Settings]) -> None:
         self.left = list(settings)
@@ -30,9 +26,6 @@ class Optuna:
     """Optuna's samplers, asked and told in batches, so that the same seed and batch size ask for the same settings.
 
     Args:
-        axes: what to choose.
-        trials: how many.
-        seed: of the sampler.
         random: at random instead of by a tree-structured Parzen estimator.
 
     Raises:

@@ -29,7 +29,6 @@ class Axis:
     Attributes:
         name: of a recipe field or of a rule's option.
         values: to choose from; empty for a range.
-        low, high: of a range.
         log: the range is sampled by its logarithm.
     """
 

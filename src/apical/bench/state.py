@@ -31,7 +31,6 @@ def parse(text: str, *, finite: bool = True) -> Any:
     """The value of a JSON text.
 
     Args:
-        text: of one value.
         finite: refuse numbers that are not.
 
     Raises:
@@ -66,7 +65,6 @@ def parse_object(text: str, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object of a text, without its checksum, which is compared.
 
     Args:
-        text: of one object.
         finite: refuse numbers that are not, also where there is no checksum; where there is one, there are none.
 
     Raises:

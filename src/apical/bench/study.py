@@ -15,8 +15,6 @@ class Published:
 
     Attributes:
         metric: "accuracy" or "error" in percent, "loss" (of the split in `split`), or "angle" in degrees.
-        epoch: after so many epochs.
-        value: the number.
         tolerance: how far a reproduction may lie from it.
         tag: "fig", "paper" or "ours".
         layer: number of the layer from the input, for angles; 0 for the mean over layers.
@@ -61,11 +59,9 @@ class Study:
     """A set of comparable rows.
 
     Attributes:
-        title: one line.
         cost: rough cost of one run.
         rows: short name of the rule -> row.
         default: the row of any other rule, without published numbers.
-        claims: orders among the rules.
     """
 
     title: str

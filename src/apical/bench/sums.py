@@ -16,7 +16,6 @@ class Sums:
     Args:
         world: this process's place under torchrun.
         classes: whether targets are class labels, so that there are hits to count.
-        answers: targets of a sample.
     """
 
     def __init__(self, world: World, *, classes: bool, answers: int = 1) -> None:

@@ -42,9 +42,7 @@ class Trial:
     """One setting of one rule.
 
     Attributes:
-        rule: name.
         number: 0, 1, ... among the rule's trials.
-        settings: what was chosen.
         recipes: one per seed.
         folders: where they are trained.
     """

@@ -38,7 +38,6 @@ class Recorder:
     """Keeps a model's weights at the start, at every so many steps and at the end.
 
     Args:
-        path: the file.
         model: its parameters are kept, also those that do not learn; buffers are not.
         every: steps between snapshots; 0 keeps none and never touches the file.
         last: the step at the end of the training.

@@ -1,31 +1,25 @@
 """`apical audit`: rules are trained shortly, measured, shown as a table, and kept with a figure."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from apical.bench.audit import audit
-from apical.bench.checkpoint import write_atomically
-from apical.bench.distributed import under_torchrun
 from apical.bench.figures.audit import SIGNS, draw, number_of
-from apical.bench.folders import check_writable, refuse_used
 from apical.bench.materials import identified, load_data, located
 from apical.bench.names import RULES, find_rule
 from apical.bench.papers import claims
-from apical.bench.progress import shown_path
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
-from apical.bench.run_folder import FolderLock
 from apical.bench.state import write_json
 from apical.cli.commands import refuse_numbers
+from apical.cli.terminal import bar, check_alone, held, say, say_files
 from apical.data.dataset import Dataset, Split
 from apical.diagnostics.plausibility import CRITERIA
 from apical.errors import ApicalError, ConfigError
@@ -39,33 +33,23 @@ IMAGES = 2000
 SEQUENCES = 500
 """Training sequences that are used at most."""
 
-FILES = ("audit.json", "audit.png", "audit.svg")
-
 
 def run(flags: "Audit", command: str) -> int:
-    """Audit the rules; returns the exit status.
-
-    Raises:
-        ApicalError: an option is not usable, or no rule can train the model.
-    """
-    _check(flags)
+    """Audit the rules; returns the exit status."""
     rules = list(dict.fromkeys(flags.rules or RULES))
-    started = time.perf_counter()
-    dataset = load_data(_asked(flags))
-    if dataset.about:
-        print(dataset.about)
-    most = SEQUENCES if dataset.is_sequences else IMAGES
-    if len(dataset.train) > most:
-        dataset = replace(dataset, train=Split(dataset.train.inputs[:most], dataset.train.targets[:most]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    held = nullcontext() if flags.out is None else FolderLock(flags.out).held("auditing", wait=0)
-    try:
-        with held:
-            _check(flags)  # again: its last holder may have written it since
+    started, threads = time.perf_counter(), torch.get_num_threads()
+    with held(flags.out, "auditing", partial(_check, flags)):
+        dataset = load_data(_asked(flags))
+        if dataset.about:
+            print(dataset.about)
+        most = SEQUENCES if dataset.is_sequences else IMAGES
+        if len(dataset.train) > most:
+            dataset = replace(dataset, train=Split(dataset.train.inputs[:most], dataset.train.targets[:most]))
+        torch.set_num_threads(1)  # the matrices are small
+        try:
             return _run(rules, flags, dataset, command, started)
-    finally:
-        torch.set_num_threads(threads)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, started: float) -> int:
@@ -94,10 +78,8 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
     if flags.out is not None:
         drawing = draw(record)
         write_json(flags.out / "audit.json", record)
-        write_atomically(flags.out / "audit.png", drawing.png)
-        write_atomically(flags.out / "audit.svg", drawing.svg)
-        for name in FILES:
-            print(f"{name.rpartition('.')[2]}: {shown_path(flags.out / name)}")
+        drawing.write(flags.out)
+        say_files(flags.out, ("audit.json", "audit.png", "audit.svg"))
     return 0
 
 
@@ -106,23 +88,17 @@ def _asked(flags: "Audit") -> Recipe:
 
 
 def _check(flags: "Audit") -> None:
-    if under_torchrun():
-        raise ConfigError("apical audit is single-process; do not run it under torchrun")
     refuse_numbers(flags)
     for rule in flags.rules:
         find_rule(rule)
-    out: Path | None = flags.out
-    if out is not None:
-        check_writable(out)
-        if not flags.overwrite:
-            refuse_used(out, "add --overwrite to replace the audit in it")
+    check_alone("audit", flags, "the audit")
 
 
 def _audited(rules: Sequence[str], flags: "Audit", dataset: Dataset) -> tuple[list[dict[str, Any]], dict[str, str]]:
     rows, refused = [], {}
-    with _shown(rules) as advance:
+    with bar(len(rules)) as update:
         for rule in rules:
-            advance(rule)
+            update(advance=1, description=f"auditing {rule}")
             try:
                 rows.append(audit(rule, flags.model, dataset, flags.epochs, flags.seed).record())
             except ApicalError as error:
@@ -151,9 +127,6 @@ def _tell(record: dict[str, Any]) -> None:
         table.add_row(*cells)
     console.print(table, soft_wrap=False)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     say("")
     say(f"{SIGNS['yes']} yes  {SIGNS['partly']} partly  {SIGNS['no']} no  {SIGNS['not applicable']} not applicable")
     say("Noise, sparse, one bit: degrees by which hidden updates turn. Multiply-adds and bytes held: relative to bp.")
@@ -174,21 +147,3 @@ def _tell(record: dict[str, Any]) -> None:
         say(f"not audited: {rule}: {why}")
     number = len(record["rows"])
     say(f"{number} {'rule' if number == 1 else 'rules'} in {record['seconds']:.0f} s")
-
-
-@contextmanager
-def _shown(rules: Sequence[str]) -> Iterator[Any]:
-    """A function to be told of the rule that is next: a bar, in a terminal only."""
-    console = Console()
-    if not console.is_terminal:
-        yield lambda rule: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(rules))
-
-        def advance(rule: str) -> None:
-            progress.update(task, description=f"auditing {rule}")
-            progress.advance(task)
-
-        yield advance

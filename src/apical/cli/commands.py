@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from apical import data, models
 from apical.bench import compare as comparison
@@ -47,6 +46,7 @@ from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import tuned_rate
 from apical.cli.columns import columns, margin
+from apical.cli.terminal import bar, check_least, say
 from apical.errors import ConfigError, DivergenceError, unknown_name
 
 if TYPE_CHECKING:
@@ -59,12 +59,11 @@ DIVERGED = 3
 
 def compare(flags: "Compare", command: str) -> int:
     """Train the rules side by side and report; returns the exit status."""
-    console = Console()
     try:
-        rows, page = run_comparison(flags, command, console)
+        rows, page = run_comparison(flags, command, Console())
     except Interrupted as interrupted:
         return stopped(interrupted, command)
-    console.print(f"report: {shown_path(page)}", highlight=False, soft_wrap=True)
+    say(f"report: {shown_path(page)}")
     lost = [f"{row['rule']} seed {row['seed']}" for row in rows if row["status"] == "diverged"]
     if lost:
         print(f"apical: {len(lost)} of {len(rows)} runs diverged: {', '.join(lost)}", file=sys.stderr)
@@ -73,30 +72,17 @@ def compare(flags: "Compare", command: str) -> int:
 
 
 def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[list[dict[str, Any]], Path]:
-    """Train the rules side by side, print the final table and write the report; returns summary.json's rows, and the page.
-
-    Raises:
-        ApicalError: an option, the data, the model or the folder is not usable.
-        Interrupted: a signal came; every run is saved.
-    """
+    """Train the rules side by side, print the final table, write the report; returns summary.json's rows, and the page."""
     if under_torchrun():
         raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
-    for option, value, least in (("--seeds", flags.seeds, 1), ("--jobs", flags.jobs, 0)):
-        if value < least:
-            raise ConfigError(f"{option} must be at least {least}, got {value}")
+    check_least(flags, seeds=1, jobs=0)
     refuse_numbers(flags)
     study = find_study(flags.recipe)
     rules = flags.rules or tuple(study.rows if study else DEMO_RULES)
-    for rule in rules:
-        find_rule(rule)
-    names = [rule_name(rule) for rule in rules]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
-    check_options(rules, flags.rule_options or ())
-    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    names = check_rules(rules, flags)
+    tell = partial(say, console=console)
     drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
-    if len({item.epochs for item in drafts}) > 1:
-        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+    check_epochs(drafts)
     recipes, notes = prepare(drafts, tell)
     tell_rates(drafts, flags, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
@@ -128,6 +114,23 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     return rows, report.write(flags.out)
 
 
+def check_rules(rules: Sequence[str], flags: Any) -> list[str]:
+    """The names of the rules; refuses unknown ones, one that is there twice, and options that none of them takes."""
+    for rule in rules:
+        find_rule(rule)
+    names = [rule_name(rule) for rule in rules]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
+    check_options(rules, flags.rule_options or ())
+    return names
+
+
+def check_epochs(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes that train for different numbers of epochs."""
+    if len({item.epochs for item in recipes}) > 1:
+        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+
+
 def train(flags: "Train", command: str) -> int:
     """Train one rule; returns the exit status."""
     refuse_numbers(flags)
@@ -137,7 +140,7 @@ def train(flags: "Train", command: str) -> int:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
-        tell = print if world.is_main else _silent
+        tell = print if world.is_main else lambda line: None
         drafts = understood([recipe], flags, tell)
         (recipe,), (notes,) = prepare(drafts, tell)
         tell_rates(drafts, flags, tell)
@@ -167,11 +170,7 @@ def train(flags: "Train", command: str) -> int:
 
 
 def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
-    """The recipe of one rule: the study's row or the defaults, with the given options in place.
-
-    Raises:
-        ConfigError: an option is out of range, or needs a package that is not there.
-    """
+    """The recipe of one rule: the study's row or the defaults, with the given options in place."""
     if flags.tensorboard:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
@@ -191,11 +190,7 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
 
 
 def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
-    """The recipes, with the loss that goes with the data where none was asked for; says what the user's own data are.
-
-    Raises:
-        ApicalError: the data are missing, damaged or not usable.
-    """
+    """The recipes, with the loss that goes with the data where none was asked for; says what the user's own data are."""
     first, note = drafts[0], ""
     if flags.loss is None and (fits := loss_for(first)) in ("mse", "token_cross_entropy") and first.loss != fits:
         drafts = [replace(recipe, loss=fits) for recipe in drafts]
@@ -215,10 +210,6 @@ def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
         tell(f"learning rates as tuned for each rule on these data: {rates}; --lr sets another")
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
     """The option that gives the rule its teacher file; none for those rules of a comparison that have no teacher."""
     of_them = getattr(flags, "rules", None) or (rule,)
@@ -231,11 +222,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
     """The recipes with the rules' defaults, and notes on them; builds each model and rule once, to see that it works.
 
     Args:
-        drafts: as asked for.
         tell: is told how what is trained differs from the models as they are named.
-
-    Raises:
-        ApicalError: a name, size or option is not usable, or the data are missing or damaged.
     """
     first = drafts[0]
     pick_device(first.device)
@@ -276,11 +263,7 @@ _NUMBERS = {
 
 
 def refuse_numbers(flags: Any) -> None:
-    """Refuse a number, or nothing, in the place of a name, and say which option it may have been meant for.
-
-    Raises:
-        ConfigError: names the option.
-    """
+    """Refuse a number, or nothing, in the place of a name, and say which option it may have been meant for."""
     for option, remedy in _NUMBERS.items():
         values = getattr(flags, option, None)
         where = option if option == "rules" and hasattr(flags, "model") and not hasattr(flags, "seeds") else f"--{option}"
@@ -292,11 +275,7 @@ def refuse_numbers(flags: Any) -> None:
 
 
 def find_study(name: str | None) -> Study | None:
-    """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None.
-
-    Raises:
-        ConfigError: there is none; names the nearest.
-    """
+    """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None."""
     if name is not None and name.endswith(".json"):
         return from_file(Path(name))
     if name is not None and name not in studies():
@@ -314,19 +293,15 @@ def stopped(interrupted: Interrupted, command: str) -> int:
 @contextmanager
 def progress_of(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
     """Callbacks that show steps (a bar, in a terminal only) and finished epochs."""
-    console = Console(quiet=not visible)
-    epochs = training.recipe.epochs
 
     def on_line() -> None:
-        console.print(describe(training.line, epochs), highlight=False, soft_wrap=True)
+        say(describe(training.line, training.recipe.epochs))
 
-    if not (visible and console.is_terminal):
-        yield None, on_line
+    if not visible:
+        yield None, lambda: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(training.recipe.rule_name, total=training.steps_planned)
-        yield lambda step: progress.update(task, completed=training.steps_done), on_line
+    with bar(training.steps_planned, training.recipe.rule_name) as update:
+        yield lambda step: update(completed=training.steps_done), on_line
 
 
 def listing(what: str) -> None:

@@ -1,13 +1,13 @@
 """`apical evolve`: from its flags to an evolution with a progress bar, in its folder, here or on a Ray cluster."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from apical import data
 from apical.bench.evolve.loop import EvolutionFolder, classification, evolve
@@ -19,6 +19,7 @@ from apical.bench.report.evolution import write
 from apical.bench.run_folder import environment
 from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.commands import stopped
+from apical.cli.terminal import bar
 from apical.errors import unknown_name
 from apical.evolution.workers import Here, RayWorkers, Workers
 from apical.models import own as own_models
@@ -28,16 +29,12 @@ if TYPE_CHECKING:
 
 
 def run(flags: "Evolve", command: str) -> int:
-    """Evolve a top-down network; returns the exit status.
-
-    Raises:
-        ApicalError: an option, the data or the folder is not usable, or no cluster answers.
-    """
+    """Evolve a top-down network; returns the exit status."""
     recipe, folder = identified(drafted(flags)), EvolutionFolder(flags.out)
     task = classification(recipe)
     folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
     held = folder.held(recipe, resume=flags.resume, overwrite=flags.overwrite)
-    with StopSignals() as stop, _workers(flags.ray, flags.workers, recipe.chunk) as workers, held as resume:
+    with StopSignals() as stop, closing(_workers(flags, recipe.chunk)) as workers, held as resume:
         around = environment("cpu", torch.get_num_threads())
         if not resume:
             folder.create(recipe, command, around)
@@ -59,12 +56,12 @@ def run(flags: "Evolve", command: str) -> int:
     return 0
 
 
-def drafted(flags: "Evolve") -> EvolutionRecipe:
-    """The committed recipe asked for, or the defaults, with the given options in place.
+def _workers(flags: "Evolve", chunk: int) -> Workers:
+    return Here(chunk) if flags.ray is None else RayWorkers(flags.ray, flags.workers, chunk)
 
-    Raises:
-        ConfigError: there is no such recipe, or an option is out of range.
-    """
+
+def drafted(flags: "Evolve") -> EvolutionRecipe:
+    """The committed recipe asked for, or the defaults, with the given options in place."""
     names = EvolutionRecipe.__dataclass_fields__
     settings = {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
     if flags.recipe is not None and flags.recipe not in evolutions():
@@ -73,11 +70,7 @@ def drafted(flags: "Evolve") -> EvolutionRecipe:
 
 
 def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
-    """The recipe with whole paths and checksums of the user's own data and networks; prints what the data are.
-
-    Raises:
-        ApicalError: they are not usable, or do not go together.
-    """
+    """The recipe with whole paths and checksums of the user's own data and networks; prints what the data are."""
     pairs = [located({"data": name}) for name in recipe.data], [located({"model": name}) for name in recipe.model]
     sets, networks = (tuple(item[what] for item in places) for what, places in zip(("data", "model"), pairs, strict=True))
     loaded = [data.load(name) for name in sets if name not in data.names()]
@@ -97,25 +90,15 @@ def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
 
 
 @contextmanager
-def _workers(address: str | None, count: int | None, chunk: int) -> Iterator[Workers]:
-    workers: Workers = Here(chunk) if address is None else RayWorkers(address, count, chunk)
-    try:
-        yield workers
-    finally:
-        workers.close()
-
-
-@contextmanager
 def _shown(recipe: EvolutionRecipe) -> Iterator[Any]:
     """A function that shows a generation: a bar with the fitness in a terminal, otherwise a line at every tenth part."""
-    console = Console()
     part = max(1, recipe.generations // 10)
 
     def text(line: dict[str, Any]) -> str:
         center = "nan" if line["center"] is None else f"{line['center']:.4f}"
         return f"fitness {center} (best {line['best']:.4f}, mean {line['mean']:.4f})"
 
-    if not console.is_terminal:
+    if not Console().is_terminal:
 
         def on_line(line: dict[str, Any]) -> None:
             if line["generation"] % part == 0 or line["generation"] in (1, recipe.generations):
@@ -127,6 +110,5 @@ def _shown(recipe: EvolutionRecipe) -> Iterator[Any]:
         yield on_line
         return
     columns = (TextColumn("generation"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("", total=recipe.generations)
-        yield lambda line: progress.update(bar, completed=line["generation"], description=text(line))
+    with bar(recipe.generations, "", *columns, transient=False) as update:
+        yield lambda line: update(completed=line["generation"], description=text(line))

@@ -114,12 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
-    """The command and its options.
-
-    Raises:
-        ConfigError: they cannot be read.
-        SystemExit: the whole help was asked for, and is printed.
-    """
+    """The command and its options."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):

@@ -2,34 +2,29 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from apical.bench import checkpoint
-from apical.bench.distributed import under_torchrun
 from apical.bench.document import document, pairs, reproduce
 from apical.bench.document import table as html_table
-from apical.bench.folders import check_writable, refuse_used
 from apical.bench.landscape import run_folders
 from apical.bench.materials import build_model, load_data, located
 from apical.bench.measure import probe_batch
 from apical.bench.names import make_rule
-from apical.bench.network import MEASURES, WHOLE, find_measure, measured, quantities, short_name
-from apical.bench.progress import shown_path
+from apical.bench.network import MEASURES, find_measure, measured, short_name
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, from_json
-from apical.bench.report.measures import shown
+from apical.bench.report.measures import of_networks_and_layers
 from apical.bench.restore import restore_rule
-from apical.bench.run_folder import FolderLock, RunFolder
+from apical.bench.run_folder import RunFolder
 from apical.bench.state import read_json, write_json, write_page
 from apical.cli.commands import refuse_numbers
+from apical.cli.terminal import check_alone, check_least, held, say, say_files, show_table
 from apical.data.dataset import Dataset
 from apical.errors import CheckpointError, ConfigError
 from apical.models.own import is_own
@@ -47,15 +42,8 @@ BEFORE = "before training"
 
 
 def run(flags: "Measure", command: str) -> int:
-    """Measure the targets; returns the exit status.
-
-    Raises:
-        ApicalError: an option, a model or a folder is not usable.
-    """
-    _check(flags)
-    held = nullcontext() if flags.out is None else FolderLock(flags.out).held("measuring", wait=0)
-    with held:
-        _check(flags)  # again: its last holder may have written it since
+    """Measure the targets; returns the exit status."""
+    with held(flags.out, "measuring", partial(_check, flags)):
         return _run(flags, command)
 
 
@@ -93,25 +81,18 @@ def _run(flags: "Measure", command: str) -> int:
     if flags.out is not None:
         write_json(flags.out / "measure.json", record)
         write_page(flags.out / "report.html", _page(record, tables))
-        for file in ("measure.json", "report.html"):
-            print(f"{file.rpartition('.')[2]}: {shown_path(flags.out / file)}")
+        say_files(flags.out, ("measure.json", "report.html"))
     return 0
 
 
 def _check(flags: "Measure") -> None:
-    if under_torchrun():
-        raise ConfigError("apical measure is single-process; do not run it under torchrun")
     refuse_numbers(flags)
     if not flags.targets:
         raise ConfigError("apical measure needs a MODEL or the folder of a run or a comparison")
-    if flags.samples < 2:
-        raise ConfigError(f"--samples must be at least 2, got {flags.samples}")
+    check_least(flags, samples=2)
     for name in flags.measure:
         find_measure(name)
-    if flags.out is not None:
-        check_writable(flags.out)
-        if not flags.overwrite:
-            refuse_used(flags.out, "add --overwrite to replace what was measured in it")
+    check_alone("measure", flags, "what was measured")
 
 
 def _networks(flags: "Measure", notes: list[str]) -> Iterator[tuple[str, int, nn.Module, Dataset]]:
@@ -175,40 +156,20 @@ Part = tuple[str, list[str], list[list[str]]]
 
 def _tables(rows: Sequence[Mapping[str, Any]], measure: str) -> list[Part]:
     """One of the networks, and one of their layers."""
-    labels = list(dict.fromkeys(row["network"] for row in rows))
-    cells = {label: [row["measured"].get(measure, {}) for row in rows if row["network"] == label] for label in labels}
-    every = [cell for found in cells.values() for cell in found]
-    parts = []
-    whole = quantities([cell[WHOLE] for cell in every if WHOLE in cell])
-    if whole:
-        lines = [[label, *(shown(cells[label], WHOLE, key) for key in whole)] for label in labels]
-        parts.append((TITLES.get(measure, measure), ["network", *whole], lines))
-    layers = [name for name in dict.fromkeys(name for cell in every for name in cell) if name != WHOLE]
-    keys = quantities([cell[name] for cell in every for name in layers if name in cell])
-    if layers:
-        lines = [[label, name, *(shown(cells[label], name, key) for key in keys)] for label in labels for name in layers]
-        parts.append((f"{measure}, by layer", ["network", "layer", *keys], lines))
-    return parts
+    labels = dict.fromkeys(row["network"] for row in rows)
+    cells = [([name], [row["measured"].get(measure, {}) for row in rows if row["network"] == name]) for name in labels]
+    whole, layers = of_networks_and_layers(cells, ["network"], "layer")
+    parts = [(TITLES.get(measure, measure), *whole), (f"{measure}, by layer", *layers)]
+    return [part for part in parts if part[2]]
 
 
 def _tell(record: Mapping[str, Any], tables: Sequence[tuple[str, str, list[str], list[list[str]]]]) -> None:
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     alone = len({row["network"] for row in record["rows"]}) == 1
     for _, title, heads, lines in tables:
         if heads[1] == "layer" and not alone:  # the page has them
             continue
         say(f"\n{title}")
-        grid = Table(box=None, pad_edge=False)
-        for place, head in enumerate(heads):
-            named = place == 0 or head == "layer"
-            grid.add_column(head, justify="left" if named else "right", no_wrap=named)
-        for line in lines:
-            grid.add_row(*line)
-        console.print(grid)
+        show_table(heads, lines, left=(heads[0], "layer"), whole=True)
     for note in record["notes"]:
         say(note)
     count = len(record["rows"])

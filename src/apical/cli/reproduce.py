@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table as Shown
 
 from apical.bench.distributed import under_torchrun
 from apical.bench.folders import check_writable, refuse_links, refuse_used, remove_tree
@@ -23,6 +21,7 @@ from apical.bench.state import read_json, write_json
 from apical.cli import commands
 from apical.cli.columns import columns, margin
 from apical.cli.flags.training import Compare
+from apical.cli.terminal import say, show_table
 from apical.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -33,11 +32,7 @@ Row = dict[str, Any]
 
 
 def run(flags: "Reproduce", command: str) -> int:
-    """Run the tables one after another; returns the exit status, that of the first table that has another than 0.
-
-    Raises:
-        ApicalError: a name is unknown, a folder is used, or a table cannot be run.
-    """
+    """Run the tables one after another; returns the exit status, that of the first table that has another than 0."""
     if under_torchrun():
         raise ConfigError("apical reproduce runs its own processes, not under torchrun")
     if not flags.targets:
@@ -56,11 +51,7 @@ def run(flags: "Reproduce", command: str) -> int:
 
 
 def tables_of(target: str) -> dict[str, Table]:
-    """The tables that a target means, by "paper/table".
-
-    Raises:
-        ConfigError: there are none; names the nearest.
-    """
+    """The tables that a target means, by "paper/table"."""
     paper, _, name = target.partition("/")
     if paper not in all_tables():
         raise unknown_name("paper", target, [f"{p}/{t}" for p, tables in all_tables().items() for t in tables])
@@ -95,8 +86,7 @@ def _check(table: Table, path: Path, flags: "Reproduce") -> None:
 def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
     """Run one table, print its verdicts and keep them; returns the exit status."""
     path, sizes = place(flags, name, table), table.budgets[flags.budget]
-    console = Console()
-    console.print(f"== {name}, budget {flags.budget}: {table.title}", highlight=False, markup=False, soft_wrap=True)
+    say(f"== {name}, budget {flags.budget}: {table.title}")
     begun = time.perf_counter()
     status = _compare(table, path, sizes, flags, command) if table.study else _module(table, path, sizes, flags)
     if status not in (0, commands.DIVERGED):
@@ -116,8 +106,8 @@ def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
     record_path = flags.out / "reproductions" / f"{path.stem if table.result == 'file' else path.name}.json"
     record_path.parent.mkdir(parents=True, exist_ok=True)
     write_json(record_path, record)
-    _tell(console, rows)
-    console.print(f"verdicts: {shown_path(record_path)}", highlight=False, soft_wrap=True)
+    _tell(rows)
+    say(f"verdicts: {shown_path(record_path)}")
     return status
 
 
@@ -174,7 +164,6 @@ def verdict(row: Verdict, epochs: int | None, *, cut: bool) -> str:
     Args:
         row: the number, and the verdict that tolerance and data give.
         epochs: of the budget; None for those of the table.
-        cut: images were left out.
     """
     if epochs is not None and row.epoch > epochs:
         return SMALL
@@ -204,17 +193,12 @@ def module_rows(path: Path, table: Table, sizes: Sizes) -> list[Row]:
     return rows
 
 
-def _tell(console: Console, rows: Sequence[Row]) -> None:
-    grid = Shown(box=None, pad_edge=False)
-    for name in ("rule", "what", "reference", "source", "ours [95 %]", "n", "verdict"):
-        grid.add_column(name, justify="right" if name == "n" else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(
-            row["rule"], row["what"], row["reference"], row["source"], measured(row), str(row["n"] or "-"), row["verdict"]
-        )
-    console.print(grid)
+def _tell(rows: Sequence[Row]) -> None:
+    heads = ("rule", "what", "reference", "source", "ours [95 %]", "n", "verdict")
+    lines = [[*(row[key] for key in heads[:4]), measured(row), str(row["n"] or "-"), row["verdict"]] for row in rows]
+    show_table(heads, lines, left=(*heads[:5], "verdict"))
     told = [row["verdict"] for row in rows]
-    console.print(", ".join(f"{told.count(word)} {word}" for word in dict.fromkeys(told)) or "no published numbers")
+    say(", ".join(f"{told.count(word)} {word}" for word in dict.fromkeys(told)) or "no published numbers")
 
 
 def measured(row: Row) -> str:

@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from apical.bench import compare as comparison
-from apical.bench.checkpoint import write_atomically
 from apical.bench.compare import Job, cores
 from apical.bench.distributed import under_torchrun
 from apical.bench.document import command_block, document, figure_block
 from apical.bench.figures.sweep import draw
 from apical.bench.folders import check_writable, refuse_used
 from apical.bench.materials import identified, load_data
-from apical.bench.names import check_options, find_rule, make_rule
+from apical.bench.names import make_rule
 from apical.bench.progress import shown_path
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, rule_name
@@ -34,6 +31,7 @@ from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
 from apical.cli import commands
+from apical.cli.terminal import check_least, say, show_table
 from apical.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -45,28 +43,23 @@ SHARE = 10
 
 
 def run(flags: "Sweep", command: str) -> int:
-    """Search, choose, test; returns the exit status.
-
-    Raises:
-        ApicalError: an option, the space or a folder is not usable.
-    """
+    """Search, choose, test; returns the exit status."""
     rules, drafts, axes = _planned(flags)
     lock = _open(flags, command, drafts)
     here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))
-    console = Console()
     trials: list[Trial] = []
     with on_ray(flags.ray, make_rule, command, flags.jobs or None) if flags.ray else here as train, StopSignals() as stop:
         try:
             for rule, recipe in zip(rules, drafts, strict=True):
-                trials += _searched(flags, rule, recipe, axes[rule], train, stop, console)
+                trials += _searched(flags, rule, recipe, axes[rule], train, stop)
             best = [winner(rule_name(rule), trials) for rule in rules]
             _keep(flags, command, axes, trials, best)
-            status = _test(flags, command, [trial for trial in best if trial], stop, console)
+            status = _test(flags, command, [trial for trial in best if trial], stop)
         except Interrupted as interrupted:
             return commands.stopped(interrupted, command)
         finally:
             lock.release()
-    _tell(console, flags.out, trials, best)
+    _tell(flags.out, trials, best)
     return status
 
 
@@ -74,14 +67,7 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     """Rules, the recipe that the settings go into, and the axes, all checked."""
     if under_torchrun():
         raise ConfigError("apical sweep runs its own processes, not under torchrun")
-    for option, value, least in (
-        ("--seeds", flags.seeds, 1),
-        ("--jobs", flags.jobs, 0),
-        ("--final-seeds", flags.final_seeds, 0),
-        ("--trials", TRIALS if flags.trials is None else flags.trials, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{option} must be at least {least}, got {value}")
+    check_least(flags, seeds=1, jobs=0, final_seeds=0, trials=1)
     if flags.search == "grid" and flags.trials is not None:
         raise ConfigError("--trials is for --search random and optuna; a grid search always runs every combination")
     if flags.tensorboard:
@@ -89,17 +75,11 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     commands.refuse_numbers(flags)
     study = commands.find_study(flags.recipe)
     rules = list(dict.fromkeys(flags.rules or (tuple(study.rows) if study else commands.DEMO_RULES)))
-    for rule in rules:
-        find_rule(rule)
-    names = [rule_name(rule) for rule in rules]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
-    check_options(rules, flags.rule_options or ())
+    commands.check_rules(rules, flags)
     axes = space(rules, flags.space)
     drafts = [replace(commands.draft(flags, study, rule), probe=0) for rule in rules]
     drafts = [identified(item, load_data(item)) for item in commands.understood(drafts, flags, print)]
-    if len({recipe.epochs for recipe in drafts}) > 1:
-        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+    commands.check_epochs(drafts)
     if flags.search == "grid":
         sizes = {rule_name(rule): len(grid(axes[rule])) for rule in rules}
         if len(set(sizes.values())) > 1:
@@ -158,7 +138,6 @@ def _searched(
     axes: Sequence[Axis],
     train: Execute,
     stop: StopSignals,
-    console: Console,
 ) -> list[Trial]:
     """All trials of one rule, finished."""
     search: Grid | Optuna
@@ -183,9 +162,7 @@ def _searched(
                 if trial.number not in told and len(trial.results()) == len(trial.folders):
                     told.add(trial.number)
                     score = "diverged" if trial.score is None else _shown(trial.score)
-                    console.print(
-                        f"{name} trial {trial.number}: {words(trial.settings)}: {score}", highlight=False, soft_wrap=True
-                    )
+                    say(f"{name} trial {trial.number}: {words(trial.settings)}: {score}")
 
         train(runs, stop, refresh)
         refresh()
@@ -236,13 +213,12 @@ def _keep(
     write_json(flags.out / "best.json", {"title": f"{flags.out.name}: {about}", "rows": rows})
     drawing = draw(record)
     if drawing is not None:
-        write_atomically(flags.out / "sweep.png", drawing.png)
-        write_atomically(flags.out / "sweep.svg", drawing.svg)
+        drawing.write(flags.out)
     figure = figure_block(drawing) if drawing is not None else ""
     write_page(flags.out / "sweep.html", page(record, figure))
 
 
-def _test(flags: "Sweep", command: str, best: Sequence[Trial], stop: StopSignals, console: Console) -> int:
+def _test(flags: "Sweep", command: str, best: Sequence[Trial], stop: StopSignals) -> int:
     """Train the best settings again with fresh seeds and test them; returns the exit status."""
     if not flags.final_seeds or not best:
         return 0 if best else commands.DIVERGED
@@ -257,39 +233,34 @@ def _test(flags: "Sweep", command: str, best: Sequence[Trial], stop: StopSignals
         about={"study": None, "published": {}, "claims": []},
     )
     comparison.check(job)
-    console.print(f"testing the best of each rule with {flags.final_seeds} new seeds", highlight=False)
+    say(f"testing the best of each rule with {flags.final_seeds} new seeds")
     rows = comparison.run(job, stop, lambda: None)
     report.write(job.out)
     return commands.DIVERGED if any(row["status"] == "diverged" for row in rows) else 0
 
 
-def _tell(console: Console, out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> None:
+def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> None:
     summary = out / "final" / "summary.json"
     rows = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
-    table = Table(box=None, pad_edge=False)
-    for name in ("rule", "trials", "diverged", "best settings", "validation", "test [95 %]", "n"):
-        table.add_column(name, justify="left" if name in ("rule", "best settings") else "right", overflow="fold")
+    lines = []
     for rule in dict.fromkeys(trial.rule for trial in trials):
         own = [trial for trial in trials if trial.rule == rule]
         winner_of_rule = next((trial for trial in best if trial and trial.rule == rule), None)
         tested = [row for row in rows if row["rule"] == rule and row["status"] == "finished"]
         scores = [100 * row["test_accuracy"] if row["test_accuracy"] is not None else row["test_loss"] for row in tested]
-        table.add_row(
-            rule,
-            str(len(own)),
-            str(sum(trial.score is None for trial in own)),
-            words(winner_of_rule.settings) if winner_of_rule else "-",
-            _shown(winner_of_rule.score) if winner_of_rule and winner_of_rule.score is not None else "-",
-            bootstrap(scores).shown() if scores else "-",
-            str(len(scores)) if scores else "-",
-        )
-    console.print(table)
+        counts = [str(len(own)), str(sum(trial.score is None for trial in own))]
+        best_of_rule = [words(winner_of_rule.settings) if winner_of_rule else "-"]
+        best_of_rule += [_shown(winner_of_rule.score) if winner_of_rule and winner_of_rule.score is not None else "-"]
+        tests = [bootstrap(scores).shown(), str(len(scores))] if scores else ["-", "-"]
+        lines.append([rule, *counts, *best_of_rule, *tests])
+    heads = ("rule", "trials", "diverged", "best settings", "validation", "test [95 %]", "n")
+    show_table(heads, lines, left=("rule", "best settings"))
     for name in ("sweep.html", "best.json", "final/report.html"):
         if (out / name).exists():
-            console.print(f"{Path(name).name}: {shown_path(out / name)}", highlight=False, soft_wrap=True)
+            say(f"{Path(name).name}: {shown_path(out / name)}")
     names = " ".join(trial.rule for trial in best if trial)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
-    console.print(f"the best settings of {names} again: {again}", highlight=False, soft_wrap=True)
+    say(f"the best settings of {names} again: {again}")
 
 
 def words(settings: Mapping[str, Any]) -> str:

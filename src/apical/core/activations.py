@@ -1,21 +1,19 @@
 """Activations: which modules they are, their derivative, and the difference `phi(v + d) - phi(v)` without cancellation.
 
 What is known of a type holds for its own forward alone: a subclass that overrides it is an activation, but not known to act
-on each neuron alone. Differences are in :mod:`apical.core.differences`; an activation without one of its own is evaluated in
-float64 where its potentials are of lower precision.
+on each neuron alone. Differences of common types are in :mod:`apical.core.differences`; an activation without one is
+evaluated in float64 where its potentials are of lower precision.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apical.core.differences import DIFFERENCES
-from apical.core.differences import plain as plain
 from apical.core.layers import runs_own_forward
-from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid, complex_shifted_sigmoid
 from apical.errors import ConfigError
 
 
@@ -104,6 +102,16 @@ def itself(activation: nn.Module) -> nn.Module:
     return Itself(activation) if inherits else activation
 
 
+def plain(activation: nn.Module) -> nn.Module:
+    """The activation, not in place; `stands_for` of a copy is the original."""
+    if not getattr(activation, "inplace", False):
+        return activation
+    twin = copy(activation)
+    twin.__dict__["stands_for"] = activation
+    twin.inplace = False  # type: ignore[assignment]
+    return twin
+
+
 _nearest: dict[type[nn.Module], Activation | None] = {}
 
 
@@ -112,8 +120,13 @@ def known(activation: nn.Module) -> Activation | None:
     activation = _own(activation)
     kind = type(activation)
     if kind not in _nearest:
-        entry = next((TYPES[base] for base in kind.__mro__ if base in TYPES), None)
-        _nearest[kind] = entry if entry is not None and kind.forward is entry.forward else None
+        base = next((base for base in kind.__mro__ if base in TYPES), None)
+        entry = None if base is None or kind.forward is not TYPES[base].forward else TYPES[base]
+        if entry is not None and base is not None and entry.difference is None:
+            from apical.core.differences import DIFFERENCES  # of the common types; few rules compute any
+
+            entry = replace(entry, difference=DIFFERENCES.get(base))
+        _nearest[kind] = entry
     entry = _nearest[kind]
     return entry if entry is not None and runs_own_forward(activation, entry.forward) else None
 
@@ -185,10 +198,10 @@ _ATEN = torch.ops.aten
 
 TYPES |= {kind: Activation(kind.forward, elementwise=False) for kind in (nn.PReLU, nn.RReLU, nn.Softmax)}
 TYPES |= {
-    kind: Activation(kind.forward, difference=DIFFERENCES.get(kind))
+    kind: Activation(kind.forward)
     for kind in (
         *(nn.ReLU6, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid),
-        *(nn.Hardswish, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, DoubleSiLU, HalfClip),
+        *(nn.Hardswish, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold),
     )
 }
 TYPES |= {
@@ -196,46 +209,34 @@ TYPES |= {
         nn.Identity.forward,
         derivative=lambda _, v, r: torch.ones_like(v),
         pulled_back=lambda _, v, r, signal: signal,
-        difference=DIFFERENCES[nn.Identity],
         from_output=True,
     ),
     nn.Tanh: Activation(
         nn.Tanh.forward,
         derivative=lambda _, v, r: 1 - r * r,
         pulled_back=lambda _, v, r, signal: _ATEN.tanh_backward(signal, r),
-        difference=DIFFERENCES[nn.Tanh],
         from_output=True,
     ),
     nn.Sigmoid: Activation(
         nn.Sigmoid.forward,
         derivative=lambda _, v, r: r - r * r,
         pulled_back=lambda _, v, r, signal: _ATEN.sigmoid_backward(signal, r),
-        difference=DIFFERENCES[nn.Sigmoid],
         from_output=True,
-    ),
-    ShiftedSigmoid: Activation(
-        ShiftedSigmoid.forward,
-        derivative=lambda _, v, r: 4 * (r - r * r),
-        difference=DIFFERENCES[ShiftedSigmoid],
-        complex_parts=lambda _, a, b: complex_shifted_sigmoid(a, b),
     ),
     nn.ReLU: Activation(
         nn.ReLU.forward,
         derivative=lambda _, v, r: (v > 0).to(v.dtype),
         pulled_back=lambda _, v, r, signal: _ATEN.threshold_backward(signal, r, 0),
-        difference=DIFFERENCES[nn.ReLU],
         from_output=True,
     ),
     nn.LeakyReLU: Activation(
         nn.LeakyReLU.forward,
         derivative=lambda self, v, r: torch.where(v > 0, torch.ones_like(v), self.negative_slope),
-        difference=DIFFERENCES[nn.LeakyReLU],
     ),
     nn.ELU: Activation(
         nn.ELU.forward,
         derivative=lambda self, v, r: torch.where(v > 0, 1.0, r + self.alpha).to(v.dtype),
         pulled_back=lambda self, v, r, signal: _ATEN.elu_backward(signal, self.alpha, 1.0, 1.0, True, r),
-        difference=DIFFERENCES[nn.ELU],
         from_output=True,
     ),
 }

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
-from apical.core.chain import Call, example_of, require_affine_type, traced
+from apical.core.called import Call, Functions, on_path
+from apical.core.chain import example_of, require_affine_type, traced
 from apical.core.layers import Layer, is_known_in_row, is_own, is_weighted, shapes_input
 from apical.core.units import leaves, weighted_layers
 from apical.errors import UnsupportedModelError
@@ -120,7 +121,7 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         waiting.append([])
 
     def leave(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
-        inner, given = waiting.pop(), args[0] if len(args) == 1 else None
+        inner, given = on_path(waiting.pop(), made), args[0] if len(args) == 1 else None
         waiting[-1].append(Call(names[module], module, given, made, 0, 0))  # type: ignore[arg-type]
         steps = [given, *(call.made for call in inner)]
         row = all(call.given is before for call, before in zip(inner, steps, strict=False)) and steps[-1] is made
@@ -133,7 +134,7 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     hooks += [module.register_forward_hook(leave) for module in containers]
     try:
         model.eval()
-        with torch.random.fork_rng([example.device] if example.is_cuda else []):
+        with torch.random.fork_rng([example.device] if example.is_cuda else []), Functions(lambda c: waiting[-1].append(c)):
             model(example.clone())
     except (RuntimeError, ValueError, TypeError):
         return {}  # the trace will say so

@@ -17,7 +17,8 @@ from apical.core.credit import Attention
 from apical.core.effective import unchanged
 from apical.core.layer_forward import Wrapped
 from apical.core.layers import is_packed
-from apical.core.packed import PackedSwap, Part
+from apical.core.packed import Part
+from apical.core.packed_swap import PackedSwap
 from apical.errors import UnsupportedModelError
 
 UNCOMPILED = (

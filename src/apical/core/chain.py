@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
+from apical.core.called import Call, Functions, on_path
 from apical.core.containers import Containers
 from apical.core.layers import (
     Layer,
@@ -132,17 +133,29 @@ class Chain:
         input_shape: of one sample; needed where a model has convolutions, whose sizes depend on it.
         pools: whether max-pooling may stand anywhere, and any pooling between a layer and its activation. Only for rules
             that take neither `before` for linear nor `after` for empty.
+        dense: whether convolutions are refused before anything else is looked at.
 
     Raises:
         UnsupportedModelError: a module is not part of a chain, or the mathematics does not carry over to it; it is named.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Sequence[int] | None = None, *, pools: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, input_shape: Sequence[int] | None = None, *, pools: bool = False, dense: bool = False
+    ) -> None:
         self.model, self.layers = model, weighted_layers(model, exact=None)
+        odd = next((name for name, layer in self.layers.items() if dense and geometry(layer) is not None), None)
+        if odd is not None:
+            raise UnsupportedModelError(
+                f"layer {odd!r} is a convolution, and this rule takes dense layers on vectors only; use another rule"
+            )
         for name, module in leaves(model):
             _check_kind(name, module, pools=pools)
         example = example_of(model, self.layers, input_shape)
-        self.head, self.stages = _stages(traced(model, example), example, pools=pools)
+        calls = traced(model, example)
+        for call in calls:
+            if call.is_function:
+                _check_kind(call.name, call.module, pools=pools)
+        self.head, self.stages = _stages(calls, example, pools=pools)
         self._containers = Containers(model)
         self._affine = [(stage.name, stage.layer, original(stage.layer)) for stage in self.stages]
         self._modules = [m for stage in self.stages for m in (*stage.before, stage.layer, *stage.after, stage.activation)]
@@ -234,17 +247,6 @@ class Chain:
         return States(v, r)
 
 
-class Call(NamedTuple):
-    """One call of a module without children: what it was given and what it made."""
-
-    name: str
-    module: nn.Module
-    given: Tensor
-    made: Tensor
-    entered: int  # version of `given` when the module was called: a change in place leaves the tensor the same object
-    left: int  # version of `made` when it returned
-
-
 def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Sequence[int] | None) -> Tensor:
     """Zeros in the place of one sample (1, *input_shape), of the first layer's dtype.
 
@@ -310,7 +312,8 @@ def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | N
     Raises:
         UnsupportedModelError: the calls are no chain, depend on the mode, or (of whole modules) draw random numbers.
     """
-    training, calls = (_traced(model, example.clone(), whole or {}, training=training) for training in (True, False))
+    known: dict[str, nn.Module] = {}  # the modules that stand for functions
+    training, calls = (_traced(model, example.clone(), whole or {}, known, training=training) for training in (True, False))
     if [call.module for call in training] != [call.module for call in calls]:
         raise UnsupportedModelError(
             f"{type(model).__name__} calls other modules in training mode ({_names(training)}) than in evaluation mode "
@@ -320,12 +323,15 @@ def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | N
 
 
 def _names(calls: Sequence[Call]) -> str:
-    return ", ".join(repr(call.name) for call in calls)
+    return ", ".join(f"{call.name!r} ({call.module})" if call.is_function else repr(call.name) for call in calls)
 
 
 @torch.no_grad()
-def _traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module], *, training: bool) -> list[Call]:
+def _traced(
+    model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module], known: dict[str, nn.Module], *, training: bool
+) -> list[Call]:
     calls: list[Call] = []
+    functions = Functions(calls.append, known)
     hidden = {id(part) for module in whole.values() for part in module.modules()}
     names = {id(module): name for name, module in leaves(model) if id(module) not in hidden}
     names |= {id(module): name for name, module in whole.items()}
@@ -335,10 +341,12 @@ def _traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module], *
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal given, entered
         given, entered = args, args[0]._version if args and isinstance(args[0], Tensor) else 0
+        functions.deep += 1
 
     def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(made, Tensor):
             raise UnsupportedModelError(f"module {names[id(module)]!r} does not map one tensor to one tensor")
+        functions.deep -= 1
         calls.append(Call(names[id(module)], module, given[0], made, entered, made._version))
 
     modes = [(module, module.training) for module in model.modules()]
@@ -351,7 +359,8 @@ def _traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module], *
             for module, _ in modes:
                 module.training = training and id(module) not in inside
             before = torch.get_rng_state() if whole else None
-            output = model(example)
+            with functions:
+                output = model(example)
             if before is not None and not torch.equal(before, torch.get_rng_state()):
                 raise UnsupportedModelError(
                     f"a module in {', '.join(map(repr, whole))} draws random numbers in training; remove that"
@@ -364,17 +373,33 @@ def _traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module], *
             hook.remove()
         for module, mode in modes:
             module.training = mode
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"the model's output is a {type(output).__name__}, and this rule needs one tensor; wrap the model in a module "
+            "that returns it"
+        )
+    calls = on_path(calls, output)
     last, version, source = example, 0, "the model's input"
     for call in calls:
         if call.given is not last or call.entered != version:
             raise UnsupportedModelError(
-                f"the input of module {call.name!r} is not {source}: a function, a sum or a branch lies between them, so "
-                "the model is not a chain; make it a chain of modules (nn.ReLU in place of F.relu) or use another rule"
+                f"the input of {call.label} is not {source}{_instead(functions, call.given)}: a function, a sum or a branch "
+                "lies between them, so the model is not a chain; make it one, of modules, activations, flattening and "
+                "pooling one after the other, or use another rule"
             )
-        last, version, source = call.made, call.left, f"the output of module {call.name!r}"
+        last, version, source = call.made, call.left, f"the output of {call.label}"
     if output is not last or output._version != version:
-        raise UnsupportedModelError(f"the model's output is not {source}: a function follows it; make it a module")
+        raise UnsupportedModelError(
+            f"the model's output is not {source}{_instead(functions, output)}: a function, a sum or a branch follows it, so "
+            "the model is not a chain; make a function a module or a part of the loss, or use another rule"
+        )
     return calls
+
+
+def _instead(functions: Functions, tensor: Tensor) -> str:
+    """What made a tensor, if it was a function."""
+    maker = functions.maker(tensor)
+    return "" if maker is None else f" but the result of {maker!r}"
 
 
 def _acts(module: nn.Module) -> bool:

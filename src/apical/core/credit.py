@@ -6,17 +6,17 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.core.diagnosis import explained, require_loss_of_output
-from apical.core.placement import Placement, layer_paths, place
-from apical.core.rest import undisturbed
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from apical.core.placement import Placement
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
@@ -279,7 +279,7 @@ class CreditRule(nn.Module):
     phase: Phase
     _attention: Attention = "exact"
     _has_attended: bool = False  # and attention by hand was looked for
-    _placement: Placement | None = None
+    _placement: "Placement | None" = None
     _held: Any = None  # of a batch between its calls
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -328,6 +328,8 @@ class CreditRule(nn.Module):
             return super().__call__(*args, **kwargs)
         first = self._is_fresh and torch.is_grad_enabled()
         if first and self.output_alone and len(args) == 2:
+            from apical.core.diagnosis import require_loss_of_output
+
             require_loss_of_output(self, *args)
         try:
             credit = super().__call__(*args, **kwargs)
@@ -337,6 +339,8 @@ class CreditRule(nn.Module):
         except ApicalError:
             raise
         except (TypeError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
+            from apical.core.diagnosis import explained
+
             reason = explained(self, *args) if len(args) == 2 else None
             if reason is None:
                 raise
@@ -388,14 +392,19 @@ class CreditRule(nn.Module):
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
+        from apical.core.placement import layer_paths
+
         return layer_paths(self.model, inputs, "signal of its own")
 
-    def placement(self, inputs: Tensor) -> Placement:
+    def placement(self, inputs: Tensor) -> "Placement":
         """A table of every module with parameters and what its error passes through, for inputs (batch, ...).
 
         The model runs, but weights, buffers, gradients and random generators stay as they are. `repr(rule)` has a summary
         afterwards.
         """
+        from apical.core.placement import place
+        from apical.core.rest import undisturbed
+
         self.require_attached()
         with undisturbed(self):
             placement = place(self.model, self.credit_paths(inputs))

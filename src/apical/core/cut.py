@@ -74,9 +74,11 @@ class CutRule(CreditRule):
 
     Attributes:
         plain_roots: make roots that function transforms (`torch.func`) can follow, as compiled graphs get them.
+        silent: hand no signal to hidden units, as a control: the last unit alone learns.
     """
 
     plain_roots = False
+    silent = False
 
     def __init__(
         self,
@@ -165,15 +167,28 @@ class CutRule(CreditRule):
         """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
         if self.where == "input":
             return super().credit_paths(inputs)
-        paths = self._trace(inputs).paths
+        separation = self._trace(inputs)
         names: dict[nn.Module, str] = {layer: name for name, layer in self._whole.items()}
-        return {name: self._path(layer, paths.get(names[caller(layer)], [])) for name, layer in self.layers.items()}
+        calls = {name: separation.paths.get(names[caller(layer)], []) for name, layer in self.layers.items()}
+        paths = {name: self._path(layer, calls[name]) for name, layer in self.layers.items()}
+        return paths | dict.fromkeys(self._untaught(separation.patterns), "no credit") if self.silent else paths
+
+    def _untaught(self, patterns: set[Pattern]) -> set[str]:
+        """Modules with parameters, none of them a layer's, that lie in hidden units only."""
+        units: dict[str, set[str]] = {}
+        for site, above, _ in patterns:
+            if site not in self._whole:
+                module = site.rpartition(".")[0].partition(".parametrizations")[0]
+                units.setdefault(module, set()).update(above)
+        return {module for module, above in units.items() if OUTPUT not in above}
 
     def _path(self, layer: nn.Module, calls: list[tuple[list[str], str | None]]) -> str:
         if not any(parameter.requires_grad for parameter in layer.parameters()):
             return "frozen"
         merged = list(dict.fromkeys(through for _, through in calls if through is not None))
         units = list(dict.fromkeys(self.first_use(unit) for above, _ in calls for unit in above))
+        if self.silent:
+            units = [unit for unit in units if unit == OUTPUT]
         if not units:
             return "no credit"
         if merged and not self._inner:

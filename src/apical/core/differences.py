@@ -6,25 +6,14 @@ digits in float32 and more; the identities here keep them all.
 
 import math
 from collections.abc import Callable
-from copy import copy
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apical.core.activations import plain
 from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid
-
-
-def plain(activation: nn.Module) -> nn.Module:
-    """The activation, not in place; `stands_for` of a copy is the original."""
-    if not getattr(activation, "inplace", False):
-        return activation
-    twin = copy(activation)
-    twin.__dict__["stands_for"] = activation
-    twin.inplace = False  # type: ignore[assignment]
-    return twin
-
 
 Difference: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.bundle import Bundle
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
@@ -28,7 +27,6 @@ from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly, is_affine, through
 from apical.core.outside_use import OutsideUse
 from apical.core.packed import Part, caller, refuse_compiled, row_blocks, xavier_
-from apical.core.placement import layer_paths
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
@@ -201,10 +199,12 @@ class EdgeRule(CreditRule):
             for (name, layer), wrapped in zip(plain.items(), hold.wrapped, strict=False)
         }
         names = {module: name for name, module in self.model.named_modules()}
-        self._bundles = {}
+        self._bundles: dict[str, tuple[Any, Any]] = {}
         for owner, wrapped in zip(owners, hold.wrapped[len(plain) :], strict=True):
             own = {name: part for name, part in parts.items() if part.owner is owner}
             first = self._first if self._first in own else None
+            from apical.core.bundle import Bundle  # few models have such modules
+
             bundle = Bundle(names[owner], wrapped, own, self._feedback_of_part, first, self._projected)
             bundle.refuse_substitutes()
             self._bundles[bundle.name] = (wrapped, bundle)
@@ -312,6 +312,8 @@ class EdgeRule(CreditRule):
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """What the error of each layer passes through on its way down."""
+        from apical.core.placement import layer_paths
+
         paths = layer_paths(self.model, inputs, "exact")
         for name in self._sites:
             if paths.get(name) == "exact":
@@ -396,9 +398,9 @@ class EdgeRule(CreditRule):
         weights = {name: substitutes.get(self.weight_name(name), weight) for name, weight in own.items()}
         return {name: weight for name, weight in weights.items() if weight is not None}
 
-    def call_layer(self, site: Site | Bundle, *args: Any, **kwargs: Any) -> Any:
+    def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass, with its feedback, while the rule is at work."""
-        if isinstance(site, Bundle):
+        if not isinstance(site, Site):
             if self._unseen and torch.is_grad_enabled():
                 self._unseen -= site.parts.keys()
             site.attention = self.attention

@@ -23,7 +23,6 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from apical.core.pooling import SoftmaxPool2d
 from apical.core.transport import GEOMETRIES, Geometry, dense, geometry_of_type
 from apical.errors import ConfigError
 
@@ -42,7 +41,7 @@ PACKED = (nn.MultiheadAttention, nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell
 
 LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
 MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
-POOLS = (pooling._MaxPoolNd, *AVERAGES, SoftmaxPool2d)
+POOLS: list[type[nn.Module]] = [pooling._MaxPoolNd, *AVERAGES]
 SHAPES = (nn.Flatten, nn.Unflatten, nn.Upsample, nn.Identity)
 
 
@@ -171,7 +170,10 @@ def through(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None
 
 
 def _registered(module: nn.Module) -> LayerType | None:
-    return next((_LAYERS[base] for base in type(module).__mro__ if base in _LAYERS), None)
+    for base in type(module).__mro__:  # a loop, which the compiler of PyTorch 2.6 can follow
+        if base in _LAYERS:
+            return _LAYERS[base]
+    return None
 
 
 def is_local(module: nn.Module) -> bool:
@@ -201,7 +203,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_pool(module: nn.Module) -> bool:
     """Whether the module pools windows by maxima, averages or softmax, and so may stand between layer and activation."""
-    return isinstance(module, POOLS) and runs_own_forward(module)
+    return isinstance(module, tuple(POOLS)) and runs_own_forward(module)
 
 
 def shapes_input(module: nn.Module) -> bool:

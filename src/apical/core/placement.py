@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +119,10 @@ def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
     return Placement(rows)
 
 
-def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
+def layer_paths(model: nn.Module, inputs: Any, path: str, exact: Collection[str] = ()) -> dict[str, str]:
     """`path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
+
+    Layers named in `exact` have the path "exact" in its place.
 
     Any module with parameters that is not local (:func:`apical.core.layers.is_local`) counts as weighted.
     """
@@ -129,7 +131,8 @@ def layer_paths(model: nn.Module, inputs: Any, path: str) -> dict[str, str]:
     paths = {}
     for name, own in modules.items():
         trained = [id(q) for q in own.values() if q.requires_grad]
-        paths[name] = (path if any(i in reached for i in trained) else "no credit") if trained else "frozen"
+        own_path = "exact" if name in exact else path
+        paths[name] = (own_path if any(i in reached for i in trained) else "no credit") if trained else "frozen"
     return paths
 
 

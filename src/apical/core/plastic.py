@@ -207,7 +207,8 @@ class PlasticRule(EdgeRule):
 
     def mismatch_of(self, name: str) -> Mismatch | None:
         """The mismatch of one layer; None where it is explicit."""
-        return cast(Mismatch | None, self._mismatches()._modules.get(key(name)))
+        mismatch: Mismatch | None = self._mismatches()._modules.get(key(name))  # type: ignore[assignment]
+        return mismatch
 
     def hold(self, name: str, plastic: Tensor) -> None:
         """Begin with R_0 = `plastic`, in the form that was asked for."""

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from apical.core.layers import POOLS
 from apical.errors import ConfigError
 
 
@@ -44,3 +45,6 @@ class SoftmaxPool2d(nn.Module):
     def extra_repr(self) -> str:
         """Options, as printed."""
         return f"kernel_size={self.kernel_size}, sharpness={self.sharpness:g}"
+
+
+POOLS.append(SoftmaxPool2d)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from apical.core.activations import TYPES, Activation
+
 
 class ShiftedSigmoid(nn.Module):
     """`sigma(4 v - 2)`, an analytic `clip(v, 0, 1)`: its steepest point is v = 1/2, with slope 1.
@@ -56,3 +58,11 @@ class DoubleSiLU(nn.Module):
         """Element-wise; v may be complex."""
         half = v / 2
         return half * torch.sigmoid(v) + (1 - half) * torch.sigmoid(v - 2)
+
+
+TYPES |= {kind: Activation(kind.forward) for kind in (DoubleSiLU, HalfClip)}
+TYPES[ShiftedSigmoid] = Activation(
+    ShiftedSigmoid.forward,
+    derivative=lambda _, v, r: 4 * (r - r * r),
+    complex_parts=lambda _, a, b: complex_shifted_sigmoid(a, b),
+)

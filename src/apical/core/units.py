@@ -1,6 +1,6 @@
 """Which modules of a model a rule treats as layers, found and validated before anything is changed."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, cast
 
 from torch import nn
@@ -9,7 +9,6 @@ from torch.nn.parameter import UninitializedParameter
 from apical.core.activations import is_activation
 from apical.core.layers import Layer as Layer
 from apical.core.layers import is_local, is_packed, is_registered, is_weighted
-from apical.core.packed import full_name, own_parts, parameter_names, parts_of
 from apical.errors import UnsupportedModelError
 
 
@@ -54,7 +53,7 @@ def weighted_layers(
     names: dict[nn.Module, str] = {}
     inside: set[nn.Module] = set()
     owner: dict[int, str] = {}
-    own_sites = own_parts(model, sites)
+    own_sites = _own_sites(model, sites)
     faults = Faults()
     exempt = {m for name, m in model.named_modules(remove_duplicate=False) if _is_exact(name, exact)} if shared else set()
     for name, module in model.named_modules(remove_duplicate=shared):
@@ -74,12 +73,14 @@ def weighted_layers(
             if owner.setdefault(id(parameter), full) != full and not shared:
                 faults.tied[full] = owner[id(parameter)]
         for full in own.keys() & own_sites.keys():
-            layers[full] = cast(Layer, own_sites[full])
+            layers[full] = own_sites[full]
             del own[full]
         if is_weighted(module) and module not in inside:
             layers[name] = module
             inside |= _belonging(module)
         elif packed != "refused" and is_packed(module) and module not in inside:
+            from apical.core.packed import full_name, parameter_names, parts_of
+
             inside |= set(module.modules())
             parts = {full_name(name, part): its for part, its in parts_of(module).items()}
             strange = [full for full in own if full.removeprefix(f"{name}.") not in parameter_names(module)]
@@ -97,6 +98,15 @@ def weighted_layers(
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no Linear or convolution layer to assign credit to")
     return layers
+
+
+def _own_sites(model: nn.Module, sites: Collection[str]) -> dict[str, Layer]:
+    """What a rule knows of parameters of a user's modules."""
+    if not sites:
+        return {}
+    from apical.core.packed import own_parts
+
+    return cast(dict[str, Layer], own_parts(model, sites))
 
 
 def _joined(name: str, parameter: str) -> str:
@@ -147,6 +157,7 @@ class Faults:
         tied: names of parameters that are the same tensor as another, and that one's name.
         lazy: names of lazy modules.
         unknown: modules of PyTorch with parameters of which no backward map is known.
+        several: modules that apply several weights within one call, where a rule takes none of these.
         orphans: names of parameters outside layers, and the type that holds each.
         matrices: those of them that a rule with the option `sites` could lead the error through.
     """
@@ -156,12 +167,15 @@ class Faults:
         self.tied: dict[str, str] = {}
         self.lazy: list[str] = []
         self.unknown: dict[str, nn.Module] = {}
+        self.several: dict[str, nn.Module] = {}
         self.orphans: dict[str, str] = {}
         self.matrices: list[str] = []
 
     def add(self, name: str, module: nn.Module, own: Collection[str]) -> None:
         """Note a module with parameters that is no layer of known kind."""
-        if type(module).__module__.startswith("torch.nn"):
+        if is_packed(module):
+            self.several[name] = module
+        elif type(module).__module__.startswith("torch.nn"):
             self.unknown[name] = module
         else:
             self.orphans |= dict.fromkeys(own, type(module).__name__)
@@ -183,8 +197,15 @@ class Faults:
         if self.lazy:
             what = _counted("module", self.lazy, "is", "are") if self.lazy != [""] else "the model itself is"
             parts.append(f"{what} lazy: run one batch through the model before making the rule")
+        if self.several:
+            one = len(self.several) == 1
+            what = f"{'module' if one else 'modules'} {_typed(self.several)} {'applies' if one else 'apply'} several weights"
+            parts.append(
+                f"{what} in one call, and this rule takes layers of one weight; use another rule, or replace "
+                f"{'it' if one else 'them'}"
+            )
         if self.unknown:
-            kinds = ", ".join(f"{n!r} ({type(module).__name__})" for n, module in self.unknown.items())
+            kinds = _typed(self.unknown)
             one = len(self.unknown) == 1
             parts.append(
                 f"{'layer' if one else 'layers'} {kinds} {'is' if one else 'are'} not supported: no feedback transport is "
@@ -198,7 +219,7 @@ class Faults:
             )
         if not parts:
             return
-        strange = (*self.unknown, *self.orphans)
+        strange = (*self.several, *self.unknown, *self.orphans)
         if strange and advises_exact:
             one = len(strange) == 1
             parts[-1] += f", or pass exact={strange!r} to give {'it its' if one else 'them their'} exact derivative"
@@ -211,6 +232,10 @@ class Faults:
 
 def _listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+def _typed(modules: Mapping[str, nn.Module]) -> str:
+    return ", ".join(f"{name!r} ({type(module).__name__})" for name, module in modules.items())
 
 
 def _counted(noun: str, names: Collection[str], singular: str, plural: str) -> str:

@@ -112,9 +112,13 @@ class Probe:
 
     def given(self) -> dict[str, list[Tensor]]:
         """What each dense layer is given of the sample, rows (positions, n_in), one entry a response."""
-        heard = Inputs({name: weight for name, weight in self.weights.items() if weight.dim() == 2}, self.flipped)
+        heard = self.listening()
         self._passes(heard, self.sample[0])
         return heard.calls
+
+    def listening(self) -> Inputs:
+        """A mode that keeps what dense layers are given."""
+        return Inputs({name: weight for name, weight in self.weights.items() if weight.dim() == 2}, self.flipped)
 
     def rows(self, updates: Updates) -> Updates:
         """Updates of matrices as (n_out, n_in), however the model holds them."""
@@ -161,7 +165,7 @@ class Probe:
     def updates(
         self,
         before: Callable[[], object] | None = None,
-        mode: Responding | None = None,
+        mode: TorchDispatchMode | None = None,
         batch: tuple[Tensor, Tensor] | None = None,
     ) -> Updates:
         """What the rule asks for.

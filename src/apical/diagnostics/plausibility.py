@@ -92,7 +92,7 @@ class Findings:
         responses: forward passes in which each layer responds in a step.
         symmetry: smallest angle of a feedback matrix to a forward weight of its shape, and that weight's size; None if none
             has the shape of a weight.
-        gradient: angle of each update to backpropagation's.
+        gradient: angle of each update to backpropagation's; empty where the network's answer has no derivative.
         depth: products one after another from the batch to the last update.
         multiply_adds: of a step.
         parameters: numbers that feedback needs beside the model.
@@ -355,6 +355,8 @@ def close_to_backprop(found: Findings) -> Verdict:
     """Are hidden updates close to backpropagation's, after training?"""
     if not found.hidden:
         return _nothing_learns()
+    if not found.gradient:
+        return Verdict("not applicable", None, "the network's answer has no derivative, so there is no gradient", {})
     mean = sum(found.gradient[layer] for layer in found.hidden) / len(found.hidden)
     if mean != mean:
         return Verdict("not applicable", None, "a hidden layer's gradient is zero", {})

@@ -25,10 +25,10 @@ def not_presynaptic(probe: Probe) -> dict[str, float]:
 
     NaN where that cannot be told: the inputs span everything, or the layer's inputs change in the course of the step.
     """
-    given, found = probe.given(), {}
-    for name, update in probe.rows(probe.updates(batch=probe.sample)).items():
-        if name in given and float(update.norm()):
-            share = outside(update, torch.cat(given[name]))
+    heard, found = probe.listening(), {}  # in the step: a rule's own network may hand on other activities than the model
+    for name, update in probe.rows(probe.updates(mode=heard, batch=probe.sample)).items():
+        if name in heard.calls and float(update.norm()):
+            share = outside(update, torch.cat(heard.calls[name]))
             found[name] = share if probe.responses[name] == 1 else float("nan")
     return found
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from apical.core.activations import derivative
 from apical.core.chain import Chain, States
-from apical.rules.feedback_control.controller import Leak
 from apical.rules.feedback_control.stability import (
     advice,
     largest_stable_dt,
@@ -28,6 +27,7 @@ from apical.rules.feedback_control.stability import (
     require_leak,
     scalar_modes,
 )
+from apical.rules.feedback_control.trajectory import Leak
 
 __all__ = [
     "advice",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apical import own_code
+from apical.core.rest import evaluating
 from apical.errors import ApicalError, ConfigError
 
 IN_MEMORY = "in-memory:"
@@ -88,10 +89,8 @@ def check_output(
         ConfigError: it fails, or the shape is another; names both shapes.
     """
     where, shape = name.rpartition("/")[2], tuple(inputs.shape)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng([]):
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng([]):
             result = model(inputs)
     except ApicalError:
         raise
@@ -102,9 +101,6 @@ def check_output(
             f"{own_code.described(error, path)}"
             + ("" if inputs.is_floating_point() else "; they are whole numbers: return floats, unless the model embeds them")
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(result, Tensor):
         raise ConfigError(f"model {where} must return one tensor; for inputs {shape} it returns a {type(result).__name__}")
     needed = (len(inputs), *positions, outputs)

@@ -141,7 +141,7 @@ class CorInfoMax(CreditRule):
                 f"forgetting must be in (0, 1] and steps whole numbers from 1, got forgetting={forgetting}, "
                 f"free_steps={free_steps}, nudged_steps={nudged_steps}"
             )
-        self.chain = Chain(model)
+        self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         for stage in stages:
             if not stage.is_dense:

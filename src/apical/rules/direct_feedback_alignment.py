@@ -267,15 +267,12 @@ class DirectFeedbackAlignment(CutRule):
 
     def _size(self, cut: Cut, errors: Tensor) -> tuple[int, ...]:
         outputs = errors.shape[-1]
-        dense = len(cut.shape) == 2
+        dense, are_tokens = len(cut.shape) == 2, cut.axis == -1 and self.where == "activation" and self.kind != "full"
         if self.where == "input" and self.kind == "broadcast" and not dense:
             return (outputs, cut.shape[1], *self.layers[cut.name.split("#")[0]].weight.shape[2:])
-        if dense or self.kind == "broadcast" or errors.dim() > 2 or self._is_of_tokens(cut):
+        if dense or self.kind == "broadcast" or errors.dim() > 2 or are_tokens:
             return (outputs, cut.width)
         return (outputs, cut.shape[1:].numel())
-
-    def _is_of_tokens(self, cut: Cut) -> bool:
-        return cut.axis == -1 and self.where == "activation" and self.kind != "full"
 
     def _order(self) -> dict[str, int]:
         """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""

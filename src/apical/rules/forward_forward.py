@@ -9,6 +9,8 @@
 Positive and negative inputs. "random", "all": the label stands in the image's first K numbers, the true one or a wrong one
 drawn anew, or every wrong one; the read-out and the answer see 1/K there. "images", self-contrastive: the first layer is
 given an image twice, or with another image of the batch, W(a + b) + 2c; no labels; the answer sees the image twice.
+"hard": the wrong label k is drawn with probability p_k / sum_{j != y} p_j, p = softmax of what the read-out says of the
+neutral input.
 
 The gradient at h_l is 2 h_l dL/dG_l (over the width for means): where a unit is silent it is zero without any derivative.
 Local: a block needs its input and one number per sample.
@@ -38,7 +40,7 @@ from apical.core.rest import evaluating
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
-Negatives = Literal["random", "all", "images"]
+Negatives = Literal["random", "hard", "all", "images"]
 Objective = Literal["threshold", "difference"]
 Goodness = Literal["sum", "mean"]
 Answers = Literal["read-out", "goodness"]
@@ -76,6 +78,13 @@ def difference(positive: Tensor, negative: Tensor, alpha: float) -> tuple[Tensor
     return F.softplus(-ahead).sum() / count, -push.sum(0), push.flatten()
 
 
+def drawn_wrong(scores: Tensor, targets: Tensor) -> Tensor:
+    """Labels (B,) other than the targets (B,), drawn in proportion to the softmax of the scores (B, K)."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    others = wide.scatter(1, targets.unsqueeze(1), -math.inf)
+    return (others - torch.empty_like(wide).exponential_().log()).argmax(1)  # the largest with Gumbel noise
+
+
 class ForwardForward(CreditRule):
     """Hidden blocks learn from their own goodness, and the last block reads the normalised hidden activity.
 
@@ -85,7 +94,7 @@ class ForwardForward(CreditRule):
         model: a row of blocks (see :func:`apical.core.blocks.blocks`), two at least: layers with activations and pooling,
             one after another; no skips, normalisation or dropout.
         loss: maps (output, targets) to a scalar batch mean; it teaches the read-out.
-        negatives: "random", "all" or "images" (self-contrastive).
+        negatives: "random", "hard" (wrong labels that the read-out believes), "all" or "images" (self-contrastive).
         objective: "threshold" or "difference".
         goodness: "sum" or "mean" of squares; None: "mean" for images and differences, otherwise "sum".
         theta: of the threshold, or a pair for positive and negative samples; None: a mean square of 1, and for images the
@@ -129,7 +138,7 @@ class ForwardForward(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         for what, value, known in (
-            ("negatives", negatives, ("random", "all", "images")),
+            ("negatives", negatives, ("random", "hard", "all", "images")),
             ("objective", objective, ("threshold", "difference")),
             ("goodness", goodness, ("sum", "mean", None)),
             ("answers", answers, ("read-out", "goodness")),
@@ -156,7 +165,7 @@ class ForwardForward(CreditRule):
         self.goodness = default if goodness is None else goodness
         self.theta = [self._theta(number, theta) for number in range(len(self.hidden))]
         self.train_hidden, self.write = train_hidden, write
-        is_drawn = self.self_contrastive or (negatives == "random" and self.classes > 2)
+        is_drawn = self.self_contrastive or (negatives in ("random", "hard") and self.classes > 2)
         self.random_per_sample = train_hidden and is_drawn
         self.read = nn.ModuleDict()
         for block in self.hidden[1:-1]:  # the first holds the label too plainly; the last block reads the last itself
@@ -221,8 +230,10 @@ class ForwardForward(CreditRule):
         roots: list[Root] = []
         logs: dict[str, Tensor] = {}
         with torch.no_grad():
-            z = self._contrasted(inputs, targets) if self.train_hidden else None
-            read = list(self._features(inputs))
+            read = self._features(inputs)
+        logits = self._read(read)
+        with torch.no_grad():
+            z = self._contrasted(inputs, targets, logits) if self.train_hidden else None
         for number, block in enumerate(self.hidden if z is not None else ()):
             assert z is not None
             if number or not self.self_contrastive:
@@ -235,7 +246,6 @@ class ForwardForward(CreditRule):
                 z = normalised(h)
             roots += block_roots([(h, signal)], parameters)
             del h, signal
-        logits = self._read(read)
         loss, error = output_error(self.loss, logits, targets)
         roots += block_roots([(logits, error)], parameters)
         output = logits.detach()
@@ -249,7 +259,7 @@ class ForwardForward(CreditRule):
     def answer(self, inputs: Tensor) -> Tensor:
         """Scores of the classes (batch, K): the read-out's, or each label's goodness; differentiable."""
         if self.answers == "read-out":
-            return self._read(list(self._features(inputs)))
+            return self._read(self._features(inputs))
         first, *others = self._goodness_of_labels(inputs)
         return torch.stack(others or [first]).sum(0)
 
@@ -279,13 +289,16 @@ class ForwardForward(CreditRule):
                 z = normalised(h)
         return [torch.stack(scores, 1) for scores in zip(*found, strict=True)]
 
-    def _contrasted(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _contrasted(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
         """z_0 of positive, then negative inputs (B + n B, ...); of images (B, ...), joined behind the first layer."""
         if self.self_contrastive:
             return self._given(inputs)
         k = self.classes
         if self.negatives == "all":
             away = torch.arange(k, device=targets.device).unsqueeze(1)  # 0 is the true label
+        elif self.negatives == "hard":
+            wrong = drawn_wrong(logits.flatten(1), targets)
+            away = torch.stack([torch.zeros_like(targets), wrong - targets])
         else:
             drawn = torch.randint(1, k, targets.shape, device=targets.device)
             away = torch.stack([torch.zeros_like(drawn), drawn])

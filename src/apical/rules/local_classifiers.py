@@ -326,9 +326,7 @@ class LocalClassifiers(CreditRule):
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """Exact for the last block, whose loss is the model's."""
-        paths = layer_paths(self.model, inputs, "signal of its own")
-        last = self.row[-1].name
-        return paths | ({last: "exact"} if paths[last] == "signal of its own" else {})
+        return layer_paths(self.model, inputs, "signal of its own", exact=(self.row[-1].name,))
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
         """The accuracy of :meth:`read_outs`."""

@@ -57,7 +57,7 @@ class SemiImplicit(CreditRule):
         if not (0 < eta < float("inf") and 0 < proximity < float("inf")):
             raise ConfigError(f"eta and proximity must be positive and finite, got eta={eta}, proximity={proximity}")
         refuse_options(loss, "semi-implicit backpropagation", ("ignore_index", "reduction"))
-        self.chain = Chain(model)
+        self.chain = Chain(model, dense=True)
         for stage in self.chain.stages:
             if not stage.is_dense:
                 raise UnsupportedModelError(

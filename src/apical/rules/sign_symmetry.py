@@ -28,8 +28,8 @@ from apical.core.units import Layer, key
 from apical.errors import ConfigError
 
 
-def uniform_signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
-    """`s sign(W)`."""
+def signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
+    """`s sign(W)`, or `|U_0| sign(W)`."""
     return weight.sign().mul_(magnitude)
 
 
@@ -45,11 +45,6 @@ def drawn_signs(
 def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
     """Numbers uniform in [0, 1)."""
     return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
-
-
-def fixed_signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
-    """`|U_0| sign(W)`."""
-    return weight.sign().mul_(magnitude)
 
 
 def current_scale(weight: Tensor, blocks: int = 1) -> Tensor:
@@ -122,9 +117,9 @@ class SignSymmetry(EdgeRule):
 
     def feedback_of(self, name: str) -> Feedback:
         """Signs of the weight that this layer computes with, with the variant's magnitude; "batchwise" draws it now."""
-        compute: Callable[..., Tensor] = {"uniform": uniform_signs, "fixed": fixed_signs}.get(self.variant, drawn_signs)
-        if self.variant == "batchwise" and self.generator is not None:
-            compute = partial(drawn_signs, generator=self.generator)
+        compute: Callable[..., Tensor] = signs
+        if self.variant == "batchwise":
+            compute = drawn_signs if self.generator is None else partial(drawn_signs, generator=self.generator)
         weight, magnitude = self.forward_weight(name).detach(), self.magnitude.get_buffer(key(name))
         if self.scale == "current":
             magnitude = magnitude * current_scale(weight, row_blocks(self.layers[name]))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
 from apical.core.edge import EdgeRule
+from apical.core.outputs import output_errors, tensors
 from apical.core.rest import undisturbed
 from apical.core.wrapped import innermost
 from apical.testing.effective_weight import effective_weight
@@ -126,9 +127,11 @@ def check_signals_zero(trial: Trial) -> str:
     learning = {name for name, grad in left.items() if bool(grad.any())}
     for name in sorted(learning):
         path = trial.path(name)
-        if path not in ("exact", "exact (local)") and not path.startswith("merged"):
+        if path not in ("exact", "exact (local)", "own feedback") and not path.startswith("merged"):
             raise AssertionError(f"with all signals zero an error still reaches {name!r}, said to be {path!r}: it leaks")
     alone = learning - _tied(trial.model)  # a tied weight also learns where it lies deeper down
+    if rule.inside is not None:  # errors pass random matrices on their way to what else the last unit holds
+        alone = {name for name in alone if trial.path(name) == "exact"}
     wrong = trial.far({n: left[n] for n in alone}, {n: trial.backprop[n] for n in alone if n in trial.backprop})
     if wrong and trial.rule is rule:  # a rule around this one changes that gradient by definition
         raise AssertionError(f"the last unit's gradient of {min(wrong)!r} is not exact although its error is the output's")
@@ -140,6 +143,8 @@ def check_signals_zero(trial: Trial) -> str:
 def check_signals_reach(trial: Trial) -> str:
     """Another signal at one cut changes that unit alone, and no parameter is changed by two different cuts."""
     rule = _cut_rule(trial)
+    if rule.silent:
+        raise NotApplicableError("the rule hands no signal to hidden units, as a control")
     number = _number_of_units(trial, rule)
     if not number:
         raise NotApplicableError("the model has no hidden unit")
@@ -231,12 +236,10 @@ def _with_signals(trial: Trial, rule: CutRule, on: list[int]) -> Gradients:
 
 
 def _output_error(trial: Trial, credit: Credit) -> Tensor | None:
-    """The gradient of the loss at the output, of its shape; None where the output is not one tensor."""
-    output = credit._output
-    if not isinstance(output, Tensor):
+    """The gradient of the loss at the output's one tensor, of its shape; None where it holds several."""
+    if len(tensors(credit._output)) != 1:
         return None
-    leaf = output.detach().requires_grad_()
-    return torch.autograd.grad(trial.loss(leaf), leaf)[0]
+    return output_errors(trial.rule.loss, credit._output, trial.targets)[1][0]
 
 
 def _number_of_units(trial: Trial, rule: CutRule) -> int:

@@ -23,7 +23,6 @@ class ModelReport:
     """What :func:`check_model` did.
 
     Attributes:
-        rule: class of the rule.
         placement: the rule's own statement of where each layer's error comes from.
         passed: what each check that ran has tried, by its name.
         skipped: why the others did not apply.

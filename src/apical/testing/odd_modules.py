@@ -99,7 +99,6 @@ class Wrapped(nn.Module):
     """Calls its layer in some way of its own.
 
     Args:
-        layer: the layer.
         way: `way(layer, x)`.
     """
 
@@ -125,17 +124,13 @@ class TwoNames(nn.Module):
         return self.second(self.act(self.first(x)))  # type: ignore[no-any-return]
 
 
-class Tied(nn.Module):
+class Tied(TwoNames):
     """Two layers with one weight tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.act = nn.Linear(D, D), nn.Linear(D, D), nn.Tanh()
+        self.second = nn.Linear(D, D)
         self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, 8) -> (batch, 8)."""
-        return self.second(self.act(self.first(x)))  # type: ignore[no-any-return]
 
 
 class Stream(nn.Module):
@@ -233,18 +228,10 @@ def _pruned() -> nn.Module:
 def _hooked(pre: bool) -> nn.Module:
     layer = nn.Linear(D, D)
     if pre:
-        layer.register_forward_pre_hook(_halve_input)
+        layer.register_forward_pre_hook(lambda layer, args: (args[0] / 2,))
     else:
-        layer.register_forward_hook(_double_output)
+        layer.register_forward_hook(lambda layer, args, output: 2 * output)
     return layer
-
-
-def _halve_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0] / 2,)
-
-
-def _double_output(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return 2 * output
 
 
 def _frozen(layer: nn.Linear, weight_only: bool = False) -> nn.Module:
@@ -254,32 +241,14 @@ def _frozen(layer: nn.Linear, weight_only: bool = False) -> nn.Module:
     return layer
 
 
-def _functional(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def _keyword(layer: nn.Linear, x: Tensor) -> Tensor:
-    return layer(input=x)  # type: ignore[no-any-return]
-
-
-def _checkpointed(layer: nn.Module, x: Tensor) -> Tensor:
-    return checkpoint(layer, x, use_reentrant=False)  # type: ignore[no-any-return]
-
-
 def _tokens(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.view(-1, 2, 4)).flatten(1)  # type: ignore[no-any-return]
 
 
-def _function(layer: nn.Module, x: Tensor) -> Tensor:
-    return F.relu(layer(x))
-
-
-def _method(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x).tanh()  # type: ignore[no-any-return]
-
-
-def _skip(layer: nn.Module, x: Tensor) -> Tensor:
-    return x + layer(x)  # type: ignore[no-any-return]
+def _dense(way: Callable[[Any, Tensor], Tensor], *behind: nn.Module) -> nn.Module:
+    """A dense layer, and what stands behind it, that is called in some way of its own."""
+    layer = nn.Linear(D, D)
+    return Wrapped(nn.Sequential(layer, *behind) if behind else layer, way)
 
 
 ODD: dict[str, Callable[[], nn.Module]] = {
@@ -298,15 +267,15 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "tied": Tied,
     "frozen": lambda: _frozen(nn.Linear(D, D)),
     "frozen weight": lambda: _frozen(nn.Linear(D, D), weight_only=True),
-    "functional call": lambda: Wrapped(nn.Linear(D, D), _functional),
-    "keyword call": lambda: Wrapped(nn.Linear(D, D), _keyword),
+    "functional call": lambda: _dense(lambda layer, x: F.linear(x, layer.weight, layer.bias)),
+    "keyword call": lambda: _dense(lambda layer, x: layer(input=x)),
     "forward hook": lambda: _hooked(pre=False),
     "forward pre-hook": lambda: _hooked(pre=True),
-    "checkpoint": lambda: Wrapped(nn.Sequential(nn.Linear(D, D), nn.ReLU()), _checkpointed),
+    "checkpoint": lambda: _dense(partial(checkpoint, use_reentrant=False), nn.ReLU()),
     "in-place activation": lambda: nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True)),
-    "functional activation": lambda: Wrapped(nn.Linear(D, D), _function),
-    "activation method": lambda: Wrapped(nn.Linear(D, D), _method),
-    "skip": lambda: Wrapped(nn.Sequential(nn.Linear(D, D), nn.ReLU()), _skip),
+    "functional activation": lambda: _dense(lambda layer, x: F.relu(layer(x))),
+    "activation method": lambda: _dense(lambda layer, x: layer(x).tanh()),
+    "skip": lambda: _dense(lambda layer, x: x + layer(x), nn.ReLU()),
     "pre-activation stream": Stream,
     "stochastic depth": lambda: Stream(0.5),
     "experts": Experts,

@@ -53,7 +53,6 @@ class Recurrent(nn.Module):
 
     Args:
         kind: `nn.RNN`, `nn.GRU` or `nn.LSTM`.
-        layers: how many.
     """
 
     def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, layers: int = 2) -> None:

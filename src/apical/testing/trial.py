@@ -135,8 +135,8 @@ class Trial:
             if loss.requires_grad:
                 loss.backward()  # which may run checkpointed layers again
             hook.remove()
-            others = self.collected()
-        return {name for name, grad in self.backprop.items() if bool(grad.any()) and not _any(others.get(name))}
+            others = {name for name, grad in self.collected().items() if bool(grad.any())}
+        return {name for name, grad in self.backprop.items() if bool(grad.any())} - others
 
     def far(self, a: Gradients, b: Gradients, names: Mapping[str, Any] | set[str] | None = None) -> dict[str, float]:
         """Parameters on which two sets of gradients differ by more than the tolerance, and by how much, relative to b's."""
@@ -159,10 +159,6 @@ def _filled(grad: Tensor | None, other: Tensor | None) -> Tensor:
         return grad
     assert other is not None
     return torch.zeros_like(other)
-
-
-def _any(grad: Tensor | None) -> bool:
-    return grad is not None and bool(grad.any())
 
 
 def _record(seen: list[Tensor], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

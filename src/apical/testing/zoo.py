@@ -22,10 +22,7 @@ class Specimen:
     """One model and how to feed it.
 
     Attributes:
-        title: what it is.
-        make: makes it.
         inputs: makes a batch (batch, ...) from a generator.
-        targets: makes targets.
         loss: maps (output, targets) to a scalar batch mean.
     """
 
@@ -42,7 +39,6 @@ class Outcome:
 
     Attributes:
         trained: every check of :func:`apical.testing.check_model` that applies passed.
-        checks: names of those.
         refused: why the rule refuses the model, if it does.
         fault: what was found wrong, if anything.
     """
@@ -72,6 +68,9 @@ def _classes(number: int, *shape: int) -> Callable[[torch.Generator], Tensor]:
 
 
 ZOO: dict[str, Specimen] = {
+    "perceptron": Specimen("perceptron of ReLU", sequences.perceptron, _normal(6), _classes(4)),
+    "tanh": Specimen("perceptron of tanh", partial(sequences.perceptron, nn.Tanh), _normal(6), _classes(4)),
+    "lenet": Specimen("LeNet with average pooling", images.lenet, _normal(1, 8, 8), _classes(10)),
     "mnist-example": Specimen(
         "PyTorch's basic MNIST example", images.MnistExample, _normal(1, 12, 12), _classes(10), F.nll_loss
     ),

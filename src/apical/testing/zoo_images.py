@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def lenet() -> nn.Module:
+    """A chain: two convolutions, each with tanh and average pooling, and two dense layers."""
+    first = (nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2))
+    second = (nn.Conv2d(4, 6, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten())
+    return nn.Sequential(*first, *second, nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10))
+
+
 class MnistExample(nn.Module):
     """The shape of PyTorch's basic MNIST example: two convolutions, dropout, functional ReLU, log-softmax."""
 

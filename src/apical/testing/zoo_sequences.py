@@ -15,8 +15,6 @@ class SelfAttention(nn.Module):
     """Hand-written attention with one layer for queries, keys and values.
 
     Args:
-        width: of a token.
-        heads: number of heads.
         causal: no token sees later ones.
     """
 
@@ -110,6 +108,11 @@ class MaskedAndStandardised(nn.Module):
         """(batch, 6) -> (batch, 4)."""
         x = self.masked(F.relu(self.first(x)))
         return self.last(F.relu(self.standardised(F.relu(x))))  # type: ignore[no-any-return]
+
+
+def perceptron(act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    """A chain of three layers."""
+    return nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 4))
 
 
 class Shared(nn.Module):

@@ -7,20 +7,16 @@ updates around three rules over a 20-fold range of learning rates beside the bar
 """
 
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import nn
-from tyro.conf import arg
 
 from apical.bench.finding import Row, at_least, difference, shown
 from apical.bench.names import find_rule
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical.data import load
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
@@ -56,15 +52,6 @@ ABOUT: dict[str, Any] = {
         "mean past the mark."
     },
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Node importance, local solvers and semi-implicit steps beside their controls."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/around-study")
-    epochs: Annotated[int, arg(metavar="N")] = 6
-    """Of node importance; the others have one less."""
 
 
 class Digits:
@@ -123,7 +110,7 @@ def cosines(digits: Digits, seed: int) -> dict[str, tuple[float, float]]:
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, digits, fewer = time.perf_counter(), Digits(), max(1, epochs - 1)
+    digits, fewer = Digits(), max(1, epochs - 1)
     return {
         "grapes": {
             _key(depth, lr): {
@@ -143,17 +130,11 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
             "sibp": {str(eta): accuracies("sibp", {"eta": eta}, digits, (200,), seed, 1.0, 100, fewer) for eta in ETAS},
             "sgd": {str(lr): accuracies("bp", {}, digits, (200,), seed, lr, 100, fewer) for lr in ETAS},
         },
-        "seconds": time.perf_counter() - begun,
     }
 
 
 def _key(depth: int, lr: float) -> str:
     return f"{depth} hidden layers, lr {lr:g}"
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -262,9 +243,17 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.around.study", Options, study, arguments)
+main = SeedStudy(
+    "apical_papers.around.study",
+    ABOUT,
+    SETTINGS,
+    _cell,
+    verdicts,
+    tables,
+    out="results/around-study",
+    epochs=6,
+    passes="those of node importance; the others have one less.",
+)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,7 @@ Panel = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]
 
 
 def run(options: Options) -> dict[int, dict[str, Panel]]:
-    """Train, and look: updates -> layer -> panel.
-
-    Raises:
-        ConfigError: the moments are not increasing, or the data have no classes.
-    """
+    """Train, and look: updates -> layer -> panel."""
     if list(options.updates) != sorted(set(options.updates)) or not options.updates or options.updates[0] < 0:
         raise ConfigError("--updates must be increasing and not negative")
     dataset = data.load(options.data)

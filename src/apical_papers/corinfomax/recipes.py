@@ -63,7 +63,6 @@ def _images(
     """The table of one data set.
 
     Args:
-        hidden: units.
         rates: forward learning rates of both layers, and the backward one.
         published: accuracy and standard deviation of each rule after 50 epochs.
         options: of corinfomax, other than its rates.

@@ -6,18 +6,15 @@ all falling by 5 % an epoch. Each seed is kept in the folder when it is finished
 """
 
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.fit import fit
+from apical.bench.program import Cells, SeedStudy
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle
 from apical.rules.corinfomax import CorInfoMax
@@ -49,13 +46,6 @@ ABOUT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """CorInfoMax: step sizes, forward learning, alignment, sparseness."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/corinfomax-study")
-
-
 def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **options: Any) -> dict[str, float]:
     """Test accuracy, silent outputs, sum of hidden activities, and degrees between both ways before and after training."""
     torch.manual_seed(seed)
@@ -66,11 +56,7 @@ def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **opt
     optimizer = torch.optim.SGD(rule.parameters(), SETTINGS["sgd"])
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = SETTINGS["sgd"] * SETTINGS["falls to, per epoch"] ** epoch
-        order = torch.randperm(len(digits.train))
-        for batch in order[: len(order) // 20 * 20].split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
+        fit(rule, optimizer, digits.train, SETTINGS["batch size"], drop_last=True)
     with torch.no_grad():
         free = rule._free(rule.chain.enter(digits.test.inputs))
     return {
@@ -83,20 +69,14 @@ def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **opt
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, digits = time.perf_counter(), load("digits-raw")
+    digits = load("digits-raw")
     short = min(epochs, SETTINGS["epochs for steps"])
     return {
         "forward": {f"{factor:g}": trained(digits, seed, epochs, factor) for factor in FORWARD},
         "steps": {f"{step:g}": trained(digits, seed, short, step=step) for step in STEPS},
         "sparse": trained(digits, seed, epochs, sparse=SPARSE),
         "not sparse": trained(digits, seed, epochs, sparse=NO_MULTIPLIER),
-        "seconds": time.perf_counter() - begun,
     }
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -163,9 +143,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.corinfomax.study", Options, study, arguments)
+main = SeedStudy("apical_papers.corinfomax.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/corinfomax-study")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ def _variants(
     return rows
 
 
+def _learning(base: Recipe, lr: float, pretrain_lr: float, eps: float, decay: float, pretrain_epochs: int) -> Recipe:
+    """The recipe with learned feedback weights: before the first epoch, and in each in three passes over a quarter of it."""
+    feedback: dict[str, Any] = {"feedback_lr": lr, "feedback_eps": eps, "feedback_weight_decay": decay}
+    passes: dict[str, Any] = {"pretrain_epochs": pretrain_epochs, "feedback_passes": 3, "feedback_fraction": 0.25}
+    return replace(base, pretrain_lr=pretrain_lr, **feedback, **passes)
+
+
 def _error(value: float, spread: float, epochs: int, tolerance: float = 0.3) -> tuple[Published, ...]:
     return (Published("error", epochs, value, tolerance, "paper", spread=spread, select="best-validation"),)
 
@@ -85,16 +92,7 @@ def _mnist() -> Study:
         lr=(1.189e-3,),
         eps=9.446e-8,
     )
-    trained = replace(
-        base,
-        feedback_lr=5.265e-4,
-        pretrain_lr=3.170e-4,
-        feedback_eps=1.561e-6,
-        feedback_weight_decay=0.001,
-        pretrain_epochs=10,
-        feedback_passes=3,
-        feedback_fraction=0.25,
-    )
+    trained = _learning(base, lr=5.265e-4, pretrain_lr=3.170e-4, eps=1.561e-6, decay=0.001, pretrain_epochs=10)
     fixed = replace(base, lr=(6.043e-4,), eps=1.333e-8)
     sleep = _sleep(0.6134, 0.1565, 2.030e-3, 48, 6.303e-3, 0.3247, 1.524e-3)
     points = {"dfc": 1000, "dfc-ss": 1000}
@@ -144,16 +142,7 @@ def _fashion() -> Study:
         lr=(7.859e-4,),
         eps=3.661e-8,
     )
-    trained = replace(
-        base,
-        feedback_lr=2.373e-4,
-        pretrain_lr=4.537e-4,
-        feedback_eps=3.561e-8,
-        feedback_weight_decay=0.1,
-        pretrain_epochs=10,
-        feedback_passes=3,
-        feedback_fraction=0.25,
-    )
+    trained = _learning(base, lr=2.373e-4, pretrain_lr=4.537e-4, eps=3.561e-8, decay=0.1, pretrain_epochs=10)
     fixed = replace(base, lr=(5.424e-4,), eps=1.465e-10)
     sleep = _sleep(0.2337, 6.427e-3, 3.097e-3, 34, 5.473e-3, 0.1347, 2.451e-3)
     points = {"dfc": 300, "dfc-ss": 300}
@@ -185,16 +174,7 @@ def _autoencoder() -> Study:
         eps=2.779e-8,
         probe=0,
     )
-    trained = replace(
-        base,
-        feedback_lr=1.226e-5,
-        pretrain_lr=1.640e-4,
-        feedback_eps=5.850e-7,
-        feedback_weight_decay=0.1,
-        pretrain_epochs=15,
-        feedback_passes=3,
-        feedback_fraction=0.25,
-    )
+    trained = _learning(base, lr=1.226e-5, pretrain_lr=1.640e-4, eps=5.850e-7, decay=0.1, pretrain_epochs=15)
     fixed = replace(base, lr=(5.519e-5,), eps=1.063e-7)
     sleep = _sleep(0.7333, 6.322e-3, 3.264e-3, 60, 6.487e-3, 0.2725, 1.836e-3)
 
@@ -221,16 +201,7 @@ def _autoencoder() -> Study:
 
 def _train_loss() -> Study:
     base = replace(_mnist().default, lr=(8.941e-3,), eps=3.896e-8)
-    trained = replace(
-        base,
-        feedback_lr=4.446e-5,
-        pretrain_lr=6.709e-4,
-        feedback_eps=2.763e-7,
-        feedback_weight_decay=0.001,
-        pretrain_epochs=20,
-        feedback_passes=3,
-        feedback_fraction=0.25,
-    )
+    trained = _learning(base, lr=4.446e-5, pretrain_lr=6.709e-4, eps=2.763e-7, decay=0.001, pretrain_epochs=20)
     fixed = replace(base, lr=(8.756e-4,), eps=4.517e-8)
     sleep = _sleep(0.9204, 0.1432, 1.274e-3, 44, 1.322e-2, 0.1481, 5.571e-2)
 

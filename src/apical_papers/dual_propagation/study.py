@@ -5,20 +5,17 @@ ReLU, Adam 1e-3, batches of 100. Each seed is kept in the folder when it is fini
 """
 
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import nn
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.fit import accuracy, fit
+from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Split, load
 from apical.diagnostics.alignment import gradients
@@ -63,34 +60,20 @@ ABOUT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Dual propagation: nudges, orders and the Lipschitz bound."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/dualprop-study")
-    epochs: Annotated[int, arg(metavar="N")] = 4
-    """Over the 5,000 images."""
-    jobs: Annotated[int, arg(metavar="N")] = 1
-
-
 def trained(rule: CreditRule, train: Split, test: Split, epochs: int, seed: int) -> dict[str, Any]:
     """Test accuracy after each epoch, and `|W_3 W_2 W_1|`, the spectral norm of the product."""
     optimizer = torch.optim.Adam(rule.parameters(), SETTINGS["adam"])
     generator = torch.Generator().manual_seed(seed)
-    accuracy = []
+    reached = []
     for _ in range(epochs):
-        for batch in torch.randperm(len(train), generator=generator).split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(train.inputs[batch], train.targets[batch]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            accuracy.append(float((rule.model(test.inputs).argmax(1) == test.targets).double().mean()))
+        fit(rule, optimizer, train, SETTINGS["batch size"], generator)
+        reached.append(accuracy(rule, test))
     product = torch.eye(784)
     for module in rule.model.modules():
         if isinstance(module, nn.Linear):
             product = module.weight.detach() @ product
     norm = float(torch.linalg.matrix_norm(product, 2))
-    return {"accuracy": accuracy[-1], "last epoch's gain": accuracy[-1] - accuracy[0], "product's norm": norm}
+    return {"accuracy": reached[-1], "last epoch's gain": reached[-1] - reached[0], "product's norm": norm}
 
 
 def slopes(train: Split, seed: int) -> dict[str, float]:
@@ -108,7 +91,7 @@ def slopes(train: Split, seed: int) -> dict[str, float]:
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, mnist = time.perf_counter(), load("mnist-raw")
+    mnist = load("mnist-raw")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(mnist.train), generator=generator)[: SETTINGS["training images"]]
     train, few = Split(mnist.train.inputs[chosen], mnist.train.targets[chosen]), SETTINGS["test images"]
@@ -123,12 +106,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
         made[name] = trained(rule_of(model), train, test, epochs, seed)
-    return {"arms": made, "orders": slopes(train, seed), "seconds": time.perf_counter() - begun}
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
+    return {"arms": made, "orders": slopes(train, seed)}
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -189,9 +167,17 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.dual_propagation.study", Options, study, arguments)
+main = SeedStudy(
+    "apical_papers.dual_propagation.study",
+    ABOUT,
+    SETTINGS,
+    _cell,
+    verdicts,
+    tables,
+    out="results/dualprop-study",
+    epochs=4,
+    jobs=1,
+)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ and at the end of one that begins from states drawn anew. Each seed is kept in t
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from tyro.conf import arg
 
 from apical.bench.finding import Row, count
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical_papers.equilibrium.complete_network import (
     Complete,
     asymmetric_settle,
@@ -61,15 +57,6 @@ ABOUT: dict[str, Any] = {
         "answers and an error of 0.125, which is that of an output of 0.5 whatever the pattern.",
     },
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Complete directed networks on exclusive or."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-logic")
-    epochs: Annotated[int, arg(metavar="N")] = 200
-    """Updates of the weights."""
 
 
 def patterns() -> tuple[Tensor, Tensor]:
@@ -123,11 +110,6 @@ def trained(kind: str, seed: int, epochs: int) -> dict[str, Any]:
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
     return {kind: trained(kind, seed, epochs) for kind in NETWORKS}
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -204,9 +186,17 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.equilibrium.logic", Options, study, arguments)
+main = SeedStudy(
+    "apical_papers.equilibrium.logic",
+    ABOUT,
+    SETTINGS,
+    _cell,
+    verdicts,
+    tables,
+    out="results/ep-logic",
+    epochs=200,
+    passes="updates of the weights.",
+)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from tyro.conf import arg
 from apical import models
 from apical.bench.cells import kept, side_by_side
 from apical.bench.finding import at_least, difference, shown
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
+from apical.bench.folders import check_writable
+from apical.bench.program import keep_results, run_command
 from apical.data import load
 from apical.errors import ConfigError, InstabilityError
 from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation
@@ -137,12 +136,7 @@ def _cell(options: Options, part: tuple[str, float, int]) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
-        CheckpointError: the folder holds parts of a study with other options.
-    """
+    """Run what is not finished yet, then write results.json and report.html."""
     if options.seeds < 2 or options.epochs < 1 or options.jobs < 0 or options.train_limit < 0:
         raise ConfigError("--seeds must be at least 2, --epochs at least 1, --jobs and --train-limit not negative")
     check_writable(options.out)
@@ -157,43 +151,36 @@ def study(options: Options, command: str) -> dict[str, Any]:
     def values(method: str, noise: float) -> list[float]:
         return [cells[method, noise, seed]["accuracy"] for seed in range(options.seeds)]
 
-    results = {
+    about = {
         "title": f"Equilibrium propagation with noisy neurons, {options.data}",
         "about": "Test accuracy of networks whose potentials were disturbed at every step of training, by how the "
         "derivative with respect to the nudge was taken: from one nudge, or from N nudges on a circle in the complex plane.",
-        "command": command,
-        "environment": environment("cpu", 1),
-        "settings": {
-            "data": setting.data,
-            "model": setting.model,
-            "sgd": setting.lr,
-            "batch size": setting.batch,
-            "epochs": options.epochs,
-            "training images": options.train_limit or "all",
-            "seeds": options.seeds,
-        },
         "sources": {
             "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on the better side "
             "of the mark; or, where the mark is a mean's (not worse than one-sided), that the mean reaches it."
         },
-        "seconds": round(sum(cell["seconds"] for cell in cells.values()), 1),
-        "verdicts": verdicts(options.data, values, options.seeds),
-        "tables": [
-            {
-                "title": "Test accuracy",
-                "note": "From 0 to 1, mean over seeds with 95 % interval; the number in a method's name is the size of its "
-                "nudge." + (" Published: percent after 50 epochs." if setting.published else ""),
-                "header": ["method", "no noise", f"noise {NOISE:g}"]
-                + (["published", "with noise"] if setting.published else []),
-                "rows": [
-                    [method, shown(values(method, 0.0)), shown(values(method, NOISE)), *setting.published.get(method, ())]
-                    for method in setting.methods
-                ],
-            }
+    }
+    settings = {
+        "data": setting.data,
+        "model": setting.model,
+        "sgd": setting.lr,
+        "batch size": setting.batch,
+        "epochs": options.epochs,
+        "training images": options.train_limit or "all",
+        "seeds": options.seeds,
+    }
+    table = {
+        "title": "Test accuracy",
+        "note": "From 0 to 1, mean over seeds with 95 % interval; the number in a method's name is the size of its "
+        "nudge." + (" Published: percent after 50 epochs." if setting.published else ""),
+        "header": ["method", "no noise", f"noise {NOISE:g}", *(["published", "with noise"] if setting.published else [])],
+        "rows": [
+            [method, shown(values(method, 0.0)), shown(values(method, NOISE)), *setting.published.get(method, ())]
+            for method in setting.methods
         ],
     }
-    write(options.out, results, [])
-    return results
+    rows = verdicts(options.data, values, options.seeds)
+    return keep_results(options.out, command, about, settings, cells.values(), rows, [table])
 
 
 def verdicts(data: str, values: Any, seeds: int) -> list[dict[str, Any]]:

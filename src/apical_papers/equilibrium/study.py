@@ -8,20 +8,17 @@ homeostatic loss (arXiv 2309.02214). Each seed is kept in the folder when it is 
 
 import math
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.fit import accuracy, fit
+from apical.bench.program import Cells, SeedStudy
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
@@ -53,13 +50,6 @@ ABOUT: dict[str, Any] = {
         "its better side."
     },
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Equilibrium propagation: gradients, and weights that learn apart."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-study")
 
 
 def directions(digits: Dataset, seed: int) -> dict[str, float]:
@@ -112,16 +102,13 @@ def directed(digits: Dataset, degrees: int, homeostasis: float, seed: int, epoch
     optimizer = torch.optim.Adam(rule.parameters(), 3e-3)
     cosines = []
     for _ in range(epochs):
-        for batch in torch.randperm(len(digits.train)).split(50):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
+        fit(rule, optimizer, digits.train, 50)
         cosines.append(adjoint_cosines(rule, digits.train.inputs[:100], digits.train.targets[:100]))
     return {
         "cosine": sum(whole for whole, _ in cosines) / len(cosines),
         "cosine, layer 1": sum(first for _, first in cosines) / len(cosines),
         "symmetry": symmetry(rule),
-        "accuracy": accuracy(rule, digits),
+        "accuracy": accuracy(rule, digits.test),
     }
 
 
@@ -160,12 +147,6 @@ def symmetry(rule: EquilibriumPropagation) -> float:
     return math.sqrt(alike) / (math.sqrt(alike) + math.sqrt(unlike))
 
 
-@torch.no_grad()
-def accuracy(rule: EquilibriumPropagation, digits: Dataset) -> float:
-    """Of the test images, 0 to 1."""
-    return float((rule.answer(digits.test.inputs).argmax(1) == digits.test.targets).double().mean())
-
-
 def decaying(digits: Dataset, seed: int, epochs: int) -> dict[str, float]:
     """Degrees between the weights of both directions before and after training by one update for both."""
     torch.manual_seed(seed)
@@ -175,11 +156,8 @@ def decaying(digits: Dataset, seed: int, epochs: int) -> dict[str, float]:
     optimizer = torch.optim.SGD(rule.parameters(), 0.1, weight_decay=1e-3)
     before = angle(upper, rule.back[0])
     for _ in range(epochs):
-        for batch in torch.randperm(len(digits.train)).split(20):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
-    return {"before": before, "after": angle(upper, rule.back[0]), "accuracy": accuracy(rule, digits)}
+        fit(rule, optimizer, digits.train, 20)
+    return {"before": before, "after": angle(upper, rule.back[0]), "accuracy": accuracy(rule, digits.test)}
 
 
 def original(seed: int, epochs: int) -> float:
@@ -198,15 +176,12 @@ def original(seed: int, epochs: int) -> float:
     )
     optimizer = torch.optim.SGD(rule.parameters(), 0.2)
     for _ in range(epochs):
-        for batch in torch.randperm(len(digits.train)).split(20):
-            optimizer.zero_grad()
-            rule(digits.train.inputs[batch], digits.train.targets[batch]).backward()
-            optimizer.step()
-    return accuracy(rule, digits)
+        fit(rule, optimizer, digits.train, 20)
+    return accuracy(rule, digits.test)
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, digits = time.perf_counter(), load("digits")
+    digits = load("digits")
     return {
         "directions": directions(digits, seed),
         "orders": orders(digits, seed),
@@ -217,13 +192,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
         },
         "decaying": decaying(digits, seed, epochs),
         "original": original(seed, epochs),
-        "seconds": time.perf_counter() - begun,
     }
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -294,9 +263,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.equilibrium.study", Options, study, arguments)
+main = SeedStudy("apical_papers.equilibrium.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/ep-study")
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ this was run. Each seed is kept in the folder when it is finished, so an interru
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import nn
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.fit import accuracy, fit
+from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Dataset
 from apical.rules.backprop import Backprop
@@ -63,15 +60,6 @@ ABOUT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Forward-forward, and the read-out alone."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/ff-study")
-    epochs: Annotated[int, arg(metavar="N")] = 30
-    """Over the training images."""
-
-
 def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[dict[str, float]]:
     """Test accuracy of the answer and, where labels are written into the input, by goodness; after so many epochs."""
     torch.manual_seed(seed)
@@ -91,10 +79,7 @@ def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[d
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     looks = []
     for epoch in range(1, epochs[-1] + 1):
-        for chosen in torch.randperm(len(data.train)).split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(data.train.inputs[chosen], data.train.targets[chosen]).backward()
-            optimizer.step()
+        fit(rule, optimizer, data.train, SETTINGS["batch size"])
         if epoch in epochs:
             looks.append(_accuracies(rule, data))
     return looks
@@ -102,16 +87,15 @@ def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[d
 
 @torch.no_grad()
 def _accuracies(rule: CreditRule, data: Dataset) -> dict[str, float]:
-    found = {"answer": float((rule.answer(data.test.inputs).argmax(1) == data.test.targets).double().mean())}
+    found = {"answer": accuracy(rule, data.test)}
     if isinstance(rule, ForwardForward) and not rule.self_contrastive:
         rule.answers = "goodness"
-        found["goodness"] = float((rule.answer(data.test.inputs).argmax(1) == data.test.targets).double().mean())
+        found["goodness"] = accuracy(rule, data.test)
         rule.answers = "read-out"
     return found
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun = time.perf_counter()
     data = pixels(SETTINGS["data"], SETTINGS["train images"], SETTINGS["test images"])
     first = max(1, round(SETTINGS["first look at"] * epochs))
     both = [first, epochs] if first < epochs else [epochs]
@@ -119,12 +103,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     for arm in (*ARMS, *BASELINES):
         looks = trained(data, seed, both[:1] if arm in SHORT else both, arm)
         cell[arm] = {"first": looks[0], **({} if arm in SHORT else {"last": looks[-1]})}
-    return {**cell, "seconds": time.perf_counter() - begun}
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
+    return {**cell}
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -179,9 +158,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.forward.study", Options, study, arguments)
+main = SeedStudy("apical_papers.forward.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/ff-study", epochs=30)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ when it is finished, so an interrupted study continues.
 """
 
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, count, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.fit import accuracy, fit
+from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
@@ -58,15 +55,6 @@ ABOUT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Local classifiers: which local loss."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/local-study")
-    epochs: Annotated[int, arg(metavar="N")] = 4
-    """Over the training images."""
-
-
 def pixels(name: str, train: int, test: int) -> Dataset:
     """A part of a data set, its pixels between 0 and 1 again."""
     data = load(name, train_limit=train, test_limit=test)
@@ -89,32 +77,20 @@ def trained(data: Dataset, seed: int, epochs: int, arm: str, norm: bool) -> dict
     rule: CreditRule = LocalClassifiers(model, **options) if options else Backprop(model)
     optimizer = torch.optim.Adam([p for p in rule.parameters() if p.requires_grad], SETTINGS["adam"])
     for _ in range(epochs):
-        for chosen in torch.randperm(len(data.train)).split(SETTINGS["batch size"]):
-            optimizer.zero_grad()
-            rule(data.train.inputs[chosen], data.train.targets[chosen]).backward()
-            optimizer.step()
+        fit(rule, optimizer, data.train, SETTINGS["batch size"])
     rule.eval()
-    with torch.no_grad():
-        right = rule.answer(data.test.inputs).argmax(1) == data.test.targets
     finite = all(bool(parameter.isfinite().all()) for parameter in rule.parameters())
-    return {"accuracy": float(right.double().mean()), "finite": float(finite)}
+    return {"accuracy": accuracy(rule, data.test), "finite": float(finite)}
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun = time.perf_counter()
     data = pixels(SETTINGS["data"], SETTINGS["train images"], SETTINGS["test images"])
     longer = epochs * SETTINGS["epochs for silent samples"]
     return {
         "plain": {arm: trained(data, seed, epochs, arm, norm=False) for arm in PLAIN},
         "normalised": {arm: trained(data, seed, epochs, arm, norm=True) for arm in NORMALISED},
         "long": {arm: trained(data, seed, longer, arm, norm=False) for arm in ("similarity", "both")},
-        "seconds": time.perf_counter() - begun,
     }
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -180,9 +156,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.local.study", Options, study, arguments)
+main = SeedStudy("apical_papers.local.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/local-study", epochs=4)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,18 @@ it is finished, so an interrupted study continues.
 """
 
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise, product
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
 from apical.data import Split, load
@@ -64,17 +60,6 @@ ABOUT: dict[str, Any] = {
         "interval (Student's t, paired over seeds) of the difference lies on its better side."
     },
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Predictive coding: inference, depth and what is backpropagation."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/pc-study")
-    seeds: Annotated[int, arg(metavar="K")] = 3
-    epochs: Annotated[int, arg(metavar="N")] = 4
-    """Of the shallow networks; deep ones have a quarter of 900 or 300 batches for each."""
-    jobs: Annotated[int, arg(metavar="N")] = 1
 
 
 def trained(rule: CreditRule, train: Split, test: Split, lr: float, size: int, batches: int, seed: int) -> dict[str, float]:
@@ -163,7 +148,7 @@ def _state_steps(model: nn.Module, x: Tensor, y: Tensor, rate: float, goal: floa
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, mnist = time.perf_counter(), load("mnist")
+    mnist = load("mnist")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(mnist.train), generator=generator)[:5000]
     few = Split(mnist.train.inputs[chosen], mnist.train.targets[chosen])
@@ -204,7 +189,6 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
         "plain": plain,
         "straight": straight,
         "products": sequence,
-        "seconds": time.perf_counter() - begun,
     }
 
 
@@ -216,11 +200,6 @@ def _mu(model: nn.Module, name: str) -> CreditRule:
 
 def _plain(model: nn.Module, inference: Any) -> CreditRule:
     return PredictiveCoding(model, squared_error, inference=inference, **PLAIN)
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -301,9 +280,19 @@ def tables(cells: Cells) -> list[Row]:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.predictive_coding.study", Options, study, arguments)
+main = SeedStudy(
+    "apical_papers.predictive_coding.study",
+    ABOUT,
+    SETTINGS,
+    _cell,
+    verdicts,
+    tables,
+    out="results/pc-study",
+    seeds=3,
+    epochs=4,
+    passes="those of the shallow networks; deep ones have a quarter of 900 or 300 batches for each.",
+    jobs=1,
+)
 
 
 if __name__ == "__main__":

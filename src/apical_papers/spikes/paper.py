@@ -19,6 +19,13 @@ PAPER = Paper(
         "first-spike": of(
             "first-spike-mnist", cut(320), {"epochs": 3, "seeds": 1, "train_limit": 20000}, {"epochs": 10, "seeds": 3}
         ),
+        "mnist": Table(
+            "Spiking networks on MNIST beside controls",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 2, "seeds": 3}, "paper": {"epochs": 2, "seeds": 10}},
+            module="apical_papers.spikes.mnist",
+            side_by_side=True,
+            needs={"epochs": 2, "seeds": 3},
+        ),
         "study": Table(
             "Spiking networks on a little of MNIST",
             {"smoke": {"epochs": 1, "seeds": 1}, "cpu": {"epochs": 4, "seeds": 3}, "paper": {"epochs": 4, "seeds": 10}},

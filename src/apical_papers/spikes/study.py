@@ -61,7 +61,8 @@ class Options(SeedOptions):
 
 def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: float) -> dict[str, float]:
     """Test accuracy and seconds of this process."""
-    optimizer, begun = torch.optim.Adam(rule.parameters(), rate), time.process_time()
+    learning = [p for p in rule.parameters() if p.requires_grad]
+    optimizer, begun = torch.optim.Adam(learning, rate), time.process_time()
     for _ in range(epochs):
         for chosen in torch.randperm(len(data.train)).split(batch):
             optimizer.zero_grad()
@@ -70,7 +71,8 @@ def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: floa
             rule.constrain_()
     rule.eval()
     with torch.no_grad():
-        right = rule.answer(data.test.inputs).argmax(1) == data.test.targets
+        answers = torch.cat([rule.answer(part) for part in data.test.inputs.split(500)])
+        right = answers.argmax(1) == data.test.targets
     return {"accuracy": float(right.double().mean()), "seconds": time.process_time() - begun}
 
 

@@ -2,12 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apical.bench.finding import Row
 from apical.bench.names import find_rule
 from apical.errors import ApicalError
 from apical.models import critical_, flow, orthogonal_, xavier_
@@ -16,12 +18,19 @@ RULES = (
     *("bp", "fa", "dfa", "usf", "pfa", "pfa-o", "dtp", "ddtp-linear", "dfc-ssa", "strong-dfc", "tdca-unevolved", "ccl"),
     *("pc", "pc-error", "dualprop", "mono-forward", "ff", "ep"),
 )
+FURTHER = (
+    *("brsf", "frsf", "kp", "wm", "dfc", "dfc-ss", "dtp-drl", "ddtp-rhl", "ddtp-control", "ccl-free"),
+    *("pc-one-step", "pc-incremental", "local-pred", "local-sim", "local-both", "scff", "sibp"),
+    *("ep-one-sided", "ep-directed", "hep", "corinfomax", "csdp", "tdca"),
+)
+"""Rules of a table of their own, `structure/depth`: variants of the above, and rules that refuse some of the chains."""
+
 DEPTHS = (10, 50, 200)
 WIDTH, SAMPLES = 32, 1
 SEEDS = 3
 """Of the study, seeds whose chains are measured: the rest of it is cheaper."""
 
-SLOW = {"pc": 50, "ep": 50, "strong-dfc": 50}
+SLOW = {"pc": 50, "pc-incremental": 50, "ep": 50, "strong-dfc": 50, "wm": 50}
 """Depths beyond which a rule is not asked: its network settles for seconds there, for every sample."""
 
 
@@ -94,10 +103,10 @@ def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
     return math.sqrt(squares[0] / squares[1]) if squares[1] else "no credit at the last hidden layer"
 
 
-def measure(seed: int) -> dict[str, dict[str, dict[str, float | str]]]:
+def measure(seed: int, rules: Sequence[str] = RULES) -> dict[str, dict[str, dict[str, float | str]]]:
     """Network, rule and depth to what arrives."""
     return {
-        name: {rule: {str(depth): arrival(rule, name, depth, seed) for depth in DEPTHS} for rule in RULES}
+        name: {rule: {str(depth): arrival(rule, name, depth, seed) for depth in DEPTHS} for rule in rules}
         for name in NETWORKS
     }
 
@@ -112,3 +121,24 @@ def reason(cells: Any, name: str, rule: str, depth: int) -> str:
     """Why there is none."""
     found = [cell["depth"][name][rule][str(depth)] for cell in cells if cell["depth"]]
     return next(str(value) for value in found if isinstance(value, str))
+
+
+def table(cells: Any, name: str, rules: Sequence[str] = RULES) -> Row:
+    """One network's, rule by rule."""
+
+    def entry(rule: str, layers: int) -> str:
+        found = ratios(cells, name, rule, layers)
+        return _geometric(found) if found else reason(cells, name, rule, layers)
+
+    return {
+        "title": f"Gradient norm of layer 1 over that of the last hidden layer: {name}",
+        "note": "At the initial weights and initial feedback, single samples; geometric mean over seeds and its range.",
+        "header": ["rule", *(f"depth {layers}" for layers in DEPTHS)],
+        "rows": [[rule, *(entry(rule, layers) for layers in DEPTHS)] for rule in rules],
+    }
+
+
+def _geometric(values: Sequence[float]) -> str:
+    if min(values) <= 0:
+        return f"{fmean(values):.2g}" if max(values) else "0"
+    return f"{math.exp(fmean(map(math.log, values))):.2g} ({min(values):.2g} to {max(values):.2g})"

@@ -9,7 +9,7 @@ when it is finished. The marks were written before the run; learning rates and g
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -175,29 +175,7 @@ def _spread_rho(cells: Cells) -> list[float]:
 
 def tables(cells: Cells) -> list[Row]:
     """Means over seeds with 95 % intervals."""
-    return [*map(_depth_table(cells), depth.NETWORKS), _topology_table(cells), _layers_table(cells), _wiring_table(cells)]
-
-
-def _depth_table(cells: Cells) -> Callable[[str], Row]:
-    def entry(name: str, rule: str, layers: int) -> str:
-        found = depth.ratios(cells, name, rule, layers)
-        return _geometric(found) if found else depth.reason(cells, name, rule, layers)
-
-    def of(name: str) -> Row:
-        return {
-            "title": f"Gradient norm of layer 1 over that of the last hidden layer: {name}",
-            "note": "At the initial weights and initial feedback, single samples; geometric mean over seeds and its range.",
-            "header": ["rule", *(f"depth {layers}" for layers in depth.DEPTHS)],
-            "rows": [[rule, *(entry(name, rule, layers) for layers in depth.DEPTHS)] for rule in depth.RULES],
-        }
-
-    return of
-
-
-def _geometric(values: Sequence[float]) -> str:
-    if min(values) <= 0:
-        return f"{fmean(values):.2g}" if max(values) else "0"
-    return f"{math.exp(fmean(map(math.log, values))):.2g} ({min(values):.2g} to {max(values):.2g})"
+    return [*(depth.table(cells, name) for name in depth.NETWORKS), _topology_table(cells), _layers_table(cells), _wiring_table(cells)]
 
 
 def _topology_table(cells: Cells) -> Row:

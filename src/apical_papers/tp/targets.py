@@ -8,22 +8,18 @@ kept in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical.core.activations import derivative
 from apical.core.chain import Chain
 from apical.core.credit import CreditRule
@@ -74,13 +70,6 @@ ABOUT: dict[str, Any] = {
         "means that the 95 % interval (Student's t, paired over seeds) of the difference lies on its better side."
     },
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Difference target propagation: where targets point."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/tp-targets")
 
 
 def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:
@@ -226,19 +215,13 @@ def _network(sizes: Sequence[int], activation: type[nn.Module], gain: float = 1.
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, digits = time.perf_counter(), load("digits")
+    digits = load("digits")
     return {
         "accuracy": {name: frozen(make, digits, seed, epochs) for name, make in FROZEN.items()},
         "wasted": {name: wasted(name, seed) for name in TOY},
         "angles": {name: angles(make, digits, seed, epochs) for name, make in FROZEN.items() if name != "bp"},
         "moves": {kind.__name__.lower(): output_moves(seed, kind) for kind in (nn.Identity, nn.Tanh)},
-        "seconds": time.perf_counter() - begun,
     }
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -358,9 +341,7 @@ def move_verdicts(cells: Cells) -> list[Row]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tp.targets", Options, study, arguments)
+main = SeedStudy("apical_papers.tp.targets", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/tp-targets")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from tyro.conf import arg
 
 from apical.bench.finding import Row, difference
 from apical.bench.folders import check_writable
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.provenance import environment
+from apical.bench.program import keep_results, run_command
 from apical.bench.statistics import student
 from apical.data import Dataset
 from apical.data.text.counts import count_losses
@@ -80,11 +78,7 @@ class Options:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Train what is not kept yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: an option is not usable.
-    """
+    """Train what is not kept yet, then write results.json and report.html."""
     unknown = [name for name in options.arms if name not in ARMS]
     if unknown or options.seeds < 2 or options.steps < 4 or options.steps % 4 or not options.rates:
         raise ConfigError(
@@ -103,25 +97,18 @@ def study(options: Options, command: str) -> dict[str, Any]:
                 cells[name].append(cell)
     counts = count_losses(dataset.train, dataset.test, dataset.classes)
     every = [cell for group in (*tried.values(), *cells.values()) for cell in group]
-    results = {
-        **ABOUT,
-        "command": command,
-        "environment": environment("cpu", 1),
-        "settings": {
-            "data": dataset.about,
-            "sha256 of the text": dataset.sha256,
-            "model": f"gpt-2x{options.width}",
-            "steps": options.steps,
-            "seeds, at most": options.seeds,
-            "learning rates": list(options.rates),
-            "commits of the trainings": sorted({str(cell["commit"])[:12] for cell in every if "commit" in cell}),
-        },
-        "seconds": round(sum({id(cell): cell["seconds"] for cell in every}.values()), 1),
-        "verdicts": verdicts({name: _whole(group) for name, group in cells.items()}, counts),
-        "tables": tables(options, tried, best, cells, counts),
+    settings = {
+        "data": dataset.about,
+        "sha256 of the text": dataset.sha256,
+        "model": f"gpt-2x{options.width}",
+        "steps": options.steps,
+        "seeds, at most": options.seeds,
+        "learning rates": list(options.rates),
+        "commits of the trainings": sorted({str(cell["commit"])[:12] for cell in every if "commit" in cell}),
     }
-    write(options.out, results, [])
-    return results
+    once = {id(cell): cell for cell in every}.values()
+    rows = verdicts({name: _whole(group) for name, group in cells.items()}, counts)
+    return keep_results(options.out, command, ABOUT, settings, once, rows, tables(options, tried, best, cells, counts))
 
 
 def _training(options: Options, dataset: Dataset, name: str, lr: float, seed: int) -> Any:

@@ -17,9 +17,7 @@ from tyro.conf import arg
 
 from apical.bench.finding import Row, difference, shown
 from apical.bench.folders import check_writable
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.provenance import environment
+from apical.bench.program import keep_results, run_command
 from apical.errors import ConfigError
 from apical_papers.transformers.language import ARMS
 from apical_papers.transformers.training import Setting, data, kept_training
@@ -51,11 +49,7 @@ class Options:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Train what is not kept yet, then write results.json and report.html.
-
-    Raises:
-        ConfigError: an option is not usable.
-    """
+    """Train what is not kept yet, then write results.json and report.html."""
     if options.seeds < 2 or options.steps < 4 or options.steps % 4 or len(options.widths) < 2:
         raise ConfigError("--seeds at least 2, --steps a multiple of 4, --widths at least two")
     check_writable(options.out)
@@ -74,29 +68,20 @@ def study(options: Options, command: str) -> dict[str, Any]:
         if all(cell["test"] is not None for width in options.widths for cell in cells[name, width])
     }
     exponents = {name: [exponent(options.widths, seed) for seed in zip(*rows, strict=True)] for name, rows in losses.items()}
-    results = {
-        **ABOUT,
-        "command": command,
-        "environment": environment("cpu", 1),
-        "settings": {
-            "data": dataset.about,
-            "steps": options.steps,
-            "seeds": options.seeds,
-            "rate at width 64": options.rate,
-        },
-        "seconds": round(sum(cell["seconds"] for group in cells.values() for cell in group), 1),
-        "verdicts": verdicts(exponents),
-        "tables": [
-            {
-                "title": "Test loss by width, and exponent",
-                "note": "Nats per character, mean over seeds with 95 % interval; exponent b of loss = a width^-b.",
-                "header": ["rule", *(f"width {width}" for width in options.widths), "exponent"],
-                "rows": [[name, *map(shown, losses[name]), shown(exponents[name])] for name in losses],
-            }
-        ],
+    settings = {
+        "data": dataset.about,
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "rate at width 64": options.rate,
     }
-    write(options.out, results, [])
-    return results
+    table = {
+        "title": "Test loss by width, and exponent",
+        "note": "Nats per character, mean over seeds with 95 % interval; exponent b of loss = a width^-b.",
+        "header": ["rule", *(f"width {width}" for width in options.widths), "exponent"],
+        "rows": [[name, *map(shown, losses[name]), shown(exponents[name])] for name in losses],
+    }
+    every = [cell for group in cells.values() for cell in group]
+    return keep_results(options.out, command, ABOUT, settings, every, verdicts(exponents), [table])
 
 
 def exponent(widths: Sequence[int], losses: Sequence[float]) -> float:

@@ -30,7 +30,6 @@ class Arm:
     """A rule with its options, or a control.
 
     Attributes:
-        rule: short name.
         options: of its constructor, each "key=value".
         decay: of the first quarter of the steps, where it is not that of the others.
         head_only: all but the read-out stays as it was drawn.
@@ -47,11 +46,7 @@ class Setting:
     """One training.
 
     Attributes:
-        arm: name of the arm.
-        lr: highest learning rate.
         seed: of weights and windows.
-        width: of the stream.
-        steps: of training.
     """
 
     arm: str

@@ -125,14 +125,9 @@ class Evolution:
 
     Args:
         task: what they are evolved for.
-        strategy: how.
-        workers: who evaluates them.
-        seed: of the populations.
         folder: where finished generations are kept; None keeps nothing.
 
     Attributes:
-        search: the search distribution.
-        generation: finished generations.
         average: of the centres, weighted by about the third power of their generation.
         line: what the last of them measured: fitness of the centre, the best and the mean, individuals whose fitness was not
             finite, mean standard deviation, seconds.

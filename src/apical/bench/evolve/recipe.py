@@ -1,8 +1,9 @@
 """The recipe of one evolution: a frozen dataclass whose fields decide the top-down network that comes out. No torch here."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from apical.bench.recipe import Option
 from apical.errors import ConfigError
 
 FREE_FIELDS = ("generations",)
@@ -13,68 +14,67 @@ FREE_FIELDS = ("generations",)
 class EvolutionRecipe:
     """Everything that decides the outcome of one evolution.
 
-    Attributes:
-        data: names of the data sets that tasks are drawn from, in turn; of one image shape.
-        model: names of the learners' networks; tasks take them in turn.
-        generations: updates of the search distribution.
-        strategy: name of the evolution strategy.
-        population: individuals per generation.
-        sigma: initial standard deviation.
-        step: step size of the centre.
-        decay: the step is multiplied by this after each generation.
-        hidden: units in each hidden layer of the top-down network.
-        sites: emission sites per hidden layer of the learner (credit diffusion); 0 gives every unit its own credit.
-        relative: credit is relative to that of a right prediction, and shared by the units of a hidden layer.
-        credit: the output's stands on the logits, or on the probabilities as in the authors' code.
-        ways: classes per task, drawn anew each time; 0 takes all.
-        examples: training images per task; 0 takes all.
-        tasks: per generation.
-        starts: fresh initial weights for every task, or always the same ("fixed").
-        zeros: learners start with all weights zero.
-        begin: teacher to start from: a file, the name of a shipped one, or "wired", which hands out the error and random
-            feedback of it; empty draws one at random.
-        quiet: the first top-down network gives no credit to hidden units.
-        held_out: fitness is the likelihood of images that were not trained on.
-        steps: updates in a lifetime.
-        lr: learning rate in it.
-        optimizer: adam or sgd (momentum 0.9).
-        clip: largest norm of the gradient of all weights.
-        batch_size: images per update; 0 takes all of the task's.
-        chunk: learners trained at once by one worker; memory grows with it.
-        seed: of everything random.
-        data_sha256: of the content of each of the data sets where any is the user's own, as a training's recipe has it.
-        model_sha256: of the files that define the networks, likewise.
+    The text below a field is also its help on the command line.
     """
 
-    data: tuple[str, ...] = ("digits",)
-    model: tuple[str, ...] = ("mlp-tanh-32",)
+    data: Annotated[tuple[str, ...], Option("NAME|FILE|FOLDER ...")] = ("digits",)
+    """Data sets of one image shape, or your own; tasks are drawn from them in turn."""
+    model: Annotated[tuple[str, ...], Option("NAME|FILE.py:CLASS ...")] = ("mlp-tanh-32",)
+    """Networks of the learners, or your own, which tasks take in turn; see `apical list models`."""
     generations: int = 100
-    strategy: Literal["pgpe", "pgpe-clipup", "cem"] = "pgpe"
+    """Updates of the search distribution."""
     population: int = 64
+    """Top-down networks per generation; even."""
+    strategy: Literal["pgpe", "pgpe-clipup", "cem"] = "pgpe"
+    """Evolution strategy."""
     sigma: float = 0.1
+    """Initial standard deviation of the search."""
     step: float = 0.3
+    """Step size of its centre."""
     decay: float = 1.0
+    """The step is multiplied by this after each generation."""
     hidden: int = 16
-    sites: int = 0
+    """Units in each hidden layer of the top-down network."""
+    sites: Annotated[int, Option("K", "a credit per unit")] = 0
+    """Credit diffusion: emission sites per hidden layer; the teacher then serves layers of any width."""
     relative: bool = True
+    """Credit relative to that of a right prediction: a learner that is right is left alone."""
     credit: Literal["logits", "probabilities"] = "logits"
-    ways: int = 0
+    """Where the output's credit stands; probabilities as in the authors' code."""
+    ways: Annotated[int, Option("N", "all")] = 0
+    """Classes per task, drawn anew for each."""
     examples: int = 256
+    """Training images per task; 0 takes all."""
     tasks: int = 1
+    """Tasks per generation."""
     starts: Literal["fresh", "fixed"] = "fresh"
+    """Initial weights of the learners: new for every task, or always the same."""
     zeros: bool = False
-    begin: str = ""
+    """Learners start with all weights zero."""
+    begin: Annotated[str, Option("FILE", "a random one")] = ""
+    """Start from this teacher: a file, the name of a shipped one, or "wired": the error, with random feedback of it."""
     quiet: bool = True
+    """Start from a top-down network that gives no credit to hidden units."""
     held_out: bool = False
+    """Judge learners by images they were not trained on."""
     steps: int = 50
-    lr: float = 0.02
+    """Updates in a learner's lifetime."""
+    lr: Annotated[float, Option("RATE")] = 0.02
+    """Learning rate of the learners."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    clip: float = 1.0
-    batch_size: int = 0
+    """Optimiser of the learners; sgd has momentum 0.9."""
+    clip: Annotated[float, Option("NORM")] = 1.0
+    """Largest norm of a learner's gradient; 0 is off."""
+    batch_size: Annotated[int, Option("N", "all")] = 0
+    """Images per update of a learner."""
     chunk: int = 33
+    """Learners trained at once by a worker: more need more memory."""
     seed: int = 0
+    """Seed of tasks, weights and populations."""
     data_sha256: tuple[str, ...] = ()
+    """Of the content of each of the data sets where any is the user's own, as a training's recipe has it."""
     model_sha256: tuple[str, ...] = ()
+    """Of the files that define the networks, likewise."""
 
     def __post_init__(self) -> None:
         for name in ("generations", "population", "hidden", "tasks", "steps", "chunk"):

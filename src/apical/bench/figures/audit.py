@@ -23,13 +23,11 @@ _UNITS = {"noise": "°", "sparse": "°", "quantised": "°", "multiply_adds": "re
 def draw(record: Mapping[str, Any]) -> Drawing:
     """:func:`matrix` as PNG and SVG."""
     with matplotlib.rc_context(RC):
-        drawing = render("audit", "What rules need", "", matrix(record))
-    assert drawing is not None
-    return drawing
+        return render("audit", "What rules need", "", matrix(record))
 
 
 def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
-    """A measured number as a cell shows it: degrees, counts, or times that of backpropagation where it is there.
+    """A measured number as a cell shows it: degrees, counts (M: millions), or times that of backpropagation, if it is there.
 
     >>> number_of("depth", {"numbers": {"depth": 6}}, None)
     '6'
@@ -40,7 +38,7 @@ def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any]
         return f"{times:.2f}" if times < 10 else f"{times:.0f}"
     if key in ("noise", "sparse", "quantised"):
         return f"{value:.0f}"
-    return f"{value:,.0f}"
+    return f"{value / 1e6:.1f}M" if value >= 1e6 else f"{value:,.0f}"
 
 
 def matrix(record: Mapping[str, Any]) -> Figure:

@@ -3,7 +3,8 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from apical.bench.checkpoint import write_atomically
 from apical.bench.figures.cost import compute, seconds
 from apical.bench.figures.depth import depth_accuracy, reconstructions
 from apical.bench.figures.overview import overview
@@ -35,6 +37,11 @@ class Drawing(NamedTuple):
     caption: str
     png: bytes
     svg: bytes
+
+    def write(self, folder: Path) -> None:
+        """Keep it as `stem`.png and .svg."""
+        write_atomically(folder / f"{self.stem}.png", self.png)
+        write_atomically(folder / f"{self.stem}.svg", self.svg)
 
 
 class _LayerFigure(NamedTuple):
@@ -167,6 +174,10 @@ _IMAGES = (
 _FINAL = "Open symbols: one seed each. Filled symbol and bar: mean ± standard deviation over seeds. Only runs that finished."
 
 
+@overload
+def render(stem: str, title: str, caption: str, figure: Figure) -> Drawing: ...
+@overload
+def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawing | None: ...
 def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawing | None:
     """The figure as PNG and SVG; None for none."""
     if figure is None:

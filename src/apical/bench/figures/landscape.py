@@ -30,9 +30,7 @@ _NAMES = {"cross_entropy": "cross-entropy", "mse": "mean squared error"}
 def draw(record: Mapping[str, Any]) -> Drawing:
     """:func:`landscape` as PNG and SVG."""
     with matplotlib.rc_context(RC):
-        drawing = render("landscape", "Loss landscape", "", landscape(record))
-    assert drawing is not None
-    return drawing
+        return render("landscape", "Loss landscape", "", landscape(record))
 
 
 def landscape(record: Mapping[str, Any]) -> Figure:

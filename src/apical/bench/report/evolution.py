@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from apical.bench.checkpoint import write_atomically
 from apical.bench.document import command_block, document, figure_block, pairs, reproduce, significant
 from apical.bench.evolve.loop import EvolutionFolder
 from apical.bench.figures.curves import Drawing, render
@@ -55,9 +54,7 @@ def write(folder: EvolutionFolder) -> Path:
     )
     with matplotlib.rc_context(RC):
         drawing = render("fitness", "Fitness over generations", caption, fitness_curves(lines))
-    assert drawing is not None
-    write_atomically(folder.path / "fitness.png", drawing.png)
-    write_atomically(folder.path / "fitness.svg", drawing.svg)
+    drawing.write(folder.path)
     write_page(folder.path / "report.html", _page(folder.path, lines, config, around, drawing))
     return folder.path / "report.html"
 

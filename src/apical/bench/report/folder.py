@@ -37,8 +37,6 @@ class RuleSummary:
     """What the runs of one rule came to; every tuple holds one number per finished seed that has it.
 
     Attributes:
-        rule: short name.
-        name: full name.
         colour: its colour in the figures.
         planned: number of seeds, finished or not.
         finished: number of seeds that finished.
@@ -105,8 +103,7 @@ def write(out: Path) -> Path:
     try:
         (out / "figures").mkdir(exist_ok=True)
         for drawing in drawings:
-            write_atomically(out / "figures" / f"{drawing.stem}.png", drawing.png)
-            write_atomically(out / "figures" / f"{drawing.stem}.svg", drawing.svg)
+            drawing.write(out / "figures")
         if verdicts:
             write_atomically(
                 out / "verdicts.json", (json.dumps([asdict(row) for row in verdicts], indent=1) + "\n").encode()

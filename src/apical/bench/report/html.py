@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from apical.bench.document import MISSING, document, figure_block, reproduce, significant
+from apical.bench.document import MISSING, document, figure_block, reproduce, significant, table
 from apical.bench.figures.curves import Drawing
 from apical.bench.report.records import ACCURACY, NATS, Comparison, Run, Score
 from apical.bench.report.verdicts import Verdict, tally
@@ -139,13 +139,12 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
             f"{row.n}",
             row.verdict,
         )
-        lines.append(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
+        lines.append(values)
     heads = ("Rule", "Quantity", "Epoch", "Reference ± tolerance", "Source", "Here, mean ± s.d.", "n", "Verdict")
     return (
         f"<h2>Against reference numbers</h2><p>{escape(tally(verdicts))} Reproduced means that the mean over seeds lies "
         "within the tolerance.</p>"
-        f'<details><summary>Every number</summary><table class="runs"><thead><tr>'
-        f"{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table></details>"
+        f"<details><summary>Every number</summary>{table(heads, lines, 'runs')}</details>"
     )
 
 

@@ -11,14 +11,16 @@ from apical.bench.report.records import Comparison, Run
 
 Cell = Mapping[str, Mapping[str, Any]]
 """Layer to quantity to number."""
+Lines = tuple[list[str], list[list[str]]]
+"""Heads and lines of a table."""
 
 
 def section(comparison: Comparison) -> str:
     """The tables as HTML; empty where nothing was measured."""
     parts = []
     for measure in _names(comparison):
-        heads, lines, details = _tables(comparison, measure)
-        parts.append(f"<h3>{escape(measure)}</h3>{table(heads, lines) if lines else ''}")
+        whole, details = _tables(comparison, measure)
+        parts.append(f"<h3>{escape(measure)}</h3>{table(*whole) if whole[1] else ''}")
         if details[1]:
             parts.append(f"<details><summary>{escape(measure)}, by layer</summary>{table(*details)}</details>")
     if not parts:
@@ -35,25 +37,26 @@ def _names(comparison: Comparison) -> list[str]:
     return list(dict.fromkeys(name for value in found if isinstance(value, Mapping) for name in value))
 
 
-def _tables(comparison: Comparison, measure: str) -> tuple[list[str], list[list[str]], tuple[list[str], list[list[str]]]]:
+def _tables(comparison: Comparison, measure: str) -> tuple[Lines, Lines]:
     rows = [
-        (rule, epoch, [_cell(run, epoch, measure) for run in comparison.of(rule)])
+        ([rule, f"{epoch}"], [_cell(run, epoch, measure) for run in comparison.of(rule)])
         for rule in comparison.rules
         for epoch in sorted({e for run in comparison.of(rule) for e in run.epochs if _cell(run, e, measure)})
     ]
-    every = [cell for *_, cells in rows for cell in cells]
+    return of_networks_and_layers(rows, ["Rule", "Epoch"], "Layer")
+
+
+def of_networks_and_layers(
+    rows: Sequence[tuple[list[str], Sequence[Cell]]], heads: list[str], layer: str
+) -> tuple[Lines, Lines]:
+    """A table of whole networks and one of their layers, over seeds, of what was measured of each network with its names."""
+    every = [cell for _, cells in rows for cell in cells]
     whole = quantities([cell[WHOLE] for cell in every if WHOLE in cell])
-    lines = (
-        [[rule, f"{epoch}", *(shown(cells, WHOLE, key) for key in whole)] for rule, epoch, cells in rows] if whole else []
-    )
+    lines = [[*names, *(shown(cells, WHOLE, key) for key in whole)] for names, cells in rows] if whole else []
     layers = [name for name in dict.fromkeys(name for cell in every for name in cell) if name != WHOLE]
     keys = quantities([cell[name] for cell in every for name in layers if name in cell])
-    detailed = [
-        [rule, f"{epoch}", name, *(shown(cells, name, key) for key in keys)]
-        for rule, epoch, cells in rows
-        for name in layers
-    ]
-    return ["Rule", "Epoch", *whole], lines, (["Rule", "Epoch", "Layer", *keys], detailed)
+    detailed = [[*names, name, *(shown(cells, name, key) for key in keys)] for names, cells in rows for name in layers]
+    return ([*heads, *whole], lines), ([*heads, layer, *keys], detailed)
 
 
 def _cell(run: Run, epoch: int, measure: str) -> Cell:

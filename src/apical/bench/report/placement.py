@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from apical.bench.document import table
 from apical.bench.state import read_json, write_json
 from apical.core.credit import CreditRule
 from apical.core.placement import path_summary
@@ -15,6 +16,7 @@ from apical.errors import CheckpointError
 
 FILE = "placement.json"
 SAMPLES = 4
+_HEADS = ("Layer", "Type", "Weight", "Error passes through")
 
 
 def keep(folder: Path, rule: CreditRule, inputs: Tensor) -> None:
@@ -35,7 +37,9 @@ def section(out: Path, rules: Sequence[str]) -> str:
         if path is not None:
             rows = _rows(path)
             summary = f"<b>{escape(rule)}</b>: {escape(path_summary(row['path'] for row in rows))}"
-            tables.append(f"<details><summary>{summary}</summary>\n{_table(rows)}\n</details>")
+            tables.append(
+                f"<details><summary>{summary}</summary>\n{table(_HEADS, map(_cells, rows), 'placement')}\n</details>"
+            )
     return "\n".join(["<h2>What each layer's error passes through</h2>", *tables]) if tables else ""
 
 
@@ -44,12 +48,6 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("path"), str) for row in rows):
         raise CheckpointError(f"{path} is damaged: it has no list of rows")
     return rows
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(row))}</tr>" for row in rows)
-    heads = "".join(f"<th>{head}</th>" for head in ("Layer", "Type", "Weight", "Error passes through"))
-    return f'<table class="placement"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

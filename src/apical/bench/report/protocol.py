@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from apical.bench.document import table
 from apical.bench.report.records import Comparison, Score
 from apical.bench.statistics import Interval, Paired, bootstrap, paired
 
@@ -16,7 +16,6 @@ class Sureness:
     """One rule's final score over its finished seeds.
 
     Attributes:
-        rule: name.
         score: mean with its interval, in percent for an accuracy.
         against: the same minus backpropagation's, over common seeds; None for backpropagation or without it.
     """
@@ -60,19 +59,15 @@ def section(rows: Sequence[Sureness], score: Score) -> str:
     lines = []
     for row in rows:
         cells = [row.rule, row.score.shown(places), str(row.score.n)]
-        if row.against is not None:
-            against = row.against
-            cells += [against.difference.shown(places), f"{against.p:.2g}", str(against.difference.n)]
-        else:
-            cells += ["-", "-", "-"]
-        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+        against = row.against
+        own = (
+            ["-"] * 3
+            if against is None
+            else [against.difference.shown(places), f"{against.p:.2g}", str(against.difference.n)]
+        )
+        lines.append([*cells, *own])
     return f"""<h2>How sure is that?</h2>
-<div class="wide"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{chr(10).join(lines)}
-</tbody></table></div>
+{table(heads, lines)}
 <p class="note">Percentile bootstrap over seeds (all resamples up to six, 10,000 beyond); with few seeds these intervals are
 too narrow. p: two-sided sign-flip test of the differences with equal seeds; n seeds cannot give less than 2 / 2<sup>n</sup>,
 so three seeds never show a difference by this test alone. No correction for the number of rules.</p>

@@ -62,8 +62,6 @@ class Run:
     """One rule with one seed.
 
     Attributes:
-        rule: short name.
-        seed: its seed.
         config: contents of config.json, empty if it was not written.
         environment: contents of environment.json, empty if it was not written.
         epochs: number of each recorded epoch, ascending; 0 is before training.

@@ -14,15 +14,11 @@ class Verdict:
     """One published number beside the mean over seeds.
 
     Attributes:
-        rule: short name.
-        what: the quantity in words.
-        epoch: after so many epochs.
         published: the number; for an order of two rules, the least difference.
         tolerance: how far the mean may lie from it; None for an order.
         tag: where the number is from.
         measured: mean over seeds; None if no run got there.
         spread: standard deviation over seeds; None for fewer than two.
-        n: seeds.
         verdict: "reproduced", "not reproduced" or "not run".
         low, high: bootstrap interval of the mean at 95 %; None for fewer than two seeds.
     """

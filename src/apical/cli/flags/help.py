@@ -98,7 +98,6 @@ def short_help(command: str, flags: type[Any]) -> str:
     """Use, purpose, example and options of a command, in lines of at most :data:`WIDTH` characters.
 
     Args:
-        command: its name.
         flags: the dataclass of its options.
     """
     texts, hints = field_texts(flags), _hints(flags)
@@ -107,7 +106,7 @@ def short_help(command: str, flags: type[Any]) -> str:
     named = [option for option, (_, is_positional) in options.items() if is_positional]
     rest = "list|fetch NAME" if command == "data" else "[OPTIONS]" if len(options) > len(named) else ""
     use = " ".join(["apical", command, *(options[name][0] for name in named), rest])
-    lines = [f"Use: {use.strip()}", "", *textwrap.wrap(_purpose(flags), WIDTH)]
+    lines = [f"Use: {use.strip()}", "", *textwrap.wrap(" ".join((inspect.getdoc(flags) or "").split()), WIDTH)]
     lines += ["", "Example", *(f"  {line}" for line in EXAMPLES[command])]
     for topic, names in topics.items():
         lines += ["", topic]
@@ -155,10 +154,6 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
 def _setting(hint: Any, name: str) -> str:
     """What an annotation says of an option's metavar, default or help; empty for nothing."""
     return next((value for item in getattr(hint, "__metadata__", ()) if (value := getattr(item, name, None))), "")
-
-
-def _purpose(flags: type[Any]) -> str:
-    return " ".join((inspect.getdoc(flags) or "").split())
 
 
 def field_texts(kind: type[Any]) -> dict[str, str]:

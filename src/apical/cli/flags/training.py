@@ -1,53 +1,23 @@
 """Options of `apical compare` and `apical train`."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from apical.bench.recipe import CHECKSUMS, LossName, Recipe
-from apical.cli.flags.help import field_texts
-from apical.cli.flags.shown import shown
+from apical.cli.flags.shown import settings_of, shown
 
 _ELSEWHERE = {"rule", "rule_options", "seed", *CHECKSUMS}
 """Fields of a recipe that are no options of every command."""
-
-
-def _settings() -> type[Any]:
-    """A dataclass with an option for each setting of a recipe; None leaves it to --recipe or the default."""
-    hints, texts, options = get_type_hints(Recipe, include_extras=True), field_texts(Recipe), []
-    for item in fields(Recipe):
-        if item.name not in _ELSEWHERE:
-            kind, *more = get_args(hint) if get_origin(hint := hints[item.name]) is Annotated else (hint,)
-            metavar, default = more[0] if more else (_metavar(kind), "")
-            default = default or _written(item.default)
-            option = arg(
-                metavar=metavar, help=texts[item.name], help_behavior_hint=f"(default: {default})" if default else ""
-            )
-            options.append((item.name, Annotated[kind | None, option], field(default=None)))
-    return make_dataclass("Settings", options, frozen=True, kw_only=True, namespace={"__module__": __name__})
-
-
-def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    if get_origin(kind) is tuple:
-        return f"{_metavar(get_args(kind)[0])} ..."
-    return {bool: "True|False", int: "N", int | None: "N", float: "X"}[kind]
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(_written, value))
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if TYPE_CHECKING:
 
     @dataclass(frozen=True, kw_only=True)
     class Settings:
-        """The options of :func:`_settings` that are used by name."""
+        """The settings that are used by name."""
 
         data: str | None = None
         model: str | None = None
@@ -55,7 +25,7 @@ if TYPE_CHECKING:
         loss: LossName | None = None
 
 else:
-    Settings = _settings()
+    Settings = settings_of(Recipe, _ELSEWHERE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,7 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
     """One sentence that names the option and what it takes.
 
     Args:
-        box: what the parser prints.
         arguments: of the command line.
-        commands: names of all commands.
         options: of the command given, as they are written ("--epochs N").
 
     >>> explained("Missing value for argument '--out'. Expected 1 values.", ["train", "--out"], ["train"], [])

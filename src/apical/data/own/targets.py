@@ -71,7 +71,6 @@ def number_classes(raw: Raw, *, numbers: bool) -> tuple[Raw, Targets]:
     """Targets as numbers or as classes 0, 1, ..., and the data with them.
 
     Args:
-        raw: as read.
         numbers: whole numbers are numbers to be approximated.
 
     Raises:

@@ -19,8 +19,6 @@ def count_losses(train: Split, test: Split, vocabulary: int) -> dict[str, float]
 
     Args:
         train: windows of tokens and the tokens behind each.
-        test: likewise.
-        vocabulary: number of tokens.
 
     >>> ones = Split(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))
     >>> round(count_losses(ones, ones, 2)["unigram"], 3)

@@ -25,8 +25,6 @@ class Sequences:
 
     Attributes:
         train: tokens (N, T) and targets (N, T), int64; a target of -100 is none.
-        test: likewise.
-        vocabulary: number of tokens.
         names: of the tokens; empty where they are just numbers.
         about: what they are, in a line.
         sha256: sixteen hex digits of what they were made of; empty where code alone makes them.

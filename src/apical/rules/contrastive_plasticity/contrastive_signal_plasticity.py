@@ -10,10 +10,11 @@ trace of its neuron, and one number of its layer.
 Sources: Ororbia, arXiv 2303.18187, Science Advances 10, eadn6076, and its code; memristors: arXiv 2409.10887.
 Departures: the update is one step of the optimiser for a stimulus (`learn="stimulus"`) unless `learn="step"` asks for the
 paper's own; the answer's input spikes come from one set of numbers that all samples share, so that no chance is in it;
-biases, where the model has them, are weights from a neuron that fires always; no reconstruction of the input.
+while it learns, numbers are independent within a sample, but shifted from step to step alike for all samples; biases, where
+the model has them, are weights from a neuron that fires always; no reconstruction of the input.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -29,10 +30,11 @@ from apical.core.processes import summed
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 from apical.rules.contrastive_plasticity.memristor import Pairs
-from apical.rules.contrastive_plasticity.network import State, Synapses, advance, products, rest
+from apical.rules.contrastive_plasticity.network import State, Synapses, advance, products, read_products, rest
 from apical.rules.contrastive_plasticity.neurons import (
     Constants,
     drawn,
+    drawn_with_shift,
     goodness,
     modulator,
     pairs_loss,
@@ -40,34 +42,20 @@ from apical.rules.contrastive_plasticity.neurons import (
     threshold_loss,
     threshold_slope,
 )
+from apical.rules.contrastive_plasticity.stimulus import Negatives, Stimulus, stimulus
 
-Negatives = Literal["labels", "mixtures"]
 Contrast = Literal["threshold", "pairs"]
 Learn = Literal["stimulus", "step"]
+Readout = Literal["context", "answer"]
 
 THRESHOLD, JITTER = 0.055, 0.025
 """Where thresholds are drawn: uniformly, so far around it."""
 
+FAINT = 0.5
+"""First weights below it, of which neurons hardly fire."""
+
 BOX = (nn.ReLU, nn.Hardtanh, nn.Identity)
 """Activations that a rate between 0 and 1 may stand for."""
-
-
-class Stimulus(NamedTuple):
-    """Spike probabilities of positive samples, then negative ones.
-
-    Attributes:
-        x: of the input (rows, n_0).
-        context: of the class (rows, K); None without labels.
-        target: what the read-out is to answer (rows, K); zero for negatives.
-        y: 1 and 0 (rows,).
-        samples: positive rows.
-    """
-
-    x: Tensor
-    context: Tensor | None
-    target: Tensor
-    y: Tensor
-    samples: int
 
 
 class Held(NamedTuple):
@@ -97,6 +85,8 @@ class ContrastiveSignalPlasticity(CreditRule):
         contrast: "threshold", or "pairs" of a positive and its negative.
         theta: of the threshold.
         alpha: of the pairs.
+        readout: read-outs learn while the context is shown ("context", the paper's), or while the network answers without it
+            ("answer"), which is what they are used for; better where inputs are few, as in logic.
         mix: share of the own input in a mixture.
         decay: taken off a weight for every step and sample in which its neuron fires without it, in `constrain_()`.
         levels: of the two memristors that every weight is the difference of (:mod:`.memristor`); 0 has no such pairs.
@@ -131,6 +121,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         contrast: Contrast = "threshold",
         theta: float = 10.0,
         alpha: float = 1.0,
+        readout: Readout = "context",
         mix: float = 0.5,
         decay: float = 0.0,
         levels: int = 0,
@@ -141,6 +132,7 @@ class ContrastiveSignalPlasticity(CreditRule):
             ("negatives", negatives, ("labels", "mixtures")),
             ("learn", learn, ("stimulus", "step")),
             ("contrast", contrast, ("threshold", "pairs")),
+            ("readout", readout, ("context", "answer")),
         ):
             if value not in known:
                 raise unknown_name(what, str(value), known)
@@ -149,10 +141,14 @@ class ContrastiveSignalPlasticity(CreditRule):
                 "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
                 f"decay not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
             )
+        if readout == "answer" and learn == "step":
+            raise ConfigError(
+                "readout='answer' learns from all steps at once, which learn='step' cannot; use learn='stimulus'"
+            )
         if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
             raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
         refuse_options(loss, "contrastive-signal-dependent plasticity")
-        self.chain = Chain(model)
+        self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         if len(stages) < 2:
             raise UnsupportedModelError(f"layer {stages[0].name!r} is the only one; spiking layers need a hidden one")
@@ -169,6 +165,7 @@ class ContrastiveSignalPlasticity(CreditRule):
             raise ConfigError(f"contrastive plasticity needs two classes or more, and the model has {self.classes} output")
         self.negatives, self.steps, self.learn, self.contrast = negatives, steps, learn, contrast
         self.theta, self.alpha, self.mix, self.decay, self.constants = theta, alpha, mix, decay, constants
+        self.readout = readout
         self.repeats = steps if learn == "step" else 1
         like = stages[0].layer.weight.detach()
         require_precision(type(self).__name__, like)
@@ -189,6 +186,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         with torch.no_grad():
             for m in self.lateral:
                 m.fill_diagonal_(0.0)
+        self._faint = [stage.name for stage in stages[:-1] if float(stage.layer.weight.detach().abs().max()) < FAINT]
         self.pairs = Pairs(self._synapses(), levels) if levels else None
         self._silent: dict[tuple[str, int], Tensor] = {}  # of the batches since the last `constrain_`
 
@@ -199,9 +197,14 @@ class ContrastiveSignalPlasticity(CreditRule):
         said = ["the answer counts spikes; the model alone is a network of rates, which nobody trained"]
         if behind:
             said.append(f"neurons of {' and '.join(behind)} fire or not, whatever activation stands behind them")
+        if self._faint:
+            said.append(
+                f"the first weights of {' and '.join(self._faint)} are small: spiking neurons hardly fire; start from "
+                "weights in [-1, 1], as models.spiking does (--model spiking-256-64)"
+            )
         if self.repeats > 1:
             said.append(f"each batch takes {self.repeats} steps of the optimiser, where other rules take one")
-        return [*said, "inputs are spike probabilities, below 0 and above 1 cut off"]
+        return [*said, "inputs are spike probabilities, below 0 and above 1 cut off; data named ...-raw are scaled so"]
 
     @property
     def names(self) -> list[str]:
@@ -220,13 +223,15 @@ class ContrastiveSignalPlasticity(CreditRule):
             x = self._enter(inputs)
             self._check(x, targets)
             held = self._resumed(x, targets) if learns and self.repeats > 1 else None
-            output = self._counts(x) if held is None else held.output
+            sums = self._zeros() if learns else {}
+            output = self._counts(x, targets, sums) if held is None else held.output
             roots: list[Root] = []
             logs: dict[str, Tensor] = {}
             if learns:
                 held = held or self._begun(x, targets, output)
                 steps = 1 if self.repeats > 1 else self.steps
-                state, roots, logs = self._taught(held.stimulus, held.state, steps)
+                state, logs = self._taught(held.stimulus, held.state, steps, sums)
+                roots = self._roots(sums)
                 if self.repeats > 1:
                     calls = held.calls + 1
                     self._held = held._replace(state=state, calls=calls) if calls < self.repeats else None
@@ -326,51 +331,58 @@ class ContrastiveSignalPlasticity(CreditRule):
             stimulus, self._rest(stimulus.x, context=stimulus.context is not None), output, 0, x.clone(), targets.clone()
         )
 
-    def _taught(self, stimulus: Stimulus, state: State, steps: int) -> tuple[State, list[Root], dict[str, Tensor]]:
-        """State after some steps, gradients of all synapses summed over them, and mean losses and goodness."""
-        named = self._synapses()
-        gradients = {place: torch.zeros_like(p) for place, p in named.items() if p.requires_grad}
-        synapses, constants = self._matrices(), self.constants
-        losses = [stimulus.x.new_zeros(()) for _ in self.names]
-        pull = 2 * stimulus.y.unsqueeze(1) / stimulus.samples
+    def _zeros(self) -> dict[tuple[str, int], Tensor]:
+        """Where gradients are summed, by kind and layer."""
+        return {place: torch.zeros_like(p) for place, p in self._synapses().items() if p.requires_grad}
+
+    @staticmethod
+    def _into(sums: dict[tuple[str, int], Tensor]) -> Callable[[str, int, Tensor, Tensor, float], None]:
+        """What adds products to sums, where there is one for them."""
 
         def add(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
-            if (kind, k) in gradients:
-                gradients[kind, k].addmm_(to.T, spikes, alpha=factor)
-            if (f"{kind} bias", k) in gradients:
-                gradients[f"{kind} bias", k].add_(to.sum(0), alpha=factor)
+            if (kind, k) in sums:
+                sums[kind, k].addmm_(to.T, spikes, alpha=factor)
+            if (f"{kind} bias", k) in sums:
+                sums[f"{kind} bias", k].add_(to.sum(0), alpha=factor)
 
+        return add
+
+    def _taught(
+        self, stimulus: Stimulus, state: State, steps: int, sums: dict[tuple[str, int], Tensor]
+    ) -> tuple[State, dict[str, Tensor]]:
+        """State after some steps, whose gradients are added to the sums, and mean losses."""
+        synapses, constants, add = self._matrices(), self.constants, self._into(sums)
+        pull = 2 * stimulus.y.unsqueeze(1) / stimulus.samples
+        goods: list[list[Tensor]] = [[] for _ in self.names]
         for _ in range(steps):
             before = state
             state = self._next(before, synapses, stimulus)
             m = []
-            for k, layer in enumerate(state.layers):
-                g = goodness(layer.t)
-                losses[k] = losses[k] + self._loss_of(g, stimulus.y, stimulus.samples)
-                m.append(modulator(layer.t, self._slope(g, stimulus.y, stimulus.samples)))
-            products(before, synapses, constants, m, (state.readout.t - stimulus.target) * pull, add)
+            for good, layer in zip(goods, state.layers, strict=True):
+                good.append(goodness(layer.t))
+                m.append(modulator(layer.t, self._slope(good[-1], stimulus.y, stimulus.samples)))
+            products(before, synapses, constants, m, add)
+            if self.readout == "context":
+                read_products(before, constants, (state.readout.t - stimulus.target) * pull, add)
             if self.decay:
                 self._note_silence(before, state)
-        for k, read in enumerate(synapses.read):
-            self._soften(gradients, ("read", k), read)
-        if synapses.read_bias is not None:
-            self._soften(gradients, ("read bias", len(synapses.read) - 1), synapses.read_bias)
-        for k in range(len(self.lateral)):
-            if ("lateral", k) in gradients:
-                gradients["lateral", k].fill_diagonal_(0.0)
-        logs = {f"local {name}": loss / steps for name, loss in zip(self.names, losses, strict=True)}
-        return state, [(named[place], gradient) for place, gradient in gradients.items()], logs
+        losses = (self._loss_of(torch.stack(good), stimulus.y, stimulus.samples) for good in goods)
+        return state, {f"local {name}": loss for name, loss in zip(self.names, losses, strict=True)}
 
-    @staticmethod
-    def _soften(gradients: dict[tuple[str, int], Tensor], place: tuple[str, int], weight: Tensor) -> None:
-        """Times 1 - |C|, which keeps read-outs in [-1, 1]."""
-        if place in gradients:
-            gradients[place].mul_(1 - weight.detach().abs())
+    def _roots(self, sums: dict[tuple[str, int], Tensor]) -> list[Root]:
+        """Parameters with their gradients: those of read-outs times 1 - |C|, nothing from a neuron to itself."""
+        named = self._synapses()
+        for (kind, k), gradient in sums.items():
+            if kind in ("read", "read bias"):
+                gradient.mul_(1 - named[kind, k].detach().abs())
+            elif kind == "lateral":
+                gradient.fill_diagonal_(0.0)
+        return [(named[place], gradient) for place, gradient in sums.items()]
 
     def _loss_of(self, g: Tensor, y: Tensor, samples: int) -> Tensor:
         if self.contrast == "threshold":
             return threshold_loss(g, y, self.theta)
-        return pairs_loss(g, self.alpha) if len(g) > samples else g.new_zeros(())
+        return pairs_loss(g, self.alpha) if len(y) > samples else g.new_zeros(())
 
     def _slope(self, g: Tensor, y: Tensor, samples: int) -> Tensor:
         """Derivative of the loss by goodness (rows,)."""
@@ -387,11 +399,11 @@ class ContrastiveSignalPlasticity(CreditRule):
         learning = {place for place, parameter in self._synapses().items() if parameter.requires_grad}
 
         def note(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
-            if (kind, k) in learning and kind != "read":
+            if (kind, k) in learning:
                 seen = to.sum(0).unsqueeze(1) - to.T @ spikes
                 self._silent[kind, k] = self._silent[kind, k] + seen if (kind, k) in self._silent else seen
 
-        products(before, self._matrices(), self.constants, [layer.s for layer in after.layers], after.readout.s, note)
+        products(before, self._matrices(), self.constants, [layer.s for layer in after.layers], note)
 
     def _synapses(self) -> dict[tuple[str, int], nn.Parameter]:
         """Every trainable matrix and bias, by kind and layer."""
@@ -418,9 +430,8 @@ class ContrastiveSignalPlasticity(CreditRule):
         return rest(x, [self.thresholds.get_buffer(key(stage.name)) for stage in self.chain.stages], context)
 
     def _next(self, state: State, synapses: Synapses, stimulus: Stimulus) -> State:
-        inputs = drawn(stimulus.x, torch.rand_like(stimulus.x))
-        context = None if stimulus.context is None else drawn(stimulus.context, torch.rand_like(stimulus.context))
-        return advance(state, synapses, self.constants, inputs, context)
+        inputs = drawn_with_shift(stimulus.x, stimulus.phase, stimulus.x.new_empty(stimulus.x.shape[1:]).uniform_())
+        return advance(state, synapses, self.constants, inputs, stimulus.context)
 
     def _simulated(self, stimulus: Stimulus) -> Iterator[State]:
         """The states after each step."""
@@ -436,28 +447,22 @@ class ContrastiveSignalPlasticity(CreditRule):
             state = advance(state, synapses, self.constants, drawn(x, u), None)
             yield state
 
-    def _counts(self, x: Tensor) -> Tensor:
+    def _counts(self, x: Tensor, targets: Tensor | None = None, sums: dict[tuple[str, int], Tensor] | None = None) -> Tensor:
+        """Spikes of the read-out (batch, K); with readout="answer" its gradients are added to the sums."""
         counts = x.new_zeros(len(x), self.classes)
+        right = None
+        if sums and targets is not None and self.readout == "answer":
+            right, add = F.one_hot(targets, self.classes).to(x.dtype), self._into(sums)
+        before = self._rest(x, context=False)
         for state in self._answering(x):
-            counts = counts + state.readout.s
+            counts += state.readout.s
+            if right is not None:
+                read_products(before, self.constants, (state.readout.t - right) * (2 / len(x)), add)
+            before = state
         return counts
 
     def _stimulus(self, x: Tensor, targets: Tensor) -> Stimulus:
-        right = F.one_hot(targets, self.classes).to(x.dtype)
-        context = None
-        if self.negatives == "labels":
-            away = torch.randint(1, self.classes, targets.shape, device=targets.device)
-            context = torch.cat([right, F.one_hot((targets + away) % self.classes, self.classes).to(x.dtype)])
-            negative = x
-        elif len(x) == 1:  # nobody to mix with
-            negative = x[:0]
-        else:
-            own = torch.arange(len(x), device=x.device)
-            other = (own + torch.randint(1, len(x), (), device=x.device)) % len(x)
-            negative = torch.lerp(x[other], x, self.mix)
-        y = torch.cat([x.new_ones(len(x)), x.new_zeros(len(negative))])
-        target = torch.cat([right, right.new_zeros(len(negative), self.classes)])
-        return Stimulus(torch.cat([x, negative]), context, target, y, len(x))
+        return stimulus(x, targets, self.classes, self.negatives, self.mix)
 
     def _enter(self, inputs: Tensor) -> Tensor:
         """Spike probabilities (batch, n_0)."""

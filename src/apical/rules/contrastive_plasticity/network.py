@@ -3,7 +3,7 @@
     j_l = R_m (W_l s_{l-1} + V_l s_{l+1} + U_l c + b_l) - R_inh M_l s_l,    l = 1..L
     j_y = sum_l C_l s_l + b_y,   e = 2 (target - t_y) of positive samples
 
-c are spikes of the class (the context), s_0 those of the input, both drawn at each step. What a synapse learns from one step
+c are spikes of the class (the context), s_0 those of the input, drawn at each step. What a synapse learns from one step
 is the product of the spike that reached it and a number of the neuron behind it:
 
     dW = - (R_m m) s^T      dM = - (R_inh m) s^T      dC = (1 - |C|) R_m e s^T / (number of positive samples)
@@ -67,7 +67,7 @@ def currents(state: State, synapses: Synapses, constants: Constants) -> tuple[li
             j = j.addmm_(state.layers[k + 1].s, synapses.down[k].T)
         if state.context is not None:
             j = j.addmm_(state.context, synapses.context[k].T)
-        found.append(torch.addmm(j, layer.s, lateral.T, beta=constants.resistance, alpha=-constants.inhibition))
+        found.append(j.addmm_(layer.s, lateral.T, beta=constants.resistance, alpha=-constants.inhibition))
     jy = state.readout.v.new_zeros(()) if synapses.read_bias is None else synapses.read_bias
     for layer, read in zip(state.layers, synapses.read, strict=True):
         jy = torch.addmm(jy, layer.s, read.T)
@@ -81,17 +81,14 @@ def advance(state: State, synapses: Synapses, constants: Constants, inputs: Tens
     return State(inputs, context, layers, stepped(state.readout, jy, constants))
 
 
-def products(
-    before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], e: Tensor, add: Callable[..., None]
-) -> None:
-    """What one step teaches: `add(kind, k, to, from, factor)` for every matrix, minus its change `factor * to^T from`.
+def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:
+    """What one step teaches hidden layers: `add(kind, k, to, from, factor)`, minus a matrix's change `factor * to^T from`.
 
     Args:
         before: the state whose spikes arrived.
         synapses: only for which there are.
         constants: R_m and R_inh.
         m: modulators (rows, n_l) after the step.
-        e: `t_y - target` times 2 / positives, (rows, K), zero for negative samples.
         add: takes them up.
     """
     r = constants.resistance
@@ -102,4 +99,9 @@ def products(
             add("down", k, each, before.layers[k + 1].s, r)
         if before.context is not None:
             add("context", k, each, before.context, r)
-        add("read", k, e, before.layers[k].s, r)
+
+
+def read_products(before: State, constants: Constants, e: Tensor, add: Callable[..., None]) -> None:
+    """The same for read-outs; e is `t_y - target` times 2 / positives, (rows, K), zero for negative samples."""
+    for k, layer in enumerate(before.layers):
+        add("read", k, e, layer.s, constants.resistance)

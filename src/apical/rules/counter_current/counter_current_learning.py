@@ -40,6 +40,7 @@ from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, depth_
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, terms
+from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
 from apical.core.similarity import linear_cka
 from apical.core.teaching import Activity, Taught, Teaching
@@ -232,7 +233,7 @@ class CounterCurrentLearning(CreditRule):
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
-            goals = self._goals(targets)
+            goals = targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
             a, local = Activity(self._prepared(inputs)), {}
             waiting: dict[int, Activity] = {}  # for the mask, which the output decides
             for level in range(len(self.row)):
@@ -256,15 +257,16 @@ class CounterCurrentLearning(CreditRule):
             teaching.loss(loss)
         return Credit.of(teaching.roots, output.detach(), loss, self._logs(local, loss))
 
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """Exact for the last block, whose loss is the model's; images as outputs have their error times their height."""
+        scaled = self.pair == "match" and self._height > 1
+        return layer_paths(self.model, inputs, "signal of its own", exact=() if scaled else (self.row[-1].name,))
+
     def _logs(self, local: dict[int, Tensor], loss: Tensor) -> dict[str, Tensor]:
         """The pairs' losses ell_l by F's layer below (or "input"), and their sum."""
         names = {level: self.row[level - 1].name if level else "input" for level in local}
         total = torch.stack(list(local.values())).sum() if local else loss.new_zeros(())
         return {"local": total, **{f"local {names[level]}": value for level, value in local.items()}}
-
-    def _goals(self, targets: Tensor) -> Tensor:
-        """M of the labels; for "match" nothing more than the targets."""
-        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""

@@ -168,7 +168,10 @@ class EquilibriumPropagation(CreditRule):
         if bounded:
             limit = ShiftedSigmoid() if estimator == "holomorphic" and (points > 2 or cycles) else nn.Hardtanh(0.0, 1.0)
             self._cut_off = [stage.name for stage in self.chain.stages if isinstance(stage.activation, nn.ReLU)]
-            self.chain.stages = [_bounded(stage, limit) for stage in self.chain.stages]
+            self.chain.stages = [
+                replace(stage, activation=limit) if isinstance(stage.activation, nn.ReLU) else stage
+                for stage in self.chain.stages
+            ]
         last = self.chain.stages[-1]
         read_out = isinstance(last.activation, nn.Identity) if output is None else output == "read-out"
         if read_out and len(self.chain.stages) < 2:
@@ -390,10 +393,6 @@ class EquilibriumPropagation(CreditRule):
             signal = beta.conjugate_rows(error).flatten(0, 1)
             roots += stage_roots(self.network.reader, signal, nudged[-1], size / self.rates[-1], len(share) * size)
         return roots
-
-
-def _bounded(stage: Stage, limit: nn.Module) -> Stage:
-    return replace(stage, activation=limit) if isinstance(stage.activation, nn.ReLU) else stage
 
 
 def _spread(weight: Tensor) -> float:

@@ -34,10 +34,9 @@ from apical.core.losses import output_error, terms
 from apical.errors import ConfigError, InstabilityError, unknown_name
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import LOOK_EVERY, ControlRule, Difference, Learn, NoiseCorrelation, Start
-from apical.rules.feedback_control.controller import Leak
 from apical.rules.feedback_control.newton import settle
 from apical.rules.feedback_control.states import Controlled, Resolvent
-from apical.rules.feedback_control.trajectory import Loop, Moment, Trace, correlation, end, record, trajectory
+from apical.rules.feedback_control.trajectory import Leak, Loop, Moment, Trace, correlation, end, record, trajectory
 
 SOLVERS = {"dfc": ("closed-form", "simulate"), "ss": ("steady", "simulate"), "ssa": ("closed-form",)}
 """The solvers of each variant, the default first."""

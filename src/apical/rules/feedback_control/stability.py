@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from apical.errors import ConfigError, unknown_name
-from apical.rules.feedback_control.controller import Leak
+from apical.rules.feedback_control.trajectory import Leak
 
 EXACT = 300
 """Up to this many states of the loop its eigenvalues are computed; above, those of scalar modes."""

@@ -36,10 +36,9 @@ from apical.core.losses import refuse_options, terms, value_at
 from apical.errors import ConfigError, InstabilityError, unknown_name
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
-from apical.rules.feedback_control.controller import Leak
 from apical.rules.feedback_control.states import Controlled, controlled_states
 from apical.rules.feedback_control.strong_control import Held, error_left, hold, outcome, outcome_slope
-from apical.rules.feedback_control.trajectory import Loop, Moment, Trace, correlation, end, record, trajectory
+from apical.rules.feedback_control.trajectory import Leak, Loop, Moment, Trace, correlation, end, record, trajectory
 
 CLOSE = 1e-3
 """Residual, relative to the error without control, above which a goal counts as not reached."""

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from apical.core.activations import difference
 from apical.core.chain import Chain, Stage, States
 from apical.core.noise import normal
 from apical.errors import ConfigError, InstabilityError
-from apical.rules.feedback_control.controller import Leak
+
+Leak = Literal["code", "paper"]
+"""What leaks in the controller: the whole control, as in the authors' programs, or its integral."""
 
 LOOK_EVERY = 50
 """Steps between looks for NaN."""

@@ -69,11 +69,7 @@ class Probe:
     Args:
         rule: any rule on a chain of layers.
         inputs: probe batch (batch, ...).
-        targets: its targets.
         nudge: lambda of the minimum-norm update, which it enters through the curvature of the activations only.
-
-    Raises:
-        UnsupportedModelError: the model is no chain; the module is named.
     """
 
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, nudge: float) -> None:

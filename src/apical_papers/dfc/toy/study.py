@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from apical.bench.cells import kept
-from apical.bench.figures.control import conditions, optimal, traces
 from apical.bench.page import write
 from apical.bench.run_folder import check_writable, environment
 from apical.data import Dataset
 from apical.errors import ConfigError
+from apical_papers.dfc.toy.figures import conditions, optimal, traces
 from apical_papers.dfc.toy.metrics import DAMPING, EIGENVALUE_SAMPLES, MEASURES
 from apical_papers.dfc.toy.optimal import optimal_feedback
 from apical_papers.dfc.toy.report import page
@@ -62,9 +62,6 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
 
     Returns:
         What results.json holds, with unrounded numbers.
-
-    Raises:
-        ConfigError: the folder cannot be written, or there are fewer data than asked for.
     """
     check_writable(out)
     spent, around = 0.0, environment("cpu", torch.get_num_threads())

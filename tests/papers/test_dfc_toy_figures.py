@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from apical.bench.figures import control as figures_control
 from apical.bench.figures.curves import Drawing
 from apical.rules.feedback_control.trajectory import Trace
+from apical_papers.dfc.toy import figures as figures_control
 
 PANELS = [("condition_two", "Condition 2"), ("ssa", "angle to DFC-SSA\n(degrees)"), ("eigenvalue", "Re eig (1/s)")]
 

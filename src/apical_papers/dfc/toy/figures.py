@@ -1,7 +1,7 @@
 """Figures of feedback control: conditions and angles over training, compartments over time, the set of optimal feedback."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ from apical.bench.figures.curves import Drawing, render
 from apical.bench.figures.style import RC, RULES, Style
 from apical.bench.report.records import Array
 from apical.rules.feedback_control.trajectory import Trace
+from apical_papers.dfc.toy.optimal import Optimal
 
 _COLUMN, _PAGE = 3.5, 7.0
 _FIXED = (0, (4, 1.5))
@@ -34,34 +35,6 @@ STYLES: dict[str, Style] = {
 """Colour is the variant, solid is learned feedback, dashed is fixed feedback."""
 
 COMPARTMENTS = {"soma": "#000000", "basal": "#0072B2", "apical": "#D55E00"}
-
-
-class Cloud(Protocol):
-    """The points of the paper's figure 2, see :class:`apical_papers.dfc.toy.optimal.Optimal`."""
-
-    @property
-    def cloud(self) -> Array:
-        """Random optimal Q in the plane (draws, 2)."""
-
-    @property
-    def transpose(self) -> Array:
-        """J^T (2,)."""
-
-    @property
-    def pseudoinverse(self) -> Array:
-        """J^+ (2,)."""
-
-    @property
-    def damped(self) -> Array:
-        """Damped pseudoinverses (gammas, 2)."""
-
-    @property
-    def gammas(self) -> Array:
-        """Their damping (gammas,)."""
-
-    @property
-    def explained(self) -> Array:
-        """Share of the variance of both axes (2,)."""
 
 
 def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[str, str]]) -> Drawing:
@@ -98,16 +71,13 @@ def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[s
             "feedback weights Q; dashed: Q fixed at the product of the initial forward weights. Dotted grey: where the "
             "condition holds exactly, or the limit of stability. DFC-SS and DFC-SSA lie on each other."
         )
-        drawing = render("conditions", "Conditions and alignment during training", caption, figure)
-    assert drawing is not None
-    return drawing
+        return render("conditions", "Conditions and alignment during training", caption, figure)
 
 
 def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tensor, sample: int = 0) -> Drawing:
     """Output, control and the compartments of two neurons per layer over time, weak control left and strong control right.
 
     Args:
-        weak, strong: trajectories of a batch.
         weak_target, strong_target: of the output (batch, n_L).
         sample: which sample of the batch to draw.
     """
@@ -140,12 +110,10 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
             "drawn, those with the largest apical potential under strong control. Left: target a tenth of the way to the "
             "label (lambda 0.05); right: same sample, network and feedback, target the label itself. The scales differ."
         )
-        drawing = render("trace", "Weak and strong control of one sample", caption, figure)
-    assert drawing is not None
-    return drawing
+        return render("trace", "Weak and strong control of one sample", caption, figure)
 
 
-def optimal(points: Cloud) -> Drawing:
+def optimal(points: Optimal) -> Drawing:
     """Random optimal feedback weights in the plane of their principal components, with J^T, J^+ and what lies between."""
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_COLUMN, 3.1))
@@ -165,9 +133,7 @@ def optimal(points: Cloud) -> Drawing:
             f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All ask for the "
             "same update."
         )
-        drawing = render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
-    assert drawing is not None
-    return drawing
+        return render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
 
 
 def _style(rule: str) -> Style:

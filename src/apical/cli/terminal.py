@@ -1,0 +1,78 @@
+"""What commands have in common: lines, tables and bars in a terminal, checks of options, and folders held while written."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apical.bench.distributed import under_torchrun
+from apical.bench.folders import check_writable, refuse_used
+from apical.bench.progress import shown_path
+from apical.bench.run_folder import FolderLock
+from apical.errors import ConfigError
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """Print a text as it is, without breaking its lines."""
+    (console or Console()).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_files(out: Path, names: Iterable[str]) -> None:
+    """Print where files of a folder are, by their endings."""
+    for name in names:
+        say(f"{name.rpartition('.')[2]}: {shown_path(out / name)}")
+
+
+def show_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str], *, whole: bool = False) -> None:
+    """Print a table; columns are set to the right but for those whose heads are in `left`, which may be kept `whole`."""
+    table = Table(box=None, pad_edge=False)
+    for head in heads:
+        is_left = head in left
+        table.add_column(head, justify="left" if is_left else "right", overflow="fold", no_wrap=whole and is_left)
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+
+
+@contextmanager
+def bar(total: int, text: str = "", *columns: ProgressColumn, transient: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar, in a terminal only; yields what updates it, by `advance`, `completed` or `description`."""
+    console = Console()
+    if not console.is_terminal:
+        yield lambda **changes: None
+        return
+    columns = columns or (TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=transient) as progress:
+        yield partial(progress.update, progress.add_task(text, total=total))
+
+
+def check_least(flags: Any, **least: int) -> None:
+    """Refuse numbers that are too small; None is none."""
+    for name, bound in least.items():
+        value = getattr(flags, name)
+        if value is not None and value < bound:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+
+
+def check_alone(command: str, flags: Any, what: str) -> None:
+    """Refuse torchrun, and a folder that cannot be written or holds something that is not to be replaced."""
+    if under_torchrun():
+        raise ConfigError(f"apical {command} is single-process; do not run it under torchrun")
+    if flags.out is not None:
+        check_writable(flags.out)
+        if not flags.overwrite:
+            refuse_used(flags.out, f"add --overwrite to replace {what} in it")
+
+
+@contextmanager
+def held(out: Path | None, doing: str, check: Callable[[], None]) -> Iterator[None]:
+    """Within, nobody else writes the folder. It is checked before, and again once held: its last holder may have used it."""
+    check()
+    with nullcontext() if out is None else FolderLock(out).held(doing, wait=0):
+        check()
+        yield

@@ -1,0 +1,136 @@
+"""Functions that a model calls between its modules, as the modules that compute the same.
+
+`F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain as `nn.ReLU()`, `nn.Flatten()` and
+`nn.AvgPool2d(2)` are. A function is taken for a module if the two agree, bit for bit, on random numbers of its input's
+shape.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_ACTIVATIONS = (
+    *("relu ReLU", "relu6 ReLU6", "leaky_relu LeakyReLU", "elu ELU", "selu SELU", "celu CELU", "gelu GELU", "silu SiLU"),
+    *("mish Mish", "tanh Tanh", "sigmoid Sigmoid", "special_expit Sigmoid", "softplus Softplus", "softsign Softsign"),
+    *("hardtanh Hardtanh", "hardsigmoid Hardsigmoid", "hardswish Hardswish", "log_sigmoid LogSigmoid"),
+    *("tanhshrink Tanhshrink", "hardshrink Hardshrink", "softshrink Softshrink", "threshold Threshold"),
+    *("softmax Softmax", "log_softmax LogSoftmax"),
+)
+_POOLS = tuple(
+    f"{name}_pool{n}d {kind}Pool{n}d"
+    for name, kind in (("max", "Max"), ("avg", "Avg"), ("adaptive_avg", "AdaptiveAvg"))
+    for n in (1, 2, 3)
+)
+MODULES: dict[str, type[nn.Module]] = {
+    function: getattr(nn, kind) for function, kind in map(str.split, (*_ACTIVATIONS, *_POOLS))
+}
+"""Functions by name, and the modules whose arguments are theirs in the same order."""
+
+RESHAPING = ("flatten", "view", "reshape")
+"""Functions that may make one row of each sample, as `nn.Flatten()` does."""
+
+UNHEARD = ("input", "inplace", "_stacklevel", "dtype", "return_indices")
+"""Arguments that change nothing between the two; a `dtype` that does is found out by comparison."""
+
+
+class Call(NamedTuple):
+    """One call of a module without children, or of a function: what it was given and what it made."""
+
+    name: str
+    module: nn.Module
+    given: Tensor
+    made: Tensor
+    entered: int  # version of `given` when the module was called: a change in place leaves the tensor the same object
+    left: int  # version of `made` when it returned
+    is_function: bool = False
+
+    @property
+    def label(self) -> str:
+        """What it is, for messages."""
+        return f"{'function' if self.is_function else 'module'} {self.name!r}"
+
+
+class Functions(TorchFunctionMode):
+    """While it is switched on, calls of functions that some module could make are noted as that module's.
+
+    Args:
+        note: is handed each call.
+        before: modules that were made in an earlier pass, by name, to be taken again; new ones are added.
+    """
+
+    def __init__(self, note: Callable[[Call], None], before: dict[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.note, self.modules = note, {} if before is None else before
+        self.deep = 0  # calls of modules that are under way
+        self.counts: dict[str, int] = {}
+        self.makers: list[tuple[Tensor, str]] = []  # and what made them; tensors are held so that no other takes their id
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make the call, and hand on its result."""
+        options = kwargs or {}
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        entered = given._version if given is not None else 0
+        result = func(*args, **options)
+        if self.deep or not isinstance(result, Tensor):
+            return result
+        name = func.__name__.strip("_")
+        self.makers.append((result, name))
+        if given is not None and given.is_floating_point():
+            module = module_of(func, given, args[1:], options)
+            if module is not None:
+                self.note(Call(*self._known(f"F.{name}", module), given, result, entered, result._version, True))
+        return result
+
+    def _known(self, name: str, module: nn.Module) -> tuple[str, nn.Module]:
+        """Name of this call, and the module that an earlier pass has for it."""
+        count = self.counts.get(name, 0)
+        self.counts[name] = count + 1
+        name = f"{name}#{count}" if count else name
+        if repr(self.modules.setdefault(name, module)) != repr(module):
+            self.modules[name] = module
+        return name, self.modules[name]
+
+    def maker(self, tensor: Tensor) -> str | None:
+        """Name of the function that made a tensor, or changed it in place last."""
+        return next((name for made, name in reversed(self.makers) if made is tensor), None)
+
+
+def module_of(
+    function: Callable[..., Any], given: Tensor, arguments: Sequence[Any], options: dict[str, Any]
+) -> nn.Module | None:
+    """The module that computes what `function(given, *arguments, **options)` does; None if none is known.
+
+    >>> module_of(torch.relu, torch.zeros(2, 3), (), {}), module_of(torch.cumsum, torch.zeros(2, 3), (1,), {})
+    (ReLU(), None)
+    """
+    name = getattr(function, "__name__", "").strip("_")
+    own = {key: value for key, value in options.items() if key not in UNHEARD}
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(given.shape, dtype=torch.float64, generator=generator).to(given)
+    try:
+        if name in RESHAPING:
+            module: nn.Module = nn.Flatten()
+        elif name in MODULES:
+            module = MODULES[name](*arguments, **own)
+        else:
+            return None
+        wanted, made = function(numbers.clone(), *arguments, **options), module(numbers.clone())
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+    return module if isinstance(made, Tensor) and wanted.dtype == made.dtype and torch.equal(wanted, made) else None
+
+
+def on_path(calls: Sequence[Call], output: Any) -> list[Call]:
+    """The calls of modules, and of functions those on whose result the output rests."""
+    kept: list[Call] = []
+    at = output
+    for call in reversed(calls):
+        if not call.is_function or call.made is at:
+            kept.append(call)
+            at = call.given
+    return kept[::-1]

@@ -1,0 +1,49 @@
+"""A stimulus: positive samples, and the negative ones that are made of them."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Negatives = Literal["labels", "mixtures"]
+
+
+class Stimulus(NamedTuple):
+    """Spike probabilities of positive samples, then negative ones.
+
+    Attributes:
+        x: of the input (rows, n_0).
+        phase: uniform numbers (rows, n_0) that every step shifts, see :func:`.neurons.drawn_with_shift`.
+        context: 1 for the class that is shown, which fires at every step (rows, K); None without labels.
+        target: what the read-out is to answer (rows, K); zero for negatives.
+        y: 1 and 0 (rows,).
+        samples: positive rows.
+    """
+
+    x: Tensor
+    phase: Tensor
+    context: Tensor | None
+    target: Tensor
+    y: Tensor
+    samples: int
+
+
+def stimulus(x: Tensor, targets: Tensor, classes: int, negatives: Negatives, mix: float) -> Stimulus:
+    """Of inputs (batch, n_0) and class labels (batch,); one sample alone has nobody to be mixed with."""
+    right = F.one_hot(targets, classes).to(x.dtype)
+    context = None
+    if negatives == "labels":
+        away = torch.randint(1, classes, targets.shape, device=targets.device)
+        context = torch.cat([right, F.one_hot((targets + away) % classes, classes).to(x.dtype)])
+        negative = x
+    elif len(x) == 1:
+        negative = x[:0]
+    else:
+        own = torch.arange(len(x), device=x.device)
+        other = (own + torch.randint(1, len(x), (), device=x.device)) % len(x)
+        negative = torch.lerp(x[other], x, mix)
+    both = torch.cat([x, negative])
+    y = torch.cat([x.new_ones(len(x)), x.new_zeros(len(negative))])
+    target = torch.cat([right, right.new_zeros(len(negative), classes)])
+    return Stimulus(both, torch.rand_like(both), context, target, y, len(x))

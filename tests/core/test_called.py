@@ -1,0 +1,171 @@
+"""Functions between modules are steps of chains and rows, as the modules that compute the same."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apical
+from apical.bench.names import RULES
+from apical.core.blocks import blocks, through
+from apical.core.called import Call, Functions, module_of, on_path
+from apical.errors import UnsupportedModelError
+
+SAME: list[tuple[Callable[..., Tensor], nn.Module, tuple[int, ...]]] = [
+    (F.relu, nn.ReLU(), (3, 4)),
+    (Tensor.relu_, nn.ReLU(), (3, 4)),
+    (partial(F.leaky_relu, negative_slope=0.3), nn.LeakyReLU(0.3), (3, 4)),
+    (lambda x: F.elu(x, 0.7, True), nn.ELU(0.7), (3, 4)),
+    (partial(F.gelu, approximate="tanh"), nn.GELU("tanh"), (3, 4)),
+    (lambda x: F.hardtanh(x, -0.5, 0.2), nn.Hardtanh(-0.5, 0.2), (3, 4)),
+    (partial(F.softplus, beta=2), nn.Softplus(2), (3, 4)),
+    (lambda x: F.threshold(x, 0.1, 3.0), nn.Threshold(0.1, 3.0), (3, 4)),
+    (torch.special.expit, nn.Sigmoid(), (3, 4)),
+    (F.logsigmoid, nn.LogSigmoid(), (3, 4)),
+    (partial(F.log_softmax, dim=1), nn.LogSoftmax(1), (3, 4)),
+    (partial(F.max_pool2d, kernel_size=2, stride=1), nn.MaxPool2d(2, 1), (3, 2, 4, 4)),
+    (
+        lambda x: F.avg_pool2d(x, 3, padding=1, count_include_pad=False),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        (3, 2, 6, 6),
+    ),
+    (lambda x: F.adaptive_avg_pool2d(x, 1), nn.AdaptiveAvgPool2d(1), (3, 2, 4, 4)),
+    (partial(torch.flatten, start_dim=1), nn.Flatten(), (3, 2, 4)),
+    (lambda x: x.view(len(x), -1), nn.Flatten(), (3, 2, 4)),
+    (lambda x: x.reshape(-1, 8), nn.Flatten(), (3, 2, 4)),
+]
+NONE: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = [
+    (torch.flatten, (3, 2, 4)),
+    (lambda x: x.view(-1), (3, 4)),
+    (lambda x: x.reshape(3, 4, 2), (3, 2, 4)),
+    (partial(F.softmax, dim=1, dtype=torch.float32), (3, 4)),
+    (lambda x: F.dropout(x, 0.5), (3, 4)),
+    (lambda x: F.rrelu(x, training=True), (3, 4)),
+    (lambda x: x + x, (3, 4)),
+    (lambda x: torch.cumsum(x, 1), (3, 4)),
+]
+
+
+def calls_of(function: Callable[..., Tensor], shape: tuple[int, ...]) -> tuple[list[Call], Tensor]:
+    calls: list[Call] = []
+    torch.manual_seed(0)
+    inputs = torch.randn(shape, dtype=torch.double)
+    with Functions(calls.append):
+        result = function(inputs)
+    return on_path(calls, result), inputs
+
+
+@pytest.mark.parametrize(("function", "module", "shape"), SAME, ids=str)
+def test_a_function_is_its_module(function: Callable[..., Tensor], module: nn.Module, shape: tuple[int, ...]) -> None:
+    (call,), _ = calls_of(function, shape)
+    assert type(call.module) is type(module)
+    inputs = torch.randn(5, *shape[1:], dtype=torch.double)
+    assert torch.equal(call.module(inputs.clone()), module(inputs.clone()))
+
+
+@pytest.mark.parametrize(("function", "shape"), NONE)
+def test_other_functions_are_none(function: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    assert calls_of(function, shape)[0] == []
+
+
+def test_what_nothing_comes_of_is_left_out() -> None:
+    def looks(x: Tensor) -> Tensor:
+        x.sigmoid().sum()
+        return x.tanh().relu()
+
+    calls, inputs = calls_of(looks, (3, 4))
+    assert [call.name for call in calls] == ["F.tanh", "F.relu"]
+    assert calls[0].given is inputs
+
+
+def test_random_numbers_are_left_as_they_are() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    module_of(F.relu, torch.zeros(2, 3), (), {})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Written(nn.Module):
+    """A perceptron written with functions."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.act = nn.Linear(12, 9), nn.Linear(9, 8), nn.Linear(8, 4), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x.flatten(1)))
+        return self.c(self.act(self.b(x)))
+
+
+def modular(act: type[nn.Module]) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), act(), nn.Linear(9, 8), act(), nn.Linear(8, 4))
+
+
+ONE_OF_EACH = ("dfc-ss", "strong-dfc", "dtp", "ddtp-control", "ep", "hep", "corinfomax", "dualprop", "sibp", "csdp")
+ONE_OF_EACH += ("ccl", "pc", "pc-error", "local-both", "mono-forward", "ff", "scff")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_rules_learn_the_same_from_functions_and_modules(name: str) -> None:
+    entry, found = RULES[name], []
+    torch.manual_seed(2)
+    batch = torch.rand(6, 3, 4, dtype=torch.double), torch.arange(6) % 4
+    function, kind = (torch.tanh, nn.Tanh) if name == "hep" else (F.relu, nn.ReLU)
+    for make in (partial(Written, function), partial(modular, kind)):
+        torch.manual_seed(0)
+        model = make().double()
+        takes = {} if name in ("corinfomax", "sibp", "csdp") else {"input_shape": (3, 4)}
+        rule = entry.build(model, loss=F.cross_entropy, **takes, **entry.options)
+        torch.manual_seed(1)
+        rule.accumulate(*batch)
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert any(grad is not None and bool(grad.any()) for grad in found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+class Residual(nn.Module):
+    """A block with a skip between functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(5, 6), Skip(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.inner(torch.tanh(self.first(x)))))
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.layer(x))
+
+
+def test_functions_between_blocks_belong_to_the_block_before() -> None:
+    model = Residual().double()
+    with pytest.raises(UnsupportedModelError, match="but the result of 'add'"):
+        blocks(model)
+    head, row = blocks(model, skips=True)
+    assert [block.name for block in row] == ["first", "inner", "last"]
+    assert [[type(module).__name__ for module in block.modules] for block in row] == [
+        ["Linear", "Tanh"],
+        ["Skip", "ReLU"],
+        ["Linear"],
+    ]
+    inputs = torch.randn(4, 5, dtype=torch.double)
+    assert torch.equal(through([*head, *row], inputs), model(inputs))
+
+
+def test_a_forward_with_functions_that_is_changed_later_is_refused() -> None:
+    model = Written(F.relu)
+    rule = apical.DeepFeedbackControl(model, input_shape=(3, 4))
+    model.forward = lambda x: 2 * Written.forward(model, x)  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match="forward"):
+        rule(torch.randn(6, 3, 4), torch.arange(6) % 4)
