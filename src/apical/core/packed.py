@@ -14,7 +14,7 @@ from torch.nn.modules.rnn import RNNBase
 
 from apical.core.layers import PACKED
 from apical.core.transport import GEOMETRIES, dense
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 
 class Part:
