@@ -407,7 +407,7 @@ def test_under_a_compiler() -> None:
         torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [FeedbackAlignment, DirectFeedbackAlignment])
+@pytest.mark.parametrize("make", [Backprop, FeedbackAlignment])
 @pytest.mark.parametrize("attention", ["fixed", "present"])
 def test_compiled_is_eager_however_heads_are_split(make: Any, attention: Any) -> None:
     """Also by `Tensor.unflatten`, which the compiler does not follow below function modes by itself."""
