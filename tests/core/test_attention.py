@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from apical import Backprop, DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetry
@@ -17,6 +18,8 @@ from apical.core.credit import CreditRule
 from apical.diagnostics.interventions import Probe
 from apical.diagnostics.positions import across_positions
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.testing import check_model
+from apical.testing.two_ranks import on_two_ranks
 
 SAMPLES, TIME, WIDTH, HEADS, VOCABULARY = 3, 5, 8, 2, 7
 
@@ -203,13 +206,17 @@ class Block(nn.Module):
         self.up, self.act, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.kind == "function":
+        if self.kind in ("function", "unflatten"):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + causal(TIME, TIME, q)
         return F.dropout(F.softmax(scores, dim=-1), 0.0) @ v
 
+    def split(self, y: Tensor) -> Tensor:
+        result: Tensor = y.unflatten(-1, (HEADS, -1)) if self.kind == "unflatten" else y.view(*y.shape[:2], HEADS, -1)
+        return result
+
     def mix(self, y: Tensor) -> Tensor:
-        q, k, v = (layer(y).view(*y.shape[:2], HEADS, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (self.split(layer(y)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         mixed: Tensor = self.o(self.attention(q, k, v).transpose(1, 2).flatten(2))
         return mixed
 
@@ -398,6 +405,52 @@ def test_under_a_compiler() -> None:
     for name, parameter in rule.model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Backprop, FeedbackAlignment])
+@pytest.mark.parametrize("attention", ["fixed", "present"])
+def test_compiled_is_eager_however_heads_are_split(make: Any, attention: Any) -> None:
+    """Also by `Tensor.unflatten`, which the compiler does not follow below function modes by itself."""
+    rule = make(network("unflatten"), attention=attention)
+    eager = gradients(rule)
+    rule.zero_grad()
+    torch._dynamo.reset()
+    torch.compile(rule, backend="aot_eager", fullgraph=True)(*batch()).backward()
+    for name, parameter in rule.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-10, atol=1e-12)
+    assert eager["blocks.0.v.weight"].norm() > 0
+
+
+@pytest.mark.parametrize("make", [Backprop, FeedbackAlignment, DirectFeedbackAlignment])
+@pytest.mark.parametrize("attention", ["exact", "fixed", "present"])
+def test_the_conformance_checks_of_a_users_model(make: Any, attention: Any) -> None:
+    report = check_model(make(network(), attention=attention), *batch(), skip=("compiled",))
+    assert "placement" in report.passed
+
+
+def on_rank(rank: int, name: str, attention: Any, kind: str) -> dict[str, Tensor]:
+    """Gradients of one rank of two on its part of a batch, or of one process (rank -1) on all of it."""
+    rule = RULES[name](network(kind), attention=attention)
+    tokens, targets = (torch.cat([x, x.flip(1)]) for x in batch())  # six samples
+    if rank < 0:
+        rule(tokens, targets).backward()
+    else:
+        DistributedDataParallel(rule)(tokens[rank::2], targets[rank::2]).backward()
+    return {key: q.grad.clone() for key, q in rule.model.named_parameters() if q.grad is not None}
+
+
+RULES = {"fa": FeedbackAlignment, "dfa": DirectFeedbackAlignment}
+
+
+@pytest.mark.xfail(reason="gradients of two ranks differ from one process's by 0.15; cause unknown", strict=False)
+@pytest.mark.parametrize("attention", ["fixed", "present"])
+@pytest.mark.parametrize(("name", "kind"), [("fa", "function"), ("fa", "module"), ("dfa", "function")])
+def test_two_ranks_are_one_process(name: str, attention: Any, kind: str) -> None:
+    alone = on_rank(-1, name, attention, kind)
+    for rank in on_two_ranks(on_rank, name, attention, kind):
+        assert rank.keys() == alone.keys()
+        assert max(float((rank[key] - alone[key]).abs().max()) for key in alone) <= 1e-12
 
 
 class Weighing(nn.Module):

@@ -252,7 +252,7 @@ def test_error_at_the_input_is_linear_in_the_feedback(name: str) -> None:
     "name", ["dense-doubled", "dense-dropped", "dense-pruned", "dense-instance", "conv-masked", "conv-weight_norm"]
 )
 def test_compiled_is_eager(name: str) -> None:
-    """Also a rule that has seen no batch before."""
+    """T18; also a rule that has seen no batch before."""
     model, inputs = network(name)
     rule = apical.FeedbackAlignment(model, squares)
     torch._dynamo.reset()

@@ -220,6 +220,49 @@ def test_explicit_and_closed_forms_are_equal(name: str, form: str, feedback: Any
         assert torch.allclose(value, found[layer], rtol=0, atol=0.02 if name == "muon" else 1e-11)
 
 
+def test_an_explicit_feedback_is_spared_its_own_gradient() -> None:
+    """From the second step on; K = B R is followed, also where R is written to, and SGD gets R's gradient again."""
+    rule = build(PFA, form="fused")
+    optimizer = SEPARATE["adamw"](rule.parameters())
+    b = rule.expansion.get_buffer("2")
+    for step in range(70):  # K is formed anew after 64 steps
+        optimizer.zero_grad()
+        rule(*batch(step)).backward()
+        assert (rule.plastic_of("2").grad is None) == (step > 0)
+        if step in (5, 40):
+            rule.plastic_of("2").data.mul_(0.5)
+        before, weight = rule.plastic_of("2").detach().clone(), rule.layers["2"].weight.detach().clone()
+        optimizer.step()
+        k = 1 - optimizer.param_groups[0]["lr"] * optimizer.param_groups[0]["weight_decay"]
+        change = rule.layers["2"].weight.detach() - k * weight
+        torch.testing.assert_close(rule.plastic_of("2").detach(), k * before + b.T @ change, rtol=0, atol=1e-13)
+        torch.testing.assert_close(rule.feedback_weight("2"), b @ rule.plastic_of("2").detach(), rtol=0, atol=1e-12)
+    other = torch.optim.SGD(rule.parameters(), lr=0.1)
+    other.zero_grad()
+    rule(*batch(70)).backward()
+    before = rule.plastic_of("2").detach().clone()
+    other.step()
+    gradient = rule.layers["2"].weight.grad
+    torch.testing.assert_close(rule.plastic_of("2").detach(), before - 0.1 * b.T @ gradient, rtol=0, atol=1e-13)
+
+
+def test_a_penalty_that_begins_late_gives_an_explicit_feedback_its_own_gradient_again() -> None:
+    rule = build(PFA, form="fused")
+    optimizer = SEPARATE["adamw"](rule.parameters())
+    for step in range(36):
+        optimizer.zero_grad()
+        rule(*batch(step)).backward()
+        if step >= 10:
+            (0.1 * rule.layers["2"].weight.abs().sum()).backward()
+        optimizer.step()
+    assert list(rule.alone) == ["2"]
+    assert "penalty" in rule.alone["2"]
+    optimizer.zero_grad()
+    rule(*batch(36)).backward()
+    assert rule.plastic_of("2").grad is not None
+    assert rule.plastic_of("4").grad is None
+
+
 def test_sparse_feedback_takes_the_change_on_its_mask() -> None:
     rule = build(PFA, expansion=3, density=0.5)
     mask = rule._mask("2")[0]

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from apical.core.calls import traceable
 from apical.core.checkpointing import is_checkpointed, refuse_hidden
 from apical.core.credit import Attention
 from apical.core.outside_use import PRODUCTS
@@ -365,7 +366,7 @@ class Attending(TorchFunctionMode):
                 )
             else:
                 return ours(*args, **kwargs, attention=self.attention)
-        result = func(*args, **kwargs)
+        result = traceable(func)(*args, **kwargs)
         if self.looks:
             self._look(func, args, kwargs, result)
         return result

@@ -44,6 +44,11 @@ FUNCTIONS = frozenset(
 """The activation functions themselves."""
 
 
+def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function in a form that `torch.compile` follows below function modes."""
+    return torch.unflatten if function is Tensor.unflatten else function
+
+
 class Listener(Protocol):
     """Whoever wants to know of calls."""
 
@@ -62,4 +67,5 @@ class Calls(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Make the call, and hand on its result."""
+        func = traceable(func)
         return self.listener.function(func, args, func(*args, **(kwargs or {})))

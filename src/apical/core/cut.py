@@ -21,7 +21,7 @@ from apical.core.graph import leaves, reshapes, vertex
 from apical.core.inside import InnerEdges
 from apical.core.layers import is_packed
 from apical.core.outputs import tensors
-from apical.core.packed import caller
+from apical.core.packed import caller, refuse_compiled
 from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.separators import KINDS, ends
@@ -94,6 +94,7 @@ class CutRule(CreditRule):
         cuts = where == "activation"
         self.layers = weighted_layers(model, exact, shared=True, packed="parts" if cuts else "refused")
         self._whole = weighted_layers(model, exact, shared=True, packed="whole" if cuts else "refused")  # as they are called
+        self._loops = tuple(name for name, layer in self._whole.items() if isinstance(layer, nn.RNNBase))
         self.exact = tuple(exact)
         self.where, self.units = where, units
         named = [] if isinstance(units, str) else list(units)
@@ -233,6 +234,7 @@ class CutRule(CreditRule):
             UnsupportedModelError: the output holds no tensor; or errors would go round the cuts.
         """
         self.require_attached()
+        refuse_compiled(type(self).__name__, self._loops)
         if isinstance(inputs, Tensor) and inputs.dim() and not len(inputs):
             raise ConfigError(f"the batch is empty: inputs have the shape {tuple(inputs.shape)}; leave it out")
         if self.where == "activation" and self._separation is None:

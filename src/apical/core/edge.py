@@ -26,7 +26,7 @@ from apical.core.effective import measured_weight, of_rows, require_affine, weig
 from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly, is_affine, through
 from apical.core.outside_use import OutsideUse
-from apical.core.packed import Part, caller, row_blocks, xavier_
+from apical.core.packed import Part, caller, refuse_compiled, row_blocks, xavier_
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
@@ -208,6 +208,7 @@ class EdgeRule(CreditRule):
             bundle = Bundle(names[owner], wrapped, own, self._feedback_of_part, first, self._projected)
             bundle.refuse_substitutes()
             self._bundles[bundle.name] = (wrapped, bundle)
+        self._loops = tuple(names[owner] for owner in owners if isinstance(owner, nn.RNNBase))
 
     def _feedback_of_part(self, name: str) -> Tensor:
         """Feedback of one weight of a packed module: none for the first layer, or through time."""
@@ -357,6 +358,7 @@ class EdgeRule(CreditRule):
 
     def _run(self, inputs: Tensor) -> Any:
         """The model's output, with this rule at work."""
+        refuse_compiled(type(self).__name__, self._loops)
         substitutes = self.substitutes()
         compiling = torch.compiler.is_compiling()
         device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device

@@ -14,7 +14,7 @@ from torch.nn.modules.rnn import RNNBase
 
 from apical.core.layers import PACKED
 from apical.core.transport import GEOMETRIES, dense
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 
 class Part:
@@ -69,6 +69,25 @@ def caller(layer: Any) -> nn.Module:
     """The module whose call applies the layer's weight: the layer itself, but for a part."""
     module: nn.Module = layer.owner if isinstance(layer, Part) else layer
     return module
+
+
+def refuse_compiled(rule: str, names: Collection[str]) -> None:
+    """Refuse recurrent modules in a compiled graph, of which PyTorch's compiler takes none.
+
+    Without `fullgraph=True` the compiler leaves this part of the rule uncompiled.
+
+    Args:
+        rule: name of the rule's class.
+        names: of the recurrent modules.
+
+    Raises:
+        UnsupportedModelError: names them.
+    """
+    if names and torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            f"{', '.join(map(repr, names))} cannot be compiled under {rule}: torch.compile takes no nn.RNN, nn.GRU or "
+            "nn.LSTM; leave out fullgraph=True, or write the recurrence with a cell"
+        )
 
 
 def row_blocks(layer: Any) -> int:

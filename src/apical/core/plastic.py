@@ -193,6 +193,14 @@ class PlasticRule(EdgeRule):
         """Whether the gradient of R can be made from that of the weight; else R has a pathway of its own."""
         return name in self._tapped
 
+    def needs_gradient(self, name: str) -> bool:
+        """Whether an explicit R gets a gradient of its own in this forward pass, not W's change alone."""
+        return not self.steps.sharing.spares(name) or name in self.alone
+
+    def take_change(self, name: str, k: float, change: Tensor) -> None:
+        """`R' = k R + B^T (W' - k W)`, where W has just moved by `change = W' - k W`."""
+        self.plastic_of(name).mul_(k).add_(self.from_weight(name, change))
+
     def plastic_of(self, name: str) -> nn.Parameter:
         """R of one layer; without elements in closed form."""
         return cast(nn.Parameter, self._plastics()._parameters[key(name)])

@@ -1,6 +1,5 @@
 """The optimiser's steps as a rule with plastic feedback sees them: which form is exact for each layer, before each step."""
 
-import math
 import warnings
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -9,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from apical.core.decay import ELEMENTWISE, Decays
+from apical.core.decay import Decays
 from apical.core.mismatch import Mismatch, Watch
+from apical.core.sharing import FUNCTION, OPTIONS_DIFFER, PARTED, Sharing, parallel
 from apical.core.stepping import (
     Arrival,
     Group,
@@ -34,11 +34,8 @@ if TYPE_CHECKING:
 Places = dict[str, tuple[Group | None, Group | None]]
 """By layer: the groups of an optimiser that hold the weight and the feedback."""
 
-FUNCTION = "the layer computes with a function of its weight"
 FROZEN = "its weight is frozen"
-OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
 REPLACED = "its weight was replaced by another parameter"
-PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight)"
 OWN = 'update="own" gives it the optimiser\'s own moments'
 HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -56,17 +53,16 @@ class Steps:
         self._rule = ref(rule)
         self._known: WeakKeyDictionary[Optimizer, tuple[Signature, Places]] = WeakKeyDictionary()
         self._moving: dict[str, tuple[Group, bool, float | None]] = {}
-        self._sharing: dict[str, tuple[float, Tensor]] = {}
-        self._shared: dict[str, int] = {}
         self._decays = Decays()
-        self._warned = False
         self._lonely: dict[str, int] = {}
         self._apart: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._hooks: list[Any] = []
         self._arrivals: dict[str, Arrival] = {}
+        self.sharing = Sharing(self._arrivals, self._decays)
         self.forget()
-        for name, layer in rule.layers.items() if rule.form in ("auto", "closed") else ():
+        listens = rule.form in ("auto", "closed") or not (rule.ALIKE or rule.update == "own")
+        for name, layer in rule.layers.items() if listens else ():
             weight = layer._parameters.get("weight")
             if weight is not None and weight.requires_grad and weight.is_leaf:
                 self._arrivals[name] = Arrival()
@@ -96,7 +92,7 @@ class Steps:
         self._watches: dict[str, Watch] = {}
         self._optimizer: ref[Optimizer] | None = None
         self._moving.clear()
-        self._sharing.clear()
+        self.sharing.forget()
 
     def concerns(self, optimizer: Optimizer) -> bool:
         """Whether it holds a weight or an R of the rule."""
@@ -159,8 +155,11 @@ class Steps:
         """At first and now and then: weights of closed layers, which tell the rule's own gradient from others."""
         taps = {}
         for name, arrival in self._arrivals.items() if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
-            if arrival.sampled and name in self._watches and self.rule.mismatch_of(name) is not None:
+            closed = self.rule.mismatch_of(name) is not None
+            if arrival.sampled and closed and name in self._watches:
                 taps[self.rule.weight_name(name)] = noted(self._watches[name].parameter, arrival)
+            elif not closed and self.sharing.spares(name) and self.sharing.is_due(name):
+                taps[self.rule.weight_name(name)] = noted(self.rule.layers[name].weight, arrival)
         return taps
 
     def moving(self, name: str) -> bool:
@@ -172,7 +171,7 @@ class Steps:
         """Decide the form of each layer; refuse, or go back to the explicit one, where the closed one would not be exact."""
         rule, places = self.rule, self._known[optimizer][1]
         self._moving.clear()
-        self._sharing.clear()
+        self.sharing.begin()
         self._decays.begin()
         for name, (group, other) in places.items():
             if rule.mismatch_of(name) is not None:
@@ -181,8 +180,11 @@ class Steps:
                 self._count_steps_alone(name, group, other)
                 if rule.form == "auto" and name not in rule.reasons:
                     self._decide(name, optimizer, group, other)
-            if rule.mismatch_of(name) is None and other is not None and not is_sgd(optimizer):
-                self._share(name, optimizer, group, other)
+            if rule.mismatch_of(name) is None and other is not None and is_sgd(optimizer):
+                self.sharing.restore(rule, name)
+            elif rule.mismatch_of(name) is None and other is not None:
+                is_alike = group is not None and alike(group, other, optimizer)
+                self.sharing.before_step(rule, name, optimizer, group, other, is_alike)
         for name in self._arrivals:
             if name in self._watches:
                 self._arrivals[name].sampled = self._watches[name].steps < 3 or self._watches[name].steps % 16 == 15
@@ -193,7 +195,7 @@ class Steps:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Advance the mismatches, and what takes the weights' change, by the step that was just taken."""
-        if (self._moving or self._sharing) and not skipped(optimizer):
+        if (self._moving or self.sharing) and not skipped(optimizer):
             self._optimizer = ref(optimizer) if self._moving else self._optimizer
             for name, (group, first, k) in self._moving.items():
                 watch = self._watches[name]
@@ -204,59 +206,9 @@ class Steps:
                     self.rule.moved_by = type(optimizer).__name__
                 watch.stepped()
                 watch.momentum = momentum_of(optimizer, watch.parameter)
-            for name, (k, before) in self._sharing.items():
-                self.rule.moved_by = type(optimizer).__name__
-                with torch.no_grad():
-                    change = self.rule.layers[name].weight - k * before
-                    self.rule.plastic_of(name).mul_(k).add_(self.rule.from_weight(name, change))
+            self.sharing.after_step(self.rule, optimizer)
         self._moving.clear()
-        self._sharing.clear()
-
-    def _share(self, name: str, optimizer: Optimizer, group: Group | None, other: Group) -> None:
-        """Let an explicit R take `B^T` times W's change in this step, or say why it moves by the optimiser's own state."""
-        rule, plastic = self.rule, self.rule.plastic_of(name)
-        weight = rule.layers[name]._parameters.get("weight")
-        if rule.ALIKE or name in rule.alone or plastic.grad is None:
-            return
-        if rule.update == "own":
-            self._warn_of_own_state(name, optimizer)
-            return
-        reason, k = None, self._decays.factor(optimizer, other, plastic.dim())
-        if weight is None:
-            reason = FUNCTION
-        elif isinstance(k, str):
-            reason = k
-        elif not weight.requires_grad:
-            plastic.grad = None  # W rests, and so does R
-            return
-        elif group is None:
-            reason = "its weight and its feedback have different optimisers"
-        elif not alike(group, other, optimizer):
-            reason = OPTIONS_DIFFER
-        elif weight.grad is None:
-            reason = "its weight has no gradient of its own"
-        elif (count := self._shared.get(name, 0)) < 3 or count % 16 == 15:
-            reason = None if _parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
-        if reason is not None or weight is None or isinstance(k, str):
-            rule.alone[name] = reason or FUNCTION
-            return
-        self._shared[name] = self._shared.get(name, 0) + 1
-        self._sharing[name] = k, weight.detach().clone()
-        plastic.grad = None
-
-    def _warn_of_own_state(self, name: str, optimizer: Optimizer) -> None:
-        """Adam's step of `B^T G` is not `B^T` times its step of G: longer, and turned."""
-        if self._warned or type(optimizer) not in ELEMENTWISE:
-            return
-        self._warned = True
-        rows = self.rule.plastic_of(name).numel() / cast(nn.Parameter, self.rule.layers[name].weight).numel()
-        warnings.warn(
-            f'update="own" moves R by {type(optimizer).__name__}\'s own state, which does not commute with B^T: R drifts '
-            'away from B^T W and training suffers; use update="shared", or apical.optim.InputAdam, or give R the learning '
-            f"rate lr / {math.sqrt(1 + 2 * rows / math.pi):.3g} = lr / sqrt(1 + 2 lambda / pi)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        self.sharing.begin()
 
     def _count_steps_alone(self, name: str, group: Group | None, other: Group | None) -> None:
         plastic, weight = self.rule.plastic_of(name), self.rule.layers[name].weight
@@ -324,7 +276,7 @@ class Steps:
         if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
             return "its weight or its feedback has no dense gradient of its own"
         if not is_sgd(optimizer):  # R takes W's change, whatever was done to the size of gradients
-            return None if _parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
+            return None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
         if not arrival.untouched(weight.grad) or _hooked(weight):
             return "gradients were changed between backward pass and step (clipping, or anything of the kind)"
         if not _equal(plastic.grad, rule.from_weight(name, weight.grad)):
@@ -463,13 +415,3 @@ def _equal(actual: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding."""
     allowed = 1e3 * torch.finfo(expected.dtype).eps
     return actual.shape == expected.shape and bool((actual - expected).norm() <= allowed * expected.norm())
-
-
-def _parallel(actual: Tensor, expected: Tensor) -> bool:
-    """Equal up to a positive factor and rounding; clipping makes one."""
-    a, b = actual.detach().double(), expected.double()
-    if a.shape != b.shape:
-        return False
-    size = a.norm() * b.norm()
-    allowed = 1e2 * torch.finfo(expected.dtype).eps
-    return bool(size - (a * b).sum() <= allowed * size)

@@ -12,7 +12,8 @@ B R then points along W, at arctan(1/sqrt(lambda)), while no single matrix resem
 Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
 
     literal   as written above
-    fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser
+    fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser. Where R takes W's change
+              it has no gradient after the first step, and K follows by M times the change
     closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while the optimiser moves W and R
               alike, no sparse masks
 
@@ -25,7 +26,7 @@ Departures from the released code: a grouped convolution gets a block-diagonal B
 import math
 from collections import defaultdict
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +37,12 @@ from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, Initial, PlasticRule, check_initial
+from apical.core.stepping import strided
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
 
+RENEWAL = 64  # steps until a product is formed anew, so that roundings do not add up
 WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping
 
 
@@ -108,6 +111,30 @@ def mixing_matrix(b: Tensor) -> Tensor | None:
     square = exact @ exact.T
     distance = float((square - torch.eye(len(b), dtype=square.dtype, device=b.device)).abs().max())
     return None if distance < 100 * torch.finfo(b.dtype).eps else square.to(b.dtype)
+
+
+class Held:
+    """The product K of two matrices, held while they are what they were.
+
+    Args:
+        value: K.
+        mixing: `M = B B^T`, None for the identity.
+    """
+
+    def __init__(self, value: Tensor, mixing: Tensor | None) -> None:
+        self.value, self.mixing, self.steps = value, mixing, 0
+
+    def follow(self, *factors: Tensor) -> None:
+        """Remember the factors as they are, of which K is the product after a step."""
+        self.steps += 1
+        self._known = [(factor.data_ptr(), factor._version, strided(factor).clone()) for factor in factors]
+
+    def is_of(self, *factors: Tensor) -> bool:
+        """Whether the factors are what they were: by place, version and about 64 values, which writes to `.data` change."""
+        return all(
+            (factor.data_ptr(), factor._version) == known[:2] and torch.equal(strided(factor), known[2])
+            for factor, known in zip(factors, self._known, strict=True)
+        )
 
 
 class ProductFeedbackAlignment(PlasticRule):
@@ -183,10 +210,12 @@ class ProductFeedbackAlignment(PlasticRule):
         self.feedback, self.density, self.update = feedback, density, update
         self._rows, self._rows_per_sample = 0, dict.fromkeys(self.layers, 1.0)
         self._seen: dict[str, float] = {}
+        self._products: dict[str, Held] = {}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         self._embedding = {
             n for n, layer in self.layers.items() if id(getattr(layer, "_parameters", {}).get("weight")) in tables
         }
+        self.register_state_dict_pre_hook(_form_anew)  # type: ignore[no-untyped-call]
         self.expansion, self.mixing, self.mask = nn.Module(), nn.Module(), nn.Module()
         for name, layer in self.layers.items():
             self._draw(name, weight_now(layer), expansion, feedback)
@@ -215,6 +244,11 @@ class ProductFeedbackAlignment(PlasticRule):
             f"apart: {reason}"
             for reason, names in layers.items()
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without products, so that a copy and the rule itself go on with the same bits."""
+        self._products.clear()
+        return super().__getstate__()
 
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
         """Draw B and R_0 of one layer and keep what the form needs of them."""
@@ -308,9 +342,30 @@ class ProductFeedbackAlignment(PlasticRule):
         """B R of this layer, as `M F` in closed form."""
         mismatch = self.mismatch_of(name)
         if mismatch is None:
-            return product, (self.expansion.get_buffer(key(name)), self.plastic_of(name).detach())
+            b, plastic = self.expansion.get_buffer(key(name)), self.plastic_of(name).detach()
+            held = None if torch.compiler.is_compiling() else self._products.get(name)
+            if held is not None and held.is_of(b, plastic):
+                return stored, (held.value,)
+            return product, (b, plastic)
         mixing = self._mixing(name)
         return (stored, (mismatch.feedback,)) if mixing is None else (product, (mixing, mismatch.feedback))
+
+    def take_change(self, name: str, k: float, change: Tensor) -> None:
+        """R in place, and with it `K = B R`: `K' = k K + M (W' - k W)` costs lambda times less than a new product."""
+        b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
+        held = self._products.pop(name, None)
+        if self.density < 1.0 or self.literal(name):
+            super().take_change(name, k, change)
+            return
+        if held is None or held.steps >= RENEWAL or not held.is_of(b, plastic):
+            held = Held(product(shape, b, plastic.detach()), mixing_matrix(b))
+        if shape is None:
+            plastic.addmm_(b.T, change, beta=k)
+        else:
+            super().take_change(name, k, change)
+        held.value.mul_(k).add_(change if held.mixing is None else product(shape, held.mixing, change))
+        held.follow(b, plastic)
+        self._products[name] = held
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
         """The literal form, and for dense layers the cheaper order of the closed one."""
@@ -336,7 +391,7 @@ class ProductFeedbackAlignment(PlasticRule):
         """In the fused form, weights whose gradient also makes R's."""
         taps = self.steps.taps()
         for name, layer in self.layers.items():
-            if self.mismatch_of(name) is None and not self.literal(name):
+            if self.mismatch_of(name) is None and not self.literal(name) and self.needs_gradient(name):
                 b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
                 tensors = (b, plastic.detach(), *self._mask(name))
                 taps[self.weight_name(name)] = weight_tap(layer.weight, plastic, shared_gradient, shape, *tensors)
@@ -368,6 +423,12 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def _mask(self, name: str) -> tuple[Tensor, ...]:
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
+
+
+def _form_anew(rule: nn.Module, *_: Any) -> None:
+    """Whoever loads the state forms products of B and R, and so does the rule itself from here on: to the same bits."""
+    assert isinstance(rule, ProductFeedbackAlignment)
+    rule._products.clear()
 
 
 def _check_options(expansion: float, feedback: str, density: float, form: str, update: str) -> None:

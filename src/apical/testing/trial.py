@@ -1,7 +1,7 @@
 """Experiments on somebody's rule and model: each runs one step in a sandbox and hands back the gradients it made."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from apical.core.attention import Attending
 from apical.core.credit import Credit, CreditRule
 from apical.core.packed import Part, caller
 from apical.core.placement import Placement
@@ -62,8 +63,10 @@ class Trial:
             return self.collected()
 
     def exact(self) -> Gradients:
-        """Gradients of the model's own loss by backpropagation, without the rule."""
-        with self.sandbox():
+        """Gradients of the model's own loss by backpropagation, without the rule; of attention, what the rule keeps."""
+        kept = self.rule.attention
+        attending = nullcontext() if kept == "exact" else Attending(kept, self.model, looks=False)
+        with self.sandbox(), attending:
             self.loss(self.model(self.inputs)).backward()
             return self.collected()
 

@@ -1,0 +1,141 @@
+"""An explicit R that takes `B^T` times W's change: `R' = k R + B^T (W' - k W)`, whatever an optimiser made of gradients.
+
+At its first step a layer's R has a gradient of its own, which shows that W learns from nothing else. From then on R needs
+none: W's gradients are told from others now and then (:class:`apical.core.stepping.Arrival`), and R takes the change alone.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apical.core.decay import ELEMENTWISE, Decays
+from apical.core.stepping import Arrival, Group, distributed
+
+if TYPE_CHECKING:
+    from apical.core.plastic import PlasticRule
+
+FUNCTION = "the layer computes with a function of its weight"
+PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight)"
+OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
+
+
+class Sharing:
+    """Which R take their weight's change in the step to come.
+
+    Args:
+        arrivals: of the weights' gradients, by layer.
+        decays: the optimiser's.
+    """
+
+    def __init__(self, arrivals: Mapping[str, Arrival], decays: Decays) -> None:
+        self._arrivals, self._decays = arrivals, decays
+        self._counts: dict[str, int] = {}
+        self._now: dict[str, tuple[float, Tensor]] = {}
+        self._warned = False
+
+    def forget(self) -> None:
+        """A state was loaded."""
+        self._counts.clear()
+        self._now.clear()
+
+    def begin(self) -> None:
+        """A step is about to be taken."""
+        self._now.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._now)
+
+    def spares(self, name: str) -> bool:
+        """Whether R needs no gradient of its own in this forward pass."""
+        eager = not (torch.compiler.is_compiling() or distributed())  # DistributedDataParallel waits for each gradient
+        return name in self._counts and eager
+
+    def is_due(self, name: str) -> bool:
+        """Whether the weight's own gradient is to be told from others before the next step."""
+        count = self._counts.get(name, 0)
+        return count < 3 or count % 16 == 15
+
+    def before_step(
+        self, rule: "PlasticRule", name: str, optimizer: Optimizer, group: Group | None, other: Group, is_alike: bool
+    ) -> None:
+        """Let R take W's change in this step, or say in `rule.alone` why it moves by the optimiser's own state."""
+        plastic, weight = rule.plastic_of(name), rule.layers[name]._parameters.get("weight")
+        spared = plastic.grad is None and name in self._counts and rule._called and weight is not None
+        if rule.ALIKE or name in rule.alone or (plastic.grad is None and not spared):
+            return
+        if rule.update == "own":
+            self._warn_of_own_state(rule, name, optimizer)
+            return
+        reason, k = None, self._decays.factor(optimizer, other, plastic.dim())
+        if weight is None:
+            reason = FUNCTION
+        elif isinstance(k, str):
+            reason = k
+        elif not weight.requires_grad:
+            plastic.grad = None  # W rests, and so does R
+            return
+        elif group is None:
+            reason = "its weight and its feedback have different optimisers"
+        elif not is_alike:
+            reason = OPTIONS_DIFFER
+        elif weight.grad is None:
+            if spared:
+                return
+            reason = "its weight has no gradient of its own"
+        elif plastic.grad is None:
+            reason = PARTED if self._arrivals[name].foreign else None
+        elif self.is_due(name):
+            reason = None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
+        if reason is not None or weight is None or isinstance(k, str):
+            rule.alone[name] = reason or FUNCTION
+            if spared and reason != PARTED and weight is not None and weight.grad is not None:
+                plastic.grad = rule.from_weight(name, weight.grad)
+            return
+        if name in self._arrivals:
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._now[name] = k, weight.detach().clone()
+        plastic.grad = None
+
+    def restore(self, rule: "PlasticRule", name: str) -> None:
+        """Give R the gradient that it was spared: this step is one of SGD, which makes R's change of it."""
+        weight = rule.layers[name]._parameters.get("weight")
+        if self._counts.pop(name, 0) and rule._called and weight is not None and weight.grad is not None:
+            plastic = rule.plastic_of(name)
+            plastic.grad = rule.from_weight(name, weight.grad) if plastic.grad is None else plastic.grad
+
+    def after_step(self, rule: "PlasticRule", optimizer: Optimizer) -> None:
+        """W has moved: R follows."""
+        for name, (k, before) in self._now.items():
+            rule.moved_by = type(optimizer).__name__
+            with torch.no_grad():
+                rule.take_change(name, k, rule.layers[name].weight - k * before)
+        self._now.clear()
+
+    def _warn_of_own_state(self, rule: "PlasticRule", name: str, optimizer: Optimizer) -> None:
+        """Adam's step of `B^T G` is not `B^T` times its step of G: longer, and turned."""
+        if self._warned or type(optimizer) not in ELEMENTWISE:
+            return
+        self._warned = True
+        rows = rule.plastic_of(name).numel() / cast(nn.Parameter, rule.layers[name].weight).numel()
+        warnings.warn(
+            f'update="own" moves R by {type(optimizer).__name__}\'s own state, which does not commute with B^T: R drifts '
+            'away from B^T W and training suffers; use update="shared", or apical.optim.InputAdam, or give R the learning '
+            f"rate lr / {math.sqrt(1 + 2 * rows / math.pi):.3g} = lr / sqrt(1 + 2 lambda / pi)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def parallel(actual: Tensor, expected: Tensor) -> bool:
+    """Equal up to a positive factor and rounding; clipping makes one."""
+    a, b = actual.detach().double(), expected.double()
+    if a.shape != b.shape:
+        return False
+    size = a.norm() * b.norm()
+    allowed = 1e2 * torch.finfo(expected.dtype).eps
+    return bool(size - (a * b).sum() <= allowed * size)
