@@ -28,7 +28,8 @@ from apical.core.edge import EdgeRule
 from apical.core.mirror import mirrored, require_affine
 from apical.core.mismatch import Mismatch
 from apical.core.packed import Part
-from apical.core.steps import FROZEN, FUNCTION, Steps
+from apical.core.sharing import FUNCTION
+from apical.core.steps import FROZEN, Steps
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError
