@@ -58,7 +58,7 @@ def calls_of(function: Callable[..., Tensor], shape: tuple[int, ...]) -> tuple[l
     return on_path(calls, result), inputs
 
 
-@pytest.mark.parametrize(("function", "module", "shape"), SAME, ids=str)
+@pytest.mark.parametrize(("function", "module", "shape"), SAME, ids=[str(module) for _, module, _ in SAME])
 def test_a_function_is_its_module(function: Callable[..., Tensor], module: nn.Module, shape: tuple[int, ...]) -> None:
     (call,), _ = calls_of(function, shape)
     assert type(call.module) is type(module)

@@ -30,6 +30,9 @@ WIDTH, SAMPLES = 32, 1
 SEEDS = 3
 """Of the study, seeds whose chains are measured: the rest of it is cheaper."""
 
+REFUSED = "refused: "
+"""Begins a reason of the rule itself, where there is no number."""
+
 SLOW = {"pc": 50, "pc-incremental": 50, "ep": 50, "strong-dfc": 50, "wm": 50}
 """Depths beyond which a rule is not asked: its network settles for seconds there, for every sample."""
 
@@ -97,7 +100,7 @@ def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
                     grad = layer.weight.grad
                     squares[i] += 0.0 if grad is None else float(grad.double().square().sum())
         except ApicalError as error:
-            return " ".join(str(error).split())[:120]
+            return REFUSED + " ".join(str(error).split())
     if not all(map(math.isfinite, squares)):
         return "not finite"
     return math.sqrt(squares[0] / squares[1]) if squares[1] else "no credit at the last hidden layer"
@@ -126,15 +129,25 @@ def reason(cells: Any, name: str, rule: str, depth: int) -> str:
 def table(cells: Any, name: str, rules: Sequence[str] = RULES) -> Row:
     """One network's, rule by rule."""
 
-    def entry(rule: str, layers: int) -> str:
-        found = ratios(cells, name, rule, layers)
-        return _geometric(found) if found else reason(cells, name, rule, layers)
+    refusals: dict[str, str] = {}
 
+    def entry(rule: str, layers: int) -> str:
+        values = ratios(cells, name, rule, layers)
+        if values:
+            return _geometric(values)
+        why = reason(cells, name, rule, layers)
+        if why.startswith(REFUSED):
+            refusals.setdefault(rule, why.removeprefix(REFUSED))
+            return "refused"
+        return why
+
+    rows = [[rule, *(entry(rule, layers) for layers in DEPTHS)] for rule in rules]
+    note = "At the initial weights and initial feedback, single samples; geometric mean over seeds and its range."
     return {
         "title": f"Gradient norm of layer 1 over that of the last hidden layer: {name}",
-        "note": "At the initial weights and initial feedback, single samples; geometric mean over seeds and its range.",
+        "note": " ".join([note, *(f"{rule} refuses: {why}." for rule, why in refusals.items())]),
         "header": ["rule", *(f"depth {layers}" for layers in DEPTHS)],
-        "rows": [[rule, *(entry(rule, layers) for layers in DEPTHS)] for rule in rules],
+        "rows": rows,
     }
 
 
