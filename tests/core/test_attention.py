@@ -436,14 +436,14 @@ def on_rank(rank: int, name: str, attention: Any, kind: str) -> dict[str, Tensor
     if rank < 0:
         rule(tokens, targets).backward()
     else:
-        DistributedDataParallel(rule)(tokens[rank::2], targets[rank::2]).backward()
+        ranks = DistributedDataParallel(rule)  # it averages gradients for as long as it lives
+        ranks(tokens[rank::2], targets[rank::2]).backward()
     return {key: q.grad.clone() for key, q in rule.model.named_parameters() if q.grad is not None}
 
 
 RULES = {"fa": FeedbackAlignment, "dfa": DirectFeedbackAlignment}
 
 
-@pytest.mark.xfail(reason="gradients of two ranks differ from one process's by 0.15; cause unknown", strict=False)
 @pytest.mark.parametrize("attention", ["fixed", "present"])
 @pytest.mark.parametrize(("name", "kind"), [("fa", "function"), ("fa", "module"), ("dfa", "function")])
 def test_two_ranks_are_one_process(name: str, attention: Any, kind: str) -> None:
