@@ -238,4 +238,4 @@ def test_steps_leave_no_tensors(kind: type) -> None:
             step(rule, optimizer, slice(None))
         gc.collect()
         alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
-    assert alive[1] == alive[2]
+    assert alive[2] <= alive[1]  # others may have let go of theirs meanwhile
