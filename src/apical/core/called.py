@@ -2,7 +2,7 @@
 
 `F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain as `nn.ReLU()`, `nn.Flatten()` and
 `nn.AvgPool2d(2)` are. A function is taken for a module if the two agree, bit for bit, on random numbers of its input's
-shape.
+shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: nobody would see the number change.
 """
 
 from collections.abc import Callable, Sequence
@@ -115,7 +115,7 @@ def module_of(
     try:
         if name in RESHAPING:
             module: nn.Module = nn.Flatten()
-        elif name in MODULES:
+        elif name in MODULES and not _has_number(name, [*arguments, *own.values()]):
             module = MODULES[name](*arguments, **own)
         else:
             return None
@@ -123,6 +123,12 @@ def module_of(
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     return module if isinstance(made, Tensor) and wanted.dtype == made.dtype and torch.equal(wanted, made) else None
+
+
+def _has_number(name: str, options: Sequence[Any]) -> bool:
+    """Whether a slope, a bound or the like is given; sizes of pools and dimensions are none."""
+    sized = "pool" in name or "softmax" in name
+    return not sized and any(isinstance(value, int | float | Tensor) and not isinstance(value, bool) for value in options)
 
 
 def on_path(calls: Sequence[Call], output: Any) -> list[Call]:
