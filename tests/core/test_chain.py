@@ -57,8 +57,8 @@ class FunctionalLenet(nn.Module):
         self.c, self.d = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.a(x), 0.1, inplace=True)
-        x = F.leaky_relu_(self.b(x), negative_slope=0.1)
+        x = F.relu6(self.a(x), inplace=True)
+        x = F.relu_(self.b(x))
         x = F.avg_pool2d(x, 2)
         return self.d(torch.tanh(self.c(x.view(len(x), -1))))
 
@@ -283,9 +283,9 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
         r"calls other modules in training mode \('first', 'F.relu' \(ReLU\(\)\), 'second'\) than in evaluation mode",
     ),
     "other options in training": (
-        Forward(lambda m, x: m.second(F.leaky_relu(m.first(x), 0.1 if m.training else 0.2))),
+        Forward(lambda m, x: m.second((F.relu if m.training else F.relu6)(m.first(x)))),
         None,
-        r"calls other modules in training mode .*negative_slope=0.1.* than in evaluation mode .*negative_slope=0.2",
+        r"calls other modules in training mode .*ReLU\(\).* than in evaluation mode .*ReLU6",
     ),
     "several outputs": (Forward(lambda m, x: {"y": m.second(m.first(x))}), None, r"output is a dict.*wrap the model"),
     "dropout in training": (
