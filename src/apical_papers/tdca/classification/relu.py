@@ -51,11 +51,11 @@ TITLES = {
 TITLE = "TDCA with ReLU learners, and what stands in its way"
 ABOUT = (
     "Learners of 32 ReLU units, tasks of four classes of digits. In the classification study single tasks decided the mean "
-    "loss of TDCA here. Runs on a development meta-seed suggested why: an evolved credit for the output makes logits several "
-    "times those under the error. That lowers the loss of a learner that is right without making it right more often; at "
-    "Adam's constant rate the loss of such a learner swings from step to step, so that its end is luck. Here the output's "
-    "credit is the error, hidden credit alone is evolved, and fitness is the mean loss over the last ten steps. The arm "
-    "with an evolved output, as before, is there to be taken apart."
+    "loss of TDCA here. Runs on a development meta-seed suggested why: an evolved credit for the output makes logits "
+    "several times those under the error. That lowers the loss of a learner that is right without making it right more "
+    "often; at Adam's constant rate the loss of such a learner swings from step to step, so that its end is luck. Here the "
+    "output's credit is the error, hidden credit alone is evolved, and fitness is the mean loss over the last ten steps. "
+    "The arm with an evolved output, as before, is there to be taken apart."
 )
 SOURCES = {
     "our mark": "Means over unseen tasks, paired over meta-seeds (independent evolutions): TDCA minus the other, each rule "
@@ -121,9 +121,9 @@ def table(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str
 
     return {
         "title": title,
-        "note": "Learning rates; training loss in nats, mean with 95 % interval over meta-seeds, then median and worst of all tasks; accuracy on held-out images; tasks whose loss exceeds "
-        f"{SWING:g} at one of the last {LAST} steps; hidden units that are silent for all training images; mean magnitude "
-        "of the logits.",
+        "note": "Learning rates; training loss in nats, mean with 95 % interval over meta-seeds, then median and worst of "
+        f"all tasks; accuracy on held-out images; tasks whose loss exceeds {SWING:g} at one of the last {LAST} steps; "
+        "hidden units that are silent for all training images; mean magnitude of the logits.",
         "header": [
             "rule",
             "meta-seeds",
