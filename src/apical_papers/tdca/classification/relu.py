@@ -39,7 +39,7 @@ RULES = {"error": ("tdca", "shuffled", *CONTROLS), "evolved": ("tdca", "hidden-h
 """Without evolution, and without hidden credit, the arm "error" is the hand-built teacher with silent hidden units."""
 FIRST = 3000
 """The first meta-seed."""
-DISSECTED = 1
+DISSECTED = 2
 """Meta-seeds of the arm "evolved", which has no marks."""
 GENERATIONS = 60
 TASKS, VALIDATION = 32, 32
