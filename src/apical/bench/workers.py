@@ -36,7 +36,9 @@ def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refre
             while waiting and len(running) < at_once and not told:
                 seed = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                child = context.Process(target=_work, args=(body, seed, sender, dict(os.environ)), name=f"apical seed {seed}")
+                child = context.Process(
+                    target=_work, args=(body, seed, sender, dict(os.environ)), name=f"apical seed {seed}"
+                )
                 with _held_signals():
                     child.start()
                 sender.close()
