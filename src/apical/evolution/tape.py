@@ -14,7 +14,7 @@ class _Tape(TorchDispatchMode):
     """Adds each operation to a graph; `torch.func` transforms are already resolved where it listens."""
 
     def __init__(self, arguments: tuple[Tensor | None, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.constants = fx.Graph(), nn.Module()
         self._alive: list[Tensor] = []  # an id names a tensor only while the tensor exists
         self._nodes: dict[int, fx.Node] = {}
@@ -29,7 +29,7 @@ class _Tape(TorchDispatchMode):
             for k, part in enumerate(value):
                 self._note(part, self.graph.call_function(operator.getitem, (node, k)))
 
-    def node(self, value: object) -> object:
+    def node(self, value: Any) -> Any:
         """Where a tensor comes from; one that no operation made is a constant, and other values are themselves."""
         if not isinstance(value, Tensor):
             return value
