@@ -11,7 +11,7 @@ The folders know what Tune's snapshots would.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from apical.errors import ApicalError, DivergenceError
 
 ATTEMPTS = 3
 """How often in a row trainings may be killed without any of them having got further."""
+
+OF_DATA = ("data", "validation", "train_limit", "test_limit", "loss", "context", "tokens", "data_sha256")
+"""Fields of a recipe that its data depend on."""
 
 NOTE = "a trial of a sweep: what is called test here are its validation images"
 
@@ -90,7 +93,20 @@ def for_trials(dataset: Dataset) -> Dataset:
     return replace(dataset, test=dataset.validation, validation=None)
 
 
-def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: StopSignals | None = None) -> None:
+def once(read: Callable[[Recipe], Dataset]) -> Callable[[Recipe], Dataset]:
+    """`read`, which reads again only where a recipe asks for other data than the one before."""
+    kept = lru_cache(maxsize=1)(read)
+    return lambda recipe: kept(Recipe(**{name: getattr(recipe, name) for name in OF_DATA}))
+
+
+def train(
+    recipe: Recipe,
+    path: Path,
+    make_rule: MakeRule,
+    command: str,
+    stop: StopSignals | None = None,
+    load: Callable[[Recipe], Dataset] = load_data,
+) -> None:
     """One training of a trial in this process, from its checkpoint if there is one; a diverged one is finished too.
 
     Raises:
@@ -103,7 +119,7 @@ def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: S
         folder.unlock()
         return
     device = pick_device(recipe.device)
-    training = Training(recipe, for_trials(load_data(recipe)), make_rule, folder, World(0, 1, device), stop)
+    training = Training(recipe, for_trials(load(recipe)), make_rule, folder, World(0, 1, device), stop)
     around = environment(str(device), torch.get_num_threads())
     try:
         training.start(resume=state == "resumable", command=command, notes=[NOTE], environment=around)
@@ -125,11 +141,11 @@ def in_processes(make_rule: MakeRule, command: str, jobs: int) -> Execute:
     """Train in processes of this machine, `jobs` at a time; what is killed is started again from its checkpoint."""
 
     def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
-        attempts = 0
+        attempts, load = 0, once(load_data)
         while left := [(recipe, path) for recipe, path in runs if not finished(path)]:
             if jobs == 1:
                 for recipe, path in left:
-                    train(recipe, path, make_rule, command, stop)
+                    train(recipe, path, make_rule, command, stop, load)
                     refresh()
                 continue
             before = _progress(left)
@@ -157,8 +173,9 @@ def _share(
 ) -> None:
     """Every `count`-th training, in one process: starting one for each would often take longer than training."""
     torch.set_num_threads(1)
+    load = once(load_data)
     for recipe, path in runs[number::count]:
-        train(recipe, path, make_rule, command, stop)
+        train(recipe, path, make_rule, command, stop, load)
 
 
 @contextmanager

@@ -120,13 +120,17 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
     path = flags.out / "plan.json"
     if path.exists():
         saved = read_json(path)
-        unlike = [key for key in plan if saved.get(key) != json.loads(json.dumps(plan[key]))]
+        plan["recipes"] = {**saved["recipes"], **plan["recipes"]}  # rules may be added, and left out
+        asked = json.loads(json.dumps(plan))
+        unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
+        unlike += [f"recipe of {rule}" for rule, recipe in saved["recipes"].items() if asked["recipes"][rule] != recipe]
         if unlike:
             raise CheckpointError(
                 f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
                 "another --out"
             )
-        return lock
+        if asked["recipes"].keys() == saved["recipes"].keys():
+            return lock
     write_state(path, {**plan, "command": command, "environment": environment("cpu", torch.get_num_threads())})
     return lock
 
