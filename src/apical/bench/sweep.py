@@ -23,6 +23,7 @@ from apical.bench.compare import load_data
 from apical.bench.distributed import World, pick_device
 from apical.bench.folders import refuse_links, remove_tree
 from apical.bench.loop import MakeRule, Training
+from apical.bench.materials import OF_DATA
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import RunFolder
@@ -33,9 +34,6 @@ from apical.errors import ApicalError, DivergenceError
 
 ATTEMPTS = 3
 """How often in a row trainings may be killed without any of them having got further."""
-
-OF_DATA = ("data", "validation", "train_limit", "test_limit", "loss", "context", "tokens", "data_sha256")
-"""Fields of a recipe that its data depend on."""
 
 NOTE = "a trial of a sweep: what is called test here are its validation images"
 

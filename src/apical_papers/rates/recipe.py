@@ -21,7 +21,7 @@ TIERS = (
     ("cwu:bp", "dfc-ssa", "pc", "local-both", "ccl-free", "dtp-drl"),
     ("cwu:dfa", "pc-incremental", "pc-one-step", "mupc", "ddtp-control", "kp-mirror"),
 )
-"""Rules in the order in which they run, cheap ones first; those of a tier are joined to the ones before when all are done."""
+"""Rules in the order in which they run, cheap ones first; a tier is joined to those before when all of it is done."""
 RULES = tuple(rule for tier in TIERS for rule in tier)
 
 
