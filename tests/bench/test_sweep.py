@@ -147,15 +147,15 @@ def test_data_are_read_once_for_trials_that_share_them() -> None:
 
 
 def test_data_depend_on_the_fields_that_are_named() -> None:
-    class Watched:
-        asked: set[str] = set()
+    asked: set[str] = set()
 
+    class Watched:
         def __getattr__(self, name: str) -> Any:
-            self.asked.add(name)
+            asked.add(name)
             return getattr(Recipe(), name)
 
     load_data(Watched())  # type: ignore[arg-type]
-    assert Watched.asked == set(OF_DATA)
+    assert asked == set(OF_DATA)
 
 
 COMMAND = ["--rules", "bp", "--space", "lr=0.01,0.02,0.05,0.1", "--model", "mlp-8", "--train-limit", "320", "--epochs", "12"]
