@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import arg
 
 from apical.bench.materials import load_data
-from apical.bench.names import make_rule
+from apical.bench.names import make_rule, resolve
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.state import write_json
@@ -42,7 +42,7 @@ class Options:
 def cost(rule: str, load: Callable[[Recipe], Dataset], folder: Path) -> dict[str, Any]:
     """Seconds of a run of all epochs, or why the rule does not take the network."""
     recipe = replace(SETTING, rule=rule, data=DATA[0], lr=(1e-3,), threads=1, probe=0, epochs=1)
-    load(recipe)
+    recipe, _ = resolve(recipe, len(load(recipe).train))
     started = time.process_time()
     try:
         train(recipe, folder, make_rule, MODULE, load=load)
