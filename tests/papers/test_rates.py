@@ -69,9 +69,9 @@ def test_what_a_sweep_lacks_is_counted() -> None:
 def test_a_rule_that_refuses_the_network_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from apical_papers.rates import cost as module
 
-    monkeypatch.setattr(module, "SETTING", Recipe(model="mlp-8", epochs=2, train_limit=64, validation=32))
+    monkeypatch.setattr(module, "SETTING", Recipe(model="mlp-8", epochs=2, batch_size=16, train_limit=64, validation=32))
     monkeypatch.setattr(module, "DATA", ("digits",))
-    load = module.once(module.load_data)
+    load = [module.once(module.load_data) for _ in module.BATCHES]
     assert "mu parametrisation" in cost("mupc", load, tmp_path / "mu")["refused"]
     assert cost("bp", load, tmp_path / "bp")["seconds"] > 0
 
