@@ -70,11 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=arguments)
     torch.set_num_threads(1)
     loads = [once(load_data) for _ in BATCHES]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", MODULE, *arguments])
+    costs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         cost("bp", loads, Path(scratch, "warm"))  # the first run pays for imports and caches
-        costs = {rule: cost(rule, loads, Path(scratch, str(number))) for number, rule in enumerate(options.rules)}
-    command = shlex.join(["python", "-m", MODULE, *arguments])
-    write_json(options.out, {"command": command, "environment": environment("cpu", 1), "rules": costs})
+        for rule in options.rules:
+            costs[rule] = cost(rule, loads, Path(scratch, rule.replace(":", "-")))
+            write_json(options.out, {"command": command, "environment": environment("cpu", 1), "rules": costs})
     return 0
 
 
