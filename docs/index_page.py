@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from gallery_page import AUDITS
 from result_pages import NOTE, finished, joined
+from sweep_pages import FOLDERS, lacking
 from tables import Row, grouped, load, significant, table
 
 from apical.bench.papers import Table, papers, studies
@@ -39,7 +40,8 @@ class Standing(NamedTuple):
     def sentence(self) -> str:
         """The first line of the page."""
         if not self.target:
-            return "**Done**: a comparison or study of our own, no table of a paper."
+            own = "a comparison or study of our own, no table of a paper"
+            return f"**Done**: {own}." if self.size == "done" else f"**Incomplete**, {self.size}: {own}."
         said = "**Done** at full size" if self.size == "done" else f"**Shortened**: {self.size}"
         return f"{said} (`apical reproduce {self.target} --budget paper`)."
 
@@ -77,7 +79,7 @@ def _standing(path: Path, content: Row, runs: Sequence[Row], record: Row | None)
     full = {**(_recipe(tables()[target]) or {}), **tables()[target].budgets["paper"]} if target else {}
     return Standing(
         target,
-        shortened(sizes, full),
+        shortened(sizes, full) if target else absent(path, content, runs),
         share(verdicts),
         _first(machines),
         hours,
@@ -99,6 +101,21 @@ def shortened(sizes: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     ]
     cut = sizes.get("train_limit")
     less += [f"{cut:,} training samples"] if cut and cut != full.get("train_limit") else []
+    return ", ".join(less) or "done"
+
+
+def absent(path: Path, content: Row, runs: Sequence[Row]) -> str:
+    """ "done", or what a comparison or study of our own lacks of what it was to be.
+
+    >>> absent(Path("own"), {"rules": ["bp", "fa"], "seeds": [0, 1]}, [{"rule": "bp"}, {"rule": "bp"}, {"rule": "fa"}])
+    '3 of 4 runs'
+    """
+    if path.name in FOLDERS:
+        return lacking(path) or "done"
+    rules, seeds = content.get("rules"), content.get("seeds")
+    planned = len(rules) * len(seeds) if rules and isinstance(seeds, list) else 0
+    less = [f"{len(runs)} of {planned} runs"] if len(runs) < planned else []
+    less += [f"{len(failures)} runs that failed"] if (failures := content.get("failures")) else []
     return ", ".join(less) or "done"
 
 
