@@ -26,7 +26,7 @@ from torch import Tensor
 import apical
 from apical import models
 from apical.core.part import Part, learn, learn_in_threads
-from apical.parts import Pipeline
+from apical.core.pipeline import Pipeline
 
 BATCHES = 8
 RULES: dict[str, Callable[..., Any]] = {
@@ -137,7 +137,14 @@ def bench(rule: str, title: str, batch: int, quick: bool) -> dict[str, Any]:
         turn(beside)(start, count)
         ours.recv()
 
-    turns = {"serial": turn(step), "pipeline": piped, "apart": apart, "first": turn(first), "last": turn(last), "bp": turn(bp)}
+    turns = {
+        "serial": turn(step),
+        "pipeline": piped,
+        "apart": apart,
+        "first": turn(first),
+        "last": turn(last),
+        "bp": turn(bp),
+    }
     ms: dict[str, list[float]] = {kind: [] for kind in turns}
     gc.disable()
     for number in range(rounds):

@@ -4,16 +4,19 @@ Activities go up as soon as a part has made them. What comes down (codes, the ou
 a layer above, so a part need not wait until the layers above have learned.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from apical.core.blocks import Block
+from apical.core.blocks import Block, through
 from apical.core.credit import Credit, Root
+from apical.errors import ConfigError, UnsupportedModelError
 
 
 class Link(Protocol):
@@ -114,4 +117,51 @@ def learn_in_threads(rule: Separable, rows: Sequence[range], inputs: Tensor, tar
         thread.join()
     if failures:
         raise failures[0]
+    return sent
+
+
+def products(head: Sequence[nn.Module], row: Sequence[Block], inputs: Tensor) -> list[int]:
+    """Multiplications of each block's layer in a forward pass."""
+    found, h = [], through(head, inputs)
+    for block in row:
+        behind = block.modules.index(block.layer) + 1
+        h = through(block.modules[:behind], h)
+        found.append(h.numel() * block.layer.weight[0].numel())
+        h = through(block.modules[behind:], h)
+    return found
+
+
+def divided(work: Sequence[int], workers: int, split: Sequence[int] | None = None) -> list[range]:
+    """Indices of neighbours for each worker, of whom the busiest has as little work as can be; or `split`.
+
+    >>> divided([200, 65, 65, 65, 2], 2), divided([200, 65, 65, 65, 2], 2, [3, 2])
+    ([range(0, 1), range(1, 5)], [range(0, 3), range(3, 5)])
+    """
+    ends = itertools.combinations(range(1, len(work)), workers - 1)
+    rows = [[range(*pair) for pair in itertools.pairwise((0, *inner, len(work)))] for inner in ends]
+    if split is not None:
+        rows = [row for row in rows if [len(part) for part in row] == list(split)]
+    if not rows:
+        raise ConfigError(f"{len(work)} blocks cannot be divided among {workers} workers" + f" as {split}" * bool(split))
+    return min(rows, key=lambda row: max(sum(work[i] for i in part) for part in row))
+
+
+def tried(rule: Any, parts: Sequence[range], inputs: Tensor, targets: Tensor) -> list[list[list[Tensor]]]:
+    """What the parts hand on for a batch, see :func:`learn_in_threads`.
+
+    Raises:
+        UnsupportedModelError: a parameter's gradient is not that of the whole rule.
+    """
+    rule.zero_grad()
+    rule(inputs, targets).backward()
+    whole = [parameter.grad for parameter in rule.parameters()]
+    rule.zero_grad()
+    sent = learn_in_threads(rule, parts, inputs, targets)
+    for (name, parameter), wanted in zip(rule.named_parameters(), whole, strict=True):
+        found = parameter.grad
+        if (found is None) != (wanted is None) or not (found is None or wanted is None or torch.equal(found, wanted)):
+            raise UnsupportedModelError(
+                f"parameter {name!r} would learn something else in a pipeline than by {type(rule).__name__} on the whole "
+                "model; train it without"
+            )
     return sent

@@ -156,8 +156,8 @@ class DirectFeedbackAlignment(CutRule):
         units = [] if self._separation is None else self._separation.units
         if self.where == "input" or self._inner or len(units) != len(self._blocks) - 1:
             raise UnsupportedModelError(
-                f"direct feedback alignment learns by parts where every block but the last is one unit that ends with an "
-                f"activation, and here {len(self._blocks)} blocks have {len(units)} units; leave out leaky, inside and units, "
+                "direct feedback alignment learns by parts where every block but the last is one unit that ends with an "
+                f"activation; here {len(self._blocks)} blocks have {len(units)} units. Leave out leaky, inside and units, "
                 "and put one activation behind each layer"
             )
         made: dict[int, Tensor] = {}

@@ -265,6 +265,8 @@ class LocalClassifiers(CreditRule):
     @torch.no_grad()
     def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
         """See :class:`apical.core.part.Separable`."""
+        if part.below is None:
+            self._check(inputs, targets)
         below = through(self.head, inputs) if part.below is None else part.below.receive()
         roots, below = self._climb(self._hidden[part.levels.start : part.levels.stop], below, targets, {})
         if part.above is not None:

@@ -271,6 +271,8 @@ class CounterCurrentLearning(CreditRule):
         """See :class:`apical.core.part.Separable`; a part has the blocks of G that make the codes at its own depths."""
         if self.mask:
             raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn at once; pass mask=False")
+        if part.below is None:
+            self._check(inputs, targets)
         first, last, teaching = part.levels.start, len(self.row), Teaching()
         pairs = [level for level in self._levels if first < level <= part.levels.stop or level == first == 0]
         a, b = {}, {}

@@ -19,14 +19,13 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from apical.core.blocks import Block, through
 from apical.core.channel import Channel, Way, channel
 from apical.core.credit import CreditRule
 from apical.core.layers import is_random
-from apical.core.part import Part, Separable, learn, learn_in_threads
+from apical.core.part import Part, Separable, divided, learn, products, tried
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 SEPARATE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
@@ -52,10 +51,11 @@ def pipeline(rule: CreditRule, optimizer: Optimizer, workers: int = 2, split: Se
         UnsupportedModelError: the rule has backward locking, or the model is no such row.
         ApicalError: in use, a process failed or was killed.
 
-    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 5), nn.ELU(), nn.Linear(5, 3))
-    >>> pipeline(Backprop(model), torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> import apical
+    >>> rule = apical.Backprop(torch.nn.Linear(4, 3))
+    >>> pipeline(rule, torch.optim.SGD(rule.parameters(), lr=0.1))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    apical.errors.UnsupportedModelError: Backprop has backward locking...
+    apical.errors.UnsupportedModelError: Backprop has backward locking: its first layer learns last; a pipeline takes ...
     """
     name = type(rule).__name__
     if not isinstance(rule, Separable):
@@ -101,6 +101,7 @@ class Pipeline:
         self.parts: list[range] = []
         self._workers: list[Worker] = []
         self._part = Part(range(0))
+        self._ends: Sequence[Channel] = ()
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +115,8 @@ class Pipeline:
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> None:
         """Learn a batch: `inputs` (batch, ...) and their targets. Other parts may still be learning it on return."""
+        if len(inputs) == 0:
+            raise ConfigError("the batch is empty: credit is a mean over samples")
         if not self._workers:
             self._start(inputs, targets)
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -137,8 +140,9 @@ class Pipeline:
 
     def close(self) -> None:
         """End the other processes; what they have not learned yet is lost."""
-        ends = [worker.orders for worker in self._workers]
-        for end in [*ends, *(self._part.above or ())]:
+        for worker in self._workers:
+            worker.orders.pipe.close()
+        for end in self._ends:
             end.pipe.close()
         for worker in self._workers:
             worker.process.join(1.0)
@@ -178,8 +182,9 @@ class Pipeline:
         rule = self.rule
         kept = [(buffer, buffer.clone()) for buffer in rule.model.buffers()]
         try:
+            head, row = rule.chain(inputs.shape[1:])
             with torch.no_grad():
-                work = products(*rule.chain(inputs.shape[1:]), inputs)
+                work = products(head, row, inputs)
             self.parts = divided(work, self.workers, self.split)
             sent = tried(rule, self.parts, inputs, targets)
         finally:
@@ -204,15 +209,15 @@ class Pipeline:
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 self.close()
                 raise ConfigError(
-                    f"the rule cannot be sent to another process ({error}); give it a loss and modules that are defined in a "
-                    "file, not within a function"
+                    f"the rule cannot be sent to another process ({error}); give it a loss and modules that are defined in "
+                    "a file, not within a function"
                 ) from error
             self._workers.append(Worker(process, ours, reports))
             sender.close()
             theirs.pipe.close()
-        for end in (*ups[1:], *downs):
-            end.there.pipe.close()
-            end.back.pipe.close()
+        self._ends = ups[0]
+        for end in itertools.chain(*ups[1:], *downs):
+            end.pipe.close()
 
 
 def serve(rule: Any, optimizer: Optimizer, part: Part, orders: Channel, reports: Connection, threads: int) -> None:
@@ -240,50 +245,3 @@ def serve(rule: Any, optimizer: Optimizer, part: Part, orders: Channel, reports:
     except Exception as error:
         reports.send_bytes(f"{type(error).__name__}: {error}".encode())
         raise SystemExit(1) from None
-
-
-def products(head: Sequence[nn.Module], row: Sequence[Block], inputs: Tensor) -> list[int]:
-    """Multiplications of each block's layer in a forward pass."""
-    found, h = [], through(head, inputs)
-    for block in row:
-        behind = block.modules.index(block.layer) + 1
-        h = through(block.modules[:behind], h)
-        found.append(h.numel() * block.layer.weight[0].numel())
-        h = through(block.modules[behind:], h)
-    return found
-
-
-def divided(work: Sequence[int], workers: int, split: Sequence[int] | None = None) -> list[range]:
-    """Indices of neighbours for each worker, of whom the busiest has as little work as can be; or `split`.
-
-    >>> divided([200, 65, 65, 65, 2], 2), divided([200, 65, 65, 65, 2], 2, [3, 2])
-    ([range(0, 1), range(1, 5)], [range(0, 3), range(3, 5)])
-    """
-    ends = itertools.combinations(range(1, len(work)), workers - 1)
-    rows = [[range(*pair) for pair in itertools.pairwise((0, *inner, len(work)))] for inner in ends]
-    if split is not None:
-        rows = [row for row in rows if [len(part) for part in row] == list(split)]
-    if not rows:
-        raise ConfigError(f"{len(work)} blocks cannot be divided among {workers} workers" + f" as {split}" * bool(split))
-    return min(rows, key=lambda row: max(sum(work[i] for i in part) for part in row))
-
-
-def tried(rule: Any, parts: Sequence[range], inputs: Tensor, targets: Tensor) -> list[list[list[Tensor]]]:
-    """What the parts hand on for a batch, see :func:`apical.core.part.learn_in_threads`.
-
-    Raises:
-        UnsupportedModelError: a parameter's gradient is not that of the whole rule.
-    """
-    rule.zero_grad()
-    rule(inputs, targets).backward()
-    whole = [parameter.grad for parameter in rule.parameters()]
-    rule.zero_grad()
-    sent = learn_in_threads(rule, parts, inputs, targets)
-    for (name, parameter), wanted in zip(rule.named_parameters(), whole, strict=True):
-        found = parameter.grad
-        if (found is None) != (wanted is None) or not (found is None or wanted is None or torch.equal(found, wanted)):
-            raise UnsupportedModelError(
-                f"parameter {name!r} would learn something else in a pipeline than by {type(rule).__name__} on the whole "
-                "model; train it without"
-            )
-    return sent
