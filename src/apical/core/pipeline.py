@@ -15,7 +15,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,6 +30,9 @@ from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 SEPARATE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
 """Optimisers of PyTorch that move each parameter by its own gradient alone."""
+
+PATIENCE = 30.0
+"""Seconds that a process may take to end once its pipe has closed."""
 
 
 def pipeline(rule: CreditRule, optimizer: Optimizer, workers: int = 2, split: Sequence[int] | None = None) -> "Pipeline":
@@ -156,8 +159,7 @@ class Pipeline:
         try:
             yield
         except (EOFError, ConnectionError) as error:
-            for worker in self._workers:
-                worker.process.join(1.0)
+            wait([worker.process.sentinel for worker in self._workers], PATIENCE)
             ends = [self._end(number, worker) for number, worker in enumerate(self._workers, 2)]
             self.close()
             raise ApicalError(next((end for end in ends if end), "a process of the pipeline ended")) from error
@@ -166,16 +168,16 @@ class Pipeline:
             raise
 
     def _end(self, number: int, worker: Worker) -> str:
-        """Why a process ended; empty if it was told to."""
-        code = worker.process.exitcode
-        if not code:
-            return ""
+        """Why a process ended; empty if it did not, or was told to."""
+        code, why = worker.process.exitcode, ""
         try:
-            why = f"failed: {worker.reports.recv_bytes().decode()}" if worker.reports.poll() else f"ended with status {code}"
+            if worker.reports.poll():
+                why = f"failed: {worker.reports.recv_bytes().decode()}"
         except EOFError:
-            how = f"was killed by signal {-code}, possibly out of memory" if code < 0 else f"ended with status {code}"
-            why = f"{how}; its weights are those of a step before, so continue from a checkpoint"
-        return f"process {number} of {self.workers} of the pipeline {why}"
+            if code:
+                how = f"was killed by signal {-code}, possibly out of memory" if code < 0 else f"ended with status {code}"
+                why = f"{how}; the parts have learned different batches, so continue from a checkpoint"
+        return why and f"process {number} of {self.workers} of the pipeline {why}"
 
     def _start(self, inputs: Tensor, targets: Tensor) -> None:
         """Divide the blocks, see on this batch that the parts learn what the rule does, and start the processes."""
