@@ -100,6 +100,7 @@ class CutRule(CreditRule):
         named = [] if isinstance(units, str) else list(units)
         _check_units(model, units, named)
         self._cutting = Cutting(model, self._whole, where == "input")
+        self._cutting.exact = frozenset(exact)
         self._hooks = self._cutting.hooks
         # attributes of the rule, so that whoever puts hooks back as they were puts these back too
         self._points, self._bases = self._cutting.points, self._cutting.bases

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
 from apical.core.edge import EdgeRule
+from apical.core.layers import is_local
 from apical.core.outputs import output_errors, tensors
 from apical.core.rest import undisturbed
 from apical.core.wrapped import innermost
@@ -251,7 +252,8 @@ def _number_of_units(trial: Trial, rule: CutRule) -> int:
 
 def _plainly(outer: CreditRule, rule: CutRule, roots: list[Tensor], inputs: Any, targets: Any) -> Credit:
     """A credit of `outer`, which is the rule or around it, whose roots are the outputs of units."""
-    outer(inputs, targets)  # so that this order of calls was seen
+    with undisturbed(outer.model):
+        outer(inputs, targets)  # so that this order of calls was seen
     torch.manual_seed(0)
     with _plain_roots(rule, roots):
         return outer(inputs, targets)  # type: ignore[no-any-return]
@@ -296,8 +298,10 @@ def _require_other(trial: Trial, names: set[str], why: str) -> None:
 
 
 def _tied(model: nn.Module) -> set[str]:
-    """Names of the parameters that several modules hold."""
-    held = Counter(id(q) for module in dict.fromkeys(model.modules()) for q in module._parameters.values() if q is not None)
+    """Names of the parameters that several modules hold, or that a model may look up and multiply with."""
+    modules = list(dict.fromkeys(model.modules()))
+    held = Counter(id(q) for module in modules for q in module._parameters.values() if q is not None)
+    held.update(id(q) for module in modules if is_local(module) for q in module.parameters() if q.dim() > 1)
     return {name for name, q in model.named_parameters() if held[id(q)] > 1}
 
 
