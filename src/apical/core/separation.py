@@ -41,6 +41,7 @@ class Separation(NamedTuple):
         paths: for each call of a weighted layer, the units whose errors reach it and a layer that they pass, or None.
         shares: for each cut, into how many parts averages above it divide an error.
         sizes: of each cut's output, one sample; () where places may be many.
+        idle: cuts on which the model's output does not depend: the model has detached what was made of them.
     """
 
     units: list[str]
@@ -48,6 +49,7 @@ class Separation(NamedTuple):
     paths: dict[str, list[tuple[list[str], str | None]]]
     shares: dict[str, float]
     sizes: dict[str, tuple[int, ...]]
+    idle: set[str]
 
 
 def base(name: str) -> str:
@@ -273,7 +275,8 @@ class _Search:
         shares = self.graph.shares(self.output, self.trace.shrinkage)
         parts = {call.name: shares.get(call.at, 1.0) for call in ends if call.at is not None}
         sizes = {call.name: call.shape[1:] if len(call.shape) == 2 else () for call in ends}
-        return Separation([call.name for call in ends], patterns, paths, parts, sizes)
+        idle = {call.name for call in ends if call.at is not None and call.at not in self.graph.children}
+        return Separation([call.name for call in ends], patterns, paths, parts, sizes, idle)
 
 
 def _point(call: Call) -> str:
