@@ -223,8 +223,9 @@ def test_explicit_and_closed_forms_are_equal(name: str, form: str, feedback: Any
 
 
 def test_an_explicit_feedback_is_spared_its_own_gradient() -> None:
-    """From the second step on; K = B R is followed, also where R is written to, and SGD gets R's gradient again."""
-    rule = build(PFA, form="fused")
+    """From the second step on; K = B R is followed, also where B or R is written to, and SGD gets R's gradient again."""
+    torch.manual_seed(0)
+    rule = PFA(nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 19), nn.Tanh(), nn.Linear(19, 4)), form="fused")
     optimizer = SEPARATE["adamw"](rule.parameters())
     b = rule.expansion.get_buffer("2")
     for step in range(70):  # K is formed anew after 64 steps
@@ -233,6 +234,13 @@ def test_an_explicit_feedback_is_spared_its_own_gradient() -> None:
         assert (rule.plastic_of("2").grad is None) == (step > 0)
         if step in (5, 40):
             rule.plastic_of("2").data.mul_(0.5)
+        if step == 10:
+            rule.plastic_of("2").data[7, 3] += 0.5  # one value of many
+            b.data[2, 5] = 0.0
+        if step == 11:
+            rule.plastic_of("2").data[:, [2, 5]] = rule.plastic_of("2").data[:, [5, 2]]
+        if step in (10, 11):
+            torch.testing.assert_close(rule.feedback_weight("2"), b @ rule.plastic_of("2").detach(), rtol=0, atol=1e-12)
         before, weight = rule.plastic_of("2").detach().clone(), rule.layers["2"].weight.detach().clone()
         optimizer.step()
         k = 1 - optimizer.param_groups[0]["lr"] * optimizer.param_groups[0]["weight_decay"]
