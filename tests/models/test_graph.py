@@ -238,7 +238,7 @@ def test_steps_leave_no_tensors(kind: type) -> None:
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.01)
     alive = []
     for _ in range(3):
-        for _ in range(20):
+        for _ in range(8):
             step(rule, optimizer, slice(None))
         gc.collect()
         alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))

@@ -46,7 +46,7 @@ def test_resnet20_trains(name: str) -> None:
     before = {parameter: value.detach().clone() for parameter, value in rule.model.named_parameters()}
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(25):
         optimizer.zero_grad()
         credit = rule(*batch(torch.float32))
         credit.backward()
