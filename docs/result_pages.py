@@ -12,6 +12,7 @@ from tables import (
     Row,
     code,
     console,
+    data_name,
     facts,
     fitting,
     flat,
@@ -89,8 +90,11 @@ def title(folder: Path) -> str:
     most = max((run["epochs"] for run in runs), default=0)
     if plan.get("study") in studies():
         return re.sub(r"\b(\d+) epochs", partial(_so_far, most), studies()[plan["study"]].title)
-    recipe, rules = plan.get("recipe") or {}, len(plan.get("rules") or ())
-    return f"{rules} rules on {recipe['data']}, {recipe['model']}" if {"model", "data"} <= recipe.keys() else folder.name
+    recipe, rules = plan.get("recipe") or {}, plan.get("rules") or []
+    if not {"model", "data"} <= recipe.keys():
+        return folder.name
+    who = f"{len(rules)} rules" if len(rules) > 4 else " and ".join(filter(None, (", ".join(rules[:-1]), *rules[-1:])))
+    return f"{who} on {data_name(recipe['data'])}, {recipe['model']}"
 
 
 def _so_far(most: int, planned: re.Match[str]) -> str:
@@ -166,12 +170,17 @@ def verdict_table(verdicts: Sequence[Row]) -> str:
     columns = {"verdict": text("verdict"), "what": text("what"), "rule": code("rule"), "epoch": text("epoch")}
     columns |= {"reference": expected, "source": text("tag")}
     columns["measured"] = lambda row: plus_minus(shown(row, "measured") or "-", shown(row, "spread"))
-    return judged(tabulate(verdicts, columns | {"seeds": text("n")}, numeric_from=99))
+    return judged(tabulate(verdicts, columns | {"seeds": text("n")}, numeric_from=99), "published")
 
 
-def judged(verdicts: str) -> str:
-    """A table of verdicts, whose second column has long texts and gets room for them."""
-    return f":::{{container}} verdicts\n{verdicts}\n:::"
+def judged(verdicts: str, kind: str) -> str:
+    """A table of verdicts, whose second column has long texts and gets room for them; on a phone it is a list.
+
+    Args:
+        verdicts: the table.
+        kind: which columns it has, for the labels of the list.
+    """
+    return f":::{{container}} verdicts {kind}\n{verdicts}\n:::"
 
 
 def verdict_sentence(verdicts: Sequence[Row]) -> str:
@@ -279,7 +288,7 @@ def _study_verdicts(results: Row) -> list[str]:
         columns = {"verdict": text("verdict"), "what": text("what")}
         columns |= {"rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-", "mark": text("mark")}
         columns |= {"measured": _measured, "n": text("n"), "source": text("source"), "figure": text("figure")}
-        parts += ["## Verdicts", meaning, judged(tabulate(results["verdicts"], columns, numeric_from=99))]
+        parts += ["## Verdicts", meaning, judged(tabulate(results["verdicts"], columns, numeric_from=99), "marks")]
     if results.get("axes"):
         inside = {True: "inside", False: "outside", None: "not run"}
         columns = {"measure": lambda row: row["measure"].replace("_", " "), "axis": lambda row: _range(row["limits"])}
