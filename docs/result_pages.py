@@ -198,7 +198,7 @@ def comparison_page(folder: Path, standing: str = "") -> str:
     summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
     plan = load(folder / "compare.json")
     parts = [NOTE, f"# {title(folder)}", standing, verdict_sentence(verdicts) if verdicts else "", departures(plan or {})]
-    parts += [comparison_table(summary), *rates(plan)]
+    parts += [f":::{{container}} scores\n{comparison_table(summary)}\n:::", *rates(plan)]
     if verdicts:
         parts += ["## Against reference numbers", sources(verdicts), verdict_table(verdicts), *distances(verdicts, summary)]
     return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])
