@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from apical.core.channel import Channel, Way, channel
 from apical.core.credit import CreditRule
 from apical.core.layers import is_random
-from apical.core.part import Part, Separable, divided, learn, products, tried
+from apical.core.part import Part, Separable, divided, learn, tried, work
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 SEPARATE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
@@ -186,8 +186,8 @@ class Pipeline:
         try:
             head, row = rule.chain(inputs.shape[1:])
             with torch.no_grad():
-                work = products(head, row, inputs)
-            self.parts = divided(work, self.workers, self.split)
+                costs = work(head, row, inputs)
+            self.parts = divided(costs, self.workers, self.split)
             sent = tried(rule, self.parts, inputs, targets)
         finally:
             rule.zero_grad()
