@@ -14,10 +14,11 @@ import torch
 from tests.command import Command
 
 from apical.bench import run_folder
-from apical.bench.evolve.loop import Evolution, classification, strategy
-from apical.bench.evolve.recipe import EvolutionRecipe
+from apical.bench.evolve.loop import Evolution, EvolutionFolder, classification, strategy
+from apical.bench.evolve.recipe import ADDED, EvolutionRecipe
+from apical.bench.state import write_state
 from apical.cli.main import main
-from apical.errors import ConfigError
+from apical.errors import CheckpointError, ConfigError
 from apical.evolution.workers import Here
 from apical.rules.top_down.teacher import load
 from apical.rules.top_down.top_down_credit_assignment import shipped
@@ -299,4 +300,13 @@ def test_the_shipped_teacher_trains_digits_at_once(tmp_path: Path, model: str) -
 
 
 def test_the_shipped_teacher_was_made_by_the_committed_recipe() -> None:
-    assert load(shipped("digits"))[1]["recipe"] == EVOLUTIONS["digits"].to_json()
+    assert {**ADDED, **load(shipped("digits"))[1]["recipe"]} == EVOLUTIONS["digits"].to_json()
+
+
+def test_an_evolution_from_before_an_option_was_added_may_be_continued(tmp_path: Path) -> None:
+    folder, recipe = EvolutionFolder(tmp_path), EvolutionRecipe()
+    saved = {name: value for name, value in recipe.to_json().items() if name not in ADDED}
+    write_state(folder.config, saved)
+    assert not folder.check(recipe, resume=True, overwrite=False)  # nothing to object to, and no checkpoint yet
+    with pytest.raises(CheckpointError, match="settled: 1 vs 2"):
+        folder.check(replace(recipe, settled=2), resume=True, overwrite=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apical import data
 from apical.bench.checkpoint import read_sealed, write_atomically, write_sealed
-from apical.bench.evolve.recipe import FREE_FIELDS, EvolutionRecipe
+from apical.bench.evolve.recipe import ADDED, FREE_FIELDS, EvolutionRecipe
 from apical.bench.folders import check_writable, refuse_used
 from apical.bench.run_folder import FolderLock
 from apical.bench.state import brief, parse_object, read_json, sealed, write_state
@@ -51,7 +51,7 @@ class EvolutionFolder:
             refuse_used(self.path)
         if overwrite or not self.config.exists():
             return False
-        saved, options = read_json(self.config), recipe.to_json()
+        saved, options = {**ADDED, **read_json(self.config)}, recipe.to_json()
         unlike = [f"{k}: {saved.get(k)} vs {v}" for k, v in options.items() if k not in FREE_FIELDS and saved.get(k) != v]
         if unlike:
             raise CheckpointError(

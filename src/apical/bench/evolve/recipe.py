@@ -9,6 +9,9 @@ from apical.errors import ConfigError
 FREE_FIELDS = ("generations",)
 """Fields in which a resumed evolution may differ from the saved one (upwards)."""
 
+ADDED = {"output": "evolved", "settled": 1}
+"""What older recipes, which lack these fields, had."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvolutionRecipe:
