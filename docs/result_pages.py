@@ -40,6 +40,9 @@ NOTE = "<!-- made by docs/generate.py -->"
 LARGE = 1_000_000
 """Bytes from which a figure is shown as PNG instead of SVG."""
 
+PHONE = 430
+"""Points from which the letters of a figure are too small on a phone, where it scrolls instead."""
+
 TAGS, MARKS, _ = toml("sources").values()
 """Where the numbers of a verdict come from, and the same for a study of its own."""
 
@@ -199,7 +202,8 @@ def comparison_page(folder: Path, standing: str = "") -> str:
     summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
     plan = load(folder / "compare.json")
     parts = [NOTE, f"# {title(folder)}", standing, verdict_sentence(verdicts) if verdicts else "", departures(plan or {})]
-    parts += [*tuning(folder)] or [comparison_table(summary), *rates(plan)]
+    scores = f":::{{container}} scores\n{comparison_table(summary)}\n:::"
+    parts += [*tuning(folder)] or [scores, *rates(plan)]
     if verdicts:
         parts += ["## Against reference numbers", sources(verdicts), verdict_table(verdicts), *distances(verdicts, summary)]
     return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])
@@ -238,8 +242,17 @@ def figures(folder: Path, where: str) -> list[str]:
         small = path.stat().st_size < LARGE or not path.with_suffix(".png").exists()
         shown = path if small else path.with_suffix(".png")
         caption = toml("captions").get(path.stem, "")
-        drawn += [f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})", *([caption] if caption else [])]
+        picture = f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})"
+        drawn += [f":::{{container}} wide\n{picture}\n:::" if points(path) > PHONE else picture]
+        drawn += [caption] if caption else []
     return ["## Figures", *drawn] if drawn else []
+
+
+def points(figure: Path) -> float:
+    """The width of an SVG; 0 where it does not say."""
+    with figure.open(encoding="utf-8") as file:
+        width = re.search(r'<svg[^>]*\bwidth="([\d.]+)pt"', file.read(2000))
+    return float(width[1]) if width else 0.0
 
 
 def study_page(folder: Path, standing: str = "") -> str:

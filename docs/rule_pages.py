@@ -123,7 +123,7 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     if rows:
         header = ("comparison", "rule", "reference numbers", "seeds", "epochs", "score", "backpropagation")
         parts += ["Test accuracy in %, or test loss where targets are numbers; mean ± standard deviation over seeds."]
-        parts += [table(header, rows, numeric_from=3)]
+        parts += [f":::{{container}} stacked compared\n{table(header, rows, numeric_from=3)}\n:::"]
     further = []
     for folder in own_studies(root):
         content = load(folder / "results.json")

@@ -65,9 +65,8 @@ def not_run(folder: Path, rules: Mapping[str, Any]) -> list[str]:
     left = [rule for rule in EVERY if rule.replace(":", "-") not in rules]
     left.sort(key=lambda rule: costs.get(rule, {}).get("seconds", float("inf")))
     takes = [f"`{rule}` {_seconds(costs.get(rule, {}))}" for rule in left]
-    said = (
-        f"Not run, with the processor time, on a busy machine, of one of the {len(RATES) + SEEDS} runs that a rule takes: "
-    )
+    runs = len(RATES) + SEEDS
+    said = f"Not run, with the processor time, on a busy machine, of one of the {runs} runs that a rule takes: "
     return [f"{said}{', '.join(takes)}."] if takes else []
 
 

@@ -1,6 +1,7 @@
 """The table of all rules: its command trains the setting that was written down, and what it lacks is counted."""
 
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from apical_papers.rates.recipe import DATA, EVERY, LEAST, RATES, SETTING, TIERS
 pages = script("sweep_pages")
 
 
-class Planned(Exception):
+class PlannedError(Exception):
     pass
 
 
@@ -28,13 +29,13 @@ def test_the_command_has_the_setting_and_the_grid(data: str, tmp_path: Path, mon
 
     def stop(flags: Any, _: str, drafts: list[Recipe]) -> None:
         seen.update(flags=flags, drafts=drafts)
-        raise Planned
+        raise PlannedError
 
     monkeypatch.setattr(command, "_open", stop)
     monkeypatch.setattr(command, "load_data", lambda recipe: None)
     monkeypatch.setattr(command, "identified", lambda recipe, data: recipe)
     monkeypatch.setattr(command.commands, "prepare", lambda recipes: (recipes, {}))
-    with pytest.raises(Planned):
+    with pytest.raises(PlannedError):
         main(arguments(data, ("bp", "cwu:bp"), str(tmp_path)))
     free = {"lr": (), "threads": 0, "probe": 0}
     for draft, rule in zip(seen["drafts"], ("bp", "cwu:bp"), strict=True):
@@ -47,7 +48,7 @@ def test_the_command_has_the_setting_and_the_grid(data: str, tmp_path: Path, mon
 
 def test_the_grid_is_what_was_asked_for() -> None:
     assert len(RATES) >= LEAST["trials"] == 12
-    steps = [after / before for before, after in zip(RATES, RATES[1:], strict=False)]
+    steps = [after / before for before, after in pairwise(RATES)]
     assert all(2 <= step <= 2.5 + 1e-9 for step in steps)
     assert set(EVERY) == {*RULES, *(f"{name}:bp" for name in AROUND)}
     run = [rule for tier in TIERS for rule in tier]

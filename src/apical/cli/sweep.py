@@ -108,19 +108,20 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
             lock.hold("sweeping", wait=0)
     if flags.overwrite:
         clear(flags.out)
-    plan = {
+    recipes: dict[str, Any] = {recipe.rule_name: recipe.to_json() for recipe in drafts}
+    plan: dict[str, Any] = {
         "space": list(flags.space),
         "search": flags.search,
         "trials": flags.trials,
         "seeds": flags.seeds,
         "search_seed": flags.search_seed,
         "jobs": (flags.jobs or cores()) if flags.search == "optuna" else None,
-        "recipes": {recipe.rule_name: recipe.to_json() for recipe in drafts},
+        "recipes": recipes,
     }
     path = flags.out / "plan.json"
     if path.exists():
         saved = read_json(path)
-        plan["recipes"] = {**saved["recipes"], **plan["recipes"]}  # rules may be added, and left out
+        plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added, and left out
         asked = json.loads(json.dumps(plan))
         unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
         unlike += [f"recipe of {rule}" for rule, recipe in saved["recipes"].items() if asked["recipes"][rule] != recipe]

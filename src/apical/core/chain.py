@@ -174,6 +174,11 @@ class Chain:
         return [stage.layer.weight for stage in self.stages]
 
     @property
+    def like(self) -> Tensor:
+        """A parameter of the first layer, for its type and device: its weight may be another once it is computed."""
+        return next(original(self.stages[0].layer).parameters())
+
+    @property
     def is_small(self) -> bool:
         """Whether the Jacobian of each sample is cheap: dense layers, and few outputs."""
         return all(stage.is_dense for stage in self.stages) and self.stages[-1].size <= FEW_OUTPUTS

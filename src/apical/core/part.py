@@ -120,30 +120,34 @@ def learn_in_threads(rule: Separable, rows: Sequence[range], inputs: Tensor, tar
     return sent
 
 
-def products(head: Sequence[nn.Module], row: Sequence[Block], inputs: Tensor) -> list[int]:
-    """Multiplications of each block's layer in a forward pass."""
+ELEMENTWISE = 100
+"""Multiplications of a matrix product that take as long as the other work on one number of an activity."""
+
+
+def work(head: Sequence[nn.Module], row: Sequence[Block], inputs: Tensor) -> list[int]:
+    """About how long each block takes, in multiplications."""
     found, h = [], through(head, inputs)
     for block in row:
         behind = block.modules.index(block.layer) + 1
         h = through(block.modules[:behind], h)
-        found.append(h.numel() * block.layer.weight[0].numel())
+        found.append(h.numel() * (block.layer.weight[0].numel() + ELEMENTWISE))
         h = through(block.modules[behind:], h)
     return found
 
 
-def divided(work: Sequence[int], workers: int, split: Sequence[int] | None = None) -> list[range]:
+def divided(costs: Sequence[int], workers: int, split: Sequence[int] | None = None) -> list[range]:
     """Indices of neighbours for each worker, of whom the busiest has as little work as can be; or `split`.
 
     >>> divided([200, 65, 65, 65, 2], 2), divided([200, 65, 65, 65, 2], 2, [3, 2])
     ([range(0, 1), range(1, 5)], [range(0, 3), range(3, 5)])
     """
-    ends = itertools.combinations(range(1, len(work)), workers - 1)
-    rows = [[range(*pair) for pair in itertools.pairwise((0, *inner, len(work)))] for inner in ends]
+    ends = itertools.combinations(range(1, len(costs)), workers - 1)
+    rows = [[range(*pair) for pair in itertools.pairwise((0, *inner, len(costs)))] for inner in ends]
     if split is not None:
         rows = [row for row in rows if [len(part) for part in row] == list(split)]
     if not rows:
-        raise ConfigError(f"{len(work)} blocks cannot be divided among {workers} workers" + f" as {split}" * bool(split))
-    return min(rows, key=lambda row: max(sum(work[i] for i in part) for part in row))
+        raise ConfigError(f"{len(costs)} blocks cannot be divided among {workers} workers" + f" as {split}" * bool(split))
+    return min(rows, key=lambda row: max(sum(costs[i] for i in part) for part in row))
 
 
 def tried(rule: Any, parts: Sequence[range], inputs: Tensor, targets: Tensor) -> list[list[list[Tensor]]]:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from apical.core.channel import Channel, Way, channel
 from apical.core.credit import CreditRule
 from apical.core.layers import is_random
-from apical.core.part import Part, Separable, divided, learn, products, tried
+from apical.core.part import Part, Separable, divided, learn, tried, work
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 SEPARATE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
@@ -159,7 +159,10 @@ class Pipeline:
         try:
             yield
         except (EOFError, ConnectionError) as error:
-            wait([worker.process.sentinel for worker in self._workers], PATIENCE)
+            ended = wait([worker.process.sentinel for worker in self._workers], PATIENCE)
+            for worker in self._workers:
+                if worker.process.sentinel in ended:
+                    worker.process.join()  # the sentinel may close before the pipes and the exit status are there
             ends = [self._end(number, worker) for number, worker in enumerate(self._workers, 2)]
             self.close()
             raise ApicalError(next((end for end in ends if end), "a process of the pipeline ended")) from error
@@ -186,8 +189,8 @@ class Pipeline:
         try:
             head, row = rule.chain(inputs.shape[1:])
             with torch.no_grad():
-                work = products(head, row, inputs)
-            self.parts = divided(work, self.workers, self.split)
+                costs = work(head, row, inputs)
+            self.parts = divided(costs, self.workers, self.split)
             sent = tried(rule, self.parts, inputs, targets)
         finally:
             rule.zero_grad()

@@ -8,6 +8,8 @@ seeds 0 to 4, in float64, before this was written; DFA, CCL and the seeds here h
 import sys
 from typing import Any
 
+from torch import nn
+
 from apical.bench.finding import Row, at_least, shown
 from apical.bench.program import Cells, SeedStudy
 from apical.diagnostics.interference import interference
@@ -33,10 +35,14 @@ ABOUT: dict[str, Any] = {
 
 def run(rule: str, damping: float, digits: Digits, seed: int, lr: float, epochs: int) -> dict[str, float]:
     """Accuracies on training and test digits, and the first weight's norm over its initial one."""
-    start = float(network((digits.x.shape[1], *WIDTHS, 10), seed)[0].weight.detach().norm())
+    start = _first_norm(network((digits.x.shape[1], *WIDTHS, 10), seed))
     *_, model = trained(f"cwu:{rule}", {"damping": damping}, digits, WIDTHS, seed, lr, BATCH, epochs)
     of = {"train": accuracy(model, digits.x, digits.y), "test": accuracy(model, *digits.test)}
-    return of | {"growth": float(model[0].weight.detach().norm()) / start}
+    return of | {"growth": _first_norm(model) / start}
+
+
+def _first_norm(model: nn.Module) -> float:
+    return float(next(model.parameters()).detach().norm())
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
