@@ -1,8 +1,9 @@
 """Functions that a model calls between its modules, as the modules that compute the same.
 
 `F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain as `nn.ReLU()`, `nn.Flatten()` and
-`nn.AvgPool2d(2)` are, and so is `x.mean((2, 3))`. A function is taken for a module if the two agree, bit for bit, on random numbers of its input's
-shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: nobody would see the number change.
+`nn.AvgPool2d(2)` are, and so is `x.mean((2, 3))`. A function is taken for a module if the two agree, bit for bit, on random
+numbers of its input's shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: nobody would see
+the number change.
 """
 
 from collections.abc import Callable, Sequence

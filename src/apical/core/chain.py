@@ -351,6 +351,11 @@ def _traced(
         nonlocal given, entered
         given, entered = args, args[0]._version if args and isinstance(args[0], Tensor) else 0
         functions.deep += 1
+        if not torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+            raise UnsupportedModelError(
+                f"the model runs module {names[id(module)]!r} without gradients (torch.no_grad), where this rule would "
+                "train it; freeze its parameters instead: requires_grad_(False)"
+            )
 
     def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(made, Tensor):
@@ -368,7 +373,7 @@ def _traced(
             for module, _ in modes:
                 module.training = training and id(module) not in inside
             before = torch.get_rng_state()
-            with functions:
+            with functions, torch.enable_grad():
                 output = model(example)
             is_drawn = not torch.equal(before, torch.get_rng_state())
     except (RuntimeError, ValueError) as error:

@@ -66,8 +66,8 @@ class Containers:
         kept = nullcontext() if compiling else torch.random.fork_rng(devices)
         with evaluating(self.model), torch.no_grad(), kept:
             expected = own(inputs.clone())
-            for module, module.training in zip(touched, modes, strict=True):
-                pass
+            for module, mode in zip(touched, modes, strict=True):
+                module.training = mode
             output = self.model(inputs.clone())
         fits = isinstance(output, Tensor) and output.shape == expected.shape
         if fits and compiling:  # the graph is for this choice of attributes; another one is compiled anew, and stops here
@@ -92,4 +92,5 @@ def _close(output: Tensor, expected: Tensor) -> Tensor:
     coarse = torch.is_autocast_enabled(output.device.type) or output.element_size() < 4
     allowed = 0.05 if coarse else 1e3 * torch.finfo(output.dtype).eps
     a, b = output.double(), expected.double()
-    return ~((a - b).norm() > allowed * b.norm())
+    result: Tensor = ~((a - b).norm() > allowed * b.norm())
+    return result
