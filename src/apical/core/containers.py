@@ -1,7 +1,7 @@
 """What a model does outside the modules that compute: a forward method of the user's, hooks, modules put there later.
 
-Rules that call a model's layers do not call its containers. What these compute is seen when a rule is made, and here at
-each batch: a forward method may take another way when an attribute, a global or the numbers of a batch are others.
+Rules that call a model's layers do not call its containers. What these compute is seen when a rule is made, and here: a
+forward method may take another way when an attribute, a global or the numbers of a batch are others.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from apical.errors import UnsupportedModelError
 
 KNOWN = ("torch.nn.", "apical.")
 """Modules of Python whose forward methods take one way."""
+FIRST, EVERY = 4, 16
+"""Batches at which a forward method of the user's is looked at: so many at first, then each so many."""
 
 
 class Containers:
@@ -33,9 +35,13 @@ class Containers:
         self.modules = [(name, module, list(module.children())) for name, module in containers]
         forwards = [(module, type(module).forward) for _, module in containers]
         self.written = [module for module, forward in forwards if not forward.__module__.startswith(KNOWN)]
+        self._batches, self._choices = 0, self._attributes()
 
     def require_intact(self, inputs: Tensor, own: Callable[[Tensor], Tensor]) -> None:
-        """At each batch: run the model where a container has hooks, code of the user's or other children, and compare.
+        """Run the model where a container computes what it did not, or may, and compare.
+
+        At each batch where one has hooks, another forward or other children; where its forward is the user's, when a plain
+        attribute has changed, at the first batches and now and then, for a look costs two forward passes.
 
         Args:
             inputs: (batch, ...).
@@ -53,7 +59,7 @@ class Containers:
                 f"module {self.names[module]!r} ({type(module).__name__}) was taken out of the model after the rule was "
                 "made; make the rule after that"
             )
-        if not (touched := self.written if compiling else self._touched()):
+        if not (touched := self.written if compiling else self._touched(self._is_due())):
             return
         names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
         message = (
@@ -75,12 +81,24 @@ class Containers:
         elif not (fits and bool(_close(output, expected))):
             raise UnsupportedModelError(message)
 
-    def _touched(self) -> list[nn.Module]:
+    def _attributes(self) -> list[dict[str, object]]:
+        """Numbers and words that forward methods of the user's may go by."""
+        plain = (bool, int, float, str, tuple, type(None))
+        return [{k: v for k, v in vars(m).items() if isinstance(v, plain) and k != "training"} for m in self.written]
+
+    def _is_due(self) -> bool:
+        """Whether this batch is one at which forward methods of the user's are looked at."""
+        choices = self._attributes()
+        due = choices != self._choices or self._batches < FIRST or self._batches % EVERY == 0
+        self._batches, self._choices = self._batches + 1, choices
+        return due
+
+    def _touched(self, due: bool) -> list[nn.Module]:
         """Containers that may compute something else than at first."""
         return [
             module
             for _, module, children in self.modules
-            if module in self.written
+            if (due and module in self.written)
             or is_hooked(module)
             or ("forward" in module.__dict__ and not runs_own_forward(module, type(module).forward))
             or list(module.children()) != children

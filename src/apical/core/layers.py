@@ -23,6 +23,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from apical.core.diagonal import diagonal_kind
 from apical.core.transport import GEOMETRIES, Geometry, dense, geometry_of_type
 from apical.errors import ConfigError
 
@@ -178,12 +179,12 @@ def _registered(module: nn.Module) -> LayerType | None:
 
 def is_local(module: nn.Module) -> bool:
     """Whether the module may have parameters, but no weight between two populations."""
-    return isinstance(module, tuple(_local))
+    return isinstance(module, tuple(_local)) or diagonal_kind(module) != ""
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the module normalises by statistics over batch, channels, groups or features."""
-    return isinstance(module, NORMS)
+    return isinstance(module, NORMS) or diagonal_kind(module) == "norm"
 
 
 def is_random(module: nn.Module) -> bool:

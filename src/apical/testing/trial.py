@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core.attention import Attending
 from apical.core.credit import Credit, CreditRule
@@ -69,6 +69,27 @@ class Trial:
         with self.sandbox(), attending:
             self.loss(self.model(self.inputs)).backward()
             return self.collected()
+
+    def perturbed(self, make: Callable[[], Gradients], size: float, seed: int) -> Gradients:
+        """What `make` hands back where each parameter and input is off by up to `size` of itself, at random."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def off(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            noise = 2 * torch.rand(x.shape, generator=generator, dtype=torch.double) - 1
+            return x.detach() * (1 + size * noise).to(x)
+
+        inputs = self.inputs
+        with undisturbed(self.rule, parameters=True):
+            with torch.no_grad():
+                for q in self.rule.parameters():
+                    q.copy_(off(q))
+            self.inputs = tree_map(off, inputs)
+            try:
+                return make()
+            finally:
+                self.inputs = inputs
 
     def loss(self, output: Any) -> Tensor:
         """The rule's loss of an output."""
@@ -190,4 +211,4 @@ def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     def cut(x: Any) -> Any:
         return x.detach() if isinstance(x, Tensor) else x
 
-    return torch.utils._pytree.tree_map(cut, (args, kwargs))  # type: ignore[no-any-return]
+    return tree_map(cut, (args, kwargs))  # type: ignore[no-any-return]
