@@ -42,7 +42,7 @@ AS = {"pc-one-step": "pc-error", "ddtp-control": "ddtp-linear"}
 
 ADAM = {"csdp": 4e-2}
 """Rules that train with Adam and no weight decay where neither optimiser nor learning rate is asked for, as their paper's
-code does, and the rate: that of a prototype on 2000 images of MNIST. With SGD they reach far less (docs/rules)."""
+code does, and the rate: that of a prototype on 2000 images of MNIST. With the common SGD they learn far less."""
 
 
 def own_training(recipe: Recipe) -> dict[str, Any]:

@@ -43,7 +43,7 @@ _MATRICES = "Of the first seed, before, halfway through and after training; whit
 
 def heat(values: Mapping[str, Array]) -> Figure:
     """Matrices side by side in colours of one scale that is white at zero; rows downwards."""
-    figure = Figure(figsize=(_WIDTH, 2.1))
+    figure = Figure(figsize=(_WIDTH, 1.8))
     grid = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     largest = max((float(np.nanmax(np.abs(value), initial=0.0)) for value in values.values()), default=0.0) or 1.0
     for axes, (name, value) in zip(grid, values.items(), strict=True):
