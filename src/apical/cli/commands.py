@@ -214,8 +214,12 @@ def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
         if own_training(item):
             tell(f"{item.rule_name} trains with adam at {item.lr[0]:g}; --optimizer and --lr set others")
     if tuned:
-        rates = ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in tuned)
-        tell(f"learning rates as tuned for each rule on these data: {rates}; --lr sets another")
+        rates, rest = (
+            ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in drafts if (item in tuned) is wanted)
+            for wanted in (True, False)
+        )
+        told = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
+        tell(told + (f"; not tuned: {rest}" if rest else ""))
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
