@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from gallery_page import AUDITS
 from result_pages import NOTE, finished, joined
-from tables import Row, grouped, load, significant, table
+from sweep_pages import FOLDERS, lacking
+from tables import Row, data_name, grouped, load, significant, table
 
 from apical.bench.papers import Table, papers, studies
 
@@ -24,8 +25,12 @@ DATA = (
 """Data that titles and texts name, where no recipe does; the first that is named."""
 
 
+FULL = "full"
+CORE = ("pfa", "dfc", "ccl", "tdca")
+
+
 class Standing(NamedTuple):
-    """What one page of results is: a table of a paper or none, done or shortened how, and how it came out."""
+    """What one page of results is: a table of a paper or none, at full size or shortened how, and how it came out."""
 
     target: str
     size: str
@@ -39,8 +44,9 @@ class Standing(NamedTuple):
     def sentence(self) -> str:
         """The first line of the page."""
         if not self.target:
-            return "**Done**: a comparison or study of our own, no table of a paper."
-        said = "**Done** at full size" if self.size == "done" else f"**Shortened**: {self.size}"
+            own = "our own comparison or study, not a table of a paper"
+            return f"**Done**: {own}." if self.size == FULL else f"**Incomplete**, {self.size}: {own}."
+        said = "**Full size**" if self.size == FULL else f"**Shortened**: {self.size}"
         return f"{said} (`apical reproduce {self.target} --budget paper`)."
 
 
@@ -77,7 +83,7 @@ def _standing(path: Path, content: Row, runs: Sequence[Row], record: Row | None)
     full = {**(_recipe(tables()[target]) or {}), **tables()[target].budgets["paper"]} if target else {}
     return Standing(
         target,
-        shortened(sizes, full),
+        shortened(sizes, full) if target else absent(path, content, runs),
         share(verdicts),
         _first(machines),
         hours,
@@ -87,10 +93,10 @@ def _standing(path: Path, content: Row, runs: Sequence[Row], record: Row | None)
 
 
 def shortened(sizes: Mapping[str, Any], full: Mapping[str, Any]) -> str:
-    """ "done", or what is less than in the paper's budget.
+    """ "full", or what is less than in the paper's budget.
 
     >>> shortened({"epochs": 5, "seeds": 3}, {"epochs": 40, "seeds": 3}), shortened({"epochs": 40}, {"epochs": 40})
-    ('5 of 40 epochs', 'done')
+    ('5 of 40 epochs', 'full')
     """
     less = [
         f"{sizes[key]:,} of {most:,} {key.replace('_', ' ')}"
@@ -99,7 +105,22 @@ def shortened(sizes: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     ]
     cut = sizes.get("train_limit")
     less += [f"{cut:,} training samples"] if cut and cut != full.get("train_limit") else []
-    return ", ".join(less) or "done"
+    return ", ".join(less) or FULL
+
+
+def absent(path: Path, content: Row, runs: Sequence[Row]) -> str:
+    """ "full", or what a comparison or study of our own lacks of what it was to be.
+
+    >>> absent(Path("own"), {"rules": ["bp", "fa"], "seeds": [0, 1]}, [{"rule": "bp"}, {"rule": "bp"}, {"rule": "fa"}])
+    '3 of 4 runs'
+    """
+    if path.name in FOLDERS:
+        return lacking(path) or FULL
+    rules, seeds = content.get("rules"), content.get("seeds")
+    planned = len(rules) * len(seeds) if rules and isinstance(seeds, list) else 0
+    less = [f"{len(runs)} of {planned} runs"] if len(runs) < planned else []
+    less += [f"{len(failures)} runs that failed"] if (failures := content.get("failures")) else []
+    return ", ".join(less) or FULL
 
 
 def _sizes(content: Row, runs: Iterable[Row]) -> dict[str, int]:
@@ -140,17 +161,17 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
     about = (
         "Every number on these pages is computed from files under `results/` in the repository, which the commands named on "
         "them wrote; {doc}`../how-results-are-made` says how. *Size* is against `--budget paper`, the paper's epochs and at "
-        "least as many seeds: done, shortened how, or not run. *Reproduced* counts verdicts, of all that could be decided; "
+        "least as many seeds: full, shortened how, or not run. *Reproduced* counts verdicts, of all that could be decided; "
         "{doc}`reproductions` has every verdict on one page."
     )
-    rows, done = [], 0
+    rows = []
     for target, each in tables().items():
         mine = [name for name, standing in known.items() if standing.target == target and name in pages]
-        done += any(known[name].size == "done" for name in mine)
         rows += [_line(name, pages[name], data(each, pages[name], known[name].about), known[name]) for name in mine]
-        rows += [] if mine else [[f"`{target}`", without_epochs(each.title), data(each), "not run", "-", "-", "-", "-"]]
-    run = len({known[name].target for name in pages if name in known and known[name].target})
-    count = f"Of {len(tables())} tables, {run} were run, {done} of them at their full size."
+        rows += [] if mine else [[f"`{target}`", without_epochs(each.title), data(each), "not run", "", "", "", ""]]
+    mine = [standing for name, standing in known.items() if name in pages]
+    core = [target for target in tables() if target.partition("/")[0] in CORE]
+    count = f"{_counted([*tables()], mine)} Of the four papers that the package began with: {_counted(core, mine)}"
     header = ("table", "what it is", "data", "size", "reproduced", "machine", "hours", "commit")
     others = [
         [f"[{text}]({name}.md)", *known[name][3:]]
@@ -162,6 +183,14 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
     parts = [NOTE, "# Results", about, count, f":::{{container}} small stacked index\n{table(header, rows, 99)}\n:::"]
     parts += ["## Comparisons and studies of our own", f":::{{container}} small stacked own\n{rest}\n:::"] if rest else []
     return joined([*parts, listed])
+
+
+def _counted(targets: Sequence[str], known: Iterable[Standing]) -> str:
+    """How many tables were run, and at the papers' size."""
+    sizes = grouped([{"target": each.target, "full": each.size == FULL} for each in known], "target")
+    run = [any(row["full"] for row in rows) for (target,), rows in sizes.items() if target in targets]
+    share = f"{sum(run) / len(targets):.0%}".replace("%", " %") if targets else "none"
+    return f"{len(targets)} tables, {len(run)} of them run, {sum(run)} at the paper's size ({share})."
 
 
 def _line(name: str, title: str, data: str, standing: Standing) -> list[str]:
@@ -177,7 +206,7 @@ def data(each: Table, *texts: str) -> str:
     """The data of a table: its recipe's, or what its texts name."""
     recipe = _recipe(each)
     named = "; ".join((each.title, *texts)).lower()
-    return recipe["data"] if recipe else next((name for name in DATA if name.lower() in named), "made for it")
+    return data_name(recipe["data"]) if recipe else next((name for name in DATA if name.lower() in named), "made for it")
 
 
 def _recipe(each: Table) -> Row | None:

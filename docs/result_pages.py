@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sweep_pages import tuning
 from tables import (
     Row,
     code,
     console,
+    data_name,
     facts,
     fitting,
     flat,
@@ -37,6 +39,9 @@ from apical.bench.report.verdicts import Verdict, tally
 NOTE = "<!-- made by docs/generate.py -->"
 LARGE = 1_000_000
 """Bytes from which a figure is shown as PNG instead of SVG."""
+
+PHONE = 430
+"""Points from which the letters of a figure are too small on a phone, where it scrolls instead."""
 
 TAGS, MARKS, _ = toml("sources").values()
 """Where the numbers of a verdict come from, and the same for a study of its own."""
@@ -88,8 +93,11 @@ def title(folder: Path) -> str:
     most = max((run["epochs"] for run in runs), default=0)
     if plan.get("study") in studies():
         return re.sub(r"\b(\d+) epochs", partial(_so_far, most), studies()[plan["study"]].title)
-    recipe, rules = plan.get("recipe") or {}, len(plan.get("rules") or ())
-    return f"{rules} rules on {recipe['data']}, {recipe['model']}" if {"model", "data"} <= recipe.keys() else folder.name
+    recipe, rules = plan.get("recipe") or {}, plan.get("rules") or []
+    if not {"model", "data"} <= recipe.keys():
+        return folder.name
+    who = f"{len(rules)} rules" if len(rules) > 4 else " and ".join(filter(None, (", ".join(rules[:-1]), *rules[-1:])))
+    return f"{who} on {data_name(recipe['data'])}, {recipe['model']}"
 
 
 def _so_far(most: int, planned: re.Match[str]) -> str:
@@ -165,12 +173,17 @@ def verdict_table(verdicts: Sequence[Row]) -> str:
     columns = {"verdict": text("verdict"), "what": text("what"), "rule": code("rule"), "epoch": text("epoch")}
     columns |= {"reference": expected, "source": text("tag")}
     columns["measured"] = lambda row: plus_minus(shown(row, "measured") or "-", shown(row, "spread"))
-    return judged(tabulate(verdicts, columns | {"seeds": text("n")}, numeric_from=99))
+    return judged(tabulate(verdicts, columns | {"seeds": text("n")}, numeric_from=99), "published")
 
 
-def judged(verdicts: str) -> str:
-    """A table of verdicts, whose second column has long texts and gets room for them."""
-    return f":::{{container}} verdicts\n{verdicts}\n:::"
+def judged(verdicts: str, kind: str) -> str:
+    """A table of verdicts, whose second column has long texts and gets room for them; on a phone it is a list.
+
+    Args:
+        verdicts: the table.
+        kind: which columns it has, for the labels of the list.
+    """
+    return f":::{{container}} verdicts {kind}\n{verdicts}\n:::"
 
 
 def verdict_sentence(verdicts: Sequence[Row]) -> str:
@@ -189,7 +202,8 @@ def comparison_page(folder: Path, standing: str = "") -> str:
     summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
     plan = load(folder / "compare.json")
     parts = [NOTE, f"# {title(folder)}", standing, verdict_sentence(verdicts) if verdicts else "", departures(plan or {})]
-    parts += [comparison_table(summary), *rates(plan)]
+    scores = f":::{{container}} scores\n{comparison_table(summary)}\n:::"
+    parts += [*tuning(folder)] or [scores, *rates(plan)]
     if verdicts:
         parts += ["## Against reference numbers", sources(verdicts), verdict_table(verdicts), *distances(verdicts, summary)]
     return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])
@@ -228,8 +242,17 @@ def figures(folder: Path, where: str) -> list[str]:
         small = path.stat().st_size < LARGE or not path.with_suffix(".png").exists()
         shown = path if small else path.with_suffix(".png")
         caption = toml("captions").get(path.stem, "")
-        drawn += [f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})", *([caption] if caption else [])]
+        picture = f"![{path.stem.replace('_', ' ')}](../../results/{where}/{shown.name})"
+        drawn += [f":::{{container}} wide\n{picture}\n:::" if points(path) > PHONE else picture]
+        drawn += [caption] if caption else []
     return ["## Figures", *drawn] if drawn else []
+
+
+def points(figure: Path) -> float:
+    """The width of an SVG; 0 where it does not say."""
+    with figure.open(encoding="utf-8") as file:
+        width = re.search(r'<svg[^>]*\bwidth="([\d.]+)pt"', file.read(2000))
+    return float(width[1]) if width else 0.0
 
 
 def study_page(folder: Path, standing: str = "") -> str:
@@ -278,7 +301,7 @@ def _study_verdicts(results: Row) -> list[str]:
         columns = {"verdict": text("verdict"), "what": text("what")}
         columns |= {"rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-", "mark": text("mark")}
         columns |= {"measured": _measured, "n": text("n"), "source": text("source"), "figure": text("figure")}
-        parts += ["## Verdicts", meaning, judged(tabulate(results["verdicts"], columns, numeric_from=99))]
+        parts += ["## Verdicts", meaning, judged(tabulate(results["verdicts"], columns, numeric_from=99), "marks")]
     if results.get("axes"):
         inside = {True: "inside", False: "outside", None: "not run"}
         columns = {"measure": lambda row: row["measure"].replace("_", " "), "axis": lambda row: _range(row["limits"])}

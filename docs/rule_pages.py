@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmark_pages import setting
 from circuits import circuits
 from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
+from sweep_pages import FOLDERS
 from tables import Cell, Row, benchmarks, code, comparisons, fitting, load, number, own_studies, present, table, tabulate
 from torch.nn import Linear
 
@@ -122,7 +123,7 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     if rows:
         header = ("comparison", "rule", "reference numbers", "seeds", "epochs", "score", "backpropagation")
         parts += ["Test accuracy in %, or test loss where targets are numbers; mean ± standard deviation over seeds."]
-        parts += [table(header, rows, numeric_from=3)]
+        parts += [f":::{{container}} stacked compared\n{table(header, rows, numeric_from=3)}\n:::"]
     further = []
     for folder in own_studies(root):
         content = load(folder / "results.json")
@@ -253,7 +254,7 @@ def accuracies(root: Path) -> str:
     for folder in comparisons(root):
         rows = load(folder / "summary.json")
         names = list(dict.fromkeys(row["rule"] for row in rows))
-        if len(names) >= WIDE and present(rows, "test_accuracy"):
+        if folder.name not in FOLDERS and len(names) >= WIDE and present(rows, "test_accuracy"):
             ended = epochs(row for row in rows if row.get("status") != "diverged")
             columns[folder.name] = f"[{folder.name}](results/{folder.name}.md), {ended} epochs"
             found |= {(name, folder.name): scores(rows, name)[2] for name in names}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,21 @@ def reproductions(root: Path) -> list[Row]:
 def benchmarks(root: Path) -> dict[str, Row]:
     """What is in the files of benchmarks/, by their names."""
     return {path.stem: load(path) for path in (root / "benchmarks").glob("*.json")}
+
+
+DATA = {"mnist": "MNIST", "cifar": "CIFAR", "fashion": "Fashion", "std3": "3 std"}
+"""How parts of the names of data are written in a sentence."""
+
+
+def data_name(name: str) -> str:
+    """A data set as a sentence names it.
+
+    >>> data_name("fashion-mnist-raw"), data_name("cifar-10"), data_name("digits")
+    ('Fashion-MNIST (raw)', 'CIFAR-10', 'digits')
+    """
+    stem, *kind = re.split(r"-(?=raw$|std3$|autoencoder$)", name)
+    written = "-".join(DATA.get(part, part) for part in stem.split("-"))
+    return f"{written} ({DATA.get(kind[0], kind[0])})" if kind else written
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: int = 1) -> str:

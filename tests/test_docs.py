@@ -156,7 +156,7 @@ def test_a_rules_page_lists_its_comparisons_and_their_verdicts(comparison: Path)
     (comparison / "verdicts.json").write_text(json.dumps(verdicts))
     root = comparison.parents[1]
     page = generate.rule_blocks(apical.ProductFeedbackAlignment, root)["measured"]
-    link = "[MNIST, 784-512-512-10, 1 of 40 epochs](../results/study.md)"
+    link = "[PFA on MNIST, 784-512-512-10, 1 of 40 epochs](../results/study.md)"
     said = "Reproduced: 1 of 1 read off the published curves."
     assert f"| {link} | `pfa` | {said} | 1 | 1 | 94.00 | 96.50 ± 0.71 |" in page
     own = generate.rule_blocks(apical.Backprop, root)["measured"]
@@ -217,7 +217,7 @@ def test_a_comparison_becomes_a_table_of_finished_seeds(comparison: Path) -> Non
     page = generate.comparison_page(comparison)
     assert "| `bp` | 2 | 1 | 96.50 ± 0.71 | 0.2500 ± 0.0000 | - |" in page
     assert "| `pfa` | 1 of 2 | 1 | 94.00 | 0.2500 | - |" in page
-    assert "# MNIST, 784-512-512-10, 1 of 40 epochs" in page
+    assert "# PFA on MNIST, 784-512-512-10, 1 of 40 epochs" in page
     assert "Unlike the recipe: epochs 1 instead of 40." in page
 
 

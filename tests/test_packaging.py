@@ -1,13 +1,14 @@
 """The package as a stranger gets it: wheel and sdist build, hold what they should, and work where they were installed."""
 
-import csv
 import email
 import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,12 +106,21 @@ def test_what_is_installed_runs_from_another_folder(installed: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_uninstalling_would_leave_nothing(installed: Path) -> None:
-    """The record, by which pip uninstalls, names every file."""
-    (record,) = installed.glob("*.dist-info/RECORD")
-    named = {name.rpartition("bin/")[2] for name, *_ in csv.reader(record.read_text(encoding="utf-8").splitlines())}
-    files = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
-    assert {name.removeprefix("bin/") for name in files if "__pycache__" not in name} == named
+def test_uninstalling_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
+    """Not even what the command compiled when it ran."""
+    venv.create(tmp_path / "new", with_pip=False)
+    python = tmp_path / "new" / "bin" / "python"
+    pip = ("-m", "pip", "--python", python, "--quiet", "--disable-pip-version-check")
+    before = {path for path in (tmp_path / "new").rglob("*") if "__pycache__" not in path.parts}
+    run(*pip, "install", "--no-deps", "--no-index", wheel)
+    (command,) = (tmp_path / "new" / "bin").glob("apical*")
+    needed = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    said = subprocess.run([command, "--version"], cwd=tmp_path, env=needed, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == f"apical {PROJECT['version']}"
+    assert len({path for path in (tmp_path / "new").rglob("*.py")} - before) > 300
+    run(*pip, "uninstall", "--yes", "apical")
+    assert {path for path in (tmp_path / "new").rglob("*") if "__pycache__" not in path.parts} == before
+    assert not [path for path in (tmp_path / "new").rglob("*apical*")]
 
 
 def test_the_citation_names_the_version_and_no_doi_that_does_not_exist() -> None:

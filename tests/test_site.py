@@ -85,6 +85,30 @@ def test_every_link_and_anchor_leads_somewhere() -> None:
     assert not dead_links(SITE.resolve())
 
 
+QUESTIONS = {  # clicks from the front page, and what the last page says
+    "Which rule shall I take?": (("choose.html",), "accuracy in deep convolutional networks"),
+    "How do I train my own model in my own loop?": (("your-own-loop.html",), "optimizer.step()"),
+    "Does it train my kind of network?": (("zoo.html",), "refused"),
+    "Was the paper's table reproduced, and at what size?": (("results/index.html", "results/pfa-mnist.html"), "Reproduced:"),
+    "What does a step cost?": (("benchmarks.html",), "time / BP"),
+}
+
+
+@built
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_is_answered_within_two_clicks(question: str) -> None:
+    clicks, answer = QUESTIONS[question]
+    assert len(clicks) < 3
+    page = SITE / "index.html"
+    for click in clicks:
+        text = page.read_text(encoding="utf-8")
+        links = Page(text[text.index("<article") : text.index("</article>")]).links  # not those at the side
+        targets = {(page.parent / unquote(urlsplit(link).path)).resolve() for link in links}
+        page = (SITE / click).resolve()
+        assert page in targets
+    assert answer in re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+
+
 def test_dead_links_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
         '<a href="b.html#here"></a><a href="b.html#gone"></a><img src="c.png"><a href="http://x">'

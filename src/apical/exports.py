@@ -5,6 +5,7 @@ from apical.core.credit import Credit as Credit
 from apical.core.credit import CreditRule as CreditRule
 from apical.core.layers import register_layer as register_layer
 from apical.core.layers import register_local as register_local
+from apical.core.pipeline import pipeline as pipeline
 from apical.rules.backprop import Backprop as Backprop
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import (
     ContrastiveSignalPlasticity as ContrastiveSignalPlasticity,

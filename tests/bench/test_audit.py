@@ -37,7 +37,7 @@ def test_what_is_kept(folder: Path) -> None:
     assert by_rule["bp"]["claims"]["no_sign_transport"] == {"claimed": "no", "agrees": True}
     assert all(row["placement"] for row in record["rows"])
     assert by_rule["bp"]["placement"].startswith("exact: ")
-    for name in ("audit.png", "audit.svg"):
+    for name in ("audit.png", "audit.svg", "audit_numbers.png", "audit_numbers.svg"):
         assert (folder / name).stat().st_size > 10_000
 
 

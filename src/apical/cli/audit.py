@@ -76,10 +76,11 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
     }
     _tell(record)
     if flags.out is not None:
-        drawing = draw(record)
+        drawings = draw(record)
         write_json(flags.out / "audit.json", record)
-        drawing.write(flags.out)
-        say_files(flags.out, ("audit.json", "audit.png", "audit.svg"))
+        for drawing in drawings:
+            drawing.write(flags.out)
+        say_files(flags.out, ("audit.json", *(f"{d.stem}.{kind}" for d in drawings for kind in ("png", "svg"))))
     return 0
 
 

@@ -17,7 +17,7 @@ Where outputs are many (a vocabulary), one matrix Q brings them to the width of 
 P_l: B_l = Q P_l. Or P_l hears the error at the head's input, by the head's own weight (Launay et al., arXiv 2006.12878).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 from typing import Any, Literal, cast
 
@@ -26,11 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from apical.core.credit import Attention, Credit, Loss
+from apical.core.activations import is_activation
+from apical.core.blocks import Block, blocks, through
+from apical.core.credit import Attention, Credit, Loss, Root
 from apical.core.cut import CutRule, Units, eagerly
 from apical.core.layers import computes_plainly
 from apical.core.losses import terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
+from apical.core.part import Part
 from apical.core.positions import class_axis, delivered, is_routed, matched, routed
 from apical.core.signals import Cut
 from apical.core.transport import geometry, pads_itself, transport
@@ -139,6 +142,51 @@ class DirectFeedbackAlignment(CutRule):
         taught += [(part, error) for part, error in read if part.requires_grad]
         taught += terms(loss)
         return Credit.of(taught, detached(output), loss)
+
+    def chain(self, input_shape: Sequence[int]) -> tuple[list[nn.Module], list[Block]]:
+        """See :class:`apical.core.part.Separable`."""
+        self._head_modules, self._blocks = blocks(self.model, input_shape)
+        return self._head_modules, self._blocks
+
+    def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
+        """See :class:`apical.core.part.Separable`; what comes down is the output's error, to every part alike.
+
+        The blocks are those of :meth:`chain`, and the rule has seen a batch, which told it the units.
+        """
+        units = [] if self._separation is None else self._separation.units
+        if self.where == "input" or self._inner or len(units) != len(self._blocks) - 1:
+            raise UnsupportedModelError(
+                "direct feedback alignment learns by parts where every block but the last is one unit that ends with an "
+                f"activation; here {len(self._blocks)} blocks have {len(units)} units. Leave out leaky, inside and units, "
+                "and put one activation behind each layer"
+            )
+        made: dict[int, Tensor] = {}
+        with torch.no_grad():
+            h = through(self._head_modules, inputs) if part.below is None else part.below.receive()
+        for level in part.levels:
+            modules = self._blocks[level].modules
+            end = 1 + max((i for i, module in enumerate(modules) if is_activation(module)), default=len(modules) - 1)
+            end = len(modules) if level == len(units) else end
+            made[level] = through(modules[:end], h.detach())
+            with torch.no_grad():
+                h = through(modules[end:], made[level].detach())
+        taught: list[Root] = []
+        loss = None
+        if part.above is not None:
+            part.above.send(h)
+            heard = part.above.receive()
+        else:
+            output = made.pop(len(units))
+            loss, (error,) = output_errors(self.loss, output, targets)
+            assert error is not None
+            heard = self._heard(side_by_side([error], [class_axis(output, targets, isinstance(self._topmost(), _ConvNd))]))
+            taught = [(output, error), *terms(loss)]
+        if part.below is not None:
+            part.below.send(heard)
+        for level, h in made.items():
+            axis = 1 if h.dim() > 2 and isinstance(self._blocks[level].layer, _ConvNd) else -1
+            taught.append((h, self.signal(Cut(h.detach(), h.shape, h.dtype, units[level], axis), heard)))
+        return taught, loss
 
     def signal(self, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs).

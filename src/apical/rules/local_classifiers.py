@@ -35,6 +35,7 @@ from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, 
 from apical.core.layers import is_random
 from apical.core.local import block_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
+from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.processes import gathered
 from apical.core.rest import evaluating
@@ -229,23 +230,50 @@ class LocalClassifiers(CreditRule):
         if not torch.is_grad_enabled():
             output = self._output(inputs)
             return Credit.of([], output, value_at(self.loss, output, fitted(self.loss, output, targets)))
-        roots: list[Root] = []
         logs: dict[str, Tensor] = {}
         with torch.no_grad():
-            below = through(self.head, inputs)
-            wanted = self._wanted(targets) if self.compares else None
-            for hidden in self._hidden:
-                activity = hidden.taught(below, learns=True)
-                below = hidden.handed_on(activity.made)
-                learned, logs[f"local {hidden.block.name}"] = self._learned(hidden, activity, targets, wanted)
-                roots += learned
-                del activity, learned
-            activity = self._last(below, learns=True)
-            output = activity.made.detach()
-            loss, error = output_error(self.loss, output, fitted(self.loss, output, targets))
-            roots += self._roots(activity, [(activity.made, error)])
+            roots, below = self._climb(self._hidden, through(self.head, inputs), targets, logs)
+            learned, output, loss = self._top(below, targets)
         total = torch.stack(list(logs.values())).sum() if logs else loss.detach().new_zeros(())
-        return Credit.of([*roots, *terms(loss)], output, loss, {"local": total, **logs})
+        return Credit.of([*roots, *learned], output, loss, {"local": total, **logs})
+
+    def _climb(
+        self, row: Sequence[_Hidden], below: Tensor, targets: Tensor, logs: dict[str, Tensor]
+    ) -> tuple[list[Root], Tensor]:
+        """What hidden blocks in a row learn, and what the last of them hands on; their losses go into `logs`."""
+        roots: list[Root] = []
+        wanted = self._wanted(targets) if self.compares else None
+        for hidden in row:
+            activity = hidden.taught(below, learns=True)
+            below = hidden.handed_on(activity.made)
+            learned, logs[f"local {hidden.block.name}"] = self._learned(hidden, activity, targets, wanted)
+            roots += learned
+            del activity, learned
+        return roots, below
+
+    def _top(self, below: Tensor, targets: Tensor) -> tuple[list[Root], Tensor, Tensor]:
+        """What the last block learns, the model's output and its loss."""
+        activity = self._last(below, learns=True)
+        output = activity.made.detach()
+        loss, error = output_error(self.loss, output, fitted(self.loss, output, targets))
+        return [*self._roots(activity, [(activity.made, error)]), *terms(loss)], output, loss
+
+    def chain(self, input_shape: Sequence[int]) -> tuple[list[nn.Module], list[Block]]:
+        """See :class:`apical.core.part.Separable`."""
+        return self.head, self.row
+
+    @torch.no_grad()
+    def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
+        """See :class:`apical.core.part.Separable`."""
+        if part.below is None:
+            self._check(inputs, targets)
+        below = through(self.head, inputs) if part.below is None else part.below.receive()
+        roots, below = self._climb(self._hidden[part.levels.start : part.levels.stop], below, targets, {})
+        if part.above is not None:
+            part.above.send(below)
+            return roots, None
+        learned, _, loss = self._top(below, targets)
+        return [*roots, *learned], loss
 
     def _wanted(self, targets: Tensor) -> Tensor:
         """S(Y), in float32 at least."""

@@ -52,6 +52,10 @@ _SETS = {
 }
 """Data, network, images held out, tolerance, and what a run takes."""
 
+_NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10", "cifar-100": "CIFAR-100"}
+_SHAPES = {_DEEP: "784-5x256-10", _WIDE: "3072-3x1024-{classes}"}
+"""Data and networks as titles name them."""
+
 _COLUMNS = ("bp", "fa", "ccl", "dfa", "dtp-drl")
 _TABLE = {
     "mnist": ((98.19, 0.10), (96.96, 0.05), (98.13, 0.10), (97.27, 0.06), (93.05, 0.24)),
@@ -62,6 +66,10 @@ _TABLE = {
 """Accuracy and its standard deviation, of the rules in the columns."""
 
 
+def _named(data: str, model: str) -> str:
+    return f"{_NAMES[data]}, {_SHAPES[model].format(classes=100 if data == 'cifar-100' else 10)}"
+
+
 def _study(name: str) -> Study:
     data, model, validation, tolerance, cost = _SETS[name]
     base, slow = _perceptron(data, model, validation), {"ccl": 0.5} if data.startswith("cifar") else {}
@@ -70,7 +78,7 @@ def _study(name: str) -> Study:
         rule: Row(replace(base, rule=rule, lr=(rates.get(rule, 1.0),)), _accuracy(*_TABLE[name][column], tolerance))
         for column, rule in enumerate(_COLUMNS[:3])
     }
-    title = f"CCL on {data}, {model}, 100 epochs"
+    title = f"CCL on {_named(data, model)}, 100 epochs"
     return Study(title, f"about {cost} on one CPU core", rows, base, (Claim("ccl", "fa", 100, 0.0),))
 
 
@@ -91,7 +99,7 @@ def _others(name: str) -> Study:
         rule: Row(replace(base, rule=rule, **options), _accuracy(*_TABLE[name][_COLUMNS.index(rule)], tolerance))
         for rule, options in _OTHERS.items()
     }
-    title = f"CCL's table on {data}, {model}, 100 epochs: what it is compared with"
+    title = f"DFA and target propagation, to compare CCL with, on {_named(data, model)}, 100 epochs"
     return Study(title, "half an hour on one CPU core, and more for CIFAR", rows, base)
 
 
@@ -100,7 +108,7 @@ def _images(data: str, epochs: int, settings: dict[str, Recipe], published: dict
         rule: Row(replace(recipe, rule=rule), _accuracy(*published[rule], 1.5) if rule in published else ())
         for rule, recipe in settings.items()
     }
-    title = f"CCL with convolutions on {data}, {epochs} epochs"
+    title = f"CCL with convolutions on {_NAMES[data]}, {epochs} epochs"
     return Study(title, "minutes on a GPU, about a day on one CPU core", rows, settings["bp"])
 
 

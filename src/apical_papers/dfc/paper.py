@@ -2,10 +2,12 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, Sizes, Table, cut, table_of
 from apical_papers.dfc.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
+
+FEW: Sizes = {"train_limit": 5000}
 
 PAPER = Paper(
     title="Credit assignment in neural networks through deep feedback control",
@@ -27,5 +29,8 @@ PAPER = Paper(
             needs={"epochs": 150, "seeds": 3, "samples": 5000},
         ),
         "mnist": of("dfc-mnist", cut(256), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "fashion": of("dfc-fashion", cut(256), FEW | {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "autoencoder": of("dfc-autoencoder", cut(256), FEW | {"epochs": 5, "seeds": 1}, {"epochs": 25, "seeds": 5}),
+        "train-loss": of("dfc-train-loss", cut(256), FEW | {"epochs": 30, "seeds": 3}, {"epochs": 100, "seeds": 5}),
     },
 )

@@ -78,7 +78,7 @@ def _mnist() -> Study:
         Claim(rule, other, epoch, 0.0) for epoch in (5, 40) for rule in ("bp", "usf", "pfa") for other in ("fa", "dfa")
     )
     claims += (Claim("pfa", "bp", 5, -0.5), Claim("pfa-o", "bp", 5, -0.5), Claim("pfa", "bp", 40, -0.15))
-    return Study("MNIST, 784-512-512-10, 40 epochs", "about 4 minutes on one CPU core", rows, base, claims)
+    return Study("PFA on MNIST, 784-512-512-10, 40 epochs", "about 4 minutes on one CPU core", rows, base, claims)
 
 
 def _cifar10() -> Study:
@@ -116,7 +116,7 @@ def _cifar10() -> Study:
     rows["kp"] = Row(replace(aligning, rule="kp"), ())
     order = ("bp", "pfa-o", "pfa", "usf", "fa", "dfa")
     claims = tuple(Claim(first, second, 250, 0.0, "validation") for first, second in pairwise(order))
-    title, cost = "CIFAR-10, ResNet-20, 250 epochs", "about 15 hours on one CPU core: use a GPU"
+    title, cost = "PFA on CIFAR-10, ResNet-20, 250 epochs", "about 15 hours on one CPU core: use a GPU"
     return Study(title, cost, rows, base, claims)
 
 
@@ -151,7 +151,7 @@ def _cifar10_small() -> Study:
         rows[rule] = Row(replace(recipe, rule=rule), published)
     rows["kp"] = Row(replace(aligning, rule="kp"), ())
     rows["dfa"] = Row(replace(base, rule="dfa", lr=(1e-3, 1e-4), rule_options=XAVIER), ())
-    title = "CIFAR-10 in small: ResNet-8, 10,000 images, 8 epochs (our setting, not the paper's)"
+    title = "PFA on CIFAR-10 in small: ResNet-8, 10,000 images, 8 epochs (our setting, not the paper's)"
     claims = tuple(Claim(first, second, 8, 0.0) for first, second in pairwise(("bp", "pfa-o", "pfa", "usf")))
     claims += (Claim("pfa", "bp", 8, -8.0), Claim("pfa", "fa", 8, 8.0))
     return Study(title, "about 2 minutes on one CPU core", rows, base, claims)

@@ -1,6 +1,6 @@
-"""The matrix of an audit: a row per rule, a column per criterion, from what audit.json keeps."""
+"""The matrices of an audit: a row per rule, a column per criterion, from what audit.json keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,14 +16,15 @@ SIGNS = {"yes": "●", "partly": "◐", "no": "○", "not applicable": "-"}
 """Verdicts in tables."""
 
 _COLOURS = {"yes": "#0072B2", "partly": "#A6CBE3", "no": "#FFFFFF", "not applicable": "#EEEEEE"}
-_CELL = 0.27
+_CELL, _NUMBER, _NAMES, _FONT = 0.2, 0.39, 1.05, 7.5  # inches, and points: a phone shows an inch as 100 pixels
 _UNITS = {"noise": "°", "sparse": "°", "quantised": "°", "multiply_adds": "relative to bp", "held": "relative to bp"}
 
 
-def draw(record: Mapping[str, Any]) -> Drawing:
-    """:func:`matrix` as PNG and SVG."""
+def draw(record: Mapping[str, Any]) -> tuple[Drawing, Drawing]:
+    """:func:`matrix` and :func:`numbers` as PNG and SVG."""
     with matplotlib.rc_context(RC):
-        return render("audit", "What rules need", "", matrix(record))
+        signs = render("audit", "What rules need", "", matrix(record))
+        return signs, render("audit_numbers", "What rules bear and cost", "", numbers(record))
 
 
 def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
@@ -42,38 +43,55 @@ def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any]
 
 
 def matrix(record: Mapping[str, Any]) -> Figure:
-    """Verdicts as filled, pale and empty squares; a thick frame where a paper claims otherwise; numbers at the right."""
-    rows, criteria = record["rows"], record["criteria"]
-    binary = [c for c in criteria if not any(row["verdicts"][c["key"]]["verdict"] == "measured" for row in rows)]
-    counted = [c for c in criteria if c not in binary]
-    reference = next((row for row in rows if row["rule"] == "bp"), None)
-    width = 1.25 + _CELL * len(binary) + 0.46 * len(counted) + 0.7
-    height = 1.6 + _CELL * len(rows) + 0.25
-    figure = Figure(figsize=(width, height))
-    figure.set_layout_engine("none")
-    axes = figure.add_axes((1.25 / width, 0.3 / height, (width - 1.95) / width, _CELL * len(rows) / height))
-    total = len(binary) + len(counted) * 0.46 / _CELL
-    axes.set(xlim=(0, total), ylim=(len(rows), 0))
+    """Verdicts as filled, pale and empty squares; a thick frame where a paper claims otherwise."""
+    rows, criteria = record["rows"], _split(record)[0]
+    figure, axes = _grid(rows, [c["title"] for c in criteria], _CELL)
     for y, row in enumerate(rows):
-        for x, criterion in enumerate(binary):
+        for x, criterion in enumerate(criteria):
             _cell(axes, x, y, row, criterion["key"])
-        for number, criterion in enumerate(counted):
+    _legend(figure, any(not claim["agrees"] for row in rows for claim in row["claims"].values()))
+    return figure
+
+
+def numbers(record: Mapping[str, Any]) -> Figure:
+    """What was measured, one number for each rule and criterion."""
+    rows, criteria = record["rows"], _split(record)[1]
+    reference = next((row for row in rows if row["rule"] == "bp"), None)
+    titles = [f"{c['title']} ({_UNITS[c['key']]})" if c["key"] in _UNITS else c["title"] for c in criteria]
+    figure, axes = _grid(rows, titles, _NUMBER)
+    for y, row in enumerate(rows):
+        for x, criterion in enumerate(criteria):
             verdict = row["verdicts"][criterion["key"]]
             text = number_of(criterion["key"], verdict, reference) if verdict["verdict"] == "measured" else "-"
-            right = len(binary) + (number + 0.95) * 0.46 / _CELL
-            axes.text(right, y + 0.52, text, ha="right", va="center", fontsize=6.5)
-    places = [x + 0.5 for x in range(len(binary))]
-    places += [len(binary) + (number + 0.6) * 0.46 / _CELL for number in range(len(counted))]
-    titles = [f"{c['title']} ({_UNITS[c['key']]})" if c["key"] in _UNITS else c["title"] for c in (*binary, *counted)]
-    axes.set_xticks(places, titles, rotation=50, ha="left", rotation_mode="anchor")
+            axes.text(x + 0.95, y + 0.52, text, ha="right", va="center", fontsize=_FONT)
+    return figure
+
+
+def _split(record: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The criteria with a verdict, and those with a number."""
+    rows, counted = record["rows"], []
+    for criterion in record["criteria"]:
+        if any(row["verdicts"][criterion["key"]]["verdict"] == "measured" for row in rows):
+            counted.append(criterion)
+    return [criterion for criterion in record["criteria"] if criterion not in counted], counted
+
+
+def _grid(rows: Sequence[Mapping[str, Any]], titles: Sequence[str], cell: float) -> tuple[Figure, Axes]:
+    """A row per rule and a column per title, of `cell` inches, no wider than a phone can show."""
+    width = _NAMES + cell * max(len(titles), 1) + 0.85
+    height = 1.75 + _CELL * len(rows) + 0.25
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("none")
+    size = (_NAMES / width, 0.3 / height, cell * max(len(titles), 1) / width, _CELL * len(rows) / height)
+    axes = figure.add_axes(size, xlim=(0, max(len(titles), 1)), ylim=(len(rows), 0))
+    axes.set_xticks([x + 0.5 for x in range(len(titles))], titles, rotation=60, ha="left", rotation_mode="anchor")
     axes.set_yticks([y + 0.5 for y in range(len(rows))], [row["rule"] for row in rows])
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=_FONT)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _legend(figure, any(not claim["agrees"] for row in rows for claim in row["claims"].values()))
-    return figure
+    return figure, axes
 
 
 def _cell(axes: Axes, x: int, y: int, row: Mapping[str, Any], key: str) -> None:
@@ -99,4 +117,13 @@ def _legend(figure: Figure, disagrees: bool) -> None:
         frame.set_markeredgewidth(1.3)
         marks.append(frame)
         names.append("claimed otherwise")
-    figure.legend(marks, names, loc="lower left", ncols=len(names), bbox_to_anchor=(0.01, 0.0), handletextpad=0.2)
+    figure.legend(
+        marks,
+        names,
+        loc="lower left",
+        ncols=len(names),
+        bbox_to_anchor=(0.0, 0.0),
+        fontsize=6.5,
+        handletextpad=0,
+        columnspacing=0.5,
+    )

@@ -183,6 +183,9 @@ def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawin
     if figure is None:
         return None
     png, svg = io.BytesIO(), io.BytesIO()
+    figure.set_dpi(_DPI)
+    figure.draw_without_rendering()  # lays it out, which takes longer than to draw it; both files show that layout
+    figure.set_layout_engine("none")
     figure.savefig(png, format="png", dpi=_DPI)
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return Drawing(stem, title, caption, png.getvalue(), svg.getvalue())

@@ -24,6 +24,6 @@ class Audit:
     seed: Annotated[int, shown("N", "(default: 0)")] = 0
     """Seed of weights, feedback and data order."""
     out: Annotated[Path | None, shown("DIR", "(default: print only)")] = None
-    """Folder for audit.json, audit.png and audit.svg; must be new or empty."""
+    """Folder for audit.json and the figures audit and audit_numbers; must be new or empty."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace what is in --out."""

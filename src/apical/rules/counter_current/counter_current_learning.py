@@ -34,12 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.batch import fitted, require_classes, require_one_type
-from apical.core.blocks import blocks
+from apical.core.blocks import Block, blocks
 from apical.core.containers import Containers
-from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, depth_accuracies
+from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, terms
+from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
 from apical.core.similarity import linear_cka
@@ -233,7 +234,7 @@ class CounterCurrentLearning(CreditRule):
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
-            goals = targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+            goals = self._goals(targets)
             a, local = Activity(self._prepared(inputs)), {}
             waiting: dict[int, Activity] = {}  # for the mask, which the output decides
             for level in range(len(self.row)):
@@ -247,6 +248,11 @@ class CounterCurrentLearning(CreditRule):
             unsure = self._unsure(output, targets) if self.mask else None
             for level, activity in waiting.items():
                 local[level] = self._meet(level, activity, b[level], goals, teaching, unsure)
+        loss = self._teach_output(output, targets, teaching)
+        return Credit.of(teaching.roots, output.detach(), loss, self._logs(local, loss))
+
+    def _teach_output(self, output: Tensor, targets: Tensor, teaching: Teaching) -> Tensor:
+        """Teach the last block; returns the loss."""
         targets = fitted(self.loss, output, targets)
         if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
             loss, error = output_error(self.loss, output, targets)
@@ -255,7 +261,45 @@ class CounterCurrentLearning(CreditRule):
         else:
             loss = self.loss(output, targets)
             teaching.loss(loss)
-        return Credit.of(teaching.roots, output.detach(), loss, self._logs(local, loss))
+        return loss
+
+    def chain(self, input_shape: Sequence[int]) -> tuple[list[nn.Module], list[Block]]:
+        """See :class:`apical.core.part.Separable`."""
+        return self.head, self.row
+
+    def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
+        """See :class:`apical.core.part.Separable`; a part has the blocks of G that make the codes at its own depths."""
+        if self.mask:
+            raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn at once; pass mask=False")
+        if part.below is None:
+            self._check(inputs, targets)
+        first, last, teaching = part.levels.start, len(self.row), Teaching()
+        pairs = [level for level in self._levels if first < level <= part.levels.stop or level == first == 0]
+        a, b = {}, {}
+
+        def descend(code: Tensor) -> None:
+            for level in reversed(pairs):
+                b[level] = self._back[last - 1 - level](code, True)
+                code = b[level].made
+            if part.below is not None:
+                part.below.send(code)
+
+        with torch.no_grad():
+            if part.above is None:
+                descend(self._top(targets))
+            a[first] = Activity(self._prepared(inputs) if part.below is None else part.below.receive())
+            for level in range(first, min(part.levels.stop, last - 1)):
+                a[level + 1] = self._forth[level](a[level].made, True)
+            if part.above is not None:
+                part.above.send(a[part.levels.stop].made.detach())
+                descend(part.above.receive())
+            goals = self._goals(targets)
+            for level in pairs:
+                self._meet(level, a[level], b[level], goals, teaching)
+        loss = None
+        if part.above is None:
+            loss = self._teach_output(self.row[-1](a[last - 1].made.detach()), targets, teaching)
+        return teaching.roots, loss
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
         """Exact for the last block, whose loss is the model's; images as outputs have their error times their height."""
@@ -274,18 +318,23 @@ class CounterCurrentLearning(CreditRule):
             inputs = module(inputs)
         return inputs
 
+    def _goals(self, targets: Tensor) -> Tensor:
+        """M (batch, K); of "match" the targets."""
+        return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
+
+    def _top(self, targets: Tensor | None) -> Tensor:
+        """b_L."""
+        if self.pair != "match":
+            return self.classes
+        assert targets is not None
+        return targets.reshape(len(targets), *self.row[-1].shape).to(self.row[-1].layer.weight.dtype)
+
     def _codes(self, targets: Tensor | None, learns: bool) -> list[Activity]:
         """b_0..b_L; depths without a block of G are left empty."""
-        like, shape = self.row[-1].layer.weight, self.row[-1].shape
-        if self.pair == "match":
-            assert targets is not None
-            top = targets.reshape(len(targets), *shape).to(like.dtype)
-        else:
-            top = self.classes
-        b = [Activity(top)]
+        b = [Activity(self._top(targets))]
         for module in self._back:
             b.append(module(b[-1].made, learns))
-        empty = Activity(like.new_empty(0))
+        empty = Activity(self.row[-1].layer.weight.new_empty(0))
         return [empty] * (len(self.row) + 1 - len(b)) + b[::-1]
 
     def _meet(
