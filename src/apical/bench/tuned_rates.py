@@ -35,8 +35,8 @@ digits, `mlp-256-256`, 20 epochs. With other data, widths or epochs they are oft
 from a second sweep, with five seeds (results/rates-digits-tdca): one seed's 240 validation images had its rates from 0.005
 to 0.05 within two images of each other."""
 
-MNIST = {"bp": 0.05, "fa": 0.005, "dfa": 0.005, "usf": 0.05, "kp": 0.02, "pfa-o": 0.02}
-FASHION = {"bp": 0.05, "fa": 0.005}
+MNIST = {"bp": 0.05, "fa": 0.005, "dfa": 0.005, "usf": 0.05, "kp": 0.02, "pfa-o": 0.02, "local-pred": 0.02}
+FASHION = {"bp": 0.05, "fa": 0.005, "usf": 0.002, "dfa": 0.002, "kp": 0.05, "pfa-o": 0.02, "local-pred": 0.05}
 """The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist), where it lies
 inside what was tried."""
 
