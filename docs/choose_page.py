@@ -18,6 +18,7 @@ from rule_pages import (
     short_names,
     step_time,
 )
+from sweep_pages import best_of_all
 from tables import Row, grouped, load, number, present, table, toml
 
 NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."
@@ -32,6 +33,7 @@ def choice(root: Path) -> dict[str, str]:
         "decision": f":::{{container}} stacked decision\n{decisions}\n:::" if lines else "Nothing is kept to decide by yet.",
         "families": families(root),
         "audit": NO_AUDIT if audit is None else audit_table(audit),
+        "tuned": best_of_all(root),
         "accuracy": accuracies(root),
         "cost": costs(root),
     }

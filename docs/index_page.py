@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from gallery_page import AUDITS
 from result_pages import NOTE, finished, joined
+from sweep_pages import FOLDERS, lacking
 from tables import Row, data_name, grouped, load, significant, table
 
 from apical.bench.papers import Table, papers, studies
@@ -43,7 +44,8 @@ class Standing(NamedTuple):
     def sentence(self) -> str:
         """The first line of the page."""
         if not self.target:
-            return "**Our own comparison or study**: not a table of a paper."
+            own = "our own comparison or study, not a table of a paper"
+            return f"**Done**: {own}." if self.size == FULL else f"**Incomplete**, {self.size}: {own}."
         said = "**Full size**" if self.size == FULL else f"**Shortened**: {self.size}"
         return f"{said} (`apical reproduce {self.target} --budget paper`)."
 
@@ -81,7 +83,7 @@ def _standing(path: Path, content: Row, runs: Sequence[Row], record: Row | None)
     full = {**(_recipe(tables()[target]) or {}), **tables()[target].budgets["paper"]} if target else {}
     return Standing(
         target,
-        shortened(sizes, full),
+        shortened(sizes, full) if target else absent(path, content, runs),
         share(verdicts),
         _first(machines),
         hours,
@@ -103,6 +105,21 @@ def shortened(sizes: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     ]
     cut = sizes.get("train_limit")
     less += [f"{cut:,} training samples"] if cut and cut != full.get("train_limit") else []
+    return ", ".join(less) or FULL
+
+
+def absent(path: Path, content: Row, runs: Sequence[Row]) -> str:
+    """ "full", or what a comparison or study of our own lacks of what it was to be.
+
+    >>> absent(Path("own"), {"rules": ["bp", "fa"], "seeds": [0, 1]}, [{"rule": "bp"}, {"rule": "bp"}, {"rule": "fa"}])
+    '3 of 4 runs'
+    """
+    if path.name in FOLDERS:
+        return lacking(path) or FULL
+    rules, seeds = content.get("rules"), content.get("seeds")
+    planned = len(rules) * len(seeds) if rules and isinstance(seeds, list) else 0
+    less = [f"{len(runs)} of {planned} runs"] if len(runs) < planned else []
+    less += [f"{len(failures)} runs that failed"] if (failures := content.get("failures")) else []
     return ", ".join(less) or FULL
 
 

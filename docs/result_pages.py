@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sweep_pages import tuning
 from tables import (
     Row,
     code,
@@ -201,7 +202,8 @@ def comparison_page(folder: Path, standing: str = "") -> str:
     summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
     plan = load(folder / "compare.json")
     parts = [NOTE, f"# {title(folder)}", standing, verdict_sentence(verdicts) if verdicts else "", departures(plan or {})]
-    parts += [f":::{{container}} scores\n{comparison_table(summary)}\n:::", *rates(plan)]
+    scores = f":::{{container}} scores\n{comparison_table(summary)}\n:::"
+    parts += [*tuning(folder)] or [scores, *rates(plan)]
     if verdicts:
         parts += ["## Against reference numbers", sources(verdicts), verdict_table(verdicts), *distances(verdicts, summary)]
     return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmark_pages import setting
 from circuits import circuits
 from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
+from sweep_pages import FOLDERS
 from tables import Cell, Row, benchmarks, code, comparisons, fitting, load, number, own_studies, present, table, tabulate
 from torch.nn import Linear
 
@@ -253,7 +254,7 @@ def accuracies(root: Path) -> str:
     for folder in comparisons(root):
         rows = load(folder / "summary.json")
         names = list(dict.fromkeys(row["rule"] for row in rows))
-        if len(names) >= WIDE and present(rows, "test_accuracy"):
+        if folder.name not in FOLDERS and len(names) >= WIDE and present(rows, "test_accuracy"):
             ended = epochs(row for row in rows if row.get("status") != "diverged")
             columns[folder.name] = f"[{folder.name}](results/{folder.name}.md), {ended} epochs"
             found |= {(name, folder.name): scores(rows, name)[2] for name in names}

@@ -1,10 +1,27 @@
 """Hypothesis tries the same examples at every run; `--hypothesis-profile=default` draws new ones. One Ray cluster."""
 
+import gc
+from multiprocessing import forkserver, set_forkserver_preload
+
 import pytest
 from hypothesis import settings
+from tests.command import IMPORTED
 
 settings.register_profile("fixed", max_examples=40, derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make the workers of pytest-xdist ready: what lasts is collected as garbage no more, and processes begin quickly."""
+    if not hasattr(session.config, "workerinput"):
+        return
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if session.config.getoption("loadgroup") and any("@" not in item.nodeid for item in grouped):
+        raise pytest.UsageError("pytest-xdist and this pytest group no tests; install pytest<9.2")
+    gc.collect()
+    gc.freeze()
+    set_forkserver_preload(list(IMPORTED))
+    forkserver.ensure_running()
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ FAULTS = {
     ClaimsOwnSignals: "said to have a signal of its own, but all gradients are backpropagation's",
     Unseeded: "two steps from one seed differ|not backpropagation's",
     LossIsNoRoot: "does not make three times the gradient",
-    OtherUnderAutocast: "under autocast the update has a cosine",
+    OtherUnderAutocast: "under autocast the update turns by",
     SmallBatchesFail: "on a batch of 4 the gradient of .* is not finite",
 }
 
@@ -268,6 +268,40 @@ class SilentInName(apical.TopDownCreditAssignment):
 def test_a_control_that_teaches_hidden_units_all_the_same_is_found() -> None:
     with pytest.raises(AssertionError, match=r"'0\.weight' is said to be 'no credit', but it got a gradient"):
         check_model(SilentInName(network(), silent=True), *batch(), skip=QUICK)
+
+
+class BackpropUnderAutocast(apical.FeedbackAlignment):
+    """Has feedback weights of its own only in full precision."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(inputs, targets)
+        output = self.model(inputs)
+        loss = self.loss(output, targets)
+        return Credit([loss], [None], output, loss)
+
+
+def chain_with_kinks(seed: int, width: int = 16, depth: int = 5) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """Activations |x|, some units of which lie so near their kink that rounding decides the sign of their derivative."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*apical.models.flow(width, depth).children(), nn.Linear(width, 10))
+    return model, torch.randn(16, width), torch.randint(10, (16,))
+
+
+@pytest.mark.parametrize(("depth", "seed"), [(5, 1), (20, 1), (50, 7)])
+@pytest.mark.parametrize("kind", [apical.FeedbackAlignment, apical.DirectFeedbackAlignment, apical.SignSymmetry])
+def test_units_at_a_kink_may_change_sides_under_autocast(kind: Callable[..., CreditRule], depth: int, seed: int) -> None:
+    model, inputs, targets = chain_with_kinks(seed, depth=depth)
+    others = CHECKS.keys() - {"autocast"}
+    report = check_model(kind(model), inputs, targets, skip=others)
+    assert "degrees" in report.passed["autocast"]
+
+
+@pytest.mark.parametrize("depth", [5, 50])
+def test_another_update_under_autocast_is_found_in_spite_of_kinks(depth: int) -> None:
+    model, inputs, targets = chain_with_kinks(4, depth=depth)
+    with pytest.raises(AssertionError, match=r"turns by \d+ degrees; rounding to bfloat16 explains \d+"):
+        check_model(BackpropUnderAutocast(model), inputs, targets, skip=CHECKS.keys() - {"autocast"})
 
 
 @pytest.mark.parametrize("silent", [False, True])

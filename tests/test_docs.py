@@ -63,7 +63,7 @@ def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     if "right" in names:
         assert names["right"] > 0.8
     if "message" in names:
-        assert names["message"].startswith("parameter '1.gain' is an orphan")
+        assert names["message"].startswith("parameter '0.shift' is an orphan")
         assert len(names["trained"]) == 11 * 6
         assert all(names["trained"] + names["masked"])
     if page.name == "feedback-control.md":

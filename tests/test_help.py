@@ -49,7 +49,7 @@ def test_the_whole_help_has_every_text(capsys: pytest.CaptureFixture[str]) -> No
         ("compare", "--out DIR is missing; see apical compare --help"),
         (
             "compare --optimizer sgdd --out q",
-            "--optimizer is 'sgdd' (did you mean sgd?), but takes adam, adamw, input-adam, nadam, radam, sgd",
+            "--optimizer is 'sgdd' (did you mean sgd?), but takes adam, adamw, input-adam, muon, nadam, radam, sgd",
         ),
         ("compare --seeds 1.5 --out q", "--seeds K takes a whole number, got '1.5'; see apical compare --help"),
         ("compare --epochs x --out q", "--epochs N takes a whole number, got 'x'"),

@@ -33,7 +33,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         batch_size: samples per step; all of them if there are fewer.
         lr: learning rate.
         momentum: of SGD, or beta1 of Adam.
-        optimizer: "sgd", "adam", "adamw", "nadam", "radam" or "input-adam".
+        optimizer: "sgd", "adam", "adamw", "nadam", "radam", "input-adam" or "muon".
         rule_options: options of the rule, by name.
         random_state: seed, generator or None, as in scikit-learn.
 

@@ -161,6 +161,11 @@ def test_stop_a_real_comparison_and_resume_it(
     assert (part / "report.html").exists()
 
 
+def children(pid: int) -> list[int]:
+    """Its child processes."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def test_a_killed_worker_is_reported(apical: Start, tmp_path: Path) -> None:
     if not Path("/proc/self/task").exists():
         pytest.skip("finds the workers through /proc")
@@ -170,9 +175,8 @@ def test_a_killed_worker_is_reported(apical: Start, tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
+    [server] = [pid for pid in children(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(children(server)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "was killed by signal 9" in errors

@@ -171,6 +171,20 @@ def test_evolution_may_start_from_a_teacher_wired_by_hand() -> None:
         classification(replace(recipe, hidden=9))
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_fitness_may_be_the_mean_over_the_last_steps(held_out: bool) -> None:
+    """Full batches: the loss after k steps is that of a lifetime of k steps, judged at its end alone."""
+    recipe = EvolutionRecipe(model=("mlp-5",), hidden=12, begin="wired", examples=20, steps=6, lr=0.1, held_out=held_out)
+    task = classification(replace(recipe, settled=3))
+    individuals = torch.stack([task.start, -task.start])
+    ends = [classification(replace(recipe, steps=steps)).fitness(individuals, 2) for steps in (4, 5, 6)]
+    assert not torch.allclose(ends[0], ends[2], rtol=1e-3)
+    torch.testing.assert_close(task.fitness(individuals, 2), sum(ends) / 3, rtol=1e-5, atol=1e-6)
+    for wrong in (0, 7):
+        with pytest.raises(ConfigError, match="settled"):
+            classification(replace(recipe, settled=wrong))
+
+
 def test_tasks_take_networks_in_turn() -> None:
     asked = {"hidden": 4, "sites": 2, "examples": 20, "steps": 2}
     names = ("mlp-tanh-6", "mlp-5", "mlp-tanh-3")

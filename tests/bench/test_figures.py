@@ -140,3 +140,19 @@ def test_without_an_angle_there_is_no_overview():
 def test_an_angle_over_ninety_degrees_is_inside_the_overview():
     figure = overview(comparison(run("fa", gradient_alignment=lambda *_: 150.0)))
     assert figure.axes[1].get_ylim()[1] >= 150.0
+
+
+def test_one_epoch_is_a_marker_and_its_axis_has_whole_epochs():
+    figure = overview(comparison(run("bp", epochs=1), run("fa", epochs=1, gradient_alignment=falling)))
+    for axes in figure.axes:
+        for line in axes.lines:
+            assert len(line.get_xdata()) > 1 or line.get_markevery() is None
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_a_run_that_diverged_in_its_first_epoch_is_drawn_as_points():
+    runs = comparison(run("fa", epochs=0, weight_alignment=falling), run("kp", weight_alignment=falling))
+    spec = next(spec for spec in figures._LAYER_FIGURES if spec.key == "weight_alignment")
+    diverged, trained = figures._layers(runs, spec).axes[:2]
+    assert {line.get_marker() for line in diverged.lines[1:]} == {"."}
+    assert {line.get_marker() for line in trained.lines[1:]} == {"None"}

@@ -11,6 +11,7 @@ import apical
 from apical.bench.network import MEASURES, WHOLE, measured
 from apical.bench.recipe import Recipe
 from apical.cli.main import main
+from apical.cli.terminal import show_table
 from apical.diagnostics.persistence import persistence
 from apical.errors import ConfigError
 
@@ -77,6 +78,33 @@ def test_a_comparison_before_and_after(tmp_path: Path, capsys: pytest.CaptureFix
     assert rows[2]["measured"]["persistence"] == lines[0]["measured"]["persistence"]
     assert main(["measure", str(folder / "runs/fa/seed-0")]) == 0
     assert "2 networks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["spiking-6-5", "first-spike-6", "graph-4x3", "flow-4x3", "cnn-elu-2-3"])
+def test_every_kind_of_network_has_every_measure(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", name, "--samples", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "cannot be measured" not in printed
+    assert printed.count(f"\n{name} ") >= len(MEASURES)
+
+
+def test_why_a_measure_is_left_out_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs"
+    monkeypatch.delitem(MEASURES, "learnability")
+    arguments = "--rules bp fa --data copy --model gpt-1x8 --epochs 1 --seeds 1 --epoch-steps 2 --jobs 1 --probe 0"
+    assert main(["compare", *arguments.split(), "--out", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["measure", str(folder), "--samples", "4"]) == 0
+    assert capsys.readouterr().out.count("before training, bp, fa: channel cannot be measured") == 1
+
+
+def test_heads_of_narrow_tables_break_between_words(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = ["network", *("participation ratio per unit" for _ in range(4))]
+    show_table(heads, [["x", "1", "2", "3", "4"]], left=["network"])
+    printed = capsys.readouterr().out
+    assert printed.count("participation") == 4
 
 
 def test_measuring_changes_no_result(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_page_states_rules_numbers_and_how_to_reproduce(page):
         "Product feedback alignment (orthogonal) pfa-o",
         "mlp-512-512 on mnist",
         "669,706",
-        "training images60000",
+        "training samples60000",
         "--out 'my <results>'",
         "0.0001 (bp, fa, dfa, usf, kp, new<&>); 0.03, then 9e-05 (pfa, pfa-o)",
         "folder mnist (IDX files)",

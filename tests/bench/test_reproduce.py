@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apical.bench.papers import BUDGETS, SEEDS, Table, studies, tables, too_small
+from apical.bench.program import SeedStudy
 from apical.bench.recipe import Recipe
 from apical.bench.report.verdicts import Verdict
 from apical.bench.study import Claim, Published, Row, Study
@@ -54,6 +56,31 @@ def test_every_table_can_be_run_at_every_budget(name: str, table: Table) -> None
             looked_at = smoke["train_limit"] + smoke["test_limit"] + smoke["validation"]
             assert looked_at <= 1500, "a smoke budget is a minute or two"
     assert tables_of(name) == {name: table}
+
+
+class AboutToRunError(Exception):
+    """All options are taken."""
+
+
+BY_SEED = [
+    (name, table, module)
+    for name, table in TABLES
+    if table.module and ("by_seed" in vars(module := import_module(table.module)) or isinstance(module.main, SeedStudy))
+]
+
+
+@pytest.mark.parametrize(("table", "module"), [row[1:] for row in BY_SEED], ids=[row[0] for row in BY_SEED])
+def test_a_program_takes_the_sizes_of_every_budget(
+    table: Table, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(*arguments: Any) -> None:
+        raise AboutToRunError
+
+    monkeypatch.setattr("apical.bench.program.side_by_side", begin)
+    for sizes in table.budgets.values():
+        options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        with pytest.raises(AboutToRunError):
+            module.main(["--out", str(tmp_path), *options])
 
 
 def study() -> Study:

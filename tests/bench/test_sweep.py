@@ -19,12 +19,13 @@ from tests.command import Command
 
 from apical.bench import sweep
 from apical.bench.compare import load_data
+from apical.bench.materials import OF_DATA
 from apical.bench.names import make_rule, resolve
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock, RunFolder
 from apical.bench.searching import Optuna
 from apical.bench.signals import StopSignals
-from apical.bench.space import Axis, applied, grid, parse, space
+from apical.bench.space import Axis, applied, edges, grid, parse, space
 from apical.cli.main import main
 
 SMALL = ["--model", "mlp-8", "--train-limit", "320", "--test-limit", "100", "--epochs", "1", "--jobs", "1"]
@@ -109,6 +110,52 @@ def test_another_sweep_is_not_resumed(folder: Path, capsys: pytest.CaptureFixtur
     assert swept(folder, "--rules", "bp", "pfa", "--space", "lr=0.5", "--resume") == 2
     assert "holds a sweep with other settings (space)" in capsys.readouterr().err
     assert swept(folder, "--rules", "bp", "--space", "lr=0.5") == 2
+
+
+def test_a_sweep_grows_by_a_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, space = tmp_path / "out", ["--space", "lr=0.01,0.1", "--final-seeds", "1", "--resume"]
+    assert swept(out, "--rules", "bp", *space) == 0
+    times = {path: path.stat().st_mtime_ns for path in out.glob("**/seed-*/result.json")}
+    assert len(times) == 3
+    assert swept(out, "--rules", "bp", "fa", *space) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was trained again
+    assert [t["rule"] for t in read(out / "sweep.json")["trials"]] == ["bp", "bp", "fa", "fa"]
+    assert [row["rule"] for row in read(out / "final" / "summary.json")] == ["bp", "fa"]
+    assert read(out / "plan.json")["recipes"].keys() == {"bp", "fa"}
+    assert swept(out, "--rules", "bp", *space, "--batch-size", "16") == 2  # what was swept is kept to
+    assert "holds a sweep with other settings (recipe of bp)" in capsys.readouterr().err
+
+
+def test_the_best_at_an_end_of_what_was_tried_is_not_bracketed(folder: Path) -> None:
+    record = read(folder / "sweep.json")
+    assert record["edges"] == {"bp": [], "pfa": []}  # the highest diverged; pfa's one expansion is no choice
+    grid = [(lr, act) for lr in (0.1, 0.2, 0.4) for act in ("relu", "tanh")]
+    trials = [{"rule": "fa", "number": i, "settings": {"lr": lr, "act": act}} for i, (lr, act) in enumerate(grid)]
+    ends = [edges(trials, {"fa": i})["fa"] for i in range(len(grid))]
+    assert ends == [["lr at its lowest"]] * 2 + [[]] * 2 + [["lr at its highest"]] * 2
+
+
+def test_data_are_read_once_for_trials_that_share_them() -> None:
+    read_for: list[Recipe] = []
+    data = sweep.once(lambda recipe: (read_for.append(recipe), load_data(recipe))[1])
+    small = Recipe(validation=32, train_limit=320)
+    first = data(small)
+    assert data(replace(small, lr=(0.5,), seed=3, model="mlp-8")) is first
+    assert len(data(replace(small, train_limit=160)).train) == 160
+    assert len(read_for) == 2
+    assert torch.equal(first.train.inputs, load_data(small).train.inputs)
+
+
+def test_data_depend_on_the_fields_that_are_named() -> None:
+    asked: set[str] = set()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            asked.add(name)
+            return getattr(Recipe(), name)
+
+    load_data(Watched())  # type: ignore[arg-type]
+    assert asked == set(OF_DATA)
 
 
 COMMAND = ["--rules", "bp", "--space", "lr=0.01,0.02,0.05,0.1", "--model", "mlp-8", "--train-limit", "320", "--epochs", "12"]

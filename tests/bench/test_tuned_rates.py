@@ -8,8 +8,10 @@ import pytest
 
 from apical.bench.names import RULES, resolve
 from apical.bench.recipe import Recipe, from_json
-from apical.bench.tuned_rates import RATES, tuned_rate
+from apical.bench.space import edges
+from apical.bench.tuned_rates import DIGITS, FASHION, MNIST, SMALL, tuned_rate
 from apical.cli.main import main
+from apical_papers.rates.recipe import SETTING
 
 RESULTS = Path(__file__).parents[2] / "results"
 SWEEPS = [RESULTS / name / "best.json" for name in ("rates-digits", "rates-digits-tdca")]
@@ -18,11 +20,31 @@ SWEEPS = [RESULTS / name / "best.json" for name in ("rates-digits", "rates-digit
 
 def test_rates_are_those_of_the_sweep() -> None:
     rows = {name: from_json(row) for sweep in SWEEPS for name, row in json.loads(sweep.read_text())["rows"].items()}
-    assert {name: (rate,) for name, rate in RATES.items()} == {name: row.lr for name, row in rows.items()}
+    assert {name: (rate,) for name, rate in DIGITS.items()} == {name: row.lr for name, row in rows.items()}
     for name, row in rows.items():  # and all else is at its default
         assert replace(row, validation=0, probe=256) == replace(
             resolve(Recipe(rule=name, lr=row.lr, probe=0), 1197)[0], probe=256
         )
+
+
+@pytest.mark.parametrize(("data", "rates"), [("mnist", MNIST), ("fashion-mnist", FASHION)])
+def test_rates_on_images_are_those_of_their_sweep_that_are_bracketed(data: str, rates: dict[str, float]) -> None:
+    folder = RESULTS / f"rates-{data}"
+    if not folder.exists():
+        assert not rates
+        return
+    rows = {row["rule"]: from_json(row) for row in json.loads((folder / "best.json").read_text())["rows"].values()}
+    record = json.loads((folder / "sweep.json").read_text())
+    ends = edges(record["trials"], record["best"])
+    assert rates == {rule: row.lr[0] for rule, row in rows.items() if not ends[row.rule_name]}
+    for rule, row in rows.items():
+        asked = replace(SETTING, rule=rule, data=data, lr=row.lr, probe=0)
+        assert row == resolve(asked, SMALL.train_limit)[0]
+        assert rule not in rates or (tuned_rate(replace(SMALL, rule=rule, data=data)),) == row.lr
+
+
+def test_the_setting_of_the_table_is_the_one_its_rates_are_for() -> None:
+    assert replace(SETTING, validation=0) == SMALL
 
 
 def test_variants_and_controls_have_the_rate_of_their_rule() -> None:
@@ -54,4 +76,4 @@ def test_a_comparison_says_its_rates(
         with pytest.raises(ZeroDivisionError):
             main(["compare", "--rules", "ccl", "ep", *options, "--out", str(tmp_path)])
     assert [[recipe.lr for recipe in job.recipes] for job in jobs] == [[(0.2,), (0.02,)], [(0.02,)] * 2, [(0.02,)] * 2]
-    assert capsys.readouterr().out.count("ccl 0.2; --lr sets another") == 1
+    assert capsys.readouterr().out.count("ccl 0.2; --lr sets another; not tuned: ep 0.02") == 1

@@ -3,10 +3,7 @@
 import copy
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bench.two_phase import RECIPE, NoisyMirror, begin, small_digits
+from tests.bench.two_phase import RECIPE, NoisyMirror, begin, small_digits, train_on
 from torch import Tensor
 
 from apical.bench.loop import Training
@@ -27,6 +24,7 @@ from apical.core.credit import CreditRule
 from apical.data import Dataset
 from apical.errors import ConfigError, DivergenceError
 from apical.rules.backprop import Backprop
+from apical.testing.two_ranks import on_two_ranks
 
 STEPS = 5  # 160 samples in batches of 32
 
@@ -313,11 +311,7 @@ def test_a_rule_without_feedback_weights_refuses_feedback_passes(samples: Datase
 
 
 def test_two_ranks_equal_one_process(samples: Dataset, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += ["--nproc-per-node", "2", str(Path(__file__).with_name("two_phase.py")), str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert ended.returncode == 0, ended.stderr
+    on_two_ranks(train_on, str(tmp_path / "two"))
     alone = begin(RECIPE, samples, tmp_path / "one")
     for _ in range(RECIPE.epochs):
         alone.train_epoch()

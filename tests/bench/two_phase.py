@@ -1,15 +1,13 @@
-"""A rule whose feedback weights can learn apart, small enough to follow by hand; under torchrun, trains it on two ranks."""
+"""A rule whose feedback weights can learn apart, small enough to follow by hand, and its training on two ranks."""
 
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import data
-from apical.bench.distributed import World, leave
+from apical.bench.distributed import World
 from apical.bench.loop import Training
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import RunFolder
@@ -92,12 +90,8 @@ def small_digits() -> Dataset:
     return data.load("digits", train_limit=160)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    place = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    begun = begin(RECIPE, small_digits(), Path(sys.argv[1]), world=place)
+def train_on(rank: int, folder: str) -> None:
+    """All epochs, on rank `rank` of two."""
+    training = begin(RECIPE, small_digits(), Path(folder), world=World(rank, 2, torch.device("cpu")))
     for _ in range(RECIPE.epochs):
-        begun.train_epoch()
-    dist.barrier()
-    leave(0)
+        training.train_epoch()

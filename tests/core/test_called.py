@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import apical
 from apical.bench.names import RULES
 from apical.core.blocks import blocks, through
 from apical.core.called import Call, Functions, module_of, on_path
+from apical.core.pooling import Mean
 from apical.errors import UnsupportedModelError
 
 SAME: list[tuple[Callable[..., Tensor], nn.Module, tuple[int, ...]]] = [
@@ -32,11 +34,15 @@ SAME: list[tuple[Callable[..., Tensor], nn.Module, tuple[int, ...]]] = [
     (partial(torch.flatten, start_dim=1), nn.Flatten(), (3, 2, 4)),
     (lambda x: x.view(len(x), -1), nn.Flatten(), (3, 2, 4)),
     (lambda x: x.reshape(-1, 8), nn.Flatten(), (3, 2, 4)),
+    (lambda x: x.mean(2, keepdim=True), Mean(2, True), (3, 2, 4)),
+    (lambda x: torch.mean(x, dim=(-1,)), Mean(-1), (3, 2, 4, 4)),
 ]
 NONE: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = [
     (torch.flatten, (3, 2, 4)),
     (lambda x: x.view(-1), (3, 4)),
     (lambda x: x.reshape(3, 4, 2), (3, 2, 4)),
+    (torch.mean, (3, 4)),
+    (lambda x: x.mean((0, 2)), (3, 2, 4)),
     (partial(F.softmax, dim=1, dtype=torch.float32), (3, 4)),
     (lambda x: F.dropout(x, 0.5), (3, 4)),
     (lambda x: F.rrelu(x, training=True), (3, 4)),
@@ -171,3 +177,94 @@ def test_a_forward_with_functions_that_is_changed_later_is_refused() -> None:
     model.forward = lambda x: 2 * Written.forward(model, x)  # type: ignore[method-assign]
     with pytest.raises(UnsupportedModelError, match="forward"):
         rule(torch.randn(6, 3, 4), torch.arange(6) % 4)
+
+
+class Choosing(nn.Module):
+    """Takes another way when something is another than before."""
+
+    def __init__(self, choice: Callable[[nn.Module, Tensor], bool]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.choice, self.flag, self.options = choice, False, {"flag": False}
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(F.relu(self.a(x)))
+        return self.c(torch.tanh(h) if self.choice(self, x) else F.relu(h))
+
+
+CHOICES: dict[str, Callable[[Any, Tensor], bool]] = {
+    "attribute": lambda model, x: model.flag,
+    "inside an attribute": lambda model, x: model.options["flag"],
+    "numbers of the batch": lambda model, x: bool(x.mean() > 0),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("name", ["dfc-ss", "dtp", "ep", "corinfomax", "dualprop", "ccl", "pc", "local-both", "ff"])
+def test_another_way_through_a_forward_is_refused_at_the_batch_that_takes_it(name: str, choice: Any) -> None:
+    entry, model = RULES[name], Choosing(choice)
+    rule = entry.build(model, loss=F.cross_entropy, **entry.options)
+    x, targets = -torch.rand(6, 4), torch.arange(6) % 3
+    for _ in range(2):
+        rule(x, targets).backward()
+    model.flag = model.options["flag"] = True
+    with pytest.raises(UnsupportedModelError, match="'' \\(Choosing\\) computes another function"):
+        rule(-x, targets)
+
+
+def test_a_compiled_rule_stops_at_another_way_too() -> None:
+    torch._dynamo.reset()
+    model = Choosing(CHOICES["attribute"])
+    rule = apical.DeepFeedbackControl(model)
+    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
+    x, targets = torch.randn(6, 4), torch.arange(6) % 3
+    for _ in range(2):
+        compiled(x, targets).backward()
+    model.flag = True
+    with pytest.raises(RuntimeError, match="computes another function"):
+        compiled(x, targets)
+
+
+def test_a_choice_by_chance_is_refused() -> None:
+    model = Choosing(lambda model, x: model.training and bool(torch.rand(()) < 0.1))
+    with pytest.raises(UnsupportedModelError, match="draws random numbers"):
+        apical.DeepFeedbackControl(model)
+
+
+def test_a_slope_that_is_changed_later_is_seen_in_place_too() -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(0.1, inplace), nn.Linear(6, 3)).double()
+        rule = apical.DeepFeedbackControl(model)
+        model[1].negative_slope = 0.7
+        rule(torch.randn(5, 4, dtype=torch.double), torch.arange(5) % 3).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["dfc-ss", "ep", "ccl", "pc", "local-both", "ff"])
+def test_a_mean_over_places_is_pooling_and_flattening(name: str) -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x)).mean((2, 3)))
+
+    entry, found = RULES[name], []
+    x, targets = torch.rand(6, 2, 5, 5, dtype=torch.double), torch.arange(6) % 3
+    for written in (True, False):
+        torch.manual_seed(0)
+        model: nn.Module = Mapped().double()
+        if not written:
+            model = nn.Sequential(model.a, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.b)
+        rule = entry.build(model, loss=F.cross_entropy, input_shape=(2, 5, 5), **entry.options)
+        torch.manual_seed(1)
+        rule.accumulate(x, targets)
+        found.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)

@@ -1,5 +1,6 @@
 """Models with several outputs: each learns by its own error, and hidden units hear all that the loss reads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.losses import token_cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +129,43 @@ def test_top_down_credit_takes_one_output_and_refuses_two() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     with pytest.raises(UnsupportedModelError, match="2 outputs"):
         apical.TopDownCreditAssignment(Auxiliary(tuple), loss_of)(*batch())
+
+
+class Viewed(nn.Module):
+    """Tokens; the output is a view of the read-out's."""
+
+    def __init__(self, view: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.view = nn.Linear(5, 6), nn.Linear(6, 4), view
+
+    def forward(self, x: Tensor) -> Any:
+        return self.view(self.b(torch.tanh(self.a(x))))
+
+
+def in_halves(output: Any, targets: Tensor) -> Tensor:
+    return token_cross_entropy(output[0], targets % 2) + token_cross_entropy(output[1], targets % 2)
+
+
+VIEWS: dict[str, tuple[Callable[[Tensor], Any], Any]] = {
+    "transposed": (lambda y: y.transpose(1, 2), F.cross_entropy),
+    "chunks": (lambda y: y.chunk(2, -1), in_halves),
+    "last place": (lambda y: y[:, -1], lambda output, targets: F.cross_entropy(output, targets[:, -1])),
+    "expanded and transposed": (lambda y: y[:, :1].expand(-1, 3, -1).mT, F.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_compiled_rule_with_cuts_takes_outputs_that_are_views(view: str) -> None:
+    torch._dynamo.reset()
+    x, targets = torch.randn(2, 3, 5), torch.arange(6).view(2, 3) % 4
+    for make in (apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment)[: 1 + (view == "transposed")]:
+        model = Viewed(VIEWS[view][0])
+        rule = make(model, VIEWS[view][1])
+        rule(x, targets).backward()
+        model.zero_grad()
+        rule(x, targets).backward()
+        eager = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        torch.compile(rule, backend="aot_eager")(x, targets).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, eager[name], rtol=0, atol=1e-13)

@@ -261,18 +261,18 @@ def test_transposed_convolutions_compute_plainly(kind: type[nn.Module]) -> None:
 
 
 def test_local_modules_of_ones_own() -> None:
-    """Scales of a user's own get their exact derivative, and are refused as orphans before they are known."""
+    """Scales of several shapes get their exact derivative, and are refused as orphans before they are known."""
 
     class Gain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gain = nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.gain, self.whole = nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.gain * x
+            return self.whole * self.gain * x
 
     model = nn.Sequential(nn.Linear(4, 3), Gain(), nn.Tanh(), nn.Linear(3, 2)).double()
-    with pytest.raises(UnsupportedModelError, match=r"'1\.gain' is an orphan"):
+    with pytest.raises(UnsupportedModelError, match=r"'1\.gain', '1\.whole' are orphans"):
         apical.FeedbackAlignment(model)
     apical.register_local(Gain)
     rule = apical.FeedbackAlignment(model)

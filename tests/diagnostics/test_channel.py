@@ -95,6 +95,13 @@ def test_an_isometry() -> None:
     assert found.nats == pytest.approx(found.bound, abs=1e-10)
 
 
+def test_a_direction_that_does_not_pass_is_zero_and_no_rounding() -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 6))
+    found = channel(model, torch.randn(2, 6))
+    assert found.smallest == 0
+    assert found.log10_condition == math.inf
+
+
 def test_models_with_skips_norms_and_activations_in_place() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

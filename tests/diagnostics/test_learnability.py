@@ -1,5 +1,7 @@
 """Learnability: the Jacobian by autograd, kernels of rules against theory, and the Lorenz system's sizes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,51 @@ def test_jacobian_row_by_row() -> None:
         for output in range(3):
             grads = torch.autograd.grad(model(x)[sample, output], list(model.parameters()))
             assert (found[sample, output] - torch.cat([g.flatten() for g in grads])).abs().max() < 1e-14
+
+
+class Cube(torch.autograd.Function):
+    """Which `torch.func` cannot take apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 3 * x.square() * grad
+
+
+class Cubed(nn.Module):
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.body, self.by_hand = network(), by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Cube.apply(self.body(x)) if self.by_hand else self.body(x) ** 3  # type: ignore[no-any-return]
+
+
+def test_functions_without_a_rule_for_batches() -> None:
+    x = torch.randn(3, 4).double()
+    assert (weight_jacobian(Cubed(True), x) - weight_jacobian(Cubed(False), x)).abs().max() < 1e-12
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(self.q(x), x, x)
+
+
+def test_attention_without_a_word_of_its_kernels() -> None:
+    torch.manual_seed(0)
+    model, x = Attends().double(), torch.randn(2, 1, 3, 2).double()
+    output = model(x)
+    (grad,) = torch.autograd.grad(output[1].flatten()[3], model.q.weight)
+    assert (weight_jacobian(model, x)[1, 3, :4] - grad.flatten()).abs().max() < 1e-12
 
 
 def test_backpropagation_has_the_tangent_kernel() -> None:

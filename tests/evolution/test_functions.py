@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from apical.errors import ConfigError
-from apical.evolution.functions import FUNCTIONS, best_of_random, descend, draw, function
+from apical.evolution.functions import FUNCTIONS, METHODS, Method, best_of_random, descend, draw, function
 from apical.evolution.perceptron import Perceptron, evaluate, recur
 
 NAMES = list(FUNCTIONS)
@@ -72,8 +72,15 @@ def test_baselines_follow_the_gradient() -> None:
         torch.testing.assert_close(path[step], x)
         z = x - shifts
         x = x - 0.001 * (2 * z + 20 * math.pi * torch.sin(2 * math.pi * z))
-    first = descend(f, starts, shifts, "adam", 0.01, steps=1)
-    torch.testing.assert_close((first[1] - first[0]).abs(), torch.full((3, 2), 0.01, dtype=torch.double))
+    path = descend(f, starts, shifts, "adam", 0.01, steps=5)
+    torch.testing.assert_close((path[1] - path[0]).abs(), torch.full((3, 2), 0.01, dtype=torch.double))
+    moved = torch.nn.Parameter(starts.clone())
+    adam = torch.optim.Adam([moved], lr=0.01)
+    for step in range(5):
+        torch.testing.assert_close(path[step], moved.detach())
+        z = moved.detach() - shifts
+        moved.grad = 2 * z + 20 * math.pi * torch.sin(2 * math.pi * z)
+        adam.step()
     path = descend(f, starts, shifts, "momentum", 0.001, steps=3)
     x, v = starts.clone(), torch.zeros_like(starts)
     for step in range(3):
@@ -81,6 +88,16 @@ def test_baselines_follow_the_gradient() -> None:
         z = x - shifts
         v = 0.9 * v + 2 * z + 20 * math.pi * torch.sin(2 * math.pi * z)
         x = x - 0.001 * v
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_rates_at_once_are_each_alone(method: Method) -> None:
+    f = FUNCTIONS["ackley"]
+    starts, shifts = draw(6, 3, 1.0, seed=6)
+    rates = [1e-4, 1e-3, 1e-2]  # larger ones make chaotic paths, which magnify rounding
+    together = descend(f, starts, shifts, method, torch.tensor(rates).double().view(-1, 1, 1), steps=8)
+    for k, rate in enumerate(rates):
+        torch.testing.assert_close(together[:, k], descend(f, starts, shifts, method, rate, steps=8))
 
 
 def test_the_network_made_by_hand_sends_the_gradient_in_capped_steps() -> None:

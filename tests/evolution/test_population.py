@@ -58,10 +58,10 @@ def alone(rule: CreditRule, lifetime: Lifetime, x: Tensor, y: Tensor, seed: int 
 
 
 LIFETIMES = [
-    Lifetime(steps=30, lr=0.05, clip=0.3),
-    Lifetime(steps=30, lr=0.05, clip=0.0),
-    Lifetime(steps=30, lr=0.05, optimizer="sgd", clip=0.5),
-    Lifetime(steps=30, lr=0.02, batch_size=7),
+    Lifetime(steps=12, lr=0.05, clip=0.3),
+    Lifetime(steps=12, lr=0.05, clip=0.0),
+    Lifetime(steps=12, lr=0.05, optimizer="sgd", clip=0.5),
+    Lifetime(steps=12, lr=0.02, batch_size=7),
 ]
 
 

@@ -144,14 +144,18 @@ def test_a_look_at_the_placement_leaves_the_cuts_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa", "usf", "pfa"])
-@pytest.mark.parametrize("model", ["graph-8x3", "graph-attention-8x3"])
+@pytest.mark.parametrize("model", ["graph-8x2", "graph-attention-8x2"])
 def test_promises_on_the_model(name: str, model: str) -> None:
+    """Compiled once by edges, fixed and learned, and by cuts: SignSymmetry's edges are compiled in its conformance."""
     from apical.bench.names import find_rule
 
     torch.manual_seed(5)
     net = build(model, (6,), 3)
     entry = find_rule(name)
-    check_model(entry.build(net, **entry.options), torch.randn(8, 6), torch.arange(8) % 3)
+    is_compiled = (name, model) in {("dfa", "graph-8x2"), ("fa", "graph-attention-8x2"), ("pfa", "graph-attention-8x2")}
+    skip = () if is_compiled else ("compiled",)
+    report = check_model(entry.build(net, **entry.options), torch.randn(8, 6), torch.arange(8) % 3, skip=skip)
+    assert is_compiled == ("compiled" in report.passed)
 
 
 def test_sparsity() -> None:
@@ -234,7 +238,7 @@ def test_steps_leave_no_tensors(kind: type) -> None:
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.01)
     alive = []
     for _ in range(3):
-        for _ in range(20):
+        for _ in range(8):
             step(rule, optimizer, slice(None))
         gc.collect()
         alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))

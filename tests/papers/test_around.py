@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apical_papers.around import study
+from apical_papers.around import damping, study
 
 
 def small(name: str = "mnist") -> study.Digits:
@@ -78,3 +78,28 @@ def test_it_runs_and_keeps_its_verdicts(tmp_path: Path, monkeypatch: pytest.Monk
     cosines = {row["what"]: row["mean"] for row in results["verdicts"] if "what was asked" in row["what"]}
     assert len(cosines) == 3
     assert results["tables"][0]["title"] == "Node importance"
+
+
+def damped(spread: float, cosine: float) -> dict[str, Any]:
+    """A seed whose accuracies have that spread over the rates, at every damping."""
+
+    def runs(rates: tuple[float, ...]) -> dict[str, dict[str, float]]:
+        return {str(lr): {"test": 0.9 - spread * (i == 1), "train": 1.0, "growth": 2.0} for i, lr in enumerate(rates)}
+
+    each = {"runs": {rule: runs(rates) for rule, rates in study.SOLVED.items()}, "cosine": cosine}
+    return {str(value): each for value in damping.DAMPING}
+
+
+@pytest.mark.parametrize(("spread", "cosine", "said"), [(0.02, 0.995, "reproduced"), (0.04, 0.985, "not reproduced")])
+def test_verdicts_on_damping_follow_the_numbers(spread: float, cosine: float, said: str) -> None:
+    rows = damping.verdicts([damped(spread + noise, cosine) for noise in (-1e-4, 0.0, 1e-4)])
+    assert {row["verdict"] for row in rows} == {said}
+    assert len(rows) == len(damping.DAMPING) * (len(study.SOLVED) + 1)
+
+
+def test_the_damping_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(damping, "Digits", small)
+    monkeypatch.setitem(study.SETTINGS, "training digits", 128)
+    assert damping.main(["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["tables"][0]["rows"]
+    assert len(rows) == 2 * sum(len(rates) for rates in study.SOLVED.values())

@@ -38,12 +38,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+one_study = pytest.mark.xdist_group("toy study")  # on one worker: it is run once
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("toy") / "made"
     return dfc_toy.study(TINY, out, "the <command>", points=120, draws=60), out
 
 
+@one_study
 def test_tiny_study_writes_curves_figures_and_a_page(results: tuple[dict[str, Any], Path]) -> None:
     found, out = results
     saved = json.loads((out / "results.json").read_text())
@@ -70,6 +74,7 @@ def test_tiny_study_writes_curves_figures_and_a_page(results: tuple[dict[str, An
     assert found["verdicts"]
 
 
+@one_study
 def test_variants_share_their_pretraining_and_the_linearised_rule_is_its_own_reference(
     results: tuple[dict[str, Any], Path],
 ) -> None:
@@ -80,6 +85,7 @@ def test_variants_share_their_pretraining_and_the_linearised_rule_is_its_own_ref
     assert min(lines["dfc"]["metrics"]["ssa"]["mean"]) > 0.01
 
 
+@one_study
 def test_page_escapes_what_it_shows(results: tuple[dict[str, Any], Path]) -> None:
     evil = {**results[0], "title": "<b>t</b>", "failures": ["<i>f</i>"], "about": "a & b"}
     text = page(evil, [])

@@ -1,7 +1,6 @@
 """The studies of equilibrium propagation."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -143,15 +142,9 @@ def test_seeds_side_by_side_come_to_the_same(tmp_path: Path) -> None:
     assert equilibrium_logic.main(["--out", str(tmp_path / "none"), "--jobs", "-1"]) == 2
 
 
-def _deadly(part: int) -> int:
-    if part:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return part
-
-
 def test_a_killed_process_is_told_in_one_line(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     assert dict(side_by_side(1, [3, 4], str, tmp_path)) == {3: "3", 4: "4"}
     assert torch.get_num_threads() == threads
     with pytest.raises(ApicalError, match="a training was killed; the same command goes on"):
-        list(side_by_side(2, [0, 1], _deadly, tmp_path))
+        list(side_by_side(2, [0, signal.SIGKILL], signal.raise_signal, tmp_path))  # signal 0 is none

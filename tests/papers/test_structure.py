@@ -1,12 +1,15 @@
 """The study of structure and depth: what arrives at the first layer, what is compared with what, and its verdicts."""
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from apical.bench.papers import tables, too_small
 from apical_papers.structure import depth, depth_study, study, trained
 
 
@@ -84,3 +87,26 @@ def test_the_table_of_further_rules() -> None:
     rows = {line[0]: line[1:] for line in depth_study.tables(made)[0]["rows"]}
     assert rows["csdp"] == ["refused"] * 3
     assert rows["kp"] == ["0.5 (0.5 to 0.5)"] * 3
+
+
+def test_shallow_chains_alone_have_tables_and_no_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "FURTHER", ("kp", "csdp"))
+    monkeypatch.setattr(depth_study, "FAR", ("kp",))
+    assert depth_study.main(["--out", str(tmp_path), "--seeds", "2", "--deepest", "49", "--jobs", "1"]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["verdicts"] == []
+    assert found["settings"] == {"seeds": 2, "deepest": 10, "width": depth.WIDTH}
+    assert all(part["header"] == ["rule", "depth 10"] for part in found["tables"])
+    assert all(dict(part["rows"])["csdp"] == "refused" for part in found["tables"])
+
+
+def test_no_chain_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert depth_study.main(["--out", str(tmp_path), "--deepest", "9"]) == 2
+    assert "--deepest must be at least 10" in capsys.readouterr().err
+
+
+def test_the_depth_table_is_a_table_of_the_paper() -> None:
+    table = tables()["structure"]["depth"]
+    assert table.module == depth_study.__name__
+    assert not too_small(table, table.budgets["cpu"])
+    assert too_small(table, table.budgets["smoke"])

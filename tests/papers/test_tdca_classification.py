@@ -1,18 +1,20 @@
 """The classification study: its harness passes a teacher that needs no evolution, and a tiny run is kept and reported."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from apical.evolution.classification import Classification, Images
 from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
 from apical_papers.tdca import trials
-from apical_papers.tdca.classification import study
+from apical_papers.tdca.classification import relu, study
 from apical_papers.tdca.classification.verdicts import released, verdicts
 from apical_papers.tdca.trials import Bench, tuned
 
@@ -106,3 +108,59 @@ def test_a_tiny_study_is_kept_and_reported(
 
 def _few(images: Images) -> tuple[Any, Any]:
     return images.inputs[:200], images.targets[:200]
+
+
+def test_trials_say_how_learners_end() -> None:
+    """Logits, swings and silent units, from learners that are trained to each of the last steps alone."""
+    task = Classification([study.digits()[1]], replace(study.ARMS["relu"], examples=30))
+    bench, life = Bench(task, 2, "ends"), Lifetime(steps=12)
+    rates = [0.02, 0.5]
+    inputs, targets = (torch.stack([getattr(s, name) for s in bench.samples]) for name in ("inputs", "targets"))
+    for rate, trial in zip(rates, bench.run("bp", rates, life), strict=True):
+        population, _ = bench.population("bp", None)
+        start = torch.stack([population.start(task.learner(seed)) for seed in bench.seeds])
+        ends = []
+        for steps in range(3, 13):
+            shorter = replace(life, steps=steps)
+            trained = population.train(start, None, inputs, targets, shorter, lr=torch.tensor([rate, rate]), own=True)
+            outputs = population.outputs(trained, inputs, own=True)
+            ends.append([float(F.cross_entropy(out, y)) for out, y in zip(outputs, targets, strict=True)])
+        assert trial.losses == pytest.approx(ends[-1], rel=1e-4)
+        assert trial.logit == pytest.approx(float(outputs.abs().mean()), rel=1e-4)
+        assert trial.swings == sum(max(losses) > trials.SWING for losses in zip(*ends, strict=True)) / 2
+        silent = []
+        for own, x in zip(trained, inputs, strict=True):
+            named = population.learner.named(own)
+            hidden = F.relu(F.linear(x.flatten(1), named["model.linear1.weight"], named["model.linear1.bias"]))
+            silent.append(float((hidden.amax(0) == 0).float().mean()))
+        assert trial.dead == pytest.approx(sum(silent) / 2)
+    assert trial.dead > 0
+
+
+def test_the_study_of_relu_learners_reports_both_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evolution and training are invented; each rule is best at 0.05, and what is reported is each at its best."""
+    accuracies = {"tdca": 0.958, "bp": 0.965}
+    asked_for: list[str] = []
+
+    def run(self: Bench, rule: str, rates: Sequence[float], lifetime: Lifetime, teacher: torch.Tensor) -> list[trials.Trial]:
+        asked_for.append(rule)
+        found = [(rate, 0.1 + abs(rate - 0.05) - 0.01 * (rule == "tdca")) for rate in rates]
+        right = accuracies.get(rule, 0.9)
+        return [trials.Trial(rule, rate, loss, right, (loss,), (right,), 5.0, 0.25, 0.5) for rate, loss in found]
+
+    start = torch.zeros(2)
+    monkeypatch.setattr(study, "evolved", lambda *_: ({"parameters": 2, "curve": []}, {"tdca": start, "start": start}))
+    monkeypatch.setattr(Bench, "run", run)
+    options = ["--out", str(tmp_path), "--seeds", "2"]
+    assert relu.main(options) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["what"]: row for row in results["verdicts"]}
+    assert rows["accuracy minus (tuned BP's minus 1 point)"]["mean"] == pytest.approx(0.003)
+    assert rows["loss minus tuned BP's"]["mean"] == pytest.approx(-0.01)
+    names = [line[0] for line in results["tables"][0]["rows"]]
+    assert len(names) == len(set(names)) == len({*asked_for}) + 1  # TDCA in both arms
+    assert all(line[2] == "0.05" and line[-3:-1] == ["25 [25, 25]", "50 [50, 50]"] for line in results["tables"][0]["rows"])
+    done = len(asked_for)
+    assert relu.main(options) == 0
+    assert len(asked_for) == done
+    assert relu.main([*options, "--arms", "errors"]) == 2

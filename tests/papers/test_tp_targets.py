@@ -1,6 +1,7 @@
 """The study of where targets point."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from apical.core.chain import Chain
 from apical.core.losses import output_error
 from apical.diagnostics.gauss_newton import gauss_newton_targets
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation
-from apical_papers.tp.targets import main, null_share, output_moves, target_updates
+from apical_papers.tp.targets import SETTINGS, main, null_share, output_moves, target_updates
 
 
 def test_null_share_is_the_share_of_the_weight_update() -> None:
@@ -39,6 +40,8 @@ def test_gauss_newton_wastes_nothing() -> None:
 
 
 def test_the_study_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETTINGS, "feedback epochs before", 1)
+    monkeypatch.setattr("apical_papers.tp.targets.output_moves", partial(output_moves, networks=5))
     monkeypatch.setattr("apical_papers.tp.targets.wasted", lambda name, seed: float(len(name) + seed) * (1 + 0.1 * seed))
     angles = {"gradient": [50.0, 40.0, 30.0, 20.0], "targets": [30.0, 20.0, 10.0, 5.0]}
     monkeypatch.setattr(

@@ -71,9 +71,34 @@ def test_a_study_keeps_what_is_finished(little: Dataset, tmp_path: Path, capsys:
 
 
 def test_the_rate_is_chosen_on_held_out_windows() -> None:
-    cells = [{"held out": 2.0, "test": 1.0}, {"held out": 1.5, "test": 3.0}, {"held out": None, "test": None}]
-    assert language._best((1.0, 2.0, 3.0), cells) == 2.0
-    assert language._best((3.0,), cells[2:]) is None
+    cells = {1.0: {"held out": 2.0, "test": 1.0}, 2.0: {"held out": 1.5, "test": 3.0}, 3.0: {"held out": None, "test": None}}
+    assert language._best(cells) == 2.0
+    assert language._best({3.0: cells[3.0]}) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried", "bracketed"),
+    [
+        ((3.0, 2.0, 1.0, 2.0), (2.0, 3.0, 4.0), True),
+        ((3.0, 1.0, 2.0, 9.0), (1.0, 2.0, 3.0), True),
+        ((4.0, 3.0, 2.0, 1.0), (2.0, 3.0, 4.0), False),
+        ((1.0, 2.0, 3.0, 0.0), (1.0, 2.0, 3.0), False),
+        ((9.0, 2.0, None, 9.0), (1.0, 2.0, 3.0), True),
+    ],
+)
+def test_rates_are_tried_until_the_best_is_bracketed(
+    losses: tuple[float | None, ...], tried: tuple[float, ...], bracketed: bool
+) -> None:
+    rates = (1.0, 2.0, 3.0, 4.0)
+    cells = language.tuned(rates, lambda lr: {"held out": losses[rates.index(lr)]})
+    assert tuple(cells) == tried
+    assert language.is_bracketed(rates, cells) is bracketed
+
+
+def test_of_a_stopped_study_the_rates_that_are_there() -> None:
+    cells = language.tuned((1.0, 2.0, 3.0, 4.0), lambda lr: {"held out": -lr} if lr < 4 else None)
+    assert tuple(cells) == (2.0, 3.0)
+    assert not language.is_bracketed((1.0, 2.0, 3.0, 4.0), cells)
 
 
 def cells_of(losses: dict[str, float]) -> Callable[[float], dict[str, list[dict[str, Any]]]]:

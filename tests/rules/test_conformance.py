@@ -172,9 +172,14 @@ EVERY = {"compile": PATHS, "distributed": OF_CLASSES}
 """Which rules a check runs on, if not on all: test_distributed_options.py trains the others on two ranks."""
 
 
-SETTLING = ("ep", "hep", "corinfomax")
-BRIEF = {"free_steps": 2, "nudged_steps": 2}
-"""Steps of settling in a compiled graph, which holds every step anew: a third is traced as the second is."""
+BRIEF = {
+    apical.EquilibriumPropagation: {"free_steps": 2, "nudged_steps": 2},
+    apical.CorInfoMax: {"free_steps": 2, "nudged_steps": 2},
+    apical.PredictiveCoding: {"steps": 2},
+    "csdp-answer": {"steps": 3},  # spikes reach the second layer; those of csdp and csdp-pairs reach the last
+    "csdp-unsupervised": {"steps": 3},
+}
+"""Steps in a compiled graph, by class or rule: the graph holds every step anew, and a third is traced as the second is."""
 
 
 def test_every_class_and_every_path_has_a_rule() -> None:
@@ -188,7 +193,7 @@ def test_every_class_and_every_path_has_a_rule() -> None:
 def test_conformance(rule: str, check: str) -> None:
     if (rule, check) in SKIPPED:
         pytest.skip(SKIPPED[rule, check])
-    brief = BRIEF if check == "compile" and rule.startswith(SETTLING) else {}
+    brief = BRIEF.get(rule, BRIEF.get(class_of(rule), {})) if check == "compile" else {}
     fewer = {"examples": 2} if check == "odd_modules" and rule not in OF_CLASSES else {}  # other networks for every rule
     CHECKS[check](partial(RULES[rule], **brief), **fewer)
 

@@ -3,20 +3,15 @@
 One pair of processes serves all rules and options, because a start costs seconds.
 """
 
-import os
 import sys
-import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))  # in the processes, which know no conftest
@@ -26,6 +21,7 @@ from test_conformance import OF_CLASSES, PATHS, RULES, SKIPPED
 from apical.core.credit import CreditRule
 from apical.core.plastic import PlasticRule
 from apical.testing import dense_network
+from apical.testing.two_ranks import on_two_ranks
 
 pytestmark = pytest.mark.xdist_group("distributed options")  # all on one worker: the processes are started once
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -94,10 +90,8 @@ def learned(rule: CreditRule) -> dict[str, Tensor]:
     return {**{name: value for name, value in state.items() if name.startswith(("model.", "loss."))}, **feedback}
 
 
-def rank_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+def train_all(rank: int) -> dict[str, Any]:
+    """What every rule has learned under every option on this rank, or the error."""
     found: dict[str, Any] = {}
     for name, option in PAIRS:
         rule = make(name)
@@ -106,18 +100,12 @@ def rank_of_two(rank: int, folder: str) -> None:
             found[f"{name}/{option}"] = learned(rule)
         except Exception as error:
             found[f"{name}/{option}"] = f"{type(error).__name__}: {error}"
-    torch.save(found, Path(folder) / f"{rank}.part")
-    (Path(folder) / f"{rank}.part").rename(Path(folder) / f"{rank}.pt")
-    while not (Path(folder) / f"{1 - rank}.pt").exists():  # nobody leaves while the other still communicates
-        time.sleep(0.01)
-    os._exit(0)  # gloo's destructor can wait for ever for a thread that waits for the interpreter lock
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(rank_of_two, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks() -> list[dict[str, Any]]:
+    return on_two_ranks(train_all)
 
 
 @pytest.mark.parametrize(("name", "option"), PAIRS)

@@ -37,7 +37,7 @@ def schedule(step: int) -> tuple[float, float]:
     return (0.1 if step < 60 else 0.03, 0.02 if step < 30 else 1e-3)
 
 
-def train(rule: CreditRule, steps: int = 200) -> list[Tensor]:
+def train(rule: CreditRule, steps: int = 90) -> list[Tensor]:
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, momentum=0.9)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -52,7 +52,7 @@ def train_reference(
     model: nn.Sequential,
     below: Callable[[list[Tensor], int, Tensor, Tensor], Tensor],
     after: Callable[[ref.SGD, ref.Pass, list[Tensor]], None] | None = None,
-    steps: int = 200,
+    steps: int = 90,
 ) -> list[Tensor]:
     """`below(weights, layer, delta, error)`; `after(sgd, pass, weight gradients)` updates learned feedback."""
     linear = [m for m in model if isinstance(m, nn.Linear)]

@@ -251,7 +251,7 @@ def test_linear_networks_have_a_closed_form() -> None:
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 3))
     x, y = torch.randn(4, 5), torch.randn(4, 3)
-    rule = PredictiveCoding(model, loss=squared_error, steps=4000, rate=0.2, rescale=False)
+    rule = PredictiveCoding(model, loss=squared_error, steps=2000, rate=0.2, rescale=False)
     credit = rule(x, y)
     weights = [layer.weight.detach() for layer in model]
     p = [weights[2] @ weights[1], weights[2], torch.eye(3)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import apical
 from apical import models
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.top_down.hand_built import HandBuiltTeacher, ShuffledTeacher, wired
+from apical.rules.top_down.hand_built import HandBuiltTeacher, MixedTeacher, ShuffledTeacher, wired
 from apical.rules.top_down.teacher import Place, TopDownNetwork, diffusion, load, parameters_of
 from apical.testing import dense_network, residual_network
 
@@ -115,6 +115,49 @@ def test_shuffled_credits_are_those_of_other_examples() -> None:
     found = ShuffledTeacher(network, [5, 4])(p, y)
     for credit, whole in zip(found, network.credits(network(p, y), [5, 4]), strict=True):
         assert torch.equal(credit, whole[[6, 0, 1, 2, 3, 4, 5]])
+
+
+def test_half_of_a_teacher_is_kept_and_the_rest_hand_built() -> None:
+    torch.manual_seed(0)
+    network = TopDownNetwork(3, [5, 4], hidden=8)
+    p, y = torch.softmax(torch.randn(7, 3), 1), torch.eye(3)[torch.arange(7) % 3]
+    own, built = network.credits(network(p, y), [5, 4]), HandBuiltTeacher(3, [5, 4], "random", seed=2)(p, y)
+    for keep, wanted in (("hidden", [*own[:2], p - y]), ("output", [*built[:2], own[2]])):
+        credits = MixedTeacher(network, [5, 4], keep, seed=2)(p, y)  # type: ignore[arg-type]
+        assert all(torch.equal(one, other) for one, other in zip(credits, wanted, strict=True))
+
+
+def token_loss(output: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, -2), targets.flatten())
+
+
+@pytest.mark.parametrize(("sites", "projected"), [(None, None), (2, None), (2, 2)])
+def test_the_outputs_credit_may_be_the_error(sites: int | None, projected: int | None, tmp_path: Path) -> None:
+    """On logits p - y is backpropagation's, at one place and at many; hidden credit stays the network's."""
+    torch.manual_seed(0)
+    sizes: Any = {"hidden": 8, "sites": sites, "relative": True, "projected": projected}
+    network = TopDownNetwork(3, [5, 4], **sizes, output="error").double()
+    evolved = TopDownNetwork(3, [5, 4], **sizes).double()
+    weights = {name: weight for name, weight in network.state_dict().items() if name != "body.4.weight"}
+    evolved.load_state_dict({**evolved.state_dict(), **weights})
+    with torch.no_grad():
+        evolved.body[-1].weight[: sum(network.emissions)] = network.body[-1].weight  # type: ignore[operator]
+    network.save(tmp_path / "teacher.pt")
+    for shape in ((), (6,)):  # many places make each unit's credit when it is asked for
+        x, y = torch.randn(7, *shape, 6).double(), torch.randint(3, (7, *shape))
+        start = perceptron().state_dict()
+        models = [perceptron() for _ in range(3)]
+        for model in models:
+            model.load_state_dict(start)
+        apical.Backprop(models[0], token_loss)(x, y).backward()
+        Rule(models[1], token_loss, evolved)(x, y).backward()
+        Rule(models[2], token_loss, load(tmp_path / "teacher.pt")[0])(x, y).backward()
+        for number, (bp, own, error) in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+            wanted = own if number < 4 else bp
+            assert (error.grad - wanted.grad).abs().max() < 1e-12  # type: ignore[operator]
+    for wrong in ({"output": "none"}, {"output": "error", "credit": "probabilities"}):
+        with pytest.raises(ConfigError, match="output must be"):
+            TopDownNetwork(3, [5], **wrong)  # type: ignore[arg-type]
 
 
 def test_a_wired_network_hands_out_nearly_the_error_and_random_feedback_of_it() -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from apical.bench.state import read_json, write_state
+from apical.core import children
 from apical.errors import ApicalError, CheckpointError
 
 
@@ -64,7 +64,7 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
         finally:
             torch.set_num_threads(threads)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, children.context(), _begin, (dict(os.environ),)) as pool:
         with _interrupts_ignored():
             running = {pool.submit(make, part): part for part in parts}
         try:
@@ -77,6 +77,11 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin(environment: dict[str, str]) -> None:
+    children.adopt(environment)
+    torch.set_num_threads(1)
 
 
 @contextmanager

@@ -18,6 +18,10 @@ _FEW = 2
 """Samples on which a model of the user's is tried."""
 
 
+OF_DATA = ("data", "validation", "train_limit", "test_limit", "loss", "context", "tokens", "data_sha256")
+"""Fields of a recipe that :func:`load_data` reads."""
+
+
 def load_data(recipe: Recipe) -> Dataset:
     """The recipe's data; the split does not depend on the seed, so that seeds differ in nothing else.
 

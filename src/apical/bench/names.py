@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -357,6 +357,15 @@ LOSSES: dict[str, Loss] = {
 _GIVEN = ("loss", "input_shape")
 
 
+def _are_names(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and parameter.annotation in (Collection[str], "Collection[str]")
+
+
+def _names(value: Any) -> Any:
+    """Names of modules or parameters, which the command line gives with commas between them."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
 def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | None = None) -> CreditRule:
     """The recipe's rule around `model`.
 
@@ -372,6 +381,7 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
     options = {**entry.options, **parse_options(recipe.rule_options)}
     given = dict(zip(_GIVEN, (LOSSES[recipe.loss], input_shape), strict=True))
     takes = inspect.signature(entry.build).parameters
+    options = {key: _names(value) if _are_names(takes.get(key)) else value for key, value in options.items()}
     if "first_layer" in takes and "first_layer" not in options and input_shape is not None:
         options |= {"first_layer": True} if needs_feedback(model, input_shape, options.get("exact", ())) else {}
     try:

@@ -68,9 +68,9 @@ def of_learnability(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, flo
     values = found.singular_values
     return {
         WHOLE: {
-            "samples": float(len(few)),
-            "outputs x samples": float(outputs * len(few)),
-            "rank": float(found.rank),
+            "samples": len(few),
+            "outputs x samples": outputs * len(few),
+            "rank": found.rank,
             "log10 condition": found.log10_condition,
             "largest": float(values[0]),
             "median": float(values.median()),
@@ -175,6 +175,8 @@ def _table(name: str, values: Any) -> Numbers:
 
 
 def _number(name: str, key: Any, value: Any) -> float | None:
+    if type(value) is int:  # a count
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from apical.bench.muon import MuonAndAdamW
 from apical.bench.passes import Pass
 from apical.bench.recipe import ClipOver, Recipe
 from apical.bench.schedule import cosine, piecewise
@@ -16,21 +17,30 @@ from apical.optim import InputAdam
 Optimizer = torch.optim.Optimizer
 NEVER = "never_decays"
 """Marks a group of forward weights that does not decay."""
+FEEDBACK = "feedback"
+"""Name of the groups of feedback weights."""
 
 
 def make_optimizer(recipe: Recipe, rule: CreditRule) -> Optimizer:
     """The optimiser over every trainable parameter of the rule, at the first epoch's values.
 
     The first group holds all but `rule.feedback_parameters()`, the last one these; without any there is one group. Where
-    only matrices decay (`decay_on`), forward weights that do not are a group of their own, behind the first.
+    only matrices decay (`decay_on`), forward weights that do not are a group of their own, behind the first. Under muon,
+    dense and recurrent weights and what learns with them are Muon's; tables, kernels and vectors are AdamW's.
+
+    Raises:
+        ConfigError: this PyTorch has no Muon.
     """
     feedback = [parameter for parameter in rule.feedback_parameters() if parameter.requires_grad]
     apart = set(map(id, feedback))
     forward = [parameter for parameter in rule.parameters() if parameter.requires_grad and id(parameter) not in apart]
-    kind = KINDS[recipe.optimizer]
     groups = _forward_groups(recipe, rule, forward)
     groups += [{"params": feedback, **_feedback_options(recipe)}] if feedback else []
-    return kind(groups, lr=recipe.lr[0], weight_decay=recipe.weight_decay[0], **_options(recipe))
+    options = {"lr": recipe.lr[0], "weight_decay": recipe.weight_decay[0], **_options(recipe)}
+    if recipe.optimizer == "muon":
+        named = [{"name": FEEDBACK if group["params"] is feedback else "forward", **group} for group in groups]
+        return MuonAndAdamW(named, partial(_is_matrix, _tables(rule) - _multiplied(rule)), **options)
+    return KINDS[recipe.optimizer](groups, **options)
 
 
 KINDS: dict[str, Callable[..., Optimizer]] = {
@@ -41,24 +51,40 @@ KINDS: dict[str, Callable[..., Optimizer]] = {
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
     "input-adam": InputAdam,
 }
-"""Optimisers by the recipe's names."""
+"""Optimisers by the recipe's names, but for muon, which is two."""
 
 
 def _forward_groups(recipe: Recipe, rule: CreditRule, forward: list[nn.Parameter]) -> list[dict[str, Any]]:
     """One group; or, where only matrices decay, one of them and one of what does not decay, which is marked."""
     if recipe.decay_on == "all":
         return [{"params": forward}]
-    embeddings = [module for module in rule.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    tables = {id(module.weight) for module in embeddings}
+    tables = _tables(rule)
     decays = [parameter.dim() > 1 and id(parameter) not in tables for parameter in forward]
     matrices, rest = ([p for p, it in zip(forward, decays, strict=True) if it == wanted] for wanted in (True, False))
     return [{"params": matrices}, {"params": rest, NEVER: True, "weight_decay": 0.0}]
 
 
+def _tables(rule: CreditRule) -> set[int]:
+    """Look-up tables, by identity."""
+    return {id(module.weight) for module in rule.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+
+
+def _multiplied(rule: CreditRule) -> set[int]:
+    """Weights of dense layers, one of which may be a table too."""
+    return {id(module.weight) for module in rule.modules() if isinstance(module, nn.Linear)}
+
+
+def _is_matrix(tables: set[int], parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and id(parameter) not in tables
+
+
 def parts(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Groups of the forward weights, and of the feedback weights."""
-    forward = 1 + any(group.get(NEVER) for group in optimizer.param_groups)
-    return optimizer.param_groups[:forward], optimizer.param_groups[forward:]
+    groups = optimizer.param_groups
+    if isinstance(optimizer, MuonAndAdamW):
+        return [g for g in groups if g["name"] != FEEDBACK], [g for g in groups if g["name"] == FEEDBACK]
+    forward = 1 + any(group.get(NEVER) for group in groups)
+    return groups[:forward], groups[forward:]
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
@@ -130,7 +156,8 @@ def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
     if current.kind == "pretrain" and current.number == recipe.pretrain_epochs - 1:
         for group in parts(optimizer)[1]:
             for parameter in group["params"]:
-                optimizer.state.pop(parameter, None)
+                for member in getattr(optimizer, "members", [optimizer]):
+                    member.state.pop(parameter, None)
 
 
 @torch.no_grad()
@@ -163,7 +190,7 @@ def clip(optimizer: Optimizer, largest: float, over: ClipOver = "tensor") -> Non
     if not largest:
         return
     weights, others = parts(optimizer)
-    forward, feedback = [p for group in weights for p in group["params"]], [group["params"] for group in others]
+    forward, feedback = [p for group in weights for p in group["params"]], [p for group in others for p in group["params"]]
     apart = [forward] if over == "network" else [[parameter] for parameter in forward]
-    for parameters in apart + feedback:
+    for parameters in [*apart, feedback]:
         nn.utils.clip_grad_norm_(parameters, largest)

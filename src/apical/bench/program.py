@@ -25,23 +25,29 @@ Cells = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class SeedOptions:
+class Seeds:
     """Options of a study that runs seed by seed."""
 
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder for the results; seeds that are in it already are kept."""
     seeds: Annotated[int, arg(metavar="K")] = 5
     """Initial weights and data orders."""
-    epochs: Annotated[int, arg(metavar="N")] = 20
-    """Passes over the data in each training."""
     jobs: Annotated[int, arg(metavar="N")] = 0
     """Seeds side by side; 0: one per core."""
 
 
+@dataclass(frozen=True)
+class SeedOptions(Seeds):
+    """Options of a study that trains, seed by seed."""
+
+    epochs: Annotated[int, arg(metavar="N")] = 20
+    """Passes over the data in each training."""
+
+
 def by_seed(
-    options: SeedOptions,
+    options: Seeds,
     command: str,
-    cell: Callable[[int, int], dict[str, Any]],
+    cell: Callable[..., dict[str, Any]],
     verdicts: Callable[[Cells], list[Row]],
     tables: Callable[[Cells], list[Row]],
     *,
@@ -52,7 +58,8 @@ def by_seed(
 
     Args:
         options: of the command line.
-        cell: (seed, epochs) -> what to keep of the seed; a module's function, for other processes are handed it.
+        cell: (seed, epochs) -> what to keep of the seed, (seed) where nothing is trained; a module's function, for other
+            processes are handed it.
         settings: shown, and held against those with which kept seeds were made.
         about: title, about and sources of the results.
 
@@ -60,12 +67,13 @@ def by_seed(
         ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds seeds with other settings.
     """
-    if options.seeds < 2 or options.epochs < 1 or options.jobs < 0:
-        raise ConfigError("--seeds must be at least 2, --epochs at least 1, --jobs not negative")
+    passes = {"epochs": options.epochs} if isinstance(options, SeedOptions) else {}
+    if options.seeds < 2 or options.jobs < 0 or any(epochs < 1 for epochs in passes.values()):
+        raise ConfigError("--seeds must be at least 2, --jobs not negative" + (", --epochs at least 1" if passes else ""))
     check_writable(options.out)
-    config = {"epochs": options.epochs, **settings}
+    config = {**passes, **settings}
     cell_of: dict[int, dict[str, Any]] = {}
-    make = partial(_kept_seed, options.out, config, cell)
+    make = partial(_kept_seed, options.out, config, cell, tuple(passes.values()))
     for seed, content in side_by_side(options.jobs, range(options.seeds), make, options.out):
         cell_of[seed] = content
         print(f"{content['seconds']:7.1f} s  seed {seed}", flush=True)
@@ -120,7 +128,7 @@ class SeedStudy:
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command line; returns the exit status."""
-        default = SeedOptions(Path(self.out), self.seeds, self.epochs, self.jobs)
+        default = SeedOptions(Path(self.out), self.seeds, self.jobs, self.epochs)
         description = f"{self.about['title']}. " + (f"Epochs: {self.passes}" if self.passes else "")
         return run_command(self.module, SeedOptions, self._run, arguments, default=default, description=description)
 
@@ -130,9 +138,9 @@ class SeedStudy:
 
 
 def _kept_seed(
-    out: Path, config: Mapping[str, Any], cell: Callable[[int, int], dict[str, Any]], seed: int
+    out: Path, config: Mapping[str, Any], cell: Callable[..., dict[str, Any]], passes: tuple[int, ...], seed: int
 ) -> dict[str, Any]:
-    return kept(out / "cells" / f"seed-{seed}.json", config, partial(cell, seed, config["epochs"]))
+    return kept(out / "cells" / f"seed-{seed}.json", config, partial(cell, seed, *passes))
 
 
 class Kept(Protocol):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from apical.errors import ConfigError, unknown_name
 
 Device = Literal["auto", "cpu", "cuda"]
-Optimizer = Literal["sgd", "adam", "adamw", "nadam", "radam", "input-adam"]
+Optimizer = Literal["sgd", "adam", "adamw", "nadam", "radam", "input-adam", "muon"]
 Amp = Literal["off", "bf16"]
 ClipOver = Literal["tensor", "network"]
 LossName = Literal["cross_entropy", "squared", "mse", "token_cross_entropy"]
@@ -94,7 +94,8 @@ class Recipe:
     batch_size: int = 32
     """Images per step, over all processes together."""
     optimizer: Optimizer = "sgd"
-    """Optimiser; all but sgd and adam decay weights apart from gradients, input-adam is apical.optim.InputAdam."""
+    """Optimiser; all but sgd and adam decay weights apart from gradients, input-adam is apical.optim.InputAdam, muon leaves
+    what is no matrix to adamw."""
     lr: Annotated[tuple[float, ...], Option("RATE ...", "0.02, or tuned for the rule")] = (0.02,)
     """Learning rates, one after the other."""
     lr_epochs: tuple[int, ...] = ()

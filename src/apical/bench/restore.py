@@ -106,7 +106,9 @@ def _numbers(values: Any) -> list[float]:
 
 
 def _alike(value: Any, model: Any) -> bool:
-    """Whether both are flags, both finite numbers, both sequences of such, or both None."""
+    """Whether both are flags, both finite numbers, both sequences of such, both None, or the same word."""
+    if isinstance(model, str):
+        return bool(value == model)
     if isinstance(model, bool) or isinstance(value, bool) or model is None or value is None:
         return type(value) is type(model)
     if isinstance(model, list | tuple):

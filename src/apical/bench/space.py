@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -111,6 +111,29 @@ def grid(axes: Sequence[Axis]) -> list[Settings]:
             raise ConfigError(f"--space {axis.name} is a range: a grid needs values; or choose --search random or optuna")
     combinations = itertools.product(*(axis.values for axis in axes))
     return [dict(zip((axis.name for axis in axes), values, strict=True)) for values in combinations]
+
+
+def edges(trials: Sequence[Mapping[str, Any]], best: Mapping[str, int]) -> dict[str, list[str]]:
+    """By rule, the numbers whose best value is the lowest or the highest that was tried: a better one may lie beyond.
+
+    Args:
+        trials: with their rule, number and settings, as sweep.json has them.
+        best: number of the best trial, by rule.
+
+    >>> tried = [{"rule": "bp", "number": i, "settings": {"lr": lr}} for i, lr in enumerate((0.01, 0.1, 1.0))]
+    >>> edges(tried, {"bp": 0}), edges(tried, {"bp": 1})
+    ({'bp': ['lr at its lowest']}, {'bp': []})
+    """
+    found: dict[str, list[str]] = {}
+    for rule, number in best.items():
+        settings = {trial["number"]: trial["settings"] for trial in trials if trial["rule"] == rule}
+        found[rule] = []
+        for name, value in settings[number].items():
+            tried = {each[name] for each in settings.values()}
+            if len(tried) > 1 and all(isinstance(each, int | float) and not isinstance(each, bool) for each in tried):
+                ends = {min(tried): "lowest", max(tried): "highest"}
+                found[rule] += [f"{name} at its {ends[value]}"] if value in ends else []
+    return found
 
 
 def applied(recipe: Recipe, settings: Settings) -> Recipe:

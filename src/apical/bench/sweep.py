@@ -11,7 +11,7 @@ The folders know what Tune's snapshots would.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from apical.bench.compare import load_data
 from apical.bench.distributed import World, pick_device
 from apical.bench.folders import refuse_links, remove_tree
 from apical.bench.loop import MakeRule, Training
+from apical.bench.materials import OF_DATA
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import RunFolder
@@ -90,7 +91,20 @@ def for_trials(dataset: Dataset) -> Dataset:
     return replace(dataset, test=dataset.validation, validation=None)
 
 
-def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: StopSignals | None = None) -> None:
+def once(read: Callable[[Recipe], Dataset]) -> Callable[[Recipe], Dataset]:
+    """`read`, which reads again only where a recipe asks for other data than the one before."""
+    kept = lru_cache(maxsize=1)(read)
+    return lambda recipe: kept(Recipe(**{name: getattr(recipe, name) for name in OF_DATA}))
+
+
+def train(
+    recipe: Recipe,
+    path: Path,
+    make_rule: MakeRule,
+    command: str,
+    stop: StopSignals | None = None,
+    load: Callable[[Recipe], Dataset] = load_data,
+) -> None:
     """One training of a trial in this process, from its checkpoint if there is one; a diverged one is finished too.
 
     Raises:
@@ -103,7 +117,7 @@ def train(recipe: Recipe, path: Path, make_rule: MakeRule, command: str, stop: S
         folder.unlock()
         return
     device = pick_device(recipe.device)
-    training = Training(recipe, for_trials(load_data(recipe)), make_rule, folder, World(0, 1, device), stop)
+    training = Training(recipe, for_trials(load(recipe)), make_rule, folder, World(0, 1, device), stop)
     around = environment(str(device), torch.get_num_threads())
     try:
         training.start(resume=state == "resumable", command=command, notes=[NOTE], environment=around)
@@ -125,11 +139,11 @@ def in_processes(make_rule: MakeRule, command: str, jobs: int) -> Execute:
     """Train in processes of this machine, `jobs` at a time; what is killed is started again from its checkpoint."""
 
     def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
-        attempts = 0
+        attempts, load = 0, once(load_data)
         while left := [(recipe, path) for recipe, path in runs if not finished(path)]:
             if jobs == 1:
                 for recipe, path in left:
-                    train(recipe, path, make_rule, command, stop)
+                    train(recipe, path, make_rule, command, stop, load)
                     refresh()
                 continue
             before = _progress(left)
@@ -157,8 +171,9 @@ def _share(
 ) -> None:
     """Every `count`-th training, in one process: starting one for each would often take longer than training."""
     torch.set_num_threads(1)
+    load = once(load_data)
     for recipe, path in runs[number::count]:
-        train(recipe, path, make_rule, command, stop)
+        train(recipe, path, make_rule, command, stop, load)
 
 
 @contextmanager

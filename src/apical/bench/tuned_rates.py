@@ -1,8 +1,11 @@
 """Learning rates that were tuned, for the setting in which they were."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from apical.bench.recipe import Recipe, bare_rule
 
-RATES = {
+DIGITS = {
     "bp": 0.05,
     "fa": 0.005,
     "dfa": 0.005,
@@ -31,8 +34,21 @@ digits, `mlp-256-256`, 20 epochs. With other data, widths or epochs they are oft
 from a second sweep, with five seeds (results/rates-digits-tdca): one seed's 240 validation images had its rates from 0.005
 to 0.05 within two images of each other."""
 
+MNIST = {"bp": 0.05, "fa": 0.005, "dfa": 0.005, "usf": 0.05, "kp": 0.02, "pfa-o": 0.02}
+FASHION = {"bp": 0.05, "fa": 0.005}
+"""The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist), where it lies
+inside what was tried."""
+
+SMALL = Recipe(model="mlp-256-256", epochs=5, batch_size=64, train_limit=10_000)
+TABLES = (
+    (Recipe(), DIGITS),
+    (replace(SMALL, data="mnist"), MNIST),
+    (replace(SMALL, data="fashion-mnist"), FASHION),
+)
+"""Settings in which rates were tuned, all else at its default, and the rates."""
+
 TUNED = ("data", "model", "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "loss", "train_limit")
-"""Settings that must be at their defaults for a tuned learning rate."""
+"""Settings that must be those of a table for its learning rates."""
 
 AS = {"pc-one-step": "pc-error", "ddtp-control": "ddtp-linear"}
 """Controls whose learning rate is that of the rule they are held against, where the name does not tell."""
@@ -45,11 +61,17 @@ def tuned_rate(recipe: Recipe) -> float | None:
     (0.2, 0.05, None)
     >>> tuned_rate(Recipe(rule="bp", epochs=5))
     """
-    default = Recipe(rule=recipe.rule)
-    if any(getattr(recipe, name) != getattr(default, name) for name in TUNED):
-        return None
-    name = bare_rule(recipe.rule)
+    for setting, rates in TABLES:
+        if all(getattr(recipe, name) == getattr(setting, name) for name in TUNED):
+            return _of(recipe.rule, rates)
+    return None
+
+
+def _of(rule: str, rates: Mapping[str, float]) -> float | None:
+    if rule in rates:  # a rule around another, tuned with it
+        return rates[rule]
+    name = bare_rule(rule)
     name = AS.get(name, name)
-    while name not in RATES and "-" in name:
+    while name not in rates and "-" in name:
         name = name.rpartition("-")[0]
-    return RATES.get(name)
+    return rates.get(name)

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from apical.bench.signals import Interrupted, StopSignals
+from apical.core import children
 from apical.errors import ApicalError
 
 Body = Callable[[int, StopSignals], None]
@@ -26,7 +27,7 @@ def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refre
         ApicalError: a worker failed; the others were told to save and stop.
         OSError: likewise, disk full or no permission.
     """
-    context = multiprocessing.get_context("spawn")
+    context = children.context()
     running: dict[int, tuple[BaseProcess, Connection]] = {}
     failures: list[Exception] = []
     waiting, told = list(seeds), False
@@ -35,7 +36,9 @@ def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refre
             while waiting and len(running) < at_once and not told:
                 seed = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                child = context.Process(target=_work, args=(body, seed, sender), name=f"apical seed {seed}")
+                child = context.Process(
+                    target=_work, args=(body, seed, sender, dict(os.environ)), name=f"apical seed {seed}"
+                )
                 with _held_signals():
                     child.start()
                 sender.close()
@@ -93,8 +96,9 @@ def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exce
     return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if need be")]
 
 
-def _work(body: Body, seed: int, sender: Connection) -> None:
+def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]) -> None:
     """Body of a worker process; sends the exception that ended it, if one did."""
+    children.adopt(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with StopSignals(impatient=False) as stop:
         if os.name == "posix":

@@ -206,8 +206,12 @@ def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
     """Say which learning rates are not the common one though none was asked for."""
     tuned = [] if flags.recipe or "lr" in flags.settings() else [item for item in drafts if tuned_rate(item)]
     if tuned:
-        rates = ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in tuned)
-        tell(f"learning rates as tuned for each rule on these data: {rates}; --lr sets another")
+        rates, rest = (
+            ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in drafts if (item in tuned) is wanted)
+            for wanted in (True, False)
+        )
+        told = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
+        tell(told + (f"; not tuned: {rest}" if rest else ""))
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:

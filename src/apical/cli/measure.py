@@ -52,6 +52,7 @@ def _run(flags: "Measure", command: str) -> int:
     names = flags.measure or tuple(MEASURES)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
+    left_out: dict[str, list[str]] = {}
     for label, seed, model, dataset in _networks(flags, notes):
         inputs, _ = probe_batch(dataset.train, flags.samples)
         found: dict[str, Any] = {}
@@ -61,8 +62,9 @@ def _run(flags: "Measure", command: str) -> int:
             except ConfigError as error:
                 if flags.measure:
                     raise
-                notes.append(f"{label}: {error}")
+                left_out.setdefault(str(error), []).append(label)
         rows.append({"network": label, "seed": seed, "measured": found})
+    notes += [f"{', '.join(dict.fromkeys(labels))}: {why}" for why, labels in left_out.items()]
     notes = list(dict.fromkeys(notes))
     if not any(row["measured"] for row in rows):
         raise ConfigError("; ".join(notes) or "there is nothing to measure")

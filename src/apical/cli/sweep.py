@@ -26,7 +26,7 @@ from apical.bench.report import folder as report
 from apical.bench.run_folder import FolderLock
 from apical.bench.searching import Grid, Optuna
 from apical.bench.signals import Interrupted, StopSignals
-from apical.bench.space import Axis, applied, grid, space
+from apical.bench.space import Axis, applied, edges, grid, space
 from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
@@ -108,25 +108,30 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
             lock.hold("sweeping", wait=0)
     if flags.overwrite:
         clear(flags.out)
-    plan = {
+    recipes: dict[str, Any] = {recipe.rule_name: recipe.to_json() for recipe in drafts}
+    plan: dict[str, Any] = {
         "space": list(flags.space),
         "search": flags.search,
         "trials": flags.trials,
         "seeds": flags.seeds,
         "search_seed": flags.search_seed,
         "jobs": (flags.jobs or cores()) if flags.search == "optuna" else None,
-        "recipes": {recipe.rule_name: recipe.to_json() for recipe in drafts},
+        "recipes": recipes,
     }
     path = flags.out / "plan.json"
     if path.exists():
         saved = read_json(path)
-        unlike = [key for key in plan if saved.get(key) != json.loads(json.dumps(plan[key]))]
+        plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added, and left out
+        asked = json.loads(json.dumps(plan))
+        unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
+        unlike += [f"recipe of {rule}" for rule, recipe in saved["recipes"].items() if asked["recipes"][rule] != recipe]
         if unlike:
             raise CheckpointError(
                 f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
                 "another --out"
             )
-        return lock
+        if asked["recipes"].keys() == saved["recipes"].keys():
+            return lock
     write_state(path, {**plan, "command": command, "environment": environment("cpu", torch.get_num_threads())})
     return lock
 
@@ -192,6 +197,7 @@ def _keep(
     best: Sequence[Trial | None],
 ) -> None:
     """sweep.json, best.json, figure."""
+    records, chosen = [trial.record() for trial in trials], {trial.rule: trial.number for trial in best if trial}
     record = {
         "command": command,
         "search": flags.search,
@@ -202,8 +208,9 @@ def _keep(
             ]
             for rule, axes_of_rule in axes.items()
         },
-        "trials": [trial.record() for trial in trials],
-        "best": {trial.rule: trial.number for trial in best if trial},
+        "trials": records,
+        "best": chosen,
+        "edges": edges(records, chosen),
         "is_loss": any(trial.score is not None and trial.score < 0 for trial in trials),
         "environment": environment("cpu", torch.get_num_threads()),
     }
@@ -258,7 +265,11 @@ def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> N
     for name in ("sweep.html", "best.json", "final/report.html"):
         if (out / name).exists():
             say(f"{Path(name).name}: {shown_path(out / name)}")
-    names = " ".join(trial.rule for trial in best if trial)
+    chosen = {trial.rule: trial.number for trial in best if trial}
+    for rule, ends in edges([trial.record() for trial in trials], chosen).items():
+        if ends:
+            say(f"{rule}: not bracketed, the best has {' and '.join(ends)} value; widen --space")
+    names = " ".join(chosen)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
     say(f"the best settings of {names} again: {again}")
 
@@ -279,6 +290,8 @@ def _shown(score: float) -> str:
 def page(record: Mapping[str, Any], figure: str) -> str:
     """The sweep as one HTML page; every name and value is escaped."""
     lines = []
+    ends = {rule: at for rule, at in record["edges"].items() if at}
+    beyond = "; ".join(f"{rule}: {' and '.join(at)} value" for rule, at in ends.items())
     for row in sorted(
         record["trials"], key=lambda row: (row["rule"], -(row["score"] if row["score"] is not None else -1e300))
     ):
@@ -297,6 +310,8 @@ def page(record: Mapping[str, Any], figure: str) -> str:
         "Every rule had as many trials as the others. Trials are judged by validation images; the test images were looked "
         "at after the choice, for the best trial of each rule, trained again with new seeds."
     )
+    if beyond:
+        lead += f" Not bracketed, so that a better value may lie beyond those tried: {beyond}."
     body = f"""<p><a href="final/report.html">The report of the best trials</a></p>
 {figure}
 <h2>Trials</h2>

@@ -1,5 +1,6 @@
 """What commands have in common: lines, tables and bars in a terminal, checks of options, and folders held while written."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -30,13 +31,17 @@ def say_files(out: Path, names: Iterable[str]) -> None:
 
 def show_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str], *, whole: bool = False) -> None:
     """Print a table; columns are set to the right but for those whose heads are in `left`, which may be kept `whole`."""
-    table = Table(box=None, pad_edge=False)
-    for head in heads:
-        is_left = head in left
-        table.add_column(head, justify="left" if is_left else "right", overflow="fold", no_wrap=whole and is_left)
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+    table, console, rows = Table(box=None, pad_edge=False), Console(), list(lines)
+    cells = [max((len(row[i]) for row in rows), default=0) for i in range(len(heads))]
+    natural = [max(len(head), size) for head, size in zip(heads, cells, strict=True)]
+    is_narrow = sum(natural) + 2 * len(heads) > console.width
+    for head, size in zip(heads, cells, strict=True):
+        is_left, least = head in left, max(size, *map(len, head.split()))
+        text = textwrap.fill(head, least) if is_narrow and not is_left else head  # at spaces, where rich would cut words
+        table.add_column(text, justify="left" if is_left else "right", overflow="fold", no_wrap=whole and is_left)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 @contextmanager

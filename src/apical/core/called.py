@@ -1,7 +1,7 @@
 """Functions that a model calls between its modules, as the modules that compute the same.
 
 `F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain as `nn.ReLU()`, `nn.Flatten()` and
-`nn.AvgPool2d(2)` are. A function is taken for a module if the two agree, bit for bit, on random numbers of its input's
+`nn.AvgPool2d(2)` are, and so is `x.mean((2, 3))`. A function is taken for a module if the two agree, bit for bit, on random numbers of its input's
 shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: nobody would see the number change.
 """
 
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from apical.core.pooling import Mean
 
 _ACTIVATIONS = (
     *("relu ReLU", "relu6 ReLU6", "leaky_relu LeakyReLU", "elu ELU", "selu SELU", "celu CELU", "gelu GELU", "silu SiLU"),
@@ -82,9 +84,17 @@ class Functions(TorchFunctionMode):
         self.makers.append((result, name))
         if given is not None and given.is_floating_point():
             module = module_of(func, given, args[1:], options)
+            if isinstance(module, Mean) and not module.keepdim and result.dim() == 2:  # a map of one place, made flat
+                module = Mean(module.dim, keepdim=True)
+                kept = module(given)
+                self._hear(name, module, given, kept, entered)
+                name, module, given, entered = "flatten", nn.Flatten(), kept, kept._version
             if module is not None:
-                self.note(Call(*self._known(f"F.{name}", module), given, result, entered, result._version, True))
+                self._hear(name, module, given, result, entered)
         return result
+
+    def _hear(self, name: str, module: nn.Module, given: Tensor, made: Tensor, entered: int) -> None:
+        self.note(Call(*self._known(f"F.{name}", module), given, made, entered, made._version, True))
 
     def _known(self, name: str, module: nn.Module) -> tuple[str, nn.Module]:
         """Name of this call, and the module that an earlier pass has for it."""
@@ -115,6 +125,10 @@ def module_of(
     try:
         if name in RESHAPING:
             module: nn.Module = nn.Flatten()
+        elif name == "mean":
+            module = Mean(*arguments, **own)
+            if any(dim % given.dim() == 0 for dim in module.dim):
+                return None  # over the samples
         elif name in MODULES and not _has_number(name, [*arguments, *own.values()]):
             module = MODULES[name](*arguments, **own)
         else:

@@ -161,6 +161,7 @@ class Chain:
         self._modules = [m for stage in self.stages for m in (*stage.before, stage.layer, *stage.after, stage.activation)]
         layers = {stage.layer for stage in self.stages}
         self._others = [original(module) for module in self._modules if module not in layers]
+        self._twins = [module for module in self._modules if module not in layers and "stands_for" in module.__dict__]
         unseen = set(self.layers) - {stage.name for stage in self.stages}
         if unseen:
             raise UnsupportedModelError(
@@ -171,6 +172,11 @@ class Chain:
     def weights(self) -> list[Tensor]:
         """W_1..W_L."""
         return [stage.layer.weight for stage in self.stages]
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter of the first layer, for its type and device: its weight may be another once it is computed."""
+        return next(original(self.stages[0].layer).parameters())
 
     @property
     def is_small(self) -> bool:
@@ -203,6 +209,9 @@ class Chain:
         for name, layer, own in self._affine:
             require_affine(name, layer)
             hooked = hooked or is_hooked(own)
+        for twin in self._twins:
+            own = twin.__dict__["stands_for"]
+            twin.__dict__.update((key, value) for key, value in own.__dict__.items() if key != "inplace")
         for module in self._others:
             if "forward" in module.__dict__ and not runs_own_forward(module, type(module).forward):
                 raise UnsupportedModelError(
@@ -310,7 +319,7 @@ def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | N
         whole: modules that count as one call each, by name, whatever they contain.
 
     Raises:
-        UnsupportedModelError: the calls are no chain, depend on the mode, or (of whole modules) draw random numbers.
+        UnsupportedModelError: the calls are no chain, depend on the mode, or draw random numbers.
     """
     known: dict[str, nn.Module] = {}  # the modules that stand for functions
     training, calls = (_traced(model, example.clone(), whole or {}, known, training=training) for training in (True, False))
@@ -358,13 +367,10 @@ def _traced(
         with torch.random.fork_rng([example.device] if example.is_cuda else []):
             for module, _ in modes:
                 module.training = training and id(module) not in inside
-            before = torch.get_rng_state() if whole else None
+            before = torch.get_rng_state()
             with functions:
                 output = model(example)
-            if before is not None and not torch.equal(before, torch.get_rng_state()):
-                raise UnsupportedModelError(
-                    f"a module in {', '.join(map(repr, whole))} draws random numbers in training; remove that"
-                )
+            is_drawn = not torch.equal(before, torch.get_rng_state())
     except (RuntimeError, ValueError) as error:
         shape = tuple(example.shape[1:])
         raise UnsupportedModelError(f"the model cannot be run on a sample of shape {shape}: {error}") from error
@@ -393,6 +399,9 @@ def _traced(
             f"the model's output is not {source}{_instead(functions, output)}: a function, a sum or a branch follows it, so "
             "the model is not a chain; make a function a module or a part of the loss, or use another rule"
         )
+    if is_drawn:
+        where = f"a module in {', '.join(map(repr, whole))}" if whole else type(model).__name__
+        raise UnsupportedModelError(f"{where} draws random numbers in its forward pass; remove that")
     return calls
 
 

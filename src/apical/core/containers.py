@@ -1,10 +1,11 @@
-"""What a model does outside the modules that compute: hooks on containers, and forward methods or modules put there later.
+"""What a model does outside the modules that compute: a forward method of the user's, hooks, modules put there later.
 
-Rules that call a model's layers do not call its containers. That these compute nothing is seen when a rule is made,
-and here at each batch.
+Rules that call a model's layers do not call its containers. What these compute is seen when a rule is made, and here: a
+forward method may take another way when an attribute, a global or the numbers of a batch are others.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,11 @@ from apical.core.layers import is_hooked, runs_own_forward
 from apical.core.rest import evaluating
 from apical.core.units import leaves
 from apical.errors import UnsupportedModelError
+
+KNOWN = ("torch.nn.", "apical.")
+"""Modules of Python whose forward methods take one way."""
+FIRST, EVERY = 4, 16
+"""Batches at which a forward method of the user's is looked at: so many at first, then each so many."""
 
 
 class Containers:
@@ -27,9 +33,15 @@ class Containers:
         inside = {part for _, leaf in leaves(model) for part in leaf.modules()}
         containers = [(name, module) for name, module in model.named_modules() if module not in inside]
         self.modules = [(name, module, list(module.children())) for name, module in containers]
+        forwards = [(module, type(module).forward) for _, module in containers]
+        self.written = [module for module, forward in forwards if not forward.__module__.startswith(KNOWN)]
+        self._batches, self._choices = 0, self._attributes()
 
     def require_intact(self, inputs: Tensor, own: Callable[[Tensor], Tensor]) -> None:
-        """At each batch: run the model where a container has hooks, another forward or other children, and compare.
+        """Run the model where a container computes what it did not, or may, and compare.
+
+        At each batch where one has hooks, another forward or other children; where its forward is the user's, when a plain
+        attribute has changed, at the first batches and now and then, for a look costs two forward passes.
 
         Args:
             inputs: (batch, ...).
@@ -38,31 +50,64 @@ class Containers:
         Raises:
             UnsupportedModelError: the model computes something else, or has lost a module; it is named.
         """
-        if torch.compiler.is_compiling():
-            return
-        if lost := self.names.keys() - set(self.model.modules()):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._are_functorch_transforms_active():
+            return  # no look at values there
+        if not compiling and (lost := self.names.keys() - set(self.model.modules())):
             module = min(lost, key=self.names.__getitem__)
             raise UnsupportedModelError(
                 f"module {self.names[module]!r} ({type(module).__name__}) was taken out of the model after the rule was "
                 "made; make the rule after that"
             )
-        touched = [
-            f"{name!r} ({type(module).__name__})"
-            for name, module, children in self.modules
-            if is_hooked(module)
+        if not (touched := self.written if compiling else self._touched(self._is_due())):
+            return
+        names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
+        message = (
+            f"module {names} computes another function than when the rule was made: a hook, a forward, a new child, or a "
+            "choice in its forward (an attribute, the numbers of the batch, chance), which this rule does not see; make "
+            "the change a module of its own, and the rule after that"
+        )
+        modes = [module.training for module in touched]
+        devices = [inputs.device] if inputs.is_cuda else []
+        kept = nullcontext() if compiling else torch.random.fork_rng(devices)
+        with evaluating(self.model), torch.no_grad(), kept:
+            expected = own(inputs.clone())
+            for module, module.training in zip(touched, modes, strict=True):
+                pass
+            output = self.model(inputs.clone())
+        fits = isinstance(output, Tensor) and output.shape == expected.shape
+        if fits and compiling:  # the graph is for this choice of attributes; another one is compiled anew, and stops here
+            torch._assert_async(_close(output, expected), message)
+        elif not (fits and bool(_close(output, expected))):
+            raise UnsupportedModelError(message)
+
+    def _attributes(self) -> list[dict[str, object]]:
+        """Numbers and words that forward methods of the user's may go by."""
+        plain = (bool, int, float, str, tuple, type(None))
+        return [{k: v for k, v in vars(m).items() if isinstance(v, plain) and k != "training"} for m in self.written]
+
+    def _is_due(self) -> bool:
+        """Whether this batch is one at which forward methods of the user's are looked at."""
+        choices = self._attributes()
+        due = choices != self._choices or self._batches < FIRST or self._batches % EVERY == 0
+        self._batches, self._choices = self._batches + 1, choices
+        return due
+
+    def _touched(self, due: bool) -> list[nn.Module]:
+        """Containers that may compute something else than at first."""
+        return [
+            module
+            for _, module, children in self.modules
+            if (due and module in self.written)
+            or is_hooked(module)
             or ("forward" in module.__dict__ and not runs_own_forward(module, type(module).forward))
             or list(module.children()) != children
         ]
-        if not touched:
-            return
-        with evaluating(self.model), torch.no_grad(), torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
-            output, expected = self.model(inputs.clone()), own(inputs.clone())
-        if not (
-            isinstance(output, Tensor)
-            and output.shape == expected.shape
-            and torch.allclose(output, expected, equal_nan=True)
-        ):
-            raise UnsupportedModelError(
-                f"a hook, a forward or a new child of module {' or '.join(touched)} changes what the model computes, which "
-                "this rule does not see; make the change a module of its own, and the rule after that"
-            )
+
+
+def _close(output: Tensor, expected: Tensor) -> Tensor:
+    """Whether two tensors are equal but for rounding, or not finite."""
+    coarse = torch.is_autocast_enabled(output.device.type) or output.element_size() < 4
+    allowed = 0.05 if coarse else 1e3 * torch.finfo(output.dtype).eps
+    a, b = output.double(), expected.double()
+    return ~((a - b).norm() > allowed * b.norm())

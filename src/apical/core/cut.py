@@ -100,6 +100,7 @@ class CutRule(CreditRule):
         named = [] if isinstance(units, str) else list(units)
         _check_units(model, units, named)
         self._cutting = Cutting(model, self._whole, where == "input")
+        self._cutting.exact = frozenset(exact)
         self._hooks = self._cutting.hooks
         # attributes of the rule, so that whoever puts hooks back as they were puts these back too
         self._points, self._bases = self._cutting.points, self._cutting.bases
@@ -116,6 +117,8 @@ class CutRule(CreditRule):
         self._patterns: set[Pattern] = set()
         self._shares: dict[str, float] = {}
         self._firsts: dict[str, str] = {}
+        self._live: set[str] = set()
+        self._idle: set[str] = set()  # cuts on which no output that was met depends: they have no credit
         self.readers: dict[str, str] = {}  # the layer that reads a unit's output as it is
         self.heads: list[str] = []  # layers whose output is the model's
         self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
@@ -219,6 +222,8 @@ class CutRule(CreditRule):
         self._patterns |= separation.patterns
         self._shares = {**separation.shares, **self._shares}
         self._separation = separation
+        self._live |= set(separation.units) - separation.idle
+        self._idle = (self._idle | separation.idle) - self._live
         self._firsts = {**first_uses(separation), **self._firsts}
         return separation
 
@@ -227,7 +232,8 @@ class CutRule(CreditRule):
 
         There may be several outputs, in a dictionary, tuple or list.
 
-        A root that does not require a gradient belongs to a unit without trainable parameters.
+        A root that does not require a gradient belongs to a unit without trainable parameters, or to one that the model
+        detaches.
 
         Raises:
             ConfigError: the batch is empty.
@@ -245,7 +251,7 @@ class CutRule(CreditRule):
         if self.where == "activation" and not self._is_right(output, done):
             output, done = self._retried(inputs, output, done)
         self.readers.update({cut.name: cut.reader for cut in done.cuts if cut.reader})
-        return output, done.cuts, done.teacher
+        return output, [cut.bare() if cut.name in self._idle else cut for cut in done.cuts], done.teacher
 
     def _cut_pass(self, inputs: Tensor, plain: bool) -> tuple[Any, Pass]:
         run = self._inner[0]._run if self._inner and torch.is_grad_enabled() else None

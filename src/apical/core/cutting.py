@@ -70,6 +70,7 @@ class Cutting:
     Attributes:
         activations: names of activation modules.
         packed: names of layers with several weights, whose inner calls are of no interest.
+        exact: names of modules whose matrices keep their exact derivative, wherever they are used.
         points: further cuts: names of modules, cut at every call, and of function calls.
         bases: names of function calls among the points, without "#k".
         inside: names of activation calls within a unit, where there is no cut.
@@ -85,6 +86,7 @@ class Cutting:
         self.modules = dict(model.named_modules())
         self.activations = {name for name, module in self.modules.items() if is_activation(module)}
         self.packed = {name for name, layer in layers.items() if is_packed(layer)}
+        self.exact: frozenset[str] = frozenset()
         self.points: set[str] = set()
         self.bases: set[str] = set()
         self.inside: set[str] = set()

@@ -24,7 +24,7 @@ from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
 from apical.core.layer_forward import Attachment
-from apical.core.layers import computes_plainly, is_affine, through
+from apical.core.layers import computes_plainly, is_affine, is_local, through
 from apical.core.outside_use import OutsideUse
 from apical.core.packed import Part, caller, refuse_compiled, row_blocks, xavier_
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
@@ -365,8 +365,11 @@ class EdgeRule(CreditRule):
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
         watch = None if compiling or self._watched else OutsideUse(self, self._weights_in(substitutes))
         for wrapped, site in self._sites.values():
-            if type(site.own.get("weight")) is Tensor:  # torch.func.functional_call, over when the backward pass asks
+            site.weight = site.own.get("weight")
+            if type(site.weight) is Tensor:  # torch.func.functional_call, over when the backward pass asks
                 self._may_swap = False
+            if substitutes:
+                site.weight = substitutes.get(self.weight_name(site.name), site.weight)
             if not compiling and site.placed.get("forward") is not wrapped:
                 wrapped.require_in_place(site.name)
             wrapped.rule, wrapped.site = watch or self, site
@@ -393,9 +396,12 @@ class EdgeRule(CreditRule):
                 bundle.settle()
 
     def _weights_in(self, substitutes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each layer's weight parameter, or what stands in for it."""
+        """Each layer's weight parameter, or what stands in for it; and matrices of local modules, such as embeddings."""
         own = {name: layer._parameters.get("weight") for name, layer in self._weighted.items()}
         weights = {name: substitutes.get(self.weight_name(name), weight) for name, weight in own.items()}
+        for name, module in self.model.named_modules():
+            if is_local(module) and not any(f"{name}.".startswith(f"{exact}.") for exact in self.exact):
+                weights |= {name: matrix for matrix in module.parameters() if matrix.dim() > 1}
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
@@ -420,6 +426,11 @@ class EdgeRule(CreditRule):
             return site.forward(*args, **kwargs)
         if not is_affine(site.layer):
             return self._through(site, inputs, len(args) + len(kwargs) == 1, lambda: site.forward(*args, **kwargs))
+        if site.own.get("weight", site.weight) is not site.weight:
+            raise UnsupportedModelError(
+                f"the model calls layer {site.name!r} with another weight than its own (torch.func.functional_call), which no "
+                f"feedback belongs to; use a layer of its own there, or pass exact=({site.name!r},)"
+            )
         swaps = self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked()
         if swaps and (self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None):
             swap.met = False
@@ -458,6 +469,11 @@ class EdgeRule(CreditRule):
                 feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
                 site.call = None
         if pathway is None and not inputs.requires_grad:
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                raise UnsupportedModelError(
+                    f"the model calls layer {name!r} inside a transform of torch.func (vmap, grad), where no feedback can be "
+                    f"attached to it; call it on the batch itself, or pass exact=({name!r},)"
+                )
             return call(inputs)
         output = call(sever(inputs))
         if not (output.requires_grad or below.requires_grad):  # a frozen layer still hands the error down

@@ -23,6 +23,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from apical.core.diagonal import diagonal_kind
 from apical.core.transport import GEOMETRIES, Geometry, dense, geometry_of_type
 from apical.errors import ConfigError
 
@@ -39,7 +40,7 @@ AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 PACKED = (nn.MultiheadAttention, nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 """Modules that hold several weights between populations and apply them within one call (:mod:`apical.core.packed`)."""
 
-LINEAR = (nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES)
+LINEAR: list[type[nn.Module]] = [nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES]
 MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
 POOLS: list[type[nn.Module]] = [pooling._MaxPoolNd, *AVERAGES]
 SHAPES = (nn.Flatten, nn.Unflatten, nn.Upsample, nn.Identity)
@@ -178,12 +179,12 @@ def _registered(module: nn.Module) -> LayerType | None:
 
 def is_local(module: nn.Module) -> bool:
     """Whether the module may have parameters, but no weight between two populations."""
-    return isinstance(module, tuple(_local))
+    return isinstance(module, tuple(_local)) or diagonal_kind(module) != ""
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the module normalises by statistics over batch, channels, groups or features."""
-    return isinstance(module, NORMS)
+    return isinstance(module, NORMS) or diagonal_kind(module) == "norm"
 
 
 def is_random(module: nn.Module) -> bool:
@@ -198,7 +199,7 @@ def is_maximum(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is linear, without parameters, and so may count as a part of the layer that follows it."""
-    return isinstance(module, LINEAR) and runs_own_forward(module)
+    return isinstance(module, tuple(LINEAR)) and runs_own_forward(module)
 
 
 def is_pool(module: nn.Module) -> bool:
@@ -213,7 +214,7 @@ def shapes_input(module: nn.Module) -> bool:
 
 def is_known_in_row(module: nn.Module) -> bool:
     """Whether the module may stand anywhere behind a layer, given that autograd takes its derivative."""
-    return isinstance(module, (*NORMS, *AVERAGES, *MAXIMA, *SHAPES, _DropoutNd))
+    return isinstance(module, (*NORMS, *LINEAR, *MAXIMA, *SHAPES, _DropoutNd))
 
 
 def is_own(module: nn.Module) -> bool:

@@ -22,8 +22,15 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def detached(output: Any) -> Any:
-    """The same values without a graph."""
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    """The same values without a graph; a compiled graph, which does not return two views of one tensor, copies them."""
+    copies = torch.compiler.is_compiling()
+
+    def values(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone() if copies else leaf.detach()
+
+    return tree_map(values, output)
 
 
 def output_errors(loss: Loss, output: Any, targets: Any, *, traced: bool = False) -> tuple[Tensor, list[Tensor | None]]:

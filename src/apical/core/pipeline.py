@@ -159,7 +159,10 @@ class Pipeline:
         try:
             yield
         except (EOFError, ConnectionError) as error:
-            wait([worker.process.sentinel for worker in self._workers], PATIENCE)
+            ended = wait([worker.process.sentinel for worker in self._workers], PATIENCE)
+            for worker in self._workers:
+                if worker.process.sentinel in ended:
+                    worker.process.join()  # the sentinel may close before the pipes and the exit status are there
             ends = [self._end(number, worker) for number, worker in enumerate(self._workers, 2)]
             self.close()
             raise ApicalError(next((end for end in ends if end), "a process of the pipeline ended")) from error

@@ -8,19 +8,25 @@ output, the result of a formula, at worst the layer's own output. An activation 
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from apical.core.cutting import Call, Cutting, Pass, Trace, is_part_of
 from apical.core.graph import Graph, Reached, Vertex, vertex
+from apical.core.layers import computes_plainly, is_local
 from apical.errors import UnsupportedModelError
 
 Pattern = tuple[str, tuple[str, ...], bool]
 """A site's layer or parameter, the units whose errors reach it, and whether through another layer; without "#k"."""
 
-TURNS = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
-"""A weight turned before it is used."""
+PRODUCTS = tuple(
+    f"{name}Backward0" for name in ("Addmm", "Mm", "Bmm", "Baddbmm", "Mv", "Addmv", "Dot", "Convolution", "Linear")
+)
+"""Nodes of products with weights."""
+
+LOOK_UPS = ("EmbeddingBackward0", "EmbeddingBagBackward0", "IndexBackward0", "IndexSelectBackward0", "SliceBackward0")
+"""Nodes that make activities of a matrix by looking up some of its rows."""
 
 OUTPUT = ""
 """Name of the unit of the model's output."""
@@ -34,12 +40,16 @@ class Separation(NamedTuple):
         patterns: how errors reach the sites then.
         paths: for each call of a weighted layer, the units whose errors reach it and a layer that they pass, or None.
         shares: for each cut, into how many parts averages above it divide an error.
+        sizes: of each cut's output, one sample; () where places may be many.
+        idle: cuts on which the model's output does not depend: the model has detached what was made of them.
     """
 
     units: list[str]
     patterns: set[Pattern]
     paths: dict[str, list[tuple[list[str], str | None]]]
     shares: dict[str, float]
+    sizes: dict[str, tuple[int, ...]]
+    idle: set[str]
 
 
 def base(name: str) -> str:
@@ -52,7 +62,7 @@ def base(name: str) -> str:
 
 
 def first_uses(separation: Separation) -> dict[str, str]:
-    """Units that are used again, as at each step of a recurrent network: for each, the first with the same layers in it.
+    """Units that are used again, as at each step of a recurrent network: for each, the first of its size with its layers.
 
     An activation module that several layers share makes different units.
     """
@@ -60,8 +70,9 @@ def first_uses(separation: Separation) -> dict[str, str]:
     for layer, calls in separation.paths.items():
         for unit in (unit for above, _ in calls for unit in above if unit in layers):
             layers[unit].add(layer)
-    firsts: dict[tuple[str, frozenset[str]], str] = {}
-    return {unit: firsts.setdefault((base(unit), frozenset(layers[unit])), unit) for unit in separation.units}
+    firsts: dict[Any, str] = {}
+    sizes = separation.sizes
+    return {unit: firsts.setdefault((base(unit), frozenset(layers[unit]), sizes[unit]), unit) for unit in separation.units}
 
 
 def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: bool, mends: bool) -> Separation:
@@ -114,30 +125,49 @@ def _are_own(units: list[str], layer: str) -> bool:
 
 
 def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, str], dict[Vertex, str]]:
-    """Sites in the graph: outputs of weighted layers' calls, and where other parameters enter, by name."""
+    """Sites in the graph: where activities are multiplied by weights, and where other parameters enter, by name.
+
+    Weights are multiplied in the calls of layers, or by functions: `F.linear(x, layer.weight)`, `x @ embedding.weight.T`.
+    """
     weighted = {at: name for name, at in done.sites if at is not None and at in graph.children}
     called = {name for name, _ in done.sites}
-    within = {id(p) for name in called for p in cutting.layers[name].parameters()}
+    own = {_product(graph, at) for at in weighted}  # of the layers' own calls
+    plain = {name for name in called if computes_plainly(cutting.layers[name])}
+    within = {id(p) for name in called - plain for p in cutting.layers[name].parameters()}
     names = {id(p): (name, owner) for name, p, owner in _parameters(cutting) if id(p) not in within}
     others: dict[Vertex, str] = {}
-    turned: dict[Vertex, str] = {}  # weights of layers that were not called: F.linear(x, layer.weight)
-    for at in graph.order:
-        for name, owner in (names[i] for i in graph.parameters[at] if i in names):
-            if owner is None:
-                others[at] = name
-            elif at[0].name() in TURNS:
-                turned[at] = owner
-            else:
-                weighted.setdefault(at, owner)
-    for at in graph.order if turned else ():
-        for child in graph.children[at]:
-            if child in turned:
-                weighted.setdefault(at, turned[child])
+    made: dict[Vertex, str] = {}  # of weights alone: turned, masked, cast
+    for at in reversed(graph.order):
+        entering = [names[i] for i in graph.parameters[at] if i in names]
+        owners = [owner for _, owner in entering if owner is not None]
+        owners += [made[child] for child in graph.children[at] if child in made]
+        if not owners or at in weighted or at in own:
+            if entering and at not in weighted and at not in own:
+                others[at] = entering[0][0]
+        elif at[0].name() in PRODUCTS:
+            weighted[at] = owners[0]
+        elif len(owners) == len(graph.children[at]) + len(graph.parameters[at]) and at[0].name() not in LOOK_UPS:
+            made[at] = owners[0]
+        elif owners[0] in cutting.layers and owners[0] not in plain:
+            weighted[at] = owners[0]
+        elif entering:
+            others[at] = entering[0][0]
     return weighted, others
 
 
+def _product(graph: Graph, at: Vertex) -> Vertex:
+    """The product within a plain layer's call, whose output is at `at`."""
+    while at[0].name() not in PRODUCTS and graph.children[at]:
+        at = graph.children[at][0]
+    return at
+
+
 def _parameters(cutting: Cutting) -> Iterator[tuple[str, Tensor, str | None]]:
+    """Name of each parameter, and of the layer, or other module with a matrix, that it may be a weight of."""
     owners = {id(p): name for name, layer in cutting.layers.items() for p in layer.parameters()}
+    for name, module in cutting.modules.items():
+        if is_local(module) and name not in cutting.exact:
+            owners |= {id(p): name for p in module.parameters() if p.dim() > 1 and id(p) not in owners}
     for name, parameter in cutting.model.named_parameters():
         yield name, parameter, owners.get(id(parameter))
 
@@ -244,7 +274,9 @@ class _Search:
             self.cutting.hear_functions()
         shares = self.graph.shares(self.output, self.trace.shrinkage)
         parts = {call.name: shares.get(call.at, 1.0) for call in ends if call.at is not None}
-        return Separation([call.name for call in ends], patterns, paths, parts)
+        sizes = {call.name: call.shape[1:] if len(call.shape) == 2 else () for call in ends}
+        idle = {call.name for call in ends if call.at is not None and call.at not in self.graph.children}
+        return Separation([call.name for call in ends], patterns, paths, parts, sizes, idle)
 
 
 def _point(call: Call) -> str:

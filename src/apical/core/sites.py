@@ -30,6 +30,7 @@ class Site:
         varies: it computes with another weight at every call.
         dimensions: of its input, when it was last called.
         call: the layer's forward pass as a function of its input, while it is called.
+        weight: its weight when the pass began, or what the rule has put there.
     """
 
     __slots__ = tuple(
@@ -49,6 +50,7 @@ class Site:
             "swaps",
             "through",
             "varies",
+            "weight",
         ]
     )
 
@@ -59,6 +61,7 @@ class Site:
         self.own, self.placed = layer._parameters, layer.__dict__
         self.call: Callable[[Tensor], Any] | None = None
         self.dimensions = 2
+        self.weight: Tensor | None = None
         self.look_again()
 
     def look_again(self) -> None:

@@ -247,3 +247,10 @@ def strided(tensor: Tensor) -> Tensor:
         flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
     flat = flat.reshape(-1)
     return flat[:: max(1, flat.numel() // 64)]
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """One number of each row, its product with a fixed vector, which tells a change of any value or a swap of some."""
+    rows = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows @ torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).sin_()

@@ -45,7 +45,7 @@ def weighted_layers(
     Raises:
         ConfigError: see :func:`apical.core.packed.own_parts`.
         UnsupportedModelError: a module used under two names, a parameter shared by two modules, an orphan parameter,
-            an unknown layer with parameters, a lazy layer, an unknown name in `exact`, or no weighted layer at all. Every
+            an unknown layer with parameters, a lazy layer, complex parameters, an unknown name in `exact`, or no weighted layer at all. Every
             offender is named.
     """
     _check_names(model, exact or ())
@@ -68,6 +68,9 @@ def weighted_layers(
         }
         if any(isinstance(parameter, UninitializedParameter) for parameter in own.values()):
             faults.lazy.append(name)
+            continue
+        if any(parameter.is_complex() for parameter in own.values()):
+            faults.complex.append(name)
             continue
         for full, parameter in own.items():
             if owner.setdefault(id(parameter), full) != full and not shared:
@@ -156,6 +159,7 @@ class Faults:
         doubles: names under which a module is registered again, and its first name; the outermost modules only.
         tied: names of parameters that are the same tensor as another, and that one's name.
         lazy: names of lazy modules.
+        complex: names of modules with complex parameters.
         unknown: modules of PyTorch with parameters of which no backward map is known.
         several: modules that apply several weights within one call, where a rule takes none of these.
         orphans: names of parameters outside layers, and the type that holds each.
@@ -166,6 +170,7 @@ class Faults:
         self.doubles: dict[str, str] = {}
         self.tied: dict[str, str] = {}
         self.lazy: list[str] = []
+        self.complex: list[str] = []
         self.unknown: dict[str, nn.Module] = {}
         self.several: dict[str, nn.Module] = {}
         self.orphans: dict[str, str] = {}
@@ -197,6 +202,11 @@ class Faults:
         if self.lazy:
             what = _counted("module", self.lazy, "is", "are") if self.lazy != [""] else "the model itself is"
             parts.append(f"{what} lazy: run one batch through the model before making the rule")
+        if self.complex:
+            parts.append(
+                f"{_counted('module', self.complex, 'has', 'have')} complex parameters, and the rules' equations are for real "
+                "ones; keep real and imaginary parts in layers of their own, or train it by backpropagation"
+            )
         if self.several:
             one = len(self.several) == 1
             what = f"{'module' if one else 'modules'} {_typed(self.several)} {'applies' if one else 'apply'} several weights"

@@ -26,9 +26,13 @@ Where = Literal["every", "end"]
 
 
 def singular_values(jacobians: Tensor) -> Tensor:
-    """Of each Jacobian (samples, outputs, inputs), from large to small: (samples, min(outputs, inputs))."""
+    """Of each Jacobian (samples, outputs, inputs), from large to small: (samples, min(outputs, inputs)).
+
+    Those that rounding makes of zero are zero.
+    """
     values: Tensor = torch.linalg.svdvals(jacobians)
-    return values
+    rounding = values[..., :1] * max(jacobians.shape[-2:]) * torch.finfo(values.dtype).eps
+    return torch.where(values > rounding, values, 0)
 
 
 def information(jacobian: Tensor, covariance: Tensor | None, noise: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class Channel:
     """What :func:`channel` measures; means over the inputs.
 
     Attributes:
-        largest, smallest: singular values of the Jacobian.
+        largest, smallest: singular values of the Jacobian; one that is no more than rounding counts as zero.
         log10_condition: of their ratio; infinite where the smallest is zero.
         mean_square: of the entries of `J J^T`'s diagonal; `chi^L` in the mean-field limit.
         nats: information under the noise that was asked for.

@@ -11,6 +11,7 @@ not be read, and the bound here is by counting.
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -70,8 +71,27 @@ def weight_jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
         (rows,) = vmap(result[1])(torch.eye(len(result[0]), dtype=result[0].dtype, device=result[0].device))
         return torch.cat([rows[name].flatten(1) for name in parameters], 1)
 
-    jacobian: Tensor = vmap(one, chunk_size=max(1, ENTRIES_AT_ONCE // (64 * size)))(exact)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "There is a performance drop", UserWarning
+            )  # of batches, against a fast kernel
+            jacobian: Tensor = vmap(one, chunk_size=max(1, ENTRIES_AT_ONCE // (64 * size)))(exact)
+    except RuntimeError:  # something in the model has no rule for batches, such as an autograd.Function
+        jacobian = torch.stack([_rows(twin, sample) for sample in exact])
     return jacobian
+
+
+def _rows(model: nn.Module, sample: Tensor) -> Tensor:
+    """One sample's Jacobian (outputs, parameters), an output at a time."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        output = model(sample[None]).flatten()
+        grads = [
+            torch.autograd.grad(each, learned, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for each in output
+        ]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
 
 
 def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:

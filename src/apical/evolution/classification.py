@@ -17,7 +17,7 @@ from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
 from apical.rules.top_down.hand_built import wired
-from apical.rules.top_down.teacher import Place, TopDownNetwork, load
+from apical.rules.top_down.teacher import Output, Place, TopDownNetwork, load
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
 
 WIRED = "wired"
@@ -46,6 +46,7 @@ class Setting:
         sites: emission sites per hidden layer of the learner; None emits a credit per unit.
         relative: credit is relative to that of a right prediction.
         credit: the output's stands on "logits" or on "probabilities".
+        output: the output's credit is "evolved" too, or is the "error".
         ways: classes per task, drawn anew and numbered anew; None takes all, in their order.
         examples: training images per task; None takes all there are.
         tasks: per generation; fitness is their mean.
@@ -53,6 +54,7 @@ class Setting:
         zeros: all initial weights are zero.
         quiet: the first top-down network gives no credit to hidden units; they start as random features.
         held_out: fitness is the likelihood of images of the task that were not trained on, instead of those that were.
+        settled: fitness is the mean over so many last steps, which counts a loss that swings; 1 takes the end alone.
         seed: of tasks, initial weights and the first top-down network.
     """
 
@@ -63,6 +65,7 @@ class Setting:
     sites: int | None = None
     relative: bool = True
     credit: Place = "logits"
+    output: Output = "evolved"
     ways: int | None = None
     examples: int | None = 500
     tasks: int = 1
@@ -70,6 +73,7 @@ class Setting:
     zeros: bool = False
     quiet: bool = True
     held_out: bool = False
+    settled: int = 1
     seed: int = 0
 
 
@@ -105,6 +109,10 @@ class Classification:
         self.outputs = setting.ways or fewest
         if not 2 <= self.outputs <= fewest:
             raise ConfigError(f"a task needs 2 to {fewest} classes; got ways={setting.ways}")
+        if not 1 <= setting.settled <= setting.lifetime.steps:
+            raise ConfigError(
+                f"settled must be from 1 to the {setting.lifetime.steps} steps of a lifetime; got {setting.settled}"
+            )
         if setting.examples is not None and setting.examples < 1:
             raise ConfigError(f"a task needs at least one example; got examples={setting.examples}")
         self.start = self.population.other.flat(dict(self._first.named_parameters(prefix="teacher")))  # type: ignore[union-attr]
@@ -160,10 +168,11 @@ class Classification:
                 setting.relative,
                 setting.credit,
                 shallower=any(len(widths) < len(deepest) for widths in every),
+                output=setting.output,
             )
         if self.setting.quiet:
             with torch.no_grad():
-                network.body[-1].weight[: -self.outputs] = 0  # type: ignore[operator]
+                network.body[-1].weight[: sum(network.emissions)] = 0  # type: ignore[operator]
         return network
 
     def widths(self, which: int = 0) -> list[int]:
@@ -182,7 +191,7 @@ class Classification:
         network = load(path)[0] if teacher != WIRED else wired(template, self.setting.seed)
         unlike = [
             f"{name}: {getattr(network, name)} vs {getattr(template, name)}"
-            for name in ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower")
+            for name in ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower", "output")
             if getattr(network, name) != getattr(template, name)
         ]
         if unlike:
@@ -216,7 +225,7 @@ class Classification:
         return self.populations[which].start(self.learner(0 if self.setting.starts == "fixed" else seed, which))
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
-        """Minus the negative log-likelihood after a lifetime, averaged over the generation's tasks: (P,)."""
+        """Minus the negative log-likelihood at the end of a lifetime, averaged over the generation's tasks: (P,)."""
         total = individuals.new_zeros(len(individuals))
         for k in range(self.setting.tasks):
             turn = generation * self.setting.tasks + k
@@ -224,9 +233,25 @@ class Classification:
             population = self.populations[which]
             task = self.sample(seed_of(self.setting.seed, "task", generation, k), turn)
             start = self.begin(seed_of(self.setting.seed, "start", generation, k), which)
-            weights = population.train(
-                start, individuals, task.inputs, task.targets, self.setting.lifetime, seed=seed_of(generation, k)
-            )
             x, y = (task.other_inputs, task.other_targets) if self.setting.held_out else (task.inputs, task.targets)
-            total -= losses(population.outputs(weights, x), y)
+            total -= self._final_loss(population, start, individuals, task, (x, y), seed_of(generation, k))
         return total / self.setting.tasks
+
+    def _final_loss(
+        self,
+        population: Population,
+        start: Tensor,
+        individuals: Tensor,
+        task: Sample,
+        judged: tuple[Tensor, Tensor],
+        seed: int,
+    ) -> Tensor:
+        """The loss on images and labels, averaged over the last steps of a lifetime: (P,)."""
+        lifetime, found = self.setting.lifetime, []
+
+        def watch(done: int, weights: Tensor) -> None:
+            if done > lifetime.steps - self.setting.settled:
+                found.append(losses(population.outputs(weights, judged[0]), judged[1]))
+
+        population.train(start, individuals, task.inputs, task.targets, lifetime, seed=seed, watch=watch)
+        return torch.stack(found).mean(0)

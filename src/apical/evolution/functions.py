@@ -153,7 +153,7 @@ def descend(
     starts: Tensor,
     shifts: Tensor,
     method: Method,
-    rate: float,
+    rate: float | Tensor,
     *,
     steps: int = 60,
     cap: float = 0.5,
@@ -163,24 +163,24 @@ def descend(
     Args:
         method: gradient descent; the same with momentum 0.9; Adam; or "capped", a top-down network made by hand: it sends
             `T = (rate / cap) g`, so that a step is `cap tanh(T)`, which no coordinate exceeds.
-        rate: step size.
+        rate: step size; a tensor (R, 1, 1) follows R paths from each start, (steps + 1, R, S, d).
     """
-    x = starts.clone().requires_grad_()
-    optimizer = (
-        torch.optim.Adam([x], lr=rate)
-        if method == "adam"
-        else torch.optim.SGD([x], lr=rate, momentum=0.9 if method == "momentum" else 0.0)
-    )
-    path = [starts]
-    for _ in range(steps):
-        optimizer.zero_grad()
-        function(x - shifts).sum().backward()
+    x = starts + torch.zeros_like(torch.as_tensor(rate, dtype=starts.dtype))
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    path = [x]
+    for step in range(1, steps + 1):
+        (g,) = torch.autograd.grad(function(x.requires_grad_() - shifts).sum(), x)
+        x = x.detach()
         if method == "capped":
-            assert x.grad is not None
-            x.grad = cap / rate * torch.tanh(rate / cap * x.grad)
-        optimizer.step()
-        path.append(x.detach().clone())
-    return torch.stack(path)
+            x = x - cap * torch.tanh(rate / cap * g)
+        elif method == "adam":
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g.square()
+            x = x - rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        else:
+            first = g + 0.9 * first if method == "momentum" else g
+            x = x - rate * first
+        path.append(x)
+    return torch.stack([x.detach() for x in path])
 
 
 def best_of_random(function: Function, starts: Tensor, shifts: Tensor, seed: int, steps: int = 60) -> Tensor:

@@ -20,6 +20,7 @@ from apical.core.credit import Credit, CreditRule
 from apical.core.cut import CutRule
 from apical.core.wrapped import WrappedRule
 from apical.errors import ConfigError, DataError, UnsupportedModelError
+from apical.evolution.tape import recorded
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Population:
         arguments = (weights, other, inputs, targets)
         kind = tuple((tuple(t.shape), t.dtype, t.device) if t is not None else None for t in arguments)
         if (kind, own) not in self._records:
-            self._records[kind, own] = _recorded(step, arguments)
+            self._records[kind, own] = recorded(step, arguments)
         with torch.no_grad():
             return self._records[kind, own](*arguments)
 
@@ -207,16 +208,6 @@ class Population:
         if watch is not None:
             watch(lifetime.steps, weights)
         return weights
-
-
-def _recorded(step: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
-    """The operations of `step` on tensors of these shapes, as a function of its own."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    graph = make_fx(step)(*arguments)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
 
 
 def inner_optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Callable[[Tensor], None]:

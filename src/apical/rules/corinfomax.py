@@ -280,7 +280,7 @@ class CorInfoMax(CreditRule):
 
     def _phases(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, "Phases"]:
         """Input of the first layer, targets that fit, and the settled phases."""
-        like = self.chain.weights[0]
+        like = self.chain.like
         require_precision(type(self).__name__, like)
         require_one_type(type(self).__name__, like, [*self.backward, *self.inverses()])
         x = self.chain.enter(inputs)

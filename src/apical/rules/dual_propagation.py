@@ -106,7 +106,7 @@ class DualPropagation(CreditRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch; `output` and `loss` are those of the feed-forward pass."""
         self.require_attached()
-        require_precision(type(self).__name__, self.chain.weights[0])
+        require_precision(type(self).__name__, self.chain.like)
         learns = torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.chain.run(inputs)

@@ -37,7 +37,7 @@ from apical.core.edge import Feedback, Pathway, stored, weight_tap
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, Initial, PlasticRule, check_initial
-from apical.core.stepping import strided
+from apical.core.stepping import fingerprint
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError
@@ -127,12 +127,12 @@ class Held:
     def follow(self, *factors: Tensor) -> None:
         """Remember the factors as they are, of which K is the product after a step."""
         self.steps += 1
-        self._known = [(factor.data_ptr(), factor._version, strided(factor).clone()) for factor in factors]
+        self._known = [(factor.data_ptr(), factor._version, fingerprint(factor)) for factor in factors]
 
     def is_of(self, *factors: Tensor) -> bool:
-        """Whether the factors are what they were: by place, version and about 64 values, which writes to `.data` change."""
+        """Whether the factors are what they were: by place, version and all values, which writes to `.data` change."""
         return all(
-            (factor.data_ptr(), factor._version) == known[:2] and torch.equal(strided(factor), known[2])
+            (factor.data_ptr(), factor._version) == known[:2] and torch.equal(fingerprint(factor), known[2])
             for factor, known in zip(factors, self._known, strict=True)
         )
 

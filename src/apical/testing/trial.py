@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core.attention import Attending
 from apical.core.credit import Credit, CreditRule
@@ -70,6 +70,27 @@ class Trial:
             self.loss(self.model(self.inputs)).backward()
             return self.collected()
 
+    def perturbed(self, make: Callable[[], Gradients], size: float, seed: int) -> Gradients:
+        """What `make` hands back where each parameter and input is off by up to `size` of itself, at random."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def off(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            noise = 2 * torch.rand(x.shape, generator=generator, dtype=torch.double) - 1
+            return x.detach() * (1 + size * noise).to(x)
+
+        inputs = self.inputs
+        with undisturbed(self.rule, parameters=True):
+            with torch.no_grad():
+                for q in self.rule.parameters():
+                    q.copy_(off(q))
+            self.inputs = tree_map(off, inputs)
+            try:
+                return make()
+            finally:
+                self.inputs = inputs
+
     def loss(self, output: Any) -> Tensor:
         """The rule's loss of an output."""
         value: Tensor = self.rule.loss(output, self.targets)
@@ -120,9 +141,8 @@ class Trial:
         own = {id(parameter) for parameter in module.parameters()} if isinstance(layer, Part) else set()
         within = {name for name, parameter in self.model.named_parameters() if id(parameter) in own}
         with self.sandbox():
-            hook = module.register_forward_pre_hook(partial(_record, seen), with_kwargs=True)
-            self.model(self.inputs)
-            hook.remove()
+            with _before_forward(module, partial(_record, seen)):
+                self.model(self.inputs)
             starts = [x.abs().sum() for x in seen if x.requires_grad]
             if starts:
                 torch.autograd.backward(starts)
@@ -133,11 +153,10 @@ class Trial:
         if isinstance(layer, Part) and not layer.whole:
             return set()
         with self.sandbox():
-            hook = caller(layer).register_forward_pre_hook(_detached, with_kwargs=True)
-            loss = self.loss(self.model(self.inputs))
-            if loss.requires_grad:
-                loss.backward()  # which may run checkpointed layers again
-            hook.remove()
+            with _before_forward(caller(layer), _detached):
+                loss = self.loss(self.model(self.inputs))
+                if loss.requires_grad:
+                    loss.backward()  # which may run checkpointed layers again
             others = {name for name, grad in self.collected().items() if bool(grad.any())}
         return {name for name, grad in self.backprop.items() if bool(grad.any())} - others
 
@@ -164,12 +183,32 @@ def _filled(grad: Tensor | None, other: Tensor | None) -> Tensor:
     return torch.zeros_like(other)
 
 
-def _record(seen: list[Tensor], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+@contextmanager
+def _before_forward(module: nn.Module, act: Callable[..., Any]) -> Iterator[None]:
+    """Within, `act(args, kwargs)` says what the module's forward method is given, also where it is called by its name."""
+    own = module.__dict__.get("forward")
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = act(args, kwargs)
+        return forward(*args, **kwargs)
+
+    module.__dict__["forward"] = run
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+def _record(seen: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     seen += [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    return args, kwargs
 
 
-def _detached(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def cut(x: Any) -> Any:
         return x.detach() if isinstance(x, Tensor) else x
 
-    return torch.utils._pytree.tree_map(cut, (args, kwargs))  # type: ignore[no-any-return]
+    return tree_map(cut, (args, kwargs))  # type: ignore[no-any-return]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+
+from apical.core import children
 
 PATIENCE = 300.0
 """Seconds after which a task that has not ended is given up."""
@@ -25,10 +26,10 @@ class RankError(RuntimeError):
 
 
 class Pair:
-    """Two spawned processes with a process group between them, each fed through a pipe."""
+    """Two processes with a process group between them, each fed through a pipe."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = children.context()
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []

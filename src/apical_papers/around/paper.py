@@ -17,6 +17,13 @@ PAPER = Paper(
             needs={"epochs": 6, "seeds": 5},
             hours={"cpu": 0.25},
         ),
+        "damping": Table(
+            "The local solver's damping and its range of learning rates",
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 5, "seeds": 5}, "paper": {"epochs": 5, "seeds": 5}},
+            module="apical_papers.around.damping",
+            side_by_side=True,
+            needs={"epochs": 5, "seeds": 5},
+        ),
         "mnist": table_of(STUDIES, "grapes-mnist", cut(1024), {"epochs": 5, "seeds": 5}, {"epochs": 20, "seeds": 5}),
     },
 )

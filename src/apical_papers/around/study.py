@@ -7,12 +7,12 @@ updates around three rules over a 20-fold range of learning rates beside the bar
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apical.bench.finding import Row, at_least, difference, shown
 from apical.bench.names import find_rule
@@ -77,16 +77,15 @@ def network(sizes: Sequence[int], seed: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def accuracies(
+def trained(
     rule: str, options: dict[str, Any], digits: Digits, sizes: Sequence[int], seed: int, lr: float, batch: int, epochs: int
-) -> list[float]:
-    """Test accuracy (0 to 1) after every epoch of plain SGD."""
+) -> Iterator[nn.Sequential]:
+    """The network after every epoch of plain SGD."""
     entry = find_rule(rule)
     torch.manual_seed(seed)
     model = network((digits.x.shape[1], *sizes, 10), seed)
     made = entry.build(model, **{**entry.options, **options})
     optimizer = torch.optim.SGD(made.parameters(), lr)
-    found = []
     for _ in range(epochs):
         for chosen in torch.randperm(len(digits.x)).split(batch):
             optimizer.zero_grad()
@@ -96,10 +95,20 @@ def accuracies(
                     nn.utils.clip_grad_norm_([parameter], entry.clip)
             optimizer.step()
             made.constrain_()
-        with torch.no_grad():
-            hits = model(digits.test[0]).argmax(1) == digits.test[1]
-        found.append(float(hits.double().mean()))
-    return found
+        yield model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    """Between 0 and 1."""
+    return float((model(inputs).argmax(1) == targets).double().mean())
+
+
+def accuracies(
+    rule: str, options: dict[str, Any], digits: Digits, sizes: Sequence[int], seed: int, lr: float, batch: int, epochs: int
+) -> list[float]:
+    """Test accuracy (0 to 1) after every epoch of plain SGD."""
+    return [accuracy(model, *digits.test) for model in trained(rule, options, digits, sizes, seed, lr, batch, epochs)]
 
 
 def cosines(digits: Digits, seed: int) -> dict[str, tuple[float, float]]:

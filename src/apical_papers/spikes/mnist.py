@@ -29,14 +29,9 @@ from apical_papers.spikes.study import trained
 SLOW, QUICK = (1e-2, 2e-2, 4e-2, 8e-2), (3e-4, 1e-3, 3e-3, 1e-2)
 """Rates of plasticity, and of trainings with derivatives."""
 
-SETTINGS: dict[str, Any] = {
-    "data": "mnist-raw",
-    "training images": 10000,
-    "held-out images": 2000,
-    "images for a rate": 2000,
-    "rates of plasticity": list(SLOW),
-    "other rates": list(QUICK),
-}
+DATA = "mnist-raw"
+IMAGES = 10000
+"""For training; a fifth as many for each trial of a rate, as many again to choose by."""
 
 PUBLISHED = {"S4NN": 0.974, "arXiv 2410.23619": 0.9948}
 """Test accuracy of other networks of single spikes on MNIST, from their abstracts, all 60000 images."""
@@ -96,13 +91,27 @@ class Options(SeedOptions):
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/spikes-mnist")
     epochs: Annotated[int, arg(metavar="N")] = 2
     """Over the training images, once the rate is chosen."""
+    images: Annotated[int, arg(metavar="N")] = IMAGES
+    """For training, and for the test at most; a fifth as many for each trial of a rate, as many again to choose by."""
 
 
-def cell(seed: int, epochs: int) -> dict[str, Any]:
+def settings(images: int) -> dict[str, Any]:
+    """What is kept and shown of the settings."""
+    return {
+        "data": DATA,
+        "training images": images,
+        "held-out images": images // 5,
+        "images for a rate": images // 5,
+        "rates of plasticity": list(SLOW),
+        "other rates": list(QUICK),
+    }
+
+
+def cell(seed: int, epochs: int, images: int = IMAGES) -> dict[str, Any]:
     """Rate, accuracies and seconds of each training."""
-    data = load(SETTINGS["data"], validation=SETTINGS["held-out images"], train_limit=SETTINGS["training images"], seed=seed)
+    few = images // 5
+    data = load(DATA, validation=few, train_limit=images, test_limit=min(images, IMAGES), seed=seed)
     assert data.validation is not None
-    few = SETTINGS["images for a rate"]
     trial = replace(data, train=Split(data.train.inputs[:few], data.train.targets[:few]), test=data.validation)
     cells: dict[str, Any] = {}
     for name, (rule, batch, rates) in ARMS.items():
@@ -118,7 +127,8 @@ def cell(seed: int, epochs: int) -> dict[str, Any]:
 
 def study(options: Options, command: str) -> dict[str, Any]:
     """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
+    make = partial(cell, images=options.images)
+    return by_seed(options, command, make, verdicts, tables, settings=settings(options.images), about=ABOUT)
 
 
 def accuracies(cells: Cells, arm: str) -> list[float]:

@@ -21,14 +21,18 @@ PAPER = Paper(
         ),
         "mnist": Table(
             "Spiking networks on MNIST beside controls",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 2, "seeds": 3}, "paper": {"epochs": 2, "seeds": 10}},
+            {
+                "smoke": {"epochs": 1, "seeds": 2, "images": 200},
+                "cpu": {"epochs": 2, "seeds": 3},
+                "paper": {"epochs": 2, "seeds": 10},
+            },
             module="apical_papers.spikes.mnist",
             side_by_side=True,
-            needs={"epochs": 2, "seeds": 3},
+            needs={"epochs": 2, "seeds": 3, "images": 10000},
         ),
         "study": Table(
             "Spiking networks on a little of MNIST",
-            {"smoke": {"epochs": 1, "seeds": 1}, "cpu": {"epochs": 4, "seeds": 3}, "paper": {"epochs": 4, "seeds": 10}},
+            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 4, "seeds": 3}, "paper": {"epochs": 4, "seeds": 10}},
             module="apical_papers.spikes.study",
             side_by_side=True,
             needs={"epochs": 4, "seeds": 3},

@@ -106,17 +106,19 @@ def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
     return math.sqrt(squares[0] / squares[1]) if squares[1] else "no credit at the last hidden layer"
 
 
-def measure(seed: int, rules: Sequence[str] = RULES) -> dict[str, dict[str, dict[str, float | str]]]:
+def measure(
+    seed: int, rules: Sequence[str] = RULES, depths: Sequence[int] = DEPTHS
+) -> dict[str, dict[str, dict[str, float | str]]]:
     """Network, rule and depth to what arrives."""
     return {
-        name: {rule: {str(depth): arrival(rule, name, depth, seed) for depth in DEPTHS} for rule in rules}
+        name: {rule: {str(depth): arrival(rule, name, depth, seed) for depth in depths} for rule in rules}
         for name in NETWORKS
     }
 
 
 def ratios(cells: Any, name: str, rule: str, depth: int) -> list[float]:
     """Of all seeds that have a number."""
-    found = [cell["depth"][name][rule][str(depth)] for cell in cells if cell["depth"]]
+    found = [cell["depth"][name][rule].get(str(depth)) for cell in cells if cell["depth"]]
     return [value for value in found if isinstance(value, float)]
 
 
@@ -126,7 +128,7 @@ def reason(cells: Any, name: str, rule: str, depth: int) -> str:
     return next(str(value) for value in found if isinstance(value, str))
 
 
-def table(cells: Any, name: str, rules: Sequence[str] = RULES) -> Row:
+def table(cells: Any, name: str, rules: Sequence[str] = RULES, depths: Sequence[int] = DEPTHS) -> Row:
     """One network's, rule by rule."""
 
     refusals: dict[str, str] = {}
@@ -141,12 +143,12 @@ def table(cells: Any, name: str, rules: Sequence[str] = RULES) -> Row:
             return "refused"
         return why
 
-    rows = [[rule, *(entry(rule, layers) for layers in DEPTHS)] for rule in rules]
+    rows = [[rule, *(entry(rule, layers) for layers in depths)] for rule in rules]
     note = "At the initial weights and initial feedback, single samples; geometric mean over seeds and its range."
     return {
         "title": f"Gradient norm of layer 1 over that of the last hidden layer: {name}",
         "note": " ".join([note, *(f"{rule} refuses: {why}." for rule, why in refusals.items())]),
-        "header": ["rule", *(f"depth {layers}" for layers in DEPTHS)],
+        "header": ["rule", *(f"depth {layers}" for layers in depths)],
         "rows": rows,
     }
 

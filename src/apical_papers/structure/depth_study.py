@@ -8,16 +8,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from apical.bench.finding import Row, at_least
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, Seeds, by_seed, run_command
+from apical.errors import ConfigError
 from apical_papers.structure import depth
 
-SETTINGS: dict[str, Any] = {"width, depths": f"{depth.WIDTH}; {', '.join(map(str, depth.DEPTHS))}"}
 FAR = ("brsf", "frsf", "kp", "wm", "dfc", "dfc-ss", "pc-one-step", "dtp-drl", "ddtp-rhl", "ddtp-control")
 
 ABOUT: dict[str, Any] = {
@@ -32,32 +33,41 @@ ABOUT: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Options(SeedOptions):
+class Options(Seeds):
     """Depth, over further rules."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/structure-depth")
     seeds: Annotated[int, arg(metavar="N")] = 3
+    deepest: Annotated[int, arg(metavar="N")] = max(depth.DEPTHS)
+    """Layers of the deepest chains that are measured, of 10, 50 and 200."""
 
 
-def _cell(seed: int, _: int) -> dict[str, Any]:
+def _cell(seed: int, depths: Sequence[int]) -> dict[str, Any]:
     begun = time.perf_counter()
-    return {"depth": depth.measure(seed, depth.FURTHER), "seconds": time.perf_counter() - begun}
+    return {"depth": depth.measure(seed, depth.FURTHER, depths), "seconds": time.perf_counter() - begun}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
     """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
+    depths = [layers for layers in depth.DEPTHS if layers <= options.deepest]
+    if not depths:
+        raise ConfigError(f"--deepest must be at least {min(depth.DEPTHS)}")
+    settings = {"deepest": max(depths), "width": depth.WIDTH}
+    cell = partial(_cell, depths=depths)
+    made = partial(tables, depths=depths)
+    return by_seed(options, command, cell, verdicts, made, settings=settings, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
     """On the isometry at depth 50 a tenth arrives."""
     what = "|x| at depth 50: gradient norm of layer 1 / L"
-    return [at_least("depth", rule, what, depth.ratios(cells, depth.EXACT, rule, 50), 0.1) for rule in FAR]
+    found = {rule: depth.ratios(cells, depth.EXACT, rule, 50) for rule in FAR}
+    return [at_least("depth", rule, what, values, 0.1) for rule, values in found.items() if values]
 
 
-def tables(cells: Cells) -> list[Row]:
+def tables(cells: Cells, depths: Sequence[int] = depth.DEPTHS) -> list[Row]:
     """One for each network."""
-    return [depth.table(cells, name, depth.FURTHER) for name in depth.NETWORKS]
+    return [depth.table(cells, name, depth.FURTHER, depths) for name in depth.NETWORKS]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

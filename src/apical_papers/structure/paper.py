@@ -16,5 +16,17 @@ PAPER = Paper(
             needs={"epochs": 5, "seeds": 5},
             hours={"cpu": 0.22},
         ),
+        "depth": Table(
+            "Credit in deep chains: variants of rules, and rules that refuse some of the chains",
+            {
+                "smoke": {"deepest": 10, "seeds": 2},
+                "cpu": {"deepest": 200, "seeds": 3},
+                "paper": {"deepest": 200, "seeds": 10},
+            },
+            module="apical_papers.structure.depth_study",
+            side_by_side=True,
+            needs={"deepest": 200, "seeds": 3},
+            hours={"cpu": 0.27},
+        ),
     },
 )

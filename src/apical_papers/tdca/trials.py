@@ -9,10 +9,11 @@ A study's harness is sound where the hand-built teacher, which needs no evolutio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from apical.core.credit import CreditRule
 from apical.evolution.classification import Classification
@@ -20,19 +21,32 @@ from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical.rules.backprop import Backprop
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
-from apical.rules.top_down.hand_built import HandBuiltTeacher, ShuffledTeacher
+from apical.rules.top_down.hand_built import HandBuiltTeacher, MixedTeacher, ShuffledTeacher
+from apical.rules.top_down.teacher import TopDownNetwork
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment
 
 GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Learning rates that every rule is tuned over."""
 
-EVOLVED = ("tdca", "unevolved", "silent", "shuffled")
+EVOLVED = ("tdca", "unevolved", "silent", "shuffled", "hidden-half", "output-half")
 """Rules that take a top-down network's weights."""
+
+
+LAST, SWING = 10, 0.01
+"""Steps at the end of a lifetime that are watched, and the loss (nats) that none of them is to exceed."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Mean over tasks of the loss on training images (nats) and the accuracy on held-out images, and both by task."""
+    """What learners came to, over tasks.
+
+    Attributes:
+        loss, accuracy: mean of the loss on training images (nats) and of the accuracy on held-out images.
+        losses, accuracies: both by task.
+        logit: mean magnitude of the logits of training images.
+        swings: share of tasks whose loss exceeds SWING at one of the last LAST steps.
+        dead: share of the last hidden layer's units that are silent for all training images.
+    """
 
     rule: str
     lr: float
@@ -40,6 +54,9 @@ class Trial:
     accuracy: float
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
+    logit: float
+    swings: float
+    dead: float
 
 
 class Bench:
@@ -61,8 +78,9 @@ class Bench:
 
         Args:
             rule: "tdca" or "unevolved"; "silent", without credit for hidden units; "shuffled", with the credits of other
-                examples; "hand-silent" or "hand-random", with a hand-built teacher; "bp" or "dfa".
-            teacher: flat weights, for the first four.
+                examples; "hidden-half" or "output-half", with half of its credit hand-built; "hand-silent" or
+                "hand-random", with a hand-built teacher; "bp" or "dfa".
+            teacher: flat weights, for the first six.
         """
         model = self.task.learner(0)
         inputs = self.samples[0].inputs[:2]
@@ -70,13 +88,20 @@ class Bench:
         if rule in EVOLVED:
             assert teacher is not None
             network = self.task.network(0)
-            if rule == "shuffled":
-                shuffled = ShuffledTeacher(network, self.task.widths())
-                inner: CreditRule = TopDownCreditAssignment(model, teacher=shuffled, credit=network.credit)
+            if rule not in ("tdca", "unevolved", "silent"):
+                changed = self._changed(rule, network)
+                inner: CreditRule = TopDownCreditAssignment(model, teacher=changed, credit=network.credit)
                 return Population(inner, inputs, targets, "teacher.", record=True), teacher
             inner = self.task.rule(model, network, silent=rule == "silent")
             return Population(inner, inputs, targets, "teacher.", record=True), teacher
         return Population(self._plain(rule, model), inputs, targets, record=True), None
+
+    def _changed(self, rule: str, network: TopDownNetwork) -> nn.Module:
+        """A top-down network whose credit goes elsewhere, or half of which is used."""
+        widths = self.task.widths()
+        if rule == "shuffled":
+            return ShuffledTeacher(network, widths)
+        return MixedTeacher(network, widths, "hidden" if rule == "hidden-half" else "output", seed_of("feedback") % 2**31)
 
     def _plain(self, rule: str, model: nn.Module) -> CreditRule:
         """A rule without evolved weights."""
@@ -101,11 +126,44 @@ class Bench:
         start = torch.stack([population.start(self.task.learner(seed)) for seed in self.seeds]).repeat_interleave(repeats, 0)
         others = None if weights is None else weights.expand(len(start), -1)
         lr = torch.tensor(rates).repeat(len(self.samples))
-        trained = population.train(start, others, inputs, targets, lifetime, lr=lr, own=True)
-        loss = losses(population.outputs(trained, inputs, own=True), targets, own=True).nan_to_num(nan=1e6, posinf=1e6)
+        late: list[Tensor] = []
+
+        def watch(done: int, weights: Tensor) -> None:
+            if done > lifetime.steps - LAST:
+                late.append(losses(population.outputs(weights, inputs, own=True), targets, own=True))
+
+        trained = population.train(start, others, inputs, targets, lifetime, lr=lr, own=True, watch=watch)
+        outputs = population.outputs(trained, inputs, own=True)
         right = accuracies(population.outputs(trained, other_inputs, own=True), other_targets, own=True)
-        by_rate = zip(rates, loss.view(-1, repeats).T.tolist(), right.view(-1, repeats).T.tolist(), strict=True)
-        return [Trial(rule, lr, fmean(loss), fmean(right), tuple(loss), tuple(right)) for lr, loss, right in by_rate]
+        measures = {
+            "losses": late[-1].nan_to_num(nan=1e6, posinf=1e6),
+            "accuracies": right,
+            "logit": outputs.abs().mean((1, 2)),
+            "swings": 1 - (torch.stack(late).amax(0) <= SWING).to(right.dtype),  # a loss that is not a number swings too
+            "dead": dead_units(population, trained, inputs),
+        }
+        by_rate = {name: value.view(-1, repeats).T.tolist() for name, value in measures.items()}
+        trials = []
+        for number, rate in enumerate(rates):
+            own = {name: values[number] for name, values in by_rate.items()}
+            means = {name: fmean(own[name]) for name in ("logit", "swings", "dead")}
+            loss, right_ones = own["losses"], own["accuracies"]
+            trials.append(Trial(rule, rate, fmean(loss), fmean(right_ones), tuple(loss), tuple(right_ones), **means))
+        return trials
+
+
+def dead_units(population: Population, weights: Tensor, inputs: Tensor) -> Tensor:
+    """Share of the last hidden layer's units of each learner (P,) that are 0 for all of its inputs (P, batch, ...)."""
+    below = cast(nn.Sequential, population.rule.model)[:-1]
+    names = [name for name, _ in below.named_parameters()]
+
+    def activities(own: dict[str, Tensor], x: Tensor) -> Tensor:
+        result: Tensor = functional_call(below, {name: own[f"model.{name}"] for name in names}, (x,))
+        return result
+
+    with torch.no_grad():
+        active = vmap(activities)(population.learner.named(weights), inputs)
+    return (active == 0).all(1).to(weights.dtype).mean(1)
 
 
 def tuned(validation: Bench, rule: str, lifetime: Lifetime, teacher: Tensor | None = None) -> float:

@@ -254,6 +254,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         sites=recipe.sites or None,
         relative=recipe.relative,
         credit=recipe.credit,
+        output=recipe.output,
         ways=recipe.ways or None,
         examples=recipe.examples or None,
         tasks=recipe.tasks,
@@ -261,6 +262,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         zeros=recipe.zeros,
         quiet=recipe.quiet,
         held_out=recipe.held_out,
+        settled=recipe.settled,
         seed=recipe.seed,
     )
     task = Classification(sets, setting)

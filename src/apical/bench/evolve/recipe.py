@@ -41,6 +41,8 @@ class EvolutionRecipe:
     """Credit relative to that of a right prediction: a learner that is right is left alone."""
     credit: Literal["logits", "probabilities"] = "logits"
     """Where the output's credit stands; probabilities as in the authors' code."""
+    output: Literal["evolved", "error"] = "evolved"
+    """The output's credit: the top-down network's own, or the error, so that hidden credit alone is evolved."""
     ways: Annotated[int, Option("N", "all")] = 0
     """Classes per task, drawn anew for each."""
     examples: int = 256
@@ -57,6 +59,8 @@ class EvolutionRecipe:
     """Start from a top-down network that gives no credit to hidden units."""
     held_out: bool = False
     """Judge learners by images they were not trained on."""
+    settled: Annotated[int, Option("N")] = 1
+    """Judge learners by their mean loss over so many last updates, which counts a loss that swings."""
     steps: int = 50
     """Updates in a learner's lifetime."""
     lr: Annotated[float, Option("RATE")] = 0.02
@@ -77,7 +81,7 @@ class EvolutionRecipe:
     """Of the files that define the networks, likewise."""
 
     def __post_init__(self) -> None:
-        for name in ("generations", "population", "hidden", "tasks", "steps", "chunk"):
+        for name in ("generations", "population", "hidden", "tasks", "settled", "steps", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
         for name in ("sites", "ways", "examples", "batch_size", "seed", "clip"):

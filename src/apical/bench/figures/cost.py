@@ -6,12 +6,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from apical.bench.figures.style import styles
+from apical.bench.figures.style import plain_log_steps, styles
 from apical.bench.report.records import Array, Comparison, Run
 
 _WIDTH = 3.5
 _FAR = 5.0
-"""Ratio of the largest to the smallest total cost from which the axis is logarithmic."""
+"""Ratio of the largest to the smallest total cost, or loss, from which the axis is logarithmic."""
 
 
 def seconds(comparison: Comparison) -> Figure | None:
@@ -53,10 +53,10 @@ def _against(comparison: Comparison, cost: str, label: str, factor: float) -> Fi
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if score.is_loss and min(float(scores.min()) for _, scores in drawn.values()) > 0:
+    lowest = min(float(scores.min()) for _, scores in drawn.values())
+    if score.is_loss and 0 < _FAR * lowest < max(float(scores.max()) for _, scores in drawn.values()):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        plain_log_steps(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
     return figure

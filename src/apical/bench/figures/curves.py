@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from apical.bench.checkpoint import write_atomically
 from apical.bench.figures.cost import compute, seconds
@@ -21,7 +21,7 @@ from apical.bench.figures.depth import depth_accuracy, reconstructions
 from apical.bench.figures.overview import overview
 from apical.bench.figures.panels import panels
 from apical.bench.figures.spread import column_mean, has_values, spread
-from apical.bench.figures.style import RC, styles
+from apical.bench.figures.style import RC, plain_log_steps, styles
 from apical.bench.report.records import Array, Comparison, Run
 
 _WIDTH = 3.5
@@ -183,6 +183,9 @@ def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawin
     if figure is None:
         return None
     png, svg = io.BytesIO(), io.BytesIO()
+    figure.set_dpi(_DPI)
+    figure.draw_without_rendering()  # lays it out, which takes longer than to draw it; both files show that layout
+    figure.set_layout_engine("none")
     figure.savefig(png, format="png", dpi=_DPI)
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return Drawing(stem, title, caption, png.getvalue(), svg.getvalue())
@@ -202,7 +205,7 @@ def _loss_curves(comparison: Comparison, key: str, label: str) -> Figure | None:
     values = _measured(comparison, key)
     if figure is not None and values.min() > 0 and values.max() > 10 * values.min():
         figure.axes[0].set_yscale("log")
-        _plain_log_labels(figure.axes[0])
+        plain_log_steps(figure.axes[0])
     return figure
 
 
@@ -233,7 +236,7 @@ def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, fi
                 epochs, values, *_ = spread([run], key, first=first)
                 axes.plot(epochs, values * scale, color=colour, linewidth=0.5, alpha=0.7)
     axes.set(xlabel="epoch", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
     return figure
@@ -304,7 +307,8 @@ def _layer_panel(
     for layer, colour, width in zip(layers, colours, widths, strict=True):
         epochs, mean, deviation, count = spread(runs, spec.key, layer)
         means.append(dict(zip(epochs, mean, strict=True)))
-        panel.plot(epochs, mean, color=tuple(colour), linewidth=width, zorder=2)
+        alone = "." if np.isfinite(mean).sum() == 1 else None  # a training that was stopped before its first epoch was over
+        panel.plot(epochs, mean, color=tuple(colour), linewidth=width, zorder=2, marker=alone)
         if named and count >= 3:
             panel.fill_between(epochs, mean - deviation, mean + deviation, color=tuple(colour), alpha=0.18, linewidth=0)
     if not named:
@@ -322,7 +326,7 @@ def _layer_scale(panel: Axes, comparison: Comparison, spec: _LayerFigure) -> Non
         panel.set_yticks(range(0, 181 if values.max() > 110 else 91, 30))
     elif spec.key != "pair_cka" and values.min() > 0 and values.max() > 5 * values.min():
         panel.set_yscale("log")
-        _plain_log_labels(panel)
+        plain_log_steps(panel)
     else:
         panel.set_ylim(0, 1.08 * max(1.0, values.max()))
 
@@ -377,10 +381,3 @@ def _measured(comparison: Comparison, key: str) -> Array:
     values: Array = np.concatenate([run.curve(key) for run in comparison.runs])
     finite: Array = values[np.isfinite(values)]
     return finite
-
-
-def _plain_log_labels(axes: Axes) -> None:
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -33,7 +33,7 @@ def overview(comparison: Comparison) -> Figure | None:
     below.axhline(90.0, color="#555555", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=1)
     below.set(xlabel="epoch", ylabel="angle to BP gradient,\nfirst layer (degrees)", yticks=range(0, 181, 30))
     below.set_ylim(-3, max(93, below.dataLim.ymax))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     handles, labels = above.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
     return figure
@@ -59,7 +59,7 @@ def _draw_line(
 ) -> None:
     """Mean over seeds after each epoch, with a band of one standard deviation from three seeds on."""
     epochs, mean, deviation, count = spread(runs, key, layer, first=1)
-    axes.plot(epochs, scale * mean, **look)
+    axes.plot(epochs, scale * mean, **{**look, **({"markevery": None} if len(epochs) == 1 else {})})
     if count >= 3:
         low, high = scale * (mean - deviation), scale * (mean + deviation)
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)

@@ -9,6 +9,9 @@ print in grey. Of feedback control, fixed feedback is a lighter tint of the lear
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
+
 LineStyle = str | tuple[int, tuple[float, ...]]
 _DASH: LineStyle = (0, (4, 1.5))
 _DOT_DASH: LineStyle = (0, (5, 1.2, 1, 1.2))
@@ -125,6 +128,13 @@ def plain_log(axis: Any) -> None:
     """Label the powers of ten of a logarithmic axis as plain numbers, because `$` is no sign of mathematics here."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: "")
+
+
+def plain_log_steps(axes: Axes) -> None:
+    """Label 1, 2 and 5 of each power of ten upwards too, where there are few powers."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    plain_log(axes.yaxis)
 
 
 def styles(rules: Sequence[str]) -> dict[str, Style]:

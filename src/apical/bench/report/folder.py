@@ -174,15 +174,20 @@ def describe(comparison: Comparison) -> str:
 
 def _title(comparison: Comparison) -> str:
     config = comparison.runs[0].config
-    where = " on ".join(str(config[key]) for key in ("model", "data") if config.get(key))
+    where = " on ".join(_shown(config[key]) for key in ("model", "data") if config.get(key))
     what = f"{comparison.rules[0]}, seed {comparison.runs[0].seed}" if comparison.single else "Credit rules compared"
     return f"{what}: {where}" if where else what
 
 
+def _shown(name: Any) -> str:
+    """Of a file of one's own the name alone; the settings have the whole path."""
+    return Path(str(name)).name
+
+
 def _what_was_run(comparison: Comparison) -> str:
     config = comparison.runs[0].config
-    model = f" trained {config['model']}" if config.get("model") else " trained a model"
-    data = f" on {config['data']}" if config.get("data") else ""
+    model = f" trained {_shown(config['model'])}" if config.get("model") else " trained a model"
+    data = f" on {_shown(config['data'])}" if config.get("data") else ""
     epochs = f" for {_count(config['epochs'], 'epoch')}" if isinstance(config.get("epochs"), int) else ""
     if len(comparison.rules) == 1:
         who = styles(comparison.rules)[comparison.rules[0]].name
@@ -295,7 +300,7 @@ def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
                 users[text].append(rule)
         same = len(users) == 1
         rows.append((key, "; ".join(value if same else f"{value} ({', '.join(who)})" for value, who in users.items())))
-    for key, label in (("n_train", "training images"), ("n_test", "test images")):
+    for key, label in (("n_train", "training samples"), ("n_test", "test samples")):
         counts = {run.result[key] for run in comparison.runs if run.result and key in run.result}
         rows += [(label, " or ".join(map(_words, sorted(counts))))] if counts else []
     rows.append(("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in comparison.runs}))))

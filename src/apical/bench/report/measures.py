@@ -71,5 +71,7 @@ def shown(cells: Sequence[Cell], layer: str, key: str) -> str:
     values = [float(value) for value in found if isinstance(value, int | float)]
     if not values:
         return MISSING
+    if len(set(values)) == 1 and isinstance(found[-1], int):
+        return f"{found[-1]:,}"
     mean = significant(statistics.mean(values))
     return f"{mean} ± {significant(statistics.stdev(values))}" if len(values) > 1 else mean

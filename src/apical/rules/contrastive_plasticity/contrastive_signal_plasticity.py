@@ -469,7 +469,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         return self.chain.enter(inputs).clamp(0.0, 1.0)
 
     def _check(self, x: Tensor, targets: Tensor) -> None:
-        like = self.chain.weights[0]
+        like = self.chain.like
         require_precision(type(self).__name__, like)
         require_one_type(type(self).__name__, like, [*self.lateral, *self.thresholds.buffers()])
         if targets.is_floating_point() or targets.shape != x.shape[:1]:

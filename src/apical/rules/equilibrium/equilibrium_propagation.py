@@ -163,7 +163,7 @@ class EquilibriumPropagation(CreditRule):
         if homeostasis and weights != "directed":
             raise ConfigError('homeostasis is for weights="directed"; symmetric weights have nothing to correct')
         self.chain = Chain(model, input_shape, pools=True)
-        require_precision(type(self).__name__, self.chain.weights[0])
+        require_precision(type(self).__name__, self.chain.like)
         self._cut_off: list[str] = []
         if bounded:
             limit = ShiftedSigmoid() if estimator == "holomorphic" and (points > 2 or cycles) else nn.Hardtanh(0.0, 1.0)
@@ -268,7 +268,7 @@ class EquilibriumPropagation(CreditRule):
 
     def _answered(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Settled, Tensor, Tensor]:
         """What the first layer is given, the free state, the output, and targets that fit it."""
-        weight = self.chain.weights[0]
+        weight = self.chain.like
         require_precision(type(self).__name__, weight)
         require_one_type(type(self).__name__, weight, self.back)
         x = self.chain.enter(inputs)

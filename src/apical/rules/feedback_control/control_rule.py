@@ -83,7 +83,7 @@ class ControlRule(CreditRule):
         self.loop, self.sleep, self.difference, self.learn = loop, sleep, difference, learn
         self.random_per_sample = learn == "noise"
         self.chain = Chain(model, input_shape)
-        require_precision(type(self).__name__, self.chain.weights[0])
+        require_precision(type(self).__name__, self.chain.like)
         self.feedback = nn.ParameterList(
             control.product_feedback(self.chain) if feedback == "product" else control.random_feedback(self.chain, generator)
         )
@@ -108,8 +108,8 @@ class ControlRule(CreditRule):
             ConfigError: the batch is empty, or the model was moved without the rule.
             UnsupportedModelError: the samples have not the shape the rule was made for.
         """
-        require_precision(type(self).__name__, self.chain.weights[0])
-        require_one_type(type(self).__name__, self.chain.weights[0], self.feedback)
+        require_precision(type(self).__name__, self.chain.like)
+        require_one_type(type(self).__name__, self.chain.like, self.feedback)
         return self.chain.run(inputs)
 
     @torch.no_grad()

@@ -225,7 +225,7 @@ class DifferenceTargetPropagation(CreditRule):
 
     def _answered(self, inputs: Tensor, targets: Tensor) -> tuple[States, Tensor, Tensor, Tensor]:
         """States and errors of the samples that the loss does not ignore, its value, and the output of all."""
-        weight = self.chain.weights[0]
+        weight = self.chain.like
         require_precision(type(self).__name__, weight)
         require_one_type(type(self).__name__, weight, [self._map(i).q for i in range(len(self.maps))])
         states = self.chain.run(inputs)

@@ -80,6 +80,32 @@ class ShuffledTeacher(nn.Module):
         return [credit.roll(1, 0) for credit in self.network.credits(self.network(prediction, target), self.widths)]
 
 
+class MixedTeacher(nn.Module):
+    """Half of another teacher, to see which half does what: the rest is hand-built.
+
+    Args:
+        network: the teacher.
+        widths: units of each hidden layer of the learner.
+        keep: "hidden" takes its credit for hidden units, and the error for the output; "output" takes its credit for the
+            output, and fixed random feedback of the error for hidden units.
+        seed: of the feedback.
+    """
+
+    def __init__(
+        self, network: TopDownNetwork, widths: Sequence[int], keep: Literal["hidden", "output"], seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.network, self.widths, self.keep = network, list(widths), keep
+        self.built = HandBuiltTeacher(network.outputs, widths, "random", seed=seed)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> list[Tensor]:
+        """Credits (batch, width) of each hidden layer and (batch, outputs) of the output."""
+        own = self.network.credits(self.network(prediction, target), self.widths)
+        built = self.built(prediction, target)
+        hidden, output = (own, built) if self.keep == "hidden" else (built, own)
+        return [*hidden[:-1], output[-1]]
+
+
 GAIN = 0.5
 """What the wired network multiplies a probability by, small enough for tanh to be nearly linear."""
 
@@ -108,5 +134,5 @@ def wired(network: TopDownNetwork, seed: int = 0) -> TopDownNetwork:
     span = 2 * torch.tanh(torch.tanh(torch.tensor(GAIN / 2)))  # between p_k = 0 and 1
     feedback = torch.randn(sum(network.emissions), n, generator=generator)
     top.weight.zero_()
-    top.weight[:, :n] = torch.cat([feedback, unit]) / span
+    top.weight[:, :n] = torch.cat([feedback, unit] if network.output == "evolved" else [feedback]) / span
     return network

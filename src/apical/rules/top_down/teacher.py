@@ -17,6 +17,9 @@ Relative credit, an extension of ours: a learner that is right is left alone, an
 
 Without it a hidden unit gets credit of one sign for as long as training lasts, which tanh bounds and ReLU does not.
 
+With output="error", another extension of ours, only hidden units get credit from the network; the output's is p - y, which
+is at hand there. An evolved credit for the output makes logits large, which pays in evolution and helps no one.
+
 Where targets are classes, the output's credit stands on the logits, or on the probabilities p = softmax(logits) as in the
 authors' code. The softmax's Jacobian, p (c - c.p), vanishes where a learner is confidently wrong, so that credit on
 probabilities says nothing there.
@@ -36,6 +39,9 @@ from apical.errors import ConfigError, UnsupportedModelError
 
 Place = Literal["logits", "probabilities"]
 """Where the credit of an output of classes stands."""
+
+Output = Literal["evolved", "error"]
+"""Whose the output's credit is: the network's own, or the error."""
 
 FORMAT = "apical-teacher-2"
 OLDER = "apical-teacher-1"
@@ -69,9 +75,10 @@ class TopDownNetwork(nn.Module):
         projected: for many outputs (a vocabulary): how many numbers a fixed random matrix Q brings prediction and target to,
             [p Q ; y Q]; the output's credit is z Q^T. None: none.
         seed: of Q.
+        output: the output's credit is "evolved", one of the network's own, or the "error", p - y, which needs no weights.
 
     Raises:
-        ConfigError: a size is not positive, or a choice is unknown.
+        ConfigError: a size is not positive, a choice is unknown, or the error is to stand on probabilities.
 
     >>> network = TopDownNetwork(10, [100, 100, 100])
     >>> sum(p.numel() for p in network.parameters())
@@ -91,6 +98,7 @@ class TopDownNetwork(nn.Module):
         shallower: bool = False,
         projected: int | None = None,
         seed: int = 0,
+        output: Output = "evolved",
     ) -> None:
         super().__init__()
         if min(outputs, hidden, *widths, *(size for size in (sites, projected) if size is not None)) < 1:
@@ -100,10 +108,14 @@ class TopDownNetwork(nn.Module):
             )
         if credit not in get_args(Place):
             raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
+        if output not in get_args(Output) or (output == "error" and credit != "logits"):
+            raise ConfigError(
+                f'output must be "evolved", or "error" with credit on "logits"; got output={output!r}, credit={credit!r}'
+            )
         if shallower and sites is None:
             raise ConfigError("a top-down network that serves learners of several depths needs emission sites (sites=K)")
         self.outputs, self.widths, self.hidden = outputs, tuple(widths), hidden
-        self.sites, self.relative, self.credit, self.shallower = sites, relative, credit, shallower
+        self.sites, self.relative, self.credit, self.shallower, self.output = sites, relative, credit, shallower, output
         self.share = 0.5  # the power of a layer's width that relative credit is divided by
         self.projected = projected
         self.projection: Tensor | None
@@ -111,7 +123,7 @@ class TopDownNetwork(nn.Module):
         drawn = None if projected is None else torch.randn(outputs, projected, generator=random) / projected**0.5
         self.register_buffer("projection", drawn)
         seen = projected or outputs
-        emitted = sum(self.emissions) + seen
+        emitted = sum(self.emissions) + (seen if output == "evolved" else 0)
         self.body = nn.Sequential(
             nn.Linear(2 * seen, hidden),
             nn.Tanh(),
@@ -159,7 +171,7 @@ class TopDownNetwork(nn.Module):
             classes: every row of the target has a single one, or is of no interest.
         """
         emitted: Tensor = self.body[-1](self.state(prediction, target, classes))
-        return emitted
+        return emitted if self.output == "evolved" else torch.cat([emitted, prediction - target], 1)
 
     def state(self, prediction: Tensor, target: Tensor, classes: bool = False) -> Tensor:
         """What the topmost layer reads, (batch, hidden)."""
@@ -177,15 +189,19 @@ class TopDownNetwork(nn.Module):
         return values if self.projection is None else values @ self.projection
 
     def emitters(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
-        """Weights (width, hidden) and biases (width,) that make each hidden layer's credit, and the output's, of a state."""
+        """Weights (width, hidden) and biases (width,) that make each hidden layer's credit of a state, and the output's, if
+        that is evolved."""
         top = cast(nn.Linear, self.body[-1])
-        sizes = [*self.emissions, self.projected or self.outputs]
+        sizes, output = self.emissions, self.output == "evolved"
+        if output:
+            sizes.append(self.projected or self.outputs)
         weights = top.weight.split(sizes)
         biases = [None for _ in sizes] if top.bias is None else list(top.bias.split(sizes))
-        pairs = list(zip(weights, biases, strict=True))[len(sizes) - 1 - len(widths) :]
+        pairs = list(zip(weights, biases, strict=True))[len(self.widths) - len(widths) :]
         spread: list[Tensor | None] = [None if self.sites is None else self._kernel(width, top.weight) for width in widths]
         made = []
-        for (weight, bias), matrix, width in zip(pairs, [*spread, self.projection], [*widths, 1], strict=True):
+        last = ([self.projection], [1]) if output else ([], [])
+        for (weight, bias), matrix, width in zip(pairs, [*spread, *last[0]], [*widths, *last[1]], strict=True):
             if matrix is not None:
                 weight, bias = matrix @ weight, None if bias is None else matrix @ bias
             made.append((weight / width**self.share if self.relative else weight, bias))
@@ -193,13 +209,14 @@ class TopDownNetwork(nn.Module):
 
     def credits(self, emitted: Tensor, widths: Sequence[int]) -> list[Tensor]:
         """Credits (batch, width) of each hidden layer, and (batch, outputs) of the output, from emitted values."""
-        *hidden, last = emitted.split([*self.emissions, self.projected or self.outputs], dim=1)
+        projection = self.projection if self.output == "evolved" else None
+        *hidden, last = emitted.split([*self.emissions, self.outputs if projection is None else projection.shape[1]], dim=1)
         hidden = hidden[len(hidden) - len(widths) :]  # counted from the output
         if self.relative:
             hidden = [z / width**self.share for z, width in zip(hidden, widths, strict=True)]
         if self.sites is not None:
             hidden = [z @ self._kernel(width, z).T for z, width in zip(hidden, widths, strict=True)]
-        return [*hidden, last if self.projection is None else last @ self.projection.T]
+        return [*hidden, last if projection is None else last @ projection.T]
 
     def _kernel(self, units: int, like: Tensor) -> Tensor:
         place = (units, like.dtype, like.device)
@@ -220,6 +237,7 @@ class TopDownNetwork(nn.Module):
             "share": self.share,
             "shallower": self.shallower,
             "projected": self.projected,
+            "output": self.output,
             "weights": self.state_dict(),
             "provenance": json.dumps(provenance or {}, sort_keys=True),
         }
@@ -248,7 +266,8 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
         if content["format"] == OLDER:
             content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
         sizes = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected")
-        network = TopDownNetwork(*({"projected": None, **content}[name] for name in sizes))
+        output = content.get("output", "evolved")
+        network = TopDownNetwork(*({"projected": None, **content}[name] for name in sizes), output=output)
         network.share = content["share"]
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
         return network, json.loads(content["provenance"])

@@ -178,7 +178,7 @@ class TopDownCreditAssignment(CutRule):
 
         late.signal = lambda index, scale: self._delivered(emitted(index, share * scale), units[index], places)
         with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-            last = emitted(-1, share)
+            last = emitted(-1, share) if teacher.output == "evolved" else ((p - y) * share).view(*places, -1)
         return through_softmax(last, prediction) if classes and self.credit == "probabilities" else last
 
     @staticmethod

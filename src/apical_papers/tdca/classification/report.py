@@ -93,14 +93,15 @@ _EVOLUTION = (
 )
 
 
-def _percent(found: Sequence[float]) -> str:
+def percent(found: Sequence[float]) -> str:
+    """Shares in per cent: mean with interval."""
     return shown([100 * value for value in found])
 
 
 def _lineup(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str, Any]:
     rows = []
     for arm, cells in arms.items():
-        for key, form, unit in (("loss", shown, "loss"), ("accuracy", _percent, "accuracy, %")):
+        for key, form, unit in (("loss", shown, "loss"), ("accuracy", percent, "accuracy, %")):
             rows.append([TITLES[arm], str(len(cells)), unit, *(form(values(cells, rule, key, part)) for rule in NAMES)])
     return {
         "title": title,
@@ -173,7 +174,7 @@ def _elsewhere(cells: Sequence[Cell], part: str, title: str, about: str) -> dict
     rows = [
         [name, unit, *(form([cell[part][name][rule][key] for cell in cells]) for rule in rules)]
         for name in names
-        for key, form, unit in (("loss", shown, "loss"), ("accuracy", _percent, "accuracy, %"))
+        for key, form, unit in (("loss", shown, "loss"), ("accuracy", percent, "accuracy, %"))
     ]
     return {
         "title": title,

@@ -102,9 +102,9 @@ def unseen(name: str) -> Images:
     return Images(loaded.test.inputs, loaded.test.targets, loaded.classes, name)
 
 
-def evolved(arm: str, seed: int, train: Images, generations: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def evolved(setting: Setting, seed: int, train: Images, generations: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One evolution: its curve and seconds per generation; the weights of its average and of its start."""
-    task = Classification([train], replace(ARMS[arm], seed=seed))
+    task = Classification([train], replace(setting, seed=seed))
     evolution = Evolution(task, STRATEGY, Here(33), seed)
     lines = [evolution.step() for _ in range(generations)]
     about = {
@@ -157,7 +157,7 @@ def cell(arm: str, seed: int, generations: int) -> dict[str, Any]:
     """One evolution and its trials."""
     train, test = digits()
     others = {name: unseen(name) for name in ELSEWHERE} if arm == "unit" else {}
-    about, teachers = evolved(arm, seed, train, generations)
+    about, teachers = evolved(ARMS[arm], seed, train, generations)
     measured = trials(arm, seed, teachers, test, others)
     return {"arm": arm, "seed": seed, "commit": commit(), **about, "teacher": teachers["tdca"].tolist(), **measured}
 
@@ -188,7 +188,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     for seed in range(FIRST, FIRST + options.seeds):
         for arm in options.arms:
             made = partial(cell, arm, seed, options.generations)
-            known = {**config, **_plain(asdict(replace(ARMS[arm], seed=seed)))}
+            known = {**config, **plain(asdict(replace(ARMS[arm], seed=seed)))}
             cells.append(kept(options.out / "cells" / f"{arm}-{seed}.json", known, made))
             print(f"{cells[-1]['seconds']:7.1f} s  {arm}, meta-seed {seed}", flush=True)
     cells.sort(key=lambda each: (list(ARMS).index(each["arm"]), each["seed"]))
@@ -196,12 +196,12 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}",
         "evolved at commit": sorted({each["commit"] or "unknown" for each in cells}),
         **config,
-        **{name: value for name, value in _plain(asdict(BASE)).items() if name != "seed"},
+        **{name: value for name, value in plain(asdict(BASE)).items() if name != "seed"},
     }
     return finish(options.out, cells, command, settings, environment("cpu", torch.get_num_threads()))
 
 
-def _plain(setting: Mapping[str, Any]) -> dict[str, Any]:
+def plain(setting: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON has it, without what is not set."""
     return {key: list(v) if isinstance(v, tuple) else v for key, v in setting.items() if v is not None}
 

@@ -123,8 +123,8 @@ def tuned(case: Case, starts: int, steps: int = 60) -> dict[str, Any]:
     x, shifts = draw(starts, case.dimension, Setting().shift, seed_of("validation", case.function, case.dimension))
     scores_of: dict[str, dict[float, float]] = {}
     for method in METHODS:
-        ends = {rate: descend(case.of, x, shifts, method, rate, steps=steps)[-1] for rate in RATES}
-        values = {rate: float(case.of(end - shifts).mean()) for rate, end in ends.items()}
+        ends = descend(case.of, x, shifts, method, torch.tensor(RATES).to(x).view(-1, 1, 1), steps=steps)[-1]  # (R, S, d)
+        values = dict(zip(RATES, case.of(ends - shifts).mean(-1).tolist(), strict=True))
         scores_of[method] = {rate: value for rate, value in values.items() if value < float("inf")}
     return {
         "rates": {method: min(values, key=values.__getitem__) for method, values in scores_of.items()},

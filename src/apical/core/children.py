@@ -1,0 +1,30 @@
+"""Processes begun without importing PyTorch anew, which takes seconds each."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext, SpawnContext
+
+import torch
+
+PRELOADED = ("torch._dynamo", "apical.bench.compare")  # what optimisers import at their first use; what trains
+
+
+def context() -> ForkServerContext | SpawnContext:
+    """How child processes begin: on Linux forked from a server that imports PyTorch once, elsewhere each afresh.
+
+    A forked process cannot use a GPU that the server has looked at, so they begin afresh where there is one, too. A server
+    keeps the environment variables of its own beginning: call :func:`adopt` first in a child.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(list(PRELOADED))  # without effect once the server runs
+    return server
+
+
+def adopt(environment: Mapping[str, str]) -> None:
+    """Take over the parent's environment variables."""
+    os.environ.clear()
+    os.environ.update(environment)

@@ -1,0 +1,1 @@
+"""Every rule of the library with its tuned learning rate: one table, equal budget."""
