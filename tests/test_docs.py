@@ -446,6 +446,14 @@ def test_the_learning_curve_is_of_the_comparison_that_knows_most(comparison: Pat
     assert script("rule_pages").learning_curve(["dfa"], root) is None
 
 
+def test_a_wide_figure_is_marked_so_that_it_scrolls_on_a_phone(tmp_path: Path) -> None:
+    for name, width in (("one", 300), ("two", 504)):
+        (tmp_path / f"{name}.svg").write_text(f'<?xml version="1.0"?><svg height="9pt" width="{width}.5pt" x="y"></svg>')
+    _, one, two = script("result_pages").figures(tmp_path, "study")
+    assert one == "![one](../../results/study/one.svg)"
+    assert two == ":::{container} wide\n![two](../../results/study/two.svg)\n:::"
+
+
 def test_the_index_says_of_every_table_whether_it_was_run_and_how(comparison: Path, study: Path) -> None:
     root = comparison.parents[1]
     known = index.standings(root, [])
