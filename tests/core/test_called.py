@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import apical
 from apical.bench.names import RULES
 from apical.core.blocks import blocks, through
-from apical.core.called import Call, Functions, module_of, on_path
-from apical.core.pooling import Mean
+from apical.core.called import Call, Functions, Mean, module_of, on_path
 from apical.errors import UnsupportedModelError
 
 SAME: list[tuple[Callable[..., Tensor], nn.Module, tuple[int, ...]]] = [

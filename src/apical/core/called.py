@@ -13,9 +13,35 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from apical.core.pooling import Mean
+from apical.core.layers import LINEAR
 from apical.errors import UnsupportedModelError
 
+
+class Mean(nn.Module):
+    """Mean over dimensions other than that of the samples, as `x.mean((2, 3))` takes it.
+
+    Args:
+        dim: one dimension or several.
+        keepdim: leave dimensions of size 1 in their place.
+
+    >>> Mean((2, 3))(Tensor(2, 5, 4, 4)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(self, dim: int | Sequence[int], keepdim: bool = False) -> None:
+        super().__init__()
+        self.dim, self.keepdim = (dim,) if isinstance(dim, int) else tuple(dim), keepdim
+
+    def forward(self, v: Tensor) -> Tensor:
+        """(batch, ...)."""
+        return v.mean(self.dim, self.keepdim)
+
+    def extra_repr(self) -> str:
+        """Options, as printed."""
+        return f"dim={self.dim}, keepdim={self.keepdim}"
+
+
+LINEAR.append(Mean)
 _ACTIVATIONS = (
     *("relu ReLU", "relu6 ReLU6", "leaky_relu LeakyReLU", "elu ELU", "selu SELU", "celu CELU", "gelu GELU", "silu SiLU"),
     *("mish Mish", "tanh Tanh", "sigmoid Sigmoid", "special_expit Sigmoid", "softplus Softplus", "softsign Softsign"),

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
 from apical.core.called import Call, Functions, on_path
-from apical.core.checkpointing import is_untrained
 from apical.core.containers import Containers
 from apical.core.layers import (
     Layer,
@@ -342,6 +341,8 @@ def _traced(
     model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module], known: dict[str, nn.Module], *, training: bool
 ) -> list[Call]:
     calls: list[Call] = []
+    from apical.core.checkpointing import is_untrained
+
     functions = Functions(calls.append, known)
     hidden = {id(part) for module in whole.values() for part in module.modules()}
     names = {id(module): name for name, module in leaves(model) if id(module) not in hidden}

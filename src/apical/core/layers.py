@@ -23,7 +23,6 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from apical.core.diagonal import diagonal_kind
 from apical.core.transport import GEOMETRIES, Geometry, dense, geometry_of_type
 from apical.errors import ConfigError
 
@@ -177,14 +176,23 @@ def _registered(module: nn.Module) -> LayerType | None:
     return None
 
 
+def _diagonal_kind(module: nn.Module) -> str:
+    """What a module of a user's is, where each number of its parameters acts on its own unit alone; else ""."""
+    if type(module).__module__.startswith("torch.nn."):
+        return ""
+    from apical.core.diagonal import diagonal_kind
+
+    return diagonal_kind(module)
+
+
 def is_local(module: nn.Module) -> bool:
     """Whether the module may have parameters, but no weight between two populations."""
-    return isinstance(module, tuple(_local)) or diagonal_kind(module) != ""
+    return isinstance(module, tuple(_local)) or _diagonal_kind(module) != ""
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the module normalises by statistics over batch, channels, groups or features."""
-    return isinstance(module, NORMS) or diagonal_kind(module) == "norm"
+    return isinstance(module, NORMS) or _diagonal_kind(module) == "norm"
 
 
 def is_random(module: nn.Module) -> bool:

@@ -1,10 +1,8 @@
-"""Pooling that PyTorch has no module for: smooth and analytic, for complex states of equilibrium networks; means."""
-
-from collections.abc import Sequence
+"""Pooling for equilibrium networks: smooth, and analytic, so that states can be complex."""
 
 from torch import Tensor, nn
 
-from apical.core.layers import LINEAR, POOLS
+from apical.core.layers import POOLS
 from apical.errors import ConfigError
 
 
@@ -49,29 +47,4 @@ class SoftmaxPool2d(nn.Module):
         return f"kernel_size={self.kernel_size}, sharpness={self.sharpness:g}"
 
 
-class Mean(nn.Module):
-    """Mean over dimensions other than that of the samples, as `x.mean((2, 3))` takes it.
-
-    Args:
-        dim: one dimension or several.
-        keepdim: leave dimensions of size 1 in their place.
-
-    >>> Mean((2, 3))(Tensor(2, 5, 4, 4)).shape
-    torch.Size([2, 5])
-    """
-
-    def __init__(self, dim: int | Sequence[int], keepdim: bool = False) -> None:
-        super().__init__()
-        self.dim, self.keepdim = (dim,) if isinstance(dim, int) else tuple(dim), keepdim
-
-    def forward(self, v: Tensor) -> Tensor:
-        """(batch, ...)."""
-        return v.mean(self.dim, self.keepdim)
-
-    def extra_repr(self) -> str:
-        """Options, as printed."""
-        return f"dim={self.dim}, keepdim={self.keepdim}"
-
-
-LINEAR.append(Mean)
 POOLS.append(SoftmaxPool2d)

@@ -24,7 +24,7 @@ TIERS = (
     ("frsf", "brsf", "pfa", "wm", "ff", "local-sim"),
     ("grapes:bp", "matched:bp", "sibp", "pc-error", "ddtp-linear", "dtp"),
     ("cwu:bp", "dfc-ssa", "pc", "local-both", "ccl-free", "dtp-drl"),
-    ("cwu:dfa", "pc-incremental", "pc-one-step", "mupc", "ddtp-control", "kp-mirror"),
+    ("cwu:dfa", "pc-incremental", "pc-one-step", "ddtp-control", "kp-mirror"),
 )
 """Rules in the order in which they run, cheap ones first; a tier is joined to those before when all of it is done."""
 EVERY = (*RULES, *(f"{name}:bp" for name in AROUND))
