@@ -446,6 +446,14 @@ def test_the_learning_curve_is_of_the_comparison_that_knows_most(comparison: Pat
     assert script("rule_pages").learning_curve(["dfa"], root) is None
 
 
+def test_a_wide_figure_is_marked_so_that_it_scrolls_on_a_phone(tmp_path: Path) -> None:
+    for name, width in (("one", 300), ("two", 504)):
+        (tmp_path / f"{name}.svg").write_text(f'<?xml version="1.0"?><svg height="9pt" width="{width}.5pt" x="y"></svg>')
+    _, one, two = script("result_pages").figures(tmp_path, "study")
+    assert one == "![one](../../results/study/one.svg)"
+    assert two == ":::{container} wide\n![two](../../results/study/two.svg)\n:::"
+
+
 def test_the_index_says_of_every_table_whether_it_was_run_and_how(comparison: Path, study: Path) -> None:
     root = comparison.parents[1]
     known = index.standings(root, [])
@@ -453,16 +461,16 @@ def test_the_index_says_of_every_table_whether_it_was_run_and_how(comparison: Pa
     assert known["study"].sentence.startswith("**Shortened**: 1 of 40 epochs, 1 of 5 seeds (")
     assert not known["toy"].target
     page = index.results_index({"study": "MNIST", "toy": "Toy"}, known)
-    assert f"Of {len(index.tables())} tables, 1 were run, 0 of them at their full size." in page
-    assert "| `pfa/mnist` | [MNIST](study.md) | mnist | 1 of 40 epochs, 1 of 5 seeds | - | - | - | abc |" in page
-    assert "| `pfa/cifar10` | CIFAR-10, ResNet-20 | cifar-10 | not run | - | - | - | - |" in page
+    assert f"{len(index.tables())} tables, 1 of them run, 0 at the paper's size (0 %)." in page
+    assert "| `pfa/mnist` | [MNIST](study.md) | MNIST | 1 of 40 epochs, 1 of 5 seeds | - | - | - | abc |" in page
+    assert "| `pfa/cifar10` | PFA on CIFAR-10, ResNet-20 | CIFAR-10 | not run |  |  |  |  |" in page
     assert "| [Toy](toy.md) | - | - | - |" in page
     assert all(f"`{target}`" in page for target in index.tables())
 
 
-def test_full_size_is_done() -> None:
+def test_full_size_is_full() -> None:
     full = {"epochs": 40, "seeds": 3}
-    assert index.shortened(full, full) == index.shortened({**full, "seeds": 5}, full) == "done"
+    assert index.shortened(full, full) == index.shortened({**full, "seeds": 5}, full) == "full"
     assert index.shortened({**full, "train_limit": 640}, full) == "640 training samples"
 
 
@@ -472,7 +480,7 @@ def test_the_decision_takes_the_best_rule_that_has_what_is_wanted(comparison: Pa
     audit = {"rows": [{"rule": rule, "verdicts": {"transport": {"good": good}}} for rule, good in verdicts.items()]}
     want, take, because = choosing.decision(asked, audit, comparison.parents[1])
     assert (want, take) == ("speed", "[`pfa`](rules/product-feedback-alignment.md)")
-    assert because.startswith("94.00 % on [MNIST")
+    assert because.startswith("94.00 % on [PFA on MNIST")
     assert "backpropagation has 96.50 ± 0.71 (n = 1)" in because
     assert choosing.decision(asked, {"rows": []}, comparison.parents[1]) == []
 
