@@ -40,7 +40,6 @@ class MuonAndAdamW(Optimizer):
                 f"optimizer muon needs torch.optim.Muon, which PyTorch {torch.__version__} does not have: update PyTorch, "
                 "or use adamw"
             )
-        common = {"lr": lr, "weight_decay": weight_decay}
         matrices, others = [], []
         for group in groups:
             of_muon = {key: value for key, value in group.items() if key not in ("betas", "eps")}
@@ -48,8 +47,11 @@ class MuonAndAdamW(Optimizer):
             matrices.append({**of_muon, "params": [p for p in group["params"] if is_matrix(p)]})
             others.append({**group, "params": [p for p in group["params"] if not is_matrix(p)]})
         matrices, others = ([group for group in part if group["params"]] for part in (matrices, others))
-        self.members: list[Optimizer] = [muon(matrices, adjust_lr_fn="match_rms_adamw", **common)] if matrices else []
-        self.members += [AdamW(others, betas=betas, eps=eps, **common)] if others else []
+        self.members: list[Optimizer] = []
+        if matrices:
+            self.members.append(muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.members.append(AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
