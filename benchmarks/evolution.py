@@ -160,7 +160,8 @@ def main() -> None:
     scaling = workers()
     for row in [*rows, *scaling]:
         print(row)
-    save(options.out, {"rows": rows, "workers": scaling, "environment": environment(torch.device("cpu"))})
+    around = {**environment(torch.device("cpu")), "clock": "wall"}  # workers are other processes
+    save(options.out, {"rows": rows, "workers": scaling, "environment": around})
 
 
 if __name__ == "__main__":

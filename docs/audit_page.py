@@ -7,12 +7,12 @@ from tables import Row, load, signs
 
 from apical.bench.names import RULES
 
-FOLDERS = {"perceptron": "audit", "transformer": "audit-gpt"}
+FOLDERS = {"perceptron": "audit", "transformer": "audit-gpt", "graph": "audit-graph"}
 """Block of the page -> folder under results/."""
 
 
 def audit_blocks(root: Path) -> dict[str, str]:
-    """The generated blocks of the page: the criteria by number, and the audit of a perceptron and of a transformer."""
+    """The generated blocks of the page: the criteria by number, and the audits that are kept."""
     audits = {name: load(root / "results" / folder / "audit.json") for name, folder in FOLDERS.items()}
     known: Row = next((audit for audit in audits.values() if audit is not None), {"criteria": ()})
     listed = "; ".join(f"**{i}** {c['title']}" for i, c in enumerate(known["criteria"], 1))

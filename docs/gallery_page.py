@@ -6,7 +6,11 @@ from pathlib import Path
 from result_pages import NOTE, joined, title
 from tables import load, toml
 
-AUDITS = {"audit": ("Audit of plausibility", "choose.md"), "audit-gpt": ("Audit on a transformer", "audit.md")}
+AUDITS = {
+    "audit": ("Audit of plausibility", "choose.md"),
+    "audit-gpt": ("Audit on a transformer", "audit.md"),
+    "audit-graph": ("Audit on a graph", "audit.md"),
+}
 """Folders under results/ that have no page of their own: heading, and the page that has their numbers."""
 
 

@@ -65,6 +65,25 @@ def test_another_setting_has_the_common_rate(change: dict[str, object]) -> None:
     assert tuned_rate(replace(Recipe(rule="kp"), **change)) is None
 
 
+def test_a_rule_may_have_an_optimiser_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apical.bench import compare
+
+    jobs = []
+    monkeypatch.setattr(compare, "check", lambda job: (jobs.append(job), 1 / 0))  # nothing is trained
+    for options in (["--epochs", "3"], ["--lr", "0.02"], ["--optimizer", "sgd"], ["--weight-decay", "0.1"]):
+        with pytest.raises(ZeroDivisionError):
+            main(["compare", "--rules", "bp", "csdp", *options, "--out", str(tmp_path)])
+    of = [{item.rule: (item.optimizer, item.lr, item.weight_decay) for item in job.recipes} for job in jobs]
+    common = of[0]["bp"]
+    assert common[0] == "sgd"
+    assert of[0]["csdp"] == ("adam", (0.04,), (0.0,))
+    assert of[1]["csdp"] == of[2]["csdp"] == ("sgd", (0.02,), common[2])
+    assert of[3]["csdp"] == ("adam", (0.04,), (0.1,))
+    assert capsys.readouterr().out.count("csdp trains with adam at 0.04; --optimizer and --lr set others") == 2
+
+
 def test_a_comparison_says_its_rates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -481,3 +481,58 @@ def test_feedback_of_a_packed_module_eager_and_compiled(attention: Any) -> None:
     for name, parameter in rule.model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-10, atol=1e-12)
+
+
+class Written(nn.Module):
+    """One block whose projections are parameters of its own, multiplied by functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.packed = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        parts = F.linear(x, self.packed).unflatten(-1, (3, HEADS, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        output: Tensor = self.head(x + mixed.transpose(1, 2).flatten(2))
+        return output.transpose(1, 2)
+
+
+LENGTHS = ((4, TIME), (4, TIME - 1), (3, TIME - 2))
+
+
+def of_length(call: Any, length: int, samples: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    call.zero_grad()
+    call(*torch.randint(VOCABULARY, (2, samples, length), generator=generator)).backward()
+    named = dict(call.named_parameters())
+    return {n.removeprefix("_orig_mod."): p.grad.clone() for n, p in named.items() if p.grad is not None}
+
+
+def of_written(attention: Any, sites: tuple[str, ...]) -> FeedbackAlignment:
+    torch.manual_seed(0)
+    return FeedbackAlignment((Written() if sites else Transformer()).double(), attention=attention, sites=sites)
+
+
+@pytest.mark.parametrize("attention", ["exact", "fixed", "present"])
+@pytest.mark.parametrize("sites", [(), ("packed",)], ids=["layers", "sites"])
+def test_a_window_of_any_length_is_trained_as_by_a_rule_that_has_seen_no_other(
+    attention: Any, sites: tuple[str, ...]
+) -> None:
+    rule = of_written(attention, sites)
+    for samples, length in LENGTHS:
+        found = of_length(rule, length, samples)
+        assert found.keys() >= {"model.head.weight", "model.tokens.weight"}
+        torch.testing.assert_close(found, of_length(of_written(attention, sites), length, samples), rtol=1e-12, atol=1e-14)
+
+
+def test_compiled_at_several_lengths() -> None:
+    rule = of_written("present", ())
+    torch._dynamo.reset()
+    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
+    for samples, length in LENGTHS[:2]:  # the second with symbolic lengths
+        torch.testing.assert_close(
+            of_length(compiled, length, samples), of_length(rule, length, samples), rtol=1e-10, atol=1e-12
+        )

@@ -1,5 +1,6 @@
 """Functions between modules are steps of chains and rows, as the modules that compute the same."""
 
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -195,7 +196,6 @@ class Choosing(nn.Module):
 CHOICES: dict[str, Callable[[Any, Tensor], bool]] = {
     "attribute": lambda model, x: model.flag,
     "inside an attribute": lambda model, x: model.options["flag"],
-    "numbers of the batch": lambda model, x: bool(x.mean() > 0),
 }
 
 
@@ -205,7 +205,7 @@ def test_another_way_through_a_forward_is_refused_at_the_batch_that_takes_it(nam
     entry, model = RULES[name], Choosing(choice)
     rule = entry.build(model, loss=F.cross_entropy, **entry.options)
     x, targets = -torch.rand(6, 4), torch.arange(6) % 3
-    for _ in range(2):
+    for _ in range(6):
         rule(x, targets).backward()
     model.flag = model.options["flag"] = True
     with pytest.raises(UnsupportedModelError, match="'' \\(Choosing\\) computes another function"):
@@ -225,9 +225,28 @@ def test_a_compiled_rule_stops_at_another_way_too() -> None:
         compiled(x, targets)
 
 
-def test_a_choice_by_chance_is_refused() -> None:
-    model = Choosing(lambda model, x: model.training and bool(torch.rand(()) < 0.1))
-    with pytest.raises(UnsupportedModelError, match="draws random numbers"):
+VALUED: list[Callable[[Tensor], object]] = [
+    lambda x: x.mean() > 0,
+    lambda x: x.mean().item() > 0,
+    lambda x: float(x[0, 0]) > 0,
+    lambda x: int(x.sum()) > 1,
+    lambda x: torch.allclose(x, x.abs()),
+    lambda x: x.mean().tolist() > 0,
+]
+
+
+@pytest.mark.parametrize("choice", VALUED)
+def test_a_choice_by_the_numbers_of_the_batch_is_refused(choice: Any) -> None:
+    model = Choosing(lambda model, x: bool(choice(x)))
+    for make in (apical.DeepFeedbackControl, apical.CounterCurrentLearning):
+        with pytest.raises(UnsupportedModelError, match="reads the numbers of a batch"):
+            make(model)
+
+
+@pytest.mark.parametrize("chance", [random.random, lambda: torch.rand(()).numpy()])
+def test_a_choice_by_chance_is_refused(chance: Any) -> None:
+    model = Choosing(lambda model, x: model.training and chance() < 0)
+    with pytest.raises(UnsupportedModelError, match=r"draws random numbers|reads the numbers"):
         apical.DeepFeedbackControl(model)
 
 

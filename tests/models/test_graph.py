@@ -1,6 +1,8 @@
 """Learned connectivity: what special wirings are, what an edge learns under each rule, and sparsity."""
 
 import gc
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import apical
+from apical.cli.main import main
 from apical.errors import ConfigError
 from apical.models import Graph, build
 from apical.models.graph import Attention, GraphClassifier, Mix
@@ -243,3 +246,24 @@ def test_steps_leave_no_tensors(kind: type) -> None:
         gc.collect()
         alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
     assert alive[2] <= alive[1]  # others may have let go of theirs meanwhile
+
+
+@pytest.mark.parametrize("edges", ["learned", "attention"])
+def test_what_is_drawn_of_a_graph_are_its_edges(edges: str) -> None:
+    model = GraphClassifier(5, 4, 3, 3, "complete", edges)  # type: ignore[arg-type]
+    x = torch.randn(6, 5)
+    (drawn,) = model.matrices(x).values()
+    assert torch.equal(drawn, model.graph.adjacency(model.stem(x)))
+    assert not drawn.triu().any()
+
+
+def test_a_report_draws_the_edges_over_training(tmp_path: Path) -> None:
+    arguments = "--rules bp --data digits --model graph-4x2 --epochs 2 --seeds 1 --train-limit 64 --jobs 1 --probe 8"
+    assert main(["compare", *arguments.split(), "--out", str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "bp" / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+    kept = [line["matrices"] for line in lines]
+    (before,), (after,) = (found.values() for found in (kept[0], kept[-1]))
+    assert before["3"] == {"0": pytest.approx(1 / 3), "1": pytest.approx(1 / 3), "2": pytest.approx(1 / 3), "3": 0}
+    assert before != after
+    assert (tmp_path / "figures" / "matrices_bp_0.svg").exists()
+    assert "matrices_bp_0" in (tmp_path / "report.html").read_text()

@@ -182,6 +182,34 @@ def freeze(rule: Any, step: int) -> None:
         rule.model[2].weight.requires_grad_(True)
 
 
+def eventful(rule: Any, step: int) -> None:
+    """What may happen to weights in a long training, one thing after another."""
+    if step in (50, 80):
+        rule.model[2].weight.requires_grad_(step == 80)
+    if step == 110:
+        other_weights(rule)
+    if step == 160 or step >= 280:
+        with torch.no_grad():
+            rule.model[4].weight.mul_(torch.rand(4, 7, generator=torch.Generator().manual_seed(2)) < 0.5)
+
+
+def clipped(rule: Any, step: int) -> None:
+    """By tensor, by value, and by the norm of all, after another."""
+    if step < 100:
+        per_tensor(rule, step)
+    elif step < 200:
+        clip_grad_value_(rule.parameters(), 0.01)
+    else:
+        clip_grad_norm_(rule.parameters(), 0.05)
+
+
+@each_rule
+@pytest.mark.parametrize("gradients", [None, clipped], ids=["", "clipped"])
+def test_a_long_training_with_everything_that_may_happen(make: Any, gradients: Any) -> None:
+    rule = agree(make, loop(weights=eventful, gradients=gradients, steps=LONG))
+    assert any(("frozen" if gradients is None else "explicit") in remark for remark in rule.remarks), rule.remarks
+
+
 def frozen_before(rule: Any) -> None:
     rule.model[2].requires_grad_(False)
     loop(parameters=lambda rule: [p for p in rule.parameters() if p.requires_grad])(rule)

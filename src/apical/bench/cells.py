@@ -80,6 +80,7 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
 
 
 def _begin(environment: dict[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server may have begun before it was ignored
     children.adopt(environment)
     torch.set_num_threads(1)
 

@@ -22,6 +22,7 @@ from apical.bench.measure import (
     evaluate,
     examples,
     finite,
+    matrices,
     minimum_norm,
     own_measures,
     panels,
@@ -333,9 +334,12 @@ class Training:
             "minimum_norm_alignment": angle,
             "condition_two": None,
         }
-        if self.recipe.measure and self.world.is_main and self.line["epoch"] in self._measured_at:
-            inputs, _ = probe_batch(self.dataset.train, SAMPLES)
-            self.line["measured"] = measured(self.recipe.measure, self.rule.model, inputs)
+        if self.world.is_main and self.line["epoch"] in self._measured_at:
+            if self.recipe.measure:
+                inputs, _ = probe_batch(self.dataset.train, SAMPLES)
+                self.line["measured"] = measured(self.recipe.measure, self.rule.model, inputs)
+            if found := matrices(self.rule, self.dataset.train, probe):
+                self.line["matrices"] = found
         clash = own.network.keys() & (self.line.keys() - {"condition_two"})
         clash |= {key for values in own.layers.values() for key in values if key in FIELDS}
         if clash:

@@ -89,6 +89,19 @@ def panels(rule: CreditRule, train: Split, probe: int) -> Sequence[Panel]:
         return rule.panels(probe_batch(train, probe))
 
 
+def matrices(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Matrices that the model has to be drawn, if it has a method `matrices(inputs)`; by title, row and column."""
+    own = getattr(rule.model, "matrices", None)
+    if not probe or not callable(own):
+        return {}
+    with unchanged(rule), torch.no_grad():
+        found = own(probe_batch(train, probe)[0])
+    return {
+        title: {f"{i}": {f"{j}": finite(x) for j, x in enumerate(row)} for i, row in enumerate(matrix.tolist())}
+        for title, matrix in found.items()
+    }
+
+
 def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
     """The first test images and what an autoencoder makes of them (n, *shape); None where targets are no images."""
     inputs = test.inputs[:EXAMPLES]

@@ -44,7 +44,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import read_json, write_state
 from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
-from apical.bench.tuned_rates import tuned_rate
+from apical.bench.tuned_rates import own_training, tuned_rate
 from apical.cli.columns import columns, margin
 from apical.cli.terminal import bar, check_least, say
 from apical.errors import ConfigError, DivergenceError, unknown_name
@@ -185,7 +185,11 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     if not hasattr(flags, "rule"):  # of a comparison: for several rules
         options = options_for(rule, options)
     recipe = replace(recipe, **{**settings, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
-    rate = None if study or "lr" in settings else tuned_rate(recipe)
+    if study or "lr" in settings:
+        return recipe
+    if "optimizer" not in settings and (own := own_training(recipe)):
+        return replace(recipe, **{name: value for name, value in own.items() if name not in settings})
+    rate = tuned_rate(recipe)
     return recipe if rate is None else replace(recipe, lr=(rate,))
 
 
@@ -203,8 +207,12 @@ def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
 
 
 def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> None:
-    """Say which learning rates are not the common one though none was asked for."""
-    tuned = [] if flags.recipe or "lr" in flags.settings() else [item for item in drafts if tuned_rate(item)]
+    """Say which learning rates and optimisers are not the common ones though none were asked for."""
+    common = [] if flags.recipe or "lr" in flags.settings() else drafts
+    tuned = [item for item in common if tuned_rate(item)]
+    for item in common if "optimizer" not in flags.settings() else ():
+        if own_training(item):
+            tell(f"{item.rule_name} trains with adam at {item.lr[0]:g}; --optimizer and --lr set others")
     if tuned:
         rates, rest = (
             ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in drafts if (item in tuned) is wanted)

@@ -1,8 +1,9 @@
 """Functions that a model calls between its modules, as the modules that compute the same.
 
 `F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain as `nn.ReLU()`, `nn.Flatten()` and
-`nn.AvgPool2d(2)` are, and so is `x.mean((2, 3))`. A function is taken for a module if the two agree, bit for bit, on random numbers of its input's
-shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: nobody would see the number change.
+`nn.AvgPool2d(2)` are, and so is `x.mean((2, 3))`. A function is taken for a module if the two agree, bit for bit, on random
+numbers of its input's shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: nobody would see
+the number change.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apical.core.pooling import Mean
+from apical.errors import UnsupportedModelError
 
 _ACTIVATIONS = (
     *("relu ReLU", "relu6 ReLU6", "leaky_relu LeakyReLU", "elu ELU", "selu SELU", "celu CELU", "gelu GELU", "silu SiLU"),
@@ -33,6 +35,9 @@ MODULES: dict[str, type[nn.Module]] = {
 
 RESHAPING = ("flatten", "view", "reshape")
 """Functions that may make one row of each sample, as `nn.Flatten()` does."""
+
+VALUES = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "equal", "allclose")
+"""Functions that hand numbers of a tensor to Python."""
 
 UNHEARD = ("input", "inplace", "_stacklevel", "dtype", "return_indices")
 """Arguments that change nothing between the two; a `dtype` that does is found out by comparison."""
@@ -78,6 +83,11 @@ class Functions(TorchFunctionMode):
         given = args[0] if args and isinstance(args[0], Tensor) else None
         entered = given._version if given is not None else 0
         result = func(*args, **options)
+        if not self.deep and func.__name__ in VALUES:
+            raise UnsupportedModelError(
+                f"the model's forward reads the numbers of a batch ({func.__name__.strip('_')}), and may take another way "
+                "with others, which this rule would not see; remove that, or use another rule"
+            )
         if self.deep or not isinstance(result, Tensor):
             return result
         name = func.__name__.strip("_")

@@ -8,6 +8,7 @@ their outputs on one to the next.
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
 from apical.core.called import Call, Functions, on_path
+from apical.core.checkpointing import is_untrained
 from apical.core.containers import Containers
 from apical.core.layers import (
     Layer,
@@ -351,6 +353,11 @@ def _traced(
         nonlocal given, entered
         given, entered = args, args[0]._version if args and isinstance(args[0], Tensor) else 0
         functions.deep += 1
+        if is_untrained(module.parameters()):
+            raise UnsupportedModelError(
+                f"the model runs module {names[id(module)]!r} without gradients (torch.no_grad), where this rule would "
+                "train it; freeze its parameters instead: requires_grad_(False)"
+            )
 
     def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(made, Tensor):
@@ -367,10 +374,11 @@ def _traced(
         with torch.random.fork_rng([example.device] if example.is_cuda else []):
             for module, _ in modes:
                 module.training = training and id(module) not in inside
-            before = torch.get_rng_state()
-            with functions:
+            before, chance = torch.get_rng_state(), random.getstate()
+            with functions, torch.enable_grad():
                 output = model(example)
-            is_drawn = not torch.equal(before, torch.get_rng_state())
+            is_drawn = not torch.equal(before, torch.get_rng_state()) or chance != random.getstate()
+            random.setstate(chance)
     except (RuntimeError, ValueError) as error:
         shape = tuple(example.shape[1:])
         raise UnsupportedModelError(f"the model cannot be run on a sample of shape {shape}: {error}") from error

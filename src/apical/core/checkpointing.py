@@ -8,6 +8,7 @@ Reentrant: the pass runs without gradient inside an autograd function, whose bac
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -51,6 +52,11 @@ def refuse_hidden(name: str) -> None:
             f"layer {name!r} runs inside the autograd function {frame.f_locals['cls'].__name__}, out of the rule's sight; "
             "where this is activation checkpointing, pass use_reentrant=False, or remove it"
         )
+
+
+def is_untrained(parameters: Iterable[Tensor]) -> bool:
+    """Whether some of these parameters would learn, but are used without gradients, and not by reentrant checkpointing."""
+    return not torch.is_grad_enabled() and _caller(_APPLY) is None and any(q.requires_grad for q in parameters)
 
 
 def refuse_checkpointing(name: str) -> None:

@@ -1,11 +1,12 @@
 """What a model does outside the modules that compute: a forward method of the user's, hooks, modules put there later.
 
 Rules that call a model's layers do not call its containers. What these compute is seen when a rule is made, and here: a
-forward method may take another way when an attribute, a global or the numbers of a batch are others.
+forward method may take another way when an attribute or a global is another.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ KNOWN = ("torch.nn.", "apical.")
 """Modules of Python whose forward methods take one way."""
 FIRST, EVERY = 4, 16
 """Batches at which a forward method of the user's is looked at: so many at first, then each so many."""
+_EVERY_MODULES = {*vars(nn.Module()), "forward"}
 
 
 class Containers:
@@ -40,7 +42,7 @@ class Containers:
     def require_intact(self, inputs: Tensor, own: Callable[[Tensor], Tensor]) -> None:
         """Run the model where a container computes what it did not, or may, and compare.
 
-        At each batch where one has hooks, another forward or other children; where its forward is the user's, when a plain
+        At each batch where one has hooks, another forward or other children; where its forward is the user's, when an
         attribute has changed, at the first batches and now and then, for a look costs two forward passes.
 
         Args:
@@ -72,8 +74,8 @@ class Containers:
         kept = nullcontext() if compiling else torch.random.fork_rng(devices)
         with evaluating(self.model), torch.no_grad(), kept:
             expected = own(inputs.clone())
-            for module, module.training in zip(touched, modes, strict=True):
-                pass
+            for module, mode in zip(touched, modes, strict=True):
+                module.training = mode
             output = self.model(inputs.clone())
         fits = isinstance(output, Tensor) and output.shape == expected.shape
         if fits and compiling:  # the graph is for this choice of attributes; another one is compiled anew, and stops here
@@ -82,9 +84,8 @@ class Containers:
             raise UnsupportedModelError(message)
 
     def _attributes(self) -> list[dict[str, object]]:
-        """Numbers and words that forward methods of the user's may go by."""
-        plain = (bool, int, float, str, tuple, type(None))
-        return [{k: v for k, v in vars(m).items() if isinstance(v, plain) and k != "training"} for m in self.written]
+        """What forward methods of the user's may go by."""
+        return [{k: _contents(v) for k, v in vars(m).items() if k not in _EVERY_MODULES} for m in self.written]
 
     def _is_due(self) -> bool:
         """Whether this batch is one at which forward methods of the user's are looked at."""
@@ -105,9 +106,21 @@ class Containers:
         ]
 
 
+def _contents(value: object, depth: int = 2) -> object:
+    """Numbers and words in a value, its containers and plain objects; of all else, which object it is."""
+    if depth and isinstance(value, dict):
+        return {key: _contents(inner, depth - 1) for key, inner in value.items()}
+    if depth and isinstance(value, list | tuple):
+        return [_contents(inner, depth - 1) for inner in value]
+    if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor | FunctionType):
+        return _contents(vars(value), depth - 1)
+    return value if isinstance(value, bool | int | float | str) else id(value)
+
+
 def _close(output: Tensor, expected: Tensor) -> Tensor:
     """Whether two tensors are equal but for rounding, or not finite."""
     coarse = torch.is_autocast_enabled(output.device.type) or output.element_size() < 4
     allowed = 0.05 if coarse else 1e3 * torch.finfo(output.dtype).eps
     a, b = output.double(), expected.double()
-    return ~((a - b).norm() > allowed * b.norm())
+    result: Tensor = ~((a - b).norm() > allowed * b.norm())
+    return result

@@ -97,33 +97,6 @@ class FeedbackEdge(torch.autograd.Function):
         return (delta, below, None, None, None, *grads)
 
 
-class WeightTap(torch.autograd.Function):
-    """The weight itself; its backward also hands `share(gradient, ...)` to a second parameter, the plastic feedback."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, plastic: Tensor, share: Callable[..., Tensor], shape: Geometry | None, *tensors: Tensor
-    ) -> Tensor:
-        """Return `weight`."""
-        ctx.share, ctx.geometry = share, shape
-        ctx.save_for_backward(*tensors)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of the weight, and of the plastic feedback."""
-        shared = ctx.share(grad, ctx.geometry, *ctx.saved_tensors)
-        return (grad, shared, None, None, *(None for _ in ctx.saved_tensors))
-
-
-def weight_tap(
-    weight: Tensor, plastic: Tensor, share: Callable[..., Tensor], shape: Geometry | None, *tensors: Tensor
-) -> Tensor:
-    """`weight`, whose gradient will also make that of `plastic`: `share(gradient, shape, *tensors)`."""
-    result: Tensor = cast(Any, WeightTap).apply(weight, plastic, share, shape, *tensors)
-    return result
-
-
 class EdgeRule(CreditRule):
     """Base of the rules that send the error through feedback of their own, layer by layer (FA, sign symmetry, KP, WM, PFA).
 
@@ -167,7 +140,7 @@ class EdgeRule(CreditRule):
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
         self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
-        self._batches = 0
+        self._batches = self._passes = 0
         self._may_swap = self._watched = False
         self._attach()
 
@@ -337,7 +310,7 @@ class EdgeRule(CreditRule):
         return {name: self.feedback_weight(name) for name in self.layers}
 
     def substitutes(self) -> dict[str, Tensor]:
-        """Tensors that stand in for model parameters in the forward pass (:class:`WeightTap`); none by default."""
+        """Tensors that stand in for parameters in the forward pass (:class:`apical.core.tap.WeightTap`); none by default."""
         return {}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -363,7 +336,11 @@ class EdgeRule(CreditRule):
         compiling = torch.compiler.is_compiling()
         device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
-        watch = None if compiling or self._watched else OutsideUse(self, self._weights_in(substitutes))
+        watch = None
+        if not compiling:
+            self._passes += 1
+            if not self._watched or self._passes & (self._passes - 1) == 0:  # as with _require_calls
+                watch = OutsideUse(self, self._weights_in(substitutes))
         for wrapped, site in self._sites.values():
             site.weight = site.own.get("weight")
             if type(site.weight) is Tensor:  # torch.func.functional_call, over when the backward pass asks
@@ -401,7 +378,7 @@ class EdgeRule(CreditRule):
         weights = {name: substitutes.get(self.weight_name(name), weight) for name, weight in own.items()}
         for name, module in self.model.named_modules():
             if is_local(module) and not any(f"{name}.".startswith(f"{exact}.") for exact in self.exact):
-                weights |= {name: matrix for matrix in module.parameters() if matrix.dim() > 1}
+                weights[name] = next((matrix for matrix in module.parameters() if matrix.dim() > 1), None)
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
@@ -428,8 +405,8 @@ class EdgeRule(CreditRule):
             return self._through(site, inputs, len(args) + len(kwargs) == 1, lambda: site.forward(*args, **kwargs))
         if site.own.get("weight", site.weight) is not site.weight:
             raise UnsupportedModelError(
-                f"the model calls layer {site.name!r} with another weight than its own (torch.func.functional_call), which no "
-                f"feedback belongs to; use a layer of its own there, or pass exact=({site.name!r},)"
+                f"the model calls layer {site.name!r} with another weight than its own (torch.func.functional_call), which "
+                f"no feedback belongs to; use a layer of its own there, or pass exact=({site.name!r},)"
             )
         swaps = self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked()
         if swaps and (self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None):
@@ -471,8 +448,8 @@ class EdgeRule(CreditRule):
         if pathway is None and not inputs.requires_grad:
             if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
                 raise UnsupportedModelError(
-                    f"the model calls layer {name!r} inside a transform of torch.func (vmap, grad), where no feedback can be "
-                    f"attached to it; call it on the batch itself, or pass exact=({name!r},)"
+                    f"the model calls layer {name!r} inside a transform of torch.func (vmap, grad), where no feedback can "
+                    f"be attached to it; call it on the batch itself, or pass exact=({name!r},)"
                 )
             return call(inputs)
         output = call(sever(inputs))
@@ -482,12 +459,14 @@ class EdgeRule(CreditRule):
             return cast(Any, FeedbackEdge).apply(output, below, feedback, pathway and pathway[0], shape, *tensors)
 
     def _require_affine(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> None:
-        """Verify once that an edge stands for the layer's backward map."""
-        if site.affine or inputs.numel() == 0:
+        """Verify that an edge stands for the layer's backward map: once, and when an option of the layer is another."""
+        compiling = torch.compiler.is_compiling()
+        options = None if site.plain or compiling else _options(site.layer)
+        if (site.affine and options in (None, site.options)) or inputs.numel() == 0:
             return
-        if not torch.compiler.is_compiling():
+        if not compiling:
             require_affine(site.name, site.layer, call, inputs)
-            site.affine = True
+            site.affine, site.options = True, options
         elif not site.probed:
             raise UnsupportedModelError(
                 f"layer {site.name!r} ({type(site.layer).__name__}) must be seen at work before torch.compile: "
@@ -509,3 +488,8 @@ class EdgeRule(CreditRule):
                     f"layer {name!r} was not called as a module in the forward pass, so no feedback can be attached to it; "
                     f"call it, or remove it, or pass exact=({name!r},)"
                 )
+
+
+def _options(layer: nn.Module) -> dict[str, Any]:
+    """A layer's attributes that are flags, numbers or words."""
+    return {name: value for name, value in layer.__dict__.items() if isinstance(value, bool | int | float | str)}

@@ -274,7 +274,7 @@ class _Search:
             self.cutting.hear_functions()
         shares = self.graph.shares(self.output, self.trace.shrinkage)
         parts = {call.name: shares.get(call.at, 1.0) for call in ends if call.at is not None}
-        sizes = {call.name: call.shape[1:] if len(call.shape) == 2 else () for call in ends}
+        sizes = {call.name: tuple(call.shape[1:] if len(call.shape) == 2 else ()) for call in ends}
         idle = {call.name for call in ends if call.at is not None and call.at not in self.graph.children}
         return Separation([call.name for call in ends], patterns, paths, parts, sizes, idle)
 

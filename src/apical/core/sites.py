@@ -25,6 +25,7 @@ class Site:
         plain: the layer applies its own weight and bias, and nothing else, as far as is known.
         swaps: autograd keeps the weight itself, as far as is known.
         affine: the layer is affine in its input with the geometry of its weight: known of its type, or verified.
+        options: the layer's flags and numbers when that was verified.
         probed: the same, verified at inputs made up for it.
         through: runs a layer that is no affine map with a feedback weight; None for all others.
         varies: it computes with another weight at every call.
@@ -41,6 +42,7 @@ class Site:
             "forward",
             "layer",
             "name",
+            "options",
             "own",
             "placed",
             "plain",
@@ -62,6 +64,7 @@ class Site:
         self.call: Callable[[Tensor], Any] | None = None
         self.dimensions = 2
         self.weight: Tensor | None = None
+        self.options: dict[str, Any] | None = None
         self.look_again()
 
     def look_again(self) -> None:

@@ -45,8 +45,8 @@ def weighted_layers(
     Raises:
         ConfigError: see :func:`apical.core.packed.own_parts`.
         UnsupportedModelError: a module used under two names, a parameter shared by two modules, an orphan parameter,
-            an unknown layer with parameters, a lazy layer, complex parameters, an unknown name in `exact`, or no weighted layer at all. Every
-            offender is named.
+            an unknown layer with parameters, a lazy layer, complex parameters, an unknown name in `exact`, or no weighted
+            layer at all. Every offender is named.
     """
     _check_names(model, exact or ())
     layers: dict[str, Layer] = {}
@@ -204,8 +204,8 @@ class Faults:
             parts.append(f"{what} lazy: run one batch through the model before making the rule")
         if self.complex:
             parts.append(
-                f"{_counted('module', self.complex, 'has', 'have')} complex parameters, and the rules' equations are for real "
-                "ones; keep real and imaginary parts in layers of their own, or train it by backpropagation"
+                f"{_counted('module', self.complex, 'has', 'have')} complex parameters, and the rules' equations are for "
+                "real ones; keep real and imaginary parts in layers of their own, or train it by backpropagation"
             )
         if self.several:
             one = len(self.several) == 1

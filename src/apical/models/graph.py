@@ -22,6 +22,8 @@ from apical.models.initialisation import xavier_
 
 Wiring = Literal["complete", "chain", "residual"]
 Edges = Literal["learned", "fixed", "attention"]
+EDGES = "Edges, from the node below to the node at the left"
+"""Title of their picture."""
 
 
 class Mix(nn.Module):
@@ -150,6 +152,11 @@ class Graph(nn.Module):
         return matrix
 
     @torch.no_grad()
+    def matrices(self, inputs: Tensor) -> dict[str, Tensor]:
+        """What a report draws of the model before, during and after training: the edges."""
+        return {EDGES: self.adjacency(inputs)}
+
+    @torch.no_grad()
     def shrink_(self, amount: float) -> None:
         """The proximal step of `amount = lr gamma` for the L1 term: edges move to zero, and those that reach it stay there.
 
@@ -188,6 +195,11 @@ class GraphClassifier(nn.Module):
         """(N, ...) -> (N, outputs)."""
         result: Tensor = self.head(self.relu(self.graph(self.stem(self.flatten(x)))))
         return result
+
+    @torch.no_grad()
+    def matrices(self, inputs: Tensor) -> dict[str, Tensor]:
+        """What a report draws of the model before, during and after training: the edges."""
+        return self.graph.matrices(self.stem(self.flatten(inputs)))
 
 
 def graph(

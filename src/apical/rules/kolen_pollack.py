@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Attention, Loss
-from apical.core.edge import Feedback, Pathway, stored, weight_tap
+from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
 from apical.core.packed import xavier_
 from apical.core.plastic import Initial, PlasticRule, check_initial
+from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, transport, weight_gradient
 from apical.errors import ConfigError
 

@@ -33,11 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.credit import Attention, Credit, Loss
-from apical.core.edge import Feedback, Pathway, stored, weight_tap
+from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, Initial, PlasticRule, check_initial
 from apical.core.stepping import fingerprint
+from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError

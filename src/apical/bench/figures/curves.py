@@ -19,7 +19,7 @@ from apical.bench.checkpoint import write_atomically
 from apical.bench.figures.cost import compute, seconds
 from apical.bench.figures.depth import depth_accuracy, reconstructions
 from apical.bench.figures.overview import overview
-from apical.bench.figures.panels import panels
+from apical.bench.figures.panels import matrices, panels
 from apical.bench.figures.spread import column_mean, has_values, spread
 from apical.bench.figures.style import RC, plain_log_steps, styles
 from apical.bench.report.records import Array, Comparison, Run
@@ -130,6 +130,7 @@ def draw(comparison: Comparison) -> list[Drawing]:
         ):
             drawings.append(render(name, title, caption, figure))
         drawings += [render(stem, title, caption, figure) for stem, title, caption, figure in panels(comparison)]
+        drawings += [render(stem, title, caption, figure) for stem, title, caption, figure in matrices(comparison)]
     return [drawing for drawing in drawings if drawing is not None]
 
 

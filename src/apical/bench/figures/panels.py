@@ -23,6 +23,39 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
             yield f"panel_{rule.replace(':', '-')}_{number}", title, _CAPTION, _DRAWN[panel["kind"]](panel, values)
 
 
+def matrices(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
+    """The same of the matrices that a model has, such as the edges of a graph, over training."""
+    for rule in comparison.rules:
+        run = next((run for run in comparison.of(rule) if any("matrices" in record for record in run.records)), None)
+        kept = {record["epoch"]: record["matrices"] for record in run.records if "matrices" in record} if run else {}
+        for number, title in enumerate(dict.fromkeys(title for found in kept.values() for title in found)):
+            values = {f"epoch {epoch}": _matrix(found[title]) for epoch, found in kept.items() if title in found}
+            yield f"matrices_{rule.replace(':', '-')}_{number}", f"{title}, {rule}", _MATRICES, heat(values)
+
+
+def _matrix(rows: Mapping[str, Mapping[str, float | None]]) -> Array:
+    """From numbers by row and column."""
+    return np.array([list(row.values()) for row in rows.values()], dtype=np.float64)
+
+
+_MATRICES = "Of the first seed, before, halfway through and after training; white is zero."
+
+
+def heat(values: Mapping[str, Array]) -> Figure:
+    """Matrices side by side in colours of one scale that is white at zero; rows downwards."""
+    figure = Figure(figsize=(_WIDTH, 1.8))
+    grid = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    largest = max((float(np.nanmax(np.abs(value), initial=0.0)) for value in values.values()), default=0.0) or 1.0
+    for axes, (name, value) in zip(grid, values.items(), strict=True):
+        image = axes.imshow(value, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axes.set_title(name, pad=3)
+        axes.grid(visible=False)
+        axes.set_xticks(range(0, value.shape[1], max(1, value.shape[1] // 3)))
+    grid[0].set_yticks(range(0, value.shape[0], max(1, value.shape[0] // 3)))
+    figure.colorbar(image, ax=list(grid), orientation="horizontal", fraction=0.06, pad=0.04, aspect=40)
+    return figure
+
+
 _CAPTION = "The network after the last epoch (first seed), on the training samples of the probe."
 
 

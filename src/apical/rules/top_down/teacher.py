@@ -265,9 +265,8 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
             raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
         if content["format"] == OLDER:
             content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
-        sizes = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected")
-        output = content.get("output", "evolved")
-        network = TopDownNetwork(*({"projected": None, **content}[name] for name in sizes), output=output)
+        names = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected", "output")
+        network = TopDownNetwork(**{name: {"projected": None, "output": "evolved", **content}[name] for name in names})
         network.share = content["share"]
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
         return network, json.loads(content["provenance"])

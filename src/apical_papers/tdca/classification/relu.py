@@ -39,6 +39,8 @@ RULES = {"error": ("tdca", "shuffled", *CONTROLS), "evolved": ("tdca", "hidden-h
 """Without evolution, and without hidden credit, the arm "error" is the hand-built teacher with silent hidden units."""
 FIRST = 3000
 """The first meta-seed."""
+DISSECTED = 2
+"""Meta-seeds of the arm "evolved", which has no marks."""
 GENERATIONS = 60
 TASKS, VALIDATION = 32, 32
 """Tasks that rules are tested on, and tasks that their learning rates are chosen on."""
@@ -75,7 +77,7 @@ class Options:
     generations: int = GENERATIONS
     """Of each evolution."""
     seeds: int = base.SEEDS
-    """Meta-seeds: independent evolutions."""
+    """Meta-seeds: independent evolutions of the arm with marks."""
 
 
 def cell(arm: str, seed: int, generations: int) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     }
     arms: dict[str, list[Cell]] = {arm: [] for arm in options.arms}
     for arm, cells in arms.items():
-        for seed in range(FIRST, FIRST + options.seeds):
+        for seed in range(FIRST, FIRST + (options.seeds if arm == "error" else DISSECTED)):
             known = {**config, **base.plain(asdict(replace(ARMS[arm], seed=seed)))}
             path = options.out / "cells" / f"{arm}-{seed}.json"
             cells.append(kept(path, known, partial(cell, arm, seed, options.generations)))
