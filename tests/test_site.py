@@ -88,7 +88,7 @@ def test_every_link_and_anchor_leads_somewhere() -> None:
 QUESTIONS = {  # clicks from the front page, and what the last page says
     "Which rule shall I take?": (("choose.html",), "accuracy in deep convolutional networks"),
     "How do I train my own model in my own loop?": (("your-own-loop.html",), "optimizer.step()"),
-    "Does it train my kind of network?": (("zoo.html",), "refused"),
+    "Does it train my kind of network?": (("zoo.html",), "pre-activation ResNet"),
     "Was the paper's table reproduced, and at what size?": (("results/index.html", "results/pfa-mnist.html"), "Reproduced:"),
     "What does a step cost?": (("benchmarks.html",), "time / BP"),
 }
