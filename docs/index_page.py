@@ -169,9 +169,9 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
         mine = [name for name, standing in known.items() if standing.target == target and name in pages]
         rows += [_line(name, pages[name], data(each, pages[name], known[name].about), known[name]) for name in mine]
         rows += [] if mine else [[f"`{target}`", without_epochs(each.title), data(each), "not run", "", "", "", ""]]
-    mine = [standing for name, standing in known.items() if name in pages]
+    shown = [standing for name, standing in known.items() if name in pages]
     core = [target for target in tables() if target.partition("/")[0] in CORE]
-    count = f"{_counted([*tables()], mine)} Of the four papers that the package began with: {_counted(core, mine)}"
+    count = f"{_counted([*tables()], shown)} Of the four papers that the package began with: {_counted(core, shown)}"
     header = ("table", "what it is", "data", "size", "reproduced", "machine", "hours", "commit")
     others = [
         [f"[{text}]({name}.md)", *known[name][3:]]

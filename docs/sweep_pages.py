@@ -17,7 +17,7 @@ def tuned(folder: Path) -> dict[str, Row]:
     """By rule: trials and how many diverged, the best settings and their score, and where they lie at an end."""
     record = load(folder / "sweep.json") or {"trials": [], "best": {}}
     ends = edges(record["trials"], record["best"])
-    rows = {}
+    rows: dict[str, Row] = {}
     for rule, number_of_best in record["best"].items():
         own = [trial for trial in record["trials"] if trial["rule"] == rule]
         best = next(trial for trial in own if trial["number"] == number_of_best)
