@@ -54,7 +54,8 @@ ABOUT: dict[str, Any] = {
     "sources": {
         "our mark": "Marks come from a prototype's pilots (apart from apical, width 64, 400 steps) and were written before "
         "the runs; those called goal are what the study was planned to reach, entered after its first runs of kp and pfa. "
-        "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over seeds) of the difference lies on its better side."
+        "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over seeds) of the "
+        "difference lies on its better side."
     },
 }
 
