@@ -98,6 +98,7 @@ class Functions(TorchFunctionMode):
         super().__init__()
         self.note, self.modules = note, {} if before is None else before
         self.deep = 0  # calls of modules that are under way
+        self.where = "the model's forward"
         self.counts: dict[str, int] = {}
         self.makers: list[tuple[Tensor, str]] = []  # and what made them; tensors are held so that no other takes their id
 
@@ -111,8 +112,8 @@ class Functions(TorchFunctionMode):
         result = func(*args, **options)
         if not self.deep and func.__name__ in VALUES:
             raise UnsupportedModelError(
-                f"the model's forward reads the numbers of a batch ({func.__name__.strip('_')}), and may take another way "
-                "with others, which this rule would not see; remove that, or use another rule"
+                f"{self.where} reads the numbers of a batch ({func.__name__.strip('_')}), and may take another way with "
+                "others, which this rule would not see; remove that, or use another rule"
             )
         if self.deep or not isinstance(result, Tensor):
             return result

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
 from apical.core.called import Call, Functions, on_path
-from apical.core.containers import Containers
+from apical.core.containers import Containers, is_written
 from apical.core.layers import (
     Layer,
     is_affine,
@@ -344,6 +344,8 @@ def _traced(
     from apical.core.checkpointing import is_untrained
 
     functions = Functions(calls.append, known)
+    written = [f"{name!r} ({type(module).__name__})" for name, module in model.named_modules() if is_written(module)]
+    functions.where = f"the forward of {' or '.join(written)}" if written else functions.where
     hidden = {id(part) for module in whole.values() for part in module.modules()}
     names = {id(module): name for name, module in leaves(model) if id(module) not in hidden}
     names |= {id(module): name for name, module in whole.items()}

@@ -16,11 +16,16 @@ from apical.core.rest import evaluating
 from apical.core.units import leaves
 from apical.errors import UnsupportedModelError
 
-KNOWN = ("torch.nn.", "apical.")
+KNOWN = ("torch.nn.", "apical.core.", "apical.models.", "apical.rules.")
 """Modules of Python whose forward methods take one way."""
 FIRST, EVERY = 4, 16
 """Batches at which a forward method of the user's is looked at: so many at first, then each so many."""
 _EVERY_MODULES = {*vars(nn.Module()), "forward"}
+
+
+def is_written(module: nn.Module) -> bool:
+    """Whether its forward method is the user's."""
+    return not type(module).forward.__module__.startswith(KNOWN)
 
 
 class Containers:
@@ -35,8 +40,7 @@ class Containers:
         inside = {part for _, leaf in leaves(model) for part in leaf.modules()}
         containers = [(name, module) for name, module in model.named_modules() if module not in inside]
         self.modules = [(name, module, list(module.children())) for name, module in containers]
-        forwards = [(module, type(module).forward) for _, module in containers]
-        self.written = [module for module, forward in forwards if not forward.__module__.startswith(KNOWN)]
+        self.written = [module for _, module in containers if is_written(module)]
         self._batches, self._choices = 0, self._attributes()
 
     def require_intact(self, inputs: Tensor, own: Callable[[Tensor], Tensor]) -> None:

@@ -174,7 +174,13 @@ class CutRule(CreditRule):
         names: dict[nn.Module, str] = {layer: name for name, layer in self._whole.items()}
         calls = {name: separation.paths.get(names[caller(layer)], []) for name, layer in self.layers.items()}
         paths = {name: self._path(layer, calls[name]) for name, layer in self.layers.items()}
-        return paths | dict.fromkeys(self._untaught(separation.patterns), "no credit") if self.silent else paths
+        if not self.silent:
+            return paths
+        taught = {p for name, layer in self.layers.items() if paths[name] != "no credit" for p in layer.parameters()}
+        untaught = self._untaught(separation.patterns)
+        # an embedding that the head is tied to learns as the head
+        alone = [name for name in untaught if taught.isdisjoint(self.model.get_submodule(name).parameters())]
+        return paths | dict.fromkeys(alone, "no credit")
 
     def _untaught(self, patterns: set[Pattern]) -> set[str]:
         """Modules with parameters, none of them a layer's, that lie in hidden units only."""
