@@ -64,7 +64,7 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
         finally:
             torch.set_num_threads(threads)
         return
-    with ProcessPoolExecutor(jobs, children.context(), _begin, (dict(os.environ),)) as pool:
+    with ProcessPoolExecutor(jobs, children.context(__name__), _begin, (dict(os.environ),)) as pool:
         with _interrupts_ignored():
             running = {pool.submit(make, part): part for part in parts}
         try:
@@ -81,6 +81,8 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
 
 def _begin(environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server may have begun before it was ignored
+    if os.name == "posix":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # or while it was blocked
     children.adopt(environment)
     torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refre
         ApicalError: a worker failed; the others were told to save and stop.
         OSError: likewise, disk full or no permission.
     """
-    context = children.context()
+    context = children.context("apical.bench.compare")
     running: dict[int, tuple[BaseProcess, Connection]] = {}
     failures: list[Exception] = []
     waiting, told = list(seeds), False

@@ -8,19 +8,20 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 
 import torch
 
-PRELOADED = ("torch._dynamo", "apical.bench.compare")  # what optimisers import at their first use; what trains
 
-
-def context() -> ForkServerContext | SpawnContext:
+def context(*modules: str) -> ForkServerContext | SpawnContext:
     """How child processes begin: on Linux forked from a server that imports PyTorch once, elsewhere each afresh.
 
     A forked process cannot use a GPU that the server has looked at, so they begin afresh where there is one, too. A server
-    keeps the environment variables of its own beginning: call :func:`adopt` first in a child.
+    keeps the environment variables of its own beginning, so call :func:`adopt` first in a child, and its blocked signals.
+
+    Args:
+        modules: what the server imports besides PyTorch, if it has not begun.
     """
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(list(PRELOADED))  # without effect once the server runs
+    server.set_forkserver_preload(["torch._dynamo", *modules])  # optimisers import the former at their first use
     return server
 
 

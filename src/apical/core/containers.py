@@ -20,6 +20,8 @@ KNOWN = ("torch.nn.", "apical.core.", "apical.models.", "apical.rules.")
 """Modules of Python whose forward methods take one way."""
 FIRST, EVERY = 4, 16
 """Batches at which a forward method of the user's is looked at: so many at first, then each so many."""
+LONG = 64
+"""Entries from which on a container is a table, such as a vocabulary, rather than options."""
 _EVERY_MODULES = {*vars(nn.Module()), "forward"}
 
 
@@ -86,6 +88,8 @@ class Containers:
             torch._assert_async(_close(output, expected), message)
         elif not (fits and bool(_close(output, expected))):
             raise UnsupportedModelError(message)
+        if not compiling:
+            self._choices = self._attributes()  # a forward may count its calls, or keep what it made
 
     def _attributes(self) -> list[dict[str, object]]:
         """What forward methods of the user's may go by."""
@@ -111,7 +115,9 @@ class Containers:
 
 
 def _contents(value: object, depth: int = 2) -> object:
-    """Numbers and words in a value, its containers and plain objects; of all else, which object it is."""
+    """Numbers and words in a value, its containers and plain objects; of all else, and of long ones, which object it is."""
+    if isinstance(value, dict | list | tuple) and len(value) > LONG:
+        return id(value)
     if depth and isinstance(value, dict):
         return {key: _contents(inner, depth - 1) for key, inner in value.items()}
     if depth and isinstance(value, list | tuple):
