@@ -16,6 +16,7 @@ CELLS: dict[str, Callable[[Row, str], str]] = {
     "range": lambda row, key: " to ".join(number(value, 2) for value in row.get(key) or ()) or "-",
     "target": lambda row, key: "-" if row.get(key) is None else f"at most {row[key]:g}",
     "verdict": lambda row, key: "-" if row.get("target") is None else "met" if row[key] else "missed",
+    "limited": lambda row, key: limited(row),
 }
 """Ways to write a value, for values that are no plain number."""
 
@@ -38,6 +39,19 @@ def benchmark_page(files: Mapping[str, Row]) -> str:
         for each in [one for one in TABLES["sections"] if one["file"] == about["like"]] if "like" in about else [about]:
             parts += section(files.get(about["file"]) or {}, each)
     return joined(parts)
+
+
+def limited(row: Row) -> str:
+    """Whether the target was met, or was missed because the floor measured in the same run is above it."""
+    if row.get("target") is None or row.get("rule") == "bp":
+        return "-"
+    if row["within_target"]:
+        return "met"
+    floor = row.get("floor")
+    if floor is not None and floor > row["target"]:
+        return "missed: below the floor"
+    watched = row.get("floor_watched")
+    return "missed: below the floor with watching" if watched is not None and watched > row["target"] else "missed"
 
 
 def section(file: Row, about: Row) -> list[str]:

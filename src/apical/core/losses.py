@@ -97,6 +97,23 @@ def _reaches_others(root: Node, leaves: list[Tensor]) -> bool:
     return False
 
 
+def require_dependence(loss: Tensor, output: Tensor) -> None:
+    """Refuse a loss that does not depend on the output, which is no leaf.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    waiting, seen = [loss.grad_fn], {output.grad_fn, None}
+    while waiting:
+        below = waiting.pop()
+        if below is output.grad_fn:
+            return
+        if below not in seen:
+            seen.add(below)
+            waiting += [node for node, _ in below.next_functions]
+    raise _independent()
+
+
 def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN)) -> None:
     """Refuse options of a loss that a rule which learns from the labels would leave out of the update.
 
