@@ -16,6 +16,7 @@ from tests.generator import ROOT, script
 import apical
 from apical.bench.names import RULES
 from apical.bench.papers import studies
+from apical.bench.state import parse_object
 from apical.cli.main import Command
 from apical.core.credit import CreditRule
 
@@ -43,6 +44,15 @@ RUN = [
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results").glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_kept_results_are_as_they_were_written(path: Path) -> None:
+    parse_object(
+        json.dumps({"list": value}) if isinstance(value := json.loads(path.read_text()), list) else path.read_text()
+    )
+
+
 def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name == "bring-your-own-data.md":  # which writes files, and has some that people write
         monkeypatch.chdir(tmp_path)
