@@ -4,7 +4,7 @@ Rules that call a model's layers do not call its containers. What these compute 
 forward method may take another way when an attribute or a global is another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import FunctionType
 
@@ -35,12 +35,15 @@ class Containers:
 
     Args:
         model: the network; it is only read.
+        layers: whose weight is taken from what was said of their type; one with a forward of the user's counts as one of
+            the modules that contain others.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module] = ()) -> None:
         self.model, self.names = model, {module: name for name, module in model.named_modules()}
         inside = {part for _, leaf in leaves(model) for part in leaf.modules()}
-        containers = [(name, module) for name, module in model.named_modules() if module not in inside]
+        told = [layer for layer in layers if is_written(layer)]
+        containers = [(name, module) for name, module in model.named_modules() if module not in inside or module in told]
         self.modules = [(name, module, list(module.children())) for name, module in containers]
         self.written = [module for _, module in containers if is_written(module)]
         self._batches, self._choices = 0, self._attributes()
@@ -71,8 +74,8 @@ class Containers:
             return
         names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
         message = (
-            f"module {names} computes another function than when the rule was made: a hook, a forward, a new child, or a "
-            "choice in its forward (an attribute, the numbers of the batch, chance), which this rule does not see; make "
+            f"module {names} computes another function than when the rule was made, or than apical.register_layer was told: "
+            "a hook, a forward, a new child, or a choice in its forward (an attribute, the numbers of the batch, chance), which this rule does not see; make "
             "the change a module of its own, and the rule after that"
         )
         modes = [module.training for module in touched]
