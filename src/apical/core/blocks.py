@@ -91,7 +91,9 @@ def blocks(
     names = [calls[i].name for i in places]
     required = list(dict.fromkeys(within.get(layer, name) for name, layer in layers.items()))
     if uncalled := [name for name in required if name not in names]:
-        raise UnsupportedModelError(f"{enumerated('layer', uncalled, 'was', 'were')} not called; remove what computes nothing")
+        raise UnsupportedModelError(
+            f"{enumerated('layer', uncalled, 'was', 'were')} not called; remove what computes nothing"
+        )
     for name in required:
         if names.count(name) != 1:
             raise UnsupportedModelError(f"layer {name!r} is called twice; give each place a layer of its own")

@@ -167,7 +167,9 @@ class Chain:
         unseen = [name for name in self.layers if name not in {stage.name for stage in self.stages}]
         if unseen:
             what = enumerated("layer", unseen, "was", "were")
-            raise UnsupportedModelError(f"{what} not called in the forward pass; call as modules what shall learn, remove the rest")
+            raise UnsupportedModelError(
+                f"{what} not called in the forward pass; call as modules what shall learn, remove the rest"
+            )
 
     @property
     def weights(self) -> list[Tensor]:

@@ -75,8 +75,8 @@ class Containers:
         names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
         message = (
             f"module {names} computes another function than when the rule was made, or than apical.register_layer was told: "
-            "a hook, a forward, a new child, or a choice in its forward (an attribute, the numbers of the batch, chance), which this rule does not see; make "
-            "the change a module of its own, and the rule after that"
+            "a hook, a forward, a new child, or a choice in its forward (an attribute, the numbers of the batch, chance), "
+            "which this rule does not see; make the change a module of its own, and the rule after that"
         )
         modes = [module.training for module in touched]
         devices = [inputs.device] if inputs.is_cuda else []

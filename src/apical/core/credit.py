@@ -379,8 +379,8 @@ class CreditRule(nn.Module):
         if self._unmoved == STILL:
             self._unmoved = -1
             warnings.warn(
-                f"{type(self).__name__} has parameters of its own that get gradients, and the optimiser moves those of the model "
-                "alone: give it rule.parameters(), not model.parameters()",
+                f"{type(self).__name__} has parameters of its own that get gradients, and the optimiser moves those of the "
+                "model alone: give it rule.parameters(), not model.parameters()",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -515,7 +515,9 @@ def _why_not_finite(args: Sequence[Any]) -> str:
         return "the loss is not finite because the batch is empty; leave it out"
     odd = [name for name, value in values if not _is_finite(value)]
     if odd:
-        return f"loss or gradients are not finite because the {' and '.join(odd)} hold NaN or infinite values; clean the data"
+        return (
+            f"loss or gradients are not finite because the {' and '.join(odd)} hold NaN or infinite values; clean the data"
+        )
     return "the loss is not finite although the inputs are: training has diverged; lower the learning rate or clip gradients"
 
 

@@ -4,8 +4,8 @@ PyTorch's losses say it by options, which are read when the rule is made. A func
 batch it is asked for its derivative at outputs made up for it.
 
     at zero outputs     every sample of a class k has a gradient of one length; else classes have weights, or are ignored
-    at the labels       the gradient vanishes, for one of the outputs that stand for "exactly this class": e_k, 2 e_k - 1, the
-                        same so large that a softmax says k, and its logarithm; else the labels are smoothed or shifted
+    at the labels       the gradient vanishes, for one of the outputs that stand for "exactly this class": e_k, 2 e_k - 1,
+                        the same so large that a softmax says k, its logarithm; else the labels are smoothed or shifted
     the batch twice     the loss is the same; else it is a sum
 """
 
@@ -152,6 +152,6 @@ def _left_out(name: str, option: str, value: str) -> ConfigError:
             "classes?); give class labels, or a distance such as mse_loss, or choose a rule that follows the loss"
         )
     return ConfigError(
-        f"{name} learns from the labels and not from the loss, so the option {option} of the loss would not reach the update; "
-        "leave it out, or choose a rule that follows the loss"
+        f"{name} learns from the labels and not from the loss, so the option {option} of the loss would not reach the "
+        "update; leave it out, or choose a rule that follows the loss"
     )

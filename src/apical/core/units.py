@@ -224,8 +224,8 @@ class Faults:
         if self.orphans:
             kinds, one = ", ".join(dict.fromkeys(self.orphans.values())), len(self.orphans) == 1
             parts.append(
-                f"{enumerated('parameter', self.orphans, 'is an orphan: it belongs', 'are orphans: they belong')} directly to "
-                f"{kinds} and to no layer; move {'it' if one else 'them'} into a layer"
+                f"{enumerated('parameter', self.orphans, 'is an orphan: it belongs', 'are orphans: they belong')} directly "
+                f"to {kinds} and to no layer; move {'it' if one else 'them'} into a layer"
             )
         if not parts:
             return
