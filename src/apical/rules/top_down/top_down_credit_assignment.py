@@ -196,6 +196,7 @@ class TopDownCreditAssignment(CutRule):
         if not isinstance(teacher, TopDownNetwork):
             return [credit / len(prediction) for credit in teacher(prediction, target)]
         teacher.check(prediction.shape[1], widths)
+        prediction, target = (part.to(cast(Tensor, teacher.body[0].weight).dtype) for part in (prediction, target))
         return teacher.credits(teacher(prediction, target, classes) / len(prediction), widths)
 
     def _teacher(self, prediction: Tensor, cuts: list[Cut]) -> nn.Module:
