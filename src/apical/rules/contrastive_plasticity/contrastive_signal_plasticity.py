@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from apical.core.batch import require_classes, require_one_type, require_precision
 from apical.core.chain import Chain
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel, Root
-from apical.core.losses import refuse_options, terms, value_at
+from apical.core.loss_options import refuse_options
+from apical.core.losses import terms, value_at
 from apical.core.processes import summed
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
@@ -147,7 +148,7 @@ class ContrastiveSignalPlasticity(CreditRule):
             )
         if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
             raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
-        refuse_options(loss, "contrastive-signal-dependent plasticity")
+        refuse_options(self, "contrastive-signal-dependent plasticity")
         self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         if len(stages) < 2:

@@ -35,7 +35,8 @@ from apical.core.batch import fitted, require_classes, require_one_type, require
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.feedback import put
-from apical.core.losses import refuse_options, terms, value_at, wanted
+from apical.core.loss_options import refuse_options
+from apical.core.losses import terms, value_at, wanted
 from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, unknown_name
@@ -127,7 +128,7 @@ class EquilibriumPropagation(CreditRule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
-        refuse_options(loss, "equilibrium propagation", ("reduction",))
+        refuse_options(self, "equilibrium propagation", ("reduction",))
         for name, value, known in (
             ("estimator", estimator, ESTIMATORS),
             ("output", output or "state", ("read-out", "state")),

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from apical.core.batch import counted, fitted, require_classes
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss, Root
-from apical.core.losses import refuse_options, terms, value_at
+from apical.core.loss_options import NUMBERS, PLAIN, refuse_options
+from apical.core.losses import terms, value_at
 from apical.errors import ConfigError, InstabilityError, unknown_name
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
@@ -117,8 +118,8 @@ class StrongDeepFeedbackControl(ControlRule):
         loop = Loop(alpha, k_p, dt, points, tau, leak, sigma=sigma, sigma_output=sigma_output, tau_noise=tau_noise)
         if not dt <= tau_slow < 1:
             raise ConfigError(f"tau_slow must lie between dt={dt} and 1, the controller's time constant; got {tau_slow}")
-        refuse_options(loss, "strong deep feedback control")
         super().__init__(model, loss, loop, loop, difference, feedback, learn, learn_output, input_shape, generator)
+        refuse_options(self, "strong deep feedback control", (*PLAIN, NUMBERS))
         self.solver, self.label, self.tolerance, self.slow = solver, label, tolerance, dt / tau_slow
         depths = range(len(self.chain.stages), 0, -1)
         self.correlations = [correlation(loop, depth, self.slow) for depth in depths]
