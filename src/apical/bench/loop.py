@@ -13,15 +13,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apical.bench import checkpoint
 from apical.bench.distributed import World, place
-from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
 from apical.bench.measure import (
+    FACTOR,
     FIELDS,
     alignment,
     autocast,
+    chance_loss,
     evaluate,
     examples,
     finite,
+    has_diverged,
     matrices,
     minimum_norm,
     own_measures,

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from apical.bench import own_rules
-from apical.bench.first_layer import needs_feedback
 from apical.bench.recipe import ClipOver, Recipe, bare_rule, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
 from apical.core.credit import CreditRule, Loss
 from apical.core.losses import squared_error, token_cross_entropy
+from apical.core.packed import caller
+from apical.core.rest import undisturbed
+from apical.core.units import weighted_layers
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.rules.backprop import Backprop
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
@@ -390,3 +393,31 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"rule {recipe.rule_name!r} with options {options}: {error}") from error
+
+
+def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collection[str] = ()) -> bool:
+    """Whether an error has to pass the layer registered first, because trained layers run before it.
+
+    Args:
+        model: is called once, on two samples of zeros, real or whole; nothing of it changes.
+        exact: see :class:`apical.core.edge.EdgeRule`.
+    """
+    seen: list[bool] = []
+
+    def look(layer: nn.Module, args: tuple[object, ...]) -> None:
+        seen.extend(value.requires_grad for value in args if isinstance(value, torch.Tensor))
+
+    try:
+        layer = next(iter(weighted_layers(model, exact, shared=True, packed="parts").values()))
+    except ApicalError:  # the rule says better what is wrong with it
+        return False
+    for kind in (layer.weight.dtype, torch.long):  # whole numbers for a model that embeds them
+        try:
+            with torch.enable_grad(), undisturbed(model):
+                model.eval()
+                caller(layer).register_forward_pre_hook(look)
+                model(torch.zeros(2, *input_shape, dtype=kind, device=layer.weight.device))
+                break
+        except (ApicalError, RuntimeError, TypeError, ValueError, IndexError):
+            continue
+    return any(seen)

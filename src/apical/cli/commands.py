@@ -16,7 +16,6 @@ from rich.console import Console
 
 from apical import data, models
 from apical.bench import compare as comparison
-from apical.bench.busy import busy_note
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.loop import Training
@@ -42,6 +41,7 @@ from apical.bench.report import folder as report
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import read_json, write_state
+from apical.bench.statistics import busy_note
 from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import own_training, tuned_rate

@@ -24,9 +24,8 @@ from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, rule_name
 from apical.bench.report import folder as report
 from apical.bench.run_folder import FolderLock
-from apical.bench.searching import Grid, Optuna
 from apical.bench.signals import Interrupted, StopSignals
-from apical.bench.space import Axis, applied, edges, grid, space
+from apical.bench.space import Axis, Grid, Optuna, applied, edges, grid, space
 from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray

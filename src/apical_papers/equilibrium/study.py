@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.fit import accuracy, fit
+from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.losses import squared_error
 from apical.data import Dataset, load

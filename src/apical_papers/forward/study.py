@@ -15,7 +15,7 @@ from torch import nn
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.fit import accuracy, fit
+from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Dataset

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apical.bench.busy import busy_note
 from apical.bench.checkpoint import write_atomically
 from apical.bench.document import significant
 from apical.bench.figures import curves as figures
@@ -26,6 +25,7 @@ from apical.bench.report.protocol import section, sureness
 from apical.bench.report.records import Comparison, Run, Score, read
 from apical.bench.report.verdicts import judge
 from apical.bench.state import write_page
+from apical.bench.statistics import busy_note
 from apical.errors import CheckpointError
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
