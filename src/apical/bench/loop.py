@@ -340,8 +340,8 @@ class Training:
             if self.recipe.measure:
                 inputs, _ = probe_batch(self.dataset.train, SAMPLES)
                 self.line["measured"] = measured(self.recipe.measure, self.rule.model, inputs)
-            if found := matrices(self.rule, self.dataset.train, probe):
-                self.line["matrices"] = found
+            if tables := matrices(self.rule, self.dataset.train, probe):
+                self.line["matrices"] = tables
         clash = own.network.keys() & (self.line.keys() - {"condition_two"})
         clash |= {key for values in own.layers.values() for key in values if key in FIELDS}
         if clash:

@@ -95,10 +95,10 @@ def matrices(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, 
     if not probe or not callable(own):
         return {}
     with unchanged(rule), torch.no_grad():
-        found = own(probe_batch(train, probe)[0])
+        tensors = own(probe_batch(train, probe)[0])
     return {
         title: {f"{i}": {f"{j}": finite(x) for j, x in enumerate(row)} for i, row in enumerate(matrix.tolist())}
-        for title, matrix in found.items()
+        for title, matrix in tensors.items()
     }
 
 

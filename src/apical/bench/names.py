@@ -258,10 +258,10 @@ def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
     >>> options_for("pfa", ("pfa:expansion=4", "kp:form=explicit", "first_layer=True", "nudge=0.1"))
     ('expansion=4', 'first_layer=True')
     """
-    known, chosen = constructor_options(find_rule(rule)), []
+    arguments, chosen = constructor_options(find_rule(rule)), []
     for option in options:
         owner, rest = _owner(option)
-        if owner == rule_name(rule) or (not owner and _key(rest) in known):
+        if owner == rule_name(rule) or (not owner and _key(rest) in arguments):
             chosen.append(rest)
     return tuple(chosen)
 
@@ -308,12 +308,12 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     entry, notes = find_rule(recipe.rule), list[str]()
     if (bare := bare_rule(recipe.rule)) not in RULES:
         notes.append(own_rules.origin(bare))
-    given, known = parse_options(recipe.rule_options), constructor_options(entry)
+    given, arguments = parse_options(recipe.rule_options), constructor_options(entry)
     for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        if key not in arguments:
+            near = difflib.get_close_matches(key, arguments, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            known_text = ", ".join(known) or "none"
+            known_text = ", ".join(arguments) or "none"
             raise ConfigError(f"rule {recipe.rule_name!r} has no option {key!r}{hint} Its options: {known_text}")
     added = []
     if entry.aligns and recipe.optimizer == "adam" and "form" not in given:
@@ -324,7 +324,7 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
             f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} begin "
             "near the weights"
         )
-    if recipe.probe and "first_layer" in known and "first_layer" not in given:
+    if recipe.probe and "first_layer" in arguments and "first_layer" not in given:
         added.append("first_layer=True")
         notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")
     steps = recipe.steps_per_epoch(examples)
@@ -402,10 +402,10 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
         model: is called once, on two samples of zeros, real or whole; nothing of it changes.
         exact: see :class:`apical.core.edge.EdgeRule`.
     """
-    seen: list[bool] = []
+    flags: list[bool] = []
 
     def look(layer: nn.Module, args: tuple[object, ...]) -> None:
-        seen.extend(value.requires_grad for value in args if isinstance(value, torch.Tensor))
+        flags.extend(value.requires_grad for value in args if isinstance(value, torch.Tensor))
 
     try:
         layer = next(iter(weighted_layers(model, exact, shared=True, packed="parts").values()))
@@ -420,4 +420,4 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
                 break
         except (ApicalError, RuntimeError, TypeError, ValueError, IndexError):
             continue
-    return any(seen)
+    return any(flags)

@@ -69,9 +69,9 @@ def fit(
 ) -> None:
     """One pass over the samples in an order drawn anew, a step for each batch."""
     order = torch.randperm(len(train), generator=generator)
-    for chosen in order[: len(order) // batch * batch if drop_last else None].split(batch):
+    for samples in order[: len(order) // batch * batch if drop_last else None].split(batch):
         optimizer.zero_grad()
-        rule(train.inputs[chosen], train.targets[chosen]).backward()
+        rule(train.inputs[samples], train.targets[samples]).backward()
         optimizer.step()
 
 

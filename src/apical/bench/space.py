@@ -124,16 +124,16 @@ def edges(trials: Sequence[Mapping[str, Any]], best: Mapping[str, int]) -> dict[
     >>> edges(tried, {"bp": 0}), edges(tried, {"bp": 1})
     ({'bp': ['lr at its lowest']}, {'bp': []})
     """
-    found: dict[str, list[str]] = {}
+    messages: dict[str, list[str]] = {}
     for rule, number in best.items():
         settings = {trial["number"]: trial["settings"] for trial in trials if trial["rule"] == rule}
-        found[rule] = []
+        messages[rule] = []
         for name, value in settings[number].items():
-            tried = {each[name] for each in settings.values()}
-            if len(tried) > 1 and all(isinstance(each, int | float) and not isinstance(each, bool) for each in tried):
-                ends = {min(tried): "lowest", max(tried): "highest"}
-                found[rule] += [f"{name} at its {ends[value]}"] if value in ends else []
-    return found
+            values = {setting[name] for setting in settings.values()}
+            if len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+                ends = {min(values): "lowest", max(values): "highest"}
+                messages[rule] += [f"{name} at its {ends[value]}"] if value in ends else []
+    return messages
 
 
 def applied(recipe: Recipe, settings: Settings) -> Recipe:

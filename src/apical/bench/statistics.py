@@ -54,8 +54,8 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return Interval(mean, None, None, 1)
-    drawn = _all_means(values) if n <= ALL else _drawn_means(values, seed)
-    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    means = _all_means(values) if n <= ALL else _drawn_means(values, seed)
+    low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(mean, float(low), float(high), n)
 
 
@@ -105,8 +105,8 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
     observed, slack = abs(sum(differences)), 1e-12 * sum(map(abs, differences))
     flipped = list(_flips(differences, seed))
     extreme = sum(value >= observed - slack for value in flipped)
-    drawn = len(differences) > _EXACT
-    return (extreme + drawn) / (len(flipped) + drawn)
+    sampled = len(differences) > _EXACT
+    return (extreme + sampled) / (len(flipped) + sampled)
 
 
 _EXACT = 16

@@ -218,8 +218,8 @@ def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
             ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in drafts if (item in tuned) is wanted)
             for wanted in (True, False)
         )
-        told = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
-        tell(told + (f"; not tuned: {rest}" if rest else ""))
+        message = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
+        tell(message + (f"; not tuned: {rest}" if rest else ""))
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:

@@ -82,9 +82,9 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     if flags.search == "grid":
         sizes = {rule_name(rule): len(grid(axes[rule])) for rule in rules}
         if len(set(sizes.values())) > 1:
-            told = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
+            numbers = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
             raise ConfigError(
-                f"the grids have different sizes ({told}), so the comparison would not be fair; give all rules as many "
+                f"the grids have different sizes ({numbers}), so the comparison would not be fair; give all rules as many "
                 "values, or choose --search random or optuna with --trials"
             )
     if not drafts[0].validation:
@@ -121,15 +121,15 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
     if path.exists():
         saved = read_json(path)
         plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added, and left out
-        asked = json.loads(json.dumps(plan))
-        unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
-        unlike += [f"recipe of {rule}" for rule, recipe in saved["recipes"].items() if asked["recipes"][rule] != recipe]
+        fresh_plan = json.loads(json.dumps(plan))
+        unlike = [key for key in fresh_plan if key != "recipes" and saved.get(key) != fresh_plan[key]]
+        unlike += [f"recipe of {rule}" for rule, recipe in saved["recipes"].items() if fresh_plan["recipes"][rule] != recipe]
         if unlike:
             raise CheckpointError(
                 f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
                 "another --out"
             )
-        if asked["recipes"].keys() == saved["recipes"].keys():
+        if fresh_plan["recipes"].keys() == saved["recipes"].keys():
             return lock
     write_state(path, {**plan, "command": command, "environment": environment("cpu", torch.get_num_threads())})
     return lock
@@ -264,11 +264,11 @@ def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> N
     for name in ("sweep.html", "best.json", "final/report.html"):
         if (out / name).exists():
             say(f"{Path(name).name}: {shown_path(out / name)}")
-    chosen = {trial.rule: trial.number for trial in best if trial}
-    for rule, ends in edges([trial.record() for trial in trials], chosen).items():
+    best_of = {trial.rule: trial.number for trial in best if trial}
+    for rule, ends in edges([trial.record() for trial in trials], best_of).items():
         if ends:
             say(f"{rule}: not bracketed, the best has {' and '.join(ends)} value; widen --space")
-    names = " ".join(chosen)
+    names = " ".join(best_of)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
     say(f"the best settings of {names} again: {again}")
 
