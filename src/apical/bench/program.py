@@ -156,7 +156,7 @@ def run_command(
     module: str,
     options: type[Options],
     study: Callable[[Options, str], Mapping[str, Any]],
-    arguments: Sequence[str] | None,
+    arguments: Sequence[str] | None = None,
     **shown: Any,
 ) -> int:
     """`python -m MODULE ...`: run a study and print its verdicts; returns the exit status.

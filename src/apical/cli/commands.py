@@ -16,7 +16,6 @@ from rich.console import Console
 
 from apical import data, models
 from apical.bench import compare as comparison
-from apical.bench.busy import busy_note
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.loop import Training
@@ -42,6 +41,7 @@ from apical.bench.report import folder as report
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import read_json, write_state
+from apical.bench.statistics import busy_note
 from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import own_training, tuned_rate
@@ -218,8 +218,8 @@ def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
             ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in drafts if (item in tuned) is wanted)
             for wanted in (True, False)
         )
-        told = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
-        tell(told + (f"; not tuned: {rest}" if rest else ""))
+        message = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
+        tell(message + (f"; not tuned: {rest}" if rest else ""))
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:

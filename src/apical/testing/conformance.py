@@ -44,8 +44,8 @@ def settings(factory: Factory) -> list[Setting]:
             raise AssertionError(
                 f"the residual network is refused by an error that names none of its modules: {error}"
             ) from error
-        if left := [name for name, module in model.named_modules() if _hooked(module)]:
-            raise AssertionError(f"the residual network is refused, but hooks are left on {left}") from error
+        if hooked := [name for name, module in model.named_modules() if _hooked(module)]:
+            raise AssertionError(f"the residual network is refused, but hooks are left on {hooked}") from error
         return both[:1]
     return both
 
@@ -109,9 +109,9 @@ def check_detach(factory: Factory) -> None:
     attached = gradients(model)
     if rule.detach() is not model:
         raise AssertionError("detach() must return the model it was given")
-    left = [name for name, module in model.named_modules() if _hooked(module)]
-    if left:
-        raise AssertionError(f"hooks are left on {left}")
+    hooked = [name for name, module in model.named_modules() if _hooked(module)]
+    if hooked:
+        raise AssertionError(f"hooks are left on {hooked}")
     model.zero_grad()
     F.cross_entropy(model(inputs), targets).backward()
     require_same(
