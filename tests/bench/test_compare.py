@@ -18,6 +18,7 @@ from apical.bench.recipe import Recipe
 from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Same = Callable[[Path, Path], None]
 Start = Callable[..., Command]
 
