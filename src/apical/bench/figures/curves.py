@@ -187,7 +187,7 @@ def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawin
         return None
     png, svg = io.BytesIO(), io.BytesIO()
     figure.set_dpi(_DPI)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()  # lays it out first, which takes longer than to draw it; the SVG shows that layout
     imsave(png, canvas.buffer_rgba(), format="png", dpi=_DPI)
     figure.set_layout_engine("none")
