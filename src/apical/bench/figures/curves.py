@@ -9,9 +9,11 @@ from typing import Any, NamedTuple, overload
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -184,9 +186,10 @@ def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawin
         return None
     png, svg = io.BytesIO(), io.BytesIO()
     figure.set_dpi(_DPI)
-    figure.draw_without_rendering()  # lays it out, which takes longer than to draw it; both files show that layout
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()  # lays it out first, which takes longer than to draw it; the SVG shows that layout
+    imsave(png, canvas.buffer_rgba(), format="png", dpi=_DPI)
     figure.set_layout_engine("none")
-    figure.savefig(png, format="png", dpi=_DPI)
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return Drawing(stem, title, caption, png.getvalue(), svg.getvalue())
 
