@@ -74,6 +74,8 @@ bench: $(VENV)/.apical-installed-dev
 	@$(ONE_THREAD) $(BIN) benchmarks/settling.py
 	@$(ONE_THREAD) $(BIN) benchmarks/floors.py
 	@$(ONE_THREAD) $(BIN) benchmarks/local.py
+	@$(ONE_THREAD) $(BIN) benchmarks/scaling.py
+	@$(BIN) benchmarks/figures.py
 	@$(BIN) docs/generate.py
 
 docs: $(VENV)/.apical-installed-dev
