@@ -17,7 +17,7 @@ import torch
 
 import apical
 from apical import models
-from apical.rules.contrastive_plasticity.network import currents, products, read_products
+from apical.rules.contrastive_plasticity.network import charge_all_, products, read_products
 from floors import in_turns
 from run import environment, save
 
@@ -41,9 +41,9 @@ def row(widths: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
 
     def alone() -> None:
         for _ in range(STEPS):
-            currents(state, synapses, rule.constants)
+            charge_all_(state, synapses, rule.constants)
             products(state, synapses, rule.constants, [layer.t for layer in state.layers], add)
-            read_products(state, rule.constants, state.readout.t, add)
+            read_products(state, rule.constants, state.readout.t[:batch], add)
 
     runs = {"products": alone, "step": partial(rule._taught, held.stimulus, state, STEPS, sums)}
     seconds = in_turns(runs, rounds, 1)

@@ -78,8 +78,10 @@ def test_neurons_step_as_the_equations_say() -> None:
     torch.manual_seed(1)
     c = Constants()
     v, h, t = (torch.rand(3, 4, dtype=torch.double) * scale for scale in (0.1, 0.06, 1.0))
-    j, s = torch.randn(3, 4, dtype=torch.double), torch.zeros(3, 4, dtype=torch.double)
-    made = neurons.stepped(Neurons(v, s, h, t), j, c)
+    j = torch.randn(3, 4, dtype=torch.double)
+    made = Neurons(v.clone(), torch.empty_like(v), h.clone(), t.clone(), torch.empty_like(v))
+    neurons.charge_(made.v, [(j, torch.eye(4).double(), 0.25), (j, torch.eye(4).double(), 0.75)], None, c)
+    neurons.fire_(made, torch.ones(4, 1).double(), c)
     for row in range(3):
         fired = [float(v[row, i] + c.dt / c.membrane * (j[row, i] - v[row, i])) > float(h[row, i]) for i in range(4)]
         for i in range(4):
@@ -95,17 +97,23 @@ def test_spikes_of_a_sample_are_independent_and_as_probable_as_its_input() -> No
     """Over many stimuli, means and products of two spikes: other inputs, other steps, and other samples of one step."""
     torch.manual_seed(0)
     many, p = 20000, torch.tensor([[0.0, 0.3, 0.6, 1.0], [0.5, 0.2, 0.9, 0.7]], dtype=torch.double)
-    phase, shift = torch.rand(many, 2, 4, dtype=torch.double), torch.rand(2, many, 1, 4, dtype=torch.double)
-    first, second = (neurons.drawn_with_shift(p.expand(many, 2, 4), phase, each) for each in shift)
+    phase, shifts = torch.rand(2, many * 4, dtype=torch.double), torch.rand(2, 2, many * 4, dtype=torch.double)
+    every = torch.cat([p, p]).repeat(1, many)  # rows: two samples with the first shift, the same with the second
+    first, second = (
+        neurons.draw_with_shift_(torch.empty_like(every), every, phase, shift).view(4, many, 4).transpose(0, 1)
+        for shift in shifts
+    )
     far = 5 * 0.5 / many**0.5  # five deviations of a mean of zeros and ones
     pairs = [
         (first[:, 0, 1], first[:, 0, 2], 0.3 * 0.6),
         (first[:, 0, 1], second[:, 0, 1], 0.3 * 0.3),
         (first[:, 0, 1], second[:, 0, 2], 0.3 * 0.6),
         (first[:, 0, 1], first[:, 1, 1], 0.3 * 0.2),
+        (first[:, 0, 1], first[:, 2, 1], 0.3 * 0.3),
+        (first[:, 0, 1], second[:, 2, 1], 0.3 * 0.3),
     ]
     for step in (first, second):
-        assert float((step.mean(0) - p).abs().max()) < far
+        assert float((step.mean(0) - torch.cat([p, p])).abs().max()) < far
         assert not bool(step[:, 0, 0].any())
         assert bool(step[:, 0, 3].all())
     for one, other, product in pairs:
@@ -119,7 +127,7 @@ def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed:
     away = torch.randint(1, classes, targets.shape)
     right, wrong = F.one_hot(targets, classes).double(), F.one_hot((targets + away) % classes, classes).double()
     xx, context = torch.cat([x, x]), torch.cat([right, wrong])
-    phase = torch.rand_like(xx)
+    phase = torch.rand_like(x)
     b, y = len(xx), torch.cat([torch.ones(len(x)), torch.zeros(len(x))]).double().unsqueeze(1)
     w1, w2, c2 = (layer.weight.detach().T for layer in rule.model.children() if isinstance(layer, nn.Linear))
     v2, (m1, m2), (u1, u2), c1 = rule.down[0].T, (m.T for m in rule.lateral), (u.T for u in rule.context), rule.read[0].T
@@ -133,10 +141,8 @@ def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed:
 
     for _ in range(rule.steps):
         p1, p2, _ = (each.clone() for each in s)
-        s0, s3 = (
-            ((phase + torch.rand(xx.shape[1], dtype=torch.double)) % 1 < xx).double(),
-            context,
-        )  # the context fires for certain
+        shift = torch.rand(2, 1, xx.shape[1], dtype=torch.double)  # of positive samples, then of negative ones
+        s0, s3 = ((phase + shift).flatten(0, 1) % 1 < xx).double(), context  # the context fires for certain
         j = [
             c.resistance * (p0 @ w1 + p2 @ v2 + p3 @ u1) - c.inhibition * p1 @ m1,
             c.resistance * (p1 @ w2 + p3 @ u2) - c.inhibition * p2 @ m2,

@@ -14,7 +14,7 @@ class Stimulus(NamedTuple):
 
     Attributes:
         x: of the input (rows, n_0).
-        phase: uniform numbers (rows, n_0) that every step shifts, see :func:`.neurons.drawn_with_shift`.
+        phase: uniform numbers (samples, n_0) that every step shifts, see :func:`.neurons.draw_with_shift_`.
         context: 1 for the class that is shown, which fires at every step (rows, K); None without labels.
         target: what the read-out is to answer (rows, K); zero for negatives.
         y: 1 and 0 (rows,).
@@ -46,4 +46,4 @@ def stimulus(x: Tensor, targets: Tensor, classes: int, negatives: Negatives, mix
     both = torch.cat([x, negative])
     y = torch.cat([x.new_ones(len(x)), x.new_zeros(len(negative))])
     target = torch.cat([right, right.new_zeros(len(negative), classes)])
-    return Stimulus(both, torch.rand_like(both), context, target, y, len(x))
+    return Stimulus(both, torch.rand_like(x), context, target, y, len(x))
