@@ -54,7 +54,7 @@ def test_the_modulator_is_the_numerical_gradient_of_the_loss() -> None:
         (lambda t: neurons.pairs_loss(neurons.goodness(t), 0.7), neurons.pairs_slope(g, 0.7)),
     ]
     for loss, slope in losses:
-        m, step = neurons.modulator(t, slope), 1e-5
+        m, step = neurons.modulator(t, slope.unsqueeze(1)), 1e-5
         for place in ((0, 1), (2, 4), (3, 0), (5, 3)):
             moved = torch.zeros_like(t)
             moved[place] = step
@@ -68,7 +68,7 @@ def test_equal_traces_of_positive_and_negative_samples_cancel_at_the_threshold()
     y = torch.tensor([1.0, 0.0]).double()
     for theta in (0.4, float(neurons.goodness(t)[0])):
         g = neurons.goodness(t)
-        m = neurons.modulator(t, neurons.threshold_slope(g, y, theta))
+        m = neurons.modulator(t, neurons.threshold_slope(g, y, theta).unsqueeze(1))
         p = torch.sigmoid(g - theta)[0]
         assert torch.allclose(m.sum(0), 2 * t[0] * (2 * p - 1) / 2, atol=1e-14)
     assert float(m.sum(0).abs().max()) < 1e-14
@@ -98,9 +98,9 @@ def test_spikes_of_a_sample_are_independent_and_as_probable_as_its_input() -> No
     torch.manual_seed(0)
     many, p = 20000, torch.tensor([[0.0, 0.3, 0.6, 1.0], [0.5, 0.2, 0.9, 0.7]], dtype=torch.double)
     phase, shifts = torch.rand(2, many * 4, dtype=torch.double), torch.rand(2, 2, many * 4, dtype=torch.double)
-    every = torch.cat([p, p]).repeat(1, many)  # rows: two samples with the first shift, the same with the second
+    every = p.repeat(2, 1, many)  # two samples with the first shift, the same with the second
     first, second = (
-        neurons.draw_with_shift_(torch.empty_like(every), every, phase, shift).view(4, many, 4).transpose(0, 1)
+        neurons.draw_with_shift_(torch.empty_like(every), every, phase, shift.unsqueeze(1)).view(4, many, 4).transpose(0, 1)
         for shift in shifts
     )
     far = 5 * 0.5 / many**0.5  # five deviations of a mean of zeros and ones
@@ -298,7 +298,7 @@ def test_mixtures_are_of_two_inputs_and_one_sample_has_none() -> None:
     torch.manual_seed(0)
     rule = ContrastiveSignalPlasticity(network(), negatives="mixtures", mix=0.25, steps=4, constants=QUICK)
     x, targets = batch(5)
-    negative = rule._stimulus(x, targets).x[5:]
+    negative = rule._stimulus(x, targets).x[1]
     matches = [[torch.allclose(n, 0.25 * x[i] + 0.75 * other) for other in x].index(True) for i, n in enumerate(negative)]
     assert sorted(matches) == list(range(5))
     assert all(i != other for i, other in enumerate(matches))

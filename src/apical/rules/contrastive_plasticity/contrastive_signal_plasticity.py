@@ -31,12 +31,11 @@ from apical.core.processes import summed
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 from apical.rules.contrastive_plasticity.memristor import Pairs
-from apical.rules.contrastive_plasticity.network import State, Synapses, advance_, goodness_of, products, read_products, rest, twin
+from apical.rules.contrastive_plasticity.network import State, Synapses, advance_, goodness_of, modulate_, products, read_products, rest, twin
 from apical.rules.contrastive_plasticity.neurons import (
     Constants,
     draw_,
     draw_with_shift_,
-    modulator,
     pairs_loss,
     pairs_slope,
     threshold_loss,
@@ -364,16 +363,12 @@ class ContrastiveSignalPlasticity(CreditRule):
         self, stimulus: Stimulus, state: State, steps: int, sums: dict[tuple[str, int], Tensor]
     ) -> tuple[State, dict[str, Tensor]]:
         """State after some steps, whose gradients are added to the sums, and mean losses."""
-        right = stimulus.target[: stimulus.samples]
         goods = []
         turns = state, twin(state)
-        additions = [self._additions(each, len(right), sums) for each in turns]  # memory stays, so that they are made once
+        additions = [self._additions(each, stimulus.samples, sums) for each in turns]  # memory stays, so that they are made once
         for (before, state), every in zip(self._steps(stimulus, turns, steps), cycle(additions), strict=False):
             goods.append(goodness_of(state))
-            slopes = self._slope(goods[-1], stimulus.y, stimulus.samples)
-            for layer, slope in zip(state.layers, slopes, strict=True):
-                modulator(layer.t, slope, layer.m)
-            torch.sub(state.readout.t[: len(right)], right, out=state.readout.m[: len(right)])
+            modulate_(state, self._slope(goods[-1], stimulus.y, stimulus.samples), stimulus.target)
             for add in every:
                 add()
             if self.decay:
@@ -444,7 +439,7 @@ class ContrastiveSignalPlasticity(CreditRule):
     def _steps(self, stimulus: Stimulus, turns: tuple[State, State], steps: int) -> Iterator[tuple[State, State]]:
         """States before and after each step: twins in turn, which share all memory but the neurons' spikes."""
         synapses, (before, after), x = self._matrices(), turns, stimulus.x
-        for shift in x.new_empty(steps, len(x) // max(1, stimulus.samples), x.shape[1]).uniform_():
+        for shift in x.new_empty(steps, len(x), 1, x.shape[-1]).uniform_():
             advance_(before, after, synapses, self.constants)
             yield before, after
             draw_with_shift_(after.inputs, x, stimulus.phase, shift)  # what the next step reads

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apical.rules.contrastive_plasticity.neurons import Constants, Neurons, charge_, fire_, resting
+from apical.rules.contrastive_plasticity.neurons import Constants, Neurons, charge_, fire_, modulator, resting
 
 
 class Synapses(NamedTuple):
@@ -61,11 +61,12 @@ class State(NamedTuple):
 
 
 def rest(x: Tensor, thresholds: Sequence[Tensor], context: bool) -> State:
-    """Before the first step; x (rows, n_0) only for its form. Thresholds (n,): of hidden layers, then of the read-out."""
-    classes = x.new_zeros(len(x), len(thresholds[-1])) if context else None
-    neurons = resting(len(x), torch.cat(list(thresholds)))
+    """Before the first step; x (..., n_0) only for its form. Thresholds (n,): of hidden layers, then of the read-out."""
+    inputs = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(0, -2)
+    classes = x.new_zeros(len(inputs), len(thresholds[-1])) if context else None
+    neurons = resting(len(inputs), torch.cat(list(thresholds)))
     member = torch.block_diag(*(h.new_ones(len(h), 1) for h in thresholds))
-    return _parted(torch.zeros_like(x), classes, neurons, member, [len(h) for h in thresholds])
+    return _parted(inputs, classes, neurons, member, [len(h) for h in thresholds])
 
 
 def twin(state: State) -> State:
@@ -108,6 +109,12 @@ def goodness_of(state: State) -> Tensor:
     """G of hidden layers (L, rows)."""
     t, m = state.neurons.t, state.neurons.m
     return (state.member.T @ torch.mul(t, t, out=m).T)[:-1]  # m is made anew at every step, and only then
+
+
+def modulate_(state: State, slopes: Tensor, target: Tensor) -> None:
+    """Write m: of hidden layers by the derivative of a loss of goodness (L, rows), then t_y - target (positives, K)."""
+    modulator(state.neurons.t, slopes.T @ state.member.T[:-1], state.neurons.m)
+    state.readout.m[: len(target)].copy_(state.readout.t[: len(target)]).sub_(target)
 
 
 def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:

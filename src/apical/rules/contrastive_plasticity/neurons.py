@@ -54,14 +54,12 @@ def draw_(spikes: Tensor, p: Tensor, u: Tensor) -> Tensor:
 
 
 def draw_with_shift_(spikes: Tensor, p: Tensor, phase: Tensor, shift: Tensor) -> Tensor:
-    """Write spikes with probability p (rows, n) by the numbers `(phase + shift) mod 1`, far quicker than fresh ones.
+    """Write spikes with probability p (kinds, samples, n) by numbers `(phase + shift) mod 1`, far quicker than fresh ones.
 
-    With a phase (samples, n) for the stimulus and a shift (rows / samples, n) for the step, both uniform, the numbers of one
-    row are uniform and independent over inputs and steps; at any one step those of all rows are. Rows are all samples with
-    the first shift, then all with the next.
+    With a phase (samples, n) for the stimulus and a shift (kinds, 1, n) for the step, both uniform, the numbers of one row
+    are uniform and independent over inputs and steps; at any one step those of all rows are.
     """
-    torch.add(phase, shift.unsqueeze(1), out=spikes.view(len(shift), *phase.shape))
-    return spikes.frac_().lt_(p)
+    return torch.add(phase, shift, out=spikes.view(p.shape)).frac_().lt_(p)
 
 
 def resting(rows: int, thresholds: Tensor) -> Neurons:
@@ -128,5 +126,5 @@ def pairs_slope(g: Tensor, alpha: float) -> Tensor:
 
 
 def modulator(t: Tensor, slope: Tensor, out: Tensor | None = None) -> Tensor:
-    """m (rows, n): the derivative of a loss of goodness by traces, given that by goodness (rows,)."""
-    return torch.mul(t, (2 * slope).unsqueeze(1), out=out)
+    """m (rows, n): the derivative of a loss of goodness by traces, given that by goodness (rows, 1), or by neuron."""
+    return torch.mul(t, 2 * slope, out=out)
