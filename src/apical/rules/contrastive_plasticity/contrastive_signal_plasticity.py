@@ -10,8 +10,8 @@ trace of its neuron, and one number of its layer.
 Sources: Ororbia, arXiv 2303.18187, Science Advances 10, eadn6076, and its code; memristors: arXiv 2409.10887.
 Departures: the update is one step of the optimiser for a stimulus (`learn="stimulus"`) unless `learn="step"` asks for the
 paper's own; the answer's input spikes come from one set of numbers that all samples share, so that no chance is in it;
-while it learns, numbers are independent within a sample, but shifted from step to step alike for all samples; biases, where
-the model has them, are weights from a neuron that fires always; no reconstruction of the input.
+while it learns, numbers are independent within a sample, but shifted from step to step alike for all samples of a kind;
+biases, where the model has them, are weights from a neuron that fires always; no reconstruction of the input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
