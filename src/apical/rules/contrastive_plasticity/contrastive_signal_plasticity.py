@@ -31,7 +31,17 @@ from apical.core.processes import summed
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 from apical.rules.contrastive_plasticity.memristor import Pairs
-from apical.rules.contrastive_plasticity.network import State, Synapses, advance_, goodness_of, modulate_, products, read_products, rest, twin
+from apical.rules.contrastive_plasticity.network import (
+    State,
+    Synapses,
+    advance_,
+    goodness_of,
+    modulate_,
+    products,
+    read_products,
+    rest,
+    twin,
+)
 from apical.rules.contrastive_plasticity.neurons import (
     Constants,
     draw_,
@@ -365,7 +375,9 @@ class ContrastiveSignalPlasticity(CreditRule):
         """State after some steps, whose gradients are added to the sums, and mean losses."""
         goods = []
         turns = state, twin(state)
-        additions = [self._additions(each, stimulus.samples, sums) for each in turns]  # memory stays, so that they are made once
+        additions = [
+            self._additions(each, stimulus.samples, sums) for each in turns
+        ]  # memory stays, so that they are made once
         for (before, state), every in zip(self._steps(stimulus, turns, steps), cycle(additions), strict=False):
             goods.append(goodness_of(state))
             modulate_(state, self._slope(goods[-1], stimulus.y, stimulus.samples), stimulus.target)
