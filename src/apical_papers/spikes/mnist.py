@@ -161,8 +161,8 @@ def tables(cells: Cells) -> list[Row]:
     return [
         {
             "title": "Trainings",
-            "note": "Test accuracy, 0 to 1, mean over seeds with 95 % interval; the rates chosen; seeds for which lower and higher "
-            "ones were tried; seconds of one core, busy with other work too.",
+            "note": "Test accuracy, 0 to 1, mean over seeds with 95 % interval; the rates chosen; seeds for which lower and "
+            "higher ones were tried; seconds of one core, busy with other work too.",
             "header": ["training", "accuracy", "rates chosen", "bracketed", "seconds"],
             "rows": [
                 [

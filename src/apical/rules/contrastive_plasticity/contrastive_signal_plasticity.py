@@ -375,9 +375,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         """State after some steps, whose gradients are added to the sums, and mean losses."""
         goods = []
         turns = state, twin(state)
-        additions = [
-            self._additions(each, stimulus.samples, sums) for each in turns
-        ]  # memory stays, so that they are made once
+        additions = [self._additions(each, stimulus.samples, sums) for each in turns]  # once: memory stays
         for (before, state), every in zip(self._steps(stimulus, turns, steps), cycle(additions), strict=False):
             goods.append(goodness_of(state))
             modulate_(state, self._slope(goods[-1], stimulus.y, stimulus.samples), stimulus.target)
