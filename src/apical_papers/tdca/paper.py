@@ -39,6 +39,16 @@ PAPER = Paper(
             needs={"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
             hours={"cpu": 0.46},
         ),
+        "acrobot": Table(
+            "Top-down credit assignment on Acrobot",
+            {
+                "smoke": {"cases": "acrobot", "generations": 1, "generations_state": 1, "seeds": 2, "lifetimes": 2},
+                "cpu": {"cases": "acrobot", "generations": 24, "generations_state": 10, "seeds": 5, "lifetimes": 8},
+                "paper": {"cases": "acrobot", "generations": 60, "generations_state": 20, "seeds": 5, "lifetimes": 16},
+            },
+            module="apical_papers.tdca.reinforcement.study",
+            needs={"generations": 24, "generations_state": 10, "seeds": 5},
+        ),
         "reinforcement": Table(
             "Top-down credit assignment on CartPole and Pendulum",
             {
