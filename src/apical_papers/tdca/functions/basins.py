@@ -30,9 +30,8 @@ from apical.bench.cells import kept
 from apical.bench.figures.curves import render
 from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
+from apical.bench.program import keep_results, run_command
+from apical.bench.run_folder import check_writable
 from apical.errors import ConfigError
 from apical.evolution.functions import BOX, Function, best_of_random, descend, draw
 from apical.evolution.minimisation import Minimisation, together
@@ -51,17 +50,18 @@ GRADIENT = {"gd": "gradient descent", "momentum": "momentum", "adam": "Adam"}
 METHODS = {"tdca": "TDCA", **GRADIENT, "random": "random points"}
 OUTCOMES = {"global": "global minimum", "lower": "lower basin", "same": "the same basin", "higher": "higher basin"}
 COLOURS = ("#0B5345", "#7FB8A4", "#D9D9D9", "#D55E00")
-TITLE = "TDCA on non-convex functions: basins"
-ABOUT = (
-    "From a grid of starts, evolved networks with memory move a point 60 times without a gradient, and gradient descent, "
-    "momentum and Adam do with one, at rates chosen by the final value on validation starts. A start and an end are in the "
-    "basins of those minima that steepest descent over a fine lattice reaches from them. The best of 60 random points has "
-    "no path and leaves every basin at once; it is in the table for comparison, and has no mark."
-)
-SOURCES = {
-    "our mark": "Shares of starts, paired over meta-seeds (independent evolutions, each with a shift of its own). A "
-    "function counts if every 95 % interval of the mean difference between TDCA and a gradient rule (Student's t) lies above 0. Set "
-    "before the run, on meta-seeds that were not used before. The paper claims that TDCA gets past local minima."
+ABOUT = {
+    "title": "TDCA on non-convex functions: basins",
+    "about": "From a grid of starts, evolved networks with memory move a point 60 times without a gradient, and gradient "
+    "descent, momentum and Adam do with one, at rates chosen by the final value on validation starts. A start and an end "
+    "are in the basins of those minima that steepest descent over a fine lattice reaches from them. The best of 60 random "
+    "points has no path and leaves every basin at once; it is in the table for comparison, and has no mark.",
+    "sources": {
+        "our mark": "Shares of starts, paired over meta-seeds (independent evolutions, each with a shift of its own). A "
+        "function counts if every 95 % interval of the mean difference between TDCA and a gradient rule (Student's t) lies "
+        "above 0. Set before the run, on meta-seeds that were not used before. The paper claims that TDCA gets past local "
+        "minima.",
+    },
 }
 
 
@@ -225,19 +225,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
     )
     with matplotlib.rc_context(RC):
         drawing = render("basins", "Where starts end", caption, figure(cells))
-    results = {
-        "title": TITLE,
-        "about": ABOUT,
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {**config, "first meta-seed": FIRST, "lattice": POINTS, "half its side": SIDE},
-        "sources": SOURCES,
-        "seconds": round(sum(record["seconds"] for record in cells.values()), 1),
-        "verdicts": verdicts(cells),
-        "tables": [table(cells)],
-    }
-    write(options.out, results, [drawing] if drawing is not None else [])
-    return results
+    settings = {**config, "first meta-seed": FIRST, "lattice": POINTS, "half its side": SIDE}
+    return keep_results(options.out, command, ABOUT, settings, cells.values(), verdicts(cells), [table(cells)], [drawing])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
