@@ -26,7 +26,7 @@ SEEDS = 3
 GROUP = "apical.papers"
 """The entry-point group under which packages name their papers."""
 
-Sizes = dict[str, int | str]
+Sizes = dict[str, int | float | str]
 """Options of a run that decide its size: --epochs, --seeds, --train-limit, --generations ..."""
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from html import escape
@@ -45,7 +45,7 @@ SHARE = 10
 def run(flags: "Sweep", command: str) -> int:
     """Search, choose, test; returns the exit status."""
     rules, drafts, axes = _planned(flags)
-    lock = _open(flags, command, drafts)
+    lock = _open(flags, command, drafts, axes)
     here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))
     trials: list[Trial] = []
     with on_ray(flags.ray, make_rule, command, flags.jobs or None) if flags.ray else here as train, StopSignals() as stop:
@@ -97,8 +97,15 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     return rules, drafts, axes
 
 
-def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
-    """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it."""
+def _without(recipe: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name not in names}
+
+
+def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[str, Sequence[Axis]]) -> FolderLock:
+    """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it.
+
+    What an axis sets need not be the same before: a default that was tuned since says nothing of the trials.
+    """
     lock = FolderLock(flags.out)
     for held in (False, True):  # what was seen before it is held may have changed
         check_writable(flags.out)
@@ -124,7 +131,10 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
         plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added, and left out
         asked = json.loads(json.dumps(plan))
         unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
-        unlike += [f"recipe of {rule}" for rule, recipe in saved["recipes"].items() if asked["recipes"][rule] != recipe]
+        settled = {rule_name(rule): {axis.name for axis in of_rule} for rule, of_rule in axes.items()}
+        for rule, recipe in saved["recipes"].items():
+            if _without(recipe, settled.get(rule, ())) != _without(asked["recipes"][rule], settled.get(rule, ())):
+                unlike.append(f"recipe of {rule}")
         if unlike:
             raise CheckpointError(
                 f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
