@@ -49,7 +49,7 @@ PAPER = Paper(
             },
             module="apical_papers.tdca.functions.study",
             needs={"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
-            hours={"cpu": 0.51},
+            hours={"cpu": 0.46},
         ),
         "basins": Table(
             "Basins that evolved top-down networks leave on non-convex functions",
