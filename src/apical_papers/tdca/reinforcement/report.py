@@ -67,9 +67,9 @@ MISSED = {
     "acrobot": [
         [
             "Acrobot",
-            "credit by hand does as well as REINFORCE, so the harness allows it; evolution had not begun to learn when it was "
-            "stopped: all lifetimes of a generation share one initial policy, and from many no episode ends within the limit, "
-            "so that fitness is the same for all",
+            "credit by hand does as well as REINFORCE, so the harness allows it; evolution had not begun to learn when it "
+            "was stopped: all lifetimes of a generation share one initial policy, and from many no episode ends within the "
+            "limit, so that fitness is the same for all",
             "nothing yet: more generations, or several initial policies in each",
         ],
     ],
