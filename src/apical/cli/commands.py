@@ -47,7 +47,9 @@ from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import own_training, tuned_rate
 from apical.cli.columns import columns, margin
 from apical.cli.terminal import bar, check_least, say
-from apical.errors import ConfigError, DivergenceError, unknown_name
+from apical.core.credit import CreditRule
+from apical.data.dataset import Dataset
+from apical.errors import ConfigError, DivergenceError, UnsupportedModelError, unknown_name
 
 if TYPE_CHECKING:
     from apical.cli.flags.training import Compare, Flags, Train
@@ -257,6 +259,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
         apart.append(rule.learns_apart)
         if recipe.measure and len(recipes) == 1:  # every rule trains the same network
             measured(recipe.measure, rule.model, probe_batch(dataset.train, SAMPLES)[0])
+        refuse_untaught(recipe, rule, dataset)
     for i, recipe in enumerate(recipes):
         if any(apart) and not apart[i] and recipe.has_feedback_passes:
             recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)
@@ -264,6 +267,26 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
         recipes[i].check_phases(two_phase=apart[i])
     return recipes, notes
 
+
+def refuse_untaught(recipe: Recipe, rule: CreditRule, dataset: Dataset) -> None:
+    """Refuse what a rule cannot teach, which some see at their first batch only, before anything is trained.
+
+    Args:
+        rule: one that is not used afterwards.
+
+    Raises:
+        ConfigError, UnsupportedModelError: the rule's own, with its name.
+    """
+    try:
+        rule(*probe_batch(dataset.train, FEW)).backward()
+    except DivergenceError:
+        return  # training says so, and goes on with the other rules
+    except (ConfigError, UnsupportedModelError) as error:
+        raise type(error)(f"rule {recipe.rule_name!r}: {error}") from error
+
+
+FEW = 8
+"""Samples of a batch on which a rule is tried."""
 
 _NUMBERS = {
     "rules": "rules are called by names such as pfa; --seeds sets how many seeds each gets, --epochs how long they train",
