@@ -315,3 +315,38 @@ def test_a_last_unit_of_two_layers_may_have_feedback_between_them(silent: bool) 
     assert report.placement.path("2") == "own feedback"
     assert report.placement.path("0") == ("no credit" if silent else "cut at '1'")
     assert "zero signals" in report.passed
+
+
+class Skipping(nn.Module):
+    """A block that chance leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        return self.last((h + self.block(h)).relu() if float(torch.rand(())) < 0.5 else h)
+
+
+def test_a_rule_that_draws_before_a_model_that_draws_is_not_accused() -> None:
+    """The weight mirror's noise comes first, so the model's chance is another than in backpropagation with the same seed."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        rule = apical.WeightMirror(Skipping(), warmup=1)
+        report = check_model(rule, torch.randn(8, 6), torch.arange(8) % 4, skip=("compiled", "autocast"))
+        assert "determinism" in report.passed
+
+
+class Narrow(nn.Linear):
+    """float64 parameters, float32 arithmetic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.FeedbackAlignment, apical.TopDownCreditAssignment])
+def test_precision_is_that_of_the_arithmetic(kind: type[apical.CreditRule]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Narrow(6, 8), nn.ReLU(), Narrow(8, 7), nn.ReLU(), Narrow(7, 4)).double()
+    check_model(kind(model), torch.randn(8, 6).double(), torch.arange(8) % 4, skip=("compiled", "autocast"))

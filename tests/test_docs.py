@@ -16,6 +16,7 @@ from tests.generator import ROOT, script
 import apical
 from apical.bench.names import RULES
 from apical.bench.papers import studies
+from apical.bench.state import parse_object
 from apical.cli.main import Command
 from apical.core.credit import CreditRule
 
@@ -525,3 +526,10 @@ def test_the_zoo_has_a_column_for_rules_that_train_the_same_models() -> None:
     assert r"- `dfc`, second: E: it\_leaks" in page
     assert "| gradients | They are there. | every rule that trains a model |" in page
     assert "Not." not in page
+
+
+def test_kept_results_are_as_they_were_written() -> None:
+    for path in sorted((ROOT / "results").glob("*/*.json")):
+        text = path.read_text(encoding="utf-8")
+        if not text.startswith("["):
+            parse_object(text)  # which compares the checksum, where there is one

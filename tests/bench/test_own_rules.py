@@ -12,6 +12,7 @@ from apical.bench.names import find_rule, options_for
 from apical.cli.main import main
 from apical.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK = ("--model", "mlp-16", "--train-limit", "320", "--probe", "32", "--device", "cpu", "--seeds", "2")
 RULE = '''
 from apical import FeedbackAlignment
@@ -120,3 +121,10 @@ def test_a_rule_that_ends_the_program_while_it_trains_is_said(
     assert "mine.py, line" in said
     assert "(SystemExit: 7)" in said
     assert said.count("\n") == 1
+
+
+def test_a_process_that_ends_without_a_word_has_not_trained(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`os._exit(0)`, by a rule or a library beneath it, looks like success from outside."""
+    Path(file).write_text(f"import os\n{RULE}\n    def forward(self, inputs, targets):\n        os._exit(0)\n")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", "2", "--out", "out"]) == 2
+    assert "the process of seed" in capsys.readouterr().err

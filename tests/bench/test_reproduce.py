@@ -1,6 +1,7 @@
 """`apical reproduce`: from a name to verdicts, whatever happens in between."""
 
 import json
+import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -120,6 +121,38 @@ def test_a_study_becomes_a_table_of_verdicts(tmp_path: Path, capsys: pytest.Capt
     assert main(["reproduce", "toy/table", "--out", str(tmp_path), "--jobs", "1", "--resume"]) == 0
     again = json.loads((tmp_path / "reproductions" / "toy-table.json").read_text())
     assert again["rows"] == record["rows"]
+
+
+@pytest.mark.usefixtures("small_table")
+def test_what_is_kept_is_judged_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "toy-table"
+    assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    by_hand = ["compare", "--recipe", "small", "--epochs", "2", "--seeds", "3", "--jobs", "1", "--out", str(out)]
+    assert main(by_hand) == 0
+    ran = [json.loads((out / "summary.json").read_text())[0][key] for key in ("seconds", "commit")]
+    shutil.rmtree(out / "runs")  # as in a repository
+    assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "reproductions" / "toy-table.json").read_text())
+    assert [row["verdict"] for row in record["rows"]] == 2 * ["reproduced", "not reproduced", SMALL] + ["reproduced"]
+    assert record["sizes"] == {"epochs": 2, "seeds": 3}
+    assert record["command"].startswith("apical compare --recipe small")
+    assert record["seconds"] >= round(ran[0], 1)
+    assert record["environment"]["commit"] == ran[1]
+    assert main(["reproduce", "toy/table", "--kept", "--resume", "--out", str(tmp_path)]) == 2
+    (out / "verdicts.json").write_text('{"rule": "bp"}')
+    assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_table")
+def test_a_kept_run_that_was_cut_tells_nothing(tmp_path: Path) -> None:
+    limits = ["--epochs", "2", "--seeds", "3", "--train-limit", "64", "--jobs", "1"]
+    assert main(["compare", "--recipe", "small", *limits, "--out", str(tmp_path / "toy-table")]) == 0
+    assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "reproductions" / "toy-table.json").read_text())
+    assert record["sizes"] == {"epochs": 2, "seeds": 3, "train_limit": 64}
+    assert {row["verdict"] for row in record["rows"]} == {SMALL}
 
 
 @pytest.mark.usefixtures("small_table")

@@ -23,9 +23,8 @@ from apical.bench.materials import OF_DATA
 from apical.bench.names import make_rule, resolve
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock, RunFolder
-from apical.bench.searching import Optuna
 from apical.bench.signals import StopSignals
-from apical.bench.space import Axis, applied, edges, grid, parse, space
+from apical.bench.space import Axis, Optuna, applied, edges, grid, parse, space
 from apical.cli.main import main
 
 SMALL = ["--model", "mlp-8", "--train-limit", "320", "--test-limit", "100", "--epochs", "1", "--jobs", "1"]
@@ -122,6 +121,7 @@ def test_a_sweep_grows_by_a_rule(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [t["rule"] for t in read(out / "sweep.json")["trials"]] == ["bp", "bp", "fa", "fa"]
     assert [row["rule"] for row in read(out / "final" / "summary.json")] == ["bp", "fa"]
     assert read(out / "plan.json")["recipes"].keys() == {"bp", "fa"}
+    assert swept(out, "--rules", "bp", *space, "--lr", "0.7") == 0  # what an axis sets is another matter in each trial
     assert swept(out, "--rules", "bp", *space, "--batch-size", "16") == 2  # what was swept is kept to
     assert "holds a sweep with other settings (recipe of bp)" in capsys.readouterr().err
 

@@ -192,9 +192,25 @@ class Choosing(nn.Module):
         return self.c(torch.tanh(h) if self.choice(self, x) else F.relu(h))
 
 
+class Options:
+    """A choice kept outside the model."""
+
+    flag = False
+
+
+LATER = {"flag": False}
+
+
+def later() -> bool:
+    return LATER["flag"]
+
+
 CHOICES: dict[str, Callable[[Any, Tensor], bool]] = {
     "attribute": lambda model, x: model.flag,
     "inside an attribute": lambda model, x: model.options["flag"],
+    "class": lambda model, x: Options.flag,
+    "module": lambda model, x: LATER["flag"],
+    "function": lambda model, x: later(),
 }
 
 
@@ -206,9 +222,12 @@ def test_another_way_through_a_forward_is_refused_at_the_batch_that_takes_it(nam
     x, targets = -torch.rand(6, 4), torch.arange(6) % 3
     for _ in range(6):
         rule(x, targets).backward()
-    model.flag = model.options["flag"] = True
-    with pytest.raises(UnsupportedModelError, match="'' \\(Choosing\\) computes another function"):
-        rule(-x, targets)
+    model.flag = model.options["flag"] = Options.flag = LATER["flag"] = True
+    try:
+        with pytest.raises(UnsupportedModelError, match="'' \\(Choosing\\) computes another function"):
+            rule(-x, targets)
+    finally:
+        Options.flag = LATER["flag"] = False
 
 
 def test_a_compiled_rule_stops_at_another_way_too() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import apical
 from apical.core.chain import Chain
 from apical.errors import UnsupportedModelError
 
@@ -408,3 +409,30 @@ def test_hooks_that_only_look_are_welcome() -> None:
 def test_checkpointed_segments_are_seen_through() -> None:
     model = Forward(lambda m, x: m.second(checkpoint(lambda y: m.act(m.first(y)), x, use_reentrant=False)))
     assert [stage.name for stage in Chain(model).stages] == ["first", "second"]
+
+
+class Spare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.spare, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).tanh())
+
+
+class Keyed(Spare):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x["image"])
+
+
+@pytest.mark.parametrize("rule", [apical.DeepFeedbackControl, apical.CounterCurrentLearning])
+def test_every_layer_that_is_not_called_is_named(rule: type[apical.CreditRule]) -> None:
+    with pytest.raises(UnsupportedModelError, match="layers 'spare', 'other' were not called"):
+        rule(Spare())
+
+
+@pytest.mark.parametrize("rule", [apical.DeepFeedbackControl, apical.CounterCurrentLearning])
+def test_a_model_that_takes_no_tensor_is_refused_in_words(rule: type[apical.CreditRule]) -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot be run on a sample of shape"):
+        rule(Keyed())

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 import apical
 from apical.core.credit import Credit, CreditRule
 from apical.core.wrapped import WrappedRule
-from apical.errors import ConfigError, InstabilityError
+from apical.errors import ConfigError, InstabilityError, UnsupportedModelError
 
 
 def test_backward_sends_each_signal_through_its_own_root() -> None:
@@ -192,3 +192,48 @@ def test_a_loss_that_is_not_finite_without_such_inputs_is_divergence() -> None:
     )
     with pytest.warns(RuntimeWarning, match="training has diverged"):
         tokens(torch.ones(4, 1, dtype=torch.long), torch.arange(4) % 2)
+
+
+@pytest.mark.parametrize("kind", [apical.EquilibriumPropagation, apical.CorInfoMax])
+def test_infinite_inputs_are_named_where_bounded_states_hide_them(kind: type[CreditRule]) -> None:
+    rule = kind(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    inputs = torch.rand(4, 6)
+    inputs[0, 0] = torch.inf
+    with pytest.warns(RuntimeWarning, match="because the inputs hold"):
+        rule(inputs, torch.arange(4) % 3)
+
+
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.FeedbackAlignment])
+def test_an_empty_batch_is_not_called_divergence(kind: type[CreditRule]) -> None:
+    with pytest.warns(RuntimeWarning, match="the batch is empty"):
+        kind(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))(torch.ones(0, 6), torch.ones(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RULES if kind is not CreditRule and not issubclass(kind, WrappedRule)])
+def test_a_model_within_a_wrapper_for_several_processes_is_refused(kind: type[CreditRule]) -> None:
+    """Its reducer would wait for gradients that do not pass the wrapper's forward, and ranks would drift apart."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(UnsupportedModelError, match=r"wrapped in DataParallel.*DistributedDataParallel\(rule\)"):
+        kind(nn.DataParallel(model))
+
+
+LEARNS_APART = [
+    *(apical.DeepFeedbackControl, apical.StrongDeepFeedbackControl, apical.DifferenceTargetPropagation),
+    *(apical.CounterCurrentLearning, apical.LocalClassifiers, apical.CorInfoMax),
+]
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", LEARNS_APART)
+def test_own_parameters_that_no_optimiser_moves_are_named_once(kind: type[CreditRule], own: bool) -> None:
+    torch.manual_seed(0)
+    rule = kind(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)))
+    optimizer = torch.optim.SGD(rule.parameters() if own else rule.model.parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            for _ in range(2):  # accumulated, which moves nothing
+                rule(torch.rand(8, 6), torch.arange(8) % 3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum("give it rule.parameters()" in str(warning.message) for warning in caught) == (0 if own else 1)

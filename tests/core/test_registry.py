@@ -285,3 +285,98 @@ def test_local_modules_of_ones_own() -> None:
         apical.register_local(nn.Linear)
     with pytest.raises(ConfigError, match="takes a subclass"):
         apical.register_local(3)  # type: ignore[arg-type]
+
+
+class Claimed(nn.Module):
+    """tanh, of which others say what is not so."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        return v.tanh()
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.scale * v.tanh()
+
+
+class Shared(nn.Module):
+    def forward(self, v: Tensor) -> Tensor:
+        return v.softmax(-1)
+
+
+class Noisy(nn.Module):
+    def forward(self, v: Tensor) -> Tensor:
+        return v.tanh() + 0.1 * torch.randn_like(v)
+
+
+@pytest.mark.parametrize(
+    ("kind", "formulas", "words"),
+    [
+        (Claimed, {"derivative": lambda m, v, r: 1 + r * r}, "derivative"),
+        (Claimed, {"derivative": lambda m, v, r: (1 - r * r).mean()}, "derivative"),
+        (Claimed, {"difference": lambda m, v, r, d: (1 - r * r) * d}, "difference"),
+        (Claimed, {"complex_parts": lambda m, a, b: (a.tanh(), b)}, "complex_parts"),
+        (Scaled, {}, "has parameters"),
+        (Shared, {}, "each number by itself"),
+        (Noisy, {}, "each number by itself"),
+    ],
+)
+@pytest.mark.parametrize("rule", ["dtp", "dfc", "ep", "ccl"])
+def test_what_is_said_of_an_activation_must_be_so(rule: str, kind: type, formulas: dict, words: str) -> None:
+    apical.register_activation(kind, **formulas)
+    words = f"activation {kind.__name__} .*{words}.*register_activation"
+    with pytest.raises((ConfigError, UnsupportedModelError), match=f"{words}|draws random numbers"):
+        RULES[rule](model_of(nn.Linear, kind))(torch.randn(4, 5, dtype=torch.double), torch.arange(4) % 3)
+    apical.register_activation(kind, elementwise=kind is Claimed)
+
+
+def test_right_formulas_are_taken_whatever_the_precision_of_numbers_in_the_module() -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steep", torch.tensor(1.7))
+
+        def forward(self, v: Tensor) -> Tensor:
+            return (self.steep * v).tanh()
+
+    apical.register_activation(
+        Steep,
+        derivative=lambda m, v, r: m.steep * (1 - r * r),
+        difference=lambda m, v, r, d: (m.steep * (v + d)).tanh() - r,
+    )
+    assert is_elementwise(Steep())
+
+
+class Told(nn.Linear):
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, 2 * self.weight, self.bias)
+
+
+@pytest.mark.parametrize("rule", ["dtp", "dfc", "strong-dfc", "ep"])
+def test_what_is_said_of_a_layer_must_be_so(rule: str) -> None:
+    apical.register_layer(Told)  # wrongly: its forward applies twice the weight
+    model = model_of(Told, nn.Tanh)
+    with pytest.raises(UnsupportedModelError, match=r"'0' \(Told\).*register_layer was told"):
+        RULES[rule](model)(torch.randn(4, 5, dtype=torch.double), torch.arange(4) % 3)
+    apical.register_layer(Told, weight=lambda layer: 2 * layer.weight)
+    RULES[rule](model_of(Told, nn.Tanh))(torch.randn(4, 5, dtype=torch.double), torch.arange(4) % 3)
+
+
+def test_the_mirror_of_counter_current_learning_has_activations_that_nobody_registered() -> None:
+    class Unnamed(nn.Module):
+        def forward(self, v: Tensor) -> Tensor:
+            return v.tanh()
+
+    updates = []
+    for kind in (Unnamed, nn.Tanh):
+        model = model_of(nn.Linear, kind)
+        torch.manual_seed(1)
+        rule = apical.CounterCurrentLearning(model)
+        torch.manual_seed(2)
+        rule(torch.randn(6, 5, dtype=torch.double), torch.arange(6) % 3).backward()
+        updates.append([p.grad for p in rule.parameters()])
+    torch.testing.assert_close(*updates, rtol=1e-6, atol=1e-8)

@@ -129,6 +129,63 @@ def test_options_that_change_nothing_are_taken(name: str, loss: Any) -> None:
     RULES[name](dense_network(), loss)
 
 
+LABELS = ["strong-dfc", "corinfomax", "tdca", "local-sim", "local-both", "ff", "csdp"]
+OWN = {
+    "smooth": lambda o, t: F.cross_entropy(o, t, label_smoothing=0.1),
+    "lecun": lambda o, t: F.mse_loss(o, 0.1 + 0.8 * F.one_hot(t, 4).to(o)),
+    "penalty": lambda o, t: F.cross_entropy(o, t) + 0.1 * o.square().mean(),
+    "weights": lambda o, t: F.cross_entropy(o, t, weight=WEIGHTS),
+    "prior": lambda o, t: F.cross_entropy(o + WEIGHTS.log(), t),
+    "ignored": lambda o, t: F.cross_entropy(o, t, ignore_index=0),
+    "sum": lambda o, t: F.cross_entropy(o, t, reduction="sum"),
+}
+WORDS = {"weights": "weighs", "prior": "weighs", "ignored": "ignores a class", "sum": "takes means over the batch itself"}
+
+
+@pytest.mark.parametrize("loss", OWN)
+@pytest.mark.parametrize("name", LABELS)
+def test_a_function_of_ones_own_is_asked_for_what_labels_alone_do_not_say(name: str, loss: str) -> None:
+    with pytest.raises(ConfigError, match=WORDS.get(loss, "least at other outputs than the labels say")):
+        RULES[name](dense_network(), OWN[loss])(*batch())
+
+
+@pytest.mark.parametrize("name", ["pc", "dualprop", "sibp", "ccl", "scff"])
+def test_rules_that_follow_the_loss_still_refuse_what_they_would_drop(name: str) -> None:
+    for loss in ("ignored", "sum"):
+        with pytest.raises(ConfigError, match=rf"{WORDS[loss]}"):
+            RULES[name](dense_network(), OWN[loss])(*batch())
+    RULES[name](dense_network(), OWN["smooth"])(*batch())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: F.cross_entropy(o, t),
+        lambda o, t: F.cross_entropy(o / 5, t),
+        lambda o, t: F.nll_loss(o.log_softmax(1), t),
+        lambda o, t: F.mse_loss(o, F.one_hot(t, 4).to(o)),
+        lambda o, t: F.mse_loss(o.tanh(), 2 * F.one_hot(t, 4).to(o) - 1),
+        lambda o, t: F.multi_margin_loss(o, t),
+        lambda o, t: F.binary_cross_entropy_with_logits(o, F.one_hot(t, 4).to(o)),
+    ],
+)
+@pytest.mark.parametrize("name", LABELS)
+def test_a_function_that_asks_for_the_labels_is_taken(name: str, loss: Any) -> None:
+    rule = RULES[name](dense_network(), loss)
+    rule(*batch()).backward()
+    assert rule.model[4].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["tdca", "strong-dfc"])
+def test_probabilities_of_classes_are_not_taken_for_outputs(name: str) -> None:
+    """Cross-entropy with soft labels is not least where the outputs are the labels; a distance is."""
+    inputs, targets = batch()
+    soft = F.one_hot(targets, 4).double() * 0.7 + 0.075
+    with pytest.raises(ConfigError, match="drives the outputs to targets that are numbers"):
+        RULES[name](dense_network(), F.cross_entropy)(inputs, soft)
+    RULES[name](dense_network(), F.mse_loss)(inputs, soft).backward()
+
+
 def test_output_error_of_a_plain_loss_keeps_no_graph() -> None:
     output, targets = torch.randn(8, 4, requires_grad=True), batch()[1]
     value, error = output_error(F.cross_entropy, output, targets)

@@ -540,3 +540,13 @@ def test_credits_of_backpropagation_at_functions_are_backpropagation() -> None:
     Rule(model, teacher=Recorded([7 * g for g in exact[:3]]))(x, y).backward()
     for parameter, gradient in zip(model.parameters(), exact[3:], strict=True):
         assert (parameter.grad - gradient).abs().max() < 1e-14
+
+
+def test_an_unevolved_teacher_moves_with_the_rule_after_its_first_batch() -> None:
+    rule = apical.TopDownCreditAssignment(dense_network())
+    inputs, targets = torch.rand(8, 6, dtype=torch.double), torch.arange(8) % 4
+    rule(inputs, targets).backward()
+    exact = rule.model[0].weight.grad.clone()
+    rule.zero_grad()
+    rule.float()(inputs.float(), targets).backward()
+    torch.testing.assert_close(rule.model[0].weight.grad, exact.float(), rtol=1e-4, atol=1e-6)

@@ -19,6 +19,10 @@ Body = Callable[[int, StopSignals], None]
 """Trains one seed; raises Interrupted once all is saved. Importable by name."""
 
 
+DONE = "done"
+"""What a worker says last."""
+
+
 def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refresh: Callable[[], None]) -> None:
     """Call `body` for each seed in a process of its own, `at_once` at a time; `refresh` is called now and then.
 
@@ -82,16 +86,14 @@ def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exce
     """What went wrong in an ended worker; empty if nothing did or it was told to stop."""
     process.join()
     try:
-        problem = receiver.recv() if receiver.poll() else None
+        answer = receiver.recv() if receiver.poll() else None
     except EOFError:
-        problem = None
+        answer = None
     finally:
         receiver.close()
-    if problem is not None:
-        return [] if isinstance(problem, Interrupted) else [problem]
-    code = process.exitcode or 0
-    if code == 0:
-        return []
+    if answer is not None:
+        return [] if answer == DONE or isinstance(answer, Interrupted) else [answer]
+    code = process.exitcode or 0  # 0 without an answer: the process was left by os._exit
     how = f"was killed by signal {-code}, possibly out of memory" if code < 0 else f"ended with status {code}"
     return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if need be")]
 
@@ -105,6 +107,7 @@ def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             body(seed, stop)
+            sender.send(DONE)
         except (ApicalError, OSError, Interrupted) as error:
             sender.send(error)
         except SystemExit as error:

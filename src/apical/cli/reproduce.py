@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +11,19 @@ import torch
 
 from apical.bench.distributed import under_torchrun
 from apical.bench.folders import check_writable, refuse_links, refuse_used, remove_tree
-from apical.bench.papers import BUDGETS, SEEDS, Budget, Sizes, Table, too_small
+from apical.bench.papers import BUDGETS, SEEDS, Budget, Sizes, Table, studies, too_small
 from apical.bench.papers import tables as all_tables
 from apical.bench.progress import shown_path
 from apical.bench.provenance import environment
 from apical.bench.report.records import read
 from apical.bench.report.verdicts import Verdict, judge
 from apical.bench.run_folder import FolderLock
-from apical.bench.state import read_json, write_json
+from apical.bench.state import brief, parse, read_json, write_json
 from apical.cli import commands
 from apical.cli.columns import columns, margin
 from apical.cli.flags.training import Compare
 from apical.cli.terminal import say, show_table
-from apical.errors import ConfigError, unknown_name
+from apical.errors import CheckpointError, ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from apical.cli.flags.reproduce import Reproduce
@@ -71,6 +72,10 @@ def place(flags: "Reproduce", name: str, table: Table) -> Path:
 
 def _check(table: Table, path: Path, flags: "Reproduce") -> None:
     check_writable(flags.out)
+    if flags.kept:
+        if flags.resume or flags.overwrite:
+            raise ConfigError("--kept trains nothing; leave --resume and --overwrite out")
+        return
     if flags.ray and table.module:
         raise ConfigError("--ray is for tables of trainings; this one has a program of its own, which runs here")
     if flags.overwrite:
@@ -85,24 +90,23 @@ def _check(table: Table, path: Path, flags: "Reproduce") -> None:
 
 def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
     """Run one table, print its verdicts and keep them; returns the exit status."""
-    path, sizes = place(flags, name, table), table.budgets[flags.budget]
+    path, sizes, status = place(flags, name, table), table.budgets[flags.budget], 0
     say(f"== {name}, budget {flags.budget}: {table.title}")
-    begun = time.perf_counter()
-    status = _compare(table, path, sizes, flags, command) if table.study else _module(table, path, sizes, flags)
-    if status not in (0, commands.DIVERGED):
-        return status
+    if flags.kept:
+        sizes, run = kept_run(path, table, sizes)
+    else:
+        begun = time.perf_counter()
+        status = _compare(table, path, sizes, flags, command) if table.study else _module(table, path, sizes, flags)
+        if status not in (0, commands.DIVERGED):
+            return status
+        run = {
+            "command": command,
+            "seconds": round(time.perf_counter() - begun, 1),
+            "environment": environment("cpu", torch.get_num_threads()),
+        }
     rows = study_rows(path, sizes) if table.study else module_rows(path, table, sizes)
-    record = {
-        "target": name,
-        "title": table.title,
-        "budget": flags.budget,
-        "sizes": sizes,
-        "command": command,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "resumed": flags.resume,
-        "rows": rows,
-        "environment": environment("cpu", torch.get_num_threads()),
-    }
+    record = {"target": name, "title": table.title, "budget": flags.budget, "sizes": sizes, **run}
+    record |= {"resumed": flags.resume, "rows": rows}
     record_path = flags.out / "reproductions" / f"{path.stem if table.result == 'file' else path.name}.json"
     record_path.parent.mkdir(parents=True, exist_ok=True)
     write_json(record_path, record)
@@ -138,6 +142,40 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
         lock.release()
 
 
+def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
+    """Sizes, command, seconds and environment of what a folder holds.
+
+    Raises:
+        ConfigError: the folder holds no finished run of the table, or one of another study.
+    """
+    file = path if table.result == "file" else path / ("compare.json" if table.study else "results.json")
+    if not file.exists() or (table.study and not (path / "verdicts.json").exists()):
+        raise ConfigError(f"--kept: {path} holds no finished run; leave --kept out to run the table")
+    content = read_json(file)
+    if not table.study:
+        asked = content["command"].replace("=", " ").split()
+        given = {word[2:].replace("-", "_"): value for word, value in pairwise(asked)}
+        sizes = {name: _like(value, given.get(name)) for name, value in budget.items()}
+        return sizes, {key: content[key] for key in ("command", "seconds", "environment")}
+    if content["study"] != table.study:
+        raise ConfigError(f"--kept: {path} holds a run of {content['study']}, not of {table.study}")
+    own, runs = studies()[table.study].rows, _rows(path / "summary.json")
+    recipes = {recipe["rule"]: recipe for recipe in content["recipes"].values()}
+    sizes = {"epochs": min(recipe["epochs"] for recipe in recipes.values()), "seeds": len(content["seeds"])}
+    for name in ("train_limit", "test_limit"):
+        cut = [
+            recipes[rule][name] for rule in recipes if rule in own and recipes[rule][name] != getattr(own[rule].recipe, name)
+        ]
+        sizes |= {name: cut[0]} if cut else {}
+    seconds = sum(run["seconds"] for run in runs)
+    return sizes, {"command": content["command"], "seconds": round(seconds, 1), "environment": {"commit": runs[0]["commit"]}}
+
+
+def _like(value: int | float | str, text: str | None) -> int | float | str:
+    """The text as a number, where the value is one; the value itself where there is none."""
+    return value if text is None else type(value)(text)
+
+
 def study_rows(path: Path, sizes: Sizes) -> list[Row]:
     """Every published number of a comparison with what was measured, its interval and the verdict."""
     cut = any(name.endswith("_limit") for name in sizes)
@@ -154,8 +192,25 @@ def study_rows(path: Path, sizes: Sizes) -> list[Row]:
             "n": item.n,
             "verdict": verdict(item, epochs, cut=cut),
         }
-        for item in judge(read(path))
+        for item in _judged(path)
     ]
+
+
+def _judged(path: Path) -> Sequence[Verdict]:
+    """From the runs, or where only the summary of them is kept, as they were judged when they ended."""
+    if (path / "runs").exists():
+        return judge(read(path))
+    return [Verdict(**row) for row in _rows(path / "verdicts.json")]
+
+
+def _rows(path: Path) -> list[Row]:
+    try:
+        rows = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({brief(error)}); run the table again") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CheckpointError(f"{path} is damaged (it is not a list of objects); run the table again")
+    return rows
 
 
 def verdict(row: Verdict, epochs: int | None, *, cut: bool) -> str:
@@ -197,8 +252,8 @@ def _tell(rows: Sequence[Row]) -> None:
     heads = ("rule", "what", "reference", "source", "ours [95 %]", "n", "verdict")
     lines = [[*(row[key] for key in heads[:4]), measured(row), str(row["n"] or "-"), row["verdict"]] for row in rows]
     show_table(heads, lines, left=(*heads[:5], "verdict"))
-    told = [row["verdict"] for row in rows]
-    say(", ".join(f"{told.count(word)} {word}" for word in dict.fromkeys(told)) or "no published numbers")
+    outcomes = [row["verdict"] for row in rows]
+    say(", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes)) or "no published numbers")
 
 
 def measured(row: Row) -> str:

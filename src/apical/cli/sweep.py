@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from html import escape
@@ -24,9 +24,8 @@ from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, rule_name
 from apical.bench.report import folder as report
 from apical.bench.run_folder import FolderLock
-from apical.bench.searching import Grid, Optuna
 from apical.bench.signals import Interrupted, StopSignals
-from apical.bench.space import Axis, applied, edges, grid, space
+from apical.bench.space import Axis, Grid, Optuna, applied, edges, grid, space
 from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
@@ -45,7 +44,7 @@ SHARE = 10
 def run(flags: "Sweep", command: str) -> int:
     """Search, choose, test; returns the exit status."""
     rules, drafts, axes = _planned(flags)
-    lock = _open(flags, command, drafts)
+    lock = _open(flags, command, drafts, axes)
     here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))
     trials: list[Trial] = []
     with on_ray(flags.ray, make_rule, command, flags.jobs or None) if flags.ray else here as train, StopSignals() as stop:
@@ -83,9 +82,9 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     if flags.search == "grid":
         sizes = {rule_name(rule): len(grid(axes[rule])) for rule in rules}
         if len(set(sizes.values())) > 1:
-            told = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
+            numbers = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
             raise ConfigError(
-                f"the grids have different sizes ({told}), so the comparison would not be fair; give all rules as many "
+                f"the grids have different sizes ({numbers}), so the comparison would not be fair; give all rules as many "
                 "values, or choose --search random or optuna with --trials"
             )
     if not drafts[0].validation:
@@ -97,8 +96,15 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     return rules, drafts, axes
 
 
-def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
-    """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it."""
+def _without(recipe: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name not in names}
+
+
+def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[str, Sequence[Axis]]) -> FolderLock:
+    """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it.
+
+    What an axis sets need not be the same before: a default that was tuned since says nothing of the trials.
+    """
     lock = FolderLock(flags.out)
     for held in (False, True):  # what was seen before it is held may have changed
         check_writable(flags.out)
@@ -124,7 +130,10 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe]) -> FolderLock:
         plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added, and left out
         asked = json.loads(json.dumps(plan))
         unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
-        unlike += [f"recipe of {rule}" for rule, recipe in saved["recipes"].items() if asked["recipes"][rule] != recipe]
+        settled = {rule_name(rule): {axis.name for axis in of_rule} for rule, of_rule in axes.items()}
+        for rule, recipe in saved["recipes"].items():
+            if _without(recipe, settled.get(rule, ())) != _without(asked["recipes"][rule], settled.get(rule, ())):
+                unlike.append(f"recipe of {rule}")
         if unlike:
             raise CheckpointError(
                 f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
@@ -265,11 +274,11 @@ def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> N
     for name in ("sweep.html", "best.json", "final/report.html"):
         if (out / name).exists():
             say(f"{Path(name).name}: {shown_path(out / name)}")
-    chosen = {trial.rule: trial.number for trial in best if trial}
-    for rule, ends in edges([trial.record() for trial in trials], chosen).items():
+    best_of = {trial.rule: trial.number for trial in best if trial}
+    for rule, ends in edges([trial.record() for trial in trials], best_of).items():
         if ends:
             say(f"{rule}: not bracketed, the best has {' and '.join(ends)} value; widen --space")
-    names = " ".join(chosen)
+    names = " ".join(best_of)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
     say(f"the best settings of {names} again: {again}")
 

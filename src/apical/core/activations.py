@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apical.core.agreement import require_agreement
 from apical.core.layers import runs_own_forward
 from apical.errors import ConfigError
 
@@ -29,6 +30,7 @@ class Activation:
         difference: `phi(v + d) - phi(v)` given v, r and d; None takes the plain difference.
         complex_parts: real and imaginary part of `phi(a + ib)` given a and b; None applies the module to complex numbers.
         from_output: whether the derivative needs r alone.
+        said: a user says so; it is compared with the forward when a module of the type is first met.
     """
 
     forward: Callable[..., Any]
@@ -38,6 +40,7 @@ class Activation:
     difference: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
     complex_parts: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     from_output: bool = False
+    said: bool = False
 
 
 TYPES: dict[type[nn.Module], Activation] = {}
@@ -53,6 +56,9 @@ def register_activation(
     complex_parts: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Make a type of modules known as activations, in every rule.
+
+    The formulas are compared with the type's forward, on a few numbers, when a rule first meets a module of it; one that is
+    another function's is refused there by a :class:`apical.errors.ConfigError`.
 
     Args:
         kind: the type; a subclass that overrides `forward` again is not covered.
@@ -74,7 +80,7 @@ def register_activation(
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"register_activation takes a subclass of nn.Module, not {kind!r}")
-    TYPES[kind] = Activation(kind.forward, elementwise, derivative, None, difference, complex_parts)
+    TYPES[kind] = Activation(kind.forward, elementwise, derivative, None, difference, complex_parts, said=True)
     _nearest.clear()
 
 
@@ -126,6 +132,8 @@ def known(activation: nn.Module) -> Activation | None:
             from apical.core.differences import DIFFERENCES  # of the common types; few rules compute any
 
             entry = replace(entry, difference=DIFFERENCES.get(base))
+        if entry is not None and entry.said and not torch.compiler.is_compiling():
+            require_agreement(activation, entry)
         _nearest[kind] = entry
     entry = _nearest[kind]
     return entry if entry is not None and runs_own_forward(activation, entry.forward) else None

@@ -17,7 +17,7 @@ from apical.core.activations import is_activation
 from apical.core.called import Call
 from apical.core.chain import example_of, require_affine_type, traced
 from apical.core.layers import Layer, is_known_in_row, is_own, is_weighted, shapes_input
-from apical.core.units import leaves, weighted_layers
+from apical.core.units import enumerated, leaves, weighted_layers
 from apical.errors import UnsupportedModelError
 
 
@@ -89,10 +89,14 @@ def blocks(
     calls = traced(model, example, whole)
     places = [i for i, call in enumerate(calls) if is_weighted(call.module) or call.name in whole]
     names = [calls[i].name for i in places]
-    for name in dict.fromkeys(within.get(layer, name) for name, layer in layers.items()):
+    required = list(dict.fromkeys(within.get(layer, name) for name, layer in layers.items()))
+    if uncalled := [name for name in required if name not in names]:
+        raise UnsupportedModelError(
+            f"{enumerated('layer', uncalled, 'was', 'were')} not called; remove what computes nothing"
+        )
+    for name in required:
         if names.count(name) != 1:
-            what = "is called twice; give each place a layer of its own" if name in names else "was not called; remove it"
-            raise UnsupportedModelError(f"layer {name!r} {what}")
+            raise UnsupportedModelError(f"layer {name!r} is called twice; give each place a layer of its own")
     kind = next(iter(layers.values())).weight.dtype
     if odd := next((name for name, layer in layers.items() if layer.weight.dtype != kind), None):
         raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
@@ -136,7 +140,7 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         model.eval()
         with torch.random.fork_rng([example.device] if example.is_cuda else []):
             model(example.clone())
-    except (RuntimeError, ValueError, TypeError):
+    except Exception:
         return {}  # the trace will say so
     finally:
         for hook in hooks:

@@ -23,6 +23,7 @@ from apical.core.called import Call, Functions, on_path
 from apical.core.containers import Containers, is_written
 from apical.core.layers import (
     Layer,
+    computes_plainly,
     is_affine,
     is_hooked,
     is_linear,
@@ -34,8 +35,8 @@ from apical.core.layers import (
     runs_own_forward,
 )
 from apical.core.transport import geometry, pads_itself, transport
-from apical.core.units import leaves, weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.core.units import enumerated, leaves, weighted_layers
+from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 FEW_OUTPUTS = 64
 """Of a small chain."""
@@ -157,16 +158,17 @@ class Chain:
             if call.is_function:
                 _check_kind(call.name, call.module, pools=pools)
         self.head, self.stages = _stages(calls, example, pools=pools)
-        self._containers = Containers(model)
+        self._containers = Containers(model, [layer for layer in self.layers.values() if not computes_plainly(layer)])
         self._affine = [(stage.name, stage.layer, original(stage.layer)) for stage in self.stages]
         self._modules = [m for stage in self.stages for m in (*stage.before, stage.layer, *stage.after, stage.activation)]
         layers = {stage.layer for stage in self.stages}
         self._others = [original(module) for module in self._modules if module not in layers]
         self._twins = [module for module in self._modules if module not in layers and "stands_for" in module.__dict__]
-        unseen = set(self.layers) - {stage.name for stage in self.stages}
+        unseen = [name for name in self.layers if name not in {stage.name for stage in self.stages}]
         if unseen:
+            what = enumerated("layer", unseen, "was", "were")
             raise UnsupportedModelError(
-                f"layer {min(unseen)!r} was not called in the forward pass; call it as a module, or remove it"
+                f"{what} not called in the forward pass; call as modules what shall learn, remove the rest"
             )
 
     @property
@@ -382,9 +384,11 @@ def _traced(
                 output = model(example)
             is_drawn = not torch.equal(before, torch.get_rng_state()) or chance != random.getstate()
             random.setstate(chance)
-    except (RuntimeError, ValueError) as error:
-        shape = tuple(example.shape[1:])
-        raise UnsupportedModelError(f"the model cannot be run on a sample of shape {shape}: {error}") from error
+    except ApicalError:
+        raise
+    except Exception as error:  # whatever a forward of the user's does with a tensor it was not made for
+        shape, kind = tuple(example.shape[1:]), type(error).__name__
+        raise UnsupportedModelError(f"the model cannot be run on a sample of shape {shape}: {kind}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()

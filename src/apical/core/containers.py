@@ -4,8 +4,8 @@ Rules that call a model's layers do not call its containers. What these compute 
 forward method may take another way when an attribute or a global is another.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from types import FunctionType
 
 import torch
@@ -35,12 +35,15 @@ class Containers:
 
     Args:
         model: the network; it is only read.
+        layers: whose weight is taken from what was said of their type; one with a forward of the user's counts as one of
+            the modules that contain others.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module] = ()) -> None:
         self.model, self.names = model, {module: name for name, module in model.named_modules()}
         inside = {part for _, leaf in leaves(model) for part in leaf.modules()}
-        containers = [(name, module) for name, module in model.named_modules() if module not in inside]
+        told = [layer for layer in layers if is_written(layer)]
+        containers = [(name, module) for name, module in model.named_modules() if module not in inside or module in told]
         self.modules = [(name, module, list(module.children())) for name, module in containers]
         self.written = [module for _, module in containers if is_written(module)]
         self._batches, self._choices = 0, self._attributes()
@@ -71,9 +74,9 @@ class Containers:
             return
         names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
         message = (
-            f"module {names} computes another function than when the rule was made: a hook, a forward, a new child, or a "
-            "choice in its forward (an attribute, the numbers of the batch, chance), which this rule does not see; make "
-            "the change a module of its own, and the rule after that"
+            f"module {names} computes another function than when the rule was made, or than apical.register_layer was told: "
+            "a hook, a forward, a new child, or a choice in its forward (an attribute, the numbers of the batch, chance), "
+            "which this rule does not see; make the change a module of its own, and the rule after that"
         )
         modes = [module.training for module in touched]
         devices = [inputs.device] if inputs.is_cuda else []
@@ -93,7 +96,10 @@ class Containers:
 
     def _attributes(self) -> list[dict[str, object]]:
         """What forward methods of the user's may go by."""
-        return [{k: _contents(v) for k, v in vars(m).items() if k not in _EVERY_MODULES} for m in self.written]
+        return [
+            {k: _contents(v) for k, v in vars(m).items() if k not in _EVERY_MODULES} | {"methods": _methods(type(m))}
+            for m in self.written
+        ]
 
     def _is_due(self) -> bool:
         """Whether this batch is one at which forward methods of the user's are looked at."""
@@ -114,6 +120,23 @@ class Containers:
         ]
 
 
+def _methods(kind: type) -> list[object]:
+    """What the methods of a user's class go by."""
+    own = [vars(base).values() for base in kind.__mro__ if not base.__module__.startswith((*KNOWN, "builtins"))]
+    return [_scope(value) for values in own for value in values if isinstance(value, FunctionType)]
+
+
+def _scope(function: FunctionType, depth: int = 2) -> object:
+    """What a function finds by the names in its code: globals, what encloses it, and in functions of these."""
+    if not depth or function.__module__.startswith(("torch", "apical.")):
+        return id(function)
+    held = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            held.append(cell.cell_contents)
+    return [_contents(value, depth - 1) for value in held]
+
+
 def _contents(value: object, depth: int = 2) -> object:
     """Numbers and words in a value, its containers and plain objects; of all else, and of long ones, which object it is."""
     if isinstance(value, dict | list | tuple) and len(value) > LONG:
@@ -122,8 +145,12 @@ def _contents(value: object, depth: int = 2) -> object:
         return {key: _contents(inner, depth - 1) for key, inner in value.items()}
     if depth and isinstance(value, list | tuple):
         return [_contents(inner, depth - 1) for inner in value]
-    if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor | FunctionType):
-        return _contents(vars(value), depth - 1)
+    if isinstance(value, FunctionType):
+        return _scope(value, depth)
+    if depth and isinstance(value, type):  # a class of options; other types hold methods
+        return {key: own for key, own in vars(value).items() if isinstance(own, bool | int | float | str)}
+    if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor):
+        return _contents(dict(vars(value)), depth)
     return value if isinstance(value, bool | int | float | str) else id(value)
 
 

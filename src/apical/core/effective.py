@@ -115,7 +115,7 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
     Raises:
         UnsupportedModelError: it is not.
     """
-    shape, seen, generator = geometry(layer), _Precision(), torch.Generator().manual_seed(0)
+    shape, seen, generator = geometry(layer), Precision(), torch.Generator().manual_seed(0)
     leaf = (inputs.detach() + torch.randn(inputs.shape, generator=generator).to(inputs)).requires_grad_()
     with unchanged(layer, inputs.device), torch.enable_grad(), seen:
         output = call(leaf)  # what the model itself gets wrong is none of ours
@@ -161,7 +161,7 @@ def probe(name: str, layer: nn.Module, call: Call) -> tuple[bool, bool]:
         return False, True
 
 
-class _Precision(TorchFunctionMode):
+class Precision(TorchFunctionMode):
     """Notes the coarsest floating-point type met, and compares tensors accordingly."""
 
     eps = 0.0

@@ -6,20 +6,16 @@ the exact gradient of the term, on top of whatever the rule gives them.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
 from apical.core.credit import Loss, Root
 from apical.errors import ConfigError
-
-PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
-"""Options of PyTorch's losses that change what a label asks for, or how much, and the values with which they do nothing."""
 
 
 def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = False) -> tuple[Tensor, Tensor]:
@@ -112,27 +108,6 @@ def require_dependence(loss: Tensor, output: Tensor) -> None:
             seen.add(below)
             waiting += [node for node, _ in below.next_functions]
     raise _independent()
-
-
-def refuse_options(loss: Loss, rule: str, names: tuple[str, ...] = tuple(PLAIN)) -> None:
-    """Refuse options of a loss that a rule which learns from the labels would leave out of the update.
-
-    Raises:
-        ConfigError: `loss` is one of PyTorch's modules, or a `functools.partial`, with such an option.
-    """
-    for name in names:
-        option = loss.keywords.get(name, PLAIN[name]) if isinstance(loss, partial) else PLAIN[name]
-        option = getattr(loss, name, option) if isinstance(loss, nn.modules.loss._Loss) else option
-        if option is not PLAIN[name] and (isinstance(option, Tensor) or option != PLAIN[name]):
-            if name == "reduction":
-                raise ConfigError(
-                    f"{rule} takes means over the batch itself, so a loss with reduction={option!r} would not scale the "
-                    "whole update; use reduction='mean', and scale credit.loss or the learning rate"
-                )
-            raise ConfigError(
-                f"{rule} learns from the labels and not from the loss, so the option {name} of the loss would not reach the "
-                "update; leave it out, or choose a rule that follows the loss"
-            )
 
 
 def token_cross_entropy(output: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

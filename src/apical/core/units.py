@@ -200,11 +200,11 @@ class Faults:
             same = ", ".join(f"parameter {n!r} is shared with {first!r}" for n, first in self.tied.items())
             parts.append(f"{same}; untie them: copy one to its own tensor")
         if self.lazy:
-            what = _counted("module", self.lazy, "is", "are") if self.lazy != [""] else "the model itself is"
+            what = enumerated("module", self.lazy, "is", "are") if self.lazy != [""] else "the model itself is"
             parts.append(f"{what} lazy: run one batch through the model before making the rule")
         if self.complex:
             parts.append(
-                f"{_counted('module', self.complex, 'has', 'have')} complex parameters, and the rules' equations are for "
+                f"{enumerated('module', self.complex, 'has', 'have')} complex parameters, and the rules' equations are for "
                 "real ones; keep real and imaginary parts in layers of their own, or train it by backpropagation"
             )
         if self.several:
@@ -224,8 +224,8 @@ class Faults:
         if self.orphans:
             kinds, one = ", ".join(dict.fromkeys(self.orphans.values())), len(self.orphans) == 1
             parts.append(
-                f"{_counted('parameter', self.orphans, 'is an orphan: it belongs', 'are orphans: they belong')} directly to "
-                f"{kinds} and to no layer; move {'it' if one else 'them'} into a layer"
+                f"{enumerated('parameter', self.orphans, 'is an orphan: it belongs', 'are orphans: they belong')} directly "
+                f"to {kinds} and to no layer; move {'it' if one else 'them'} into a layer"
             )
         if not parts:
             return
@@ -248,5 +248,6 @@ def _typed(modules: Mapping[str, nn.Module]) -> str:
     return ", ".join(f"{name!r} ({type(module).__name__})" for name, module in modules.items())
 
 
-def _counted(noun: str, names: Collection[str], singular: str, plural: str) -> str:
+def enumerated(noun: str, names: Collection[str], singular: str, plural: str) -> str:
+    """Names as a subject, with its verb: "layers 'a' and 'b' were"."""
     return f"{noun} {_listed(names)} {singular}" if len(names) == 1 else f"{noun}s {_listed(names)} {plural}"

@@ -51,7 +51,7 @@ class WrappedRule(CreditRule):
         self._prefix = _model_prefix(rule)
         self._hooks: list[Any] = []
         self._attached, self._is_fresh = True, False
-        self._warned = True  # the wrapped rule warns
+        self._warned, self._unmoved = True, -1  # the wrapped rule warns
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 

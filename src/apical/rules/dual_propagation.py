@@ -31,7 +31,8 @@ from apical.core.chain import Chain, Stage, States
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.layers import is_maximum
 from apical.core.local import local_roots
-from apical.core.losses import output_error, refuse_options, terms, value_at
+from apical.core.loss_options import refuse_options
+from apical.core.losses import output_error, terms, value_at
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Variant = Literal["transposed", "original"]
@@ -88,7 +89,7 @@ class DualPropagation(CreditRule):
         super().__init__(model, loss)
         if variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
-        refuse_options(loss, "dual propagation", ("ignore_index", "reduction"))
+        refuse_options(self, "dual propagation", ("ignore_index", "reduction"))
         if not (0 < beta < float("inf") and 0 <= alpha <= 1 and sweeps >= 1):
             raise ConfigError(
                 "beta must be positive, alpha in [0, 1] and sweeps at least 1; got "

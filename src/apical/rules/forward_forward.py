@@ -35,7 +35,8 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_norm, is_random
 from apical.core.local import block_roots
-from apical.core.losses import PLAIN, output_error, refuse_options, terms, value_at
+from apical.core.loss_options import PLAIN, refuse_options
+from apical.core.losses import output_error, terms, value_at
 from apical.core.rest import evaluating
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
@@ -150,7 +151,7 @@ class ForwardForward(CreditRule):
             raise ConfigError(
                 "negatives='images' learns without labels, whose goodness could answer; use answers='read-out'"
             )
-        refuse_options(loss, "forward-forward", ("ignore_index", "reduction") if self.self_contrastive else tuple(PLAIN))
+        refuse_options(self, "forward-forward", ("ignore_index", "reduction") if self.self_contrastive else tuple(PLAIN))
         if alpha <= 0:
             raise ConfigError(f"alpha must be positive, got {alpha}")
         self.head, self.row = blocks(model, input_shape)

@@ -34,7 +34,8 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_random
 from apical.core.local import block_roots
-from apical.core.losses import output_error, refuse_options, terms, value_at
+from apical.core.loss_options import refuse_options
+from apical.core.losses import output_error, terms, value_at
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.processes import gathered
@@ -192,7 +193,7 @@ class LocalClassifiers(CreditRule):
         self.predicts, self.compares = local != "similarity", local in ("similarity", "both")
         self.beta = beta if local == "both" else float(self.compares)  # the similarity's share
         if self.compares:
-            refuse_options(loss, f"local={local!r}")
+            refuse_options(self, f"local={local!r}")
         self.head, self.row = blocks(model, input_shape)
         self._containers = Containers(model)
         self._last = Taught(self.row[-1].modules)

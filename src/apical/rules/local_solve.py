@@ -25,7 +25,7 @@ from apical.core.checkpointing import refuse_checkpointing
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
 from apical.core.layers import computes_plainly
-from apical.core.losses import refuse_options
+from apical.core.loss_options import refuse_options
 from apical.core.plastic import PlasticRule
 from apical.core.processes import summed
 from apical.core.rest import undisturbed
@@ -193,7 +193,7 @@ class LocalSolve(WrappedRule):
             )
         if any(isinstance(part, LocalSolve) for part in rule.modules()):
             raise ConfigError("the rule's gradients are solved already: put LocalSolve around a rule once")
-        refuse_options(rule.loss, "LocalSolve", ("reduction",))
+        refuse_options(inner, "LocalSolve", ("reduction",))
         self.damping = damping
         self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
         for name, layer in self.layers.items():

@@ -24,7 +24,8 @@ from apical.core.activations import derivative
 from apical.core.batch import counted, fitted, require_precision
 from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss, Root
-from apical.core.losses import output_error, refuse_options, terms, value_at
+from apical.core.loss_options import refuse_options
+from apical.core.losses import output_error, terms, value_at
 from apical.core.processes import summed
 from apical.core.solve import proximal
 from apical.errors import ConfigError, UnsupportedModelError
@@ -56,7 +57,7 @@ class SemiImplicit(CreditRule):
         super().__init__(model, loss)
         if not (0 < eta < float("inf") and 0 < proximity < float("inf")):
             raise ConfigError(f"eta and proximity must be positive and finite, got eta={eta}, proximity={proximity}")
-        refuse_options(loss, "semi-implicit backpropagation", ("ignore_index", "reduction"))
+        refuse_options(self, "semi-implicit backpropagation", ("ignore_index", "reduction"))
         self.chain = Chain(model, dense=True)
         for stage in self.chain.stages:
             if not stage.is_dense:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core.attention import Attending
 from apical.core.credit import Credit, CreditRule
+from apical.core.effective import Precision
 from apical.core.packed import Part, caller
 from apical.core.placement import Placement
 from apical.core.rest import undisturbed
@@ -33,13 +34,15 @@ class Trial:
         targets: what the rule's loss takes.
 
     Attributes:
-        tolerance: relative error that counts as equal in the model's precision.
+        tolerance: relative error that counts as equal in the coarsest precision of the model's parameters and activity.
     """
 
     def __init__(self, rule: CreditRule, inputs: Any, targets: Any) -> None:
         self.rule, self.model, self.inputs, self.targets = rule, rule.model, inputs, targets
-        kinds = [q.dtype for q in self.model.parameters()]
-        eps = max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=1e-7)
+        kinds, seen = [q.dtype for q in self.model.parameters()], Precision()
+        with undisturbed(rule), torch.no_grad(), seen:
+            self.model(inputs)
+        eps = max(seen.eps, *(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point))
         self.tolerance = 1e-9 if eps < 1e-12 else min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
 
     @contextmanager
@@ -64,8 +67,8 @@ class Trial:
 
     def exact(self) -> Gradients:
         """Gradients of the model's own loss by backpropagation, without the rule; of attention, what the rule keeps."""
-        kept = self.rule.attention
-        attending = nullcontext() if kept == "exact" else Attending(kept, self.model, looks=False)
+        attention = self.rule.attention
+        attending = nullcontext() if attention == "exact" else Attending(attention, self.model, looks=False)
         with self.sandbox(), attending:
             self.loss(self.model(self.inputs)).backward()
             return self.collected()
@@ -134,16 +137,30 @@ class Trial:
             for a, b in ((outputs[0], other) for other in outputs[1:])
         )
 
+    @cached_property
+    def strays(self) -> bool:
+        """Whether the model draws random numbers, and draws others when the rule runs it, which has drawn before it."""
+        if not (self.is_stochastic and self.rule.feed_forward):
+            return False
+        outputs = []
+        for run in (lambda: self.rule(self.inputs, self.targets)._output, lambda: self.model(self.inputs)):
+            with self.sandbox():
+                outputs.append([x.detach().clone() for x in tree_leaves(run()) if isinstance(x, Tensor)])
+        return any(
+            a.shape != b.shape or not torch.allclose(a, b, rtol=self.tolerance, atol=self.tolerance)
+            for a, b in zip(*outputs, strict=True)
+        )
+
     def below(self, layer: nn.Module) -> set[str]:
         """Names of the parameters that the layer's input depends on; of a part, also those of its module."""
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
         module = caller(layer)
         own = {id(parameter) for parameter in module.parameters()} if isinstance(layer, Part) else set()
         within = {name for name, parameter in self.model.named_parameters() if id(parameter) in own}
         with self.sandbox():
-            with _before_forward(module, partial(_record, seen)):
+            with _before_forward(module, partial(_record, inputs)):
                 self.model(self.inputs)
-            starts = [x.abs().sum() for x in seen if x.requires_grad]
+            starts = [x.abs().sum() for x in inputs if x.requires_grad]
             if starts:
                 torch.autograd.backward(starts)
             return set(self.collected()) | within

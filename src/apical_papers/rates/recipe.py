@@ -20,11 +20,17 @@ WORDS = {"train_limit": "training images"}
 
 TIERS = (
     ("bp", "fa", "dfa", "usf", "kp", "pfa-o"),
-    ("ccl", "tdca", "local-pred", "mono-forward", "scff", "dualprop"),
+    ("ccl", "tdca", "local-pred", "mono-forward", "dualprop", "dtp"),
     ("frsf", "brsf", "pfa", "wm", "ff", "local-sim"),
-    ("grapes:bp", "matched:bp", "sibp", "pc-error", "ddtp-linear", "dtp"),
-    ("cwu:bp", "dfc-ssa", "pc", "local-both", "ccl-free", "dtp-drl"),
-    ("cwu:dfa", "pc-incremental", "pc-one-step", "ddtp-control", "kp-mirror"),
+    ("grapes:bp", "matched:bp", "pc-one-step", "ddtp-linear", "dfc-ssa", "ccl-readout", "ff-readout", "tdca-silent"),
+    ("pc-error", "pc", "scff", "local-both", "sibp", "cwu:bp", "dfc", "dtp-drl"),
+    ("kp-mirror", "pfa-mirror", "pfa-o-mirror", "ccl-free", "ccl-frozen", "ddtp-control", "tdca-unevolved"),
+    ("dfc-fixed", "dfc-ssa-fixed", "dfc-ss", "dfc-ss-fixed", "ddtp-rhl"),
+    ("ep-one-sided", "corinfomax"),
+    ("ep", "pc-incremental"),
+    ("strong-dfc", "ep-directed"),
+    ("hep",),
+    ("csdp-unsupervised", "csdp-memristor", "csdp"),
 )
 """Rules in the order in which they run, cheap ones first; a tier is joined to those before when all of it is done."""
 EVERY = (*RULES, *(f"{name}:bp" for name in AROUND))

@@ -27,3 +27,5 @@ class Reproduce:
     """Continue what is there; what is finished stays."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace what is there."""
+    kept: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Train nothing: judge what the folder holds, also of a run that another command made."""

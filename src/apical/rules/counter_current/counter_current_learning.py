@@ -39,7 +39,8 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
-from apical.core.losses import output_error, refuse_options, terms
+from apical.core.loss_options import refuse_options
+from apical.core.losses import output_error, terms
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
@@ -115,7 +116,7 @@ class CounterCurrentLearning(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        refuse_options(loss, "counter-current learning", ("ignore_index", "reduction"))
+        refuse_options(self, "counter-current learning", ("ignore_index", "reduction"))
         if pair not in ("auto", "inner", "cosine", "match"):
             raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
         if enlarge not in ("nearest", "transposed"):

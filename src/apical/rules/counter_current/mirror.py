@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apical.core.activations import is_activation
+from apical.core.agreement import acts_on_each
 from apical.core.blocks import Block
-from apical.core.layers import Layer, is_norm
+from apical.core.layers import Layer, is_linear, is_norm, is_own, is_pool
 from apical.core.transport import geometry
 from apical.errors import UnsupportedModelError
 
@@ -44,12 +45,18 @@ def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | N
         like = block.layer.weight
         modules = [
             *_back(block, enlarge),
-            *(_fresh(m) for m in (below.tail if below else ()) if is_norm(m) or is_activation(m)),
+            *(_fresh(m) for m in (below.tail if below else ()) if is_norm(m) or _is_activation(m)),
         ]
         mirror = nn.Sequential(*modules).to(device=like.device, dtype=like.dtype)
         _check(block, mirror)
         result.append(mirror)
     return result
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Whether the module is an activation, also one of a user's that nobody has registered."""
+    other = is_own(module) or is_linear(module) or is_pool(module)
+    return is_activation(module) or (not other and acts_on_each(module))
 
 
 def _fresh(module: nn.Module) -> nn.Module:

@@ -40,7 +40,8 @@ from apical.core.blocks import blocks
 from apical.core.containers import Containers
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.layers import is_random
-from apical.core.losses import output_error, refuse_options, squared_error, terms, value_at
+from apical.core.loss_options import refuse_options
+from apical.core.losses import output_error, squared_error, terms, value_at
 from apical.core.placement import layer_paths
 from apical.core.scaled import require_mu
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
@@ -138,7 +139,7 @@ class PredictiveCoding(CreditRule):
         ):
             if value not in known:
                 raise unknown_name(name, value, known)
-        refuse_options(loss, "predictive coding", ("ignore_index", "reduction"))
+        refuse_options(self, "predictive coding", ("ignore_index", "reduction"))
         self.head, self.row = blocks(model, input_shape, skips=True)
         self._containers = Containers(model)
         for name, module in model.named_modules():

@@ -26,7 +26,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, Units, eagerly
-from apical.core.losses import refuse_options, terms, value_at
+from apical.core.loss_options import NUMBERS, PLAIN, refuse_options
+from apical.core.losses import terms, value_at
 from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut, Teacher
@@ -84,7 +85,7 @@ class TopDownCreditAssignment(CutRule):
         inside: Literal["exact", "feedback"] = "exact",
     ) -> None:
         super().__init__(model, loss, "activation", exact, units, inside)
-        refuse_options(loss, "top-down credit assignment")
+        refuse_options(self, "top-down credit assignment", (*PLAIN, NUMBERS))
         if isinstance(teacher, Path | str):
             teacher = load(shipped(str(teacher)))[0]
         self.credit = place_of(credit, teacher)
@@ -195,6 +196,7 @@ class TopDownCreditAssignment(CutRule):
         if not isinstance(teacher, TopDownNetwork):
             return [credit / len(prediction) for credit in teacher(prediction, target)]
         teacher.check(prediction.shape[1], widths)
+        prediction, target = (part.to(cast(Tensor, teacher.body[0].weight).dtype) for part in (prediction, target))
         return teacher.credits(teacher(prediction, target, classes) / len(prediction), widths)
 
     def _teacher(self, prediction: Tensor, cuts: list[Cut]) -> nn.Module:
@@ -204,7 +206,8 @@ class TopDownCreditAssignment(CutRule):
         """The teacher for an output and units of these sizes; an unevolved one is drawn."""
         if self.teacher is not None:
             return self.teacher
-        if sizes not in self._drawn or self._drawn[sizes].body[0].weight.device != device:
+        like = self._drawn[sizes].body[0].weight if sizes in self._drawn else None
+        if like is None or like.device != device or like.dtype is not next(self.model.parameters()).dtype:
             self._draw(sizes, device)
         return self._drawn[sizes]
 

@@ -1,0 +1,157 @@
+"""What a loss says of labels that a rule which learns from the labels themselves would leave out of the update.
+
+PyTorch's losses say it by options, which are read when the rule is made. A function of the user's says nothing: at the first
+batch it is asked for its derivative at outputs made up for it.
+
+    at zero outputs     every sample of a class k has a gradient of one length; else classes have weights, or are ignored
+    at the labels       the gradient vanishes, for one of the outputs that stand for "exactly this class": e_k, 2 e_k - 1,
+                        the same so large that a softmax says k, its logarithm; else the labels are smoothed or shifted
+    the batch twice     the loss is the same; else it is a sum
+"""
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apical.core.credit import CreditRule
+from apical.core.positions import class_axis
+from apical.core.rest import undisturbed
+from apical.errors import ConfigError
+
+PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
+"""Options of PyTorch's losses that change what a label asks for, or how much, and the values with which they do nothing."""
+
+NUMBERS = "numbers"
+"""No option: targets that are numbers are what the outputs are driven to, so the loss must be least there."""
+
+LARGE = 1e3
+"""Logit at which a softmax is 0 or 1."""
+SMALL = 1e-3
+"""Share of its usual size below which a gradient has vanished, and by which two may differ."""
+MANY = 256
+"""Classes that are all asked for."""
+
+FOUND = {
+    "weight": "weighs classes differently",
+    "ignore_index": "ignores a class",
+    "label_smoothing": "is least at other outputs than the labels say (smooth labels, a penalty on outputs)",
+}
+"""What a function of the user's does that has the effect of an option."""
+
+
+def refuse_options(rule: CreditRule, name: str, options: tuple[str, ...] = tuple(PLAIN)) -> None:
+    """Refuse options of a rule's loss that it would leave out of the update: now, or in words of the user's, at the first
+    batch.
+
+    Args:
+        rule: the rule, which has its loss.
+        name: of the rule, in the message.
+        options: keys of :data:`PLAIN`, or :data:`NUMBERS`.
+
+    Raises:
+        ConfigError: the loss is one of PyTorch's modules, or a `functools.partial`, with such an option.
+    """
+    loss = rule.loss
+    for option in options:
+        plain = PLAIN.get(option)
+        value = loss.keywords.get(option, plain) if isinstance(loss, partial) else plain
+        value = getattr(loss, option, value) if isinstance(loss, nn.modules.loss._Loss) else value
+        if value is not plain and (isinstance(value, Tensor) or value != plain):
+            raise _left_out(name, option, f"{value!r}")
+    rule._loss_options = {**rule._loss_options, **dict.fromkeys(options, name)}
+
+
+def require_plain(rule: CreditRule, output: Any, targets: Any) -> None:
+    """At the first batch: refuse a loss that does what the rule would leave out of the update.
+
+    Args:
+        rule: the rule.
+        output: of the batch.
+        targets: of the batch.
+
+    Raises:
+        ConfigError: it does; says what.
+    """
+    if not (isinstance(output, Tensor) and isinstance(targets, Tensor) and output.is_floating_point()):
+        return
+    with undisturbed(rule), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of targets (N,) for outputs (N, 1), which rules fit to each other
+        for option in _departures(rule, output.detach().clone(), targets.detach().clone()):
+            if option in rule._loss_options:
+                name = rule._loss_options[option]
+                if option not in FOUND:
+                    raise _left_out(name, option, "'sum'")
+                raise ConfigError(
+                    f"{name} learns from the labels and not from the loss, which {FOUND[option]}: that would not reach the "
+                    "update; leave it out, or choose a rule that follows the loss"
+                )
+
+
+def _departures(rule: CreditRule, output: Tensor, targets: Tensor) -> Iterator[str]:
+    """Options that the loss has by what it makes of made-up outputs; nothing of a loss that takes none of these."""
+    try:
+        once = float(rule.loss(output, targets))
+        twice = float(rule.loss(torch.cat([output, output]), torch.cat([targets, targets])))
+        if abs(twice - 2 * once) < SMALL * abs(twice):
+            yield "reduction"
+        if targets.is_floating_point():
+            if targets.shape == output.shape and not _vanishes(rule, [targets], targets):
+                yield NUMBERS
+            return
+        axis = class_axis(output, targets, False) % output.dim()
+        classes = output.shape[axis]
+        if classes < 2 or targets.shape != output.shape[:axis] + output.shape[axis + 1 :]:
+            return
+        shape = (max(len(targets), min(classes, MANY)),) if targets.dim() == 1 else targets.shape
+        labels = torch.arange(shape.numel() if isinstance(shape, torch.Size) else shape[0], device=targets.device) % classes
+        labels = labels.view(shape).to(targets.dtype)
+        code = F.one_hot(labels.long(), classes).to(output.dtype).movedim(-1, axis)
+        lengths = _gradient(rule, torch.zeros_like(code), labels).norm(dim=axis).flatten()
+        if float(lengths.min()) == 0 < float(lengths.max()):
+            yield "ignore_index"
+        if float(lengths.max() - lengths.min()) > SMALL * float(lengths.max()):
+            yield "weight"
+        signs = 2 * code - 1
+        if not _vanishes(rule, [code, signs, LARGE * signs, torch.log_softmax(LARGE * code, axis)], labels, axis):
+            yield "label_smoothing"
+    except (TypeError, ValueError, RuntimeError, IndexError, AssertionError):
+        return  # a loss of another kind
+
+
+def _vanishes(rule: CreditRule, places: list[Tensor], targets: Tensor, axis: int | None = None) -> bool:
+    """Whether the loss's gradient vanishes at one of some outputs; of log-probabilities, what a softmax passes on of it."""
+    usual = float(_gradient(rule, torch.zeros_like(places[0]) + 0.5, targets).norm())
+    for number, place in enumerate(places):
+        error = _gradient(rule, place, targets)
+        if number == 3 and axis is not None:
+            error = error - place.exp() * error.sum(axis, keepdim=True)
+        if float(error.norm()) <= SMALL * usual:
+            return True
+    return usual == 0
+
+
+def _gradient(rule: CreditRule, output: Tensor, targets: Tensor) -> Tensor:
+    leaf = output.clone().requires_grad_()
+    return torch.autograd.grad(rule.loss(leaf, targets), leaf)[0]
+
+
+def _left_out(name: str, option: str, value: str) -> ConfigError:
+    if option == "reduction":
+        return ConfigError(
+            f"{name} takes means over the batch itself, so a loss with reduction={value} would not scale the whole update; "
+            "use reduction='mean', and scale credit.loss or the learning rate"
+        )
+    if option == NUMBERS:
+        return ConfigError(
+            f"{name} drives the outputs to targets that are numbers, and this loss is least elsewhere (probabilities of "
+            "classes?); give class labels, or a distance such as mse_loss, or choose a rule that follows the loss"
+        )
+    return ConfigError(
+        f"{name} learns from the labels and not from the loss, so the option {option} of the loss would not reach the "
+        "update; leave it out, or choose a rule that follows the loss"
+    )
