@@ -1,6 +1,6 @@
 """Figures of the benchmarks page, from the JSON files here: how far each rule is from its floor, and how cost grows.
 
-    python benchmarks/figures.py
+python benchmarks/figures.py
 """
 
 import json
@@ -50,7 +50,7 @@ def distances(rows: list[Row]) -> None:
 def growth(rows: list[Row]) -> None:
     """Time above, memory below, a column for each axis."""
     names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, axes = plt.subplots(2, len(names), figsize=(7.2, 4.4), squeeze=False)
+    figure, axes = plt.subplots(2, len(names), figsize=(8.0, 5.0), squeeze=False)
     for column, name in enumerate(names):
         for row in (row for row in rows if row["axis"] == name):
             style = RULES[row["rule"]]
