@@ -1,6 +1,6 @@
 """Figures of the benchmarks page, from the JSON files here: how far each rule is from its floor, and how cost grows.
 
-    python benchmarks/figures.py
+python benchmarks/figures.py
 """
 
 import json

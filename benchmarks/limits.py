@@ -46,9 +46,8 @@ class Products(TorchDispatchMode):
 
 def products(step: Callable[[], None]) -> Callable[[], None]:
     """The products of one step, alone."""
-    with Products() as noted, torch.no_grad():
-        with torch.enable_grad():
-            step()
+    with Products() as noted, torch.no_grad(), torch.enable_grad():
+        step()
     calls = noted.calls
 
     @torch.no_grad()

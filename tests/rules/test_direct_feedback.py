@@ -40,7 +40,8 @@ def test_the_loss_is_the_one_root_and_any_multiple_of_it_moves_every_unit_by_its
     rule: apical.DirectFeedbackAlignment, scale: float
 ) -> None:
     credit = rule(*batch())
-    assert len(credit.roots) == 1 and credit.roots[0] is credit.loss
+    assert len(credit.roots) == 1
+    assert credit.roots[0] is credit.loss
     (scale * credit.loss).backward()
     for parameter, gradient in zip(rule.model.parameters(), expected(rule, *batch()), strict=True):
         torch.testing.assert_close(parameter.grad, scale * gradient, rtol=1e-12, atol=1e-14)

@@ -99,12 +99,12 @@ def require_dependence(loss: Tensor, output: Tensor) -> None:
     Raises:
         ConfigError: it does not.
     """
-    waiting, seen = [loss.grad_fn], {output.grad_fn, None}
+    waiting, seen = [loss.grad_fn], set[Node]()
     while waiting:
         below = waiting.pop()
         if below is output.grad_fn:
             return
-        if below not in seen:
+        if below is not None and below not in seen:
             seen.add(below)
             waiting += [node for node, _ in below.next_functions]
     raise _independent()
