@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from apical.bench.figures.style import RC, RULES
 
@@ -50,13 +51,17 @@ def distances(rows: list[Row]) -> None:
 def growth(rows: list[Row]) -> None:
     """Time above, memory below, a column for each axis."""
     names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, axes = plt.subplots(2, len(names), figsize=(8.0, 5.0), squeeze=False)
+    figure, axes = plt.subplots(2, len(names), figsize=(7.2, 4.4), squeeze=False)
     for column, name in enumerate(names):
         for row in (row for row in rows if row["axis"] == name):
             style = RULES[row["rule"]]
             look = {"color": style.colour, "marker": style.marker, "linestyle": style.line, "label": row["rule"]}
             axes[0][column].loglog(row["sizes"], row["ms_per_step"], **look)
             axes[1][column].loglog(row["sizes"], row["mb"], **look)
+        for ax in axes[:, column]:
+            for each in (ax.xaxis, ax.yaxis):  # powers of ten as plain numbers: no mathematics in our figures
+                each.set_major_formatter("{x:g}")
+                each.set_minor_formatter(NullFormatter())
         axes[1][column].set_xlabel(LABELS[name])
     axes[0][0].set_ylabel("ms per step")
     axes[1][0].set_ylabel("MB held in a step")

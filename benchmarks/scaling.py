@@ -1,8 +1,8 @@
 """How time and memory grow with depth, width and batch, for one rule of each kind; the exponents are printed.
 
 Along each axis everything else stays: 4 hidden layers of 256 and batch 64. A step is zero_grad, forward and backward pass
-and SGD; memory is the most that a step holds at once, gradients included. Exponents are slopes in logarithms over the
-upper half of the axis, where what does not grow is small.
+and SGD; memory is the most that a step holds at once, gradients included. Exponents are slopes in logarithms over the upper
+half of the axis, where what does not grow is small.
 
     python benchmarks/scaling.py [--out benchmarks/scaling.json] [--rounds 3]
 """

@@ -99,10 +99,10 @@ def require_dependence(loss: Tensor, output: Tensor) -> None:
     Raises:
         ConfigError: it does not.
     """
-    waiting, seen = [loss.grad_fn], {output.grad_fn}
+    waiting, seen = [loss.grad_fn], set[Node]()
     while waiting:
         below = waiting.pop()
-        if below is not None and below is output.grad_fn:
+        if below is output.grad_fn:
             return
         if below is not None and below not in seen:
             seen.add(below)

@@ -116,7 +116,7 @@ class DirectFeedbackAlignment(CutRule):
         self._places = self._order()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose root is the loss: the error at the output goes into the last unit, and as `B_l e` to the others."""
+        """Credit whose root is the loss: its error travels into the last unit, and as `B_l e` to the others."""
         output, cuts, teacher = self.run(inputs)
         if isinstance(output, Tensor) and output.requires_grad and not self.takes_signals:
             return self._one_root(output, targets, cuts, teacher)

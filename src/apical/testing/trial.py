@@ -1,6 +1,6 @@
 """Experiments on somebody's rule and model: each runs one step in a sandbox and hands back the gradients it made."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -142,8 +142,12 @@ class Trial:
         """Whether the model draws random numbers, and draws others when the rule runs it, which has drawn before it."""
         if not (self.is_stochastic and self.rule.feed_forward):
             return False
+        runs: Sequence[Callable[[], Any]] = (
+            lambda: self.rule(self.inputs, self.targets)._output,
+            lambda: self.model(self.inputs),
+        )
         outputs = []
-        for run in (lambda: self.rule(self.inputs, self.targets)._output, lambda: self.model(self.inputs)):
+        for run in runs:
             with self.sandbox():
                 outputs.append([x.detach().clone() for x in tree_leaves(run()) if isinstance(x, Tensor)])
         return any(
