@@ -27,7 +27,7 @@ class PlannedError(Exception):
 def test_the_command_has_the_setting_and_the_grid(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def stop(flags: Any, _: str, drafts: list[Recipe]) -> None:
+    def stop(flags: Any, _: str, drafts: list[Recipe], axes: Any) -> None:
         seen.update(flags=flags, drafts=drafts)
         raise PlannedError
 
