@@ -143,9 +143,10 @@ class Trial:
         if not (self.is_stochastic and self.rule.feed_forward):
             return False
         outputs = []
-        for run in (lambda: self.rule(self.inputs, self.targets)._output, lambda: self.model(self.inputs)):
+        for under_rule in (True, False):
             with self.sandbox():
-                outputs.append([x.detach().clone() for x in tree_leaves(run()) if isinstance(x, Tensor)])
+                made = self.rule(self.inputs, self.targets)._output if under_rule else self.model(self.inputs)
+                outputs.append([x.detach().clone() for x in tree_leaves(made) if isinstance(x, Tensor)])
         return any(
             a.shape != b.shape or not torch.allclose(a, b, rtol=self.tolerance, atol=self.tolerance)
             for a, b in zip(*outputs, strict=True)
