@@ -7,9 +7,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Python's compiled files are kept whatever the environment says: tests start some hundred processes.
+TESTED := $(ONE_THREAD) PYTHONDONTWRITEBYTECODE=
+SITE := tests/test_site.py
 SPHINX := $(BIN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-.PHONY: help demo test bench docs clean
+.PHONY: help demo test style types site suite bench docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,16 +44,26 @@ demo: $(VENV)/.apical-installed
 	@$(BIN) -m apical compare --rules bp fa dfa usf kp pfa pfa-o --data digits --seeds 3 --out demo --overwrite
 
 test: $(VENV)/.apical-installed-dev
+	@$(MAKE) --no-print-directory -j4 style types site suite
+
+# What `make test` checks, all at once: the tests often wait for a cluster or an interrupt, and the rest runs meanwhile.
+style: $(VENV)/.apical-installed-dev
 	@echo "== style"
 	@$(BIN) -m ruff check .
 	@$(BIN) -m ruff format --check .
-	@echo "== documentation and types"
-	@mkdir -p docs/_build
-	@$(BIN) -m mypy src docs/generate.py >docs/_build/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
-	$(ONE_THREAD) $(SPHINX); documentation=$$?; \
-	wait $$types; types=$$?; cat docs/_build/types.txt; test $$documentation -eq 0 && test $$types -eq 0
+
+types: $(VENV)/.apical-installed-dev
+	@echo "== types"
+	@$(BIN) -m mypy src docs/generate.py
+
+site: $(VENV)/.apical-installed-dev
+	@echo "== documentation and its tests"
+	@$(TESTED) $(SPHINX)
+	@$(TESTED) $(BIN) -m pytest -q -p no:cacheprovider $(SITE)
+
+suite: $(VENV)/.apical-installed-dev
 	@echo "== tests"
-	@$(ONE_THREAD) $(BIN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=20
+	@$(TESTED) $(BIN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=20 --ignore=$(SITE)
 
 bench: $(VENV)/.apical-installed-dev
 	@echo "== benchmarks"
@@ -61,6 +74,8 @@ bench: $(VENV)/.apical-installed-dev
 	@$(ONE_THREAD) $(BIN) benchmarks/settling.py
 	@$(ONE_THREAD) $(BIN) benchmarks/floors.py
 	@$(ONE_THREAD) $(BIN) benchmarks/local.py
+	@$(ONE_THREAD) $(BIN) benchmarks/scaling.py
+	@$(BIN) benchmarks/figures.py
 	@$(BIN) docs/generate.py
 
 docs: $(VENV)/.apical-installed-dev

@@ -22,6 +22,7 @@ import apical
 from apical import models
 from apical.core.losses import squared_error, wanted
 from apical.rules.corinfomax import Layers
+from apical.rules.equilibrium.phases import phases
 from run import environment, save
 
 BATCH, STEPS = 128, 20
@@ -77,7 +78,7 @@ def cases(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
         return found
     assert isinstance(rule, EP)
     network = rule.network
-    beta, _ = rule._phases(x)
+    beta, _ = phases(rule.estimator, rule.beta, rule.points, x, rule.generator)
     q, back = len(beta.im), [each.detach() for each in rule._back()]
     rows = BATCH * (len(beta.re) + q)
     free = [torch.rand(BATCH, *s.shape, device=device) for s in network.stages]

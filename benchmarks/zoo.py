@@ -1,4 +1,4 @@
-"""Which rule trains which model: every rule on every model of `apical.testing.zoo`, by intervention.
+"""Which rule trains which model: every rule on every model of `benchmarks/specimens`, by intervention.
 
     python benchmarks/zoo.py [--out benchmarks/zoo.json] [--rules fa dfa] [--compiled fa dfa]
 
@@ -23,8 +23,8 @@ import apical
 from apical.bench.names import RULES, Entry
 from apical.core.credit import Loss
 from apical.testing.model import CHECKS
-from apical.testing.zoo import ZOO, outcome
 from run import environment, save
+from specimens import ZOO, outcome
 
 
 def made(entry: Entry, shape: tuple[int, ...], model: nn.Module, loss: Loss) -> apical.CreditRule:

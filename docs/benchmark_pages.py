@@ -16,8 +16,18 @@ CELLS: dict[str, Callable[[Row, str], str]] = {
     "range": lambda row, key: " to ".join(number(value, 2) for value in row.get(key) or ()) or "-",
     "target": lambda row, key: "-" if row.get(key) is None else f"at most {row[key]:g}",
     "verdict": lambda row, key: "-" if row.get("target") is None else "met" if row[key] else "missed",
+    "limited": lambda row, key: limited(row),
 }
 """Ways to write a value, for values that are no plain number."""
+
+
+FLOOR = """![Time of a step over backpropagation's, and its floor](benchmarks-floor.svg)
+
+*Floor* estimates what a step cannot avoid, in the same run: a step of backpropagation, plus what the rule's matrix
+products take more or less than backpropagation's (both timed alone, with the tensors of a real step), plus the bytes that
+must be moved to make feedback weights that depend on the forward weights, at the speed at which this machine adds two
+matrices. *Watching* is the reading of weights before and after each step, without which a closed form would not see that
+somebody else has moved them. A floor below 1 belongs to a rule with fewer products."""
 
 
 def benchmark_page(files: Mapping[str, Row]) -> str:
@@ -33,11 +43,26 @@ def benchmark_page(files: Mapping[str, Row]) -> str:
         return joined([*parts, "No measurement is kept here yet."])
     for (device,), rows in grouped(steps.get("rows") or [], "device").items():
         parts += section({"rows": [{**row, "device": device or "CPU"} for row in rows]}, TABLES["steps"][0])
+    if any(row.get("floor") is not None for row in steps.get("rows") or []):
+        parts.append(FLOOR)
     parts += ["## Measured with", facts(steps["environment"])] if steps.get("environment") else []
     for about in TABLES["sections"]:
         for each in [one for one in TABLES["sections"] if one["file"] == about["like"]] if "like" in about else [about]:
             parts += section(files.get(about["file"]) or {}, each)
     return joined(parts)
+
+
+def limited(row: Row) -> str:
+    """Whether the target was met, or was missed because the floor measured in the same run is above it."""
+    if row.get("target") is None or row.get("rule") == "bp":
+        return "-"
+    if row["within_target"]:
+        return "met"
+    floor = row.get("floor")
+    if floor is not None and floor > row["target"]:
+        return "missed: below the floor"
+    watched = row.get("floor_watched")
+    return "missed: below the floor with watching" if watched is not None and watched > row["target"] else "missed"
 
 
 def section(file: Row, about: Row) -> list[str]:

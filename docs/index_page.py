@@ -101,7 +101,7 @@ def shortened(sizes: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     less = [
         f"{sizes[key]:,} of {most:,} {key.replace('_', ' ')}"
         for key, most in full.items()
-        if key not in ("data", "train_limit") and 0 < sizes.get(key, most) < most
+        if key != "train_limit" and not isinstance(most, str) and 0 < sizes.get(key, most) < most
     ]
     cut = sizes.get("train_limit")
     less += [f"{cut:,} training samples"] if cut and cut != full.get("train_limit") else []

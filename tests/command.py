@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import TimeoutExpired
 
@@ -18,12 +18,12 @@ IMPORTED = ("torch._dynamo", "apical.cli.commands", "apical.cli.evolve", "apical
 class Command:
     """A running `apical ARGUMENTS`, with what tests use of `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
-        """Start it, its output going to files in `folder`."""
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        """Start it, its output going to files in `folder`, with variables added to its environment."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(IMPORTED))
         self._arguments, self._files = arguments, (folder / "stdout", folder / "stderr")
-        self._process = context.Process(target=_run, args=(arguments, *self._files))
+        self._process = context.Process(target=_run, args=(arguments, *self._files, dict(environment or {})))
         self._process.start()
 
     @property
@@ -69,11 +69,11 @@ class Command:
             self._process.join()
 
 
-def _run(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
+def _run(arguments: Sequence[str], stdout: Path, stderr: Path, environment: Mapping[str, str]) -> None:
     for path, number in ((stdout, 1), (stderr, 2)):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
-    os.environ.update(OMP_NUM_THREADS="1", COLUMNS="100")
+    os.environ.update(environment, OMP_NUM_THREADS="1", COLUMNS="100")
     sys.argv = ["apical", *arguments]
     from apical.__main__ import main
 

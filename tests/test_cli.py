@@ -63,6 +63,20 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert os.listdir(tmp_path) == []
 
 
+TEXT = ("--data", "text-python", "--model", "gpt-1x16", "--context", "16", "--train-limit", "64", "--test-limit", "32")
+
+
+def test_a_rule_that_cannot_teach_the_model_is_refused_before_any_trains(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["compare", "--rules", "bp", "tdca", *TEXT, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("apical: error: rule 'tdca': the top-down network was made for")
+    assert "96 outputs" in said.err
+    assert "ms/step" not in said.out
+    assert os.listdir(tmp_path) == []
+
+
 def test_missing_data_are_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

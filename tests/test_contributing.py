@@ -41,7 +41,8 @@ def insert(path: Path, line: str, pattern: str, after: bool) -> None:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package with the examples' files and lines added, and a distribution of another package beside it."""
     root = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "src", root / "src")  # with __pycache__, which stays valid: times of files are copied
+    # with __pycache__, which stays valid, for times of files are copied; not with what another process is writing there
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("*.pyc.*"))
     shutil.copy(ROOT / "pyproject.toml", root)
     for path, code in FILES.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)

@@ -194,7 +194,7 @@ def test_a_layer_with_another_forward_is_refused_and_not_guessed() -> None:
 def test_encoding_readout_and_silence() -> None:
     times = FirstSpike()(torch.tensor([[0.0, 0.1, 0.25, 1.0, 3.0]]))
     assert times.tolist() == [[math.inf, math.inf, 0.75, 0.0, 0.0]]
-    assert Readout(latest=5.0)(torch.tensor([[0.5, math.inf]])).tolist() == [[-0.5, -5.0]]
+    assert Readout(latest=5.0, scale=2.0)(torch.tensor([[0.5, math.inf]])).tolist() == [[-1.0, -10.0]]
     model = network()
     x, y = batch()
     silent = model.silent(torch.zeros_like(x))

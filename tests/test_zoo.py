@@ -3,10 +3,10 @@
 from functools import partial
 
 import pytest
+from benchmarks.specimens import ZOO, outcome
 
 import apical
 from apical.bench.names import RULES
-from apical.testing.zoo import ZOO, outcome
 
 SLOW = ("compiled",)
 

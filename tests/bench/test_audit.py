@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from apical.bench.claims import claimed
 from apical.bench.names import RULES, constructor_options
-from apical.bench.papers import claims
+from apical.bench.papers import claimed, claims
 from apical.cli.main import main
 from apical.diagnostics.plausibility import CRITERIA
 

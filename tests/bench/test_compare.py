@@ -18,6 +18,7 @@ from apical.bench.recipe import Recipe
 from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Same = Callable[[Path, Path], None]
 Start = Callable[..., Command]
 
@@ -141,13 +142,13 @@ def test_stop_a_real_comparison_and_resume_it(
 ) -> None:
     part = tmp_path / "part"
     process = apical(*COMPARE, "--jobs", "2", "--out", part)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while finished_epochs(part) < 10:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signum)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=120)
     if signum == signal.SIGINT:
         assert process.returncode == 130
         assert "Continue with: apical compare" in output
@@ -170,14 +171,14 @@ def test_a_killed_worker_is_reported(apical: Start, tmp_path: Path) -> None:
     if not Path("/proc/self/task").exists():
         pytest.skip("finds the workers through /proc")
     process = apical(*COMPARE, "--jobs", "2", "--out", tmp_path / "run")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while finished_epochs(tmp_path / "run") < 4:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     [server] = [pid for pid in children(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(children(server)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 2
     assert "was killed by signal 9" in errors
     assert errors.count("\n") == 1

@@ -30,7 +30,10 @@ from apical.errors import ApicalError
 from apical.rules.top_down.teacher import load as load_teacher
 
 pytest.importorskip("evotorch")
-pytestmark = pytest.mark.xdist_group("damage")  # all on one worker: the folders are made once
+pytestmark = [
+    pytest.mark.xdist_group("damage"),  # all on one worker: the folders are made once
+    pytest.mark.usefixtures("undrawn"),
+]
 
 SMALL = ("--data", "digits", "--model", "mlp-6", "--train-limit", "64", "--test-limit", "32", "--device", "cpu")
 SMALL = (*SMALL, "--probe", "0", "--threads", "1")

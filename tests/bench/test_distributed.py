@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.command import Command
 
 from apical.bench.distributed import World, joined, pick_device
 from apical.cli.main import main
@@ -47,11 +48,18 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    process = start(2, *TRAIN, "--batch-size", "33", "--out", str(tmp_path / "run"))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
-    # by both processes or by the first to fail, which has torchrun kill the other
-    assert errors.count("apical: error: --batch-size 33 does not divide among 2 processes") in (1, 2)
+    """By each of the processes, in the environment that torchrun would give it, before they meet."""
+    ranks = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        environment = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(
+            Command([*TRAIN, "--batch-size", "33", "--out", str(tmp_path / "run")], tmp_path / str(rank), environment)
+        )
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert errors == "apical: error: --batch-size 33 does not divide among 2 processes\n"
     assert not (tmp_path / "run").exists()
 
 

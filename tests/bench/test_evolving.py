@@ -25,6 +25,7 @@ from apical.rules.top_down.top_down_credit_assignment import shipped
 from apical_papers.tdca.recipes import EVOLUTIONS
 
 pytest.importorskip("evotorch")
+pytestmark = pytest.mark.usefixtures("undrawn")
 Start = Callable[..., Command]
 SMALL = ("--model", "mlp-tanh-6", "--population", "8", "--hidden", "4", "--steps", "4", "--examples", "30", "--sites", "2")
 

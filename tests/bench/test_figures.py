@@ -9,8 +9,8 @@ import pytest
 
 from apical.bench.figures import curves as figures
 from apical.bench.figures import style
+from apical.bench.figures.lines import spread
 from apical.bench.figures.overview import overview
-from apical.bench.figures.spread import spread
 from apical.bench.figures.style import RULES, styles
 from apical.bench.names import RULES as NAMES
 from apical.bench.recipe import WRAPPERS

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apical.bench.first_layer import needs_feedback
-from apical.bench.names import make_rule, resolve
+from apical.bench.names import make_rule, needs_feedback, resolve
 from apical.bench.recipe import Recipe
 from apical.models import build
 

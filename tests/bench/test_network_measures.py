@@ -15,6 +15,7 @@ from apical.cli.terminal import show_table
 from apical.diagnostics.persistence import persistence
 from apical.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 OWN = """
 import torch
 from torch import nn

@@ -8,6 +8,7 @@ import pytest
 
 from apical.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FILE = """
 import torch
 from torch import nn

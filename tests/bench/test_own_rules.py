@@ -12,6 +12,7 @@ from apical.bench.names import find_rule, options_for
 from apical.cli.main import main
 from apical.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK = ("--model", "mlp-16", "--train-limit", "320", "--probe", "32", "--device", "cpu", "--seeds", "2")
 RULE = '''
 from apical import FeedbackAlignment

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from apical.bench.busy import busy_note
 from apical.bench.progress import Watch, Watched, results_table
 from apical.bench.run_folder import RunFolder
+from apical.bench.statistics import busy_note
 
 
 def line(epoch: int, **more: Any) -> str:

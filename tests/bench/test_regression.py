@@ -132,7 +132,7 @@ def test_what_people_see_is_the_test_loss(begin: Callable[..., Training], tmp_pa
     words = report.describe(comparison)
     assert f"Backpropagation reached a test loss of {significant(mean)} ± " in words
     assert "accuracy" not in words
-    ordered = sum(fa.test_loss) > sum(bp.test_loss)
+    ordered = sum(fa.scores(comparison.score)) > sum(bp.scores(comparison.score))
     assert ("above it" if ordered else "below it") in words
 
 

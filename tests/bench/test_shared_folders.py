@@ -13,7 +13,7 @@ from apical.bench import folders, run_folder
 from apical.bench.run_folder import FolderLock
 from apical.cli.main import main
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")
+pytestmark = [pytest.mark.skipif(os.name != "posix", reason="locks are POSIX"), pytest.mark.usefixtures("undrawn")]
 SMALL = ("--data", "digits", "--model", "mlp-4", "--train-limit", "64", "--test-limit", "32", "--device", "cpu")
 SMALL = (*SMALL, "--probe", "0", "--threads", "1", "--epochs", "1")
 COMPARE = ("compare", "--rules", "bp", "--seeds", "1", "--jobs", "1", *SMALL)

@@ -23,9 +23,8 @@ from apical.bench.materials import OF_DATA
 from apical.bench.names import make_rule, resolve
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock, RunFolder
-from apical.bench.searching import Optuna
 from apical.bench.signals import StopSignals
-from apical.bench.space import Axis, applied, edges, grid, parse, space
+from apical.bench.space import Axis, Optuna, applied, edges, grid, parse, space
 from apical.cli.main import main
 
 SMALL = ["--model", "mlp-8", "--train-limit", "320", "--test-limit", "100", "--epochs", "1", "--jobs", "1"]

@@ -11,6 +11,7 @@ from apical.bench.tensorboard import scalars
 from apical.cli.main import main
 
 pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:

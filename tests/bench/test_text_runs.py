@@ -25,6 +25,7 @@ from apical.errors import ConfigError
 from apical.losses import token_cross_entropy
 from apical.rules.backprop import Backprop
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 GPT = """
 import torch
 from torch import nn

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.specimens import ZOO
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import apical
 from apical.testing.two_ranks import on_two_ranks
-from apical.testing.zoo import ZOO
 
 RULES = {
     "fa": apical.FeedbackAlignment,

@@ -80,15 +80,15 @@ def test_kmnist_test_split():
 
 @pytest.mark.parametrize(("name", "folder", "seconds"), [("mnist", "MNIST", 1), ("cifar-10", "cifar-10-xz", 2)])
 def test_loading_is_quick(name, folder, seconds):
-    """From the cache where the set needs one; processor time, the best of three, for busy machines."""
+    """From the cache where the set needs one; processor time, the best of up to three, for busy machines."""
     real(name, folder)
     data.load(name, train_limit=1, test_limit=1)
-    times = []
-    for _ in range(3):
+    for attempt in range(3):
         start = time.process_time()
         loaded = data.load(name)
-        times.append(time.process_time() - start)
-    assert min(times) < seconds
+        if time.process_time() - start < seconds:
+            break
+        assert attempt < 2, f"loading takes {time.process_time() - start:.1f} s"
     assert loaded.train.inputs.mean().abs() < 1e-3
 
 

@@ -29,7 +29,7 @@ def test_characters_are_the_commonest_and_others_are_one_token() -> None:
     made = sequences.of_text(train, train + "\U0001f600" * 20, 8, "characters", where="", source="")
     expected = [character for character, _ in Counter(train).most_common(95)]
     assert list(made.names) == [*expected, sequences.OTHER]
-    assert made.vocabulary == 96
+    assert made.classes == 96
     assert int(made.train[0].max()) == 95
     assert made.test[0][-1].tolist() == [95] * 8
 
@@ -38,7 +38,7 @@ def test_bytes_are_the_bytes_of_the_text() -> None:
     text = "Zürich, naïve ☃ " * 30
     made = sequences.of_text(text, text, 8, "bytes", where="", source="")
     raw = text.encode()
-    assert made.vocabulary == len(made.names) == 256
+    assert made.classes == len(made.names) == 256
     assert bytes(made.train[0].flatten().tolist()) == raw[: (len(raw) - 1) // 8 * 8]
 
 

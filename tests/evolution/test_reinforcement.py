@@ -99,9 +99,38 @@ def test_pendulums_are_gymnasiums_step_for_step() -> None:
     assert np.abs(first[1]).max() <= 1
 
 
+def test_acrobots_are_gymnasiums_step_for_step() -> None:
+    task, random = environment("acrobot"), np.random.default_rng(2)
+    settings = {
+        "LINK_MASS_1": np.array([1.0, 0.5, 2.0, 1.0]),
+        "LINK_MASS_2": np.array([1.0, 2.0, 0.5, 1.5]),
+        "LINK_LENGTH_1": np.array([1.0, 1.5, 0.5, 1.0]),
+    }
+    state = task.begin(np.random.default_rng(3), 4)
+    assert 0 < np.abs(state).max() <= 0.1
+    state[:, 3] = (2.5, 0.3, 5.0, 12.0)  # fast, and about to swing over the top
+    others = [gymnasium.make("Acrobot-v1").unwrapped for _ in range(4)]
+    for p, other in enumerate(others):
+        other.reset(seed=0)
+        for name, values in settings.items():
+            setattr(other, name, float(values[p]))
+        other.state = state[:, p].copy()
+    over = 0
+    for _ in range(60):
+        action = random.integers(3, size=4)
+        state, reward, ended = task.step(state, action, settings)
+        over += int(ended.sum())
+        for p, other in enumerate(others):
+            there, expected, terminated, *_ = other.step(int(action[p]))
+            np.testing.assert_allclose(task.observe(state)[:, p], there, rtol=1e-5, atol=1e-5)
+            assert (reward[p], bool(ended[p])) == (expected, terminated)
+            other.state = state[:, p].copy()  # two pendulums are chaotic: each step is compared by itself
+    assert over
+
+
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_usual_settings_are_gymnasiums(name: str) -> None:
-    other = gymnasium.make({"cart-pole": "CartPole-v1", "pendulum": "Pendulum-v1"}[name]).unwrapped
+    other = gymnasium.make({"cart-pole": "CartPole-v1", "pendulum": "Pendulum-v1", "acrobot": "Acrobot-v1"}[name]).unwrapped
     assert environment(name).settings == {key: getattr(other, key) for key in environment(name).settings}
     assert len(environment(name).scale) == other.observation_space.shape[0]
 

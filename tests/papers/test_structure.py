@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from apical.bench.papers import tables, too_small
+from apical_papers import digits
 from apical_papers.structure import depth, depth_study, study, trained
 
 
@@ -29,8 +30,8 @@ def test_networks_of_every_kind_have_their_depth() -> None:
 
 def test_rules_begin_with_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained, "RULES", {"bp": 0.0, "fa": 0.0})
-    monkeypatch.setattr(trained, "TRAIN", 128)
-    found = trained.topology(trained.Digits("digits"), 0, 1)
+    monkeypatch.setattr(digits, "TRAIN", 128)
+    found = trained.topology(digits.Digits("digits"), 0, 1)
     assert found["untrained"] == found["bp"] == found["fa"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,17 @@ from apical_papers.tdca.synapses import SynapticCredit
 
 
 def per_unit(network: TopDownNetwork, fan_in: tuple[int, int]) -> TopDownNetwork:
-    """A network with a credit per weight that gives each of a unit's weights the credit that `network` gives the unit."""
+    """A network with a credit per weight that gives each of a unit's weights the credit that `network` gives the unit.
+
+    Units of a layer share relative credit, so that the two divide alike.
+    """
     units = (*network.widths, network.outputs)
     emitted = sum(n * (inputs + 1) for n, inputs in zip(units, fan_in, strict=True))
-    wide = TopDownNetwork(network.outputs, [emitted - network.outputs], network.hidden).double()
+    kind = {"relative": network.relative, "credit": network.credit}
+    wide = TopDownNetwork(network.outputs, [emitted - network.outputs], network.hidden, **kind).double()
     state = network.state_dict()
     repeats = torch.cat([torch.full((n,), inputs + 1) for n, inputs in zip(units, fan_in, strict=True)])
-    last = {name: state[name].repeat_interleave(repeats, 0) for name in ("body.4.weight", "body.4.bias")}
+    last = {name: state[name].repeat_interleave(repeats, 0) for name in ("body.4.weight", "body.4.bias") if name in state}
     wide.load_state_dict({**state, **last})
     return wide
 
@@ -40,10 +45,12 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_equal_credit_for_a_units_weights_is_credit_per_unit(silent: bool) -> None:
+@pytest.mark.parametrize("kind", [{"credit": "probabilities"}, {"credit": "logits"}, {"credit": "logits", "relative": True}])
+def test_equal_credit_for_a_units_weights_is_credit_per_unit(kind: dict[str, Any], silent: bool) -> None:
     torch.manual_seed(0)
-    model, network = learner(), TopDownNetwork(3, [4], hidden=8, credit="probabilities").double()
-    nn.init.normal_(network.body[-1].bias)
+    model, network = learner(), TopDownNetwork(3, [4], hidden=8, **kind).double()
+    if not network.relative:
+        nn.init.normal_(network.body[-1].bias)
     found = []
     for rule in (
         SynapticCredit(model, per_unit(network, (6, 4)), silent=silent),
@@ -84,6 +91,12 @@ def test_weights_of_the_top_down_networks() -> None:
     counts = {arm: task(arm, digits()[0], 0).start.numel() for arm in ARMS}
     emitted = {"weight-alone": 556, "weight": 556, "unit": 12, "sites-8": 12, "sites-4": 8, "sites-2": 6, "sites-1": 5}
     assert counts == {arm: 9 * 16 + 17 * 16 + 17 * c for arm, c in emitted.items()}
+
+
+def test_weights_where_credit_is_relative() -> None:
+    """Its topmost layer has no bias: (2N+1)H + (H+1)H + HC."""
+    counts = [task(arm, digits()[0], 0, "logits").start.numel() for arm in ("weight", "unit", "sites-4")]
+    assert counts == [9 * 16 + 17 * 16 + 16 * c for c in (556, 12, 8)]
 
 
 def test_a_tiny_study_is_kept_and_reported(

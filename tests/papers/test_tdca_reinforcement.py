@@ -16,6 +16,7 @@ from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.reinforcement import study as tdca_reinforcement
 from apical_papers.tdca.reinforcement.report import verdicts
 from apical_papers.tdca.reinforcement.study import (
+    ACROBOT,
     CART_POLE,
     CASES,
     PENDULUM,
@@ -35,7 +36,7 @@ def small(seed: int = 0) -> Reinforcement:
     return Reinforcement(replace(SHORT, seed=seed))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_settings_of_the_test(case: Case) -> None:
     task = Reinforcement(case.setting)
     found, usual = places_of_test(case, task, 0, 3), task.environment.settings
@@ -128,9 +129,11 @@ def test_verdicts(ends: dict[str, float], expected: str) -> None:
 
 
 def test_a_study_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    short = [replace(c, setting=replace(c.setting, lifetime=Lifetime(steps=2), steps=15, last=1)) for c in CASES]
+    short = {
+        name: replace(case, setting=replace(case.setting, lifetime=Lifetime(steps=2), steps=15, last=1))
+        for name, case in CASES.items()
+    }
     monkeypatch.setattr(tdca_reinforcement, "CASES", short)
-    monkeypatch.setattr(tdca_reinforcement, "CART_POLE", short[0])
     stages = [f"--generations{name}" for name in ("", "-state", "-ungated")]
     given = [
         "--out",
@@ -148,6 +151,7 @@ def test_a_study_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert all(len(row) == len(each["header"]) for each in results["tables"] for row in each["rows"])
     assert any(PENDULUM.title in row["what"] for row in results["verdicts"])
     assert "data:image/svg+xml" in (tmp_path / "report.html").read_text()
+    assert "Acrobot" not in results["title"]
     assert tdca_reinforcement.main(given) == 0
     again = capsys.readouterr().out
     assert "generation 1" in first
@@ -155,11 +159,26 @@ def test_a_study_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert tdca_reinforcement.main([*given, "--seeds", "1"]) == 2
 
 
+def test_a_case_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    short = replace(ACROBOT, setting=replace(ACROBOT.setting, lifetime=Lifetime(steps=2), steps=8, last=1))
+    monkeypatch.setattr(tdca_reinforcement, "CASES", {"acrobot": short})
+    given = ["--out", str(tmp_path), "--cases", "acrobot", "--seeds", "2", "--lifetimes", "2"]
+    given += ["--generations", "1", "--generations-state", "1"]
+    assert tdca_reinforcement.main(given) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "Acrobot" in results["title"]
+    assert "CartPole" not in json.dumps(results)
+    assert "at most 8 steps" in results["about"]
+    assert tdca_reinforcement.main([*given, "--cases", "acrobat"]) == 2
+    assert "did you mean 'acrobot'" in capsys.readouterr().err
+    assert tdca_reinforcement.main([*given, "--cases", "acrobot", "acrobot"]) == 2
+
+
 def test_networks_of_the_second_stage_begin_where_the_first_ended(tmp_path: Path) -> None:
-    case = replace(CART_POLE, setting=SHORT)
+    case = replace(CART_POLE, stem="pole", setting=SHORT)
     options = tdca_reinforcement.Options(tmp_path, 2, 1, 1, 1, 2)
     found, _ = tdca_reinforcement.cell(case, options)
-    assert found.keys() == {"gated", "state"}  # what is not gated is for CartPole as it is
+    assert found.keys() == {"gated", "state"}  # what is not gated is for CartPole alone
     task = small(tdca_reinforcement.FIRST)
     _, start = task.with_state(torch.tensor(found["gated"]["centers"][0]))
     assert (torch.tensor(found["state"]["centers"][0]) - start).abs().max() < 1

@@ -4,6 +4,7 @@ The limit of feedback control is Gauss-Newton's update instead: see test_dfc_the
 """
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,8 @@ def class_of(name: str) -> type | object:
 
 OF_CLASSES = list({class_of(name): name for name in reversed(RULES)}.values())[::-1]
 """The first rule of each class, for what all rules have from one place, as the form of `credit.loss`."""
+TAPS = ("kp-explicit", "pfa-explicit", "pfa-literal", "pfa-own", "dfc-ssa", "dtp-lee", "ep-directed", "csdp-pairs")
+"""Rules whose feedback weights get their gradients in another way than those of the first rule of their class."""
 EVERY = {"compile": PATHS, "distributed": OF_CLASSES}
 """Which rules a check runs on, if not on all: test_distributed_options.py trains the others on two ranks."""
 
@@ -182,6 +185,13 @@ BRIEF = {
 """Steps in a compiled graph, by class or rule: the graph holds every step anew, and a third is traced as the second is."""
 
 
+QUICKER: dict[str, dict[str, Any]] = {
+    "odd_modules": {"examples": 2},  # other networks for every rule
+    "compile": {"backend": "eager"},  # the same graph; only its backward pass is not traced
+}
+"""Shorter checks of rules that are not the first of their class; those in `TAPS` are compiled with their backward pass."""
+
+
 def test_every_class_and_every_path_has_a_rule() -> None:
     assert {class_of(name) for name in OF_CLASSES} == {class_of(name) for name in RULES}
     assert {class_of(name) for name in SAME_PATH} <= {class_of(name) for name in PATHS}
@@ -194,8 +204,8 @@ def test_conformance(rule: str, check: str) -> None:
     if (rule, check) in SKIPPED:
         pytest.skip(SKIPPED[rule, check])
     brief = BRIEF.get(rule, BRIEF.get(class_of(rule), {})) if check == "compile" else {}
-    fewer = {"examples": 2} if check == "odd_modules" and rule not in OF_CLASSES else {}  # other networks for every rule
-    CHECKS[check](partial(RULES[rule], **brief), **fewer)
+    whole = rule in OF_CLASSES or (rule in TAPS and check == "compile")
+    CHECKS[check](partial(RULES[rule], **brief), **({} if whole else QUICKER.get(check, {})))
 
 
 def copy_weights(rule: CreditRule) -> None:

@@ -54,7 +54,7 @@ def test_the_modulator_is_the_numerical_gradient_of_the_loss() -> None:
         (lambda t: neurons.pairs_loss(neurons.goodness(t), 0.7), neurons.pairs_slope(g, 0.7)),
     ]
     for loss, slope in losses:
-        m, step = neurons.modulator(t, slope), 1e-5
+        m, step = neurons.modulator(t, slope.unsqueeze(1)), 1e-5
         for place in ((0, 1), (2, 4), (3, 0), (5, 3)):
             moved = torch.zeros_like(t)
             moved[place] = step
@@ -68,7 +68,7 @@ def test_equal_traces_of_positive_and_negative_samples_cancel_at_the_threshold()
     y = torch.tensor([1.0, 0.0]).double()
     for theta in (0.4, float(neurons.goodness(t)[0])):
         g = neurons.goodness(t)
-        m = neurons.modulator(t, neurons.threshold_slope(g, y, theta))
+        m = neurons.modulator(t, neurons.threshold_slope(g, y, theta).unsqueeze(1))
         p = torch.sigmoid(g - theta)[0]
         assert torch.allclose(m.sum(0), 2 * t[0] * (2 * p - 1) / 2, atol=1e-14)
     assert float(m.sum(0).abs().max()) < 1e-14
@@ -78,8 +78,10 @@ def test_neurons_step_as_the_equations_say() -> None:
     torch.manual_seed(1)
     c = Constants()
     v, h, t = (torch.rand(3, 4, dtype=torch.double) * scale for scale in (0.1, 0.06, 1.0))
-    j, s = torch.randn(3, 4, dtype=torch.double), torch.zeros(3, 4, dtype=torch.double)
-    made = neurons.stepped(Neurons(v, s, h, t), j, c)
+    j = torch.randn(3, 4, dtype=torch.double)
+    made = Neurons(v.clone(), torch.empty_like(v), h.clone(), t.clone(), torch.empty_like(v))
+    neurons.charge_(made.v, [(j, torch.eye(4).double(), 0.25), (j, torch.eye(4).double(), 0.75)], None, c)
+    neurons.fire_(made, torch.ones(4, 1).double(), c)
     for row in range(3):
         fired = [float(v[row, i] + c.dt / c.membrane * (j[row, i] - v[row, i])) > float(h[row, i]) for i in range(4)]
         for i in range(4):
@@ -95,17 +97,23 @@ def test_spikes_of_a_sample_are_independent_and_as_probable_as_its_input() -> No
     """Over many stimuli, means and products of two spikes: other inputs, other steps, and other samples of one step."""
     torch.manual_seed(0)
     many, p = 20000, torch.tensor([[0.0, 0.3, 0.6, 1.0], [0.5, 0.2, 0.9, 0.7]], dtype=torch.double)
-    phase, shift = torch.rand(many, 2, 4, dtype=torch.double), torch.rand(2, many, 1, 4, dtype=torch.double)
-    first, second = (neurons.drawn_with_shift(p.expand(many, 2, 4), phase, each) for each in shift)
+    phase, shifts = torch.rand(2, many * 4, dtype=torch.double), torch.rand(2, 2, many * 4, dtype=torch.double)
+    every = p.repeat(2, 1, many)  # two samples with the first shift, the same with the second
+    first, second = (
+        neurons.draw_with_shift_(torch.empty_like(every), every, phase, shift.unsqueeze(1)).view(4, many, 4).transpose(0, 1)
+        for shift in shifts
+    )
     far = 5 * 0.5 / many**0.5  # five deviations of a mean of zeros and ones
     pairs = [
         (first[:, 0, 1], first[:, 0, 2], 0.3 * 0.6),
         (first[:, 0, 1], second[:, 0, 1], 0.3 * 0.3),
         (first[:, 0, 1], second[:, 0, 2], 0.3 * 0.6),
         (first[:, 0, 1], first[:, 1, 1], 0.3 * 0.2),
+        (first[:, 0, 1], first[:, 2, 1], 0.3 * 0.3),
+        (first[:, 0, 1], second[:, 2, 1], 0.3 * 0.3),
     ]
     for step in (first, second):
-        assert float((step.mean(0) - p).abs().max()) < far
+        assert float((step.mean(0) - torch.cat([p, p])).abs().max()) < far
         assert not bool(step[:, 0, 0].any())
         assert bool(step[:, 0, 3].all())
     for one, other, product in pairs:
@@ -119,7 +127,7 @@ def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed:
     away = torch.randint(1, classes, targets.shape)
     right, wrong = F.one_hot(targets, classes).double(), F.one_hot((targets + away) % classes, classes).double()
     xx, context = torch.cat([x, x]), torch.cat([right, wrong])
-    phase = torch.rand_like(xx)
+    phase = torch.rand_like(x)
     b, y = len(xx), torch.cat([torch.ones(len(x)), torch.zeros(len(x))]).double().unsqueeze(1)
     w1, w2, c2 = (layer.weight.detach().T for layer in rule.model.children() if isinstance(layer, nn.Linear))
     v2, (m1, m2), (u1, u2), c1 = rule.down[0].T, (m.T for m in rule.lateral), (u.T for u in rule.context), rule.read[0].T
@@ -133,10 +141,8 @@ def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed:
 
     for _ in range(rule.steps):
         p1, p2, _ = (each.clone() for each in s)
-        s0, s3 = (
-            ((phase + torch.rand(xx.shape[1], dtype=torch.double)) % 1 < xx).double(),
-            context,
-        )  # the context fires for certain
+        shift = torch.rand(2, 1, xx.shape[1], dtype=torch.double)  # of positive samples, then of negative ones
+        s0, s3 = ((phase + shift).flatten(0, 1) % 1 < xx).double(), context  # the context fires for certain
         j = [
             c.resistance * (p0 @ w1 + p2 @ v2 + p3 @ u1) - c.inhibition * p1 @ m1,
             c.resistance * (p1 @ w2 + p3 @ u2) - c.inhibition * p2 @ m2,
@@ -292,7 +298,7 @@ def test_mixtures_are_of_two_inputs_and_one_sample_has_none() -> None:
     torch.manual_seed(0)
     rule = ContrastiveSignalPlasticity(network(), negatives="mixtures", mix=0.25, steps=4, constants=QUICK)
     x, targets = batch(5)
-    negative = rule._stimulus(x, targets).x[5:]
+    negative = rule._stimulus(x, targets).x[1]
     matches = [[torch.allclose(n, 0.25 * x[i] + 0.75 * other) for other in x].index(True) for i, n in enumerate(negative)]
     assert sorted(matches) == list(range(5))
     assert all(i != other for i, other in enumerate(matches))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))  # in the processes, which know no conftest
 
-from test_conformance import OF_CLASSES, PATHS, RULES, SKIPPED
+from test_conformance import OF_CLASSES, PATHS, RULES, SKIPPED, TAPS
 
 from apical.core.credit import CreditRule
 from apical.core.plastic import PlasticRule
@@ -32,8 +32,6 @@ OPTIONS: dict[str, dict[str, bool]] = {
 }
 
 
-TAPS = ("kp-explicit", "pfa-explicit", "pfa-literal", "pfa-own", "dfc-ssa", "dtp-lee", "ep-directed", "csdp-pairs")
-"""Rules whose feedback weights get their gradients in another way than those of the first rule of their class."""
 TRAINED = {"default": list(RULES), "no_sync": PATHS, **{key: [*OF_CLASSES, *TAPS] for key in ("static", "unused")}}
 PAIRS = [(name, option) for name in RULES for option in OPTIONS if name in TRAINED[option]]
 """What is trained: every rule by the default, and under the options those that differ in code, or in who gets gradients."""

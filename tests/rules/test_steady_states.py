@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import apical
 from apical.rules.feedback_control import deep_feedback_control as rule_module
 from apical.rules.feedback_control import states as control
-from apical.rules.feedback_control.newton import settle
+from apical.rules.feedback_control.states import settle
 
 
 def network(scale: float, seed: int, sizes: tuple[int, ...] = (13, 32, 32, 6)) -> tuple[nn.Sequential, ref.Net]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.specimens import packed as packed_zoo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from apical.core.losses import output_error, token_cross_entropy
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.models import CifarResNet, Transformer
 from apical.rules.top_down.teacher import TopDownNetwork, load
-from apical.testing import check_model, packed_zoo
+from apical.testing import check_model
 from apical.testing.two_ranks import on_two_ranks
 
 DFA, TDCA = apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apical.bench.claims import claimed
 from apical.bench.materials import model_for
 from apical.bench.measure import probe_batch
 from apical.bench.names import find_rule, make_rule, merged, resolve
+from apical.bench.papers import claimed
 from apical.bench.papers import claims as paper_claims
 from apical.bench.plain_loop import train
 from apical.bench.recipe import LossName, Recipe, rule_name

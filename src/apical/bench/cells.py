@@ -31,9 +31,9 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
         if unlike:
             raise CheckpointError(f"{path} was made with other settings than {unlike}; choose another --out")
         return cell
-    begun = time.perf_counter()
+    start = time.perf_counter()
     results = make()
-    content = {"config": dict(config), "seconds": round(time.perf_counter() - begun, 2), **results}
+    content = {"config": dict(config), "seconds": round(time.perf_counter() - start, 2), **results}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_state(path, content)
     return content

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from apical.bench.recipe import Recipe, from_json
+from apical.bench.recipe import Recipe
 from apical.bench.run_folder import RunFolder
 from apical.bench.schedule import generator
 from apical.bench.state import read_json
@@ -66,10 +66,7 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             if read_json(folder.result).get("status") == "diverged":
                 diverged.append(path)
                 continue
-            try:
-                recipe = from_json(read_json(folder.config))
-            except (ConfigError, TypeError) as error:
-                raise CheckpointError(f"{folder.config} is damaged ({error})") from error
+            recipe = folder.recipe()
             if not recipe.trajectory:
                 raise ConfigError(f"{path} has no trajectory: train with --trajectory N")
             entries.append((source, path, recipe))
@@ -186,7 +183,7 @@ def watched(losses: Losses, advance: Callable[[int], None]) -> Losses:
 def _row(run: Run, place: Tensor, losses: Losses, plane: Plane, chunk: int) -> dict[str, Any]:
     weights = run.trajectory.weights
     straight = float((weights[-1].double() - weights[0].double()).norm())
-    moved = travelled(weights)
+    length = travelled(weights)
     return {
         "label": run.label,
         "rule": run.recipe.rule_name,
@@ -196,9 +193,9 @@ def _row(run: Run, place: Tensor, losses: Losses, plane: Plane, chunk: int) -> d
         "coordinates": place.tolist(),
         "distances": plane.distances(weights).tolist(),
         "losses": _finite(losses_along(losses, weights, chunk)),
-        "travelled": moved,
+        "travelled": length,
         "start_to_end": straight,
-        "tortuosity": tortuosity(weights) if moved and straight else None,
+        "tortuosity": tortuosity(weights) if length and straight else None,
     }
 
 

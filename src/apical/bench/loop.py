@@ -13,15 +13,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apical.bench import checkpoint
 from apical.bench.distributed import World, place
-from apical.bench.divergence import FACTOR, chance_loss, has_diverged
 from apical.bench.materials import build_model
 from apical.bench.measure import (
+    FACTOR,
     FIELDS,
     alignment,
     autocast,
+    chance_loss,
     evaluate,
     examples,
     finite,
+    has_diverged,
     matrices,
     minimum_norm,
     own_measures,
@@ -338,8 +340,8 @@ class Training:
             if self.recipe.measure:
                 inputs, _ = probe_batch(self.dataset.train, SAMPLES)
                 self.line["measured"] = measured(self.recipe.measure, self.rule.model, inputs)
-            if found := matrices(self.rule, self.dataset.train, probe):
-                self.line["matrices"] = found
+            if tables := matrices(self.rule, self.dataset.train, probe):
+                self.line["matrices"] = tables
         clash = own.network.keys() & (self.line.keys() - {"condition_two"})
         clash |= {key for values in own.layers.values() for key in values if key in FIELDS}
         if clash:

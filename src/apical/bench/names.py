@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from apical.bench import own_rules
-from apical.bench.first_layer import needs_feedback
 from apical.bench.recipe import ClipOver, Recipe, bare_rule, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
 from apical.core.credit import CreditRule, Loss
 from apical.core.losses import squared_error, token_cross_entropy
+from apical.core.packed import caller
+from apical.core.rest import undisturbed
+from apical.core.units import weighted_layers
 from apical.errors import ApicalError, ConfigError, unknown_name
 from apical.rules.backprop import Backprop
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
@@ -255,10 +258,10 @@ def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
     >>> options_for("pfa", ("pfa:expansion=4", "kp:form=explicit", "first_layer=True", "nudge=0.1"))
     ('expansion=4', 'first_layer=True')
     """
-    known, chosen = constructor_options(find_rule(rule)), []
+    arguments, chosen = constructor_options(find_rule(rule)), []
     for option in options:
         owner, rest = _owner(option)
-        if owner == rule_name(rule) or (not owner and _key(rest) in known):
+        if owner == rule_name(rule) or (not owner and _key(rest) in arguments):
             chosen.append(rest)
     return tuple(chosen)
 
@@ -305,12 +308,12 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     entry, notes = find_rule(recipe.rule), list[str]()
     if (bare := bare_rule(recipe.rule)) not in RULES:
         notes.append(own_rules.origin(bare))
-    given, known = parse_options(recipe.rule_options), constructor_options(entry)
+    given, arguments = parse_options(recipe.rule_options), constructor_options(entry)
     for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        if key not in arguments:
+            near = difflib.get_close_matches(key, arguments, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            known_text = ", ".join(known) or "none"
+            known_text = ", ".join(arguments) or "none"
             raise ConfigError(f"rule {recipe.rule_name!r} has no option {key!r}{hint} Its options: {known_text}")
     added = []
     if entry.aligns and recipe.optimizer == "adam" and "form" not in given:
@@ -321,7 +324,7 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
             f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} begin "
             "near the weights"
         )
-    if recipe.probe and "first_layer" in known and "first_layer" not in given:
+    if recipe.probe and "first_layer" in arguments and "first_layer" not in given:
         added.append("first_layer=True")
         notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")
     steps = recipe.steps_per_epoch(examples)
@@ -390,3 +393,31 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"rule {recipe.rule_name!r} with options {options}: {error}") from error
+
+
+def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collection[str] = ()) -> bool:
+    """Whether an error has to pass the layer registered first, because trained layers run before it.
+
+    Args:
+        model: is called once, on two samples of zeros, real or whole; nothing of it changes.
+        exact: see :class:`apical.core.edge.EdgeRule`.
+    """
+    flags: list[bool] = []
+
+    def look(layer: nn.Module, args: tuple[object, ...]) -> None:
+        flags.extend(value.requires_grad for value in args if isinstance(value, torch.Tensor))
+
+    try:
+        layer = next(iter(weighted_layers(model, exact, shared=True, packed="parts").values()))
+    except ApicalError:  # the rule says better what is wrong with it
+        return False
+    for kind in (layer.weight.dtype, torch.long):  # whole numbers for a model that embeds them
+        try:
+            with torch.enable_grad(), undisturbed(model):
+                model.eval()
+                caller(layer).register_forward_pre_hook(look)
+                model(torch.zeros(2, *input_shape, dtype=kind, device=layer.weight.device))
+                break
+        except (ApicalError, RuntimeError, TypeError, ValueError, IndexError):
+            continue
+    return any(flags)

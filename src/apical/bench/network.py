@@ -35,21 +35,22 @@ ENTRIES = 2**25
 
 def of_persistence(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
     """Persistence of the weights, beside shuffled weights and their spread."""
-    found = persistence(model)
+    numbers = persistence(model)
     layers = {
-        name: {"np": value, "np shuffled": found.shuffled[name][0], "spread": found.spread[name]}
-        for name, value in found.layers.items()
+        name: {"np": value, "np shuffled": numbers.shuffled[name][0], "spread": numbers.spread[name]}
+        for name, value in numbers.layers.items()
     }
     whole = {key: fmean(row[key] for row in layers.values()) for key in ("np", "np shuffled", "spread")}
-    if found.deep is not None and found.deep_shuffled is not None:
-        whole |= {"dgp": found.deep, "dgp shuffled": found.deep_shuffled[0], "dgp shuffled std": found.deep_shuffled[1]}
+    if numbers.deep is not None and numbers.deep_shuffled is not None:
+        mean, deviation = numbers.deep_shuffled
+        whole |= {"dgp": numbers.deep, "dgp shuffled": mean, "dgp shuffled std": deviation}
     return {WHOLE: whole, **layers}
 
 
 def of_coding(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
     """Entropies and dimensions of the activities; the network's are per unit, means over hidden layers."""
-    found = codes.coding(model, inputs)
-    layers = {name: {key.replace("_", " "): float(value) for key, value in asdict(c).items()} for name, c in found.items()}
+    numbers = codes.coding(model, inputs)
+    layers = {name: {key.replace("_", " "): float(value) for key, value in asdict(c).items()} for name, c in numbers.items()}
     hidden = [row for name, row in layers.items() if name != "output"] or list(layers.values())
     per_unit = ("gaussian nats", "marginal nats", "participation ratio", "effective rank")
     whole = {f"{key} per unit": fmean(row[key] / row["units"] for row in hidden) for key in per_unit}
@@ -64,14 +65,14 @@ def of_learnability(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, flo
     few = inputs[: max(1, min(FEW, ENTRIES // max(1, size)))]
     if size > 4 * ENTRIES:
         raise ConfigError(f"the Jacobian of one sample has {size:,} entries, more than fit; measure a smaller network")
-    found = learnability(model, few)
-    values = found.singular_values
+    numbers = learnability(model, few)
+    values = numbers.singular_values
     return {
         WHOLE: {
             "samples": len(few),
             "outputs x samples": outputs * len(few),
-            "rank": found.rank,
-            "log10 condition": found.log10_condition,
+            "rank": numbers.rank,
+            "log10 condition": numbers.log10_condition,
             "largest": float(values[0]),
             "median": float(values.median()),
         }
@@ -112,10 +113,10 @@ def find_measure(name: str) -> Measurer:
         ConfigError: there is none; names the nearest.
     """
     if own_code.is_code(name):
-        found = own_code.import_from(name, "measure", "my_measures.py:sharpness")
-        if not callable(found):
-            raise ConfigError(f"measure {name} is a {type(found).__name__}, not a function of a model and its inputs")
-        own: Measurer = found
+        measure = own_code.import_from(name, "measure", "my_measures.py:sharpness")
+        if not callable(measure):
+            raise ConfigError(f"measure {name} is a {type(measure).__name__}, not a function of a model and its inputs")
+        own: Measurer = measure
         return own
     if name not in MEASURES:
         raise unknown_name("measure", name, MEASURES)
@@ -132,7 +133,7 @@ def measured(names: Iterable[str], model: nn.Module, inputs: Tensor) -> dict[str
     Raises:
         ConfigError: a measure is not known, or cannot be taken of this model; says why.
     """
-    found = {}
+    numbers = {}
     for name in names:
         measure = find_measure(name)
         try:
@@ -141,8 +142,8 @@ def measured(names: Iterable[str], model: nn.Module, inputs: Tensor) -> dict[str
         except (ApicalError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             reason = " ".join(str(error).split()).rstrip(".")[:300]
             raise ConfigError(f"{name} cannot be measured on this model: {reason}; leave {name} out") from error
-        found[short_name(name)] = _table(name, values)
-    return found
+        numbers[short_name(name)] = _table(name, values)
+    return numbers
 
 
 def short_name(name: str) -> str:

@@ -6,13 +6,12 @@ with a command line of its own. A budget says how much of it is done. A verdict 
 it takes: the epoch that a number is about, enough seeds, data that are not cut; else it is "budget too small to tell".
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
-from apical.bench.claims import Claims
 from apical.bench.evolve.recipe import EvolutionRecipe
 from apical.bench.study import Study
 from apical.errors import ConfigError
@@ -51,6 +50,20 @@ class Table:
     result: Literal["folder", "file"] = "folder"
     side_by_side: bool = False
     hours: dict[Budget, float] = field(default_factory=dict)
+
+
+class Claims(NamedTuple):
+    """A table of claims.
+
+    Attributes:
+        source: paper and table.
+        columns: short names of rules, by the paper's heading of the column.
+        rows: for each criterion a verdict per column; a claim that says "unclear" is left out.
+    """
+
+    source: str
+    columns: Mapping[str, tuple[str, ...]]
+    rows: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -156,3 +169,18 @@ def cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:
 def too_small(table: Table, sizes: Sizes) -> bool:
     """Whether a module's run is smaller than its verdicts are meant for."""
     return any(int(sizes[name]) < int(least) for name, least in table.needs.items() if name in sizes)
+
+
+def claimed(rule: str, tables: Iterable[Claims]) -> dict[str, str]:
+    """What the tables say of a rule, by criterion; empty where they say nothing; the first that says anything counts.
+
+    >>> table = Claims("a paper", {"WM": ("wm",), "SF": ("usf", "frsf")}, {"one_phase": ("no", "unclear")})
+    >>> claimed("wm", [table]), claimed("usf", [table]), claimed("dfc", [table])
+    ({'one_phase': 'no'}, {}, {})
+    """
+    claims: dict[str, str] = {}
+    for table in tables:
+        for place, rules in enumerate(table.columns.values()):
+            if rule in rules:
+                claims = {key: row[place] for key, row in table.rows.items() if row[place] != "unclear"} | claims
+    return claims

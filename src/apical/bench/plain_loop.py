@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from apical.bench.optimizer import NEVER, make_optimizer, parts, scheduled, set_rate, shape_gradients
 from apical.bench.recipe import Recipe
 from apical.bench.schedule import data_order
 from apical.core.credit import CreditRule
-from apical.data import Dataset
+from apical.data import Dataset, Split
 from apical.errors import ConfigError
 
 
@@ -55,3 +56,26 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[
         raise ConfigError(
             f"rule {recipe.rule!r} diverged on {recipe.data} within {recipe.epochs} epochs; try a smaller learning rate"
         )
+
+
+def fit(
+    rule: CreditRule,
+    optimizer: Optimizer,
+    train: Split,
+    batch: int,
+    generator: torch.Generator | None = None,
+    *,
+    drop_last: bool = False,
+) -> None:
+    """One pass over the samples in an order drawn anew, a step for each batch."""
+    order = torch.randperm(len(train), generator=generator)
+    for samples in order[: len(order) // batch * batch if drop_last else None].split(batch):
+        optimizer.zero_grad()
+        rule(train.inputs[samples], train.targets[samples]).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(rule: CreditRule, test: Split) -> float:
+    """Share of the samples whose class the rule's network answers."""
+    return float((rule.answer(test.inputs).argmax(1) == test.targets).double().mean())

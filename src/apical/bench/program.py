@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import arg
 
 from apical.bench.cells import kept, side_by_side
+from apical.bench.figures.curves import Drawing
 from apical.bench.finding import Row
 from apical.bench.page import write
 from apical.bench.run_folder import check_writable, environment
@@ -90,8 +91,9 @@ def keep_results(
     cells: Iterable[Mapping[str, Any]],
     verdicts: list[Row],
     tables: list[Row],
+    drawings: Sequence[Drawing | None] = (),
 ) -> dict[str, Any]:
-    """Write results.json and report.html of a study, whose cells have `seconds`, and return what results.json holds."""
+    """Write results.json, figures and report.html of a study whose cells have `seconds`; returns what results.json holds."""
     results = {
         **about,
         "command": command,
@@ -101,7 +103,7 @@ def keep_results(
         "verdicts": verdicts,
         "tables": tables,
     }
-    write(out, results, [])
+    write(out, results, [drawing for drawing in drawings if drawing is not None])
     return results
 
 
@@ -156,7 +158,7 @@ def run_command(
     module: str,
     options: type[Options],
     study: Callable[[Options, str], Mapping[str, Any]],
-    arguments: Sequence[str] | None,
+    arguments: Sequence[str] | None = None,
     **shown: Any,
 ) -> int:
     """`python -m MODULE ...`: run a study and print its verdicts; returns the exit status.

@@ -193,17 +193,9 @@ class Recipe:
         for option in ("crop", "validation", "threads", "probe", "seed", *_COUNTS, *_PASSES):
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
-        for option, choices in (
-            ("optimizer", get_args(Optimizer)),
-            ("amp", ("off", "bf16")),
-            ("loss", get_args(LossName)),
-            ("tokens", get_args(Tokens)),
-            ("decay_on", get_args(DecayOn)),
-            ("clip_over", ("tensor", "network")),
-            ("device", ("auto", "cpu", "cuda")),
-        ):
-            if getattr(self, option) not in choices:
-                raise unknown_name(_flag(option), str(getattr(self, option)), choices)
+        for option, kind in get_type_hints(Recipe).items():
+            if get_origin(kind) is Literal and getattr(self, option) not in get_args(kind):
+                raise unknown_name(_flag(option), str(getattr(self, option)), get_args(kind))
         for option in ("momentum", "beta2", "feedback_beta1", "feedback_beta2"):
             value = getattr(self, option)
             if value is not None and not 0 <= value < 1:

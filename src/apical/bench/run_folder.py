@@ -1,7 +1,6 @@
 """The folder of one run: config.json, environment.json, metrics.jsonl, checkpoint.pt and, written last, result.json."""
 
 import io
-import json
 import math
 import os
 import time
@@ -20,10 +19,10 @@ from apical.bench.folders import LOCK, is_used, refuse_used
 from apical.bench.folders import check_writable as check_writable
 from apical.bench.provenance import commit as commit
 from apical.bench.provenance import environment as environment
-from apical.bench.recipe import Recipe, differences
+from apical.bench.recipe import Recipe, differences, from_json
 from apical.bench.report.checks import check_result
 from apical.bench.restore import check_leaves
-from apical.bench.state import REMEDY, brief, parse_object, read_json, sealed, write_state
+from apical.bench.state import REMEDY, append_line, brief, read_json, read_lines, write_lines, write_state
 from apical.bench.state import write_json as write_json
 from apical.bench.tensorboard import Events
 from apical.core.credit import Panel
@@ -116,6 +115,17 @@ class RunFolder:
         """Write config.json: the recipe's fields, the command, and notes on what was chosen for the user."""
         write_state(self.config, {**recipe.to_json(), "command": command, "notes": notes})
 
+    def recipe(self) -> Recipe:
+        """The recipe that config.json holds.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        try:
+            return from_json(read_json(self.config))
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{self.config} is damaged ({error})") from error
+
     def clear(self) -> None:
         """Remove the files of a run, and nothing else."""
         written = (self.result, self.checkpoint, self.metrics, self.environment, self.config, self.examples, self.trajectory)
@@ -142,11 +152,11 @@ class RunFolder:
     def write_panels(self, panels: Sequence[Panel]) -> None:
         """Keep figures of the network, as their numbers, in panels.json."""
         if panels:
-            kept = [
+            entries = [
                 asdict(replace(panel, values={})) | {"values": {name: _listed(v) for name, v in panel.values.items()}}
                 for panel in panels
             ]
-            write_state(self.panels, {"panels": kept})
+            write_state(self.panels, {"panels": entries})
 
     def read_result(self) -> dict[str, Any]:
         """What result.json says.
@@ -165,14 +175,7 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one finished epoch to metrics.jsonl and force it to disk."""
-        try:
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(sealed(line)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = str(self.metrics)
-            raise
+        append_line(self.metrics, line)
         if self._events is not None:
             self._events.add(line)
 
@@ -182,24 +185,7 @@ class RunFolder:
         Raises:
             CheckpointError: a line before the last is damaged.
         """
-        if not self.metrics.exists():
-            return []
-        lines: list[dict[str, Any]] = []
-        texts = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, text in enumerate(texts, start=1):
-            if not text:
-                continue
-            try:
-                line = parse_object(text)
-                if type(line.get("epoch")) is not int:
-                    raise ValueError
-                check_leaves(line)
-                lines.append(line)
-            except ValueError:
-                if number >= len(texts) - 1:
-                    break
-                raise CheckpointError(f"{self.metrics}, line {number}, is damaged; start again with --overwrite") from None
-        return lines
+        return read_lines(self.metrics, _check_line)
 
     def rewind_metrics(self, last: dict[str, Any]) -> None:
         """Bring metrics.jsonl back to the checkpoint whose last finished epoch has the line `last`.
@@ -213,8 +199,7 @@ class RunFolder:
         lines = [line for line in self.read_metrics() if line["epoch"] < epoch]
         if [line["epoch"] for line in lines] != list(range(epoch)):
             raise CheckpointError(f"{self.metrics} lacks an epoch before {epoch}; start again with --overwrite")
-        text = "".join(json.dumps(sealed(line)) + "\n" for line in [*lines, last])
-        write_atomically(self.metrics, text.encode())
+        write_lines(self.metrics, [*lines, last])
 
 
 class FolderLock:
@@ -287,6 +272,12 @@ class FolderLock:
             self.release(remove=not was_there and not is_used(self.folder))
             raise
         self.release()
+
+
+def _check_line(line: dict[str, Any]) -> None:
+    if type(line.get("epoch")) is not int:
+        raise ValueError("it is of no epoch")
+    check_leaves(line)
 
 
 def _listed(values: Tensor) -> list[Any]:

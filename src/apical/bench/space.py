@@ -124,16 +124,16 @@ def edges(trials: Sequence[Mapping[str, Any]], best: Mapping[str, int]) -> dict[
     >>> edges(tried, {"bp": 0}), edges(tried, {"bp": 1})
     ({'bp': ['lr at its lowest']}, {'bp': []})
     """
-    found: dict[str, list[str]] = {}
+    messages: dict[str, list[str]] = {}
     for rule, number in best.items():
         settings = {trial["number"]: trial["settings"] for trial in trials if trial["rule"] == rule}
-        found[rule] = []
+        messages[rule] = []
         for name, value in settings[number].items():
-            tried = {each[name] for each in settings.values()}
-            if len(tried) > 1 and all(isinstance(each, int | float) and not isinstance(each, bool) for each in tried):
-                ends = {min(tried): "lowest", max(tried): "highest"}
-                found[rule] += [f"{name} at its {ends[value]}"] if value in ends else []
-    return found
+            values = {setting[name] for setting in settings.values()}
+            if len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+                ends = {min(values): "lowest", max(values): "highest"}
+                messages[rule] += [f"{name} at its {ends[value]}"] if value in ends else []
+    return messages
 
 
 def applied(recipe: Recipe, settings: Settings) -> Recipe:
@@ -177,3 +177,62 @@ def _typed(name: str, before: Any, value: Any) -> Any:
             raise ConfigError(f"--space {name}: {value} is not a whole number")
         return int(value)
     return float(value)
+
+
+class Grid:
+    """Given settings, in their order."""
+
+    def __init__(self, settings: Sequence[Settings]) -> None:
+        self.left = list(settings)
+
+    def ask(self, count: int) -> list[Settings]:
+        """The next ones, at most `count`; empty when there are no more."""
+        trials, self.left = self.left[:count], self.left[count:]
+        return trials
+
+    def tell(self, scores: Sequence[float | None]) -> None:
+        """Scores of those asked for last; a grid does not care."""
+
+
+class Optuna:
+    """Optuna's samplers, asked and told in batches, so that the same seed and batch size ask for the same settings.
+
+    Args:
+        random: at random instead of by a tree-structured Parzen estimator.
+
+    Raises:
+        ConfigError: Optuna is not installed.
+    """
+
+    def __init__(self, axes: Sequence[Axis], trials: int, seed: int, *, random: bool) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError(f"--search random and optuna need Optuna: pip install 'apical[sweep]' ({error})") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        samplers = optuna.samplers
+        sampler = samplers.RandomSampler(seed=seed) if random else samplers.TPESampler(seed=seed, n_startup_trials=8)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        self.axes, self.left = axes, trials
+        self.asked: list[Any] = []
+        self.failed = optuna.trial.TrialState.FAIL
+
+    def ask(self, count: int) -> list[Settings]:
+        """The next ones, at most `count`; empty when there are no more."""
+        self.asked = [self.study.ask() for _ in range(min(count, self.left))]
+        self.left -= len(self.asked)
+        return [{axis.name: _suggested(trial, axis) for axis in self.axes} for trial in self.asked]
+
+    def tell(self, scores: Sequence[float | None]) -> None:
+        """Scores of those asked for last, None for one that diverged."""
+        for trial, score in zip(self.asked, scores, strict=True):
+            if score is None:
+                self.study.tell(trial, state=self.failed)
+            else:
+                self.study.tell(trial, score)
+
+
+def _suggested(trial: Any, axis: Axis) -> Any:
+    if axis.values:
+        return axis.values[trial.suggest_categorical(axis.name, list(range(len(axis.values))))]
+    return trial.suggest_float(axis.name, axis.low, axis.high, log=axis.log)

@@ -7,9 +7,10 @@ an earlier version, or written by hand) is read as it is.
 import hashlib
 import json
 import math
+import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,51 @@ def write_json(path: Path, value: Any) -> None:
 def write_state(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object with its checksum atomically."""
     write_json(path, sealed(value))
+
+
+def read_lines(path: Path, check: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """The objects of a file, a line each; none where there is no file. A torn last line is left out.
+
+    Args:
+        check: raises ValueError or TypeError for an object that is not as it should be.
+
+    Raises:
+        CheckpointError: a line before the last is damaged.
+    """
+    lines: list[dict[str, Any]] = []
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    for number, text in enumerate(texts, start=1):
+        try:
+            if text:
+                line = parse_object(text)
+                check(line)
+                lines.append(line)
+        except (ValueError, TypeError):
+            if number >= len(texts) - 1:
+                break
+            raise CheckpointError(f"{path}, line {number}, is damaged; start again with --overwrite") from None
+    return lines
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write objects atomically, a line each with its checksum."""
+    write_atomically(path, "".join(map(_line, lines)).encode())
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Add an object as one line with its checksum, and force it to disk."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(sealed(value)) + "\n"
 
 
 def write_page(path: Path, page: str) -> None:

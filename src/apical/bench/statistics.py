@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,8 +54,8 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return Interval(mean, None, None, 1)
-    drawn = _all_means(values) if n <= ALL else _drawn_means(values, seed)
-    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    means = _all_means(values) if n <= ALL else _drawn_means(values, seed)
+    low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(mean, float(low), float(high), n)
 
 
@@ -105,8 +105,8 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
     observed, slack = abs(sum(differences)), 1e-12 * sum(map(abs, differences))
     flipped = list(_flips(differences, seed))
     extreme = sum(value >= observed - slack for value in flipped)
-    drawn = len(differences) > _EXACT
-    return (extreme + drawn) / (len(flipped) + drawn)
+    sampled = len(differences) > _EXACT
+    return (extreme + sampled) / (len(flipped) + sampled)
 
 
 _EXACT = 16
@@ -137,3 +137,37 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired | None:
     """
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     return Paired(bootstrap(differences), sign_flip(differences)) if differences else None
+
+
+LIMIT = 0.25
+"""Share of the median that the middle half of the epochs' times may span."""
+FEWEST = 4
+"""Epochs below which nothing is said."""
+
+
+def spread(times: Sequence[float]) -> float:
+    """Distance between the quartiles over the median; 0 for fewer than :data:`FEWEST` times.
+
+    >>> spread([1.0, 1.0, 1.0, 1.0, 9.0]), spread([1.0, 1.0, 2.0, 3.0, 3.0])
+    (0.0, 1.0)
+    """
+    if len(times) < FEWEST:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / middle if middle > 0 else 0.0
+
+
+def busy_note(times: Mapping[str, Sequence[float]]) -> str:
+    """A sentence where the times of some rule spread too far to compare; otherwise nothing.
+
+    Args:
+        times: of each rule, a step's time in every epoch of every seed.
+    """
+    widths = {rule: spread(values) for rule, values in times.items()}
+    rule = max(widths, key=lambda name: widths[name], default="")
+    if not rule or widths[rule] <= LIMIT:
+        return ""
+    return (
+        f"Times are rough, because the machine was busy: the middle half of the step times of {rule} spans "
+        f"{100 * widths[rule]:.0f} % of their median (more than {100 * LIMIT:.0f} %)."
+    )

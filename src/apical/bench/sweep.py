@@ -93,8 +93,8 @@ def for_trials(dataset: Dataset) -> Dataset:
 
 def once(read: Callable[[Recipe], Dataset]) -> Callable[[Recipe], Dataset]:
     """`read`, which reads again only where a recipe asks for other data than the one before."""
-    kept = lru_cache(maxsize=1)(read)
-    return lambda recipe: kept(Recipe(**{name: getattr(recipe, name) for name in OF_DATA}))
+    cached = lru_cache(maxsize=1)(read)
+    return lambda recipe: cached(Recipe(**{name: getattr(recipe, name) for name in OF_DATA}))
 
 
 def train(

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from apical import data, models
 from apical.bench import compare as comparison
-from apical.bench.busy import busy_note
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.loop import Training
@@ -42,12 +41,15 @@ from apical.bench.report import folder as report
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import read_json, write_state
+from apical.bench.statistics import busy_note
 from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import own_training, tuned_rate
 from apical.cli.columns import columns, margin
 from apical.cli.terminal import bar, check_least, say
-from apical.errors import ConfigError, DivergenceError, unknown_name
+from apical.core.credit import CreditRule
+from apical.data.dataset import Dataset
+from apical.errors import ConfigError, DivergenceError, UnsupportedModelError, unknown_name
 
 if TYPE_CHECKING:
     from apical.cli.flags.training import Compare, Flags, Train
@@ -218,8 +220,8 @@ def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
             ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in drafts if (item in tuned) is wanted)
             for wanted in (True, False)
         )
-        told = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
-        tell(told + (f"; not tuned: {rest}" if rest else ""))
+        message = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
+        tell(message + (f"; not tuned: {rest}" if rest else ""))
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
@@ -257,6 +259,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
         apart.append(rule.learns_apart)
         if recipe.measure and len(recipes) == 1:  # every rule trains the same network
             measured(recipe.measure, rule.model, probe_batch(dataset.train, SAMPLES)[0])
+        refuse_untaught(recipe, rule, dataset)
     for i, recipe in enumerate(recipes):
         if any(apart) and not apart[i] and recipe.has_feedback_passes:
             recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)
@@ -264,6 +267,26 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
         recipes[i].check_phases(two_phase=apart[i])
     return recipes, notes
 
+
+def refuse_untaught(recipe: Recipe, rule: CreditRule, dataset: Dataset) -> None:
+    """Refuse what a rule cannot teach, which some see at their first batch only, before anything is trained.
+
+    Args:
+        rule: one that is not used afterwards.
+
+    Raises:
+        ConfigError, UnsupportedModelError: the rule's own, with its name.
+    """
+    try:
+        rule(*probe_batch(dataset.train, FEW)).backward()
+    except DivergenceError:
+        return  # training says so, and goes on with the other rules
+    except (ConfigError, UnsupportedModelError) as error:
+        raise type(error)(f"rule {recipe.rule_name!r}: {error}") from error
+
+
+FEW = 8
+"""Samples of a batch on which a rule is tried."""
 
 _NUMBERS = {
     "rules": "rules are called by names such as pfa; --seeds sets how many seeds each gets, --epochs how long they train",

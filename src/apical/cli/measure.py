@@ -18,11 +18,11 @@ from apical.bench.measure import probe_batch
 from apical.bench.names import make_rule
 from apical.bench.network import MEASURES, find_measure, measured, short_name
 from apical.bench.provenance import environment
-from apical.bench.recipe import Recipe, from_json
+from apical.bench.recipe import Recipe
 from apical.bench.report.measures import of_networks_and_layers
 from apical.bench.restore import restore_rule
 from apical.bench.run_folder import RunFolder
-from apical.bench.state import read_json, write_json, write_page
+from apical.bench.state import write_json, write_page
 from apical.cli.commands import refuse_numbers
 from apical.cli.terminal import check_alone, check_least, held, say, say_files, show_table
 from apical.data.dataset import Dataset
@@ -55,15 +55,15 @@ def _run(flags: "Measure", command: str) -> int:
     left_out: dict[str, list[str]] = {}
     for label, seed, model, dataset in _networks(flags, notes):
         inputs, _ = probe_batch(dataset.train, flags.samples)
-        found: dict[str, Any] = {}
+        numbers: dict[str, Any] = {}
         for name in names:
             try:
-                found |= measured((name,), model, inputs)
+                numbers |= measured((name,), model, inputs)
             except ConfigError as error:
                 if flags.measure:
                     raise
                 left_out.setdefault(str(error), []).append(label)
-        rows.append({"network": label, "seed": seed, "measured": found})
+        rows.append({"network": label, "seed": seed, "measured": numbers})
     notes += [f"{', '.join(dict.fromkeys(labels))}: {why}" for why, labels in left_out.items()]
     notes = list(dict.fromkeys(notes))
     if not any(row["measured"] for row in rows):
@@ -121,7 +121,7 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
         if not folder.checkpoint.exists():
             notes.append(f"left out, because it has no checkpoint: {folder.path}")
             continue
-        recipe = _recipe_of(folder)
+        recipe = folder.recipe()
         dataset = load(recipe)
         key = (recipe.model, recipe.init, recipe.seed)
         if key not in seen:  # every rule begins with the same weights
@@ -138,13 +138,6 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
         if state["epoch"] < recipe.epochs:
             notes.append(f"{folder.path} ended after {state['epoch']} of {recipe.epochs} epochs")
         yield prefix + recipe.rule_name, recipe.seed, rule.model, dataset
-
-
-def _recipe_of(folder: RunFolder) -> Recipe:
-    try:
-        return from_json(read_json(folder.config))
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{folder.config} is damaged ({error})") from error
 
 
 def _initial(recipe: Recipe, dataset: Dataset) -> nn.Module:

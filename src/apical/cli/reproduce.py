@@ -252,8 +252,8 @@ def _tell(rows: Sequence[Row]) -> None:
     heads = ("rule", "what", "reference", "source", "ours [95 %]", "n", "verdict")
     lines = [[*(row[key] for key in heads[:4]), measured(row), str(row["n"] or "-"), row["verdict"]] for row in rows]
     show_table(heads, lines, left=(*heads[:5], "verdict"))
-    told = [row["verdict"] for row in rows]
-    say(", ".join(f"{told.count(word)} {word}" for word in dict.fromkeys(told)) or "no published numbers")
+    outcomes = [row["verdict"] for row in rows]
+    say(", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes)) or "no published numbers")
 
 
 def measured(row: Row) -> str:

@@ -24,9 +24,8 @@ from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, rule_name
 from apical.bench.report import folder as report
 from apical.bench.run_folder import FolderLock
-from apical.bench.searching import Grid, Optuna
 from apical.bench.signals import Interrupted, StopSignals
-from apical.bench.space import Axis, applied, edges, grid, space
+from apical.bench.space import Axis, Grid, Optuna, applied, edges, grid, space
 from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
@@ -83,9 +82,9 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     if flags.search == "grid":
         sizes = {rule_name(rule): len(grid(axes[rule])) for rule in rules}
         if len(set(sizes.values())) > 1:
-            told = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
+            numbers = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
             raise ConfigError(
-                f"the grids have different sizes ({told}), so the comparison would not be fair; give all rules as many "
+                f"the grids have different sizes ({numbers}), so the comparison would not be fair; give all rules as many "
                 "values, or choose --search random or optuna with --trials"
             )
     if not drafts[0].validation:
@@ -275,11 +274,11 @@ def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> N
     for name in ("sweep.html", "best.json", "final/report.html"):
         if (out / name).exists():
             say(f"{Path(name).name}: {shown_path(out / name)}")
-    chosen = {trial.rule: trial.number for trial in best if trial}
-    for rule, ends in edges([trial.record() for trial in trials], chosen).items():
+    best_of = {trial.rule: trial.number for trial in best if trial}
+    for rule, ends in edges([trial.record() for trial in trials], best_of).items():
         if ends:
             say(f"{rule}: not bracketed, the best has {' and '.join(ends)} value; widen --space")
-    names = " ".join(chosen)
+    names = " ".join(best_of)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
     say(f"the best settings of {names} again: {again}")
 

@@ -256,7 +256,9 @@ class CutRule(CreditRule):
             raise _no_tensor(type(self).__name__, output)
         if self.where == "activation" and not self._is_right(output, done):
             output, done = self._retried(inputs, output, done)
-        self.readers.update({cut.name: cut.reader for cut in done.cuts if cut.reader})
+        self.readers.update((cut.name, cut.reader) for cut in done.cuts if cut.reader)
+        if not self._idle:
+            return output, done.cuts, done.teacher
         return output, [cut.bare() if cut.name in self._idle else cut for cut in done.cuts], done.teacher
 
     def _cut_pass(self, inputs: Tensor, plain: bool) -> tuple[Any, Pass]:

@@ -143,6 +143,9 @@ class Cutting:
     def _under_way(self, now: "Pass | Trace", functions: bool) -> Iterator[None]:
         self.now = now
         try:
+            if now.rows is None and not functions:
+                yield
+                return
             with now.rows or nullcontext(), Calls(now) if functions else nullcontext():
                 yield
         finally:
@@ -243,7 +246,7 @@ class Pass:
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a call of a weighted layer, and whether it reads a unit's output as it is."""
         if inputs is not None and self.is_cut(inputs):
-            self.cuts[-1] = self.cuts[-1]._replace(reader=name)
+            self.cuts[-1] = Cut(*self.cuts[-1][:-1], name)
         self.events.append(name)
         self.near = name
         if not torch.compiler.is_compiling():

@@ -17,18 +17,6 @@ from apical.core.sigmoids import DoubleSiLU, HalfClip, ShiftedSigmoid
 
 Difference: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
-DIFFERENCES: dict[type[nn.Module], Difference] = {}
-"""By type of activation."""
-
-
-def _of(*kinds: type[nn.Module]) -> Callable[[Difference], Difference]:
-    def note(formula: Difference) -> Difference:
-        DIFFERENCES.update(dict.fromkeys(kinds, formula))
-        return formula
-
-    return note
-
-
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 GAUSS = tuple(
@@ -43,55 +31,40 @@ GAUSS = tuple(
 """Nodes and weights of Gauss and Legendre on [0, 1], five of them."""
 
 
-@_of(nn.Identity)
-def _(activation: nn.Identity, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return d
+DIFFERENCES: dict[type[nn.Module], Difference] = {
+    nn.Identity: lambda a, v, r, d: d,
+    nn.Tanh: lambda a, v, r, d: _tanh_difference(v, r, d),
+    nn.Sigmoid: lambda a, v, r, d: _tanh_difference(v / 2, 2 * r - 1, d / 2) / 2,
+    ShiftedSigmoid: lambda a, v, r, d: _tanh_difference(2 * v - 1, 2 * r - 1, 2 * d) / 2,
+    nn.ReLU: lambda a, v, r, d: _relu_difference(v, d),
+    nn.Hardtanh: lambda a, v, r, d: _clip_difference(v, d, a.min_val, a.max_val),
+    nn.ReLU6: lambda a, v, r, d: _clip_difference(v, d, a.min_val, a.max_val),
+    nn.Hardsigmoid: lambda a, v, r, d: _clip_difference(v, d, -3.0, 3.0) / 6,
+    HalfClip: lambda a, v, r, d: _clip_difference(v, d, 0.0, 2.0) / 2,
+    nn.Softshrink: lambda a, v, r, d: d - _clip_difference(v, d, -a.lambd, a.lambd),
+    nn.Hardswish: lambda a, v, r, d: d * F.hardsigmoid(v + d) + v * _clip_difference(v, d, -3.0, 3.0) / 6,
+    nn.ELU: lambda a, v, r, d: _elu_difference(v, d, a.alpha),
+    nn.CELU: lambda a, v, r, d: a.alpha * _elu_difference(v / a.alpha, d / a.alpha, 1.0),
+    nn.SELU: lambda a, v, r, d: SELU_SCALE * _elu_difference(v, d, SELU_ALPHA),
+    nn.LogSigmoid: lambda a, v, r, d: -_softplus_difference(-v, -d),
+    nn.SiLU: lambda a, v, r, d: _silu_difference(v, d),
+    DoubleSiLU: lambda a, v, r, d: (_silu_difference(v, d) - _silu_difference(v - 2, d)) / 2,
+}
+"""By type of activation; longer ones follow."""
 
 
-@_of(nn.Tanh)
-def _(activation: nn.Tanh, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _tanh_difference(v, r, d)
+def _of(*kinds: type[nn.Module]) -> Callable[[Difference], Difference]:
+    def note(formula: Difference) -> Difference:
+        DIFFERENCES.update(dict.fromkeys(kinds, formula))
+        return formula
 
-
-@_of(nn.Sigmoid)
-def _(activation: nn.Sigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _tanh_difference(v / 2, 2 * r - 1, d / 2) / 2
-
-
-@_of(ShiftedSigmoid)
-def _(activation: ShiftedSigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _tanh_difference(2 * v - 1, 2 * r - 1, 2 * d) / 2
-
-
-@_of(nn.ReLU)
-def _(activation: nn.ReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _relu_difference(v, d)
+    return note
 
 
 @_of(nn.LeakyReLU)
 def _(activation: nn.LeakyReLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     slope = activation.negative_slope
     return slope * d + (1 - slope) * _relu_difference(v, d)
-
-
-@_of(nn.Hardtanh, nn.ReLU6)
-def _(activation: nn.Hardtanh, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _clip_difference(v, d, activation.min_val, activation.max_val)
-
-
-@_of(nn.Hardsigmoid)
-def _(activation: nn.Hardsigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _clip_difference(v, d, -3.0, 3.0) / 6
-
-
-@_of(HalfClip)
-def _(activation: HalfClip, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _clip_difference(v, d, 0.0, 2.0) / 2
-
-
-@_of(nn.Softshrink)
-def _(activation: nn.Softshrink, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return d - _clip_difference(v, d, -activation.lambd, activation.lambd)
 
 
 @_of(nn.Hardshrink)
@@ -106,26 +79,6 @@ def _(activation: nn.Threshold, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     return torch.where(both, d, plain(activation)(v + d) - r)
 
 
-@_of(nn.Hardswish)
-def _(activation: nn.Hardswish, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return d * F.hardsigmoid(v + d) + v * _clip_difference(v, d, -3.0, 3.0) / 6
-
-
-@_of(nn.ELU)
-def _(activation: nn.ELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _elu_difference(v, d, activation.alpha)
-
-
-@_of(nn.CELU)
-def _(activation: nn.CELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return activation.alpha * _elu_difference(v / activation.alpha, d / activation.alpha, 1.0)
-
-
-@_of(nn.SELU)
-def _(activation: nn.SELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return SELU_SCALE * _elu_difference(v, d, SELU_ALPHA)
-
-
 @_of(nn.Softplus)
 def _(activation: nn.Softplus, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     beta, moved = activation.beta, v + d
@@ -133,11 +86,6 @@ def _(activation: nn.Softplus, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     linear = (beta * v > activation.threshold) & (beta * moved > activation.threshold)
     change = _softplus_difference(beta * v, beta * d) / beta
     return torch.where(curved, change, torch.where(linear, d, activation(moved) - r))
-
-
-@_of(nn.LogSigmoid)
-def _(activation: nn.LogSigmoid, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return -_softplus_difference(-v, -d)
 
 
 @_of(nn.Softsign)
@@ -154,16 +102,6 @@ def _(activation: nn.Tanhshrink, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     rest = torch.where(d.abs() < 0.1, series, d - s)  # d - tanh d
     change = (rest + t * s * (d + t)) / (1 + t * s)
     return torch.where(d.abs() < 1, change, activation(v + d) - r)
-
-
-@_of(nn.SiLU)
-def _(activation: nn.SiLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return _silu_difference(v, d)
-
-
-@_of(DoubleSiLU)
-def _(activation: DoubleSiLU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    return (_silu_difference(v, d) - _silu_difference(v - 2, d)) / 2
 
 
 @_of(nn.Mish)

@@ -140,6 +140,23 @@ def left_out(name: str, option: str, value: str) -> ConfigError:
     )
 
 
+def require_dependence(loss: Tensor, output: Tensor) -> None:
+    """Refuse a loss that does not depend on the output, which is no leaf.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    waiting, seen = [loss.grad_fn], set[Node]()
+    while waiting:
+        below = waiting.pop()
+        if below is output.grad_fn:
+            return
+        if below is not None and below not in seen:
+            seen.add(below)
+            waiting += [node for node, _ in below.next_functions]
+    raise _independent()
+
+
 def token_cross_entropy(output: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Cross-entropy in nats, the mean over all positions with a target: classes are the output's last axis.
 

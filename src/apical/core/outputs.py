@@ -18,6 +18,8 @@ from apical.errors import UnsupportedModelError
 
 def tensors(output: Any) -> list[Tensor]:
     """Tensors of real numbers in an output, in order."""
+    if type(output) is Tensor:
+        return [output] if output.is_floating_point() else []
     return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -37,6 +37,23 @@ class TeachingSignal(torch.autograd.Function):
         return ctx.teacher.signal(ctx.index, scale), None, None
 
 
+class HandedOn(torch.autograd.Function):
+    """A model's output, whose error is heard first; then it travels on, and asks the units' roots for their signals."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, hear: Callable[[Tensor], None], *roots: Tensor) -> Tensor:
+        """The output; `roots` are scalars of :class:`TeachingSignal`."""
+        ctx.hear = hear
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
+        """The error itself, and 1 for every root."""
+        ctx.hear(error)
+        one = error.new_ones(())
+        return (error, None, *(one if needed else None for needed in ctx.needs_input_grad[2:]))
+
+
 class Cut(NamedTuple):
     """One hidden unit in one pass.
 
@@ -62,7 +79,7 @@ class Cut(NamedTuple):
 
     def bare(self) -> "Cut":
         """The same without the graph, for what the graph itself keeps."""
-        return self._replace(root=self.root.detach())
+        return Cut(self.root.detach(), *self[1:])
 
     @property
     def width(self) -> int:

@@ -193,15 +193,19 @@ class FirstSpike(nn.Module):
 
 
 class Readout(nn.Module):
-    """Scores of classes: the earlier, the larger. `-t`, and `-latest` where no spike has come by then."""
+    """Scores of classes: the earlier, the larger. `-scale t`, and `-scale latest` where no spike has come by then.
 
-    def __init__(self, latest: float = 10.0) -> None:
+    With scale 1 a cross entropy goes on making the other classes later when the right one leads by a whole unit of time,
+    until they are silent, from where no gradient brings them back; then their own samples have no answer.
+    """
+
+    def __init__(self, latest: float = 10.0, scale: float = 16.0) -> None:
         super().__init__()
-        self.latest = latest
+        self.latest, self.scale = latest, scale
 
     def forward(self, t: Tensor) -> Tensor:
         """(batch, K) -> (batch, K)."""
-        return -t.clamp_max(self.latest)
+        return -self.scale * t.clamp_max(self.latest)
 
 
 register_layer(SpikingLinear, through=SpikingLinear._times)

@@ -80,6 +80,31 @@ class Dataset:
         return (samples, *positions, self.classes)
 
 
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A user's own data, or sequences, before a part of them is chosen.
+
+    Attributes:
+        train: inputs (N, ...) and labels (N,) or numbers (N, outputs); of sequences tokens (N, T) and targets (N, T).
+        test: likewise.
+        classes: number of classes, of tokens, or of numbers per sample.
+        names: of classes or tokens, where they are not 0, 1, ...
+        about: what was understood, in a line.
+        sha256: sixteen hex digits of inputs, targets and names, or of the text; empty where code alone makes them.
+        source: where from, in words.
+        is_text: told apart by how well the next token is predicted, not by right answers.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: int
+    names: tuple[str, ...]
+    about: str
+    sha256: str
+    source: str
+    is_text: bool = False
+
+
 def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:
     """Raise `DataError` unless `inputs` (N, ...) and their targets are fit for training.
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from apical.data.arrays import Arrays
 from apical.data.catalogue import ENTRIES, Entry, Layout, entry
-from apical.data.dataset import Dataset, Split, check
+from apical.data.dataset import Dataset, Samples, Split, check
 from apical.data.own import sources as own
 from apical.data.roots import roots
-from apical.data.text.sequences import Level, Sequences
+from apical.data.text.sequences import Level
 from apical.errors import ConfigError, DataError
 
 _CHUNK = 512
@@ -77,11 +77,12 @@ def load(
 
     Raises `ConfigError` for an unknown name or impossible sizes, `DataError` for a missing or damaged set.
     """
+    choice = _Choice(name, validation, train_limit, test_limit, seed)
     make = own.text_reader(name) if name not in ENTRIES else ENTRIES[name].sequences
     if make is not None:
-        return _sequences(name, make(context, tokens), validation, train_limit, test_limit, seed)
+        return _chosen(make(context, tokens), choice, "windows")
     if name not in ENTRIES and own.is_own(name):
-        return _own(name, validation, train_limit, test_limit, seed, numbers)
+        return _chosen(own.read(name, numbers=numbers), choice, "samples")
     about = entry(name)
     for option, value in (("train_limit", train_limit), ("test_limit", test_limit)):
         if value is not None and value <= 0:
@@ -94,10 +95,7 @@ def load(
 
     train = _tensors(*arrays.train, about, f"{name} train split")
     test = _tensors(*arrays.test, about, f"{name} test split")
-    if validation >= len(train[1]):
-        raise ConfigError(f"validation={validation} leaves none of the {len(train[1])} training images of {name}")
-    held_out, train_kept = _held_out(len(train[1]), validation, train_limit, seed, f"train_limit for {name}")
-    _, test_kept = _held_out(len(test[1]), 0, test_limit, seed, f"test_limit for {name}")
+    train_kept, held_out, test_kept = _indices(len(train[1]), len(test[1]), choice, "images")
     return Dataset(
         name=name,
         train=_split(*train, train_kept, about),
@@ -110,48 +108,43 @@ def load(
     )
 
 
-def _own(name: str, validation: int, train_limit: int | None, test_limit: int | None, seed: int, numbers: bool) -> Dataset:
-    data = own.read(name, numbers=numbers)
-    if validation >= len(data.train[1]):
-        raise ConfigError(f"validation={validation} leaves none of the {len(data.train[1])} training samples of {name}")
-    held_out, train_kept = _held_out(len(data.train[1]), validation, train_limit, seed, f"train_limit for {name}")
-    _, test_kept = _held_out(len(data.test[1]), 0, test_limit, seed, f"test_limit for {name}")
+class _Choice(NamedTuple):
+    """Which samples of a data set are asked for; see :func:`load`."""
+
+    name: str
+    validation: int
+    train_limit: int | None
+    test_limit: int | None
+    seed: int
+
+
+def _chosen(samples: Samples, choice: _Choice, noun: str) -> Dataset:
+    """The data set of samples that are normalised already."""
+    train_kept, held_out, test_kept = _indices(len(samples.train[1]), len(samples.test[1]), choice, noun)
     return Dataset(
-        name=name,
-        train=Split(*(part[train_kept] for part in data.train)),
-        validation=Split(*(part[held_out] for part in data.train)) if validation else None,
-        test=Split(*(part[test_kept] for part in data.test)),
-        classes=data.classes,
+        name=choice.name,
+        train=Split(*(part[train_kept] for part in samples.train)),
+        validation=Split(*(part[held_out] for part in samples.train)) if choice.validation else None,
+        test=Split(*(part[test_kept] for part in samples.test)),
+        classes=samples.classes,
         mean=(),
         std=(),
-        source=data.source,
-        sha256=data.sha256,
-        about=data.about,
-        class_names=data.names,
+        source=samples.source,
+        sha256=samples.sha256,
+        about=samples.about,
+        class_names=samples.names,
+        is_text=samples.is_text,
     )
 
 
-def _sequences(
-    name: str, made: Sequences, validation: int, train_limit: int | None, test_limit: int | None, seed: int
-) -> Dataset:
-    if validation >= len(made.train[1]):
-        raise ConfigError(f"validation={validation} leaves none of the {len(made.train[1])} training windows of {name}")
-    held_out, train_kept = _held_out(len(made.train[1]), validation, train_limit, seed, f"train_limit for {name}")
-    _, test_kept = _held_out(len(made.test[1]), 0, test_limit, seed, f"test_limit for {name}")
-    return Dataset(
-        name=name,
-        train=Split(*(part[train_kept] for part in made.train)),
-        validation=Split(*(part[held_out] for part in made.train)) if validation else None,
-        test=Split(*(part[test_kept] for part in made.test)),
-        classes=made.vocabulary,
-        mean=(),
-        std=(),
-        source=made.source,
-        sha256=made.sha256,
-        about=made.about,
-        class_names=made.names,
-        is_text=made.is_text,
-    )
+def _indices(train: int, test: int, choice: _Choice, noun: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the training samples, of those held out, and of the test samples."""
+    name, validation, train_limit, test_limit, seed = choice
+    if validation >= train:
+        raise ConfigError(f"validation={validation} leaves none of the {train} training {noun} of {name}")
+    held_out, train_kept = _held_out(train, validation, train_limit, seed, f"train_limit for {name}")
+    _, test_kept = _held_out(test, 0, test_limit, seed, f"test_limit for {name}")
+    return train_kept, held_out, test_kept
 
 
 def read(name: str, root: Path | None = None) -> tuple[Arrays, str]:

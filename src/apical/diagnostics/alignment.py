@@ -39,12 +39,12 @@ def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
     For product feedback alignment this is the path alignment of arXiv 2405.20594, for the others the weight alignment.
     """
     modules: dict[str, Any] = dict(rule.model.named_modules())
-    held = {name: layer for name, layer in getattr(innermost(rule), "layers", {}).items() if isinstance(layer, Part)}
+    parts = {name: layer for name, layer in getattr(innermost(rule), "layers", {}).items() if isinstance(layer, Part)}
     with unchanged(rule), torch.no_grad():
         return {
             name: {
-                "weight_alignment": angle(feedback, _weight(held.get(name) or modules[name])),
-                "norm_ratio": norm_ratio(feedback, _weight(held.get(name) or modules[name])),
+                "weight_alignment": angle(feedback, _weight(parts.get(name) or modules[name])),
+                "norm_ratio": norm_ratio(feedback, _weight(parts.get(name) or modules[name])),
             }
             for name, feedback in rule.feedback_weights().items()
         }

@@ -150,9 +150,9 @@ def jacobians(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
 
     def keep(module: nn.Module, args: Any, result: Any) -> Any:
         if isinstance(result, Tensor) and result.requires_grad:
-            kept = result.clone()  # of its own, so that an activation in place does not change it
+            copy = result.clone()  # of its own, so that an activation in place does not change it
             responses.append(result)
-            return kept
+            return copy
         return result
 
     for module in twin.modules():

@@ -125,12 +125,12 @@ def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     """
     names = {module: name for name, module in model.named_modules() if is_activation(module)}
     names = names or {module: name for name, module in model.named_modules() if is_weighted(module)}
-    seen: dict[str, Tensor] = {}
+    rates: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: Any, result: Any) -> None:
         if isinstance(result, Tensor):
-            name, times = names[module], sum(key.partition("#")[0] == names[module] for key in seen)
-            seen[f"{name}#{times + 1}" if times else name] = _rows(result)
+            name, times = names[module], sum(key.partition("#")[0] == names[module] for key in rates)
+            rates[f"{name}#{times + 1}" if times else name] = _rows(result)
 
     handles = [module.register_forward_hook(keep) for module in names]
     try:
@@ -140,8 +140,8 @@ def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     if isinstance(output, Tensor):
-        seen["output"] = _rows(output)
-    return seen
+        rates["output"] = _rows(output)
+    return rates
 
 
 def coding(model: nn.Module, inputs: Tensor, noise: float = NOISE, bins: int = 32) -> dict[str, Code]:

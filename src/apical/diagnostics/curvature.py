@@ -66,8 +66,8 @@ def loss_curvature_product(
     def product(x: Tensor) -> Tensor:
         parts = x.split([p.numel() for p in parameters.values()])
         tangent = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
-        moved = jvp(output, (parameters,), (tangent,))[1]
-        return flat(pullback(hessian(moved)[0])[0])
+        change = jvp(output, (parameters,), (tangent,))[1]
+        return flat(pullback(hessian(change)[0])[0])
 
     return product, flat(pullback(bent[0])[0])
 

@@ -109,7 +109,7 @@ class Dataflow(TorchDispatchMode):
             return self._each(func, args, kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         places = factors(func, args)
         trace = joined([self.trace(tensor) for tensor in given], int(bool(places)), self.last)
         uses = self.weights.uses(func, args)
@@ -122,9 +122,9 @@ class Dataflow(TorchDispatchMode):
             self.multiply_adds += of_operation(func, args, kwargs, result)
         else:
             shapes = {tensor.shape for tensor in given if tensor.untyped_storage()._cdata in self._weight_like}
-            self._weight_like |= {tensor.untyped_storage()._cdata for tensor in made if tensor.shape in shapes}
+            self._weight_like |= {tensor.untyped_storage()._cdata for tensor in results if tensor.shape in shapes}
         before = {tensor.untyped_storage()._cdata for tensor in given}
-        for tensor in made:
+        for tensor in results:
             if tensor.untyped_storage()._cdata not in before:
                 self._write(tensor, trace)
         for tensor in _written(func, args, kwargs):
@@ -137,7 +137,7 @@ class Dataflow(TorchDispatchMode):
         lists = [value for value in args if isinstance(value, (list, tuple))]
         alone = [self.trace(value) for value in args if isinstance(value, Tensor)]
         for place, tensor in enumerate(lists[0] if result is None else result):  # None: in place
-            parts = [each[place] for each in lists if len(each) > place]
+            parts = [items[place] for items in lists if len(items) > place]
             traces = [self.trace(part) for part in parts if isinstance(part, Tensor)]
             self._write(tensor, joined([*traces, *alone], 0, self.last))
         return result

@@ -27,6 +27,7 @@ from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error
+from apical.core.rest import evaluating
 from apical.core.wrapped import innermost
 from apical.diagnostics.alignment import angle, unchanged
 from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
@@ -114,14 +115,14 @@ def minimum_norm_update(
         weighted = torch.linalg.solve(gram, delta.detach().flatten(1))
     update: Update = {}
     for i, (stage, block) in enumerate(zip(chain.stages, jacobian, strict=True)):
-        moved = torch.einsum("bkn,bk->bn", block, weighted).view_as(states.v[i])  # dv_i = R_i^T weighted
+        shift = torch.einsum("bkn,bk->bn", block, weighted).view_as(states.v[i])  # dv_i = R_i^T weighted
         if difference == "rate":
-            moved = rate_difference(stage.activation, states.v[i], states.r[i + 1], moved)
+            shift = rate_difference(stage.activation, states.v[i], states.r[i + 1], shift)
         own = {name: p for name, p in original(stage.layer).named_parameters() if p.requires_grad}
         if own:
             with torch.enable_grad():
                 v = stage.layer(stage.seen(states.r[i]))
-            changes = torch.autograd.grad(v, list(own.values()), moved / len(moved))
+            changes = torch.autograd.grad(v, list(own.values()), shift / len(shift))
             prefix = f"{stage.name}." if stage.name else ""
             update |= {prefix + name: change for name, change in zip(own, changes, strict=True)}
     return update
@@ -151,10 +152,10 @@ def gauss_newton_targets(chain: Chain, states: States, delta: Tensor, damping: f
         below = chain.stages[i].transposed(block.reshape(-1, chain.stages[i].size)).view(len(delta), delta.shape[1], -1)
         if damping:
             eye = torch.eye(delta.shape[1], dtype=delta.dtype, device=delta.device)
-            moved = below.mT @ torch.linalg.solve(below @ below.mT + damping * eye, delta.unsqueeze(-1))
+            shift = below.mT @ torch.linalg.solve(below @ below.mT + damping * eye, delta.unsqueeze(-1))
         else:
-            moved = torch.linalg.pinv(below) @ delta.unsqueeze(-1)
-        targets.insert(0, moved.squeeze(-1))
+            shift = torch.linalg.pinv(below) @ delta.unsqueeze(-1)
+        targets.insert(0, shift.squeeze(-1))
     return targets
 
 
@@ -269,28 +270,23 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                 f"module {name!r} ({type(module).__name__}) normalises over the batch even in evaluation mode, so the "
                 "update of one sample is not defined; set track_running_stats=True or use GroupNorm"
             )
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    with evaluating(model):
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _functional(
     model: nn.Module, names: Collection[str] | None
 ) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor], Tensor], Tensor]]:
     """The chosen parameters, detached, and the network as a function of them: (parameters, inputs) -> (batch, n_L)."""
-    known = dict(model.named_parameters())
+    every = dict(model.named_parameters())
     if names is None:
-        names = [name for name, parameter in known.items() if parameter.requires_grad]
-    if missing := [name for name in names if name not in known]:
-        raise ConfigError(f"the model has no parameter {missing[0]!r}; known: {', '.join(known)}")
+        names = [name for name, parameter in every.items() if parameter.requires_grad]
+    if missing := [name for name in names if name not in every]:
+        raise ConfigError(f"the model has no parameter {missing[0]!r}; known: {', '.join(every)}")
     if not names:
         raise ConfigError(f"{type(model).__name__} has no parameter that requires a gradient; unfreeze one")
 
-    fixed = {name: parameter.detach() for name, parameter in known.items()}
+    fixed = {name: parameter.detach() for name, parameter in every.items()}
 
     def network(parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         output: Tensor = functional_call(model, fixed | parameters, (inputs,))

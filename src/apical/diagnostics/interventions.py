@@ -132,9 +132,9 @@ class Probe:
     @property
     def feedback(self) -> list[Tensor]:
         """Tensors beside the model, each once: in the rule's state, or kept elsewhere and seen at work. No numbers."""
-        held = [*self.rule.parameters(), *self.rule.buffers(), *self._kept]
-        found = {_memory(tensor): tensor.detach() for tensor in held if _can_change(tensor)}
-        return [tensor for memory, tensor in found.items() if memory not in self._own]
+        tensors = [*self.rule.parameters(), *self.rule.buffers(), *self._kept]
+        matrices = {_memory(tensor): tensor.detach() for tensor in tensors if _can_change(tensor)}
+        return [tensor for memory, tensor in matrices.items() if memory not in self._own]
 
     def _worst(self) -> tuple[Tensor, Tensor]:
         answers = max(len(self.targets) // len(self.inputs), 1)  # of a sample, where the model joins samples and positions
@@ -183,8 +183,8 @@ class Probe:
             torch.manual_seed(self.seed)
             with mode if mode is not None else nullcontext():
                 self.rule.accumulate(*(batch or (self.inputs, self.targets)))
-            found = {name: weight.grad for name, weight in self.weights.items()}
-            return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+            gradients = {name: weight.grad for name, weight in self.weights.items()}
+            return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
         finally:
             self._restore()
 
@@ -209,14 +209,14 @@ def reads(probe: Probe, changed: Callable[[Tensor, torch.Generator], Tensor]) ->
     Args:
         changed: makes the changed weight.
     """
-    found = {}
+    changes = {}
     for number, other in enumerate(probe.layers):
         generator = torch.Generator().manual_seed(number)
         after = probe.seen_otherwise({other: changed(probe.weights[other].detach(), generator)})
         for layer, before in probe.base.items():
             if layer != other:
-                found[layer, other] = change(after[layer], before)
-    return found
+                changes[layer, other] = change(after[layer], before)
+    return changes
 
 
 def other_signs(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -246,7 +246,7 @@ def peeks(probe: Probe) -> dict[tuple[str, str], float] | None:
     probe.updates(mode=probe.responding({}, listen))
     if len(made) != probe.uses[last]:
         return None
-    found = {}
+    changes = {}
     for number, later in enumerate(probe.layers[:-1]):
         generator = torch.Generator().manual_seed(number)
 
@@ -271,8 +271,8 @@ def peeks(probe: Probe) -> dict[tuple[str, str], float] | None:
 
         after = probe.updates(mode=probe.responding({}, disturb))
         earlier = probe.layers[:number]
-        found.update({(layer, later): change(after[layer], probe.base[layer]) for layer in earlier if layer in probe.base})
-    return found
+        changes.update({(layer, later): change(after[layer], probe.base[layer]) for layer in earlier if layer in probe.base})
+    return changes
 
 
 def jumps(probe: Probe) -> dict[tuple[str, str], float]:
@@ -284,7 +284,7 @@ def jumps(probe: Probe) -> dict[tuple[str, str], float]:
     """
     sample = probe.sample
     potentials: dict[str, Tensor] = {}
-    found = {}
+    changes = {}
 
     def note(name: str, result: Tensor) -> Tensor:
         potentials[name] = result.clone()
@@ -304,8 +304,8 @@ def jumps(probe: Probe) -> dict[tuple[str, str], float]:
         for layer in probe.layers[: number + 1]:
             if layer in probe.base and any(float(side[layer].norm()) for side in sides):
                 larger, smaller = sorted((side[layer] for side in sides), key=lambda update: -float(update.norm()))
-                found[layer, bent] = change(smaller, larger)
-    return found
+                changes[layer, bent] = change(smaller, larger)
+    return changes
 
 
 def noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -170,8 +170,8 @@ def filter_normalised(model: nn.Module, generator: torch.Generator) -> Tensor:
         if weight.dim() < 2 or isinstance(owner, _NORMS) or not parameter.requires_grad:
             parts.append(torch.zeros_like(weight).flatten())
             continue
-        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        parts.append((drawn * _filter_norms(owner, weight) / _filter_norms(owner, drawn)).flatten())
+        direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        parts.append((direction * _filter_norms(owner, weight) / _filter_norms(owner, direction)).flatten())
     return torch.cat(parts)
 
 

@@ -88,8 +88,8 @@ def _rows(model: nn.Module, sample: Tensor) -> Tensor:
     with torch.enable_grad():
         output = model(sample[None]).flatten()
         grads = [
-            torch.autograd.grad(each, learned, retain_graph=True, allow_unused=True, materialize_grads=True)
-            for each in output
+            torch.autograd.grad(value, learned, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for value in output
         ]
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
 

@@ -68,5 +68,5 @@ def step_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
 
     Nothing is restored: wrap it if the rule's state matters.
     """
-    known = [*rule.parameters(), *rule.buffers(), inputs, targets]
-    return peak_bytes(lambda: rule.accumulate(inputs, targets), known)
+    tensors = [*rule.parameters(), *rule.buffers(), inputs, targets]
+    return peak_bytes(lambda: rule.accumulate(inputs, targets), tensors)

@@ -159,16 +159,16 @@ def persistence(model: nn.Module, shuffles: int = 5, seed: int = 0, essential: b
         raise ConfigError("every weight of the model is zero, which has no persistence")
     is_row = _is_dense_row(model, len(layers))
     random = np.random.default_rng(seed)
-    drawn = [[_shuffled(weight, random) for weight in weights.values()] for _ in range(shuffles)]
+    networks = [[_shuffled(weight, random) for weight in weights.values()] for _ in range(shuffles)]
 
     def of(matrices: Sequence[Matrix]) -> list[float]:
         return [neural_persistence(np.abs(matrix) / largest, essential) for matrix in matrices]
 
-    each = np.array([of(matrices) for matrices in drawn]).reshape(shuffles, len(weights))
-    deep = [deep_graph_persistence(matrices) for matrices in (list(weights.values()), *drawn)] if is_row else []
+    values = np.array([of(matrices) for matrices in networks]).reshape(shuffles, len(weights))
+    deep = [deep_graph_persistence(matrices) for matrices in (list(weights.values()), *networks)] if is_row else []
     return Persistence(
         dict(zip(weights, of(list(weights.values())), strict=True)),
-        {name: _moments(each[:, i]) for i, name in enumerate(weights)} if shuffles else {},
+        {name: _moments(values[:, i]) for i, name in enumerate(weights)} if shuffles else {},
         {name: float((np.abs(weight) / largest).std()) for name, weight in weights.items()},
         deep[0] if deep else None,
         _moments(np.array(deep[1:])) if len(deep) > 1 else None,

@@ -192,14 +192,14 @@ def symmetry(feedback: Iterable[Tensor], weights: Iterable[Tensor]) -> tuple[flo
 
     A matrix is compared as it is and transposed. None where no shapes match.
     """
-    found = []
+    angles = []
     for matrix in feedback:
         for weight in weights:
             if matrix.shape == weight.shape:
-                found.append((angle(matrix, weight), weight.numel()))
+                angles.append((angle(matrix, weight), weight.numel()))
             if matrix.dim() == weight.dim() == 2 and matrix.T.shape == weight.shape:
-                found.append((angle(matrix.T, weight), weight.numel()))
-    return min((pair for pair in found if pair[0] == pair[0]), default=None)  # a zero matrix has no angle
+                angles.append((angle(matrix.T, weight), weight.numel()))
+    return min((pair for pair in angles if pair[0] == pair[0]), default=None)  # a zero matrix has no angle
 
 
 def _largest(changes: dict[tuple[str, str], float], keep: Callable[[str, str], bool]) -> float:
@@ -275,18 +275,16 @@ def no_credit_across_positions(found: Findings) -> Verdict:
     """Does the error at a position (a token, a moment) teach a layer about its input at that position alone?"""
     if found.no_positions:
         return Verdict("not applicable", None, found.no_positions, {})
-    told = {layer: share for layer, share in found.crossing.items() if share == share}
-    if not told:
+    shares = {layer: share for layer, share in found.crossing.items() if share == share}
+    if not shares:
         return Verdict("not applicable", None, "at a position, every layer's inputs span everything it could be given", {})
-    crossing = sorted((layer for layer, share in told.items() if share > MOVED), key=lambda layer: -told[layer])
+    crossing = sorted((layer for layer, share in shares.items() if share > MOVED), key=lambda layer: -shares[layer])
     text = "what the error at a position adds to updates is a multiple of the layer's input there"
     if crossing:
-        most = ", ".join(f"{layer} {told[layer]:.2g}" for layer in crossing[:NAMED])
-        text = (
-            f"in {len(crossing)} of {len(told)} layers, the error at a position also adds to the update what is no multiple"
-        )
-        text += f" of the layer's input there; share of its norm: {most}{', ...' if len(crossing) > NAMED else ''}"
-    numbers = {"share": max(told.values()), "layers": len(crossing), "asked": len(told)}
+        most = ", ".join(f"{layer} {shares[layer]:.2g}" for layer in crossing[:NAMED])
+        text = f"in {len(crossing)} of {len(shares)} layers, the error at a position also adds to the update what is no "
+        text += f"multiple of the layer's input there; share of its norm: {most}{', ...' if len(crossing) > NAMED else ''}"
+    numbers = {"share": max(shares.values()), "layers": len(crossing), "asked": len(shares)}
     return Verdict("no" if crossing else "yes", not crossing, text, numbers)
 
 

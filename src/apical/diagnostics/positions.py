@@ -25,12 +25,12 @@ def not_presynaptic(probe: Probe) -> dict[str, float]:
 
     NaN where that cannot be told: the inputs span everything, or the layer's inputs change in the course of the step.
     """
-    heard, found = probe.listening(), {}  # in the step: a rule's own network may hand on other activities than the model
+    heard, shares = probe.listening(), {}  # in the step: a rule's own network may hand on other activities than the model
     for name, update in probe.rows(probe.updates(mode=heard, batch=probe.sample)).items():
         if name in heard.calls and float(update.norm()):
             share = outside(update, torch.cat(heard.calls[name]))
-            found[name] = share if probe.responses[name] == 1 else float("nan")
-    return found
+            shares[name] = share if probe.responses[name] == 1 else float("nan")
+    return shares
 
 
 def outside(update: Tensor, rows: Tensor) -> float:
@@ -69,12 +69,12 @@ def across_positions(probe: Probe) -> tuple[dict[str, float], str]:
     axis = class_axis(output, targets, convolution=False)
     for place, other in (change for last in (axis, -axis) for change in _changes(probe, output, targets, rows, last)):
         after = probe.rows(probe.updates(batch=(inputs, other)))
-        found = {}
+        shares = {}
         for name, at in given.items():
             if name in before and float((after[name] - before[name]).norm()):
-                found[name] = outside(after[name] - before[name], at[place])
-        if found:
-            return found, ""
+                shares[name] = outside(after[name] - before[name], at[place])
+        if shares:
+            return shares, ""
         return {}, "no dense layer with the positions of the answer learns from its error"
     return {}, "the loss joins the errors of positions: that at one position cannot be changed alone"
 
@@ -130,8 +130,8 @@ def _changes(probe: Probe, output: Tensor, targets: Tensor, rows: Tensor, axis: 
             other = rows.clone()
             other[place] = (other[place] + step) % classes if not targets.is_floating_point() else other[place] + step
             wanted = other.view(targets.shape)
-            moved = errors(wanted) - before
-            there = float(moved[place].norm())
-            moved[place] = 0
-            if there and float(moved.norm()) <= STAYS * float(before.norm()):
+            change = errors(wanted) - before
+            there = float(change[place].norm())
+            change[place] = 0
+            if there and float(change.norm()) <= STAYS * float(before.norm()):
                 yield place, wanted

@@ -82,10 +82,10 @@ class Weights:
             factor = args[place] if place < len(args) else None
             if not isinstance(factor, Tensor):
                 continue
-            known = self.of(factor)
-            if known is None:
+            product = self.of(factor)
+            if product is None:
                 continue
-            name, weight = known
+            name, weight = product
             transposed = _transposed(factor, weight)
             if packet in (aten.convolution, aten.linear):
                 forward = side == 1

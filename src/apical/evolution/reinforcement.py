@@ -24,6 +24,7 @@ send what a good policy does without regard to reward; :func:`shuffled` advantag
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -148,24 +149,25 @@ def play(
     P, E = len(weights), episodes
     group = P // len(seeds)
     states = np.stack([task.begin(np.random.default_rng(seed_of(seed, "states")), E) for seed in seeds], 1)
-    state = states.repeat(group, 1).reshape(len(states), P * E)
+    dtype = weights.numpy().dtype
+    state = states.repeat(group, 1).reshape(len(states), P * E).astype(dtype)
     luck = np.stack([np.random.default_rng(seed_of(seed, "actions")).random((limit, E)) for seed in seeds], 1)
-    luck = luck.repeat(group, 1).reshape(limit, P * E)
-    usual = {name: np.full(P * E, value) for name, value in task.settings.items()}
-    used = usual | {name: np.repeat(np.asarray(values, dtype=float), E) for name, values in settings.items()}
+    luck = luck.repeat(group, 1).reshape(limit, P * E).astype(dtype)
+    usual = {name: np.full(P * E, value, dtype) for name, value in task.settings.items()}
+    used = usual | {name: np.repeat(np.asarray(values, dtype=dtype), E) for name, values in settings.items()}
     # weights with episodes last, one copy for each: (inputs, hidden, N), (hidden, N), (hidden, actions, N), (actions, N)
     (w1, v1), (w2, v2) = policy.layers(weights)
     parts = [w1.permute(2, 1, 0), v1.permute(1, 2, 0)[:, 0], w2.permute(2, 1, 0), v2.permute(1, 2, 0)[:, 0]]
     layers = [part.numpy().repeat(E, -1) for part in parts]
 
-    index, dtype = np.arange(P * E), layers[0].dtype
+    index = np.arange(P * E)
     alive = np.ones(P * E, dtype=bool)
     seen, taken, gained, lived, begun = [], [], [], [], 0
     record = _Record(P * E, limit)
     for t in range(limit):
-        observation = task.observe(state).astype(dtype)
+        observation = task.observe(state)
         seen.append(observation)
-        action = (luck[t, index] > _probabilities(layers, observation).cumsum(0)[:-1]).sum(0)
+        action = _actions(layers, observation, luck[t, index])
         taken.append(action)
         lived.append(alive)
         state, reward, ended = task.step(state, action, used)
@@ -214,16 +216,19 @@ class _Record:
         )
 
 
-def _probabilities(layers: Sequence[Array], observation: Array) -> Array:
-    """A policy's probabilities (actions, N): each episode has weights of its own."""
+def _actions(layers: Sequence[Array], observation: Array, luck: Array) -> Array:
+    """What policies do (N,), each episode with weights of its own, given uniform numbers (N,)."""
     w1, v1, w2, v2 = layers
     h = np.einsum("ihn,in->hn", w1, observation)
     h += v1
     np.tanh(h, out=h)
-    logits = np.einsum("han,hn->an", w2, h) + v2
-    weights = np.exp(logits - logits.max(0))
-    result: Array = weights / weights.sum(0)
-    return result
+    logits = np.einsum("han,hn->an", w2, h)
+    logits += v2
+    *below, total = accumulate(np.exp(logits - logits.max(0)))
+    threshold, action = luck * total, np.zeros_like(luck)  # a float, so that environments compute in the same type
+    for bound in below:
+        action += threshold > bound
+    return action
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ class FirstSpikeNetwork(nn.Sequential):
     @torch.no_grad()
     def times(self, inputs: Tensor) -> dict[str, Tensor]:
         """Spike times (batch, n) by layer, infinite for silent neurons."""
-        found = {}
+        layers = {}
         for name, module in self.named_children():
             inputs = module(inputs)
             if isinstance(module, SpikingLinear):
-                found[name] = inputs
-        return found
+                layers[name] = inputs
+        return layers
 
     def silent(self, inputs: Tensor) -> dict[str, Tensor]:
         """Share of the samples for which each neuron is silent (n,), by layer."""
@@ -44,13 +44,13 @@ class FirstSpikeNetwork(nn.Sequential):
         right = last.gather(1, targets.unsqueeze(1)).squeeze(1)
         others = last.scatter(1, targets.unsqueeze(1), torch.inf).amin(1)
         classes = range(last.shape[1])
-        shown = {
+        groups = {
             name: torch.stack([each[(targets == k) & each.isfinite()].median() for k in classes])
             for name, each in (("of the class", right), ("first of the others", others))
         }
         return [
             Panel("Spike times", "histogram", "time", "share of neurons", {name: t.flatten() for name, t in times.items()}),
-            Panel("Median time of output neurons by class", "bars", "class", "time", shown, [str(k) for k in classes]),
+            Panel("Median time of output neurons by class", "bars", "class", "time", groups, [str(k) for k in classes]),
         ]
 
 

@@ -10,7 +10,6 @@ activations, errors then reach edges without passing a weight. Edges for each in
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from apical.core.layers import register_local
 from apical.errors import ConfigError
 from apical.models.initialisation import xavier_
+from apical.models.mlp import one_width
 
 Wiring = Literal["complete", "chain", "residual"]
 Edges = Literal["learned", "fixed", "attention"]
@@ -213,10 +213,8 @@ def graph(
     >>> [name for name, _ in graph(4, [3, 3], 2).named_parameters()][:3]
     ['stem.weight', 'stem.bias', 'graph.nodes.0.1.weight']
     """
-    if min(in_features, out_features, *widths) < 1 or any(a != b for a, b in pairwise(widths)):
-        shown = "-".join(map(str, [in_features, *widths, out_features]))
-        raise ConfigError(f"a graph needs nodes of one width, each with at least one unit; got {shown}")
-    return GraphClassifier(in_features, widths[0], len(widths), out_features, wiring, edges)
+    width = one_width("a graph needs nodes", in_features, widths, out_features)
+    return GraphClassifier(in_features, width, len(widths), out_features, wiring, edges)
 
 
 def _senders(i: int, wiring: Wiring | float) -> list[int]:

@@ -123,13 +123,13 @@ def _activation(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: it has none, several, or one that mixes units; names them.
     """
-    found: dict[str, tuple[str, nn.Module]] = {
+    kinds: dict[str, tuple[str, nn.Module]] = {
         repr(module): (name, module) for name, module in model.named_modules() if is_activation(module)
     }
-    if len(found) != 1:
-        what = ", ".join(f"{name!r} ({text})" for text, (name, _) in found.items()) or "none that is a module"
+    if len(kinds) != 1:
+        what = ", ".join(f"{name!r} ({text})" for text, (name, _) in kinds.items()) or "none that is a module"
         raise UnsupportedModelError(f"this initialisation needs a model with one kind of activation; it has {what}")
-    name, module = next(iter(found.values()))
+    name, module = next(iter(kinds.values()))
     entry = known(module)
     if entry is None or not entry.elementwise:
         raise UnsupportedModelError(f"this initialisation needs an element-wise activation; {name!r} is {module!r}")

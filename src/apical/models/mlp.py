@@ -170,11 +170,7 @@ def mlp_residual(in_features: int, widths: Sequence[int], out_features: int) -> 
     >>> sum(p.numel() for p in mlp_residual(784, [100, 100, 100], 10).parameters())
     119910
     """
-    sizes = [in_features, *widths, out_features]
-    if min(sizes) < 1 or len(set(widths)) != 1:
-        text = "-".join(map(str, sizes))
-        raise ConfigError(f"residual blocks need layers of one width, each with at least one unit; got {text}")
-    width = widths[0]
+    width = one_width("residual blocks need layers", in_features, widths, out_features)
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), linear1=nn.Linear(in_features, width))
     layers["tanh1"] = nn.Tanh()
     for depth in range(1, len(widths)):
@@ -185,6 +181,21 @@ def mlp_residual(in_features: int, widths: Sequence[int], out_features: int) -> 
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
     return model
+
+
+def one_width(what: str, in_features: int, widths: Sequence[int], out_features: int) -> int:
+    """The width that all hidden layers have.
+
+    Args:
+        what: who needs which parts, for the error.
+
+    Raises:
+        ConfigError: a size is not positive, or the widths differ.
+    """
+    sizes = [in_features, *widths, out_features]
+    if min(sizes) < 1 or len(set(widths)) != 1:
+        raise ConfigError(f"{what} of one width, each with at least one unit; got {'-'.join(map(str, sizes))}")
+    return widths[0]
 
 
 def _perceptron(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from apical.core.scaled import ScaledLinear, mu_factors
-from apical.errors import ConfigError
+from apical.models.mlp import one_width
 
 
 class ResidualLayer(nn.Module):
@@ -44,10 +44,7 @@ def mlp_mu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Seq
     >>> [name for name, _ in mlp_mu(4, [3, 3], 2).named_children()]
     ['flatten', 'linear1', 'layer2', 'linear3']
     """
-    if min(in_features, out_features, *widths) < 1 or len(set(widths)) != 1:
-        shown = "-".join(map(str, [in_features, *widths, out_features]))
-        raise ConfigError(f"a mu perceptron needs layers of one width, each with at least one unit; got {shown}")
-    width, depth = widths[0], len(widths) + 1
+    width, depth = one_width("a mu perceptron needs layers", in_features, widths, out_features), len(widths) + 1
     factors = mu_factors(in_features, width, depth)
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     layers["linear1"] = ScaledLinear(in_features, width, factors[0])

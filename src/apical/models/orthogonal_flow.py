@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.errors import ConfigError
+from apical.models.mlp import one_width
 
 Flow = Literal["isospectral", "gated", "tied"]
 
@@ -139,14 +140,12 @@ def flow_classifier(in_features: int, widths: Sequence[int], out_features: int) 
     >>> [name for name, _ in flow_classifier(4, [3], 2).named_children()]
     ['flatten', 'linear0', 'abs0', 'linear1', 'abs1', 'read_out']
     """
-    if min(in_features, out_features, *widths) < 1 or len(set(widths)) != 1:
-        shown = "-".join(map(str, [in_features, *widths, out_features]))
-        raise ConfigError(f"a flow needs layers of one width, each with at least one unit; got {shown}")
-    first, last = nn.Linear(in_features, widths[0]), nn.Linear(widths[0], out_features)
+    width = one_width("a flow needs layers", in_features, widths, out_features)
+    first, last = nn.Linear(in_features, width), nn.Linear(width, out_features)
     for layer in (first, last):
         nn.init.orthogonal_(layer.weight)
         nn.init.zeros_(layer.bias)
-    chain = flow(widths[0], len(widths))
+    chain = flow(width, len(widths))
     begin = [("flatten", nn.Flatten()), ("linear0", first), ("abs0", nn.LeakyReLU(-1.0))]
     return nn.Sequential(OrderedDict([*begin, *chain.named_children(), ("read_out", last)]))
 

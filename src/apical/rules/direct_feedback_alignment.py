@@ -18,6 +18,7 @@ P_l: B_l = Q P_l. Or P_l hears the error at the head's input, by the head's own 
 """
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Any, Literal, cast
 
@@ -31,11 +32,11 @@ from apical.core.blocks import Block, blocks, through
 from apical.core.credit import Attention, Credit, Loss, Root
 from apical.core.cut import CutRule, Units, eagerly
 from apical.core.layers import computes_plainly
-from apical.core.losses import terms
+from apical.core.losses import require_dependence, terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
 from apical.core.part import Part
-from apical.core.positions import class_axis, delivered, is_routed, matched, routed
-from apical.core.signals import Cut
+from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
+from apical.core.signals import Cut, HandedOn, Teacher
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
@@ -115,8 +116,10 @@ class DirectFeedbackAlignment(CutRule):
         self._places = self._order()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose roots carry `B_l e` to the hidden units' outputs, and the model's output with `e`."""
+        """Credit whose root is the loss: its error travels into the last unit, and as `B_l e` to the others."""
         output, cuts, teacher = self.run(inputs)
+        if isinstance(output, Tensor) and output.requires_grad and not self.takes_signals:
+            return self._one_root(output, targets, cuts, teacher)
         outputs = tensors(output)
         loss, found = output_errors(self.loss, output, targets, traced=self.plain_roots)
         self.require_ends(output, found)
@@ -126,9 +129,7 @@ class DirectFeedbackAlignment(CutRule):
         if not torch.is_grad_enabled():
             cuts = []  # validation, perhaps with other outputs
         heard = self._heard(errors) if cuts else errors
-        for cut in cuts:
-            if not self._hears_itself(cut):
-                self._prepare(cut, heard)
+        self._prepare_all(cuts, heard)
         signals: list[Tensor | None] = []
         if self.takes_signals:
             signals = [self.signal(cut, heard) for cut in cuts]
@@ -142,6 +143,21 @@ class DirectFeedbackAlignment(CutRule):
         taught += [(part, error) for part, error in read if part.requires_grad]
         taught += terms(loss)
         return Credit.of(taught, detached(output), loss)
+
+    def _one_root(self, output: Tensor, targets: Tensor, cuts: list[Cut], teacher: Teacher) -> Credit:
+        """The same with the model's one output in one backward pass: the loss hands `e` to the output, which hands it on."""
+        axis = class_axis(output, targets, isinstance(self._topmost(), _ConvNd))
+        like = ordered(output.detach(), axis)
+        factor = self._source(like) if cuts else None
+        if factor is not None:
+            like = like[..., :1].expand(*like.shape[:-1], factor.shape[1])
+        self._prepare_all(cuts, self._flat(like))
+        units = [cut.bare() for cut in cuts]
+        hear = partial(_hear, self, axis, teacher, units)
+        read = cast(Tensor, cast(Any, HandedOn).apply(output, hear, *(cut.root for cut in cuts)))
+        loss = self.loss(read, targets)
+        require_dependence(loss, read)
+        return Credit([loss], [None], output.detach(), loss)
 
     def chain(self, input_shape: Sequence[int]) -> tuple[list[nn.Module], list[Block]]:
         """See :class:`apical.core.part.Separable`."""
@@ -195,7 +211,9 @@ class DirectFeedbackAlignment(CutRule):
         """
         if self._hears_itself(cut):
             return delivered(matched(errors, cut), cut)
-        b = self.feedback.get_buffer(self._at(cut.name)).to(errors.dtype)
+        b = cast(Tensor, self.feedback._buffers[self._at(cut.name)]).to(errors.dtype)
+        if len(cut.shape) == 2 and errors.dim() == 2 and cut.rows is None is cut.answers and len(errors) == cut.shape[0]:
+            return (errors @ b).to(cut.dtype)
         if b.dim() > 2:  # a kernel of the layer that reads this tensor
             return _broadcast(self.layers[cut.name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
         if is_routed(errors, cut):
@@ -207,17 +225,26 @@ class DirectFeedbackAlignment(CutRule):
 
     def _heard(self, errors: Tensor) -> Tensor:
         """What the matrices hear: (batch, *places, outputs or head inputs), or all places of an answer in a row."""
+        factor = self._source(errors)
+        if factor is not None:
+            half = errors.dtype in (torch.float16, torch.bfloat16)
+            with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+                errors = errors.float() @ factor.float() if half else errors @ factor.to(errors.dtype)
+        return self._flat(errors)
+
+    def _flat(self, heard: Tensor) -> Tensor:
+        return heard.flatten(1) if self.kind == "full" and heard.dim() > 2 else heard
+
+    def _source(self, errors: Tensor) -> Tensor | None:
+        """What errors of this shape are multiplied by before matrices hear them; None where they hear the errors."""
         kind, outputs = self.source, errors.shape[-1]
         if kind == "auto":
             head = self._topmost().weight
             is_wide = errors.dim() > 2 and self.kind != "full" and self.where == "activation"
             kind = "factored" if is_wide and outputs > 2 * head.shape[1] else "output"
-        if kind != "output":
-            factor = self._head(outputs).weight.detach() if kind == "head" else self._factor(outputs, errors.device)
-            half = errors.dtype in (torch.float16, torch.bfloat16)
-            with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
-                errors = errors.float() @ factor.float() if half else errors @ factor.to(errors.dtype)
-        return errors.flatten(1) if self.kind == "full" and errors.dim() > 2 else errors
+        if kind == "output":
+            return None
+        return self._head(outputs).weight.detach() if kind == "head" else self._factor(outputs, errors.device)
 
     def _factor(self, outputs: int, device: torch.device) -> Tensor:
         """Q (outputs, head inputs)."""
@@ -288,6 +315,11 @@ class DirectFeedbackAlignment(CutRule):
 
     def _topmost(self) -> Layer:
         return next(reversed(self._whole.values()))
+
+    def _prepare_all(self, cuts: list[Cut], heard: Tensor) -> None:
+        for cut in cuts:
+            if not self._hears_itself(cut):
+                self._prepare(cut, heard)
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
         """Draw the matrix of a unit that is met first, or see that it fits."""
@@ -367,6 +399,12 @@ def _product_law(outputs: int, inner: int, width: int) -> float:
     1.0
     """
     return (outputs + inner) * (inner + width) / (2 * inner * (outputs + width))
+
+
+def _hear(rule: DirectFeedbackAlignment, axis: int, teacher: Teacher, units: list[Cut], error: Tensor) -> None:
+    """From the error at the output on, the teacher can make the units' signals."""
+    heard = rule._heard(ordered(error, axis))
+    teacher.signal = lambda index, _: rule.signal(units[index], heard)
 
 
 def _times(errors: Tensor, scale: Tensor) -> Tensor:

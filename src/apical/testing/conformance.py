@@ -44,8 +44,8 @@ def settings(factory: Factory) -> list[Setting]:
             raise AssertionError(
                 f"the residual network is refused by an error that names none of its modules: {error}"
             ) from error
-        if left := [name for name, module in model.named_modules() if _hooked(module)]:
-            raise AssertionError(f"the residual network is refused, but hooks are left on {left}") from error
+        if hooked := [name for name, module in model.named_modules() if _hooked(module)]:
+            raise AssertionError(f"the residual network is refused, but hooks are left on {hooked}") from error
         return both[:1]
     return both
 
@@ -109,9 +109,9 @@ def check_detach(factory: Factory) -> None:
     attached = gradients(model)
     if rule.detach() is not model:
         raise AssertionError("detach() must return the model it was given")
-    left = [name for name, module in model.named_modules() if _hooked(module)]
-    if left:
-        raise AssertionError(f"hooks are left on {left}")
+    hooked = [name for name, module in model.named_modules() if _hooked(module)]
+    if hooked:
+        raise AssertionError(f"hooks are left on {hooked}")
     model.zero_grad()
     F.cross_entropy(model(inputs), targets).backward()
     require_same(
@@ -188,8 +188,17 @@ def _check_is_random(factory: Factory) -> None:
         raise AssertionError("the rule declares random_per_sample, but another seed gives the same gradients")
 
 
-def check_compile(factory: Factory) -> None:
-    """`torch.compile(rule, fullgraph=True)` gives the same gradients (graph capture; no C++ compiler is needed)."""
+def check_compile(factory: Factory, backend: str = "aot_eager") -> None:
+    """`torch.compile(rule, fullgraph=True)` gives the same gradients.
+
+    Args:
+        factory: makes the rule.
+        backend: what runs the graph; "aot_eager" traces its backward pass, too, "eager" captures it alone. Neither needs a
+            C++ compiler.
+
+    Raises:
+        AssertionError: the compiled rule gives other gradients.
+    """
     rule = make(factory)
     torch.manual_seed(1)
     rule.accumulate(*dense_batch(0))
@@ -202,7 +211,7 @@ def check_compile(factory: Factory) -> None:
     other(*dense_batch(0)).backward()
     other.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(other, backend=backend, fullgraph=True)
     torch.manual_seed(2)
     compiled(*dense_batch(1)).backward()
     require_same(gradients(other), eager, 1e-12, "compiled")

@@ -63,32 +63,32 @@ def sample(names: list[str]) -> list[str]:
 def check_feedback_reach(trial: Trial) -> str:
     """Another feedback weight of one layer changes what lies below that layer, and nothing else."""
     rule = _edge_rule(trial)
-    tried = sample(list(rule.layers))
-    for name in tried:
+    layers = sample(list(rule.layers))
+    for name in layers:
         own = rule.feedback_weight(name)
         noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own)
         changed = own + noise * max(float(own.std()) if own.numel() > 1 else 1.0, 1e-3)
-        moved = set(trial.far(_with_feedback(trial, rule, {name: changed}), trial.usual))
+        reached = set(trial.far(_with_feedback(trial, rule, {name: changed}), trial.usual))
         below = trial.below(rule.layers[name])
-        if stray := sorted(moved - below):
+        if stray := sorted(reached - below):
             raise AssertionError(f"other feedback of layer {name!r} changes {stray[0]!r}, which does not lie below it")
         through = trial.through(rule.layers[name])
-        if through and not moved & through:
+        if through and not reached & through:
             raise AssertionError(f"other feedback of layer {name!r} changes nothing below it: its error goes another way")
-    return _count(tried, len(rule.layers), "layer")
+    return _count(layers, len(rule.layers), "layer")
 
 
 def check_feedback_zero(trial: Trial) -> str:
     """Without feedback at one layer no error reaches what has no other path to the loss."""
     rule = _edge_rule(trial)
-    tried = sample(list(rule.layers))
-    for name in tried:
+    layers = sample(list(rule.layers))
+    for name in layers:
         zero = {name: torch.zeros_like(rule.feedback_weight(name))}
-        left = _with_feedback(trial, rule, zero)
+        remainder = _with_feedback(trial, rule, zero)
         for parameter in sorted(trial.through(rule.layers[name])):
-            if parameter in left and bool(left[parameter].any()):
+            if parameter in remainder and bool(remainder[parameter].any()):
                 raise AssertionError(f"with zero feedback of layer {name!r} an error still reaches {parameter!r} below it")
-    return _count(tried, len(rule.layers), "layer")
+    return _count(layers, len(rule.layers), "layer")
 
 
 def check_feedback_exact(trial: Trial) -> str:
@@ -108,24 +108,24 @@ def check_feedback_differs(trial: Trial) -> str:
     """Where feedback is not the weight, the update below is not backpropagation's."""
     rule = _edge_rule(trial)
     weights = effective_weights(trial, rule)
-    tried = []
+    layers = []
     for name in sample(list(rule.layers)):
         own, weight = rule.feedback_weight(name), weights[name]
         if float((own - weight).norm()) <= 0.05 * float(weight.norm()):
             continue
         through = trial.through(rule.layers[name])
-        tried += [name] if through else []
+        layers += [name] if through else []
         _require_other(trial, through, f"layer {name!r} has feedback unlike its weight")
-    if not tried:
+    if not layers:
         raise NotApplicableError("no layer has feedback unlike its weight and something to train below")
-    return _count(tried, len(rule.layers), "layer")
+    return _count(layers, len(rule.layers), "layer")
 
 
 def check_signals_zero(trial: Trial) -> str:
     """Without teaching signals at the cuts nothing learns but the last unit, exactly."""
     rule = _cut_rule(trial)
-    left = _with_signals(trial, rule, [])
-    learning = {name for name, grad in left.items() if bool(grad.any())}
+    remainder = _with_signals(trial, rule, [])
+    learning = {name for name, grad in remainder.items() if bool(grad.any())}
     for name in sorted(learning):
         path = trial.path(name)
         shown = path.split(", ")[-1]
@@ -135,7 +135,7 @@ def check_signals_zero(trial: Trial) -> str:
     alone = {name for name in alone if not trial.path(name).startswith("cut at")}  # so does one that is used there as well
     if rule.inside is not None:  # errors pass random matrices on their way to what else the last unit holds
         alone = {name for name in alone if trial.path(name) == "exact"}
-    wrong = trial.far({n: left[n] for n in alone}, {n: trial.backprop[n] for n in alone if n in trial.backprop})
+    wrong = trial.far({n: remainder[n] for n in alone}, {n: trial.backprop[n] for n in alone if n in trial.backprop})
     if wrong and trial.rule is rule:  # a rule around this one changes that gradient by definition
         raise AssertionError(f"the last unit's gradient of {min(wrong)!r} is not exact although its error is the output's")
     if not learning:
@@ -151,15 +151,15 @@ def check_signals_reach(trial: Trial) -> str:
     number = _number_of_units(trial, rule)
     if not number:
         raise NotApplicableError("the model has no hidden unit")
-    tried = [int(i) for i in sample([str(i) for i in range(number)])]
+    numbers = [int(i) for i in sample([str(i) for i in range(number)])]
     base = _with_signals(trial, rule, [])
-    for i in tried:
-        moved = set(trial.far(_with_signals(trial, rule, [i]), base))
-        for name in sorted(moved):
+    for i in numbers:
+        reached = set(trial.far(_with_signals(trial, rule, [i]), base))
+        for name in sorted(reached):
             path = trial.path(name)
             if path in ("exact", "frozen", "no credit"):
                 raise AssertionError(f"a signal at a hidden unit changes {name!r}, said to be {path!r}")
-    return _count(tried, number, "unit")
+    return _count(numbers, number, "unit")
 
 
 def check_signals_differ(trial: Trial) -> str:
@@ -302,9 +302,9 @@ def _require_other(trial: Trial, names: set[str], why: str) -> None:
 def _tied(model: nn.Module) -> set[str]:
     """Names of the parameters that several modules hold, or that a model may look up and multiply with."""
     modules = list(dict.fromkeys(model.modules()))
-    held = Counter(id(q) for module in modules for q in module._parameters.values() if q is not None)
-    held.update(id(q) for module in modules if is_local(module) for q in module.parameters() if q.dim() > 1)
-    return {name for name, q in model.named_parameters() if held[id(q)] > 1}
+    uses = Counter(id(q) for module in modules for q in module._parameters.values() if q is not None)
+    uses.update(id(q) for module in modules if is_local(module) for q in module.parameters() if q.dim() > 1)
+    return {name for name, q in model.named_parameters() if uses[id(q)] > 1}
 
 
 def _edge_rule(trial: Trial) -> EdgeRule:

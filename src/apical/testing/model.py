@@ -180,7 +180,7 @@ def check_lengths(trial: Trial) -> str:
     inputs, targets = trial.inputs, trial.targets
     if not isinstance(inputs, Tensor) or inputs.dim() < 2 or inputs.shape[1] < 3:
         raise NotApplicableError("inputs are no sequences")
-    tried = []
+    lengths = []
     for length in (inputs.shape[1] - 1, inputs.shape[1] // 2):
         shorter = [targets[:, :length]] if isinstance(targets, Tensor) and targets.dim() > 1 else []
         for goals in (targets, *shorter):
@@ -191,11 +191,11 @@ def check_lengths(trial: Trial) -> str:
             except Exception:
                 continue
             _other_batch(trial, batch, f"sequences of length {length}")
-            tried.append(length)
+            lengths.append(length)
             break
-    if not tried:
+    if not lengths:
         raise NotApplicableError("the model takes inputs of this length only")
-    return f"lengths {inputs.shape[1]}, {', '.join(map(str, tried))}"
+    return f"lengths {inputs.shape[1]}, {', '.join(map(str, lengths))}"
 
 
 CHECKS: dict[str, Callable[[Trial], str]] = {

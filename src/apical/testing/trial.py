@@ -67,8 +67,8 @@ class Trial:
 
     def exact(self) -> Gradients:
         """Gradients of the model's own loss by backpropagation, without the rule; of attention, what the rule keeps."""
-        kept = self.rule.attention
-        attending = nullcontext() if kept == "exact" else Attending(kept, self.model, looks=False)
+        attention = self.rule.attention
+        attending = nullcontext() if attention == "exact" else Attending(attention, self.model, looks=False)
         with self.sandbox(), attending:
             self.loss(self.model(self.inputs)).backward()
             return self.collected()
@@ -154,14 +154,14 @@ class Trial:
 
     def below(self, layer: nn.Module) -> set[str]:
         """Names of the parameters that the layer's input depends on; of a part, also those of its module."""
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
         module = caller(layer)
         own = {id(parameter) for parameter in module.parameters()} if isinstance(layer, Part) else set()
         within = {name for name, parameter in self.model.named_parameters() if id(parameter) in own}
         with self.sandbox():
-            with _before_forward(module, partial(_record, seen)):
+            with _before_forward(module, partial(_record, inputs)):
                 self.model(self.inputs)
-            starts = [x.abs().sum() for x in seen if x.requires_grad]
+            starts = [x.abs().sum() for x in inputs if x.requires_grad]
             if starts:
                 torch.autograd.backward(starts)
             return set(self.collected()) | within

@@ -14,7 +14,8 @@ from apical.bench.finding import Row, at_least, shown
 from apical.bench.program import Cells, SeedStudy
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
-from apical_papers.around.study import SETTINGS, SOLVED, Digits, accuracy, network, trained
+from apical_papers.around.study import SETTINGS, SOLVED, network, trained
+from apical_papers.digits import Digits, accuracy
 
 FIRST = 100
 """Added to the number of a seed: none is one of the study's."""
@@ -76,7 +77,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def _of(cell: dict[str, Any], damping: str, rule: str, measure: str) -> list[float]:
-    return [each[measure] for each in cell[damping]["runs"][rule].values()]
+    return [run[measure] for run in cell[damping]["runs"][rule].values()]
 
 
 def tables(cells: Cells) -> list[Row]:

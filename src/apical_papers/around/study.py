@@ -12,18 +12,17 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.names import find_rule
 from apical.bench.program import Cells, SeedStudy
-from apical.data import load
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
+from apical_papers.digits import TEST, TRAIN, Digits, passes
 
 SETTINGS: dict[str, Any] = {
-    "training digits": 4000,
-    "test digits": 1000,
+    "training digits": TRAIN,
+    "test digits": TEST,
     "initial weights": "He uniform, biases zero",
     "grapes: hidden layers of 128, batch": 64,
     "solver: hidden layers": "128, 128",
@@ -54,17 +53,6 @@ ABOUT: dict[str, Any] = {
 }
 
 
-class Digits:
-    """Training and test digits (n, 784) in [0, 1], and labels."""
-
-    def __init__(self, name: str = "mnist") -> None:
-        data = load(name)
-        self.x, self.y = (part[: SETTINGS["training digits"]] for part in (data.train.inputs.flatten(1), data.train.targets))
-        self.test = [part[: SETTINGS["test digits"]] for part in (data.test.inputs.flatten(1), data.test.targets)]
-        low, high = self.x.min(), self.x.max()
-        self.x, self.test[0] = (self.x - low) / (high - low), (self.test[0] - low) / (high - low)
-
-
 def network(sizes: Sequence[int], seed: int) -> nn.Sequential:
     """A ReLU perceptron."""
     torch.manual_seed(seed)
@@ -81,41 +69,23 @@ def trained(
     rule: str, options: dict[str, Any], digits: Digits, sizes: Sequence[int], seed: int, lr: float, batch: int, epochs: int
 ) -> Iterator[nn.Sequential]:
     """The network after every epoch of plain SGD."""
-    entry = find_rule(rule)
-    torch.manual_seed(seed)
     model = network((digits.x.shape[1], *sizes, 10), seed)
-    made = entry.build(model, **{**entry.options, **options})
-    optimizer = torch.optim.SGD(made.parameters(), lr)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(digits.x)).split(batch):
-            optimizer.zero_grad()
-            made(digits.x[chosen], digits.y[chosen]).backward()
-            if entry.clip:
-                for parameter in made.parameters():
-                    nn.utils.clip_grad_norm_([parameter], entry.clip)
-            optimizer.step()
-            made.constrain_()
+    for _ in passes(rule, model, digits, lr, batch, epochs, options):
         yield model
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Between 0 and 1."""
-    return float((model(inputs).argmax(1) == targets).double().mean())
 
 
 def accuracies(
     rule: str, options: dict[str, Any], digits: Digits, sizes: Sequence[int], seed: int, lr: float, batch: int, epochs: int
 ) -> list[float]:
     """Test accuracy (0 to 1) after every epoch of plain SGD."""
-    return [accuracy(model, *digits.test) for model in trained(rule, options, digits, sizes, seed, lr, batch, epochs)]
+    return [digits.accuracy(model) for model in trained(rule, options, digits, sizes, seed, lr, batch, epochs)]
 
 
 def cosines(digits: Digits, seed: int) -> dict[str, tuple[float, float]]:
     """Interference at the initial weights, on 64 samples, by layer: without and with the solver."""
     model = network((digits.x.shape[1], 128, 128, 10), seed)
-    found = interference(Backprop(model), digits.x[:64], digits.y[:64], SETTINGS["solver: damping"])
-    return dict(zip(("first", "second", "output"), found.values(), strict=True))
+    angles = interference(Backprop(model), digits.x[:64], digits.y[:64], SETTINGS["solver: damping"])
+    return dict(zip(("first", "second", "output"), angles.values(), strict=True))
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
@@ -204,7 +174,7 @@ def _accuracy(cells: Cells, key: str, arm: str, epoch: int) -> list[float]:
 
 def _spread(cells: Cells, name: str) -> list[float]:
     finals = [[run[-1] for run in cell["solver"][name].values()] for cell in cells]
-    return [max(each) - min(each) for each in finals]
+    return [max(final) - min(final) for final in finals]
 
 
 def tables(cells: Cells) -> list[Row]:

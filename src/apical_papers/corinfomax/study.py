@@ -13,7 +13,7 @@ import torch
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.fit import fit
+from apical.bench.plain_loop import fit
 from apical.bench.program import Cells, SeedStudy
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle

@@ -14,7 +14,7 @@ from torch import nn
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.fit import accuracy, fit
+from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Split, load
@@ -78,7 +78,7 @@ def trained(rule: CreditRule, train: Split, test: Split, epochs: int, seed: int)
 
 def slopes(train: Split, seed: int) -> dict[str, float]:
     """Order in beta of the gradient's distance to backpropagation's: log10 of a ratio, in float64."""
-    found = {}
+    numbers = {}
     for alpha in (0.0, 0.5, 1.0):
         gaps = []
         for beta in BETAS:
@@ -86,27 +86,27 @@ def slopes(train: Split, seed: int) -> dict[str, float]:
             rule = DualPropagation(models.build("mlp-tanh-256-256", (1, 28, 28), 10).double(), alpha=alpha, beta=beta)
             own, exact = gradients(rule, train.inputs[:100].double(), train.targets[:100])
             gaps.append(max(float((own[name] - exact[name]).norm() / exact[name].norm()) for name in own))
-        found[f"alpha {alpha:g}"] = float(torch.log10(torch.tensor(gaps[1] / gaps[2])))
-    return found
+        numbers[f"alpha {alpha:g}"] = float(torch.log10(torch.tensor(gaps[1] / gaps[2])))
+    return numbers
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
     mnist = load("mnist-raw")
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(mnist.train), generator=generator)[: SETTINGS["training images"]]
-    train, few = Split(mnist.train.inputs[chosen], mnist.train.targets[chosen]), SETTINGS["test images"]
+    samples = torch.randperm(len(mnist.train), generator=generator)[: SETTINGS["training images"]]
+    train, few = Split(mnist.train.inputs[samples], mnist.train.targets[samples]), SETTINGS["test images"]
     test = Split(mnist.test.inputs[:few], mnist.test.targets[:few])
     arms: dict[str, Callable[[nn.Module], CreditRule]] = {"bp": Backprop}
     arms |= {name: partial(DualPropagation, **options) for name, options in (TRANSPOSED | ORIGINAL).items()}
-    made = {}
+    rules = {}
     for name, rule_of in arms.items():
         torch.manual_seed(seed)
         model = models.build(SETTINGS["model"], (1, 28, 28), 10)
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
-        made[name] = trained(rule_of(model), train, test, epochs, seed)
-    return {"arms": made, "orders": slopes(train, seed)}
+        rules[name] = trained(rule_of(model), train, test, epochs, seed)
+    return {"arms": rules, "orders": slopes(train, seed)}
 
 
 def verdicts(cells: Cells) -> list[Row]:

@@ -8,7 +8,6 @@ epochs there).
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -206,9 +205,7 @@ def verdicts(data: str, values: Any, seeds: int) -> list[dict[str, Any]]:
     return [*rows, against("K2", "one-sided, 0.02", NOISE, 0.5, less=True)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.equilibrium.noise", Options, study, arguments)
+main = partial(run_command, "apical_papers.equilibrium.noise", Options, study)
 
 
 if __name__ == "__main__":

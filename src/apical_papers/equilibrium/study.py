@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.fit import accuracy, fit
+from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
@@ -132,9 +132,9 @@ def adjoint_cosines(rule: EquilibriumPropagation, inputs: Tensor, targets: Tenso
             rule.nudged_steps,
             lambda s: network.nudged_by(network.errors(rule.loss, s, targets, 0), beta),
         ).s
-        moved = [s[:size] - s[size:] for s in twice]
-    whole = F.cosine_similarity(torch.cat(moved, 1), -torch.cat(exact, 1), dim=1)
-    return float(whole.mean()), float(F.cosine_similarity(moved[0], -exact[0], dim=1).mean())
+        shifts = [s[:size] - s[size:] for s in twice]
+    whole = F.cosine_similarity(torch.cat(shifts, 1), -torch.cat(exact, 1), dim=1)
+    return float(whole.mean()), float(F.cosine_similarity(shifts[0], -exact[0], dim=1).mean())
 
 
 @torch.no_grad()

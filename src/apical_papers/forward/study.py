@@ -15,7 +15,7 @@ from torch import nn
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.fit import accuracy, fit
+from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Dataset
@@ -87,12 +87,12 @@ def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[d
 
 @torch.no_grad()
 def _accuracies(rule: CreditRule, data: Dataset) -> dict[str, float]:
-    found = {"answer": accuracy(rule, data.test)}
+    accuracies = {"answer": accuracy(rule, data.test)}
     if isinstance(rule, ForwardForward) and not rule.self_contrastive:
         rule.answers = "goodness"
-        found["goodness"] = accuracy(rule, data.test)
+        accuracies["goodness"] = accuracy(rule, data.test)
         rule.answers = "read-out"
-    return found
+    return accuracies
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from apical import models
 from apical.bench.finding import Row, at_least, count, difference, shown
-from apical.bench.fit import accuracy, fit
+from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error

@@ -1,6 +1,6 @@
 """What the paper claims about the plausibility of rules (arXiv 2405.20594 version 1, table 1), in the terms of the audit."""
 
-from apical.bench.claims import Claims
+from apical.bench.papers import Claims
 
 CLAIMS = Claims(
     "arXiv 2405.20594 version 1, table 1",

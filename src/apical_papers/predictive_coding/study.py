@@ -150,8 +150,8 @@ def _state_steps(model: nn.Module, x: Tensor, y: Tensor, rate: float, goal: floa
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
     mnist = load("mnist")
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(mnist.train), generator=generator)[:5000]
-    few = Split(mnist.train.inputs[chosen], mnist.train.targets[chosen])
+    samples = torch.randperm(len(mnist.train), generator=generator)[:5000]
+    few = Split(mnist.train.inputs[samples], mnist.train.targets[samples])
     test = Split(mnist.test.inputs[:2000], mnist.test.targets[:2000])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of layers that no error reaches: that is what is shown
@@ -244,7 +244,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 def tables(cells: Cells) -> list[Row]:
     """Every training, and the products."""
-    made = [
+    tables = [
         {
             "title": title,
             "note": note,
@@ -261,7 +261,7 @@ def tables(cells: Cells) -> list[Row]:
             ("plain", "Ten plain layers", "After 300 batches of 64."),
         )
     ]  # fmt: skip
-    made.append(
+    tables.append(
         {
             "title": "Products in sequence",
             "note": "Until 90 % of the way to the equilibrium's energy, at the best of the rates tried.",
@@ -269,7 +269,7 @@ def tables(cells: Cells) -> list[Row]:
             "rows": [[name, shown([cell["products"][name] for cell in cells])] for name in cells[0]["products"]],
         }
     )
-    made.append(
+    tables.append(
         {
             "title": "Straight to the target",
             "note": "Cosine of the output's change with target minus output, linear networks.",
@@ -277,7 +277,7 @@ def tables(cells: Cells) -> list[Row]:
             "rows": [[name, shown([cell["straight"][name] for cell in cells])] for name in cells[0]["straight"]],
         }
     )
-    return made
+    return tables
 
 
 main = SeedStudy(

@@ -92,10 +92,10 @@ def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # feedback is untrained, and rules say so
         try:
-            made = entry.build(model, **entry.options)
+            learner = entry.build(model, **entry.options)
             for x, y in zip(*batch(seed), strict=True):
                 model.zero_grad()
-                made.accumulate(x, y)
+                learner.accumulate(x, y)
                 for i, layer in enumerate(ends):
                     grad = layer.weight.grad
                     squares[i] += 0.0 if grad is None else float(grad.double().square().sum())
@@ -118,14 +118,14 @@ def measure(
 
 def ratios(cells: Any, name: str, rule: str, depth: int) -> list[float]:
     """Of all seeds that have a number."""
-    found = [cell["depth"][name][rule].get(str(depth)) for cell in cells if cell["depth"]]
-    return [value for value in found if isinstance(value, float)]
+    values = [cell["depth"][name][rule].get(str(depth)) for cell in cells if cell["depth"]]
+    return [value for value in values if isinstance(value, float)]
 
 
 def reason(cells: Any, name: str, rule: str, depth: int) -> str:
     """Why there is none."""
-    found = [cell["depth"][name][rule][str(depth)] for cell in cells if cell["depth"]]
-    return next(str(value) for value in found if isinstance(value, str))
+    values = [cell["depth"][name][rule][str(depth)] for cell in cells if cell["depth"]]
+    return next(str(value) for value in values if isinstance(value, str))
 
 
 def table(cells: Any, name: str, rules: Sequence[str] = RULES, depths: Sequence[int] = DEPTHS) -> Row:

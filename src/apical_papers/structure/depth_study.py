@@ -43,8 +43,8 @@ class Options(Seeds):
 
 
 def _cell(seed: int, depths: Sequence[int]) -> dict[str, Any]:
-    begun = time.perf_counter()
-    return {"depth": depth.measure(seed, depth.FURTHER, depths), "seconds": time.perf_counter() - begun}
+    start = time.perf_counter()
+    return {"depth": depth.measure(seed, depth.FURTHER, depths), "seconds": time.perf_counter() - start}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
@@ -61,8 +61,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
 def verdicts(cells: Cells) -> list[Row]:
     """On the isometry at depth 50 a tenth arrives."""
     what = "|x| at depth 50: gradient norm of layer 1 / L"
-    found = {rule: depth.ratios(cells, depth.EXACT, rule, 50) for rule in FAR}
-    return [at_least("depth", rule, what, values, 0.1) for rule, values in found.items() if values]
+    ratios = {rule: depth.ratios(cells, depth.EXACT, rule, 50) for rule in FAR}
+    return [at_least("depth", rule, what, values, 0.1) for rule, values in ratios.items() if values]
 
 
 def tables(cells: Cells, depths: Sequence[int] = depth.DEPTHS) -> list[Row]:
@@ -70,9 +70,7 @@ def tables(cells: Cells, depths: Sequence[int] = depth.DEPTHS) -> list[Row]:
     return [depth.table(cells, name, depth.FURTHER, depths) for name in depth.NETWORKS]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.structure.depth_study", Options, study, arguments)
+main = partial(run_command, "apical_papers.structure.depth_study", Options, study)
 
 
 if __name__ == "__main__":

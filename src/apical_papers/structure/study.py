@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -20,15 +21,13 @@ from tyro.conf import arg
 from apical.bench.finding import Row, at_least, count, difference, shown
 from apical.bench.program import Cells, SeedOptions, by_seed, run_command
 from apical.bench.statistics import student
+from apical_papers.digits import TEST, TRAIN, Digits
 from apical_papers.structure import depth
 from apical_papers.structure.trained import (
     NODES,
     RULES,
-    TEST,
-    TRAIN,
     WIDTH,
     WIRINGS,
-    Digits,
     codes,
     spearman,
     topology,
@@ -68,13 +67,13 @@ class Options(SeedOptions):
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    begun, digits = time.perf_counter(), Digits()
+    start, digits = time.perf_counter(), Digits()
     return {
         "depth": depth.measure(seed) if seed < depth.SEEDS else {},
         "topology": topology(digits, seed, epochs),
         "wirings": wirings(digits, seed, epochs),
         "codes": codes(digits, seed),
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - start,
     }
 
 
@@ -96,10 +95,10 @@ def depth_verdicts(cells: Cells) -> list[Row]:
         what = f"|x| at depth {layers}: 1 minus the distance of layer 1 / L from 1"
         rows.append(at_least("depth", "bp", what, off, 0.999))
     for rule in ("fa", "dfa", "usf", "dtp", "ddtp-linear", "dualprop"):
-        found = depth.ratios(cells, depth.EXACT, rule, 50)
-        rows.append(at_least("depth", rule, "|x| at depth 50: gradient norm of layer 1 / L", found, 0.1))
-    found = [-math.log10(max(r, 1e-30)) for r in depth.ratios(cells, depth.EXACT, "ccl", 50)]
-    rows.append(at_least("depth", "ccl", "|x| at depth 50: orders of magnitude lost", found, 6.0))
+        ratios = depth.ratios(cells, depth.EXACT, rule, 50)
+        rows.append(at_least("depth", rule, "|x| at depth 50: gradient norm of layer 1 / L", ratios, 0.1))
+    ratios = [-math.log10(max(r, 1e-30)) for r in depth.ratios(cells, depth.EXACT, "ccl", 50)]
+    rows.append(at_least("depth", "ccl", "|x| at depth 50: orders of magnitude lost", ratios, 6.0))
     return rows
 
 
@@ -135,8 +134,8 @@ def wiring_verdicts(cells: Cells) -> list[Row]:
         difference("graph", "bp", "attention minus learned", of("attention"), of("learned"), less=False),
         at_least("graph", "bp", "with L1: share of the edges below 0.01", of("learned, L1", "pruned"), 0.3),
     ]
-    kept = [after - before for after, before in zip(of("learned, L1", "accuracy pruned"), of("learned, L1"), strict=True)]
-    rows.append(at_least("graph", "bp", "with L1: accuracy without them minus that with them", kept, -0.005))
+    losses = [after - before for after, before in zip(of("learned, L1", "accuracy pruned"), of("learned, L1"), strict=True)]
+    rows.append(at_least("graph", "bp", "with L1: accuracy without them minus that with them", losses, -0.005))
     rho = [cell["codes"] for cell in cells]
     rows.append(at_least("codes", "none", "rank correlation of entropy with a read-out's accuracy", rho, 0.5))
     return rows
@@ -147,8 +146,8 @@ def _deep(cells: Cells, rule: str) -> list[float]:
 
 
 def _excess(cells: Cells, rule: str) -> list[float]:
-    found = [cell["topology"][rule] for cell in cells]
-    return [math.log(row["dgp"] / row["dgp shuffled"]) for row in found]
+    cells_of = [cell["topology"][rule] for cell in cells]
+    return [math.log(row["dgp"] / row["dgp shuffled"]) for row in cells_of]
 
 
 def _differs(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -164,13 +163,13 @@ def _z(row: dict[str, Any]) -> list[float]:
 
 def _spread_rho(cells: Cells) -> list[float]:
     """Spearman's rho over the networks of a seed, mean over the later layers."""
-    found = []
+    coefficients = []
     for cell in cells:
         rows = list(cell["topology"].values())
         layers = range(1, len(rows[0]["np"]))
         rhos = [spearman([row["np"][i] for row in rows], [row["spread"][i] for row in rows]) for i in layers]
-        found.append(abs(fmean(rhos)))
-    return found
+        coefficients.append(abs(fmean(rhos)))
+    return coefficients
 
 
 def tables(cells: Cells) -> list[Row]:
@@ -239,9 +238,7 @@ def _wiring_table(cells: Cells) -> Row:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.structure.study", Options, study, arguments)
+main = partial(run_command, "apical_papers.structure.study", Options, study)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """Networks trained on digits: the persistence of their weights under eight rules, learned wirings, and random codes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from apical.bench.names import find_rule
 from apical.core.credit import CreditRule
-from apical.data import load
 from apical.diagnostics.coding import covariance_spectrum, gaussian_entropy
 from apical.diagnostics.persistence import persistence
 from apical.models import mlp
 from apical.models.graph import GraphClassifier
+from apical_papers.digits import Digits, passes
 
-TRAIN, TEST, BATCH = 4000, 1000, 64
+BATCH = 64
 RULES = {"bp": 0.1, "fa": 0.1, "dfa": 0.1, "usf": 0.1, "pfa-o": 0.1, "dtp": 0.1, "ccl": 1.0, "mono-forward": 0.1}
 """Rules whose nets are measured, with learning rates of plain SGD, chosen after a look at the accuracy of one seed."""
 
@@ -34,59 +33,25 @@ WIRINGS: dict[str, tuple[str | float, str, str, float]] = {
 NODES, WIDTH, GRAPH_LR = 8, 64, 0.05
 
 
-class Digits:
-    """Training and test digits (n, 784) in [0, 1], and labels."""
-
-    def __init__(self, name: str = "mnist") -> None:
-        data = load(name)
-        self.x, self.y = data.train.inputs.flatten(1)[:TRAIN], data.train.targets[:TRAIN]
-        self.test = (data.test.inputs.flatten(1)[:TEST], data.test.targets[:TEST])
-        low, high = self.x.min(), self.x.max()
-        self.x, self.test = (self.x - low) / (high - low), ((self.test[0] - low) / (high - low), self.test[1])
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass in random order."""
-        for chosen in torch.randperm(len(self.x)).split(BATCH):
-            yield self.x[chosen], self.y[chosen]
-
-    def accuracy(self, model: nn.Module) -> float:
-        """On the test digits (0 to 1), of a network or of a rule's answers."""
-        answer = model.answer if isinstance(model, CreditRule) else model
-        with torch.no_grad():
-            return float((answer(self.test[0]).argmax(1) == self.test[1]).double().mean())
-
-
 def trained(
     rule: str, model: nn.Module, digits: Digits, lr: float, epochs: int, after: Callable[[], None] = lambda: None
 ) -> CreditRule:
     """The rule after plain SGD; `after` runs after every step."""
-    entry = find_rule(rule)
-    made = entry.build(model, **entry.options)
-    optimizer = torch.optim.SGD(made.parameters(), lr)
-    for _ in range(epochs):
-        for x, y in digits.batches():
-            optimizer.zero_grad()
-            made(x, y).backward()
-            if entry.clip:
-                for parameter in made.parameters():
-                    nn.utils.clip_grad_norm_([parameter], entry.clip)
-            optimizer.step()
-            made.constrain_()
-            after()
-    return made
+    *_, learner = passes(rule, model, digits, lr, BATCH, epochs, after=after)
+    return learner
 
 
 def numbers(model: nn.Module) -> dict[str, Any]:
     """What is kept of a network's persistence."""
-    found = persistence(model, shuffles=3)
-    assert found.deep_shuffled is not None
+    numbers = persistence(model, shuffles=3)
+    assert numbers.deep_shuffled is not None
     return {
-        "np": list(found.layers.values()),
-        "np shuffled": [mean for mean, _ in found.shuffled.values()],
-        "np shuffled std": [std for _, std in found.shuffled.values()],
-        "spread": list(found.spread.values()),
-        "dgp": found.deep,
-        "dgp shuffled": found.deep_shuffled[0],
+        "np": list(numbers.layers.values()),
+        "np shuffled": [mean for mean, _ in numbers.shuffled.values()],
+        "np shuffled std": [std for _, std in numbers.shuffled.values()],
+        "spread": list(numbers.spread.values()),
+        "dgp": numbers.deep,
+        "dgp shuffled": numbers.deep_shuffled[0],
     }
 
 
@@ -97,8 +62,8 @@ def topology(digits: Digits, seed: int, epochs: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         model = mlp(digits.x.shape[1], [64, 64], 10)
         results.setdefault("untrained", {**numbers(model), "accuracy": digits.accuracy(model)})
-        made = trained(rule, model, digits, lr, epochs)
-        results[rule] = {**numbers(model), "accuracy": digits.accuracy(made)}
+        learner = trained(rule, model, digits, lr, epochs)
+        results[rule] = {**numbers(model), "accuracy": digits.accuracy(learner)}
     return results
 
 
@@ -131,7 +96,7 @@ def codes(digits: Digits, seed: int, networks: int = 30) -> float:
     side = round(pixels**0.5)
     places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1).float()
     target = nn.functional.one_hot(digits.y, 10).float()
-    found = []
+    rows = []
     for _ in range(networks):
         density, radius = torch.rand(2, generator=generator).tolist()
         centres = places[torch.randint(pixels, (100,), generator=generator)]
@@ -147,8 +112,8 @@ def codes(digits: Digits, seed: int, networks: int = 30) -> float:
         features = torch.cat([(h - shift) / scale, torch.ones(len(h), 1)], 1)
         read = torch.linalg.solve(features.T @ features + torch.eye(101), features.T @ target)
         seen = torch.cat([(test - shift) / scale, torch.ones(len(test), 1)], 1)
-        found.append((entropy, float(((seen @ read).argmax(1) == digits.test[1]).double().mean())))
-    return spearman(*zip(*found, strict=True))
+        rows.append((entropy, float(((seen @ read).argmax(1) == digits.test[1]).double().mean())))
+    return spearman(*zip(*rows, strict=True))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

@@ -27,18 +27,15 @@ from apical.bench.figures.curves import render
 from apical.bench.figures.landscape import landscape
 from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
+from apical.bench.program import keep_results, run_command
+from apical.bench.run_folder import check_writable
 from apical.data.dataset import Dataset
 from apical.diagnostics.landscape import barrier, losses_at, points_at_once, principal_plane, surface, tortuosity, travelled
 from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
-from apical.rules.backprop import Backprop
-from apical.rules.top_down.teacher import load
-from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
+from apical_papers.tdca.starts import learners
 from apical_papers.tdca.trials import GRID
 
 MODEL = "mlp-256-256"
@@ -52,17 +49,17 @@ POINTS = 40
 TUNING = 8
 """Starts that learning rates are chosen on."""
 RULES = {"tdca": "TDCA", "bp": "BP"}
-TITLE = "TDCA in the loss landscape, against backpropagation"
-ABOUT = (
-    "The shipped teacher and backpropagation train the default model on the handwritten digits, from the same initial "
-    "weights and with the same mini-batches, each at its own best learning rate of one grid. The straight line from a run's "
-    "start to its end has a barrier where the loss exceeds the linear interpolation between its ends."
-)
-SOURCES = {
-    "our mark": "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
-    "difference (Student's t) lies on the better side of the mark, or that the count of starts reaches it. The paper claims "
-    "that TDCA's ways get past local minima where BP's stay: TDCA would have to end lower. Barriers are in the table but "
-    "have no mark: an earlier run, with another teacher, found none under either rule."
+ABOUT = {
+    "title": "TDCA in the loss landscape, against backpropagation",
+    "about": "The shipped teacher and backpropagation train the default model on the handwritten digits, from the same "
+    "initial weights and with the same mini-batches, each at its own best learning rate of one grid. The straight line "
+    "from a run's start to its end has a barrier where the loss exceeds the linear interpolation between its ends.",
+    "sources": {
+        "our mark": "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
+        "difference (Student's t) lies on the better side of the mark, or that the count of starts reaches it. The paper "
+        "claims that TDCA's ways get past local minima where BP's stay: TDCA would have to end lower. Barriers are in the "
+        "table but have no mark: an earlier run, with another teacher, found none under either rule.",
+    },
 }
 
 
@@ -78,29 +75,16 @@ class Options:
 
 def train(rule: str, digits: Dataset, seeds: Sequence[int], rates: Sequence[float]) -> tuple[Population, Tensor]:
     """Snapshots (snapshots, P, n), the start first and the end last, of one learner per seed, with a learning rate each."""
-    shape, x, y = tuple(digits.train.inputs.shape[1:]), digits.train.inputs, digits.train.targets
-    models = []
-    for seed in seeds:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            models.append(build(MODEL, shape, digits.classes))
-    model = build(MODEL, shape, digits.classes)
-    if rule == "bp":
-        population, other = Population(Backprop(model), x, y), None
-    else:
-        teacher = load(shipped("digits"))[0]
-        population = Population(TopDownCreditAssignment(model, teacher=teacher), x, y, "teacher.")
-        assert population.other is not None
-        other = population.other.flat({f"teacher.{name}": weight for name, weight in teacher.state_dict().items()})
-        other = other.expand(len(seeds), -1)
-    start = torch.stack([population.start(network) for network in models])
+    x, y = digits.train.inputs, digits.train.targets
+    population, other, start = learners(MODEL, rule, digits, (x, y), seeds)
+    others = None if other is None else other.expand(len(seeds), -1)
     snapshots = []
 
     def watch(done: int, weights: Tensor) -> None:
         if done % EVERY == 0 or done == LIFETIME.steps:
             snapshots.append(weights.clone())
 
-    population.train(start, other, x, y, LIFETIME, lr=torch.tensor(rates), watch=watch)
+    population.train(start, others, x, y, LIFETIME, lr=torch.tensor(rates), watch=watch)
     return population, torch.stack(snapshots)
 
 
@@ -204,45 +188,29 @@ def study(options: Options, command: str) -> dict[str, Any]:
             "landscape", "Two ways", caption, landscape(record(digits, {rule: measurements[rule][1][0] for rule in RULES}))
         )
     keys = ("loss", "accuracy", "barrier", "travelled", "distance", "tortuosity")
-    results = {
-        "title": TITLE,
-        "about": ABOUT,
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {
-            "model": MODEL,
-            "starts": options.starts,
-            "starts for tuning": TUNING,
-            "learning rates": list(GRID),
-            "chosen": rates,
-            "snapshots every": EVERY,
-            **{key: value for key, value in asdict(LIFETIME).items() if key != "lr"},
-        },
-        "sources": SOURCES,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "verdicts": verdicts(rows),
-        "tables": [
-            {
-                "title": "Ends and ways",
-                "note": "Median training loss at the end (nats), starts that end worse than a guess, mean training loss, "
-                "test accuracy, barrier on the straight line from start to end "
-                "(nats), distance travelled (over snapshots), distance from start to end, and their ratio: mean over starts "
-                f"with 95 % interval. Mean barrier between the ends of both rules: {fmean(between):.3g} nats.",
-                "header": ["rule", "learning rate", "median loss", "failed", *keys],
-                "rows": [
-                    [
-                        name,
-                        f"{rates[rule]:g}",
-                        *_ends(rows[rule]),
-                        *(shown([row[key] for row in rows[rule]]) for key in keys),
-                    ]
-                    for rule, name in RULES.items()
-                ],
-            }
+    settings = {
+        "model": MODEL,
+        "starts": options.starts,
+        "starts for tuning": TUNING,
+        "learning rates": list(GRID),
+        "chosen": rates,
+        "snapshots every": EVERY,
+        **{key: value for key, value in asdict(LIFETIME).items() if key != "lr"},
+    }
+    table = {
+        "title": "Ends and ways",
+        "note": "Median training loss at the end (nats), starts that end worse than a guess, mean training loss, "
+        "test accuracy, barrier on the straight line from start to end "
+        "(nats), distance travelled (over snapshots), distance from start to end, and their ratio: mean over starts "
+        f"with 95 % interval. Mean barrier between the ends of both rules: {fmean(between):.3g} nats.",
+        "header": ["rule", "learning rate", "median loss", "failed", *keys],
+        "rows": [
+            [name, f"{rates[rule]:g}", *_ends(rows[rule]), *(shown([row[key] for row in rows[rule]]) for key in keys)]
+            for rule, name in RULES.items()
         ],
     }
-    write(options.out, results, [drawing] if drawing is not None else [])
-    return results
+    spent = [{"seconds": time.perf_counter() - begun}]
+    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(rows), [table], [drawing])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

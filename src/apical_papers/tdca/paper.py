@@ -17,6 +17,7 @@ PAPER = Paper(
             },
             module="apical_papers.tdca.classification.study",
             needs={"generations": 150, "seeds": 5},
+            hours={"cpu": 0.53},
         ),
         "diffusion": Table(
             "Credit diffusion, before and after",
@@ -24,6 +25,17 @@ PAPER = Paper(
                 "smoke": {"generations": 1, "seeds": 2},
                 "cpu": {"generations": 40, "seeds": 5},
                 "paper": {"generations": 40, "seeds": 5},
+            },
+            module="apical_papers.tdca.diffusion.study",
+            needs={"generations": 40, "seeds": 5},
+            hours={"cpu": 0.48},
+        ),
+        "diffusion-logits": Table(
+            "Credit diffusion, before and after, with credit on logits",
+            {
+                "smoke": {"credit": "logits", "generations": 1, "seeds": 2},
+                "cpu": {"credit": "logits", "generations": 40, "seeds": 5},
+                "paper": {"credit": "logits", "generations": 40, "seeds": 5},
             },
             module="apical_papers.tdca.diffusion.study",
             needs={"generations": 40, "seeds": 5},
@@ -38,6 +50,26 @@ PAPER = Paper(
             module="apical_papers.tdca.functions.study",
             needs={"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
             hours={"cpu": 0.46},
+        ),
+        "basins": Table(
+            "Basins that evolved top-down networks leave on non-convex functions",
+            {
+                "smoke": {"generations": 1, "seeds": 2},
+                "cpu": {"generations": 200, "seeds": 5},
+                "paper": {"generations": 200, "seeds": 5},
+            },
+            module="apical_papers.tdca.functions.basins",
+            needs={"generations": 200, "seeds": 5},
+        ),
+        "acrobot": Table(
+            "Top-down credit assignment on Acrobot",
+            {
+                "smoke": {"cases": "acrobot", "generations": 1, "generations_state": 1, "seeds": 2, "lifetimes": 2},
+                "cpu": {"cases": "acrobot", "generations": 24, "generations_state": 10, "seeds": 5, "lifetimes": 8},
+                "paper": {"cases": "acrobot", "generations": 60, "generations_state": 20, "seeds": 5, "lifetimes": 16},
+            },
+            module="apical_papers.tdca.reinforcement.study",
+            needs={"generations": 24, "generations_state": 10, "seeds": 5},
         ),
         "reinforcement": Table(
             "Top-down credit assignment on CartPole and Pendulum",

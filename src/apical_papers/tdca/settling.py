@@ -28,17 +28,13 @@ from tyro.conf import arg
 
 from apical import data
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
+from apical.bench.program import keep_results, run_command
+from apical.bench.run_folder import check_writable
 from apical.data.dataset import Dataset
 from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
-from apical.models.catalogue import build
-from apical.rules.backprop import Backprop
-from apical.rules.top_down.teacher import load
-from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
+from apical_papers.tdca.starts import learners
 
 MODELS = ("mlp-32-32", "mlp-64-64-64", "mlp-tanh-64")
 RULES = {"bp": "BP", "tdca": "TDCA"}
@@ -50,17 +46,17 @@ TUNING = 8
 LAST = 0.25
 """Share of the training whose weights are averaged."""
 POINTS = 1.5
-TITLE = "The shipped teacher of TDCA: last weights, averaged weights, decaying rate"
-ABOUT = (
-    "The shipped teacher missed its mark on narrow and on deep perceptrons, on single seeds, at a constant learning rate. "
-    "Its credit is no gradient and need not vanish where training should end: weights then wander around a good place. This "
-    "study averages them over the last quarter of training, or lets the rate fall to zero, for backpropagation too. Rates "
-    "are chosen for each rule and way to end on held-out training images."
-)
-SOURCES = {
-    "our mark": f"Starts: TDCA's test accuracy on each, with averaged weights, is at most {POINTS:g} points below the mean "
-    "of backpropagation's with averaged weights. Averaging: the 95 % interval of the mean difference from the last weights "
-    "of the same runs (Student's t) lies above 0. Set before the run, after a look at development starts."
+ABOUT = {
+    "title": "The shipped teacher of TDCA: last weights, averaged weights, decaying rate",
+    "about": "The shipped teacher missed its mark on narrow and on deep perceptrons, on single seeds, at a constant "
+    "learning rate. Its credit is no gradient and need not vanish where training should end: weights then wander around a "
+    "good place. This study averages them over the last quarter of training, or lets the rate fall to zero, for "
+    "backpropagation too. Rates are chosen for each rule and way to end on held-out training images.",
+    "sources": {
+        "our mark": f"Starts: TDCA's test accuracy on each, with averaged weights, is at most {POINTS:g} points below the "
+        "mean of backpropagation's with averaged weights. Averaging: the 95 % interval of the mean difference from the "
+        "last weights of the same runs (Student's t) lies above 0. Set before the run, after a look at development starts.",
+    },
 }
 
 
@@ -90,23 +86,9 @@ def train(
         cosine: the rate falls to zero along half a cosine.
     """
     x, y = images
-    shape = tuple(x.shape[1:])
-    models = []
-    for seed in seeds:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            models.append(build(model, shape, digits.classes))
-    learner = build(model, shape, digits.classes)
-    other = None
-    if rule == "bp":
-        population = Population(Backprop(learner), x, y, record=True)
-    else:
-        teacher = load(shipped("digits"))[0]
-        population = Population(TopDownCreditAssignment(learner, teacher=teacher), x, y, "teacher.", record=True)
-        assert population.other is not None
-        other = population.other.flat({f"teacher.{name}": weight for name, weight in teacher.state_dict().items()})
-        other = other.expand(len(seeds) * len(rates), -1)
-    start = torch.stack([population.start(network) for network in models]).repeat_interleave(len(rates), 0)
+    population, other, start = learners(model, rule, digits, images, seeds, record=True)
+    start = start.repeat_interleave(len(rates), 0)
+    others = None if other is None else other.expand(len(start), -1)
     steps = EPOCHS * (len(x) // BATCH)
     lr, total, summed = torch.tensor([*rates] * len(seeds)), 0, torch.zeros_like(start)
     base = lr.clone()
@@ -120,7 +102,7 @@ def train(
             lr.copy_(base * (1 + math.cos(math.pi * done / steps)) / 2)
 
     lifetime = Lifetime(steps=steps, lr=rates[0], optimizer="sgd", clip=1.0, batch_size=BATCH)
-    last = population.train(start, other, x, y, lifetime, lr=lr, watch=watch)
+    last = population.train(start, others, x, y, lifetime, lr=lr, watch=watch)
     return population, {"last": last, "averaged": summed / total}
 
 
@@ -209,35 +191,24 @@ def study(options: Options, command: str) -> dict[str, Any]:
     for model in MODELS:
         findings[model] = {rule: measured(model, rule, digits, options.starts) for rule in RULES}
         print(f"{time.perf_counter() - begun:7.1f} s  {model}", flush=True)
-    results = {
-        "title": TITLE,
-        "about": ABOUT,
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {
-            **{key: value for key, value in asdict(options).items() if key != "out"},
-            "epochs": EPOCHS,
-            "batch size": BATCH,
-            "starts for tuning": TUNING,
-            "held-out images": HELD,
-            "learning rates": list(RATES),
-            "averaged, share of training": LAST,
-        },
-        "sources": SOURCES,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "verdicts": verdicts(findings),
-        "tables": [
-            {
-                "title": "By network and way to end",
-                "note": "Training loss (nats) and test accuracy in %, mean over starts with 95 % interval; the mean and the "
-                "worst start minus the mean of BP's with the same end, in points.",
-                "header": ["network", "end", "rule", "learning rate", "loss", "accuracy, %", "mean", "worst start"],
-                "rows": [line for model, rules in findings.items() for line in lines(model, rules)],
-            }
-        ],
+    settings = {
+        **{key: value for key, value in asdict(options).items() if key != "out"},
+        "epochs": EPOCHS,
+        "batch size": BATCH,
+        "starts for tuning": TUNING,
+        "held-out images": HELD,
+        "learning rates": list(RATES),
+        "averaged, share of training": LAST,
     }
-    write(options.out, results, [])
-    return results
+    table = {
+        "title": "By network and way to end",
+        "note": "Training loss (nats) and test accuracy in %, mean over starts with 95 % interval; the mean and the "
+        "worst start minus the mean of BP's with the same end, in points.",
+        "header": ["network", "end", "rule", "learning rate", "loss", "accuracy, %", "mean", "worst start"],
+        "rows": [line for model, rules in findings.items() for line in lines(model, rules)],
+    }
+    spent = [{"seconds": time.perf_counter() - begun}]
+    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(findings), [table])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,8 @@ device of the study of diffusion, for perceptrons with one hidden layer of tanh 
 the first layer's weights, one for each example, are never laid out.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class SynapticCredit(CreditRule):
     Args:
         model: affine, tanh, affine; its output is class scores.
         teacher: emits as many values as the model has parameters: those of the hidden units, then those of the output
-            units, each unit's weights followed by its bias.
+            units, each unit's weights followed by its bias. The output's stand where the teacher's credit does.
         local: multiply credit by the activity and the slope at the synapse; otherwise it is the gradient itself.
         silent: hand out no credit to hidden units.
 
@@ -48,14 +50,19 @@ class SynapticCredit(CreditRule):
         output = F.linear(a, second.weight.detach(), second.bias.detach())
         prediction, target = described(output, targets)
         # The top-down network's last layer is affine: c_b = U t_b, so that sums over examples can be taken before it.
-        top = self.teacher.body[-1]
-        t = with_one(self.teacher.body[:-1](torch.cat([prediction, target], 1))).detach()
-        u = torch.cat([top.weight, top.bias[:, None]], 1).detach()  # type: ignore[list-item,index]
+        top, t = cast(nn.Linear, self.teacher.body[-1]), self.teacher.state(prediction, target, classes=True).detach()
+        u = top.weight.detach()
+        if top.bias is not None:
+            t, u = with_one(t), torch.cat([u, top.bias.detach()[:, None]], 1)
         hidden, last = u.split([a.shape[1] * (x.shape[1] + 1), output.shape[1] * (a.shape[1] + 1)])
         hidden, last = hidden.unflatten(0, (a.shape[1], -1)), last.unflatten(0, (output.shape[1], -1))
+        if self.teacher.relative:  # the units share it, as with a credit per unit
+            hidden = hidden / a.shape[1] ** self.teacher.share
         t = t / len(x)
         if self.local:
-            sums = [at_tanh(hidden, t, x, a), at_softmax(last, t, a, prediction)]
+            on_logits = self.teacher.credit == "logits"
+            top_sum = at_slope(last, t, a, torch.ones_like(output)) if on_logits else at_softmax(last, t, a, prediction)
+            sums = [at_slope(hidden, t, x, 1 - a.square()), top_sum]
         else:
             sums = [hidden @ t.sum(0), last @ t.sum(0)]
         roots = [first.weight, first.bias, second.weight, second.bias]
@@ -69,15 +76,15 @@ def with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
-def at_tanh(u: Tensor, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-    """`sum_b c_ij (1 - a_i^2) x_j` (units, inputs + 1) for credits `c_ij = sum_h u_ijh t_h`.
+def at_slope(u: Tensor, t: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """`sum_b c_ij f'_i x_j` (units, inputs + 1) for credits `c_ij = sum_h u_ijh t_h`.
 
     Args:
         u: last layer of the top-down network, (units, inputs + 1, h).
         t: what enters it, (batch, h).
-        x, a: the layer's inputs (batch, inputs) and activities (batch, units).
+        x, slope: the layer's inputs (batch, inputs), and its units' slopes (batch, units): 1 - a^2 for tanh.
     """
-    return torch.einsum("ijh,hij->ij", u, torch.einsum("bh,bi,bj->hij", t, 1 - a.square(), with_one(x)))
+    return torch.einsum("ijh,hij->ij", u, torch.einsum("bh,bi,bj->hij", t, slope, with_one(x)))
 
 
 def at_softmax(u: Tensor, t: Tensor, x: Tensor, p: Tensor) -> Tensor:
@@ -103,4 +110,5 @@ class SynapticClassification(Classification):
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             widths = [emitted - self.outputs]
-            return TopDownNetwork(self.outputs, widths, self.setting.hidden, credit="probabilities")
+            kind: dict[str, Any] = {"relative": self.setting.relative, "credit": self.setting.credit}
+            return TopDownNetwork(self.outputs, widths, self.setting.hidden, **kind)

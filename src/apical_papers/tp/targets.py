@@ -162,8 +162,8 @@ def output_moves(seed: int, activation: type[nn.Module], networks: int = 50) -> 
             for name, update in updates.items():
                 output = model(x)[0]
                 rows = [torch.autograd.grad(output[k], stage.layer.weight, retain_graph=True)[0] for k in range(2)]
-                moved = torch.stack([(row * update).sum() for row in rows])
-                sums[name][i] += float(F.cosine_similarity(moved, delta[0], dim=0)) / networks
+                changes = torch.stack([(row * update).sum() for row in rows])
+                sums[name][i] += float(F.cosine_similarity(changes, delta[0], dim=0)) / networks
     return {name: total.tolist() for name, total in sums.items()}
 
 

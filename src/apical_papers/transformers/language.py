@@ -11,12 +11,13 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from apical.bench.finding import Row, difference
+from apical.bench.finding import Row, at_most, difference
 from apical.bench.folders import check_writable
 from apical.bench.program import keep_results, run_command
 from apical.bench.statistics import student
@@ -138,10 +139,10 @@ def tuned(rates: Sequence[float], training: Callable[[float], Any]) -> dict[floa
     first = {(len(rates) - 1) // 2, len(rates) // 2}
     cells, waiting = dict[float, Mapping[str, Any]](), [rates[place] for place in sorted(first)]
     while waiting:
-        found = training(waiting[0])
-        if found is None:
+        cell = training(waiting[0])
+        if cell is None:
             break
-        cells[waiting.pop(0)] = found
+        cells[waiting.pop(0)] = cell
         best = _best(cells)
         if not waiting and best is not None:
             waiting = [lr for lr in _neighbours(rates, best) if lr not in cells]
@@ -161,8 +162,8 @@ def _neighbours(rates: Sequence[float], lr: float) -> Sequence[float]:
 
 def _best(cells: Mapping[float, Mapping[str, Any]]) -> float | None:
     """The rate with the least loss on held-out windows; None where every training was refused or diverged."""
-    found = [(cell["held out"], lr) for lr, cell in cells.items() if cell["held out"] is not None]
-    return min(found)[1] if found else None
+    scores = [(cell["held out"], lr) for lr, cell in cells.items() if cell["held out"] is not None]
+    return min(scores)[1] if scores else None
 
 
 def _whole(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -178,7 +179,7 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
     def ratio(mark: str, arm: str, most: float) -> list[Row]:
         ours, bp = test(arm), test("bp")
         values = [a / b for a, b in zip(ours, bp, strict=False)]
-        return at_most(mark, arm, "test loss over that of bp", values, most)
+        return _at_most(mark, arm, "test loss over that of bp", values, most)
 
     def below(mark: str, arm: str, other: str, by: float) -> list[Row]:
         pairs = list(zip(test(arm), test(other), strict=False))  # of the seeds that both have
@@ -188,14 +189,14 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
         return [difference(mark, arm, what, [a + by for a, _ in pairs], [b for _, b in pairs], less=True)]
 
     def angle(mark: str, arm: str, most: float) -> list[Row]:
-        return at_most(mark, arm, "mean angle at the end, degrees", _mean(cells.get(arm, ()), "last"), most)
+        return _at_most(mark, arm, "mean angle at the end, degrees", _mean(cells.get(arm, ()), "last"), most)
 
     kp = cells.get("kp-mirror", ())
     return [
-        *at_most("M1", "bp", "test loss minus that of the bigram table", [x - counts["bigram"] for x in test("bp")], -0.4),
+        *_at_most("M1", "bp", "test loss minus that of the bigram table", [x - counts["bigram"] for x in test("bp")], -0.4),
         *ratio("M2", "kp-mirror", 1.03),
-        *at_most("M2", "kp-mirror", "largest angle at step 1, degrees", _largest(kp, "first"), 12.0),
-        *at_most("M2", "kp-mirror", "mean angle, last step minus first", _turned(kp), 0.0),
+        *_at_most("M2", "kp-mirror", "largest angle at step 1, degrees", _largest(kp, "first"), 12.0),
+        *_at_most("M2", "kp-mirror", "mean angle, last step minus first", _turned(kp), 0.0),
         *ratio("M3", "pfa-mirror", 1.05),
         *angle("M3", "pfa-mirror", 19.0),
         *ratio("M4", "pfa-o-mirror", 1.03),
@@ -218,14 +219,9 @@ _DECAY = ("kp-decay", "pfa-decay")
 _PRODUCT = ("pfa-mirror", "pfa-o-mirror")
 
 
-def at_most(mark: str, rule: str, what: str, values: Sequence[float], most: float) -> list[Row]:
-    """A verdict on the mean, with its interval; none without values."""
-    if not values:
-        return []
-    mean, low, high, n = student(values)
-    row = {"figure": mark, "rule": rule, "what": what, "mark": f"mean ≤ {most:g}", "mean": mean, "std": None, "low": low}
-    verdict = "reproduced" if mean <= most else "not reproduced"
-    return [{**row, "high": high, "n": n, "source": "our mark", "verdict": verdict}]
+def _at_most(mark: str, rule: str, what: str, values: Sequence[float], most: float) -> list[Row]:
+    """A verdict on the mean; none without values."""
+    return [at_most(mark, rule, what, values, most)] if values else []
 
 
 def _mean(cells: Sequence[Mapping[str, Any]], when: str) -> list[float]:
@@ -259,8 +255,8 @@ def tables(
         values = [cell["test"] for cell in whole]
         over = student([100 * (a / b - 1) for a, b in zip(values, bp, strict=False)]).shown(1) if bp else "-"
         angles = " -> ".join(f"{statistics.mean(_mean(whole, when)):.3g}" for when in _WHEN if _mean(whole, when))
-        each = ", ".join(f"{value:.3f}" for value in values)
-        rows.append([name, student(values).shown(3), over, f"{best[name]:g}", angles or "-", each])
+        numbers = ", ".join(f"{value:.3f}" for value in values)
+        rows.append([name, student(values).shown(3), over, f"{best[name]:g}", angles or "-", numbers])
     rows += [[f"{name} counts", f"{value:.4g}", "-", "-", "-", "-"] for name, value in counts.items()]
     rates = [f"{lr:g}" for lr in options.rates]
     chosen = [
@@ -303,9 +299,7 @@ def _loss(cell: Mapping[str, Any] | None, part: str) -> str:
     return "-" if cell is None or cell[part] is None else f"{cell[part]:.4f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.transformers.language", Options, study, arguments)
+main = partial(run_command, "apical_papers.transformers.language", Options, study)
 
 
 if __name__ == "__main__":

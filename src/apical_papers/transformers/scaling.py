@@ -9,6 +9,7 @@ short trainings: this ranks rules at this size, and says nothing of large ones.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,9 +103,7 @@ def verdicts(exponents: Mapping[str, Sequence[float]]) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.transformers.scaling", Options, study, arguments)
+main = partial(run_command, "apical_papers.transformers.scaling", Options, study)
 
 
 if __name__ == "__main__":

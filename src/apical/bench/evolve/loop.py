@@ -5,7 +5,6 @@ the fittest individual of the last generation, which is chosen by its luck as we
 finished and kept or not begun: whatever interrupts an evolution, it continues with the same result.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from apical import data
-from apical.bench.checkpoint import read_sealed, write_atomically, write_sealed
+from apical.bench.checkpoint import read_sealed, write_sealed
 from apical.bench.evolve.recipe import ADDED, FREE_FIELDS, EvolutionRecipe
 from apical.bench.folders import check_writable, refuse_used
 from apical.bench.run_folder import FolderLock
-from apical.bench.state import brief, parse_object, read_json, sealed, write_state
+from apical.bench.state import append_line, brief, read_json, read_lines, write_lines, write_state
 from apical.errors import CheckpointError, DataError
 from apical.evolution.classification import Classification, Images, Setting
 from apical.evolution.population import Lifetime
@@ -72,12 +71,8 @@ class EvolutionFolder:
             ConfigError: another process evolves here; or as :meth:`check` does.
             CheckpointError: as :meth:`check` does.
         """
-        lock = FolderLock(self.path)
-        lock.hold("evolving")
-        try:
+        with FolderLock(self.path).held("evolving"):
             yield self.check(recipe, resume=resume, overwrite=overwrite)
-        finally:
-            lock.release()
 
     def create(self, recipe: EvolutionRecipe, command: str, environment: dict[str, Any]) -> None:
         """Make the folder, remove an older evolution's files, write config.json and environment.json."""
@@ -93,19 +88,11 @@ class EvolutionFolder:
         Raises:
             CheckpointError: a line is damaged.
         """
-        if not self.metrics.exists():
-            return []
-        try:
-            whole = self.metrics.read_text(encoding="utf-8").rpartition("\n")[0]
-            lines = [parse_object(line) for line in whole.split("\n") if line]
-            for line in lines:
-                check_line(line)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.metrics} is damaged ({brief(error)}); start again with --overwrite") from None
-        return lines
+        return read_lines(self.metrics, check_line)
 
 
-_MEASURED = {"best": float, "mean": float, "failed": int, "sigma": float, "seconds": float, "center": (float, type(None))}
+_NUMBERS: dict[str, Any] = {"generation": int, "failed": int, "center": float | None}
+_NUMBERS |= dict.fromkeys(("best", "mean", "sigma", "seconds"), float)
 
 
 def check_line(line: dict[str, Any]) -> None:
@@ -114,8 +101,7 @@ def check_line(line: dict[str, Any]) -> None:
     Raises:
         ValueError: it lacks a measurement, or has one of another kind.
     """
-    kinds: dict[str, Any] = {"generation": int, **_MEASURED}
-    for name, kind in kinds.items():
+    for name, kind in _NUMBERS.items():
         if not isinstance(line.get(name, ""), kind):
             raise ValueError(f"{name} is {line.get(name)!r}")
 
@@ -144,7 +130,7 @@ class Evolution:
 
     def step(self) -> dict[str, Any]:
         """One generation; returns its line. The centre is evaluated too, for people; the search does not use that."""
-        begun = time.perf_counter()
+        start = time.perf_counter()
         population = self.search.ask(seed_of(self.seed, "population", self.generation))
         everyone = torch.cat([population, self.search.center[None]])
         fitness = self.workers.evaluate(self.task, everyone, self.generation)
@@ -160,7 +146,7 @@ class Evolution:
             "mean": float(ranked.mean()),
             "failed": int((~fitness[:-1].isfinite()).sum()),
             "sigma": float(self.search.sigma.mean()),
-            "seconds": time.perf_counter() - begun,
+            "seconds": time.perf_counter() - start,
         }
         self._keep()
         return self.line
@@ -196,8 +182,7 @@ class Evolution:
             raise CheckpointError(
                 f"{self.folder.metrics} lacks a generation before {self.generation}; start again with --overwrite"
             )
-        text = "".join(json.dumps(sealed(line)) + "\n" for line in [*lines, self.line])
-        write_atomically(self.folder.metrics, text.encode())
+        write_lines(self.folder.metrics, [*lines, self.line])
 
     def _keep(self) -> None:
         if self.folder is None:
@@ -210,8 +195,7 @@ class Evolution:
             "average": self.average,
         }
         write_sealed(self.folder.checkpoint, state)
-        with open(self.folder.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(sealed(self.line)) + "\n")
+        append_line(self.folder.metrics, self.line)
 
 
 def averaging(generation: int, power: int = 3) -> float:
@@ -239,31 +223,17 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         if loaded.is_regression:
             raise DataError(f"{name} has numbers as targets; top-down networks are evolved for classification")
         sets.append(Images(loaded.train.inputs, loaded.train.targets, loaded.classes, name))
-    lifetime = Lifetime(
-        steps=recipe.steps,
-        lr=recipe.lr,
-        optimizer=recipe.optimizer,
-        clip=recipe.clip,
-        batch_size=recipe.batch_size or None,
-    )
+    values = {name: getattr(recipe, name) for name in ("steps", "lr", "optimizer", "clip")}
+    lifetime = Lifetime(**values, batch_size=recipe.batch_size or None)
+    same = ("hidden", "relative", "credit", "output", "tasks", "starts", "zeros", "quiet", "held_out", "settled", "seed")
     setting = Setting(
         model=recipe.model[0],
         others=recipe.model[1:],
         lifetime=lifetime,
-        hidden=recipe.hidden,
         sites=recipe.sites or None,
-        relative=recipe.relative,
-        credit=recipe.credit,
-        output=recipe.output,
         ways=recipe.ways or None,
         examples=recipe.examples or None,
-        tasks=recipe.tasks,
-        starts=recipe.starts,
-        zeros=recipe.zeros,
-        quiet=recipe.quiet,
-        held_out=recipe.held_out,
-        settled=recipe.settled,
-        seed=recipe.seed,
+        **{name: getattr(recipe, name) for name in same},
     )
     task = Classification(sets, setting)
     if recipe.begin:

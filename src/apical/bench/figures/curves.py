@@ -9,22 +9,23 @@ from typing import Any, NamedTuple, overload
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from apical.bench.checkpoint import write_atomically
 from apical.bench.figures.cost import compute, seconds
 from apical.bench.figures.depth import depth_accuracy, reconstructions
+from apical.bench.figures.lines import WIDTH, Line, column_mean, has_values, rule_lines, spread
 from apical.bench.figures.overview import overview
 from apical.bench.figures.panels import matrices, panels
-from apical.bench.figures.spread import column_mean, has_values, spread
 from apical.bench.figures.style import RC, plain_log_steps, styles
 from apical.bench.report.records import Array, Comparison, Run
 
-_WIDTH = 3.5
 _NAMED_LAYERS = 6
 _DPI = 200
 
@@ -185,9 +186,10 @@ def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawin
         return None
     png, svg = io.BytesIO(), io.BytesIO()
     figure.set_dpi(_DPI)
-    figure.draw_without_rendering()  # lays it out, which takes longer than to draw it; both files show that layout
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()  # lays it out first, which takes longer than to draw it; the SVG shows that layout
+    imsave(png, canvas.buffer_rgba(), format="png", dpi=_DPI)
     figure.set_layout_engine("none")
-    figure.savefig(png, format="png", dpi=_DPI)
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return Drawing(stem, title, caption, png.getvalue(), svg.getvalue())
 
@@ -212,34 +214,19 @@ def _loss_curves(comparison: Comparison, key: str, label: str) -> Figure | None:
 
 def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, first: int = 0) -> Figure | None:
     """One line per rule over the epochs from `first` on, with its spread; legend below."""
-    drawn = [rule for rule in comparison.rules if any(has_values(run.curve(key)) for run in comparison.of(rule))]
-    if not drawn:
-        return None
-    columns = min(
-        len(drawn), 5, int(_WIDTH / (0.44 + 0.044 * max(map(len, drawn))))
-    )  # inches: handle, and its name's letters
-    figure = Figure(figsize=(_WIDTH, 2.45 + 0.16 * math.ceil(len(drawn) / columns)))
-    axes = figure.add_subplot()
-    style = styles(comparison.rules)
-    for position, rule in enumerate(drawn):
-        colour, marker, line = style[rule].colour, style[rule].marker, style[rule].line
+    lines: dict[str, Line] = {}
+    for rule in comparison.rules:
         runs = comparison.of(rule)
         epochs, mean, deviation, count = spread(runs, key, first=first)
-        every = max(1, math.ceil(len(epochs) / 7))
-        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markeredgecolor": "white"}
-        look |= {"markeredgewidth": 0.4, "markevery": (position % every, every), "zorder": 3}
-        axes.plot(epochs, mean * scale, label=rule, **look)
-        if count >= 3:
-            low, high = (mean - deviation) * scale, (mean + deviation) * scale
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-        elif count == 2:
-            for run in runs:
-                epochs, values, *_ = spread([run], key, first=first)
-                axes.plot(epochs, values * scale, color=colour, linewidth=0.5, alpha=0.7)
+        if count:
+            seeds = [spread([run], key, first=first)[:2] for run in runs] if count == 2 else []
+            own = [(epochs_of_one, values * scale) for epochs_of_one, values in seeds]
+            lines[rule] = Line(epochs, mean * scale, deviation * scale, count, own)
+    if not lines:
+        return None
+    figure, axes = rule_lines(lines, comparison.rules)
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
     return figure
 
 
@@ -249,7 +236,7 @@ def _final_score(comparison: Comparison) -> Figure | None:
     scores = {rule: values for rule, values in scores.items() if values.size}
     if not scores:
         return None
-    figure = Figure(figsize=(_WIDTH, 0.62 + 0.24 * len(scores)))
+    figure = Figure(figsize=(WIDTH, 0.62 + 0.24 * len(scores)))
     axes = figure.add_subplot()
     style = styles(comparison.rules)
     for row, (rule, values) in enumerate(scores.items()):
@@ -279,7 +266,7 @@ def _layers(comparison: Comparison, spec: _LayerFigure) -> Figure | None:
     columns = min(2, len(rules))
     rows = math.ceil(len(rules) / columns)
     height = (1.4 if rows > 1 else 1.7) * rows + (0.35 + 0.14 * math.ceil(len(layers) / 2) if named else 0.7)
-    figure = Figure(figsize=(_WIDTH, height))
+    figure = Figure(figsize=(WIDTH, height))
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten())
     spare = panels.pop() if len(panels) > len(rules) else None
     for panel, rule in zip(panels, rules, strict=True):

@@ -3,10 +3,10 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from apical.bench.figures.lines import WIDTH, band, legend
 from apical.bench.figures.style import styles
 from apical.bench.report.records import Array, Comparison, Run
 
-_WIDTH = 3.5
 _IMAGES = 8
 
 
@@ -17,20 +17,18 @@ def depth_accuracy(comparison: Comparison) -> Figure | None:
     depths = {rule: rows for rule, rows in depths.items() if rows}
     if not depths:
         return None
-    figure = Figure(figsize=(_WIDTH, 2.9))
+    figure = Figure(figsize=(WIDTH, 2.9))
     axes, style = figure.add_subplot(), styles(comparison.rules)
     names: list[str] = list(dict.fromkeys(name for rows in depths.values() for row in rows for name in row))
     for rule, rows in depths.items():
         look = style[rule]
         table = 100 * np.array([[row.get(name, np.nan) for name in names] for row in rows])
-        mean, places = table.mean(0), np.arange(len(names))
+        mean, places = table.mean(0), np.arange(len(names), dtype=np.float64)
         axes.plot(places, mean, label=rule, color=look.colour, marker=look.marker, linestyle=look.line)
-        if len(rows) >= 3:
-            deviation = table.std(0, ddof=1)
-            axes.fill_between(places, mean - deviation, mean + deviation, color=look.colour, alpha=0.15, linewidth=0)
+        band(axes, places, mean, table.std(0, ddof=min(1, len(rows) - 1)), len(rows), look.colour)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(xlabel="layer at which classes are read out", ylabel="test accuracy (%)")
-    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2, handletextpad=0.5)
+    legend(figure, axes, 3)
     return figure
 
 
@@ -52,7 +50,7 @@ def reconstructions(comparison: Comparison) -> Figure | None:
         return None
     count = min(_IMAGES, min(len(images) for _, images in rows))
     low, high = float(rows[0][1].min()), float(rows[0][1].max())
-    figure = Figure(figsize=(_WIDTH, 0.42 * len(rows) + 0.1))
+    figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 0.1))
     grid = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(grid, rows, strict=True):
         for axes, image in zip(line, images, strict=False):

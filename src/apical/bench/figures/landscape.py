@@ -114,7 +114,7 @@ def _end(look: Style, size: float = 6.0) -> Line2D:
 
 
 def _copy(like: Line2D, place: Array, zorder: float) -> Line2D:
-    drawn = Line2D([place[0]], [place[1]], zorder=zorder)
-    drawn.update_from(like)
-    drawn.set_zorder(zorder)
-    return drawn
+    copy = Line2D([place[0]], [place[1]], zorder=zorder)
+    copy.update_from(like)
+    copy.set_zorder(zorder)
+    return copy

@@ -8,11 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from apical.bench.figures.spread import has_values, spread
+from apical.bench.figures.lines import WIDTH, band, has_values, legend, spread
 from apical.bench.figures.style import styles
 from apical.bench.report.records import Comparison, Run
 
-_WIDTH = 3.5
 _ANGLE = "gradient_alignment"
 
 
@@ -21,8 +20,8 @@ def overview(comparison: Comparison) -> Figure | None:
     layers = {rule: layer for rule in comparison.rules if (layer := _first_layer(comparison.of(rule)))}
     if not set(layers) - {"bp"}:
         return None
-    columns = min(len(comparison.rules), 4, int(_WIDTH / (0.44 + 0.05 * max(map(len, comparison.rules)))))
-    figure = Figure(figsize=(_WIDTH, 3.5 + 0.16 * math.ceil(len(comparison.rules) / columns)))
+    columns = min(len(comparison.rules), 4, int(WIDTH / (0.44 + 0.05 * max(map(len, comparison.rules)))))
+    figure = Figure(figsize=(WIDTH, 3.5 + 0.16 * math.ceil(len(comparison.rules) / columns)))
     above, below = figure.subplots(2, 1, sharex=True)
     for rule, look in _looks(comparison.rules).items():
         runs, score = comparison.of(rule), comparison.score
@@ -34,8 +33,7 @@ def overview(comparison: Comparison) -> Figure | None:
     below.set(xlabel="epoch", ylabel="angle to BP gradient,\nfirst layer (degrees)", yticks=range(0, 181, 30))
     below.set_ylim(-3, max(93, below.dataLim.ymax))
     below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    handles, labels = above.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
+    legend(figure, above, columns)
     return figure
 
 
@@ -60,6 +58,4 @@ def _draw_line(
     """Mean over seeds after each epoch, with a band of one standard deviation from three seeds on."""
     epochs, mean, deviation, count = spread(runs, key, layer, first=1)
     axes.plot(epochs, scale * mean, **{**look, **({"markevery": None} if len(epochs) == 1 else {})})
-    if count >= 3:
-        low, high = scale * (mean - deviation), scale * (mean + deviation)
-        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    band(axes, epochs, scale * mean, scale * deviation, count, look["color"])

@@ -7,9 +7,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from apical.bench.figures.lines import WIDTH, legend
 from apical.bench.report.records import Array, Comparison
 
-_WIDTH = 3.5
 _BINS = 30
 
 
@@ -27,9 +27,9 @@ def matrices(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
     """The same of the matrices that a model has, such as the edges of a graph, over training."""
     for rule in comparison.rules:
         run = next((run for run in comparison.of(rule) if any("matrices" in record for record in run.records)), None)
-        kept = {record["epoch"]: record["matrices"] for record in run.records if "matrices" in record} if run else {}
-        for number, title in enumerate(dict.fromkeys(title for found in kept.values() for title in found)):
-            values = {f"epoch {epoch}": _matrix(found[title]) for epoch, found in kept.items() if title in found}
+        epochs = {record["epoch"]: record["matrices"] for record in run.records if "matrices" in record} if run else {}
+        for number, title in enumerate(dict.fromkeys(title for tables in epochs.values() for title in tables)):
+            values = {f"epoch {epoch}": _matrix(tables[title]) for epoch, tables in epochs.items() if title in tables}
             yield f"matrices_{rule.replace(':', '-')}_{number}", f"{title}, {rule}", _MATRICES, heat(values)
 
 
@@ -43,7 +43,7 @@ _MATRICES = "Of the first seed, before, halfway through and after training; whit
 
 def heat(values: Mapping[str, Array]) -> Figure:
     """Matrices side by side in colours of one scale that is white at zero; rows downwards."""
-    figure = Figure(figsize=(_WIDTH, 1.8))
+    figure = Figure(figsize=(WIDTH, 1.8))
     grid = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     largest = max((float(np.nanmax(np.abs(value), initial=0.0)) for value in values.values()), default=0.0) or 1.0
     for axes, (name, value) in zip(grid, values.items(), strict=True):
@@ -61,7 +61,7 @@ _CAPTION = "The network after the last epoch (first seed), on the training sampl
 
 def raster(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
     """Dots where neurons (upwards) fire, over steps; one panel for each population."""
-    figure = Figure(figsize=(_WIDTH, 0.8 * len(values) + 0.5))
+    figure = Figure(figsize=(WIDTH, 0.8 * len(values) + 0.5))
     grid = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, spikes) in zip(grid, values.items(), strict=True):
         step, neuron = spikes.nonzero()
@@ -76,20 +76,20 @@ def raster(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
 
 def bars(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
     """Bars side by side at each category."""
-    figure = Figure(figsize=(_WIDTH, 2.4))
+    figure = Figure(figsize=(WIDTH, 2.4))
     axes, places = figure.add_subplot(), np.arange(len(panel["categories"]))
     width = 0.8 / max(1, len(values))
     for number, ((name, heights), colour) in enumerate(zip(values.items(), _colours(len(values)), strict=True)):
         axes.bar(places - 0.4 + width * (number + 0.5), heights, width, label=name, color=colour)
     axes.set_xticks(places, panel["categories"])
     axes.set(xlabel=panel["x"], ylabel=panel["y"])
-    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handletextpad=0.5)
+    legend(figure, axes, 2)
     return figure
 
 
 def histogram(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
     """Distributions of finite values; the legend says what share is not finite."""
-    figure = Figure(figsize=(_WIDTH, 2.4))
+    figure = Figure(figsize=(WIDTH, 2.4))
     axes = figure.add_subplot()
     every = np.concatenate([value[np.isfinite(value)] for value in values.values()] or [np.zeros(1)])
     edges = np.linspace(every.min(initial=0.0), every.max(initial=1e-9), _BINS + 1)
@@ -99,7 +99,7 @@ def histogram(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
         label = f"{name} ({100 * without:.0f} % none)" if without else name
         axes.stairs(np.histogram(finite, edges)[0] / max(1, value.size), edges, label=label, color=colour)
     axes.set(xlabel=panel["x"], ylabel=panel["y"])
-    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handletextpad=0.5)
+    legend(figure, axes, 2)
     return figure
 
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apical.bench.busy import busy_note
 from apical.bench.checkpoint import write_atomically
 from apical.bench.document import significant
 from apical.bench.figures import curves as figures
@@ -26,6 +25,7 @@ from apical.bench.report.protocol import section, sureness
 from apical.bench.report.records import Comparison, Run, Score, read
 from apical.bench.report.verdicts import judge
 from apical.bench.state import write_page
+from apical.bench.statistics import busy_note
 from apical.errors import CheckpointError
 
 _NOT_CONFIG = {"rule", "rules", "seed", "seeds", "command", "out"}
@@ -34,41 +34,29 @@ _WHERE_SET = ("init", "measure", "beta2", "eps", "clip", "clip_over", "data_sha2
 
 @dataclass(frozen=True)
 class RuleSummary:
-    """What the runs of one rule came to; every tuple holds one number per finished seed that has it.
+    """What the runs of one rule came to.
 
     Attributes:
         colour: its colour in the figures.
         planned: number of seeds, finished or not.
-        finished: number of seeds that finished.
-        accuracy: test accuracy after the last epoch, in percent; empty for regression.
-        test_loss: test loss after the last epoch.
-        bits: the same in bits per token, and
-        perplexity: its exponential; both empty unless the data are a text.
-        train_loss: training loss of the last epoch.
-        milliseconds: median time per training step.
-        ratio: time per step relative to backpropagation.
-        memory: peak memory in MB, as the runs recorded it.
-        parameters: number of parameters of the model, None if not recorded.
+        runs: those that finished.
+        ratio: of each that has it, time per step relative to backpropagation.
     """
 
     rule: str
     name: str
     colour: str
     planned: int
-    finished: int
-    accuracy: tuple[float, ...]
-    test_loss: tuple[float, ...]
-    bits: tuple[float, ...]
-    perplexity: tuple[float, ...]
-    train_loss: tuple[float, ...]
-    milliseconds: tuple[float, ...]
+    runs: Sequence[Run]
     ratio: tuple[float, ...]
-    memory: tuple[float, ...]
-    parameters: int | None
+
+    def values(self, key: str) -> tuple[float, ...]:
+        """What result.json says of each finished seed that has the measurement."""
+        return _numbers(run.final(key) for run in self.runs)
 
     def scores(self, score: Score) -> tuple[float, ...]:
-        """The values of the score by which rules are compared."""
-        return self.test_loss if score.is_loss else self.accuracy
+        """The values by which rules are compared, accuracies in percent."""
+        return tuple(score.scale * value for value in self.values(score.key))
 
 
 def write(out: Path) -> Path:
@@ -131,25 +119,8 @@ def summarise(comparison: Comparison) -> list[RuleSummary]:
     for rule in comparison.rules:
         runs = comparison.of(rule)
         done = [run for run in runs if run.finished]
-        parameters = _numbers(run.final("parameters") for run in done)
-        rows.append(
-            RuleSummary(
-                rule=rule,
-                name=style[rule].name,
-                colour=style[rule].colour,
-                planned=len(runs),
-                finished=len(done),
-                accuracy=_numbers(100 * run.final("test_accuracy") for run in done),
-                test_loss=_numbers(run.final("test_loss") for run in done),
-                bits=_numbers(run.final("bits_per_token") for run in done),
-                perplexity=_numbers(run.final("perplexity") for run in done),
-                train_loss=_numbers(run.final("train_loss") for run in done),
-                milliseconds=_numbers(run.final("ms_per_step") for run in done),
-                ratio=_numbers(map(ratio, done)),
-                memory=_numbers(run.final("peak_memory_mb") for run in done),
-                parameters=int(parameters[0]) if parameters else None,
-            )
-        )
+        look = style[rule]
+        rows.append(RuleSummary(rule, look.name, look.colour, len(runs), done, _numbers(map(ratio, done))))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -69,54 +69,53 @@ def _heading(score: Score) -> str:
 
 
 def _rules_table(rows: Sequence["RuleSummary"], score: Score) -> str:
-    seeds = max((row.finished for row in rows), default=0)
-    first = _heading(score) + (" <small>mean ± s.d.</small>" if seeds > 1 else "")
-    step = "ms per step <small>median (range)</small>" if seeds > 1 else "ms per step"
-    relative = "Time relative to bp <small>median (range)</small>" if seeds > 1 else "Time relative to bp"
-    with_memory = any(row.memory for row in rows)
-    memory = ("Peak memory,&nbsp;MB",) if with_memory else ()
-    heads = (
-        first,
-        *(_OTHER_UNITS if score == NATS else ()),
-        "Seeds",
-        "Training loss",
-        step,
-        relative,
-        *memory,
-        "Parameters",
-    )
-    head = "<th>Rule</th>" + "".join(f'<th class="n">{text}</th>' for text in heads)
-    body = "\n".join(_rule_row(row, with_memory, score) for row in rows)
+    several = max((len(row.runs) for row in rows), default=0) > 1
+    spread, middle = (" <small>mean ± s.d.</small>", " <small>median (range)</small>") if several else ("", "")
+    units = {"Bits per token": "bits_per_token", "Perplexity": "perplexity"} if score == NATS else {}
+    has_memory = any(row.values("peak_memory_mb") for row in rows)
+
+    def columns(row: "RuleSummary") -> dict[str, str]:
+        name = f'<span class="swatch" style="background:{escape(row.colour)}"></span>{escape(row.name)}'
+        memory, parameters = row.values("peak_memory_mb"), row.values("parameters")
+        cells = {
+            "Rule": name + (f" <small>{escape(row.rule)}</small>" if row.rule != row.name else ""),
+            _heading(score) + spread: mean_and_spread(row.scores(score), score),
+            **{unit: _mean(row.values(key)) for unit, key in units.items()},
+            "Seeds": f"{len(row.runs)}" + (f" of {row.planned}" if len(row.runs) < row.planned else ""),
+            "Training loss": _mean(row.values("train_loss")),
+            f"ms per step{middle}": _median_and_range(row.values("ms_per_step")),
+            f"Time relative to bp{middle}": _ratio(row),
+        }
+        if has_memory:
+            cells["Peak memory,&nbsp;MB"] = significant(statistics.median(memory)) if memory else MISSING
+        return cells | {"Parameters": f"{int(parameters[0]):,}" if parameters else MISSING}
+
     note = (
         f"Only runs that finished are counted. {'The test loss' if score.is_loss else 'Accuracy'} is that after the last "
         "epoch, not the best one; ± is the standard deviation over seeds. Time is wall-clock time per training step, with "
         "whatever else the machine was doing."
     )
-    return (
-        f'<table class="rules">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
-        f'\n<p class="note">{note}</p>'
-    )
+    return f'{_labelled(map(columns, rows))}\n<p class="note">{note}</p>'
 
 
-def _rule_row(row: "RuleSummary", with_memory: bool, score: Score) -> str:
-    seeds = str(row.finished) if row.finished == row.planned else f"{row.finished} of {row.planned}"
-    swatch = f'<span class="swatch" style="background:{escape(row.colour)}"></span>'
-    short = f" <small>{escape(row.rule)}</small>" if row.rule != row.name else ""
-    memory = significant(statistics.median(row.memory)) if row.memory else MISSING
-    cells = (
-        (_heading(score), mean_and_spread(row.scores(score), score)),
-        *(zip(_OTHER_UNITS, map(_mean, (row.bits, row.perplexity)), strict=True) if score == NATS else ()),
-        ("Seeds", seeds),
-        ("Training loss", significant(statistics.mean(row.train_loss)) if row.train_loss else MISSING),
-        ("ms per step", _median_and_range(row.milliseconds)),
-        ("Time relative to bp", _ratio(row)),
-        *([("Peak memory,&nbsp;MB", memory)] if with_memory else []),
-        ("Parameters", f"{row.parameters:,}" if row.parameters is not None else MISSING),
-    )
-    return f"<tr><td>{swatch}{escape(row.name)}{short}</td>{''.join(_cell(*cell) for cell in cells)}</tr>"
+def _labelled(rows: Iterable[Mapping[str, str]]) -> str:
+    """A table of cells by heading, both HTML; beside each stands its heading, for screens on which rows are blocks.
+
+    All but the first column, and states, are numbers.
+    """
+    lines = list(rows)
+    heads = "".join(f"<th{_kind(place, text)}>{text}</th>" for place, text in enumerate(lines[0] if lines else ()))
+    body = "\n".join(f"<tr>{''.join(_cell(place, *cell) for place, cell in enumerate(line.items()))}</tr>" for line in lines)
+    return f'<table class="rules">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 
-_OTHER_UNITS = ("Bits per token", "Perplexity")
+def _kind(place: int, heading: str) -> str:
+    return ' class="n"' if place and heading != "State" else ""
+
+
+def _cell(place: int, heading: str, value: str) -> str:
+    label = heading.partition(" <small>")[0]
+    return f'<td{_kind(place, heading)} data-label="{label}"><span>{value}</span></td>' if place else f"<td>{value}</td>"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -127,9 +126,8 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
     """Reference against measured numbers; nothing if there are none."""
     if not verdicts:
         return ""
-    lines = []
-    for row in verdicts:
-        values = (
+    lines = [
+        (
             row.rule,
             row.what,
             f"{row.epoch}",
@@ -139,7 +137,8 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
             f"{row.n}",
             row.verdict,
         )
-        lines.append(values)
+        for row in verdicts
+    ]
     heads = ("Rule", "Quantity", "Epoch", "Reference ± tolerance", "Source", "Here, mean ± s.d.", "n", "Verdict")
     return (
         f"<h2>Against reference numbers</h2><p>{escape(tally(verdicts))} Reproduced means that the mean over seeds lies "
@@ -150,10 +149,6 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
 
 def _spread(row: Verdict) -> str:
     return "" if row.spread is None else f" ± {row.shown(row.spread)}"
-
-
-def _cell(label: str, value: str) -> str:
-    return f'<td class="n" data-label="{label}"><span>{value}</span></td>'
 
 
 def _median_and_range(values: Sequence[float]) -> str:
@@ -181,24 +176,18 @@ def _problems(runs: Sequence[Run]) -> str:
 
 
 def _runs_table(runs: Sequence[Run], score: Score) -> str:
-    head = "<th>Rule</th><th>State</th>" + "".join(
-        f'<th class="n">{text}</th>' for text in ("Seed", "Epoch", _heading(score), "Training loss", "ms per step")
-    )
-    body = "\n".join(_run_row(run, score) for run in runs)
-    return (
-        f"<details><summary>{len(runs)} {'run' if len(runs) == 1 else 'runs'}</summary>"
-        f'<table class="rules"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></details>'
-    )
+    summary = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
+    return f"<details><summary>{summary}</summary>{_labelled(_run_columns(run, score) for run in runs)}</details>"
 
 
-def _run_row(run: Run, score: Score) -> str:
+def _run_columns(run: Run, score: Score) -> dict[str, str]:
     value = score.scale * run.final(score.key)
-    cells = (
-        ("Seed", str(run.seed)),
-        ("Epoch", str(run.epochs[-1]) if run.epochs else MISSING),
-        (_heading(score), mean_and_spread([value] if math.isfinite(value) else [], score)),
-        ("Training loss", significant(run.final("train_loss"))),
-        ("ms per step", significant(run.final("ms_per_step"))),
-    )
-    state = f'<td data-label="State"><span>{escape(run.status)}</span></td>'
-    return f"<tr><td>{escape(run.rule)}</td>{state}{''.join(_cell(*cell) for cell in cells)}</tr>"
+    return {
+        "Rule": escape(run.rule),
+        "State": escape(run.status),
+        "Seed": str(run.seed),
+        "Epoch": str(run.epochs[-1]) if run.epochs else MISSING,
+        _heading(score): mean_and_spread([value] if math.isfinite(value) else [], score),
+        "Training loss": significant(run.final("train_loss")),
+        "ms per step": significant(run.final("ms_per_step")),
+    }

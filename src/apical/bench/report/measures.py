@@ -33,8 +33,8 @@ def section(comparison: Comparison) -> str:
 
 
 def _names(comparison: Comparison) -> list[str]:
-    found = (record.get("measured") for run in comparison.runs for record in run.records)
-    return list(dict.fromkeys(name for value in found if isinstance(value, Mapping) for name in value))
+    measures = (record.get("measured") for run in comparison.runs for record in run.records)
+    return list(dict.fromkeys(name for value in measures if isinstance(value, Mapping) for name in value))
 
 
 def _tables(comparison: Comparison, measure: str) -> tuple[Lines, Lines]:
@@ -61,17 +61,17 @@ def of_networks_and_layers(
 
 def _cell(run: Run, epoch: int, measure: str) -> Cell:
     record = run.records[run.epochs.index(epoch)] if epoch in run.epochs else {}
-    found: Cell = (record.get("measured") or {}).get(measure) or {}
-    return found
+    cell: Cell = (record.get("measured") or {}).get(measure) or {}
+    return cell
 
 
 def shown(cells: Sequence[Cell], layer: str, key: str) -> str:
     """Mean and standard deviation of a quantity over seeds."""
-    found = [cell.get(layer, {}).get(key) for cell in cells]
-    values = [float(value) for value in found if isinstance(value, int | float)]
+    entries = [cell.get(layer, {}).get(key) for cell in cells]
+    values = [float(value) for value in entries if isinstance(value, int | float)]
     if not values:
         return MISSING
-    if len(set(values)) == 1 and isinstance(found[-1], int):
-        return f"{found[-1]:,}"
+    if len(set(values)) == 1 and isinstance(entries[-1], int):
+        return f"{entries[-1]:,}"
     mean = significant(statistics.mean(values))
     return f"{mean} ± {significant(statistics.stdev(values))}" if len(values) > 1 else mean

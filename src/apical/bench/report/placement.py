@@ -32,15 +32,19 @@ def section(out: Path, rules: Sequence[str]) -> str:
     """
     tables = []
     for rule in rules:
-        paths = [out / FILE, *sorted((out / "runs" / rule).glob(f"seed-*/{FILE}"))]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is not None:
+        if path := first_file(out, rule, FILE):
             rows = _rows(path)
             summary = f"<b>{escape(rule)}</b>: {escape(path_summary(row['path'] for row in rows))}"
             tables.append(
                 f"<details><summary>{summary}</summary>\n{table(_HEADS, map(_cells, rows), 'placement')}\n</details>"
             )
     return "\n".join(["<h2>What each layer's error passes through</h2>", *tables]) if tables else ""
+
+
+def first_file(out: Path, rule: str, name: str) -> Path | None:
+    """That of a run folder, or of the first seed of a compare folder's rule that has one."""
+    paths = [out / name, *sorted((out / "runs" / rule).glob(f"seed-*/{name}"))]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:

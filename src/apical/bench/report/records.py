@@ -216,11 +216,11 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
 
 
 def _read_panels(path: Path) -> Sequence[Mapping[str, Any]]:
-    kept = _read_object(path).get("panels", []) if path.exists() else []
+    panels = _read_object(path).get("panels", []) if path.exists() else []
     fields = ("title", "kind", "x", "y", "values", "categories")
-    if not isinstance(kept, list) or not all(isinstance(each, dict) and set(fields) <= each.keys() for each in kept):
+    if not isinstance(panels, list) or not all(isinstance(panel, dict) and set(fields) <= panel.keys() for panel in panels):
         raise CheckpointError(f"{path} is damaged: it holds no figures")
-    return kept
+    return panels
 
 
 def _read_examples(path: Path) -> tuple[Array, Array] | None:

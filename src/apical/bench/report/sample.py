@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from apical.bench.report.placement import first_file
 from apical.bench.schedule import generator
 from apical.bench.state import read_json, write_json
 from apical.core.credit import CreditRule
@@ -29,15 +30,15 @@ def keep(folder: Path, rule: CreditRule, dataset: Dataset) -> None:
     if not dataset.is_text:
         return
     window = dataset.test.inputs[:1]
-    begun, draw = window[0].tolist(), generator("cpu", 0, "sample")
-    drawn: list[int] = []
+    prompt, draw = window[0].tolist(), generator("cpu", 0, "sample")
+    tokens: list[int] = []
     with unchanged(rule), evaluating(rule):
         for _ in range(LENGTH):
             chances = rule.answer(window)[0, -1].double().softmax(-1).cpu()
-            drawn.append(int(torch.multinomial(chances, 1, generator=draw)))
-            window = torch.cat((window[:, 1:], window.new_tensor([[drawn[-1]]])), dim=1)
+            tokens.append(int(torch.multinomial(chances, 1, generator=draw)))
+            window = torch.cat((window[:, 1:], window.new_tensor([[tokens[-1]]])), dim=1)
     names = dataset.class_names
-    write_json(folder / FILE, {"begun": decoded(begun, names), "drawn": decoded(drawn, names)})
+    write_json(folder / FILE, {"begun": decoded(prompt, names), "drawn": decoded(tokens, names)})
 
 
 def section(out: Path, rules: Sequence[str]) -> str:
@@ -48,11 +49,9 @@ def section(out: Path, rules: Sequence[str]) -> str:
     """
     parts = []
     for rule in rules:
-        paths = [out / FILE, *sorted((out / "runs" / rule).glob(f"seed-*/{FILE}"))]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is not None:
-            begun, drawn = _read(path)
-            text = f"<mark>{escape(begun)}</mark>{escape(drawn)}"
+        if path := first_file(out, rule, FILE):
+            prompt, sequel = _read(path)
+            text = f"<mark>{escape(prompt)}</mark>{escape(sequel)}"
             parts.append(f"<details><summary><b>{escape(rule)}</b></summary><pre>{text}</pre></details>")
     note = "Behind the marked beginning, which is test text, each token was drawn from what the trained net expects."
     return "\n".join(["<h2>What the nets write</h2>", f'<p class="note">{note}</p>', *parts]) if parts else ""
@@ -60,7 +59,7 @@ def section(out: Path, rules: Sequence[str]) -> str:
 
 def _read(path: Path) -> tuple[str, str]:
     content = read_json(path)
-    begun, drawn = content.get("begun"), content.get("drawn")
-    if not isinstance(begun, str) or not isinstance(drawn, str):
+    prompt, sequel = content.get("begun"), content.get("drawn")
+    if not isinstance(prompt, str) or not isinstance(sequel, str):
         raise CheckpointError(f"{path} is damaged: it has no text")
-    return begun, drawn
+    return prompt, sequel

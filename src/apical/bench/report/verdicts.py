@@ -153,7 +153,7 @@ def tally(verdicts: Sequence[Verdict]) -> str:
     """
     parts = []
     for tag in dict.fromkeys(row.tag for row in verdicts):
-        tried = [row.verdict for row in verdicts if row.tag == tag and row.verdict != "not run"]
-        if tried:
-            parts.append(f"{tried.count('reproduced')} of {len(tried)} {SOURCES.get(tag, tag)}")
+        outcomes = [row.verdict for row in verdicts if row.tag == tag and row.verdict != "not run"]
+        if outcomes:
+            parts.append(f"{outcomes.count('reproduced')} of {len(outcomes)} {SOURCES.get(tag, tag)}")
     return f"Reproduced: {'; '.join(parts)}." if parts else "No reference number was reached."

@@ -114,9 +114,9 @@ def short_help(command: str, flags: type[Any]) -> str:
             lines += _entry(options[name][0], _sentence(texts.get(name, ""), hints[name]))
     if command == "data":
         return "\n".join(lines)
-    left = [options[name][0].split()[0] for name in options if not any(name in names for names in topics.values())]
-    if left:
-        more = f"More (apical {command} --help-all describes them): {' '.join(left)}"
+    others = [options[name][0].split()[0] for name in options if not any(name in names for names in topics.values())]
+    if others:
+        more = f"More (apical {command} --help-all describes them): {' '.join(others)}"
         lines += ["", *textwrap.wrap(more, WIDTH, break_on_hyphens=False)]
     return "\n".join(lines)
 

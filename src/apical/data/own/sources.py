@@ -6,7 +6,6 @@ What files hold is standardised by the training samples; what code returns is us
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apical import own_code
-from apical.data.dataset import check
+from apical.data.dataset import Samples, check
 from apical.data.own import files, images, sets
 from apical.data.own.targets import Raw, divide, number_classes
 from apical.data.text import files as text_files
@@ -30,46 +29,11 @@ IN_MEMORY = "in-memory:"
 FORMS = "FILE.npz, FILE.csv, FILE.txt, a FOLDER of images, FILE.py:FUNCTION"
 _TEXT = ".txt"
 _OTHER = (
-    ".npy",
-    ".pkl",
-    ".pickle",
-    ".pt",
-    ".pth",
-    ".mat",
-    ".h5",
-    ".hdf5",
-    ".parquet",
-    ".xlsx",
-    ".tsv",
-    ".json",
-    ".zip",
-    ".gz",
+    *(".npy", ".pkl", ".pickle", ".pt", ".pth", ".mat", ".h5", ".hdf5"),
+    *(".parquet", ".xlsx", ".tsv", ".json", ".zip", ".gz"),
 )
-_memory: dict[str, "Own"] = {}
-_read: dict[tuple[object, ...], "Own"] = {}
-
-
-@dataclass(frozen=True, eq=False)
-class Own:
-    """A user's own data, ready for training.
-
-    Attributes:
-        train: inputs (N, ...) and labels (N,) or numbers (N, outputs).
-        test: likewise.
-        classes: number of classes, or of numbers per sample.
-        names: of the classes, where they are not 0, 1, ...
-        about: what was understood, in a line.
-        sha256: sixteen hex digits, of inputs, targets and names of the classes.
-        source: where from, in words.
-    """
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    classes: int
-    names: tuple[str, ...]
-    about: str
-    sha256: str
-    source: str
+_memory: dict[str, Samples] = {}
+_read: dict[tuple[object, ...], Samples] = {}
 
 
 def is_own(name: str) -> bool:
@@ -90,7 +54,7 @@ def absolute(name: str) -> str:
     return own_code.absolute(name) if own_code.is_code(name) else str(Path(name).expanduser().resolve())
 
 
-def read(name: str, *, numbers: bool = False) -> Own:
+def read(name: str, *, numbers: bool = False) -> Samples:
     """The data that a name outside the catalogue stands for; what is unchanged is read once in a process.
 
     Args:
@@ -146,7 +110,7 @@ def _state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
 
 
-def _once(key: tuple[object, ...], make: sets.Make, numbers: bool) -> Own:
+def _once(key: tuple[object, ...], make: sets.Make, numbers: bool) -> Samples:
     if key not in _read:
         data = finish(make(), numbers)
         _read.clear()
@@ -161,7 +125,7 @@ def remember(value: object, *, numbers: bool = False) -> str:
     return name
 
 
-def finish(raw: Raw, numbers: bool = False) -> Own:
+def finish(raw: Raw, numbers: bool = False) -> Samples:
     """Split, number the classes, check, standardise, and say what was understood.
 
     Raises:
@@ -191,7 +155,7 @@ def finish(raw: Raw, numbers: bool = False) -> Own:
     sizes = f"{len(train[1]):,} training and {len(test[1]):,} test samples of shape {tuple(train[0].shape[1:])}"
     about = f"{raw.where}: {sizes}; {'; '.join([kind, *notes])}"
     source = f"{raw.source}, sha256 {digest}"
-    return Own(train, test, targets.classes, targets.names, about, digest, source)
+    return Samples(train, test, targets.classes, targets.names, about, digest, source)
 
 
 def _inputs(values: NDArray[Any], where: str) -> Tensor:

@@ -171,8 +171,8 @@ def divide(y: Array, *, stratify: bool, where: str) -> tuple[Tensor, Tensor, str
         raise DataError(f"{where}: {len(y)} samples are too few to set some aside for testing")
     order = np.random.default_rng(0).permutation(len(y))
     groups = [order[y[order] == label] for label in np.unique(y)] if stratify else [order]
-    taken = [group[: max(1, round(SHARE * len(group)))] if len(group) > 1 else group[:0] for group in groups]
-    test = np.sort(np.concatenate(taken))
+    tests = [group[: max(1, round(SHARE * len(group)))] if len(group) > 1 else group[:0] for group in groups]
+    test = np.sort(np.concatenate(tests))
     train = np.setdiff1d(np.arange(len(y)), test)
     note = f"no test samples are given: a random fifth is set aside for testing (seed 0{', by class' if stratify else ''})"
     return torch.from_numpy(train), torch.from_numpy(test), note

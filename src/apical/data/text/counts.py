@@ -39,11 +39,11 @@ def count_losses(train: Split, test: Split, vocabulary: int) -> dict[str, float]
 
 def _trigram(train: Split, test: Split, V: int, backed: Tensor) -> Tensor:
     """Probabilities (N, T) of the targets behind two tokens, `(c(abx) + k p(x|b)) / (c(ab) + k)`; counts kept sparse."""
-    before, seen = _contexts(train.inputs, V), _contexts(test.inputs, V)
+    before, test_contexts = _contexts(train.inputs, V), _contexts(test.inputs, V)
     keys, counts = (before * V + train.targets[:, 1:]).flatten().unique(return_counts=True)
     context_keys, context_counts = before.flatten().unique(return_counts=True)
-    triples = _looked_up(seen * V + test.targets[:, 1:], keys, counts)
-    contexts = _looked_up(seen, context_keys, context_counts)
+    triples = _looked_up(test_contexts * V + test.targets[:, 1:], keys, counts)
+    contexts = _looked_up(test_contexts, context_keys, context_counts)
     later = (triples + BACKING * backed[:, 1:]) / (contexts + BACKING)
     return torch.cat((backed[:, :1], later), dim=1)
 

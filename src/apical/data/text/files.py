@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from apical.data.text.sequences import Level, Sequences, of_text
+from apical.data.dataset import Samples
+from apical.data.text.sequences import Level, of_text
 from apical.errors import DataError
 
 SHARE = 0.1
 """Share of a text, its end, that is set aside for testing."""
 
 
-def read(path: Path, context: int, level: Level) -> Sequences:
+def read(path: Path, context: int, level: Level) -> Samples:
     """Windows of a UTF-8 text, the last tenth of which is test text.
 
     Raises:

@@ -4,7 +4,8 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
-from apical.data.text.sequences import Level, Sequences, of_text
+from apical.data.dataset import Samples
+from apical.data.text.sequences import Level, of_text
 from apical.errors import DataError
 
 _MODULES = (
@@ -38,7 +39,7 @@ def texts() -> tuple[str, str]:
 
 
 @lru_cache(maxsize=2)
-def make(context: int, level: Level) -> Sequences:
+def make(context: int, level: Level) -> Samples:
     """Windows of those texts.
 
     Raises:

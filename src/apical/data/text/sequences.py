@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apical.data.dataset import Samples
 from apical.errors import ConfigError, DataError
 
 Level = Literal["characters", "bytes"]
@@ -19,34 +19,11 @@ OTHER = "�"
 """How the token of all other characters is written."""
 
 
-@dataclass(frozen=True, eq=False)
-class Sequences:
-    """Samples that are sequences.
-
-    Attributes:
-        train: tokens (N, T) and targets (N, T), int64; a target of -100 is none.
-        names: of the tokens; empty where they are just numbers.
-        about: what they are, in a line.
-        sha256: sixteen hex digits of what they were made of; empty where code alone makes them.
-        source: where from, in words.
-        is_text: they are told apart by how well the next token is predicted, not by right answers.
-    """
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    vocabulary: int
-    names: tuple[str, ...]
-    about: str
-    sha256: str
-    source: str
-    is_text: bool
-
-
-Make = Callable[[int, Level], Sequences]
+Make = Callable[[int, Level], Samples]
 """Maps the number of tokens in a window, and what a token is, to sequences."""
 
 
-def of_text(train: str, test: str, context: int, level: Level, *, where: str, source: str) -> Sequences:
+def of_text(train: str, test: str, context: int, level: Level, *, where: str, source: str) -> Samples:
     """Windows of two texts; characters that the training text lacks are the other one.
 
     Raises:
@@ -72,7 +49,7 @@ def of_text(train: str, test: str, context: int, level: Level, *, where: str, so
     sizes = f"{len(codes[0]):,} training and {len(codes[1]):,} test {level}"
     about = f"{where}: {sizes}, {len(names)} tokens, windows of {context}"
     first, second = (windows(tokens, context) for tokens in codes)
-    return Sequences(first, second, len(names), tuple(names), about, digest, f"{source}, sha256 {digest}", is_text=True)
+    return Samples(first, second, len(names), tuple(names), about, digest, f"{source}, sha256 {digest}", is_text=True)
 
 
 def common(text: str) -> str:

@@ -5,7 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from apical.data.text.sequences import Level, Sequences
+from apical.data.dataset import Samples
+from apical.data.text.sequences import Level
 from apical.errors import ConfigError
 
 TRAIN, TEST = 20_000, 1_000
@@ -17,7 +18,7 @@ _SEEDS = (0, 1)
 
 
 @lru_cache(maxsize=2)
-def make_copy(context: int, level: Level) -> Sequences:
+def make_copy(context: int, level: Level) -> Samples:
     """Copy: a word of T/2 symbols out of 8, a cue, blanks; from the cue on, the word is to be said again.
 
     Raises:
@@ -27,11 +28,11 @@ def make_copy(context: int, level: Level) -> Sequences:
         raise ConfigError(f"copy needs a --context of at least 2, got {context}")
     train, test = (copying(size, context, seed) for size, seed in zip((TRAIN, TEST), _SEEDS, strict=True))
     about = f"copy: words of {context // 2} symbols out of {SYMBOLS}, said again after a cue"
-    return Sequences(train, test, SYMBOLS + 2, (), about, "", "made by apical", is_text=False)
+    return Samples(train, test, SYMBOLS + 2, (), about, "", "made by apical")
 
 
 @lru_cache(maxsize=2)
-def make_recall(context: int, level: Level) -> Sequences:
+def make_recall(context: int, level: Level) -> Samples:
     """Recall: T/4 keys, each with a value behind it, then the keys in another order: behind each its value is to be said.
 
     Raises:
@@ -41,7 +42,7 @@ def make_recall(context: int, level: Level) -> Sequences:
         raise ConfigError(f"recall has 1 to {KEYS} pairs and needs a --context of 4 to {4 * KEYS + 3}, got {context}")
     train, test = (recalling(size, context, seed) for size, seed in zip((TRAIN, TEST), _SEEDS, strict=True))
     about = f"recall: {context // 4} pairs of {KEYS} keys and {KEYS} values, then each key asks for its value"
-    return Sequences(train, test, 2 * KEYS + 1, (), about, "", "made by apical", is_text=False)
+    return Samples(train, test, 2 * KEYS + 1, (), about, "", "made by apical")
 
 
 def copying(size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ trace of its neuron, and one number of its layer.
 Sources: Ororbia, arXiv 2303.18187, Science Advances 10, eadn6076, and its code; memristors: arXiv 2409.10887.
 Departures: the update is one step of the optimiser for a stimulus (`learn="stimulus"`) unless `learn="step"` asks for the
 paper's own; the answer's input spikes come from one set of numbers that all samples share, so that no chance is in it;
-while it learns, numbers are independent within a sample, but shifted from step to step alike for all samples; biases, where
-the model has them, are weights from a neuron that fires always; no reconstruction of the input.
+while it learns, numbers are independent within a sample, but shifted from step to step alike for all samples of a kind;
+biases, where the model has them, are weights from a neuron that fires always; no reconstruction of the input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import cycle, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,13 +31,21 @@ from apical.core.processes import summed
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 from apical.rules.contrastive_plasticity.memristor import Pairs
-from apical.rules.contrastive_plasticity.network import State, Synapses, advance, products, read_products, rest
+from apical.rules.contrastive_plasticity.network import (
+    State,
+    Synapses,
+    advance_,
+    goodness_of,
+    modulate_,
+    products,
+    read_products,
+    rest,
+    twin,
+)
 from apical.rules.contrastive_plasticity.neurons import (
     Constants,
-    drawn,
-    drawn_with_shift,
-    goodness,
-    modulator,
+    draw_,
+    draw_with_shift_,
     pairs_loss,
     pairs_slope,
     threshold_loss,
@@ -262,12 +271,10 @@ class ContrastiveSignalPlasticity(CreditRule):
     def goodness(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Goodness of positive and negative samples (batch,), mean over steps, by hidden layer."""
         stimulus = self._stimulus(self._enter(inputs), targets)
-        sums = [torch.zeros_like(stimulus.y) for _ in self.names]
-        for state in self._simulated(stimulus):
-            for total, layer in zip(sums, state.layers, strict=True):
-                total += goodness(layer.t)
-        found = (total / self.steps for total in sums)
-        return {name: (g[: len(inputs)], g[len(inputs) :]) for name, g in zip(self.names, found, strict=True)}
+        rest = self._rest(stimulus.x, context=stimulus.context is not None)
+        steps = [goodness_of(state) for _, state in self._steps(stimulus, (rest, twin(rest)), self.steps)]
+        found = zip(self.names, torch.stack(steps).mean(0), strict=True)
+        return {name: (g[: len(inputs)], g[len(inputs) :]) for name, g in found}
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
         """Goodness of positive and negative samples of the probe, and the share of steps in which neurons fire."""
@@ -303,9 +310,9 @@ class ContrastiveSignalPlasticity(CreditRule):
     def spikes(self, inputs: Tensor) -> dict[str, Tensor]:
         """Spikes (steps, batch, n) of every layer while it answers, 0 or 1."""
         found: dict[str, list[Tensor]] = {stage.name: [] for stage in self.chain.stages}
-        for state in self._answering(self._enter(inputs)):
+        for _, state in self._answering(self._enter(inputs)):
             for each, layer in zip(found.values(), (*state.layers, state.readout), strict=True):
-                each.append(layer.s)
+                each.append(layer.s.clone())
         return {name: torch.stack(each) for name, each in found.items()}
 
     def _resumed(self, x: Tensor, targets: Tensor) -> Held | None:
@@ -335,6 +342,21 @@ class ContrastiveSignalPlasticity(CreditRule):
         """Where gradients are summed, by kind and layer."""
         return {place: torch.zeros_like(p) for place, p in self._synapses().items() if p.requires_grad}
 
+    def _additions(self, before: State, positives: int, sums: dict[tuple[str, int], Tensor]) -> list[Callable[[], object]]:
+        """What adds to sums what a step from this state teaches, once modulators and errors are written."""
+        every: list[Callable[[], object]] = []
+
+        def later(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
+            if (kind, k) in sums:
+                every.append(partial(sums[kind, k].addmm_, to.T, spikes, alpha=factor))
+            if (bias := sums.get((f"{kind} bias", k))) is not None:
+                every.append(lambda: bias.add_(to.sum(0), alpha=factor))
+
+        products(before, self._matrices(), self.constants, [layer.m for layer in before.layers], later)
+        if self.readout == "context":
+            read_products(before, self.constants, before.readout.m[:positives], later)
+        return every
+
     @staticmethod
     def _into(sums: dict[tuple[str, int], Tensor]) -> Callable[[str, int, Tensor, Tensor, float], None]:
         """What adds products to sums, where there is one for them."""
@@ -351,22 +373,17 @@ class ContrastiveSignalPlasticity(CreditRule):
         self, stimulus: Stimulus, state: State, steps: int, sums: dict[tuple[str, int], Tensor]
     ) -> tuple[State, dict[str, Tensor]]:
         """State after some steps, whose gradients are added to the sums, and mean losses."""
-        synapses, constants, add = self._matrices(), self.constants, self._into(sums)
-        pull = 2 * stimulus.y.unsqueeze(1) / stimulus.samples
-        goods: list[list[Tensor]] = [[] for _ in self.names]
-        for _ in range(steps):
-            before = state
-            state = self._next(before, synapses, stimulus)
-            m = []
-            for good, layer in zip(goods, state.layers, strict=True):
-                good.append(goodness(layer.t))
-                m.append(modulator(layer.t, self._slope(good[-1], stimulus.y, stimulus.samples)))
-            products(before, synapses, constants, m, add)
-            if self.readout == "context":
-                read_products(before, constants, (state.readout.t - stimulus.target) * pull, add)
+        goods = []
+        turns = state, twin(state)
+        additions = [self._additions(each, stimulus.samples, sums) for each in turns]  # once: memory stays
+        for (before, state), every in zip(self._steps(stimulus, turns, steps), cycle(additions), strict=False):
+            goods.append(goodness_of(state))
+            modulate_(state, self._slope(goods[-1], stimulus.y, stimulus.samples), stimulus.target)
+            for add in every:
+                add()
             if self.decay:
                 self._note_silence(before, state)
-        losses = (self._loss_of(torch.stack(good), stimulus.y, stimulus.samples) for good in goods)
+        losses = (self._loss_of(g, stimulus.y, stimulus.samples) for g in torch.stack(goods, 1))
         return state, {f"local {name}": loss for name, loss in zip(self.names, losses, strict=True)}
 
     def _roots(self, sums: dict[tuple[str, int], Tensor]) -> list[Root]:
@@ -385,10 +402,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         return pairs_loss(g, self.alpha) if len(y) > samples else g.new_zeros(())
 
     def _slope(self, g: Tensor, y: Tensor, samples: int) -> Tensor:
-        """Derivative of the loss by goodness (rows,)."""
+        """Derivative of the loss by goodness (L, rows)."""
         if self.contrast == "threshold":
             return threshold_slope(g, y, self.theta)
-        return pairs_slope(g, self.alpha) if len(g) > samples else torch.zeros_like(g)
+        return pairs_slope(g, self.alpha) if len(y) > samples else torch.zeros_like(g)
 
     def _note_silence(self, before: State, after: State) -> None:
         """For every synapse, how often its neuron fired while it was silent."""
@@ -429,23 +446,26 @@ class ContrastiveSignalPlasticity(CreditRule):
     def _rest(self, x: Tensor, *, context: bool) -> State:
         return rest(x, [self.thresholds.get_buffer(key(stage.name)) for stage in self.chain.stages], context)
 
-    def _next(self, state: State, synapses: Synapses, stimulus: Stimulus) -> State:
-        inputs = drawn_with_shift(stimulus.x, stimulus.phase, stimulus.x.new_empty(stimulus.x.shape[1:]).uniform_())
-        return advance(state, synapses, self.constants, inputs, stimulus.context)
+    def _steps(self, stimulus: Stimulus, turns: tuple[State, State], steps: int) -> Iterator[tuple[State, State]]:
+        """States before and after each step: twins in turn, which share all memory but the neurons' spikes."""
+        synapses, (before, after), x = self._matrices(), turns, stimulus.x
+        for shift in x.new_empty(steps, len(x), 1, x.shape[-1]).uniform_():
+            advance_(before, after, synapses, self.constants)
+            yield before, after
+            draw_with_shift_(after.inputs, x, stimulus.phase, shift)  # what the next step reads
+            if after.context is not None and stimulus.context is not None:
+                after.context.copy_(stimulus.context)
+            before, after = after, before
 
-    def _simulated(self, stimulus: Stimulus) -> Iterator[State]:
-        """The states after each step."""
-        state, synapses = self._rest(stimulus.x, context=stimulus.context is not None), self._matrices()
-        for _ in range(self.steps):
-            state = self._next(state, synapses, stimulus)
-            yield state
-
-    def _answering(self, x: Tensor) -> Iterator[State]:
+    def _answering(self, x: Tensor) -> Iterator[tuple[State, State]]:
         """The same without context, every sample with the same random numbers."""
         state, synapses = self._rest(x, context=False), self._matrices()
+        after = twin(state)
         for u in self.chance:
-            state = advance(state, synapses, self.constants, drawn(x, u), None)
-            yield state
+            advance_(state, after, synapses, self.constants)
+            yield state, after
+            draw_(after.inputs, x, u)
+            state, after = after, state
 
     def _counts(self, x: Tensor, targets: Tensor | None = None, sums: dict[tuple[str, int], Tensor] | None = None) -> Tensor:
         """Spikes of the read-out (batch, K); with readout="answer" its gradients are added to the sums."""
@@ -453,12 +473,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         right = None
         if sums and targets is not None and self.readout == "answer":
             right, add = F.one_hot(targets, self.classes).to(x.dtype), self._into(sums)
-        before = self._rest(x, context=False)
-        for state in self._answering(x):
+        for before, state in self._answering(x):
             counts += state.readout.s
             if right is not None:
-                read_products(before, self.constants, (state.readout.t - right) * (2 / len(x)), add)
-            before = state
+                read_products(before, self.constants, state.readout.t - right, add)
         return counts
 
     def _stimulus(self, x: Tensor, targets: Tensor) -> Stimulus:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apical.rules.contrastive_plasticity.neurons import Constants, Neurons, resting, stepped
+from apical.rules.contrastive_plasticity.neurons import Constants, Neurons, charge_, fire_, modulator, resting
 
 
 class Synapses(NamedTuple):
@@ -41,44 +41,80 @@ class Synapses(NamedTuple):
 
 
 class State(NamedTuple):
-    """Of all neurons after a step: spikes of the input (rows, n_0) and the context (rows, K) or none, and the layers."""
+    """Of all neurons after a step.
+
+    Attributes:
+        inputs: spikes of the input (rows, n_0).
+        context: those of the class (rows, K), or none.
+        neurons: all that have currents (rows, n_1 + ... + n_L + K), so that a step passes over them once.
+        layers: hidden ones, in the memory of all.
+        readout: the last ones.
+        member: of :func:`.neurons.fire_`.
+    """
 
     inputs: Tensor
     context: Tensor | None
+    neurons: Neurons
     layers: Sequence[Neurons]
     readout: Neurons
+    member: Tensor
 
 
 def rest(x: Tensor, thresholds: Sequence[Tensor], context: bool) -> State:
-    """Before the first step; x (rows, n_0) only for its form. Thresholds (n,): of hidden layers, then of the read-out."""
-    *hidden, last = (resting(len(x), h) for h in thresholds)
-    return State(torch.zeros_like(x), x.new_zeros(len(x), last.v.shape[1]) if context else None, hidden, last)
+    """Before the first step; x (..., n_0) only for its form. Thresholds (n,): of hidden layers, then of the read-out."""
+    inputs = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(0, -2)
+    classes = x.new_zeros(len(inputs), len(thresholds[-1])) if context else None
+    neurons = resting(len(inputs), torch.cat(list(thresholds)))
+    member = torch.block_diag(*(h.new_ones(len(h), 1) for h in thresholds))
+    return _parted(inputs, classes, neurons, member, [len(h) for h in thresholds])
 
 
-def currents(state: State, synapses: Synapses, constants: Constants) -> tuple[list[Tensor], Tensor]:
-    """j_1..j_L and j_y, each (rows, n), from the spikes of a state."""
-    found = []
-    for k, (layer, up, bias, lateral) in enumerate(
-        zip(state.layers, synapses.up, synapses.bias, synapses.lateral, strict=True)
-    ):
-        below = state.inputs if k == 0 else state.layers[k - 1].s
-        j = below @ up.T if bias is None else torch.addmm(bias, below, up.T)
+def twin(state: State) -> State:
+    """The same with other memory for the neurons' spikes: two states take turns, so that spikes before a step stay."""
+    neurons = state.neurons._replace(s=torch.empty_like(state.neurons.s))
+    sizes = [layer.s.shape[1] for layer in (*state.layers, state.readout)]
+    return _parted(state.inputs, state.context, neurons, state.member, sizes)
+
+
+def _parted(inputs: Tensor, context: Tensor | None, neurons: Neurons, member: Tensor, sizes: Sequence[int]) -> State:
+    *layers, readout = (Neurons(*parts) for parts in zip(*(each.split(sizes, 1) for each in neurons), strict=True))
+    return State(inputs, context, neurons, layers, readout, member)
+
+
+def charge_all_(state: State, synapses: Synapses, constants: Constants) -> None:
+    """Potentials leak and take up the currents of a state's spikes."""
+    r = constants.resistance
+    below = state.inputs
+    for k, layer in enumerate(state.layers):
+        arriving = [(below, synapses.up[k], r)]
         if k < len(synapses.down):
-            j = j.addmm_(state.layers[k + 1].s, synapses.down[k].T)
+            arriving.append((state.layers[k + 1].s, synapses.down[k], r))
         if state.context is not None:
-            j = j.addmm_(state.context, synapses.context[k].T)
-        found.append(j.addmm_(layer.s, lateral.T, beta=constants.resistance, alpha=-constants.inhibition))
-    jy = state.readout.v.new_zeros(()) if synapses.read_bias is None else synapses.read_bias
-    for layer, read in zip(state.layers, synapses.read, strict=True):
-        jy = torch.addmm(jy, layer.s, read.T)
-    return found, jy
+            arriving.append((state.context, synapses.context[k], r))
+        arriving.append((layer.s, synapses.lateral[k], -constants.inhibition))
+        bias = synapses.bias[k]
+        charge_(layer.v, arriving, None if bias is None else r * bias, constants)
+        below = layer.s
+    read = [(layer.s, each, 1.0) for layer, each in zip(state.layers, synapses.read, strict=True)]
+    charge_(state.readout.v, read, synapses.read_bias, constants)
 
 
-def advance(state: State, synapses: Synapses, constants: Constants, inputs: Tensor, context: Tensor | None) -> State:
-    """One step; new spikes of input and context are what the step after this one reads."""
-    j, jy = currents(state, synapses, constants)
-    layers = [stepped(layer, each, constants) for layer, each in zip(state.layers, j, strict=True)]
-    return State(inputs, context, layers, stepped(state.readout, jy, constants))
+def advance_(before: State, after: State, synapses: Synapses, constants: Constants) -> None:
+    """One step; its spikes come to lie in `after`, the twin of the state before."""
+    charge_all_(before, synapses, constants)
+    fire_(after.neurons, after.member, constants)
+
+
+def goodness_of(state: State) -> Tensor:
+    """G of hidden layers (L, rows)."""
+    t, m = state.neurons.t, state.neurons.m
+    return (state.member.T @ torch.mul(t, t, out=m).T)[:-1]  # m is made anew at every step, and only then
+
+
+def modulate_(state: State, slopes: Tensor, target: Tensor) -> None:
+    """Write m: of hidden layers by the derivative of a loss of goodness (L, rows), then t_y - target (positives, K)."""
+    modulator(state.neurons.t, slopes.T @ state.member.T[:-1], state.neurons.m)
+    state.readout.m[: len(target)].copy_(state.readout.t[: len(target)]).sub_(target)
 
 
 def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:
@@ -102,6 +138,6 @@ def products(before: State, synapses: Synapses, constants: Constants, m: Sequenc
 
 
 def read_products(before: State, constants: Constants, e: Tensor, add: Callable[..., None]) -> None:
-    """The same for read-outs; e is `t_y - target` times 2 / positives, (rows, K), zero for negative samples."""
+    """The same for read-outs; e is `t_y - target` of positive samples (positives, K)."""
     for k, layer in enumerate(before.layers):
-        add("read", k, e, layer.s, constants.resistance)
+        add("read", k, e, layer.s[: len(e)], constants.resistance * 2 / len(e))

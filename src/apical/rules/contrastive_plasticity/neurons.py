@@ -8,6 +8,7 @@
 Rows are samples: v, s, h and t are (rows, n), one threshold for each neuron of each sample.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -38,41 +39,62 @@ class Constants(NamedTuple):
 
 
 class Neurons(NamedTuple):
-    """A layer: potentials v, spikes s (0 or 1), thresholds h and traces t, each (rows, n)."""
+    """Potentials v, spikes s (0 or 1), thresholds h, traces t and modulators m, each (rows, n), written in place."""
 
     v: Tensor
     s: Tensor
     h: Tensor
     t: Tensor
+    m: Tensor
 
 
-def drawn(p: Tensor, u: Tensor) -> Tensor:
-    """Spikes, 1 with probability p and else 0, made of uniform numbers u in [0, 1); u may be for all rows."""
-    return p.clone().gt_(u)  # in place, so that no booleans have to become numbers
+def draw_(spikes: Tensor, p: Tensor, u: Tensor) -> Tensor:
+    """Write 1 with probability p and else 0, by uniform numbers u in [0, 1); u may be for all rows."""
+    return spikes.copy_(p).gt_(u)  # no booleans, which would have to become numbers
 
 
-def drawn_with_shift(p: Tensor, phase: Tensor, shift: Tensor) -> Tensor:
-    """Spikes with probability p (rows, n) of the numbers `(phase + shift) mod 1`, a tenth of the time of fresh ones.
+def draw_with_shift_(spikes: Tensor, p: Tensor, phase: Tensor, shift: Tensor) -> Tensor:
+    """Write spikes with probability p (kinds, samples, n) by numbers `(phase + shift) mod 1`, far quicker than fresh ones.
 
-    With a phase (rows, n) for the stimulus and a shift (n,) for the step, both uniform, the numbers of one row are uniform
-    and independent over inputs and steps; at any one step those of all rows are.
+    With a phase (samples, n) for the stimulus and a shift (kinds, 1, n) for the step, both uniform, the numbers of one row
+    are uniform and independent over inputs and steps; at any one step those of all rows are.
     """
-    return (phase + shift).frac_().lt_(p)
+    return torch.add(phase, shift, out=spikes.view(p.shape)).frac_().lt_(p)
 
 
 def resting(rows: int, thresholds: Tensor) -> Neurons:
     """Silent neurons (rows, n) with the thresholds (n,) that every stimulus starts from."""
-    zero = thresholds.new_zeros(rows, len(thresholds))
-    return Neurons(zero, zero, thresholds.expand(rows, -1), zero)
+    v, s, t, m = (thresholds.new_zeros(rows, len(thresholds)) for _ in range(4))
+    return Neurons(v, s, thresholds.repeat(rows, 1), t, m)
 
 
-def stepped(neurons: Neurons, j: Tensor, constants: Constants) -> Neurons:
-    """One step dt with currents j (rows, n)."""
-    v = torch.lerp(neurons.v, j, constants.dt / constants.membrane)
-    s = drawn(v, neurons.h)
-    h = torch.add(neurons.h, s.sum(1, keepdim=True) - 1, alpha=constants.adaptation).clamp_min_(constants.floor)
-    t = torch.maximum(neurons.t * (1 - constants.dt / constants.trace), s)  # traces never exceed 1
-    return Neurons(v.addcmul_(v, s, value=-1), s, h, t)
+def charge_(v: Tensor, currents: Iterable[tuple[Tensor, Tensor, float]], bias: Tensor | None, constants: Constants) -> None:
+    """The membrane's step for potentials (rows, n).
+
+    Args:
+        v: they leak, and take up what arrives.
+        currents: spikes (rows, n_from), weights (n, n_from) and a factor, at least one of them.
+        bias: a current (n,) that always flows.
+        constants: of the membrane.
+    """
+    share = constants.dt / constants.membrane
+    left = 1 - share
+    if bias is not None:
+        v.lerp_(bias, share)
+        left = 1.0
+    for spikes, weight, factor in currents:  # no current is kept: products are added to what is left of v
+        v.addmm_(spikes, weight.T, beta=left, alpha=share * factor)
+        left = 1.0
+
+
+def fire_(neurons: Neurons, member: Tensor, constants: Constants) -> None:
+    """Spikes, resets, thresholds and traces of a step; member (n, layers) is 1 where a neuron belongs to a layer."""
+    v, s, h, t, _ = neurons
+    draw_(s, v, h)
+    v.addcmul_(v, s, value=-1)
+    excess = torch.addmm(-member.new_ones(()), s, member)  # sum_i s_i - 1, (rows, layers)
+    h.addmm_(excess, member.T, alpha=constants.adaptation).clamp_min_(constants.floor)
+    t.mul_(1 - constants.dt / constants.trace).clamp_min_(s)  # traces never exceed 1
 
 
 def goodness(t: Tensor) -> Tensor:
@@ -86,8 +108,8 @@ def threshold_loss(g: Tensor, y: Tensor, theta: float) -> Tensor:
 
 
 def threshold_slope(g: Tensor, y: Tensor, theta: float) -> Tensor:
-    """Its derivative by goodness, `(p - y) / rows`."""
-    return (torch.sigmoid(g - theta) - y) / len(g)
+    """Its derivative by goodness (..., rows), `(p - y) / rows`."""
+    return (g - theta).sigmoid_().sub_(y).div_(len(y))
 
 
 def pairs_loss(g: Tensor, alpha: float) -> Tensor:
@@ -97,12 +119,12 @@ def pairs_loss(g: Tensor, alpha: float) -> Tensor:
 
 
 def pairs_slope(g: Tensor, alpha: float) -> Tensor:
-    """Its derivative by goodness (rows,)."""
-    positive, negative = g.chunk(2)
-    push = alpha * torch.sigmoid(alpha * (negative - positive)) / len(positive)
-    return torch.cat([-push, push])
+    """Its derivative by goodness (..., rows)."""
+    positive, negative = g.chunk(2, -1)
+    push = alpha * torch.sigmoid(alpha * (negative - positive)) / positive.shape[-1]
+    return torch.cat([-push, push], -1)
 
 
-def modulator(t: Tensor, slope: Tensor) -> Tensor:
-    """m (rows, n): the derivative of a loss of goodness by traces, given that by goodness (rows,)."""
-    return t * (2 * slope).unsqueeze(1)
+def modulator(t: Tensor, slope: Tensor, out: Tensor | None = None) -> Tensor:
+    """m (rows, n): the derivative of a loss of goodness by traces, given that by goodness (rows, 1), or by neuron."""
+    return torch.mul(t, 2 * slope, out=out)

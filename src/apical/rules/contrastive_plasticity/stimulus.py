@@ -10,13 +10,13 @@ Negatives = Literal["labels", "mixtures"]
 
 
 class Stimulus(NamedTuple):
-    """Spike probabilities of positive samples, then negative ones.
+    """Spike probabilities of positive samples, then negative ones: rows are samples times the kinds there are.
 
     Attributes:
-        x: of the input (rows, n_0).
-        phase: uniform numbers (rows, n_0) that every step shifts, see :func:`.neurons.drawn_with_shift`.
+        x: of the input (kinds, samples, n_0); negatives that differ by their class alone take no memory.
+        phase: uniform numbers (samples, n_0) that every step shifts, see :func:`.neurons.draw_with_shift_`.
         context: 1 for the class that is shown, which fires at every step (rows, K); None without labels.
-        target: what the read-out is to answer (rows, K); zero for negatives.
+        target: what the read-out is to answer to positive samples (samples, K).
         y: 1 and 0 (rows,).
         samples: positive rows.
     """
@@ -36,14 +36,13 @@ def stimulus(x: Tensor, targets: Tensor, classes: int, negatives: Negatives, mix
     if negatives == "labels":
         away = torch.randint(1, classes, targets.shape, device=targets.device)
         context = torch.cat([right, F.one_hot((targets + away) % classes, classes).to(x.dtype)])
-        negative = x
+        both = x.expand(2, *x.shape)
     elif len(x) == 1:
-        negative = x[:0]
+        both = x.unsqueeze(0)
     else:
         own = torch.arange(len(x), device=x.device)
         other = (own + torch.randint(1, len(x), (), device=x.device)) % len(x)
-        negative = torch.lerp(x[other], x, mix)
-    both = torch.cat([x, negative])
-    y = torch.cat([x.new_ones(len(x)), x.new_zeros(len(negative))])
-    target = torch.cat([right, right.new_zeros(len(negative), classes)])
-    return Stimulus(both, torch.rand_like(both), context, target, y, len(x))
+        both = torch.stack([x, torch.lerp(x[other], x, mix)])
+    y = x.new_ones(len(both), len(x))
+    y[1:] = 0
+    return Stimulus(both, torch.rand_like(x), context, right, y.flatten(), len(x))

@@ -45,11 +45,11 @@ def cosine(a: Tensor, b: Tensor, members: Tensor, scale: float, spread: float) -
     """
     length_a, length_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
     far_a, far_b = length_a + EPSILON, length_b + EPSILON
-    both = far_a * far_b.T  # (batch, K)
-    cosines = (a @ b.T) / both
-    miss = cosines - members
+    both = far_a * far_b.T  # |a_i| |b_k|: (batch, K)
+    cosines = (a @ b.T) / both  # Ahat Bhat^T
+    miss = cosines - members  # Ahat Bhat^T - M
     loss = scale * miss.square().mean()
-    miss = miss * (2 * scale / miss.numel())
+    miss = miss * (2 * scale / miss.numel())  # d loss / d cosines
     # d loss / d a = (miss / both) b - (sum_k miss cosines) a / (|a| far_a); the same for b
     along, between = miss * cosines, miss / both
     for_a, more_a = _turned(a, length_a, far_a, between @ b, along.sum(1, keepdim=True), spread)
@@ -73,6 +73,7 @@ def _turned(
         return torch.addcmul(pulled, rows, _over(along, length, far), value=-1), 0.0
     square = far * far.T  # (n, n)
     cosines = (rows @ rows.T) / square
+    # Ahat Ahat^T - I
     apart = cosines - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     loss = spread * apart.square().mean()
     apart = apart * (4 * spread / apart.numel())  # each pair of rows stands twice in the symmetric matrix
@@ -89,11 +90,12 @@ def match(a: Tensor, b: Tensor, scale: float) -> Pulled:
     """The loss of an autoencoder's pair, both (batch, d) or (batch, channels, H, ...); centred maps for images only."""
     weight = scale * (a.shape[2] if a.dim() > 2 else 1)
     apart = a - b
+    # s H mean (a - b)^2 and its gradient
     loss, for_a = weight * apart.square().mean(), apart * (2 * weight / a.numel())
     for_b = -for_a
     if a.dim() > 2:
         (u, length_u), (v, length_v) = _centred(a), _centred(b)
-        apart = u - v
+        apart = u - v  # c(a) - c(b)
         loss = loss + weight * apart.square().mean()
         pulled = apart * (2 * weight / a.numel())
         for_a = for_a + _uncentred(pulled, u, length_u).view_as(a)

@@ -232,8 +232,8 @@ class EquilibriumPropagation(CreditRule):
         """
         if not self.directed:
             raise ConfigError('symmetric weights are their own feedback: pass weights="directed" to set B')
-        known = {stage.name: {"B": back} for stage, back in zip(self._above, self.back, strict=True)}
-        put(type(self).__name__, layer, known, matrices)
+        matrices_of = {stage.name: {"B": back} for stage, back in zip(self._above, self.back, strict=True)}
+        put(type(self).__name__, layer, matrices_of, matrices)
 
     def _back(self) -> list[Tensor]:
         return list(self.back) if self.directed else [stage.layer.weight for stage in self._above]
@@ -303,13 +303,13 @@ class EquilibriumPropagation(CreditRule):
             targets = self._labels(output, targets)
             if self.cycles:
                 rounds = [(beta, settled) for beta, _, settled in self._rounds(x, targets)][-self.points :]
-                each = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s]) for beta, settled in rounds]
+                points = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s]) for beta, settled in rounds]
             else:
                 beta, _ = phases(self.estimator, self.beta, self.points, x, self.generator)
                 settled = self._settle_nudged(x, free.s, targets, beta)
-                each = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s])]
-            nudged = [torch.cat(layer) for layer in zip(*(s for _, s in each), strict=True)]
-            return {"free": free.s, "nudged": nudged, "beta": [torch.cat([beta for beta, _ in each])]}
+                points = [(beta.complex, [beta.complex_values(s, len(x)) for s in settled.s])]
+            nudged = [torch.cat(layer) for layer in zip(*(s for _, s in points), strict=True)]
+            return {"free": free.s, "nudged": nudged, "beta": [torch.cat([beta for beta, _ in points])]}
 
     def _nudged(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Root], Tensor, dict[str, Tensor]]:
         """All nudges at once, from the free state: roots, residual and logs."""
@@ -349,8 +349,9 @@ class EquilibriumPropagation(CreditRule):
     def _rounds(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Phases, Phases, Settled]]:
         """Each nudge with its weight and what it settles to, from where the last one ended."""
         network, n = self.network, self.points * self.cycles
-        s = [each.new_zeros(2 * len(each), *each.shape[1:]) for each in network.zeros(x)]
+        s = [zeros.new_zeros(2 * len(x), *zeros.shape[1:]) for zeros in network.zeros(x)]  # a real and an imaginary part
         for turn in [2 * pi * p / self.points for p in range(self.points)] * self.cycles:
+            # beta_p = beta exp(i turn), c_p = -1 / (n beta_p)
             beta = Phases(self.beta * x.new_tensor([cos(turn)]), self.beta * x.new_tensor([sin(turn)]))
             weight = Phases(x.new_tensor([-cos(turn)]) / (n * self.beta), x.new_tensor([sin(turn)]) / (n * self.beta))
 
@@ -367,26 +368,26 @@ class EquilibriumPropagation(CreditRule):
     ) -> list[Root]:
         """Parameters with their gradients, which are the estimates."""
         size, stages, q = len(x), self.network.stages, len(beta.im)
-        parts = [s.view(-1, size, *s.shape[1:]) for s in nudged]
+        parts = [s.view(-1, size, *s.shape[1:]) for s in nudged]  # s_k^p: (P + Q, batch, *shape)
         if self.estimator in ("one-sided", "random-sign"):  # the free state is one of the points
             parts = [torch.cat((s, f.unsqueeze(0))) for s, f in zip(parts, free, strict=True)]
             c = Phases(torch.cat((c.re, -c.re)), c.im)
         real = len(c.re)
-        changed = [c.times(s) for s in parts]
+        changed = [c.times(s) for s in parts]  # c_p s_k^p; their sum over p estimates -d s_k / d beta
         different = self.directed and self.update == "different"
         roots: list[Root] = []
         for k, stage in enumerate(stages):
             batch = size / self.rates[k]
-            if k == 0 or different:
+            if k == 0 or different:  # sum_p c_p s_k^p times the free s_{k-1}
                 below = x if k == 0 else free[k - 1]
                 roots += stage_roots(stage, changed[k][:real].sum(0), below, batch, size)
-            if k > 0 and different:
+            if k > 0 and different:  # B_k moves as W_{k-1} does: the free s_k times sum_p c_p s_{k-1}^p
                 roots += weight_roots(stage, self.back[k - 1], free[k], changed[k - 1][:real].sum(0), batch)
-            elif k > 0:
+            elif k > 0:  # Re sum_p c_p s_k^p (s_{k-1}^p)^T, rows ((P + Q) batch, n)
                 signal, below = c.conjugate_rows(changed[k]).flatten(0, 1), parts[k - 1].flatten(0, 1)
                 roots += stage_roots(stage, signal, below, batch, real * size, q * size)
                 roots += weight_roots(stage, self.back[k - 1], signal, below, batch, q * size) if self.directed else []
-        if self.network.reader is not None:
+        if self.network.reader is not None:  # the mean over the points of de/do s_K^T
             share = shares(beta, c)
             error = self.network.errors(self.loss, nudged, targets, q)
             error = Phases(share, share.new_zeros(q)).times(error)

@@ -1,6 +1,7 @@
 """What complex states ask of a network: losses, pooling and activations that are analytic."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ def _softmax_error(parts: Tensor, label: Tensor, q: int) -> Tensor:
     if q == 0:
         return real
     shifted = parts[p - q : p] - parts[p - q : p].amax(-1, keepdim=True)
-    power = torch.polar(shifted.exp(), parts[p:])
-    share = power / power.sum(-1, keepdim=True)
+    power = torch.polar(shifted.exp(), parts[p:])  # exp(o) of the complex phases, up to a real factor: (Q, batch, outputs)
+    share = power / power.sum(-1, keepdim=True)  # the softmax
     return torch.cat((real, share.real - label, share.imag))
 
 
@@ -45,7 +46,7 @@ HOLOMORPHIC: dict[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, 
 def is_holomorphic(activation: nn.Module) -> bool:
     """Whether an activation takes complex states and has the same derivative in every direction (Cauchy-Riemann)."""
     x = torch.tensor([-2.1, -0.7, 0.3, 0.9, 1.6, 2.8], dtype=torch.float64)
-    z, h = torch.complex(x, 0.1 * x.flip(0)), 1e-6
+    z, h = torch.complex(x, 0.1 * x.flip(0)), 1e-6  # points off the real axis, and the step of central differences
 
     def phi(z: Tensor) -> Tensor:
         return torch.complex(*complex_parts(activation, z.real, z.imag))
@@ -90,3 +91,53 @@ def is_max(module: nn.Module) -> bool:
 def bends(module: nn.Module) -> bool:
     """Whether a module beside a layer is not linear."""
     return is_max(module) or isinstance(module, SoftmaxPool2d)
+
+
+def pooled(stage: Stage, v: Tensor, imaginary: int = 0) -> Tensor:
+    """`P(v)`, of the state's shape; the last `imaginary` rows are imaginary parts of those before them."""
+    if not imaginary or _is_linear(stage):
+        for module in stage.after:
+            v = module(v)
+        return v
+    real, z = _split(v, imaginary)
+    real, z = pooled(stage, real), _pooled_complex(stage, z)
+    return torch.cat((real, z.real, z.imag))
+
+
+def _is_linear(stage: Stage) -> bool:
+    return not any(isinstance(module, SoftmaxPool2d) for module in stage.after)
+
+
+def _pooled_complex(stage: Stage, z: Tensor) -> Tensor:
+    """`P(z)` of complex potentials; averages, which PyTorch has for real numbers only, act on both parts alike."""
+    for module in stage.after:
+        z = module(z) if isinstance(module, SoftmaxPool2d) else torch.complex(module(z.real), module(z.imag))
+    return z
+
+
+def _split(v: Tensor, imaginary: int) -> tuple[Tensor, Tensor]:
+    """Real rows, and complex ones."""
+    real = len(v) - 2 * imaginary
+    return v[:real], torch.complex(v[real : real + imaginary], v[real + imaginary :])
+
+
+def unpooled(stage: Stage, signal: Tensor, v: Tensor, imaginary: int = 0, *, conjugate: bool = False) -> Tensor:
+    """`signal` through the transposed derivative of P at v; P does not care for a shift of a channel, so v needs no bias.
+
+    Args:
+        conjugate: the signal is complex conjugate, and so will the result be.
+    """
+    if not stage.after:
+        return signal
+    if not imaginary or _is_linear(stage):  # of a linear P the derivative is real, and the same everywhere
+        return _through(partial(pooled, stage), v, signal)
+    (real, z), (signal, complex_signal) = _split(v, imaginary), _split(signal, imaginary)
+    complex_signal = complex_signal if conjugate else complex_signal.conj()
+    pulled = _through(partial(_pooled_complex, stage), z, complex_signal)  # by the conjugate of the derivative
+    pulled = pulled if conjugate else pulled.conj()
+    return torch.cat((_through(partial(pooled, stage), real, signal), pulled.real, pulled.imag))
+
+
+def _through(pool: Callable[[Tensor], Tensor], v: Tensor, signal: Tensor) -> Tensor:
+    result: Tensor = torch.func.vjp(pool, v)[1](signal)[0]
+    return result

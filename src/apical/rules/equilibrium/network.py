@@ -23,8 +23,7 @@ from apical.core.noise import normal
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
 from apical.errors import UnsupportedModelError
-from apical.rules.equilibrium.complex_pooling import pooled, unpooled
-from apical.rules.equilibrium.holomorphic import HOLOMORPHIC
+from apical.rules.equilibrium.holomorphic import HOLOMORPHIC, pooled, unpooled
 from apical.rules.equilibrium.phases import Phases
 
 PROJECTIONS = (nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Identity)
@@ -84,19 +83,19 @@ class EquilibriumNetwork:
                 f"layer {self.stages[0].name!r} gave {tuple(first.shape[1:])} per sample, but the rule was made for "
                 f"{self.stages[0].shape}; pass the input_shape of these samples"
             )
-        found: list[Tensor | None] = [first]
+        potentials: list[Tensor | None] = [first]
         p, q = (len(phases.re), len(phases.im)) if phases is not None else (1, 0)
-        if p + q > 1:
-            found = [
+        if p + q > 1:  # (batch, *shape) -> ((P + Q) batch, *shape): the input is real
+            potentials = [
                 torch.cat((first.repeat(p, *[1] * (first.dim() - 1)), first.new_zeros(q * len(first), *first.shape[1:])))
             ]
         for stage in self.stages[1:]:
             bias = stage.layer.bias
             if bias is None or q == 0 or not stage.is_dense:
-                found.append(bias)
-            else:
-                found.append(torch.cat((bias.expand(p * len(first), -1), bias.new_zeros(q * len(first), len(bias)))))
-        return found
+                potentials.append(bias)
+            else:  # of imaginary rows the bias is zero
+                potentials.append(torch.cat((bias.expand(p * len(first), -1), bias.new_zeros(q * len(first), len(bias)))))
+        return potentials
 
     def zeros(self, inputs: Tensor) -> list[Tensor]:
         """The states from which a free phase starts."""
@@ -149,7 +148,7 @@ class EquilibriumNetwork:
         noisy: bool = False,
     ) -> list[Tensor]:
         """The states after one step."""
-        moved = []
+        states = []
         for k, stage in enumerate(self.stages):
             # v_k = P(W_k s_{k-1} + b_k) + B_{k+1}^T s_{k+1}, at the top - beta de/ds instead
             v = given[0] if k == 0 else _up(stage, s[k - 1], given[k], imaginary)
@@ -167,8 +166,8 @@ class EquilibriumNetwork:
                 real = len(v) - imaginary
                 disturbed = v[:real] + self.noise * normal(v[:real], self.generator)
                 v = torch.cat((disturbed, v[real:])) if imaginary else disturbed
-            moved.append(self._moved(stage, s[k], v, imaginary))
-        return moved
+            states.append(self._moved(stage, s[k], v, imaginary))
+        return states
 
     def _moved(self, stage: Stage, old: Tensor, v: Tensor, imaginary: int) -> Tensor:
         if not self.damping:
@@ -193,7 +192,7 @@ class EquilibriumNetwork:
                 top = torch.cat((top[: len(top) - q * batch] + bias, top[len(top) - q * batch :])) if q else top + bias
             top = activated(self.reader.activation, top, q * batch)
         if loss in HOLOMORPHIC and top.dim() == 2:
-            parts = top.view(-1, batch, top.shape[-1])
+            parts = top.view(-1, batch, top.shape[-1])  # (P + Q, batch, outputs)
             return HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
         rows = targets.repeat(len(top) // batch, *[1] * (targets.dim() - 1))
         error: Tensor = torch.func.grad(lambda out: loss(out, rows))(top) * len(top)  # per sample, not of the mean
@@ -215,10 +214,10 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
     real = len(v) - 2 * imaginary
     a, b = v[real : real + imaginary], v[real + imaginary :]
     if isinstance(activation, ShiftedSigmoid):
-        made = torch.empty_like(v)  # filled piece by piece: joining pieces would copy them all
-        torch.sigmoid(torch.add(v.new_full((), -2.0), v[:real], alpha=4), out=made[:real])
-        made[real : real + imaginary], made[real + imaginary :] = complex_shifted_sigmoid(a, b)
-        return made
+        rates = torch.empty_like(v)  # filled piece by piece: joining pieces would copy them all
+        torch.sigmoid(torch.add(v.new_full((), -2.0), v[:real], alpha=4), out=rates[:real])
+        rates[real : real + imaginary], rates[real + imaginary :] = complex_shifted_sigmoid(a, b)
+        return rates
     return torch.cat((activation(v[:real]), *complex_parts(activation, a, b)))
 
 
@@ -243,8 +242,8 @@ def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor, imaginary: in
         return transport(geometry(layer), above, weight, s)
 
     def up(rates: Tensor) -> Tensor:
-        seen = stage.seen(rates)
-        return F.linear(seen, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(seen, weight, None)
+        inputs = stage.seen(rates)
+        return F.linear(inputs, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(inputs, weight, None)
 
     made = torch.func.vjp(up, s)
     result: Tensor = made[1](unpooled(stage, above, made[0], imaginary))[0]
@@ -295,11 +294,12 @@ def _at_layer(stage: Stage, signal: Tensor, rates: Tensor, imaginary: int) -> Te
 
 def jacobian_product(stages: Sequence[Stage], back: Sequence[Tensor], d: Sequence[Tensor]) -> list[Tensor]:
     """`J d` of the field `W_k u_{k-1} + B_{k+1}^T u_{k+1} - u_k` in the activities u, whose activation is passed over."""
-    found = []
+    product = []
     for k, stage in enumerate(stages):
+        # row k of J d: W_k d_{k-1} + B_{k+1}^T d_{k+1} - d_k
         v = -d[k] if k == 0 else pooled(stage, stage.linear(d[k - 1])) - d[k]
-        found.append(v + pulled(stages[k + 1], back[k], d[k + 1], d[k]) if k + 1 < len(stages) else v)
-    return found
+        product.append(v + pulled(stages[k + 1], back[k], d[k + 1], d[k]) if k + 1 < len(stages) else v)
+    return product
 
 
 def homeostatic_loss(product: Callable[[list[Tensor]], list[Tensor]], noise: list[Tensor]) -> Tensor:
@@ -309,7 +309,7 @@ def homeostatic_loss(product: Callable[[list[Tensor]], list[Tensor]], noise: lis
         product: e -> J e, rows by rows.
         noise: standard normal, (draws, ...) for each layer.
     """
-    once = product(noise)
-    twice = product(once)
+    once = product(noise)  # J e
+    twice = product(once)  # J J e
     total = torch.stack([(a * a - e * b).sum() for a, b, e in zip(once, twice, noise, strict=True)]).sum()
     return total / sum(e.numel() for e in noise)

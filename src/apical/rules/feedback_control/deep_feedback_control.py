@@ -34,8 +34,7 @@ from apical.core.losses import output_error, terms
 from apical.errors import ConfigError, InstabilityError, unknown_name
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import LOOK_EVERY, ControlRule, Difference, Learn, NoiseCorrelation, Start
-from apical.rules.feedback_control.newton import settle
-from apical.rules.feedback_control.states import Controlled, Resolvent
+from apical.rules.feedback_control.states import Controlled, Resolvent, settle
 from apical.rules.feedback_control.trajectory import Leak, Loop, Moment, Trace, correlation, end, record, trajectory
 
 SOLVERS = {"dfc": ("closed-form", "simulate"), "ss": ("steady", "simulate"), "ssa": ("closed-form",)}
@@ -199,9 +198,10 @@ class DeepFeedbackControl(ControlRule):
         if late is None:
             return u, state, residual, None
         tolerance = 1e-10 if delta.dtype == torch.float64 else 1e-5
-        found = settle(self.chain, states.rows(late), self.q, delta[late], u[late], self._resolvent, self.loop.a, tolerance)
-        lost = ~found.any(1, keepdim=True) & ~u[late].isfinite().all(1, keepdim=True)  # is to be refused
-        u = u.index_copy(0, late, torch.where(lost, u[late], found))
+        start, rest = u[late], states.rows(late)
+        settled = settle(self.chain, rest, self.q, delta[late], start, self._resolvent, self.loop.a, tolerance)
+        lost = ~settled.any(1, keepdim=True) & ~start.isfinite().all(1, keepdim=True)  # is to be refused
+        u = u.index_copy(0, late, torch.where(lost, start, settled))
         state = control.controlled_pass(self.chain, states, control.apical(self.chain, self.q, u))
         residual = state.rho[-1].flatten(1) + self.loop.a * u - delta
         return u, state, residual, _late(residual, delta)
@@ -266,12 +266,12 @@ class DeepFeedbackControl(ControlRule):
         if self.learn == "expected":
             rows = rows or control.mean_jacobian(self.chain, states)
             strengths = [-c * self.sleep.sigma**2 for c in self.correlations]
-            return self.feedback_roots([scale * c * each.T for c, each in zip(strengths, rows, strict=True)])
+            return self.feedback_roots([scale * c * row.T for c, row in zip(strengths, rows, strict=True)])
         seen = NoiseCorrelation(self.q, states)
         walk = trajectory(self.chain, states, self.q, torch.neg, self.sleep, basal=False, generator=self.generator)
         for moment in walk:
             seen(moment)
-        return self.feedback_roots([scale * each for each in seen.mean()])
+        return self.feedback_roots([scale * row for row in seen.mean()])
 
     def trace(self, inputs: Tensor, targets: Tensor) -> Trace:
         """Somatic, basal and apical potentials, control and output of every sample over the simulated time.

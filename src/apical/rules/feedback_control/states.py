@@ -11,7 +11,7 @@ Everything is in deviations from the feed-forward state, which keeps float32 exa
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,12 @@ WIDE = 64
 
 CACHE = 2**19
 """Bytes of one stage's Jacobian rows that are worked on at a time: half of a core's second-level cache."""
+
+NEWTON_STEPS = 40
+"""Newton steps at most."""
+
+HALVINGS = 12
+"""Times that a step is halved before its sample is given up."""
 
 
 class Controlled(NamedTuple):
@@ -55,22 +61,22 @@ def output_jacobian(chain: Chain, states: States, stages: int | None = None) -> 
     Args:
         stages: k; None means L, the output.
     """
-    used = chain.stages[:stages]
+    part = chain.stages[:stages]
     gains = [
-        derivative(stage.activation, v, r).flatten(1) for stage, v, r in zip(used, states.v, states.r[1:], strict=False)
+        derivative(stage.activation, v, r).flatten(1) for stage, v, r in zip(part, states.v, states.r[1:], strict=False)
     ]
-    *_, last = used
+    *_, last = part
     jacobian = [torch.diag_embed(gains[-1])]  # R_k = diag(phi'(v_k)): (batch, n_k, n_k)
-    for i in range(len(used) - 2, -1, -1):
+    for i in range(len(part) - 2, -1, -1):
         # R_i = R_{i+1} W_{i+1} diag(phi'(v_i)): (batch, n_k, n_{i+1}) -> (batch, n_k, n_i)
-        above, gain, rows = used[i + 1], gains[i].unsqueeze(1), jacobian[-1]
+        above, gain, rows = part[i + 1], gains[i].unsqueeze(1), jacobian[-1]
         if above is last and above.is_dense:  # a diagonal times W_L: no product needed
             rows = above.layer.weight * gain
             if not is_linear(above):
                 rows.mul_(gains[-1].unsqueeze(-1))
         else:
             pulled = above.transposed(rows.reshape(-1, above.size))  # W^T on batch n_k rows at once
-            rows = pulled.view(len(gain), -1, used[i].size).mul_(gain)
+            rows = pulled.view(len(gain), -1, part[i].size).mul_(gain)
         jacobian.append(rows)
     return jacobian[::-1]
 
@@ -139,8 +145,8 @@ def gains_and_mean(
         if mean:
             added = [rows.sum(0) for rows in jacobian]
             sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
-    whole = gains[0] if len(gains) == 1 else [torch.cat(each) for each in zip(*gains, strict=True)]
-    return whole, [each / len(states.r[0]) for each in sums]
+    whole = gains[0] if len(gains) == 1 else [torch.cat(gain) for gain in zip(*gains, strict=True)]
+    return whole, [rows / len(states.r[0]) for rows in sums]
 
 
 def _parts(states: States, size: int) -> Iterator[States]:
@@ -175,8 +181,8 @@ def controlled_pass(chain: Chain, states: States, pushes: Sequence[Tensor]) -> C
 
 def controlled_states(states: States, state: Controlled) -> States:
     """The states themselves under control."""
-    v = [each + d for each, d in zip(states.v, state.d, strict=True)]
-    return States(v, [states.r[0], *(each + rho for each, rho in zip(states.r[1:], state.rho, strict=True))])
+    v = [before + d for before, d in zip(states.v, state.d, strict=True)]
+    return States(v, [states.r[0], *(before + rho for before, rho in zip(states.r[1:], state.rho, strict=True))])
 
 
 def linear_pass(chain: Chain, gains: Sequence[Tensor], pushes: Sequence[Tensor]) -> list[Tensor]:
@@ -361,3 +367,59 @@ def condition_two(jacobian: Sequence[Tensor], feedback: Iterable[Tensor]) -> Ten
 def gram_matrix(jacobian: Sequence[Tensor]) -> Tensor:
     """`J J^T`: (batch, n_L, n_L)."""
     return sum((block @ block.mT for block in jacobian), jacobian[0].new_zeros(()))
+
+
+def settle(
+    chain: Chain,
+    states: States,
+    feedback: Sequence[Tensor],
+    delta: Tensor,
+    u: Tensor,
+    slope: Callable[[States], Resolvent],
+    a: float,
+    tolerance: float,
+) -> Tensor:
+    """Control (batch, n_L) at the steady state by damped Newton's method, where a few chord steps do not reach it.
+
+        F(u) = rho_L(u) + a u - delta = 0,   F'(u) = M(u) + a I,   M = J Q at the controlled state
+
+    Every step takes the slope where it stands, and of the step so much, 1, 1/2, 1/4, ..., that `|F|` of its sample falls.
+    The control is as near as the method comes; nothing is raised.
+
+    Args:
+        states: the feed-forward states.
+        delta: how far the target lies from the output (batch, n_L).
+        u: where from; a sample that is farther from its target than without control starts without.
+        slope: `(M + a I)^-1` at given states.
+        a: steady error per control.
+        tolerance: of `|F|`, relative to `|delta|`.
+    """
+
+    def at(u: Tensor) -> tuple[Controlled, Tensor, Tensor]:
+        state = controlled_pass(chain, states, apical(chain, feedback, u))
+        miss = state.rho[-1].flatten(1) + a * u - delta  # F(u): (batch, n_L)
+        return state, miss, miss.norm(dim=1)
+
+    start = delta.norm(dim=1)
+    # |F(0)| = |delta|: who is farther than that starts without control
+    u = torch.where((at(u)[2] < start).unsqueeze(1), u, 0.0)
+    state, miss, size = at(u)
+    for _ in range(NEWTON_STEPS):
+        done = size <= tolerance * start
+        if bool(done.all()):
+            break
+        step = slope(controlled_states(states, state)).solve(-miss)  # (M(u) + a I) step = -F(u)
+        step = step.where(step.isfinite().all(1, keepdim=True), 0.0)
+        stride, taken = torch.where(done, 0.0, 1.0).to(u), done  # (batch,)
+        for _ in range(HALVINGS):
+            # Armijo: enough of the fall that the slope promises
+            taken = taken | (at(u + stride.unsqueeze(1) * step)[2] < (1 - 1e-4 * stride) * size)
+            if bool(taken.all()):
+                break
+            stride = torch.where(taken, stride, stride / 2)
+        stride = torch.where(taken, stride, 0.0)
+        if not bool(stride.any()):
+            break
+        u = u + stride.unsqueeze(1) * step
+        state, miss, size = at(u)
+    return u

@@ -110,7 +110,7 @@ class _Guess(NamedTuple):
     stride: Tensor
 
     def part(self, samples: Tensor) -> "_Guess":
-        return _Guess(*(each[samples] for each in self))
+        return _Guess(*(part[samples] for part in self))
 
 
 class _Problem(NamedTuple):

@@ -176,14 +176,14 @@ class StrongDeepFeedbackControl(ControlRule):
         """
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            found = self.run(inputs)
-            found, goal, classes = self._counted(found, fitted(self.loss, found.r[-1], targets))
+            states = self.run(inputs)
+            states, goal, classes = self._counted(states, fitted(self.loss, states.r[-1], targets))
             if self.solver == "simulate":
-                last, basal = end(self.chain, self._walk(found, goal, classes))
-                return self.named_states(found, goal, last.u, Controlled(last.apical, last.d, last.rho), basal)
-            held = self._hold(found, goal, classes)
+                last, basal = end(self.chain, self._walk(states, goal, classes))
+                return self.named_states(states, goal, last.u, Controlled(last.apical, last.d, last.rho), basal)
+            held = self._hold(states, goal, classes)
             basal = [d - q for d, q in zip(held.state.d, held.state.q, strict=True)]
-            return self.named_states(found, goal, held.u, held.state, basal)
+            return self.named_states(states, goal, held.u, held.state, basal)
 
     def _hold(self, states: States, goal: Tensor, classes: bool) -> Held:
         tolerance = self.tolerance or (1e-10 if goal.dtype == torch.float64 else 1e-5)
@@ -197,7 +197,7 @@ class StrongDeepFeedbackControl(ControlRule):
             roots += self.roots_at(states, held.state, held.state.q)
         if self._learns_feedback():
             roots += self._expected(controlled_states(states, held.state), classes)
-        effort = sum((each.square().flatten(1).sum(1) for each in held.state.q), torch.zeros_like(held.residual)) / 2
+        effort = sum((q.square().flatten(1).sum(1) for q in held.state.q), torch.zeros_like(held.residual)) / 2
         return roots, {"effort": effort.mean(), "residual": held.residual.max()}
 
     def _look(self, held: Held, states: States) -> None:
@@ -241,19 +241,19 @@ class StrongDeepFeedbackControl(ControlRule):
     def _simulated(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Root], dict[str, Tensor]]:
         output = states.r[-1].flatten(1)
         moments = self._walk(states, goal, classes)
-        seen = NoiseCorrelation(self.q, states, self.slow) if self.learn == "noise" and self._learns_feedback() else None
+        noise = NoiseCorrelation(self.q, states, self.slow) if self.learn == "noise" and self._learns_feedback() else None
         try:
-            last, roots = self.roots_along(states, moments, seen)
+            last, roots = self.roots_along(states, moments, noise)
         except InstabilityError as error:
             raise InstabilityError(f"{error}; {self.cause(states)}") from error
         if self.phase == "feedback":
             roots = []
-        if seen is not None:
-            each = zip(self.scales, self._sigmas(), seen.mean(), strict=True)
-            roots += self.feedback_roots([scale / max(sigma, 0.01) ** 2 * mean for scale, sigma, mean in each])
+        if noise is not None:
+            layers = zip(self.scales, self._sigmas(), noise.mean(), strict=True)
+            roots += self.feedback_roots([scale / max(sigma, 0.01) ** 2 * mean for scale, sigma, mean in layers])
         elif self._learns_feedback():
             roots += self._expected(controlled_states(states, Controlled(last.apical, last.d, last.rho)), classes)
-        effort = sum((each.square().flatten(1).sum(1) for each in last.apical), last.u.new_zeros(len(last.u))) / 2
+        effort = sum((q.square().flatten(1).sum(1) for q in last.apical), last.u.new_zeros(len(last.u))) / 2
         left = last.e.norm(dim=1) / (goal - outcome(output, classes)).norm(dim=1).clamp_min(1e-30)
         return roots, {"effort": effort.mean(), "error_left": left.mean()}
 

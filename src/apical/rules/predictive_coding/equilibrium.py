@@ -67,9 +67,9 @@ def linear_equilibrium(energy: Energy, error: Tensor, c: float) -> Relaxed:
             s.append(block(s[-1]))
         output = energy.row[-1](s[-1])
     rows = torch.eye(outputs, dtype=error.dtype, device=error.device)
-    p = [each.flatten(1) for each in torch.autograd.grad(output, s, rows.view_as(output))]  # P_l: (outputs, n_l)
-    system = rows + c * sum((each @ each.T for each in p), torch.zeros_like(rows))
+    p = [p_l.flatten(1) for p_l in torch.autograd.grad(output, s, rows.view_as(output))]  # P_l: (outputs, n_l)
+    system = rows + c * sum((p_l @ p_l.T for p_l in p), torch.zeros_like(rows))  # I + lambda c S
     top = torch.linalg.solve(system, error.flatten(1).T).T  # e_L at equilibrium: (batch, outputs)
-    e = [(top @ each).view_as(state) for each, state in zip(p, energy.s, strict=True)]
+    e = [(top @ p_l).view_as(state) for p_l, state in zip(p, energy.s, strict=True)]
     states, learned = energy.learned_in_errors(e)
     return Relaxed(states, e, zero, 1, learned)

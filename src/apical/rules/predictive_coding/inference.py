@@ -69,7 +69,7 @@ class Energy:
     ) -> None:
         self.row, self.x, self.top, self.p, self.leaves = row, x, top, list(p), list(s)
         self.has_graph, self.through = bool(s) and s[0].requires_grad, through
-        self.s = [each.detach() for each in s]
+        self.s = [state.detach() for state in s]
         self.first = p[0].detach()
 
     def ahead(self, *s: Tensor) -> tuple[Tensor, ...]:
@@ -89,14 +89,14 @@ class Energy:
         if not self.has_graph or self.through:
             return linearised(self.ahead, self.s, retain=retain)
         with torch.enable_grad():
-            made = (*self.p[1:-1], self.top(self.p[-1]))
-        return made, lambda signals: torch.autograd.grad(made, self.leaves, signals, retain_graph=retain)
+            predictions = (*self.p[1:-1], self.top(self.p[-1]))
+        return predictions, lambda signals: torch.autograd.grad(predictions, self.leaves, signals, retain_graph=retain)
 
     def handed_down(self, e: Sequence[Tensor] | None) -> Sequence[Tensor]:
         """-d top / d e_l along the whole path; None stands for no errors."""
         if torch.compiler.is_compiling() or (e is None and not (self.has_graph and self.through)):
-            made, back = linearised(self.behind, e or [torch.zeros_like(each) for each in self.s])
-            return back([-torch.ones_like(made[0])])
+            results, back = linearised(self.behind, e or [torch.zeros_like(state) for state in self.s])
+            return back([-torch.ones_like(results[0])])
         with torch.enable_grad():
             if e is None:
                 return torch.autograd.grad(-self.top(self.p[-1]), self.leaves)
@@ -154,12 +154,12 @@ def linearised(
 ) -> tuple[Sequence[Tensor], Back]:
     """What the function makes of the leaves, and its backward map there."""
     if torch.compiler.is_compiling():
-        made, pull, *_ = torch.func.vjp(function, *leaves)
-        return made, lambda signals: pull(tuple(signals))
+        results, pull, *_ = torch.func.vjp(function, *leaves)
+        return results, lambda signals: pull(tuple(signals))
     with torch.enable_grad():
-        held = [each.detach().requires_grad_() for each in leaves]
-        results = function(*held)
-    return results, lambda signals: torch.autograd.grad(results, held, signals, retain_graph=retain)
+        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        results = function(*inputs)
+    return results, lambda signals: torch.autograd.grad(results, inputs, signals, retain_graph=retain)
 
 
 def in_states(energy: Energy, steps: Steps, *, staged: bool = False) -> Relaxed:
@@ -171,25 +171,26 @@ def in_states(energy: Energy, steps: Steps, *, staged: bool = False) -> Relaxed:
         staged: every block keeps the error of the step at which it first has one, and learns at its feed-forward state.
     """
     s, last = list(energy.s), len(energy.row) - 1
-    moved = [torch.zeros_like(state) for state in s] if steps.momentum else []
-    kept = [torch.zeros_like(state) for state in s]
+    velocity = [torch.zeros_like(state) for state in s] if steps.momentum else []
+    staged_errors = [torch.zeros_like(state) for state in s]
     residual, done = energy.first.new_zeros(()), 0
     while s and done < steps.number:
-        made, back = energy.at_start() if done == 0 else linearised(energy.ahead, s)
-        e = errors(s, energy.first, made)
+        predictions, back = energy.at_start() if done == 0 else linearised(energy.ahead, s)
+        e = errors(s, energy.first, predictions)
         if staged and done:
-            kept[last - done] = e[last - done]
-        slopes = list(torch._foreach_sub(list(back([*e[1:], -torch.ones_like(made[-1])])), e))
-        s, moved = step(s, slopes, moved, steps)
+            staged_errors[last - done] = e[last - done]
+        # -dE/ds_l = -e_l + (d f_{l+1} / d s_l)^T e_{l+1}; at the top -d top / ds in place of an error
+        slopes = list(torch._foreach_sub(list(back([*e[1:], -torch.ones_like(predictions[-1])])), e))
+        s, velocity = step(s, slopes, velocity, steps)
         done += 1
         if done == steps.number or looks(done, steps):
-            residual = steps.rate * largest(moved or slopes)
+            residual = steps.rate * largest(velocity or slopes)
             if looks(done, steps) and bool(residual <= steps.tolerance):
                 break
     if staged:
         if s:
-            kept[last - done] = s[last - done] - energy.p[last - done].detach()  # what is below has not moved yet
-        return Relaxed(energy.s, kept, residual, done)
+            staged_errors[last - done] = s[last - done] - energy.p[last - done].detach()  # what is below has not moved yet
+        return Relaxed(energy.s, staged_errors, residual, done)
     p = energy.learned(s)
     return Relaxed(s, errors(s, p[0].detach(), p[1:]), residual, done, p)
 
@@ -202,12 +203,12 @@ def errors(s: Sequence[Tensor], first: Tensor, predictions: Sequence[Tensor]) ->
 def in_errors(energy: Energy, steps: Steps) -> Relaxed:
     """e_l <- e_l - g dE/de_l: every step runs the perturbed network forwards and backwards."""
     e = [torch.zeros_like(state) for state in energy.s]
-    moved = [torch.zeros_like(state) for state in e] if steps.momentum else []
+    velocity = [torch.zeros_like(state) for state in e] if steps.momentum else []
     residual, done = energy.first.new_zeros(()), 0
     while e and done < steps.number:
         down, before = list(energy.handed_down(e if done else None)), e
-        if moved:
-            e, moved = step(e, list(torch._foreach_sub(down, e)), moved, steps)
+        if velocity:
+            e, velocity = step(e, list(torch._foreach_sub(down, e)), velocity, steps)
         else:
             e = list(torch._foreach_lerp(e, down, steps.rate))  # e + g (down - e)
         done += 1
@@ -224,9 +225,9 @@ def at_fixed_predictions(energy: Energy, steps: Steps) -> Relaxed:
     e = [torch.zeros_like(state) for state in energy.s]
     residual = energy.first.new_zeros(())
     if e:
-        made, back = energy.at_start(retain=True)
+        predictions, back = energy.at_start(retain=True)
         for _ in range(steps.number):
-            slopes = torch._foreach_sub(list(back([*e[1:], -torch.ones_like(made[-1])])), e)
+            slopes = torch._foreach_sub(list(back([*e[1:], -torch.ones_like(predictions[-1])])), e)
             e, _ = step(e, list(slopes), [], steps)
         residual = steps.rate * largest(list(slopes))
     return Relaxed(energy.s, e, residual, steps.number)
@@ -262,8 +263,8 @@ def infer_input(row: Sequence[Block], x: Tensor, top: Top, steps: Steps) -> Tens
     for block in row[:-1]:
         s.append(called(block, s[-1]))
     for _ in range(steps.number):
-        made, back = linearised(ahead, s)
-        e = [state - p.detach() for state, p in zip(s[1:], made, strict=False)]
-        down = list(back([*e, -torch.ones_like(made[-1])]))
+        predictions, back = linearised(ahead, s)
+        e = [state - p.detach() for state, p in zip(s[1:], predictions, strict=False)]
+        down = list(back([*e, -torch.ones_like(predictions[-1])]))
         s, _ = step(s, [down[0], *(a - b for a, b in zip(down[1:], e, strict=True))], [], steps)
     return s[0]

@@ -178,8 +178,8 @@ class DifferenceTargetPropagation(CreditRule):
             given = stages[i + 1].size if self.sequential else neurons + recurrent * stage.size if hidden else outputs
             activation = nn.Identity() if linear else plain(stage.activation)
             bias = not linear or variant == "control"
-            made = FeedbackMap(stage.size, given, activation, like, bias=bias, generator=generator)
-            self.maps.append(made.requires_grad_(learn))
+            feedback = FeedbackMap(stage.size, given, activation, like, bias=bias, generator=generator)
+            self.maps.append(feedback.requires_grad_(learn))
         wide = (neurons, outputs) if variant == "hidden" else (0, outputs)
         drawn = initial(nn.init.xavier_normal_, wide, like, generator) if wide[0] else like.new_empty(wide)
         self.register_buffer("random", drawn)
@@ -254,7 +254,7 @@ class DifferenceTargetPropagation(CreditRule):
     def points(self, states: States) -> list[Mapped]:
         """Every feedback map at what it hears of the states: the next layer, or the output."""
         h = [r.flatten(1) for r in states.r[2:]]
-        found = []
+        points = []
         for i in range(len(self.maps)):
             heard, random = h[i if self.sequential else -1], None
             if self.variant == "hidden" and i < len(self.maps) - 1:
@@ -262,8 +262,8 @@ class DifferenceTargetPropagation(CreditRule):
                 heard = random.tanh()
                 if self.recurrent:
                     heard = torch.cat((heard, states.r[i + 1].flatten(1)), 1)
-            found.append(self._map(i).at(heard, random))
-        return found
+            points.append(self._map(i).at(heard, random))
+        return points
 
     def distances(self, states: States, d: Tensor, at: Sequence[Mapped] | None = None) -> list[Tensor]:
         """`t_i - h_i` of every layer (batch, n_i), given that of the output, and :meth:`points` where they are at hand."""

@@ -60,9 +60,9 @@ def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[s
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         order = [*STYLES, *(rule for rule in curves if rule not in STYLES)]
-        drawn = [rule for rule in order if rule in used]
-        handles = [Line2D([], [], **_look(rule), linewidth=1.5, markeredgewidth=0.4) for rule in drawn]
-        names = [_style(rule).name for rule in drawn]
+        rules = [rule for rule in order if rule in used]
+        handles = [Line2D([], [], **_look(rule), linewidth=1.5, markeredgewidth=0.4) for rule in rules]
+        names = [_style(rule).name for rule in rules]
         figure.legend(handles, names, loc="outside lower center", ncols=4, columnspacing=1.4, handlelength=3.2)
         seeds = max((entry["n"] for entry in curves.values()), default=0)
         caption = (
@@ -147,22 +147,22 @@ def _look(rule: str) -> dict[str, Any]:
 
 def _curves(axes: Axes, curves: Mapping[str, Mapping[str, Any]], key: str) -> set[str]:
     """Draw one measure; returns the rules that have it."""
-    drawn = [rule for rule in curves if key in curves[rule]["metrics"] and not (key == "ssa" and rule.startswith("dfc-ssa"))]
-    for position, rule in enumerate(drawn):
+    rules = [rule for rule in curves if key in curves[rule]["metrics"] and not (key == "ssa" and rule.startswith("dfc-ssa"))]
+    for position, rule in enumerate(rules):
         line = curves[rule]["metrics"][key]
         epochs, mean, std = (np.array(line[name], dtype=np.float64) for name in ("epochs", "mean", "std"))
         every = max(1, len(epochs) // 5)
-        marks = (position * every // max(1, len(drawn)), every)
+        marks = (position * every // max(1, len(rules)), every)
         width = 2.0 - 0.35 * (position % 3)  # thinner on top: no line hides another
         axes.plot(epochs, mean, **_look(rule), markevery=marks, linewidth=width, markeredgewidth=0.4, zorder=3 + position)
         if curves[rule]["n"] > 1:
             colour = _style(rule).colour
             axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
-    if key == "condition_two" and drawn:
+    if key == "condition_two" and rules:
         axes.axhline(1.0, **_REFERENCE)
-    if key == "eigenvalue" and drawn:
+    if key == "eigenvalue" and rules:
         axes.axhline(0.0, **_REFERENCE)
-    return set(drawn)
+    return set(rules)
 
 
 def _strongest(apical: Tensor, count: int) -> list[int]:

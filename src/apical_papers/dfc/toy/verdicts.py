@@ -159,6 +159,6 @@ def tally(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     parts = []
     for source in dict.fromkeys(row["source"] for row in rows):
-        tried = [row["verdict"] for row in rows if row["source"] == source and row["verdict"] != "not run"]
-        parts.append(f"{tried.count('reproduced')} of {len(tried)} by {source}")
+        outcomes = [row["verdict"] for row in rows if row["source"] == source and row["verdict"] != "not run"]
+        parts.append(f"{outcomes.count('reproduced')} of {len(outcomes)} by {source}")
     return f"Reproduced: {', '.join(parts)}."

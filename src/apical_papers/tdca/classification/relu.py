@@ -18,14 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import torch
 from tyro.conf import arg
 
 from apical.bench.cells import kept
 from apical.bench.finding import Row, difference, shown
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
+from apical.bench.program import keep_results, run_command
+from apical.bench.run_folder import check_writable
 from apical.errors import ConfigError, unknown_name
 from apical.evolution.classification import Classification
 from apical_papers.tdca.classification import study as base
@@ -50,19 +48,19 @@ TITLES = {
     "hidden-half": "its hidden credit, the error at the output",
     "output-half": "its output credit, random feedback for hidden units",
 }
-TITLE = "TDCA with ReLU learners, and what stands in its way"
-ABOUT = (
-    "Learners of 32 ReLU units, tasks of four classes of digits. In the classification study single tasks decided the mean "
-    "loss of TDCA here. Runs on a development meta-seed suggested why: an evolved credit for the output makes logits "
-    "several times those under the error. That lowers the loss of a learner that is right without making it right more "
-    "often; at Adam's constant rate the loss of such a learner swings from step to step, so that its end is luck. Here the "
-    "output's credit is the error, hidden credit alone is evolved, and fitness is the mean loss over the last ten steps. "
-    "The arm with an evolved output, as before, is there to be taken apart."
-)
-SOURCES = {
-    "our mark": "Means over unseen tasks, paired over meta-seeds (independent evolutions): TDCA minus the other, each rule "
-    "at the learning rate of one grid with the lowest mean training loss on validation tasks. Set before the run. "
-    "Reproduced means that the 95 % interval of the mean difference (Student's t) lies on the better side of the mark."
+ABOUT = {
+    "title": "TDCA with ReLU learners, and what stands in its way",
+    "about": "Learners of 32 ReLU units, tasks of four classes of digits. In the classification study single tasks decided "
+    "the mean loss of TDCA here. Runs on a development meta-seed suggested why: an evolved credit for the output makes "
+    "logits several times those under the error. That lowers the loss of a learner that is right without making it right "
+    "more often; at Adam's constant rate the loss of such a learner swings from step to step, so that its end is luck. "
+    "Here the output's credit is the error, hidden credit alone is evolved, and fitness is the mean loss over the last ten "
+    "steps. The arm with an evolved output, as before, is there to be taken apart.",
+    "sources": {
+        "our mark": "Means over unseen tasks, paired over meta-seeds (independent evolutions): TDCA minus the other, each "
+        "rule at the learning rate of one grid with the lowest mean training loss on validation tasks. Set before the run. "
+        "Reproduced means that the 95 % interval of the mean difference (Student's t) lies on the better side of the mark.",
+    },
 }
 
 
@@ -170,23 +168,12 @@ def study(options: Options, command: str) -> dict[str, Any]:
             path = options.out / "cells" / f"{arm}-{seed}.json"
             cells.append(kept(path, known, partial(cell, arm, seed, options.generations)))
             print(f"{cells[-1]['seconds']:7.1f} s  {arm}, meta-seed {seed}", flush=True)
-    facts: Mapping[str, Any] = {"meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}", **config}
-    results = {
-        "title": TITLE,
-        "about": ABOUT,
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {**facts, **{k: v for k, v in base.plain(asdict(ARMS["error"])).items() if k != "seed"}},
-        "sources": SOURCES,
-        "seconds": round(sum(each["seconds"] for cells in arms.values() for each in cells), 1),
-        "verdicts": verdicts(arms.get("error", ())),
-        "tables": [
-            table(arms, "tuned", "With tuned learning rates"),
-            table(arms, "same_rate", "All at the learning rate of evolution"),
-        ],
-    }
-    write(options.out, results, [])
-    return results
+    facts = {"meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}", **config}
+    facts |= {key: value for key, value in base.plain(asdict(ARMS["error"])).items() if key != "seed"}
+    parts = {"tuned": "With tuned learning rates", "same_rate": "All at the learning rate of evolution"}
+    tables = [table(arms, part, title) for part, title in parts.items()]
+    every = [each for cells in arms.values() for each in cells]
+    return keep_results(options.out, command, ABOUT, facts, every, verdicts(arms.get("error", ())), tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,8 +21,13 @@ ABOUT = (
     "weight: the case before diffusion. Then a credit per unit, and credit from K sites that spreads over the units. Credit "
     "per weight stands alone as the gradient, or is multiplied by what is local to the synapse (activity and slope) as "
     "credit per unit always is. Which of these the paper calls undiffused could not be read; both are here. All evolutions "
-    "have the same number of generations and the same settings, which were chosen for credit per unit."
+    "have the same number of generations and the same settings, which were chosen for credit per unit. {place}"
 )
+PLACES = {
+    "probabilities": "Credit is that of the authors' code, on probabilities.",
+    "logits": "The output's credit stands on the logits, and credit is relative to that of a right prediction, as with the "
+    "shipped teacher: departures from the authors' code.",
+}
 SOURCES = {
     "our mark": "Values are means over unseen tasks, paired over meta-seeds (independent evolutions on the same tasks): the "
     "first kind of credit minus the second. Reproduced means that the 95 % interval of the mean difference "
@@ -48,8 +53,8 @@ def report(
 ) -> dict[str, Any]:
     """Write results.json, the figure and report.html; returns what results.json holds."""
     results = {
-        "title": TITLE,
-        "about": ABOUT,
+        "title": TITLE + (", credit on logits" if settings["credit"] == "logits" else ""),
+        "about": ABOUT.format(place=PLACES[settings["credit"]]),
         "command": command,
         "environment": around,
         "settings": {"meta-seeds": len(cells), **settings},

@@ -2,8 +2,9 @@
 
 Run `python -m apical_papers.tdca.diffusion.study --out results/tdca-diffusion`. Learners have one hidden layer of eight tanh
 units and learn four classes of the handwritten digits, with the credit of the authors' code, as in the arm "released" of the
-classification study. All evolutions of a meta-seed take turns, generation by generation, so that whatever else the machine
-does slows them alike. Each meta-seed is kept in the folder when it is finished, so an interrupted study continues.
+classification study; or, with `--credit logits`, with credit as in its other arms. All evolutions of a meta-seed take turns,
+generation by generation, so that whatever else the machine does slows them alike. Each meta-seed is kept in the folder when
+it is finished, so an interrupted study continues.
 """
 
 import statistics
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from tyro.conf import arg
@@ -24,14 +25,15 @@ from apical.bench.run_folder import check_writable, environment
 from apical.errors import ConfigError
 from apical.evolution.classification import Classification, Images
 from apical.evolution.workers import Here
-from apical_papers.tdca.classification.study import RELEASED, SEEN, STRATEGY, digits
+from apical_papers.tdca.classification.study import BASE, RELEASED, SEEN, STRATEGY, digits
 from apical_papers.tdca.diffusion.report import report
 from apical_papers.tdca.synapses import SynapticClassification
 from apical_papers.tdca.trials import GRID, Bench, tuned
 
-TINY = replace(RELEASED, model="mlp-tanh-8")
-"""Credit as in the authors' code: on probabilities, and not relative, which credit per weight cannot be."""
-LIFETIME = TINY.lifetime
+CREDITS = {"probabilities": replace(RELEASED, model="mlp-tanh-8"), "logits": replace(BASE, model="mlp-tanh-8")}
+"""As in the authors' code: on probabilities, and not relative; or on logits, and relative, as of a shipped teacher."""
+LIFETIME = BASE.lifetime
+"""Of tests, whose learning rates are tuned."""
 GENERATIONS = 60
 TASKS = 16
 VALIDATION = 8
@@ -51,20 +53,22 @@ class Options:
     """Meta-seeds: independent evolutions of each kind."""
     generations: int = GENERATIONS
     """Of each evolution."""
+    credit: Literal["probabilities", "logits"] = "probabilities"
+    """Where the output's stands; on logits, credit is relative too."""
 
 
-def task(arm: str, images: Images, seed: int) -> Classification:
+def task(arm: str, images: Images, seed: int, credit: str = "probabilities") -> Classification:
     """What is evolved, or tested on, in an arm."""
-    setting = replace(TINY, seed=seed)
+    setting = replace(CREDITS[credit], seed=seed)
     if arm.startswith("weight"):
         return SynapticClassification([images], setting, local=arm == "weight")
     return Classification([images], replace(setting, sites=int(arm.removeprefix("sites-")) if arm != "unit" else None))
 
 
-def meta_seed(seed: int, generations: int) -> dict[str, Any]:
+def meta_seed(seed: int, generations: int, credit: str) -> dict[str, Any]:
     """One evolution of each kind, in turns, and then their trials on tasks that none has seen."""
     train, test = digits()
-    evolutions = {arm: Evolution(task(arm, train, seed), STRATEGY, Here(32), seed) for arm in ARMS}
+    evolutions = {arm: Evolution(task(arm, train, seed, credit), STRATEGY, Here(32), seed) for arm in ARMS}
     lines: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for generation in range(generations):
         shift = generation % len(ARMS)  # no kind always follows the same one
@@ -75,16 +79,15 @@ def meta_seed(seed: int, generations: int) -> dict[str, Any]:
             "parameters": evolution.task.start.numel(),
             "curve": [line["center"] for line in lines[arm]],
             "seconds_per_generation": statistics.median(line["seconds"] for line in lines[arm]),
-            **trials(arm, test, seed, {"tdca": evolution.search.center, "unevolved": evolution.task.start}),
+            **trials(task(arm, test, 0, credit), seed, {"tdca": evolution.search.center, "unevolved": evolution.task.start}),
         }
         for arm, evolution in evolutions.items()
     }
-    return {"arms": arms, **trials("unit", test, seed, {"bp": None})}
+    return {"arms": arms, **trials(task("unit", test, 0, credit), seed, {"bp": None})}
 
 
-def trials(arm: str, test: Images, seed: int, teachers: dict[str, torch.Tensor | None]) -> dict[str, Any]:
+def trials(unseen: Classification, seed: int, teachers: dict[str, torch.Tensor | None]) -> dict[str, Any]:
     """Each rule with its learning rate tuned on validation tasks; all arms of a meta-seed have the same tasks."""
-    unseen = task(arm, test, 0)
     validation, bench = Bench(unseen, VALIDATION, f"validation {seed}"), Bench(unseen, TASKS, f"test {seed}")
     results = {}
     for rule, teacher in teachers.items():
@@ -111,14 +114,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "learning rates": list(GRID),
         **{
             key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(TINY).items()
+            for key, value in asdict(CREDITS[options.credit]).items()
             if value is not None
         },
     }
     cells = []
     for seed in range(options.seeds):
         path = options.out / "cells" / f"seed-{seed}.json"
-        cells.append(kept(path, config, partial(meta_seed, seed, options.generations)))
+        cells.append(kept(path, config, partial(meta_seed, seed, options.generations, options.credit)))
         print(f"{cells[-1]['seconds']:7.1f} s  meta-seed {seed}", flush=True)
     return report(options.out, cells, command, config, environment("cpu", torch.get_num_threads()))
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from apical.core.credit import CreditRule, Loss
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.testing import packed_zoo as packed
-from apical.testing import zoo_images as images
-from apical.testing import zoo_sequences as sequences
 from apical.testing.model import ModelReport, check_model
+
+from . import images, packed, sequences
 
 
 @dataclass(frozen=True)

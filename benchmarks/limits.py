@@ -1,0 +1,114 @@
+"""What a training step cannot avoid: its matrix products timed alone, and passes over memory that its mathematics forces.
+
+The products are those that one step really takes, with the tensors that it takes them of, called again one behind the
+other. A feedback weight that depends on the forward weight has to be made in every step: so many bytes at least, at the
+speed at which this machine adds two matrices of the same shapes.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "convolution_backward"}
+
+FORCED = {
+    "kp": ("W + c E", 12),
+    "pfa": ("W + c E", 12),
+    "pfa-o": ("W + c E", 12),
+    "usf": ("s sign(W)", 8),
+    "brsf": ("s(W) sign(W)", 12),
+    "frsf": ("|U| sign(W)", 12),
+}
+"""How the feedback weight is made, and how many bytes of float32 each of its numbers is read and written in."""
+
+WATCHED = {"kp": 8, "pfa": 8, "pfa-o": 8}
+"""Bytes per weight read to notice that somebody else has moved it, after each step and before the next."""
+
+
+class Products(TorchDispatchMode):
+    """Notes every matrix product and convolution, to be called again with the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name.partition("::")[2] in PRODUCTS:
+            self.calls.append(lambda: func(*args, **(kwargs or {})))
+        return result
+
+
+def products(step: Callable[[], None]) -> Callable[[], None]:
+    """The products of one step, alone."""
+    with Products() as noted, torch.no_grad(), torch.enable_grad():
+        step()
+    calls = noted.calls
+
+    @torch.no_grad()
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def in_turns(runs: list[Callable[[], Any]], rounds: int, times: int) -> list[list[float]]:
+    """Seconds of process time of each, by round; each has one run that is not timed before those that are."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, found in zip(runs, seconds, strict=True):
+            run()
+            begun = time.process_time()
+            for _ in range(times):
+                run()
+            found.append((time.process_time() - begun) / times)
+    return seconds
+
+
+def seconds_per_byte(shapes: list[torch.Size], rounds: int = 15) -> float:
+    """Of adding matrices of these shapes: two are read and one is written."""
+    sets: list[tuple[Tensor, Tensor, Tensor]] = [tuple(torch.randn(3, *shape)) for shape in shapes]  # type: ignore[misc]
+
+    def add() -> None:
+        for a, b, c in sets:
+            torch.add(a, b, alpha=0.5, out=c)
+
+    moved = sum(3 * a.numel() * a.element_size() for a, _, _ in sets)
+    return statistics.median(in_turns([add], rounds, max(1, 2**22 // moved))[0]) / moved
+
+
+def limits(
+    name: str, step: Callable[[], None], bp: Callable[[], None], fed_back: int, per_byte: float, rounds: int, times: int
+) -> dict[str, Any]:
+    """The floor of a rule's step as a multiple of backpropagation's, and its parts.
+
+    Args:
+        name: of the rule.
+        step, bp: a training step of the rule and of backpropagation.
+        fed_back: numbers of all weights that lead errors back.
+        per_byte: see :func:`seconds_per_byte`.
+        rounds, times: rounds, and how often each is called in one.
+    """
+    own, its = products(step), products(bp)
+    taken, basis, whole = in_turns([own, its, bp], rounds, times)
+    what, each = FORCED.get(name, ("", 0))
+    forced, watched = each * fed_back, WATCHED.get(name, 0) * fed_back
+    more = statistics.median((a - b) / c for a, b, c in zip(taken, basis, whole, strict=True))
+    step_of_bp = statistics.median(whole)
+    floor = 1 + more + forced * per_byte / step_of_bp
+    return {
+        "products_ms": round(1e3 * statistics.median(taken), 4),
+        "products_of_bp_ms": round(1e3 * statistics.median(basis), 4),
+        "feedback": what,
+        "forced_mb": round(forced / 1e6, 3),
+        "watched_mb": round(watched / 1e6, 3),
+        "gb_per_s": round(1e-9 / per_byte, 1),
+        "floor": round(floor, 4),
+        "floor_watched": round(floor + watched * per_byte / step_of_bp, 4),
+    }

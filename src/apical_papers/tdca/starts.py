@@ -1,0 +1,42 @@
+"""Learners of the shipped teacher and of backpropagation, from the same initial weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apical.data.dataset import Dataset
+from apical.evolution.population import Population
+from apical.models.catalogue import build
+from apical.rules.backprop import Backprop
+from apical.rules.top_down.teacher import load
+from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
+
+
+def learners(
+    model: str, rule: str, digits: Dataset, images: tuple[Tensor, Tensor], seeds: Sequence[int], record: bool = False
+) -> tuple[Population, Tensor | None, Tensor]:
+    """A population, the teacher's flat weights (D,) where it has one, and the learners' initial weights (seeds, n).
+
+    Args:
+        model: its name.
+        rule: "bp", or "tdca" with the shipped teacher.
+        images: inputs and labels to train on.
+        record: as :class:`Population` has it.
+    """
+
+    def drawn(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return build(model, tuple(images[0].shape[1:]), digits.classes)
+
+    with torch.random.fork_rng([]):
+        first, *_ = networks = [drawn(seed) for seed in (0, *seeds)]
+    if rule == "bp":
+        population, other = Population(Backprop(first), *images, record=record), None
+    else:
+        teacher = load(shipped("digits"))[0]
+        taught = TopDownCreditAssignment(first, teacher=teacher)
+        population = Population(taught, *images, "teacher.", record=record)
+        assert population.other is not None
+        other = population.other.flat({f"teacher.{name}": weight for name, weight in teacher.state_dict().items()})
+    return population, other, torch.stack([population.start(network) for network in networks[1:]])
