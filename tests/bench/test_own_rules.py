@@ -124,7 +124,8 @@ def test_a_rule_that_ends_the_program_while_it_trains_is_said(
 
 
 def test_a_process_that_ends_without_a_word_has_not_trained(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`os._exit(0)`, by a rule or a library beneath it, looks like success from outside."""
-    Path(file).write_text(f"import os\n{RULE}\n    def forward(self, inputs, targets):\n        os._exit(0)\n")
+    """`os._exit(0)`, by a rule or a library beneath it, looks like success from outside; not in the trial, which is here."""
+    late = "        os._exit(0) if len(inputs) > 8 else None\n        return super().forward(inputs, targets)\n"
+    Path(file).write_text(f"import os\n{RULE}\n    def forward(self, inputs, targets):\n{late}")
     assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", "2", "--out", "out"]) == 2
     assert "the process of seed" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apical.core.agreement import require_agreement
 from apical.core.layers import runs_own_forward
 from apical.errors import ConfigError
 
@@ -133,6 +132,8 @@ def known(activation: nn.Module) -> Activation | None:
 
             entry = replace(entry, difference=DIFFERENCES.get(base))
         if entry is not None and entry.said and not torch.compiler.is_compiling():
+            from apical.core.agreement import require_agreement
+
             require_agreement(activation, entry)
         _nearest[kind] = entry
     entry = _nearest[kind]

@@ -30,9 +30,6 @@ Phase = Literal["both", "forward", "feedback"]
 Attention = Literal["exact", "fixed", "present"]
 """What of the backward pass of attention a rule keeps, see :mod:`apical.core.attention`."""
 
-STILL = 3
-"""Steps of the optimiser after which a rule says that its own parameters do not take part in them."""
-
 Batch = tuple[Tensor, Tensor]
 """Inputs (batch, ...) and their targets."""
 
@@ -335,7 +332,9 @@ class CreditRule(nn.Module):
             return super().__call__(*args, **kwargs)
         first = self._is_fresh and torch.is_grad_enabled()
         if self._unmoved >= 0:
-            self._look_at_optimizer()
+            from apical.core.diagnosis import look_at_optimizer
+
+            look_at_optimizer(self)
         if first and self.output_alone and len(args) == 2:
             from apical.core.diagnosis import require_loss_of_output
 
@@ -360,30 +359,14 @@ class CreditRule(nn.Module):
             require_plain(self, credit._output, args[1])
         self._is_fresh = self._is_fresh and not first
         if not self._warned and type(loss) is Tensor and loss.is_cpu:
-            odd = not math.isfinite(loss.item())
-            if odd or not (self.feed_forward or all(map(_is_finite, args[:1]))):  # bounded states hide what the inputs hold
-                self._warned = True
-                warnings.warn(_why_not_finite(args), RuntimeWarning, stacklevel=2)
-        return credit
+            given = () if self.feed_forward else args[:1]  # bounded states hide what the inputs hold
+            odd = (isinstance(value, Tensor) and not bool(value.isfinite().all()) for value in given)
+            if not math.isfinite(loss.item()) or any(odd):
+                from apical.core.diagnosis import why_not_finite
 
-    def _look_at_optimizer(self) -> None:
-        """Warn once of parameters of the rule's own that learn and that no optimiser moves, as it moves the model's."""
-        models = list(self.model.parameters())
-        known = {id(parameter) for parameter in models}
-        own = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        before, self._versions = self._versions, [sum(p._version for p in some) for some in (models, own)]
-        if not own or (before and before[1] != self._versions[1]):
-            self._unmoved = -1
-        elif before and before[0] != self._versions[0] and any(p.grad is not None and bool(p.grad.any()) for p in own):
-            self._unmoved += 1
-        if self._unmoved == STILL:
-            self._unmoved = -1
-            warnings.warn(
-                f"{type(self).__name__} has parameters of its own that get gradients, and the optimiser moves those of the "
-                "model alone: give it rule.parameters(), not model.parameters()",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+                self._warned = True
+                warnings.warn(why_not_finite(args), RuntimeWarning, stacklevel=2)
+        return credit
 
     @abstractmethod
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -506,20 +489,3 @@ def _refuse_parallel(model: nn.Module) -> None:
             f"the model is wrapped in {kind}, which would not share every gradient of a rule among processes: make the rule "
             "of the plain model and wrap the rule, DistributedDataParallel(rule)"
         )
-
-
-def _why_not_finite(args: Sequence[Any]) -> str:
-    batch = zip(("inputs", "targets"), args, strict=False)
-    values = [(name, value) for name, value in batch if isinstance(value, Tensor)]
-    if any(value.shape[:1] == (0,) for _, value in values):
-        return "the loss is not finite because the batch is empty; leave it out"
-    odd = [name for name, value in values if not _is_finite(value)]
-    if odd:
-        return (
-            f"loss or gradients are not finite because the {' and '.join(odd)} hold NaN or infinite values; clean the data"
-        )
-    return "the loss is not finite although the inputs are: training has diverged; lower the learning rate or clip gradients"
-
-
-def _is_finite(values: Any) -> bool:
-    return not isinstance(values, Tensor) or bool(values.isfinite().all())

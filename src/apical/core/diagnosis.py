@@ -1,14 +1,19 @@
 """What is wrong with a loss or with targets, in words, found when a rule has failed on them or has ignored a part."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from apical.core.credit import CreditRule
 from apical.core.rest import undisturbed
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
+
+STILL = 3
+"""Steps of the optimiser after which a rule says that its own parameters do not take part in them."""
 
 
 def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
@@ -83,3 +88,41 @@ def _nodes(root: Node | None) -> set[Node]:
             seen.add(at)
             waiting += [child for child, _ in at.next_functions if child is not None]
     return seen
+
+
+def look_at_optimizer(rule: CreditRule) -> None:
+    """Warn once of parameters of the rule's own that learn and that no optimiser moves, as it moves the model's."""
+    models = list(rule.model.parameters())
+    known = {id(parameter) for parameter in models}
+    own = [p for p in rule.parameters() if p.requires_grad and id(p) not in known]
+    before, rule._versions = rule._versions, [sum(p._version for p in some) for some in (models, own)]
+    if not own or (before and before[1] != rule._versions[1]):
+        rule._unmoved = -1
+    elif before and before[0] != rule._versions[0] and any(p.grad is not None and bool(p.grad.any()) for p in own):
+        rule._unmoved += 1
+    if rule._unmoved == STILL:
+        rule._unmoved = -1
+        warnings.warn(
+            f"{type(rule).__name__} has parameters of its own that get gradients, and the optimiser moves those of the "
+            "model alone: give it rule.parameters(), not model.parameters()",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def why_not_finite(args: Sequence[Any]) -> str:
+    """Why the loss of a batch, or its gradients, are not finite."""
+    batch = zip(("inputs", "targets"), args, strict=False)
+    values = [(name, value) for name, value in batch if isinstance(value, Tensor)]
+    if any(value.shape[:1] == (0,) for _, value in values):
+        return "the loss is not finite because the batch is empty; leave it out"
+    odd = [name for name, value in values if not _is_finite(value)]
+    if odd:
+        return (
+            f"loss or gradients are not finite because the {' and '.join(odd)} hold NaN or infinite values; clean the data"
+        )
+    return "the loss is not finite although the inputs are: training has diverged; lower the learning rate or clip gradients"
+
+
+def _is_finite(values: Any) -> bool:
+    return not isinstance(values, Tensor) or bool(values.isfinite().all())

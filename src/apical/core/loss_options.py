@@ -11,23 +11,17 @@ batch it is asked for its derivative at outputs made up for it.
 
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from apical.core.credit import CreditRule
+from apical.core.losses import NUMBERS, left_out
 from apical.core.positions import class_axis
 from apical.core.rest import undisturbed
 from apical.errors import ConfigError
-
-PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
-"""Options of PyTorch's losses that change what a label asks for, or how much, and the values with which they do nothing."""
-
-NUMBERS = "numbers"
-"""No option: targets that are numbers are what the outputs are driven to, so the loss must be least there."""
 
 LARGE = 1e3
 """Logit at which a softmax is 0 or 1."""
@@ -42,28 +36,6 @@ FOUND = {
     "label_smoothing": "is least at other outputs than the labels say (smooth labels, a penalty on outputs)",
 }
 """What a function of the user's does that has the effect of an option."""
-
-
-def refuse_options(rule: CreditRule, name: str, options: tuple[str, ...] = tuple(PLAIN)) -> None:
-    """Refuse options of a rule's loss that it would leave out of the update: now, or in words of the user's, at the first
-    batch.
-
-    Args:
-        rule: the rule, which has its loss.
-        name: of the rule, in the message.
-        options: keys of :data:`PLAIN`, or :data:`NUMBERS`.
-
-    Raises:
-        ConfigError: the loss is one of PyTorch's modules, or a `functools.partial`, with such an option.
-    """
-    loss = rule.loss
-    for option in options:
-        plain = PLAIN.get(option)
-        value = loss.keywords.get(option, plain) if isinstance(loss, partial) else plain
-        value = getattr(loss, option, value) if isinstance(loss, nn.modules.loss._Loss) else value
-        if value is not plain and (isinstance(value, Tensor) or value != plain):
-            raise _left_out(name, option, f"{value!r}")
-    rule._loss_options = {**rule._loss_options, **dict.fromkeys(options, name)}
 
 
 def require_plain(rule: CreditRule, output: Any, targets: Any) -> None:
@@ -85,7 +57,7 @@ def require_plain(rule: CreditRule, output: Any, targets: Any) -> None:
             if option in rule._loss_options:
                 name = rule._loss_options[option]
                 if option not in FOUND:
-                    raise _left_out(name, option, "'sum'")
+                    raise left_out(name, option, "'sum'")
                 raise ConfigError(
                     f"{name} learns from the labels and not from the loss, which {FOUND[option]}: that would not reach the "
                     "update; leave it out, or choose a rule that follows the loss"
@@ -138,20 +110,3 @@ def _vanishes(rule: CreditRule, places: list[Tensor], targets: Tensor, axis: int
 def _gradient(rule: CreditRule, output: Tensor, targets: Tensor) -> Tensor:
     leaf = output.clone().requires_grad_()
     return torch.autograd.grad(rule.loss(leaf, targets), leaf)[0]
-
-
-def _left_out(name: str, option: str, value: str) -> ConfigError:
-    if option == "reduction":
-        return ConfigError(
-            f"{name} takes means over the batch itself, so a loss with reduction={value} would not scale the whole update; "
-            "use reduction='mean', and scale credit.loss or the learning rate"
-        )
-    if option == NUMBERS:
-        return ConfigError(
-            f"{name} drives the outputs to targets that are numbers, and this loss is least elsewhere (probabilities of "
-            "classes?); give class labels, or a distance such as mse_loss, or choose a rule that follows the loss"
-        )
-    return ConfigError(
-        f"{name} learns from the labels and not from the loss, so the option {option} of the loss would not reach the "
-        "update; leave it out, or choose a rule that follows the loss"
-    )

@@ -6,16 +6,23 @@ the exact gradient of the term, on top of whatever the rule gives them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
-from apical.core.credit import Loss, Root
+from apical.core.credit import CreditRule, Loss, Root
 from apical.errors import ConfigError
+
+PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
+"""Options of PyTorch's losses that change what a label asks for, or how much, and the values with which they do nothing."""
+
+NUMBERS = "numbers"
+"""No option: targets that are numbers are what the outputs are driven to, so the loss must be least there."""
 
 
 def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = False) -> tuple[Tensor, Tensor]:
@@ -91,6 +98,46 @@ def _reaches_others(root: Node, leaves: list[Tensor]) -> bool:
                 seen.add(node)
                 waiting.append(node)
     return False
+
+
+def refuse_options(rule: CreditRule, name: str, options: tuple[str, ...] = tuple(PLAIN)) -> None:
+    """Refuse options of a rule's loss that it would leave out of the update: now, or in words of the user's, at the first
+    batch.
+
+    Args:
+        rule: the rule, which has its loss.
+        name: of the rule, in the message.
+        options: keys of :data:`PLAIN`, or :data:`NUMBERS`.
+
+    Raises:
+        ConfigError: the loss is one of PyTorch's modules, or a `functools.partial`, with such an option.
+    """
+    loss = rule.loss
+    for option in options:
+        plain = PLAIN.get(option)
+        value = loss.keywords.get(option, plain) if isinstance(loss, partial) else plain
+        value = getattr(loss, option, value) if isinstance(loss, nn.modules.loss._Loss) else value
+        if value is not plain and (isinstance(value, Tensor) or value != plain):
+            raise left_out(name, option, f"{value!r}")
+    rule._loss_options = {**rule._loss_options, **dict.fromkeys(options, name)}
+
+
+def left_out(name: str, option: str, value: str) -> ConfigError:
+    """Refusal of a loss with an option that the rule of this name would leave out of the update."""
+    if option == "reduction":
+        return ConfigError(
+            f"{name} takes means over the batch itself, so a loss with reduction={value} would not scale the whole update; "
+            "use reduction='mean', and scale credit.loss or the learning rate"
+        )
+    if option == NUMBERS:
+        return ConfigError(
+            f"{name} drives the outputs to targets that are numbers, and this loss is least elsewhere (probabilities of "
+            "classes?); give class labels, or a distance such as mse_loss, or choose a rule that follows the loss"
+        )
+    return ConfigError(
+        f"{name} learns from the labels and not from the loss, so the option {option} of the loss would not reach the "
+        "update; leave it out, or choose a rule that follows the loss"
+    )
 
 
 def require_dependence(loss: Tensor, output: Tensor) -> None:

@@ -33,8 +33,7 @@ from apical.core.batch import fitted, require_classes, require_one_type, require
 from apical.core.chain import Chain
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.feedback import put
-from apical.core.loss_options import refuse_options
-from apical.core.losses import squared_error, terms, value_at, wanted
+from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.noise import coins, initial
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name

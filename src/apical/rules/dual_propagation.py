@@ -31,8 +31,7 @@ from apical.core.chain import Chain, Stage, States
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.layers import is_maximum
 from apical.core.local import local_roots
-from apical.core.loss_options import refuse_options
-from apical.core.losses import output_error, terms, value_at
+from apical.core.losses import output_error, refuse_options, terms, value_at
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name
 
 Variant = Literal["transposed", "original"]

@@ -35,8 +35,7 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_norm, is_random
 from apical.core.local import block_roots
-from apical.core.loss_options import PLAIN, refuse_options
-from apical.core.losses import output_error, terms, value_at
+from apical.core.losses import PLAIN, output_error, refuse_options, terms, value_at
 from apical.core.rest import evaluating
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name

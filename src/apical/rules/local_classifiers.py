@@ -34,8 +34,7 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.layers import is_random
 from apical.core.local import block_roots
-from apical.core.loss_options import refuse_options
-from apical.core.losses import output_error, terms, value_at
+from apical.core.losses import output_error, refuse_options, terms, value_at
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.processes import gathered

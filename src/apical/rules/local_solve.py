@@ -25,7 +25,7 @@ from apical.core.checkpointing import refuse_checkpointing
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
 from apical.core.layers import computes_plainly
-from apical.core.loss_options import refuse_options
+from apical.core.losses import refuse_options
 from apical.core.plastic import PlasticRule
 from apical.core.processes import summed
 from apical.core.rest import undisturbed

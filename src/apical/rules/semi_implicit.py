@@ -24,8 +24,7 @@ from apical.core.activations import derivative
 from apical.core.batch import counted, fitted, require_precision
 from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss, Root
-from apical.core.loss_options import refuse_options
-from apical.core.losses import output_error, terms, value_at
+from apical.core.losses import output_error, refuse_options, terms, value_at
 from apical.core.processes import summed
 from apical.core.solve import proximal
 from apical.errors import ConfigError, UnsupportedModelError

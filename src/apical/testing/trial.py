@@ -1,6 +1,6 @@
 """Experiments on somebody's rule and model: each runs one step in a sandbox and hands back the gradients it made."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -142,14 +142,11 @@ class Trial:
         """Whether the model draws random numbers, and draws others when the rule runs it, which has drawn before it."""
         if not (self.is_stochastic and self.rule.feed_forward):
             return False
-        runs: Sequence[Callable[[], Any]] = (
-            lambda: self.rule(self.inputs, self.targets)._output,
-            lambda: self.model(self.inputs),
-        )
         outputs = []
-        for run in runs:
+        for under_rule in (True, False):
             with self.sandbox():
-                outputs.append([x.detach().clone() for x in tree_leaves(run()) if isinstance(x, Tensor)])
+                made = self.rule(self.inputs, self.targets)._output if under_rule else self.model(self.inputs)
+                outputs.append([x.detach().clone() for x in tree_leaves(made) if isinstance(x, Tensor)])
         return any(
             a.shape != b.shape or not torch.allclose(a, b, rtol=self.tolerance, atol=self.tolerance)
             for a, b in zip(*outputs, strict=True)

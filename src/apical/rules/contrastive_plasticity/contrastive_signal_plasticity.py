@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from apical.core.batch import require_classes, require_one_type, require_precision
 from apical.core.chain import Chain
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel, Root
-from apical.core.loss_options import refuse_options
-from apical.core.losses import terms, value_at
+from apical.core.losses import refuse_options, terms, value_at
 from apical.core.processes import summed
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name

@@ -39,8 +39,7 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
-from apical.core.loss_options import refuse_options
-from apical.core.losses import output_error, terms
+from apical.core.losses import output_error, refuse_options, terms
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating

@@ -35,8 +35,7 @@ from apical.core.batch import fitted, require_classes, require_one_type, require
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.feedback import put
-from apical.core.loss_options import refuse_options
-from apical.core.losses import terms, value_at, wanted
+from apical.core.losses import refuse_options, terms, value_at, wanted
 from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
 from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, unknown_name

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from apical.core.batch import counted, fitted, require_classes
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss, Root
-from apical.core.loss_options import NUMBERS, PLAIN, refuse_options
-from apical.core.losses import terms, value_at
+from apical.core.losses import NUMBERS, PLAIN, refuse_options, terms, value_at
 from apical.errors import ConfigError, InstabilityError, unknown_name
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start

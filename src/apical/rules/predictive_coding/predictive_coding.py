@@ -40,8 +40,7 @@ from apical.core.blocks import blocks
 from apical.core.containers import Containers
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.layers import is_random
-from apical.core.loss_options import refuse_options
-from apical.core.losses import output_error, squared_error, terms, value_at
+from apical.core.losses import output_error, refuse_options, squared_error, terms, value_at
 from apical.core.placement import layer_paths
 from apical.core.scaled import require_mu
 from apical.errors import ConfigError, UnsupportedModelError, unknown_name

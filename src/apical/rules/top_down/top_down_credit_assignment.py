@@ -26,8 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, Units, eagerly
-from apical.core.loss_options import NUMBERS, PLAIN, refuse_options
-from apical.core.losses import terms, value_at
+from apical.core.losses import NUMBERS, PLAIN, refuse_options, terms, value_at
 from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut, Teacher
