@@ -143,6 +143,10 @@ def test_what_is_kept_is_judged_without_a_run(tmp_path: Path, capsys: pytest.Cap
     (out / "verdicts.json").write_text('{"rule": "bp"}')
     assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 2
     assert "is damaged" in capsys.readouterr().err
+    for name, text in {"verdicts": '[{"rule": "bp"}]', "summary": "[]", "compare": '{"study": "small"}'}.items():
+        (out / f"{name}.json").write_text(text)
+        assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 2
+        assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small_table")

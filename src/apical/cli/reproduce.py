@@ -93,7 +93,11 @@ def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
     path, sizes, status = place(flags, name, table), table.budgets[flags.budget], 0
     say(f"== {name}, budget {flags.budget}: {table.title}")
     if flags.kept:
-        sizes, run = kept_run(path, table, sizes)
+        try:
+            sizes, run = kept_run(path, table, sizes)
+            rows = _rows_of(path, table, sizes)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({brief(error)}); run the table again") from None
     else:
         begun = time.perf_counter()
         status = _compare(table, path, sizes, flags, command) if table.study else _module(table, path, sizes, flags)
@@ -104,7 +108,7 @@ def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
             "seconds": round(time.perf_counter() - begun, 1),
             "environment": environment("cpu", torch.get_num_threads()),
         }
-    rows = study_rows(path, sizes) if table.study else module_rows(path, table, sizes)
+        rows = _rows_of(path, table, sizes)
     record = {"target": name, "title": table.title, "budget": flags.budget, "sizes": sizes, **run}
     record |= {"resumed": flags.resume, "rows": rows}
     record_path = flags.out / "reproductions" / f"{path.stem if table.result == 'file' else path.name}.json"
@@ -157,8 +161,8 @@ def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
         given = {word[2:].replace("-", "_"): value for word, value in pairwise(asked)}
         sizes = {name: _like(value, given.get(name)) for name, value in budget.items()}
         return sizes, {key: content[key] for key in ("command", "seconds", "environment")}
-    if content["study"] != table.study:
-        raise ConfigError(f"--kept: {path} holds a run of {content['study']}, not of {table.study}")
+    if content.get("study") != table.study:
+        raise ConfigError(f"--kept: {path} holds a run of {content.get('study')}, not of {table.study}")
     own, runs = studies()[table.study].rows, _rows(path / "summary.json")
     recipes = {recipe["rule"]: recipe for recipe in content["recipes"].values()}
     sizes = {"epochs": min(recipe["epochs"] for recipe in recipes.values()), "seeds": len(content["seeds"])}
@@ -169,6 +173,10 @@ def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
         sizes |= {name: cut[0]} if cut else {}
     seconds = sum(run["seconds"] for run in runs)
     return sizes, {"command": content["command"], "seconds": round(seconds, 1), "environment": {"commit": runs[0]["commit"]}}
+
+
+def _rows_of(path: Path, table: Table, sizes: Sizes) -> list[Row]:
+    return study_rows(path, sizes) if table.study else module_rows(path, table, sizes)
 
 
 def _like(value: int | float | str, text: str | None) -> int | float | str:

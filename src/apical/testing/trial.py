@@ -42,7 +42,7 @@ class Trial:
         kinds, seen = [q.dtype for q in self.model.parameters()], Precision()
         with undisturbed(rule), torch.no_grad(), seen:
             self.model(inputs)
-        eps = max(seen.eps, *(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point))
+        eps = max([seen.eps, *(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point)])
         self.tolerance = 1e-9 if eps < 1e-12 else min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
 
     @contextmanager
