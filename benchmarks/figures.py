@@ -1,6 +1,6 @@
 """Figures of the benchmarks page, from the JSON files here: how far each rule is from its floor, and how cost grows.
 
-python benchmarks/figures.py
+Run `python benchmarks/figures.py`.
 """
 
 import json
@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from apical.bench.figures.style import RC, RULES
 
@@ -58,10 +58,13 @@ def growth(rows: list[Row]) -> None:
             look = {"color": style.colour, "marker": style.marker, "linestyle": style.line, "label": row["rule"]}
             axes[0][column].loglog(row["sizes"], row["ms_per_step"], **look)
             axes[1][column].loglog(row["sizes"], row["mb"], **look)
+        sizes = next(row["sizes"] for row in rows if row["axis"] == name)
         for ax in axes[:, column]:
-            for each in (ax.xaxis, ax.yaxis):  # powers of ten as plain numbers: no mathematics in our figures
-                each.set_major_formatter("{x:g}")
-                each.set_minor_formatter(NullFormatter())
+            ax.xaxis.set_major_locator(FixedLocator(sizes[::2]))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            for axis in (ax.xaxis, ax.yaxis):  # plain numbers: no mathematics in our figures
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter("{x:g}")
         axes[1][column].set_xlabel(LABELS[name])
     axes[0][0].set_ylabel("ms per step")
     axes[1][0].set_ylabel("MB held in a step")

@@ -83,6 +83,19 @@ def test_thirteen_rules_have_different_looks():
     assert {"accuracy", "final_accuracy"} <= set(drawn(*(run(rule, seed) for rule in rules for seed in range(2))))
 
 
+def test_a_rule_at_chance_does_not_press_the_others_together():
+    rules = list(RULES)[:9]
+    accuracies = {rule: 0.9 + 0.01 * i for i, rule in enumerate(rules)} | {rules[4]: 0.1}
+    runs = [run(rule) for rule in rules]
+    runs = [Run(r.rule, 0, {}, {}, r.epochs, r.records, {**r.result, "test_accuracy": accuracies[r.rule]}) for r in runs]
+    axes = figures._final_score(comparison(*runs)).axes[0]
+    assert axes.get_xlim()[0] > 80
+    assert [text.get_text() for text in axes.texts] == ["\u2190 10.0"]
+    few = figures._final_score(comparison(*runs[:5])).axes[0]
+    assert few.get_xlim()[0] < 10
+    assert not few.texts
+
+
 def test_png_is_one_column_wide_at_200_dpi():
     for drawing in drawn(run("fa", weight_alignment=falling), run("pfa", weight_alignment=falling)).values():
         width, _ = struct.unpack(">II", drawing.png[16:24])

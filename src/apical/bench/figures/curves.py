@@ -26,6 +26,9 @@ from apical.bench.figures.panels import matrices, panels
 from apical.bench.figures.style import RC, plain_log_steps, styles
 from apical.bench.report.records import Array, Comparison, Run
 
+MANY = 8
+"""Rows of a dot plot from which on one far below the others is left out."""
+
 _NAMED_LAYERS = 6
 _DPI = 200
 
@@ -252,7 +255,23 @@ def _final_score(comparison: Comparison) -> Figure | None:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.margins(x=0.06)
+    if not comparison.score.is_loss:
+        means = np.array([values.mean() for values in scores.values()])
+        _leave_out_far_below(axes, means)
     return figure
+
+
+def _leave_out_far_below(axes: Axes, means: Array) -> None:
+    """Of rows far below most others only the number, at the edge: the rest could not be told apart."""
+    low, high = np.quantile(means, [0.25, 0.75])
+    edge = low - 4 * max(high - low, 1.0)
+    if len(means) < MANY or means.min() >= edge:
+        return
+    kept = means[means >= edge]
+    axes.set_xlim(left=kept.min() - 0.15 * (kept.max() - kept.min()) - 1.0)
+    for row in np.flatnonzero(means < edge):
+        at: Any = axes.get_yaxis_transform()
+        axes.text(0.01, float(row), f"\u2190 {means[row]:.1f}", transform=at, va="center", fontsize=8)
 
 
 def _layers(comparison: Comparison, spec: _LayerFigure) -> Figure | None:
