@@ -1,5 +1,6 @@
 """A pair of ranks serves task after task, hands errors over, and is replaced when one ends."""
 
+import multiprocessing
 import os
 
 import pytest
@@ -39,3 +40,13 @@ def test_tasks_errors_and_ends() -> None:
     assert third[0][0] != first[0][0]
     with pytest.raises(RankError, match=r"rank [01]"):
         on_two_ranks(one_ends)
+
+
+def test_a_rank_that_ended_between_tasks_is_replaced() -> None:
+    ((first, _), _) = on_two_ranks(summed, 1.5)
+    [rank] = [child for child in multiprocessing.active_children() if child.pid == first]
+    rank.kill()
+    rank.join(60)
+    again = on_two_ranks(summed, 1.5)
+    assert [value for _, value in again] == [4.0, 4.0]
+    assert first not in [process for process, _ in again]

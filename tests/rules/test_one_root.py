@@ -275,7 +275,7 @@ def with_real_points(name: str) -> bool:
     return not name.startswith("hep")
 
 
-@pytest.mark.parametrize("name", filter(with_real_points, PATHS))
+@pytest.mark.parametrize("name", [path for path in PATHS if with_real_points(path)])
 def test_a_learned_temperature_gets_its_exact_gradient(name: str) -> None:
     loss = Temperature()
     rule = make(name, loss)
@@ -297,7 +297,7 @@ def credit_gradient(rule: CreditRule, loss: Temperature) -> Tensor:
 
 
 @pytest.mark.parametrize("index", [0, 4])
-@pytest.mark.parametrize("name", filter(with_real_points, PATHS))
+@pytest.mark.parametrize("name", [path for path in PATHS if with_real_points(path)])
 def test_a_penalty_on_a_weight_adds_its_exact_gradient(name: str, index: int) -> None:
     """The rest of the update is that of the same loss without the penalty."""
     results = []

@@ -84,16 +84,23 @@ def on_two_ranks(task: Callable[..., Any], *args: Any) -> list[Any]:
     """
     global _pair
     message = pickle.dumps((sys.path, pickle.dumps((task, args))))
+    if _pair is not None and not all(process.is_alive() for process in _pair.processes):
+        _give_up(_pair)
     if _pair is None:
         _pair = Pair()
         atexit.register(_pair.end)
     try:
         return _pair.run(message)
     except BaseException:
-        atexit.unregister(_pair.end)
-        _pair.end()
-        _pair = None
+        _give_up(_pair)
         raise
+
+
+def _give_up(pair: Pair) -> None:
+    global _pair
+    atexit.unregister(pair.end)
+    pair.end()
+    _pair = None
 
 
 def _serve(rank: int, folder: str, pipe: Connection) -> None:
