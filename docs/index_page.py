@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from gallery_page import AUDITS
 from result_pages import NOTE, finished, joined
-from sweep_pages import FOLDERS, lacking
+from sweep_pages import lacking
 from tables import Row, data_name, grouped, load, significant, table
 
 from apical.bench.papers import Table, papers, studies
+from apical_papers.rates.recipe import FOLDERS
 
 DATA = (
     "Fashion-MNIST",

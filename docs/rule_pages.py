@@ -7,7 +7,6 @@ from pathlib import Path
 from benchmark_pages import setting
 from circuits import circuits
 from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
-from sweep_pages import FOLDERS
 from tables import Cell, Row, benchmarks, code, comparisons, fitting, load, number, own_studies, present, table, tabulate
 from torch.nn import Linear
 
@@ -18,6 +17,7 @@ from apical.core.credit import CreditRule
 from apical.rules.backprop import Backprop
 from apical.testing import settings
 from apical.testing.comparison import Factory
+from apical_papers.rates.recipe import FOLDERS
 
 NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."
 WIDE = 5

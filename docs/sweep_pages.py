@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tables import Row, fitting, load, number
 
 from apical.bench.space import edges
-from apical_papers.rates.recipe import DATA, EVERY, RATES, SEEDS, shortfall
-
-FOLDERS = {f"rates-{data}": data for data in DATA}
-"""The sweeps of every rule of the library, and their data."""
+from apical_papers.rates.recipe import DATA, EVERY, FOLDERS, RATES, SEEDS, shortfall
 
 
 def tuned(folder: Path) -> dict[str, Row]:
@@ -54,20 +50,29 @@ def tuning(folder: Path) -> list[str]:
         f"of {plan['train_limit'] or 'all'} images in batches of {plan['batch_size']}. Intervals: bootstrap over seeds."
     )
     loose = [f"Not bracketed: {', '.join(f'`{rule}`' for rule in outside)}; their best may lie beyond what was tried."]
-    return ["## Tuned alike", about, *(loose if outside else []), fitting(header, lines), *not_run(folder, rules)]
+    return ["## Tuned alike", about, *(loose if outside else []), fitting(header, lines), *not_run(folder)]
 
 
-def not_run(folder: Path, rules: Mapping[str, Any]) -> list[str]:
-    """The rules of the library that a sweep of all of them lacks, with what a run would take."""
-    costs = (load(folder.parent / next(iter(FOLDERS)) / "costs.json") or {}).get("rules", {})
+def both(folder: Path) -> list[Path]:
+    """The kept sweeps of the rules on the data of one of them."""
+    return [
+        path for name, data in FOLDERS.items() if data == FOLDERS[folder.name] and (path := folder.parent / name).exists()
+    ]
+
+
+def not_run(folder: Path) -> list[str]:
+    """The rules of the library that the sweeps on the data lack, with what a run would take."""
+    costs = (load(folder.parent / f"rates-{DATA[0]}" / "costs.json") or {}).get("rules", {})
     if folder.name not in FOLDERS:
         return []
+    others = [f"Other rules: [{path.name}]({path.name}.md)." for path in both(folder) if path != folder]
+    rules = {rule for path in both(folder) for rule in tuned(path)}
     left = [rule for rule in EVERY if rule.replace(":", "-") not in rules]
     left.sort(key=lambda rule: costs.get(rule, {}).get("seconds", float("inf")))
     takes = [f"`{rule}` {_seconds(costs.get(rule, {}))}" for rule in left]
     runs = len(RATES) + SEEDS
     said = f"Not run, with the processor time, on a busy machine, of one of the {runs} runs that a rule takes: "
-    return [f"{said}{', '.join(takes)}."] if takes else []
+    return [*others, *([f"{said}{', '.join(takes)}."] if takes else [])]
 
 
 def _seconds(cost: Row) -> str:
@@ -75,32 +80,31 @@ def _seconds(cost: Row) -> str:
 
 
 def lacking(folder: Path) -> str:
-    """What a sweep of every rule lacks of the table that was asked for; empty for other folders."""
+    """What the sweeps on the data of this one lack of the table that was asked for; empty for other folders."""
     if folder.name not in FOLDERS:
         return ""
-    record, recipe = load(folder / "sweep.json"), load(folder / "compare.json")["recipe"]
-    rows = [row for row in load(folder / "summary.json") if row["status"] == "finished"]
-    return ", ".join(shortfall(record["trials"], rows, recipe))
+    trials = [trial for path in both(folder) for trial in load(path / "sweep.json")["trials"]]
+    rows = [row for path in both(folder) for row in load(path / "summary.json") if row["status"] == "finished"]
+    return ", ".join(shortfall(trials, rows, load(folder / "compare.json")["recipe"]))
 
 
 def best_of_all(root: Path) -> str:
     """The table of tuned rules on all data: accuracy, and the rate."""
-    folders = {data: root / "results" / name for name, data in FOLDERS.items() if (root / "results" / name).exists()}
-    found = {data: tuned(folder) for data, folder in folders.items()}
-    names = [rule.replace(":", "-") for rule in EVERY]
-    rules = [rule for rule in names if any(rule in each for each in found.values())]
+    kept = [root / "results" / name for name in FOLDERS if (root / "results" / name).exists()]
+    rows = {folder: tuned(folder) for folder in kept}
+    rules = [rule for rule in (name.replace(":", "-") for name in EVERY) if any(rule in row for row in rows.values())]
     if not rules:
         return "No sweep of the rules is kept here yet."
-    lines = [
-        [f"`{rule}`", *(cell for data, each in found.items() for cell in _cells(folders[data], rule, each.get(rule)))]
-        for rule in rules
-    ]
-    heads = [head for data, folder in folders.items() for head in (f"[{data}](results/{folder.name}.md), %", "rate")]
+    of = {data: [folder for folder in kept if FOLDERS[folder.name] == data] for data in DATA}
+    of = {data: folders for data, folders in of.items() if folders}
+    lines = [[f"`{rule}`", *(cell for each in of.values() for cell in _cells(each, rows, rule))] for rule in rules]
+    heads = [head for data, folders in of.items() for head in (f"[{data}](results/{folders[0].name}.md), %", "rate")]
     return fitting(("rule", *heads), lines)
 
 
-def _cells(folder: Path, rule: str, row: Row | None) -> Sequence[str]:
-    if row is None:
+def _cells(folders: Sequence[Path], rows: Mapping[Path, Mapping[str, Row]], rule: str) -> Sequence[str]:
+    folder = next((folder for folder in folders if rule in rows[folder]), None)
+    if folder is None:
         return ("-", "-")
-    rate = f"{row['settings']['lr']:g}"
-    return (accuracy(folder, rule), f"{rate}, not bracketed" if row["ends"] else rate)
+    rate = f"{rows[folder][rule]['settings']['lr']:g}"
+    return (accuracy(folder, rule), f"{rate}, not bracketed" if rows[folder][rule]["ends"] else rate)

@@ -1,7 +1,7 @@
 """Tune and test tier after tier, MNIST and Fashion-MNIST in turn.
 
-Run `python -m apical_papers.rates --out results`; it goes on where it was stopped.
-Each step is an `apical sweep` of one data set with all rules so far.
+Run `python -m apical_papers.rates --out results`, and with `--costly` for the rules that take longest; it goes on where it
+was stopped. Each step is an `apical sweep` of one data set with all rules so far.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import arg
 
-from apical_papers.rates.recipe import DATA, TIERS, arguments
+from apical_papers.rates.recipe import DATA, SWEEPS, arguments
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,22 @@ class Options:
     """Tune every rule alike on MNIST and Fashion-MNIST."""
 
     out: Annotated[Path, arg(metavar="DIR")]
-    """Folder of the two sweeps."""
-    tiers: Annotated[int, arg(metavar="N")] = len(TIERS)
-    """How many groups of rules, from the cheapest."""
+    """Folder of the sweeps."""
+    costly: bool = False
+    """The rules that take longest instead of the others."""
+    tiers: Annotated[int | None, arg(metavar="N")] = None
+    """How many groups of rules, from the cheapest; all by default."""
 
 
 def main() -> int:
     """Run the sweeps; returns the status of the first that fails."""
     options = tyro.cli(Options)
+    name = "rates-costly" if options.costly else "rates"
     rules: tuple[str, ...] = ()
-    for tier in TIERS[: options.tiers]:
+    for tier in SWEEPS[name][: options.tiers]:
         rules += tier
         for data in DATA:
-            command = arguments(data, rules, str(options.out / f"rates-{data}"))
+            command = arguments(data, rules, str(options.out / f"{name}-{data}"))
             status = subprocess.run([sys.executable, "-m", "apical", *command], check=False).returncode
             if status:
                 return status

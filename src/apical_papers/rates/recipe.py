@@ -18,21 +18,28 @@ LEAST = {"trials": 12, "seeds": SEEDS, "train_limit": SETTING.train_limit, "epoc
 """What a fair table takes, by rule and data set."""
 WORDS = {"train_limit": "training images"}
 
-TIERS = (
+CHEAP = (
     ("bp", "fa", "dfa", "usf", "kp", "pfa-o"),
     ("ccl", "tdca", "local-pred", "mono-forward", "dualprop", "dtp"),
     ("frsf", "brsf", "pfa", "wm", "ff", "local-sim"),
     ("grapes:bp", "matched:bp", "pc-one-step", "ddtp-linear", "dfc-ssa", "ccl-readout", "ff-readout", "tdca-silent"),
     ("pc-error", "pc", "scff", "local-both", "sibp", "cwu:bp", "dfc", "dtp-drl"),
     ("kp-mirror", "pfa-mirror", "pfa-o-mirror", "ccl-free", "ccl-frozen", "ddtp-control", "tdca-unevolved"),
-    ("dfc-fixed", "dfc-ssa-fixed", "dfc-ss", "dfc-ss-fixed", "ddtp-rhl"),
+)
+"""Rules in the order in which they run; a tier is joined to those before when all of it is done."""
+COSTLY = (
+    ("bp", "dfc-fixed", "dfc-ssa-fixed", "dfc-ss", "dfc-ss-fixed", "ddtp-rhl"),
     ("ep-one-sided", "corinfomax"),
     ("ep", "pc-incremental"),
     ("strong-dfc", "ep-directed"),
     ("hep",),
     ("csdp-unsupervised", "csdp-memristor", "csdp"),
 )
-"""Rules in the order in which they run, cheap ones first; a tier is joined to those before when all of it is done."""
+"""Likewise those of up to a hundred times backpropagation's time, in a sweep of their own; backpropagation is in both."""
+SWEEPS = {"rates": CHEAP, "rates-costly": COSTLY}
+"""What the sweeps' folders begin with, and their tiers."""
+FOLDERS = {f"{name}-{data}": data for data in DATA for name in SWEEPS}
+"""The folders of both sweeps, and their data."""
 EVERY = (*RULES, *(f"{name}:bp" for name in AROUND))
 """Every rule of the library, and every rule around another around backpropagation."""
 
