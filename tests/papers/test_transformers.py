@@ -120,6 +120,7 @@ def test_marks(kp: float, degrees: float, holds: bool) -> None:
     assert found["M1", "bp", "test loss minus that of the bigram table"]
     assert found["M2", "kp-mirror", "test loss over that of bp"] is holds
     assert found["M2", "kp-mirror", "largest angle at step 1, degrees"] is holds
+    assert found["goal", "kp-mirror", "test loss minus 1.02 times that of bp"] is holds
     assert found["M7", "fa", "test loss minus that of head only, plus 0.2"]
     assert found["M8", "bp", "test loss minus that of dfa, plus 0.2"]
     assert not any(row["rule"] == "pfa-mirror" for row in rows)

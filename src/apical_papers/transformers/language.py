@@ -31,6 +31,7 @@ ARMS: dict[str, Arm] = {
     "bp": Arm("bp"),
     "kp-mirror": Arm("kp", (MIRROR,)),
     "pfa-mirror": Arm("pfa", (MIRROR,)),
+    "pfa-wide-mirror": Arm("pfa", (MIRROR, "expansion=16")),
     "pfa-o-mirror": Arm("pfa-o", (MIRROR,)),
     "usf-current": Arm("usf", ("scale=current",)),
     "wm": Arm("wm"),
@@ -44,7 +45,8 @@ ARMS: dict[str, Arm] = {
     "kp-decay": Arm("kp", ("initial=random",), decay=2.5),
     "pfa-decay": Arm("pfa", ("initial=random",), decay=2.5),
 }
-"""In the order in which they are trained. "decay" aligns by decay in the first quarter of the steps."""
+"""In the order in which they are trained. "decay" aligns by decay in the first quarter of the steps. The least angle that
+B R allows is atan(1 / sqrt(lambda)): 17.5 degrees for an expansion lambda of 10, 14.0 for 16 ("wide")."""
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """By arm, what was kept of each seed at the arm's rate; empty where the rule refused or nothing was trained."""
@@ -72,7 +74,7 @@ class Options:
     """Of each training, a multiple of 4."""
     width: Annotated[int, arg(metavar="N")] = 96
     """Of the stream."""
-    rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (1e-3, 3e-3, 1e-2, 2e-2)
+    rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
     """Learning rates, upwards, of which each arm is tried at as many as it takes to bracket the best."""
     arms: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = tuple(ARMS)
     """Arms that are trained."""
@@ -181,6 +183,12 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
         values = [a / b for a, b in zip(ours, bp, strict=False)]
         return _at_most(mark, arm, "test loss over that of bp", values, most)
 
+    def within(arm: str, share: float) -> list[Row]:
+        ours, most = test(arm), [(1 + share) * b for b in test("bp")]
+        pairs = list(zip(ours, most, strict=False))
+        what = f"test loss minus {1 + share:g} times that of bp"
+        return [difference("goal", arm, what, *zip(*pairs, strict=True), less=True)] if len(pairs) > 1 else []
+
     def below(mark: str, arm: str, other: str, by: float) -> list[Row]:
         pairs = list(zip(test(arm), test(other), strict=False))  # of the seeds that both have
         if len(pairs) < 2:
@@ -202,6 +210,8 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
         *ratio("M4", "pfa-o-mirror", 1.03),
         *ratio("goal", "kp-mirror", 1.02),
         *(row for arm in _PRODUCT for row in ratio("goal", arm, 1.05)),
+        *within("kp-mirror", 0.02),
+        *(row for arm in _PRODUCT for row in within(arm, 0.05)),
         *(row for arm in ("kp-mirror", *_PRODUCT) for row in angle("goal", arm, 15.0)),
         *(row for arm in _DECAY for row in (*ratio("M5", arm, 1.15), *angle("M5", arm, 20.0))),
         *ratio("M6", "usf-current", 1.12),
@@ -216,7 +226,7 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
 _DIRECT = ("dfa", "dfa-head")
 """With the output error, and with the error at the read-out's input, which is what the prototype had."""
 _DECAY = ("kp-decay", "pfa-decay")
-_PRODUCT = ("pfa-mirror", "pfa-o-mirror")
+_PRODUCT = ("pfa-mirror", "pfa-wide-mirror", "pfa-o-mirror")
 
 
 def _at_most(mark: str, rule: str, what: str, values: Sequence[float], most: float) -> list[Row]:
