@@ -32,8 +32,10 @@ def distances(rows: list[Row]) -> None:
     """One panel per model: time of a step over backpropagation's, its floor as a tick, and what was asked as a circle."""
     rows = [row for row in rows if row.get("floor") is not None and row["rule"] not in ("bp", "pfa-explicit")]
     titles = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(titles), figsize=(7.2, 2.7), squeeze=False, sharey=True)
-    for ax, title in zip(axes[0], titles, strict=True):
+    figure, axes = plt.subplots((len(titles) + 1) // 2, 2, figsize=(7.2, 2.5 * ((len(titles) + 1) // 2)), squeeze=False)
+    for ax in axes.flat[len(titles) :]:
+        ax.set_axis_off()
+    for ax, title in zip(axes.flat, titles, strict=False):
         here = [row for row in rows if row["model"] == title]
         places = range(len(here))
         ax.barh(places, [row["ratio_to_bp"] for row in here], color="#c9d8e8", height=0.7)
@@ -43,7 +45,7 @@ def distances(rows: list[Row]) -> None:
         ax.set_yticks(list(places), [row["rule"] for row in here])
         ax.axvline(1.0, color="#666666", linewidth=0.6)
         ax.set(title=title, xlabel="time of a step / BP", xlim=(0.7, None))
-    axes[0][0].invert_yaxis()
+        ax.invert_yaxis()
     axes[0][0].legend(loc="lower right")
     write(figure, "benchmarks-floor.svg")
 

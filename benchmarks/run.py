@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import apical
 from apical import models
 from apical.diagnostics.memory import step_bytes
+from apical.losses import token_cross_entropy
 from limits import limits, seconds_per_byte
 
 RULES: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
@@ -44,16 +45,57 @@ RULES: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
     "pfa-explicit": partial(apical.ProductFeedbackAlignment, form="explicit"),
 }
 
-# name, model, input shape, batch, rounds, timed steps per turn
-Case = tuple[str, str, tuple[int, ...], int, int, int]
-CASES: list[Case] = [
-    ("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 25, 40),
-    ("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 25, 2),
-    ("ResNet-20", "resnet20", (3, 32, 32), 128, 20, 2),
+OF_TOKENS: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
+    name: partial(make, loss=token_cross_entropy, **({"units": "block"} if name in ("dfa", "tdca") else {}))
+    for name, make in {**RULES, "tdca": apical.TopDownCreditAssignment}.items()
+    if name not in ("brsf", "frsf")
+}
+"""Rules of a language model; tdca has an unevolved teacher, which costs what an evolved one of its size does."""
+
+
+class Case(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        shape: of a sample.
+        rounds, times: rounds, and timed steps per turn.
+        tokens: size of the vocabulary, of whose indices samples and targets are made; 0 for numbers and ten classes.
+    """
+
+    title: str
+    model: str
+    shape: tuple[int, ...]
+    batch: int
+    rounds: int
+    times: int
+    tokens: int = 0
+
+    @property
+    def rules(self) -> dict[str, Callable[[nn.Module], apical.CreditRule]]:
+        return OF_TOKENS if self.tokens else RULES
+
+    @property
+    def classes(self) -> int:
+        return self.tokens or 10
+
+    def samples(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A batch of inputs and targets."""
+        if self.tokens:
+            inputs, targets = torch.randint(0, self.tokens, (2, self.batch, *self.shape), device=device)
+            return inputs, targets
+        inputs = torch.randn(self.batch, *self.shape, device=device)
+        return inputs, torch.randint(0, self.classes, (self.batch,), device=device)
+
+
+CASES = [
+    Case("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 25, 40),
+    Case("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 25, 2),
+    Case("ResNet-20", "resnet20", (3, 32, 32), 128, 20, 2),
+    Case("GPT of 2 blocks of 96, 64 tokens", "gpt-2x96", (64,), 32, 25, 2, tokens=96),
 ]
-GPU_CASES: list[Case] = [
-    ("ResNet-20", "resnet20", (3, 32, 32), 128, 40, 5),
-    ("ResNet-18", "resnet18", (3, 32, 32), 128, 40, 5),
+GPU_CASES = [
+    Case("ResNet-20", "resnet20", (3, 32, 32), 128, 40, 5),
+    Case("ResNet-18", "resnet18", (3, 32, 32), 128, 40, 5),
 ]
 
 CLOSE = dict.fromkeys(("fa", "usf", "frsf", "kp"), 1.05)
@@ -62,6 +104,13 @@ TARGETS = {
     "MLP 784-512-512-10": {**CLOSE, "pfa-o": 1.08, "pfa": 1.15, "dfa": 1.00, "bp": 1.03},
     "LeNet-CIFAR": EVERY,
     "ResNet-20": EVERY,
+    "GPT of 2 blocks of 96, 64 tokens": {
+        **dict.fromkeys(("fa", "kp", "pfa", "pfa-o"), 1.08),
+        **dict.fromkeys(("usf", "dfa"), 1.10),
+        "tdca": 1.25,
+        "pfa-explicit": 1.30,
+        "bp": 1.03,
+    },
 }
 """Upper bounds of ratio_to_bp; that of bp is for `apical` BP over plain torch."""
 
@@ -69,25 +118,25 @@ TARGETS = {
 class Plain:
     """The same training step without `apical`, for scale."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, tokens: bool) -> None:
+        self.model, self.loss = model, token_cross_entropy if tokens else F.cross_entropy
 
     def parameters(self) -> Any:
         return self.model.parameters()
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
-        F.cross_entropy(self.model(inputs), targets).backward()
+        self.loss(self.model(inputs), targets).backward()
 
 
-def make_step(
-    name: str, model_name: str, shape: tuple[int, ...], batch: tuple[Tensor, Tensor], amp: bool
-) -> tuple[Callable[[], None], Any]:
-    """One full training step: zero_grad, forward, backward, SGD with momentum and decay."""
+def make_step(name: str, case: Case, batch: tuple[Tensor, Tensor], amp: bool) -> tuple[Callable[[], None], Any]:
+    """One full training step: zero_grad, forward, backward, SGD with momentum and decay; AdamW for tokens."""
     device = batch[0].device
     torch.manual_seed(0)
-    model = models.build(model_name, shape, 10).to(device)
-    rule: Any = Plain(model) if name == "torch" else RULES[name](model)
-    optimizer = torch.optim.SGD(rule.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    model = models.build(case.model, case.shape, case.classes).to(device)
+    rule: Any = Plain(model, tokens=case.tokens > 0) if name == "torch" else case.rules[name](model)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(rule.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    if case.tokens:
+        optimizer = torch.optim.AdamW(rule.parameters(), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -95,7 +144,7 @@ def make_step(
             credit = None if name == "torch" else rule(*batch)
         if credit is None:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                loss = F.cross_entropy(rule.model(batch[0]), batch[1])
+                loss = rule.loss(rule.model(batch[0]), batch[1])
             loss.backward()
         else:
             credit.backward()
@@ -119,12 +168,12 @@ def timed(step: Callable[[], None], times: int, device: torch.device) -> float:
 
 def bench(case: Case, device: torch.device, amp: bool = False) -> list[dict[str, Any]]:
     """Rows of one model."""
-    title, model_name, shape, size, rounds, times = case
-    batch = (torch.randn(size, *shape, device=device), torch.randint(0, 10, (size,), device=device))
-    names = ["torch", *RULES]
+    title, size, rounds, times = case.title, case.batch, case.rounds, case.times
+    batch = case.samples(device)
+    names = ["torch", *case.rules]
     steps, rules = {}, {}
     for name in names:
-        steps[name], rules[name] = make_step(name, model_name, shape, batch, amp)
+        steps[name], rules[name] = make_step(name, case, batch, amp)
         for _ in range(3):
             steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -135,7 +184,7 @@ def bench(case: Case, device: torch.device, amp: bool = False) -> list[dict[str,
             seconds[name].append(timed(steps[name], times, device))
     gc.enable()
     peak = {}
-    for name in RULES:
+    for name in case.rules:
         rules[name].zero_grad()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             peak[name] = step_bytes(rules[name], *batch)
@@ -144,7 +193,7 @@ def bench(case: Case, device: torch.device, amp: bool = False) -> list[dict[str,
     if device.type == "cpu":
         fed_back = [layer.weight.shape for layer in rules["fa"].layers.values()]
         per_byte, numbers = seconds_per_byte(fed_back), sum(shape.numel() for shape in fed_back)
-        for name in RULES:
+        for name in case.rules:
             floors[name] = limits(name, steps[name], steps["bp"], numbers, per_byte, max(3, rounds // 4), max(1, times // 4))
     rows = []
     for name in names:
@@ -225,8 +274,8 @@ def main() -> None:
     rows = []
     for case in CASES if device.type == "cpu" else GPU_CASES:
         if options.rounds:
-            case = (*case[:4], options.rounds, case[5])
-        if options.only.lower() in case[0].lower():
+            case = case._replace(rounds=options.rounds)
+        if options.only.lower() in case.title.lower():
             for amp in (False,) if device.type == "cpu" else (False, True):
                 rows += bench(case, device, amp)
     save(options.out, {"environment": environment(device), "rows": rows})
