@@ -40,6 +40,7 @@ ARMS: dict[str, Arm] = {
     "dfa-head": Arm("dfa", ("units=block", "source=head")),
     "head only": Arm("bp", head_only=True),
     "tdca": Arm("tdca", ("units=block",)),
+    "tdca-unevolved": Arm("tdca-unevolved", ("units=block",)),
     "usf": Arm("usf"),
     "dfa-micro": Arm("dfa", ("units=micro",)),
     "kp-decay": Arm("kp", ("initial=random",), decay=2.5),
