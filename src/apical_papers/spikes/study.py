@@ -7,17 +7,13 @@ prototypes, before this was run. Each seed is kept in the folder when it is fini
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from tyro.conf import arg
 
 from apical import models
-from apical.bench.finding import Row, count, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.finding import Row, by_name, count, mean_table
+from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Dataset, load
 from apical.rules.backprop import Backprop
@@ -48,15 +44,6 @@ ABOUT: dict[str, Any] = {
     "about": "Test accuracy after few epochs, at one learning rate for each kind of network.",
     "sources": {"our mark": "Seeds that reach what a prototype of ours reached, set before this was run."},
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Spiking networks on a little of MNIST."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/spikes-study")
-    epochs: Annotated[int, arg(metavar="N")] = 4
-    """Over the training images."""
 
 
 def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: float) -> dict[str, float]:
@@ -102,55 +89,36 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
-
-
 def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
     csdp, spikes = [cell["plasticity"]["csdp"] for cell in cells], [cell["first"]["bp"] for cell in cells]
+    learned, fired = ([run["accuracy"] >= MARK for run in runs] for runs in (csdp, spikes))
+    gaps = [run["gap"] > 0.3 for run in csdp]
     return [
-        count("S1", "csdp", f"seeds with an accuracy of {MARK}", [c["accuracy"] >= MARK for c in csdp], len(cells)),
-        count(
-            "S1", "csdp", "seeds with a gap of goodness of 0.3 in both layers", [c["gap"] > 0.3 for c in csdp], len(cells)
-        ),
-        count(
-            "S2",
-            "bp",
-            f"first spikes: seeds with an accuracy of {MARK}",
-            [c["accuracy"] >= MARK for c in spikes],
-            len(cells),
-        ),
+        count("S1", "csdp", f"seeds with an accuracy of {MARK}", learned, len(cells)),
+        count("S1", "csdp", "seeds with a gap of goodness of 0.3 in both layers", gaps, len(cells)),
+        count("S2", "bp", f"first spikes: seeds with an accuracy of {MARK}", fired, len(cells)),
     ]
 
 
 def tables(cells: Cells) -> list[Row]:
     """Every training."""
-
-    def row(kind: str, arm: str, last: str) -> list[str]:
-        return [arm, *(shown([cell[kind][arm][key] for cell in cells]) for key in ("accuracy", last, "seconds"))]
-
+    note = (
+        "Test accuracy, 0 to 1; the least gap of goodness; seconds of one core, busy with other work too; mean over seeds "
+        "with 95 % interval."
+    )
+    silent = "The same; share of hidden neurons that are silent for a sample."
+    csdp, first = ({name: name for name in ("accuracy", last, "seconds")} for last in ("gap", "silent"))
+    title = "Contrastive-signal-dependent plasticity"
     return [
-        {
-            "title": "Contrastive-signal-dependent plasticity",
-            "note": "Test accuracy, 0 to 1; the least gap of goodness; seconds of one core, busy with other work too; mean "
-            "over seeds with 95 % interval.",
-            "header": ["training", "accuracy", "gap", "seconds"],
-            "rows": [row("plasticity", arm, "gap") for arm in PLASTICITY],
-        },
-        {
-            "title": "Neurons that fire once",
-            "note": "The same; share of hidden neurons that are silent for a sample.",
-            "header": ["rule", "accuracy", "silent", "seconds"],
-            "rows": [row("first", arm, "silent") for arm in FIRST],
-        },
+        mean_table(title, note, "training", by_name(cells, "plasticity"), csdp),
+        mean_table("Neurons that fire once", silent, "rule", by_name(cells, "first"), first),
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.spikes.study", Options, study, arguments)
+main = SeedStudy(
+    "apical_papers.spikes.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/spikes-study", epochs=4
+)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apical.bench.finding import Row, difference
+from apical.bench.finding import Row, difference, interval
 
 Cell = Mapping[str, Any]
 
@@ -88,14 +88,5 @@ def released(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
         "right prediction, from random weights. Its verdicts are not counted among those above. The set-up of the paper "
         "itself is not known.",
         "header": ["quantity", "mark", "mean [95 % interval]", "n", "verdict"],
-        "rows": [
-            [
-                row["what"],
-                row["mark"],
-                f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]",
-                str(row["n"]),
-                row["verdict"],
-            ]
-            for row in rows
-        ],
+        "rows": [[row["what"], row["mark"], interval(row), str(row["n"]), row["verdict"]] for row in rows],
     }
