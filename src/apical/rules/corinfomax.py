@@ -36,7 +36,7 @@ from apical.core.feedback import put
 from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.noise import coins, initial
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Nudge = Literal["one-sided", "random-sign", "symmetric"]
 NUDGES = ("one-sided", "random-sign", "symmetric")
@@ -129,8 +129,7 @@ class CorInfoMax(CreditRule):
         super().__init__(model, loss)
         refuse_options(self, "correlative information maximisation")
         self.generator = generator
-        if nudge not in NUDGES:
-            raise unknown_name("nudge", nudge, NUDGES)
+        require_choice("nudge", nudge, NUDGES)
         positive = {"beta": beta, "epsilon": epsilon, "step": step, "step_floor": step_floor}
         for name, value in (*positive.items(), ("leak", leak), ("output_leak", output_leak), ("step_decay", step_decay)):
             if not (isfinite(value) and value >= 0 and (value > 0 or name not in positive)):

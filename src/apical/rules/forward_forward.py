@@ -38,7 +38,7 @@ from apical.core.local import block_roots
 from apical.core.losses import PLAIN, output_error, refuse_options, terms, value_at
 from apical.core.rest import evaluating
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Negatives = Literal["random", "hard", "all", "images"]
 Objective = Literal["threshold", "difference"]
@@ -137,14 +137,10 @@ class ForwardForward(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        for what, value, known in (
-            ("negatives", negatives, ("random", "hard", "all", "images")),
-            ("objective", objective, ("threshold", "difference")),
-            ("goodness", goodness, ("sum", "mean", None)),
-            ("answers", answers, ("read-out", "goodness")),
-        ):
-            if value not in known:
-                raise unknown_name(what, str(value), [name for name in known if name])
+        require_choice("negatives", negatives, ("random", "hard", "all", "images"))
+        require_choice("objective", objective, ("threshold", "difference"))
+        require_choice("goodness", goodness or "sum", ("sum", "mean"))
+        require_choice("answers", answers, ("read-out", "goodness"))
         self.self_contrastive = negatives == "images"
         if self.self_contrastive and answers == "goodness":
             raise ConfigError(

@@ -29,7 +29,7 @@ from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel,
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.processes import summed
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 from apical.rules.contrastive_plasticity.memristor import Pairs
 from apical.rules.contrastive_plasticity.network import (
     State,
@@ -137,14 +137,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         constants: Constants = Constants(),  # noqa: B008
     ) -> None:
         super().__init__(model, loss)
-        for what, value, known in (
-            ("negatives", negatives, ("labels", "mixtures")),
-            ("learn", learn, ("stimulus", "step")),
-            ("contrast", contrast, ("threshold", "pairs")),
-            ("readout", readout, ("context", "answer")),
-        ):
-            if value not in known:
-                raise unknown_name(what, str(value), known)
+        require_choice("negatives", negatives, ("labels", "mixtures"))
+        require_choice("learn", learn, ("stimulus", "step"))
+        require_choice("contrast", contrast, ("threshold", "pairs"))
+        require_choice("readout", readout, ("context", "answer"))
         if not (isinstance(steps, int) and steps >= 2 and alpha > 0 and 0 <= mix < 1 and decay >= 0):
             raise ConfigError(
                 "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "

@@ -46,7 +46,7 @@ from apical.core.rest import evaluating
 from apical.core.similarity import linear_cka
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, require_choice, unknown_name
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
 from apical.rules.counter_current.mirror import Enlarge, facing, mirrored
 from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
@@ -116,10 +116,8 @@ class CounterCurrentLearning(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         refuse_options(self, "counter-current learning", ("ignore_index", "reduction"))
-        if pair not in ("auto", "inner", "cosine", "match"):
-            raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
-        if enlarge not in ("nearest", "transposed"):
-            raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
+        require_choice("pair", pair, ("auto", "inner", "cosine", "match"))
+        require_choice("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
         self._containers = Containers(model)
         images = any(geometry(block.layer) is not None for block in self.row)

@@ -30,7 +30,7 @@ from apical.core.feedback import put
 from apical.core.local import local_roots
 from apical.core.losses import output_error, terms
 from apical.core.noise import initial, normal
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
 VARIANTS = ("dtp", "drl", "linear", "hidden", "control", "lee")
@@ -152,9 +152,8 @@ class DifferenceTargetPropagation(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         self.generator = generator
-        for name, value, known in (("variant", variant, VARIANTS), ("reduction", reduction, ("sum", "mean"))):
-            if value not in known:
-                raise unknown_name(name, value, known)
+        require_choice("variant", variant, VARIANTS)
+        require_choice("reduction", reduction, ("sum", "mean"))
         if not (0 < eta < float("inf") and 0 < sigma < float("inf") and neurons >= 1):
             raise ConfigError(f"eta, sigma and neurons must be positive, got eta={eta}, sigma={sigma}, neurons={neurons}")
         if recurrent and variant != "hidden":
