@@ -200,10 +200,10 @@ class CorInfoMax(CreditRule):
             ConfigError: unknown layer or symbol, or another shape.
         """
         stages = self.chain.stages
-        known = {stage.name: {"B": b} for stage, b in zip(stages, self.inverses(), strict=True)}
+        handles = {stage.name: {"B": b} for stage, b in zip(stages, self.inverses(), strict=True)}
         for stage, back in zip(stages[1:], self.backward, strict=True):
-            known[stage.name]["Wb"] = back
-        put(type(self).__name__, layer, known, matrices)
+            handles[stage.name]["Wb"] = back
+        put(type(self).__name__, layer, handles, matrices)
 
     def inverses(self) -> list[Tensor]:
         """B_1..B_K."""
@@ -314,7 +314,7 @@ class CorInfoMax(CreditRule):
         self, x: Tensor, nudged: Sequence[Tensor], against: Sequence[Tensor], width: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """Parameters, each with minus the change it asks for."""
-        found: list[tuple[Tensor, Tensor]] = []
+        roots: list[tuple[Tensor, Tensor]] = []
         stages = self.chain.stages
         for k, stage in enumerate(stages):
             weight, bias, factor = stage.layer.weight, stage.layer.bias, -self.rates[k] / (width * len(x))
@@ -325,14 +325,14 @@ class CorInfoMax(CreditRule):
                 up, down = nudged[k] - stage.layer(nudged[k - 1]), against[k] - stage.layer(against[k - 1])
                 product = factor * (up.T @ nudged[k - 1] - down.T @ against[k - 1])
                 changed = (up - down) * factor
-            found.append((weight, product))
+            roots.append((weight, product))
             if bias is not None:
-                found.append((bias, changed.sum(0)))
+                roots.append((bias, changed.sum(0)))
         for k, back in enumerate(self.backward):
             up, down = nudged[k] - nudged[k + 1] @ back.T, against[k] - against[k + 1] @ back.T
             product = up.T @ nudged[k + 1] - down.T @ against[k + 1]
-            found.append((back, -self.backward_rates[k] / (width * len(x)) * product))
-        return found
+            roots.append((back, -self.backward_rates[k] / (width * len(x)) * product))
+        return roots
 
     def _follow(self, r: Sequence[Tensor]) -> None:
         """`B_k <- (B_k - gamma mean(z z^T)) / lambda`, `z = B_k r_k`."""

@@ -133,7 +133,7 @@ class DualPropagation(CreditRule):
         """The sweeps, from a feed-forward pass."""
         stages, top = self.chain.stages, len(self.chain.stages) - 1
         v, m = list(states.v), list(states.r[:-1])
-        delta = [torch.zeros_like(each) for each in v]
+        delta = [torch.zeros_like(potential) for potential in v]
         delta[top], count = self._nudge(v[top], targets)
         d = list(delta)  # D_l of the hidden layers
         for sweep in range(self.sweeps):

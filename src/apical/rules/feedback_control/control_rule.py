@@ -122,8 +122,8 @@ class ControlRule(CreditRule):
         Raises:
             ConfigError: unknown layer or symbol, or another shape.
         """
-        known = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
-        put(type(self).__name__, layer, known, matrices)
+        handles = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
+        put(type(self).__name__, layer, handles, matrices)
 
     def named_states(
         self, states: States, target: Tensor, u: Tensor, state: Controlled, basal: Sequence[Tensor]

@@ -202,11 +202,11 @@ class DifferenceTargetPropagation(CreditRule):
         Raises:
             ConfigError: unknown layer or symbol, or another shape.
         """
-        known: dict[str, dict[str, Tensor]] = {}
+        handles: dict[str, dict[str, Tensor]] = {}
         for stage, i in zip(self.chain.stages, range(len(self.maps)), strict=False):
             g = self._map(i)
-            known[stage.name] = {"Q": g.q} if g.c is None else {"Q": g.q, "c": g.c}
-        put(type(self).__name__, layer, known, matrices)
+            handles[stage.name] = {"Q": g.q} if g.c is None else {"Q": g.q, "c": g.c}
+        put(type(self).__name__, layer, handles, matrices)
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
         """Activities "h" and targets "t" of every layer, each (batch, n_i); nothing is learned."""
@@ -266,13 +266,13 @@ class DifferenceTargetPropagation(CreditRule):
 
     def distances(self, states: States, d: Tensor, at: Sequence[Mapped] | None = None) -> list[Tensor]:
         """`t_i - h_i` of every layer (batch, n_i), given that of the output, and :meth:`points` where they are at hand."""
-        found, at = [d], self.points(states) if at is None else at
+        distances, at = [d], self.points(states) if at is None else at
         if self.variant == "lee" and len(self.chain.stages) > 1:
             top = self.chain.stages[-1]
-            found.insert(0, top.transposed(pulled_back(top.activation, states.v[-1], states.r[-1], d)))
+            distances.insert(0, top.transposed(pulled_back(top.activation, states.v[-1], states.r[-1], d)))
         for i in reversed(range(len(self.maps))):
-            found.insert(0, self._moved(i, at[i], found[0] if self.sequential else d).g)
-        return found
+            distances.insert(0, self._moved(i, at[i], distances[0] if self.sequential else d).g)
+        return distances
 
     def _map(self, i: int) -> FeedbackMap:
         return cast(FeedbackMap, self.maps[i])
