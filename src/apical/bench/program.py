@@ -76,8 +76,8 @@ def by_seed(
         cell_of[seed] = content
         print(f"{content['seconds']:7.1f} s  seed {seed}", flush=True)
     cells = [cell_of[seed] for seed in range(options.seeds)]
-    shown = {"seeds": len(cells), **config}
-    return keep_results(options.out, command, about, shown, cells, verdicts(cells), tables(cells))
+    about_seeds = {"seeds": len(cells), **config}
+    return keep_results(options.out, command, about, about_seeds, cells, verdicts(cells), tables(cells))
 
 
 def keep_results(
@@ -185,7 +185,8 @@ def run_command(
         print(f"stopped; the same command goes on from what is in {settings.out}", file=sys.stderr)
         return 130
     for row in results["verdicts"]:
-        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {row['mean']:.4g} {row['mark']}")
+        mean = "-" if row["mean"] is None else f"{row['mean']:.4g}"
+        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {mean} {row['mark']}")
     return 0
 
 

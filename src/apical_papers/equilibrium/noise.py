@@ -19,6 +19,7 @@ from tyro.conf import arg
 from apical import models
 from apical.bench.cells import kept, side_by_side
 from apical.bench.finding import at_least, difference, shown
+from apical.bench.plain_loop import fit
 from apical.bench.program import keep_results, run_command
 from apical.data import load
 from apical.errors import InstabilityError
@@ -109,15 +110,11 @@ def train(data: str, method: str, noise: float, seed: int, epochs: int, limit: i
         models.build(setting.model, dataset.input_shape, dataset.classes), noise=noise, **setting.methods[method]
     )
     optimizer = torch.optim.SGD(rule.parameters(), setting.lr)
-    inputs, targets = dataset.train.inputs, dataset.train.targets
-    for _ in range(epochs):
-        for batch in torch.randperm(len(inputs)).split(setting.batch):
-            optimizer.zero_grad()
-            try:
-                rule(inputs[batch], targets[batch]).backward()
-            except InstabilityError as error:
-                return {"accuracy": 1 / dataset.classes, "diverged": str(error)}
-            optimizer.step()
+    try:
+        for _ in range(epochs):
+            fit(rule, optimizer, dataset.train, setting.batch)
+    except InstabilityError as error:
+        return {"accuracy": 1 / dataset.classes, "diverged": str(error)}
     with torch.no_grad():
         batches = zip(dataset.test.inputs.split(1000), dataset.test.targets.split(1000), strict=True)
         hits = [(rule.answer(x).argmax(1) == y).sum() for x, y in batches]

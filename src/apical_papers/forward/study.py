@@ -136,8 +136,8 @@ def tables(cells: Cells) -> list[Row]:
     """Every training."""
 
     def cell_of(arm: str, look: str, by: str) -> str:
-        known = cells[0][arm].get(look, {})
-        return shown([cell[arm][look][by] for cell in cells]) if by in known else "-"
+        measured = cells[0][arm].get(look, {})
+        return shown([cell[arm][look][by] for cell in cells]) if by in measured else "-"
 
     looks = [(look, by) for look in ("first", "last") for by in ("answer", "goodness")]
     return [

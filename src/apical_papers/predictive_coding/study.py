@@ -108,15 +108,15 @@ def products(depth: int, inference: str, x: Tensor, y: Tensor) -> float:
     start = float(squared_error(model(x), y).detach())
     end = _energy(model, x, y, 200, 0.3)
     goal = end + 0.1 * (start - end)
-    found = [float("inf")]
+    counts = [float("inf")]
     for rate in RATES[inference]:
         if inference == "error":
             steps = next((t for t in range(1, 65) if _energy(model, x, y, t, rate) <= goal), None)
         else:
             steps = _state_steps(model, x, y, rate, goal, 200 * depth)
         if steps is not None:
-            found.append(steps * (2 * depth if inference == "error" else 2))
-    return min(found)
+            counts.append(steps * (2 * depth if inference == "error" else 2))
+    return min(counts)
 
 
 def _energy(model: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> float:
@@ -170,8 +170,8 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
         for name in ("bp", "error", "state"):
             torch.manual_seed(seed)
             model = pre_activated((1, 28, 28), 10)
-            made = Backprop(model, squared_error) if name == "bp" else _plain(model, name)
-            plain[name] = trained(made, mnist.train, mnist.test, 1e-3, 64, 300 * epochs // 4, seed)
+            learner = Backprop(model, squared_error) if name == "bp" else _plain(model, name)
+            plain[name] = trained(learner, mnist.train, mnist.test, 1e-3, 64, 300 * epochs // 4, seed)
     straight = {
         f"{name} {depth}": toward_target(depth, rule_of, 30, seed)
         for depth in (2, 4, 8)

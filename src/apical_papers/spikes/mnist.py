@@ -138,7 +138,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 def accuracies(cells: Cells, arm: str) -> list[float]:
     """By seed."""
-    return [each[arm]["accuracy"] for each in cells]
+    return [cell[arm]["accuracy"] for cell in cells]
 
 
 def bracketed(rates: Sequence[float], rate: float) -> bool:

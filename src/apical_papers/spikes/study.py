@@ -13,6 +13,7 @@ import torch
 
 from apical import models
 from apical.bench.finding import Row, by_name, count, mean_table
+from apical.bench.plain_loop import fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Dataset, load
@@ -51,11 +52,7 @@ def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: floa
     learning = [p for p in rule.parameters() if p.requires_grad]
     optimizer, begun = torch.optim.Adam(learning, rate), time.process_time()
     for _ in range(epochs):
-        for chosen in torch.randperm(len(data.train)).split(batch):
-            optimizer.zero_grad()
-            rule(data.train.inputs[chosen], data.train.targets[chosen]).backward()
-            optimizer.step()
-            rule.constrain_()
+        fit(rule, optimizer, data.train, batch)
     rule.eval()
     with torch.no_grad():
         answers = torch.cat([rule.answer(part) for part in data.test.inputs.split(500)])
@@ -68,9 +65,9 @@ def plasticity(arm: str, seed: int, epochs: int) -> dict[str, float]:
     data = load(SETTINGS["data"], train_limit=2000, test_limit=SETTINGS["test images"])
     torch.manual_seed(seed)
     rule = ContrastiveSignalPlasticity(models.spiking(784, [128, 64], 10), **PLASTICITY[arm])
-    made = trained(rule, data, epochs, 100, 4e-2)
+    measures = trained(rule, data, epochs, 100, 4e-2)
     goodness = rule.goodness(data.test.inputs, data.test.targets).values()
-    return made | {"gap": min(float(positive.mean() - negative.mean()) for positive, negative in goodness)}
+    return measures | {"gap": min(float(positive.mean() - negative.mean()) for positive, negative in goodness)}
 
 
 def first(arm: str, seed: int, epochs: int) -> dict[str, float]:
@@ -78,8 +75,8 @@ def first(arm: str, seed: int, epochs: int) -> dict[str, float]:
     data = load(SETTINGS["data"], train_limit=1500, test_limit=SETTINGS["test images"])
     torch.manual_seed(seed)
     model = models.first_spike(784, [64], 10)
-    made = trained(FIRST[arm](model), data, epochs, 32, 1e-3)
-    return made | {"silent": float(model.silent(data.test.inputs)["spikes1"].mean())}
+    measures = trained(FIRST[arm](model), data, epochs, 32, 1e-3)
+    return measures | {"silent": float(model.silent(data.test.inputs)["spikes1"].mean())}
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:

@@ -134,16 +134,16 @@ def measured(model: str, rule: str, digits: Dataset, starts: int) -> dict[str, d
     seeds = [seed_of("settling test", k) for k in range(starts)]
     best = tuned(model, rule, digits)
     rates = sorted({*best.values()})
-    found = {}
+    outcomes = {}
     for end, (population, weights) in ends(model, rule, digits, (x, y), seeds, rates).items():
         chosen = weights.view(starts, len(rates), -1)[:, rates.index(best[end])]
         right = accuracies(population.outputs(chosen, digits.test.inputs), digits.test.targets)
-        found[end] = {
+        outcomes[end] = {
             "rate": best[end],
             "losses": losses(population.outputs(chosen, x), y).tolist(),
             "accuracies": (100 * right).tolist(),
         }
-    return found
+    return outcomes
 
 
 Findings = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -169,10 +169,10 @@ def lines(model: str, rules: dict[str, dict[str, dict[str, Any]]]) -> list[list[
     for end, title in ENDS.items():
         mean = fmean(rules["bp"][end]["accuracies"])
         for rule, name in RULES.items():
-            found = rules[rule][end]
-            right = found["accuracies"]
+            runs = rules[rule][end]
+            right = runs["accuracies"]
             gaps = [f"{fmean(right) - mean:.2f}", f"{min(right) - mean:.2f}"]
-            rows.append([model, title, name, f"{found['rate']:g}", shown(found["losses"]), shown(right), *gaps])
+            rows.append([model, title, name, f"{runs['rate']:g}", shown(runs["losses"]), shown(right), *gaps])
     return rows
 
 

@@ -105,7 +105,7 @@ def _by_task(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     for arm, cells in arms.items():
         for cell in cells:
             losses = [cell["tuned"][rule]["losses"] for rule in rules]
-            parts = [f"{statistics.median(each):.2g}, {max(each):.2g}" for each in losses]
+            parts = [f"{statistics.median(of_rule):.2g}, {max(of_rule):.2g}" for of_rule in losses]
             rows.append([TITLES[arm], str(cell["seed"]), *parts])
     return {
         "title": "Median and worst task",

@@ -144,7 +144,7 @@ def trials(
 def against(task: Classification, name: str, teacher: Tensor) -> dict[str, Any]:
     """TDCA and the other rules on tasks of another kind, each with its learning rate chosen there."""
     names = f"elsewhere validation {name}", f"elsewhere {name}"
-    return measures(task, names, (VALIDATION, TASKS), {"tdca": teacher, "bp": teacher})
+    return measures(task, names, (VALIDATION, TASKS), {"tdca": teacher, "bp": teacher}, LIFETIME)
 
 
 def cell(arm: str, seed: int, generations: int) -> dict[str, Any]:
@@ -205,7 +205,11 @@ def kept_evolution(
 
 
 def measures(
-    task: Classification, names: tuple[str, str], numbers: tuple[int, int], teachers: Mapping[str, Tensor | None]
+    task: Classification,
+    names: tuple[str, str],
+    numbers: tuple[int, int],
+    teachers: Mapping[str, Tensor | None],
+    lifetime: Lifetime,
 ) -> dict[str, Any]:
     """Each rule, with its teacher, on unseen tasks, at the learning rate tuned on validation tasks.
 
@@ -215,8 +219,8 @@ def measures(
     validation, bench = (Bench(task, number, name) for name, number in zip(names, numbers, strict=True))
     results = {}
     for rule, teacher in teachers.items():
-        rate = tuned(validation, rule, LIFETIME, teacher)
-        results[rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
+        rate = tuned(validation, rule, lifetime, teacher)
+        results[rule] = asdict(bench.run(rule, [rate], lifetime, teacher)[0])
     return results
 
 

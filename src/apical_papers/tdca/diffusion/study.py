@@ -29,6 +29,8 @@ from apical_papers.tdca.trials import GRID
 
 CREDITS = {"probabilities": replace(RELEASED, model="mlp-tanh-8"), "logits": replace(BASE, model="mlp-tanh-8")}
 """As in the authors' code: on probabilities, and not relative; or on logits, and relative, as of a shipped teacher."""
+LIFETIME = BASE.lifetime
+"""Of tests, whose learning rates are tuned."""
 GENERATIONS = 60
 TASKS = 16
 VALIDATION = 8
@@ -83,7 +85,7 @@ def meta_seed(seed: int, generations: int, credit: str) -> dict[str, Any]:
 
 def trials(unseen: Classification, seed: int, teachers: dict[str, torch.Tensor | None]) -> dict[str, Any]:
     """Each rule on unseen tasks; all arms of a meta-seed have the same tasks."""
-    return measures(unseen, (f"validation {seed}", f"test {seed}"), (VALIDATION, TASKS), teachers)
+    return measures(unseen, (f"validation {seed}", f"test {seed}"), (VALIDATION, TASKS), teachers, LIFETIME)
 
 
 def study(options: Options, command: str) -> dict[str, Any]:

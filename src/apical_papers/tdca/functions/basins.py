@@ -141,8 +141,8 @@ Cells = Mapping[str, Mapping[str, Any]]
 def shares(record: Mapping[str, Any], method: str, *wanted: str) -> list[float]:
     """Share of starts outside a lowest basin with one of the outcomes, for each meta-seed."""
     numbers = {list(OUTCOMES).index(name) for name in wanted}
-    told = [[outcome for outcome in by_method[method] if outcome >= 0] for by_method in record["ends"]]
-    return [fmean(outcome in numbers for outcome in each) for each in told]
+    outcomes_of = [[outcome for outcome in by_method[method] if outcome >= 0] for by_method in record["ends"]]
+    return [fmean(outcome in numbers for outcome in each) for each in outcomes_of]
 
 
 def verdicts(cells: Cells) -> list[Row]:

@@ -324,16 +324,8 @@ def _settings(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any],
             intervals = [student(ends(cells[case.stem][1], method, place)) for place in places]
             mean, low, high = np.array([interval[:3] for interval in intervals], dtype=float).T
             y = np.arange(len(places)) + 0.18 * (number - (len(methods) - 1) / 2)
-            axes.errorbar(
-                mean,
-                y,
-                xerr=np.stack([mean - low, high - mean]),
-                fmt=marker,
-                color=colour,
-                ms=4,
-                lw=0.9,
-                label=METHODS[method],
-            )
+            look: Any = {"fmt": marker, "color": colour, "ms": 4, "lw": 0.9, "label": METHODS[method]}
+            axes.errorbar(mean, y, xerr=np.stack([mean - low, high - mean]), **look)
         axes.set_yticks(range(len(places)), places)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
