@@ -61,7 +61,7 @@ def test_layer_panels_for_any_depth_and_number_of_rules(layers, rules):
     (spec,) = (spec for spec in figures._LAYER_FIGURES if spec.key == "weight_alignment")
     with warnings.catch_warnings(), matplotlib.rc_context(figures.RC):
         warnings.simplefilter("error")
-        drawing = figures.render(spec.stem, "", figures._layer_caption(spec, runs), figures._layers(runs, spec))
+        drawing = figures.render(spec.key, "", figures._layer_caption(spec, runs), figures._layers(runs, spec))
     assert drawing is not None
     assert drawing.png
     assert drawing.svg
