@@ -322,6 +322,7 @@ class CorInfoMax(CreditRule):
                 changed = (nudged[0] - against[0]) * factor
                 product = changed.T @ x
             else:
+                # e^f_k = r_k - W^f_k r_{k-1} - b_k in both phases: (batch, n_k)
                 up, down = nudged[k] - stage.layer(nudged[k - 1]), against[k] - stage.layer(against[k - 1])
                 product = factor * (up.T @ nudged[k - 1] - down.T @ against[k - 1])
                 changed = (up - down) * factor
@@ -329,6 +330,7 @@ class CorInfoMax(CreditRule):
             if bias is not None:
                 roots.append((bias, changed.sum(0)))
         for k, back in enumerate(self.backward):
+            # e^b_k = r_k - W^b_k r_{k+1} in both phases: (batch, n_k)
             up, down = nudged[k] - nudged[k + 1] @ back.T, against[k] - against[k + 1] @ back.T
             product = up.T @ nudged[k + 1] - down.T @ against[k + 1]
             roots.append((back, -self.backward_rates[k] / (width * len(x)) * product))
@@ -337,6 +339,6 @@ class CorInfoMax(CreditRule):
     def _follow(self, r: Sequence[Tensor]) -> None:
         """`B_k <- (B_k - gamma mean(z z^T)) / lambda`, `z = B_k r_k`."""
         for b, each in zip(self.inverses(), r, strict=True):
-            z = each @ b
+            z = each @ b  # z: (batch, n_k)
             weighed = z / (1 + self.gamma * (z * each).sum(1, keepdim=True)) if self.exact_inverse else z
             b.sub_(weighed.T @ z, alpha=self.gamma / len(each)).div_(self.forgetting)
