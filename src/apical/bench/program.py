@@ -16,9 +16,10 @@ from tyro.conf import arg
 from apical.bench.cells import kept, side_by_side
 from apical.bench.figures.curves import Drawing
 from apical.bench.finding import Row
+from apical.bench.folders import check_least, check_writable
 from apical.bench.page import write
-from apical.bench.run_folder import check_writable, environment
-from apical.errors import ApicalError, ConfigError
+from apical.bench.run_folder import environment
+from apical.errors import ApicalError
 
 Options = TypeVar("Options", bound="Kept")
 
@@ -191,8 +192,5 @@ def run_command(
 
 
 def _check(options: Kept, least: Mapping[str, int]) -> None:
-    numbers = {name: value for name, value in vars(options).items() if type(value) is int}
-    low = {name: least.get(name, 1) for name, value in numbers.items() if value < least.get(name, 1)}
-    if low:
-        raise ConfigError("; ".join(f"--{name.replace('_', '-')} must be at least {number}" for name, number in low.items()))
+    check_least(options, **{name: least.get(name, 1) for name, value in vars(options).items() if type(value) is int})
     check_writable(options.out)

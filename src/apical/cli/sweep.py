@@ -15,7 +15,7 @@ from apical.bench.compare import Job, cores
 from apical.bench.distributed import under_torchrun
 from apical.bench.document import command_block, document, figure_block, table
 from apical.bench.figures.sweep import draw
-from apical.bench.folders import check_writable, refuse_used
+from apical.bench.folders import check_least, check_writable, refuse_used
 from apical.bench.materials import identified, load_data
 from apical.bench.names import make_rule
 from apical.bench.progress import shown_path
@@ -29,7 +29,7 @@ from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
 from apical.cli import commands
-from apical.cli.terminal import check_least, say, show_table
+from apical.cli.terminal import say, show_table
 from apical.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
