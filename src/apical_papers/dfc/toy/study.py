@@ -95,7 +95,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "environment": around,
         "cpu_seconds": spent + time.process_time() - began,
         "settings": settings(plan, points, draws),
-        "measures": {key: measure.label.replace("-\n", "-").replace("\n", " ") for key, measure in MEASURES.items()},
+        "measures": {key: label.replace("-\n", "-").replace("\n", " ") for key, label in MEASURES.items()},
         "sources": SOURCES,
         "failures": [group.failure for runs in histories.values() for group in runs if group.failure],
         "curves": lines,
@@ -122,7 +122,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "axes": within_axes(lines),
     }
     curves_shown = {name: lines[name] for name in SHOWN}
-    panels = [(key, measure.label) for key, measure in list(MEASURES.items())[:6]]
+    panels = list(MEASURES.items())[:6]
     drawings = [
         conditions(curves_shown, panels),
         traces(trace.weak, trace.strong, trace.weak_target, trace.strong_target, trace.typical),
