@@ -44,12 +44,12 @@ def evolve(
     searches = [Search(strategy, start) for start in starts]
     done, seconds, curve = 0, 0.0, []
     if path.exists():
+        saved = read_sealed(path, str(path))
         try:
-            saved = read_sealed(path, str(path))
             for search, state in zip(searches, saved["searches"], strict=True):
                 search.restore(state)
             done, seconds, curve = saved["generation"], saved["seconds"], saved["curve"]
-        except Exception as error:  # a damaged file makes torch raise almost anything
+        except Exception as error:  # the state is the strategy's own
             raise CheckpointError(f"{path} is damaged ({error}); choose another --out") from error
     if done > generations:
         raise CheckpointError(f"{path} has {done} finished generations, more than the {generations} asked for")
