@@ -53,13 +53,12 @@ def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Refuse a value that is none of an option's choices.
 
     Raises:
-        ConfigError: names the option and its choices.
+        ConfigError: as :func:`unknown_name` makes it.
 
     >>> require_choice("feedback", "ful", ["full", "broadcast"])
     Traceback (most recent call last):
-    apical.errors.ConfigError: feedback must be 'full' or 'broadcast', not 'ful'
+    apical.errors.ConfigError: unknown feedback 'ful'; did you mean 'full'? Known: broadcast, full
     """
     choices = list(choices)
     if value not in choices:
-        *others, last = map(repr, choices)
-        raise ConfigError(f"{option} must be {', '.join(others)}{' or ' * bool(others)}{last}, not {value!r}")
+        raise unknown_name(option, str(value), choices)

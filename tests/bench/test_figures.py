@@ -58,10 +58,10 @@ def test_nothing_recorded_draws_nothing():
 @pytest.mark.parametrize("rules", [("fa",), ("fa", "pfa"), ("fa", "pfa", "kp")])
 def test_layer_panels_for_any_depth_and_number_of_rules(layers, rules):
     runs = comparison(*(run(rule, seed, layers=layers, weight_alignment=falling) for rule in rules for seed in range(3)))
-    (spec,) = (spec for spec in figures._LAYER_FIGURES if spec.stem == "weight_alignment")
+    (spec,) = (spec for spec in figures._LAYER_FIGURES if spec.key == "weight_alignment")
     with warnings.catch_warnings(), matplotlib.rc_context(figures.RC):
         warnings.simplefilter("error")
-        drawing = figures.render(spec.stem, "", figures._layer_caption(spec, runs), figures._layers(runs, spec))
+        drawing = figures.render(spec.key, "", figures._layer_caption(spec, runs), figures._layers(runs, spec))
     assert drawing is not None
     assert drawing.png
     assert drawing.svg

@@ -91,8 +91,8 @@ def test_verdicts_of_noise_follow_the_accuracies() -> None:
         good = "N" in method or noise == 0
         return [0.95 + 0.001 * k if good else 0.1 + 0.001 * k for k in range(3)]
 
-    assert {row["verdict"] for row in equilibrium_noise.verdicts("mnist", values, 3)} == {"reproduced"}
-    told = {row["what"]: row["verdict"] for row in equilibrium_noise.verdicts("digits", values, 3)}
+    assert {row["verdict"] for row in equilibrium_noise.verdicts("mnist", values)} == {"reproduced"}
+    told = {row["what"]: row["verdict"] for row in equilibrium_noise.verdicts("digits", values)}
     assert told["one-sided, 0.02, noise 0.04: accuracy minus 0.5"] == "reproduced"
     one_sided = "N = 2, 0.4, without noise: accuracy minus that of one-sided, 1"
     assert told[one_sided] == "reproduced"  # as good
@@ -100,7 +100,7 @@ def test_verdicts_of_noise_follow_the_accuracies() -> None:
     def worse(method: str, noise: float) -> list[float]:
         return [value - 0.001 * method.startswith("N = 2") for value in values(method, noise)]
 
-    told = {row["what"]: row["verdict"] for row in equilibrium_noise.verdicts("digits", worse, 3)}
+    told = {row["what"]: row["verdict"] for row in equilibrium_noise.verdicts("digits", worse)}
     assert told[one_sided] == "not reproduced"
 
 

@@ -133,7 +133,7 @@ class Doubled(nn.Linear):
 
 @pytest.mark.parametrize("make", [KP, PFA])
 def test_what_is_refused(make: Any) -> None:
-    with pytest.raises(ConfigError, match='initial must be "random" or "mirror"'):
+    with pytest.raises(ConfigError, match="unknown initial 'mirrored'; did you mean 'mirror'"):
         make(model(), initial="mirrored")
     with pytest.raises(ConfigError, match="mirror must be a number"):
         make(model(), initial="mirror", mirror=0)

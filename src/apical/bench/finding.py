@@ -10,15 +10,26 @@ Row = dict[str, Any]
 """figure, rule, what, mark, mean, std, low, high, n, source and verdict of one finding."""
 
 
-def difference(figure: str, rule: str, what: str, ours: Sequence[float], theirs: Sequence[float], *, less: bool) -> Row:
+def difference(
+    figure: str,
+    rule: str,
+    what: str,
+    ours: Sequence[float],
+    theirs: Sequence[float] | float,
+    *,
+    less: bool,
+    margin: float = 0.0,
+) -> Row:
     """A verdict on ours minus theirs, pair by pair: reproduced if its 95 % interval lies on the better side of 0.
 
     Args:
         figure: part of the specification that it belongs to.
         rule, what: which rule, and what is compared.
-        ours, theirs: one value per meta-seed.
+        ours, theirs: one value per meta-seed; theirs may be one number for all.
+        margin: is added to theirs.
     """
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    others = [theirs] * len(ours) if isinstance(theirs, int | float) else theirs
+    differences = [a - (b + margin) for a, b in zip(ours, others, strict=True)]
     interval = student(differences)
     assert interval.low is not None
     assert interval.high is not None
@@ -55,6 +66,34 @@ def _row(figure: str, rule: str, what: str, mark: str, measured: Row, holds: boo
     verdict = "reproduced" if holds else "not reproduced"
     around = {"figure": figure, "rule": rule, "what": what, "mark": mark}
     return {**around, **measured, "source": "our mark", "verdict": verdict}
+
+
+def by_name(cells: Sequence[Mapping[str, Any]], part: str) -> dict[str, list[Any]]:
+    """What a part of the cells holds: name -> one value per meta-seed.
+
+    >>> by_name([{"arms": {"bp": 1, "fa": 2}}, {"arms": {"bp": 3, "fa": 4}}], "arms")
+    {'bp': [1, 3], 'fa': [2, 4]}
+    """
+    return {name: [cell[part][name] for cell in cells] for name in cells[0][part]}
+
+
+def mean_table(
+    title: str, note: str, first: str, runs: Mapping[str, Sequence[Mapping[str, float]]], measures: Mapping[str, str]
+) -> Row:
+    """A table of means over meta-seeds with 95 % intervals: a row for each name, a column for each measure.
+
+    Args:
+        first: heading of the names.
+        runs: what was measured under each name, once per meta-seed.
+        measures: key of a measure -> heading of its column.
+    """
+    rows = [[name, *(shown([run[key] for run in of_name]) for key in measures)] for name, of_name in runs.items()]
+    return {"title": title, "note": note, "header": [first, *measures.values()], "rows": rows}
+
+
+def interval(row: Row) -> str:
+    """The mean of a verdict on differences with its interval, as text."""
+    return f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
 
 
 def shown(values: Sequence[float]) -> str:

@@ -1,13 +1,23 @@
-"""Folders that commands write: whether one is used, and removing what is in it and nothing else."""
+"""Checks of commands before they write: numbers of options, and folders; and removing what is in one and nothing else."""
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from apical.errors import ConfigError
 
 LOCK = ".lock"
 """File by which a process holds a folder."""
+
+
+def check_least(options: Any, **least: int) -> None:
+    """Raise ConfigError for every option whose number is too small; None is none."""
+    values = {name: getattr(options, name) for name in least}
+    low = [name for name, value in values.items() if value is not None and value < least[name]]
+    if low:
+        texts = (f"--{name.replace('_', '-')} must be at least {least[name]}, got {values[name]}" for name in low)
+        raise ConfigError("; ".join(texts))
 
 
 def check_writable(path: Path) -> None:

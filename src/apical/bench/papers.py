@@ -161,6 +161,28 @@ def table_of(
     return Table(study.title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
 
 
+def seed_study(
+    title: str,
+    module: str,
+    *,
+    epochs: tuple[int, int, int],
+    seeds: tuple[int, int, int],
+    least: int | None = None,
+    hours: dict[Budget, float] | None = None,
+) -> Table:
+    """The table of a study that runs seed by seed; its verdicts are meant for what the budget "cpu" has.
+
+    Args:
+        epochs, seeds: of the three budgets.
+        least: seeds from which verdicts are meant, where fewer do.
+    """
+    budgets: dict[Budget, Sizes] = {
+        budget: {"epochs": n, "seeds": k} for budget, n, k in zip(BUDGETS, epochs, seeds, strict=True)
+    }
+    needs: Sizes = {"epochs": epochs[1], "seeds": least or seeds[1]}
+    return Table(title, budgets, module=module, needs=needs, side_by_side=True, hours=hours or {})
+
+
 def cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:
     """A smoke budget: so many training images."""
     return {"epochs": epochs, "seeds": seeds, "train_limit": images, "test_limit": 200}

@@ -73,6 +73,7 @@ def fit(
         optimizer.zero_grad()
         rule(train.inputs[samples], train.targets[samples]).backward()
         optimizer.step()
+        rule.constrain_()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
@@ -15,9 +16,10 @@ from tyro.conf import arg
 from apical.bench.cells import kept, side_by_side
 from apical.bench.figures.curves import Drawing
 from apical.bench.finding import Row
+from apical.bench.folders import check_least, check_writable
 from apical.bench.page import write
-from apical.bench.run_folder import check_writable, environment
-from apical.errors import ApicalError, ConfigError
+from apical.bench.run_folder import environment
+from apical.errors import ApicalError
 
 Options = TypeVar("Options", bound="Kept")
 
@@ -65,13 +67,9 @@ def by_seed(
         about: title, about and sources of the results.
 
     Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds seeds with other settings.
     """
     passes = {"epochs": options.epochs} if isinstance(options, SeedOptions) else {}
-    if options.seeds < 2 or options.jobs < 0 or any(epochs < 1 for epochs in passes.values()):
-        raise ConfigError("--seeds must be at least 2, --jobs not negative" + (", --epochs at least 1" if passes else ""))
-    check_writable(options.out)
     config = {**passes, **settings}
     cell_of: dict[int, dict[str, Any]] = {}
     make = partial(_kept_seed, options.out, config, cell, tuple(passes.values()))
@@ -79,8 +77,8 @@ def by_seed(
         cell_of[seed] = content
         print(f"{content['seconds']:7.1f} s  seed {seed}", flush=True)
     cells = [cell_of[seed] for seed in range(options.seeds)]
-    shown = {"seeds": len(cells), **config}
-    return keep_results(options.out, command, about, shown, cells, verdicts(cells), tables(cells))
+    about_seeds = {"seeds": len(cells), **config}
+    return keep_results(options.out, command, about, about_seeds, cells, verdicts(cells), tables(cells))
 
 
 def keep_results(
@@ -145,6 +143,10 @@ def _kept_seed(
     return kept(out / "cells" / f"seed-{seed}.json", config, partial(cell, seed, *passes))
 
 
+LEAST = {"seeds": 2, "jobs": 0, "train_limit": 0}
+"""What a whole number that a study takes must be at least; every other one, 1."""
+
+
 class Kept(Protocol):
     """Options of a study: at least a folder, in which what is finished is kept."""
 
@@ -159,19 +161,23 @@ def run_command(
     options: type[Options],
     study: Callable[[Options, str], Mapping[str, Any]],
     arguments: Sequence[str] | None = None,
+    least: Mapping[str, int] = MappingProxyType({}),
     **shown: Any,
 ) -> int:
-    """`python -m MODULE ...`: run a study and print its verdicts; returns the exit status.
+    """`python -m MODULE ...`: check its options, run a study and print its verdicts; returns the exit status.
 
     Args:
         options: what its command line takes.
         study: maps options and the command to what results.json holds.
         arguments: of the command line; None for those of this process.
+        least: of options for which :data:`LEAST` is not enough, or too much.
+        shown: passed on to tyro.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = tyro.cli(options, prog=f"python -m {module}", args=arguments, **shown)
     torch.set_num_threads(1)  # the networks are too small for more
     try:
+        _check(settings, {**LEAST, **least})
         results = study(settings, shlex.join(["python", "-m", module, *arguments]))
     except ApicalError as error:
         print(f"apical: error: {error}", file=sys.stderr)
@@ -180,5 +186,11 @@ def run_command(
         print(f"stopped; the same command goes on from what is in {settings.out}", file=sys.stderr)
         return 130
     for row in results["verdicts"]:
-        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {row['mean']:.4g} {row['mark']}")
+        mean = "-" if row["mean"] is None else f"{row['mean']:.4g}"
+        print(f"{row['verdict']:14}  {row['rule']:14} {row['what']}: {mean} {row['mark']}")
     return 0
+
+
+def _check(options: Kept, least: Mapping[str, int]) -> None:
+    check_least(options, **{name: least.get(name, 1) for name, value in vars(options).items() if type(value) is int})
+    check_writable(options.out)

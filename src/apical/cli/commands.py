@@ -18,6 +18,7 @@ from apical import data, models
 from apical.bench import compare as comparison
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
+from apical.bench.folders import check_least
 from apical.bench.loop import Training
 from apical.bench.materials import build_model, identified, load_data, located, loss_for
 from apical.bench.measure import probe_batch
@@ -46,7 +47,7 @@ from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import own_training, tuned_rate
 from apical.cli.columns import columns, margin
-from apical.cli.terminal import bar, check_least, say
+from apical.cli.terminal import bar, say
 from apical.core.credit import CreditRule
 from apical.data.dataset import Dataset
 from apical.errors import ConfigError, DivergenceError, UnsupportedModelError, unknown_name

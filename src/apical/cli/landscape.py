@@ -8,13 +8,14 @@ import torch
 from apical.bench.compare import load_data
 from apical.bench.distributed import pick_device
 from apical.bench.figures.landscape import draw
+from apical.bench.folders import check_least
 from apical.bench.landscape import check_weights, evaluations, find, measure, plane_of, watched
 from apical.bench.materials import build_model
 from apical.bench.measure import probe_batch
 from apical.bench.names import LOSSES
 from apical.bench.provenance import environment
 from apical.bench.state import write_json
-from apical.cli.terminal import bar, check_alone, check_least, held, say, say_files, show_table
+from apical.cli.terminal import bar, check_alone, held, say, say_files, show_table
 from apical.diagnostics.landscape import losses_at, points_at_once
 from apical.errors import ConfigError
 

@@ -12,6 +12,7 @@ from torch import nn
 from apical.bench import checkpoint
 from apical.bench.document import document, pairs, reproduce
 from apical.bench.document import table as html_table
+from apical.bench.folders import check_least
 from apical.bench.landscape import run_folders
 from apical.bench.materials import build_model, load_data, located
 from apical.bench.measure import probe_batch
@@ -24,7 +25,7 @@ from apical.bench.restore import restore_rule
 from apical.bench.run_folder import RunFolder
 from apical.bench.state import write_json, write_page
 from apical.cli.commands import refuse_numbers
-from apical.cli.terminal import check_alone, check_least, held, say, say_files, show_table
+from apical.cli.terminal import check_alone, held, say, say_files, show_table
 from apical.data.dataset import Dataset
 from apical.errors import CheckpointError, ConfigError
 from apical.models.own import is_own

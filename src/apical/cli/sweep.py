@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,9 @@ import torch
 from apical.bench import compare as comparison
 from apical.bench.compare import Job, cores
 from apical.bench.distributed import under_torchrun
-from apical.bench.document import command_block, document, figure_block
+from apical.bench.document import command_block, document, figure_block, table
 from apical.bench.figures.sweep import draw
-from apical.bench.folders import check_writable, refuse_used
+from apical.bench.folders import check_least, check_writable, refuse_used
 from apical.bench.materials import identified, load_data
 from apical.bench.names import make_rule
 from apical.bench.progress import shown_path
@@ -30,7 +29,7 @@ from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
 from apical.cli import commands
-from apical.cli.terminal import check_least, say, show_table
+from apical.cli.terminal import say, show_table
 from apical.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -298,23 +297,13 @@ def _shown(score: float) -> str:
 
 def page(record: Mapping[str, Any], figure: str) -> str:
     """The sweep as one HTML page; every name and value is escaped."""
-    lines = []
     ends = {rule: at for rule, at in record["edges"].items() if at}
     beyond = "; ".join(f"{rule}: {' and '.join(at)} value" for rule, at in ends.items())
-    for row in sorted(
-        record["trials"], key=lambda row: (row["rule"], -(row["score"] if row["score"] is not None else -1e300))
-    ):
+    lines = []
+    for row in sorted(record["trials"], key=lambda row: (row["rule"], 1e300 if row["score"] is None else -row["score"])):
         score = "diverged" if row["score"] is None else _shown(row["score"])
-        mark = " <small>best</small>" if record["best"].get(row["rule"]) == row["number"] else ""
-        cells = (
-            escape(row["rule"]) + mark,
-            str(row["number"]),
-            escape(words(row["settings"])),
-            score,
-            f"{row['seconds']:.1f}",
-        )
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = "".join(f"<th>{text}</th>" for text in ("Rule", "Trial", "Settings", "Validation", "Seconds"))
+        mark = ", best" if record["best"].get(row["rule"]) == row["number"] else ""
+        lines.append([row["rule"] + mark, str(row["number"]), words(row["settings"]), score, f"{row['seconds']:.1f}"])
     lead = (
         "Every rule had as many trials as the others. Trials are judged by validation images; the test images were looked "
         "at after the choice, for the best trial of each rule, trained again with new seeds."
@@ -324,9 +313,7 @@ def page(record: Mapping[str, Any], figure: str) -> str:
     body = f"""<p><a href="final/report.html">The report of the best trials</a></p>
 {figure}
 <h2>Trials</h2>
-<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>
-{chr(10).join(lines)}
-</tbody></table></div>
+{table(("Rule", "Trial", "Settings", "Validation", "Seconds"), lines)}
 <h2>Do this again</h2>
 {command_block(record["command"])}"""
     return document("Sweep", lead, body, full=True)

@@ -56,14 +56,6 @@ def bar(total: int, text: str = "", *columns: ProgressColumn, transient: bool = 
         yield partial(progress.update, progress.add_task(text, total=total))
 
 
-def check_least(flags: Any, **least: int) -> None:
-    """Refuse numbers that are too small; None is none."""
-    for name, bound in least.items():
-        value = getattr(flags, name)
-        if value is not None and value < bound:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
-
-
 def check_alone(command: str, flags: Any, what: str) -> None:
     """Refuse torchrun, and a folder that cannot be written or holds something that is not to be replaced."""
     if under_torchrun():

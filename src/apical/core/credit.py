@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.errors import ApicalError, ConfigError, UnsupportedModelError
+from apical.errors import ApicalError, ConfigError, UnsupportedModelError, require_choice
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
@@ -323,8 +323,7 @@ class CreditRule(nn.Module):
 
     @attention.setter
     def attention(self, attention: Attention) -> None:
-        if attention not in get_args(Attention):
-            raise ConfigError(f'attention must be "exact", "fixed" or "present", not {attention!r}')
+        require_choice("attention", attention, get_args(Attention))
         self._attention, self._has_attended = attention, False
 
     def _credited(self, *args: Any, **kwargs: Any) -> Any:

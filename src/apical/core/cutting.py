@@ -60,8 +60,8 @@ def is_inside(name: str, modules: Collection[str]) -> bool:
 
 def parts(name: str, output: Any) -> list[tuple[str, Tensor]]:
     """Tensors of real numbers that a layer returns, by name: the first has the layer's."""
-    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [(f"{name}:{number}" if number else name, part) for number, part in enumerate(found)]
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [(f"{name}:{number}" if number else name, part) for number, part in enumerate(leaves)]
 
 
 class Cutting:

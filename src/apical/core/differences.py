@@ -169,8 +169,9 @@ def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
             small = largest < 0.02 and d.dtype == torch.float32
             s = torch.addcmul(d, d * d, d, value=-1 / 3) if small else torch.tanh(d)
             one = d.new_ones(())
+            # (1 - r^2) s / (1 + r s)
             return torch.addcmul(one, r, r, value=-1).mul_(s).div_(torch.addcmul(one, r, s))
-    return torch.addcmul(d.new_ones(()), r, torch.tanh(v + d), value=-1).mul_(torch.tanh(d))
+    return torch.addcmul(d.new_ones(()), r, torch.tanh(v + d), value=-1).mul_(torch.tanh(d))  # (1 - r tanh(v + d)) tanh(d)
 
 
 def _relu_difference(v: Tensor, d: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[to
     with torch.autocast(taught[0][0].device.type, enabled=False):
         signals = [(signal if scale is None else signal * scale).to(made.dtype) for made, signal in taught]
         gradients = torch.autograd.grad([made for made, _ in taught], learned, signals, allow_unused=True)
-    found = [(p, gradient) for p, gradient in zip(learned, gradients, strict=True) if gradient is not None]
-    return [(p, gradient if scale is None else gradient / scale) for p, gradient in found]
+    pairs = [(p, gradient) for p, gradient in zip(learned, gradients, strict=True) if gradient is not None]
+    return [(p, gradient if scale is None else gradient / scale) for p, gradient in pairs]
 
 
 def _half_scale(signals: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ from apical.core.sharing import FUNCTION
 from apical.core.steps import FROZEN, Steps
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Form = Literal["auto", "closed", "explicit", "literal", "fused"]
 Initial = Literal["random", "mirror"]
@@ -298,8 +298,7 @@ def check_initial(initial: str, vectors: int) -> None:
     Raises:
         ConfigError: names the option.
     """
-    if initial not in ("random", "mirror"):
-        raise ConfigError(f'initial must be "random" or "mirror", not {initial!r}')
+    require_choice("initial", initial, ("random", "mirror"))
     if vectors < 1:
         raise ConfigError(f"mirror must be a number of noise vectors per input, 1 or more, not {vectors}")
 

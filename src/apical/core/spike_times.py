@@ -109,9 +109,9 @@ class SpikeTimes(torch.autograd.Function):
         t, weight, out, slope = ctx.saved_tensors
         rows = _rows(t, weight)
         parts = zip(*(each.split(rows) for each in (t, out, slope, g)), strict=True)
-        found = [spike_gradients(times, made, s, weight, error) for times, made, s, error in parts]
-        products = torch.stack([each for _, each in found]).sum(0)
-        return torch.cat([below for below, _ in found]), products, None, None, None
+        gradients = [spike_gradients(times, made, s, weight, error) for times, made, s, error in parts]
+        products = torch.stack([each for _, each in gradients]).sum(0)
+        return torch.cat([below for below, _ in gradients]), products, None, None, None
 
 
 def _rows(t: Tensor, weight: Tensor) -> int:

@@ -66,7 +66,7 @@ def loss_curvature_product(
     def product(x: Tensor) -> Tensor:
         parts = x.split([p.numel() for p in parameters.values()])
         tangent = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
-        change = jvp(output, (parameters,), (tangent,))[1]
+        change = jvp(output, (parameters,), (tangent,))[1]  # J_W x: (batch, n_L); then H, then J_W^T
         return flat(pullback(hessian(change)[0])[0])
 
     return product, flat(pullback(bent[0])[0])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from apical.core.chain import States
-from apical.errors import unknown_name
+from apical.errors import require_choice
 from apical.rules.feedback_control.states import condition_two, control_matrix, gram_matrix
 
 __all__ = ["condition_one", "condition_three", "condition_two", "control_matrix", "feedback_angles"]
@@ -34,8 +34,7 @@ def condition_one(states: States, form: Literal["paper", "code"] = "paper") -> T
     Raises:
         ConfigError: unknown `form`.
     """
-    if form not in ("paper", "code"):
-        raise unknown_name("form", form, ("paper", "code"))
+    require_choice("form", form, ("paper", "code"))
     norms = torch.stack([r.detach().flatten(1).norm(dim=1) for r in states.r[:-1]])
     mean = norms.mean(0)
     variance = norms.var(0, correction=0)

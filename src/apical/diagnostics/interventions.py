@@ -344,11 +344,11 @@ def synapses(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | No
     biases: dict[str, Tensor | None] = {}
     for name, module in model.named_modules():
         if is_weighted(module):
-            found = {name: module.weight}
+            matrices = {name: module.weight}
         else:
             own = {} if is_local(module) else dict(module.named_parameters(name, recurse=False))
-            found = {full: parameter for full, parameter in own.items() if parameter.dim() > 1}
-        for full, weight in found.items():
+            matrices = {full: parameter for full, parameter in own.items() if parameter.dim() > 1}
+        for full, weight in matrices.items():
             if all(weight is not known for known in weights.values()):  # a tied one has its first name
                 weights[full], biases[full] = weight, module.bias if is_weighted(module) else None
     return weights, biases

@@ -70,6 +70,7 @@ class Plane:
 
     def coordinates(self, points: Tensor) -> Tensor:
         """Coordinates (n, 2) of the plane's nearest points to the weights (n, P)."""
+        # (A A^T)^-1 A (w - w_0), for axes A (2, P) that need not be orthonormal
         along = torch.stack([self.axes @ (point.to(self.origin) - self.origin) for point in points])
         solved: Tensor = torch.linalg.solve(self.axes @ self.axes.T, along.T)
         return solved.T

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from apical.errors import unknown_name
+from apical.errors import require_choice
 
 Array = npt.NDArray[Any]
 Settings = Mapping[str, Array]
@@ -161,6 +161,5 @@ def environment(name: str) -> Environment:
     Raises:
         ConfigError: there is none.
     """
-    if name not in ENVIRONMENTS:
-        raise unknown_name("environment", name, ENVIRONMENTS)
+    require_choice("environment", name, ENVIRONMENTS)
     return ENVIRONMENTS[name]

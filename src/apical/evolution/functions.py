@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, require_choice
 
 BOX = 3.0
 """Starts are uniform in [-BOX, BOX]^d."""
@@ -129,8 +129,7 @@ def function(name: str, dimension: int = 2) -> Function:
     Raises:
         ConfigError: there is none, or it is not defined in so many dimensions.
     """
-    if name not in FUNCTIONS:
-        raise unknown_name("function", name, FUNCTIONS)
+    require_choice("function", name, FUNCTIONS)
     benchmark = FUNCTIONS[name]
     if dimension < 1 or (benchmark.plane and dimension != 2) or (name == "rosenbrock" and dimension < 2):
         raise ConfigError(f"{benchmark.title} is not defined in {dimension} dimensions")

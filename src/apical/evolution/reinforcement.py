@@ -117,16 +117,16 @@ def pseudo_gradient(
 ) -> Tensor:
     """The rule's mean over all time steps before an episode's end, (P, n), for policies (P, n)."""
     (w1, v1), (w2, v2) = policy.layers(weights)
-    h = tanh(torch.baddbmm(v1, w1, steps.observations))
+    h = tanh(torch.baddbmm(v1, w1, steps.observations))  # (P, hidden, T E)
     pi = torch.softmax(torch.baddbmm(v2, w2, h), 1)
     a = advantages(steps.rewards, steps.alive, discount).flatten(1)[:, None]
-    c_h, e_o = credits(Known(pi, steps.actions, a, w2, state))
+    c_h, e_o = credits(Known(pi, steps.actions, a, w2, state))  # (P, hidden, T E) or None, (P, actions, T E)
     alive = steps.alive.flatten(1)[:, None]
     share = alive / alive.sum(2, keepdim=True)
     e_o = e_o * share
     parts = [torch.zeros_like(w1), torch.zeros_like(v1), e_o @ h.transpose(1, 2), e_o.sum(2)]
     if c_h is not None:
-        e_h = c_h * (1 - h.square()) * share
+        e_h = c_h * (1 - h.square()) * share  # credit times the slope of tanh
         parts[:2] = [e_h @ steps.observations.transpose(1, 2), e_h.sum(2)]
     return torch.cat([part.flatten(1) for part in parts], 1)
 

@@ -76,14 +76,6 @@ def _build_resnet18(name: str, shape: tuple[int, ...], num_classes: int) -> nn.M
     return ResNet((2, 2, 2, 2), channels, num_classes, small_images=min(sides) < _IMAGENET_FORM_FROM)
 
 
-def _build_vit(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    return VisionTransformer(_image(name, shape), num_classes)
-
-
-def _build_mixer(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    return Mixer(_image(name, shape), num_classes)
-
-
 _REMEDY = " (mlp-512-512 and resnet8 take any size)"
 _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
     "lenet": _build_lenet,
@@ -93,8 +85,8 @@ _CONVNETS: dict[str, Callable[[str, tuple[int, ...], int], nn.Module]] = {
     "resnet32": _build_cifar_resnet,
     "resnet56": _build_cifar_resnet,
     "resnet18": _build_resnet18,
-    "mixer": _build_mixer,
-    "vit": _build_vit,
+    "mixer": lambda name, shape, num_classes: Mixer(_image(name, shape), num_classes),
+    "vit": lambda name, shape, num_classes: VisionTransformer(_image(name, shape), num_classes),
 }
 _PERCEPTRONS: dict[str, Callable[[int, list[int], int], nn.Module]] = {
     "mlp": mlp,

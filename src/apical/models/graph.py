@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.layers import register_local
-from apical.errors import ConfigError
+from apical.errors import ConfigError, require_choice
 from apical.models.initialisation import xavier_
 from apical.models.mlp import one_width
 
@@ -114,8 +114,7 @@ class Graph(nn.Module):
         features: int | None = None,
     ) -> None:
         super().__init__()
-        if edges not in ("learned", "fixed", "attention"):
-            raise ConfigError(f'edges must be "learned", "fixed" or "attention", not {edges!r}')
+        require_choice("edges", edges, ("learned", "fixed", "attention"))
         if edges == "attention" and features is None:
             raise ConfigError("edges='attention' needs features=, the number of features of the input")
         senders = [_senders(i, wiring) for i in range(1, len(nodes) + 2)]

@@ -36,7 +36,7 @@ from apical.core.feedback import put
 from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.noise import coins, initial
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Nudge = Literal["one-sided", "random-sign", "symmetric"]
 NUDGES = ("one-sided", "random-sign", "symmetric")
@@ -129,8 +129,7 @@ class CorInfoMax(CreditRule):
         super().__init__(model, loss)
         refuse_options(self, "correlative information maximisation")
         self.generator = generator
-        if nudge not in NUDGES:
-            raise unknown_name("nudge", nudge, NUDGES)
+        require_choice("nudge", nudge, NUDGES)
         positive = {"beta": beta, "epsilon": epsilon, "step": step, "step_floor": step_floor}
         for name, value in (*positive.items(), ("leak", leak), ("output_leak", output_leak), ("step_decay", step_decay)):
             if not (isfinite(value) and value >= 0 and (value > 0 or name not in positive)):
@@ -201,10 +200,10 @@ class CorInfoMax(CreditRule):
             ConfigError: unknown layer or symbol, or another shape.
         """
         stages = self.chain.stages
-        known = {stage.name: {"B": b} for stage, b in zip(stages, self.inverses(), strict=True)}
+        handles = {stage.name: {"B": b} for stage, b in zip(stages, self.inverses(), strict=True)}
         for stage, back in zip(stages[1:], self.backward, strict=True):
-            known[stage.name]["Wb"] = back
-        put(type(self).__name__, layer, known, matrices)
+            handles[stage.name]["Wb"] = back
+        put(type(self).__name__, layer, handles, matrices)
 
     def inverses(self) -> list[Tensor]:
         """B_1..B_K."""
@@ -315,7 +314,7 @@ class CorInfoMax(CreditRule):
         self, x: Tensor, nudged: Sequence[Tensor], against: Sequence[Tensor], width: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """Parameters, each with minus the change it asks for."""
-        found: list[tuple[Tensor, Tensor]] = []
+        roots: list[tuple[Tensor, Tensor]] = []
         stages = self.chain.stages
         for k, stage in enumerate(stages):
             weight, bias, factor = stage.layer.weight, stage.layer.bias, -self.rates[k] / (width * len(x))
@@ -323,21 +322,23 @@ class CorInfoMax(CreditRule):
                 changed = (nudged[0] - against[0]) * factor
                 product = changed.T @ x
             else:
+                # e^f_k = r_k - W^f_k r_{k-1} - b_k in both phases: (batch, n_k)
                 up, down = nudged[k] - stage.layer(nudged[k - 1]), against[k] - stage.layer(against[k - 1])
                 product = factor * (up.T @ nudged[k - 1] - down.T @ against[k - 1])
                 changed = (up - down) * factor
-            found.append((weight, product))
+            roots.append((weight, product))
             if bias is not None:
-                found.append((bias, changed.sum(0)))
+                roots.append((bias, changed.sum(0)))
         for k, back in enumerate(self.backward):
+            # e^b_k = r_k - W^b_k r_{k+1} in both phases: (batch, n_k)
             up, down = nudged[k] - nudged[k + 1] @ back.T, against[k] - against[k + 1] @ back.T
             product = up.T @ nudged[k + 1] - down.T @ against[k + 1]
-            found.append((back, -self.backward_rates[k] / (width * len(x)) * product))
-        return found
+            roots.append((back, -self.backward_rates[k] / (width * len(x)) * product))
+        return roots
 
     def _follow(self, r: Sequence[Tensor]) -> None:
         """`B_k <- (B_k - gamma mean(z z^T)) / lambda`, `z = B_k r_k`."""
         for b, each in zip(self.inverses(), r, strict=True):
-            z = each @ b
+            z = each @ b  # z: (batch, n_k)
             weighed = z / (1 + self.gamma * (z * each).sum(1, keepdim=True)) if self.exact_inverse else z
             b.sub_(weighed.T @ z, alpha=self.gamma / len(each)).div_(self.forgetting)

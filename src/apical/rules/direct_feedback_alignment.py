@@ -176,30 +176,30 @@ class DirectFeedbackAlignment(CutRule):
                 f"activation; here {len(self._blocks)} blocks have {len(units)} units. Leave out leaky, inside and units, "
                 "and put one activation behind each layer"
             )
-        made: dict[int, Tensor] = {}
+        activities: dict[int, Tensor] = {}
         with torch.no_grad():
             h = through(self._head_modules, inputs) if part.below is None else part.below.receive()
         for level in part.levels:
             modules = self._blocks[level].modules
             end = 1 + max((i for i, module in enumerate(modules) if is_activation(module)), default=len(modules) - 1)
             end = len(modules) if level == len(units) else end
-            made[level] = through(modules[:end], h.detach())
+            activities[level] = through(modules[:end], h.detach())
             with torch.no_grad():
-                h = through(modules[end:], made[level].detach())
+                h = through(modules[end:], activities[level].detach())
         taught: list[Root] = []
         loss = None
         if part.above is not None:
             part.above.send(h)
             heard = part.above.receive()
         else:
-            output = made.pop(len(units))
+            output = activities.pop(len(units))
             loss, (error,) = output_errors(self.loss, output, targets)
             assert error is not None
             heard = self._heard(side_by_side([error], [class_axis(output, targets, isinstance(self._topmost(), _ConvNd))]))
             taught = [(output, error), *terms(loss)]
         if part.below is not None:
             part.below.send(heard)
-        for level, h in made.items():
+        for level, h in activities.items():
             axis = 1 if h.dim() > 2 and isinstance(self._blocks[level].layer, _ConvNd) else -1
             taught.append((h, self.signal(Cut(h.detach(), h.shape, h.dtype, units[level], axis), heard)))
         return taught, loss
@@ -250,10 +250,12 @@ class DirectFeedbackAlignment(CutRule):
         """Q (outputs, head inputs)."""
         if self.projection is None:
             self._draw_projection((outputs, self._topmost().weight.shape[1]), device)
-        known = cast(Tensor, self.projection)
-        if known.shape[0] != outputs:
-            raise ConfigError(f"the feedback is for {known.shape[0]} outputs, and the loss reads {outputs}; make a new rule")
-        return known
+        projection = cast(Tensor, self.projection)
+        if projection.shape[0] != outputs:
+            raise ConfigError(
+                f"the feedback is for {projection.shape[0]} outputs, and the loss reads {outputs}; make a new rule"
+            )
+        return projection
 
     def _head(self, outputs: int) -> Layer:
         """The layer whose output is the model's.
@@ -299,15 +301,15 @@ class DirectFeedbackAlignment(CutRule):
                 has = "learns by its exact gradient" if above == [""] else f"hears the units {', '.join(map(repr, above))}"
                 raise ConfigError(f"layer {name!r} {has}; set_feedback needs the name of one unit")
             unit = above[0]
-        known = self.feedback._buffers.get(self._at(unit))
-        if known is None:
+        matrix = self.feedback._buffers.get(self._at(unit))
+        if matrix is None:
             names = ", ".join(sorted(b.replace("/", ".") for b in self.feedback._buffers)) or "none before the first batch"
             raise ConfigError(f"set_feedback: there is no unit or layer {name!r} with feedback; units: {names}")
-        if B.shape != known.shape:
+        if B.shape != matrix.shape:
             raise ConfigError(
-                f"set_feedback: B of unit {unit!r} is {tuple(known.shape)}, outputs by neurons, not {tuple(B.shape)}"
+                f"set_feedback: B of unit {unit!r} is {tuple(matrix.shape)}, outputs by neurons, not {tuple(B.shape)}"
             )
-        known.copy_(B)
+        matrix.copy_(B)
 
     def _at(self, unit: str) -> str:
         """Key of a unit's matrix: one for all steps of a recurrent network."""
@@ -326,8 +328,8 @@ class DirectFeedbackAlignment(CutRule):
         if cut.shape[0] != errors.shape[0] and not is_routed(errors, cut) and self.where == "activation":
             matched(errors, cut)  # raises here rather than in the backward pass
         size, at = self._size(cut, errors), self._at(cut.name)
-        known = self.feedback._buffers.get(at)
-        if known is None:
+        matrix = self.feedback._buffers.get(at)
+        if matrix is None:
             is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
             share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
             if self.projection is not None:
@@ -339,10 +341,10 @@ class DirectFeedbackAlignment(CutRule):
                     "model's output; pass feedback='auto', which sends it the sum of the errors"
                 )
             self._draw(self.first_use(cut.name), size, share, errors.device)
-        elif known.shape != size:
+        elif matrix.shape != size:
             raise ConfigError(
-                f"the feedback of unit {cut.name!r} has the shape {tuple(known.shape)}, and this batch needs {tuple(size)}: "
-                "maps or outputs of another size; feedback='broadcast' serves maps of any size"
+                f"the feedback of unit {cut.name!r} has the shape {tuple(matrix.shape)}, and this batch needs "
+                f"{tuple(size)}: maps or outputs of another size; feedback='broadcast' serves maps of any size"
             )
 
     def _size(self, cut: Cut, errors: Tensor) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.layers import is_maximum
 from apical.core.local import local_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Variant = Literal["transposed", "original"]
 VARIANTS: tuple[Variant, ...] = ("transposed", "original")
@@ -86,8 +86,7 @@ class DualPropagation(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        if variant not in VARIANTS:
-            raise unknown_name("variant", variant, VARIANTS)
+        require_choice("variant", variant, VARIANTS)
         refuse_options(self, "dual propagation", ("ignore_index", "reduction"))
         if not (0 < beta < float("inf") and 0 <= alpha <= 1 and sweeps >= 1):
             raise ConfigError(
@@ -134,7 +133,7 @@ class DualPropagation(CreditRule):
         """The sweeps, from a feed-forward pass."""
         stages, top = self.chain.stages, len(self.chain.stages) - 1
         v, m = list(states.v), list(states.r[:-1])
-        delta = [torch.zeros_like(each) for each in v]
+        delta = [torch.zeros_like(potential) for potential in v]
         delta[top], count = self._nudge(v[top], targets)
         d = list(delta)  # D_l of the hidden layers
         for sweep in range(self.sweeps):

@@ -38,7 +38,7 @@ from apical.core.local import block_roots
 from apical.core.losses import PLAIN, output_error, refuse_options, terms, value_at
 from apical.core.rest import evaluating
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Negatives = Literal["random", "hard", "all", "images"]
 Objective = Literal["threshold", "difference"]
@@ -53,8 +53,8 @@ def normalised(z: Tensor) -> Tensor:
     """n(z): every sample (batch, ...) at mean square 1; zero stays zero. In float32 at least, whose range squares need."""
     flat = z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
     scale = torch.linalg.vector_norm(flat, dim=1, keepdim=True) / math.sqrt(flat.shape[1])  # has a derivative at zero, 0
-    made: Tensor = flat / (scale + EPSILON)
-    return made.to(z.dtype).view_as(z)
+    normalised: Tensor = flat / (scale + EPSILON)
+    return normalised.to(z.dtype).view_as(z)
 
 
 def write_label(inputs: Tensor, code: Tensor) -> Tensor:
@@ -137,14 +137,10 @@ class ForwardForward(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        for what, value, known in (
-            ("negatives", negatives, ("random", "hard", "all", "images")),
-            ("objective", objective, ("threshold", "difference")),
-            ("goodness", goodness, ("sum", "mean", None)),
-            ("answers", answers, ("read-out", "goodness")),
-        ):
-            if value not in known:
-                raise unknown_name(what, str(value), [name for name in known if name])
+        require_choice("negatives", negatives, ("random", "hard", "all", "images"))
+        require_choice("objective", objective, ("threshold", "difference"))
+        require_choice("goodness", goodness or "sum", ("sum", "mean"))
+        require_choice("answers", answers, ("read-out", "goodness"))
         self.self_contrastive = negatives == "images"
         if self.self_contrastive and answers == "goodness":
             raise ConfigError(
@@ -278,16 +274,16 @@ class ForwardForward(CreditRule):
 
     def _goodness_of_labels(self, inputs: Tensor) -> list[Tensor]:
         """Mean squares (batch, K) of each hidden block, for every label."""
-        found: list[list[Tensor]] = []
+        by_label: list[list[Tensor]] = []
         for label in range(self.classes):
             code = F.one_hot(torch.full((len(inputs),), label, device=inputs.device), self.classes)
             z = self._given(self.write(inputs, code))
-            found.append([])
+            by_label.append([])
             for block in self.hidden:
                 h = block(z)
-                found[-1].append(h.flatten(1).square().mean(1))
+                by_label[-1].append(h.flatten(1).square().mean(1))
                 z = normalised(h)
-        return [torch.stack(scores, 1) for scores in zip(*found, strict=True)]
+        return [torch.stack(scores, 1) for scores in zip(*by_label, strict=True)]
 
     def _contrasted(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
         """z_0 of positive, then negative inputs (B + n B, ...); of images (B, ...), joined behind the first layer."""

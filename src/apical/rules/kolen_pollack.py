@@ -27,7 +27,7 @@ from apical.core.packed import xavier_
 from apical.core.plastic import Initial, PlasticRule, check_initial
 from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, transport, weight_gradient
-from apical.errors import ConfigError
+from apical.errors import ConfigError, require_choice
 
 
 def same_gradient(gradient: Tensor, shape: Geometry | None) -> Tensor:
@@ -95,8 +95,7 @@ class KolenPollack(PlasticRule):
         attention: Attention = "exact",
     ) -> None:
         check_initial(initial, mirror)
-        if form not in ("auto", "closed", "explicit"):
-            raise ConfigError(f'form must be "auto", "closed" or "explicit", not {form!r}')
+        require_choice("form", form, ("auto", "closed", "explicit"))
         super().__init__(model, loss, exact, first_layer, form, sites=sites, through_time=through_time)
         self.attention = attention
         for name, layer in self.layers.items():

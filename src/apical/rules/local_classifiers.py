@@ -41,7 +41,7 @@ from apical.core.processes import gathered
 from apical.core.rest import evaluating
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Local = Literal["prediction", "similarity", "both", "projection"]
 LOCALS: tuple[Local, ...] = ("prediction", "similarity", "both", "projection")
@@ -184,8 +184,7 @@ class LocalClassifiers(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        if local not in LOCALS:
-            raise unknown_name("local", local, LOCALS)
+        require_choice("local", local, LOCALS)
         if not (0 < beta < 1 and pool >= 1):
             raise ConfigError(f"beta must lie between 0 and 1 and pool be at least 1, got beta={beta}, pool={pool}")
         self.local = local

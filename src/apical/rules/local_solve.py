@@ -90,12 +90,12 @@ class Problem:
         picked = {"first": [0], "last": [len(self.calls) - 1]}.get(which, sorted(self.errors))
         if not self.errors.keys() <= set(picked):
             return 1.0
-        made = torch.zeros_like(gradient)
+        change = torch.zeros_like(gradient)
         for call in picked:
             shape, error = geometry(self.layer), self.errors[call]
             d = error if shape is None else error.movedim(-1 - len(shape.stride), -1)  # (..., n_out)
-            made += d.reshape(-1, d.shape[-1]).double().T @ self._rows([self.calls[call]])
-        return float((gradient - made).norm() / gradient.norm())
+            change += d.reshape(-1, d.shape[-1]).double().T @ self._rows([self.calls[call]])
+        return float((gradient - change).norm() / gradient.norm())
 
     def joined(self, gradients: list[Tensor]) -> Tensor:
         """G (n_out, n) in float64."""

@@ -41,7 +41,7 @@ from apical.core.stepping import fingerprint
 from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
-from apical.errors import ConfigError
+from apical.errors import ConfigError, require_choice
 
 RENEWAL = 64  # steps until a product is formed anew, so that roundings do not add up
 WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping
@@ -435,14 +435,11 @@ def _form_anew(rule: nn.Module, *_: Any) -> None:
 def _check_options(expansion: float, feedback: str, density: float, form: str, update: str) -> None:
     if not expansion >= 1.0 or not math.isfinite(expansion):
         raise ConfigError(f"expansion must be a number >= 1, not {expansion}")
-    if feedback not in ("random", "orthogonal", "identity"):
-        raise ConfigError(f'feedback must be "random", "orthogonal" or "identity", not {feedback!r}')
-    if update not in ("shared", "own"):
-        raise ConfigError(f'update must be "shared" or "own", not {update!r}')
+    require_choice("feedback", feedback, ("random", "orthogonal", "identity"))
+    require_choice("update", update, ("shared", "own"))
     if not 0.0 < density <= 1.0:
         raise ConfigError(f"density must lie in (0, 1], not {density}")
-    if form not in ("auto", "closed", "explicit", "literal", "fused"):
-        raise ConfigError(f'form must be "auto", "closed", "explicit", "literal" or "fused", not {form!r}')
+    require_choice("form", form, ("auto", "closed", "explicit", "literal", "fused"))
     if density < 1.0 and feedback != "random":
         raise ConfigError(f'density below 1 needs feedback="random", not {feedback!r}')
     if density < 1.0 and form == "closed":

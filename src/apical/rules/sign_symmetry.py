@@ -25,7 +25,7 @@ from apical.core.effective import weight_now
 from apical.core.packed import row_blocks
 from apical.core.transport import Geometry, as_matrix, geometry
 from apical.core.units import Layer, key
-from apical.errors import ConfigError
+from apical.errors import ConfigError, require_choice
 
 
 def signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
@@ -97,10 +97,8 @@ class SignSymmetry(EdgeRule):
         through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
-        if variant not in ("uniform", "batchwise", "fixed"):
-            raise ConfigError(f'variant must be "uniform", "batchwise" or "fixed", not {variant!r}')
-        if scale not in ("xavier", "kaiming", "xiao", "current"):
-            raise ConfigError(f'scale must be "xavier", "kaiming", "xiao" or "current", not {scale!r}')
+        require_choice("variant", variant, ("uniform", "batchwise", "fixed"))
+        require_choice("scale", scale, ("xavier", "kaiming", "xiao", "current"))
         super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.attention = attention
         self.variant, self.scale, self.generator = variant, scale, generator

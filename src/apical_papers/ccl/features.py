@@ -7,17 +7,15 @@ classes are drawn together in two dimensions, by scikit-learn's PCA or t-SNE, ea
 CKA of forward and feedback activity.
 """
 
-import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -26,9 +24,10 @@ from torch import nn
 from apical import data, models
 from apical.bench.figures.curves import render
 from apical.bench.figures.style import RC
+from apical.bench.program import run_command
 from apical.bench.run_folder import environment, write_json
 from apical.diagnostics.similarity import linear_cka
-from apical.errors import ApicalError, ConfigError
+from apical.errors import ConfigError
 from apical.rules.counter_current.counter_current_learning import CounterCurrentLearning
 
 
@@ -118,40 +117,33 @@ def draw(panels_at: dict[int, dict[str, Panel]], labels: np.ndarray[Any, Any]) -
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = tyro.cli(Options, prog="python -m apical_papers.ccl.features", args=arguments)
-    try:
-        panels_at = run(options)
-        labels = data.load(options.data).test.targets[: options.samples].numpy()
-    except ApicalError as error:
-        print(f"apical: error: {error}", file=sys.stderr)
-        return 2
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Draw the features, and write them with results.json; there is nothing to judge."""
+    panels_at = run(options)
+    labels = data.load(options.data).test.targets[: options.samples].numpy()
     with matplotlib.rc_context(RC):
         drawing = render("features", "", "", draw(panels_at, labels))
-    assert drawing is not None
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "features.png").write_bytes(drawing.png)
-    (options.out / "features.svg").write_bytes(drawing.svg)
+    drawing.write(options.out)
     about = (
         f"Dots: {options.samples} test samples of {options.data} at each layer of the forward network, by class. Stars: the "
         f"feedback network's codes of the classes. {options.method.upper().replace('TSNE', 't-SNE')}, each panel by itself, "
         "of rows scaled to unit length; CKA of the two populations above each panel."
     )
-    write_json(
-        options.out / "results.json",
-        {
-            "title": f"Features of CCL at every depth, {options.data}",
-            "about": about,
-            "command": shlex.join(["python", "-m", "apical_papers.ccl.features", *arguments]),
-            "settings": {**asdict(options), "out": str(options.out), "updates": " ".join(map(str, options.updates))},
-            "cka": {str(update): {name: panel[2] for name, panel in panels.items()} for update, panels in panels_at.items()},
-            "environment": environment("cpu", torch.get_num_threads()),
-        },
-    )
+    results = {
+        "title": f"Features of CCL at every depth, {options.data}",
+        "about": about,
+        "command": command,
+        "settings": {**asdict(options), "out": str(options.out), "updates": " ".join(map(str, options.updates))},
+        "cka": {str(update): {name: panel[2] for name, panel in panels.items()} for update, panels in panels_at.items()},
+        "environment": environment("cpu", torch.get_num_threads()),
+    }
+    write_json(options.out / "results.json", results)
     print(f"written: {options.out}")
-    return 0
+    return {"verdicts": []}
+
+
+main = partial(run_command, "apical_papers.ccl.features", Options, study, least={"seed": 0})
 
 
 if __name__ == "__main__":

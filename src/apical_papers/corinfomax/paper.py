@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.corinfomax.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -18,12 +18,11 @@ PAPER = Paper(
         "digits": of(
             "corinfomax-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 10}, {"epochs": 20, "seeds": 10}
         ),
-        "study": Table(
+        "study": seed_study(
             "CorInfoMax: step sizes, forward learning, alignment, sparseness",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
-            module="apical_papers.corinfomax.study",
-            side_by_side=True,
-            needs={"epochs": 20, "seeds": 10},
+            "apical_papers.corinfomax.study",
+            epochs=(1, 20, 20),
+            seeds=(2, 10, 10),
             hours={"cpu": 0.12},
         ),
         "mnist": of("corinfomax-mnist", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),

@@ -1,6 +1,6 @@
 """Dual propagation: what there is to run again."""
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.dual_propagation.recipes import STUDIES
 
 PAPER = Paper(
@@ -8,12 +8,12 @@ PAPER = Paper(
     reference="Høier, Staudt and Zach, ICML 2023, arXiv 2302.01228; Høier and Zach, ICML 2024, arXiv 2402.08573",
     studies=STUDIES,
     tables={
-        "study": Table(
+        "study": seed_study(
             "Dual propagation: nudges, orders and the Lipschitz bound",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 4, "seeds": 5}, "paper": {"epochs": 4, "seeds": 10}},
-            module="apical_papers.dual_propagation.study",
-            side_by_side=True,
-            needs={"epochs": 4, "seeds": 3},
+            "apical_papers.dual_propagation.study",
+            epochs=(1, 4, 4),
+            seeds=(2, 5, 10),
+            least=3,
         ),
         "mnist": table_of(STUDIES, "dualprop-mnist", cut(400), {"epochs": 2, "seeds": 1}, {"epochs": 100, "seeds": 5}),
     },

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from apical import models
-from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.finding import Row, at_least, by_name, difference, mean_table
 from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
@@ -115,29 +115,15 @@ def verdicts(cells: Cells) -> list[Row]:
     def of(name: str, key: str = "accuracy") -> list[float]:
         return [cell["arms"][name][key] for cell in cells]
 
-    rows = [
-        at_least(
-            "4.2",
-            "dualprop",
-            f"{name}: 0.02 minus distance to bp",
-            [0.02 - abs(a - b) for a, b in zip(of(name), of("bp"), strict=True)],
-            0.0,
-        )
-        for name in TRANSPOSED
-    ]
-    failing = "original, alpha 1, beta 1, 3 sweeps"
-    rows.append(
-        difference(
-            "4.2",
-            "dualprop",
-            "alpha 1, beta 1, 3 sweeps: transposed minus original, minus 5 points",
-            of("alpha 1, beta 1, 3 sweeps"),
-            [value + 0.05 for value in of(failing)],
-            less=False,
-        )
-    )
-    gain = of(failing, "last epoch's gain")
-    rows.append(difference("4.2", "dualprop", f"{failing}: last epoch minus first", gain, [0.0] * len(gain), less=True))
+    rows = []
+    for name in TRANSPOSED:
+        near = [0.02 - abs(a - b) for a, b in zip(of(name), of("bp"), strict=True)]
+        rows.append(at_least("4.2", "dualprop", f"{name}: 0.02 minus distance to bp", near, 0.0))
+    trains, fails = "alpha 1, beta 1, 3 sweeps", "original, alpha 1, beta 1, 3 sweeps"
+    what = f"{trains}: transposed minus original, minus 5 points"
+    rows.append(difference("4.2", "dualprop", what, of(trains), of(fails), less=False, margin=0.05))
+    gain = of(fails, "last epoch's gain")
+    rows.append(difference("4.2", "dualprop", f"{fails}: last epoch minus first", gain, 0.0, less=True))
     for alpha, order in (("0", 1.0), ("0.5", 2.0), ("1", 1.0)):
         off = [0.1 - abs(cell["orders"][f"alpha {alpha}"] - order) for cell in cells]
         rows.append(at_least("D4, D5", "dualprop", f"alpha {alpha}: 0.1 minus distance of the order to {order:g}", off, 0.0))
@@ -146,24 +132,16 @@ def verdicts(cells: Cells) -> list[Row]:
 
 def tables(cells: Cells) -> list[Row]:
     """Every training, and the orders."""
-    measures = ("accuracy", "last epoch's gain", "product's norm")
+    measures = {name: name for name in ("accuracy", "last epoch's gain", "product's norm")}
+    note = (
+        "Test accuracy (0 to 1), what it gained from the first epoch to the last, and the spectral norm of the product of "
+        "the weights; mean over seeds with 95 % interval."
+    )
+    orders = {name: [{"order": order} for order in values] for name, values in by_name(cells, "orders").items()}
+    title = "Order of the distance to backpropagation in beta"
     return [
-        {
-            "title": "Trainings",
-            "note": "Test accuracy (0 to 1), what it gained from the first epoch to the last, and the spectral norm of the "
-            "product of the weights; mean over seeds with 95 % interval.",
-            "header": ["training", *measures],
-            "rows": [
-                [name, *(shown([cell["arms"][name][key] for cell in cells]) for key in measures)]
-                for name in cells[0]["arms"]
-            ],
-        },
-        {
-            "title": "Order of the distance to backpropagation in beta",
-            "note": "tanh, float64, fresh weights.",
-            "header": ["alpha", "order"],
-            "rows": [[name, shown([cell["orders"][name] for cell in cells])] for name in cells[0]["orders"]],
-        },
+        mean_table("Trainings", note, "training", by_name(cells, "arms"), measures),
+        mean_table(title, "tanh, float64, fresh weights.", "alpha", orders, {"order": "order"}),
     ]
 
 

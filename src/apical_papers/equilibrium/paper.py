@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, Table, cut, seed_study, table_of
 from apical_papers.equilibrium.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -20,20 +20,19 @@ PAPER = Paper(
     tables={
         "digits": of("ep-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 5}, {"epochs": 20, "seeds": 10}),
         "mnist": of("ep-mnist", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 25, "seeds": 5}),
-        "study": Table(
+        "study": seed_study(
             "Equilibrium propagation: gradients, and weights that learn apart",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 5}, "paper": {"epochs": 20, "seeds": 10}},
-            module="apical_papers.equilibrium.study",
-            side_by_side=True,
-            needs={"epochs": 20, "seeds": 5},
+            "apical_papers.equilibrium.study",
+            epochs=(1, 20, 20),
+            seeds=(2, 5, 10),
             hours={"cpu": 0.14},
         ),
-        "logic": Table(
+        "logic": seed_study(
             "Complete directed networks on exclusive or",
-            {"smoke": {"epochs": 2, "seeds": 2}, "cpu": {"epochs": 200, "seeds": 5}, "paper": {"epochs": 200, "seeds": 10}},
-            module="apical_papers.equilibrium.logic",
-            side_by_side=True,
-            needs={"epochs": 200, "seeds": 3},
+            "apical_papers.equilibrium.logic",
+            epochs=(2, 200, 200),
+            seeds=(2, 5, 10),
+            least=3,
             hours={"cpu": 0.17},
         ),
         "noise": Table(

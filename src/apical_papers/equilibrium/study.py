@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apical import models
-from apical.bench.finding import Row, difference, shown
+from apical.bench.finding import Row, by_name, difference, mean_table
 from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy
 from apical.core.losses import squared_error
@@ -198,8 +198,8 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 def verdicts(cells: Cells) -> list[Row]:
     """The claims."""
 
-    def above(figure: str, rule: str, what: str, values: Sequence[float], mark: float) -> dict[str, Any]:
-        return difference(figure, rule, f"{what}, minus {mark:g}", values, [mark] * len(values), less=False)
+    def above(figure: str, rule: str, what: str, values: Sequence[float], mark: float) -> Row:
+        return difference(figure, rule, f"{what}, minus {mark:g}", values, mark, less=False)
 
     def one(part: str, key: str) -> list[float]:
         return [cell[part][key] for cell in cells]
@@ -213,23 +213,13 @@ def verdicts(cells: Cells) -> list[Row]:
         rows.append(difference("K3", "hep", what, one("directions", str(more)), one("directions", str(fewer)), less=False))
     rows.append(above("K4", "ep-one-sided", "the first paper's network: accuracy", [c["original"] for c in cells], 0.9))
     for name, order in (("one-sided", 1), ("symmetric", 2), ("N = 4", 4)):
-        gap = [abs(value - order) for value in one("orders", name)]
-        rows.append(
-            difference(
-                "K5",
-                "ep",
-                f"{name}: order of the error, distance to {order}, minus {order / 4:g}",
-                gap,
-                [order / 4] * len(gap),
-                less=True,
-            )
-        )
+        gap, what = [abs(value - order) for value in one("orders", name)], f"{name}: order of the error, distance to {order}"
+        rows.append(difference("K5", "ep", f"{what}, minus {order / 4:g}", gap, order / 4, less=True))
     # 0.2 was set before anything was measured; of all neurons together the cosine leaves no room for it, but it rises
     for key, mark in (("cosine", 0.2), ("cosine", 0.0), ("cosine, layer 1", 0.2)):
         gained = [a - b for a, b in zip(of(90, 1, key), of(90, 0, key), strict=True)]
-        rows.append(
-            above("K6", "ep-directed", f"90 degrees: what homeostasis adds to the {key} to the adjoint", gained, mark)
-        )
+        what = f"90 degrees: what homeostasis adds to the {key} to the adjoint"
+        rows.append(above("K6", "ep-directed", what, gained, mark))
     what = "90 degrees: symmetry of the Jacobian with homeostasis minus that without"
     rows.append(difference("K6", "ep-directed", what, of(90, 1, "symmetry"), of(90, 0, "symmetry"), less=False))
     better = [v + 0.01 for v in of(90, 1, "accuracy")]
@@ -242,24 +232,19 @@ def verdicts(cells: Cells) -> list[Row]:
 
 def tables(cells: Cells) -> list[Row]:
     """Cosines by nudged steps, and directed weights."""
-    measures = ("cosine", "cosine, layer 1", "symmetry", "accuracy")
+    directions = {
+        steps: [{"cosine": cosine} for cosine in cosines] for steps, cosines in by_name(cells, "directions").items()
+    }
+    note = "Cosine to backpropagation through time by nudged steps, mean over seeds with 95 % interval."
+    about = (
+        "Mean over epochs of the cosine between how states move and the adjoint, symmetry |S| / (|S| + |A|) of the Jacobian "
+        "and test accuracy after training, mean over seeds with 95 % interval."
+    )
+    measures = {name: name for name in ("cosine", "cosine, layer 1", "symmetry", "accuracy")}
+    apart = by_name(cells, "directed")
     return [
-        {
-            "title": "Direction of the estimate",
-            "note": "Cosine to backpropagation through time by nudged steps, mean over seeds with 95 % interval.",
-            "header": ["nudged steps", "cosine"],
-            "rows": [[str(t), shown([cell["directions"][str(t)] for cell in cells])] for t in STEPS],
-        },
-        {
-            "title": "Weights that learn apart",
-            "note": "Mean over epochs of the cosine between how states move and the adjoint, symmetry |S| / (|S| + |A|) of "
-            "the Jacobian and test accuracy after training, mean over seeds with 95 % interval.",
-            "header": ["angle at first, homeostasis", *measures],
-            "rows": [
-                [key, *(shown([cell["directed"][key][what] for cell in cells]) for what in measures)]
-                for key in cells[0]["directed"]
-            ],
-        },
+        mean_table("Direction of the estimate", note, "nudged steps", directions, {"cosine": "cosine"}),
+        mean_table("Weights that learn apart", about, "angle at first, homeostasis", apart, measures),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.forward.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -17,12 +17,11 @@ PAPER = Paper(
     studies=STUDIES,
     tables={
         "mnist": of("ff-mnist", cut(1000), {"epochs": 3, "seeds": 1, "train_limit": 10000}, {"epochs": 100, "seeds": 3}),
-        "study": Table(
+        "study": seed_study(
             "Forward-forward on 5000 digits of MNIST, and the read-out alone",
-            {"smoke": {"epochs": 2, "seeds": 2}, "cpu": {"epochs": 30, "seeds": 3}, "paper": {"epochs": 30, "seeds": 10}},
-            module="apical_papers.forward.study",
-            side_by_side=True,
-            needs={"epochs": 30, "seeds": 3},
+            "apical_papers.forward.study",
+            epochs=(2, 30, 30),
+            seeds=(2, 3, 10),
             hours={"cpu": 0.18},
         ),
     },

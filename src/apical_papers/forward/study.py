@@ -103,32 +103,26 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     for arm in (*ARMS, *BASELINES):
         looks = trained(data, seed, both[:1] if arm in SHORT else both, arm)
         cell[arm] = {"first": looks[0], **({} if arm in SHORT else {"last": looks[-1]})}
-    return {**cell}
+    return cell
 
 
 def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
 
-    def of(arm: str, look: str, by: str = "answer", more: float = 0.0) -> list[float]:
-        return [cell[arm][look][by] + more for cell in cells]
+    def of(arm: str, look: str, by: str = "answer") -> list[float]:
+        return [cell[arm][look][by] for cell in cells]
 
     control = "hidden layers untrained"
     apart = [abs(a - b) for a, b in zip(of("ff", "last"), of("ff", "last", "goodness"), strict=True)]
+    what = "read-out minus that of untrained layers, minus 3 points, first look"
     rows = [
         at_least("F1", "ff", "accuracy by the read-out, first look", of("ff", "first"), 0.87),
-        difference(
-            "F1",
-            "ff",
-            "read-out minus that of untrained layers, minus 3 points, first look",
-            of("ff", "first"),
-            of(control, "first", more=0.03),
-            less=False,
-        ),
+        difference("F1", "ff", what, of("ff", "first"), of(control, "first"), less=False, margin=0.03),
         at_least("F1", "ff", "accuracy by goodness, first look", of("ff", "first", "goodness"), 0.82),
         at_least("F2", "ff", "accuracy by the read-out, in the end", of("ff", "last"), 0.88),
         at_least("F2", "ff", "accuracy by goodness, in the end", of("ff", "last", "goodness"), 0.88),
         difference("F2", "ff", "read-out minus bp", of("ff", "last"), of("bp", "last"), less=True),
-        difference("F2", "ff", "read-out and goodness, distance, minus 3 points", apart, [0.03] * len(apart), less=True),
+        difference("F2", "ff", "read-out and goodness, distance, minus 3 points", apart, 0.03, less=True),
         difference("F3", "scff", "minus untrained layers, in the end", of("scff", "last"), of(control, "last"), less=False),
         difference("F3", "ff", "minus local-pred, in the end", of("ff", "last"), of("local-pred", "last"), less=True),
     ]
@@ -142,8 +136,8 @@ def tables(cells: Cells) -> list[Row]:
     """Every training."""
 
     def cell_of(arm: str, look: str, by: str) -> str:
-        known = cells[0][arm].get(look, {})
-        return shown([cell[arm][look][by] for cell in cells]) if by in known else "-"
+        measured = cells[0][arm].get(look, {})
+        return shown([cell[arm][look][by] for cell in cells]) if by in measured else "-"
 
     looks = [(look, by) for look in ("first", "last") for by in ("answer", "goodness")]
     return [

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.local.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -15,12 +15,11 @@ PAPER = Paper(
     studies=STUDIES,
     tables={
         "mnist": of("local-mnist", cut(1280), {"epochs": 3, "seeds": 1, "train_limit": 10000}, {"epochs": 100, "seeds": 3}),
-        "study": Table(
+        "study": seed_study(
             "Local classifiers on 5000 digits of MNIST: which local loss",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 4, "seeds": 5}, "paper": {"epochs": 4, "seeds": 10}},
-            module="apical_papers.local.study",
-            side_by_side=True,
-            needs={"epochs": 4, "seeds": 5},
+            "apical_papers.local.study",
+            epochs=(1, 4, 4),
+            seeds=(2, 5, 10),
             hours={"cpu": 0.08},
         ),
     },

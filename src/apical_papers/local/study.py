@@ -96,46 +96,23 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
 
-    def of(kind: str, arm: str, more: float = 0.0) -> list[float]:
-        return [cell[kind][arm]["accuracy"] + more for cell in cells]
+    def of(kind: str, arm: str) -> list[float]:
+        return [cell[kind][arm]["accuracy"] for cell in cells]
 
     finite = [bool(cell["long"][arm]["finite"]) for cell in cells for arm in ("similarity", "both")]
+    stays = "trainings without normalisation that stay finite"
+    both, prediction, last = (of("normalised", arm) for arm in ("both", "prediction", "last layer"))
+    squared, entropy = of("plain", "projection, squared error"), of("plain", "projection")
+    halfway, near_bp = "with BatchNorm, minus local-pred, minus 0.5 points", "with BatchNorm, minus bp, plus 1.5 points"
+    better, alone = "squared error minus cross entropy, minus 2 points", "with BatchNorm, minus the last layer alone"
     return [
         at_least("L1", "local-pred", "accuracy without normalisation", of("plain", "prediction"), 0.86),
-        at_least("L1", "local-pred", "accuracy with BatchNorm", of("normalised", "prediction"), 0.89),
-        difference(
-            "L1",
-            "local-both",
-            "with BatchNorm, minus local-pred, minus 0.5 points",
-            of("normalised", "both"),
-            of("normalised", "prediction", 0.005),
-            less=False,
-        ),
-        difference(
-            "L1",
-            "local-both",
-            "with BatchNorm, minus bp, plus 1.5 points",
-            of("normalised", "both", 0.015),
-            of("normalised", "bp"),
-            less=False,
-        ),
-        count("L2", "local-sim, local-both", "trainings without normalisation that stay finite", finite, len(finite)),
-        difference(
-            "L3",
-            "mono-forward",
-            "squared error minus cross entropy, minus 2 points",
-            of("plain", "projection, squared error"),
-            of("plain", "projection", 0.02),
-            less=False,
-        ),
-        difference(
-            "L4",
-            "local-pred",
-            "with BatchNorm, minus the last layer alone",
-            of("normalised", "prediction"),
-            of("normalised", "last layer"),
-            less=False,
-        ),
+        at_least("L1", "local-pred", "accuracy with BatchNorm", prediction, 0.89),
+        difference("L1", "local-both", halfway, both, prediction, less=False, margin=0.005),
+        difference("L1", "local-both", near_bp, [a + 0.015 for a in both], of("normalised", "bp"), less=False),
+        count("L2", "local-sim, local-both", stays, finite, len(finite)),
+        difference("L3", "mono-forward", better, squared, entropy, less=False, margin=0.02),
+        difference("L4", "local-pred", alone, prediction, last, less=False),
     ]
 
 

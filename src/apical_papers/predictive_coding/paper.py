@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.predictive_coding.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -15,12 +15,11 @@ PAPER = Paper(
     ),
     studies=STUDIES,
     tables={
-        "study": Table(
+        "study": seed_study(
             "Predictive coding: inference, depth and what is backpropagation",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 4, "seeds": 3}, "paper": {"epochs": 4, "seeds": 5}},
-            module="apical_papers.predictive_coding.study",
-            side_by_side=True,
-            needs={"epochs": 4, "seeds": 3},
+            "apical_papers.predictive_coding.study",
+            epochs=(1, 4, 4),
+            seeds=(2, 3, 5),
         ),
         **{
             name.removeprefix("pc-"): of(name, cut(640), {"epochs": n, "seeds": 3}, {"epochs": n, "seeds": 5})

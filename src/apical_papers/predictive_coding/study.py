@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apical import models
-from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.finding import Row, at_least, by_name, difference, mean_table
 from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
@@ -108,15 +108,15 @@ def products(depth: int, inference: str, x: Tensor, y: Tensor) -> float:
     start = float(squared_error(model(x), y).detach())
     end = _energy(model, x, y, 200, 0.3)
     goal = end + 0.1 * (start - end)
-    found = [float("inf")]
+    counts = [float("inf")]
     for rate in RATES[inference]:
         if inference == "error":
             steps = next((t for t in range(1, 65) if _energy(model, x, y, t, rate) <= goal), None)
         else:
             steps = _state_steps(model, x, y, rate, goal, 200 * depth)
         if steps is not None:
-            found.append(steps * (2 * depth if inference == "error" else 2))
-    return min(found)
+            counts.append(steps * (2 * depth if inference == "error" else 2))
+    return min(counts)
 
 
 def _energy(model: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> float:
@@ -170,8 +170,8 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
         for name in ("bp", "error", "state"):
             torch.manual_seed(seed)
             model = pre_activated((1, 28, 28), 10)
-            made = Backprop(model, squared_error) if name == "bp" else _plain(model, name)
-            plain[name] = trained(made, mnist.train, mnist.test, 1e-3, 64, 300 * epochs // 4, seed)
+            learner = Backprop(model, squared_error) if name == "bp" else _plain(model, name)
+            plain[name] = trained(learner, mnist.train, mnist.test, 1e-3, 64, 300 * epochs // 4, seed)
     straight = {
         f"{name} {depth}": toward_target(depth, rule_of, 30, seed)
         for depth in (2, 4, 8)
@@ -183,13 +183,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     x, y = few.inputs[:64].double(), few.targets[:64]
     sequence = {f"{name} {depth}": products(depth, name, x, y) for depth in (10, 30) for name in ("error", "state")}
-    return {
-        "shallow": shallow,
-        "mu": mu,
-        "plain": plain,
-        "straight": straight,
-        "products": sequence,
-    }
+    return {"shallow": shallow, "mu": mu, "plain": plain, "straight": straight, "products": sequence}
 
 
 def _mu(model: nn.Module, name: str) -> CreditRule:
@@ -209,75 +203,49 @@ def verdicts(cells: Cells) -> list[Row]:
         return [cell[part][name]["accuracy"] for cell in cells]
 
     rows = []
-    for name in SHALLOW:
-        if name != "bp":
-            gap = [abs(a - b) for a, b in zip(of("shallow", name), of("shallow", "bp"), strict=True)]
-            rows.append(at_least("P1", "pc", f"{name}: 0.015 minus distance to bp", [0.015 - g for g in gap], 0.0))
+    for name in [name for name in SHALLOW if name != "bp"]:
+        near = [0.015 - abs(a - b) for a, b in zip(of("shallow", name), of("shallow", "bp"), strict=True)]
+        rows.append(at_least("P1", "pc", f"{name}: 0.015 minus distance to bp", near, 0.0))
     for name, depth in product(MU_RATES, SETTINGS["depths"]):
         mine, theirs = of("mu", f"{name} {depth}"), of("mu", f"bp {depth}")
-        rows.append(at_least("mu", "mupc", f"{name}: accuracy at {depth} layers", mine, 0.9))
-        rows.append(
-            difference(
-                "mu",
-                "mupc",
-                f"{name}: accuracy at {depth} layers minus bp's, plus 2 points",
-                mine,
-                [b - 0.02 for b in theirs],
-                less=False,
-            )
-        )
+        what = f"{name}: accuracy at {depth} layers"
+        rows.append(at_least("mu", "mupc", what, mine, 0.9))
+        rows.append(difference("mu", "mupc", f"{what} minus bp's, plus 2 points", mine, theirs, less=False, margin=-0.02))
+    failed = [0.25 - accuracy for accuracy in of("plain", "state")]
     rows.append(at_least("P2", "pc-error", "accuracy in 10 plain layers", of("plain", "error"), 0.85))
-    rows.append(
-        at_least("P2", "pc", "0.25 minus accuracy in 10 plain layers", [0.25 - a for a in of("plain", "state")], 0.0)
-    )
+    rows.append(at_least("P2", "pc", "0.25 minus accuracy in 10 plain layers", failed, 0.0))
     for depth in (2, 4, 8):
         ours, exact = ([cell["straight"][f"{name} {depth}"] for cell in cells] for name in ("exact", "bp"))
         rows.append(at_least("P4", "pc", f"cosine to the target, {depth} linear layers", ours, 0.98))
         rows.append(difference("P4", "pc", f"cosine to the target, {depth} layers, minus bp's", ours, exact, less=False))
     for depth in (10, 30):
         ratio = [cell["products"][f"state {depth}"] / cell["products"][f"error {depth}"] for cell in cells]
-        rows.append(
-            at_least("steps", "pc-error", f"products in sequence, states' over errors', {depth} layers", ratio, 10.0)
-        )
+        what = f"products in sequence, states' over errors', {depth} layers"
+        rows.append(at_least("steps", "pc-error", what, ratio, 10.0))
     return rows
 
 
 def tables(cells: Cells) -> list[Row]:
     """Every training, and the products."""
-    tables = [
-        {
-            "title": title,
-            "note": note,
-            "header": ["network" if part == "mu" else "training", "accuracy", "hidden share"],
-            "rows": [
-                [name, *(shown([cell[part][name][key] for cell in cells]) for key in ("accuracy", "hidden share"))]
-                for name in cells[0][part]
-            ],
-        }
-        for part, title, note in (
-            ("shallow", "Shallow networks", "Test accuracy (0 to 1), and the hidden blocks' share of the last batch's energy"
-             ": near 0 a run is backpropagation. Mean over seeds with 95 % interval."),
-            ("mu", "Residual networks of 10, 30 and 60 layers, mu parametrisation", "After 900 batches of 64; 0 for BP."),
-            ("plain", "Ten plain layers", "After 300 batches of 64."),
-        )
-    ]  # fmt: skip
-    tables.append(
-        {
-            "title": "Products in sequence",
-            "note": "Until 90 % of the way to the equilibrium's energy, at the best of the rates tried.",
-            "header": ["inference and layers", "products"],
-            "rows": [[name, shown([cell["products"][name] for cell in cells])] for name in cells[0]["products"]],
-        }
+    shares = (
+        "Test accuracy (0 to 1), and the hidden blocks' share of the last batch's energy: near 0 a run is backpropagation. "
+        "Mean over seeds with 95 % interval."
     )
-    tables.append(
-        {
-            "title": "Straight to the target",
-            "note": "Cosine of the output's change with target minus output, linear networks.",
-            "header": ["rule and layers", "cosine"],
-            "rows": [[name, shown([cell["straight"][name] for cell in cells])] for name in cells[0]["straight"]],
-        }
-    )
-    return tables
+    deep = "Residual networks of 10, 30 and 60 layers, mu parametrisation"
+    measures = {"accuracy": "accuracy", "hidden share": "hidden share"}
+
+    def of(part: str) -> dict[str, list[dict[str, float]]]:
+        return {name: [{part: value} for value in values] for name, values in by_name(cells, part).items()}
+
+    steps = "Until 90 % of the way to the equilibrium's energy, at the best of the rates tried."
+    turns = "Cosine of the output's change with target minus output, linear networks."
+    return [
+        mean_table("Shallow networks", shares, "training", by_name(cells, "shallow"), measures),
+        mean_table(deep, "After 900 batches of 64; 0 for BP.", "network", by_name(cells, "mu"), measures),
+        mean_table("Ten plain layers", "After 300 batches of 64.", "training", by_name(cells, "plain"), measures),
+        mean_table("Products in sequence", steps, "inference and layers", of("products"), {"products": "products"}),
+        mean_table("Straight to the target", turns, "rule and layers", of("straight"), {"straight": "cosine"}),
+    ]
 
 
 main = SeedStudy(

@@ -11,17 +11,14 @@ folder when it is finished.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import nn
-from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, count
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity, Readout
 from apical.rules.contrastive_plasticity.neurons import Constants
 
@@ -39,15 +36,6 @@ ABOUT: dict[str, Any] = {
     "about": "Passes over the four patterns until all answers were right three times in a row.",
     "sources": {"our mark": "Eight of ten seeds, set before this was run."},
 }
-
-
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Logic with two inputs by memristors."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/spikes-logic")
-    epochs: Annotated[int, arg(metavar="N")] = 300
-    """Passes at most."""
 
 
 def passes(answers: Sequence[int], seed: int, most: int, readout: Readout) -> tuple[int, bool]:
@@ -89,51 +77,52 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
-
-
 def verdicts(cells: Cells) -> list[Row]:
     """Seeds that learn each function."""
-    least = -(-8 * len(cells) // 10)
-    return [
-        count(
-            "S3",
-            "csdp-memristor",
-            f"{name}, readout={readout!r}: seeds that learn it",
-            [bool(cell[readout][name][0]) for cell in cells],
-            least,
-        )
-        for readout in READOUTS
-        for name in FUNCTIONS
-    ]
+    least, rows = -(-8 * len(cells) // 10), []
+    for readout in READOUTS:
+        for name in FUNCTIONS:
+            learned = [bool(cell[readout][name][0]) for cell in cells]
+            what = f"{name}, readout={readout!r}: seeds that learn it"
+            rows.append(count("S3", "csdp-memristor", what, learned, least))
+    return rows
 
 
 def tables(cells: Cells) -> list[Row]:
     """Passes of each seed, and whether it lay in hidden neurons."""
+
+    def row(readout: Readout, name: str) -> list[str]:
+        results = [cell[readout][name] for cell in cells]
+        separable = f"{sum(apart for _, apart in results)} of {len(cells)}"
+        return [name, *(str(passes or "-") for passes, _ in results), separable]
+
+    note = (
+        "By seed; a dash is not within the passes allowed. Last: seeds in which hidden spikes, without a class shown, would "
+        "have allowed a read-out of any function in the end."
+    )
+    header = ["function", *map(str, range(len(cells))), "separable"]
     return [
         {
             "title": f"Passes until learned, readout={readout!r}",
-            "note": "By seed; a dash is not within the passes allowed. Last: seeds in which hidden spikes, without a class "
-            "shown, would have allowed a read-out of any function in the end.",
-            "header": ["function", *(str(seed) for seed in range(len(cells))), "separable"],
-            "rows": [
-                [
-                    name,
-                    *(str(cell[readout][name][0] or "-") for cell in cells),
-                    f"{sum(cell[readout][name][1] for cell in cells)} of {len(cells)}",
-                ]
-                for name in FUNCTIONS
-            ],
+            "note": note,
+            "header": header,
+            "rows": [row(readout, name) for name in FUNCTIONS],
         }
         for readout in READOUTS
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.spikes.logic", Options, study, arguments)
+main = SeedStudy(
+    "apical_papers.spikes.logic",
+    ABOUT,
+    SETTINGS,
+    _cell,
+    verdicts,
+    tables,
+    out="results/spikes-logic",
+    epochs=300,
+    passes="passes at most.",
+)
 
 
 if __name__ == "__main__":

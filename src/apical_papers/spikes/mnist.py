@@ -138,7 +138,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 def accuracies(cells: Cells, arm: str) -> list[float]:
     """By seed."""
-    return [each[arm]["accuracy"] for each in cells]
+    return [cell[arm]["accuracy"] for cell in cells]
 
 
 def bracketed(rates: Sequence[float], rate: float) -> bool:
@@ -160,6 +160,12 @@ def verdicts(cells: Cells) -> list[Row]:
 
 def tables(cells: Cells) -> list[Row]:
     """Every training, and how far single spikes are from published ones."""
+    rows = []
+    for arm in ARMS:
+        rates, seconds = ([cell[arm][key] for cell in cells] for key in ("rate", "seconds"))
+        between = sum(bracketed(ARMS[arm].rates, rate) for rate in rates)
+        chosen = ", ".join(f"{rate:g}" for rate in rates)
+        rows.append([arm, shown(accuracies(cells, arm)), chosen, f"{between} of {len(cells)}", shown(seconds)])
     spikes = accuracies(cells, "first spikes")
     return [
         {
@@ -167,16 +173,7 @@ def tables(cells: Cells) -> list[Row]:
             "note": "Test accuracy, 0 to 1, mean over seeds with 95 % interval; the rates chosen; seeds for which lower and "
             "higher ones were tried; seconds of one core, busy with other work too.",
             "header": ["training", "accuracy", "rates chosen", "bracketed", "seconds"],
-            "rows": [
-                [
-                    arm,
-                    shown(accuracies(cells, arm)),
-                    ", ".join(f"{each[arm]['rate']:g}" for each in cells),
-                    f"{sum(bracketed(ARMS[arm].rates, each[arm]['rate']) for each in cells)} of {len(cells)}",
-                    shown([each[arm]["seconds"] for each in cells]),
-                ]
-                for arm in ARMS
-            ],
+            "rows": rows,
         },
         {
             "title": "Distance of first spikes to published accuracies",
@@ -190,9 +187,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.spikes.mnist", Options, study, arguments)
+main = partial(run_command, "apical_papers.spikes.mnist", Options, study)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, Table, cut, seed_study, table_of
 from apical_papers.spikes.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -30,19 +30,11 @@ PAPER = Paper(
             side_by_side=True,
             needs={"epochs": 2, "seeds": 3, "images": 10000},
         ),
-        "study": Table(
-            "Spiking networks on a little of MNIST",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 4, "seeds": 3}, "paper": {"epochs": 4, "seeds": 10}},
-            module="apical_papers.spikes.study",
-            side_by_side=True,
-            needs={"epochs": 4, "seeds": 3},
+        "study": seed_study(
+            "Spiking networks on a little of MNIST", "apical_papers.spikes.study", epochs=(1, 4, 4), seeds=(2, 3, 10)
         ),
-        "logic": Table(
-            "Logic with two inputs by memristors",
-            {"smoke": {"epochs": 3, "seeds": 2}, "cpu": {"epochs": 300, "seeds": 10}, "paper": {"epochs": 300, "seeds": 20}},
-            module="apical_papers.spikes.logic",
-            side_by_side=True,
-            needs={"epochs": 300, "seeds": 10},
+        "logic": seed_study(
+            "Logic with two inputs by memristors", "apical_papers.spikes.logic", epochs=(3, 300, 300), seeds=(2, 10, 20)
         ),
     },
 )

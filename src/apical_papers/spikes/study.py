@@ -7,17 +7,14 @@ prototypes, before this was run. Each seed is kept in the folder when it is fini
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from tyro.conf import arg
 
 from apical import models
-from apical.bench.finding import Row, count, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.finding import Row, by_name, count, mean_table
+from apical.bench.plain_loop import fit
+from apical.bench.program import Cells, SeedStudy
 from apical.core.credit import CreditRule
 from apical.data import Dataset, load
 from apical.rules.backprop import Backprop
@@ -50,25 +47,12 @@ ABOUT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Spiking networks on a little of MNIST."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/spikes-study")
-    epochs: Annotated[int, arg(metavar="N")] = 4
-    """Over the training images."""
-
-
 def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: float) -> dict[str, float]:
     """Test accuracy and seconds of this process."""
     learning = [p for p in rule.parameters() if p.requires_grad]
     optimizer, begun = torch.optim.Adam(learning, rate), time.process_time()
     for _ in range(epochs):
-        for chosen in torch.randperm(len(data.train)).split(batch):
-            optimizer.zero_grad()
-            rule(data.train.inputs[chosen], data.train.targets[chosen]).backward()
-            optimizer.step()
-            rule.constrain_()
+        fit(rule, optimizer, data.train, batch)
     rule.eval()
     with torch.no_grad():
         answers = torch.cat([rule.answer(part) for part in data.test.inputs.split(500)])
@@ -81,9 +65,9 @@ def plasticity(arm: str, seed: int, epochs: int) -> dict[str, float]:
     data = load(SETTINGS["data"], train_limit=2000, test_limit=SETTINGS["test images"])
     torch.manual_seed(seed)
     rule = ContrastiveSignalPlasticity(models.spiking(784, [128, 64], 10), **PLASTICITY[arm])
-    made = trained(rule, data, epochs, 100, 4e-2)
+    measures = trained(rule, data, epochs, 100, 4e-2)
     goodness = rule.goodness(data.test.inputs, data.test.targets).values()
-    return made | {"gap": min(float(positive.mean() - negative.mean()) for positive, negative in goodness)}
+    return measures | {"gap": min(float(positive.mean() - negative.mean()) for positive, negative in goodness)}
 
 
 def first(arm: str, seed: int, epochs: int) -> dict[str, float]:
@@ -91,8 +75,8 @@ def first(arm: str, seed: int, epochs: int) -> dict[str, float]:
     data = load(SETTINGS["data"], train_limit=1500, test_limit=SETTINGS["test images"])
     torch.manual_seed(seed)
     model = models.first_spike(784, [64], 10)
-    made = trained(FIRST[arm](model), data, epochs, 32, 1e-3)
-    return made | {"silent": float(model.silent(data.test.inputs)["spikes1"].mean())}
+    measures = trained(FIRST[arm](model), data, epochs, 32, 1e-3)
+    return measures | {"silent": float(model.silent(data.test.inputs)["spikes1"].mean())}
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
@@ -102,55 +86,36 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
-
-
 def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
     csdp, spikes = [cell["plasticity"]["csdp"] for cell in cells], [cell["first"]["bp"] for cell in cells]
+    learned, fired = ([run["accuracy"] >= MARK for run in runs] for runs in (csdp, spikes))
+    gaps = [run["gap"] > 0.3 for run in csdp]
     return [
-        count("S1", "csdp", f"seeds with an accuracy of {MARK}", [c["accuracy"] >= MARK for c in csdp], len(cells)),
-        count(
-            "S1", "csdp", "seeds with a gap of goodness of 0.3 in both layers", [c["gap"] > 0.3 for c in csdp], len(cells)
-        ),
-        count(
-            "S2",
-            "bp",
-            f"first spikes: seeds with an accuracy of {MARK}",
-            [c["accuracy"] >= MARK for c in spikes],
-            len(cells),
-        ),
+        count("S1", "csdp", f"seeds with an accuracy of {MARK}", learned, len(cells)),
+        count("S1", "csdp", "seeds with a gap of goodness of 0.3 in both layers", gaps, len(cells)),
+        count("S2", "bp", f"first spikes: seeds with an accuracy of {MARK}", fired, len(cells)),
     ]
 
 
 def tables(cells: Cells) -> list[Row]:
     """Every training."""
-
-    def row(kind: str, arm: str, last: str) -> list[str]:
-        return [arm, *(shown([cell[kind][arm][key] for cell in cells]) for key in ("accuracy", last, "seconds"))]
-
+    note = (
+        "Test accuracy, 0 to 1; the least gap of goodness; seconds of one core, busy with other work too; mean over seeds "
+        "with 95 % interval."
+    )
+    silent = "The same; share of hidden neurons that are silent for a sample."
+    csdp, first = ({name: name for name in ("accuracy", last, "seconds")} for last in ("gap", "silent"))
+    title = "Contrastive-signal-dependent plasticity"
     return [
-        {
-            "title": "Contrastive-signal-dependent plasticity",
-            "note": "Test accuracy, 0 to 1; the least gap of goodness; seconds of one core, busy with other work too; mean "
-            "over seeds with 95 % interval.",
-            "header": ["training", "accuracy", "gap", "seconds"],
-            "rows": [row("plasticity", arm, "gap") for arm in PLASTICITY],
-        },
-        {
-            "title": "Neurons that fire once",
-            "note": "The same; share of hidden neurons that are silent for a sample.",
-            "header": ["rule", "accuracy", "silent", "seconds"],
-            "rows": [row("first", arm, "silent") for arm in FIRST],
-        },
+        mean_table(title, note, "training", by_name(cells, "plasticity"), csdp),
+        mean_table("Neurons that fire once", silent, "rule", by_name(cells, "first"), first),
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.spikes.study", Options, study, arguments)
+main = SeedStudy(
+    "apical_papers.spikes.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/spikes-study", epochs=4
+)
 
 
 if __name__ == "__main__":

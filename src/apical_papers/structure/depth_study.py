@@ -54,8 +54,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
         raise ConfigError(f"--deepest must be at least {min(depth.DEPTHS)}")
     settings = {"deepest": max(depths), "width": depth.WIDTH}
     cell = partial(_cell, depths=depths)
-    made = partial(tables, depths=depths)
-    return by_seed(options, command, cell, verdicts, made, settings=settings, about=ABOUT)
+    tables_of = partial(tables, depths=depths)
+    return by_seed(options, command, cell, verdicts, tables_of, settings=settings, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:

@@ -1,6 +1,6 @@
 """Structure and depth: what there is to run again."""
 
-from apical.bench.papers import Paper, Table
+from apical.bench.papers import Paper, Table, seed_study
 
 PAPER = Paper(
     title="Addressing caveats of neural persistence with deep graph persistence",
@@ -8,12 +8,11 @@ PAPER = Paper(
     "NeurIPS 2020, arXiv 2006.11421; Yuan et al., arXiv 2105.13905; Weng et al., arXiv 2212.01744",
     studies={},
     tables={
-        "study": Table(
+        "study": seed_study(
             "How far credit arrives in deep chains, and what rules leave in the weights",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 5, "seeds": 5}, "paper": {"epochs": 5, "seeds": 10}},
-            module="apical_papers.structure.study",
-            side_by_side=True,
-            needs={"epochs": 5, "seeds": 5},
+            "apical_papers.structure.study",
+            epochs=(1, 5, 5),
+            seeds=(2, 5, 10),
             hours={"cpu": 0.22},
         ),
         "depth": Table(

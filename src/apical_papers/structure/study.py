@@ -10,29 +10,15 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
-
-from tyro.conf import arg
+from typing import Any
 
 from apical.bench.finding import Row, at_least, count, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedStudy
 from apical.bench.statistics import student
 from apical_papers.digits import TEST, TRAIN, Digits
 from apical_papers.structure import depth
-from apical_papers.structure.trained import (
-    NODES,
-    RULES,
-    WIDTH,
-    WIRINGS,
-    codes,
-    spearman,
-    topology,
-    wirings,
-)
+from apical_papers.structure.trained import NODES, RULES, WIDTH, WIRINGS, codes, spearman, topology, wirings
 
 SETTINGS: dict[str, Any] = {
     "training digits": TRAIN,
@@ -57,15 +43,6 @@ ABOUT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Options(SeedOptions):
-    """Depth, topology, learned wirings and codes."""
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("results/structure-study")
-    epochs: Annotated[int, arg(metavar="N")] = 5
-    """Of every network that is trained."""
-
-
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
     start, digits = time.perf_counter(), Digits()
     return {
@@ -75,11 +52,6 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
         "codes": codes(digits, seed),
         "seconds": time.perf_counter() - start,
     }
-
-
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
-    return by_seed(options, command, _cell, verdicts, tables, settings=SETTINGS, about=ABOUT)
 
 
 def verdicts(cells: Cells) -> list[Row]:
@@ -183,23 +155,18 @@ def tables(cells: Cells) -> list[Row]:
 
 
 def _topology_table(cells: Cells) -> Row:
-    names = ["untrained", *RULES]
+    rows = []
+    for rule in ("untrained", *RULES):
+        excess, bp = _excess(cells, rule), _excess(cells, "bp")
+        accuracy, shuffled = ([cell["topology"][rule][key] for cell in cells] for key in ("accuracy", "dgp shuffled"))
+        more = [a - b for a, b in zip(excess, bp, strict=True)]
+        rows.append([rule, *map(shown, (accuracy, _deep(cells, rule), shuffled, excess, more))])
     return {
         "title": "Deep graph persistence",
         "note": "Mean over seeds with 95 % interval. Shuffled: of the same weights within their layers, which keeps their "
         "spread. Excess: log of the ratio; minus bp's, pair by pair.",
         "header": ["rule", "test accuracy", "DGP", "shuffled", "excess", "excess minus bp's"],
-        "rows": [
-            [
-                rule,
-                shown([cell["topology"][rule]["accuracy"] for cell in cells]),
-                shown(_deep(cells, rule)),
-                shown([cell["topology"][rule]["dgp shuffled"] for cell in cells]),
-                shown(_excess(cells, rule)),
-                shown([a - b for a, b in zip(_excess(cells, rule), _excess(cells, "bp"), strict=True)]),
-            ]
-            for rule in names
-        ],
+        "rows": rows,
     }
 
 
@@ -220,25 +187,29 @@ def _layers_table(cells: Cells) -> Row:
 
 
 def _wiring_table(cells: Cells) -> Row:
+    rows = []
+    for name, (_, _, rule, _) in WIRINGS.items():
+        measures = [[cell["wirings"][name][key] for cell in cells] for key in ("accuracy", "pruned", "accuracy pruned")]
+        rows.append([name, rule, *map(shown, measures)])
     return {
         "title": "Wirings of eight nodes",
         "note": "Test accuracy (0 to 1), mean over seeds with 95 % interval; share of the edges below 0.01.",
         "header": ["wiring", "rule", "accuracy", "share below 0.01", "accuracy without these"],
-        "rows": [
-            [
-                name,
-                rule,
-                *(
-                    shown([cell["wirings"][name][key] for cell in cells])
-                    for key in ("accuracy", "pruned", "accuracy pruned")
-                ),
-            ]
-            for name, (_, _, rule, _) in WIRINGS.items()
-        ],
+        "rows": rows,
     }
 
 
-main = partial(run_command, "apical_papers.structure.study", Options, study)
+main = SeedStudy(
+    "apical_papers.structure.study",
+    ABOUT,
+    SETTINGS,
+    _cell,
+    verdicts,
+    tables,
+    out="results/structure-study",
+    epochs=5,
+    passes="of every network that is trained.",
+)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Evolution from several meta-seeds at once, which costs less than one after the other, kept as it advances."""
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from apical.bench.checkpoint import write_atomically
+from apical.bench.checkpoint import read_sealed, write_sealed
 from apical.errors import CheckpointError
 from apical.evolution.seeds import seed_of
 from apical.evolution.strategy import Search, Strategy
@@ -45,12 +44,12 @@ def evolve(
     searches = [Search(strategy, start) for start in starts]
     done, seconds, curve = 0, 0.0, []
     if path.exists():
+        saved = read_sealed(path, str(path))
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
             for search, state in zip(searches, saved["searches"], strict=True):
                 search.restore(state)
             done, seconds, curve = saved["generation"], saved["seconds"], saved["curve"]
-        except Exception as error:  # a damaged file makes torch raise almost anything
+        except Exception as error:  # the state is the strategy's own
             raise CheckpointError(f"{path} is damaged ({error}); choose another --out") from error
     if done > generations:
         raise CheckpointError(f"{path} has {done} finished generations, more than the {generations} asked for")
@@ -65,11 +64,9 @@ def evolve(
         seconds += time.perf_counter() - begun
         curve.append(fitness.nanmean(1).tolist())
         if done % every == 0 or done == generations:
-            buffer = io.BytesIO()
             states = [search.state() for search in searches]
-            torch.save({"searches": states, "generation": done, "seconds": seconds, "curve": curve}, buffer)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, buffer.getvalue())
+            write_sealed(path, {"searches": states, "generation": done, "seconds": seconds, "curve": curve})
             text = " ".join(f"{value:.4g}" for value in curve[-1])
             print(f"{seconds:7.1f} s  {path.stem}, generation {done}: mean fitness {text}", flush=True)
     return {"centers": [search.center.tolist() for search in searches], "curve": curve, "evolution": round(seconds, 1)}

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
@@ -28,10 +29,8 @@ from apical.bench.figures.landscape import landscape
 from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
 from apical.bench.program import keep_results, run_command
-from apical.bench.run_folder import check_writable
 from apical.data.dataset import Dataset
 from apical.diagnostics.landscape import barrier, losses_at, points_at_once, principal_plane, surface, tortuosity, travelled
-from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
@@ -105,16 +104,9 @@ def measured(rule: str, digits: Dataset, starts: int, rate: float) -> tuple[list
     rows = []
     for way, accuracy in zip(ways.transpose(0, 1), right.tolist(), strict=True):
         line = barrier(loss, way[0], way[-1], POINTS, chunk)
-        rows.append(
-            {
-                "loss": float(loss(way[-1:])[0]),
-                "accuracy": accuracy,
-                "barrier": line.height,
-                "travelled": travelled(way),
-                "distance": float((way[-1] - way[0]).norm()),
-                "tortuosity": tortuosity(way),
-            }
-        )
+        ends = {"loss": float(loss(way[-1:])[0]), "accuracy": accuracy, "barrier": line.height}
+        lengths = {"travelled": travelled(way), "distance": float((way[-1] - way[0]).norm())}
+        rows.append({**ends, **lengths, "tortuosity": tortuosity(way)})
     return rows, ways.transpose(0, 1)
 
 
@@ -162,14 +154,7 @@ def _ends(rows: list[dict[str, float]]) -> list[str]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Train, measure, and write results.json, the figure and report.html.
-
-    Raises:
-        ConfigError: the folder cannot be written, or there are fewer than two starts.
-    """
-    if options.starts < 2:
-        raise ConfigError("--starts must be at least 2")
-    check_writable(options.out)
+    """Train, measure, and write results.json, the figure and report.html."""
     begun, digits = time.perf_counter(), data.load("digits")
     rates = {rule: tuned(rule, digits) for rule in RULES}
     measurements = {rule: measured(rule, digits, options.starts, rates[rule]) for rule in RULES}
@@ -213,9 +198,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     return keep_results(options.out, command, ABOUT, settings, spent, verdicts(rows), [table], [drawing])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.landscape", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.landscape", Options, study, least={"starts": 2})
 
 
 if __name__ == "__main__":

@@ -1,65 +1,60 @@
 """Top-down credit assignment: what there is to run again."""
 
-from apical.bench.papers import Paper, Table
+from typing import Any
+
+from apical.bench.papers import Paper, Sizes, Table
 from apical_papers.tdca.recipes import EVOLUTIONS
+
+
+def _table(title: str, module: str, smoke: Sizes, cpu: Sizes, **more: Any) -> Table:
+    """The paper's own sizes are not known; "paper" is what "cpu" is."""
+    needs = {name: size for name, size in cpu.items() if isinstance(size, int)}
+    budgets = {"smoke": smoke, "cpu": cpu, "paper": cpu}
+    return Table(title, **{"budgets": budgets, "module": f"apical_papers.tdca.{module}", "needs": needs, **more})
+
+
+_LOGITS: Sizes = {"credit": "logits"}
+_DIFFUSION: Sizes = {"generations": 40, "seeds": 5}
+_FUNCTIONS: Sizes = {"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5}
+_POLICIES: Sizes = {"generations": 60, "generations_state": 20, "generations_ungated": 15, "seeds": 5}
 
 PAPER = Paper(
     title="Biologically plausible training of deep neural networks using a top-down credit assignment network",
     reference="Chen, Liu and Wang, 2022, arXiv 2208.01416",
     evolutions=EVOLUTIONS,
     tables={
-        "classification": Table(
+        "classification": _table(
             "Top-down credit assignment on classification, with controls",
-            {
-                "smoke": {"generations": 1, "seeds": 2, "arms": "sites-4"},
-                "cpu": {"generations": 150, "seeds": 5},
-                "paper": {"generations": 150, "seeds": 5},
-            },
-            module="apical_papers.tdca.classification.study",
-            needs={"generations": 150, "seeds": 5},
+            "classification.study",
+            {"generations": 1, "seeds": 2, "arms": "sites-4"},
+            {"generations": 150, "seeds": 5},
             hours={"cpu": 0.53},
         ),
-        "diffusion": Table(
+        "diffusion": _table(
             "Credit diffusion, before and after",
-            {
-                "smoke": {"generations": 1, "seeds": 2},
-                "cpu": {"generations": 40, "seeds": 5},
-                "paper": {"generations": 40, "seeds": 5},
-            },
-            module="apical_papers.tdca.diffusion.study",
-            needs={"generations": 40, "seeds": 5},
+            "diffusion.study",
+            {"generations": 1, "seeds": 2},
+            _DIFFUSION,
             hours={"cpu": 0.48},
         ),
-        "diffusion-logits": Table(
+        "diffusion-logits": _table(
             "Credit diffusion, before and after, with credit on logits",
-            {
-                "smoke": {"credit": "logits", "generations": 1, "seeds": 2},
-                "cpu": {"credit": "logits", "generations": 40, "seeds": 5},
-                "paper": {"credit": "logits", "generations": 40, "seeds": 5},
-            },
-            module="apical_papers.tdca.diffusion.study",
-            needs={"generations": 40, "seeds": 5},
+            "diffusion.study",
+            {**_LOGITS, "generations": 1, "seeds": 2},
+            _LOGITS | _DIFFUSION,
         ),
-        "functions": Table(
+        "functions": _table(
             "Top-down credit assignment on non-convex functions",
-            {
-                "smoke": {"generations": 2, "generations_large": 2, "generations_further": 2, "seeds": 2, "starts": 16},
-                "cpu": {"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
-                "paper": {"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
-            },
-            module="apical_papers.tdca.functions.study",
-            needs={"generations": 500, "generations_large": 200, "generations_further": 100, "seeds": 5},
+            "functions.study",
+            {"generations": 2, "generations_large": 2, "generations_further": 2, "seeds": 2, "starts": 16},
+            _FUNCTIONS,
             hours={"cpu": 0.46},
         ),
-        "basins": Table(
+        "basins": _table(
             "Basins that evolved top-down networks leave on non-convex functions",
-            {
-                "smoke": {"generations": 1, "seeds": 2},
-                "cpu": {"generations": 200, "seeds": 5},
-                "paper": {"generations": 200, "seeds": 5},
-            },
-            module="apical_papers.tdca.functions.basins",
-            needs={"generations": 200, "seeds": 5},
+            "functions.basins",
+            {"generations": 1, "seeds": 2},
+            {"generations": 200, "seeds": 5},
         ),
         "acrobot": Table(
             "Top-down credit assignment on Acrobot",
@@ -71,23 +66,12 @@ PAPER = Paper(
             module="apical_papers.tdca.reinforcement.study",
             needs={"generations": 24, "generations_state": 10, "seeds": 5},
         ),
-        "reinforcement": Table(
+        "reinforcement": _table(
             "Top-down credit assignment on CartPole and Pendulum",
-            {
-                "smoke": {
-                    "generations": 1,
-                    "generations_state": 1,
-                    "generations_ungated": 1,
-                    "seeds": 2,
-                    "lifetimes": 4,
-                },
-                "cpu": {"generations": 60, "generations_state": 20, "generations_ungated": 15, "seeds": 5},
-                "paper": {"generations": 60, "generations_state": 20, "generations_ungated": 15, "seeds": 5},
-            },
-            module="apical_papers.tdca.reinforcement.study",
-            needs={"generations": 60, "generations_state": 20, "generations_ungated": 15, "seeds": 5},
+            "reinforcement.study",
+            {"generations": 1, "generations_state": 1, "generations_ungated": 1, "seeds": 2, "lifetimes": 4},
+            _POLICIES,
             hours={"cpu": 0.3},
         ),
     },
 )
-"""The paper's own sizes are not known; "paper" is what "cpu" is."""

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -29,9 +30,7 @@ from tyro.conf import arg
 from apical import data
 from apical.bench.finding import Row, count, difference, shown
 from apical.bench.program import keep_results, run_command
-from apical.bench.run_folder import check_writable
 from apical.data.dataset import Dataset
-from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical_papers.tdca.starts import learners
@@ -135,16 +134,16 @@ def measured(model: str, rule: str, digits: Dataset, starts: int) -> dict[str, d
     seeds = [seed_of("settling test", k) for k in range(starts)]
     best = tuned(model, rule, digits)
     rates = sorted({*best.values()})
-    found = {}
+    outcomes = {}
     for end, (population, weights) in ends(model, rule, digits, (x, y), seeds, rates).items():
         chosen = weights.view(starts, len(rates), -1)[:, rates.index(best[end])]
         right = accuracies(population.outputs(chosen, digits.test.inputs), digits.test.targets)
-        found[end] = {
+        outcomes[end] = {
             "rate": best[end],
             "losses": losses(population.outputs(chosen, x), y).tolist(),
             "accuracies": (100 * right).tolist(),
         }
-    return found
+    return outcomes
 
 
 Findings = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -170,22 +169,15 @@ def lines(model: str, rules: dict[str, dict[str, dict[str, Any]]]) -> list[list[
     for end, title in ENDS.items():
         mean = fmean(rules["bp"][end]["accuracies"])
         for rule, name in RULES.items():
-            found = rules[rule][end]
-            right = found["accuracies"]
+            runs = rules[rule][end]
+            right = runs["accuracies"]
             gaps = [f"{fmean(right) - mean:.2f}", f"{min(right) - mean:.2f}"]
-            rows.append([model, title, name, f"{found['rate']:g}", shown(found["losses"]), shown(right), *gaps])
+            rows.append([model, title, name, f"{runs['rate']:g}", shown(runs["losses"]), shown(right), *gaps])
     return rows
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Train, measure, and write results.json and report.html.
-
-    Raises:
-        ConfigError: the folder cannot be written, or there are fewer than two starts.
-    """
-    if options.starts < 2:
-        raise ConfigError("--starts must be at least 2")
-    check_writable(options.out)
+    """Train, measure, and write results.json and report.html."""
     begun, digits = time.perf_counter(), data.load("digits")
     findings: Findings = {}
     for model in MODELS:
@@ -211,9 +203,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     return keep_results(options.out, command, ABOUT, settings, spent, verdicts(findings), [table])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.settling", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.settling", Options, study, least={"starts": 2})
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-import torch
 from tyro.conf import arg
 
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.page import write
-from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
+from apical.bench.program import keep_results, run_command
 from apical.errors import ConfigError
 
 POINTS = {"digits": 1.5, "mnist": 3.0}
@@ -131,36 +129,23 @@ def study(options: Options, command: str) -> dict[str, Any]:
     """Write results.json and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, or one of the comparisons cannot be read.
+        ConfigError: one of the comparisons cannot be read.
     """
-    check_writable(options.out)
     comparisons = [read(folder) for folder in options.comparisons]
-    results = {
-        "title": TITLE,
-        "about": ABOUT,
-        "command": command,
-        "environment": environment("cpu", torch.get_num_threads()),
-        "settings": {"comparisons": [folder.name for folder in options.comparisons]},
-        "sources": SOURCES,
-        "seconds": round(sum(comparison.seconds for comparison in comparisons), 1),
-        "verdicts": verdicts(comparisons),
-        "tables": [
-            {
-                "title": "By network",
-                "note": "Finished runs, test accuracy in % (mean over seeds with 95 % interval), and the mean and the worst "
-                "seed minus the mean of BP's, in points. Runs that diverged are left out.",
-                "header": ["data, network", "rule", "learning rate", "seeds", "accuracy, %", "mean", "worst seed"],
-                "rows": [line for comparison in comparisons for line in lines(comparison)],
-            }
-        ],
+    table = {
+        "title": "By network",
+        "note": "Finished runs, test accuracy in % (mean over seeds with 95 % interval), and the mean and the worst seed "
+        "minus the mean of BP's, in points. Runs that diverged are left out.",
+        "header": ["data, network", "rule", "learning rate", "seeds", "accuracy, %", "mean", "worst seed"],
+        "rows": [line for comparison in comparisons for line in lines(comparison)],
     }
-    write(options.out, results, [])
-    return results
+    about = {"title": TITLE, "about": ABOUT, "sources": SOURCES}
+    settings = {"comparisons": [folder.name for folder in options.comparisons]}
+    spent = [{"seconds": comparison.seconds} for comparison in comparisons]
+    return keep_results(options.out, command, about, settings, spent, verdicts(comparisons), [table])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.shipped", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.shipped", Options, study)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, table_of
+from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.tp.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -18,12 +18,11 @@ PAPER = Paper(
             {"epochs": 20, "seeds": 5},
             {"epochs": 20, "seeds": 10},
         ),
-        "targets": Table(
+        "targets": seed_study(
             "Target propagation: where targets point",
-            {"smoke": {"epochs": 1, "seeds": 2}, "cpu": {"epochs": 20, "seeds": 10}, "paper": {"epochs": 20, "seeds": 10}},
-            module="apical_papers.tp.targets",
-            side_by_side=True,
-            needs={"epochs": 20, "seeds": 10},
+            "apical_papers.tp.targets",
+            epochs=(1, 20, 20),
+            seeds=(2, 10, 10),
             hours={"cpu": 0.25},
         ),
         "mnist": of("tp-mnist", cut(1024), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 10}),

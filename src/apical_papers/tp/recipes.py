@@ -37,81 +37,56 @@ def _digits() -> Study:
     rows = {"bp": Row(replace(base, rule="bp"), ()), "dfa": Row(replace(base, rule="dfa"), ())}
     for rule in ("dtp", "dtp-drl", "ddtp-linear", "ddtp-control"):
         rows[rule] = Row(replace(learned, rule=rule, rule_options=_options(eta=0.05, sigma=0.05, reduction="'mean'")), ())
-    claims = (
-        Claim("dtp-drl", "dtp", 20, -1.0),
-        Claim("ddtp-linear", "dtp", 20, -1.0),
-    )
+    claims = (Claim("dtp-drl", "dtp", 20, -1.0), Claim("ddtp-linear", "dtp", 20, -1.0))
     return Study("Target propagation on digits, 64-4x64-10 tanh, 20 epochs", "seconds", rows, base, claims)
 
 
+_MNIST = Recipe(
+    data="mnist",
+    model="mlp-tanh-256-256-256-256-256",
+    epochs=100,
+    batch_size=BATCH,
+    optimizer="adam",
+    weight_decay=(0.0,),
+    validation=5000,
+)
+
+Adam = tuple[float, float, float, float]
+"""Learning rate, both decay rates of the moments, and epsilon."""
+
+
+def _learned(rule: str, forward: Adam, eta: float, feedback: Adam, sigma: float, decay: float) -> Row:
+    """A row with feedback that learns, in passes of its own but for the first of these rules."""
+    lr, beta1, beta2, eps = forward
+    of_feedback: dict[str, Any] = dict(
+        zip(("feedback_lr", "feedback_beta1", "feedback_beta2", "feedback_eps"), feedback, strict=True)
+    )
+    passes: dict[str, Any] = {} if rule == "dtp" else {"pretrain_epochs": 6, "feedback_passes": 2}
+    options = _options(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'")
+    recipe = _adam(rule, float(f"{lr / eta:.4g}"), beta1, beta2, eps)
+    return Row(replace(recipe, feedback_weight_decay=decay, rule_options=options, **of_feedback, **passes), ())
+
+
+def _adam(rule: str, lr: float, beta1: float, beta2: float, eps: float) -> Recipe:
+    return replace(_MNIST, rule=rule, lr=(lr,), momentum=beta1, beta2=beta2, eps=eps)
+
+
 def _mnist() -> Study:
-    base = Recipe(
-        data="mnist",
-        model="mlp-tanh-256-256-256-256-256",
-        epochs=100,
-        batch_size=BATCH,
-        optimizer="adam",
-        weight_decay=(0.0,),
-        validation=5000,
-    )
-
-    def adam(rule: str, lr: float, beta1: float, beta2: float, eps: float, **fields: Any) -> Recipe:
-        return replace(base, rule=rule, lr=(lr,), momentum=beta1, beta2=beta2, eps=eps, **fields)
-
-    def learned(
-        rule: str,
-        forward: tuple[float, float, float, float],
-        eta: float,
-        feedback: tuple[float, float, float, float],
-        sigma: float,
-        decay: float,
-        *,
-        pretrained: bool = True,
-    ) -> Row:
-        lr, beta1, beta2, eps = forward
-        lr_fb, beta1_fb, beta2_fb, eps_fb = feedback
-        passes = {"pretrain_epochs": 6, "feedback_passes": 2} if pretrained else {}
-        recipe = adam(
-            rule,
-            float(f"{lr / eta:.4g}"),
-            beta1,
-            beta2,
-            eps,
-            feedback_lr=lr_fb,
-            feedback_beta1=beta1_fb,
-            feedback_beta2=beta2_fb,
-            feedback_eps=eps_fb,
-            feedback_weight_decay=decay,
-            rule_options=_options(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'"),
-            **passes,
-        )
-        return Row(recipe, ())
-
-    rows = {
-        "bp": Row(adam("bp", 2.970e-4, 0.99, 0.999, 6.93e-8), ()),
-        "dfa": Row(adam("dfa", 3.808e-4, 0.9, 0.999, 1.09e-7), ()),
-        "dtp": learned(
-            "dtp", (6.185e-5, 0.9, 0.999, 1.02e-8), 0.2195, (1.958e-3, 0.9, 0.999, 7.54e-6), 0.08372, 0.0, pretrained=False
-        ),
-        "dtp-drl": learned(
-            "dtp-drl", (2.969e-5, 0.9, 0.99, 1.00e-8), 0.06859, (2.012e-5, 0.99, 0.999, 5.08e-8), 0.05688, 5.38e-6
-        ),
-        "ddtp-linear": learned(
-            "ddtp-linear", (2.035e-5, 0.9, 0.999, 1.26e-8), 0.06097, (1.638e-4, 0.999, 0.999, 2.84e-4), 0.09075, 5.84e-7
-        ),
-        "ddtp-control": learned(
-            "ddtp-control", (8.883e-5, 0.9, 0.999, 5.55e-8), 0.09417, (1.871e-4, 0.9, 0.999, 1.23e-8), 0.00872, 4.02e-4
-        ),
+    tuned: dict[str, tuple[Adam, float, Adam, float, float]] = {
+        "dtp": ((6.185e-5, 0.9, 0.999, 1.02e-8), 0.2195, (1.958e-3, 0.9, 0.999, 7.54e-6), 0.08372, 0.0),
+        "dtp-drl": ((2.969e-5, 0.9, 0.99, 1.00e-8), 0.06859, (2.012e-5, 0.99, 0.999, 5.08e-8), 0.05688, 5.38e-6),
+        "ddtp-linear": ((2.035e-5, 0.9, 0.999, 1.26e-8), 0.06097, (1.638e-4, 0.999, 0.999, 2.84e-4), 0.09075, 5.84e-7),
+        "ddtp-control": ((8.883e-5, 0.9, 0.999, 5.55e-8), 0.09417, (1.871e-4, 0.9, 0.999, 1.23e-8), 0.00872, 4.02e-4),
     }
-    claims = tuple(
-        Claim(rule, other, 10, least)
-        for rule, other, least in (
-            ("dtp-drl", "bp", -1.5),
-            ("ddtp-linear", "bp", -1.5),
-            ("dtp-drl", "dtp", -0.3),
-        )
-    )
-    return Study("Target propagation on MNIST, 784-5x256-10 tanh", "minutes per epoch", rows, base, claims)
+    """Adam of the forward weights, eta, Adam of the feedback, sigma, and the feedback's decay."""
+    rows = {
+        "bp": Row(_adam("bp", 2.970e-4, 0.99, 0.999, 6.93e-8), ()),
+        "dfa": Row(_adam("dfa", 3.808e-4, 0.9, 0.999, 1.09e-7), ()),
+        **{rule: _learned(rule, *numbers) for rule, numbers in tuned.items()},
+    }
+    orders = (("dtp-drl", "bp", -1.5), ("ddtp-linear", "bp", -1.5), ("dtp-drl", "dtp", -0.3))
+    claims = tuple(Claim(rule, other, 10, least) for rule, other, least in orders)
+    return Study("Target propagation on MNIST, 784-5x256-10 tanh", "minutes per epoch", rows, _MNIST, claims)
 
 
 Tuned = dict[str, tuple[float, float, float, float]]
@@ -141,7 +116,6 @@ def _tuned(
 
 
 def _fashion() -> Study:
-    base = replace(_mnist().default, data="fashion-mnist-raw")
     tuned = {
         "dtp": (6.265e-5, 0.2413, 3.660e-4, 0.2675),
         "dtp-drl": (7.102e-5, 0.08657, 9.698e-5, 0.08433),
@@ -149,13 +123,12 @@ def _fashion() -> Study:
         "ddtp-rhl": (3.375e-5, 0.02615, 1.157e-5, 0.04388),
         "ddtp-control": (3.008e-5, 0.03235, 3.121e-5, 0.08487),
     }
-    plain = {"bp": 2.876e-4, "dfa": 9.403e-4}
+    base, plain = replace(_MNIST, data="fashion-mnist-raw"), {"bp": 2.876e-4, "dfa": 9.403e-4}
     return _tuned("Target propagation on Fashion-MNIST, 784-5x256-10 tanh", base, plain, tuned, pretrain=6, extra=1)
 
 
 def _cifar10() -> Study:
     """The pixels are normalised by their own means, not to (-1, 1)."""
-    base = replace(_mnist().default, data="cifar-10", model="mlp-tanh-1024-1024-1024")
     tuned = {
         "dtp": (8.083e-6, 0.07273, 2.131e-3, 0.2408),
         "dtp-drl": (1.412e-5, 0.02621, 1.518e-4, 0.09923),
@@ -163,8 +136,8 @@ def _cifar10() -> Study:
         "ddtp-rhl": (2.259e-6, 0.01618, 9.098e-4, 0.02741),
         "ddtp-control": (2.832e-6, 0.01017, 3.625e-4, 0.2896),
     }
-    plain = {"bp": 3.887e-4, "dfa": 3.814e-4}
-    title = "Target propagation on CIFAR-10, 3072-3x1024-10 tanh"
+    base = replace(_MNIST, data="cifar-10", model="mlp-tanh-1024-1024-1024")
+    title, plain = "Target propagation on CIFAR-10, 3072-3x1024-10 tanh", {"bp": 3.887e-4, "dfa": 3.814e-4}
     return _tuned(title, base, plain, tuned, pretrain=10, extra=2, neurons=2048)
 
 

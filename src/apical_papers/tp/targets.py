@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,15 +46,11 @@ ETA, SIGMA = SETTINGS["eta"], SETTINGS["sigma"]
 
 Made = Callable[[nn.Module], CreditRule]
 VARIANTS: dict[str, Variant] = {"dtp-drl": "drl", "ddtp-linear": "linear", "ddtp-control": "control", "dtp": "dtp"}
+_rule = partial(DifferenceTargetPropagation, input_shape=(1, 8, 8))
 FROZEN: dict[str, Made] = {
     "bp": Backprop,
-    **{
-        name: partial(
-            DifferenceTargetPropagation, variant=variant, eta=ETA, sigma=SIGMA, reduction="mean", input_shape=(1, 8, 8)
-        )
-        for name, variant in VARIANTS.items()
-    },
-    "dfa": partial(DifferenceTargetPropagation, variant="linear", learn=False, input_shape=(1, 8, 8)),
+    **{name: partial(_rule, variant=kind, eta=ETA, sigma=SIGMA, reduction="mean") for name, kind in VARIANTS.items()},
+    "dfa": partial(_rule, variant="linear", learn=False),
 }
 TOY: dict[str, tuple[dict[str, Any], float, float]] = {
     "dtp": ({"variant": "dtp", "eta": 0.01186, "sigma": 0.1}, 3.289e-3, 1.085e-5),
@@ -239,21 +236,12 @@ def verdicts(cells: Cells) -> list[Row]:
     )
     rows = []
     for better, worse, margin in margins:
-        what = f"lowest layer alone: accuracy minus that of {worse}" + (
-            f", minus {100 * margin:.0f} points" if margin else ""
-        )
-        rows.append(difference("C2", better, what, accuracy[better], [v + margin for v in accuracy[worse]], less=False))
-    doubled = [2 * value for value in values("wasted", "ddtp-linear")]
-    rows.append(
-        difference(
-            "C5",
-            "dtp",
-            "wasted share of the update minus twice that of ddtp-linear",
-            values("wasted", "dtp"),
-            doubled,
-            less=False,
-        )
-    )
+        points = f", minus {100 * margin:.0f} points" if margin else ""
+        what = f"lowest layer alone: accuracy minus that of {worse}{points}"
+        rows.append(difference("C2", better, what, accuracy[better], accuracy[worse], less=False, margin=margin))
+    wasted, doubled = values("wasted", "dtp"), [2 * value for value in values("wasted", "ddtp-linear")]
+    what = "wasted share of the update minus twice that of ddtp-linear"
+    rows.append(difference("C5", "dtp", what, wasted, doubled, less=False))
     return rows + angle_verdicts(cells) + move_verdicts(cells)
 
 
@@ -283,7 +271,7 @@ def tables(cells: Cells) -> list[Row]:
             "targets at the damping that fits best; means over epochs and seeds with 95 % interval.",
             "header": ["rule", "lowest layer, to the gradient", "all hidden layers, to Gauss-Newton targets"],
             "rows": [
-                [name, shown(_lowest(cells, name)), shown([_mean(cell["angles"][name]["targets"]) for cell in cells])]
+                [name, shown(_lowest(cells, name)), shown([fmean(cell["angles"][name]["targets"]) for cell in cells])]
                 for name in cells[0]["angles"]
             ],
         },
@@ -305,17 +293,12 @@ def _lowest(cells: Cells, name: str) -> list[float]:
     return [cell["angles"][name]["gradient"][0] for cell in cells]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def angle_verdicts(cells: Cells) -> list[Row]:
     """The claims about angles: to the gradient in the lowest layer, to Gauss-Newton targets in most hidden layers."""
     rows = []
     for better in ("dtp-drl", "ddtp-linear"):
-        gap = [value - 3 for value in _lowest(cells, "dtp")]
         what = "lowest layer: degrees to the gradient minus those of dtp, plus 3"
-        rows.append(difference("C3", better, what, _lowest(cells, better), gap, less=True))
+        rows.append(difference("C3", better, what, _lowest(cells, better), _lowest(cells, "dtp"), less=True, margin=-3))
     others = [name for name in cells[0]["angles"] if name != "dfa"]
     largest = [max(cell["angles"][name]["gradient"][0] for name in others) for cell in cells]
     what = "lowest layer: degrees to the gradient minus the largest of the others"
@@ -326,7 +309,7 @@ def angle_verdicts(cells: Cells) -> list[Row]:
             for cell in cells
         ]
         what = "hidden layers nearer to Gauss-Newton targets than dtp's, of 4, minus 2.5"
-        rows.append(difference("C4", better, what, nearer, [2.5] * len(nearer), less=False))
+        rows.append(difference("C4", better, what, nearer, 2.5, less=False))
     return rows
 
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+from apical.bench.folders import check_least
 from apical.bench.recipe import Option
 from apical.errors import ConfigError
 
@@ -84,12 +85,8 @@ class EvolutionRecipe:
     """Of the files that define the networks, likewise."""
 
     def __post_init__(self) -> None:
-        for name in ("generations", "population", "hidden", "tasks", "settled", "steps", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
-        for name in ("sites", "ways", "examples", "batch_size", "seed", "clip"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}")
+        check_least(self, **dict.fromkeys(("generations", "population", "hidden", "tasks", "settled", "steps", "chunk"), 1))
+        check_least(self, **dict.fromkeys(("sites", "ways", "examples", "batch_size", "seed", "clip"), 0))
         if not self.data or not self.model:
             raise ConfigError(f"--{'model' if self.data else 'data'} needs at least one name")
 

@@ -117,13 +117,5 @@ def _legend(figure: Figure, disagrees: bool) -> None:
         frame.set_markeredgewidth(1.3)
         marks.append(frame)
         names.append("claimed otherwise")
-    figure.legend(
-        marks,
-        names,
-        loc="lower left",
-        ncols=len(names),
-        bbox_to_anchor=(0.0, 0.0),
-        fontsize=6.5,
-        handletextpad=0,
-        columnspacing=0.5,
-    )
+    look: Any = {"fontsize": 6.5, "handletextpad": 0, "columnspacing": 0.5}
+    figure.legend(marks, names, loc="lower left", ncols=len(names), bbox_to_anchor=(0.0, 0.0), **look)

@@ -49,9 +49,8 @@ class Drawing(NamedTuple):
 
 
 class _LayerFigure(NamedTuple):
-    """What distinguishes the three figures with one panel per rule and one line per layer."""
+    """What distinguishes the figures with a panel per rule and a line per layer; `key` names measure and file."""
 
-    stem: str
     key: str
     title: str
     axis: str
@@ -62,7 +61,6 @@ class _LayerFigure(NamedTuple):
 _LAYER_FIGURES = (
     _LayerFigure(
         "weight_alignment",
-        "weight_alignment",
         "Alignment of the feedback with the forward weights",
         "angle to forward weights (degrees)",
         90.0,
@@ -70,7 +68,6 @@ _LAYER_FIGURES = (
         "alignment, of the path B R). 0° is backpropagation's symmetry, 90° (dotted) is chance.",
     ),
     _LayerFigure(
-        "gradient_alignment",
         "gradient_alignment",
         "Alignment of the update with backpropagation's gradient",
         "angle to BP gradient (degrees)",
@@ -80,7 +77,6 @@ _LAYER_FIGURES = (
     ),
     _LayerFigure(
         "norm_ratio",
-        "norm_ratio",
         "Size of the feedback relative to the forward weights",
         "norm of feedback / norm of weights",
         1.0,
@@ -88,7 +84,6 @@ _LAYER_FIGURES = (
         "are equal.",
     ),
     _LayerFigure(
-        "pair_cka",
         "pair_cka",
         "Likeness of the populations that are paired",
         "CKA of forward and feedback activity",
@@ -114,25 +109,15 @@ def draw(comparison: Comparison) -> list[Drawing]:
         for name, title, label, caption in _CONDITION_FIGURES:
             drawings.append(render(name, title, f"{caption} {curves}", _curves(comparison, name, label)))
         for spec in _LAYER_FIGURES:
-            drawings.append(render(spec.stem, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
-        for name, title, caption, figure in (
-            (
-                "overview",
-                f"{score.name.capitalize()}, and the angle to backpropagation",
-                f"{_OVERVIEW} {curves}",
-                overview(comparison),
-            ),
-            (f"{stem}_seconds", f"{score.name.capitalize()} against time", f"{_SECONDS} {curves}", seconds(comparison)),
-            (
-                f"{stem}_compute",
-                f"{score.name.capitalize()} against computation",
-                f"{_COMPUTE} {curves}",
-                compute(comparison),
-            ),
-            ("depth_accuracy", "Accuracy by depth", _DEPTHS, depth_accuracy(comparison)),
-            ("reconstructions", "Reconstructed images", _IMAGES, reconstructions(comparison)),
-        ):
-            drawings.append(render(name, title, caption, figure))
+            drawings.append(render(spec.key, spec.title, _layer_caption(spec, comparison), _layers(comparison, spec)))
+        both, against = f"{score.name.capitalize()}, and the angle to backpropagation", f"{score.name.capitalize()} against"
+        drawings += [
+            render("overview", both, f"{_OVERVIEW} {curves}", overview(comparison)),
+            render(f"{stem}_seconds", f"{against} time", f"{_SECONDS} {curves}", seconds(comparison)),
+            render(f"{stem}_compute", f"{against} computation", f"{_COMPUTE} {curves}", compute(comparison)),
+            render("depth_accuracy", "Accuracy by depth", _DEPTHS, depth_accuracy(comparison)),
+            render("reconstructions", "Reconstructed images", _IMAGES, reconstructions(comparison)),
+        ]
         drawings += [render(stem, title, caption, figure) for stem, title, caption, figure in panels(comparison)]
         drawings += [render(stem, title, caption, figure) for stem, title, caption, figure in matrices(comparison)]
     return [drawing for drawing in drawings if drawing is not None]

@@ -99,18 +99,9 @@ _START = Line2D([], [], color="black", linestyle="", **_HOLLOW)
 
 
 def _end(look: Style, size: float = 6.0) -> Line2D:
-    line: Any = look.line
-    return Line2D(
-        [],
-        [],
-        color=look.colour,
-        linestyle=line,
-        linewidth=1.2,
-        marker=look.marker,
-        markersize=size + 1.5 * (look.marker == "*"),
-        markeredgecolor="white",
-        markeredgewidth=0.5,
-    )
+    line: Any = {"color": look.colour, "linestyle": look.line, "linewidth": 1.2}
+    marker: Any = {"marker": look.marker, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    return Line2D([], [], **line, **marker, markersize=size + 1.5 * (look.marker == "*"))
 
 
 def _copy(like: Line2D, place: Array, zorder: float) -> Line2D:

@@ -26,16 +26,8 @@ from apical.data.containers import check_zip
 from apical.errors import CheckpointError
 
 Array = NDArray[np.float64]
-_MEASURES = (
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "validation_loss",
-    "validation_accuracy",
-    "ms_per_step",
-    "feedback_ms_per_step",
-)
+_SCORES = [f"{split}_{kind}" for split in ("train", "test", "validation") for kind in ("loss", "accuracy")]
+_MEASURES = (*_SCORES, "ms_per_step", "feedback_ms_per_step")
 
 
 class Score(NamedTuple):
@@ -202,17 +194,8 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
     if isinstance(done, int) and done > 0 and done not in records:
         raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, with which the run ended, is not in it")
     lines = tuple(records[epoch] for epoch in epochs)
-    return Run(
-        rule,
-        seed,
-        config,
-        environment,
-        epochs,
-        lines,
-        result,
-        _read_examples(folder / "examples.npz"),
-        _read_panels(folder / "panels.json"),
-    )
+    examples, panels = _read_examples(folder / "examples.npz"), _read_panels(folder / "panels.json")
+    return Run(rule, seed, config, environment, epochs, lines, result, examples, panels)
 
 
 def _read_panels(path: Path) -> Sequence[Mapping[str, Any]]:

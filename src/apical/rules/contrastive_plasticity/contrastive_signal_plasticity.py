@@ -29,7 +29,7 @@ from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel,
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.processes import summed
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 from apical.rules.contrastive_plasticity.memristor import Pairs
 from apical.rules.contrastive_plasticity.network import (
     State,
@@ -137,14 +137,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         constants: Constants = Constants(),  # noqa: B008
     ) -> None:
         super().__init__(model, loss)
-        for what, value, known in (
-            ("negatives", negatives, ("labels", "mixtures")),
-            ("learn", learn, ("stimulus", "step")),
-            ("contrast", contrast, ("threshold", "pairs")),
-            ("readout", readout, ("context", "answer")),
-        ):
-            if value not in known:
-                raise unknown_name(what, str(value), known)
+        require_choice("negatives", negatives, ("labels", "mixtures"))
+        require_choice("learn", learn, ("stimulus", "step"))
+        require_choice("contrast", contrast, ("threshold", "pairs"))
+        require_choice("readout", readout, ("context", "answer"))
         if not (isinstance(steps, int) and steps >= 2 and alpha > 0 and 0 <= mix < 1 and decay >= 0):
             raise ConfigError(
                 "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
@@ -273,8 +269,8 @@ class ContrastiveSignalPlasticity(CreditRule):
         stimulus = self._stimulus(self._enter(inputs), targets)
         rest = self._rest(stimulus.x, context=stimulus.context is not None)
         steps = [goodness_of(state) for _, state in self._steps(stimulus, (rest, twin(rest)), self.steps)]
-        found = zip(self.names, torch.stack(steps).mean(0), strict=True)
-        return {name: (g[: len(inputs)], g[len(inputs) :]) for name, g in found}
+        layers = zip(self.names, torch.stack(steps).mean(0), strict=True)
+        return {name: (g[: len(inputs)], g[len(inputs) :]) for name, g in layers}
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
         """Goodness of positive and negative samples of the probe, and the share of steps in which neurons fire."""
@@ -295,25 +291,25 @@ class ContrastiveSignalPlasticity(CreditRule):
         inputs, targets = probe
         spikes = self.spikes(inputs)
         rates = {name: each.mean((0, 1)) for name, each in spikes.items()}
-        known, heights = targets.unique().tolist(), dict[str, Tensor]()
+        classes, heights = targets.unique().tolist(), dict[str, Tensor]()
         for name, (positive, negative) in self.goodness(inputs, targets).items():
             for sign, g in (("positive", positive), ("negative", negative)):
                 if len(g):
-                    heights[f"{name}, {sign}"] = torch.stack([g[targets == k].mean() for k in known])
+                    heights[f"{name}, {sign}"] = torch.stack([g[targets == k].mean() for k in classes])
         return [
             Panel("Spikes of one sample", "raster", "step", "neuron", {name: each[:, 0] for name, each in spikes.items()}),
             Panel("Firing rates", "histogram", "share of steps in which a neuron fires", "share of neurons", rates),
-            Panel("Goodness by class", "bars", "class", "goodness", heights, [str(k) for k in known]),
+            Panel("Goodness by class", "bars", "class", "goodness", heights, [str(k) for k in classes]),
         ]
 
     @torch.no_grad()
     def spikes(self, inputs: Tensor) -> dict[str, Tensor]:
         """Spikes (steps, batch, n) of every layer while it answers, 0 or 1."""
-        found: dict[str, list[Tensor]] = {stage.name: [] for stage in self.chain.stages}
+        spikes: dict[str, list[Tensor]] = {stage.name: [] for stage in self.chain.stages}
         for _, state in self._answering(self._enter(inputs)):
-            for each, layer in zip(found.values(), (*state.layers, state.readout), strict=True):
+            for each, layer in zip(spikes.values(), (*state.layers, state.readout), strict=True):
                 each.append(layer.s.clone())
-        return {name: torch.stack(each) for name, each in found.items()}
+        return {name: torch.stack(each) for name, each in spikes.items()}
 
     def _resumed(self, x: Tensor, targets: Tensor) -> Held | None:
         """Where the batch stands; None where it begins."""
@@ -426,10 +422,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         """Every trainable matrix and bias, by kind and layer."""
         s = self._matrices()
         kinds = {"up": s.up, "up bias": s.bias, "down": s.down, "lateral": s.lateral, "context": s.context, "read": s.read}
-        found = {(kind, k): each for kind, every in kinds.items() for k, each in enumerate(every) if each is not None}
+        synapses = {(kind, k): each for kind, every in kinds.items() for k, each in enumerate(every) if each is not None}
         if s.read_bias is not None:
-            found["read bias", len(s.read) - 1] = s.read_bias
-        return found  # type: ignore[return-value]
+            synapses["read bias", len(s.read) - 1] = s.read_bias
+        return synapses  # type: ignore[return-value]
 
     def _matrices(self) -> Synapses:
         *hidden, last = (stage.layer for stage in self.chain.stages)

@@ -46,7 +46,7 @@ from apical.core.rest import evaluating
 from apical.core.similarity import linear_cka
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, require_choice, unknown_name
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
 from apical.rules.counter_current.mirror import Enlarge, facing, mirrored
 from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
@@ -116,10 +116,8 @@ class CounterCurrentLearning(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         refuse_options(self, "counter-current learning", ("ignore_index", "reduction"))
-        if pair not in ("auto", "inner", "cosine", "match"):
-            raise unknown_name("pair", pair, ("auto", "inner", "cosine", "match"))
-        if enlarge not in ("nearest", "transposed"):
-            raise unknown_name("enlarge", enlarge, ("nearest", "transposed"))
+        require_choice("pair", pair, ("auto", "inner", "cosine", "match"))
+        require_choice("enlarge", enlarge, ("nearest", "transposed"))
         self.head, self.row = blocks(model, input_shape)
         self._containers = Containers(model)
         images = any(geometry(block.layer) is not None for block in self.row)
@@ -182,9 +180,9 @@ class CounterCurrentLearning(CreditRule):
             with evaluating(module), torch.no_grad():
                 b = module(b)
             if b.shape[1:] != block.input_shape:
-                made = tuple(b.shape[1:])
+                shape = tuple(b.shape[1:])
                 raise ConfigError(
-                    f"the module of feedback against layer {block.name!r} makes {made}, not {block.input_shape}"
+                    f"the module of feedback against layer {block.name!r} makes {shape}, not {block.input_shape}"
                 )
         return modules
 
@@ -199,13 +197,13 @@ class CounterCurrentLearning(CreditRule):
 
     def feedback_weights(self) -> dict[str, Tensor]:
         """G's weights by the name of F's layer that they face (:func:`apical.rules.counter_current.mirror.facing`)."""
-        found = {}
+        weights = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
             layers = [layer for layer in module.modules() if is_weighted(layer)]
             weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
             if weight is not None:
-                found[block.name] = weight
-        return found
+                weights[block.name] = weight
+        return weights
 
     def set_feedback(self, layer: str, **matrices: Tensor) -> None:
         """Set `G`, the weight of the feedback block that faces a layer, (d_{l-1}, d_l) or a kernel; or free codes `B`.
@@ -213,8 +211,8 @@ class CounterCurrentLearning(CreditRule):
         Raises:
             ConfigError: unknown layer or symbol, or another shape.
         """
-        known = {block.name: held(m) for block, m in zip(reversed(self.row), self.feedback, strict=False)}
-        put(type(self).__name__, layer, known, matrices)
+        handles = {block.name: held(m) for block, m in zip(reversed(self.row), self.feedback, strict=False)}
+        put(type(self).__name__, layer, handles, matrices)
 
     @torch.no_grad()
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:

@@ -38,7 +38,7 @@ from apical.core.feedback import put
 from apical.core.losses import refuse_options, terms, value_at, wanted
 from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
-from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, require_choice
 from apical.rules.equilibrium.holomorphic import HOLOMORPHIC, bends, require_complex
 from apical.rules.equilibrium.network import (
     EquilibriumNetwork,
@@ -128,14 +128,10 @@ class EquilibriumPropagation(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         refuse_options(self, "equilibrium propagation", ("reduction",))
-        for name, value, known in (
-            ("estimator", estimator, ESTIMATORS),
-            ("output", output or "state", ("read-out", "state")),
-            ("weights", weights, ("symmetric", "directed")),
-            ("update", update, ("same", "different")),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
+        require_choice("estimator", estimator, ESTIMATORS)
+        require_choice("output", output or "state", ("read-out", "state"))
+        require_choice("weights", weights, ("symmetric", "directed"))
+        require_choice("update", update, ("same", "different"))
         counts = (points - 1, free_steps, nudged_steps)
         if (
             not (beta > 0 and isfinite(beta))

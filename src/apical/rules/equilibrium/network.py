@@ -245,8 +245,8 @@ def pulled(stage: Stage, weight: Tensor, above: Tensor, s: Tensor, imaginary: in
         inputs = stage.seen(rates)
         return F.linear(inputs, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(inputs, weight, None)
 
-    made = torch.func.vjp(up, s)
-    result: Tensor = made[1](unpooled(stage, above, made[0], imaginary))[0]
+    linearised = torch.func.vjp(up, s)
+    result: Tensor = linearised[1](unpooled(stage, above, linearised[0], imaginary))[0]
     return result
 
 

@@ -19,7 +19,7 @@ from apical.core.chain import Chain, States
 from apical.core.credit import Batch, CreditRule, Loss, Measures, Root
 from apical.core.feedback import put
 from apical.core.local import local_roots, outer
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, require_choice
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.stability import advice, violation
 from apical.rules.feedback_control.states import Controlled
@@ -71,13 +71,9 @@ class ControlRule(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         self.generator = generator
-        for name, value, known in (
-            ("difference", difference, ("rate", "voltage")),
-            ("feedback", feedback, ("product", "random")),
-            ("learn", learn, ("expected", "noise", "none")),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
+        require_choice("difference", difference, ("rate", "voltage"))
+        require_choice("feedback", feedback, ("product", "random"))
+        require_choice("learn", learn, ("expected", "noise", "none"))
         if learn != "none" and sleep.sigma <= 0:
             raise ConfigError(f"learning the feedback needs noise: its sigma must be positive, got {sleep.sigma}")
         self.loop, self.sleep, self.difference, self.learn = loop, sleep, difference, learn
@@ -126,8 +122,8 @@ class ControlRule(CreditRule):
         Raises:
             ConfigError: unknown layer or symbol, or another shape.
         """
-        known = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
-        put(type(self).__name__, layer, known, matrices)
+        handles = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
+        put(type(self).__name__, layer, handles, matrices)
 
     def named_states(
         self, states: States, target: Tensor, u: Tensor, state: Controlled, basal: Sequence[Tensor]

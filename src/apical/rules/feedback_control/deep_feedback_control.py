@@ -31,7 +31,7 @@ from apical.core.batch import counted, fitted
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss, Root
 from apical.core.losses import output_error, terms
-from apical.errors import ConfigError, InstabilityError, unknown_name
+from apical.errors import ConfigError, InstabilityError, require_choice
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import LOOK_EVERY, ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.rules.feedback_control.states import Controlled, Resolvent, settle
@@ -118,8 +118,7 @@ class DeepFeedbackControl(ControlRule):
         input_shape: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if variant not in SOLVERS:
-            raise unknown_name("variant", variant, SOLVERS)
+        require_choice("variant", variant, SOLVERS)
         chosen = solver or SOLVERS[variant][0]
         if chosen not in SOLVERS[variant]:
             raise ConfigError(f"variant {variant!r} has no solver {solver!r}; it has {' and '.join(SOLVERS[variant])}")

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, require_choice
 from apical.rules.feedback_control.trajectory import Leak
 
 EXACT = 300
@@ -36,8 +36,7 @@ def require_leak(leak: str) -> None:
     Raises:
         ConfigError: `leak` is neither "code" nor "paper".
     """
-    if leak not in ("code", "paper"):
-        raise unknown_name("leak", leak, ("code", "paper"))
+    require_choice("leak", leak, ("code", "paper"))
 
 
 def reduced_eigenvalues(mu: Tensor, alpha: float, k_p: float, leak: Leak = "code") -> Tensor:

@@ -33,7 +33,7 @@ from apical.core.batch import counted, fitted, require_classes
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss, Root
 from apical.core.losses import NUMBERS, PLAIN, refuse_options, terms, value_at
-from apical.errors import ConfigError, InstabilityError, unknown_name
+from apical.errors import ConfigError, InstabilityError, require_choice
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.rules.feedback_control.states import Controlled, controlled_states
@@ -104,8 +104,7 @@ class StrongDeepFeedbackControl(ControlRule):
         input_shape: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if solver not in ("steady", "simulate"):
-            raise unknown_name("solver", solver, ("steady", "simulate"))
+        require_choice("solver", solver, ("steady", "simulate"))
         if solver == "steady" and learn == "noise":
             raise ConfigError("the solver 'steady' has no noise to learn feedback from: pass learn='expected' or 'none'")
         if not 0 < label < 1:

@@ -43,7 +43,7 @@ from apical.core.layers import is_random
 from apical.core.losses import output_error, refuse_options, squared_error, terms, value_at
 from apical.core.placement import layer_paths
 from apical.core.scaled import require_mu
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 from apical.rules.predictive_coding.equilibrium import curvature, linear_equilibrium, require_linear
 from apical.rules.predictive_coding.inference import (
     Energy,
@@ -131,13 +131,9 @@ class PredictiveCoding(CreditRule):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, loss)
-        for name, value, known in (
-            ("inference", inference, INFERENCES),
-            ("parametrisation", parametrisation, ("standard", "mu")),
-            ("direction", direction, ("discriminative", "generative")),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
+        require_choice("inference", inference, INFERENCES)
+        require_choice("parametrisation", parametrisation, ("standard", "mu"))
+        require_choice("direction", direction, ("discriminative", "generative"))
         refuse_options(self, "predictive coding", ("ignore_index", "reduction"))
         self.head, self.row = blocks(model, input_shape, skips=True)
         self._containers = Containers(model)

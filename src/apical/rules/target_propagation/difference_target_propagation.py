@@ -30,7 +30,7 @@ from apical.core.feedback import put
 from apical.core.local import local_roots
 from apical.core.losses import output_error, terms
 from apical.core.noise import initial, normal
-from apical.errors import ConfigError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
 VARIANTS = ("dtp", "drl", "linear", "hidden", "control", "lee")
@@ -152,9 +152,8 @@ class DifferenceTargetPropagation(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         self.generator = generator
-        for name, value, known in (("variant", variant, VARIANTS), ("reduction", reduction, ("sum", "mean"))):
-            if value not in known:
-                raise unknown_name(name, value, known)
+        require_choice("variant", variant, VARIANTS)
+        require_choice("reduction", reduction, ("sum", "mean"))
         if not (0 < eta < float("inf") and 0 < sigma < float("inf") and neurons >= 1):
             raise ConfigError(f"eta, sigma and neurons must be positive, got eta={eta}, sigma={sigma}, neurons={neurons}")
         if recurrent and variant != "hidden":
@@ -203,11 +202,11 @@ class DifferenceTargetPropagation(CreditRule):
         Raises:
             ConfigError: unknown layer or symbol, or another shape.
         """
-        known: dict[str, dict[str, Tensor]] = {}
+        handles: dict[str, dict[str, Tensor]] = {}
         for stage, i in zip(self.chain.stages, range(len(self.maps)), strict=False):
             g = self._map(i)
-            known[stage.name] = {"Q": g.q} if g.c is None else {"Q": g.q, "c": g.c}
-        put(type(self).__name__, layer, known, matrices)
+            handles[stage.name] = {"Q": g.q} if g.c is None else {"Q": g.q, "c": g.c}
+        put(type(self).__name__, layer, handles, matrices)
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
         """Activities "h" and targets "t" of every layer, each (batch, n_i); nothing is learned."""
@@ -267,13 +266,13 @@ class DifferenceTargetPropagation(CreditRule):
 
     def distances(self, states: States, d: Tensor, at: Sequence[Mapped] | None = None) -> list[Tensor]:
         """`t_i - h_i` of every layer (batch, n_i), given that of the output, and :meth:`points` where they are at hand."""
-        found, at = [d], self.points(states) if at is None else at
+        distances, at = [d], self.points(states) if at is None else at
         if self.variant == "lee" and len(self.chain.stages) > 1:
             top = self.chain.stages[-1]
-            found.insert(0, top.transposed(pulled_back(top.activation, states.v[-1], states.r[-1], d)))
+            distances.insert(0, top.transposed(pulled_back(top.activation, states.v[-1], states.r[-1], d)))
         for i in reversed(range(len(self.maps))):
-            found.insert(0, self._moved(i, at[i], found[0] if self.sequential else d).g)
-        return found
+            distances.insert(0, self._moved(i, at[i], distances[0] if self.sequential else d).g)
+        return distances
 
     def _map(self, i: int) -> FeedbackMap:
         return cast(FeedbackMap, self.maps[i])

@@ -199,13 +199,13 @@ class TopDownNetwork(nn.Module):
         biases = [None for _ in sizes] if top.bias is None else list(top.bias.split(sizes))
         pairs = list(zip(weights, biases, strict=True))[len(self.widths) - len(widths) :]
         spread: list[Tensor | None] = [None if self.sites is None else self._kernel(width, top.weight) for width in widths]
-        made = []
+        layers = []
         last = ([self.projection], [1]) if output else ([], [])
         for (weight, bias), matrix, width in zip(pairs, [*spread, *last[0]], [*widths, *last[1]], strict=True):
             if matrix is not None:
                 weight, bias = matrix @ weight, None if bias is None else matrix @ bias
-            made.append((weight / width**self.share if self.relative else weight, bias))
-        return made
+            layers.append((weight / width**self.share if self.relative else weight, bias))
+        return layers
 
     def credits(self, emitted: Tensor, widths: Sequence[int]) -> list[Tensor]:
         """Credits (batch, width) of each hidden layer, and (batch, outputs) of the output, from emitted values."""

@@ -7,7 +7,6 @@ same feedback weights, Condition 2 and the largest real part among the eigenvalu
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -32,35 +31,17 @@ EIGENVALUE_SAMPLES = 32
 """Probe samples whose system matrix (N + n_L rows) is decomposed."""
 
 
-@dataclass(frozen=True)
-class Measure:
-    """One measured quantity.
-
-    Attributes:
-        key: its name in the results.
-        label: axis label, with the unit.
-        control_only: it exists for feedback-control rules alone.
-    """
-
-    key: str
-    label: str
-    control_only: bool = False
-
-
 MEASURES = {
-    measure.key: measure
-    for measure in (
-        Measure("condition_two", "Condition 2\n|PQ| / |Q|", True),
-        Measure("minimum_norm", "angle to minimum\nnorm (degrees)"),
-        Measure("condition_one", "Condition 1\ns.d. / mean of |r|"),
-        Measure("gauss_newton", "angle to Gauss-\nNewton (degrees)"),
-        Measure("eigenvalue", "largest Re eig\n(1/τ_u)", True),
-        Measure("ssa", "angle to DFC-SSA\n(degrees)", True),
-        Measure("condition_one_code", "Condition 1, as in the released code"),
-        Measure("eigenvalue_worst", "largest Re eig of any sample (1/τ_u)", True),
-    )
+    "condition_two": "Condition 2\n|PQ| / |Q|",
+    "minimum_norm": "angle to minimum\nnorm (degrees)",
+    "condition_one": "Condition 1\ns.d. / mean of |r|",
+    "gauss_newton": "angle to Gauss-\nNewton (degrees)",
+    "eigenvalue": "largest Re eig\n(1/τ_u)",
+    "ssa": "angle to DFC-SSA\n(degrees)",
+    "condition_one_code": "Condition 1, as in the released code",
+    "eigenvalue_worst": "largest Re eig of any sample (1/τ_u)",
 }
-"""The quantities by name; the first six are panels A to F of the paper's figure 3."""
+"""Labels of axes by name of the quantity; the first six are panels A to F of the paper's figure 3."""
 
 
 class Probe:

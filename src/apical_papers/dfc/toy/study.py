@@ -7,9 +7,10 @@ and draws the compartments over time and the set of optimal feedback weights. Ru
     python -m apical_papers.dfc.toy.study --out results/dfc-toy
 """
 
-import argparse
+import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 
 from apical.bench.cells import kept
 from apical.bench.page import write
-from apical.bench.run_folder import check_writable, environment
+from apical.bench.program import run_command
+from apical.bench.run_folder import environment
 from apical.data import Dataset
-from apical.errors import ConfigError
 from apical_papers.dfc.toy.figures import conditions, optimal, traces
 from apical_papers.dfc.toy.metrics import DAMPING, EIGENVALUE_SAMPLES, MEASURES
 from apical_papers.dfc.toy.optimal import optimal_feedback
@@ -47,7 +48,20 @@ ABOUT = (
     "the angle of the update to the damped minimum-norm and Gauss-Newton updates and to that of DFC-SSA, and the stability "
     "of the control loop. The paper states what these curves do and gives no numbers; thresholds here are our choice."
 )
-DEFAULT = Plan(epochs=150, samples=5000, seeds=(0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Deep feedback control on student-teacher regression."""
+
+    out: Path
+    """Folder to write."""
+    epochs: int = 150
+    """Of every training."""
+    seeds: int = 3
+    """How many, from 0 on."""
+    samples: int = 5000
+    """Training samples, at most 5000."""
 
 
 def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int = 2000) -> dict[str, Any]:
@@ -63,7 +77,6 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
     Returns:
         What results.json holds, with unrounded numbers.
     """
-    check_writable(out)
     spent, around = 0.0, environment("cpu", torch.get_num_threads())
     dataset = load(plan)
     histories: dict[str, list[History]] = {}
@@ -82,7 +95,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "environment": around,
         "cpu_seconds": spent + time.process_time() - began,
         "settings": settings(plan, points, draws),
-        "measures": {key: measure.label.replace("-\n", "-").replace("\n", " ") for key, measure in MEASURES.items()},
+        "measures": {key: label.replace("-\n", "-").replace("\n", " ") for key, label in MEASURES.items()},
         "sources": SOURCES,
         "failures": [group.failure for runs in histories.values() for group in runs if group.failure],
         "curves": lines,
@@ -109,7 +122,7 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
         "axes": within_axes(lines),
     }
     curves_shown = {name: lines[name] for name in SHOWN}
-    panels = [(key, measure.label) for key, measure in list(MEASURES.items())[:6]]
+    panels = list(MEASURES.items())[:6]
     drawings = [
         conditions(curves_shown, panels),
         traces(trace.weak, trace.strong, trace.weak_target, trace.strong_target, trace.typical),
@@ -165,28 +178,15 @@ def _last(history: History) -> str:
     return f"test loss {history.values['test_loss'][-1]:.4g}, {', '.join(angles)}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study from the command line and print the verdicts."""
-    parser = argparse.ArgumentParser(description="Deep feedback control on student-teacher regression")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--epochs", type=int, default=DEFAULT.epochs)
-    parser.add_argument("--seeds", type=int, default=len(DEFAULT.seeds), help="how many, from 0 on")
-    parser.add_argument("--samples", type=int, default=DEFAULT.samples, help="training samples, at most 5000")
-    options = parser.parse_args(arguments)
-    if min(options.epochs, options.seeds, options.samples) < 1:
-        raise ConfigError("--epochs, --seeds and --samples must be at least 1")
-    torch.set_num_threads(1)  # the networks are too small for more
-    plan = Plan(options.epochs, options.samples, tuple(range(options.seeds)))
-    command = (
-        f"python -m apical_papers.dfc.toy.study --out {options.out} --epochs {options.epochs} --seeds {options.seeds} "
-        f"--samples {options.samples}"
-    )
-    results = study(plan, options.out, command)
-    for row in results["verdicts"]:
-        mean = "-" if row["mean"] is None else f"{row['mean']:.4g}"
-        print(f"{row['verdict']:14}  figure {row['figure']:2}  {row['rule']:14} {row['what']}: {mean} {row['mark']}")
+def run(options: Options, command: str) -> dict[str, Any]:
+    """The study that the options ask for; prints how many verdicts are reproduced."""
+    results = study(Plan(options.epochs, options.samples, tuple(range(options.seeds))), options.out, command)
     print(tally(results["verdicts"]))
+    return results
+
+
+main = partial(run_command, "apical_papers.dfc.toy.study", Options, run, least={"seeds": 1})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,11 +20,8 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from apical.bench.cells import kept
 from apical.bench.finding import Row, difference, shown
 from apical.bench.program import keep_results, run_command
-from apical.bench.run_folder import check_writable
-from apical.errors import ConfigError, unknown_name
 from apical.evolution.classification import Classification
 from apical_papers.tdca.classification import study as base
 from apical_papers.tdca.classification.report import NAMES, percent
@@ -125,16 +122,8 @@ def table(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str
         f"all tasks; accuracy on held-out images; tasks whose loss exceeds {SWING:g} at one of the last {LAST} steps; "
         "hidden units that are silent for all training images; mean magnitude of the logits.",
         "header": [
-            "rule",
-            "meta-seeds",
-            "rates",
-            "loss",
-            "median",
-            "worst",
-            "accuracy, %",
-            "swings, %",
-            "silent units, %",
-            "logits",
+            *("rule", "meta-seeds", "rates", "loss", "median", "worst", "accuracy, %", "swings, %"),
+            *("silent units, %", "logits"),
         ],
         "rows": [row(arm, rule) for arm in arms for rule in RULES[arm]],
     }
@@ -144,15 +133,10 @@ def study(options: Options, command: str) -> dict[str, Any]:
     """Evolve what is missing, and write results.json and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
+        ConfigError: an arm is unknown.
         CheckpointError: the folder holds evolutions with other settings.
     """
-    if options.seeds < 2 or options.generations < 1:
-        raise ConfigError("--seeds must be at least 2, --generations at least 1")
-    for arm in options.arms:
-        if arm not in ARMS:
-            raise unknown_name("arm", arm, list(ARMS))
-    check_writable(options.out)
+    base.check_arms(options.arms, ARMS)
     config = {
         "generations": options.generations,
         "strategy": asdict(base.STRATEGY),
@@ -164,10 +148,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
     arms: dict[str, list[Cell]] = {arm: [] for arm in options.arms}
     for arm, cells in arms.items():
         for seed in range(FIRST, FIRST + (options.seeds if arm == "error" else DISSECTED)):
-            known = {**config, **base.plain(asdict(replace(ARMS[arm], seed=seed)))}
-            path = options.out / "cells" / f"{arm}-{seed}.json"
-            cells.append(kept(path, known, partial(cell, arm, seed, options.generations)))
-            print(f"{cells[-1]['seconds']:7.1f} s  {arm}, meta-seed {seed}", flush=True)
+            make = partial(cell, arm, seed, options.generations)
+            cells.append(base.kept_evolution(options.out, config, arm, replace(ARMS[arm], seed=seed), make))
     facts = {"meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}", **config}
     facts |= {key: value for key, value in base.plain(asdict(ARMS["error"])).items() if key != "seed"}
     parts = {"tuned": "With tuned learning rates", "same_rate": "All at the learning rate of evolution"}
@@ -176,9 +158,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     return keep_results(options.out, command, ABOUT, facts, every, verdicts(arms.get("error", ())), tables)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.classification.relu", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.classification.relu", Options, study)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from apical.bench.figures.curves import render
 from apical.bench.figures.style import RC, plain_log, styles
 from apical.bench.finding import shown
-from apical.bench.page import write
+from apical.bench.program import keep_results
 from apical.bench.statistics import student
 from apical_papers.tdca.classification.verdicts import Cell, released, values, verdicts
 
@@ -48,40 +48,27 @@ TITLES = {
 }
 
 
-def finish(
-    out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any], around: Mapping[str, Any]
-) -> dict[str, Any]:
+def finish(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Write results.json, the figures and report.html; returns what results.json holds."""
-    arms = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in TITLES}
-    arms = {arm: found for arm, found in arms.items() if found}
-    results = {
-        "title": TITLE,
-        "about": " ".join([ABOUT, *_left_out(arms)]),
-        "command": command,
-        "environment": around,
-        "settings": settings,
-        "sources": SOURCES,
-        "seconds": round(sum(cell["seconds"] for cell in cells), 1),
-        "verdicts": verdicts(arms),
-        "tables": [
-            *([released(arms)] if "released" in arms else []),
-            _lineup(arms, "tuned", "With tuned learning rates"),
-            _lineup(arms, "same_rate", "All at the learning rate of evolution"),
-            _by_task(arms),
-            _evolutions(arms),
-            _elsewhere(arms.get("unit", []), "elsewhere", "Other data sets", "Networks evolved on digits, on tasks from"),
-            _elsewhere(
-                arms.get("sites-4", []), "widths", "Other widths", "Networks with 4 sites evolved at width 32, at width"
-            ),
-        ],
-    }
+    cells_of = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in TITLES}
+    arms = {arm: evolutions for arm, evolutions in cells_of.items() if evolutions}
+    about = {"title": TITLE, "about": " ".join([ABOUT, *_left_out(arms)]), "sources": SOURCES}
+    unit, sites = arms.get("unit", []), arms.get("sites-4", [])
+    tables = [
+        *([released(arms)] if "released" in arms else []),
+        _lineup(arms, "tuned", "With tuned learning rates"),
+        _lineup(arms, "same_rate", "All at the learning rate of evolution"),
+        _by_task(arms),
+        _evolutions(arms),
+        _elsewhere(unit, "elsewhere", "Other data sets", "Networks evolved on digits, on tasks from"),
+        _elsewhere(sites, "widths", "Other widths", "Networks with 4 sites evolved at width 32, at width"),
+    ]
     with matplotlib.rc_context(RC):
-        made = [
+        drawings = [
             render("losses", "Loss on unseen tasks", _LOSSES, losses_figure(arms)),
             render("evolution", "Evolution", _EVOLUTION, evolution_figure(arms)),
         ]
-    write(out, results, [drawing for drawing in made if drawing is not None])
-    return results
+    return keep_results(out, command, about, settings, cells, verdicts(arms), tables, drawings)
 
 
 _LOSSES = (
@@ -118,7 +105,7 @@ def _by_task(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     for arm, cells in arms.items():
         for cell in cells:
             losses = [cell["tuned"][rule]["losses"] for rule in rules]
-            parts = [f"{statistics.median(each):.2g}, {max(each):.2g}" for each in losses]
+            parts = [f"{statistics.median(of_rule):.2g}, {max(of_rule):.2g}" for of_rule in losses]
             rows.append([TITLES[arm], str(cell["seed"]), *parts])
     return {
         "title": "Median and worst task",
@@ -143,15 +130,10 @@ def _evolutions(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     rows = []
     for arm, cells in arms.items():
         reached = [generations_to(cell) for cell in cells]
-        known = [float(g) for g in reached if g is not None]
-        rows.append(
-            [
-                TITLES[arm],
-                str(cells[0]["parameters"]),
-                shown([cell["seconds_per_generation"] for cell in cells]),
-                f"{shown(known) if known else '-'} ({len(known)} of {len(reached)})",
-            ]
-        )
+        generations = [float(generation) for generation in reached if generation is not None]
+        until = f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})"
+        seconds = shown([cell["seconds_per_generation"] for cell in cells])
+        rows.append([TITLES[arm], str(cells[0]["parameters"]), seconds, until])
     return {
         "title": "Evolutions",
         "note": "Weights of the top-down network; seconds per generation of 64 lifetimes on one core, whatever else the "

@@ -18,7 +18,7 @@ two arms. The arm "released" has the credit of the authors' code, on probabiliti
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,8 @@ from apical import data
 from apical.bench.cells import kept
 from apical.bench.evolve.loop import Evolution
 from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, commit, environment
-from apical.errors import ConfigError, unknown_name
+from apical.bench.run_folder import commit
+from apical.errors import unknown_name
 from apical.evolution.classification import Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
@@ -134,23 +134,17 @@ def trials(
             for name, images in others.items()
         }
     if arm == "sites-4":
+        tasks = {width: Classification([test], replace(setting, model=f"mlp-tanh-{width}")) for width in WIDTHS}
         result["widths"] = {
-            str(width): against(
-                Classification([test], replace(setting, model=f"mlp-tanh-{width}")), f"{width} {seed}", teachers["tdca"]
-            )
-            for width in WIDTHS
+            str(width): against(other, f"{width} {seed}", teachers["tdca"]) for width, other in tasks.items()
         }
     return result
 
 
 def against(task: Classification, name: str, teacher: Tensor) -> dict[str, Any]:
     """TDCA and the other rules on tasks of another kind, each with its learning rate chosen there."""
-    bench, validation = Bench(task, TASKS, f"elsewhere {name}"), Bench(task, VALIDATION, f"elsewhere validation {name}")
-    rows = {}
-    for rule in ("tdca", "bp"):
-        rate = tuned(validation, rule, LIFETIME, teacher)
-        rows[rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
-    return rows
+    names = f"elsewhere validation {name}", f"elsewhere {name}"
+    return measures(task, names, (VALIDATION, TASKS), {"tdca": teacher, "bp": teacher}, LIFETIME)
 
 
 def cell(arm: str, seed: int, generations: int) -> dict[str, Any]:
@@ -166,16 +160,11 @@ def study(options: Options, command: str) -> dict[str, Any]:
     """Evolve what is missing, and write results.json, figures and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
+        ConfigError: an arm is unknown.
         CheckpointError: the folder holds evolutions with other settings.
         DataError: one of the data sets is not there.
     """
-    if options.seeds < 2 or options.generations < 1:
-        raise ConfigError("--seeds must be at least 2, --generations at least 1")
-    for arm in options.arms:
-        if arm not in ARMS:
-            raise unknown_name("arm", arm, list(ARMS))
-    check_writable(options.out)
+    check_arms(options.arms, ARMS)
     config = {
         "generations": options.generations,
         "strategy": asdict(STRATEGY),
@@ -187,18 +176,52 @@ def study(options: Options, command: str) -> dict[str, Any]:
     cells = []
     for seed in range(FIRST, FIRST + options.seeds):
         for arm in options.arms:
-            made = partial(cell, arm, seed, options.generations)
-            known = {**config, **plain(asdict(replace(ARMS[arm], seed=seed)))}
-            cells.append(kept(options.out / "cells" / f"{arm}-{seed}.json", known, made))
-            print(f"{cells[-1]['seconds']:7.1f} s  {arm}, meta-seed {seed}", flush=True)
-    cells.sort(key=lambda each: (list(ARMS).index(each["arm"]), each["seed"]))
+            make = partial(cell, arm, seed, options.generations)
+            cells.append(kept_evolution(options.out, config, arm, replace(ARMS[arm], seed=seed), make))
+    cells.sort(key=lambda cell: (list(ARMS).index(cell["arm"]), cell["seed"]))
     settings = {
         "meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}",
-        "evolved at commit": sorted({each["commit"] or "unknown" for each in cells}),
+        "evolved at commit": sorted({cell["commit"] or "unknown" for cell in cells}),
         **config,
         **{name: value for name, value in plain(asdict(BASE)).items() if name != "seed"},
     }
-    return finish(options.out, cells, command, settings, environment("cpu", torch.get_num_threads()))
+    return finish(options.out, cells, command, settings)
+
+
+def check_arms(chosen: Sequence[str], arms: Mapping[str, Setting]) -> None:
+    """Raise ConfigError for a name that is no arm's."""
+    for arm in chosen:
+        if arm not in arms:
+            raise unknown_name("arm", arm, list(arms))
+
+
+def kept_evolution(
+    out: Path, config: Mapping[str, Any], arm: str, setting: Setting, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A meta-seed of an arm from the folder `out`, or else what `make` returns; prints a line on it."""
+    content = kept(out / "cells" / f"{arm}-{setting.seed}.json", {**config, **plain(asdict(setting))}, make)
+    print(f"{content['seconds']:7.1f} s  {arm}, meta-seed {setting.seed}", flush=True)
+    return content
+
+
+def measures(
+    task: Classification,
+    names: tuple[str, str],
+    numbers: tuple[int, int],
+    teachers: Mapping[str, Tensor | None],
+    lifetime: Lifetime,
+) -> dict[str, Any]:
+    """Each rule, with its teacher, on unseen tasks, at the learning rate tuned on validation tasks.
+
+    Args:
+        names, numbers: of the validation tasks, and of those it is tested on.
+    """
+    validation, bench = (Bench(task, number, name) for name, number in zip(names, numbers, strict=True))
+    results = {}
+    for rule, teacher in teachers.items():
+        rate = tuned(validation, rule, lifetime, teacher)
+        results[rule] = asdict(bench.run(rule, [rate], lifetime, teacher)[0])
+    return results
 
 
 def plain(setting: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,9 +229,7 @@ def plain(setting: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in setting.items() if v is not None}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.classification.study", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.classification.study", Options, study)
 
 
 if __name__ == "__main__":

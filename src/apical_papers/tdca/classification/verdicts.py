@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apical.bench.finding import Row, difference
+from apical.bench.finding import Row, difference, interval
 
 Cell = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ def forms(cells: Sequence[Cell], rule: str = "tdca") -> list[Row]:
     """The weak and the strong form of "better than backpropagation"."""
 
     def loss(part: str, what: str) -> Row:
-        ours, theirs = (values(cells, each, "loss", part) for each in ("tdca", "bp"))
+        ours, theirs = (values(cells, which, "loss", part) for which in ("tdca", "bp"))
         return difference("C2", rule, what, ours, theirs, less=True)
 
     rows = [
@@ -67,7 +67,7 @@ def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
         for name in cells[0][part] if len(cells) > 1 else ():
             ours, bp = ([cell[part][name][rule]["accuracy"] for cell in cells] for rule in ("tdca", "bp"))
             what = f"{'width ' if part == 'widths' else ''}{name}: accuracy minus 97 % of tuned BP's"
-            rows.append(difference(figure, "tdca", what, ours, [0.97 * each for each in bp], less=False))
+            rows.append(difference(figure, "tdca", what, ours, [0.97 * accuracy_of_bp for accuracy_of_bp in bp], less=False))
     if len(relu) > 1:
         ours, bp = (values(relu, rule, "accuracy") for rule in ("tdca", "bp"))
         what = "ReLU: accuracy minus (tuned BP's minus 1 point)"
@@ -88,14 +88,5 @@ def released(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
         "right prediction, from random weights. Its verdicts are not counted among those above. The set-up of the paper "
         "itself is not known.",
         "header": ["quantity", "mark", "mean [95 % interval]", "n", "verdict"],
-        "rows": [
-            [
-                row["what"],
-                row["mark"],
-                f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]",
-                str(row["n"]),
-                row["verdict"],
-            ]
-            for row in rows
-        ],
+        "rows": [[row["what"], row["mark"], interval(row), str(row["n"]), row["verdict"]] for row in rows],
     }

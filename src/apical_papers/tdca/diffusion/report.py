@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from apical.bench.figures.curves import render
 from apical.bench.figures.style import RC
 from apical.bench.finding import Row, difference, shown
-from apical.bench.page import write
+from apical.bench.program import keep_results
 from apical_papers.tdca.classification.report import error_bar, generations_to
 
 Cell = Mapping[str, Any]
@@ -48,25 +48,14 @@ TARGET = 0.3
 """Loss (nats) that generations are counted to."""
 
 
-def report(
-    out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any], around: Mapping[str, Any]
-) -> dict[str, Any]:
+def report(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Write results.json, the figure and report.html; returns what results.json holds."""
-    results = {
-        "title": TITLE + (", credit on logits" if settings["credit"] == "logits" else ""),
-        "about": ABOUT.format(place=PLACES[settings["credit"]]),
-        "command": command,
-        "environment": around,
-        "settings": {"meta-seeds": len(cells), **settings},
-        "sources": SOURCES,
-        "seconds": round(sum(cell["seconds"] for cell in cells), 1),
-        "verdicts": verdicts(cells),
-        "tables": [table(cells)],
-    }
+    title = TITLE + (", credit on logits" if settings["credit"] == "logits" else "")
+    about = {"title": title, "about": ABOUT.format(place=PLACES[settings["credit"]]), "sources": SOURCES}
     with matplotlib.rc_context(RC):
         drawing = render("diffusion", "Before and after", _CAPTION, figure(cells))
-    write(out, results, [drawing] if drawing is not None else [])
-    return results
+    settings = {"meta-seeds": len(cells), **settings}
+    return keep_results(out, command, about, settings, cells, verdicts(cells), [table(cells)], [drawing])
 
 
 _CAPTION = (
@@ -107,18 +96,14 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
         count = cells[0]["arms"][arm]["parameters"]
         reached = [generations_to(cell["arms"][arm], TARGET) for cell in cells]
         generations = [float(generation) for generation in reached if generation is not None]
-        rows.append(
-            [
-                title,
-                str(count),
-                f"{100 * count / per_weight:.1f}",
-                shown(values(cells, arm, "loss")),
-                shown([100 * accuracy for accuracy in values(cells, arm, "accuracy")]),
-                shown([100 * cell["arms"][arm]["unevolved"]["accuracy"] for cell in cells]),
-                shown(values(cells, arm, "seconds_per_generation")),
-                f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})",
-            ]
+        until = f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})"
+        measures = (
+            values(cells, arm, "loss"),
+            [100 * accuracy for accuracy in values(cells, arm, "accuracy")],
+            [100 * cell["arms"][arm]["unevolved"]["accuracy"] for cell in cells],
+            values(cells, arm, "seconds_per_generation"),
         )
+        rows.append([title, str(count), f"{100 * count / per_weight:.1f}", *map(shown, measures), until])
     bp = [[cell["bp"][key] for cell in cells] for key in ("loss", "accuracy")]
     rows.append(["backpropagation", "-", "-", shown(bp[0]), shown([100 * value for value in bp[1]]), "-", "-", "-"])
     return {

@@ -9,7 +9,6 @@ it is finished, so an interrupted study continues.
 
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,12 @@ from tyro.conf import arg
 from apical.bench.cells import kept
 from apical.bench.evolve.loop import Evolution
 from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
-from apical.errors import ConfigError
 from apical.evolution.classification import Classification, Images
 from apical.evolution.workers import Here
-from apical_papers.tdca.classification.study import BASE, RELEASED, SEEN, STRATEGY, digits
+from apical_papers.tdca.classification.study import BASE, RELEASED, SEEN, STRATEGY, digits, measures, plain
 from apical_papers.tdca.diffusion.report import report
 from apical_papers.tdca.synapses import SynapticClassification
-from apical_papers.tdca.trials import GRID, Bench, tuned
+from apical_papers.tdca.trials import GRID
 
 CREDITS = {"probabilities": replace(RELEASED, model="mlp-tanh-8"), "logits": replace(BASE, model="mlp-tanh-8")}
 """As in the authors' code: on probabilities, and not relative; or on logits, and relative, as of a shipped teacher."""
@@ -87,48 +84,33 @@ def meta_seed(seed: int, generations: int, credit: str) -> dict[str, Any]:
 
 
 def trials(unseen: Classification, seed: int, teachers: dict[str, torch.Tensor | None]) -> dict[str, Any]:
-    """Each rule with its learning rate tuned on validation tasks; all arms of a meta-seed have the same tasks."""
-    validation, bench = Bench(unseen, VALIDATION, f"validation {seed}"), Bench(unseen, TASKS, f"test {seed}")
-    results = {}
-    for rule, teacher in teachers.items():
-        rate = tuned(validation, rule, LIFETIME, teacher)
-        results[rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
-    return results
+    """Each rule on unseen tasks; all arms of a meta-seed have the same tasks."""
+    return measures(unseen, (f"validation {seed}", f"test {seed}"), (VALIDATION, TASKS), teachers, LIFETIME)
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
     """Run what is not finished yet, then write results.json, the figure and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds parts of a study with other options.
     """
-    if options.seeds < 2 or options.generations < 1:
-        raise ConfigError("--seeds must be at least 2, --generations at least 1")
-    check_writable(options.out)
     config = {
         "generations": options.generations,
         "strategy": asdict(STRATEGY),
         "tasks": TASKS,
         "images for evolution": SEEN,
         "learning rates": list(GRID),
-        **{
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(CREDITS[options.credit]).items()
-            if value is not None
-        },
+        **plain(asdict(CREDITS[options.credit])),
     }
     cells = []
     for seed in range(options.seeds):
         path = options.out / "cells" / f"seed-{seed}.json"
         cells.append(kept(path, config, partial(meta_seed, seed, options.generations, options.credit)))
         print(f"{cells[-1]['seconds']:7.1f} s  meta-seed {seed}", flush=True)
-    return report(options.out, cells, command, config, environment("cpu", torch.get_num_threads()))
+    return report(options.out, cells, command, config)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.diffusion.study", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.diffusion.study", Options, study)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ before the run:
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,6 @@ from apical.bench.figures.curves import render
 from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
 from apical.bench.program import keep_results, run_command
-from apical.bench.run_folder import check_writable
-from apical.errors import ConfigError
 from apical.evolution.functions import BOX, Function, best_of_random, descend, draw
 from apical.evolution.minimisation import Minimisation, together
 from apical.evolution.seeds import seed_of
@@ -143,24 +141,18 @@ Cells = Mapping[str, Mapping[str, Any]]
 def shares(record: Mapping[str, Any], method: str, *wanted: str) -> list[float]:
     """Share of starts outside a lowest basin with one of the outcomes, for each meta-seed."""
     numbers = {list(OUTCOMES).index(name) for name in wanted}
-    told = [[outcome for outcome in by_method[method] if outcome >= 0] for by_method in record["ends"]]
-    return [fmean(outcome in numbers for outcome in each) for each in told]
+    outcomes_of = [[outcome for outcome in by_method[method] if outcome >= 0] for by_method in record["ends"]]
+    return [fmean(outcome in numbers for outcome in each) for each in outcomes_of]
 
 
 def verdicts(cells: Cells) -> list[Row]:
     """The count of functions, then each function against the gradient rule that comes nearest."""
     rows, holds = [], []
     for title, record in cells.items():
-        ours = shares(record, "tdca", "global", "lower")
+        lower = {method: shares(record, method, "global", "lower") for method in ("tdca", *GRADIENT)}
+        what = f"{title}: share of starts that end in a lower basin, minus that under"
         against = [
-            difference(
-                "C4",
-                "tdca-recurrent",
-                f"{title}: share of starts that end in a lower basin, minus that under {name}",
-                ours,
-                shares(record, method, "global", "lower"),
-                less=False,
-            )
+            difference("C4", "tdca-recurrent", f"{what} {name}", lower["tdca"], lower[method], less=False)
             for method, name in GRADIENT.items()
         ]
         holds.append(all(row["verdict"] == "reproduced" for row in against))
@@ -209,12 +201,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
     """Evolve what is missing, and write results.json, the figure and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds evolutions with other options.
     """
-    if options.seeds < 2 or options.generations < 1:
-        raise ConfigError("--seeds must be at least 2, --generations at least 1")
-    check_writable(options.out)
     config = {"seeds": options.seeds, "generations": options.generations, "strategy": asdict(STRATEGY), "grid": GRID}
     cells = {
         case.title: kept(options.out / "cells" / f"{case.stem}.json", config, partial(cell, case, options)) for case in CASES
@@ -229,9 +217,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     return keep_results(options.out, command, ABOUT, settings, cells.values(), verdicts(cells), [table(cells)], [drawing])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.functions.basins", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.functions.basins", Options, study)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from scipy import stats
 
 from apical.bench.figures.curves import Drawing, render
 from apical.bench.figures.style import RC
-from apical.bench.finding import Row, count, difference, shown
-from apical.bench.page import write
+from apical.bench.finding import Row, count, difference, interval, shown
+from apical.bench.program import keep_results
 from apical_papers.tdca.functions.figures import final_values, trajectories
 
 Cells = Mapping[Any, Mapping[str, Any]]
@@ -83,38 +83,21 @@ MISSED = {
 }
 
 
-def report(
-    out: Path,
-    cells: Cells,
-    groups: Groups,
-    command: str,
-    settings: Mapping[str, Any],
-    around: Mapping[str, Any],
-) -> dict[str, Any]:
+def report(out: Path, cells: Cells, groups: Groups, command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Write results.json, the figures and report.html; returns what results.json holds."""
     seconds = round(sum(cell["seconds"] for cell in cells.values()), 1)
-    results = {
-        "title": TITLE,
-        "about": ABOUT,
-        "command": command,
-        "environment": around,
-        "settings": {**settings, "seconds of all runs": seconds},
-        "sources": SOURCES,
-        "seconds": seconds,
-        "verdicts": sorted(
-            verdicts(cells, groups), key=lambda row: bool(row["verdict"] != "reproduced")
-        ),  # first what holds
-        "tables": [
-            _values(cells, groups),
-            _larger(cells, groups["large"]),
-            _stateless(cells, groups["stateless"]),
-            _successes(cells, groups, settings),
-            MISSED,
-            _rates(cells, groups),
-        ],
-    }
-    write(out, results, draw(cells, groups))
-    return results
+    rows = sorted(verdicts(cells, groups), key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
+    tables = [
+        _values(cells, groups),
+        _larger(cells, groups["large"]),
+        _stateless(cells, groups["stateless"]),
+        _successes(cells, groups, settings),
+        MISSED,
+        _rates(cells, groups),
+    ]
+    settings = {**settings, "seconds of all runs": seconds}
+    about = {"title": TITLE, "about": ABOUT, "sources": SOURCES}
+    return keep_results(out, command, about, settings, cells.values(), rows, tables, draw(cells, groups))
 
 
 def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: int | None = None) -> list[float]:
@@ -127,15 +110,9 @@ def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: i
 def against(cells: Cells, case: Any) -> dict[str, Row]:
     """TDCA against every control."""
     ours = taken(cells, case, "tdca")
+    what = f"{case.title}: final value minus that of"
     return {
-        name: difference(
-            "E1",
-            f"tdca-{case.kind}",
-            f"{case.title}: final value minus that of {title}",
-            ours,
-            taken(cells, case, name),
-            less=True,
-        )
+        name: difference("E1", f"tdca-{case.kind}", f"{what} {title}", ours, taken(cells, case, name), less=True)
         for name, title in CONTROLS.items()
     }
 
@@ -194,16 +171,8 @@ def _stateless(cells: Cells, cases: Sequence[Any]) -> dict[str, Any]:
     for case in cases:
         every = against(cells, case)
         row = strongest(every)
-        lead = f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
-        rows.append(
-            [
-                case.title,
-                shown(taken(cells, case, "tdca")),
-                row["what"].partition("that of ")[2],
-                lead,
-                row["verdict"],
-            ]
-        )
+        control = row["what"].partition("that of ")[2]
+        rows.append([case.title, shown(taken(cells, case, "tdca")), control, interval(row), row["verdict"]])
     return {
         "title": "Without memory, steps of at most 0.1, as before",
         "note": "Networks as in the released code, without memory, which see their last step, the change it made and the "
@@ -255,13 +224,7 @@ def _rates(cells: Cells, groups: Groups) -> dict[str, Any]:
         "note": "Rates with the lowest mean final value on validation starts. Seconds are wall-clock time on a machine that "
         "other work shared.",
         "header": [
-            "function",
-            "gradient descent",
-            "momentum",
-            "Adam",
-            "capped gradient",
-            "generations",
-            "seconds per evolution",
+            *("function", "gradient descent", "momentum", "Adam", "capped gradient", "generations", "seconds per evolution")
         ],
         "rows": rows,
     }
@@ -298,4 +261,4 @@ def draw(cells: Cells, groups: Groups) -> list[Drawing]:
                 trajectories(networks, rates),
             ),
         ]
-    return [drawing for drawing in drawings if drawing is not None]
+    return drawings

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from apical.bench.cells import kept
 from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
-from apical.errors import ConfigError
 from apical.evolution.functions import METHODS, Function, best_of_random, descend, draw, function
 from apical.evolution.minimisation import Kind, Minimisation, Setting, together
 from apical.evolution.seeds import seed_of
@@ -207,13 +205,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
     """Run what is not finished yet, then write results.json, figures and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
         CheckpointError: the folder holds parts of a study with other options.
     """
-    counts = (options.generations, options.generations_large, options.generations_further, options.starts)
-    if options.seeds < 2 or min(counts) < 1:
-        raise ConfigError("--seeds must be at least 2, generations and starts at least 1")
-    check_writable(options.out)
     groups = {"plane": PLANE, "large": LARGE, "further": FURTHER, "stateless": STATELESS}
     cells = {case: cell(options, case) for cases in groups.values() for case in cases}
     facts = {
@@ -230,7 +223,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "validation starts": VALIDATION,
         "rates of controls": [float(f"{rate:.3g}") for rate in RATES],
     }
-    return report(options.out, cells, groups, command, facts, environment("cpu", torch.get_num_threads()))
+    return report(options.out, cells, groups, command, facts)
 
 
 def _network(case: Case) -> str:
@@ -238,9 +231,7 @@ def _network(case: Case) -> str:
     return f"{'-'.join(map(str, task.network.sizes))}, cap {task.setting.cap:g}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.functions.study", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.functions.study", Options, study)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import Drawing, render
 from apical.bench.figures.style import RC
-from apical.bench.finding import Row, count, difference, shown
-from apical.bench.page import write
+from apical.bench.finding import Row, count, difference, interval, shown
+from apical.bench.program import keep_results
 from apical.bench.statistics import student
 
 Cells = Sequence[Mapping[str, Any]]
@@ -102,7 +102,6 @@ def report(
     train: str,
     command: str,
     settings: Mapping[str, Any],
-    around: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write results.json, the figures and report.html; returns what results.json holds.
 
@@ -112,29 +111,17 @@ def report(
         train: name of the training range.
     """
     parts = [part for stages, tests in cells.values() for part in (*stages.values(), *tests)]
-    seconds = round(sum(part.get("evolution", part["seconds"]) for part in parts), 1)
+    spent = [{"seconds": part.get("evolution", part["seconds"])} for part in parts]
+    settings = {**settings, "seconds of all runs": round(sum(part["seconds"] for part in spent), 1)}
     rows = [row for case in cases for row in verdicts(case, cells[case.stem][1], train)]
+    rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
     tables = [
-        table
-        for case in cases
-        for table in (_ends(case, cells[case.stem][1], train), _controls(case, cells[case.stem][1], train))
+        *(table(case, cells[case.stem][1], train) for case in cases for table in (_ends, _controls)),
+        *_missed(cases),
+        *([_ungated(cells["cart-pole"][1], train)] if "cart-pole" in cells else []),
+        *(_rates(case, cells[case.stem][1]) for case in cases),
     ]
-    results = {
-        **describe(cases),
-        "command": command,
-        "environment": around,
-        "settings": {**settings, "seconds of all runs": seconds},
-        "seconds": seconds,
-        "verdicts": sorted(rows, key=lambda row: bool(row["verdict"] != "reproduced")),  # first what holds
-        "tables": [
-            *tables,
-            *_missed(cases),
-            *([_ungated(cells["cart-pole"][1], train)] if "cart-pole" in cells else []),
-            *(_rates(case, cells[case.stem][1]) for case in cases),
-        ],
-    }
-    write(out, results, draw(cases, cells, train))
-    return results
+    return keep_results(out, command, describe(cases), settings, spent, rows, tables, draw(cases, cells, train))
 
 
 def describe(cases: Sequence[Any]) -> dict[str, Any]:
@@ -237,7 +224,7 @@ def _controls(case: Any, cells: Cells, train: str) -> dict[str, Any]:
     for place in (train, *case.unseen):
         theirs = ends(cells, "reinforce", place)
         comparisons = (above("", "", ends(cells, method, place), theirs) for method in ("gated", "state", "by-hand"))
-        rows.append([place, *(f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]" for row in comparisons)])
+        rows.append([place, *(interval(row) for row in comparisons)])
     return {
         "title": f"{case.title}: difference from REINFORCE",
         "note": "Paired over meta-seeds; mean with 95 % interval (Student's t).",
@@ -257,10 +244,7 @@ def _ungated(cells: Cells, train: str) -> dict[str, Any]:
         "note": "Networks as in the released code: the advantage is an input, credit goes to probabilities and hidden "
         f"units. They end at {shown(ours)} steps. Evolution's first step is to do no harm, and it goes no further.",
         "header": ["quantity, training range", "mark", "mean [95 % interval]", "verdict"],
-        "rows": [
-            [row["what"], row["mark"], f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]", row["verdict"]]
-            for row in rows
-        ],
+        "rows": [[row["what"], row["mark"], interval(row), row["verdict"]] for row in rows],
     }
 
 
@@ -340,16 +324,8 @@ def _settings(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any],
             intervals = [student(ends(cells[case.stem][1], method, place)) for place in places]
             mean, low, high = np.array([interval[:3] for interval in intervals], dtype=float).T
             y = np.arange(len(places)) + 0.18 * (number - (len(methods) - 1) / 2)
-            axes.errorbar(
-                mean,
-                y,
-                xerr=np.stack([mean - low, high - mean]),
-                fmt=marker,
-                color=colour,
-                ms=4,
-                lw=0.9,
-                label=METHODS[method],
-            )
+            look: Any = {"fmt": marker, "color": colour, "ms": 4, "lw": 0.9, "label": METHODS[method]}
+            axes.errorbar(mean, y, xerr=np.stack([mean - low, high - mean]), **look)
         axes.set_yticks(range(len(places)), places)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

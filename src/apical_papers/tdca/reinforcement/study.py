@@ -12,7 +12,7 @@ learned the task by heart. What is finished stays in the folder, evolution gener
 continues from there."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from apical.bench.cells import kept
 from apical.bench.program import run_command
-from apical.bench.run_folder import check_writable, environment
 from apical.errors import ConfigError, unknown_name
 from apical.evolution.environments import Array
 from apical.evolution.population import Lifetime
@@ -260,18 +259,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
     """Run what is not finished yet, then write results.json, figures and report.html.
 
     Raises:
-        ConfigError: the folder cannot be written, or an option is not usable.
+        ConfigError: a case is unknown, or named twice.
         CheckpointError: the folder holds parts of a study with other options.
     """
-    counts = (options.generations, options.generations_state, options.generations_ungated, options.lifetimes)
-    if options.seeds < 2 or min(counts) < 1:
-        raise ConfigError("--seeds must be at least 2, generations and lifetimes at least 1")
     if not options.cases or len({*options.cases}) < len(options.cases):
         raise ConfigError(f"--cases must name each case once; got {' '.join(options.cases) or 'none'}")
     for name in options.cases:
         if name not in CASES:
             raise unknown_name("case", name, CASES)
-    check_writable(options.out)
     cases = [CASES[name] for name in options.cases]
     cells = {case.stem: cell(case, options) for case in cases}
     task = Reinforcement(cases[0].setting)
@@ -290,7 +285,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         },
         "rates": list(RATES),
     }
-    return report(options.out, cases, cells, TRAIN, command, facts, environment("cpu", torch.get_num_threads()))
+    return report(options.out, cases, cells, TRAIN, command, facts)
 
 
 def plain(value: Any) -> Any:
@@ -300,9 +295,7 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("apical_papers.tdca.reinforcement.study", Options, study, arguments)
+main = partial(run_command, "apical_papers.tdca.reinforcement.study", Options, study)
 
 
 if __name__ == "__main__":
