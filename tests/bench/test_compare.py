@@ -119,7 +119,7 @@ def test_overwrite_removes_an_older_comparison_and_nothing_else(tmp_path: Path) 
     assert os.listdir(tmp_path / "runs") == ["bp"]
 
 
-COMPARE = ("compare", "--rules", "bp", "wm", "--seeds", "2", "--model", "mlp-64", "--epochs", "10", "--train-limit", "640")
+COMPARE = ("compare", "--rules", "bp", "wm", "--seeds", "2", "--model", "mlp-64", "--epochs", "16", "--train-limit", "640")
 COMPARE = (*COMPARE, "--probe", "64", "--device", "cpu", "--threads", "1", "--checkpoint-steps", "7")
 
 
