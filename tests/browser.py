@@ -1,7 +1,7 @@
 """Look at pages as a person would: Chromium without a window loads them in frames of a screen's width and reports.
 
 A small web server hands out the folders and one page of its own, which loads every page to be looked at in a frame, measures
-it, and sends back what it found.
+it at each width, as when a window is made wider, and sends back what it found.
 """
 
 import json
@@ -27,11 +27,17 @@ const scrolls = e => { for (let p = e; p && p.parentElement; p = p.parentElement
   const s = p.ownerDocument.defaultView.getComputedStyle(p);
   if (p !== p.ownerDocument.body && ["auto", "scroll", "hidden", "clip"].includes(s.overflowX)) return true;
   if (s.position === "fixed" || s.visibility === "hidden") return true; } return false; };
-async function look(page, width) {
+async function look(page) {
   const frame = document.createElement("iframe");
-  frame.style = `width: ${width}px; height: 900px; border: 0`;
+  frame.style = `width: ${widths[0]}px; height: 900px; border: 0`;
   const loaded = new Promise(done => frame.onload = done);
   frame.src = page; document.body.append(frame); await loaded;
+  for (const width of widths) {
+    frame.style.width = `${width}px`; await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+    measure(page, width, frame); }
+  frame.remove();
+}
+function measure(page, width, frame) {
   const d = frame.contentDocument, root = d.documentElement;
   const wide = [...d.body.querySelectorAll("*")].filter(e => {
     const box = e.getBoundingClientRect(); return box.width && box.right > width + 1 && !scrolls(e); });
@@ -46,10 +52,9 @@ async function look(page, width) {
     equations: d.querySelectorAll("math").length,
     flat: [...d.querySelectorAll("math")].filter(m => m.checkVisibility() && !(m.getBoundingClientRect().width > 1)).length,
     raw: [...d.querySelectorAll("math, .math")].filter(m => m.textContent.includes("\\\\")).map(m => m.textContent)});
-  frame.remove();
 }
 (async () => {
-  try { for (const page of pages) for (const width of widths) await look(page, width); }
+  try { for (const page of pages) await look(page); }
   catch (error) { found.push({page: "the script", failure: String(error)}); }
   await fetch("/found", {method: "POST", body: JSON.stringify(found)});
 })();

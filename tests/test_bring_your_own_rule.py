@@ -13,6 +13,7 @@ import pytest
 
 from apical.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "bring-your-own-rule.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))

@@ -11,6 +11,7 @@ import pytest
 from apical.cli.flags.training import Compare, Train
 from apical.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK = ("--model", "mlp-16", "--epochs", "1", "--train-limit", "320", "--probe", "32", "--device", "cpu")
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 import apical
 from apical.errors import ApicalError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "probe": 0, "device": "cpu", "show": False}
 Y = torch.arange(90) % 3
 X = torch.randn(90, 4, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(4)[Y]

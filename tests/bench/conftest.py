@@ -3,11 +3,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from tests.command import Command
 
 from apical import data
@@ -23,13 +21,6 @@ from apical.data import Dataset
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
     return data.load("digits", train_limit=320)
-
-
-@pytest.fixture(scope="module")
-def undrawn() -> Iterator[None]:
-    """Figures stay white, which saves a second for every report, in tests that look at none."""
-    with patch.object(Figure, "draw", lambda *_: None):
-        yield
 
 
 @pytest.fixture

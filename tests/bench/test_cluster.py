@@ -18,7 +18,10 @@ from apical.errors import ApicalError
 from apical.evolution import workers
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.xdist_group("ray")  # two clusters at once hinder each other
+pytestmark = [
+    pytest.mark.xdist_group("ray"),  # two clusters at once hinder each other
+    pytest.mark.usefixtures("undrawn"),
+]
 psutil = pytest.importorskip("psutil")
 
 SMALL = ["--rules", "bp", "fa", "--model", "mlp-16", "--train-limit", "640", "--test-limit", "100", "--seeds", "2"]

@@ -76,7 +76,9 @@ KINDS = (
     Kind("evolution/config.json", (*EVOLVE, "--generations", "3", "--resume", "--out", "{}")),
     Kind("evolution/checkpoint.pt", (*EVOLVE, "--generations", "3", "--resume", "--out", "{}")),
     Kind("evolution/metrics.jsonl", (*EVOLVE, "--generations", "3", "--resume", "--out", "{}")),
-    Kind("evolution/teacher.pt", (*TRAIN, "--rule", "tdca", "--teacher", "{}/teacher.pt", "--out", "{}-run")),
+    Kind(
+        "evolution/teacher.pt", (*TRAIN, "--rule", "tdca", "--teacher", "{}/teacher.pt", "--epochs", "1", "--out", "{}-run")
+    ),
     Kind("search/plan.json", (*SWEEP, "--resume", "--out", "{}")),
     Kind("search/trials/bp/001/seed-0/result.json", (*SWEEP, "--resume", "--out", "{}")),
 )

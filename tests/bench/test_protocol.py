@@ -80,6 +80,7 @@ def test_scores_are_drawn_against_cost(folder: Path) -> None:
     assert (folder / "figures/accuracy_compute.png").exists()
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_runs_of_before_have_no_cost_and_still_a_report(folder: Path) -> None:
     for path in folder.glob("runs/*/*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -92,6 +93,7 @@ def test_runs_of_before_have_no_cost_and_still_a_report(folder: Path) -> None:
     assert main(["report", str(folder)]) == 0
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_one_seed_says_nothing_of_sureness(tmp_path: Path) -> None:
     out = tmp_path / "one"
     arguments = ["--rules", "bp", "fa", "--model", "mlp-8", "--epochs", "1", "--seeds", "1", "--probe", "0"]

@@ -26,6 +26,7 @@ from apical.cli.main import main
 from apical.data import Dataset, Split
 from apical.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 RECIPE = Recipe(
     model="mlp-tanh-8", loss="mse", epochs=2, batch_size=16, probe=16, lr=(0.05,), weight_decay=(0.0,), device="cpu"
 )

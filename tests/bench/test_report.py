@@ -211,6 +211,7 @@ def test_ratio_falls_back_to_bp_of_the_same_seed(tmp_path):
     assert row.ratio == pytest.approx((1.22, 1.23))
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_memory_has_no_column_where_no_run_recorded_it(tmp_path, page):
     assert "Peak memory" in page.text
     write_run(tmp_path / "run", "pfa", 0)
@@ -237,6 +238,7 @@ def test_description_says_what_was_found(tmp_path):
     assert "With 1 finished seed for each rule, small differences may be chance." in text
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_single_run_folder(tmp_path):
     write_run(tmp_path / "run", "pfa", 4)
     text = Page(report.write(tmp_path / "run").read_text(encoding="utf-8")).text

@@ -20,6 +20,7 @@ from apical.errors import CheckpointError
 from apical_papers.dfc.toy import study as dfc_toy
 from apical_papers.dfc.toy.runs import History, Plan
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TABLES = [(f"{paper}/{name}", table) for paper, its in tables().items() for name, table in its.items()]
 
 
@@ -192,7 +193,7 @@ def test_unknown_names(target: str, message: str, tmp_path: Path, capsys: pytest
     assert message in capsys.readouterr().err
 
 
-PLAN = Plan(1, 128, (0,), probe=64, noise_epochs=1, pretrain_epochs=1)
+PLAN = Plan(1, 32, (0,), probe=16, noise_epochs=1, pretrain_epochs=1)
 
 
 def test_an_interrupted_study_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

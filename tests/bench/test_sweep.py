@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from apical.bench.signals import StopSignals
 from apical.bench.space import Axis, Optuna, applied, edges, grid, parse, space
 from apical.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("undrawn_here")  # the figures of `folder` are drawn
 SMALL = ["--model", "mlp-8", "--train-limit", "320", "--test-limit", "100", "--epochs", "1", "--jobs", "1"]
 
 
@@ -278,15 +277,14 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
     assert not (tmp_path / "out").exists()
 
 
-def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_sweeps_do_not_share_a_folder(apical: Callable[..., Command], tmp_path: Path) -> None:
     lock = FolderLock(tmp_path / "out")
     lock.hold("sweeping")
-    code = "import sys; from apical.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["sweep", "--rules", "bp", "--space", "lr=0.1", "--out", str(tmp_path / "out"), *SMALL]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    other = apical("sweep", "--rules", "bp", "--space", "lr=0.1", "--out", tmp_path / "out", *SMALL)
+    _, errors = other.communicate(timeout=120)
     lock.release()
-    assert done.returncode == 2
-    assert "another process is sweeping in" in done.stderr
+    assert other.returncode == 2
+    assert "another process is sweeping in" in errors
     assert not (tmp_path / "out" / "plan.json").exists()
 
 

@@ -159,6 +159,7 @@ def test_a_study_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert tdca_reinforcement.main([*given, "--seeds", "1"]) == 2
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_a_case_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     short = replace(ACROBOT, setting=replace(ACROBOT.setting, lifetime=Lifetime(steps=2), steps=8, last=1))
     monkeypatch.setattr(tdca_reinforcement, "CASES", {"acrobot": short})

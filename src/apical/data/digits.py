@@ -1,5 +1,6 @@
 """Scikit-learn's 1,797 handwritten digits, read from its file: importing scikit-learn would take longer than a short run."""
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def embedded_digits() -> Arrays:
     return Arrays((images[~is_test], labels[~is_test]), (images[is_test], labels[is_test]))
 
 
+@cache  # a comparison reads them for every run
 def _images_and_labels() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (1797, 1, 8, 8) with grey values 0 to 16, and labels (1797,)."""
     package = find_spec("sklearn")
