@@ -115,7 +115,7 @@ def modulate_(state: State, slopes: Tensor, target: Tensor) -> None:
     """Write m: of hidden layers by the derivative of a loss of goodness (L, rows), then t_y - target (positives, K)."""
     for layer, slope in zip(state.layers, slopes, strict=True):
         modulator(layer.t, slope.unsqueeze(1), layer.m)
-    state.readout.m[: len(target)].copy_(state.readout.t[: len(target)]).sub_(target)
+    torch.sub(state.readout.t[: len(target)], target, out=state.readout.m[: len(target)])
 
 
 def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:
