@@ -7,7 +7,7 @@ from tables import Row, load, signs
 
 from apical.bench.names import RULES
 
-FOLDERS = {"perceptron": "audit", "transformer": "audit-gpt", "graph": "audit-graph"}
+FOLDERS = {"perceptron": "audit", "transformer": "audit-gpt", "graph": "audit-graph", "flow": "audit-flow"}
 """Block of the page -> folder under results/."""
 
 

@@ -10,6 +10,7 @@ AUDITS = {
     "audit": ("Audit of plausibility", "choose.md"),
     "audit-gpt": ("Audit on a transformer", "audit.md"),
     "audit-graph": ("Audit on a graph", "audit.md"),
+    "audit-flow": ("Audit on a flow", "audit.md"),
 }
 """Folders under results/ that have no page of their own: heading, and the page that has their numbers."""
 

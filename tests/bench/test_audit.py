@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.text import Text
 
+from apical.bench.figures.audit import numbers
 from apical.bench.names import RULES, constructor_options
 from apical.bench.papers import claimed, claims
+from apical.cli.audit import _tell
 from apical.cli.main import main
 from apical.diagnostics.plausibility import CRITERIA
 
@@ -40,6 +43,19 @@ def test_what_is_kept(folder: Path) -> None:
         assert (folder / name).stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("has_bp", [True, False])
+def test_costs_are_said_to_be_relative_where_there_is_a_reference(
+    folder: Path, has_bp: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    record["rows"] = [row for row in record["rows"] if has_bp or row["rule"] != "bp"]
+    _tell(record)
+    assert ("relative to bp" in capsys.readouterr().out) is has_bp
+    figure = numbers(record)
+    figure.canvas.draw()
+    assert any("relative to bp" in text.get_text() for text in figure.findobj(Text)) is has_bp
+
+
 def test_a_rule_that_cannot_train_the_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "bp", "dfc", "--model", "mlp-residual-8-8", "--epochs", "1"]) == 0
     said = capsys.readouterr().out
@@ -56,6 +72,8 @@ def test_a_rule_that_cannot_train_the_model_is_named(capsys: pytest.CaptureFixtu
         (["bp", "--data", "digit"], "did you mean 'digits'?"),
         (["bp", "--data", "student-teacher"], "an audit needs classes"),
         (["bp", "--epochs", "0"], "--epochs must be positive"),
+        (["bp", "--lr", "-1"], "--lr"),
+        (["bp", "--model", "flow-16x6", "--lr", "10"], "try a learning rate below 10"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,23 @@
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+import apical
 from apical.diagnostics.channel import jacobians, singular_values
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 from apical.models import build, flow
 from apical.models.orthogonal_flow import cayley, commutator, gated, isospectral, orthogonal_schedule, schedule
+from apical.testing import check_model
+from apical.testing.two_ranks import on_two_ranks
+
+RULES = {
+    "bp": apical.Backprop,
+    "fa": apical.FeedbackAlignment,
+    "dfa": apical.DirectFeedbackAlignment,
+    "ccl": apical.CounterCurrentLearning,
+    "dtp": apical.DifferenceTargetPropagation,
+}
 
 
 def symmetric(n: int) -> torch.Tensor:
@@ -90,3 +102,43 @@ def test_by_name_and_bad_input() -> None:
         flow(0, 3)
     with pytest.raises(ConfigError, match="flow must be"):
         flow(4, 3, "fast")
+
+
+def rule_of(name: str, residual: bool = False) -> tuple[apical.CreditRule, torch.Tensor, torch.Tensor]:
+    """With a flow of 5 layers between a first and a last one, and 8 samples of 7 inputs and 3 classes."""
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 6), flow(6, 5, residual=residual), torch.nn.Linear(6, 3)).double()
+    return RULES[name](model), torch.randn(8, 7).double(), torch.arange(8) % 3
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_train_a_flow_or_say_why_not(name: str, residual: bool) -> None:
+    if residual and name in ("ccl", "dtp"):
+        with pytest.raises(UnsupportedModelError, match=r"'1\.step2\.linear'.* not a chain"):
+            rule_of(name, residual)
+        return
+    checked = check_model(*rule_of(name, residual), skip={"compiled"}).passed
+    assert {"gradients", "placement", "determinism", "batch sizes", "autocast"} <= checked.keys()
+    assert ("feedback differs" in checked, "signals differ" in checked) == (name == "fa", name == "dfa")
+
+
+def flow_gradients(rank: int, name: str) -> dict[str, torch.Tensor]:
+    """Of a rank's half of the batch, averaged over ranks."""
+    rule, x, y = rule_of(name)
+    parallel = DistributedDataParallel(rule)
+    parallel(x[rank::2], y[rank::2]).backward()
+    return {key: p.grad for key, p in rule.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.xdist_group("two ranks")
+@pytest.mark.parametrize("name", ["bp", "fa", "dfa", "ccl"])  # target propagation draws noise on each rank
+def test_two_ranks_train_a_flow_as_one_process(name: str) -> None:
+    first, second = on_two_ranks(flow_gradients, name)
+    rule, x, y = rule_of(name)
+    rule(x, y).backward()
+    whole = {key: p.grad for key, p in rule.named_parameters() if p.grad is not None}
+    assert first.keys() == second.keys() == whole.keys()
+    for key, gradient in whole.items():
+        assert torch.equal(first[key], second[key]), key
+        assert torch.allclose(first[key], gradient, rtol=1e-12, atol=1e-15), key

@@ -16,6 +16,7 @@ from apical.rules.contrastive_plasticity import neurons
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
 from apical.rules.contrastive_plasticity.memristor import Pairs, levelled
 from apical.rules.contrastive_plasticity.neurons import Constants, Neurons
+from apical.testing import check_model
 
 QUICK = Constants(dt=50.0, trace=200.0)
 """Neurons that fire within a few steps, whatever the weights."""
@@ -81,7 +82,7 @@ def test_neurons_step_as_the_equations_say() -> None:
     j = torch.randn(3, 4, dtype=torch.double)
     made = Neurons(v.clone(), torch.empty_like(v), h.clone(), t.clone(), torch.empty_like(v))
     neurons.charge_(made.v, [(j, torch.eye(4).double(), 0.25), (j, torch.eye(4).double(), 0.75)], None, c)
-    neurons.fire_(made, torch.ones(4, 1).double(), c)
+    neurons.fire_(made, torch.ones(1, 4).double(), c)
     for row in range(3):
         fired = [float(v[row, i] + c.dt / c.membrane * (j[row, i] - v[row, i])) > float(h[row, i]) for i in range(4)]
         for i in range(4):
@@ -473,3 +474,10 @@ def test_figures_and_measures() -> None:
     assert raster.values["linear1"].shape == (20, 6)
     assert rates.values["linear3"].shape == (3,)
     assert list(classes.categories) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("options", [{}, {"learn": "step"}, {"readout": "answer"}, {"decay": 1e-3}, {"levels": 64}])
+def test_models_pass_the_checks(options: dict[str, object]) -> None:
+    rule = ContrastiveSignalPlasticity(network(), steps=12, theta=1.5, constants=QUICK, **options)  # type: ignore[arg-type]
+    checked = check_model(rule, *batch(), skip={"compiled"}).passed
+    assert {"gradients", "placement", "determinism", "not backprop", "batch sizes", "autocast"} <= checked.keys()

@@ -61,13 +61,14 @@ class Audited:
         return asdict(self)
 
 
-def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Audited:
+def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: float) -> Audited:
     """Train a rule, and examine it in float64.
 
     Args:
         dataset: what it is trained on.
         epochs: passes over the training images before it is examined.
         seed: of weights, feedback and data order.
+        lr: learning rate of that training.
 
     Raises:
         ApicalError: the rule cannot train the model, or the data have no classes.
@@ -76,7 +77,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int) -> Au
     if dataset.is_regression:
         raise ConfigError(f"an audit needs classes, and the targets of {dataset.name} are numbers")
     loss: LossName = "token_cross_entropy" if dataset.is_sequences else "cross_entropy"
-    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, probe=0, loss=loss)
+    plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, lr=(lr,), probe=0, loss=loss)
     recipe, _ = resolve(plain, len(dataset.train))
     physical = _options(entry.physical)
     slow = replace(recipe, rule_options=merged(recipe.rule_options, physical))

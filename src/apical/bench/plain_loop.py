@@ -54,7 +54,8 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[
     optimizer.zero_grad()
     if not all(bool(parameter.isfinite().all()) for parameter in rule.parameters()):
         raise ConfigError(
-            f"rule {recipe.rule!r} diverged on {recipe.data} within {recipe.epochs} epochs; try a smaller learning rate"
+            f"rule {recipe.rule!r} diverged on {recipe.data} within {recipe.epochs} epochs; try a learning rate "
+            f"below {recipe.lr[0]:g}"
         )
 
 

@@ -65,6 +65,7 @@ def _run(rules: Sequence[str], flags: "Audit", dataset: Dataset, command: str, s
         "data_sha256": recipe.data_sha256,
         "model_sha256": recipe.model_sha256,
         "epochs": flags.epochs,
+        "lr": flags.lr,
         "seed": flags.seed,
         "seconds": round(time.perf_counter() - started, 1),
         "criteria": [{"key": c.key, "title": c.title, "question": c.question} for c in CRITERIA],
@@ -101,7 +102,7 @@ def _audited(rules: Sequence[str], flags: "Audit", dataset: Dataset) -> tuple[li
         for rule in rules:
             update(advance=1, description=f"auditing {rule}")
             try:
-                rows.append(audit(rule, flags.model, dataset, flags.epochs, flags.seed).record())
+                rows.append(audit(rule, flags.model, dataset, flags.epochs, flags.seed, flags.lr).record())
             except ApicalError as error:
                 refused[rule] = " ".join(str(error).split())
     return rows, refused
@@ -130,7 +131,8 @@ def _tell(record: dict[str, Any]) -> None:
 
     say("")
     say(f"{SIGNS['yes']} yes  {SIGNS['partly']} partly  {SIGNS['no']} no  {SIGNS['not applicable']} not applicable")
-    say("Noise, sparse, one bit: degrees by which hidden updates turn. Multiply-adds and bytes held: relative to bp.")
+    unit = "" if reference is None else " Multiply-adds and bytes held: relative to bp."
+    say(f"Noise, sparse, one bit: degrees by which hidden updates turn.{unit}")
     disagreements = [
         f"{row['rule']}, {title.lower()}: claimed {row['claims'][key]['claimed']}, {row['verdicts'][key]['text']}"
         for row in record["rows"]

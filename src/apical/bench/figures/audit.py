@@ -17,7 +17,8 @@ SIGNS = {"yes": "●", "partly": "◐", "no": "○", "not applicable": "-"}
 
 _COLOURS = {"yes": "#0072B2", "partly": "#A6CBE3", "no": "#FFFFFF", "not applicable": "#EEEEEE"}
 _CELL, _NUMBER, _NAMES, _FONT = 0.2, 0.39, 1.05, 7.5  # inches, and points: a phone shows an inch as 100 pixels
-_UNITS = {"noise": "°", "sparse": "°", "quantised": "°", "multiply_adds": "relative to bp", "held": "relative to bp"}
+_TO_BP = "relative to bp"
+_UNITS = {"noise": "°", "sparse": "°", "quantised": "°", "multiply_adds": _TO_BP, "held": _TO_BP}
 
 
 def draw(record: Mapping[str, Any]) -> tuple[Drawing, Drawing]:
@@ -57,7 +58,8 @@ def numbers(record: Mapping[str, Any]) -> Figure:
     """What was measured, one number for each rule and criterion."""
     rows, criteria = record["rows"], _split(record)[1]
     reference = next((row for row in rows if row["rule"] == "bp"), None)
-    titles = [f"{c['title']} ({_UNITS[c['key']]})" if c["key"] in _UNITS else c["title"] for c in criteria]
+    units = {key: unit for key, unit in _UNITS.items() if reference is not None or unit != _TO_BP}
+    titles = [f"{c['title']} ({units[c['key']]})" if c["key"] in units else c["title"] for c in criteria]
     figure, axes = _grid(rows, titles, _NUMBER)
     for y, row in enumerate(rows):
         for x, criterion in enumerate(criteria):

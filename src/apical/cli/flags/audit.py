@@ -21,6 +21,8 @@ class Audit:
     """Data set that the rules are trained on before they are examined, up to 2,000 images or 500 sequences of it."""
     epochs: Annotated[int, shown("N", "(default: 5)")] = 5
     """Epochs of training before that."""
+    lr: Annotated[float, shown("RATE", "(default: 0.02)")] = 0.02
+    """Learning rate of that, for every rule. Lower it where a rule diverges."""
     seed: Annotated[int, shown("N", "(default: 0)")] = 0
     """Seed of weights, feedback and data order."""
     out: Annotated[Path | None, shown("DIR", "(default: print only)")] = None

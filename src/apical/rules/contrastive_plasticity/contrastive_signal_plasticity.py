@@ -444,13 +444,14 @@ class ContrastiveSignalPlasticity(CreditRule):
 
     def _steps(self, stimulus: Stimulus, turns: tuple[State, State], steps: int) -> Iterator[tuple[State, State]]:
         """States before and after each step: twins in turn, which share all memory but the neurons' spikes."""
-        synapses, (before, after), x = self._matrices(), turns, stimulus.x
+        synapses, (before, after), x, context = self._matrices(), turns, stimulus.x, stimulus.context
         for shift in x.new_empty(steps, len(x), 1, x.shape[-1]).uniform_():
             advance_(before, after, synapses, self.constants)
             yield before, after
             draw_with_shift_(after.inputs, x, stimulus.phase, shift)  # what the next step reads
-            if after.context is not None and stimulus.context is not None:
-                after.context.copy_(stimulus.context)
+            if after.context is not None and context is not None:
+                after.context.copy_(context)
+                context = None  # it stays, as twins share it
             before, after = after, before
 
     def _answering(self, x: Tensor) -> Iterator[tuple[State, State]]:

@@ -65,7 +65,7 @@ def rest(x: Tensor, thresholds: Sequence[Tensor], context: bool) -> State:
     inputs = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(0, -2)
     classes = x.new_zeros(len(inputs), len(thresholds[-1])) if context else None
     neurons = resting(len(inputs), torch.cat(list(thresholds)))
-    member = torch.block_diag(*(h.new_ones(len(h), 1) for h in thresholds))
+    member = torch.block_diag(*(h.new_ones(1, len(h)) for h in thresholds))
     return _parted(inputs, classes, neurons, member, [len(h) for h in thresholds])
 
 
@@ -108,13 +108,14 @@ def advance_(before: State, after: State, synapses: Synapses, constants: Constan
 def goodness_of(state: State) -> Tensor:
     """G of hidden layers (L, rows)."""
     t, m = state.neurons.t, state.neurons.m
-    return (state.member.T @ torch.mul(t, t, out=m).T)[:-1]  # m is made anew at every step, and only then
+    return (state.member @ torch.mul(t, t, out=m).T)[:-1]  # m is made anew at every step, and only then
 
 
 def modulate_(state: State, slopes: Tensor, target: Tensor) -> None:
     """Write m: of hidden layers by the derivative of a loss of goodness (L, rows), then t_y - target (positives, K)."""
-    modulator(state.neurons.t, slopes.T @ state.member.T[:-1], state.neurons.m)
-    state.readout.m[: len(target)].copy_(state.readout.t[: len(target)]).sub_(target)
+    for layer, slope in zip(state.layers, slopes, strict=True):
+        modulator(layer.t, slope.unsqueeze(1), layer.m)
+    torch.sub(state.readout.t[: len(target)], target, out=state.readout.m[: len(target)])
 
 
 def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:

@@ -50,7 +50,7 @@ class Neurons(NamedTuple):
 
 def draw_(spikes: Tensor, p: Tensor, u: Tensor) -> Tensor:
     """Write 1 with probability p and else 0, by uniform numbers u in [0, 1); u may be for all rows."""
-    return spikes.copy_(p).gt_(u)  # no booleans, which would have to become numbers
+    return torch.gt(p, u, out=spikes)  # numbers in one pass, no booleans
 
 
 def draw_with_shift_(spikes: Tensor, p: Tensor, phase: Tensor, shift: Tensor) -> Tensor:
@@ -88,12 +88,12 @@ def charge_(v: Tensor, currents: Iterable[tuple[Tensor, Tensor, float]], bias: T
 
 
 def fire_(neurons: Neurons, member: Tensor, constants: Constants) -> None:
-    """Spikes, resets, thresholds and traces of a step; member (n, layers) is 1 where a neuron belongs to a layer."""
+    """Spikes, resets, thresholds and traces of a step; member (layers, n) is 1 where a neuron belongs to a layer."""
     v, s, h, t, _ = neurons
     draw_(s, v, h)
     v.addcmul_(v, s, value=-1)
-    excess = torch.addmm(-member.new_ones(()), s, member)  # sum_i s_i - 1, (rows, layers)
-    h.addmm_(excess, member.T, alpha=constants.adaptation).clamp_min_(constants.floor)
+    excess = (member @ s.T).sub_(1)  # sum_i s_i - 1, (layers, rows)
+    h.addmm_(excess.T, member, alpha=constants.adaptation).clamp_min_(constants.floor)
     t.mul_(1 - constants.dt / constants.trace).clamp_min_(s)  # traces never exceed 1
 
 
@@ -126,5 +126,5 @@ def pairs_slope(g: Tensor, alpha: float) -> Tensor:
 
 
 def modulator(t: Tensor, slope: Tensor, out: Tensor | None = None) -> Tensor:
-    """m (rows, n): the derivative of a loss of goodness by traces, given that by goodness (rows, 1), or by neuron."""
+    """m (rows, n): the derivative of a loss of goodness by traces, given that by goodness (rows, 1)."""
     return torch.mul(t, 2 * slope, out=out)
