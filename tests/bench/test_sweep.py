@@ -16,8 +16,7 @@ import torch
 from tests.command import Command
 
 from apical.bench import sweep
-from apical.bench.compare import load_data
-from apical.bench.materials import OF_DATA
+from apical.bench.materials import OF_DATA, load_data
 from apical.bench.names import make_rule, resolve
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock, RunFolder

@@ -16,7 +16,7 @@ from apical.bench.cluster import cluster
 from apical.bench.distributed import World, pick_device
 from apical.bench.folders import check_writable, refuse_links, refuse_used
 from apical.bench.loop import MakeRule, Training
-from apical.bench.materials import load_data as load_data
+from apical.bench.materials import load_data
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock, RunFolder

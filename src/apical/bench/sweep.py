@@ -19,11 +19,10 @@ import torch
 
 from apical.bench import workers
 from apical.bench.cluster import cluster
-from apical.bench.compare import load_data
 from apical.bench.distributed import World, pick_device
 from apical.bench.folders import refuse_links, remove_tree
 from apical.bench.loop import MakeRule, Training
-from apical.bench.materials import OF_DATA
+from apical.bench.materials import OF_DATA, load_data
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import RunFolder

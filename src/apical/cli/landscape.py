@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apical.bench.compare import load_data
 from apical.bench.distributed import pick_device
 from apical.bench.figures.landscape import draw
 from apical.bench.folders import check_least
 from apical.bench.landscape import check_weights, evaluations, find, measure, plane_of, watched
-from apical.bench.materials import build_model
+from apical.bench.materials import build_model, load_data
 from apical.bench.measure import probe_batch
 from apical.bench.names import LOSSES
 from apical.bench.provenance import environment
