@@ -55,7 +55,7 @@ def test_the_modulator_is_the_numerical_gradient_of_the_loss() -> None:
         (lambda t: neurons.pairs_loss(neurons.goodness(t), 0.7), neurons.pairs_slope(g, 0.7)),
     ]
     for loss, slope in losses:
-        m, step = neurons.modulator(t, slope.unsqueeze(1)), 1e-5
+        m, step = neurons.modulate_traces_(t.clone(), slope.unsqueeze(1)), 1e-5
         for place in ((0, 1), (2, 4), (3, 0), (5, 3)):
             moved = torch.zeros_like(t)
             moved[place] = step
@@ -69,7 +69,7 @@ def test_equal_traces_of_positive_and_negative_samples_cancel_at_the_threshold()
     y = torch.tensor([1.0, 0.0]).double()
     for theta in (0.4, float(neurons.goodness(t)[0])):
         g = neurons.goodness(t)
-        m = neurons.modulator(t, neurons.threshold_slope(g, y, theta).unsqueeze(1))
+        m = neurons.modulate_traces_(t.clone(), neurons.threshold_slope(g, y, theta).unsqueeze(1))
         p = torch.sigmoid(g - theta)[0]
         assert torch.allclose(m.sum(0), 2 * t[0] * (2 * p - 1) / 2, atol=1e-14)
     assert float(m.sum(0).abs().max()) < 1e-14

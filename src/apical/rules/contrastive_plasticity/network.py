@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apical.rules.contrastive_plasticity.neurons import Constants, Neurons, charge_, fire_, modulator, resting
+from apical.rules.contrastive_plasticity.neurons import Constants, Neurons, charge_, fire_, modulate_traces_, resting
 
 
 class Synapses(NamedTuple):
@@ -113,9 +113,10 @@ def goodness_of(state: State) -> Tensor:
 
 def modulate_(state: State, slopes: Tensor, target: Tensor) -> None:
     """Write m: of hidden layers by the derivative of a loss of goodness (L, rows), then t_y - target (positives, K)."""
+    state.neurons.m.copy_(state.neurons.t)
     for layer, slope in zip(state.layers, slopes, strict=True):
-        modulator(layer.t, slope.unsqueeze(1), layer.m)
-    torch.sub(state.readout.t[: len(target)], target, out=state.readout.m[: len(target)])
+        modulate_traces_(layer.m, slope.unsqueeze(1))
+    state.readout.m[: len(target)].sub_(target)
 
 
 def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:

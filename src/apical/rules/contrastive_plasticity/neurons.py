@@ -125,6 +125,6 @@ def pairs_slope(g: Tensor, alpha: float) -> Tensor:
     return torch.cat([-push, push], -1)
 
 
-def modulator(t: Tensor, slope: Tensor, out: Tensor | None = None) -> Tensor:
-    """m (rows, n): the derivative of a loss of goodness by traces, given that by goodness (rows, 1)."""
-    return torch.mul(t, 2 * slope, out=out)
+def modulate_traces_(t: Tensor, slope: Tensor) -> Tensor:
+    """Turn traces (rows, n) into m: the derivative of a loss of goodness by them, given that by goodness (rows, 1)."""
+    return t.mul_(2 * slope)
