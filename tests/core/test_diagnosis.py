@@ -128,3 +128,19 @@ def test_a_loss_of_the_users_is_not_compiled_unseen(name: str) -> None:
     rule = make(name, lambda output, targets: F.cross_entropy(output, targets, label_smoothing=0.1))
     with pytest.raises(Exception, match=r"before torch\.compile, so that it sees"):
         torch.compile(rule, backend="eager", fullgraph=True)(*batch())
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_a_batch_of_inference_mode_has_the_same_loss(name: str) -> None:
+    """Validation loops make their batches there."""
+    try:
+        rule = make(name, F.cross_entropy)
+    except ApicalError:
+        return
+    rule.eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        loss = rule(*batch()).loss
+    torch.manual_seed(2)
+    with torch.inference_mode():
+        assert torch.allclose(rule(*batch()).loss, loss, rtol=0, atol=1e-12)
