@@ -94,3 +94,53 @@ def test_the_output_is_named_when_the_loss_does_not_take_it() -> None:
     for rule in (apical.FeedbackAlignment, apical.DirectFeedbackAlignment):
         with pytest.raises(ApicalError, match=r"output is a dict.*wrap"):
             rule(Named(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)))(torch.rand(8, 6), torch.arange(8) % 4)
+
+
+ODD_SHAPES = {
+    "a number": (torch.tensor(1.0), torch.tensor(1)),
+    "a sample": (torch.rand(6), torch.tensor(1)),
+    "numbers": (torch.rand(8), torch.arange(8) % 4),
+    "no features": (torch.rand(8, 0), torch.arange(8) % 4),
+    "one target": (torch.rand(8, 6), torch.tensor(1)),
+    "too few targets": (torch.rand(8, 6), torch.arange(3)),
+    "a label too many": (torch.rand(8, 6), torch.arange(8)),
+    "int32": (torch.rand(8, 6), torch.arange(8).int() % 4),
+    "none": (torch.rand(8, 6), None),
+}
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("name", ["bp", "fa", "dfa", "tdca", "ccl", "dtp", "dfc", "ep", "pc", "local-pred", "ff", "sibp"])
+def test_odd_shapes_work_or_are_refused_in_a_line(name: str, shape: str) -> None:
+    """What the model itself cannot multiply is left to PyTorch's words."""
+    inputs, targets = ODD_SHAPES[shape]
+    with suppress(ApicalError):
+        model = nn.Sequential(nn.Linear(0 if shape == "no features" else 6, 5), nn.Tanh(), nn.Linear(5, 4))
+        rule = RULES[name](model.double())
+        try:
+            rule(inputs.double(), targets).backward()
+        except RuntimeError as error:
+            assert "mat1" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", ["ccl", "dfc", "ff"])
+def test_a_loss_of_the_users_is_not_compiled_unseen(name: str) -> None:
+    rule = make(name, lambda output, targets: F.cross_entropy(output, targets, label_smoothing=0.1))
+    with pytest.raises(Exception, match=r"before torch\.compile, so that it sees"):
+        torch.compile(rule, backend="eager", fullgraph=True)(*batch())
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_a_batch_of_inference_mode_has_the_same_loss(name: str) -> None:
+    """Validation loops make their batches there."""
+    try:
+        rule = make(name, F.cross_entropy)
+    except ApicalError:
+        return
+    rule.eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        loss = rule(*batch()).loss
+    torch.manual_seed(2)
+    with torch.inference_mode():
+        assert torch.allclose(rule(*batch()).loss, loss, rtol=0, atol=1e-12)

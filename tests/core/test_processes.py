@@ -4,10 +4,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from apical import Backprop, LocalClassifiers, LocalSolve
+from apical import Backprop, LocalClassifiers, LocalSolve, SemiImplicit
 from apical.core.processes import alone, gathered, summed
 from apical.diagnostics.alignment import gradient_alignment
+from apical.errors import ConfigError
 from apical.rules.local_classifiers import class_similarity, similarity
 from apical.testing.networks import dense_batch, dense_network
 from apical.testing.two_ranks import on_two_ranks
@@ -60,3 +62,25 @@ def test_samples_are_compared_with_those_of_all_ranks() -> None:
 
 def test_what_one_rank_measures_waits_for_no_other() -> None:
     assert on_two_ranks(measured_by_one) == [2.0, 2.0]
+
+
+def unequal(rank: int) -> tuple[str, str]:
+    """One batch on the first rank, two on the other."""
+    said = []
+    for throws in (False, True):
+        torch.manual_seed(0)
+        rule = DistributedDataParallel(SemiImplicit(dense_network()))
+        try:
+            with rule.join(throw_on_early_termination=throws):
+                for seed in range(1 + rank):
+                    rule(*dense_batch(seed)).backward()
+            said.append("")
+        except (RuntimeError, ConfigError) as error:
+            said.append(str(error))
+    return said[0], said[1]
+
+
+def test_a_rule_that_sums_over_processes_refuses_batches_that_one_of_them_lacks() -> None:
+    for within, thrown in on_two_ranks(unequal):
+        assert "SemiImplicit sums over processes" in within
+        assert "rank that exhausted inputs" in thrown

@@ -113,3 +113,57 @@ def test_channels_last_weights_are_swapped_too() -> None:
         found.append(gradients(apical.SignSymmetry(model)))
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], rtol=0, atol=1e-12), name
+
+
+@pytest.mark.parametrize("subset", ["swap", "edge", "attention", "recurrent"])
+@pytest.mark.parametrize("name", ["brsf", "wm"])
+def test_of_two_credits_each_is_led_back_through_its_own_feedback(name: str, subset: str) -> None:
+    """As two passes with the backward pass after each: the second draws, or learns, other feedback."""
+
+    class Halved(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, 0.5 * self.weight, self.bias)
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.GRU(6, 4, batch_first=True) if subset == "recurrent" else nn.MultiheadAttention(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.core(x.unsqueeze(1))[0] if subset == "recurrent" else self.core(*[x.unsqueeze(1)] * 3)[0]
+            return result.squeeze(1)
+
+    def made() -> apical.CreditRule:
+        torch.manual_seed(0)
+        kind = Halved if subset == "edge" else nn.Linear
+        middle = First() if subset in ("attention", "recurrent") else kind(6, 4)
+        last = kind(4 if subset != "attention" else 6, 3)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), middle, nn.Tanh(), last).double()
+        generator = torch.Generator().manual_seed(1)
+        if name == "brsf":
+            return apical.SignSymmetry(model, variant="batchwise", generator=generator)
+        return apical.WeightMirror(model, rate=0.5, batch=3, warmup=1, generator=generator)
+
+    batches = [(torch.randn(4, 5, dtype=torch.double), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
+    rule, found = made(), []
+    for pair in batches:
+        rule.zero_grad()
+        rule(*pair).backward()
+        found.append({key: p.grad.clone() for key, p in rule.model.named_parameters()})
+    rule = made()
+    for credit, own in zip([rule(*pair) for pair in batches], found, strict=True):
+        rule.zero_grad()
+        credit.backward()
+        for key, p in rule.model.named_parameters():
+            assert torch.allclose(p.grad, own[key], rtol=0, atol=1e-12), key
+
+
+def test_signs_that_are_drawn_for_a_batch_are_the_same_at_every_use_and_in_a_second_backward_pass() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(5, 5, bias=False)
+    model = nn.Sequential(nn.Linear(5, 5), shared, shared).double()
+    credit = apical.SignSymmetry(model, lambda output, _: output[0, 0], variant="batchwise")(torch.eye(5).double(), None)
+    credit.backward(retain_graph=True)
+    once = model[0].bias.grad.clone()
+    credit.backward()
+    assert torch.equal(model[0].bias.grad, 2 * once)

@@ -1,5 +1,6 @@
 """Data of one's own: what is understood of files, folders, functions and Datasets, and what is refused in one line."""
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,19 @@ def test_npz_refused(folder: Path, values: dict[str, Any], said: str) -> None:
 def test_damaged_and_unknown_files(folder: Path) -> None:
     (folder / "broken.npz").write_bytes(b"PK\x03\x04rubbish")
     (folder / "own.pkl").write_bytes(b"")
-    for name, said in (("broken.npz", "damaged or no .npz"), ("own.pkl", "is not read"), ("none.csv", "no such file")):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (40, }".ljust(117) + b"\n"
+    with zipfile.ZipFile(folder / "header.npz", "w") as archive:
+        for name in ("x.npy", "y.npy"):
+            archive.writestr(name, b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(160))
+    npz(folder, x=np.float32(1), y=np.arange(40) % 4)
+    with pytest.raises(DataError, match="single number"):
+        data.load("own.npz")
+    for name, said in (
+        ("header.npz", "damaged or no .npz"),
+        ("broken.npz", "damaged or no .npz"),
+        ("own.pkl", "is not read"),
+        ("none.csv", "no such file"),
+    ):
         with pytest.raises(DataError, match=said):
             data.load(name)
 

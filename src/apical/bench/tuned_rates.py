@@ -138,8 +138,8 @@ FASHION = {
     "ep": 0.01,
     "pc-incremental": 0.02,
 }
-"""The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist, and rates-costly-...
-for the rules that take longest), where it lies inside what was tried."""
+"""The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist, and for rules that
+take longest rates-costly-mnist and rates-costly-fashion-mnist), where it lies inside what was tried."""
 
 SMALL = Recipe(model="mlp-256-256", epochs=5, batch_size=64, train_limit=10_000)
 TABLES = (

@@ -47,7 +47,7 @@ class Bundle:
         name: the module's.
         wrapped: its wrapper.
         parts: its weights, by their names in the rule.
-        feedback: makes the feedback of a part; None for a part that has none.
+        feedback: what makes the feedback of a part in the backward pass of this call.
         first: the part that was taken for the first layer, if it is one of these.
         project: `project(part, block, input, weight, bias)`, one projection of attention with feedback of its own, for
             compiled graphs, in which there is no swap.
@@ -58,7 +58,7 @@ class Bundle:
         name: str,
         wrapped: Wrapped,
         parts: Mapping[str, Part],
-        feedback: Callable[[str], Tensor],
+        feedback: Callable[[str], Callable[[], Tensor]],
         first: str | None,
         project: Callable[[str, int, Tensor, Tensor, Tensor | None], Tensor],
     ) -> None:
@@ -159,12 +159,12 @@ class Bundle:
         known = is_packed(self.module)
         if known and kind in _checked:
             return
-        same, used, met = self._tried(args, kwargs, lambda name: own[name])
+        same, used, met = self._tried(args, kwargs, lambda name: lambda: own[name])
         missing = [name for name, part in self.parts.items() if name in used - met and not part.recurrent]
         wrong = False
         if known:
             exact, _, _ = self._tried(args, kwargs, None)
-            without, _, _ = self._tried(args, kwargs, lambda name: torch.zeros_like(own[name]))
+            without, _, _ = self._tried(args, kwargs, lambda name: lambda: torch.zeros_like(own[name]))
             number = len({id(value) for value in _inputs(self.module, args, kwargs)})
             wrong = any(error is not None and bool(error.any()) for error in without[:number])
             wrong = wrong or not all(_same(a, b) for a, b in zip(exact, same, strict=True))
@@ -178,7 +178,7 @@ class Bundle:
             _checked.add(kind)
 
     def _tried(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], feedback: Callable[[str], Tensor] | None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], feedback: Callable[[str], Callable[[], Tensor]] | None
     ) -> tuple[list[Tensor | None], set[str], set[str]]:
         """Gradients in a call of its own, of inputs and parameters; the parts that took part, and those that were met."""
         copies: dict[int, Tensor] = {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
@@ -328,6 +329,8 @@ class CreditRule(nn.Module):
 
     def _credited(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            if self._is_fresh and torch.is_grad_enabled() and (self.output_alone or self._loss_options):
+                _require_known(self.loss)
             return super().__call__(*args, **kwargs)
         first = self._is_fresh and torch.is_grad_enabled()
         if self._unmoved >= 0:
@@ -343,9 +346,9 @@ class CreditRule(nn.Module):
             loss = getattr(credit, "_loss", None)
             if loss is not None and not (isinstance(loss, Tensor) and not loss.dim()):
                 raise TypeError("the loss is no scalar tensor")
-        except ApicalError:
+        except (ApicalError, torch.OutOfMemoryError):
             raise
-        except (TypeError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
+        except (TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ValueError) as error:
             from apical.core.diagnosis import explained
 
             reason = explained(self, *args) if len(args) == 2 else None
@@ -478,6 +481,12 @@ class CreditRule(nn.Module):
         self._hooks.clear()
         self._attached = False
         return self.model
+
+
+def _require_known(loss: Loss) -> None:
+    function = getattr(loss, "func", loss)
+    if not (function in (F.cross_entropy, F.mse_loss) or isinstance(function, nn.CrossEntropyLoss | nn.MSELoss)):
+        raise ConfigError("call the rule once on a batch before torch.compile, so that it sees what this loss does")
 
 
 def _refuse_parallel(model: nn.Module) -> None:

@@ -18,6 +18,9 @@ STILL = 3
 
 def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
     """Why a rule's loss cannot be used on a batch, or None where model and loss by themselves do as they should."""
+    if isinstance(inputs, Tensor) and (not inputs.dim() or 0 in inputs.shape[1:]):
+        what = "hold no numbers" if inputs.dim() else "are a single number"
+        return ConfigError(f"inputs of shape {tuple(inputs.shape)} {what}: give a batch of samples (batch, ...)")
     model: Any = rule.model
     loss: Any = rule.loss
     with undisturbed(rule), torch.no_grad():
@@ -28,8 +31,16 @@ def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
         try:
             value = loss(output, targets)
         except Exception as error:
+            if isinstance(error, ApicalError):
+                return error
             if isinstance(output, Tensor):
-                return None
+                given = (
+                    f"shape {tuple(targets.shape)}, {targets.dtype}" if isinstance(targets, Tensor) else f"{targets!r:.40}"
+                )
+                return ConfigError(
+                    f"the loss does not take outputs of shape {tuple(output.shape)} with these targets ({given}): "
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
             return UnsupportedModelError(
                 f"the model's output is a {type(output).__name__}, which the loss does not take ({type(error).__name__}); "
                 "pass a loss that reads it, or wrap the model in a module that returns the tensor for the loss"
@@ -51,6 +62,16 @@ def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
         return ConfigError(
             f"{type(rule).__name__} computes with the targets itself and needs them in one tensor, not a "
             f"{type(targets).__name__}"
+        )
+    if not output.dim() or not targets.dim() or len(output) != len(targets):
+        return ConfigError(
+            f"{type(rule).__name__} needs a batch of samples: outputs of shape {tuple(output.shape)} came with targets of "
+            f"shape {tuple(targets.shape)}; give (1, ...) for a single sample"
+        )
+    if isinstance(inputs, Tensor) and inputs.dim() < 2:
+        return UnsupportedModelError(
+            f"{type(rule).__name__} works on samples with features, not on inputs of shape {tuple(inputs.shape)}: give "
+            "(batch, features)"
         )
     return None
 

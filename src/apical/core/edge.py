@@ -26,8 +26,8 @@ from apical.core.effective import measured_weight, of_rows, require_affine, weig
 from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly, is_affine, is_local, through
 from apical.core.outside_use import OutsideUse
-from apical.core.packed import Part, caller, refuse_compiled, row_blocks, xavier_
-from apical.core.sites import Site, graph_leaves, of_input, only_tensor, trains_before
+from apical.core.packed import Part, block_of, caller, refuse_compiled, row_blocks, xavier_
+from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options_of, trains_before
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
 from apical.core.units import key, weighted_layers
@@ -44,11 +44,6 @@ tensor or None. `template` has the shape of the input; it is None when nobody ne
 def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
     """The plainest feedback weight: a stored one."""
     return feedback
-
-
-def block_of(compute: Callable[..., Tensor], block: int, blocks: int, shape: Geometry | None, *tensors: Tensor) -> Tensor:
-    """A block of rows of a feedback weight."""
-    return compute(shape, *tensors).chunk(blocks)[block]
 
 
 class FeedbackEdge(torch.autograd.Function):
@@ -117,6 +112,7 @@ class EdgeRule(CreditRule):
     """
 
     chains_errors = True
+    renews: bool = False  # every call has feedback of its own
 
     def __init__(
         self,
@@ -142,6 +138,7 @@ class EdgeRule(CreditRule):
         self._unseen = set(self._weighted)
         self._batches = self._passes = 0
         self._may_swap = self._watched = False
+        self._present: dict[str, Feedback] = {}
         self._attach()
 
     def _recurrent(self) -> set[str]:
@@ -167,7 +164,7 @@ class EdgeRule(CreditRule):
         self._sites = {
             name: (
                 wrapped,
-                Site(name, wrapped, Swap(layer, partial(self.feedback_weight, name)) if name in self.layers else None),
+                Site(name, wrapped, Swap(layer, partial(self._kept, name)) if name in self.layers else None),
             )
             for (name, layer), wrapped in zip(plain.items(), hold.wrapped, strict=False)
         }
@@ -183,15 +180,30 @@ class EdgeRule(CreditRule):
             self._bundles[bundle.name] = (wrapped, bundle)
         self._loops = tuple(names[owner] for owner in owners if isinstance(owner, nn.RNNBase))
 
-    def _feedback_of_part(self, name: str) -> Tensor:
-        """Feedback of one weight of a packed module: none for the first layer, or through time."""
-        return self.feedback_weight(name) if name in self.layers else torch.zeros_like(self._weighted[name].weight)
+    def _feedback_of_part(self, name: str) -> Callable[[], Tensor]:
+        """What makes the feedback of one weight of a packed module: none for the first layer, or through time."""
+        return self._kept(name) if name in self.layers else partial(torch.zeros_like, self._weighted[name].weight)
+
+    def _feedback_now(self, name: str) -> Feedback:
+        """The feedback of one layer in this call of the rule, which later calls leave as it is."""
+        if not self.renews:
+            return self.feedback_of(name)
+        if name not in self._present:
+            self._present[name] = self.feedback_of(name)
+        return self._present[name]
+
+    def _kept(self, name: str) -> Callable[[], Tensor]:
+        """What makes the feedback weight of one layer in the backward pass of this call."""
+        if not self.renews:
+            return partial(self.feedback_weight, name)
+        compute, tensors = self._feedback_now(name)
+        return partial(compute, self.geometries[name], *tensors)
 
     def _projected(self, name: str, block: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A dense layer whose weight is a block of rows of a part's, with an edge."""
         if not (inputs.requires_grad and name in self.layers):
             return F.linear(inputs, weight, bias)
-        compute, tensors = self.feedback_of(name)
+        compute, tensors = self._feedback_now(name)
         output = F.linear(inputs.detach(), weight, bias)
         rows = partial(block_of, compute, block, row_blocks(self.layers[name]))
         return cast(Tensor, cast(Any, FeedbackEdge).apply(output, inputs, rows, None, None, *tensors))
@@ -300,9 +312,7 @@ class EdgeRule(CreditRule):
     def feedback_weight(self, name: str) -> Tensor:
         """Effective feedback weight of one layer, in the shape of the layer's weight."""
         compute, tensors = self.feedback_of(name)
-        if not torch.is_grad_enabled():  # as in a backward pass
-            return compute(self.geometries[name], *tensors)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # off in a backward pass, where time counts
             return compute(self.geometries[name], *tensors)
 
     def feedback_weights(self) -> dict[str, Tensor]:
@@ -357,14 +367,14 @@ class EdgeRule(CreditRule):
             with watch or nullcontext():
                 if substitutes:
                     # a module under two names would keep its substitute if it were put in by both
-                    tie = not self._aliased
-                    output = torch.func.functional_call(self.model, substitutes, (inputs,), tie_weights=tie)
+                    output = torch.func.functional_call(self.model, substitutes, (inputs,), tie_weights=not self._aliased)
                 else:
                     output = self.model(inputs)
             if watch is not None:
                 watch.report()
             return output
         finally:
+            self._present = {}
             self._watched = self._watched or (watch is not None and watch.found is None)
             for wrapped, _ in self._sites.values():
                 wrapped.rule = wrapped.site = None
@@ -429,7 +439,7 @@ class EdgeRule(CreditRule):
                 f"layer {site.name!r} ({type(site.layer).__name__}) is no affine map, and its error can go through one "
                 "feedback weight alone, in the forward that its type registered; use the layer as it is, or a rule with one"
             )
-        return run(site.layer, inputs, self.feedback_weight(site.name))
+        return run(site.layer, inputs, self._kept(site.name)())
 
     def _with_edge(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> Any:
         name, layer, shape = site.name, site.layer, site.shape
@@ -443,7 +453,7 @@ class EdgeRule(CreditRule):
                 self._require_affine(site, call, inputs)
                 site.dimensions = inputs.dim()
                 site.call = of_rows(call, shape, site.dimensions)
-                feedback, tensors = (None, pathway[1]) if pathway is not None else self.feedback_of(name)
+                feedback, tensors = (None, pathway[1]) if pathway is not None else self._feedback_now(name)
                 site.call = None
         if pathway is None and not inputs.requires_grad:
             if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -461,7 +471,7 @@ class EdgeRule(CreditRule):
     def _require_affine(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> None:
         """Verify that an edge stands for the layer's backward map: once, and when an option of the layer is another."""
         compiling = torch.compiler.is_compiling()
-        options = None if site.plain or compiling else _options(site.layer)
+        options = None if site.plain or compiling else options_of(site.layer)
         if (site.affine and options in (None, site.options)) or inputs.numel() == 0:
             return
         if not compiling:
@@ -488,8 +498,3 @@ class EdgeRule(CreditRule):
                     f"layer {name!r} was not called as a module in the forward pass, so no feedback can be attached to it; "
                     f"call it, or remove it, or pass exact=({name!r},)"
                 )
-
-
-def _options(layer: nn.Module) -> dict[str, Any]:
-    """A layer's attributes that are flags, numbers or words."""
-    return {name: value for name, value in layer.__dict__.items() if isinstance(value, bool | int | float | str)}

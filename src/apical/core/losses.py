@@ -39,6 +39,7 @@ def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = 
     Raises:
         ConfigError: the loss does not depend on the output.
     """
+    targets = usable(targets)
     value, (error,) = loss_and_errors(lambda parts: loss(parts[0], targets), [output], traced)
     if error is None:
         raise _independent()
@@ -68,6 +69,14 @@ def loss_and_errors(loss: Callable[[list[Tensor]], Tensor], parts: list[Tensor],
     if all(error is None for error in errors):
         raise _independent()
     return value if learned else value.detach(), list(errors)
+
+
+def usable(targets: Any) -> Any:
+    """Targets that a derivative can be taken with: copies within `torch.inference_mode()`, whose own tensors cannot."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return targets
+    with torch.inference_mode(False):
+        return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, targets)
 
 
 def _independent() -> ConfigError:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from apical.core.credit import Loss
-from apical.core.losses import loss_and_errors
+from apical.core.losses import loss_and_errors, usable
 from apical.core.positions import ordered
 from apical.errors import UnsupportedModelError
 
@@ -42,6 +42,7 @@ def output_errors(loss: Loss, output: Any, targets: Any, *, traced: bool = False
     """
     leaves, structure = tree_flatten(output)
     real = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    targets = usable(targets)
 
     def value(parts: list[Tensor]) -> Tensor:
         parts_at = dict(zip(real, parts, strict=True))

@@ -5,7 +5,7 @@ Each weight is a :class:`Part`, which stands where rules expect a layer. A matri
 fused and a separate parametrisation are the same rule.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 
 from apical.core.layers import PACKED
-from apical.core.transport import GEOMETRIES, dense
+from apical.core.transport import GEOMETRIES, Geometry, dense
 from apical.errors import ConfigError, UnsupportedModelError
 
 
@@ -170,3 +170,8 @@ def own_parts(model: nn.Module, sites: Collection[str]) -> dict[str, Part]:
             raise ConfigError(f"sites names {name!r}, which is no matrix (n_out, n_in) but has shape {tuple(weight.shape)}")
         parts[name] = Part(module, parameter, module)
     return parts
+
+
+def block_of(compute: Callable[..., Tensor], block: int, blocks: int, shape: Geometry | None, *tensors: Tensor) -> Tensor:
+    """A block of rows of a feedback weight."""
+    return compute(shape, *tensors).chunk(blocks)[block]

@@ -12,10 +12,12 @@ from apical.errors import UnsupportedModelError
 class View:
     """A note in place of a view of a part's weight, while autograd keeps it."""
 
-    __slots__ = ("made", "name", "offset", "size", "stride", "version", "weight")
+    __slots__ = ("feedback", "made", "name", "offset", "size", "stride", "version", "weight")
 
-    def __init__(self, made: dict[str, Tensor], name: str, weight: Tensor, saved: Tensor) -> None:
-        self.made, self.name, self.weight, self.version = made, name, weight, weight._version
+    def __init__(
+        self, made: dict[str, Tensor], feedback: Callable[[], Tensor], name: str, weight: Tensor, saved: Tensor
+    ) -> None:
+        self.made, self.feedback, self.name, self.weight, self.version = made, feedback, name, weight, weight._version
         self.size, self.stride, self.offset = saved.size(), saved.stride(), saved.storage_offset() - weight.storage_offset()
 
 
@@ -23,13 +25,14 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
     """While a packed module runs, autograd keeps notes in place of views of its weights, and is given the same views of K.
 
     Args:
-        feedback: makes K of one part, in the shape of its weight, when the backward pass first asks for it.
+        feedback: is asked in the forward pass for what makes K of one part, in the shape of its weight, when the backward
+            pass first asks for it.
 
     Attributes:
         met: names of the parts of which autograd has kept anything in the last call.
     """
 
-    def __init__(self, feedback: Callable[[str], Tensor]) -> None:
+    def __init__(self, feedback: Callable[[str], Callable[[], Tensor]]) -> None:
         super().__init__(self.pack, self.unpack)
         self.feedback = feedback
         self.met: set[str] = set()
@@ -52,7 +55,7 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
             if its == storage and first < end and first + _extent(saved) > begin:
                 if begin <= first and first + _extent(saved) <= end:
                     self.met.add(name)
-                    return View(self._made, name, weight, saved)
+                    return View(self._made, self.feedback(name), name, weight, saved)
                 shared = True
         if shared:
             raise UnsupportedModelError("a buffer over several weights is kept for the backward pass")
@@ -67,7 +70,7 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
         weight = packed.weight
         _require_version(weight, packed.version)
         if packed.name not in packed.made:
-            packed.made[packed.name] = _laid_out(self.feedback(packed.name), weight)
+            packed.made[packed.name] = _laid_out(packed.feedback(), weight)
         made = packed.made[packed.name]
         return made.as_strided(packed.size, packed.stride, made.storage_offset() + packed.offset)
 

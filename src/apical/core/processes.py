@@ -6,8 +6,10 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from apical.core.stepping import distributed
+from apical.errors import ConfigError
 
 _alone = [False]
 
@@ -27,9 +29,13 @@ def summed(value: Tensor) -> Tensor:
 
     For what is not linear in the batch, such as the inverse of a Gram matrix: averages of each process's own are another
     thing.
+
+    Raises:
+        ConfigError: within `DistributedDataParallel.join()`, where processes that have ended would take part in no sum.
     """
     if _alone[-1] or not distributed():
         return value
+    _refuse_join()
     value = value.detach().clone()
     dist.all_reduce(value)
     return value
@@ -50,3 +56,14 @@ def gathered(rows: Tensor) -> Tensor:
     start = sum(numbers[:rank])
     whole[start : start + len(rows)] = rows
     return summed(whole)
+
+
+def _refuse_join() -> None:
+    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    join = getattr(active, "_join_config", None)
+    if join is not None and join.enable and not join.throw_on_early_termination:
+        raise ConfigError(
+            f"{type(getattr(active, 'module', None)).__name__} sums over processes by itself, in which a process without "
+            "batches takes no part under DistributedDataParallel.join(): give every process as many batches, or pass "
+            "throw_on_early_termination=True to join()"
+        )

@@ -120,3 +120,8 @@ def of_input(
     if args:
         return lambda x: forward(x, *args[1:], **kwargs)
     return lambda x: forward(**{key: x if value is inputs else value for key, value in kwargs.items()})
+
+
+def options_of(layer: nn.Module) -> dict[str, Any]:
+    """A layer's attributes that are flags, numbers or words."""
+    return {name: value for name, value in layer.__dict__.items() if isinstance(value, bool | int | float | str)}

@@ -15,14 +15,14 @@ class Swap(saved_tensors_hooks):
 
     Args:
         layer: the layer.
-        feedback: makes the feedback weight, when the backward pass asks for the weight.
+        feedback: is asked in the forward pass for what makes the feedback weight when the backward pass asks for the weight.
 
     Attributes:
         met: autograd kept the weight since this was last set to False. Where it did not, the layer computes with another
             tensor, and the error would pass through that.
     """
 
-    def __init__(self, layer: Layer, feedback: Callable[[], Tensor]) -> None:
+    def __init__(self, layer: Layer, feedback: Callable[[], Callable[[], Tensor]]) -> None:
         super().__init__(self.pack, self.unpack)
         self.layer, self.feedback = layer, feedback
         self.met = False
@@ -34,29 +34,29 @@ class Swap(saved_tensors_hooks):
         return self.layer.weight if weight is None else weight
 
     def pack(self, saved: Tensor) -> Any:
-        """(the tensor or None for the weight, is it transposed, version)."""
+        """(the tensor or what makes the feedback, is it transposed, version)."""
         weight = self._weight()
         if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
             return saved, False, saved._version
         self.met = True
         if saved.shape == weight.shape and saved.stride() == weight.stride():
-            return None, False, weight._version
+            return self.feedback(), False, weight._version
         if saved.shape == weight.shape[::-1] and saved.stride() == weight.stride()[::-1]:
-            return None, True, weight._version
+            return self.feedback(), True, weight._version
         raise UnsupportedModelError(
             f"a {type(self.layer).__name__} keeps its weight {tuple(weight.shape)} in the form {tuple(saved.shape)}, "
             "for which no feedback is known"
         )
 
-    def unpack(self, packed: tuple[Tensor | None, bool, int]) -> Tensor:
+    def unpack(self, packed: tuple[Tensor | Callable[[], Tensor], bool, int]) -> Tensor:
         """The feedback weight, or the tensor that was kept, unless it was changed since."""
         saved, transposed, version = packed
-        weight = self._weight() if saved is None else saved
+        weight = saved if isinstance(saved, Tensor) else self._weight()
         if weight._version != version:
             raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
-        if saved is not None:
+        if isinstance(saved, Tensor):
             return saved
-        feedback = self.feedback()
+        feedback = saved()
         if feedback.dtype != weight.dtype or feedback.device != weight.device:  # the model was moved without the rule
             feedback = feedback.to(weight)
         return feedback.T if transposed else feedback

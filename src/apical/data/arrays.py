@@ -1,6 +1,7 @@
 """Both splits of a set as they come from disk, and the readers of .npz and LIBSVM files."""
 
 import io
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,7 +23,10 @@ class Arrays(NamedTuple):
     test: Labelled
 
 
-NPZ_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
+NPZ_DAMAGE = (
+    *(OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 def read_npz(path: Path, names: tuple[str, ...], remedy: str = "replace it") -> list[NDArray[Any]]:

@@ -12,7 +12,6 @@ weights the angle between K and W is arccos(sqrt(3)/2) = 30 degrees in the first
 
 import math
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Literal
 
 import torch
@@ -33,17 +32,30 @@ def signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
     return weight.sign().mul_(magnitude)
 
 
-def drawn_signs(
-    shape: Geometry | None, weight: Tensor, bound: Tensor, *, generator: torch.Generator | None = None
-) -> Tensor:
-    """`|U| sign(W)` with U drawn now, uniform in (-bound, bound)."""
-    if generator is None:
-        return weight.sign().mul_(torch.rand_like(weight)).mul_(bound)
-    return weight.sign().mul_(_drawn(weight, generator)).mul_(bound)
+class DrawnSigns:
+    """`|U| sign(W)` with U uniform in (-bound, bound), drawn when it is first needed.
+
+    Args:
+        generator: for U; None draws from PyTorch's global state.
+    """
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.generator = generator
+        self.u: Tensor | None = None  # |U| / bound
+
+    def __call__(self, shape: Geometry | None, weight: Tensor, bound: Tensor) -> Tensor:
+        """The feedback, with the same U every time; compiled graphs draw U in each layer's backward pass."""
+        if torch.compiler.is_compiling():
+            return weight.sign().mul_(_drawn(weight, self.generator)).mul_(bound)
+        if self.u is None:
+            self.u = _drawn(weight, self.generator)
+        return weight.sign().mul_(self.u).mul_(bound)
 
 
-def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Numbers uniform in [0, 1)."""
+    if generator is None:
+        return torch.rand_like(like)
     return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
 
 
@@ -102,6 +114,7 @@ class SignSymmetry(EdgeRule):
         super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.attention = attention
         self.variant, self.scale, self.generator = variant, scale, generator
+        self.renews = variant == "batchwise"
         self.magnitude = nn.Module()
         for name, layer in self.layers.items():
             weight = weight_now(layer)
@@ -109,15 +122,12 @@ class SignSymmetry(EdgeRule):
             if variant != "uniform":
                 value = value * math.sqrt(3.0)  # bound of the uniform law with that standard deviation
             if variant == "fixed":
-                drawn = torch.rand_like(weight) if generator is None else _drawn(weight, generator)
-                value = drawn * value
+                value = _drawn(weight, generator) * value
             self.magnitude.register_buffer(key(name), value)
 
     def feedback_of(self, name: str) -> Feedback:
         """Signs of the weight that this layer computes with, with the variant's magnitude; "batchwise" draws it now."""
-        compute: Callable[..., Tensor] = signs
-        if self.variant == "batchwise":
-            compute = drawn_signs if self.generator is None else partial(drawn_signs, generator=self.generator)
+        compute: Callable[..., Tensor] = DrawnSigns(self.generator) if self.variant == "batchwise" else signs
         weight, magnitude = self.forward_weight(name).detach(), self.magnitude.get_buffer(key(name))
         if self.scale == "current":
             magnitude = magnitude * current_scale(weight, row_blocks(self.layers[name]))

@@ -54,6 +54,8 @@ class WeightMirror(EdgeRule):
     True
     """
 
+    renews = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -112,5 +114,5 @@ class WeightMirror(EdgeRule):
         return super().forward(inputs, targets)
 
     def feedback_of(self, name: str) -> Feedback:
-        """The mirrored matrix B of this layer."""
-        return stored, (self.feedback.get_buffer(key(name)),)
+        """The mirrored matrix B of this layer as it is now: the next mirror step changes the buffer."""
+        return stored, (self.feedback.get_buffer(key(name)).clone(),)

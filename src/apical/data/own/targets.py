@@ -82,6 +82,8 @@ def number_classes(raw: Raw, *, numbers: bool) -> tuple[Raw, Targets]:
         if y is not None
     ]
     for y, x, part in zip(parts, raw.inputs, raw.parts, strict=False):
+        if x is not None and not x.shape:
+            raise DataError(f"{raw.where}, {part}: the inputs are a single number; give one row for each sample")
         if x is not None and len(x) != len(y):
             hint = (
                 "" if len(parts) == 1 else "; four arrays are training inputs, training targets, test inputs, test targets"
