@@ -83,4 +83,4 @@ def unequal(rank: int) -> tuple[str, str]:
 def test_a_rule_that_sums_over_processes_refuses_batches_that_one_of_them_lacks() -> None:
     for within, thrown in on_two_ranks(unequal):
         assert "SemiImplicit sums over processes" in within
-        assert "rank that exhausted inputs" in thrown
+        assert "exhausted" in thrown
