@@ -56,7 +56,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif kind == "import":
             insert(root / path, code, "^from apical", after=False)
         elif kind == "entry":
-            insert(root / path, code, rf"^ *{re.escape(name)}\b.*[{{(]\n", after=True)
+            insert(root / path, code, rf"^ *{re.escape(name)}\b.*[{{(\[]\n", after=True)
     facts = root / "elsewhere" / "tiny_paper-1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-paper\nVersion: 1.0\n", encoding="utf-8")

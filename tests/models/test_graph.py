@@ -196,7 +196,7 @@ def test_attention() -> None:
     [
         ({"wiring": "ring"}, "wiring must be"),
         ({"wiring": 2.0}, "wiring must be"),
-        ({"edges": "soft"}, "edges must be"),
+        ({"edges": "soft"}, "unknown edges"),
         ({"edges": "attention"}, "needs features="),
     ],
 )

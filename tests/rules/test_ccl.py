@@ -443,3 +443,22 @@ def test_the_logs_have_the_loss_of_every_pair() -> None:
     for name, value in zip(names, expected, strict=True):
         assert abs(credit.logs[name] - value) < 1e-12
     assert abs(credit.logs["local"] - sum(expected)) < 1e-12
+
+
+def test_memory_that_was_emptied_and_loaded_again_has_the_codes() -> None:
+    """`to_empty` leaves anything in buffers that no state dict holds."""
+    inputs, labels = batch()
+    found = []
+    rule = CounterCurrentLearning(network())
+    kept = {key: value.clone() if isinstance(value, Tensor) else value for key, value in rule.state_dict().items()}
+    for emptied in (False, True):
+        if emptied:
+            rule.to_empty(device="cpu")
+            with torch.no_grad():
+                for tensor in (*rule.parameters(), *rule.buffers()):
+                    tensor.fill_(3)
+            rule.load_state_dict(kept)
+        rule.zero_grad()
+        rule(inputs, labels).backward()
+        found.append(gradients(rule))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -283,7 +283,7 @@ def test_sources() -> None:
     small = DFA(decoder(), token_cross_entropy)
     small(*tokens())
     assert small.projection is None
-    with pytest.raises(ConfigError, match="source must be"):
+    with pytest.raises(ConfigError, match="unknown source"):
         DFA(decoder(), source="top")
 
 
@@ -326,7 +326,7 @@ def test_full_feedback_hears_all_places_and_position_refuses_others() -> None:
     recurrent = packed_zoo.Recurrent()
     with pytest.raises(UnsupportedModelError, match="feedback='auto'"):
         DFA(recurrent, feedback="position")(torch.randn(BATCH, 4, 5), torch.randint(4, (BATCH,)))
-    with pytest.raises(ConfigError, match="inside must be"):
+    with pytest.raises(ConfigError, match="unknown inside"):
         DFA(model, inside="random")
     with pytest.raises(ConfigError, match="units must be"):
         DFA(model, units="blocks")

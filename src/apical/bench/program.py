@@ -183,7 +183,8 @@ def run_command(
         print(f"apical: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is in {settings.out}", file=sys.stderr)
+        how = "Continue with the same command, under apical reproduce with --resume"
+        print(f"stopped; what is finished is kept in {settings.out}. {how}", file=sys.stderr)
         return 130
     for row in results["verdicts"]:
         mean = "-" if row["mean"] is None else f"{row['mean']:.4g}"

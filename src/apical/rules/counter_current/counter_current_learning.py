@@ -135,8 +135,10 @@ class CounterCurrentLearning(CreditRule):
         self._forth = [Taught(block.modules) for block in self.row[:-1]]
         self._back = [Taught(tuple(module) if isinstance(module, nn.Sequential) else (module,)) for module in self.feedback]
         top, like = self.row[-1].shape, self.row[-1].layer.weight
-        codes = torch.eye(0 if self.pair == "match" else math.prod(top), dtype=like.dtype, device=like.device)
-        self.register_buffer("classes", codes.view(-1, *top), persistent=False)  # b_L
+        codes = torch.empty(0 if self.pair == "match" else math.prod(top), *top, dtype=like.dtype, device=like.device)
+        self.register_buffer("classes", codes, persistent=False)  # b_L
+        _one_hot(self)
+        self.register_load_state_dict_post_hook(_one_hot)  # type: ignore[no-untyped-call]  # `to_empty` leaves anything there
         if orthogonal and isinstance(feedback, str):
             draw_orthogonal(self.row, self.feedback)
         if isinstance(feedback, str) and feedback == "frozen":
@@ -445,3 +447,8 @@ class CounterCurrentLearning(CreditRule):
         if depth == len(self.row):
             return a.argmax(1)
         return (a @ (b / (b.norm(dim=1, keepdim=True) + EPSILON) if self.pair == "cosine" else b).T).argmax(1)
+
+
+def _one_hot(rule: CounterCurrentLearning, _: object = None) -> None:
+    """The codes of the classes, (K, *shape of the output)."""
+    rule.classes.copy_(torch.eye(len(rule.classes)).view_as(rule.classes))
