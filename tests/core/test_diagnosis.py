@@ -18,6 +18,7 @@ from test_conformance import OF_CLASSES, PATHS, RULES
 import apical
 from apical.core.credit import CreditRule
 from apical.errors import ApicalError
+from apical.losses import squared_error
 from apical.testing import dense_network
 
 FOLLOWS_LABELS = ("ccl", "corinfomax", "ep", "hep")
@@ -128,6 +129,28 @@ def test_a_loss_of_the_users_is_not_compiled_unseen(name: str) -> None:
     rule = make(name, lambda output, targets: F.cross_entropy(output, targets, label_smoothing=0.1))
     with pytest.raises(Exception, match=r"before torch\.compile, so that it sees"):
         torch.compile(rule, backend="eager", fullgraph=True)(*batch())
+
+
+class Smoothed(nn.CrossEntropyLoss):
+    """A loss of the user's that only looks like PyTorch's."""
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(output, targets) + output.square().mean()
+
+
+def test_a_subclass_of_a_loss_is_a_loss_of_the_users() -> None:
+    with pytest.raises(Exception, match=r"before torch\.compile, so that it sees"):
+        torch.compile(make("dfc", Smoothed()), backend="eager", fullgraph=True)(*batch())
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.SmoothL1Loss(), squared_error, partial(F.huber_loss, delta=0.5)])
+def test_losses_of_the_libraries_compile_at_once(loss: Any) -> None:
+    inputs, _ = batch()
+    with torch.no_grad():
+        targets = torch.randn_like(dense_network()(inputs))
+    compiled, eager = make("dtp", loss), make("dtp", loss)
+    got, wanted = torch.compile(compiled, backend="eager")(inputs, targets).loss, eager(inputs, targets).loss
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", OF_CLASSES)

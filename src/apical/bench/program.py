@@ -183,8 +183,8 @@ def run_command(
         print(f"apical: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        how = "Continue with the same command, under apical reproduce with --resume"
-        print(f"stopped; what is finished is kept in {settings.out}. {how}", file=sys.stderr)
+        how = "the same command (apical reproduce: with --resume) goes on from what is in"
+        print(f"stopped; {how} {settings.out}", file=sys.stderr)
         return 130
     for row in results["verdicts"]:
         mean = "-" if row["mean"] is None else f"{row['mean']:.4g}"
