@@ -282,7 +282,7 @@ def study_table(folder: Path) -> str:
         f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in settings.items()
     )
     sentence = f"From [the study's page](results/{folder.name}.md). Settings: {said}."
-    return joined([sentence, first["note"], table(first["header"], first["rows"])])
+    return joined([sentence, first["note"], fitting(first["header"], first["rows"])])
 
 
 def _head(content: Row, name: str, *said: str) -> list[str]:
