@@ -21,7 +21,7 @@ FORCED = {
     "pfa": ("W + c E", 12),
     "pfa-o": ("W + c E", 12),
     "usf": ("s sign(W)", 8),
-    "brsf": ("s(W) sign(W)", 12),
+    "brsf": ("|U_t| sign(W)", 12),
     "frsf": ("|U| sign(W)", 12),
 }
 """How the feedback weight is made, and how many bytes of float32 each of its numbers is read and written in."""

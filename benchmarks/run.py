@@ -89,9 +89,9 @@ class Case(NamedTuple):
 
 CASES = [
     Case("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 25, 40),
-    Case("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 25, 2),
-    Case("ResNet-20", "resnet20", (3, 32, 32), 128, 20, 2),
-    Case("GPT of 2 blocks of 96, 64 tokens", "gpt-2x96", (64,), 32, 25, 2, tokens=96),
+    Case("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 20, 2),
+    Case("ResNet-20", "resnet20", (3, 32, 32), 128, 8, 1),
+    Case("GPT of 2 blocks of 96, 64 tokens", "gpt-2x96", (64,), 32, 12, 1, tokens=96),
 ]
 GPU_CASES = [
     Case("ResNet-20", "resnet20", (3, 32, 32), 128, 40, 5),

@@ -35,21 +35,37 @@ def signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
 class DrawnSigns:
     """`|U| sign(W)` with U uniform in (-bound, bound), drawn when it is first needed.
 
+    Not U is kept but the state of the generator it came from: U takes as much memory as the weight.
+
     Args:
         generator: for U; None draws from PyTorch's global state.
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
         self.generator = generator
-        self.u: Tensor | None = None  # |U| / bound
+        self.state: Tensor | None = None  # of the source before U was drawn
 
     def __call__(self, shape: Geometry | None, weight: Tensor, bound: Tensor) -> Tensor:
         """The feedback, with the same U every time; compiled graphs draw U in each layer's backward pass."""
         if torch.compiler.is_compiling():
             return weight.sign().mul_(_drawn(weight, self.generator)).mul_(bound)
-        if self.u is None:
-            self.u = _drawn(weight, self.generator)
-        return weight.sign().mul_(self.u).mul_(bound)
+        source = self.generator or _global_generator(weight.device)
+        if self.state is None:
+            self.state = source.get_state()
+            return weight.sign().mul_(_drawn(weight, source)).mul_(bound)
+        now = source.get_state()
+        source.set_state(self.state)
+        u = _drawn(weight, source)
+        source.set_state(now)
+        return weight.sign().mul_(u).mul_(bound)
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    """The one that `torch.rand` draws from on a device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    generators: tuple[torch.Generator, ...] = torch.get_device_module(device).default_generators
+    return generators[device.index or 0]
 
 
 def _drawn(like: Tensor, generator: torch.Generator | None) -> Tensor:
