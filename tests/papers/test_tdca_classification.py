@@ -78,8 +78,6 @@ def test_a_tiny_study_is_kept_and_reported(
     life = Lifetime(steps=2)
     arms = {name: replace(setting, lifetime=life, examples=20) for name, setting in study.ARMS.items()}
     for name, small in (
-        ("TASKS", 2),
-        ("VALIDATION", 1),
         ("LIFETIME", life),
         ("ARMS", arms),
         ("ELSEWHERE", ("usps",)),
@@ -89,9 +87,12 @@ def test_a_tiny_study_is_kept_and_reported(
         monkeypatch.setattr(study, name, small)
     monkeypatch.setattr(trials, "GRID", (0.01, 0.02))
     asked = ["--out", str(tmp_path), "--seeds", "2", "--generations", "1", "--arms", "unit"]
+    asked += ["--tasks", "2", "--validation", "1", "--settled", "2", "--first", "7"]
     assert study.main(asked) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    cells = [json.loads((tmp_path / "cells" / f"unit-{seed}.json").read_text()) for seed in (study.FIRST, study.FIRST + 1)]
+    cells = [json.loads((tmp_path / "cells" / f"unit-{seed}.json").read_text()) for seed in (7, 8)]
+    assert [cell["tuned"]["bp"]["lr"] in (0.01, 0.02) and len(cell["tuned"]["bp"]["losses"]) for cell in cells] == [2, 2]
+    assert results["title"].endswith("fitness over the last 2 steps") and results["settings"]["settled"] == 2
     row = next(row for row in results["verdicts"] if row["what"] == "strong form: loss minus tuned BP's")
     pairs = [cell["tuned"]["tdca"]["loss"] - cell["tuned"]["bp"]["loss"] for cell in cells]
     assert row["mean"] == pytest.approx(sum(pairs) / 2, rel=1e-3)

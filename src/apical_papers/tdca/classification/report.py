@@ -52,7 +52,9 @@ def finish(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str
     """Write results.json, the figures and report.html; returns what results.json holds."""
     cells_of = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in TITLES}
     arms = {arm: evolutions for arm, evolutions in cells_of.items() if evolutions}
-    about = {"title": TITLE, "about": " ".join([ABOUT, *_left_out(arms)]), "sources": SOURCES}
+    steps = settings["settled"]
+    title = TITLE if steps == 1 else f"{TITLE}, fitness over the last {steps} steps"
+    about = {"title": title, "about": " ".join([ABOUT, *_left_out(arms)]), "sources": SOURCES}
     unit, sites = arms.get("unit", []), arms.get("sites-4", [])
     tables = [
         *([released(arms)] if "released" in arms else []),
