@@ -92,7 +92,8 @@ def test_a_tiny_study_is_kept_and_reported(
     results = json.loads((tmp_path / "results.json").read_text())
     cells = [json.loads((tmp_path / "cells" / f"unit-{seed}.json").read_text()) for seed in (7, 8)]
     assert [cell["tuned"]["bp"]["lr"] in (0.01, 0.02) and len(cell["tuned"]["bp"]["losses"]) for cell in cells] == [2, 2]
-    assert results["title"].endswith("fitness over the last 2 steps") and results["settings"]["settled"] == 2
+    assert results["title"].endswith("fitness over the last 2 steps")
+    assert results["settings"]["settled"] == 2
     row = next(row for row in results["verdicts"] if row["what"] == "strong form: loss minus tuned BP's")
     pairs = [cell["tuned"]["tdca"]["loss"] - cell["tuned"]["bp"]["loss"] for cell in cells]
     assert row["mean"] == pytest.approx(sum(pairs) / 2, rel=1e-3)
