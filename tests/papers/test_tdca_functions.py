@@ -131,6 +131,13 @@ def test_a_study_is_written_and_nothing_is_done_twice(
     assert "data:image/svg+xml" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert (tmp_path / "a" / "trajectories.png").read_bytes().startswith(b"\x89PNG")
+    assert run(tmp_path / "c", "--groups", "large", "--first", "40") == 0
+    alone = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert alone["title"].endswith("ten dimensions, longer evolutions")
+    assert {row["rule"] for row in alone["verdicts"]} == {"tdca-coordinate"}
+    assert all(each["rows"] for each in alone["tables"])
     capsys.readouterr()
+    assert run(tmp_path / "a", "--groups", "lage") == 2
+    assert "did you mean 'large'" in capsys.readouterr().err
     assert run(tmp_path / "a", "--starts", "9") == 2
     assert "other settings" in capsys.readouterr().err

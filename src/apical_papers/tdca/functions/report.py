@@ -92,12 +92,22 @@ def report(out: Path, cells: Cells, groups: Groups, command: str, settings: Mapp
         _larger(cells, groups["large"]),
         _stateless(cells, groups["stateless"]),
         _successes(cells, groups, settings),
-        MISSED,
+        *([MISSED] if groups["plane"] else []),
         _rates(cells, groups),
     ]
     settings = {**settings, "seconds of all runs": seconds}
-    about = {"title": TITLE, "about": ABOUT, "sources": SOURCES}
-    return keep_results(out, command, about, settings, cells.values(), rows, tables, draw(cells, groups))
+    title = TITLE if groups["plane"] else f"{TITLE}: ten dimensions, longer evolutions"
+    about = {"title": title, "about": ABOUT, "sources": SOURCES}
+    return keep_results(
+        out,
+        command,
+        about,
+        settings,
+        cells.values(),
+        rows,
+        [table for table in tables if table["rows"]],
+        draw(cells, groups),
+    )
 
 
 def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: int | None = None) -> list[float]:
@@ -126,6 +136,8 @@ def verdicts(cells: Cells, groups: Groups) -> list[Row]:
     """Counts over functions first, then each function against its strongest control."""
     counts, singles = [], []
     for group, dimensions, least in (("plane", 2, 4), ("large", 10, 2)):
+        if not groups[group]:
+            continue
         every = [against(cells, case) for case in groups[group]]
         holds = [all(row["verdict"] == "reproduced" for row in rows.values()) for rows in every]
         what = f"functions in {dimensions}-D better than gradient descent, momentum, Adam and random points"
@@ -253,12 +265,15 @@ def draw(cells: Cells, groups: Groups) -> list[Drawing]:
                 "over meta-seeds with 95 % interval.",
                 final_values(finals, {"tdca": "TDCA", **CONTROLS}),
             ),
-            render(
-                "trajectories",
-                "Paths over the landscape",
-                "From the same four starts (dots) to the ends (crosses); minima are stars, on shifts that evolution did not "
-                "see. Networks of the first meta-seed.",
-                trajectories(networks, rates),
-            ),
         ]
+        if drawn:
+            drawings.append(
+                render(
+                    "trajectories",
+                    "Paths over the landscape",
+                    "From the same four starts (dots) to the ends (crosses); minima are stars, on shifts that evolution did "
+                    "not see. Networks of the first meta-seed.",
+                    trajectories(networks, rates),
+                )
+            )
     return drawings
