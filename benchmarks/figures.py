@@ -29,7 +29,8 @@ def write(figure: Any, name: str) -> None:
 
 
 def distances(rows: list[Row]) -> None:
-    """One panel per model: time of a step over backpropagation's, its floor as a tick, and what was asked as a circle."""
+    """One panel per model: time of a step over backpropagation's as a bar from 1, with quartiles over rounds; its floor as a
+    tick, and what was asked as a circle."""
     rows = [row for row in rows if row.get("floor") is not None and row["rule"] not in ("bp", "pfa-explicit")]
     titles = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots((len(titles) + 1) // 2, 2, figsize=(7.2, 2.5 * ((len(titles) + 1) // 2)), squeeze=False)
@@ -38,13 +39,14 @@ def distances(rows: list[Row]) -> None:
     for ax, title in zip(axes.flat, titles, strict=False):
         here = [row for row in rows if row["model"] == title]
         places = range(len(here))
-        ax.barh(places, [row["ratio_to_bp"] for row in here], color="#c9d8e8", height=0.7)
+        ax.barh(places, [row["ratio_to_bp"] - 1 for row in here], left=1, color="#c9d8e8", height=0.7)
+        ax.hlines(places, *zip(*(row["quartiles"] for row in here), strict=True), color="#5b7fa3", linewidth=1.2)
         ax.plot([row["floor_watched"] for row in here], places, "|", color="#b03030", markersize=11, label="floor")
         asked = [(row["target"], place) for place, row in enumerate(here) if row["target"] is not None]
         ax.plot(*zip(*asked, strict=True), "o", color="black", fillstyle="none", label="asked")
         ax.set_yticks(list(places), [row["rule"] for row in here])
         ax.axvline(1.0, color="#666666", linewidth=0.6)
-        ax.set(title=title, xlabel="time of a step / BP", xlim=(0.7, None))
+        ax.set(title=title, xlabel="time of a step / BP")
         ax.invert_yaxis()
     axes[0][0].legend(loc="lower right")
     write(figure, "benchmarks-floor.svg")
