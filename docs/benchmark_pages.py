@@ -26,8 +26,9 @@ FLOOR = """![Time of a step over backpropagation's, and its floor](benchmarks-fl
 Bars: the median over rounds, from backpropagation's time; lines: quartiles. *Floor* estimates what a step cannot avoid, in
 the same run: a step of backpropagation, plus what the rule's matrix products take more or less than backpropagation's (both
 timed alone, with the tensors of a real step), plus the bytes that must be moved to make feedback weights that depend on the
-forward weights, at the speed at which this machine adds two matrices. *Watching* is the reading of weights before and after
-each step, without which a closed form would not see that somebody else has moved them. A floor below 1 belongs to a rule with fewer products."""
+forward weights, at the speed at which this machine adds two matrices. *Watching* is the reading of weights before
+and after each step, without which a closed form would not see that somebody else has moved them. A floor below 1
+belongs to a rule with fewer products."""
 
 
 def benchmark_page(files: Mapping[str, Row]) -> str:
