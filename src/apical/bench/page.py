@@ -73,12 +73,12 @@ def study_page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("Rule", "Quantity", "Mark", "Here, mean [95 % interval]", "p, Student", "p, sign flips", "n", "Verdict")
+    heads = ("Verdict", "Quantity", "Here, mean [95 % interval]", "Mark", "Rule", "n", "p, Student", "p, sign flips")
     lines = []
     for row in rows:
         measured = f"{row['mean']:.4g}"
         if row.get("low") is not None:
             measured += f" [{row['low']:.3g}, {row['high']:.3g}]"
         p = [f"{row[key]:.2g}" if row.get(key) is not None else "-" for key in ("p_student", "p_sign_flip")]
-        lines.append([row["rule"], row["what"], row["mark"], measured, *p, str(row["n"]), row["verdict"]])
+        lines.append([row["verdict"], row["what"], measured, row["mark"], row["rule"], str(row["n"]), *p])
     return table(heads, lines)

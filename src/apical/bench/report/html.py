@@ -128,18 +128,18 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
         return ""
     lines = [
         (
+            row.verdict,
             row.rule,
             row.what,
-            f"{row.epoch}",
+            "—" if row.measured is None else row.shown(row.measured) + _spread(row),
             f"{row.published:g} ± {row.tolerance:g}" if row.tolerance is not None else f"at least {row.published:g}",
             row.tag,
-            "—" if row.measured is None else row.shown(row.measured) + _spread(row),
             f"{row.n}",
-            row.verdict,
+            f"{row.epoch}",
         )
         for row in verdicts
     ]
-    heads = ("Rule", "Quantity", "Epoch", "Reference ± tolerance", "Source", "Here, mean ± s.d.", "n", "Verdict")
+    heads = ("Verdict", "Rule", "Quantity", "Here, mean ± s.d.", "Reference ± tolerance", "Source", "n", "Epoch")
     return (
         f"<h2>Against reference numbers</h2><p>{escape(tally(verdicts))} Reproduced means that the mean over seeds lies "
         "within the tolerance.</p>"
