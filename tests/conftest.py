@@ -4,6 +4,8 @@ import gc
 import os
 from collections.abc import Iterator
 from multiprocessing import forkserver, set_forkserver_preload
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -12,8 +14,25 @@ from hypothesis import settings
 from matplotlib.figure import Figure
 from tests.command import IMPORTED
 
+HERE = Path(__file__).parent
 settings.register_profile("fixed", max_examples=40, derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers share the tests out by groups and pieces of files."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from tests.pieces import Pieces
+
+    return Pieces(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers begin with what takes long: groups, and the tests at the top, which start processes; doctests come last."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (item.get_closest_marker("xdist_group") is None, item.path.parent != HERE))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -3,10 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -32,27 +33,46 @@ def scores(out: Path) -> list[tuple[str, int, float, float]]:
     return [(row["rule"], row["seed"], row["test_accuracy"], row["train_loss"]) for row in rows]
 
 
-def test_a_cluster_trains_the_same_and_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    arguments = [*SMALL, "--epochs", "10", "--threads", "1", "--probe", "0"]
-    assert main(["compare", *arguments, "--jobs", "1", "--out", str(here)]) == 0
-    command = [sys.executable, "-m", "apical", "compare", *arguments, "--ray", "local", "--jobs", "2", "--out", str(there)]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    killed = False
+def kill_a_worker(out: Path, killed: list[int]) -> None:
+    """Wait until a run has a checkpoint, and kill a worker that trains."""
     deadline = time.monotonic() + 240
-    while not killed and driver.poll() is None and time.monotonic() < deadline:
+    while not killed and time.monotonic() < deadline:
         time.sleep(0.05)
-        if not any(path.stat().st_size for path in there.glob("runs/bp/seed-*/checkpoint.pt")):
+        if not any(path.stat().st_size for path in out.glob("runs/bp/seed-*/checkpoint.pt")):
             continue
-        for child in psutil.Process(driver.pid).children(recursive=True):
+        for child in psutil.Process().children(recursive=True):
             if "_train_task" in child.name() or "_train_task" in " ".join(child.cmdline()):
                 os.kill(child.pid, signal.SIGKILL)
-                killed = True
+                killed.append(child.pid)
                 break
-    output, _ = driver.communicate(timeout=240)
-    assert killed, f"no worker was seen at work: {output}"
-    assert driver.returncode == 0, output
+
+
+@pytest.mark.usefixtures("local_cluster")
+def test_a_cluster_trains_the_same_and_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    arguments = ["compare", *SMALL, "--epochs", "10", "--threads", "1", "--probe", "0"]
+    assert main([*arguments, "--jobs", "1", "--out", str(here)]) == 0
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(there, killed), daemon=True)
+    killer.start()
+    assert main([*arguments, "--ray", "local", "--jobs", "2", "--out", str(there)]) == 0
+    assert killed, "no worker was seen at work"
+    killer.join()
     assert scores(there) == scores(here)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_only_a_cluster_that_was_started_here_ends_here(started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def connected(*arguments: object) -> tuple[Any, bool]:
+        asked.append(arguments)
+        return SimpleNamespace(shutdown=lambda: asked.append("shut down")), started
+
+    monkeypatch.setattr(cluster_module, "connected", connected)
+    with cluster("local", 2):
+        assert asked == [("local", 2)]
+    assert asked[1:] == ["shut down"] * started
 
 
 def test_tables_with_programs_of_their_own_stay_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
