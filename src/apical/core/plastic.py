@@ -98,7 +98,7 @@ class PlasticRule(EdgeRule):
                     'no gradient of its own; untie them, or build the rule with form="closed"'
                 )
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
-        self._called = False
+        self._called: set[str] = set()  # layers, since the last step of their optimiser
         self._steps: Steps | None = Steps(self)
 
     @abstractmethod
@@ -165,7 +165,7 @@ class PlasticRule(EdgeRule):
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 self._before_forward()
-            self._called = True
+            self._called.update(self.layers)
         return super().forward(inputs, targets)
 
     def _before_forward(self) -> None:
