@@ -206,6 +206,22 @@ def test_kolen_pollack_with_a_state_of_its_own_is_the_closed_form(name: str) -> 
         assert torch.allclose(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("clip", [None, joint, "scaler"], ids=["", "joint norm", "scaler"])
+def test_a_joint_norm_that_leaves_the_feedback_out_is_said(clip: Any) -> None:
+    rule = build(KP)
+    optimizer, scaler = SEPARATE["adamw"](rule.parameters()), torch.amp.GradScaler("cpu", enabled=clip == "scaler")
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(rule(*batch(step)).loss).backward()
+        scaler.unscale_(optimizer)
+        if callable(clip):
+            clip(rule, step)
+        scaler.step(optimizer)
+        scaler.update()
+    assert closed(rule) == ["2", "4"]
+    assert ["has no gradient" in remark for remark in rule.remarks] == [True] * callable(clip)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
 @pytest.mark.parametrize("form", ["explicit", "literal", "fused", "closed"])
 @pytest.mark.parametrize("feedback", ["random", "orthogonal"])

@@ -307,6 +307,8 @@ class Steps:
                 'form="explicit"'
             )
         if not is_sgd(optimizer) and weight.requires_grad:
+            if not rule.clips and weight.grad is not None and arrival is not None:
+                rule.clips = not arrival.untouched(weight.grad)
             return self._move(name, optimizer, group, self._k(name, optimizer, group))
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
