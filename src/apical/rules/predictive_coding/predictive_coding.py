@@ -219,7 +219,7 @@ class PredictiveCoding(CreditRule):
         if targets.is_floating_point():
             return targets.to(inputs.dtype)
         require_classes(targets, classes)
-        return F.one_hot(targets, classes).to(inputs.dtype)
+        return F.one_hot(targets.long(), classes).to(inputs.dtype)
 
     def _sample(self, inputs: Tensor) -> Tensor:
         """Samples as rows (batch, outputs), the output's targets in the generative direction."""
