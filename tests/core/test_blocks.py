@@ -106,6 +106,18 @@ def test_a_mirror_that_shrinks_is_strided_and_one_that_enlarges_can_be_transpose
     assert weight is transposed[0].weight
 
 
+def test_statistics_of_the_batch_at_hand() -> None:
+    """Normalisation that keeps none has those of the samples it is run on, of which one is too few."""
+    norm = nn.BatchNorm1d(5, track_running_stats=False)
+    _, row = blocks(nn.Sequential(nn.Linear(4, 5), norm, nn.Tanh(), nn.Linear(5, 3)), None)
+    assert norm in row[0].modules
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    )
+    with pytest.raises(UnsupportedModelError, match=r"layer '5' \(Linear\) has no mirror: Expected more than 1 spatial"):
+        mirrored(blocks(model, (2, 8, 8))[1], depths=1)
+
+
 def test_mirrors_copy_normalisation_and_activation_of_the_population_they_make() -> None:
     model = models.build("conv-autoencoder-4-6", (1, 8, 8), 64)
     kinds = [[type(m).__name__ for m in module] for module in mirrored(blocks(model, (1, 8, 8))[1])]

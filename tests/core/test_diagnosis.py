@@ -167,3 +167,57 @@ def test_a_batch_of_inference_mode_has_the_same_loss(name: str) -> None:
     torch.manual_seed(2)
     with torch.inference_mode():
         assert torch.allclose(rule(*batch()).loss, loss, rtol=0, atol=1e-12)
+
+
+UNFIT: dict[str, tuple[Any, str]] = {
+    "another type": (lambda x: x.float(), r"torch.float32, its parameters are torch.float64: inputs.to\(torch.float64\)"),
+    "whole numbers": (lambda x: x.long(), "torch.int64, its parameters are torch.float64"),
+    "another device": (lambda x: x.to("meta"), "the inputs are on the meta device"),
+    "an array": (lambda x: x.numpy(), r"are a ndarray without a tensor.*torch.as_tensor"),
+    "a list": (lambda x: x.tolist(), "are a list without a tensor"),
+}
+
+
+EACH = ("bp", "fa", "dfa", "tdca", "ccl", "dtp", "dfc", "strong-dfc", "ep", "corinfomax", "pc", "local-pred", "ff", "csdp")
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_inputs_that_the_model_does_not_take(name: str) -> None:
+    x, y = batch()
+    for change, words in UNFIT.values():
+        with pytest.raises(ApicalError) as info:
+            make(name, F.cross_entropy)(change(x), y)
+        assert "\n" not in str(info.value)
+        refuses_itself = any(word in str(info.value) for word in ("floating-point", "in the place of"))
+        assert refuses_itself or info.match(words)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_labels_of_another_type_of_whole_numbers(name: str) -> None:
+    """Those that PyTorch's loss takes."""
+    found = []
+    for kind in (torch.int64, torch.uint8):
+        rule, (x, y) = make(name, F.cross_entropy), batch()
+        rule(x, y.to(kind)).backward()
+        found.append([p.grad for p in rule.model.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.FeedbackAlignment])
+def test_outputs_without_an_axis_of_samples(kind: type[CreditRule]) -> None:
+    """As a model that squeezes its output makes of a batch of one: PyTorch's loss takes it, and its derivative fails."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    rule, (x, _) = kind(model), batch()
+    with pytest.raises(ApicalError, match=r"outputs of shape \(3,\) came with targets of shape \(1,\).*give a batch"):
+        rule(x[0], torch.tensor([1]))
+    rule(x[0], torch.tensor(1)).backward()  # a single sample, as PyTorch takes it
+
+
+def test_nothing_to_learn_and_what_is_no_model() -> None:
+    for model in (nn.Linear, None, "mlp-8"):
+        with pytest.raises(ApicalError, match=r"must be an object of a subclass of nn\.Module, not"):
+            apical.FeedbackAlignment(model)  # type: ignore[arg-type]
+    credit = apical.FeedbackAlignment(dense_network().requires_grad_(False))(*batch())
+    with pytest.raises(ApicalError, match="nothing learns: all parameters are frozen"):
+        credit.backward()

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apical import DualPropagation
 from apical.core.losses import squared_error
+from apical.core.pooling import SoftmaxPool2d
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.testing import check_model
 
@@ -37,7 +38,15 @@ def images() -> nn.Sequential:
     )
 
 
-NETWORKS = {"mlp": (mlp, (6,)), "images": (images, (2, 6, 6))}
+def smooth_pools() -> nn.Sequential:
+    """Pooling that is another map at every input, in both places."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 3, 3, padding=1), SoftmaxPool2d(), nn.Tanh(), SoftmaxPool2d(3), nn.Flatten(), nn.Linear(3, 4)),
+    )
+
+
+NETWORKS = {"mlp": (mlp, (6,)), "images": (images, (2, 6, 6)), "smooth pools": (smooth_pools, (2, 6, 6))}
 
 
 def batch(name: str, size: int = 16) -> tuple[Tensor, Tensor]:

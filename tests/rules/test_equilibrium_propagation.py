@@ -244,9 +244,7 @@ def test_nudged_steps_are_truncated_backpropagation_through_time() -> None:
     settled, s, contrasts = [f.clone() for f in free], [f.clone() for f in free], []
     for _ in range(reach):
         with torch.no_grad():
-            push = net.nudged_by(
-                net.errors(F.cross_entropy, s, labels, 0), Phases(torch.tensor([beta], dtype=torch.double), torch.empty(0))
-            )
+            push = _push(net, labels, Phases(torch.tensor([beta], dtype=torch.double), torch.empty(0)), s)
             before, s = s, net.step(s, given, back, lambda _, push=push: push)
             contrasts.append((s[1].T @ s[0] - before[1].T @ before[0]) / beta / len(x))
     leaves = [weights.detach().clone().requires_grad_() for _ in range(reach)]
@@ -459,7 +457,7 @@ def test_different_updates_are_what_each_synapse_sees() -> None:
 
 
 def _push(net: object, y: Tensor, beta: Phases, s: list[Tensor]) -> Tensor:
-    return net.nudged_by(net.errors(F.cross_entropy, s, y, 0), beta)
+    return net.nudged_by(net.errors(F.cross_entropy, s, y, 0), beta, s)
 
 
 def test_the_error_vector_is_the_adjoint_up_to_the_antisymmetric_part() -> None:

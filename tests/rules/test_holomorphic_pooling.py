@@ -174,3 +174,57 @@ def test_pooling_behind_the_read_out_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1))
     with pytest.raises(UnsupportedModelError, match="'2' reads the states out and has AdaptiveAvgPool2d behind it"):
         apical.EquilibriumPropagation(model, input_shape=(1, 8, 8))
+
+
+def unrolled(model: nn.Sequential, last_state: int, x: Tensor, y: Tensor, steps: int = 60) -> list[Tensor]:
+    """Gradients of the settled answer's loss by autograd; the modules up to `last_state` make the first layer's states."""
+    first, reader = model[: last_state + 1], model[last_state + 1 :]
+    layer, *between = [module for module in first if not isinstance(module, nn.Tanh)]
+    s = torch.tanh(x.new_zeros(first(x).shape))
+    middle = [module for module in between if isinstance(module, nn.Linear)]
+    if not middle:
+        s = first(x)
+    else:  # two layers of states, whose potentials are W_1 x + b_1 + W_2^T s_2 and W_2 s_1 + b_2
+        s = torch.zeros(len(x), *model[:2](x).shape[1:])
+        t = torch.zeros(first(x).shape)
+        for _ in range(steps):
+            v, w = layer(x) + t @ middle[0].weight, middle[0](s)
+            s, t = torch.tanh(v), torch.tanh(w)
+        s = t
+    return list(torch.autograd.grad(F.cross_entropy(reader(s), y), list(model.parameters())))
+
+
+READ_OUTS: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
+    "max": (lambda: [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 3)], 1),
+    "max, padded": (lambda: [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(27, 3)], 1),
+    "softmax": (lambda: [nn.Conv2d(2, 3, 3), nn.Tanh(), SoftmaxPool2d(2), nn.Flatten(), nn.Linear(27, 3)], 1),
+    "activation": (lambda: [nn.Flatten(1, -1), nn.Linear(128, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()], 2),
+    "rows": (lambda: [nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 8), nn.Tanh(), nn.Flatten(), nn.Linear(128, 3)], 3),
+}
+
+
+@pytest.mark.parametrize("estimator", ["five-point", "holomorphic"])
+@pytest.mark.parametrize("name", READ_OUTS)
+def test_read_outs_nudge_the_states_that_they_read(name: str, estimator: str) -> None:
+    """Pooling before the read-out that is another map at every state, an activation behind it, layers on rows of vectors."""
+    torch.set_default_dtype(torch.double)
+    try:
+        torch.manual_seed(0)
+        layers, last_state = READ_OUTS[name]
+        model = nn.Sequential(*layers())
+        for parameter in model.parameters():
+            parameter.data.mul_(0.4)
+        x, y = torch.rand(4, 2, 8, 8), torch.arange(4) % 3
+        options: dict[str, object] = {"beta": 0.05, "points": 8} if estimator == "holomorphic" else {"beta": 1e-4}
+        options |= {"output": "read-out", "input_shape": (2, 8, 8), "free_steps": 60, "nudged_steps": 60}
+        if estimator == "holomorphic" and "max" in name:
+            with pytest.raises(UnsupportedModelError, match="not for complex states"):
+                apical.EquilibriumPropagation(model, estimator=estimator, **options)
+            return
+        apical.EquilibriumPropagation(model, estimator=estimator, **options)(x, y).backward()
+        head = [nn.Flatten(1, -1)] if isinstance(model[0], nn.Flatten) else []
+        own, place = (model[1:], last_state - 1) if head else (model, last_state)
+        for parameter, exact in zip(model.parameters(), unrolled(own, place, x.flatten(1) if head else x, y), strict=True):
+            torch.testing.assert_close(parameter.grad, exact, rtol=1e-7, atol=1e-9)
+    finally:
+        torch.set_default_dtype(torch.float)

@@ -319,6 +319,23 @@ def test_a_model_of_whole_batches() -> None:
     assert rule.calls_used == "last"
 
 
+@pytest.mark.parametrize("pack", [lambda y: {"y": y}, lambda y: (y, torch.ones(len(y)))], ids=["dict", "tuple"])
+def test_targets_in_a_container(pack: Any) -> None:
+    """They are shortened with the inputs where few samples will do."""
+    found, (x, targets) = [], batch(6, 9)
+
+    def loss(output: Tensor, packed: Any) -> Tensor:
+        assert len(packed) == len(pack(targets))
+        return F.cross_entropy(output, packed["y"] if isinstance(packed, dict) else packed[0])
+
+    for wanted, given in ((F.cross_entropy, targets), (loss, pack(targets))):
+        rule = around(apical.FeedbackAlignment, mlp(6, 7, 5, 4), wanted)
+        rule(x, given).backward()
+        found.append([parameter.grad for parameter in rule.model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.filterwarnings("ignore:the loss is not finite")
 def test_inputs_that_are_no_numbers() -> None:
     for size in (5, 40):

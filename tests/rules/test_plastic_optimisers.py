@@ -206,6 +206,22 @@ def test_kolen_pollack_with_a_state_of_its_own_is_the_closed_form(name: str) -> 
         assert torch.allclose(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("clip", [None, joint, "scaler"], ids=["", "joint norm", "scaler"])
+def test_a_joint_norm_that_leaves_the_feedback_out_is_said(clip: Any) -> None:
+    rule = build(KP)
+    optimizer, scaler = SEPARATE["adamw"](rule.parameters()), torch.amp.GradScaler("cpu", enabled=clip == "scaler")
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(rule(*batch(step)).loss).backward()
+        scaler.unscale_(optimizer)
+        if callable(clip):
+            clip(rule, step)
+        scaler.step(optimizer)
+        scaler.update()
+    assert closed(rule) == ["2", "4"]
+    assert ["has no gradient" in remark for remark in rule.remarks] == [True] * callable(clip)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
 @pytest.mark.parametrize("form", ["explicit", "literal", "fused", "closed"])
 @pytest.mark.parametrize("feedback", ["random", "orthogonal"])
@@ -642,3 +658,27 @@ def test_two_ranks_are_one_process(name: str, form: str) -> None:
     one = trained_share(None, name, form)
     for rank in on_two_ranks(trained_share, name, form):
         assert all(torch.allclose(rank[key], value, rtol=0, atol=1e-10) for key, value in one.items())
+
+
+@each_rule
+@pytest.mark.parametrize("form", ["auto", "explicit"])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_two_optimisers_for_different_layers_are_one(make: Any, form: str, name: str) -> None:
+    """Each takes its step after the other's; their moments are element-wise, so one optimiser would make the same steps."""
+    kind: Any = SEPARATE[name] if name in SEPARATE else partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1)
+    rules = build(make, form=form), build(make, form=form)
+    for rule, parted in zip(rules, (False, True), strict=True):
+        top = [rule.layers["4"].weight, rule.plastic_of("4")]
+        rest = [p for p in rule.parameters() if all(p is not q for q in top)]
+        optimizers = [kind(rest), kind(top)] if parted else [kind([*rest, *top])]
+        for step in range(8):
+            rule.zero_grad()
+            rule(*batch(step)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert closed(rules[0]) == closed(rules[1]) == (["2", "4"] if form == "auto" else [])
+    found = rules[1].feedback_weights()
+    for layer, value in rules[0].feedback_weights().items():
+        assert torch.allclose(value, found[layer], rtol=0, atol=1e-12)
+    for a, b in zip(rules[0].model.parameters(), rules[1].model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)

@@ -304,6 +304,22 @@ def test_running_statistics_move_once_a_batch_and_are_batch_statistics_throughou
         torch.testing.assert_close(ours / 1e-3, theirs, rtol=1e-8, atol=1e-12)  # a bias before it has no gradient
 
 
+def test_statistics_move_once_in_all_calls_of_a_batch() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+    rule, (x, targets) = PredictiveCoding(model, inference="incremental", steps=4), batch("mlp")
+    for number in (1, 2):
+        wanted = model[1].running_mean.lerp(model[0](x).mean(0), 0.1)
+        for call in range(rule.repeats):
+            rule.zero_grad()
+            rule(x, targets).backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            with torch.no_grad():  # validation in between, of the plain model
+                model.eval()(x)
+                model.train()
+            assert int(model[1].num_batches_tracked) == number, call
+        torch.testing.assert_close(model[1].running_mean, wanted)
+
+
 @pytest.mark.parametrize("steps", [1, 7])
 def test_statistics_that_move_in_an_evaluated_model_move_once(steps: int) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4)).eval()

@@ -74,6 +74,11 @@ class Stage:
         """Whether the stage is one matrix: a Linear layer on vectors."""
         return len(self.before) + len(self.after) == 0 and isinstance(self.layer, nn.Linear) and len(self.input_shape) == 1
 
+    @property
+    def bends(self) -> bool:
+        """Whether pooling beside the layer is not linear: its derivative is another at every input."""
+        return not all(map(is_linear, (*self.before, *self.after)))
+
     def seen(self, rates: Tensor) -> Tensor:
         """What the layer itself is given (batch, ...), for the stage's input `rates` (batch, *input_shape)."""
         for module in self.before:
@@ -103,7 +108,9 @@ class Stage:
         return result if added is None else result + added
 
     def transposed(self, rows: Tensor) -> Tensor:
-        """`rows W`: (rows, n_i) -> (rows, n_{i-1}), both flat."""
+        """`rows W`: (rows, n_i) -> (rows, n_{i-1}), both flat; only where no pooling lies between or :attr:`bends`."""
+        assert not self.after
+        assert not self.bends  # the derivative would depend on the input
         weight = self.layer.weight
         if self.is_dense:
             return rows @ weight
@@ -260,7 +267,7 @@ class Chain:
 
 
 def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Sequence[int] | None) -> Tensor:
-    """Zeros in the place of one sample (1, *input_shape), of the first layer's dtype.
+    """Zeros in the place of two samples (2, *input_shape), of the first layer's dtype: one alone has no statistics.
 
     Raises:
         UnsupportedModelError: the shape is not given, and the layers do not tell it.
@@ -274,7 +281,7 @@ def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Seque
             )
         input_shape = (first.weight.shape[1],)
     like = next(iter(first.parameters()))  # a weight that hooks compute may be of an older dtype until the next call
-    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+    return torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device)
 
 
 def require_affine_type(name: str, layer: nn.Module) -> None:

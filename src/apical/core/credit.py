@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
@@ -161,6 +160,8 @@ class Credit:
 
     def backward(self, retain_graph: bool | None = None) -> None:
         """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
+        if self.roots and not any(root.requires_grad for root in self.roots):
+            raise ConfigError("nothing learns: all parameters are frozen, or the rule was called under torch.no_grad()")
         self._let_go()
         torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)
 
@@ -216,8 +217,7 @@ class Panel:
         title: what it shows.
         kind: "raster" (values (steps, n), 0 or 1: one panel each), "bars" (values (categories,) side by side) or "histogram"
             (values (n,), what is not finite counted apart).
-        x: label of the axis.
-        y: label of the other.
+        x, y: labels of the axes.
         values: by name.
         categories: of the bars.
     """
@@ -288,13 +288,12 @@ class CreditRule(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
-        _refuse_parallel(model)
+        _refuse(model)
         self.model = model
         self.loss = loss
         self._hooks: list[Any] = []
         self._attached = True
-        self._warned = False
-        self._is_fresh = True
+        self._warned, self._is_fresh = False, True
         self.phase = "both"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -330,7 +329,9 @@ class CreditRule(nn.Module):
     def _credited(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             if self._is_fresh and torch.is_grad_enabled() and (self.output_alone or self._loss_options):
-                _require_known(self.loss)
+                from apical.core.loss_options import require_known
+
+                require_known(self.loss)
             return super().__call__(*args, **kwargs)
         first = self._is_fresh and torch.is_grad_enabled()
         if self._unmoved >= 0:
@@ -346,6 +347,10 @@ class CreditRule(nn.Module):
             loss = getattr(credit, "_loss", None)
             if loss is not None and not (isinstance(loss, Tensor) and not loss.dim()):
                 raise TypeError("the loss is no scalar tensor")
+            if type(output := getattr(credit, "_output", None)) is Tensor and output.dim() == 1 and len(args) == 2:
+                from apical.core.diagnosis import require_rows
+
+                require_rows(self.loss, output, args[1])
         except (ApicalError, torch.OutOfMemoryError):
             raise
         except (TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ValueError) as error:
@@ -483,15 +488,10 @@ class CreditRule(nn.Module):
         return self.model
 
 
-def _require_known(loss: Loss) -> None:
-    function: Any = getattr(loss, "func", loss)
-    places = getattr(function, "__module__", None), type(function).__module__
-    if not {*places} & {F.__name__, nn.modules.loss.__name__, "apical.core.losses"}:  # which see outputs and targets alone
-        raise ConfigError("call the rule once on a batch before torch.compile, so that it sees what this loss does")
-
-
-def _refuse_parallel(model: nn.Module) -> None:
-    """A rule's gradients need not pass the model's outermost forward, on which these wrappers rely to share them."""
+def _refuse(model: object) -> None:
+    """What is no model; and wrappers that rely on the outermost forward to share gradients, which need not pass it."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model must be an object of a subclass of nn.Module, not {model!r:.60}")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if kind := next((type(m).__name__ for m in model.modules() if isinstance(m, wrappers)), None):
         raise UnsupportedModelError(

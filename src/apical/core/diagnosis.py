@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves
 
 from apical.core.credit import CreditRule
 from apical.core.rest import undisturbed
@@ -23,11 +24,17 @@ def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
         return ConfigError(f"inputs of shape {tuple(inputs.shape)} {what}: give a batch of samples (batch, ...)")
     model: Any = rule.model
     loss: Any = rule.loss
+    parameter = next(model.parameters(), None)
+    if not any(isinstance(part, Tensor) for part in tree_leaves(inputs)):
+        return ConfigError(f"inputs are a {type(inputs).__name__} without a tensor in it: give torch.as_tensor(inputs)")
+    if isinstance(inputs, Tensor) and parameter is not None and (parameter.is_meta or inputs.is_meta):
+        where = "the model is" if parameter.is_meta else "the inputs are"
+        return ConfigError(f"{where} on the meta device, which holds no numbers: make them on another")
     with undisturbed(rule), torch.no_grad():
         try:
             output = model(inputs)
         except Exception:
-            return None  # the model's own error says more
+            return _misplaced(inputs, parameter)
         try:
             value = loss(output, targets)
         except Exception as error:
@@ -74,6 +81,47 @@ def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
             "(batch, features)"
         )
     return None
+
+
+def _misplaced(inputs: Any, parameter: Tensor | None) -> ApicalError | None:
+    """Why a model does not take its inputs, by device and type; None where its own error says more."""
+    if parameter is None or not isinstance(inputs, Tensor):
+        return None
+    if inputs.device != parameter.device:
+        return ConfigError(
+            f"the model does not take inputs on {inputs.device}, its parameters are on {parameter.device}: "
+            f'inputs.to("{parameter.device}"), or move the rule, which moves the model (rule.to(...))'
+        )
+    if inputs.dtype != parameter.dtype and parameter.is_floating_point():
+        return ConfigError(
+            f"the model does not take inputs of {inputs.dtype}, its parameters are {parameter.dtype}: "
+            f"inputs.to({parameter.dtype}), or another type for the rule, which is the model's (rule.to(...))"
+        )
+    return None
+
+
+def require_rows(loss: Any, output: Tensor, targets: Any) -> None:
+    """Refuse outputs without a batch axis whose error PyTorch's loss cannot be asked for, though it gave a number.
+
+    Args:
+        loss: it has taken both.
+        output: of one dimension.
+        targets: whatever the loss takes.
+
+    Raises:
+        ConfigError: its backward pass fails.
+    """
+    if not isinstance(targets, Tensor) or targets.dim() == 0 or len(targets) == len(output):
+        return
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = output.detach().clone().requires_grad_()
+            torch.autograd.grad(loss(leaf, targets.clone()), leaf, allow_unused=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"outputs of shape {tuple(output.shape)} came with targets of shape {tuple(targets.shape)} "
+            f"({str(error).splitlines()[0]}): give a batch of samples, (1, ...) for one, and do not squeeze its axis away"
+        ) from error
 
 
 def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:

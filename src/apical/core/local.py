@@ -14,8 +14,8 @@ from apical.core.credit import Root
 from apical.core.transport import Geometry, geometry, padded_input, weight_gradient
 
 
-def _summed(signal: Tensor, shape: Geometry | None) -> Tensor:
-    """Over everything but the channels: the last dimension of dense layers, the second of convolutions."""
+def summed(signal: Tensor, shape: Geometry | None) -> Tensor:
+    """A signal summed over everything but the channels: the last dimension of dense layers, the second of convolutions."""
     if shape is None:
         return signal.flatten(0, -2).sum(0)
     return signal.flatten(2).sum((0, 2))
@@ -52,8 +52,8 @@ def local_roots(
         if weight.requires_grad:
             roots.append((weight, outer(stage, signal, rates) if product is None else factor * product))
         if bias is not None and bias.requires_grad:
-            summed = _summed(signal, geometry(layer))
-            roots.append((bias, summed if product is None else factor * summed))
+            total = summed(signal, geometry(layer))
+            roots.append((bias, total if product is None else factor * total))
     return roots
 
 

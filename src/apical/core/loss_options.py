@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from apical.core.credit import CreditRule
+from apical.core.credit import CreditRule, Loss
 from apical.core.losses import NUMBERS, left_out
 from apical.core.positions import class_axis
 from apical.core.rest import undisturbed
@@ -62,6 +62,18 @@ def require_plain(rule: CreditRule, output: Any, targets: Any) -> None:
                     f"{name} learns from the labels and not from the loss, which {FOUND[option]}: that would not reach the "
                     "update; leave it out, or choose a rule that follows the loss"
                 )
+
+
+def require_known(loss: Loss) -> None:
+    """Refuse a loss of which only a batch could tell what it does, where a graph is being compiled.
+
+    Raises:
+        ConfigError: it is none of PyTorch's or apical's, which see outputs and targets alone.
+    """
+    function: Any = getattr(loss, "func", loss)
+    places = getattr(function, "__module__", None), type(function).__module__
+    if not {*places} & {F.__name__, nn.modules.loss.__name__, "apical.core.losses"}:
+        raise ConfigError("call the rule once on a batch before torch.compile, so that it sees what this loss does")
 
 
 def _departures(rule: CreditRule, output: Tensor, targets: Tensor) -> Iterator[str]:

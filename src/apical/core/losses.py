@@ -214,7 +214,7 @@ def wanted(output: Tensor, targets: Tensor) -> Tensor:
             raise ConfigError(f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}")
         return targets.to(output.dtype)
     try:
-        return F.one_hot(targets, output.shape[-1]).to(output.dtype)
+        return F.one_hot(targets.long(), output.shape[-1]).to(output.dtype)
     except RuntimeError as error:
         raise ConfigError(
             f"a label lies outside the {output.shape[-1]} classes of the output; leave samples that the loss ignores out of "

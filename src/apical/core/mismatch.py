@@ -12,9 +12,11 @@ measured anew.
 """
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from apical.core.stepping import Group, strided
 from apical.errors import ConfigError
@@ -105,12 +107,14 @@ class Watch:
 
     Attributes:
         plastic: version of R, which is empty meanwhile: whoever changes it does not know that.
+        optimizer: that moved it last.
         momentum: the optimiser's momentum of the weight after the last step.
 
     The sum of all values is taken after each step and before the next, where the optimiser reads the weight anyway.
     """
 
     plastic: int = -1
+    optimizer: ref[Optimizer] | None = None
     momentum: Tensor | None = None
 
     def __init__(self, weight: nn.Parameter, mismatch: Mismatch) -> None:

@@ -51,6 +51,7 @@ class PlasticRule(EdgeRule):
             where an explicit R always moves by the optimiser's own state.
         reasons: why a layer keeps its feedback explicitly, by layer.
         moved_by: the optimiser, not SGD, by whose change of W a feedback moved last.
+        clips: something has changed W's gradient before such an optimiser's step.
         alone: why an explicit R moves by the optimiser's own state although update is "shared", by layer.
     """
 
@@ -80,6 +81,7 @@ class PlasticRule(EdgeRule):
         self.form: Form = form
         self.alone: dict[str, str] = {}
         self.moved_by = ""
+        self.clips = False
         self._mirrored = 0
         self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
         if form == "auto":
@@ -98,7 +100,7 @@ class PlasticRule(EdgeRule):
                     'no gradient of its own; untie them, or build the rule with form="closed"'
                 )
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
-        self._called = False
+        self._called: set[str] = set()  # layers, since the last step of their optimiser
         self._steps: Steps | None = Steps(self)
 
     @abstractmethod
@@ -119,6 +121,11 @@ class PlasticRule(EdgeRule):
             f"{type(self).__name__} keeps the feedback of {', '.join(names)} explicitly: {reason}"
             for reason, names in layers.items()
         ]
+        if self.clips and self.ALIKE:
+            remarks.append(
+                f"under {self.moved_by} {type(self).__name__}'s feedback takes the weights' change and has no gradient: "
+                'one norm of all gradients is clipped without it, form="explicit" counts it'
+            )
         if self._mirrored:
             remarks.append(
                 f"the feedback of {type(self).__name__} began as a mirror of the weights: each layer was driven alone by "
@@ -165,7 +172,7 @@ class PlasticRule(EdgeRule):
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 self._before_forward()
-            self._called = True
+            self._called.update(self.layers)
         return super().forward(inputs, targets)
 
     def _before_forward(self) -> None:

@@ -65,7 +65,7 @@ class Sharing:
     ) -> None:
         """Let R take W's change in this step, or say in `rule.alone` why it moves by the optimiser's own state."""
         plastic, weight = rule.plastic_of(name), rule.layers[name]._parameters.get("weight")
-        spared = plastic.grad is None and name in self._counts and rule._called and weight is not None
+        spared = plastic.grad is None and name in self._counts and name in rule._called and weight is not None
         if rule.ALIKE or name in rule.alone or (plastic.grad is None and not spared):
             return
         if rule.update == "own":
@@ -104,7 +104,7 @@ class Sharing:
     def restore(self, rule: "PlasticRule", name: str) -> None:
         """Give R the gradient that it was spared: this step is one of SGD, which makes R's change of it."""
         weight = rule.layers[name]._parameters.get("weight")
-        if self._counts.pop(name, 0) and rule._called and weight is not None and weight.grad is not None:
+        if self._counts.pop(name, 0) and name in rule._called and weight is not None and weight.grad is not None:
             plastic = rule.plastic_of(name)
             plastic.grad = rule.from_weight(name, weight.grad) if plastic.grad is None else plastic.grad
 

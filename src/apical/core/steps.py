@@ -90,7 +90,6 @@ class Steps:
     def forget(self) -> None:
         """A state was loaded: whatever was known of weights and optimiser is no longer so."""
         self._watches: dict[str, Watch] = {}
-        self._optimizer: ref[Optimizer] | None = None
         self._moving.clear()
         self.sharing.forget()
 
@@ -185,18 +184,16 @@ class Steps:
             elif rule.mismatch_of(name) is None and other is not None:
                 is_alike = group is not None and alike(group, other, optimizer)
                 self.sharing.before_step(rule, name, optimizer, group, other, is_alike)
-        for name in self._arrivals:
-            if name in self._watches:
-                self._arrivals[name].sampled = self._watches[name].steps < 3 or self._watches[name].steps % 16 == 15
-                self._arrivals[name].fresh = False
-        for arrival in self._arrivals.values():
+        for name in places.keys() & self._arrivals.keys():  # other layers may have an optimiser of their own
+            arrival, watch = self._arrivals[name], self._watches.get(name)
+            if watch is not None:
+                arrival.sampled, arrival.fresh = watch.steps < 3 or watch.steps % 16 == 15, False
             arrival.stepped()
-        rule._called = False
+        rule._called -= places.keys()
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Advance the mismatches, and what takes the weights' change, by the step that was just taken."""
         if (self._moving or self.sharing) and not skipped(optimizer):
-            self._optimizer = ref(optimizer) if self._moving else self._optimizer
             for name, (group, first, k) in self._moving.items():
                 watch = self._watches[name]
                 if k is None:
@@ -205,7 +202,7 @@ class Steps:
                     watch.mismatch.shrink(k)
                     self.rule.moved_by = type(optimizer).__name__
                 watch.stepped()
-                watch.momentum = momentum_of(optimizer, watch.parameter)
+                watch.optimizer, watch.momentum = ref(optimizer), momentum_of(optimizer, watch.parameter)
             self.sharing.after_step(self.rule, optimizer)
         self._moving.clear()
         self.sharing.begin()
@@ -225,7 +222,7 @@ class Steps:
     def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> None:
         rule, plastic = self.rule, self.rule.plastic_of(name)
         weight = rule.layers[name].weight
-        if plastic.grad is None and plastic.requires_grad and (weight.grad is None or not rule._called):
+        if plastic.grad is None and plastic.requires_grad and (weight.grad is None or name not in rule._called):
             return  # nothing of this layer moves in this step, or not by this rule
         reason = self._obstacle(name, optimizer, group, other)
         if reason is not None:
@@ -299,7 +296,7 @@ class Steps:
         if other is not None and not alike(group, other, optimizer):
             return self.open(name, OPTIONS_DIFFER, optimizer)
         self._require_untouched(name, optimizer)
-        if arrival is not None and arrival.fresh and not rule._called:
+        if arrival is not None and arrival.fresh and name not in rule._called:
             self.open(name, "its weight also learns from what is not this rule's", optimizer)
             rule.plastic_of(name).grad = None
             return None
@@ -310,6 +307,8 @@ class Steps:
                 'form="explicit"'
             )
         if not is_sgd(optimizer) and weight.requires_grad:
+            if not rule.clips and weight.grad is not None and arrival is not None:
+                rule.clips = not arrival.untouched(weight.grad)
             return self._move(name, optimizer, group, self._k(name, optimizer, group))
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
@@ -317,8 +316,9 @@ class Steps:
                 f"kind), which {type(rule).__name__} in closed form cannot do to the feedback: build the rule with "
                 'form="explicit"'
             )
-        before = None if self._optimizer is None else self._optimizer()
-        if self._optimizer is not None and before is not optimizer and momentum_of(optimizer, weight) is not None:
+        watch = self._watches.get(name)
+        before = None if watch is None else watch.optimizer
+        if before is not None and before() is not optimizer and momentum_of(optimizer, weight) is not None:
             raise ConfigError(
                 f"two optimisers take turns with the weight of layer {name!r}, each with a momentum of its own: build the "
                 f'{type(rule).__name__} with form="explicit"'
@@ -372,8 +372,9 @@ class Steps:
                 'form="explicit", or "auto"'
             )
         mismatch, plastic = cast(Mismatch, rule.mismatch_of(name)), rule.plastic_of(name)
-        weight = self._watches[name].parameter if name in self._watches else rule.layers[name].weight
-        optimizer = optimizer or (None if self._optimizer is None else self._optimizer())
+        watch = self._watches.pop(name, None)
+        weight = rule.layers[name].weight if watch is None else watch.parameter
+        optimizer = optimizer or (None if watch is None or watch.optimizer is None else watch.optimizer())
         plastic.data = rule.from_weight(name, mismatch.feedback)
         own = rule.layers[name]._parameters.get("weight")
         gradient = (weight if own is None else own).grad
@@ -386,7 +387,6 @@ class Steps:
             optimizer.state[plastic].update(rule.own_state(optimizer.state.get(weight, {})))
         del rule._mismatches()[key(name)]
         rule.reasons[name] = reason
-        self._watches.pop(name, None)
 
 
 def is_sgd(optimizer: Optimizer) -> bool:

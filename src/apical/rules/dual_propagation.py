@@ -29,7 +29,6 @@ from apical.core.activations import difference
 from apical.core.batch import counted, fitted, require_precision
 from apical.core.chain import Chain, Stage, States
 from apical.core.credit import Credit, CreditRule, Loss, Root
-from apical.core.layers import is_maximum
 from apical.core.local import local_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
@@ -140,6 +139,7 @@ class DualPropagation(CreditRule):
             if sweep:  # the first layer's a does not change
                 for k in range(top):
                     v[k] = stages[k].potential(m[k]) if k else v[k]
+                    d[k] = handed_down(stages[k + 1], delta[k + 1], m[k + 1]) if stages[k + 1].bends else d[k]
                     m[k + 1], delta[k] = self._dyad(stages[k], v[k], d[k])
                 if self.variant == "original":
                     delta[top], _ = self._nudge(stages[top].potential(m[top]), targets)
@@ -166,7 +166,7 @@ class DualPropagation(CreditRule):
 
 def handed_down(stage: Stage, delta: Tensor, m: Tensor) -> Tensor:
     """`W^T delta` (batch, *input_shape), back through what stands before and behind the layer, with the windows at m."""
-    if stage.after or any(is_maximum(module) for module in stage.before):
+    if stage.after or stage.bends:
         pulled: Tensor = torch.func.vjp(stage.potential, m)[1](delta)[0]
         return pulled
     return stage.transposed(delta.flatten(1)).view(len(delta), *stage.input_shape)

@@ -81,7 +81,7 @@ def difference(positive: Tensor, negative: Tensor, alpha: float) -> tuple[Tensor
 def drawn_wrong(scores: Tensor, targets: Tensor) -> Tensor:
     """Labels (B,) other than the targets (B,), drawn in proportion to the softmax of the scores (B, K)."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    others = wide.scatter(1, targets.unsqueeze(1), -math.inf)
+    others = wide.scatter(1, targets.long().unsqueeze(1), -math.inf)
     return (others - torch.empty_like(wide).exponential_().log()).argmax(1)  # the largest with Gumbel noise
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from apical.core.checkpointing import refuse_checkpointing
 from apical.core.credit import Credit, CreditRule
@@ -289,8 +290,9 @@ class LocalSolve(WrappedRule):
         """
         if not isinstance(inputs, Tensor):
             raise UnsupportedModelError(f"{type(self).__name__} needs inputs that are one tensor (batch, ...)")
+        few = tree_map(lambda part: part[:PROBE] if isinstance(part, Tensor) and part.dim() else part, targets)
         try:
-            measured = self._measured(inputs[:PROBE], targets[:PROBE])
+            measured = self._measured(inputs[:PROBE], few)
         except (ApicalError, RuntimeError, ValueError):  # too few for this model or rule
             measured = self._measured(inputs, targets)
         inner = type(innermost(self)).__name__

@@ -130,7 +130,7 @@ def adjoint_cosines(rule: EquilibriumPropagation, inputs: Tensor, targets: Tenso
             network.given(x, beta),
             back,
             rule.nudged_steps,
-            lambda s: network.nudged_by(network.errors(rule.loss, s, targets, 0), beta),
+            lambda s: network.nudged_by(network.errors(rule.loss, s, targets, 0), beta, s),
         ).s
         shifts = [s[:size] - s[size:] for s in twice]
     whole = F.cosine_similarity(torch.cat(shifts, 1), -torch.cat(exact, 1), dim=1)

@@ -469,7 +469,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         counts = x.new_zeros(len(x), self.classes)
         right = None
         if sums and targets is not None and self.readout == "answer":
-            right, add = F.one_hot(targets, self.classes).to(x.dtype), self._into(sums)
+            right, add = F.one_hot(targets.long(), self.classes).to(x.dtype), self._into(sums)
         for before, state in self._answering(x):
             counts += state.readout.s
             if right is not None:

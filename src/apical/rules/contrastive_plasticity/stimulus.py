@@ -31,6 +31,7 @@ class Stimulus(NamedTuple):
 
 def stimulus(x: Tensor, targets: Tensor, classes: int, negatives: Negatives, mix: float) -> Stimulus:
     """Of inputs (batch, n_0) and class labels (batch,); one sample alone has nobody to be mixed with."""
+    targets = targets.long()
     right = F.one_hot(targets, classes).to(x.dtype)
     context = None
     if negatives == "labels":

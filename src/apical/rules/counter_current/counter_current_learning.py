@@ -222,14 +222,14 @@ class CounterCurrentLearning(CreditRule):
 
         Of "match" the codes are (batch, ...). Depths without a block of the feedback network have an empty b.
         """
-        self._check(inputs, targets)
+        targets = self._check(inputs, targets)
         with evaluating(self):
             return {"a": self._activities(inputs), "b": self.codes(targets)}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
         self.require_attached()
-        self._check(inputs, targets)
+        targets = self._check(inputs, targets)
         self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
@@ -272,7 +272,7 @@ class CounterCurrentLearning(CreditRule):
         if self.mask:
             raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn at once; pass mask=False")
         if part.below is None:
-            self._check(inputs, targets)
+            targets = self._check(inputs, targets)
         first, last, teaching = part.levels.start, len(self.row), Teaching()
         pairs = [level for level in self._levels if first < level <= part.levels.stop or level == first == 0]
         a, b = {}, {}
@@ -381,7 +381,8 @@ class CounterCurrentLearning(CreditRule):
         sure = output.detach().flatten(1).float().softmax(1).gather(1, labels.unsqueeze(1)) > 1 - SURE
         return (~sure).to(self.row[-1].layer.weight.dtype)
 
-    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+    def _check(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The targets, with labels as indices."""
         if len(inputs) == 0:
             raise ConfigError("the batch is empty: credit is a mean over samples")
         if targets.dim() == 0 or len(targets) != len(inputs):
@@ -395,6 +396,7 @@ class CounterCurrentLearning(CreditRule):
             require_classes(targets, len(self.classes))
         elif not (targets.is_floating_point() and targets[0].numel() == math.prod(self.row[-1].shape)):
             raise ConfigError("counter-current learning with pair='match' needs targets of the output's size")
+        return targets.long() if classes else targets
 
     def _activities(self, inputs: Tensor) -> list[Tensor]:
         """a_0..a_L."""
@@ -411,7 +413,7 @@ class CounterCurrentLearning(CreditRule):
     @torch.no_grad()
     def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """The activities that meet at each depth, (batch, d) both, by the name of F's layer below; in evaluation mode."""
-        self._check(inputs, targets)
+        targets = self._check(inputs, targets)
         with evaluating(self):
             a, b = self._activities(inputs), self.codes(targets)
         own = [row if self.pair == "match" or not len(row) else row[targets] for row in b]

@@ -16,6 +16,7 @@ from apical.core.activations import is_activation
 from apical.core.agreement import acts_on_each
 from apical.core.blocks import Block
 from apical.core.layers import Layer, is_linear, is_norm, is_own, is_pool
+from apical.core.rest import undisturbed
 from apical.core.transport import geometry
 from apical.errors import UnsupportedModelError
 
@@ -117,15 +118,12 @@ def _convolution(block: Block, enlarge: Enlarge, bias: bool) -> list[nn.Module]:
 
 
 def _check(block: Block, mirror: nn.Sequential) -> None:
-    """Run the counterpart once."""
-    like, training = block.layer.weight, mirror.training
+    """Run the counterpart once, as in training."""
     try:
-        with torch.no_grad():
-            made = tuple(mirror.eval()(like.new_zeros(1, *block.shape)).shape[1:])
+        with undisturbed(mirror), torch.no_grad():
+            made = tuple(mirror(block.layer.weight.new_zeros(2, *block.shape)).shape[1:])
     except (RuntimeError, ValueError) as error:
         raise _without_mirror(block, str(error)) from error
-    finally:
-        mirror.train(training)
     if made != block.input_shape:
         raise _without_mirror(block, f"going back from {block.shape} gives {made} instead of {block.input_shape}")
 

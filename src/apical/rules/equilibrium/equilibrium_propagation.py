@@ -327,7 +327,7 @@ class EquilibriumPropagation(CreditRule):
             network.given(x, beta),
             self._back(),
             self.nudged_steps,
-            lambda s: network.nudged_by(network.errors(self.loss, s, targets, q), beta),
+            lambda s: network.nudged_by(network.errors(self.loss, s, targets, q), beta, s),
             imaginary=q * len(x),
             tolerance=self.tolerance,
             noisy=True,
@@ -352,7 +352,7 @@ class EquilibriumPropagation(CreditRule):
             weight = Phases(x.new_tensor([-cos(turn)]) / (n * self.beta), x.new_tensor([sin(turn)]) / (n * self.beta))
 
             def push(s: Sequence[Tensor], beta: Phases = beta) -> Tensor:
-                return network.nudged_by(network.errors(self.loss, s, targets, 1), beta)
+                return network.nudged_by(network.errors(self.loss, s, targets, 1), beta, s)
 
             given = network.given(x, beta)
             settled = network.settle(s, given, self._back(), self.nudged_steps, push, imaginary=len(x), noisy=True)

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.activations import complex_parts
+from apical.core.activations import complex_parts, derivative
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Root
-from apical.core.local import outer
+from apical.core.local import outer, summed
 from apical.core.losses import wanted
 from apical.core.noise import normal
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
@@ -177,7 +177,9 @@ class EquilibriumNetwork:
         return torch.lerp(activated(stage.activation, v, imaginary), old, self.damping)
 
     def errors(self, loss: Callable[[Tensor, Tensor], Tensor], s: Sequence[Tensor], targets: Tensor, q: int) -> Tensor:
-        """`de/do` per sample at the output of each phase (P + Q, batch, outputs): parts of a complex number where Q > 0.
+        """`de/ds_K` per sample in each phase, or `de/dv` at the read-out's layer: (P + Q, batch, outputs).
+
+        Where Q > 0 these are parts of complex numbers.
 
         Args:
             loss: a batch mean e; complex phases need one of :data:`HOLOMORPHIC`.
@@ -190,20 +192,24 @@ class EquilibriumNetwork:
             top = _up(self.reader, top, None, q * batch)
             if (bias := self.reader.layer.bias) is not None:
                 top = torch.cat((top[: len(top) - q * batch] + bias, top[len(top) - q * batch :])) if q else top + bias
-            top = activated(self.reader.activation, top, q * batch)
-        if loss in HOLOMORPHIC and top.dim() == 2:
-            parts = top.view(-1, batch, top.shape[-1])  # (P + Q, batch, outputs)
-            return HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
-        rows = targets.repeat(len(top) // batch, *[1] * (targets.dim() - 1))
-        error: Tensor = torch.func.grad(lambda out: loss(out, rows))(top) * len(top)  # per sample, not of the mean
-        return error.view(-1, batch, *top.shape[1:])
+        activation = nn.Identity() if self.reader is None else self.reader.activation
+        output = activated(activation, top, q * batch)
+        if loss in HOLOMORPHIC and output.dim() == 2:
+            parts = output.view(-1, batch, output.shape[-1])  # (P + Q, batch, outputs)
+            error = HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
+        else:
+            rows = targets.repeat(len(output) // batch, *[1] * (targets.dim() - 1))
+            error = torch.func.grad(lambda out: loss(out, rows))(output) * len(output)  # per sample, not of the mean
+        if not isinstance(activation, nn.Identity):
+            error = _before_activation(activation, top, error.view_as(top), q * batch)
+        return error.view(-1, batch, *output.shape[1:])
 
-    def nudged_by(self, error: Tensor, beta: Phases) -> Tensor:
-        """`-beta de/ds` for the last layer of states (rows, *shape), given `de/do`."""
+    def nudged_by(self, error: Tensor, beta: Phases, s: Sequence[Tensor]) -> Tensor:
+        """`-beta de/ds` for the last layer of states (rows, *shape), given these and what :meth:`errors` says."""
         push = -beta.times(error).flatten(0, 1)  # (P + Q, batch, outputs) -> (rows, outputs)
         if self.reader is None:
             return push
-        return self.reader.transposed(push).view(-1, *self.stages[-1].shape)
+        return pulled(self.reader, self.reader.layer.weight, push, s[-1], len(beta.im) * error.shape[1])
 
 
 def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
@@ -221,6 +227,19 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
     return torch.cat((activation(v[:real]), *complex_parts(activation, a, b)))
 
 
+def _before_activation(activation: nn.Module, v: Tensor, error: Tensor, imaginary: int) -> Tensor:
+    """`phi'(v) error` of rows as :func:`activated` takes them."""
+    real = len(v) - 2 * imaginary
+    flat = derivative(activation, v[:real], activation(v[:real])) * error[:real]
+    if imaginary == 0:
+        return flat
+    a, b = v[real : real + imaginary], v[real + imaginary :]
+    # phi' = d Re phi / da + i d Im phi / da
+    re, im = torch.func.jvp(lambda a: complex_parts(activation, a, b), (a,), (torch.ones_like(a),))[1]
+    x, y = error[real : real + imaginary], error[real + imaginary :]
+    return torch.cat((flat, re * x - im * y, re * y + im * x))
+
+
 def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor:
     """`P(W s + b)`; `given` is the bias, or rows of it."""
     weight = stage.layer.weight
@@ -228,7 +247,7 @@ def _up(stage: Stage, s: Tensor, given: Tensor | None, imaginary: int) -> Tensor
         return s @ weight.T if given is None else torch.addmm(given, s, weight.T)
     v = stage.linear(s)
     if given is not None:
-        bias = given.view(-1, *[1] * (v.dim() - 2))
+        bias = given if isinstance(stage.layer, nn.Linear) else given.view(-1, *[1] * (v.dim() - 2))
         v = torch.cat((v[: len(v) - imaginary] + bias, v[len(v) - imaginary :])) if imaginary else v + bias
     return pooled(stage, v, imaginary)
 
@@ -265,8 +284,7 @@ def stage_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real:
     bias, signal = stage.layer.bias, _at_layer(stage, signal, rates, imaginary)
     roots = weight_roots(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
     if bias is not None and bias.requires_grad:
-        shared = signal[:real].transpose(0, 1).flatten(1).sum(1) / batch
-        roots.append((bias, shared))
+        roots.append((bias, summed(signal[:real], geometry(stage.layer)) / batch))
     return roots
 
 

@@ -151,7 +151,7 @@ class StrongDeepFeedbackControl(ControlRule):
             raise ConfigError(f"class labels need shape (batch,), got {tuple(targets.shape)}")
         require_classes(targets, classes)
         goal = output.new_full((len(output), classes), (1 - self.label) / (classes - 1))
-        return goal.scatter_(1, targets.unsqueeze(1), self.label), True
+        return goal.scatter_(1, targets.long().unsqueeze(1), self.label), True
 
     def _counted(self, states: States, targets: Tensor) -> tuple[States, Tensor, bool]:
         """States and goals of the samples that have one: a negative class label takes a sample out."""

@@ -28,7 +28,7 @@ False.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -219,7 +219,7 @@ class PredictiveCoding(CreditRule):
         if targets.is_floating_point():
             return targets.to(inputs.dtype)
         require_classes(targets, classes)
-        return F.one_hot(targets, classes).to(inputs.dtype)
+        return F.one_hot(targets.long(), classes).to(inputs.dtype)
 
     def _sample(self, inputs: Tensor) -> Tensor:
         """Samples as rows (batch, outputs), the output's targets in the generative direction."""
@@ -290,8 +290,9 @@ class PredictiveCoding(CreditRule):
         if learns and not torch.compiler.is_compiling() and self.inference not in ("exact", "incremental"):
             return feed_forward(self.row, x, through=self.inference == "error")
         p: list[Tensor] = []
-        for block in self.row:
-            p.append(called(block, p[-1] if p else x))
+        with self._buffers_kept() if learns and self._held is not None else nullcontext():  # a batch counts once
+            for block in self.row:
+                p.append(called(block, p[-1] if p else x))
         return p, p[:-1]
 
     def _flat(self, output: Tensor) -> Tensor:
