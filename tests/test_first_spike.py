@@ -88,11 +88,11 @@ def test_identities_of_the_closed_form() -> None:
     late = torch.cat([t, torch.full((5, 1), 50.0).double()], 1)
     added, _ = spike_times(late, torch.cat([weight, torch.ones(6, 1).double()], 1), 1.0)
     assert torch.equal(added[times < 50], times[times < 50])
-    b, j = map(int, fires.nonzero()[0])
-    i = int((t[b] < times[b, j]).nonzero()[0])
-    raised = weight.clone()
-    raised[j, i] += 0.01
-    assert spike_times(t, raised, 1.0)[0][b, j] < times[b, j]
+    for i, j in ((i, j) for i in range(12) for j in range(6)):
+        raised = weight.clone()
+        raised[j, i] += 0.01
+        causal = fires[:, j] & (t[:, i] < times[:, j])
+        assert bool((spike_times(t, raised, 1.0)[0][causal, j] < times[causal, j]).all())
     single, _ = spike_times(torch.tensor([[0.3]]).double(), torch.tensor([[2.5]]).double(), 1.0)
     assert single.item() == pytest.approx(0.3 + 1 / 2.5)
 
