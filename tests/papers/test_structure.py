@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from apical.bench import names
 from apical.bench.papers import tables, too_small
 from apical.models import orthogonal_
 from apical_papers import digits
@@ -19,8 +20,13 @@ def test_all_of_backpropagations_gradient_arrives_through_an_isometry() -> None:
     for layers in (10, 50):
         assert depth.arrival("bp", depth.EXACT, layers, 0) == pytest.approx(1, abs=1e-4)
     assert depth.arrival("ccl", depth.EXACT, 50, 0) < 1e-10  # type: ignore[operator]
-    assert depth.arrival("pc", depth.EXACT, 200, 0) == "not run"
     assert "box" in str(depth.arrival("corinfomax", depth.EXACT, 10, 0))
+
+
+def test_rules_are_not_asked_beyond_their_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "NETWORKS", {depth.EXACT: depth.NETWORKS[depth.EXACT]})
+    (row,) = depth.measure(0, ("bp",), (1, 2), {"bp": 1}).values()
+    assert row == {"bp": {"1": 1.0, "2": "not run"}}
 
 
 def test_networks_of_every_kind_have_their_depth() -> None:
@@ -82,7 +88,8 @@ def test_verdicts_and_tables() -> None:
 
 
 def test_the_table_of_further_rules() -> None:
-    assert not set(depth.FURTHER) & set(depth.RULES)
+    assert set(depth.FURTHER) & set(depth.RULES) == set(depth.SLOW)
+    assert {*depth.FURTHER, *depth.RULES} == set(names.RULES)
     arrives = {rule: {str(d): "refused" if rule == "csdp" else 0.5 for d in depth.DEPTHS} for rule in depth.FURTHER}
     made = [{"depth": {name: copy.deepcopy(arrives) for name in depth.NETWORKS}} for _ in range(3)]
     assert {row["verdict"] for row in depth_study.verdicts(made)} == {"reproduced"}

@@ -277,10 +277,11 @@ def test_bounds_hold_after_every_step(options: dict[str, object]) -> None:
         assert all(float(p.detach().abs().max()) <= 1 for p in rule.parameters())
         assert all(float(m.detach().min()) >= 0 and not bool(m.detach().diagonal().any()) for m in rule.lateral)
     assert all(float(each.min()) >= 0 and float(each.max()) <= 1 for each in rule.spikes(batch()[0]).values())
-    stimulus = rule._stimulus(*batch())
-    rest = rule._rest(stimulus.x, context=stimulus.context is not None)
-    for _, state in rule._steps(stimulus, (rest, twin(rest)), rule.steps):
-        assert all(float(each.t.min()) >= 0 and float(each.t.max()) <= 1 for each in (*state.layers, state.readout))
+    with torch.no_grad():
+        stimulus = rule._stimulus(*batch())
+        rest = rule._rest(stimulus.x, context=stimulus.context is not None)
+        for _, state in rule._steps(stimulus, (rest, twin(rest)), rule.steps):
+            assert all(float(each.t.min()) >= 0 and float(each.t.max()) <= 1 for each in (*state.layers, state.readout))
 
 
 def test_decay_is_taken_off_for_every_spike_without_the_synapse() -> None:

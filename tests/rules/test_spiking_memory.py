@@ -15,6 +15,7 @@ from apical import models
 from apical.core.credit import CreditRule
 
 STEPS, WARM = 2000, 600
+HALF = (STEPS - WARM) // 2
 
 STATM = Path("/proc/self/statm")
 PAGE = 4096
@@ -43,7 +44,6 @@ def of_model(name: str) -> CreditRule:
 
 
 MAKERS = {
-    "csdp": step_by_step,
     "csdp-unsupervised": partial(step_by_step, negatives="mixtures"),
     "csdp-memristor": partial(step_by_step, levels=64),
     "first spikes": first_spike,
@@ -54,18 +54,19 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_steps_leave_no_memory_behind(make: Callable[[], CreditRule]) -> None:
-    """Were one tensor of (batch, 8) kept at each step, the steps after the warm ones would leave 4 MB."""
+    """Were one tensor of (batch, 8) kept at each step, both halves of the steps after the warm ones would leave 2 MB."""
     torch.manual_seed(0)
     rule = make()
     optimizer = torch.optim.SGD(rule.parameters(), lr=1e-3)
     x, targets = torch.rand(96, 8), torch.arange(96) % 2
     found = []
-    for steps in (WARM, STEPS - WARM):
+    for steps in (WARM, HALF, HALF):
         for _ in range(steps):
             optimizer.zero_grad()
             rule(x, targets).backward()
             optimizer.step()
             rule.constrain_()
         found.append(alive())
-    assert found[1][0] <= found[0][0]
-    assert found[1][1] - found[0][1] < 2e6
+    tensors, resident = zip(*found, strict=True)
+    assert tensors[2] <= tensors[1] <= tensors[0]
+    assert min(resident[2] - resident[1], resident[1] - resident[0]) < 1e6  # an allocator takes what it needs once

@@ -89,8 +89,8 @@ def emulation_error(h: int, seed: int, starts: int = STARTS) -> float:
 
         def closure(model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
             optimizer.zero_grad()
-            loss = (model(u) - target).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss: Tensor = (model(u) - target).square().mean()
+            loss.backward()
             return loss
 
         optimizer.step(closure)
