@@ -43,14 +43,15 @@ def orders(cell: str) -> float | None:
     return math.log10(value) if value > 0 else -math.inf
 
 
-def look(cell: str) -> tuple[str, str]:
-    """Colour and sign of a cell: blue for what vanishes, red for what grows, and the rounded orders of magnitude."""
+def look(cell: str) -> tuple[str, str, str]:
+    """Colours of a cell and its sign: blue for what vanishes, red for what grows, and the rounded orders of magnitude."""
     power = orders(cell)
     if power is None:
-        return "none", SIGNS.get(cell, "-")
+        return "none", "currentColor", SIGNS.get(cell, "-")
+    share = min(abs(power) / DEEP, 1.0) ** 0.6
     tone = "0, 114, 178" if power < 0 else "213, 94, 0"
     sign = "\u00d7" if math.isinf(power) else f"{round(power)}".replace("-", "\u2212")
-    return f"rgba({tone}, {min(abs(power) / DEEP, 1.0) ** 0.6:.2f})", sign
+    return f"rgba({tone}, {share:.2f})", "white" if share > 0.7 else "currentColor", sign
 
 
 def picture(root: Path) -> str:
@@ -77,10 +78,10 @@ def picture(root: Path) -> str:
         y = TOP + ROW * i
         parts.append(_text(NAMES - 6, y + 11, rule, "end"))
         for place, cell in cells.items():
-            colour, sign = look(cell)
+            colour, ink, sign = look(cell)
             box = f'<rect x="{lefts[place]}" y="{y}" width="{CELL - 1}" height="{ROW - 1}" style="fill: {colour}"/>'
             hint = f"<title>{escape(f'{rule}, {place[0]}, {place[1]}: {cell}')}</title>"
-            parts.append(f"<g>{hint}{box}{_text(lefts[place] + CELL / 2 - 0.5, y + 10.5, sign)}</g>")
+            parts.append(f'<g fill="{ink}">{hint}{box}{_text(lefts[place] + CELL / 2 - 0.5, y + 10.5, sign)}</g>')
     return "\n".join([*parts, "</svg>\n"])
 
 
