@@ -17,6 +17,7 @@ from audit_page import audit_blocks
 from benchmark_pages import benchmark_page
 from choose_page import choice
 from circuits import circuits, drawing
+from depth_page import picture
 from front_page import demo_block, front_page, rules
 from gallery_page import gallery
 from index_page import results_index, standings
@@ -60,6 +61,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
         root / "docs" / "results" / "index.md": results_index(titles, known),
         **({root / "docs" / "results" / "reproductions.md": reproduction_page(records)} if records else {}),
         **paper_pages(root, papers(), records),
+        root / "docs" / "depth.svg": picture(root),
         **{root / "docs" / "circuits" / f"{page}.svg": drawing(circuit) for page, circuit in circuits().items()},
         **{root / "docs" / "results" / f"{path.name}.md": comparison_page(path, said[path.name]) for path in folders},
         **{root / "docs" / "results" / f"{path.name}.md": study_page(path, said[path.name]) for path in studies},

@@ -533,3 +533,21 @@ def test_kept_results_are_as_they_were_written() -> None:
         text = path.read_text(encoding="utf-8")
         if not text.startswith("["):
             parse_object(text)  # which compares the checksum, where there is one
+
+
+def test_the_picture_of_depth_has_every_rule_of_both_studies(tmp_path: Path) -> None:
+    from depth_page import TITLE, look, picture
+
+    assert picture(tmp_path) == ""
+    for study, rows in (("structure-study", [["bp", "1 (1 to 1)"], ["pc", "not run"]]), ("structure-depth", [["pc", "0"]])):
+        (tmp_path / "results" / study).mkdir(parents=True)
+        table = {"title": f"{TITLE}tanh, critical", "header": ["rule", "depth 50"], "rows": rows}
+        (tmp_path / "results" / study / "results.json").write_text(json.dumps({"tables": [table]}))
+    drawn = picture(tmp_path)
+    assert drawn.count("<rect") == 2
+    assert "pc, tanh, critical, depth 50: 0<" in drawn
+    assert [
+        look(cell)[-1] for cell in ("0.0011 (0.001 to 0.002)", "1e-13", "0", "40", "refused", "not finite", "not run")
+    ] == [
+        *("\u22123", "\u221213", "\u00d7", "2", "\u00b7", "\u221e", "-"),
+    ]

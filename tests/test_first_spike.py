@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,11 +89,11 @@ def test_identities_of_the_closed_form() -> None:
     late = torch.cat([t, torch.full((5, 1), 50.0).double()], 1)
     added, _ = spike_times(late, torch.cat([weight, torch.ones(6, 1).double()], 1), 1.0)
     assert torch.equal(added[times < 50], times[times < 50])
-    b, j = map(int, fires.nonzero()[0])
-    i = int((t[b] < times[b, j]).nonzero()[0])
-    raised = weight.clone()
-    raised[j, i] += 0.01
-    assert spike_times(t, raised, 1.0)[0][b, j] < times[b, j]
+    for i, j in ((i, j) for i in range(12) for j in range(6)):
+        raised = weight.clone()
+        raised[j, i] += 0.01
+        causal = fires[:, j] & (t[:, i] < times[:, j])
+        assert bool((spike_times(t, raised, 1.0)[0][causal, j] < times[causal, j]).all())
     single, _ = spike_times(torch.tensor([[0.3]]).double(), torch.tensor([[2.5]]).double(), 1.0)
     assert single.item() == pytest.approx(0.3 + 1 / 2.5)
 
@@ -231,3 +232,17 @@ def test_it_learns_and_leaves_silent_neurons_alone() -> None:
     grad = model.get_submodule("spikes1").get_parameter("weight").grad
     assert grad is not None
     assert not bool(grad[0].any())
+
+
+def test_late_spikes_do_not_flatten_the_figure_of_the_others() -> None:
+    from apical.bench.figures.panels import histogram
+
+    times = np.concatenate([np.linspace(0, 1, 96), [500.0, 1000.0], [np.inf, np.inf]])
+    panel = {"x": "time", "y": "share of neurons"}
+    figure = histogram(panel, {"late": times, "early": times[:50]})
+    assert figure.axes[0].get_xlim()[1] < 2
+    late, early = (text.get_text() for text in figure.legends[0].get_texts())
+    beyond = (times[:96] > np.quantile(np.concatenate([times[:98], times[:50]]), 0.95)).sum() + 2
+    assert (late, early) == (f"late (2 % none, {beyond} % above 0.94)", "early")
+    rates = histogram(panel, {"rates": np.array([0.0, 0.1, 0.2, 0.9])})
+    assert rates.axes[0].get_xlim()[1] > 0.9

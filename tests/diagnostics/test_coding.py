@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from apical.diagnostics.coding import (
+    activities,
     code_of,
     coding,
     covariance_spectrum,
@@ -74,3 +75,27 @@ def test_shared_activations_maps_and_modes() -> None:
     assert model.training
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hidden_states_of_recurrent_modules_and_attention() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.attend = nn.LSTM(3, 5, batch_first=True), nn.MultiheadAttention(5, 1, batch_first=True)
+            self.relu, self.head = nn.ReLU(), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h, _ = self.rnn(x)
+            h, _ = self.attend(h, h, h)
+            result: torch.Tensor = self.head(self.relu(h[:, -1]))
+            return result
+
+    model, x = Reader(), torch.randn(6, 4, 3)
+    rows = activities(model, x)
+    assert {name: tuple(each.shape) for name, each in rows.items()} == {
+        "rnn": (24, 5),
+        "attend": (24, 5),
+        "relu": (6, 5),
+        "output": (6, 2),
+    }
+    assert torch.allclose(rows["rnn"].float(), model.rnn(x)[0].reshape(-1, 5))

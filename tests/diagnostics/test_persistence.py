@@ -102,7 +102,7 @@ def test_models_of_other_kinds() -> None:
     found = persistence(convolution)
     assert list(found.layers) == ["0", "3"]
     assert found.deep is None
-    with pytest.raises(UnsupportedModelError, match="Linear or convolution"):
+    with pytest.raises(UnsupportedModelError, match="no layer, and no other matrix"):
         persistence(nn.ReLU())
     with torch.no_grad():
         convolution[3].weight[0, 0] = float("nan")
@@ -110,6 +110,21 @@ def test_models_of_other_kinds() -> None:
         persistence(convolution)
     with pytest.raises(ConfigError, match="makes 4 numbers"):
         deep_graph_persistence([np.ones((4, 3)), np.ones((2, 5))])
+
+
+def test_matrices_of_modules_that_are_no_layers() -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(7, 4), "rnn": nn.LSTM(4, 3), "attend": nn.MultiheadAttention(4, 2)})
+    model["read"] = nn.utils.parametrizations.weight_norm(nn.Linear(4, 7))
+    found = persistence(model)
+    packed = ["words.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "attend.in_proj_weight"]
+    assert list(found.layers) == ["attend.out_proj", "read", *packed]
+    assert found.deep is None
+    model["read"] = nn.Linear(4, 7)
+    model["read"].weight = model["words"].weight  # one matrix, once
+    assert list(persistence(model).layers) == ["attend.out_proj", "read", *packed[1:]]
+    matrix = model["rnn"].weight_hh_l0.detach().abs().double().numpy()
+    largest = max(float(p.detach().abs().max()) for p in model.parameters() if p.dim() > 1)
+    assert persistence(model).layers["rnn.weight_hh_l0"] == pytest.approx(neural_persistence(matrix / largest))
 
 
 def test_the_model_is_only_read() -> None:

@@ -9,17 +9,24 @@ from typing import Any
 import pytest
 import torch
 
+from apical.bench import names
 from apical.bench.papers import tables, too_small
+from apical.models import orthogonal_
 from apical_papers import digits
-from apical_papers.structure import depth, depth_study, study, trained
+from apical_papers.structure import depth, depth_study, study, theory, trained
 
 
 def test_all_of_backpropagations_gradient_arrives_through_an_isometry() -> None:
     for layers in (10, 50):
         assert depth.arrival("bp", depth.EXACT, layers, 0) == pytest.approx(1, abs=1e-4)
     assert depth.arrival("ccl", depth.EXACT, 50, 0) < 1e-10  # type: ignore[operator]
-    assert depth.arrival("pc", depth.EXACT, 200, 0) == "not run"
     assert "box" in str(depth.arrival("corinfomax", depth.EXACT, 10, 0))
+
+
+def test_rules_are_not_asked_beyond_their_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "NETWORKS", {depth.EXACT: depth.NETWORKS[depth.EXACT]})
+    (row,) = depth.measure(0, ("bp",), (1, 2), {"bp": 1}).values()
+    assert row == {"bp": {"1": 1.0, "2": "not run"}}
 
 
 def test_networks_of_every_kind_have_their_depth() -> None:
@@ -81,7 +88,8 @@ def test_verdicts_and_tables() -> None:
 
 
 def test_the_table_of_further_rules() -> None:
-    assert not set(depth.FURTHER) & set(depth.RULES)
+    assert set(depth.FURTHER) & set(depth.RULES) == set(depth.SLOW)
+    assert {*depth.FURTHER, *depth.RULES} == set(names.RULES)
     arrives = {rule: {str(d): "refused" if rule == "csdp" else 0.5 for d in depth.DEPTHS} for rule in depth.FURTHER}
     made = [{"depth": {name: copy.deepcopy(arrives) for name in depth.NETWORKS}} for _ in range(3)]
     assert {row["verdict"] for row in depth_study.verdicts(made)} == {"reproduced"}
@@ -111,3 +119,62 @@ def test_the_depth_table_is_a_table_of_the_paper() -> None:
     assert table.module == depth_study.__name__
     assert not too_small(table, table.budgets["cpu"])
     assert too_small(table, table.budgets["smoke"])
+
+
+def test_product_nodes_and_the_lorenz_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theory, "STATES", 100)
+    monkeypatch.setattr(theory, "ITERATIONS", 200)
+    assert theory.lorenz(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[10.0, 23.0, -6.0]]
+    assert theory.emulation_error(1, 0, 2) > 0.1
+    assert theory.emulation_error(2, 0, 3) < 1e-4
+
+
+def test_gradients_along_euler_steps() -> None:
+    """By the products of the Jacobians 1 + D W / N."""
+    torch.manual_seed(0)
+    steps = theory.normal(3.0, tied=True)
+    assert all(torch.equal(step.linear.weight, steps[0].linear.weight) for step in steps)
+    assert not torch.equal(*(step.linear.weight for step in theory.normal(3.0)[:2]))
+    x = torch.randn(1, theory.WIDTH)
+    torch.manual_seed(1)
+    norms = theory.gradient_norms(steps, x.clone(), torch.tensor([3]))
+    torch.manual_seed(1)
+    read, states = orthogonal_(torch.nn.Linear(theory.WIDTH, 10)), [x]
+    for step in steps:
+        states.append(step(states[-1]).detach())
+    e = torch.softmax(read(states[-1]), 1) - torch.nn.functional.one_hot(torch.tensor([3]), 10)
+    error = e @ read.weight
+    last = error.norm()
+    for k in reversed(range(theory.STEPS)):
+        w = steps[k].linear.weight
+        error = error + (error * (states[k] @ w.T).sign()) @ w / theory.STEPS
+        assert float((error.norm() / last).detach()) == pytest.approx(float(norms[k]), rel=1e-4)
+
+
+def test_components_are_white_and_of_the_training_digits() -> None:
+    digits = theory.Components("digits")
+    assert torch.allclose(torch.cov(digits.x.T, correction=0), torch.eye(theory.WIDTH), atol=1e-3)
+    assert digits.test[0].shape[1] == theory.WIDTH
+
+
+def test_claims_of_theory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theory, "GAINS", (0.5, 1.0))
+    made = []
+    for seed in range(3):
+        wide = {"least": 0.2, "largest": 4.0 + seed}
+        ranges = {name: {"least": 0.9, "largest": 1.1} if name in theory.ORTHOGONAL else wide for name in theory.FLOWS}
+        channels = theory.channels(seed)
+        channels["normal, gain 1"]["every"] -= 0.001 * seed
+        made.append(
+            {
+                "lorenz": {"1": {"error": 0.5}, "2": {"error": 1e-9}, "3": {"error": 1e-3}},
+                "gradients": ranges,
+                "accuracy": {name: {"accuracy": 0.8 - 0.1 * (name == "tied")} for name in theory.TRAINED},
+                "channels": channels,
+            }
+        )
+    rows = {row["what"].split(":")[0]: row["verdict"] for row in theory.verdicts(made)}
+    assert {what for what, verdict in rows.items() if verdict != "reproduced"} == {"error with 3 product nodes", "tied"}
+    assert len(rows) == 3 + 5 + 2 + 1
+    for part in theory.tables(made):
+        assert all(len(line) == len(part["header"]) for line in part["rows"])

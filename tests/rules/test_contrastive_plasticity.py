@@ -15,6 +15,7 @@ from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.contrastive_plasticity import neurons
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
 from apical.rules.contrastive_plasticity.memristor import Pairs, levelled
+from apical.rules.contrastive_plasticity.network import twin
 from apical.rules.contrastive_plasticity.neurons import Constants, Neurons
 from apical.testing import check_model
 
@@ -276,6 +277,11 @@ def test_bounds_hold_after_every_step(options: dict[str, object]) -> None:
         assert all(float(p.detach().abs().max()) <= 1 for p in rule.parameters())
         assert all(float(m.detach().min()) >= 0 and not bool(m.detach().diagonal().any()) for m in rule.lateral)
     assert all(float(each.min()) >= 0 and float(each.max()) <= 1 for each in rule.spikes(batch()[0]).values())
+    with torch.no_grad():
+        stimulus = rule._stimulus(*batch())
+        rest = rule._rest(stimulus.x, context=stimulus.context is not None)
+        for _, state in rule._steps(stimulus, (rest, twin(rest)), rule.steps):
+            assert all(float(each.t.min()) >= 0 and float(each.t.max()) <= 1 for each in (*state.layers, state.readout))
 
 
 def test_decay_is_taken_off_for_every_spike_without_the_synapse() -> None:
@@ -438,9 +444,11 @@ def test_frozen_layers_stay_and_nothing_is_recorded_without_gradients() -> None:
         assert rule(*batch()).output.shape == (4, 3)
 
 
-def test_scaled_losses_scale_the_gradients() -> None:
+def test_scaled_losses_scale_the_gradients_and_adam_does_not_feel_it() -> None:
+    """The resistance before a modulator is such a scale."""
     rule = ContrastiveSignalPlasticity(network(), steps=8, theta=1.5, constants=QUICK)
-    found = []
+    found, changes = [], []
+    before = copy.deepcopy(rule.state_dict())
     for scale in (None, 0.25):
         torch.manual_seed(0)
         rule.zero_grad()
@@ -450,8 +458,13 @@ def test_scaled_losses_scale_the_gradients() -> None:
         else:
             (credit.loss * scale).backward()
         found.append(gradients(rule))
+        torch.optim.Adam(rule.parameters(), lr=0.1, eps=1e-30).step()
+        changes.append({name: p.detach() - before[name] for name, p in rule.named_parameters()})
+        rule.load_state_dict(before)
     for name, gradient in found[0].items():
         assert torch.allclose(0.25 * gradient, found[1][name], rtol=1e-12), name
+        assert torch.allclose(changes[0][name], changes[1][name], atol=1e-14), name
+        assert bool(changes[0][name].any()) is bool(gradient.any())
 
 
 def test_small_first_weights_are_remarked_upon() -> None:

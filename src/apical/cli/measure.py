@@ -162,8 +162,10 @@ def _tables(rows: Sequence[Mapping[str, Any]], measure: str) -> list[Part]:
 def _tell(record: Mapping[str, Any], tables: Sequence[tuple[str, str, list[str], list[list[str]]]]) -> None:
     alone = len({row["network"] for row in record["rows"]}) == 1
     for _, title, heads, lines in tables:
-        if heads[1] == "layer" and not alone:  # the page has them
-            continue
+        if heads[1] == "layer":
+            if not alone:  # the page has them
+                continue
+            heads, lines = heads[1:], [line[1:] for line in lines]  # whose layers is plain
         say(f"\n{title}")
         show_table(heads, lines, left=(heads[0], "layer"), whole=True)
     for note in record["notes"]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
-from apical.core.layers import is_weighted
+from apical.core.layers import is_packed, is_weighted
 from apical.core.rest import evaluating
 from apical.errors import ConfigError
 
@@ -120,14 +120,17 @@ def code_of(activities: Tensor, noise: float = NOISE, bins: int = 32) -> Code:
 def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     """Activities of every layer in evaluation mode, (samples, units) by the name of the module that makes them.
 
-    These are the outputs of activations, or of weighted layers in a model whose activations are functions, and of the model
-    itself as "output". Places of a feature map, or tokens, count as samples.
+    These are the outputs of activations, or of weighted layers in a model whose activations are functions; of recurrent and
+    attention modules, which have activations within; and of the model itself as "output". Places of a feature map, moments
+    and tokens count as samples.
     """
-    names = {module: name for name, module in model.named_modules() if is_activation(module)}
-    names = names or {module: name for name, module in model.named_modules() if is_weighted(module)}
+    modules = dict(model.named_modules())
+    kind = is_activation if any(map(is_activation, modules.values())) else is_weighted
+    names = {module: name for name, module in modules.items() if kind(module) or is_packed(module)}
     rates: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: Any, result: Any) -> None:
+        result = result[0] if isinstance(result, tuple) and result else result  # beside the state, or attention's weights
         if isinstance(result, Tensor):
             name, times = names[module], sum(key.partition("#")[0] == names[module] for key in rates)
             rates[f"{name}#{times + 1}" if times else name] = _rows(result)

@@ -134,30 +134,30 @@ def persistence(model: nn.Module, shuffles: int = 5, seed: int = 0, essential: b
     """Persistence of a model's weights, beside that of the same weights shuffled within their layers.
 
     Args:
-        model: any network; of convolutions each output channel is a row.
+        model: any network; of convolutions each output channel is a row. Matrices of other modules (recurrent ones,
+            attention, embeddings, a user's own) go by names such as "rnn.weight_hh_l0"; with them there is no DGP.
         shuffles: how many.
         seed: of the shuffles.
         essential: see :func:`neural_persistence`.
 
     Raises:
         ConfigError: a weight is not finite, or all are zero.
-        UnsupportedModelError: the model has no weighted layer.
+        UnsupportedModelError: the model has no such weight.
 
     >>> found = persistence(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
     >>> list(found.layers), found.deep is not None
     (['0', '2'], True)
     """
-    layers = {name: module for name, module in model.named_modules() if is_weighted(module)}
-    if not layers:
-        raise UnsupportedModelError(f"{type(model).__name__} has no Linear or convolution layer whose weights persist")
-    weights = {name: _matrix(layer) for name, layer in layers.items()}
+    weights = _weights(model)
+    if not weights:
+        raise UnsupportedModelError(f"{type(model).__name__} has no layer, and no other matrix, whose weights persist")
     for name, weight in weights.items():
         if not np.isfinite(weight).all():
             raise ConfigError(f"the weight of layer {name!r} is not finite")
     largest = max(float(np.abs(weight).max(initial=0.0)) for weight in weights.values())
     if not largest:
         raise ConfigError("every weight of the model is zero, which has no persistence")
-    is_row = _is_dense_row(model, len(layers))
+    is_row = _is_dense_row(model, len(weights))
     random = np.random.default_rng(seed)
     networks = [[_shuffled(weight, random) for weight in weights.values()] for _ in range(shuffles)]
 
@@ -173,6 +173,22 @@ def persistence(model: nn.Module, shuffles: int = 5, seed: int = 0, essential: b
         deep[0] if deep else None,
         _moments(np.array(deep[1:])) if len(deep) > 1 else None,
     )
+
+
+def _weights(model: nn.Module) -> dict[str, Matrix]:
+    """Of weighted layers, then every other parameter with rows and columns, by name."""
+    weights: dict[str, Matrix] = {}
+    seen: set[Tensor] = set()
+    inside = [f"{name}." for name, module in model.named_modules() if is_weighted(module)]
+    for name, module in model.named_modules():
+        if is_weighted(module):
+            weights[name] = _matrix(module)
+            seen.update(module.parameters())
+    for name, parameter in model.named_parameters():
+        is_other = parameter not in seen and not name.startswith(tuple(inside))
+        if is_other and parameter.is_floating_point() and parameter.dim() > 1 and min(parameter.flatten(1).shape) > 1:
+            weights[name] = parameter.detach().flatten(1).double().cpu().numpy()
+    return weights
 
 
 def _matrix(layer: Layer) -> Matrix:

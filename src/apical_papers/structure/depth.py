@@ -2,14 +2,16 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apical.bench.finding import Row
+from apical.bench.names import RULES as EVERY
 from apical.bench.names import find_rule
 from apical.errors import ApicalError
 from apical.models import critical_, flow, orthogonal_, xavier_
@@ -18,12 +20,13 @@ RULES = (
     *("bp", "fa", "dfa", "usf", "pfa", "pfa-o", "dtp", "ddtp-linear", "dfc-ssa", "strong-dfc", "tdca-unevolved", "ccl"),
     *("pc", "pc-error", "dualprop", "mono-forward", "ff", "ep"),
 )
-FURTHER = (
-    *("brsf", "frsf", "kp", "wm", "dfc", "dfc-ss", "dtp-drl", "ddtp-rhl", "ddtp-control", "ccl-free"),
-    *("pc-one-step", "pc-incremental", "local-pred", "local-sim", "local-both", "scff", "sibp"),
-    *("ep-one-sided", "ep-directed", "hep", "corinfomax", "csdp", "tdca"),
-)
-"""Rules of a table of their own, `structure/depth`: variants of the above, and rules that refuse some of the chains."""
+"""Rules of the study of structure and depth."""
+
+SLOW = {"pc": 50, "ep": 50, "strong-dfc": 50}
+"""Depths beyond which that study does not ask them: their networks settle for seconds there."""
+
+FURTHER = tuple(rule for rule in EVERY if rule not in RULES or rule in SLOW)
+"""Rules of a table of their own, `structure/depth`: all others that have a name, and those that the study asks half of."""
 
 DEPTHS = (10, 50, 200)
 WIDTH, SAMPLES = 32, 1
@@ -32,9 +35,6 @@ SEEDS = 3
 
 REFUSED = "refused: "
 """Begins a reason of the rule itself, where there is no number."""
-
-SLOW = {"pc": 50, "pc-incremental": 50, "ep": 50, "strong-dfc": 50, "wm": 50}
-"""Depths beyond which a rule is not asked: its network settles for seconds there, for every sample."""
 
 
 def chain(depth: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -83,8 +83,6 @@ def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
 
     One sample at a time, for in the gradient of a batch the alignment of activities, which depth changes, counts too.
     """
-    if depth > SLOW.get(rule, depth):
-        return "not run"
     model = network(name, depth, seed)
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
     ends, squares = (layers[0], layers[-2]), [0.0, 0.0]
@@ -107,13 +105,18 @@ def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
 
 
 def measure(
-    seed: int, rules: Sequence[str] = RULES, depths: Sequence[int] = DEPTHS
+    seed: int, rules: Sequence[str] = RULES, depths: Sequence[int] = DEPTHS, until: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, dict[str, dict[str, float | str]]]:
-    """Network, rule and depth to what arrives."""
-    return {
-        name: {rule: {str(depth): arrival(rule, name, depth, seed) for depth in depths} for rule in rules}
-        for name in NETWORKS
-    }
+    """Network, rule and depth to what arrives.
+
+    Args:
+        until: depths beyond which a rule is not asked.
+    """
+
+    def entry(rule: str, name: str, depth: int) -> float | str:
+        return arrival(rule, name, depth, seed) if depth <= until.get(rule, depth) else "not run"
+
+    return {name: {rule: {str(depth): entry(rule, name, depth) for depth in depths} for rule in rules} for name in NETWORKS}
 
 
 def ratios(cells: Any, name: str, rule: str, depth: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""How far credit arrives in deep chains under the rules that `apical_papers.structure.study` leaves out.
+"""How far credit arrives in deep chains under the rules, or at the depths, that `apical_papers.structure.study` leaves out.
 
 Run `python -m apical_papers.structure.depth_study --out results/structure-depth --jobs 1`. The networks, the measure and
 the mark of a tenth at depth 50 are that study's; the marks were written after a look at seed 0 of one network.
@@ -22,9 +22,10 @@ from apical_papers.structure import depth
 FAR = ("brsf", "frsf", "kp", "wm", "dfc", "dfc-ss", "pc-one-step", "dtp-drl", "ddtp-rhl", "ddtp-control")
 
 ABOUT: dict[str, Any] = {
-    "title": "Credit in deep chains: variants of rules, and rules that refuse some of the chains",
+    "title": "Credit in deep chains: every other rule, also those that refuse some of the chains",
     "about": "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers, under the rules "
-    "that the study of structure and depth leaves out. A rule that refuses a chain is shown with its reason.",
+    "that the study of structure and depth leaves out, or asks at 10 and 50 layers alone. A rule that refuses a chain is "
+    "shown with its reason.",
     "sources": {
         "our mark": "No paper has this table. Reproduced means that the 95 % interval (Student's t) lies on its better "
         "side, or the mean past the mark."

@@ -5,7 +5,8 @@ from apical.bench.papers import Paper, Table, seed_study
 PAPER = Paper(
     title="Addressing caveats of neural persistence with deep graph persistence",
     reference="Girrbach et al., TMLR 2023, arXiv 2307.10865; Yuan et al., ECCV 2020, arXiv 2008.08261; Choromanski et al., "
-    "NeurIPS 2020, arXiv 2006.11421; Yuan et al., arXiv 2105.13905; Weng et al., arXiv 2212.01744",
+    "NeurIPS 2020, arXiv 2006.11421; Yuan et al., arXiv 2105.13905; Weng et al., arXiv 2212.01744; "
+    "Trautner et al., arXiv 2106.11409",
     studies={},
     tables={
         "study": seed_study(
@@ -16,7 +17,7 @@ PAPER = Paper(
             hours={"cpu": 0.22},
         ),
         "depth": Table(
-            "Credit in deep chains: variants of rules, and rules that refuse some of the chains",
+            "Credit in deep chains: every other rule, also those that refuse some of the chains",
             {
                 "smoke": {"deepest": 10, "seeds": 2},
                 "cpu": {"deepest": 200, "seeds": 3},
@@ -26,6 +27,12 @@ PAPER = Paper(
             side_by_side=True,
             needs={"deepest": 200, "seeds": 3},
             hours={"cpu": 0.27},
+        ),
+        "theory": seed_study(
+            "Product nodes for a Lorenz system, gradients along flows, and channels",
+            "apical_papers.structure.theory",
+            epochs=(1, 5, 5),
+            seeds=(2, 5, 10),
         ),
     },
 )

@@ -88,19 +88,26 @@ def bars(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
 
 
 def histogram(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
-    """Distributions of finite values; the legend says what share is not finite."""
+    """Distributions of finite values, without a long tail; the legend says what share is not finite, or in the tail."""
     figure = Figure(figsize=(WIDTH, 2.4))
     axes = figure.add_subplot()
     every = np.concatenate([value[np.isfinite(value)] for value in values.values()] or [np.zeros(1)])
-    edges = np.linspace(every.min(initial=0.0), every.max(initial=1e-9), _BINS + 1)
+    edges = np.linspace(every.min(initial=0.0), _end(every), _BINS + 1)
     for (name, value), colour in zip(values.items(), _colours(len(values)), strict=True):
         finite = value[np.isfinite(value)]
-        without = 1 - finite.size / max(1, value.size)
-        label = f"{name} ({100 * without:.0f} % none)" if without else name
+        shares = {"none": (~np.isfinite(value)).mean(), f"above {edges[-1]:.2g}": (finite > edges[-1]).sum() / value.size}
+        told = ", ".join(f"{100 * share:.0f} % {what}" for what, share in shares.items() if share > 0)
+        label = f"{name} ({told})" if told else name
         axes.stairs(np.histogram(finite, edges)[0] / max(1, value.size), edges, label=label, color=colour)
     axes.set(xlabel=panel["x"], ylabel=panel["y"])
     legend(figure, axes, 2)
     return figure
+
+
+def _end(values: Array) -> float:
+    """The largest, or what 95 % lie below where it is ten times as large, as late spikes are."""
+    largest, most = values.max(initial=1e-9), float(np.quantile(values, 0.95)) if values.size else 0.0
+    return most if largest > 10 * most > 0 else float(largest)
 
 
 _DRAWN = {"raster": raster, "bars": bars, "histogram": histogram}

@@ -297,7 +297,13 @@ class ContrastiveSignalPlasticity(CreditRule):
                 if len(g):
                     heights[f"{name}, {sign}"] = torch.stack([g[targets == k].mean() for k in classes])
         return [
-            Panel("Spikes of one sample", "raster", "step", "neuron", {name: each[:, 0] for name, each in spikes.items()}),
+            Panel(
+                f"Spikes of a sample of class {int(targets[0])}",
+                "raster",
+                "step",
+                "neuron",
+                {name: each[:, 0] for name, each in spikes.items()},
+            ),
             Panel("Firing rates", "histogram", "share of steps in which a neuron fires", "share of neurons", rates),
             Panel("Goodness by class", "bars", "class", "goodness", heights, [str(k) for k in classes]),
         ]
