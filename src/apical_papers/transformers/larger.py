@@ -23,10 +23,10 @@ ALIGNED = {"kp-mirror": 1.02, "pfa-wide-mirror-160": 1.05}
 DEFAULT = Options(
     Path("results/transformers-language-4x256"),
     seeds=2,
-    steps=240,
+    steps=200,
     width=256,
     blocks=4,
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(2e-3, 5e-3),
     arms=("bp", *ALIGNED, "fa", "head only"),
 )
 ABOUT: dict[str, Any] = {

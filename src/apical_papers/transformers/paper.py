@@ -28,11 +28,11 @@ PAPER = Paper(
             "Rules with aligned feedback on a larger language model, four blocks and width 256",
             {
                 "smoke": {"steps": 4, "seeds": 2, "width": 32},
-                "cpu": {"steps": 240, "seeds": 2},
+                "cpu": {"steps": 200, "seeds": 2},
                 "paper": {"steps": 400, "seeds": 5},
             },
             module="apical_papers.transformers.larger",
-            needs={"steps": 240, "seeds": 2},
+            needs={"steps": 200, "seeds": 2},
         ),
         "scaling": Table(
             "Loss against width of a small language model, by rule",
