@@ -70,7 +70,10 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     blocks = {
         root / "README.md": front_page(root, measured, records),
         root / "docs" / "command-line.md": command_blocks(),
-        root / "docs" / "transformers.md": {"language": study_table(root / "results" / "transformers-language")},
+        root / "docs" / "transformers.md": {
+            name: study_table(root / "results" / f"transformers-{name}")
+            for name in ("language", "language-4x256", "scaling")
+        },
         root / "docs" / "rules.md": {"overview": overview(root), "families": rules(toml("families"), records)},
         root / "docs" / "choose.md": choice(root),
         root / "docs" / "audit.md": audit_blocks(root),

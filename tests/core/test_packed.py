@@ -169,6 +169,39 @@ def test_cross_attention_is_edges_written_by_hand(widths: dict[str, int]) -> Non
     same(own, gradients(model, fed(y, model.above.weight, feedback["above"], model.above.bias)), 1e-12)
 
 
+def layer_by_hand(m: nn.Module, x: Tensor, feedback: dict[str, Tensor], first: bool) -> Tensor:
+    """A transformer layer from edges, without dropout; a decoder layer attends to x itself as its memory."""
+
+    def part(prefix: str, q: Tensor, memory: Tensor) -> Tensor:
+        own = {key.removeprefix(f"{prefix}."): b for key, b in feedback.items() if key.startswith(f"{prefix}.")}
+        return by_hand(m.get_submodule(prefix), q, memory, memory, own)  # type: ignore[arg-type]
+
+    def feed_forward(h: Tensor) -> Tensor:
+        up, down = m.get_submodule("linear1"), m.get_submodule("linear2")
+        hidden = torch.relu(fed(h, up.weight, feedback["linear1"], up.bias))
+        return fed(hidden, down.weight, feedback["linear2"], down.bias)
+
+    memory, parts = x, [lambda h: part("self_attn", h, h), feed_forward]
+    if isinstance(m, nn.TransformerDecoderLayer):
+        parts.insert(1, lambda h: part("multihead_attn", h, memory))
+    for number, run in enumerate(parts, 1):
+        norm = m.get_submodule(f"norm{number}")
+        x = x + run(norm(x)) if first else norm(x + run(x))
+    return x
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+@pytest.mark.parametrize("first", [True, False])
+def test_transformer_layers_are_edges_written_by_hand(kind: type[nn.Module], first: bool) -> None:
+    """T1, of layers with residual sums and norms, before or behind."""
+    model = around(layer(kind, first), lambda m, h: m(h) if kind is nn.TransformerEncoderLayer else m(h, h))
+    rule, x = apical.FeedbackAlignment(model, squared), inputs()
+    feedback = feedback_of(rule)
+    own = ruled(rule, x, model(x))
+    y = layer_by_hand(model.module, torch.tanh(model.below(x)), feedback, first)
+    same(own, gradients(model, fed(y, model.above.weight, feedback["above"], model.above.bias)), 1e-12)
+
+
 def step(kind: str, x: Tensor, h: Tensor, c: Tensor, w: list[Any], k: list[Any]) -> tuple[Tensor, Tensor]:
     """One step of a recurrent layer from edges: w = [w_ih, w_hh, b_ih, b_hh], k the feedback of the first two."""
     a, b = fed(x, w[0], k[0], w[2]), fed(h, w[1], k[1], w[3])

@@ -75,7 +75,10 @@ def test_from_a_module() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("needs", "needs an argument 'width'; give it a default. Filled in are input_shape, in_features, num_outputs"),
+        (
+            "needs",
+            "needs an argument 'width'; give it a default, or name a function that makes the model. Filled in are input_shape",
+        ),
         ("fails", "cannot be made: ValueError: no such thing (line "),
         ("number", "makes a int, not a torch.nn.Module"),
         ("made", "is a module that has been made already"),
@@ -118,7 +121,7 @@ class Pair(nn.Module):
     [
         (lambda: nn.Linear(4, 5), "maps inputs (2, 4) to (2, 5), but points needs (2, 3): 3 outputs for each sample"),
         (Scalar, "maps inputs (2, 4) to (2,), but points needs (2, 3)"),
-        (Pair, "must return one tensor; for inputs (2, 4) it returns a tuple"),
+        (Pair, "it returns a tuple: name a module around it whose forward returns the outputs alone"),
         (lambda: nn.Linear(6, 3), "does not take inputs of shape (2, 4), 2 samples of points: RuntimeError"),
     ],
 )

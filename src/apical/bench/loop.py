@@ -385,8 +385,11 @@ class Training:
             if not torch.isfinite(parameter).all():
                 self._diverge(f"parameter {name} is not finite")
 
-    def _diverge(self, what: str, remedy: str = "Try a smaller --lr") -> NoReturn:
+    def _diverge(self, what: str, remedy: str | None = None) -> NoReturn:
         rest = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"
+        if remedy is None:
+            transformer = self.dataset.is_sequences and self.recipe.optimizer == "sgd"
+            remedy = "Try --optimizer adamw, or a smaller --lr" if transformer else "Try a smaller --lr"
         message = (
             f"{self.recipe.rule_name} with seed {self.recipe.seed} diverged in epoch {self.epoch + 1}, step {self.step}, at "
             f"lr {self.lr:g}: {what.rstrip('.')}; {rest}. {remedy}"

@@ -249,8 +249,14 @@ def strided(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // 64)]
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
+def direction(tensor: Tensor) -> Tensor:
+    """The fixed vector of :func:`fingerprint`, for tensors of this shape."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    columns = tensor[0].numel() if tensor.dim() > 1 else tensor.numel()
+    return torch.arange(1, columns + 1, dtype=dtype, device=tensor.device).sin_()
+
+
+def fingerprint(tensor: Tensor, direction: Tensor) -> Tensor:
     """One number of each row, its product with a fixed vector, which tells a change of any value or a swap of some."""
     rows = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return rows @ torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).sin_()
+    return rows.to(direction.dtype) @ direction

@@ -102,7 +102,10 @@ def check_output(
             + ("" if inputs.is_floating_point() else "; they are whole numbers: return floats, unless the model embeds them")
         ) from error
     if not isinstance(result, Tensor):
-        raise ConfigError(f"model {where} must return one tensor; for inputs {shape} it returns a {type(result).__name__}")
+        raise ConfigError(
+            f"model {where} must return one tensor; for inputs {shape} it returns a {type(result).__name__}: name a module "
+            "around it whose forward returns the outputs alone"
+        )
     needed = (len(inputs), *positions, outputs)
     if tuple(result.shape) != needed:
         raise ConfigError(
@@ -154,5 +157,8 @@ def _given(factory: Callable[..., Any], where: str, shape: tuple[int, ...], outp
             and (name not in fillings or parameter.kind not in plain)
         ):
             names = ", ".join((*SHAPE, *FEATURES[:1], *OUTPUTS[:2], "vocab_size", *CONTEXT[:1]))
-            raise ConfigError(f"model {where} needs an argument {name!r}; give it a default. Filled in are {names}")
+            raise ConfigError(
+                f"model {where} needs an argument {name!r}; give it a default, or name a function that makes the model. "
+                f"Filled in are {names}"
+            )
     return {name: fillings[name] for name, item in parameters.items() if name in fillings and item.kind in plain}

@@ -37,7 +37,7 @@ from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.plastic import Form, Initial, PlasticRule, check_initial
-from apical.core.stepping import fingerprint
+from apical.core.stepping import direction, fingerprint
 from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
@@ -45,6 +45,9 @@ from apical.errors import ConfigError, require_choice
 
 RENEWAL = 64  # steps until a product is formed anew, so that roundings do not add up
 WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping
+
+Mark = tuple[int, int, Tensor]
+"""Place, version and fingerprint of a tensor."""
 
 
 def product(shape: Geometry | None, expansion: Tensor, weight: Tensor) -> Tensor:
@@ -115,27 +118,39 @@ def mixing_matrix(b: Tensor) -> Tensor | None:
 
 
 class Held:
-    """The product K of two matrices, held while they are what they were.
+    """The product K = B R, held while B and R are what they were.
+
+    Each is known again by its place, its version, and its product with a fixed vector, which any write to `.data` changes.
 
     Args:
-        value: K.
-        mixing: `M = B B^T`, None for the identity.
+        shape: of the layer, None where it is dense.
+        b, plastic: B and R as they are.
     """
 
-    def __init__(self, value: Tensor, mixing: Tensor | None) -> None:
-        self.value, self.mixing, self.steps = value, mixing, 0
+    def __init__(self, shape: Geometry | None, b: Tensor, plastic: Tensor) -> None:
+        self.value, self.mixing, self.steps = product(shape, b, plastic), mixing_matrix(b), 0
+        self._fixed = [direction(factor) for factor in (b, plastic)]
+        self._b = self._mark(b, 0)
 
-    def follow(self, *factors: Tensor) -> None:
-        """Remember the factors as they are, of which K is the product after a step."""
+    def follow(self, plastic: Tensor) -> None:
+        """Remember R as it is after a step; B does not move."""
         self.steps += 1
-        self._known = [(factor.data_ptr(), factor._version, fingerprint(factor)) for factor in factors]
+        self._plastic = self._mark(plastic, 1)
 
-    def is_of(self, *factors: Tensor) -> bool:
-        """Whether the factors are what they were: by place, version and all values, which writes to `.data` change."""
-        return all(
-            (factor.data_ptr(), factor._version) == known[:2] and torch.equal(fingerprint(factor), known[2])
-            for factor, known in zip(factors, self._known, strict=True)
-        )
+    def is_of(self, b: Tensor, plastic: Tensor) -> bool:
+        """Whether K is still the product of both."""
+        return self.is_with(plastic) and _same(self._mark(b, 0), self._b)
+
+    def is_with(self, plastic: Tensor) -> bool:
+        """Whether R is what the last step left."""
+        return _same(self._mark(plastic, 1), self._plastic)
+
+    def _mark(self, factor: Tensor, number: int) -> Mark:
+        return factor.data_ptr(), factor._version, fingerprint(factor, self._fixed[number])
+
+
+def _same(now: Mark, before: Mark) -> bool:
+    return now[:2] == before[:2] and torch.equal(now[2], before[2])
 
 
 class ProductFeedbackAlignment(PlasticRule):
@@ -358,14 +373,14 @@ class ProductFeedbackAlignment(PlasticRule):
         if self.density < 1.0 or self.literal(name):
             super().take_change(name, k, change)
             return
-        if held is None or held.steps >= RENEWAL or not held.is_of(b, plastic):
-            held = Held(product(shape, b, plastic.detach()), mixing_matrix(b))
+        if held is None or held.steps >= RENEWAL or not held.is_with(plastic):
+            held = Held(shape, b, plastic.detach())
         if shape is None:
             plastic.addmm_(b.T, change, beta=k)
         else:
             super().take_change(name, k, change)
         held.value.mul_(k).add_(change if held.mixing is None else product(shape, held.mixing, change))
-        held.follow(b, plastic)
+        held.follow(plastic)
         self._products[name] = held
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:

@@ -44,9 +44,11 @@ ARMS: dict[str, Arm] = {
     "dfa-micro": Arm("dfa", ("units=micro",)),
     "kp-decay": Arm("kp", ("initial=random",), decay=2.5),
     "pfa-decay": Arm("pfa", ("initial=random",), decay=2.5),
+    "pfa-wide-mirror-160": Arm("pfa", (MIRROR, "expansion=16", "mirror=160")),
 }
 """In the order in which they are trained. "decay" aligns by decay in the first quarter of the steps. The least angle that
-B R allows is atan(1 / sqrt(lambda)): 17.5 degrees for an expansion lambda of 10, 14.0 for 16 ("wide")."""
+B R allows is atan(1 / sqrt(lambda)): 17.5 degrees for an expansion lambda of 10, 14.0 for 16 ("wide"). "160" vectors of
+noise per input begin at half the angle of the usual 40."""
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """By arm, what was kept of each seed at the arm's rate; empty where the rule refused or nothing was trained."""
@@ -74,6 +76,8 @@ class Options:
     """Of each training, a multiple of 4."""
     width: Annotated[int, arg(metavar="N")] = 96
     """Of the stream."""
+    blocks: Annotated[int, arg(metavar="N")] = 2
+    """Of the model."""
     rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
     """Learning rates, upwards, of which each arm is tried at as many as it takes to bracket the best."""
     arms: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = tuple(ARMS)
@@ -82,8 +86,15 @@ class Options:
     """Train nothing: report what is in the folder, also of a study that was stopped."""
 
 
-def study(options: Options, command: str) -> dict[str, Any]:
-    """Train what is not kept yet, then write results.json and report.html."""
+def study(
+    options: Options, command: str, about: Mapping[str, Any], judge: Callable[[Cells, Mapping[str, float]], list[Row]]
+) -> dict[str, Any]:
+    """Train what is not kept yet, then write results.json and report.html.
+
+    Args:
+        about: title, about and sources of the results.
+        judge: maps what was kept of each arm, and the losses of counts, to verdicts.
+    """
     unknown = [name for name in options.arms if name not in ARMS]
     if unknown or options.steps % 4 or not options.rates or list(options.rates) != sorted(set(options.rates)):
         raise ConfigError(f"--arms are of {', '.join(ARMS)}; --steps a multiple of 4, --rates upwards")
@@ -105,23 +116,23 @@ def study(options: Options, command: str) -> dict[str, Any]:
     settings = {
         "data": dataset.about,
         "sha256 of the text": dataset.sha256,
-        "model": f"gpt-2x{options.width}",
+        "model": f"gpt-{options.blocks}x{options.width}",
         "steps": options.steps,
         "seeds, at most": options.seeds,
         "learning rates": list(options.rates),
         "commits of the trainings": sorted({str(cell["commit"])[:12] for cell in every if "commit" in cell}),
     }
     once = {id(cell): cell for cell in every}.values()
-    rows = verdicts({name: _whole(group) for name, group in cells.items()}, counts)
-    return keep_results(options.out, command, ABOUT, settings, once, rows, tables(options, tried, best, cells, counts))
+    rows = judge({name: _whole(group) for name, group in cells.items()}, counts)
+    return keep_results(options.out, command, about, settings, once, rows, tables(options, tried, best, cells, counts))
 
 
 def _training(options: Options, dataset: Dataset, name: str, lr: float, seed: int) -> Any:
     """What came of a training; None where only what is kept is asked for, and it is not."""
-    setting = Setting(name, lr, seed, options.width, options.steps)
+    setting = Setting(name, lr, seed, options.width, options.steps, options.blocks)
     if options.kept and not (options.out / "cells" / setting.file).exists():
         return None
-    return kept_training(options.out, ARMS, dataset, setting)
+    return kept_training(options.out, ARMS, dataset, setting, retries=not options.kept)
 
 
 def tuned(rates: Sequence[float], training: Callable[[float], Any]) -> dict[float, Mapping[str, Any]]:
@@ -166,14 +177,7 @@ def _whole(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 
 def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
     """The marks M1 to M8 that there are numbers for."""
-
-    def test(arm: str) -> list[float]:
-        return [cell["test"] for cell in cells.get(arm, ())]
-
-    def ratio(mark: str, arm: str, most: float) -> list[Row]:
-        ours, bp = test(arm), test("bp")
-        values = [a / b for a, b in zip(ours, bp, strict=False)]
-        return _at_most(mark, arm, "test loss over that of bp", values, most)
+    test, ratio, angle = partial(losses_of, cells), partial(loss_ratio, cells), partial(end_angle, cells)
 
     def within(arm: str, share: float) -> list[Row]:
         ours, most = test(arm), [(1 + share) * b for b in test("bp")]
@@ -187,9 +191,6 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
             return []
         what = f"test loss minus that of {other}, plus {by:g}"
         return [difference(mark, arm, what, [a + by for a, _ in pairs], [b for _, b in pairs], less=True)]
-
-    def angle(mark: str, arm: str, most: float) -> list[Row]:
-        return _at_most(mark, arm, "mean angle at the end, degrees", _mean(cells.get(arm, ()), "last"), most)
 
     kp = cells.get("kp-mirror", ())
     return [
@@ -219,6 +220,22 @@ _DIRECT = ("dfa", "dfa-head")
 """With the output error, and with the error at the read-out's input, which is what the prototype had."""
 _DECAY = ("kp-decay", "pfa-decay")
 _PRODUCT = ("pfa-mirror", "pfa-wide-mirror", "pfa-o-mirror")
+
+
+def losses_of(cells: Cells, arm: str) -> list[float]:
+    """Of each seed."""
+    return [cell["test"] for cell in cells.get(arm, ())]
+
+
+def loss_ratio(cells: Cells, mark: str, arm: str, most: float) -> list[Row]:
+    """A verdict on the test loss over that of the same seeds of bp."""
+    values = [a / b for a, b in zip(losses_of(cells, arm), losses_of(cells, "bp"), strict=False)]
+    return _at_most(mark, arm, "test loss over that of bp", values, most)
+
+
+def end_angle(cells: Cells, mark: str, arm: str, most: float) -> list[Row]:
+    """A verdict on the mean angle of feedback to weights after the last step."""
+    return _at_most(mark, arm, "mean angle at the end, degrees", _mean(cells.get(arm, ()), "last"), most)
 
 
 def _at_most(mark: str, rule: str, what: str, values: Sequence[float], most: float) -> list[Row]:
@@ -301,7 +318,7 @@ def _loss(cell: Mapping[str, Any] | None, part: str) -> str:
     return "-" if cell is None or cell[part] is None else f"{cell[part]:.4f}"
 
 
-main = partial(run_command, "apical_papers.transformers.language", Options, study)
+main = partial(run_command, "apical_papers.transformers.language", Options, partial(study, about=ABOUT, judge=verdicts))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,20 @@ PAPER = Paper(
         "text-python": of("text-python", _SMOKE, {"epochs": EPOCHS, "seeds": 3}, {"epochs": EPOCHS, "seeds": 5}),
         "lstm-copy": of("lstm-copy", _SMOKE, {"epochs": 10, "seeds": 3}, {"epochs": 10, "seeds": 5}),
         "language": Table(
-            "Credit rules on a small language model, each at its best of three learning rates",
+            "Credit rules on a small language model, each at its best learning rate",
             {"smoke": {"steps": 4, "seeds": 2, "width": 32}, "cpu": {"steps": 400, "seeds": 3}, "paper": {"seeds": 5}},
             module="apical_papers.transformers.language",
             needs={"steps": 400, "seeds": 3},
+        ),
+        "language-4x256": Table(
+            "Rules with aligned feedback on a larger language model, four blocks and width 256",
+            {
+                "smoke": {"steps": 4, "seeds": 2, "width": 32},
+                "cpu": {"steps": 200, "seeds": 2},
+                "paper": {"steps": 400, "seeds": 5},
+            },
+            module="apical_papers.transformers.larger",
+            needs={"steps": 200, "seeds": 2},
         ),
         "scaling": Table(
             "Loss against width of a small language model, by rule",

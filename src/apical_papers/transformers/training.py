@@ -16,6 +16,7 @@ from apical.bench.names import make_rule
 from apical.bench.plain_loop import train
 from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
+from apical.bench.state import read_json
 from apical.data import Dataset
 from apical.diagnostics.alignment import layer_alignment
 from apical.errors import ApicalError
@@ -47,6 +48,7 @@ class Setting:
 
     Attributes:
         seed: of weights and windows.
+        width, blocks: of the model.
     """
 
     arm: str
@@ -54,6 +56,7 @@ class Setting:
     seed: int
     width: int
     steps: int
+    blocks: int = 2
 
     @property
     def file(self) -> str:
@@ -71,7 +74,7 @@ def recipe_of(arm: Arm, setting: Setting) -> Recipe:
         LANGUAGE,
         rule=arm.rule,
         rule_options=arm.options,
-        model=f"gpt-2x{setting.width}",
+        model=f"gpt-{setting.blocks}x{setting.width}",
         lr=(setting.lr,),
         seed=setting.seed,
         epochs=4,
@@ -88,18 +91,24 @@ def data() -> Dataset:
     return load_data(replace(LANGUAGE, validation=HELD_OUT))
 
 
-def kept_training(out: Path, arms: Mapping[str, Arm], dataset: Dataset, setting: Setting) -> dict[str, Any]:
-    """What came of a training, from its file if it is there; says so when one is finished."""
+def kept_training(
+    out: Path, arms: Mapping[str, Arm], dataset: Dataset, setting: Setting, *, retries: bool = True
+) -> dict[str, Any]:
+    """What came of a training, from its file if it is there; says so when one is finished.
+
+    Args:
+        retries: also train what was refused, which a later version may take.
+    """
     config = {
         "text": dataset.sha256,
         "arm": repr(arms[setting.arm]),
-        **{k: v for k, v in vars(setting).items() if k != "arm"},
+        **{k: v for k, v in vars(setting).items() if k != "arm" and v != getattr(Setting, k, None)},
     }
     path = out / "cells" / setting.file
+    if retries and path.exists() and read_json(path).get("refused"):
+        path.unlink()
     fresh = not path.exists()
     cell = kept(path, config, lambda: trained(arms[setting.arm], dataset, setting))
-    if cell.get("refused"):
-        path.unlink()  # a later version may train it
     if fresh:
         what = f"test loss {cell['test']:.4f}" if cell.get("test") is not None else f"refused: {cell['refused']}"
         print(f"{cell['seconds']:7.1f} s  {setting.arm:16s} lr {setting.lr:g}, seed {setting.seed}: {what}", flush=True)
