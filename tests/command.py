@@ -1,4 +1,4 @@
-"""`apical` in a process of its own that starts without importing torch again, for tests that are not about starting.
+"""`apical`, or pytest, in a process of its own that starts without importing torch again, for tests not about starting.
 
 A server imports everything once (`multiprocessing`'s "forkserver") and forks for every command. Tests of interrupts start
 `python -m apical`.
@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import TimeoutExpired
 
@@ -18,12 +18,22 @@ IMPORTED = ("torch._dynamo", "apical.cli.commands", "apical.cli.evolve", "apical
 class Command:
     """A running `apical ARGUMENTS`, with what tests use of `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Start it, its output going to files in `folder`, with variables added to its environment."""
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        run: Callable[[], int] | None = None,
+    ) -> None:
+        """Start it, its output going to files in `folder`, with variables added to its environment.
+
+        Args:
+            run: what else is to run with these arguments; it returns the exit status.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(IMPORTED))
         self._arguments, self._files = arguments, (folder / "stdout", folder / "stderr")
-        self._process = context.Process(target=_run, args=(arguments, *self._files, dict(environment or {})))
+        self._process = context.Process(target=_run, args=(run or _apical, arguments, *self._files, dict(environment or {})))
         self._process.start()
 
     @property
@@ -69,12 +79,27 @@ class Command:
             self._process.join()
 
 
-def _run(arguments: Sequence[str], stdout: Path, stderr: Path, environment: Mapping[str, str]) -> None:
+def _run(
+    run: Callable[[], int], arguments: Sequence[str], stdout: Path, stderr: Path, environment: Mapping[str, str]
+) -> None:
     for path, number in ((stdout, 1), (stderr, 2)):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
     os.environ.update(environment, OMP_NUM_THREADS="1", COLUMNS="100")
     sys.argv = ["apical", *arguments]
+    sys.exit(run())
+
+
+def _apical() -> int:
     from apical.__main__ import main
 
-    sys.exit(main())
+    return main()
+
+
+def tested_here() -> int:
+    """What `python -m pytest ARGUMENTS` does where the environment's PWD is."""
+    import pytest
+
+    os.chdir(os.environ["PWD"])
+    sys.path.insert(0, os.environ["PWD"])
+    return int(pytest.main(sys.argv[1:]))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.command import Command, tested_here
 
 from apical.cli.main import main
 
@@ -44,8 +45,13 @@ def test_the_page_has_what_is_done_here() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["python", "apical", "apical", "apical", "apical"]
 
 
-def test_its_test_passes(folder: Path) -> None:
-    assert "1 passed" in run(folder, COMMANDS[0], "-q", "-p", "no:cacheprovider")
+def test_its_test_passes(folder: Path, tmp_path: Path) -> None:
+    python, module, name, *arguments = COMMANDS[0].split()
+    assert (python, module, name) == ("python", "-m", "pytest")
+    tests = Command([*arguments, "-q", "-p", "no:cacheprovider"], tmp_path, {"PWD": str(folder)}, tested_here)
+    output, errors = tests.communicate(timeout=300)
+    assert tests.returncode == 0, output + errors
+    assert "1 passed" in output
 
 
 def test_it_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_uninstalling_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
     python = tmp_path / "new" / "bin" / "python"
     pip = ("-m", "pip", "--python", python, "--quiet", "--disable-pip-version-check")
     before = {path for path in (tmp_path / "new").rglob("*") if "__pycache__" not in path.parts}
-    run(*pip, "install", "--no-deps", "--no-index", wheel)
+    run(*pip, "install", "--no-deps", "--no-index", "--no-compile", wheel)
     (command,) = (tmp_path / "new" / "bin").glob("apical*")
     needed = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
     said = subprocess.run([command, "--version"], cwd=tmp_path, env=needed, capture_output=True, text=True, check=True)

@@ -261,6 +261,13 @@ def network(kind: str = "function") -> nn.Module:
     return Transformer(kind).double() if kind != "module" else Packed().double()
 
 
+def one_block(kind: str = "function") -> nn.Module:
+    """For the compiler, which traces a second block as it does the first."""
+    model = network(kind)
+    model.blocks = model.blocks[:1]  # type: ignore[index]
+    return model
+
+
 def batch() -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     return torch.randint(VOCABULARY, (SAMPLES, TIME)), torch.randint(VOCABULARY, (SAMPLES, TIME))
@@ -394,7 +401,7 @@ def test_rules_and_copies_keep_the_option(make: Any) -> None:
 
 
 def test_under_a_compiler() -> None:
-    rule = Backprop(network(), attention="present")
+    rule = Backprop(one_block(), attention="present")
     compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="call the rule once"):  # the compiler wraps it
         compiled(*batch())
@@ -411,7 +418,7 @@ def test_under_a_compiler() -> None:
 @pytest.mark.parametrize("attention", ["fixed", "present"])
 def test_compiled_is_eager_however_heads_are_split(make: Any, attention: Any) -> None:
     """Also by `Tensor.unflatten`, which the compiler does not follow below function modes by itself."""
-    rule = make(network("unflatten"), attention=attention)
+    rule = make(one_block("unflatten"), attention=attention)
     eager = gradients(rule)
     rule.zero_grad()
     torch._dynamo.reset()
@@ -529,9 +536,7 @@ def test_a_window_of_any_length_is_trained_as_by_a_rule_that_has_seen_no_other(
 
 
 def test_compiled_at_several_lengths() -> None:
-    model = network()
-    model.blocks = model.blocks[:1]  # type: ignore[index]
-    rule = FeedbackAlignment(model, attention="present")
+    rule = FeedbackAlignment(one_block(), attention="present")
     torch._dynamo.reset()
     compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
     for samples, length in LENGTHS[:2]:  # the second with symbolic lengths

@@ -54,17 +54,21 @@ def make(name: str) -> CreditRule:
     return RULES[name](dense_network(), F.cross_entropy if complex_states else Temperature())
 
 
-def train(module: nn.Module, share: slice, apart: bool) -> None:
-    """Three steps, all on one batch where the rule repeats, by `credit.backward()` and `credit.loss.backward()` in turn.
+def train(module: nn.Module, share: slice, option: str) -> None:
+    """A few steps, all on one batch where the rule repeats, by `credit.backward()` and `credit.loss.backward()` in turn.
+
+    The first step also shows PyTorch what later ones build on: the order of gradients, or the graph that is to be static,
+    which then has a step of either kind.
 
     Args:
         share: what of a batch this process sees.
-        apart: each step has two micro-batches, of which only the second tells the other rank.
+        option: with "no_sync" each step has two micro-batches, of which only the second tells the other rank.
     """
+    steps, apart = 3 if option == "static" else 2, option == "no_sync"
     rule = module.module if isinstance(module, DistributedDataParallel) else module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     torch.manual_seed(1)
-    for step in range(3):
+    for step in range(steps):
         optimizer.zero_grad()
         for part in range(1 + apart):
             if apart:
@@ -94,7 +98,7 @@ def train_all(rank: int) -> dict[str, Any]:
     for name, option in PAIRS:
         rule = make(name)
         try:
-            train(DistributedDataParallel(rule, **OPTIONS[option]), slice(rank, None, 2), option == "no_sync")
+            train(DistributedDataParallel(rule, **OPTIONS[option]), slice(rank, None, 2), option)
             found[f"{name}/{option}"] = learned(rule)
         except Exception as error:
             found[f"{name}/{option}"] = f"{type(error).__name__}: {error}"
@@ -118,6 +122,6 @@ def test_ranks_are_equal_and_equal_one_process(name: str, option: str, ranks: li
     rule = make(name)
     if (name, "distributed") in SKIPPED or rule.random_per_sample:
         return
-    train(rule, slice(None), option == "no_sync")
+    train(rule, slice(None), option)
     for key, value in learned(rule).items():
         torch.testing.assert_close(first[key], value, rtol=1e-10, atol=1e-10)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conformance import OF_CLASSES, PATHS, RULES, SKIPPED
+from test_conformance import BRIEF, OF_CLASSES, PATHS, RULES, SKIPPED, class_of
 from torch import Tensor, nn
 
 import apical
@@ -341,7 +341,7 @@ def test_terms_under_compile(name: str) -> None:
         torch.manual_seed(0)
         model = dense_network()
         loss = Temperature(model[2].weight, 0.3)
-        rule = RULES[name](model, loss)
+        rule = partial(RULES[name], **BRIEF.get(class_of(name), {}))(model, loss)
         credit_of(rule)
         call = torch.compile(rule, backend="aot_eager", fullgraph=True) if compiled else rule
         torch.manual_seed(1)

@@ -203,7 +203,7 @@ def clipped(rule: Any, step: int) -> None:
         clip_grad_norm_(rule.parameters(), 0.05)
 
 
-@each_rule
+@per_class
 @pytest.mark.parametrize("gradients", [None, clipped], ids=["", "clipped"])
 def test_a_long_training_with_everything_that_may_happen(make: Any, gradients: Any) -> None:
     rule = agree(make, loop(weights=eventful, gradients=gradients, steps=LONG))

@@ -191,7 +191,7 @@ def test_the_difference_shrinks_by_the_decay_alone(make: Any, name: str, clip: A
     """T3, T4: under a schedule of the rate, with and without clipping by a joint norm."""
     rule = build(make)
     theory = Theory(rule)
-    train(rule, SEPARATE[name], gradients=clip, after=theory.step, steps=40)
+    train(rule, SEPARATE[name], gradients=clip, after=theory.step, steps=25)
     assert closed(rule) == ["2", "4"]
     assert name in ("adam", "rmsprop") or 0.1 < theory.c < 0.99
 

@@ -649,7 +649,7 @@ def test_a_compiled_incremental_rule_runs_eagerly() -> None:
     x, targets = batch("mlp")
     trained = []
     for compiles in (False, True):
-        rule = PredictiveCoding(mlp(), inference="incremental", steps=3)
+        rule = PredictiveCoding(mlp(), inference="incremental", steps=2)
         call = torch.compile(rule, backend="eager") if compiles else rule
         for _ in range(rule.repeats):
             call(x, targets).backward()
