@@ -15,6 +15,7 @@ from apical import models
 from apical.core.credit import CreditRule
 from apical.core.layers import is_affine
 from apical.core.spike_times import SpikeTimes, spike_gradients, spike_times
+from apical.diagnostics.coding import activities
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.models import FirstSpike, FirstSpikeNetwork, Readout, SpikingLinear
 from apical.testing import check_model
@@ -200,6 +201,8 @@ def test_encoding_readout_and_silence() -> None:
     x, y = batch()
     silent = model.silent(torch.zeros_like(x))
     assert all(bool((share == 1).all()) for share in silent.values())
+    assert bool((activities(model, torch.zeros_like(x))["spikes1"] == 10).all())
+    assert torch.allclose(activities(model, x)["spikes2"], model.times(x)["spikes2"].clamp_max(10.0))
     measured = apical.Backprop(model).measures((x, y), []).layers
     assert measured.keys() == {"spikes1", "spikes2"}
     assert 0 <= measured["spikes2"]["dead"] <= measured["spikes2"]["silent"] <= 1

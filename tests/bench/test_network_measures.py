@@ -101,6 +101,15 @@ def test_why_a_measure_is_left_out_is_said_once(
     assert capsys.readouterr().out.count("before training, bp, fa: channel cannot be measured") == 1
 
 
+def test_of_rules_that_answer_in_their_own_way_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--rules csdp --data digits --model spiking-6-5 --epochs 1 --seeds 2 --epoch-steps 2 --jobs 1 --probe 0"
+    assert main(["compare", *arguments.split(), "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["measure", str(tmp_path), "--measure", "coding"]) == 0
+    said = "csdp answers in its own way; activities and Jacobians here are of its model's forward pass"
+    assert " ".join(capsys.readouterr().out.split()).count(said) == 1
+
+
 def test_heads_of_narrow_tables_break_between_words(capsys: pytest.CaptureFixture[str]) -> None:
     heads = ["network", *("participation ratio per unit" for _ in range(4))]
     show_table(heads, [["x", "1", "2", "3", "4"]], left=["network"])

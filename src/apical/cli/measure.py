@@ -136,6 +136,10 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder.checkpoint} does not fit its configuration ({error})") from error
         rule.detach()
+        if not rule.feed_forward:
+            notes.append(
+                f"{recipe.rule_name} answers in its own way; activities and Jacobians here are of its model's forward pass"
+            )
         if state["epoch"] < recipe.epochs:
             notes.append(f"{folder.path} ended after {state['epoch']} of {recipe.epochs} epochs")
         yield prefix + recipe.rule_name, recipe.seed, rule.model, dataset

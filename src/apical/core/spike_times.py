@@ -24,6 +24,10 @@ CHUNK = 4_000_000
 """Numbers in the largest tensor of a forward or backward pass: samples are taken in turn."""
 
 
+SILENT = 10.0
+"""When a silent neuron counts as firing, for a read-out."""
+
+
 class Sorted(NamedTuple):
     """Inputs that fire, in the order in which they do, up to the most of any sample (batch, k).
 
@@ -199,7 +203,7 @@ class Readout(nn.Module):
     until they are silent, from where no gradient brings them back; then their own samples have no answer.
     """
 
-    def __init__(self, latest: float = 10.0, scale: float = 16.0) -> None:
+    def __init__(self, latest: float = SILENT, scale: float = 16.0) -> None:
         super().__init__()
         self.latest, self.scale = latest, scale
 

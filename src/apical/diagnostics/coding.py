@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from apical.core.activations import is_activation
 from apical.core.layers import is_packed, is_weighted
 from apical.core.rest import evaluating
+from apical.core.spike_times import SILENT, SpikingLinear
 from apical.errors import ConfigError
 
 NOISE = 0.1
@@ -122,7 +123,7 @@ def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
     These are the outputs of activations, or of weighted layers in a model whose activations are functions; of recurrent and
     attention modules, which have activations within; and of the model itself as "output". Places of a feature map, moments
-    and tokens count as samples.
+    and tokens count as samples. Neurons that fire later than at time 10, or never, count as if at 10, as read-outs have it.
     """
     modules = dict(model.named_modules())
     kind = is_activation if any(map(is_activation, modules.values())) else is_weighted
@@ -131,6 +132,8 @@ def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
     def keep(module: nn.Module, args: Any, result: Any) -> None:
         result = result[0] if isinstance(result, tuple) and result else result  # beside the state, or attention's weights
+        if isinstance(module, SpikingLinear):
+            result = result.clamp_max(SILENT)
         if isinstance(result, Tensor):
             name, times = names[module], sum(key.partition("#")[0] == names[module] for key in rates)
             rates[f"{name}#{times + 1}" if times else name] = _rows(result)
