@@ -77,7 +77,7 @@ def measured_cost(each: Table, budget: Budget, record: Row | None) -> str:
 def verdict_counts(record: Row) -> str:
     """How many verdicts of each kind a record has."""
     verdicts = [row["verdict"] for row in record["rows"]]
-    return ", ".join(f"{verdicts.count(each)} {each}" for each in VERDICTS if each in verdicts)
+    return ", ".join(f"{verdicts.count(each)} {each}" for each in VERDICTS if each in verdicts) or "no marks"
 
 
 def linked(reference: str) -> str:

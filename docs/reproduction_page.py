@@ -52,6 +52,6 @@ def _section(record: Row) -> list[str]:
         f"({_anchor(record)})=\n## {record['target']}, budget {record['budget']}",
         f"{record['title']}. Sizes: {sizes}. Commit `{str(record['environment'].get('commit'))[:10]}`.",
         f"Sources: {'; '.join(used)}." if used else "",
-        judged(tabulate(record["rows"], COLUMNS, numeric_from=99), "ours"),
+        judged(tabulate(record["rows"], COLUMNS, numeric_from=99), "ours") if record["rows"] else "It has no marks.",
         console(record["command"]),
     ]

@@ -151,6 +151,21 @@ def test_what_is_kept_is_judged_without_a_run(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("small_table")
+def test_a_kept_run_without_numbers_to_judge_it_by_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {rule: replace(row, published=()) for rule, row in study().rows.items()}
+    monkeypatch.setitem(studies(), "small", replace(study(), rows=rows, claims=()))
+    out = tmp_path / "toy-table"
+    assert main(["compare", "--recipe", "small", "--epochs", "1", "--seeds", "1", "--jobs", "1", "--out", str(out)]) == 0
+    assert not (out / "verdicts.json").exists()
+    shutil.rmtree(out / "runs")  # as in a repository
+    assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "reproductions" / "toy-table.json").read_text())
+    assert (record["rows"], record["sizes"]) == ([], {"epochs": 1, "seeds": 1})
+    (out / "summary.json").unlink()
+    assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.usefixtures("small_table")
 def test_a_kept_run_that_was_cut_tells_nothing(tmp_path: Path) -> None:
     limits = ["--epochs", "2", "--seeds", "3", "--train-limit", "64", "--jobs", "1"]
     assert main(["compare", "--recipe", "small", *limits, "--out", str(tmp_path / "toy-table")]) == 0

@@ -77,8 +77,7 @@ def test_from_a_module() -> None:
     [
         (
             "needs",
-            "needs an argument 'width'; give it a default, or name a function that makes the model. Filled in are "
-            "input_shape",
+            "needs an argument 'width'; give it a default, or name a function that makes the model. Filled in are ",
         ),
         ("fails", "cannot be made: ValueError: no such thing (line "),
         ("number", "makes a int, not a torch.nn.Module"),

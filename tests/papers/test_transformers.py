@@ -59,6 +59,8 @@ def test_a_study_keeps_what_is_finished(little: Dataset, tmp_path: Path, capsys:
     assert language.main([*arguments, "--out", str(tmp_path)]) == 0
     first = json.loads((tmp_path / "results.json").read_text())
     assert len(list((tmp_path / "cells").glob("bp-*.json"))) == 3
+    spent = sum(json.loads(path.read_text())["seconds"] for path in (tmp_path / "cells").glob("*.json"))
+    assert first["seconds"] == pytest.approx(spent, abs=0.1)
     rows = {row[0]: row for row in first["tables"][0]["rows"]}
     assert {"bp", "tdca", "bigram counts", "trigram counts"} <= rows.keys()
     assert rows["tdca"][1] == "refused"

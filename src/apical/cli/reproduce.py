@@ -152,10 +152,10 @@ def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
     Raises:
         ConfigError: the folder holds no finished run of the table, or one of another study.
     """
-    file = path if table.result == "file" else path / ("compare.json" if table.study else "results.json")
-    if not file.exists() or (table.study and not (path / "verdicts.json").exists()):
+    files = [path] if table.result == "file" else [path / name for name in _needed(table)]
+    if not all(file.exists() for file in files):
         raise ConfigError(f"--kept: {path} holds no finished run; leave --kept out to run the table")
-    content = read_json(file)
+    content = read_json(files[0])
     if not table.study:
         asked = content["command"].replace("=", " ").split()
         given = {word[2:].replace("-", "_"): value for word, value in pairwise(asked)}
@@ -173,6 +173,15 @@ def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
         sizes |= {name: cut[0]} if cut else {}
     seconds = sum(run["seconds"] for run in runs)
     return sizes, {"command": content["command"], "seconds": round(seconds, 1), "environment": {"commit": runs[0]["commit"]}}
+
+
+def _needed(table: Table) -> list[str]:
+    """What a finished run of a table leaves in its folder; verdicts only where there are numbers to judge it by."""
+    if not table.study:
+        return ["results.json"]
+    study = studies()[table.study]
+    is_judged = bool(study.claims) or any(row.published for row in study.rows.values())
+    return ["compare.json", "summary.json", *(["verdicts.json"] if is_judged else [])]
 
 
 def _rows_of(path: Path, table: Table, sizes: Sizes) -> list[Row]:
@@ -208,7 +217,8 @@ def _judged(path: Path) -> Sequence[Verdict]:
     """From the runs, or where only the summary of them is kept, as they were judged when they ended."""
     if (path / "runs").exists():
         return judge(read(path))
-    return [Verdict(**row) for row in _rows(path / "verdicts.json")]
+    kept = path / "verdicts.json"
+    return [Verdict(**row) for row in _rows(kept)] if kept.exists() else []
 
 
 def _rows(path: Path) -> list[Row]:

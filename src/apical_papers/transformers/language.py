@@ -122,7 +122,7 @@ def study(
         "learning rates": list(options.rates),
         "commits of the trainings": sorted({str(cell["commit"])[:12] for cell in every if "commit" in cell}),
     }
-    once = {id(cell): cell for cell in every}.values()
+    once = {str(cell["config"]): cell for cell in every}.values()  # the rate that was best is among those tried
     rows = judge({name: _whole(group) for name, group in cells.items()}, counts)
     return keep_results(options.out, command, about, settings, once, rows, tables(options, tried, best, cells, counts))
 

@@ -28,7 +28,7 @@ DEFAULT = Options(
     width=256,
     blocks=4,
     rates=(1e-2 * 96 / 256,),
-    arms=("bp", *ALIGNED, "fa", "head only"),
+    arms=("bp", *ALIGNED, "fa", "head only", "tdca"),
 )
 ABOUT: dict[str, Any] = {
     "title": "Credit rules on a larger language model",
