@@ -380,3 +380,51 @@ def test_the_mirror_of_counter_current_learning_has_activations_that_nobody_regi
         rule(torch.randn(6, 5, dtype=torch.double), torch.arange(6) % 3).backward()
         updates.append([p.grad for p in rule.parameters()])
     torch.testing.assert_close(*updates, rtol=1e-6, atol=1e-8)
+
+
+class Slopes(nn.Module):
+    """An activation with a number for each unit, which takes potentials of that width alone."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((units,), 0.5))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return torch.tanh(self.slope * v)
+
+
+class LowRank(nn.Module):
+    """A layer whose weight is a product, which autocast computes in its own type."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(n_out, 3)), nn.Parameter(torch.randn(3, n_in) / 3)
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.u @ self.v
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (h @ self.v.T) @ self.u.T + self.bias
+
+
+def test_an_activation_of_units_and_a_layer_of_factors() -> None:
+    apical.register_activation(Slopes, elementwise=False, derivative=lambda m, v, r: m.slope * (1 - r * r))
+    apical.register_layer(LowRank, weight=lambda layer: layer.u @ layer.v)
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    for kind in (apical.FeedbackAlignment, apical.DirectFeedbackAlignment, apical.CounterCurrentLearning):
+        rule = kind(nn.Sequential(nn.Linear(6, 9), Slopes(9), nn.Linear(9, 5), Slopes(5), nn.Linear(5, 3)))
+        rule(x, y).backward()
+        assert all(bool(p.grad.any()) for p in rule.model.parameters())
+    with pytest.raises(UnsupportedModelError, match=r"module '1' \(Slopes\) is not supported in a chain"):
+        apical.DeepFeedbackControl(nn.Sequential(nn.Linear(6, 9), Slopes(9), nn.Linear(9, 3)))
+    apical.register_activation(Slopes, elementwise=False, derivative=lambda m, v, r: 1 - r * r)
+    with pytest.raises(ConfigError, match="Slopes is not what the derivative says"):
+        is_elementwise(Slopes(9))
+    for kind in (apical.CounterCurrentLearning, apical.LocalClassifiers, apical.PredictiveCoding):
+        torch.manual_seed(0)
+        rule = kind(nn.Sequential(LowRank(6, 9), nn.Tanh(), LowRank(9, 5), nn.Tanh(), LowRank(5, 3)))
+        with torch.autocast("cpu", torch.bfloat16):
+            rule(x, y).backward()
+        assert all(p.grad.dtype == torch.float32 for p in rule.model.parameters())

@@ -167,3 +167,19 @@ def test_signs_that_are_drawn_for_a_batch_are_the_same_at_every_use_and_in_a_sec
     once = model[0].bias.grad.clone()
     credit.backward()
     assert torch.equal(model[0].bias.grad, 2 * once)
+
+
+@pytest.mark.parametrize("why", ["called again", "generator"])
+def test_magnitudes_that_a_compiled_graph_cannot_draw(why: str) -> None:
+    class Again(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](torch.tanh(self[1](torch.tanh(self[1](torch.tanh(self[0](x)))))))
+
+    layers = (nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3))
+    model = Again(*layers) if why == "called again" else nn.Sequential(*layers)
+    rule = apical.SignSymmetry(
+        model, variant="batchwise", generator=torch.Generator().manual_seed(0) if why == "generator" else None
+    )
+    words = "calls layer .*1.* again" if why == "called again" else "has a generator of its own"
+    with pytest.raises(Exception, match=f"{words}, where no compiled graph can draw"):
+        torch.compile(rule, backend="eager", fullgraph=True)(torch.randn(8, 4), torch.arange(8) % 3)

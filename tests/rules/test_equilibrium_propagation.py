@@ -634,3 +634,10 @@ def test_other_losses_find_their_error_by_autograd() -> None:
     smoothed = partial(F.cross_entropy, label_smoothing=0.0)
     both = [estimated(EP(network(), loss, free_steps=9, nudged_steps=5)) for loss in (smoothed, F.cross_entropy)]
     assert (both[0] - both[1]).abs().max() < 1e-13
+
+
+def test_a_nudged_phase_that_runs_away_is_refused() -> None:
+    """The free phase of one layer of states is a feed-forward pass, whatever the activation."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3))
+    with pytest.raises(InstabilityError, match="the nudged phase of equilibrium propagation runs away"):
+        EP(model, loss=F.mse_loss, beta=1e6)(torch.randn(6, 4), torch.randn(6, 3))

@@ -549,3 +549,36 @@ def test_either_rule_may_be_detached() -> None:
     rule.rule.detach()
     with pytest.raises(ConfigError, match="Backprop was detached"):
         rule(torch.randn(5, 6).double(), torch.arange(5) % 4)
+
+
+def test_gains_where_the_model_breaks_a_compiled_graph() -> None:
+    """From the first batch on, which shows what the hidden layers are."""
+
+    class Broken(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self[0](x))
+            torch._dynamo.graph_break()
+            return self[2](torch.tanh(self[1](h)))
+
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        rule = apical.Modulated(
+            apical.FeedbackAlignment(Broken(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3))), Tripled()
+        )
+        run = torch.compile(rule, backend="eager") if compiled else rule
+        x, y = torch.arange(32.0).sin().view(8, 4), torch.arange(8) % 3
+        run(x, y).backward()
+        found.append([parameter.grad for parameter in rule.model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Tripled:
+    """Three for every unit."""
+
+    mode = "propagating"
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.new_full((len(rows),), 3.0)

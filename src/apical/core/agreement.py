@@ -19,9 +19,23 @@ SMALL = 1e-4
 """Imaginary part b at which `phi(a + ib)` is `phi(a) + i phi'(a) b`."""
 
 
-def potentials() -> Tensor:
-    """Numbers (5, 4) of both signs, none of them a whole number or a half."""
-    return torch.linspace(-2.87, 3.19, 20, dtype=torch.float64).view(4, 5).T
+def potentials(columns: int = 4) -> Tensor:
+    """Numbers (5, columns) of both signs, none of them a whole number or a half."""
+    return torch.linspace(-2.87, 3.19, 5 * columns, dtype=torch.float64).view(columns, 5).T
+
+
+def _taken(phi: nn.Module) -> Tensor | None:
+    """Potentials that the module can be run on: as wide as one of its vectors, if it has a number for each unit."""
+    own = [*phi.parameters(), *phi.buffers()]
+    for columns in dict.fromkeys((4, *(vector.numel() for vector in own if vector.numel()))):
+        v = potentials(columns).to(own[0].device if own else "cpu")
+        try:
+            with torch.no_grad(), torch.random.fork_rng([]):
+                phi(v.clone())
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+        return v
+    return None
 
 
 @torch.no_grad()
@@ -59,7 +73,8 @@ def require_agreement(module: nn.Module, said: "Activation") -> None:
     phi = plain(module)
     if said.elementwise and not acts_on_each(phi):
         raise _wrong(module, "does not map each number by itself, the same at every call", "elementwise=False")
-    v = potentials().to(next(module.buffers(), torch.empty(0)).device)
+    if (v := _taken(phi)) is None:
+        return
     with torch.enable_grad(), torch.autocast(v.device.type, enabled=False):
         leaf = v.clone().requires_grad_()
         r = phi(leaf)

@@ -48,6 +48,11 @@ class Block:
         return through(self.modules, activity)
 
     @property
+    def like(self) -> Tensor:
+        """A parameter of the layer, for its type and device: a weight that is computed has another type under autocast."""
+        return next(self.layer.parameters())
+
+    @property
     def tail(self) -> tuple[nn.Module, ...]:
         """The modules behind the layer."""
         return self.modules[self.modules.index(self.layer) + 1 :]

@@ -165,7 +165,7 @@ class ForwardForward(CreditRule):
         self.random_per_sample = train_hidden and is_drawn
         self.read = nn.ModuleDict()
         for block in self.hidden[1:-1]:  # the first holds the label too plainly; the last block reads the last itself
-            like = block.layer.weight
+            like = block.like
             self.read[key(block.name)] = nn.Linear(
                 math.prod(block.shape), self.classes, bias=False, dtype=like.dtype, device=like.device
             )
@@ -366,7 +366,7 @@ class ForwardForward(CreditRule):
                 f"forward-forward needs one class label per sample, not targets of shape {tuple(targets.shape)} and "
                 f"{targets.dtype}"
             )
-        require_one_type(type(self).__name__, self.row[0].layer.weight, self.read.parameters())
+        require_one_type(type(self).__name__, self.row[0].like, self.read.parameters())
         require_classes(targets, self.classes)
         if not self.self_contrastive and self.write is write_label and inputs[0].numel() < self.classes:
             raise ConfigError(

@@ -138,7 +138,7 @@ class _Hidden:
 
     def projection(self) -> nn.Module:
         """P_l: a bias-free map of the block's output to its own size; 3 x 3 for what convolutions make."""
-        like = self.block.layer.weight
+        like = self.block.like
         if self.image:
             kind, channels = _CONVOLUTIONS[len(self.image) - 1], self.image[0]
             return kind(channels, channels, 3, padding=1, bias=False, dtype=like.dtype, device=like.device)
@@ -201,7 +201,7 @@ class LocalClassifiers(CreditRule):
         if self.compares and outputs < 2:
             raise ConfigError(f"local={local!r} compares classes, and the model has {outputs} output; use 'prediction'")
         for hidden in self._hidden:
-            name, like, width = key(hidden.block.name), hidden.block.layer.weight, math.prod(hidden.block.shape)
+            name, like, width = key(hidden.block.name), hidden.block.like, math.prod(hidden.block.shape)
             if self.compares and width < 3:
                 raise UnsupportedModelError(
                     f"the block of layer {hidden.block.name!r} makes {width} number(s) for each sample, and local={local!r} "
@@ -276,14 +276,14 @@ class LocalClassifiers(CreditRule):
 
     def _wanted(self, targets: Tensor) -> Tensor:
         """S(Y), in float32 at least."""
-        wide = torch.promote_types(self.row[-1].layer.weight.dtype, torch.float32)
+        wide = torch.promote_types(self.row[-1].like.dtype, torch.float32)
         return class_similarity(targets, math.prod(self.row[-1].shape), wide)
 
     def _learned(
         self, hidden: _Hidden, activity: Activity, targets: Tensor, wanted: Tensor | None
     ) -> tuple[list[Root], Tensor]:
         """What a block and its read-out learn, and the block's loss; without gradient outside the graph of the block."""
-        h, name, like = activity.made, key(hidden.block.name), hidden.block.layer.weight
+        h, name, like = activity.made, key(hidden.block.name), hidden.block.like
         wide, closed = torch.promote_types(like.dtype, torch.float32), activity.block is not None
         taught: list[tuple[Tensor, Tensor]] = []  # functions of h, and their signals
         roots: list[Root] = []
@@ -341,7 +341,7 @@ class LocalClassifiers(CreditRule):
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) == 0:
             raise ConfigError("the batch is empty: credit is a mean over samples")
-        require_one_type(type(self).__name__, self.row[-1].layer.weight, self.feedback_parameters())
+        require_one_type(type(self).__name__, self.row[-1].like, self.feedback_parameters())
         if not self.compares:
             return
         if targets.is_floating_point() or targets.shape != inputs.shape[:1]:

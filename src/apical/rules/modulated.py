@@ -25,6 +25,7 @@ from torch.autograd.graph import Node
 from apical.core.blocks import blocks
 from apical.core.checkpointing import aside, is_checkpointed, refuse_hidden
 from apical.core.credit import Credit, CreditRule
+from apical.core.cut import eagerly
 from apical.core.effective import measured_weight
 from apical.core.layers import computes_plainly
 from apical.core.plastic import PlasticRule
@@ -138,6 +139,17 @@ class Modulated(WrappedRule):
         """The wrapped rule's credit, with the gains in it."""
         if not torch.is_grad_enabled():
             return super().forward(inputs, targets)
+        if torch.compiler.is_compiling():
+            return self._modulated(inputs, targets, compiled=True)
+        return self._uncompiled(inputs, targets)
+
+    @eagerly
+    def _uncompiled(self, inputs: Tensor, targets: Tensor) -> Credit:
+        return self._modulated(inputs, targets, compiled=False)
+
+    def _modulated(self, inputs: Tensor, targets: Tensor, compiled: bool) -> Credit:
+        if compiled and not torch.compiler.is_compiling():  # the model breaks the graph: its pieces would not see the gains
+            return self._uncompiled(inputs, targets)
         self.require_attached()
         if self._hidden is None:
             hidden = self._find_hidden(inputs)

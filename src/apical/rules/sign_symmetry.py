@@ -24,7 +24,7 @@ from apical.core.effective import weight_now
 from apical.core.packed import row_blocks
 from apical.core.transport import Geometry, as_matrix, geometry
 from apical.core.units import Layer, key
-from apical.errors import ConfigError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 
 def signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
@@ -44,9 +44,10 @@ class DrawnSigns:
     def __init__(self, generator: torch.Generator | None) -> None:
         self.generator = generator
         self.state: Tensor | None = None  # of the source before U was drawn
+        self.uses = 0
 
     def __call__(self, shape: Geometry | None, weight: Tensor, bound: Tensor) -> Tensor:
-        """The feedback, with the same U every time; compiled graphs draw U in each layer's backward pass."""
+        """The feedback, with the same U every time; a compiled graph draws U for each use, and so allows one."""
         if torch.compiler.is_compiling():
             return weight.sign().mul_(_drawn(weight, self.generator)).mul_(bound)
         source = self.generator or _global_generator(weight.device)
@@ -148,6 +149,18 @@ class SignSymmetry(EdgeRule):
         if self.scale == "current":
             magnitude = magnitude * current_scale(weight, row_blocks(self.layers[name]))
         return compute, (weight, magnitude)
+
+    def _feedback_now(self, name: str) -> Feedback:
+        compute, tensors = super()._feedback_now(name)
+        if isinstance(compute, DrawnSigns) and torch.compiler.is_compiling():
+            compute.uses += 1
+            if compute.uses > row_blocks(self.layers[name]) or self.generator is not None:
+                what = f"calls layer {name!r} again" if self.generator is None else "has a generator of its own"
+                raise UnsupportedModelError(
+                    f'sign symmetry in variant "batchwise" {what}, where no compiled graph can draw its magnitudes: train '
+                    "without torch.compile"
+                )
+        return compute, tensors
 
     def set_feedback(self, name: str, U: Tensor) -> None:
         """Replace U_0 of one layer in variant "fixed"; the feedback is `|U_0| sign(W)`.

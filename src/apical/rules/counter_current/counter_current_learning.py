@@ -134,7 +134,7 @@ class CounterCurrentLearning(CreditRule):
         self.feedback = nn.ModuleList(self._feedback(feedback, enlarge))
         self._forth = [Taught(block.modules) for block in self.row[:-1]]
         self._back = [Taught(tuple(module) if isinstance(module, nn.Sequential) else (module,)) for module in self.feedback]
-        top, like = self.row[-1].shape, self.row[-1].layer.weight
+        top, like = self.row[-1].shape, self.row[-1].like
         codes = torch.empty(0 if self.pair == "match" else math.prod(top), *top, dtype=like.dtype, device=like.device)
         self.register_buffer("classes", codes, persistent=False)  # b_L
         _one_hot(self)
@@ -164,7 +164,7 @@ class CounterCurrentLearning(CreditRule):
             return []
         if feedback == "free":
             below = [self.row[level].input_shape for level in range(len(self.row) - 1, len(self.row) - 1 - depths, -1)]
-            return [FreeCodes(math.prod(self.row[-1].shape), shape, self.row[-1].layer.weight) for shape in below]
+            return [FreeCodes(math.prod(self.row[-1].shape), shape, self.row[-1].like) for shape in below]
         if feedback not in ("mirror", "frozen"):
             raise unknown_name("feedback", feedback, ("mirror", "frozen", "free", "none"))
         return list(mirrored(self.row, enlarge, depths))
@@ -176,7 +176,7 @@ class CounterCurrentLearning(CreditRule):
             wanted = f"{len(self.row) - 1} modules, or {len(self.row)} with one that makes the input"
             raise ConfigError(f"feedback takes {wanted}; got {len(modules)}")
         self.input_pair = len(modules) == len(self.row)
-        like = self.row[-1].layer.weight
+        like = self.row[-1].like
         b = like.new_zeros(2, *self.row[-1].shape)
         for block, module in zip(reversed(self.row), modules, strict=False):
             with evaluating(module), torch.no_grad():
@@ -327,14 +327,14 @@ class CounterCurrentLearning(CreditRule):
         if self.pair != "match":
             return self.classes
         assert targets is not None
-        return targets.reshape(len(targets), *self.row[-1].shape).to(self.row[-1].layer.weight.dtype)
+        return targets.reshape(len(targets), *self.row[-1].shape).to(self.row[-1].like.dtype)
 
     def _codes(self, targets: Tensor | None, learns: bool) -> list[Activity]:
         """b_0..b_L; depths without a block of G are left empty."""
         b = [Activity(self._top(targets))]
         for module in self._back:
             b.append(module(b[-1].made, learns))
-        empty = Activity(self.row[-1].layer.weight.new_empty(0))
+        empty = Activity(self.row[-1].like.new_empty(0))
         return [empty] * (len(self.row) + 1 - len(b)) + b[::-1]
 
     def _meet(
@@ -359,7 +359,7 @@ class CounterCurrentLearning(CreditRule):
 
     def _pull(self, level: int, a: Tensor, b: Tensor, goals: Tensor, unsure: Tensor | None) -> Pulled:
         """The pair of one depth."""
-        dtype = self.row[-1].layer.weight.dtype
+        dtype = self.row[-1].like.dtype
         a, b = a.to(dtype), b.to(dtype)
         if self.pair == "match":
             height = a.shape[2] if a.dim() > 2 else 1
@@ -379,7 +379,7 @@ class CounterCurrentLearning(CreditRule):
     def _unsure(self, output: Tensor, labels: Tensor) -> Tensor:
         """1 for samples whose class is not sure yet, otherwise 0 (batch, 1)."""
         sure = output.detach().flatten(1).float().softmax(1).gather(1, labels.unsqueeze(1)) > 1 - SURE
-        return (~sure).to(self.row[-1].layer.weight.dtype)
+        return (~sure).to(self.row[-1].like.dtype)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The targets, with labels as indices."""
@@ -387,7 +387,7 @@ class CounterCurrentLearning(CreditRule):
             raise ConfigError("the batch is empty: credit is a mean over samples")
         if targets.dim() == 0 or len(targets) != len(inputs):
             raise ConfigError(f"{len(inputs)} inputs came with targets of shape {tuple(targets.shape)}")
-        like = self.row[-1].layer.weight
+        like = self.row[-1].like
         require_one_type(type(self).__name__, like, [self.classes])
         classes = not targets.is_floating_point() and targets.dim() == 1
         if self.pair != "match" and not classes:

@@ -43,7 +43,7 @@ def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | N
     result = []
     for level in range(len(row) - 1, len(row) - 1 - (len(row) if depths is None else depths), -1):
         block, below = row[level], row[level - 1] if level else None
-        like = block.layer.weight
+        like = block.like
         modules = [
             *_back(block, enlarge),
             *(_fresh(m) for m in (below.tail if below else ()) if is_norm(m) or _is_activation(m)),
@@ -121,7 +121,7 @@ def _check(block: Block, mirror: nn.Sequential) -> None:
     """Run the counterpart once, as in training."""
     try:
         with undisturbed(mirror), torch.no_grad():
-            made = tuple(mirror(block.layer.weight.new_zeros(2, *block.shape)).shape[1:])
+            made = tuple(mirror(block.like.new_zeros(2, *block.shape)).shape[1:])
     except (RuntimeError, ValueError) as error:
         raise _without_mirror(block, str(error)) from error
     if made != block.input_shape:

@@ -255,6 +255,11 @@ class EquilibriumPropagation(CreditRule):
             roots, nudged, logs = self._going_round(x, free.s, targets) if self.cycles else self._nudged(x, free.s, targets)
             roots += terms(loss)
             logs |= {"free_residual": free.residual, "nudged_residual": nudged}
+            if not torch.compiler.is_compiling() and not nudged.isfinite():
+                raise InstabilityError(
+                    "the nudged phase of equilibrium propagation runs away, though the free one does not: use a smaller "
+                    "beta or bounded activations"
+                )
         if self.homeostasis:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
                 noise = [normal(x.new_empty(DRAWS, *stage.shape), self.generator) for stage in network.stages]

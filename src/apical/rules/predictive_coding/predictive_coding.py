@@ -181,7 +181,7 @@ class PredictiveCoding(CreditRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch; `output` and `loss` are those of the feed-forward pass, or of the inferred answer."""
         self.require_attached()
-        require_precision(type(self).__name__, self.row[0].layer.weight)
+        require_precision(type(self).__name__, self.row[0].like)
         if not self.feed_forward:
             return self._generative(inputs, targets)
         self._containers.require_intact(inputs, self._output)
