@@ -119,7 +119,7 @@ def test_overwrite_removes_an_older_comparison_and_nothing_else(tmp_path: Path) 
     assert os.listdir(tmp_path / "runs") == ["bp"]
 
 
-COMPARE = ("compare", "--rules", "bp", "wm", "--seeds", "2", "--model", "mlp-64", "--epochs", "16", "--train-limit", "640")
+COMPARE = ("compare", "--rules", "bp", "wm", "--seeds", "2", "--model", "mlp-64", "--epochs", "8", "--train-limit", "640")
 COMPARE = (*COMPARE, "--probe", "64", "--device", "cpu", "--threads", "1", "--checkpoint-steps", "7")
 
 
@@ -143,7 +143,7 @@ def test_stop_a_real_comparison_and_resume_it(
     part = tmp_path / "part"
     process = apical(*COMPARE, "--jobs", "2", "--out", part)
     deadline = time.monotonic() + 240
-    while finished_epochs(part) < 10:
+    while finished_epochs(part) < 6:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

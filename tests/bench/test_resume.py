@@ -98,6 +98,7 @@ def test_the_checkpoints_own_config_counts_too(begin: Begin, small: Recipe, tmp_
 
 TRAIN = ("train", "--rule", "wm", "--model", "mlp-64", "--epochs", "25", "--batch-size", "32", "--crop", "1", "--seed", "1")
 TRAIN = (*TRAIN, "--threads", "1", "--device", "cpu", "--checkpoint-steps", "5", "--lr", "0.02", "0.01", "--lr-epochs", "12")
+TRAIN = (*TRAIN, "--train-limit", "640")
 
 
 def lines(folder: Path) -> int:

@@ -100,7 +100,7 @@ def effort_formula(rule: StrongDeepFeedbackControl, net: ref.Net, x: Tensor, u: 
 def test_local_rule_descends_the_effort_where_condition_two_holds(kind: str) -> None:
     """Half the gradient (the rule has a factor 2) is dH/dW for Col(Q) = Row(J), alpha -> 0, and only there."""
     options = {"alpha": 1e-7, "label": 0.8, "tolerance": 1e-13, "difference": "voltage", "learn": "none"}
-    rule, net, inputs, targets = made(kind, (4, 5, 4, 3), 1, **options)
+    rule, net, inputs, targets = made(kind, (3, 4, 3, 3), 1, **options)
     satisfy_condition_two(rule, net, inputs, targets)
 
     def compare() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -122,7 +122,7 @@ def test_local_rule_descends_the_effort_where_condition_two_holds(kind: str) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_leak_bends_the_descent_as_predicted(kind: str, leak: str) -> None:
     options = {"alpha": 0.1, "k_p": 2.0, "leak": leak, "tolerance": 1e-13, "difference": "voltage", "learn": "none"}
-    rule, net, inputs, targets = made(kind, (4, 5, 4, 3), 1, label=0.8, **options)
+    rule, net, inputs, targets = made(kind, (3, 4, 3, 3), 1, label=0.8, **options)
     satisfy_condition_two(rule, net, inputs, targets)
     finite = effort_slopes(rule, inputs, targets)
     formula = effort_formula(rule, net, inputs[0], rule.hold(inputs, targets).u[0], kind)
