@@ -290,6 +290,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         """Spikes of the first sample while it is answered, rates of neurons, and goodness by class."""
         inputs, targets = probe
         spikes = self.spikes(inputs)
+        first = {name: each[:, 0] for name, each in spikes.items()}
         rates = {name: each.mean((0, 1)) for name, each in spikes.items()}
         classes, heights = targets.unique().tolist(), dict[str, Tensor]()
         for name, (positive, negative) in self.goodness(inputs, targets).items():
@@ -297,13 +298,7 @@ class ContrastiveSignalPlasticity(CreditRule):
                 if len(g):
                     heights[f"{name}, {sign}"] = torch.stack([g[targets == k].mean() for k in classes])
         return [
-            Panel(
-                f"Spikes of a sample of class {int(targets[0])}",
-                "raster",
-                "step",
-                "neuron",
-                {name: each[:, 0] for name, each in spikes.items()},
-            ),
+            Panel(f"Spikes of a sample of class {int(targets[0])}", "raster", "step", "neuron", first),
             Panel("Firing rates", "histogram", "share of steps in which a neuron fires", "share of neurons", rates),
             Panel("Goodness by class", "bars", "class", "goodness", heights, [str(k) for k in classes]),
         ]
