@@ -1,9 +1,9 @@
 """`apical reproduce`: tables of papers by name, at a budget, with verdicts computed from tolerance and data."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,7 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
     _check(table, path, flags)  # again: its last holder may have written it since
     if flags.overwrite:
         remove_tree(path / "cells", path)
-    options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", *str(value).split())]
     options += ["--jobs", str(flags.jobs)] if table.side_by_side else []
     threads = torch.get_num_threads()
     try:
@@ -157,8 +157,8 @@ def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
         raise ConfigError(f"--kept: {path} holds no finished run; leave --kept out to run the table")
     content = read_json(files[0])
     if not table.study:
-        asked = content["command"].replace("=", " ").split()
-        given = {word[2:].replace("-", "_"): value for word, value in pairwise(asked)}
+        asked = re.findall(r"--([\w-]+)[ =](\S+(?: (?!--)\S+)*)", content["command"])
+        given = {name.replace("-", "_"): value for name, value in asked}
         sizes = {name: _like(value, given.get(name)) for name, value in budget.items()}
         return sizes, {key: content[key] for key in ("command", "seconds", "environment")}
     if content.get("study") != table.study:

@@ -30,6 +30,13 @@ PAPER = Paper(
             {"generations": 150, "seeds": 5},
             hours={"cpu": 0.53},
         ),
+        "settled": _table(
+            "Top-down credit assignment on classification, fitness over the last ten steps",
+            "classification.study",
+            {"generations": 1, "seeds": 2, "arms": "sites-4", "settled": 2, "tasks": 2, "validation": 1},
+            {"arms": "unit sites-4", "settled": 10, "first": 6000, "tasks": 64, "validation": 64, "seeds": 8},
+            hours={"cpu": 1.1},
+        ),
         "diffusion": _table(
             "Credit diffusion, before and after",
             "diffusion.study",
@@ -49,6 +56,13 @@ PAPER = Paper(
             {"generations": 2, "generations_large": 2, "generations_further": 2, "seeds": 2, "starts": 16},
             _FUNCTIONS,
             hours={"cpu": 0.46},
+        ),
+        "functions-10d": _table(
+            "Top-down credit assignment on non-convex functions in ten dimensions, longer evolutions",
+            "functions.study",
+            {"groups": "large", "generations_large": 2, "seeds": 2, "starts": 16},
+            {"groups": "large", "generations_large": 600, "first": 40, "seeds": 10},
+            hours={"cpu": 0.81},
         ),
         "basins": _table(
             "Basins that evolved top-down networks leave on non-convex functions",
