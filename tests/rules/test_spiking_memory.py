@@ -54,11 +54,11 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_steps_leave_no_memory_behind(make: Callable[[], CreditRule]) -> None:
-    """Were one tensor of (batch, 8) kept at each step, both halves of the steps after the warm ones would leave 2 MB."""
+    """Were one tensor of (batch, 8) kept at each step, both halves of the steps after the warm ones would leave 4 MB."""
     torch.manual_seed(0)
     rule = make()
     optimizer = torch.optim.SGD(rule.parameters(), lr=1e-3)
-    x, targets = torch.rand(96, 8), torch.arange(96) % 2
+    x, targets = torch.rand(192, 8), torch.arange(192) % 2
     found = []
     for steps in (WARM, HALF, HALF):
         for _ in range(steps):
@@ -69,4 +69,4 @@ def test_steps_leave_no_memory_behind(make: Callable[[], CreditRule]) -> None:
         found.append(alive())
     tensors, resident = zip(*found, strict=True)
     assert tensors[2] <= tensors[1] <= tensors[0]
-    assert min(resident[2] - resident[1], resident[1] - resident[0]) < 1e6  # an allocator takes what it needs once
+    assert min(resident[2] - resident[1], resident[1] - resident[0]) < 2e6  # an allocator takes what it needs once
