@@ -1,12 +1,15 @@
 """Spiking networks on MNIST beside controls, every rate chosen on held-out images with the same budget.
 
 Run `python -m apical_papers.spikes.mnist --out results/spikes-mnist`. For each seed and training: six rates of Adam, one
-pass over 2000 training images each; the one with the best accuracy on 2000 held-out images trains anew on 10000.
-Plasticity is 784-256-64-10 with 40 steps a stimulus, beside the same network whose read-outs alone learn; first spikes are
-784-340-10. Controls trained by backpropagation are perceptrons with ReLU of the same widths, and a linear classifier. Marks
-were set before this was first run, with four rates and a read-out of spike times whose scale was 1: first spikes had 56.6 %,
-most output neurons were silent, and each seed had chosen the lowest rate. The scale of 16 was then chosen among 1, 4, 8, 16
-and 32 on held-out images of seed 0. Each seed is kept in the folder when it is finished, so an interrupted study continues.
+pass over 5000 training images each; the one with the best accuracy on 2000 held-out images trains anew, four passes over
+10000. Plasticity is 784-256-64-10 with 40 steps a stimulus, beside the same network whose read-outs alone learn; first
+spikes are 784-340-10. Controls trained by backpropagation are perceptrons with ReLU of the same widths, and a linear
+classifier. Marks were set before this was first run, with four rates and a read-out of spike times whose scale was 1:
+first spikes had 56.6 %, most output neurons were silent, and each seed had chosen the lowest rate. The scale of 16 was
+then chosen among 1, 4, 8, 16 and 32 on held-out images of seed 0. With it, two passes and trials of 2000 images,
+plasticity and first spikes missed their marks; on held-out images of seed 100 both still rose after two passes, and the
+rate of plasticity that is best after 20 steps was not after 100. So there are four passes now, and longer trials. Each
+seed is kept in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -33,7 +36,7 @@ SLOW, QUICK = (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1), (1e-4, 3e-4, 1e-3, 3e-3,
 
 DATA = "mnist-raw"
 IMAGES = 10000
-"""For training; a fifth as many for each trial of a rate, as many again to choose by."""
+"""For training; half as many for each trial of a rate, a fifth as many to choose by."""
 
 PUBLISHED = {"S4NN": 0.974, "arXiv 2410.23619": 0.9948}
 """Test accuracy of other networks of single spikes on MNIST, from their abstracts, all 60000 images."""
@@ -43,7 +46,9 @@ ABOUT: dict[str, Any] = {
     "about": "Test accuracy on all 10000 images, at rates that held-out images chose.",
     "sources": {
         "our mark": "Set before the study was first run. That run missed the marks of first spikes, with four rates and "
-        "read-outs of scale 1; six rates and the scale of 16, chosen on held-out images of seed 0, came after it."
+        "read-outs of scale 1; six rates and the scale of 16, chosen on held-out images of seed 0, came after "
+        "it. A second run missed those of plasticity and first spikes, with two passes and shorter trials of "
+        "rates; four passes and longer trials, chosen on held-out images of seed 100, came after that."
     },
 }
 
@@ -94,10 +99,10 @@ class Options(SeedOptions):
     """Spiking networks on MNIST beside controls."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/spikes-mnist")
-    epochs: Annotated[int, arg(metavar="N")] = 2
+    epochs: Annotated[int, arg(metavar="N")] = 4
     """Over the training images, once the rate is chosen."""
     images: Annotated[int, arg(metavar="N")] = IMAGES
-    """For training, and for the test at most; a fifth as many for each trial of a rate, as many again to choose by."""
+    """For training, and for the test at most; half as many for each trial of a rate, a fifth as many to choose by."""
 
 
 def settings(images: int) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def settings(images: int) -> dict[str, Any]:
         "data": DATA,
         "training images": images,
         "held-out images": images // 5,
-        "images for a rate": images // 5,
+        "images for a rate": images // 2,
         "rates of plasticity": list(SLOW),
         "other rates": list(QUICK),
     }
@@ -114,8 +119,8 @@ def settings(images: int) -> dict[str, Any]:
 
 def cell(seed: int, epochs: int, images: int = IMAGES) -> dict[str, Any]:
     """Rate, accuracies and seconds of each training."""
-    few = images // 5
-    data = load(DATA, validation=few, train_limit=images, test_limit=min(images, IMAGES), seed=seed)
+    few = images // 2
+    data = load(DATA, validation=images // 5, train_limit=images, test_limit=min(images, IMAGES), seed=seed)
     assert data.validation is not None
     trial = replace(data, train=Split(data.train.inputs[:few], data.train.targets[:few]), test=data.validation)
     cells: dict[str, Any] = {}

@@ -23,12 +23,12 @@ PAPER = Paper(
             "Spiking networks on MNIST beside controls",
             {
                 "smoke": {"epochs": 1, "seeds": 2, "images": 200},
-                "cpu": {"epochs": 2, "seeds": 3},
-                "paper": {"epochs": 2, "seeds": 10},
+                "cpu": {"epochs": 4, "seeds": 3},
+                "paper": {"epochs": 4, "seeds": 10},
             },
             module="apical_papers.spikes.mnist",
             side_by_side=True,
-            needs={"epochs": 2, "seeds": 3, "images": 10000},
+            needs={"epochs": 4, "seeds": 3, "images": 10000},
         ),
         "study": seed_study(
             "Spiking networks on a little of MNIST", "apical_papers.spikes.study", epochs=(1, 4, 4), seeds=(2, 3, 10)
