@@ -86,7 +86,7 @@ def cases(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
     given, given_nudged, label = network.given(x), network.given(x, beta), wanted(torch.zeros(BATCH, 10, device=device), y)
 
     def push(s: list[Tensor]) -> Tensor:
-        return network.nudged_by(network.errors(rule.loss, s, label, q), beta)
+        return network.nudged_by(network.errors(rule.loss, s, label, q), beta, s)
 
     def own(states: list[Tensor], *, nudge: bool) -> list[tuple[Tensor, Tensor]]:
         pairs = [(states[k - 1], s.layer.weight.detach().T) for k, s in enumerate(network.stages) if k]

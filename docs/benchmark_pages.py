@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from result_pages import NOTE, joined
-from tables import Row, facts, grouped, number, table, toml, words
+from tables import Row, facts, fitting, grouped, number, toml, words
 
 TABLES = toml("benchmarks")
 CELLS: dict[str, Callable[[Row, str], str]] = {
@@ -90,7 +90,7 @@ def columns(rows: Sequence[Row], asked: Sequence[Sequence[Any]], labels: int) ->
         [number(row.get(key), how) if isinstance(how, int) else CELLS[how](row, key) for _, key, how in asked]
         for row in rows
     ]
-    return table([header for header, *_ in asked], lines, numeric_from=labels)
+    return fitting([header for header, *_ in asked], lines, numeric_from=labels)
 
 
 def setting(row: Row) -> str:

@@ -67,7 +67,7 @@ def why(measured: Mapping[str, Row]) -> list[str]:
     zoo, steps = measured["zoo"]["rows"], measured["results"]["rows"]
     trained, faults = sum(row["trained"] for row in zoo), sum(bool(row["fault"]) for row in zoo)
     edge = [row for row in steps if row["rule"] in ("fa", "kp", "pfa", "pfa-o")]
-    rounds = [row["rounds"] for row in edge]
+    rounds = " to ".join(str(n) for n in sorted({min(ns := [row["rounds"] for row in edge]), max(ns)}))
     by_model = "; ".join(
         f"{min(ratios):.2f} to {max(ratios):.2f} on {where}"
         for where in dict.fromkeys(setting(row) for row in edge)
@@ -80,7 +80,7 @@ def why(measured: Mapping[str, Row]) -> list[str]:
         f"{len({row['rule'] for row in zoo})} rules, {trained} train with every check by intervention passed, "
         f"{len(zoo) - trained - faults} are refused with the remedy, {faults} get something else ([which](docs/zoo.md)).",
         f"**Cheap.** A step under `fa`, `kp`, `pfa` or `pfa-o` takes, relative to backpropagation, {by_model} (median of "
-        f"{min(rounds)} to {max(rounds)} rounds, one CPU thread; [all rules](docs/benchmarks.md)).",
+        f"{rounds} rounds, one CPU thread; [all rules](docs/benchmarks.md)).",
         f"**Solved, not simulated.** A step of `dfc` takes {number(control['ratio_to_bp'], 1)} times backpropagation's; the "
         f"authors' simulation {number(control['ratio_of_authors'], 0)} times its own, timed by us on another machine "
         f"({setting(control)}, n = {control['rounds']} rounds; [table](docs/benchmarks.md)).",

@@ -96,7 +96,7 @@ def _apical() -> int:
     return main()
 
 
-def tested_here() -> int:
+def run_pytest() -> int:
     """What `python -m pytest ARGUMENTS` does where the environment's PWD is."""
     import pytest
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.command import Command, tested_here
+from tests.command import Command, run_pytest
 
 from apical.cli.main import main
 
@@ -48,7 +48,7 @@ def test_the_page_has_what_is_done_here() -> None:
 def test_its_test_passes(folder: Path, tmp_path: Path) -> None:
     python, module, name, *arguments = COMMANDS[0].split()
     assert (python, module, name) == ("python", "-m", "pytest")
-    tests = Command([*arguments, "-q", "-p", "no:cacheprovider"], tmp_path, {"PWD": str(folder)}, tested_here)
+    tests = Command([*arguments, "-q", "-p", "no:cacheprovider"], tmp_path, {"PWD": str(folder)}, run_pytest)
     output, errors = tests.communicate(timeout=300)
     assert tests.returncode == 0, output + errors
     assert "1 passed" in output
