@@ -67,7 +67,8 @@ def why(measured: Mapping[str, Row]) -> list[str]:
     zoo, steps = measured["zoo"]["rows"], measured["results"]["rows"]
     trained, faults = sum(row["trained"] for row in zoo), sum(bool(row["fault"]) for row in zoo)
     edge = [row for row in steps if row["rule"] in ("fa", "kp", "pfa", "pfa-o")]
-    rounds = " to ".join(str(n) for n in sorted({min(ns := [row["rounds"] for row in edge]), max(ns)}))
+    ns = [row["rounds"] for row in edge]
+    rounds = " to ".join(map(str, sorted({min(ns), max(ns)})))
     by_model = "; ".join(
         f"{min(ratios):.2f} to {max(ratios):.2f} on {where}"
         for where in dict.fromkeys(setting(row) for row in edge)
