@@ -409,6 +409,22 @@ class LowRank(nn.Module):
         return (h @ self.v.T) @ self.u.T + self.bias
 
 
+class OfMaps(nn.Module):
+    """tanh of feature maps (batch, channels, height, width) alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        return x.view(batch, channels, height, width).tanh()
+
+
+def test_a_formula_that_cannot_be_checked_is_refused() -> None:
+    apical.register_activation(OfMaps, elementwise=False, derivative=lambda m, v, r: 1 - r)  # which is wrong
+    with pytest.raises(ConfigError, match=r"OfMaps does not run on rows of numbers.*register it with no formula"):
+        is_elementwise(OfMaps())
+    apical.register_activation(OfMaps, elementwise=False)
+    assert not is_elementwise(OfMaps())
+
+
 def test_an_activation_of_units_and_a_layer_of_factors() -> None:
     apical.register_activation(Slopes, elementwise=False, derivative=lambda m, v, r: m.slope * (1 - r * r))
     apical.register_layer(LowRank, weight=lambda layer: layer.u @ layer.v)

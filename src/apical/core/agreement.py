@@ -74,6 +74,8 @@ def require_agreement(module: nn.Module, said: "Activation") -> None:
     if said.elementwise and not acts_on_each(phi):
         raise _wrong(module, "does not map each number by itself, the same at every call", "elementwise=False")
     if (v := _taken(phi)) is None:
+        if any(formula is not None for formula in (said.derivative, said.difference, said.complex_parts)):
+            raise _wrong(module, "does not run on rows of numbers, by which formulas are checked", "no formula")
         return
     with torch.enable_grad(), torch.autocast(v.device.type, enabled=False):
         leaf = v.clone().requires_grad_()

@@ -43,6 +43,7 @@ class DrawnSigns:
 
     def __init__(self, generator: torch.Generator | None) -> None:
         self.generator = generator
+        self.source: torch.Generator | None = None
         self.state: Tensor | None = None  # of the source before U was drawn
         self.uses = 0
 
@@ -50,7 +51,7 @@ class DrawnSigns:
         """The feedback, with the same U every time; a compiled graph draws U for each use, and so allows one."""
         if torch.compiler.is_compiling():
             return weight.sign().mul_(_drawn(weight, self.generator)).mul_(bound)
-        source = self.generator or _global_generator(weight.device)
+        source = self.source = self.source or self.generator or _global_generator(weight.device)
         if self.state is None:
             self.state = source.get_state()
             return weight.sign().mul_(_drawn(weight, source)).mul_(bound)
@@ -62,10 +63,12 @@ class DrawnSigns:
 
 
 def _global_generator(device: torch.device) -> torch.Generator:
-    """The one that `torch.rand` draws from on a device."""
+    """The one that `torch.rand` draws from on a device; where that cannot be had, one with a seed from the CPU's."""
     if device.type == "cpu":
         return torch.default_generator
-    generators: tuple[torch.Generator, ...] = torch.get_device_module(device).default_generators
+    generators: tuple[torch.Generator, ...] = getattr(torch.get_device_module(device), "default_generators", ())
+    if not generators:
+        return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
     return generators[device.index or 0]
 
 
