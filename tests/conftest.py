@@ -18,6 +18,7 @@ from tests.command import IMPORTED
 HERE = Path(__file__).parent
 settings.register_profile("fixed", max_examples=40, derandomize=True, deadline=None)
 settings.load_profile("fixed")
+torch.set_warn_always(True)  # else a warning of PyTorch's falls to whichever test of a process runs first
 
 
 @pytest.hookimpl(optionalhook=True)
