@@ -1,15 +1,16 @@
 """Spiking networks on MNIST beside controls, every rate chosen on held-out images with the same budget.
 
 Run `python -m apical_papers.spikes.mnist --out results/spikes-mnist`. For each seed and training: six rates of Adam, one
-pass over 5000 training images each; the one with the best accuracy on 2000 held-out images trains anew, four passes over
-10000. Plasticity is 784-256-64-10 with 40 steps a stimulus, beside the same network whose read-outs alone learn; first
+pass over 15000 training images each; the one with the best accuracy on 6000 held-out images trains anew, four passes over
+30000. Plasticity is 784-256-64-10 with 40 steps a stimulus, beside the same network whose read-outs alone learn; first
 spikes are 784-340-10. Controls trained by backpropagation are perceptrons with ReLU of the same widths, and a linear
 classifier. Marks were set before this was first run, with four rates and a read-out of spike times whose scale was 1:
 first spikes had 56.6 %, most output neurons were silent, and each seed had chosen the lowest rate. The scale of 16 was
 then chosen among 1, 4, 8, 16 and 32 on held-out images of seed 0. With it, two passes and trials of 2000 images,
 plasticity and first spikes missed their marks; on held-out images of seed 100 both still rose after two passes, and the
-rate of plasticity that is best after 20 steps was not after 100. So there are four passes now, and longer trials. Each
-seed is kept in the folder when it is finished, so an interrupted study continues.
+rate of plasticity that is best after 20 steps was not after 100. So there were four passes next, and longer trials, over
+10000 images: 89.1 and 94.0 %, where 90 and 94 are asked on the mean. As a training took about a minute, 30000 images serve
+now. Each seed is kept in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -35,7 +36,7 @@ SLOW, QUICK = (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1), (1e-4, 3e-4, 1e-3, 3e-3,
 """Rates of plasticity, and of trainings with derivatives."""
 
 DATA = "mnist-raw"
-IMAGES = 10000
+IMAGES = 30000
 """For training; half as many for each trial of a rate, a fifth as many to choose by."""
 
 PUBLISHED = {"S4NN": 0.974, "arXiv 2410.23619": 0.9948}
@@ -48,7 +49,8 @@ ABOUT: dict[str, Any] = {
         "our mark": "Set before the study was first run. That run missed the marks of first spikes, with four rates and "
         "read-outs of scale 1; six rates and the scale of 16, chosen on held-out images of seed 0, came after "
         "it. A second run missed those of plasticity and first spikes, with two passes and shorter trials of "
-        "rates; four passes and longer trials, chosen on held-out images of seed 100, came after that."
+        "rates; four passes and longer trials, chosen on held-out images of seed 100, came after that. A third run, "
+        "of 10000 images, missed two marks by less than a point; 30000 images came after that."
     },
 }
 
@@ -120,7 +122,7 @@ def settings(images: int) -> dict[str, Any]:
 def cell(seed: int, epochs: int, images: int = IMAGES) -> dict[str, Any]:
     """Rate, accuracies and seconds of each training."""
     few = images // 2
-    data = load(DATA, validation=images // 5, train_limit=images, test_limit=min(images, IMAGES), seed=seed)
+    data = load(DATA, validation=images // 5, train_limit=images, test_limit=min(images, 10000), seed=seed)
     assert data.validation is not None
     trial = replace(data, train=Split(data.train.inputs[:few], data.train.targets[:few]), test=data.validation)
     cells: dict[str, Any] = {}
