@@ -28,7 +28,7 @@ PAPER = Paper(
             },
             module="apical_papers.spikes.mnist",
             side_by_side=True,
-            needs={"epochs": 4, "seeds": 3, "images": 10000},
+            needs={"epochs": 4, "seeds": 3, "images": 30000},
         ),
         "study": seed_study(
             "Spiking networks on a little of MNIST", "apical_papers.spikes.study", epochs=(1, 4, 4), seeds=(2, 3, 10)
