@@ -98,6 +98,7 @@ def run(folder: Path, *more: str) -> int:
     return tdca_functions.main(["--out", str(folder), *short, *more])
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_a_study_is_written_and_nothing_is_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_study_is_written_and_nothing_is_done_twice(
     monkeypatch.setattr(tdca_functions, "FURTHER", ())
     monkeypatch.setattr(tdca_functions, "LARGE", LARGE[:1])
     monkeypatch.setattr(tdca_functions, "STATELESS", (Case("rastrigin", 2, "stateless"),))
+    monkeypatch.setattr(tdca_functions, "VALIDATION", 16)
     whole = tdca_functions.together
 
     def stopping(tasks: object, populations: object, generation: int) -> object:
