@@ -121,6 +121,8 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         model: the network; it is only read.
         example: a batch of its inputs.
     """
+    from apical.core.wrappers import uncompiled
+
     atoms = {part for _, leaf in leaves(model) for part in leaf.modules()}
     names = {module: name for name, module in model.named_modules()}
     waiting: list[list[Call]] = [[]]  # what was called by each module that is being called
@@ -143,7 +145,7 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     hooks += [module.register_forward_hook(leave) for module in containers]
     try:
         model.eval()
-        with torch.random.fork_rng([example.device] if example.is_cuda else []):
+        with torch.random.fork_rng([example.device] if example.is_cuda else []), uncompiled(model):
             model(example.clone())
     except Exception:
         return {}  # the trace will say so

@@ -351,6 +351,7 @@ def _traced(
 ) -> list[Call]:
     calls: list[Call] = []
     from apical.core.checkpointing import is_untrained
+    from apical.core.wrappers import uncompiled
 
     functions = Functions(calls.append, known)
     written = [f"{name!r} ({type(module).__name__})" for name, module in model.named_modules() if is_written(module)]
@@ -387,7 +388,7 @@ def _traced(
             for module, _ in modes:
                 module.training = training and id(module) not in inside
             before, chance = torch.get_rng_state(), random.getstate()
-            with functions, torch.enable_grad():
+            with functions, torch.enable_grad(), uncompiled(model):
                 output = model(example)
             is_drawn = not torch.equal(before, torch.get_rng_state()) or chance != random.getstate()
             random.setstate(chance)

@@ -260,6 +260,7 @@ class CreditRule(nn.Module):
         output_alone: the rule asks the loss for its derivative with respect to the output, and would leave out terms that
             read other activities of the model; such losses are refused at the first batch.
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
+        sees_layers: compiled parts of the model run as they were written while the rule learns.
         random_per_sample: every sample gets random numbers of its own, so a batch twice over, or shared by two processes,
             is another draw.
         repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
@@ -275,10 +276,12 @@ class CreditRule(nn.Module):
     feed_forward: bool = True
     output_alone: bool = False
     chains_errors: bool = False
+    sees_layers: bool = True
     random_per_sample: bool = False
     repeats: int = 1
     phase: Phase
     _attention: Attention = "exact"
+    _uncompiles: bool = False  # a model that is compiled
     _has_attended: bool = False  # and attention by hand was looked for
     _placement: "Placement | None" = None
     _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
@@ -288,16 +291,25 @@ class CreditRule(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
-        _refuse(model)
-        self.model = model
+        from apical.core.wrappers import refuse_wrapped, uncompiles
+
+        refuse_wrapped(model)
+        self.model, self._uncompiles = model, uncompiles(self, model)
         self.loss = loss
         self._hooks: list[Any] = []
-        self._attached = True
-        self._warned, self._is_fresh = False, True
+        self._attached, self._warned, self._is_fresh = True, False, True
         self.phase = "both"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
+        if self._uncompiles or ((self._is_fresh or self.model._compiled_call_impl) and not torch.compiler.is_compiling()):
+            from apical.core.wrappers import uncompiled  # for a model that is compiled already
+
+            with uncompiled(self.model, self):
+                return self._attended(*args, **kwargs)
+        return self._attended(*args, **kwargs)
+
+    def _attended(self, *args: Any, **kwargs: Any) -> Any:
         if self.attention == "exact":
             return self._credited(*args, **kwargs)
         compiling, learns = torch.compiler.is_compiling(), torch.is_grad_enabled()
@@ -486,15 +498,3 @@ class CreditRule(nn.Module):
         self._hooks.clear()
         self._attached = False
         return self.model
-
-
-def _refuse(model: object) -> None:
-    """What is no model; and wrappers that rely on the outermost forward to share gradients, which need not pass it."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"the model must be an object of a subclass of nn.Module, not {model!r:.60}")
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if kind := next((type(m).__name__ for m in model.modules() if isinstance(m, wrappers)), None):
-        raise UnsupportedModelError(
-            f"the model is wrapped in {kind}, which would not share every gradient of a rule among processes: make the rule "
-            "of the plain model and wrap the rule, DistributedDataParallel(rule)"
-        )

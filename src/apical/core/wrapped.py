@@ -44,10 +44,13 @@ class WrappedRule(CreditRule):
         name = type(self).__name__
         if not isinstance(rule, CreditRule):
             raise ConfigError(f"{name} wraps a rule, not a {type(rule).__name__}: {name}(FeedbackAlignment(model), ...)")
+        from apical.core.wrappers import uncompiles
+
         rule.require_attached()
         self.rule = rule
         self.feed_forward, self.two_phase, self.chains_errors = rule.feed_forward, rule.two_phase, rule.chains_errors
         self.random_per_sample, self.repeats = rule.random_per_sample, rule.repeats
+        self._uncompiles = rule._uncompiles or uncompiles(self, rule.model)
         self._prefix = _model_prefix(rule)
         self._hooks: list[Any] = []
         self._attached, self._is_fresh = True, False

@@ -28,7 +28,7 @@ class Backprop(CreditRule):
     torch.Size([3, 4])
     """
 
-    chains_errors = True
+    chains_errors, sees_layers = True, False
 
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, attention: Attention = "exact") -> None:
         super().__init__(model, loss)

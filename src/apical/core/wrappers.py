@@ -1,0 +1,83 @@
+"""What a model may come wrapped in: processes that share its gradients, which is refused, and `torch.compile`."""
+
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from apical.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from apical.core.credit import CreditRule
+
+
+def refuse_wrapped(model: object) -> None:
+    """Refuse what is no model, and wrappers that rely on the outermost forward to share gradients, which need not pass it.
+
+    Raises:
+        ConfigError: no `nn.Module`.
+        UnsupportedModelError: `DistributedDataParallel` or `DataParallel`, around the model or a part of it.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model must be an object of a subclass of nn.Module, not {model!r:.60}")
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if kind := next((type(m).__name__ for m in model.modules() if isinstance(m, wrappers)), None):
+        raise UnsupportedModelError(
+            f"the model is wrapped in {kind}, which would not share every gradient of a rule among processes: make the rule "
+            "of the plain model and wrap the rule, DistributedDataParallel(rule)"
+        )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` has compiled the model or a part of it: as a module, in place, or its forward method.
+
+    >>> is_compiled(torch.compile(nn.Linear(2, 2))), is_compiled(nn.Linear(2, 2))
+    (True, False)
+    """
+    return "torch._dynamo" in sys.modules and any(_is_compiled(module) for module in model.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = module.forward
+    return module._compiled_call_impl is not None or (
+        hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+    )
+
+
+def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:
+    """Whether a rule must run its model uncompiled; warns when that begins."""
+    if not ((rule.sees_layers or rule.attention != "exact") and is_compiled(model)):
+        return False
+    if not rule._uncompiles:
+        warnings.warn(
+            "the model is compiled, whole or in parts, and runs uncompiled while the rule learns, which must see its layers "
+            "at work; make the rule of the model as it was, and compile the rule, torch.compile(rule)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return True
+
+
+def uncompiled(model: nn.Module, rule: "CreditRule | None" = None) -> AbstractContextManager[object]:
+    """For a `with`: a model that is compiled runs as it was written, for a rule that must see its layers.
+
+    Raises:
+        UnsupportedModelError: it is being compiled once more, with the rule around it.
+    """
+    if not torch.compiler.is_compiling():
+        if rule is not None:
+            rule._uncompiles = uncompiles(rule, model)
+        if not (is_compiled(model) if rule is None else rule._uncompiles):
+            return nullcontext()
+        try:
+            stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+            return stance
+        except RuntimeError:  # where the graph of what is compiled around the rule was broken
+            pass
+    raise UnsupportedModelError(
+        "the model is compiled, whole or in parts, within a rule or a step that is compiled too: make the rule of the model "
+        "as it was, and compile the rule, torch.compile(rule)"
+    )

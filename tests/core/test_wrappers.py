@@ -1,0 +1,151 @@
+"""Models that came out of `torch.compile`, whole or in parts: a rule is the rule that it is on the plain model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apical
+
+RULES = {
+    "fa": apical.FeedbackAlignment,
+    "usf": apical.SignSymmetry,
+    "kp": apical.KolenPollack,
+    "pfa": apical.ProductFeedbackAlignment,
+    "wm": apical.WeightMirror,
+    "dfa": apical.DirectFeedbackAlignment,
+    "tdca": apical.TopDownCreditAssignment,
+    "ccl": apical.CounterCurrentLearning,
+    "dtp": apical.DifferenceTargetPropagation,
+    "pc": apical.PredictiveCoding,
+    "local": apical.LocalClassifiers,
+    "grapes": lambda model: apical.Modulated(apical.Backprop(model), Halved()),
+}
+
+
+class Halved:
+    """A gain of one half everywhere."""
+
+    mode = "propagating"
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.new_full((len(rows),), 0.5)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5))
+    return nn.Sequential(block, nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+class Counted:
+    """A backend of `torch.compile` that counts what it is given."""
+
+    graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+def whole(model: nn.Sequential, backend: Counted) -> nn.Module:
+    return torch.compile(model, backend=backend)  # type: ignore[return-value]
+
+
+def in_place(model: nn.Sequential, backend: Counted) -> nn.Module:
+    model.compile(backend=backend)
+    return model
+
+
+def method(model: nn.Sequential, backend: Counted) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend=backend)  # type: ignore[method-assign]
+    return model
+
+
+def block(model: nn.Sequential, backend: Counted) -> nn.Module:
+    model[0].compile(backend=backend)
+    return model
+
+
+def block_around(model: nn.Sequential, backend: Counted) -> nn.Module:
+    model[0] = torch.compile(model[0], backend=backend)  # type: ignore[assignment]
+    return model
+
+
+FORMS = (whole, in_place, method, block, block_around)
+Form = Callable[[nn.Sequential, Counted], nn.Module]
+
+
+def gradients(rule: apical.CreditRule, steps: int = 2) -> list[Tensor]:
+    """Of the model's parameters, after some batches."""
+    torch.manual_seed(2)
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    for _ in range(steps):
+        rule.zero_grad()
+        torch.manual_seed(3)
+        rule(x, y).backward()
+    return [parameter.grad for parameter in rule.model.parameters() if parameter.grad is not None]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(one, other, strict=True)
+    )
+
+
+def made(kind: str, model: nn.Module) -> apical.CreditRule:
+    torch.manual_seed(1)
+    return RULES[kind](model)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("kind", RULES)
+def test_a_compiled_model_is_trained_as_the_plain_one(kind: str, form: Form) -> None:
+    backend = Counted()
+    model = form(network(), backend)
+    with pytest.warns(RuntimeWarning, match="runs uncompiled while the rule learns"):
+        rule = made(kind, model)
+    assert same(gradients(rule), gradients(made(kind, network())))
+    assert backend.graphs == 0
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("batches", [0, 1])
+def test_so_is_one_that_is_compiled_after_the_rule_was_made(kind: str, batches: int) -> None:
+    rule, other = made(kind, network()), made(kind, network())
+    for each in (rule, other):
+        gradients(each, batches)
+    rule.model.compile(backend=Counted())
+    with pytest.warns(RuntimeWarning, match="runs uncompiled while the rule learns"):
+        assert same(gradients(rule), gradients(other))
+
+
+@pytest.mark.parametrize("form", [whole, method, block_around], ids=lambda form: form.__name__)
+def test_backpropagation_uses_what_was_compiled(form: Form) -> None:
+    torch._dynamo.reset()
+    backend = Counted()
+    rule = apical.Backprop(form(network(), backend))
+    assert same(gradients(rule), gradients(apical.Backprop(network())))
+    assert backend.graphs > 0
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.filterwarnings("ignore:the model is compiled")
+def test_it_is_not_compiled_twice(kind: str) -> None:
+    rule = made(kind, block_around(network(), Counted()))
+    with pytest.raises(apical.errors.UnsupportedModelError, match="make the rule of the model as it was"):
+        gradients(torch.compile(rule, backend="eager"))  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:the model is compiled")
+def test_the_compiled_model_answers_as_before() -> None:
+    """The stance of the compiler is the rule's while it learns, and the user's afterwards."""
+    torch._dynamo.reset()
+    backend = Counted()
+    model = whole(network(), backend)
+    gradients(apical.FeedbackAlignment(model))
+    assert backend.graphs == 0
+    model(torch.randn(8, 6))
+    assert backend.graphs > 0
