@@ -33,3 +33,18 @@ def test_two_ranks_equal_one_process(states: dict[str, dict[str, torch.Tensor]],
     assert alone.keys() == states[rule].keys()
     for name, value in alone.items():
         assert torch.allclose(states[rule][name].double(), value.double(), rtol=0, atol=1e-8), name
+
+
+@pytest.fixture(scope="module")
+def shared() -> dict[str, dict[str, torch.Tensor]]:
+    """What every model learns of whose parameters each rank holds a part."""
+    first, _ = on_two_ranks(two_ranks.train_sharded)
+    return first
+
+
+@pytest.mark.parametrize("rule", two_ranks.SHARDED)
+def test_ranks_that_share_the_parameters_equal_one_process(shared: dict[str, dict[str, torch.Tensor]], rule: str) -> None:
+    """By `credit.loss.backward()` and `credit.backward()`, whose direct way would pass by what `fully_shard` waits for."""
+    alone = two_ranks.train_model(two_ranks.make(rule), 0, 1)
+    for name, value in alone.items():
+        assert torch.allclose(shared[rule][name], value, rtol=0, atol=1e-8), name

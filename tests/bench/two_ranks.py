@@ -58,6 +58,38 @@ def train(rule: CreditRule, rank: int, size: int) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in state.items()}
 
 
+SHARDED = (
+    *("bp", "fa", "usf", "kp", "pfa", "wm", "dfa", "ccl", "dtp", "dfc", "strong-dfc", "ep-one-sided", "corinfomax"),
+    *("pc-incremental", "local-both", "dualprop", "sibp"),
+)
+"""One rule of each kind, which two ranks share parameters of."""
+
+
+def train_model(rule: CreditRule, rank: int, size: int) -> dict[str, torch.Tensor]:
+    """The model after two steps, of which a rank may hold a part."""
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(BATCH, 1, 4, 4, generator=generator, dtype=next(rule.parameters()).dtype)[rank::size]
+        targets = torch.randint(0, 5, (BATCH,), generator=generator)[rank::size]
+        for number in range(rule.repeats):
+            optimizer.zero_grad()
+            credit = rule(inputs, targets)
+            (credit if (step + number) % 2 else credit.loss).backward()
+            optimizer.step()
+    parameters = {name: parameter.detach() for name, parameter in rule.model.named_parameters()}
+    return {name: getattr(value, "full_tensor", value.clone)() for name, value in parameters.items()}
+
+
+def train_sharded(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What models have learned of which each rank holds a part, by `fully_shard(rule)`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    return {name: train_model(fully_shard(make(name), mesh=mesh), rank, 2) for name in SHARDED}
+
+
 def train_all(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     """What every rule has learned on this rank."""
     return {name: train(make(name), rank, 2) for name in TRAINED}

@@ -1,4 +1,4 @@
-"""Models that came out of `torch.compile`, whole or in parts: a rule is the rule that it is on the plain model."""
+"""Models that came out of `torch.compile`, whole or in parts: a rule is what it is on the plain model. Sharded ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -149,3 +149,37 @@ def test_the_compiled_model_answers_as_before() -> None:
     assert backend.graphs == 0
     model(torch.randn(8, 6))
     assert backend.graphs > 0
+
+
+class Sharded(nn.Sequential):
+    """What `fully_shard` makes of a class is a subclass of this one."""
+
+
+def test_a_model_that_is_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import fsdp
+
+    monkeypatch.setattr(fsdp, "FSDPModule", Sharded)
+    for model in (Sharded(nn.Linear(6, 3)), nn.Sequential(Sharded(nn.Linear(6, 5)), nn.Linear(5, 3))):
+        with pytest.raises(apical.errors.UnsupportedModelError, match=r"wrap the rule, fully_shard\(rule\)"):
+            apical.Backprop(model)
+
+
+def test_a_rule_whose_parameters_were_taken_away_is_refused() -> None:
+    """As `FullyShardedDataParallel(rule)` does, which cannot pass a credit on."""
+    rules = [apical.FeedbackAlignment(network()) for _ in range(2)]
+    for rule in rules:
+        rule._is_fsdp_managed_module = True
+    gradients(rules[0])  # fully_shard leaves them
+    rules[1]._parameters["_flat_param"] = nn.Parameter(torch.zeros(3))
+    with pytest.raises(apical.errors.UnsupportedModelError, match=r"fully_shard\(rule\) or DistributedDataParallel"):
+        gradients(rules[1])
+
+
+def test_hooks_on_the_loss_are_called_by_either_backward() -> None:
+    for kind in ("fa", "dfa", "ccl", "pc"):
+        rule, seen = made(kind, network()), []
+        credit = rule(torch.randn(8, 6), torch.arange(8) % 3)
+        credit.loss.register_hook(lambda gradient, seen=seen: seen.append(float(gradient)))
+        credit.backward()
+        assert seen == [1.0]
+        assert all(parameter.grad is not None for parameter in rule.model.parameters())

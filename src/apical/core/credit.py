@@ -141,8 +141,7 @@ class Credit:
         if not (self._learns and torch.is_grad_enabled()):
             return self._loss.detach()
         if self._root is None:
-            value = self._loss.detach()
-            self._root = cast(Tensor, cast(Any, OneRoot).apply(value, self.signals, *self.roots))
+            self._root = cast(Tensor, cast(Any, OneRoot).apply(self._loss.detach(), self.signals, *self.roots))
         return self._root
 
     @property
@@ -167,6 +166,8 @@ class Credit:
 
     def _let_go(self) -> None:
         """One root for all parameters, whose gradients are held by nobody else then, so that `.grad` needs no copy."""
+        if self._root is not None and self._root._backward_hooks:  # of somebody who waits for the loss, as fully_shard does
+            self.roots, self.signals = [self._root], [None]
         pairs = list(zip(self.roots, self.signals, strict=True))
         known = [(root, signal) for root, signal in pairs if signal is not None and root.is_leaf and root.requires_grad]
         if known:
@@ -393,8 +394,7 @@ class CreditRule(nn.Module):
 
     def answer(self, inputs: Tensor) -> Tensor:
         """The network's answer to inputs (batch, ...), differentiable; the feed-forward pass unless the rule settles."""
-        result: Tensor = self.model(inputs)
-        return result
+        return cast(Tensor, self.model(inputs))
 
     def constrain_(self) -> None:
         """Put parameters back into the range that the rule keeps them in; to be called after `optimizer.step()`.

@@ -23,12 +23,19 @@ def refuse_wrapped(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model must be an object of a subclass of nn.Module, not {model!r:.60}")
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if kind := next((type(m).__name__ for m in model.modules() if isinstance(m, wrappers)), None):
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_sharders())
+    if kind := next((each.__name__ for m in model.modules() for each in wrappers if isinstance(m, each)), None):
+        remedy = "fully_shard(rule)" if "FSDP" in kind or "Sharded" in kind else "DistributedDataParallel(rule)"
         raise UnsupportedModelError(
             f"the model is wrapped in {kind}, which would not share every gradient of a rule among processes: make the rule "
-            "of the plain model and wrap the rule, DistributedDataParallel(rule)"
+            f"of the plain model and wrap the rule, {remedy}"
         )
+
+
+def _sharders() -> tuple[type, ...]:
+    """Classes of modules whose parameters are shared out, if anybody has imported them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -61,6 +68,16 @@ def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:
     return True
 
 
+def _refuse_flat(rule: "CreditRule") -> None:
+    """Refuse FullyShardedDataParallel, which stores parameters in one flat tensor and takes their modules' from them."""
+    flat = "_flat_param" in rule._parameters or not any(q.is_leaf for q in rule.parameters())
+    if flat and getattr(rule, "_is_fsdp_managed_module", False):
+        raise UnsupportedModelError(
+            "the rule is wrapped in FullyShardedDataParallel, which takes parameters away from their layers: use "
+            "fully_shard(rule) or DistributedDataParallel(rule)"
+        )
+
+
 def uncompiled(model: nn.Module, rule: "CreditRule | None" = None) -> AbstractContextManager[object]:
     """For a `with`: a model that is compiled runs as it was written, for a rule that must see its layers.
 
@@ -69,6 +86,7 @@ def uncompiled(model: nn.Module, rule: "CreditRule | None" = None) -> AbstractCo
     """
     if not torch.compiler.is_compiling():
         if rule is not None:
+            _refuse_flat(rule)
             rule._uncompiles = uncompiles(rule, model)
         if not (is_compiled(model) if rule is None else rule._uncompiles):
             return nullcontext()

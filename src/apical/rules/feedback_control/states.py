@@ -102,7 +102,7 @@ def product_feedback(chain: Chain) -> list[Tensor]:
     """`Q_L = I, Q_i = W_{i+1}^T ... W_L^T` (n_i, n_L): J^T of the network with its activations left out."""
     weight = chain.weights[-1]
     rows = torch.eye(chain.stages[-1].size, dtype=weight.dtype, device=weight.device)
-    feedback = [rows.T]  # Q_L
+    feedback = [rows.T.contiguous()]  # Q_L
     with torch.no_grad():
         for above in chain.stages[:0:-1]:
             rows = above.transposed(rows)  # (n_L, n_i): W_L ... W_{i+1}
