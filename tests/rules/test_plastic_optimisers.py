@@ -238,6 +238,27 @@ def test_explicit_and_closed_forms_are_equal(name: str, form: str, feedback: Any
         assert torch.allclose(value, found[layer], rtol=0, atol=0.02 if name == "muon" else 1e-11)
 
 
+@pytest.mark.parametrize("form", ["explicit", "literal", "fused", "closed"])
+@pytest.mark.parametrize("loop", ["a step twice", "never cleared", "idle", "forward alone"])
+def test_forms_are_equal_in_loops_that_step_otherwise(loop: str, form: str) -> None:
+    """W moves on by what came before, and R by `B^T` times its change."""
+    rules = build(PFA, expansion=3, form=form), build(PFA, expansion=3)
+    for rule in rules:
+        optimizer = SEPARATE["adamw"](rule.parameters())
+        for step in range(12):
+            if loop != "never cleared":
+                optimizer.zero_grad(set_to_none=loop != "idle")
+            credit = rule(*batch(step))
+            if step % 3 == 0 or loop not in ("idle", "forward alone"):
+                credit.backward()
+            optimizer.step()
+            if loop == "a step twice":
+                optimizer.step()
+    found = rules[1].feedback_weights()
+    for layer, value in rules[0].feedback_weights().items():
+        assert torch.allclose(value, found[layer], rtol=0, atol=1e-11)
+
+
 def test_an_explicit_feedback_is_spared_its_own_gradient() -> None:
     """From the second step on; K = B R is followed, also where B or R is written to, and SGD gets R's gradient again."""
     torch.manual_seed(0)

@@ -65,7 +65,7 @@ class Sharing:
     ) -> None:
         """Let R take W's change in this step, or say in `rule.alone` why it moves by the optimiser's own state."""
         plastic, weight = rule.plastic_of(name), rule.layers[name]._parameters.get("weight")
-        spared = plastic.grad is None and name in self._counts and name in rule._called and weight is not None
+        spared = plastic.grad is None and name in self._counts and self._is_moved_by(rule, name) and weight is not None
         if rule.ALIKE or name in rule.alone or (plastic.grad is None and not spared):
             return
         if rule.update == "own":
@@ -87,8 +87,8 @@ class Sharing:
             if spared:
                 return
             reason = "its weight has no gradient of its own"
-        elif plastic.grad is None:
-            reason = PARTED if self._arrivals[name].foreign else None
+        elif plastic.grad is None or (name in self._arrivals and self._arrivals[name].watched):
+            reason = PARTED if self._arrivals[name].foreign else None  # of all that has come since gradients were cleared
         elif self.is_due(name):
             reason = None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
         if reason is not None or weight is None or isinstance(k, str):
@@ -100,6 +100,11 @@ class Sharing:
             self._counts[name] = self._counts.get(name, 0) + 1
         self._now[name] = k, weight.detach().clone()
         plastic.grad = None
+
+    def _is_moved_by(self, rule: "PlasticRule", name: str) -> bool:
+        """Whether this step moves W by what the rule made of a batch, be it once more: no gradient has come since."""
+        arrival = self._arrivals.get(name)
+        return name in rule._called or (arrival is not None and not arrival.arrived)
 
     def restore(self, rule: "PlasticRule", name: str) -> None:
         """Give R the gradient that it was spared: this step is one of SGD, which makes R's change of it."""

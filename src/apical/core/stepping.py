@@ -130,6 +130,7 @@ class Arrival:
         fresh: set at every arrival; the observer of steps clears it.
         watched: the weight's own gradient is told apart from others since the last step (:func:`noted`).
         foreign: others have arrived.
+        arrived: how many since the last step of an optimiser.
         moves: arrivals that found the weight moved; :meth:`stepped` clears it.
     """
 
@@ -137,7 +138,7 @@ class Arrival:
         self.mark: tuple[int, int] | None = None
         self.sampled = True
         self.fresh = False
-        self.moves, self._arrived, self._version = 0, 0, -1
+        self.moves, self.arrived, self._version = 0, 0, -1
         self._weight: Tensor | None = None
         self.watched = self.foreign = self._unknown = False
         self._own: Tensor | None = None
@@ -147,8 +148,8 @@ class Arrival:
     def __call__(self, weight: Tensor) -> None:
         """Called by autograd once the gradient of one backward pass has been added."""
         self.fresh = True
-        self._arrived += 1
-        values = strided(weight) if self._arrived > 3 else None
+        self.arrived += 1
+        values = strided(weight) if self.arrived > 3 else None
         moved = values is not None and self._weight is not None and not torch.equal(values, self._weight)
         if moved or weight._version != self._version:
             self.moves, self._version = self.moves + 1, weight._version
@@ -164,7 +165,7 @@ class Arrival:
 
     def stepped(self) -> None:
         """An optimiser takes a step."""
-        self.moves = self._arrived = 0
+        self.moves = self.arrived = 0
         self.watched = self.foreign = self._unknown = False
 
     def watch(self) -> None:
