@@ -37,9 +37,7 @@ def test_gaussian_entropy_of_the_formula_and_rotations() -> None:
     assert gaussian_entropy(covariance_spectrum(3 * a)) == pytest.approx(float(expected), abs=1e-12)
     white = gaussian_entropy(torch.ones(6).double())
     assert white > gaussian_entropy(covariance_spectrum(a))
-    for pair in itertools.combinations(
-        range(6), 2
-    ):  # at a fixed variance the most, strictly: any exchange of variance lowers it
+    for pair in itertools.combinations(range(6), 2):  # strictly the most at a fixed total variance
         spectrum = torch.ones(6).double()
         spectrum[list(pair)] += torch.tensor([1e-3, -1e-3]).double()
         assert gaussian_entropy(spectrum) < white - 1e-7
