@@ -130,10 +130,15 @@ def test_values_of_a_model_by_hand(widths: tuple[int, ...]) -> None:
             layer.weight.copy_(torch.from_numpy(weight))
     found, largest = persistence(model), max(np.abs(w).max() for w in weights)
     assert found.deep == pytest.approx(naive_deep(weights), abs=1e-14)
+    official = persistence(model, essential=True)
+    assert official.deep == pytest.approx(math.sqrt(naive_deep(weights) ** 2 + 1 / (widths[0] + widths[-1] - 1)), abs=1e-14)
+    assert official.deep_shuffled[0] > found.deep_shuffled[0]
     for k, w in enumerate(weights):
         edges = [abs(v) / largest for v in w.ravel()]
         mean = sum(edges) / len(edges)
-        assert found.layers[str(2 * k)] == pytest.approx(naive_persistence(np.abs(w) / largest), abs=1e-15)
+        value = naive_persistence(np.abs(w) / largest)
+        assert found.layers[str(2 * k)] == pytest.approx(value, abs=1e-15)
+        assert official.layers[str(2 * k)] ** 2 == pytest.approx(value**2 + 1 / (sum(w.shape) - 1), abs=1e-14)
         spread = math.sqrt(sum((v - mean) ** 2 for v in edges) / len(edges))
         assert found.spread[str(2 * k)] == pytest.approx(spread, abs=1e-15)
 
@@ -165,6 +170,9 @@ def test_models_of_other_kinds() -> None:
     found = persistence(convolution)
     assert list(found.layers) == ["0", "3"]
     assert found.deep is None
+    largest = max(float(p.detach().abs().max()) for p in (convolution[0].weight, convolution[3].weight))
+    edges = convolution[0].weight.detach().flatten(1).abs().double().numpy() / largest  # a row for each output channel
+    assert found.layers["0"] == pytest.approx(naive_persistence(edges), abs=1e-15)
     with pytest.raises(UnsupportedModelError, match="no layer, and no other matrix"):
         persistence(nn.ReLU())
     with torch.no_grad():
