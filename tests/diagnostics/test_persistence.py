@@ -75,7 +75,9 @@ def test_tree_of_scipy_and_the_cut_property() -> None:
     assert set(edges.max(0)) | set(edges.max(1)) <= set(tree)
 
 
-def test_paths_one_by_one_and_associativity() -> None:
+@pytest.mark.parametrize("at_once", [1, 45, 2**24])
+def test_paths_one_by_one_and_associativity(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apical.diagnostics.persistence.ENTRIES_AT_ONCE", at_once)
     a, b, c = (RANDOM.random(shape) for shape in ((3, 4), (4, 5), (5, 2)))
     whole = strongest_paths(strongest_paths(a, b), c)
     assert np.array_equal(whole, strongest_paths(a, strongest_paths(b, c)))

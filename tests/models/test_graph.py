@@ -45,6 +45,11 @@ def test_the_equations(wiring: str | float) -> None:
     assert all(row[i - 1] for i, row in enumerate(a) if i)
 
 
+@pytest.mark.parametrize(("share", "wiring"), [(0, "chain"), (1.0, "complete")])
+def test_no_share_and_the_whole_of_the_earlier_nodes(share: float, wiring: str) -> None:
+    assert torch.equal(Graph(nodes(5), share).adjacency(), Graph(nodes(5), wiring).adjacency())
+
+
 def test_a_chain_is_a_chain() -> None:
     own = nodes()
     model, plain = Graph(own, "chain", "fixed").double(), nn.Sequential(*own)
