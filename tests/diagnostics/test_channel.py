@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,11 +23,14 @@ def tanh_network(gain: float, orthogonal: bool, seed: int, depth: int = 10, widt
     return model
 
 
-def test_jacobian_and_noise_step_by_step() -> None:
+@pytest.mark.parametrize("is_white", [True, False])
+def test_jacobian_and_noise_step_by_step(is_white: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    x, noise = torch.randn(3, 4).double(), 0.2
-    nats = []
+    x, noise, root = torch.randn(3, 4).double(), 0.2, torch.randn(4, 4).double()
+    covariance = None if is_white else root @ root.T
+    s = torch.eye(4).double() if covariance is None else covariance
+    nats, at_the_end, values, squares = [], [], [], []
     for sample in x:
         j, n = torch.eye(4).double(), torch.zeros(4, 4).double()
         h, slope = sample, torch.ones(4).double()
@@ -37,10 +41,22 @@ def test_jacobian_and_noise_step_by_step() -> None:
             h, slope = v.tanh(), 1 - v.tanh() ** 2
         expected = torch.autograd.functional.jacobian(model, sample)
         assert (j - expected).abs().max() < 1e-14
-        nats.append(0.5 * torch.logdet(torch.eye(3).double() + torch.linalg.solve(n, j @ j.T)))
-    found = channel(model, x, noise, "every")
-    assert found.nats == pytest.approx(float(torch.stack(nats).mean().detach()), abs=1e-10)
+        nats.append(0.5 * torch.logdet(torch.eye(3).double() + torch.linalg.solve(n, j @ s @ j.T)))
+        budget = j * (3 / j.square().sum()).sqrt()
+        at_the_end.append(0.5 * torch.logdet(torch.eye(3).double() + budget @ s @ budget.T / noise**2))
+        values.append(np.linalg.svd(expected.numpy(), compute_uv=False))
+        squares.append(float((expected @ expected.T).trace()) / 3)
+    found = channel(model, x, noise, "every", covariance)
+    assert found.nats == pytest.approx(float(torch.stack(nats).mean().detach()), abs=1e-12)
     assert found.nats < found.bound
+    end = channel(model, x, noise, "end", covariance)
+    assert end.nats == pytest.approx(float(torch.stack(at_the_end).mean().detach()), abs=1e-12)
+    assert end.nats < end.bound == pytest.approx(1.5 * math.log1p(float(torch.linalg.eigvalsh(s)[-1]) / noise**2), abs=1e-12)
+    for report in (found, end):
+        assert report.largest == pytest.approx(np.mean([v[0] for v in values]), abs=1e-14)
+        assert report.smallest == pytest.approx(np.mean([v[-1] for v in values]), abs=1e-14)
+        assert report.log10_condition == pytest.approx(np.mean([math.log10(v[0] / v[-1]) for v in values]), abs=1e-12)
+        assert report.mean_square == pytest.approx(np.mean(squares), abs=1e-14)
     inner = jacobians(model, x)[1]
     assert [layer.shape[1:] for layer in inner] == [(3, 5), (3, 6)]
 
@@ -63,11 +79,35 @@ def test_information_does_not_depend_on_the_basis() -> None:
     torch.manual_seed(2)
     j, n = torch.randn(4, 6).double(), torch.eye(4).double()
     u, v = (torch.linalg.qr(torch.randn(k, k).double())[0] for k in (4, 6))
-    assert float(information(u @ j @ v, None, n)) == pytest.approx(float(information(j, None, n)), abs=1e-12)
+    assert float(information(u @ j @ v, None, n)) == pytest.approx(float(information(j, None, n)), abs=1e-13)
     s = torch.randn(6, 6).double()
     s = s @ s.T
     expected = 0.5 * torch.logdet(n + j @ s @ j.T)
-    assert float(information(j, s, n)) == pytest.approx(float(expected), abs=1e-10)
+    assert float(information(j, s, n)) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_an_input_of_more_variance_has_a_higher_bound() -> None:
+    """Of the power budget: `n/2 log(1 + lambda/s^2)` with the largest variance lambda, reached where all have it."""
+    torch.manual_seed(3)
+    model = nn.Identity()
+    x, one = torch.randn(2, 4), torch.eye(4)
+    found = channel(model, x, 0.5, covariance=9 * one)
+    assert found.nats == pytest.approx(found.bound, abs=1e-12)
+    assert found.bound == pytest.approx(2 * math.log1p(9 / 0.25), abs=1e-12)
+    favoured = channel(nn.Linear(4, 1), x, 0.5, covariance=torch.diag(torch.tensor([1.0, 1, 1, 50])))
+    assert favoured.nats <= favoured.bound
+
+
+@pytest.mark.parametrize("s_w2", [1.5, 3.0])
+def test_the_mean_square_is_chi_to_the_depth(s_w2: float) -> None:
+    """A wide ReLU network, whose chi is s_w^2 / 2; the read-out has no ReLU, and twice that."""
+    torch.manual_seed(4)
+    width, depth = 200, 6
+    model = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width, bias=False), nn.ReLU())))[:-1]
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=(s_w2 / width) ** 0.5)
+    found = channel(model, torch.randn(4, width))
+    assert found.mean_square == pytest.approx(2 * (s_w2 / 2) ** depth, rel=0.2)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,5 +1,6 @@
 """Codes: what is known of their entropies and dimensions, and what of a model counts as a code."""
 
+import itertools
 import math
 
 import numpy as np
@@ -30,10 +31,29 @@ def test_gaussian_entropy_of_the_formula_and_rotations() -> None:
     c = torch.from_numpy(np.cov(a.numpy().T, bias=True))
     c = c * 6 / c.trace()
     expected = 0.5 * torch.logdet(2 * math.pi * math.e * (c + 0.01 * torch.eye(6).double()))
-    assert gaussian_entropy(covariance_spectrum(a)) == pytest.approx(float(expected), abs=1e-10)
+    assert gaussian_entropy(covariance_spectrum(a)) == pytest.approx(float(expected), abs=1e-12)
     turned = a @ rotation(6)
-    assert gaussian_entropy(covariance_spectrum(turned)) == pytest.approx(float(expected), abs=1e-10)
-    assert gaussian_entropy(torch.ones(6)) > gaussian_entropy(covariance_spectrum(a))
+    assert gaussian_entropy(covariance_spectrum(turned)) == pytest.approx(float(expected), abs=1e-12)
+    assert gaussian_entropy(covariance_spectrum(3 * a)) == pytest.approx(float(expected), abs=1e-12)
+    white = gaussian_entropy(torch.ones(6).double())
+    assert white > gaussian_entropy(covariance_spectrum(a))
+    for pair in itertools.combinations(range(6), 2):  # strictly the most at a fixed total variance
+        spectrum = torch.ones(6).double()
+        spectrum[list(pair)] += torch.tensor([1e-3, -1e-3]).double()
+        assert gaussian_entropy(spectrum) < white - 1e-7
+
+
+def test_dimensions_of_any_code_by_numpy() -> None:
+    """lambda from the covariance, sigma from the centred activities themselves."""
+    a = np.random.default_rng(3).standard_normal((50, 6)) * np.arange(1, 7) + 2
+    lambdas = np.linalg.eigvals(np.cov(a.T, bias=True)).real
+    sigmas = np.linalg.svd(a - a.mean(0), compute_uv=False)
+    shares = sigmas / sigmas.sum()
+    code = code_of(torch.from_numpy(a))
+    assert np.sort(lambdas)[::-1] == pytest.approx(covariance_spectrum(torch.from_numpy(a)).numpy(), rel=0, abs=1e-12)
+    assert code.participation_ratio == pytest.approx(sum(lambdas) ** 2 / sum(v * v for v in lambdas), abs=1e-12)
+    assert code.effective_rank == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), abs=1e-12)
+    assert code.participation_ratio < code.effective_rank < 6
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -44,7 +64,7 @@ def test_white_and_rank_one(n: int) -> None:
     a = white[:, :1] @ torch.randn(1, 5).double() if n == 1 else white
     spectrum = covariance_spectrum(a)
     assert participation_ratio(spectrum) == pytest.approx(n, abs=1e-10)
-    assert effective_rank(spectrum) == pytest.approx(n, abs=1e-5)
+    assert effective_rank(spectrum) == pytest.approx(n, abs=1e-5)  # sigma of a lambda that rounds to 1e-16 is 1e-8
 
 
 def test_marginal_entropy_by_numpy() -> None:
@@ -54,10 +74,27 @@ def test_marginal_entropy_by_numpy() -> None:
     for unit in a.T.numpy():
         shares = np.histogram(unit, 32)[0] / 300
         expected -= (shares[shares > 0] * np.log(shares[shares > 0])).sum()
-    assert marginal_entropy(a) == pytest.approx(expected, abs=1e-10)
+    assert marginal_entropy(a) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("bins", [2, 32])
+def test_marginals_bound_the_joint_entropy(bins: int) -> None:
+    """Of the code in that quantisation; they are equal for one unit, and not where units say the same."""
+    torch.manual_seed(4)
+    a = torch.randn(300, 1).double() + 0.3 * torch.randn(300, 3).double()
+    places = [np.digitize(unit, np.histogram_bin_edges(unit, bins)[1:-1]) for unit in a.T.numpy()]
+
+    def joint(units: list[np.ndarray]) -> float:
+        shares = np.unique(np.stack(units), axis=1, return_counts=True)[1] / 300
+        return float(-(shares * np.log(shares)).sum())
+
+    assert marginal_entropy(a, bins) > joint(places) + 0.1
+    assert marginal_entropy(a[:, :1], bins) == pytest.approx(joint(places[:1]), abs=1e-12)
+    assert marginal_entropy(a[:, [0, 0]], bins) == pytest.approx(2 * joint([places[0]] * 2), abs=1e-12)
 
 
 def test_silent_units() -> None:
+    assert code_of(torch.tensor([[0.0, 1, 5, 2], [0, 1, 6, 2]])).dead == 0.75
     code = code_of(torch.zeros(10, 3))
     assert (code.dead, code.participation_ratio, code.effective_rank, code.marginal_nats) == (1.0, 0.0, 0.0, 0.0)
     with pytest.raises(ConfigError, match="finite"):
@@ -72,6 +109,7 @@ def test_shared_activations_maps_and_modes() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = coding(model, torch.randn(6, 1, 5, 5))
     assert {name: code.units for name, code in found.items()} == {"2": 4, "2#2": 5, "output": 5}
+    assert set(vars(found["2"])) >= {"gaussian_nats", "marginal_nats", "participation_ratio", "dead"}
     assert model.training
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert not any(module._forward_hooks for module in model.modules())
@@ -98,4 +136,4 @@ def test_hidden_states_of_recurrent_modules_and_attention() -> None:
         "relu": (6, 5),
         "output": (6, 2),
     }
-    assert torch.allclose(rows["rnn"].float(), model.rnn(x)[0].reshape(-1, 5))
+    assert (rows["rnn"] - model.rnn(x)[0].reshape(-1, 5)).abs().max() < 1e-6

@@ -1,7 +1,9 @@
 """Learnability: the Jacobian by autograd, kernels of rules against theory, and the Lorenz system's sizes."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,9 +76,22 @@ def test_backpropagation_has_the_tangent_kernel() -> None:
     model, x = network(), torch.randn(3, 4).double()
     plain, bp = learnability(model, x), learnability(model, x, apical.Backprop(model))
     expected = plain.singular_values.square()
-    assert (bp.kernel.real - expected).abs().max() < 1e-10
+    assert (bp.kernel.real - expected).abs().max() < 1e-12
+    assert torch.equal(plain.kernel.real, expected)
     assert bp.unlearned == 0
     assert plain.rank == 9
+
+
+def test_the_spectrum_of_a_linear_map() -> None:
+    """J = [x, 1] for each output: the singular values of [X, 1], as often as there are outputs."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 3).double()
+    x[:, 2] = x[:, 0] - 2 * x[:, 1]  # so that the rank is 3, not 4
+    values = np.linalg.svd(np.column_stack([x.numpy(), np.ones(6)]), compute_uv=False)
+    found = learnability(nn.Linear(3, 2).double(), x)
+    assert found.singular_values[:8].numpy() == pytest.approx(np.repeat(values, 2), rel=0, abs=1e-14)
+    assert found.rank == 6
+    assert found.log10_condition == pytest.approx(math.log10(values[0] / values[2]), abs=1e-12)
 
 
 def test_direct_feedback_through_the_true_weights_is_backpropagation() -> None:
@@ -87,7 +102,13 @@ def test_direct_feedback_through_the_true_weights_is_backpropagation() -> None:
     random = learnability(model, x, rule)
     rule.set_feedback("1", model[2].weight.detach())
     true = learnability(model, x, rule)
-    assert (true.kernel.real - true.singular_values.square()).abs().max() < 1e-10
+    assert (true.kernel.real - true.singular_values.square()).abs().max() < 1e-12
+    hidden, last = np.split(weight_jacobian(model, x).flatten(0, 1).numpy(), [25], axis=1)
+    rule.set_feedback("1", -model[2].weight.detach())
+    wrong = learnability(model, x, rule)
+    eigenvalues = np.linalg.eigvalsh(last @ last.T - hidden @ hidden.T)[::-1]
+    assert wrong.kernel.real.numpy() == pytest.approx(eigenvalues, rel=0, abs=1e-12)
+    assert wrong.unlearned == (eigenvalues < 0).mean() > 0
     assert (random.kernel - true.kernel).abs().max() > 1e-3
     assert all(parameter.grad is None for parameter in model.parameters())
     assert rule.loss is nn.functional.cross_entropy
@@ -148,7 +169,10 @@ def test_sizes_for_the_lorenz_system() -> None:
     states = 10 * torch.randn(40, 3).double()
     assert learnability(Lorenz(), states).rank == 7
     assert learnability(Quadratic(), states).rank == 30
-    assert smallest_width(30, 3) == 4
+    for rank, dimension in ((30, 3), (7, 3), (24, 3), (17, 4), (3, 3)):
+        width, numbers = smallest_width(rank, dimension), (2 * dimension + 1)
+        assert width * numbers + dimension >= rank
+        assert not width or (width - 1) * numbers + dimension < rank
     two = Products(2).double()
     with torch.no_grad():
         two.linear.weight.copy_(torch.tensor([[-10, 10, 0], [28, -1, 0], [0, 0, -8 / 3]]))

@@ -1,6 +1,9 @@
 """Persistence against scipy's spanning trees and paths found one by one, and what it does not depend on."""
 
 import itertools
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,10 +37,31 @@ def naive_tree(edges: np.ndarray) -> list[float]:
     return kept
 
 
+def naive_persistence(edges: np.ndarray) -> float:
+    """Root of the sum of (1 - w)^2 over the tree, over the root of its number of edges: one less than there are vertices."""
+    return math.sqrt(sum((1 - w) ** 2 for w in naive_tree(edges))) / math.sqrt(sum(edges.shape) - 1)
+
+
+def naive_deep(weights: Sequence[np.ndarray]) -> float:
+    """DGP entry by entry: every path from an input to an output, and its weakest edge."""
+    z = []
+    for w in weights:
+        mean = sum(w.ravel()) / w.size
+        z.append(np.abs(w - mean) / math.sqrt(sum((w.ravel() - mean) ** 2) / w.size))
+    largest = max(layer.max() for layer in z)
+    strength = np.zeros((weights[0].shape[1], len(weights[-1])))
+    inner = list(itertools.product(*(range(len(w)) for w in weights[:-1])))
+    for i, o in np.ndindex(strength.shape):
+        paths = ([i, *units, o] for units in inner)
+        strength[i, o] = max(min(layer[path[k + 1], path[k]] for k, layer in enumerate(z)) for path in paths) / largest
+    return naive_persistence(strength)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 1), (4, 6), (13, 9)])
 def test_tree_of_kruskal(shape: tuple[int, int]) -> None:
     edges = RANDOM.random(shape)
-    assert np.allclose(tree_weights(edges), naive_tree(edges), atol=0)
+    assert np.array_equal(tree_weights(edges), naive_tree(edges))
+    assert neural_persistence(edges) == pytest.approx(naive_persistence(edges), abs=1e-15)
 
 
 def test_tree_of_scipy_and_the_cut_property() -> None:
@@ -51,7 +75,9 @@ def test_tree_of_scipy_and_the_cut_property() -> None:
     assert set(edges.max(0)) | set(edges.max(1)) <= set(tree)
 
 
-def test_paths_one_by_one_and_associativity() -> None:
+@pytest.mark.parametrize("at_once", [1, 45, 2**24])
+def test_paths_one_by_one_and_associativity(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apical.diagnostics.persistence.ENTRIES_AT_ONCE", at_once)
     a, b, c = (RANDOM.random(shape) for shape in ((3, 4), (4, 5), (5, 2)))
     whole = strongest_paths(strongest_paths(a, b), c)
     assert np.array_equal(whole, strongest_paths(a, strongest_paths(b, c)))
@@ -97,11 +123,58 @@ def test_what_dgp_does_not_depend_on() -> None:
     assert deep_graph_persistence([first]) == pytest.approx(neural_persistence(standardised([first])[0]), abs=1e-15)
 
 
+@pytest.mark.parametrize("widths", [(3, 2), (4, 3, 2), (5, 2, 4, 3)])
+def test_values_of_a_model_by_hand(widths: tuple[int, ...]) -> None:
+    weights = [RANDOM.standard_normal((n, m)) * (k + 1) + 0.3 for k, (m, n) in enumerate(pairwise(widths))]
+    model = nn.Sequential(*(part for w in weights for part in (nn.Linear(*w.shape[::-1]), nn.ReLU())))[:-1].double()
+    with torch.no_grad():
+        for layer, weight in zip(model[::2], weights, strict=True):
+            layer.weight.copy_(torch.from_numpy(weight))
+    found, largest = persistence(model), max(np.abs(w).max() for w in weights)
+    assert found.deep == pytest.approx(naive_deep(weights), abs=1e-14)
+    official = persistence(model, essential=True)
+    assert official.deep == pytest.approx(math.sqrt(naive_deep(weights) ** 2 + 1 / (widths[0] + widths[-1] - 1)), abs=1e-14)
+    assert official.deep_shuffled[0] > found.deep_shuffled[0]
+    for k, w in enumerate(weights):
+        edges = [abs(v) / largest for v in w.ravel()]
+        mean = sum(edges) / len(edges)
+        value = naive_persistence(np.abs(w) / largest)
+        assert found.layers[str(2 * k)] == pytest.approx(value, abs=1e-15)
+        assert official.layers[str(2 * k)] ** 2 == pytest.approx(value**2 + 1 / (sum(w.shape) - 1), abs=1e-14)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in edges) / len(edges))
+        assert found.spread[str(2 * k)] == pytest.approx(spread, abs=1e-15)
+
+
+def test_shuffles_are_drawn_from_all_orders_of_each_layer() -> None:
+    """Against the mean and the standard deviation over all of them: 6! orders of the first layer, and 2 of the second."""
+    weights = [np.array([[1.0, -0.7, 0.3], [0.1, 0.05, -0.2]]), np.array([[0.05, -0.5]])]
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        for layer, weight in zip(model, weights, strict=True):
+            layer.weight.copy_(torch.from_numpy(weight))
+    orders = [[np.reshape(order, w.shape) for order in itertools.permutations(w.ravel())] for w in weights]
+    shuffles = 1000
+    found = persistence(model, shuffles)
+    assert found.deep_shuffled is not None
+    deep = [naive_deep(network) for network in itertools.product(*orders)]
+    for (mean, deviation), values in (
+        (found.deep_shuffled, deep),
+        *((found.shuffled[str(k)], [naive_persistence(np.abs(w)) for w in orders[k]]) for k in range(2)),
+    ):
+        assert mean == pytest.approx(np.mean(values), abs=4 * np.std(values) / shuffles**0.5 + 1e-15)
+        assert deviation == pytest.approx(np.std(values), rel=0.1, abs=1e-15)
+    assert found.shuffled["0"][1] > 0.01
+    assert found.deep_shuffled[1] > 0.01
+
+
 def test_models_of_other_kinds() -> None:
     convolution = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     found = persistence(convolution)
     assert list(found.layers) == ["0", "3"]
     assert found.deep is None
+    largest = max(float(p.detach().abs().max()) for p in (convolution[0].weight, convolution[3].weight))
+    edges = convolution[0].weight.detach().flatten(1).abs().double().numpy() / largest  # a row for each output channel
+    assert found.layers["0"] == pytest.approx(naive_persistence(edges), abs=1e-15)
     with pytest.raises(UnsupportedModelError, match="no layer, and no other matrix"):
         persistence(nn.ReLU())
     with torch.no_grad():

@@ -123,10 +123,11 @@ def test_the_depth_table_is_a_table_of_the_paper() -> None:
 
 def test_product_nodes_and_the_lorenz_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theory, "STATES", 100)
-    monkeypatch.setattr(theory, "ITERATIONS", 200)
+    monkeypatch.setattr(theory, "ITERATIONS", 100)
     assert theory.lorenz(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[10.0, 23.0, -6.0]]
     assert theory.emulation_error(1, 0, 2) > 0.1
-    assert theory.emulation_error(2, 0, 3) < 1e-4
+    for nodes in (2, 3):  # two are enough for every digit, and there is nothing that a third could gain
+        assert theory.emulation_error(nodes, 0, 3) < 1e-11
 
 
 def test_gradients_along_euler_steps() -> None:

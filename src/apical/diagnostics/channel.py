@@ -59,13 +59,18 @@ def within_budget(jacobian: Tensor) -> Tensor:
     return jacobian * math.sqrt(jacobian.shape[-2]) / torch.where(norm > 0, norm, 1)
 
 
-def capacity(outputs: int, noise: float) -> float:
-    """`n/2 log(1 + 1/s^2)`: the most nats that n outputs within the power budget can hold of a white input.
+def capacity(outputs: int, noise: float, variance: float = 1.0) -> float:
+    """`n/2 log(1 + variance/s^2)`: the most nats that n outputs within the power budget can hold of the input.
+
+    Args:
+        outputs: n.
+        noise: standard deviation s.
+        variance: the largest of the input, over directions; 1 for a white one.
 
     >>> round(capacity(8, 1.0), 3)
     2.773
     """
-    return outputs / 2 * math.log1p(1 / noise**2)
+    return outputs / 2 * math.log1p(variance / noise**2)
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,9 @@ def channel(
     unit = torch.eye(jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device).expand(len(jacobian), -1, -1)
     last = noise**2 * unit
     if where == "end":
-        nats, bound = (
-            information(within_budget(jacobian), covariance, last),
-            unit.new_tensor(capacity(jacobian.shape[1], noise)),
-        )
+        variance = 1.0 if covariance is None else float(torch.linalg.eigvalsh(covariance)[-1])
+        nats = information(within_budget(jacobian), covariance, last)
+        bound = unit.new_tensor(capacity(jacobian.shape[1], noise, variance))
     else:
         before = sum((layer @ layer.mT for layer in inner), torch.zeros_like(unit))
         nats, bound = information(jacobian, covariance, last + noise**2 * before), information(jacobian, covariance, last)

@@ -92,8 +92,12 @@ def standardised(weights: Sequence[Matrix]) -> list[Matrix]:
     return [layer / largest for layer in z]
 
 
-def deep_graph_persistence(weights: Sequence[Matrix]) -> float:
+def deep_graph_persistence(weights: Sequence[Matrix], essential: bool = False) -> float:
     """DGP of layers (n_l, n_{l-1}) in the order in which they run.
+
+    Args:
+        weights: of every layer.
+        essential: see :func:`neural_persistence`.
 
     Raises:
         ConfigError: the layers are no row, each of which takes what the one before makes.
@@ -108,7 +112,7 @@ def deep_graph_persistence(weights: Sequence[Matrix]) -> float:
     strength = first
     for layer in rest:
         strength = strongest_paths(strength, layer)
-    return neural_persistence(strength)
+    return neural_persistence(strength, essential)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def persistence(model: nn.Module, shuffles: int = 5, seed: int = 0, essential: b
         return [neural_persistence(np.abs(matrix) / largest, essential) for matrix in matrices]
 
     values = np.array([of(matrices) for matrices in networks]).reshape(shuffles, len(weights))
-    deep = [deep_graph_persistence(matrices) for matrices in (list(weights.values()), *networks)] if is_row else []
+    deep = [deep_graph_persistence(matrices, essential) for matrices in (list(weights.values()), *networks) if is_row]
     return Persistence(
         dict(zip(weights, of(list(weights.values())), strict=True)),
         {name: _moments(values[:, i]) for i, name in enumerate(weights)} if shuffles else {},
