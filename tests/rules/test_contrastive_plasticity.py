@@ -3,7 +3,9 @@
 import copy
 import gc
 from collections.abc import Callable
+from typing import Any
 
+import csdp_reference
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,69 +124,144 @@ def test_spikes_of_a_sample_are_independent_and_as_probable_as_its_input() -> No
         assert float((one * other).mean()) == pytest.approx(product, abs=far)
 
 
-def by_hand(rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed: int) -> dict[str, Tensor]:
-    """All gradients of one stimulus, synapse by synapse as the paper writes them, weights (from, to)."""
+def weights_of(rule: ContrastiveSignalPlasticity) -> csdp_reference.Weights:
+    """Of the rule and its model, (from, to)."""
+    *up, last = (layer.weight.detach().T for layer in rule.model.children() if isinstance(layer, nn.Linear))
+    down, lateral, context, read = (
+        [p.detach().T for p in every] for every in (rule.down, rule.lateral, rule.context, rule.read)
+    )
+    return csdp_reference.Weights(up, down, lateral, context, [*read, last], list(rule.thresholds.buffers()))
+
+
+def by_hand(
+    rule: ContrastiveSignalPlasticity, x: Tensor, targets: Tensor, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of one stimulus, and how often neurons fired without their synapses, under the parameters' names."""
     torch.manual_seed(seed)
-    c, classes = rule.constants, 3
-    away = torch.randint(1, classes, targets.shape)
-    right, wrong = F.one_hot(targets, classes).double(), F.one_hot((targets + away) % classes, classes).double()
-    xx, context = torch.cat([x, x]), torch.cat([right, wrong])
+    classes, b = rule.classes, len(x)
+    right = F.one_hot(targets, classes).double()
+    if rule.negatives == "labels":
+        wrong = (targets + torch.randint(1, classes, targets.shape)) % classes
+        xx, context = torch.cat([x, x]), torch.cat([right, F.one_hot(wrong, classes).double()])
+    else:
+        other = x.roll(-int(torch.randint(1, b, ())), 0)
+        xx, context = torch.cat([x, rule.mix * x + (1 - rule.mix) * other]), torch.zeros(2 * b, classes).double()
     phase = torch.rand_like(x)
-    b, y = len(xx), torch.cat([torch.ones(len(x)), torch.zeros(len(x))]).double().unsqueeze(1)
-    w1, w2, c2 = (layer.weight.detach().T for layer in rule.model.children() if isinstance(layer, nn.Linear))
-    v2, (m1, m2), (u1, u2), c1 = rule.down[0].T, (m.T for m in rule.lateral), (u.T for u in rule.context), rule.read[0].T
-    h = [buffer.expand(b, -1).clone() for buffer in rule.thresholds.buffers()]
-    v, s, t = ([torch.zeros_like(each) for each in h] for _ in range(3))
-    p0, p3 = torch.zeros_like(xx), torch.zeros_like(context)
-    found: dict[str, Tensor] = {}
-
-    def add(name: str, product: Tensor) -> None:
-        found[name] = found.get(name, 0.0) + product
-
-    for _ in range(rule.steps):
-        p1, p2, _ = (each.clone() for each in s)
-        shift = torch.rand(2, 1, xx.shape[1], dtype=torch.double)  # of positive samples, then of negative ones
-        s0, s3 = ((phase + shift).flatten(0, 1) % 1 < xx).double(), context  # the context fires for certain
-        j = [
-            c.resistance * (p0 @ w1 + p2 @ v2 + p3 @ u1) - c.inhibition * p1 @ m1,
-            c.resistance * (p1 @ w2 + p3 @ u2) - c.inhibition * p2 @ m2,
-            p1 @ c1 + p2 @ c2,
-        ]
-        for k in range(3):
-            v[k] = v[k] + c.dt / c.membrane * (-v[k] + j[k])
-            s[k] = (v[k] > h[k]).double()
-            v[k] = (1 - s[k]) * v[k]
-            h[k] = (h[k] + c.adaptation * (s[k].sum(1, keepdim=True) - 1)).clamp_min(c.floor)
-            t[k] = (1 - c.dt / c.trace) * t[k] * (1 - s[k]) + s[k]
-        m = [2 * t[k] * (torch.sigmoid(t[k].square().sum(1, keepdim=True) - rule.theta) - y) / b for k in range(2)]
-        e = 2 * (context - t[2]) * y / len(x)
-        add("model.linear1.weight", p0.T @ (c.resistance * m[0]))
-        add("model.linear2.weight", p1.T @ (c.resistance * m[1]))
-        add("down.0", p2.T @ (c.resistance * m[0]))
-        add("context.0", p3.T @ (c.resistance * m[0]))
-        add("context.1", p3.T @ (c.resistance * m[1]))
-        add("lateral.0", (p1.T @ (c.inhibition * m[0])).fill_diagonal_(0.0))
-        add("lateral.1", (p2.T @ (c.inhibition * m[1])).fill_diagonal_(0.0))
-        add("read.0", -(p1.T @ (c.resistance * e)) * (1 - c1.abs()))
-        add("model.linear3.weight", -(p2.T @ (c.resistance * e)) * (1 - c2.abs()))
-        p0, p3 = s0, s3
-    return {name: product.T for name, product in found.items()}
+    shifts = (torch.rand(2, 1, x.shape[1], dtype=torch.double) for _ in range(rule.steps))  # of positives, of negatives
+    inputs = (((phase + shift) % 1).flatten(0, 1).lt(xx).double() for shift in shifts)
+    y = torch.cat([torch.ones(b), torch.zeros(b)]).double()
+    pairs = rule.contrast == "pairs"
+    loss = csdp_reference.pairs_loss(rule.alpha) if pairs else csdp_reference.threshold_loss(rule.theta, y)
+    w = weights_of(rule)
+    steps = csdp_reference.simulate(w, inputs, context, rule.constants)
+    renamed = {f"up.{k}": f"model.linear{k + 1}.weight" for k in range(len(w.up))}
+    renamed[f"read.{len(w.up) - 1}"] = f"model.linear{len(w.up) + 1}.weight"
+    gradients, silence = (
+        {renamed.get(name, name): each for name, each in found.items()}
+        for found in csdp_reference.learn(w, steps, loss, right, rule.constants)
+    )
+    return gradients, silence
 
 
-@pytest.mark.parametrize(("constants", "steps"), [(QUICK, 12), (Constants(), 60)])
-def test_a_stimulus_teaches_what_the_equations_say(constants: Constants, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("hidden", "steps", "options"),
+    [
+        ((6, 5), 12, {"decay": 2e-3}),
+        ((6, 5), 60, {"constants": Constants(), "decay": 2e-3}),
+        ((6, 5, 4), 12, {"decay": 2e-3}),
+        ((6, 5), 12, {"contrast": "pairs", "alpha": 0.7}),
+        ((6, 5), 12, {"negatives": "mixtures", "mix": 0.3, "decay": 2e-3}),
+        ((6,), 12, {"negatives": "mixtures", "contrast": "pairs", "alpha": 2.5}),
+    ],
+)
+def test_a_stimulus_teaches_what_the_equations_say(hidden: tuple[int, ...], steps: int, options: dict[str, Any]) -> None:
+    """Gradients, and what decays of every matrix but the read-outs: lambda for each spike of its neuron without it."""
     torch.manual_seed(3)
-    rule = ContrastiveSignalPlasticity(network(), steps=steps, theta=1.5, constants=constants)
+    rule = ContrastiveSignalPlasticity(network(hidden), steps=steps, **{"theta": 1.5, "constants": QUICK} | options)
     x, targets = batch()
     torch.manual_seed(5)
     rule(x, targets).backward()
     got = gradients(rule)
-    with torch.no_grad():
-        wanted = by_hand(rule, x, targets, 5)
+    wanted, silence = by_hand(rule, x, targets, 5)
     assert got.keys() == wanted.keys()
-    assert sum(bool(each.any()) for each in got.values()) > 6
     for name, gradient in got.items():
-        assert torch.allclose(gradient, wanted[name], rtol=1e-12, atol=1e-15), name
+        assert torch.allclose(gradient, wanted[name], rtol=0, atol=1e-14), name
+        assert bool(gradient.any()), name
+    before = {name: p.detach().clone() for name, p in rule.named_parameters()}
+    rule.constrain_()
+    for name, p in rule.named_parameters():
+        lost = rule.decay * silence.get(name, torch.zeros_like(p))
+        bounded = (before[name] - lost).clamp(0.0 if name.startswith("lateral") else -1.0, 1.0)
+        bounded = bounded - bounded.diag().diag() if name.startswith("lateral") else bounded
+        assert torch.allclose(p.detach(), bounded, rtol=0, atol=1e-15), name
+        assert bool(lost.any()) is (rule.decay > 0 and name in silence), name
+
+
+@pytest.mark.parametrize("constants", [QUICK, Constants()])
+def test_an_answer_counts_the_spikes_of_the_equations(constants: Constants) -> None:
+    """Without context, all samples with the same numbers."""
+    torch.manual_seed(3)
+    rule = ContrastiveSignalPlasticity(network(), steps=60, constants=constants)
+    x, _ = batch()
+    with torch.no_grad():
+        inputs = ((u < x).double() for u in rule.chance)
+        steps = list(csdp_reference.simulate(weights_of(rule), inputs, torch.zeros(len(x), 3).double(), constants))
+    counts = torch.stack([step.s[-1] for step in steps]).sum(0)
+    assert torch.equal(rule.answer(x), counts)
+    assert len(counts.unique()) > 2
+    for k, spikes in enumerate(rule.spikes(x).values()):
+        assert torch.equal(spikes, torch.stack([step.s[k] for step in steps]))
+
+
+def test_negatives_are_drawn_uniformly() -> None:
+    """Wrong classes among all others; partners of a mixture among all other samples."""
+    torch.manual_seed(0)
+    many, classes = 9000, 4
+    rule = ContrastiveSignalPlasticity(models.spiking(2, [3], classes).double(), steps=2)
+    targets = torch.arange(many) % classes
+    context = rule._stimulus(torch.rand(many, 2).double(), targets).context
+    assert context is not None
+    assert torch.equal(context[:many], F.one_hot(targets, classes).double())
+    assert bool((context.sum(1) == 1).all())
+    wrong = context[many:].argmax(1)
+    pairs = torch.zeros(classes, classes).index_put_((targets, wrong), torch.ones(many), accumulate=True)
+    p = 1 / (classes - 1)
+    each = many / classes
+    assert not bool(pairs.diagonal().any())
+    assert float((pairs - each * p)[~torch.eye(classes).bool()].abs().max()) < 5 * (each * p * (1 - p)) ** 0.5
+    mixed = ContrastiveSignalPlasticity(models.spiking(2, [3], classes).double(), steps=2, negatives="mixtures", mix=0.0)
+    x, draws = torch.rand(4, 2).double(), 900
+    partners = torch.zeros(4, 4)
+    for _ in range(draws):
+        partners += (mixed._stimulus(x, torch.zeros(4).long()).x[1].unsqueeze(1) == x).all(2)
+    assert not bool(partners.diagonal().any())
+    assert float((partners - draws / 3)[~torch.eye(4).bool()].abs().max()) < 5 * (draws * 2 / 9) ** 0.5
+
+
+def test_defaults_and_first_values_are_those_of_the_released_code() -> None:
+    assert Constants() == (3.0, 100.0, 13.0, 0.1, 0.01, 0.001, 0.025)  # dt, tau_m, tau_t, R_m, R_inh, rho, floor
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(models.spiking(50, [400, 300], 10).double())
+    assert (rule.steps, rule.theta, rule.mix) == (40, 10.0, 0.5)
+    assert (rule.negatives, rule.contrast, rule.readout) == ("labels", "threshold", "context")
+    assert not any("bias" in name for name, _ in rule.named_parameters())
+    ranges = {name: (0.0 if name.startswith("lateral") else -1.0, 1.0) for name, _ in rule.named_parameters()}
+    drawn = dict(rule.named_parameters())
+    for low, high, value in [(*ranges[name], p.detach()) for name, p in drawn.items()] + [
+        (0.055 - 0.025, 0.055 + 0.025, torch.cat(list(rule.thresholds.buffers())))
+    ]:
+        if low == 0.0:
+            assert not bool(value.diagonal().any())
+            value = value[~torch.eye(len(value)).bool()]
+        n, width = value.numel(), high - low
+        assert low <= float(value.min()) < low + 12 / n * width
+        assert high - 12 / n * width < float(value.max()) <= high
+        assert abs(float(value.mean()) - (low + high) / 2) < 5 * width / (12 * n) ** 0.5
+    stored = copy.deepcopy(rule.thresholds.state_dict())
+    assert {f"thresholds.{name}" for name in stored} <= rule.state_dict().keys()
+    rule(torch.rand(2, 50).double(), torch.tensor([0, 1])).backward()
+    rule.constrain_()
+    assert all(torch.equal(value, stored[name]) for name, value in rule.thresholds.state_dict().items())
 
 
 def test_read_outs_learn_from_answers_what_the_equations_say() -> None:
