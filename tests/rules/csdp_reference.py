@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """W_1..W_L, V_2..V_L, M_1..M_L, U_1..U_L (none without context), C_1..C_L, and thresholds of L layers and the read-out."""
+    """W_1..W_L, V_2..V_L, M_1..M_L, U_1..U_L (or none), C_1..C_L, and thresholds of L layers and the read-out."""
 
     up: list[Tensor]
     down: list[Tensor]
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def simulate(w: Weights, inputs: Iterable[Tensor], context: Tensor, c: Any) -> Iterator[Step]:
-    """A stimulus from rest, of input spikes (rows, n_0) by step and a context (rows, K); what a step draws, the next reads."""
+    """A stimulus from rest: input spikes (rows, n_0) by step, context (rows, K); what a step draws, the next reads."""
     rows, layers = len(context), len(w.up)
     h = [each.expand(rows, -1).clone() for each in w.thresholds]
     v, s, t = ([torch.zeros_like(each) for each in h] for _ in range(3))
