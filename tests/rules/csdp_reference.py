@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """W_1..W_L, V_2..V_L, M_1..M_L, U_1..U_L (or none), C_1..C_L, and thresholds of L layers and the read-out."""
+    """W_1..W_L, V_2..V_L, M_1..M_L, U_1..U_L (or none), C_1..C_L; thresholds and biases of L layers and the read-out."""
 
     up: list[Tensor]
     down: list[Tensor]
@@ -19,6 +19,7 @@ class Weights(NamedTuple):
     context: list[Tensor]
     read: list[Tensor]
     thresholds: list[Tensor]
+    bias: list[Tensor]
 
 
 class Step(NamedTuple):
@@ -43,7 +44,9 @@ def simulate(w: Weights, inputs: Iterable[Tensor], context: Tensor, c: Any) -> I
             j[k] += c.resistance * p[k + 2] @ w.down[k]
         for k, u in enumerate(w.context):
             j[k] += c.resistance * pc @ u
-        j.append(torch.stack([p[k + 1] @ w.read[k] for k in range(layers)]).sum(0))
+        for k in range(layers):
+            j[k] += c.resistance * w.bias[k]
+        j.append(w.bias[-1] + torch.stack([p[k + 1] @ w.read[k] for k in range(layers)]).sum(0))
         for k in range(layers + 1):
             v[k] = v[k] + c.dt / c.membrane * (-v[k] + j[k])
             s[k] = (v[k] > h[k]).double()
@@ -77,11 +80,15 @@ def learn(
         gradients[name] = gradients.get(name, 0.0) + (pre.T @ (r * m)).T
         silence[name] = silence.get(name, 0.0) + ((1 - pre).T @ s).T
 
+    def add_bias(k: int, product: Tensor) -> None:
+        gradients[f"bias.{k}"] = gradients.get(f"bias.{k}", 0.0) + product
+
     for p, context, s, t in steps:
         for k in range(layers):
             with torch.enable_grad():
                 trace = t[k].clone().requires_grad_()
                 (m,) = torch.autograd.grad(loss(trace.square().sum(1)), trace)
+            add_bias(k, c.resistance * m.sum(0))
             add(f"up.{k}", p[k], m, s[k], c.resistance)
             add(f"lateral.{k}", p[k + 1], m, s[k], c.inhibition)
             if k < layers - 1:
@@ -90,6 +97,8 @@ def learn(
                 add(f"context.{k}", context, m, s[k], c.resistance)
             e = 2 * (target - t[-1][: len(target)]) / len(target)
             read = f"read.{k}"
+            if k == layers - 1:
+                add_bias(k + 1, -(c.resistance * e).sum(0) * (1 - w.bias[-1].abs()))
             product = -(p[k + 1][: len(target)].T @ (c.resistance * e)) * (1 - w.read[k].abs())
             gradients[read] = gradients.get(read, 0.0) + product.T
     for k in range(layers):

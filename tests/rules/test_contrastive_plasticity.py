@@ -26,9 +26,13 @@ QUICK = Constants(dt=50.0, trace=200.0)
 """Neurons that fire within a few steps, whatever the weights."""
 
 
-def network(hidden: tuple[int, ...] = (6, 5)) -> nn.Sequential:
+def network(hidden: tuple[int, ...] = (6, 5), *, biased: bool = False) -> nn.Sequential:
     """Of 7 inputs and 3 classes."""
-    return models.spiking(7, hidden, 3).double()
+    model = models.spiking(7, hidden, 3)
+    for layer in model.children():
+        if biased and isinstance(layer, nn.Linear):
+            layer.bias = nn.Parameter(torch.empty(layer.out_features).uniform_(-1.0, 1.0))
+    return model.double()
 
 
 def weight_of(rule: ContrastiveSignalPlasticity, place: int) -> Tensor:
@@ -131,11 +135,13 @@ def test_spikes_of_a_sample_are_independent_and_as_probable_as_its_input() -> No
 
 def weights_of(rule: ContrastiveSignalPlasticity) -> csdp_reference.Weights:
     """Of the rule and its model, (from, to)."""
-    *up, last = (layer.weight.detach().T for layer in rule.model.children() if isinstance(layer, nn.Linear))
+    layers = [layer for layer in rule.model.children() if isinstance(layer, nn.Linear)]
+    *up, last = (layer.weight.detach().T for layer in layers)
+    bias = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
     down, lateral, context, read = (
         [p.detach().T for p in every] for every in (rule.down, rule.lateral, rule.context, rule.read)
     )
-    return csdp_reference.Weights(up, down, lateral, context, [*read, last], list(rule.thresholds.buffers()))
+    return csdp_reference.Weights(up, down, lateral, context, [*read, last], list(rule.thresholds.buffers()), bias)
 
 
 def by_hand(
@@ -160,6 +166,7 @@ def by_hand(
     w = weights_of(rule)
     steps = csdp_reference.simulate(w, inputs, context, rule.constants)
     renamed = {f"up.{k}": f"model.linear{k + 1}.weight" for k in range(len(w.up))}
+    renamed |= {f"bias.{k}": f"model.linear{k + 1}.bias" for k in range(len(w.up) + 1)}
     renamed[f"read.{len(w.up) - 1}"] = f"model.linear{len(w.up) + 1}.weight"
     gradients, silence = (
         {renamed.get(name, name): each for name, each in found.items()}
@@ -168,6 +175,7 @@ def by_hand(
     return gradients, silence
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("hidden", "steps", "options"),
     [
@@ -179,16 +187,19 @@ def by_hand(
         ((6,), 12, {"negatives": "mixtures", "contrast": "pairs", "alpha": 2.5}),
     ],
 )
-def test_a_stimulus_teaches_what_the_equations_say(hidden: tuple[int, ...], steps: int, options: dict[str, Any]) -> None:
+def test_a_stimulus_teaches_what_the_equations_say(
+    hidden: tuple[int, ...], steps: int, options: dict[str, Any], biased: bool
+) -> None:
     """Gradients, and what decays of every matrix but the read-outs: lambda for each spike of its neuron without it."""
-    torch.manual_seed(3)
-    rule = ContrastiveSignalPlasticity(network(hidden), steps=steps, **{"theta": 1.5, "constants": QUICK} | options)
+    torch.manual_seed(1)
+    model = network(hidden, biased=biased)
+    rule = ContrastiveSignalPlasticity(model, steps=steps, **{"theta": 1.5, "constants": QUICK} | options)
     x, targets = batch()
     torch.manual_seed(5)
     rule(x, targets).backward()
     got = gradients(rule)
     wanted, silence = by_hand(rule, x, targets, 5)
-    assert got.keys() == wanted.keys()
+    assert got.keys() == {name for name in wanted if biased or not name.endswith("bias")}
     for name, gradient in got.items():
         assert torch.allclose(gradient, wanted[name], rtol=0, atol=1e-14), name
         assert bool(gradient.any()), name
@@ -202,11 +213,11 @@ def test_a_stimulus_teaches_what_the_equations_say(hidden: tuple[int, ...], step
         assert bool(lost.any()) is (rule.decay > 0 and name in silence), name
 
 
-@pytest.mark.parametrize("constants", [QUICK, Constants()])
-def test_an_answer_counts_the_spikes_of_the_equations(constants: Constants) -> None:
+@pytest.mark.parametrize(("constants", "biased"), [(QUICK, False), (Constants(), False), (QUICK, True)])
+def test_an_answer_counts_the_spikes_of_the_equations(constants: Constants, biased: bool) -> None:
     """Without context, all samples with the same numbers."""
     torch.manual_seed(3)
-    rule = ContrastiveSignalPlasticity(network(), steps=60, constants=constants)
+    rule = ContrastiveSignalPlasticity(network(biased=biased), steps=60, constants=constants)
     x, _ = batch()
     with torch.no_grad():
         inputs = ((u < x).double() for u in rule.chance)
