@@ -85,9 +85,11 @@ def test_a_neuron_may_be_silent_although_its_last_slope_is_negative() -> None:
     assert spike_times(torch.full((1, 2), math.inf).double(), weight, 1.0)[0].isinf().all()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_derivatives_are_those_of_finite_differences(seed: int) -> None:
-    t, weight = layer_times(seed, silent=0)
+@pytest.mark.parametrize(("seed", "mean"), [(0, 0.25), (1, 0.25), (11, 0.0)])
+def test_derivatives_are_those_of_finite_differences(seed: int, mean: float) -> None:
+    """With a mean of 0, of silent neurons too: nothing."""
+    t, weight = layer_times(seed, silent=0, mean=mean)
+    assert bool(spike_times(t, weight, 1.0)[0].isinf().any()) is (mean == 0)
 
     def finite(t: Tensor, weight: Tensor) -> Tensor:
         times: Tensor = cast(Any, SpikeTimes).apply(t, weight, 1.0, 0.0)
@@ -237,6 +239,23 @@ def test_a_layer_with_another_forward_is_refused_and_not_guessed() -> None:
     model = nn.Sequential(FirstSpike(), SpikingLinear(12, 9), Delayed(9, 4), Readout()).double()
     with pytest.raises(UnsupportedModelError, match=r"layer '2' \(Delayed\) is no affine map"):
         apical.FeedbackAlignment(model)(*batch())
+
+
+def test_defaults_and_first_weights_are_those_of_the_specification() -> None:
+    """Threshold 1, slopes divided by 0.1 at least, inputs up to 0.1 silent, silent outputs at 10; N(3 / n, 0.8^2 / n)."""
+    torch.manual_seed(0)
+    model = models.first_spike(784, [340], 10)
+    layers = [model.get_submodule(name) for name in ("spikes1", "spikes2")]
+    readout = model.get_submodule("readout")
+    assert isinstance(readout, Readout)
+    assert (FirstSpike().silent, readout.latest) == (0.1, 10.0)
+    for layer, active in zip(layers, (0.2 * 784, 340.0), strict=True):
+        assert isinstance(layer, SpikingLinear)
+        assert (layer.theta, layer.floor, layer.bias) == (1.0, 0.1, None)
+        weight, deviation = layer.weight.detach(), 0.8 / active**0.5
+        n = weight.numel()
+        assert float(weight.mean()) == pytest.approx(3 / active, abs=5 * deviation / n**0.5)
+        assert float(weight.std()) == pytest.approx(deviation, rel=5 / (2 * n) ** 0.5)
 
 
 def test_encoding_readout_and_silence() -> None:

@@ -285,17 +285,19 @@ def test_read_outs_learn_from_answers_what_the_equations_say() -> None:
     found = {}
     for readout in ("context", "answer"):
         torch.manual_seed(3)
-        rule = ContrastiveSignalPlasticity(network(), steps=12, theta=1.5, readout=readout, constants=QUICK)
+        rule = ContrastiveSignalPlasticity(network(biased=True), steps=12, theta=1.5, readout=readout, constants=QUICK)
         torch.manual_seed(5)
         rule(*batch()).backward()
         found[readout] = gradients(rule)
     x, targets = batch()
     right, c = F.one_hot(targets, 3).double(), rule.constants
     spikes = rule.spikes(x)
-    trace, wanted = torch.zeros_like(right), dict.fromkeys(("read.0", "model.linear3.weight"), torch.zeros(()).double())
+    learning = ("read.0", "model.linear3.weight", "model.linear3.bias")
+    trace, wanted = torch.zeros_like(right), dict.fromkeys(learning, torch.zeros(()).double())
     for step in range(rule.steps):
         trace = (1 - c.dt / c.trace) * trace * (1 - spikes["linear3"][step]) + spikes["linear3"][step]
         e = 2 * (trace - right) / len(x)
+        wanted["model.linear3.bias"] = wanted["model.linear3.bias"] + c.resistance * e.sum(0)
         for name, layer in (("read.0", "linear1"), ("model.linear3.weight", "linear2")):
             if step:
                 wanted[name] = wanted[name] + c.resistance * e.T @ spikes[layer][step - 1]
