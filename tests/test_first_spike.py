@@ -1,4 +1,4 @@
-"""Neurons that fire once: times against a simulation, derivatives, identities, and the rules that train them."""
+"""Neurons that fire once: times against bisection, derivatives, identities, and the rules that train them."""
 
 import math
 from collections.abc import Callable
