@@ -85,6 +85,9 @@ MNIST = {
     "corinfomax": 0.05,
     "ep": 0.01,
     "pc-incremental": 0.05,
+    "strong-dfc": 0.05,
+    "ep-directed": 0.01,
+    "hep": 0.01,
 }
 FASHION = {
     "bp": 0.05,
@@ -137,6 +140,9 @@ FASHION = {
     "corinfomax": 0.02,
     "ep": 0.01,
     "pc-incremental": 0.02,
+    "strong-dfc": 0.005,
+    "ep-directed": 0.01,
+    "hep": 0.005,
 }
 """The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist, and for rules that
 take longest rates-costly-mnist and rates-costly-fashion-mnist), where it lies inside what was tried."""
