@@ -74,7 +74,27 @@ def block_around(model: nn.Sequential, backend: Counted) -> nn.Module:
     return model
 
 
-FORMS = (whole, in_place, method, block, block_around)
+class Helped(nn.Sequential):
+    """Its forward calls a method, which is compiled, or not."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)  # type: ignore[no-any-return,operator]
+
+
+def attribute(model: nn.Sequential, backend: Counted) -> nn.Module:
+    helped = Helped(*model)
+    helped.run = torch.compile(helped.inner, backend=backend)
+    return helped
+
+
+def of_class(model: nn.Sequential, backend: Counted) -> nn.Module:
+    return type("Decorated", (Helped,), {"run": torch.compile(Helped.inner, backend=backend)})(*model)
+
+
+FORMS = (whole, in_place, method, block, block_around, attribute, of_class)
 Form = Callable[[nn.Sequential, Counted], nn.Module]
 
 
@@ -122,7 +142,7 @@ def test_so_is_one_that_is_compiled_after_the_rule_was_made(kind: str, batches: 
         assert same(gradients(rule), gradients(other))
 
 
-@pytest.mark.parametrize("form", [whole, method, block_around], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", [whole, method, block_around, attribute, of_class], ids=lambda form: form.__name__)
 def test_backpropagation_uses_what_was_compiled(form: Form) -> None:
     torch._dynamo.reset()
     backend = Counted()

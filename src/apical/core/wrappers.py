@@ -3,6 +3,8 @@
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +41,7 @@ def _sharders() -> tuple[type, ...]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` has compiled the model or a part of it: as a module, in place, or its forward method.
+    """Whether `torch.compile` has compiled the model or a part of it: as a module, in place, or one of its methods.
 
     >>> is_compiled(torch.compile(nn.Linear(2, 2))), is_compiled(nn.Linear(2, 2))
     (True, False)
@@ -48,10 +50,11 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    forward = module.forward
-    return module._compiled_call_impl is not None or (
-        hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
-    )
+    if module._compiled_call_impl is not None:
+        return True
+    kinds = takewhile(lambda kind: kind is not nn.Module, type(module).__mro__)
+    functions = [f for own in (module, *kinds) for f in vars(own).values() if isinstance(f, FunctionType | MethodType)]
+    return any(hasattr(f, "_torchdynamo_orig_callable") and not getattr(f, "_torchdynamo_disable", False) for f in functions)
 
 
 def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:
