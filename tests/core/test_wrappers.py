@@ -164,10 +164,10 @@ def test_the_compiled_model_answers_as_before() -> None:
     """The stance of the compiler is the rule's while it learns, and the user's afterwards."""
     torch._dynamo.reset()
     backend = Counted()
-    model = whole(network(), backend)
-    gradients(apical.FeedbackAlignment(model))
+    rule = apical.FeedbackAlignment(whole(network(), backend))  # held: it leaves the model when it is collected
+    gradients(rule)
     assert backend.graphs == 0
-    model(torch.randn(8, 6))
+    rule.model(torch.randn(8, 6))
     assert backend.graphs > 0
 
 
