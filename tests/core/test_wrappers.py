@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import apical
+from apical.errors import UnsupportedModelError
 
 RULES = {
     "fa": apical.FeedbackAlignment,
@@ -118,6 +119,49 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def made(kind: str, model: nn.Module) -> apical.CreditRule:
     torch.manual_seed(1)
     return RULES[kind](model)
+
+
+def rectified(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x).relu()  # type: ignore[no-any-return]
+
+
+class Helpless(nn.Module):
+    """Its layers are called by functions that it finds in a list."""
+
+    def __init__(self, *functions: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.functions = nn.Linear(6, 5), nn.Linear(5, 3), list(functions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for function in self.functions:
+            x = function(self.a, x)
+        return self.b(x)  # type: ignore[no-any-return]
+
+
+GLOBAL: Any = None
+
+
+class OfGlobal(Helpless):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(GLOBAL(self.a, x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["fa", "kp", "dfa"])
+def test_a_compiled_function_elsewhere_that_calls_layers_is_named(kind: str) -> None:
+    torch._dynamo.reset()
+    rule = made(kind, Helpless(torch.compile(rectified, backend=Counted())))
+    with pytest.raises(UnsupportedModelError, match=r"the model calls rectified\(\), which torch.compile has compiled"):
+        gradients(rule)
+    with torch.compiler.set_stance("force_eager"):  # the remedy
+        assert same(gradients(rule), gradients(made(kind, Helpless(rectified))))
+
+
+def test_so_is_one_among_the_global_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setitem(globals(), "GLOBAL", torch.compile(rectified, backend=Counted()))
+    with pytest.raises(UnsupportedModelError, match="the model calls rectified"):
+        gradients(made("fa", OfGlobal()))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)

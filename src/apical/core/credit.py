@@ -364,12 +364,12 @@ class CreditRule(nn.Module):
                 from apical.core.diagnosis import require_rows
 
                 require_rows(self.loss, output, args[1])
-        except (ApicalError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError:
             raise
-        except (TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ValueError) as error:
+        except (ApicalError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ValueError) as error:
             from apical.core.diagnosis import explained
 
-            reason = explained(self, *args) if len(args) == 2 else None
+            reason = explained(self, error, *args) if len(args) == 2 else None
             if reason is None:
                 raise
             raise reason from error

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,24 @@ from torch.utils._pytree import tree_leaves
 
 from apical.core.credit import CreditRule
 from apical.core.rest import undisturbed
+from apical.core.wrappers import compiled_function
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 STILL = 3
 """Steps of the optimiser after which a rule says that its own parameters do not take part in them."""
 
 
-def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
-    """Why a rule's loss cannot be used on a batch, or None where model and loss by themselves do as they should."""
+def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> ApicalError | None:
+    """More about an error of a rule's on a batch; None where it says all, or model and loss do as they should."""
+    name = compiled_function(cast(nn.Module, rule.model))
+    if name is not None and not isinstance(error, ConfigError):
+        return UnsupportedModelError(
+            f"{error if isinstance(error, ApicalError) else repr(error)} [the model calls {name}(), which torch.compile has "
+            "compiled and in which no rule can see layers at work: if it calls some, call the rule in the context of "
+            'torch.compiler.set_stance("force_eager"), or leave the function as it was]'
+        )
+    if isinstance(error, ApicalError):
+        return None
     if isinstance(inputs, Tensor) and (not inputs.dim() or 0 in inputs.shape[1:]):
         what = "hold no numbers" if inputs.dim() else "are a single number"
         return ConfigError(f"inputs of shape {tuple(inputs.shape)} {what}: give a batch of samples (batch, ...)")
@@ -163,7 +173,7 @@ def look_at_optimizer(rule: CreditRule) -> None:
     """Warn once of parameters of the rule's own that learn and that no optimiser moves, as it moves the model's."""
     models = list(rule.model.parameters())
     known = {id(parameter) for parameter in models}
-    own = [p for p in rule.parameters() if p.requires_grad and id(p) not in known]
+    own = [p for p in rule.parameters() if p.requires_grad and p.numel() and id(p) not in known]
     before, rule._versions = rule._versions, [sum(p._version for p in some) for some in (models, own)]
     if not own or (before and before[1] != rule._versions[1]):
         rule._unmoved = -1

@@ -215,8 +215,8 @@ class PlasticRule(EdgeRule):
 
     def mismatch_of(self, name: str) -> Mismatch | None:
         """The mismatch of one layer; None where it is explicit."""
-        mismatch: Mismatch | None = self._mismatches()._modules.get(key(name))  # type: ignore[assignment]
-        return mismatch
+        mismatches = self._modules[self.MISMATCH]._modules  # type: ignore[union-attr]
+        return mismatches.get(key(name)) if mismatches else None  # type: ignore[return-value]
 
     def hold(self, name: str, plastic: Tensor) -> None:
         """Begin with R_0 = `plastic`, in the form that was asked for."""

@@ -179,16 +179,18 @@ class Steps:
                 self._count_steps_alone(name, group, other)
                 if rule.form == "auto" and name not in rule.reasons:
                     self._decide(name, optimizer, group, other)
-            if rule.mismatch_of(name) is None and other is not None and is_sgd(optimizer):
-                self.sharing.restore(rule, name)
-            elif rule.mismatch_of(name) is None and other is not None:
-                is_alike = group is not None and alike(group, other, optimizer)
-                self.sharing.before_step(rule, name, optimizer, group, other, is_alike)
-        for name in places.keys() & self._arrivals.keys():  # other layers may have an optimiser of their own
-            arrival, watch = self._arrivals[name], self._watches.get(name)
-            if watch is not None:
-                arrival.sampled, arrival.fresh = watch.steps < 3 or watch.steps % 16 == 15, False
-            arrival.stepped()
+            if other is not None and rule.mismatch_of(name) is None:
+                if is_sgd(optimizer):
+                    self.sharing.restore(rule, name)
+                else:
+                    is_alike = group is not None and alike(group, other, optimizer)
+                    self.sharing.before_step(rule, name, optimizer, group, other, is_alike)
+        for name in places:  # other layers may have an optimiser of their own
+            arrival, watch = self._arrivals.get(name), self._watches.get(name)
+            if arrival is not None:
+                if watch is not None:
+                    arrival.sampled, arrival.fresh = watch.steps < 3 or watch.steps % 16 == 15, False
+                arrival.stepped()
         rule._called -= places.keys()
 
     def after_step(self, optimizer: Optimizer) -> None:

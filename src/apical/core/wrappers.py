@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from inspect import getclosurevars
 from itertools import takewhile
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING
@@ -55,6 +56,28 @@ def _is_compiled(module: nn.Module) -> bool:
     kinds = takewhile(lambda kind: kind is not nn.Module, type(module).__mro__)
     functions = [f for own in (module, *kinds) for f in vars(own).values() if isinstance(f, FunctionType | MethodType)]
     return any(hasattr(f, "_torchdynamo_orig_callable") and not getattr(f, "_torchdynamo_disable", False) for f in functions)
+
+
+def compiled_function(model: nn.Module) -> str | None:
+    """Name of a function that `torch.compile` has compiled, not one of PyTorch's, and that some module of a model calls.
+
+    It is looked for among the global and enclosing variables of the modules' methods, and in collections that modules hold.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return None
+    for module in model.modules():
+        kinds = takewhile(lambda kind: kind is not nn.Module, type(module).__mro__)
+        held = [value for value in vars(module).values() if isinstance(value, list | tuple | dict)]
+        values = [item for some in held for item in (some.values() if isinstance(some, dict) else some)]
+        for method in (f for kind in kinds for f in vars(kind).values() if isinstance(f, FunctionType)):
+            with suppress(ValueError):  # a variable without a value
+                names = getclosurevars(method)
+                values += [*names.globals.values(), *names.nonlocals.values()]
+        for value in (value for value in values if isinstance(value, FunctionType | MethodType)):
+            own = getattr(value, "_torchdynamo_orig_callable", None)
+            if own is not None and not own.__module__.startswith("torch.") and not hasattr(value, "_torchdynamo_disable"):
+                return str(own.__name__)
+    return None
 
 
 def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:
