@@ -312,9 +312,7 @@ class EdgeRule(CreditRule):
     def feedback_weight(self, name: str) -> Tensor:
         """Effective feedback weight of one layer, in the shape of the layer's weight."""
         compute, tensors = self.feedback_of(name)
-        if not torch.is_grad_enabled():  # in a backward pass, where time counts
-            return compute(self.geometries[name], *tensors)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # off in a backward pass, where time counts
             return compute(self.geometries[name], *tensors)
 
     def feedback_weights(self) -> dict[str, Tensor]:
