@@ -79,7 +79,7 @@ def test_findings_are_written(study: Any, tmp_path: Path, monkeypatch: pytest.Mo
             return {"arms": dict.fromkeys(names, one), "orders": orders, "seconds": 1.0}
         return {
             "shallow": dict.fromkeys(coding.SHALLOW, one),
-            "mu": {f"{name} {depth}": one for name in ("bp", *coding.MU_RATES) for depth in (10, 30, 60)},
+            "mu": {f"{name} {depth}": one for name in ("bp", "mupc") for depth in (10, 30, 60)},
             "plain": dict.fromkeys(("bp", "error", "state"), one),
             "straight": {f"{name} {depth}": 0.99 for name in ("bp", "exact") for depth in (2, 4, 8)},
             "products": {f"{name} {depth}": 100.0 for name in ("error", "state") for depth in (10, 30)},

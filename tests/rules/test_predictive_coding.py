@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -265,6 +265,21 @@ def test_linear_networks_have_a_closed_form() -> None:
     s = [x, *rule.states(x, y)["s"]]
     for layer, error, below in zip(model, errors, s, strict=True):
         torch.testing.assert_close(layer.weight.grad, -error.T @ below / 4, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("inference", ["error", "state"])
+def test_a_rate_that_raises_the_energy_is_named_once(inference: Literal["error", "state"]) -> None:
+    model, (x, targets) = mlp(), batch("mlp")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # S = I + W W^T + ... has an eigenvalue above 2 / rate
+    rule = PredictiveCoding(model, loss=squared_error, inference=inference, rate=0.9, steps=6)
+    with pytest.warns(RuntimeWarning, match="inference has raised the energy, .* a rate of 0.9 is too large"):
+        rule(x, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule(x, targets)
+        PredictiveCoding(model, loss=squared_error, inference=inference, rate=0.01, steps=6)(x, targets)
 
 
 def test_nothing_moves_where_the_target_is_met() -> None:

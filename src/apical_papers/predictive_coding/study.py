@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,13 +30,16 @@ from apical_papers.predictive_coding.networks import pre_activated
 
 SETTINGS: dict[str, Any] = {
     "shallow": "784-256-256-10 ReLU, 5000 images, batches of 100, Adam 1e-3, 2000 test images",
-    "mu": "784-128x(L-1)-10, 900 batches of 64, squared error, Adam 0.03, T = 5, g = 0.3",
+    "mu": "784-128x(L-1)-10, 900 batches of 64, squared error, Adam 0.03, T = 5, g = 0.3, 0.1 and 0.03 by depth",
     "plain": "784-128x9-10, 300 batches of 64, squared error, Adam 1e-3, T = 10, g = 0.0078",
     "depths": [10, 30, 60],
     "products": "mu networks as they are drawn, 64 images, 90 % of the way to the equilibrium energy, best rate of each",
 }
 MU: dict[str, Any] = {"inference": "error", "parametrisation": "mu", "steps": 5}
-MU_RATES = {"mupc": 0.3}
+MU_RATES = {10: 0.3, 30: 0.1, 60: 0.03}
+"""g by depth: inference goes down the energy below 2 / lambda_max(S), which grows with depth and with the weights. Chosen on
+the last 5000 training images, from 0.3, 0.1, 0.03 and 0.01, with a seed that is not tested; at 0.3 for all depths an earlier
+run of this study had missed its marks at 30 and 60 layers."""
 PLAIN: dict[str, Any] = {"steps": 10, "rate": 0.0078}
 RATES = {"error": (0.3, 0.5, 0.9), "state": (0.1, 0.2, 0.3, 0.4)}
 
@@ -162,9 +165,9 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
             shallow[name] = trained(rule, few, test, 1e-3, 100, 50 * epochs, seed)
         mu: dict[str, dict[str, float]] = {}
         for depth in SETTINGS["depths"]:
-            for name in ("bp", *MU_RATES):
+            for name in ("bp", "mupc"):
                 torch.manual_seed(seed)
-                deep = _mu(models.build(f"mlp-mu-128x{depth - 1}", (1, 28, 28), 10), name)
+                deep = _mu(models.build(f"mlp-mu-128x{depth - 1}", (1, 28, 28), 10), name, depth)
                 mu[f"{name} {depth}"] = trained(deep, mnist.train, mnist.test, 0.03, 64, 900 * epochs // 4, seed)
         plain = {}
         for name in ("bp", "error", "state"):
@@ -186,10 +189,10 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     return {"shallow": shallow, "mu": mu, "plain": plain, "straight": straight, "products": sequence}
 
 
-def _mu(model: nn.Module, name: str) -> CreditRule:
+def _mu(model: nn.Module, name: str, depth: int) -> CreditRule:
     if name == "bp":
         return Backprop(model, squared_error)
-    return PredictiveCoding(model, squared_error, rate=MU_RATES[name], **MU)
+    return PredictiveCoding(model, squared_error, rate=MU_RATES[depth], **MU)
 
 
 def _plain(model: nn.Module, inference: Any) -> CreditRule:
@@ -206,9 +209,9 @@ def verdicts(cells: Cells) -> list[Row]:
     for name in [name for name in SHALLOW if name != "bp"]:
         near = [0.015 - abs(a - b) for a, b in zip(of("shallow", name), of("shallow", "bp"), strict=True)]
         rows.append(at_least("P1", "pc", f"{name}: 0.015 minus distance to bp", near, 0.0))
-    for name, depth in product(MU_RATES, SETTINGS["depths"]):
-        mine, theirs = of("mu", f"{name} {depth}"), of("mu", f"bp {depth}")
-        what = f"{name}: accuracy at {depth} layers"
+    for depth in SETTINGS["depths"]:
+        mine, theirs = of("mu", f"mupc {depth}"), of("mu", f"bp {depth}")
+        what = f"mupc: accuracy at {depth} layers"
         rows.append(at_least("mu", "mupc", what, mine, 0.9))
         rows.append(difference("mu", "mupc", f"{what} minus bp's, plus 2 points", mine, theirs, less=False, margin=-0.02))
     failed = [0.25 - accuracy for accuracy in of("plain", "state")]

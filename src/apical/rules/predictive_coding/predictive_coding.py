@@ -155,7 +155,7 @@ class PredictiveCoding(CreditRule):
             require_linear(self.row)
             curvature(self.energy_loss, 1)
         self.repeats = self.steps if inference == "incremental" else 1
-        self._silent = False
+        self._silent = self._rising = False
 
     def _own_options(self, steps: int | None, rate: float | None, momentum: float, tolerance: float, deep: bool) -> None:
         """T, g, momentum and tolerance; `deep` takes T = L unless given."""
@@ -195,7 +195,7 @@ class PredictiveCoding(CreditRule):
                 return Credit.of([], output, value_at(self.loss, output, targets))
             loss, error = output_error(self.loss, output, targets)
             with self._buffers_kept():
-                roots, logs = self._learned(x, targets, p, s, error)
+                roots, logs = self._learned(x, targets, p, s, (loss.detach(), error))
         return Credit.of([*roots, *terms(loss)], output, loss, logs)
 
     def _generative(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -208,9 +208,9 @@ class PredictiveCoding(CreditRule):
                 return Credit.of([], output, loss)
             x, wanted = self._enter(self._classes(targets, inputs)), self._sample(inputs)
             p, s = self._start(x, learns)
-            error = output_error(self.energy_loss, p[-1].detach().flatten(1), wanted)[1].view_as(p[-1])
+            start, error = output_error(self.energy_loss, p[-1].detach().flatten(1), wanted)
             with self._buffers_kept():
-                roots, logs = self._learned(x, wanted, p, s, error)
+                roots, logs = self._learned(x, wanted, p, s, (start.detach(), error.view_as(p[-1])))
         return Credit.of([*roots, *terms(loss)], output, loss, logs)
 
     def _classes(self, targets: Tensor, inputs: Tensor) -> Tensor:
@@ -321,12 +321,16 @@ class PredictiveCoding(CreditRule):
         return relaxed
 
     def _learned(
-        self, x: Tensor, targets: Tensor, p: list[Tensor], s: list[Tensor], error: Tensor
+        self, x: Tensor, targets: Tensor, p: list[Tensor], s: list[Tensor], start: tuple[Tensor, Tensor]
     ) -> tuple[list[Root], dict[str, Tensor]]:
-        """Every block's prediction as a root, with minus its error over the batch size as the signal; and the logs."""
+        """Every block's prediction as a root, with minus its error over the batch size as the signal; and the logs.
+
+        Args:
+            start: loss and output error of the feed-forward pass.
+        """
         incremental = self.inference == "incremental"
         s = self._going_on(x, targets, s) if incremental else s
-        relaxed = self._relaxed(x, targets, p, s, error)
+        relaxed = self._relaxed(x, targets, p, s, start[1])
         if incremental:
             self._hold(x, targets, relaxed.s)
         predictions = relaxed.p
@@ -341,6 +345,8 @@ class PredictiveCoding(CreditRule):
         hidden = sum((e.square().sum() for e in relaxed.e), loss.new_zeros(())) / (2 * count)
         energy = hidden + self.output_weight * loss.detach()
         share = torch.where(energy == 0, 0.0, hidden / energy)
+        if self.inference in ("error", "state"):
+            self._look_at_energy(self.output_weight * start[0], energy)
         return roots, {"energy": energy, "hidden_share": share, "residual": relaxed.residual}
 
     def _going_on(self, x: Tensor, targets: Tensor, s: list[Tensor]) -> list[Tensor]:
@@ -380,6 +386,19 @@ class PredictiveCoding(CreditRule):
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+    def _look_at_energy(self, start: Tensor, end: Tensor) -> None:
+        """Warn once where inference has raised the energy that it shall lower."""
+        if self._rising or torch.compiler.is_compiling() or not end.is_cpu or not float(end) > 1.01 * float(start):
+            return
+        self._rising = True
+        warnings.warn(
+            f"inference has raised the energy, from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: a "
+            f"rate of {self.rate:g} is too large for this network as it is by now (deep ones take about 2 / depth at most); "
+            "lower rate",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
