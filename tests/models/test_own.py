@@ -80,7 +80,7 @@ def test_from_a_module() -> None:
             "needs an argument 'width'; give it a default, or name a function that makes the model. Filled in are ",
         ),
         ("fails", "cannot be made: ValueError: no such thing (line "),
-        ("number", "makes a int, not a torch.nn.Module"),
+        ("number", "returns a value of type int, not a torch.nn.Module"),
         ("made", "is a module that has been made already"),
         ("Nett", "did you mean 'Net'?"),
     ],
