@@ -43,6 +43,10 @@ def fails():
 
 def number():
     return 3
+
+def seeded():
+    torch.manual_seed(7)
+    return plain()
 """
 
 
@@ -81,6 +85,7 @@ def test_from_a_module() -> None:
         ),
         ("fails", "cannot be made: ValueError: no such thing (line "),
         ("number", "returns a value of type int, not a torch.nn.Module"),
+        ("seeded", "calls torch.manual_seed, so that all seeds begin with equal weights; leave it out"),
         ("made", "is a module that has been made already"),
         ("Nett", "did you mean 'Net'?"),
     ],

@@ -76,7 +76,7 @@ class Containers:
         message = (
             f"module {names} computes another function than when the rule was made, or than apical.register_layer was told: "
             "a hook, a forward, a new child, a conversion of dtype, or a choice in its forward (an attribute, "
-            "numbers of the batch, chance), which this rule does not see; make it a module of its own, and the rule after that"
+            "numbers of the batch, chance), which this rule does not see; make it a module of its own, and the rule then"
         )
         modes = [module.training for module in touched]
         devices = [inputs.device] if inputs.is_cuda else []

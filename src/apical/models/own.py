@@ -64,7 +64,7 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     Raises:
         ConfigError: there is no such class or function, it fails, needs something else, or makes no new module.
     """
-    factory, where = _factory(name), name.rpartition("/")[2]
+    factory, where, seed = _factory(name), name.rpartition("/")[2], torch.initial_seed()
     try:
         model = factory(**_given(factory, where, input_shape, outputs))
     except ApicalError:
@@ -74,6 +74,8 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         raise ConfigError(f"model {where} cannot be made: {own_code.described(error, path)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {where} returns a value of type {type(model).__name__}, not a torch.nn.Module")
+    if torch.initial_seed() != seed:
+        raise ConfigError(f"model {where} calls torch.manual_seed, so that all seeds begin with equal weights; leave it out")
     if model in _made:
         raise ConfigError(f"model {where} returns the same module again; make a new one at each call, with new weights")
     _made.add(model)
