@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("compare", "--batch-size", "0"), "--batch-size must be positive"),
         (("compare", "--lr", "-1"), "--lr must be positive"),
         (("compare", "--lr", "0.1", "0.01"), "--lr-epochs needs 1"),
-        (("compare", "--batch-size", "5000"), "larger than the 1437 training images"),
+        (("compare", "--batch-size", "5000"), "larger than the 1437 training samples"),
         (("compare", "--train-limit", "99999"), "1437"),
         (("train", "--rule", "pfax"), "did you mean 'pfa'?"),
         (("train", "--rule", "pfa", "--rule-options", "expanson=3"), "did you mean 'expansion'?"),
@@ -55,6 +55,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("compare", "--rules", "bp", "pfa", "--rule-options", "expansion"), "key=value"),
         (("train", "--data", "digit"), "did you mean 'digits'?"),
         (("train", "--epochs", "0"), "--epochs must be positive"),
+        (("train", "--rules", "bp"), "unknown option --rules (did you mean --rule?)"),
+        (("train", "--clip-over", "network"), "without effect here: --clip-over (--clip is off); leave it out"),
+        (("compare", "--lr-min", "0.001"), "without effect here: --lr-min (--lr-cosine is off); leave it out"),
+        (("compare", "--resume", "--overwrite"), "--resume continues what is there and --overwrite replaces it"),
+        (("evolve", "--resume", "--overwrite"), "--resume continues what is there and --overwrite replaces it"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

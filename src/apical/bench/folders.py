@@ -20,6 +20,12 @@ def check_least(options: Any, **least: int) -> None:
         raise ConfigError("; ".join(texts))
 
 
+def refuse_both(options: Any) -> None:
+    """Raise ConfigError where a command is to go on and to start again."""
+    if getattr(options, "resume", False) and getattr(options, "overwrite", False):
+        raise ConfigError("--resume continues what is there and --overwrite replaces it: give one of them")
+
+
 def check_writable(path: Path) -> None:
     """Raise ConfigError unless `path` is a writable folder or can be made. Creates nothing."""
     existing = path.absolute()

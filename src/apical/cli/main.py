@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
 from apical import __version__
+from apical.bench.folders import refuse_both
 from apical.cli.flags.audit import Audit
 from apical.cli.flags.evolve import Evolve
 from apical.cli.flags.help import OVERVIEW, option_rows, short_help
@@ -147,6 +148,7 @@ def _status(parsed: Any, command: str) -> int:
     try:
         with handled(end):
             run = _runner(parsed)
+        refuse_both(parsed)
         with handled(Raise()):
             return run(parsed, command)
     except ApicalError as error:

@@ -19,7 +19,7 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
     written = {option.split()[0]: option for option in options}
     see = f"; see apical {command} --help" if command else "; see apical --help"
     text = _plain(box)
-    if match := re.search(r"Unrecognized options: (\S+?)(?:,|\s|$)", text):
+    if match := re.search(r"Unrecognized (?:or misplaced )?options: (\S+?)(?:,|\s|$)", text):
         word = match[1]
         if not command:
             return f"unknown command {word!r}{_near(word, names)}. Commands: {', '.join(names)}"
