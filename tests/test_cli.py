@@ -285,6 +285,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "apical compare --rules bp fa pfa" in capsys.readouterr().out
 
 
+def test_a_path_behind_an_equals_sign_may_begin_at_home(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    assert f"--out {tmp_path}/used is not empty" in refused(capsys, "train", "--out=~/used", *QUICK)
+    assert "nothing is no folder" in refused(capsys, "report", "~/nothing")
+
+
 def test_report_of_a_folder_without_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     refused(capsys, "report", str(tmp_path))
     refused(capsys, "report", str(tmp_path / "none"))

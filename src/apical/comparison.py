@@ -140,7 +140,7 @@ def compare(
     if jobs != 1 and in_memory:
         raise ConfigError(f"{' and '.join(in_memory)} in memory: other processes do not have them; leave jobs at 1")
     flags = Compare(
-        out=Path(out),
+        out=Path(out).expanduser(),
         rules=None if rules is None else tuple(map(_rule, rules)),
         data=_data(data, numbers=options.get("loss") == "mse"),
         model=str(model) if isinstance(model, str | Path) else None if model is None else own_models.remember(model),

@@ -97,7 +97,7 @@ Command: Any = Union[  # noqa: UP007  (of a list)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if (text := _asked_for(arguments)) is not None:
         print(text)
         return 0
@@ -112,6 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         leave(status)
     return status
+
+
+def _at_home(word: str) -> str:
+    """A path from the home folder, which shells leave as it is behind an equals sign: --out=~/runs."""
+    option, mark, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + mark + (os.path.expanduser(value) if value.startswith("~") else value)
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
