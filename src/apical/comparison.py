@@ -108,7 +108,7 @@ def compare(
 
     Args:
         out: folder for runs and report; must be new or empty.
-        rules: short names (`apical list rules`), "FILE.py:CLASS", or classes, or one alone; None takes the command line's seven.
+        rules: short names (`apical list rules`), "FILE.py:CLASS", or classes, or one alone; None takes seven.
         data: name of a data set, path of a .npz or .csv file or of a folder of images, "FILE.py:FUNCTION"; or in memory: a
             `torch.utils.data.Dataset`, a pair of them (train, test), arrays or tensors (training inputs, training targets,
             test inputs, test targets), or (inputs, targets) alone. None takes digits, or those of the recipe.
