@@ -85,6 +85,8 @@ def _run(
     for path, number in ((stdout, 1), (stderr, 2)):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # a test may have begun the server
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # while they were held or ignored
     os.environ.update(environment, OMP_NUM_THREADS="1", COLUMNS="100")
     sys.argv = ["apical", *arguments]
     sys.exit(run())

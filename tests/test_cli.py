@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("compare", "--batch-size", "0"), "--batch-size must be positive"),
         (("compare", "--lr", "-1"), "--lr must be positive"),
         (("compare", "--lr", "0.1", "0.01"), "--lr-epochs needs 1"),
-        (("compare", "--batch-size", "5000"), "larger than the 1437 training images"),
+        (("compare", "--batch-size", "5000"), "larger than the 1437 training samples"),
         (("compare", "--train-limit", "99999"), "1437"),
         (("train", "--rule", "pfax"), "did you mean 'pfa'?"),
         (("train", "--rule", "pfa", "--rule-options", "expanson=3"), "did you mean 'expansion'?"),
@@ -55,6 +55,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("compare", "--rules", "bp", "pfa", "--rule-options", "expansion"), "key=value"),
         (("train", "--data", "digit"), "did you mean 'digits'?"),
         (("train", "--epochs", "0"), "--epochs must be positive"),
+        (("train", "--rules", "bp"), "unknown option --rules (did you mean --rule?)"),
+        (("train", "--clip-over", "network"), "without effect here: --clip-over (--clip is off); leave it out"),
+        (("compare", "--lr-min", "0.001"), "without effect here: --lr-min (--lr-cosine is off); leave it out"),
+        (("compare", "--resume", "--overwrite"), "--resume continues what is there and --overwrite replaces it"),
+        (("evolve", "--resume", "--overwrite"), "--resume continues what is there and --overwrite replaces it"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -278,6 +283,16 @@ def test_data_list_and_fetch_of_an_unknown_set(capsys: pytest.CaptureFixture[str
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "apical compare --rules bp fa pfa" in capsys.readouterr().out
+
+
+def test_a_path_behind_an_equals_sign_may_begin_at_home(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    assert f"--out {tmp_path}/used is not empty" in refused(capsys, "train", "--out=~/used", *QUICK)
+    assert "nothing is no folder" in refused(capsys, "report", "~/nothing")
 
 
 def test_report_of_a_folder_without_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def test_arrays_names_and_regression(tmp_path: Path) -> None:
         rules=["bp"], data=(X.numpy(), X[:, 0].numpy()), model="mlp-8", seeds=1, out=tmp_path / "a", **QUICK
     )
     assert numbers.metric == "test loss"
-    named = apical.compare(rules=["bp"], model="mlp-8", seeds=1, out=tmp_path / "b", train_limit=64, test_limit=50, **QUICK)
+    limits: dict[str, Any] = {"train_limit": X.new_tensor(64).int(), "test_limit": (Y[:1] * 0 + 50).numpy()[0]}
+    named = apical.compare(rules="bp", model="mlp-8", seeds=1, out=tmp_path / "b", **limits, **QUICK)
     assert named["bp"].spread != named["bp"].spread  # of one seed there is none
     assert (named.records[0]["n_train"], named.records[0]["n_test"]) == (64, 50)
 
@@ -92,6 +93,14 @@ def test_arrays_names_and_regression(tmp_path: Path) -> None:
         ({"rules": [int]}, "is no rule"),
         ({"rules": ["bpp"]}, "did you mean 'bp'?"),
         ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"seeds": [0, 1]}, "seeds is how many, a whole number; got [0, 1]"),
+        ({"rules": "bpp"}, "unknown rule 'bpp'"),
+        ({"rules": [apical.FeedbackAlignment(Net(4, 3))]}, "a FeedbackAlignment is no rule: give a class"),
+        ({"epochs": 1.5}, "epochs is 1.5, but this setting takes another kind of value"),
+        ({"lr": "0.1"}, "lr is '0.1', but this setting takes another kind of value"),
+        ({"device": "gpu"}, "unknown --device 'gpu'; did you mean 'cpu'?"),
+        ({"beta2": 0.5}, "without effect here: --beta2 (--optimizer sgd has none); leave it out"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
     ],
 )
 def test_refused(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from apical.bench import own_rules
 from apical.bench.progress import results_table
-from apical.bench.recipe import CHECKSUMS, Recipe, rule_name
+from apical.bench.recipe import CHECKSUMS, Recipe, check_kinds, rule_name
 from apical.bench.signals import Interrupted
 from apical.cli import commands
 from apical.cli.flags.training import Compare
@@ -91,7 +91,7 @@ class Compared:
 def compare(
     *,
     out: str | os.PathLike[str],
-    rules: Sequence[str | type[CreditRule]] | None = None,
+    rules: str | type[CreditRule] | Sequence[str | type[CreditRule]] | None = None,
     data: Any = None,
     model: str | Callable[..., nn.Module] | None = None,
     epochs: int | None = None,
@@ -108,7 +108,7 @@ def compare(
 
     Args:
         out: folder for runs and report; must be new or empty.
-        rules: short names (`apical list rules`), "FILE.py:CLASS", or classes; None takes the seven of the command line.
+        rules: short names (`apical list rules`), "FILE.py:CLASS", or classes, or one alone; None takes seven.
         data: name of a data set, path of a .npz or .csv file or of a folder of images, "FILE.py:FUNCTION"; or in memory: a
             `torch.utils.data.Dataset`, a pair of them (train, test), arrays or tensors (training inputs, training targets,
             test inputs, test targets), or (inputs, targets) alone. None takes digits, or those of the recipe.
@@ -132,7 +132,12 @@ def compare(
         ApicalError: something asked for is not usable; one sentence says what.
         KeyboardInterrupt: after what was trained is saved; go on with resume=True.
     """
-    options = {name: value for name, value in settings.items() if value is not None}
+    rules = [rules] if isinstance(rules, str | type) else rules
+    options = {name: _plain(value) for name, value in settings.items() if value is not None}
+    epochs, seeds, jobs = _plain(epochs), _plain(seeds), _plain(jobs)
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if type(value) is not int:
+            raise ConfigError(f"{name} is how many, a whole number; got {value!r}")
     in_memory = [
         what for what, value in (("data", data), ("model", model)) if value is not None and not isinstance(value, str | Path)
     ]
@@ -140,7 +145,7 @@ def compare(
     if jobs != 1 and in_memory:
         raise ConfigError(f"{' and '.join(in_memory)} in memory: other processes do not have them; leave jobs at 1")
     flags = Compare(
-        out=Path(out),
+        out=Path(out).expanduser(),
         rules=None if rules is None else tuple(map(_rule, rules)),
         data=_data(data, numbers=options.get("loss") == "mse"),
         model=str(model) if isinstance(model, str | Path) else None if model is None else own_models.remember(model),
@@ -151,7 +156,7 @@ def compare(
         jobs=jobs,
         resume=resume,
         overwrite=overwrite,
-        **_settings(options),
+        **_settings(options, epochs),
     )
     arguments = {"rules": flags.rules, "data": flags.data, "model": flags.model, "epochs": epochs, "seeds": seeds, **options}
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
@@ -172,17 +177,32 @@ def _data(data: Any, *, numbers: bool) -> str | None:
     return str(data) if isinstance(data, str | Path) else own_data.remember(data, numbers=numbers)
 
 
-def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as the recipe has them: a single value of a schedule is a schedule."""
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy and torch as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _settings(options: Mapping[str, Any], epochs: int | None) -> dict[str, Any]:
+    """Settings as the recipe has them: a single value of a schedule is a schedule.
+
+    Raises:
+        ConfigError: there is no such setting, or a value is of another kind.
+    """
     names = {item.name for item in fields(Recipe)} - _ELSEWHERE
     for name in options:
         if name not in names:
             raise unknown_name("setting of apical.compare", name, names)
-    schedules = {name for name, kind in get_type_hints(Recipe).items() if get_origin(kind) is tuple}
-    return {
-        name: ((value,) if isinstance(value, int | float) else tuple(value)) if name in schedules else value
+    origins = {name: get_origin(kind) for name, kind in get_type_hints(Recipe).items()}
+    values = {
+        name: (value,) if origins[name] is tuple and isinstance(value, int | float) else value
         for name, value in options.items()
     }
+    try:  # the recipe knows the words that it takes, and says so
+        given = {**values, "epochs": epochs or 1}
+        check_kinds({name: value for name, value in given.items() if origins[name] is not Literal})
+    except TypeError as error:
+        raise ConfigError(f"{error}, but this setting takes another kind of value") from None
+    return {name: tuple(value) if origins[name] is tuple else value for name, value in values.items()}
 
 
 def _compared(records: Sequence[Mapping[str, Any]], page: Path) -> Compared:

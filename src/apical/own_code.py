@@ -69,6 +69,8 @@ def import_module(where: str, example: str, error: Callable[[str], ApicalError] 
             return importlib.import_module(where)
     except (Exception, SystemExit) as problem:
         hint = "" if "/" not in where else f"; for a file, say {example}"
+        if Path(where.partition(".")[0]).is_dir() or Path(f"{where}.py").is_file():
+            hint = "; to import from the current folder, set PYTHONPATH=."
         raise error(f"module {where} cannot be imported: {type(problem).__name__}: {problem}{hint}") from problem
 
 
@@ -142,7 +144,7 @@ def _is_own(value: object, module: ModuleType) -> bool:
 
 def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> ModuleType:
     if not path.is_file():
-        raise error(f"there is no file {title} (looked for {path})")
+        raise error(f"there is no file {title}" + (f" (looked for {path})" if title != str(path) else ""))
     name = f"_apical_own_{hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -158,5 +160,7 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
             specification.loader.exec_module(module)
     except (Exception, SystemExit) as problem:  # sys.exit() in a script that is no module
         del sys.modules[name]
-        raise error(f"{title} cannot be loaded: {described(problem, path)}") from problem
+        inside = isinstance(problem, ImportError) and "relative import" in str(problem)
+        hint = f"; name it by its package: PACKAGE.{path.stem}:NAME, with PYTHONPATH=." if inside else ""
+        raise error(f"{title} cannot be loaded: {described(problem, path)}{hint}") from problem
     return module

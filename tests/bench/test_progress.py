@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from apical.bench.progress import Watch, Watched, results_table
+from apical.bench.progress import Watch, Watched, describe, results_table
 from apical.bench.run_folder import RunFolder
 from apical.bench.statistics import busy_note
 
@@ -65,6 +65,13 @@ def test_what_will_be_replaced_is_not_known_beforehand(run: Watched) -> None:
         assert run.line == {}
     with Watch(console, [run], 2).shown():
         assert run.line["epoch"] == 1
+
+
+@pytest.mark.parametrize(("rule", "score"), [("kp-mirror", {"test_accuracy": 1.0}), ("bp    ", {"test_loss": 2.345})])
+def test_a_line_of_an_epoch_fits_into_eighty_columns(rule: str, score: dict[str, float]) -> None:
+    text = describe({"epoch": 20, "train_loss": 2.3456, "ms_per_step": 9.99, **score}, 20)
+    assert len(f"{rule} seed 0  {text}") <= 80
+    assert "test 100.00 %" in text or "test loss   2.345" in text
 
 
 def test_times_are_medians_over_seeds() -> None:

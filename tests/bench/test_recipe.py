@@ -1,8 +1,12 @@
 import dataclasses
+import re
+from typing import Any
 
 import pytest
 
+from apical.bench.idle import refuse_idle
 from apical.bench.recipe import Recipe, differences, parse_options
+from apical.data import load
 from apical.errors import ConfigError
 
 
@@ -61,7 +65,7 @@ def test_steps_per_epoch_counts_the_last_batch_only_if_it_is_kept() -> None:
     assert Recipe(batch_size=30).steps_per_epoch(100) == 3
     assert Recipe(batch_size=30, drop_last=False).steps_per_epoch(100) == 4
     assert Recipe(batch_size=300, drop_last=False).steps_per_epoch(100) == 1
-    with pytest.raises(ConfigError, match="--batch-size 300 is larger than the 100 training images"):
+    with pytest.raises(ConfigError, match="--batch-size 300 is larger than the 100 training samples"):
         Recipe(batch_size=300).steps_per_epoch(100)
 
 
@@ -122,3 +126,32 @@ def test_feedback_passes_need_a_rule_that_learns_feedback(option: str) -> None:
     with pytest.raises(ConfigError, match=rf"--{option.replace('_', '-')} 2: rule 'fa'"):
         recipe.check_phases(two_phase=False)
     recipe.check_phases(two_phase=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "rest", "said"),
+    [
+        ({"beta2": 0.5, "eps": 0.1}, {}, "--beta2 (--optimizer sgd has none), --eps (--optimizer sgd has none); leave them"),
+        ({"lr_min": 0.001}, {}, "--lr-min (--lr-cosine is off); leave it out"),
+        ({"clip_over": "network"}, {}, "--clip-over (--clip is off)"),
+        ({"pretrain_lr": 0.1}, {"feedback_passes": 1}, "--pretrain-lr (--pretrain-epochs is off)"),
+        ({"feedback_fraction": 0.5}, {}, "--feedback-fraction (there are no feedback passes)"),
+        ({"feedback_lr": 0.1}, {}, "--feedback-lr (no rule here has feedback weights that learn apart)"),
+        ({"decay_on": "matrices"}, {"weight_decay": (0.0,)}, "--decay-on (--weight-decay is off)"),
+        ({"context": 8}, {}, "--context (the data have no tokens)"),
+        ({"tokens": "bytes"}, {}, "--tokens (the data are no text)"),
+    ],
+)
+def test_settings_without_effect_are_refused(given: dict[str, Any], rest: dict[str, Any], said: str) -> None:
+    recipe, digits = Recipe(**given, **rest), load("digits")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        refuse_idle(given, [recipe], digits, has_feedback=False)
+    defaults = {name: getattr(Recipe(), name) for name in given}
+    refuse_idle(defaults, [recipe], digits, has_feedback=False)
+
+
+def test_settings_that_one_of_the_rules_uses_are_none_of_these() -> None:
+    used = {"optimizer": "adam", "beta2": 0.5, "lr_cosine": 3, "lr_min": 0.001, "clip": 1.0, "clip_over": "network"}
+    used |= {"pretrain_epochs": 1, "pretrain_lr": 0.1, "feedback_lr": 0.1, "feedback_fraction": 0.5, "context": 8}
+    used |= {"weight_decay": (0.1,), "decay_on": "matrices"}
+    refuse_idle(used, [Recipe(), Recipe(**used)], load("copy", context=8), has_feedback=True)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def test_what_another_process_finished_meanwhile_is_refused(
     assert theirs
     assert files(tmp_path) == theirs
     assert said.count("\n") == 1
-    assert "--overwrite" in said
+    assert "--overwrite" in said or "nothing else may be mixed" in said
 
 
 def test_two_real_processes_on_a_fresh_folder(apical: Start, tmp_path: Path) -> None:
@@ -101,6 +101,27 @@ def test_a_refused_comparison_changes_nothing(
         assert main([*other, flag, "--out", str(out)]) == 2
     assert "another process is comparing in" in capsys.readouterr().err
     assert files(out) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("train", *SMALL, "--overwrite"),
+        ("train", *SMALL, "--resume"),
+        ("sweep", "--rules", "bp", "--space", "lr=0.1", *SMALL, "--resume"),
+        ("evolve", "--generations", "1", "--overwrite"),
+        ("audit", "bp", "--overwrite"),
+        ("measure", "mlp-8", "--overwrite"),
+    ],
+    ids=lambda words: f"{words[0]} {words[-1]}",
+)
+def test_what_another_command_made_is_neither_continued_nor_replaced(
+    other: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "compare.json").write_text("{}")
+    assert main([*other, "--out", str(tmp_path)]) == 2
+    assert "holds a comparison, which nothing else may be mixed with" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} <= {"compare.json", ".lock"}
 
 
 @pytest.mark.parametrize("link", ["runs", "runs/bp", "runs/bp/seed-0", "figures"])

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apical
+from apical.bench.measure import minimum_norm
 from apical.bench.names import RULES
 from apical.core.blocks import blocks, through
 from apical.core.called import Call, Functions, Mean, module_of, on_path
+from apical.data.dataset import Split
 from apical.errors import UnsupportedModelError
 
 SAME: list[tuple[Callable[..., Tensor], nn.Module, tuple[int, ...]]] = [
@@ -228,6 +230,31 @@ def test_another_way_through_a_forward_is_refused_at_the_batch_that_takes_it(nam
             rule(-x, targets)
     finally:
         Options.flag = LATER["flag"] = False
+
+
+class InDouble(nn.Module):
+    """Takes single precision, which layers in double precision alone do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.body(x.double())
+        return output
+
+
+@pytest.mark.parametrize("name", ["dfc-ss", "dtp", "ep", "corinfomax", "dualprop", "sibp", "ccl", "pc", "local-both", "ff"])
+def test_a_conversion_that_is_no_module_is_refused(name: str) -> None:
+    entry = RULES[name]
+    rule = entry.build(InDouble(), loss=F.cross_entropy, **entry.options)
+    with pytest.raises(UnsupportedModelError, match=r"a conversion of dtype.*same dtype"):
+        rule(torch.rand(6, 4), torch.arange(6) % 3)
+
+
+def test_probes_of_chains_leave_out_what_takes_its_samples_otherwise() -> None:
+    data = Split(torch.rand(6, 4), torch.arange(6) % 3)
+    assert minimum_norm(apical.Backprop(InDouble()), data, probe=4) is None
 
 
 def test_a_compiled_rule_stops_at_another_way_too() -> None:

@@ -111,5 +111,5 @@ def test_training_data_that_are_not_finite_are_refused_by_the_commands(tmp_path,
     for command in (("train",), ("compare", "--seeds", "1"), ("audit",), ("sweep", "--space", "lr=0.1")):
         assert main([*command, "--data", "usps", "--model", "mlp-4", "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
-        assert said == "apical: error: usps train split: NaN or infinity in the image at index 7\n"
+        assert said == "apical: error: usps train split: NaN or infinity in the sample at index 7\n"
         assert not (tmp_path / "out").exists()

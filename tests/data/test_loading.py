@@ -180,7 +180,7 @@ def test_label_out_of_range(places):
 
 def test_other_number_of_labels(places):
     write_mnist(places / "data", labels=[0] * 19)
-    with pytest.raises(DataError, match="mnist train split: 20 images but 19 labels"):
+    with pytest.raises(DataError, match="mnist train split: 20 inputs but 19 labels"):
         data.load("mnist")
 
 
@@ -189,7 +189,7 @@ def test_other_image_size_and_empty_set(places):
     with pytest.raises(DataError, match="expected images 1x28x28; got 1x27x27"):
         data.load("mnist")
     write_mnist(places / "data", train=0)
-    with pytest.raises(DataError, match="mnist train split: no images"):
+    with pytest.raises(DataError, match="mnist train split: no samples"):
         data.load("mnist")
 
 
@@ -288,13 +288,13 @@ def test_damaged_npz(places, damage):
     [
         (torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, -1]), "label -1 at index 2"),
         (torch.zeros(3, 1, 2, 2), torch.tensor([0, 4, 4]), r"label 4 at index 1 is outside 0\.\.3"),
-        (torch.zeros(3, 1, 2, 2), torch.tensor([0, 1]), "3 images but 2 labels"),
-        (torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64), "no images"),
-        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), "no images"),
+        (torch.zeros(3, 1, 2, 2), torch.tensor([0, 1]), "3 inputs but 2 labels"),
+        (torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64), "no samples"),
+        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), "no samples"),
         (torch.zeros(3, 1, 2, 2), torch.zeros(3), "integers"),
-        (torch.zeros(3, 1, 2, 2), torch.zeros(2, 4), "3 images but 2 targets"),
+        (torch.zeros(3, 1, 2, 2), torch.zeros(2, 4), "3 inputs but 2 targets"),
         (torch.zeros(3, 1, 2, 2), torch.zeros(3, 5), r"numbers \(N, 4\); got shapes"),
-        (torch.zeros(2, 2), torch.tensor([[0.0] * 4, [0.0, float("nan"), 0.0, 0.0]]), "targets of the image at index 1"),
+        (torch.zeros(2, 2), torch.tensor([[0.0] * 4, [0.0, float("nan"), 0.0, 0.0]]), "targets of the sample at index 1"),
         (torch.zeros(3), torch.zeros(3, dtype=torch.int64), "shapes"),
         (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), "shapes"),
     ],
@@ -309,7 +309,7 @@ def test_check_refuses(inputs, targets, message):
 def test_check_finds_the_first_image_that_is_not_finite(bad, index):
     inputs = torch.zeros(10000, 1, 2, 2)
     inputs[index:, 0, 1, 0] = bad
-    with pytest.raises(DataError, match=f"image at index {index}$"):
+    with pytest.raises(DataError, match=f"sample at index {index}$"):
         data.check(inputs, torch.zeros(10000, dtype=torch.int64), 1, "toy")
     if index:
         data.check(inputs[:index], torch.zeros(index, dtype=torch.int64), 1, "toy")

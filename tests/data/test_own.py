@@ -113,7 +113,7 @@ def test_real_targets_are_numbers_and_whole_ones_are_if_asked(folder: Path) -> N
     [
         ({"x_train": X}, "needs arrays x_train, y_train, x_test and y_test, or x and y; it holds x_train"),
         ({"x": X, "y": Y[:-1]}, "50 inputs but 49 targets"),
-        ({"x": np.where(X > 5, np.nan, X), "y": Y}, "NaN or infinity in the image at index"),
+        ({"x": np.where(X > 5, np.nan, X), "y": Y}, "NaN or infinity in the sample at index"),
         ({"x": X, "y": np.where(Y > 1, np.inf, 0.5)}, "NaN or infinity in target 2"),
         ({"x": X, "y": Y - 1}, "label -1 is negative"),
         ({"x": X, "y": np.zeros(50, int)}, "all samples have the same label, 0"),
@@ -194,6 +194,19 @@ def test_csv_refused(folder: Path, text: str, said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(("offset", "scale"), [(1.7e9, 100.0), (0.0, 1e-14), (-70.0, 1e-3)])
+def test_columns_of_any_offset_and_unit_are_standardised(folder: Path, offset: float, scale: float) -> None:
+    values = X.astype(np.float64)
+    columns = np.concatenate([offset + scale * values, np.full((50, 1), 0.1)], axis=1)
+    loaded = data.load(npz(folder, x_train=columns, y_train=Y, x_test=columns, y_test=Y))
+    expected = torch.from_numpy((values - values.mean(0)) / values.std(0))
+    assert torch.allclose(loaded.test.inputs[:, :-1], expected.float(), atol=1e-5)
+    assert loaded.test.inputs[:, -1].abs().max() < 1e-6
+    assert "1 of 5 columns constant" in loaded.about
+    np.savetxt(folder / "own.csv", np.c_[columns, Y], "%.17g", ",", header="a,b,c,d,e,label", comments="")
+    assert "1 of 5 columns constant" in data.load("own.csv").about
+
+
 def picture(path: Path, value: int, size: tuple[int, int] = (5, 4), mode: str = "L") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     colour = value if mode == "L" else (value, 0, 0)
@@ -218,7 +231,17 @@ def test_a_folder_of_images(folder: Path) -> None:
     (folder / "pets" / "dog" / "notes.txt").write_text("")
     mixed = data.load("pets")
     assert mixed.input_shape == (3, 4, 5)
-    assert "1 files that are no images left out" in mixed.about
+    assert "1 file that is no image left out" in mixed.about
+
+
+def test_transparency_is_left_out_and_said(folder: Path) -> None:
+    pictures(folder)
+    Image.new("RGBA", (5, 4), (9, 9, 9, 255)).save(folder / "pets" / "dog" / "opaque.png")
+    assert "transparency" not in data.load("pets").about
+    Image.new("P", (5, 4)).save(folder / "pets" / "dog" / "palette.png", transparency=b"\x00\x80")
+    loaded = data.load("pets")
+    assert loaded.input_shape == (3, 4, 5)
+    assert "transparency left out" in loaded.about
 
 
 def test_train_and_test_folders(folder: Path) -> None:
@@ -358,7 +381,7 @@ def test_a_dataset_that_knows_its_classes_has_them_all() -> None:
         (Endless(), "must have a length"),
         (Items([]), "there are none"),
         (Items([*GOOD, (torch.zeros(2), 0)]), "sample 0 has shape (3,), sample 10 (2,)"),
-        (Items([torch.zeros(3)] * 9), "a sample must be (input, target); sample 0 is a Tensor"),
+        (Items([torch.zeros(3)] * 9), "samples must be (input, target); sample 0 has type Tensor"),
         (Items([(lambda: (torch.randn(3), 1)), *GOOD]), "sample 0 differs when it is read again"),
         (Items([(Image.new("L", (3, 3)), 0)] * 9), "PIL image"),
         (DataLoader(Items(GOOD)), "give its Dataset instead"),

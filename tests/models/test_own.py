@@ -43,6 +43,10 @@ def fails():
 
 def number():
     return 3
+
+def seeded():
+    torch.manual_seed(7)
+    return plain()
 """
 
 
@@ -80,7 +84,8 @@ def test_from_a_module() -> None:
             "needs an argument 'width'; give it a default, or name a function that makes the model. Filled in are ",
         ),
         ("fails", "cannot be made: ValueError: no such thing (line "),
-        ("number", "makes a int, not a torch.nn.Module"),
+        ("number", "returns a value of type int, not a torch.nn.Module"),
+        ("seeded", "calls torch.manual_seed, so that all seeds begin with equal weights; leave it out"),
         ("made", "is a module that has been made already"),
         ("Nett", "did you mean 'Net'?"),
     ],

@@ -442,7 +442,7 @@ def test_teacher_file_round_trip_and_another_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("teacher", "said"),
     [
-        (TopDownNetwork(3, [5], hidden=8), "1 hidden layers and 3 outputs"),
+        (TopDownNetwork(3, [5], hidden=8), "1 hidden layer and 3 outputs"),
         (TopDownNetwork(4, [5, 4], hidden=8), "2 hidden layers and 4 outputs"),
         (TopDownNetwork(3, [5, 9], hidden=8), "only one with diffusion"),
     ],

@@ -92,7 +92,7 @@ def check(job: Job) -> None:
         ConfigError: the folder is used or not writable.
         CheckpointError: a run to be resumed has other options.
     """
-    check_writable(job.out)
+    check_writable(job.out, "compare.json")
     if not (job.resume or job.overwrite):
         refuse_used(job.out)
     if job.overwrite:

@@ -9,6 +9,15 @@ from apical.errors import ConfigError
 
 LOCK = ".lock"
 """File by which a process holds a folder."""
+MARKS = {
+    "compare.json": "a comparison",
+    "plan.json": "a sweep",
+    "config.json": "a run",
+    "audit.json": "an audit",
+    "measure.json": "measures",
+    "landscape.json": "a landscape",
+}
+"""The file by which one sees what a folder holds."""
 
 
 def check_least(options: Any, **least: int) -> None:
@@ -20,8 +29,18 @@ def check_least(options: Any, **least: int) -> None:
         raise ConfigError("; ".join(texts))
 
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError unless `path` is a writable folder or can be made. Creates nothing."""
+def refuse_both(options: Any) -> None:
+    """Raise ConfigError where a command is to go on and to start again."""
+    if getattr(options, "resume", False) and getattr(options, "overwrite", False):
+        raise ConfigError("--resume continues what is there and --overwrite replaces it: give one of them")
+
+
+def check_writable(path: Path, mark: str = "") -> None:
+    """Raise ConfigError unless `path` is a writable folder or can be made, and another command has not filled it.
+
+    Args:
+        mark: of :data:`MARKS`, the command's own; without one, it may lie with others.
+    """
     existing = path.absolute()
     while not existing.exists() and existing.parent != existing:
         existing = existing.parent
@@ -29,6 +48,8 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"--out {path}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {path}: no permission to write in {existing}")
+    if other := next((name for name in MARKS if mark and name != mark and (path / name).is_file()), ""):
+        raise ConfigError(f"--out {path} holds {MARKS[other]}, which nothing else may be mixed with; choose another --out")
 
 
 def is_used(path: Path) -> bool:

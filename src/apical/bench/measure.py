@@ -134,7 +134,7 @@ def minimum_norm(rule: CreditRule, train: Split, probe: int) -> float | None:
     """
     if not probe or not rule.feed_forward or not _is_small_chain(rule.model):
         return None
-    with suppress(InstabilityError):
+    with suppress(InstabilityError, UnsupportedModelError):  # the model may take these samples in a way that is no chain
         return finite(minimum_norm_alignment(rule, *probe_batch(train, probe), damping=1.0)["all"])
     return None
 

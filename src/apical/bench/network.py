@@ -115,7 +115,7 @@ def find_measure(name: str) -> Measurer:
     if own_code.is_code(name):
         measure = own_code.import_from(name, "measure", "my_measures.py:sharpness")
         if not callable(measure):
-            raise ConfigError(f"measure {name} is a {type(measure).__name__}, not a function of a model and its inputs")
+            raise ConfigError(f"measure {name} has type {type(measure).__name__}: no function of a model and inputs")
         own: Measurer = measure
         return own
     if name not in MEASURES:
@@ -181,5 +181,5 @@ def _number(name: str, key: Any, value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"measure {name}: {key!r} is a {type(value).__name__}, not a number") from None
+        raise ConfigError(f"measure {name}: {key!r} has type {type(value).__name__}: no number") from None
     return number if math.isfinite(number) else None

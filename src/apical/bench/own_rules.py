@@ -50,7 +50,8 @@ def remember(kind: type[CreditRule]) -> str:
         ConfigError: it is no rule.
     """
     if not _is_rule(kind):
-        raise ConfigError(f"{kind!r} is no rule: give a class derived from apical.CreditRule")
+        what = repr(kind) if isinstance(kind, type) else f"a {type(kind).__name__}"
+        raise ConfigError(f"{what} is no rule: give a class derived from apical.CreditRule")
     if missing := _missing(kind):
         raise ConfigError(f"{kind.__name__} is no complete rule: it has no method {missing[0]!r}")
     name = IN_MEMORY + kind.__name__

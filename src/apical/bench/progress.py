@@ -112,12 +112,12 @@ class Watch:
         if self._live is not None and time.monotonic() - self._shown < 0.2:
             return
         self._shown = time.monotonic()
+        width = max((6, *(len(run.rule) for run in self._runs)))
         for run in self._runs:
             for line in run.news():
                 if self._live is None and self._is_shown(line["epoch"]):
-                    self._console.print(
-                        f"{run.rule:6s} seed {run.seed}  {describe(line, self._epochs)}", highlight=False, soft_wrap=True
-                    )
+                    text = f"{run.rule:{width}s} seed {run.seed}  {describe(line, self._epochs)}"
+                    self._console.print(text, highlight=False, soft_wrap=True)
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
 
@@ -155,7 +155,7 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
     """One epoch in one line of text."""
     return (
         f"epoch {line['epoch']:3d}/{epochs}  train loss {number(line['train_loss'], '.4f'):>7s}  "
-        f"{score_name([line])} {score(line):>7s}  {number(line['ms_per_step'], '.2f')} ms/step"
+        f"{score_name([line]).removesuffix(' accuracy')} {score(line):>7s}  {number(line['ms_per_step'], '.2f')} ms/step"
     )
 
 

@@ -222,7 +222,7 @@ class Recipe:
         """
         if self.drop_last and self.batch_size > examples:
             raise ConfigError(
-                f"--batch-size {self.batch_size} is larger than the {examples} training images; "
+                f"--batch-size {self.batch_size} is larger than the {examples} training samples; "
                 "take a smaller batch or keep the last batch (--drop-last False)"
             )
         steps = examples // self.batch_size if self.drop_last else math.ceil(examples / self.batch_size)

@@ -56,7 +56,7 @@ class RunFolder:
             ConfigError: the folder cannot be made or written, or holds something and neither flag is given.
             CheckpointError: the run in it has other options or is longer than asked.
         """
-        check_writable(self.path)
+        check_writable(self.path, self.config.name)
         if not (resume or overwrite):
             refuse_used(self.path)
         if overwrite or not self.config.exists():

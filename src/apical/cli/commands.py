@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +18,8 @@ from apical import data, models
 from apical.bench import compare as comparison
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
-from apical.bench.folders import check_least
+from apical.bench.folders import check_least, refuse_both
+from apical.bench.idle import refuse_idle
 from apical.bench.loop import Training
 from apical.bench.materials import build_model, identified, load_data, located, loss_for
 from apical.bench.measure import probe_batch
@@ -79,6 +80,7 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     if under_torchrun():
         raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
     check_least(flags, seeds=1, jobs=0)
+    refuse_both(flags)
     refuse_numbers(flags)
     study = find_study(flags.recipe)
     rules = flags.rules or tuple(study.rows if study else DEMO_RULES)
@@ -86,7 +88,7 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     tell = partial(say, console=console)
     drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
     check_epochs(drafts)
-    recipes, notes = prepare(drafts, tell)
+    recipes, notes = prepare(drafts, tell, flags.settings())
     tell_rates(drafts, flags, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
@@ -145,7 +147,7 @@ def train(flags: "Train", command: str) -> int:
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
         tell = print if world.is_main else lambda line: None
         drafts = understood([recipe], flags, tell)
-        (recipe,), (notes,) = prepare(drafts, tell)
+        (recipe,), (notes,) = prepare(drafts, tell, flags.settings())
         tell_rates(drafts, flags, tell)
         folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
@@ -233,16 +235,19 @@ def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
     return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
 
 
-def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None) -> tuple[list[Recipe], list[list[str]]]:
+def prepare(
+    drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None, given: Mapping[str, Any] | None = None
+) -> tuple[list[Recipe], list[list[str]]]:
     """The recipes with the rules' defaults, and notes on them; builds each model and rule once, to see that it works.
 
     Args:
         tell: is told how what is trained differs from the models as they are named.
+        given: settings of the user's; those without any effect are refused.
     """
     first = drafts[0]
     pick_device(first.device)
     dataset = load_data(first)
-    recipes, notes, apart = [], [], []
+    recipes, notes, apart, has_feedback = [], [], [], False
     for item in drafts:
         recipe, choices = resolve(identified(item, dataset), len(dataset.train))
         recipe.check_targets(are_numbers=dataset.is_regression, are_tokens=dataset.is_sequences)
@@ -258,6 +263,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")
         apart.append(rule.learns_apart)
+        has_feedback = has_feedback or any(parameter.requires_grad for parameter in rule.feedback_parameters())
         if recipe.measure and len(recipes) == 1:  # every rule trains the same network
             measured(recipe.measure, rule.model, probe_batch(dataset.train, SAMPLES)[0])
         refuse_untaught(recipe, rule, dataset)
@@ -266,6 +272,7 @@ def prepare(drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None)
             recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)
             notes[i].append(f"no feedback passes: {recipe.rule_name} learns no feedback weights in passes of their own")
         recipes[i].check_phases(two_phase=apart[i])
+    refuse_idle(given or {}, recipes, dataset, has_feedback=has_feedback)
     return recipes, notes
 
 

@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
 from apical import __version__
+from apical.bench.folders import refuse_both
 from apical.cli.flags.audit import Audit
 from apical.cli.flags.evolve import Evolve
 from apical.cli.flags.help import OVERVIEW, option_rows, short_help
@@ -96,7 +97,7 @@ Command: Any = Union[  # noqa: UP007  (of a list)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if (text := _asked_for(arguments)) is not None:
         print(text)
         return 0
@@ -111,6 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         leave(status)
     return status
+
+
+def _at_home(word: str) -> str:
+    """A path from the home folder, which shells leave as it is behind an equals sign: --out=~/runs."""
+    option, mark, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + mark + (os.path.expanduser(value) if value.startswith("~") else value)
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
@@ -147,6 +154,7 @@ def _status(parsed: Any, command: str) -> int:
     try:
         with handled(end):
             run = _runner(parsed)
+        refuse_both(parsed)
         with handled(Raise()):
             return run(parsed, command)
     except ApicalError as error:

@@ -23,7 +23,7 @@ from apical.cli import commands
 from apical.cli.columns import columns, margin
 from apical.cli.flags.training import Compare
 from apical.cli.terminal import say, show_table
-from apical.errors import CheckpointError, ConfigError, unknown_name
+from apical.errors import ApicalError, CheckpointError, ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from apical.cli.flags.reproduce import Reproduce
@@ -96,6 +96,8 @@ def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
         try:
             sizes, run = kept_run(path, table, sizes)
             rows = _rows_of(path, table, sizes)
+        except ApicalError:
+            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({brief(error)}); run the table again") from None
     else:

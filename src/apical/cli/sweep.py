@@ -106,7 +106,7 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[
     """
     lock = FolderLock(flags.out)
     for held in (False, True):  # what was seen before it is held may have changed
-        check_writable(flags.out)
+        check_writable(flags.out, "plan.json")
         if not (flags.overwrite or flags.resume):
             refuse_used(flags.out)
         if not held:

@@ -61,7 +61,7 @@ def check_alone(command: str, flags: Any, what: str) -> None:
     if under_torchrun():
         raise ConfigError(f"apical {command} is single-process; do not run it under torchrun")
     if flags.out is not None:
-        check_writable(flags.out)
+        check_writable(flags.out, f"{command}.json")
         if not flags.overwrite:
             refuse_used(flags.out, f"add --overwrite to replace {what} in it")
 

@@ -75,14 +75,14 @@ class Containers:
         names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
         message = (
             f"module {names} computes another function than when the rule was made, or than apical.register_layer was told: "
-            "a hook, a forward, a new child, or a choice in its forward (an attribute, the numbers of the batch, chance), "
-            "which this rule does not see; make the change a module of its own, and the rule after that"
+            "a hook, a forward, a new child, a conversion of dtype, or a choice in its forward (an attribute, "
+            "numbers of the batch, chance), which this rule does not see; make it a module of its own, and the rule then"
         )
         modes = [module.training for module in touched]
         devices = [inputs.device] if inputs.is_cuda else []
         kept = nullcontext() if compiling else torch.random.fork_rng(devices)
         with evaluating(self.model), torch.no_grad(), kept:
-            expected = own(inputs.clone())
+            expected = own(inputs.clone()) if compiling else self._take(own, inputs, message)
             for module, mode in zip(touched, modes, strict=True):
                 module.training = mode
             output = self.model(inputs.clone())
@@ -93,6 +93,14 @@ class Containers:
             raise UnsupportedModelError(message)
         if not compiling:
             self._choices = self._attributes()  # a forward may count its calls, or keep what it made
+
+    def _take(self, own: Callable[[Tensor], Tensor], inputs: Tensor, message: str) -> Tensor:
+        """What the rule takes the model to compute; what only the model can take is refused."""
+        try:
+            return own(inputs.clone())
+        except RuntimeError as error:
+            self.model(inputs.clone())  # which has an error of its own if it cannot take them either
+            raise UnsupportedModelError(f"{message} ({error})") from error
 
     def _attributes(self) -> list[dict[str, object]]:
         """What forward methods of the user's may go by."""

@@ -122,13 +122,13 @@ def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:
     if inputs.dim() < 2 or (targets.shape[1:] != (classes,) if numbers else targets.dim() != 1):
         shape_in_words = f"numbers (N, {classes})" if numbers else "labels (N,)"
         shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
-        raise DataError(f"{where}: expected images (N, ...) and {shape_in_words}; got shapes {shapes}")
+        raise DataError(f"{where}: expected samples (N, ...) and {shape_in_words}; got shapes {shapes}")
     if len(inputs) != len(targets):
-        raise DataError(f"{where}: {len(inputs)} images but {len(targets)} {'targets' if numbers else 'labels'}")
+        raise DataError(f"{where}: {len(inputs)} inputs but {len(targets)} {'targets' if numbers else 'labels'}")
     if len(inputs) == 0 or inputs.numel() == 0:
-        raise DataError(f"{where}: no images")
+        raise DataError(f"{where}: no samples")
     if numbers:
-        _check_finite(targets, f"{where}: NaN or infinity in the targets of the image")
+        _check_finite(targets, f"{where}: NaN or infinity in the targets of the sample")
     elif targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise DataError(f"{where}: labels must be integers, or numbers of shape (N, {classes}); got {targets.dtype}")
     else:
@@ -137,7 +137,7 @@ def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:
             index = int(wrong.nonzero()[0])
             raise DataError(f"{where}: label {int(targets[index])} at index {index} is outside 0..{classes - 1}")
     if inputs.is_floating_point():
-        _check_finite(inputs, f"{where}: NaN or infinity in the image")
+        _check_finite(inputs, f"{where}: NaN or infinity in the sample")
 
 
 def _check_finite(values: Tensor, problem: str) -> None:

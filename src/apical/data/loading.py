@@ -204,7 +204,7 @@ def _held_out(total: int, held: int, limit: int | None, seed: int, what: str) ->
     """Sorted indices of `held` random items and of `limit` others (None: of all others)."""
     available = total - held
     if limit is not None and limit > available:
-        raise ConfigError(f"{what} is {limit}, but only {available} images are available")
+        raise ConfigError(f"{what} is {limit}, but only {available} samples are available")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     rest = order[held : held + (available if limit is None else limit)]
     return order[:held].sort().values, rest.sort().values

@@ -64,7 +64,7 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     Raises:
         ConfigError: there is no such class or function, it fails, needs something else, or makes no new module.
     """
-    factory, where = _factory(name), name.rpartition("/")[2]
+    factory, where, seed = _factory(name), name.rpartition("/")[2], torch.initial_seed()
     try:
         model = factory(**_given(factory, where, input_shape, outputs))
     except ApicalError:
@@ -73,7 +73,9 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         path = None if name.startswith(IN_MEMORY) else own_code.file_of(name)
         raise ConfigError(f"model {where} cannot be made: {own_code.described(error, path)}") from error
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model {where} makes a {type(model).__name__}, not a torch.nn.Module")
+        raise ConfigError(f"model {where} returns a value of type {type(model).__name__}, not a torch.nn.Module")
+    if torch.initial_seed() != seed:
+        raise ConfigError(f"model {where} calls torch.manual_seed, so that all seeds begin with equal weights; leave it out")
     if model in _made:
         raise ConfigError(f"model {where} returns the same module again; make a new one at each call, with new weights")
     _made.add(model)
@@ -135,7 +137,7 @@ def _check_factory(factory: object, name: str) -> None:
             "so that every seed begins with its own weights"
         )
     if not callable(factory):
-        raise ConfigError(f"model {name} is a {type(factory).__name__}, not a class or function that makes a module")
+        raise ConfigError(f"model {name} has type {type(factory).__name__}, no class or function that makes a module")
 
 
 def _given(factory: Callable[..., Any], where: str, shape: tuple[int, ...], outputs: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class EvolutionFolder:
             ConfigError: the folder cannot be written, or holds something and neither flag is given.
             CheckpointError: the evolution in it has other options, or is longer than asked.
         """
-        check_writable(self.path)
+        check_writable(self.path, self.config.name)
         if not (resume or overwrite):
             refuse_used(self.path)
         if overwrite or not self.config.exists():

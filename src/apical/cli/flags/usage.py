@@ -19,7 +19,7 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
     written = {option.split()[0]: option for option in options}
     see = f"; see apical {command} --help" if command else "; see apical --help"
     text = _plain(box)
-    if match := re.search(r"Unrecognized options: (\S+?)(?:,|\s|$)", text):
+    if match := re.search(r"Unrecognized (?:or misplaced )?options: (\S+?)(?:,|\s|$)", text):
         word = match[1]
         if not command:
             return f"unknown command {word!r}{_near(word, names)}. Commands: {', '.join(names)}"
@@ -37,7 +37,7 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
         what = "a whole number" if "INT" in match[2] or "int()" in match[2] else "numbers" if "FLOAT" in match[2] else ""
         got = f", got {values[0]!r}" if values else ""
         return f"{written.get(match[1], match[1])} takes {what or 'another kind of value'}{got}{see}"
-    return f"{text}{see}"
+    return f"{text.rstrip('.')}{see}"
 
 
 def _plain(box: str) -> str:

@@ -92,7 +92,8 @@ def read_csv(path: Path) -> Raw:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a table in UTF-8 ({error})") from error
     if len(rows) < 2:
-        raise DataError(f"{path}: needs a line of column names and then lines of numbers; it has {len(rows)} lines")
+        has = f"has {len(rows)} line" if rows else "is empty"
+        raise DataError(f"{path}: needs a line of column names and then lines of numbers; it {has}")
     header = [name.strip() for name in rows.pop(0)[1]]
     _check_header(path, header)
     column = _label_column(path, header)
@@ -106,7 +107,7 @@ def read_csv(path: Path) -> Raw:
     label, kind = _label(texts[:, column], path, header[column], places)
     notes = [f"the label is column {header[column]!r} ({kind})"]
     notes += [f"columns are divided by {'tabs' if mark == chr(9) else 'semicolons'}"] if mark != "," else []
-    x = np.stack(inputs, axis=1).astype(np.float32)
+    x = np.stack(inputs, axis=1)
     return Raw(
         (x, None), (label, None), path.name, str(path.resolve()), True, notes=tuple(notes), parts=("rows", "test rows")
     )

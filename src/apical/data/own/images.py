@@ -42,8 +42,11 @@ def read(folder: Path) -> Raw:
     left = sum(
         1 for part in parts for name in classes for path in _files(part / name) if path.suffix.lower() not in SUFFIXES
     )
-    notes += [f"{left} files that are no images left out"] if left else []
-    pictures = [[_pixels(path) for path, _ in part] for part in files]
+    what = "file that is no image" if left == 1 else "files that are no images"
+    notes += [f"{left} {what} left out"] if left else []
+    seen = [[_pixels(path) for path, _ in part] for part in files]
+    notes += ["transparency left out"] if any(clear for part in seen for _, clear in part) else []
+    pictures = [[pixels for pixels, _ in part] for part in seen]
     first = pictures[0][0]
     for loaded, listed in zip(pictures, files, strict=True):
         for pixels, (path, _) in zip(loaded, listed, strict=True):
@@ -84,8 +87,8 @@ def _images(folder: Path) -> list[Path]:
     return images
 
 
-def _pixels(path: Path) -> NDArray[Any]:
-    """Pixels (H, W) or (H, W, 3), 8 bits each."""
+def _pixels(path: Path) -> tuple[NDArray[Any], bool]:
+    """Pixels (H, W) or (H, W, 3), 8 bits each, and whether some were transparent."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -96,7 +99,10 @@ def _pixels(path: Path) -> NDArray[Any]:
                 raise DataError(f"{path}: pixels of more than 8 bits (mode {image.mode}) are not read; convert the images")
             if image.width * image.height > _LARGEST:
                 raise DataError(f"{path}: the image is too large")
-            return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            grey = image.mode in ("1", "L", "LA")
+            whole = image.convert("RGBA") if "A" in image.mode or "transparency" in image.info else image
+            clear = whole.mode == "RGBA" and whole.getchannel("A").getextrema()[0] != 255
+            return np.asarray(whole.convert("L" if grey else "RGB")), clear
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

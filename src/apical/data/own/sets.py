@@ -148,7 +148,7 @@ def _samples(data: Dataset[Any], where: str, part: str) -> tuple[Any, Any, tuple
 
 def _sample(sample: Any, index: int, where: str, part: str) -> tuple[Any, Any]:
     if not isinstance(sample, tuple | list) or len(sample) != 2:
-        raise DataError(f"{where}, {part}: a sample must be (input, target); sample {index} is a {type(sample).__name__}")
+        raise DataError(f"{where}, {part}: samples must be (input, target); sample {index} has type {type(sample).__name__}")
     x, y = sample
     if type(x).__module__.startswith("PIL"):
         raise DataError(f"{where}, {part}: sample {index} is a PIL image; turn it into a tensor of floats")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from apical import own_code
@@ -134,7 +134,10 @@ def finish(raw: Raw, numbers: bool = False) -> Samples:
     notes = list(raw.notes)
     raw, targets = number_classes(raw, numbers=numbers)
     notes += targets.notes
-    tensors = [_inputs(x, f"{raw.where}, {part}") for x, part in zip(raw.inputs, raw.parts, strict=True) if x is not None]
+    precision = np.float64 if raw.standardise else np.float32
+    tensors = [
+        _inputs(x, f"{raw.where}, {part}", precision) for x, part in zip(raw.inputs, raw.parts, strict=True) if x is not None
+    ]
     labels = [torch.from_numpy(np.ascontiguousarray(y)) for y in targets.values]
     for x, y, part in zip(tensors, labels, raw.parts, strict=False):
         check(x, y, targets.classes, f"{raw.where}, {part}")
@@ -149,8 +152,10 @@ def finish(raw: Raw, numbers: bool = False) -> Samples:
     targets.check_seen(train[1], test[1], raw.where)
     digest = _checksum([*train, *test], targets.names)
     if raw.standardise:
-        train, test = _standardised(train, test)
-        notes.append(f"inputs standardised per {'channel' if train[0].dim() == 4 else 'column'}")
+        train, test, constant = _standardised(train, test)
+        what = "channel" if train[0].dim() == 4 else "column"
+        notes.append(f"inputs standardised per {what}")
+        notes += [f"{int(constant.sum())} of {constant.numel()} {what}s constant"] if bool(constant.any()) else []
     kind = f"regression on {targets.classes} number{'s' * (targets.classes > 1)}" if targets.are_numbers else targets.told
     sizes = f"{len(train[1]):,} training and {len(test[1]):,} test samples of shape {tuple(train[0].shape[1:])}"
     about = f"{raw.where}: {sizes}; {'; '.join([kind, *notes])}"
@@ -158,31 +163,36 @@ def finish(raw: Raw, numbers: bool = False) -> Samples:
     return Samples(train, test, targets.classes, targets.names, about, digest, source)
 
 
-def _inputs(values: NDArray[Any], where: str) -> Tensor:
-    """Inputs (N, ...) as float32; 64-bit integers, such as numbers of words, stay."""
+def _inputs(values: NDArray[Any], where: str, precision: DTypeLike) -> Tensor:
+    """Inputs (N, ...) of that precision; 64-bit integers, such as numbers of words, stay."""
     if values.dtype.kind not in "uifb":
         raise DataError(f"{where}: inputs must be numbers; got {values.dtype}")
     if values.ndim == 1:
         values = values[:, None]
-    numbers = values if values.dtype == np.int64 else values.astype(np.float32)
+    numbers = values if values.dtype == np.int64 else values.astype(precision)
     return torch.from_numpy(np.require(numbers, requirements=["C", "W"]))
 
 
 def _standardised(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs with mean 0 and deviation 1 over the training samples: of each channel (N, C, H, W), or of each last entry."""
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """Inputs with mean 0 and deviation 1 over the training samples, of each channel (N, C, H, W) or of each last entry.
+
+    And which of these are constant, to rounding: they get mean 0.
+    """
     x = train[0].double()
     axes = (0, 2, 3) if x.dim() == 4 else tuple(range(x.dim() - 1))
     mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True, correction=0)
-    std[std < 1e-12] = 1.0
+    constant = std <= 1e-12 * x.abs().amax(axes, keepdim=True)
+    std[constant] = 1.0
     a, b = (((part[0].double() - mean) / std).float() for part in (train, test))
-    return (a, train[1]), (b, test[1])
+    return (a, train[1]), (b, test[1]), constant
 
 
 def _checksum(tensors: Sequence[Tensor], names: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join(names).encode(errors="backslashreplace"))
     for tensor in tensors:
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()[:16]

@@ -127,11 +127,17 @@ def _as_numbers(parts: list[Array], raw: Raw) -> Targets:
         if wrong.any():
             raise DataError(f"{raw.where}, {part}: NaN or infinity in target {int(wrong.argmax())}")
     notes = []
-    if (values[0] == np.round(values[0])).all() and parts[0].dtype.kind == "f":
+    few = len(np.unique(values[0], axis=0)) <= _most_classes(len(values[0]))
+    if few and (values[0] == np.round(values[0])).all() and parts[0].dtype.kind == "f":
         notes.append("all of them are whole: write labels as integers if they are classes")
     elif values[0].std() > 100:
         notes.append(f"targets have a deviation of {values[0].std():.3g}: consider to rescale them")
     return Targets(values, values[0].shape[1], are_numbers=True, notes=notes)
+
+
+def _most_classes(samples: int) -> int:
+    """So many different targets may be classes."""
+    return max(4, samples // 2)
 
 
 def _as_classes(parts: list[Array], raw: Raw) -> Targets:
@@ -146,7 +152,7 @@ def _as_classes(parts: list[Array], raw: Raw) -> Targets:
         raise DataError(f"{raw.where}: label {labels[0]} is negative; number classes from 0 on")
     if len(labels) < 2:
         raise DataError(f"{raw.where}: all samples have the same label, {labels[0]!s}")
-    if len(labels) > max(4, len(train) // 2):
+    if len(labels) > _most_classes(len(train)):
         remedy = "for regression give floats, or --loss mse" if whole else "name the column with the label target"
         raise DataError(f"{raw.where}: {len(labels):,} different labels in {len(train):,} training samples; {remedy}")
     values = [np.searchsorted(labels, y).astype(np.int64) for y in parts]

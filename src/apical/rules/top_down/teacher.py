@@ -152,9 +152,10 @@ class TopDownNetwork(nn.Module):
         wanted = f"a learner with hidden widths {list(widths)} and {outputs} outputs"
         fits = 1 <= len(widths) <= len(self.widths) if self.shallower else len(widths) == len(self.widths)
         if outputs != self.outputs or not fits:
-            depths = f"1 to {len(self.widths)}" if self.shallower else f"{len(self.widths)}"
+            depths = f"{'1 to ' * (self.shallower and len(self.widths) > 1)}{len(self.widths)}"
+            layers = "hidden layer" if depths == "1" else "hidden layers"
             raise UnsupportedModelError(
-                f"the top-down network was made for {depths} hidden layers and {self.outputs} outputs and "
+                f"the top-down network was made for {depths} {layers} and {self.outputs} outputs and "
                 f"cannot teach {wanted}; evolve one for it: apical evolve --model ..."
             )
         if self.sites is None and tuple(widths) != self.widths:

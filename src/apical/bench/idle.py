@@ -1,0 +1,51 @@
+"""Settings that were given and would change nothing: refused, not passed over."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apical.bench.recipe import Recipe
+from apical.data import Dataset
+from apical.errors import ConfigError
+
+_GOVERNED = {"lr_min": "lr_cosine", "clip_over": "clip", "pretrain_lr": "pretrain_epochs"}
+"""Settings that matter only where another one is on."""
+_RATES = ("feedback_lr", "feedback_beta1", "feedback_beta2", "feedback_eps", "feedback_weight_decay")
+
+
+def refuse_idle(given: Mapping[str, Any], recipes: Sequence[Recipe], dataset: Dataset, *, has_feedback: bool) -> None:
+    """Refuse given settings that none of the recipes makes use of.
+
+    Args:
+        given: the recipe's fields that the user set, and their values; the defaults' own are let pass.
+        recipes: of all rules, complete.
+        has_feedback: a rule has feedback weights that learn by themselves.
+
+    Raises:
+        ConfigError: names the options, and why.
+    """
+    reasons = {
+        name: f"{_flag(other)} is off"
+        for name, other in _GOVERNED.items()
+        if not any(getattr(recipe, other) for recipe in recipes)
+    }
+    if all(recipe.optimizer == "sgd" for recipe in recipes):
+        reasons |= dict.fromkeys(("beta2", "eps", "feedback_beta2", "feedback_eps"), "--optimizer sgd has none")
+    if not any(recipe.has_feedback_passes for recipe in recipes):
+        reasons["feedback_fraction"] = "there are no feedback passes"
+    if not has_feedback:
+        reasons |= dict.fromkeys(_RATES, "no rule here has feedback weights that learn apart")
+    if not any(any(recipe.weight_decay) for recipe in recipes):
+        reasons["decay_on"] = "--weight-decay is off"
+    if not dataset.is_sequences:
+        reasons["context"] = "the data have no tokens"
+    if not dataset.is_text:
+        reasons["tokens"] = "the data are no text"
+    defaults = Recipe.__dataclass_fields__
+    idle = [name for name, value in given.items() if name in reasons and value != defaults[name].default]
+    if idle:
+        said = ", ".join(f"{_flag(name)} ({reasons[name]})" for name in idle)
+        raise ConfigError(f"without effect here: {said}; leave {'it' if len(idle) == 1 else 'them'} out")
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
