@@ -618,7 +618,7 @@ class Twice(Own):
 @pytest.mark.parametrize("kind", [Holder, Twice])
 def test_a_site_whose_input_needs_an_error_is_not_the_first_layer(kind: type[nn.Module]) -> None:
     model, x, y = kind().double(), torch.randn(5, 8, dtype=D), torch.randn(5, 8, dtype=D)
-    with pytest.raises(UnsupportedModelError, match="'weight' was taken for the first layer.*first_layer=True"):
+    with pytest.raises(UnsupportedModelError, match=r"'weight' was taken for the first layer.*first_layer=True"):
         apical.FeedbackAlignment(model, squared, sites=("weight",))(x, y)
     rule = apical.FeedbackAlignment(model, squared, sites=("weight",), first_layer=True)
     rule.feedback_weights()["weight"].copy_(model.weight.detach())  # then it is backpropagation
