@@ -217,6 +217,7 @@ class Pass:
         self.cuts: list[Cut] = []
         self.calls_of: dict[Vertex, int] = {}
         self.near: str | None = None  # the last weighted layer
+        self.single = 0  # axes of its output, if that is of one sample
         self.last: Tensor | None = None  # what came out of the last cut
         self.version = 0  # of that tensor then
         self.at: Vertex | None = None  # and what went in
@@ -249,6 +250,8 @@ class Pass:
             self.cuts[-1] = Cut(*self.cuts[-1][:-1], name)
         self.events.append(name)
         self.near = name
+        axes = len(layer.kernel_size) + 1 if isinstance(layer := self.cutting.layers[name], _ConvNd) else 1
+        self.single = axes if isinstance(output, Tensor) and output.dim() == axes else 0
         if not torch.compiler.is_compiling():
             if self.learns and not torch.is_grad_enabled():
                 refuse_hidden(name)
@@ -313,6 +316,11 @@ class Pass:
 
     def cut(self, name: str, hidden: Tensor, in_place: bool = False) -> Tensor:
         """End a unit: what is returned has the same numbers, and no past."""
+        if self.single and hidden.dim() == self.single:
+            raise UnsupportedModelError(
+                f"layer {self.near!r} is called on a single sample (its unit has the shape {tuple(hidden.shape)}), so it "
+                "cannot be told which errors belong to it; call it on the whole batch (batch, ...)"
+            )
         root = hidden
         if not self.plain:
             root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))

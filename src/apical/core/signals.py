@@ -83,8 +83,8 @@ class Cut(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Channels of the unit."""
-        return self.shape[self.axis]
+        """Channels of the unit; one where its outputs are one number per sample, (batch,)."""
+        return self.shape[self.axis] if len(self.shape) > 1 else 1
 
     @property
     def places(self) -> int:
