@@ -357,6 +357,7 @@ class Trace(Pass):
     Attributes:
         calls: in order.
         folds: numbers of rows of tensors in which each sample has several rows, one behind the other.
+        fed: results that were made of the batch, not of weights alone.
         shrinkage: what divides the squared length of an error on its way down: averages and layers with small weights.
     """
 
@@ -365,6 +366,7 @@ class Trace(Pass):
         self.calls: list[Call] = []
         self.shrinkage: dict[Vertex, float] = {}
         self.folds: set[int] = set()
+        self.fed: set[Vertex | None] = set()
 
     def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Nothing is cut."""
@@ -372,6 +374,8 @@ class Trace(Pass):
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a layer's output."""
         super().layer(name, output)
+        for _, part in parts(name, output):
+            self._note_fed(part)
         at = self.sites[-1][1] if isinstance(output, Tensor) else None
         self.calls.append(Call("layer", self.number(name), name, at))
         if at is not None:
@@ -391,8 +395,13 @@ class Trace(Pass):
         """Noted as every module's output."""
         return None
 
+    def _note_fed(self, output: Tensor) -> None:
+        if self.rows is None or not self.rows.made or output in self.rows.made:  # no batch was found: it may be anything
+            self.fed.add(vertex(output))
+
     def _watch(self, output: Tensor) -> None:
         """From now on, follow the samples if this is a unit that could have moved rows."""
+        self._note_fed(output)
         if not self.cutting.moves_rows and self.rows is not None:
             self.cutting.moves_rows = self.rows.moves(output, self.folds)
 
@@ -414,6 +423,7 @@ class Trace(Pass):
             self.activation(name, result, None)
         elif isinstance(result, Tensor) and result.grad_fn is not None:
             at = cast(Vertex, vertex(result))
+            self._note_fed(result)
             self.calls.append(Call("function", self.number(name), name, at, shape=tuple(result.shape)))
             kind = getattr(function, "__name__", "")
             if kind in AVERAGES and args and isinstance(args[0], Tensor):
