@@ -76,6 +76,7 @@ ACCEPTED: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "functional lenet": (FunctionalLenet(), (1, 6, 6), ["a", "b", "c", "d"]),
     "functional": (Forward(lambda m, x: m.second(F.relu(m.first(x)))), (4,), ["first", "second"]),
     "functional in place": (Forward(lambda m, x: m.second(m.first(x).relu_())), (4,), ["first", "second"]),
+    "generated": (torch.fx.symbolic_trace(Forward(lambda m, x: m.second(m.first(x).tanh()))), (4,), ["first", "second"]),
     "looks at a function": (
         Forward(lambda m, x: m.second(m.act(_seen(m.first(x), lambda y: y.relu().sum())))),
         (4,),

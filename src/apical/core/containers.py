@@ -7,6 +7,7 @@ forward method may take another way when an attribute or a global is another.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,12 @@ _EVERY_MODULES = {*vars(nn.Module()), "forward"}
 
 def is_written(module: nn.Module) -> bool:
     """Whether its forward method is the user's."""
-    return not type(module).forward.__module__.startswith(KNOWN)
+    return not _place(type(module).forward).startswith(KNOWN)
+
+
+def _place(function: Callable[..., Any]) -> str:
+    """The module of Python that a function is written in; of one that was generated, as by torch.fx, there is none."""
+    return function.__module__ or ""
 
 
 class Containers:
@@ -128,7 +134,7 @@ def _methods(kind: type) -> list[object]:
 
 def _scope(function: FunctionType, depth: int = 2) -> object:
     """What a function finds by the names in its code: globals, what encloses it, and in functions of these."""
-    if not depth or function.__module__.startswith(("torch", "apical.")):
+    if not depth or _place(function).startswith(("torch", "apical.")):
         return id(function)
     held = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
     for cell in function.__closure__ or ():
