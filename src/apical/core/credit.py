@@ -17,6 +17,7 @@ from apical.errors import ApicalError, ConfigError, UnsupportedModelError, requi
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
+    from apical.core.units import Found
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
@@ -234,9 +235,7 @@ class Panel:
 def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: Iterable[Batch]) -> dict[str, float]:
     """Accuracy (0 to 1) at each layer; empty where targets are numbers, or not one class for each sample.
 
-    Args:
-        read_outs: inputs -> classes (batch,) by layer.
-        test: batches.
+    `read_outs` maps the inputs of a batch to classes (batch,) by layer.
     """
     hits, samples = Counter[str](), 0
     for inputs, targets in test:
@@ -287,6 +286,7 @@ class CreditRule(nn.Module):
     _placement: "Placement | None" = None
     _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
     _held: Any = None  # of a batch between its calls
+    _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
     _unmoved: int = 0  # steps in which the model's weights moved and none of the rule's own; below 0 nobody looks any more
     _versions: Sequence[int] = ()
 
@@ -397,10 +397,7 @@ class CreditRule(nn.Module):
         return cast(Tensor, self.model(inputs))
 
     def constrain_(self) -> None:
-        """Put parameters back into the range that the rule keeps them in; to be called after `optimizer.step()`.
-
-        Most rules have no such range, and do nothing.
-        """
+        """Put parameters back into the range that the rule keeps them in, if any; to be called after `optimizer.step()`."""
 
     def restart(self) -> None:
         """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
@@ -483,13 +480,15 @@ class CreditRule(nn.Module):
         return self.two_phase and any(parameter.requires_grad for parameter in self.feedback_parameters())
 
     def require_attached(self) -> None:
-        """Refuse to work on a model that the rule was detached from.
+        """Refuse to work on a model that the rule was detached from, or whose layers are others by now.
 
         Raises:
             ConfigError: :meth:`detach` was called.
         """
         if not self._attached:
             raise ConfigError(f"this {type(self).__name__} was detached from its model; make a new rule")
+        if self._found is not None:
+            self._found.require_intact(type(self).__name__)
 
     def detach(self) -> nn.Module:
         """Remove everything from the model and return it: same class, state-dict keys and outputs as before."""

@@ -30,7 +30,7 @@ from apical.core.packed import Part, block_of, caller, refuse_compiled, row_bloc
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options_of, trains_before
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
-from apical.core.units import key, weighted_layers
+from apical.core.units import Found, key, weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError
 
 Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
@@ -126,17 +126,16 @@ class EdgeRule(CreditRule):
         super().__init__(model, loss)
         self._weighted = weighted_layers(model, exact, shared=True, packed="parts", sites=sites)
         self.exact, self.sites, self.through_time = tuple(exact), tuple(sites), through_time
-        first, part = next(iter(self._weighted.items()))
-        every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-        is_reused = every.count(id(caller(part))) > 1
-        self._first = None if first_layer or is_reused or trains_before(model, caller(part)) else first
+        first, module = next((name, caller(part)) for name, part in self._weighted.items())
+        every = [id(each) for _, each in model.named_modules(remove_duplicate=False)]
+        self._first = None if first_layer or every.count(id(module)) > 1 or trains_before(model, module) else first
         still = set() if through_time else self._recurrent()
         self.layers = {name: layer for name, layer in self._weighted.items() if name not in {self._first, *still}}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
         self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
-        self._batches = self._passes = 0
+        self._found, self._batches, self._passes = Found(model), 0, 0
         self._may_swap = self._watched = False
         self._present: dict[str, Feedback] = {}
         self._attach()
@@ -376,8 +375,9 @@ class EdgeRule(CreditRule):
         finally:
             self._present = {}
             self._watched = self._watched or (watch is not None and watch.found is None)
-            for wrapped, _ in self._sites.values():
+            for wrapped, site in self._sites.values():
                 wrapped.rule = wrapped.site = None
+                site.follow(substitutes)
             for wrapped, bundle in self._bundles.values():
                 wrapped.rule = wrapped.site = None
                 bundle.settle()

@@ -1,8 +1,9 @@
 """The places where a rule of the feedback-alignment family puts its feedback: one a layer, and how the layer is called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from apical.core.effective import probe
@@ -74,6 +75,13 @@ class Site:
         self.varies = False
         if not self.plain and self.swap is not None:
             self.probed, self.varies = probe(self.name, self.layer, self.forward)
+
+
+    def follow(self, substitutes: Collection[str]) -> None:
+        """Where something stood in for the weight: a hook may have given it other data, which are the weight's then."""
+        own = self.own.get("weight") if substitutes and not torch.compiler.is_compiling() else None
+        if own is not None and self.weight is not None and self.weight.data_ptr() != own.data_ptr():
+            own.data = self.weight.data
 
 
 def graph_leaves(loss: Tensor) -> set[int]:

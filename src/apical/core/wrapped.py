@@ -238,7 +238,7 @@ class RowGain(torch.autograd.Function):
         """The parameter: a weight of the layout of `shape`, or a bias (n,); `gain` is (n,)."""
         ctx.save_for_backward(gain)
         ctx.geometry = shape
-        return parameter.view_as(parameter)
+        return parameter.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -274,7 +274,7 @@ class SolveTap(torch.autograd.Function):
     def forward(ctx: Any, solve: Solve, *parameters: Tensor) -> tuple[Tensor, ...]:
         """The parameters."""
         ctx.solve = solve
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
+        return tuple(parameter.detach() for parameter in parameters)
 
     @staticmethod
     @once_differentiable
