@@ -1,5 +1,6 @@
 """`credit.loss` is the one root of every rule's whole update: whatever a trainer does with a loss, it does to the update."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -118,6 +119,20 @@ def test_a_second_backward_pass_is_refused_or_doubles(name: str, way: str) -> No
     same(gradients(rule), gradients(once), 2.0)
     with pytest.raises(RuntimeError, match="a second time"):
         back()
+
+
+@pytest.mark.parametrize("name", [name for name in OF_CLASSES if name != "bp"])
+def test_second_derivatives_of_what_is_no_derivative_are_refused(name: str) -> None:
+    rule = make(name)
+    with pytest.raises(ConfigError, match="create_graph=True"), warnings.catch_warnings(action="ignore"):
+        credit_of(rule).loss.backward(create_graph=True)
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_nothing_to_learn_is_an_error(name: str) -> None:
+    rule = make(name).requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing learns"):
+        rule(*batch()).backward()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.errors import ApicalError, ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ApicalError, ConfigError, UnsupportedModelError, refuse_second_derivatives, require_choice
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
@@ -45,9 +44,9 @@ class OneRoot(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """`scale * signal` for each root, multiplied in the wider of the two types."""
+        refuse_second_derivatives()
         return (None, None, *(scale if signal is None else _scaled(signal, scale) for signal in ctx.saved_tensors))
 
 
@@ -66,9 +65,9 @@ class KnownGradients(torch.autograd.Function):
         return parameters[0].new_zeros(())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times `scale`. Times one they are handed over as they are: `.grad` takes them without a copy."""
+        refuse_second_derivatives()
         if not scale.is_cuda and scale.item() == 1.0:
             return (None, *ctx.saved_tensors)
         return (None, *(gradient * scale for gradient in ctx.saved_tensors))
@@ -160,7 +159,7 @@ class Credit:
 
     def backward(self, retain_graph: bool | None = None) -> None:
         """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
-        if self.roots and not any(root.requires_grad for root in self.roots):
+        if not any(root.requires_grad for root in self.roots):
             raise ConfigError("nothing learns: all parameters are frozen, or the rule was called under torch.no_grad()")
         self._let_go()
         torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)

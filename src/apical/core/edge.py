@@ -31,7 +31,7 @@ from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
 from apical.core.units import Found, key, weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError, refuse_second_derivatives
 
 Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 """`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
@@ -73,6 +73,7 @@ class FeedbackEdge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Split the error: to the layer's own derivative, and by feedback to the layer below."""
+        refuse_second_derivatives()
         tensors, template = ctx.saved_tensors, None
         if ctx.keeps:
             template, *tensors = tensors
@@ -87,9 +88,7 @@ class FeedbackEdge(torch.autograd.Function):
             below, *grads = ctx.pathway(ctx.geometry, delta, template, *tensors)
         elif template is not None:
             below = transport(ctx.geometry, delta, ctx.feedback(ctx.geometry, *tensors), template)
-        if below is not None:
-            below = below.to(ctx.input_dtype)
-        return (delta, below, None, None, None, *grads)
+        return (delta, None if below is None else below.to(ctx.input_dtype), None, None, None, *grads)
 
 
 class EdgeRule(CreditRule):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apical.core.rows import Labels
+from apical.errors import refuse_second_derivatives
 
 
 class Teacher:
@@ -34,6 +35,7 @@ class TeachingSignal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         """The signal, made now."""
+        refuse_second_derivatives()
         return ctx.teacher.signal(ctx.index, scale), None, None
 
 

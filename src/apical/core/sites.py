@@ -76,7 +76,6 @@ class Site:
         if not self.plain and self.swap is not None:
             self.probed, self.varies = probe(self.name, self.layer, self.forward)
 
-
     def follow(self, substitutes: Collection[str]) -> None:
         """Where something stood in for the weight: a hook may have given it other data, which are the weight's then."""
         own = self.own.get("weight") if substitutes and not torch.compiler.is_compiling() else None
