@@ -125,9 +125,9 @@ class EdgeRule(CreditRule):
         super().__init__(model, loss)
         self._weighted = weighted_layers(model, exact, shared=True, packed="parts", sites=sites)
         self.exact, self.sites, self.through_time = tuple(exact), tuple(sites), through_time
-        first, module = next((name, caller(part)) for name, part in self._weighted.items())
-        every = [id(each) for _, each in model.named_modules(remove_duplicate=False)]
-        self._first = None if first_layer or every.count(id(module)) > 1 or trains_before(model, module) else first
+        first, part = next(iter(self._weighted.items()))
+        every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+        self._first = None if first_layer or every.count(id(caller(part))) > 1 or trains_before(model, part) else first
         still = set() if through_time else self._recurrent()
         self.layers = {name: layer for name, layer in self._weighted.items() if name not in {self._first, *still}}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}

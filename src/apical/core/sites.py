@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from apical.core.effective import probe
 from apical.core.layer_forward import Wrapped
-from apical.core.layers import computes_plainly, through
+from apical.core.layers import computes_plainly, is_packed, through
+from apical.core.packed import Part, caller
 from apical.core.swap import Swap
 from apical.core.transport import geometry
 from apical.core.units import Layer
@@ -97,9 +98,13 @@ def graph_leaves(loss: Tensor) -> set[int]:
     return leaves
 
 
-def trains_before(model: nn.Module, first: nn.Module) -> bool:
-    """Whether trainable parameters are registered before those of the module `first`."""
-    own = {id(parameter) for parameter in first.parameters()}
+def trains_before(model: nn.Module, first: Any) -> bool:
+    """Whether parameters that train are registered before those of the first layer, or beside it in a module of a user's."""
+    module = caller(first)
+    others = (parameter for parameter in module.parameters() if parameter is not getattr(first, "weight", None))
+    if isinstance(first, Part) and not is_packed(module) and any(parameter.requires_grad for parameter in others):
+        return True
+    own = {id(parameter) for parameter in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) in own:
             return False
