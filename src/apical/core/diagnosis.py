@@ -159,6 +159,18 @@ def _nodes(root: Node | None) -> set[Node]:
     return seen
 
 
+def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
+    """What is looked at before a batch; `first` is the first of its kind of loss and targets.
+
+    Raises:
+        ConfigError: see :func:`require_loss_of_output`.
+    """
+    if rule._unmoved >= 0:
+        look_at_optimizer(rule)
+    if first and rule.output_alone and len(args) == 2:
+        require_loss_of_output(rule, *args)
+
+
 def look_at_optimizer(rule: CreditRule) -> None:
     """Warn once of parameters of the rule's own that learn and that no optimiser moves, as it moves the model's."""
     models = list(rule.model.parameters())
