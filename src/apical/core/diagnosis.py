@@ -30,6 +30,8 @@ def explained(rule: nn.Module, inputs: Any, targets: Any) -> ApicalError | None:
     if isinstance(inputs, Tensor) and parameter is not None and (parameter.is_meta or inputs.is_meta):
         where = "the model is" if parameter.is_meta else "the inputs are"
         return ConfigError(f"{where} on the meta device, which holds no numbers: make them on another")
+    if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(inputs)):
+        return ConfigError("inputs made under torch.inference_mode() cannot be learned from: give inputs.clone()")
     with undisturbed(rule), torch.no_grad():
         try:
             output = model(inputs)
