@@ -90,7 +90,7 @@ class WeightMirror(EdgeRule):
             for name, weight in weights.items():
                 feedback = self.feedback.get_buffer(key(name))
                 device = feedback.device if self.generator is None else self.generator.device
-                size = (self.batch, weight[0].numel())
+                size = (self.batch, weight.shape[1:].numel())
                 noise = torch.randn(size, generator=self.generator, dtype=feedback.dtype, device=device).to(feedback.device)
                 with torch.autocast(feedback.device.type, enabled=False):  # the mirror works in the feedback's own precision
                     feedback.lerp_(mirror(weight.to(feedback), noise), self.rate)
