@@ -407,6 +407,23 @@ def test_hooks_that_only_look_are_welcome() -> None:
     assert seen
 
 
+@pytest.mark.parametrize("changes", [False, True])
+def test_hooks_on_every_module_may_look_and_not_change(changes: bool) -> None:
+    chain, inputs = Chain(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))), torch.randn(2, 4)
+    expected = chain.run(inputs)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, given, made: 2 * made if changes and isinstance(module, nn.Tanh) else None
+    )
+    try:
+        if changes:
+            with pytest.raises(UnsupportedModelError, match=r"a hook on module '1' \(Tanh\) changes"):
+                chain.run(inputs)
+        else:
+            assert torch.equal(chain.run(inputs).r[-1], expected.r[-1])
+    finally:
+        hook.remove()
+
+
 def test_checkpointed_segments_are_seen_through() -> None:
     model = Forward(lambda m, x: m.second(checkpoint(lambda y: m.act(m.first(y)), x, use_reentrant=False)))
     assert [stage.name for stage in Chain(model).stages] == ["first", "second"]

@@ -109,7 +109,7 @@ class WeightMirror(EdgeRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """One mirror step, then the credit of the batch."""
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.mirror()
         return super().forward(inputs, targets)
 
