@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit, CreditRule
-from apical.errors import ConfigError
+from apical.errors import ApicalError, ConfigError
 from apical.testing import Factory, dense_network, settings
 
 OUTPUT_CARRIES = (apical.Backprop, apical.core.edge.EdgeRule)
@@ -126,6 +126,20 @@ def test_second_derivatives_of_what_is_no_derivative_are_refused(name: str) -> N
     rule = make(name)
     with pytest.raises(ConfigError, match="create_graph=True"), warnings.catch_warnings(action="ignore"):
         credit_of(rule).loss.backward(create_graph=True)
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_what_made_the_inputs_gets_an_error_or_a_refusal(name: str) -> None:
+    """An encoder before the model would stay as it is, in silence."""
+    inputs, targets = batch()
+    rule, encoder = make(name), nn.Linear(6, 6).double()
+    rule(encoder(inputs).clamp(0, 1).detach(), targets).backward()
+    try:
+        rule.restart()
+        rule(encoder(inputs).clamp(0, 1), targets).backward()
+        assert encoder.weight.grad is not None
+    except ApicalError as error:
+        assert "first_layer=True" in str(error) or "inputs.detach()" in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("name", OF_CLASSES)

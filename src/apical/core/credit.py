@@ -372,6 +372,10 @@ class CreditRule(nn.Module):
             if reason is None:
                 raise
             raise reason from error
+        if not self.chains_errors and args and getattr(args[0], "requires_grad", False) and torch.is_grad_enabled():
+            from apical.core.diagnosis import require_reached
+
+            require_reached(self, args[0], credit)
         if first and self._loss_options and len(args) == 2:
             from apical.core.loss_options import require_plain
 
@@ -461,11 +465,7 @@ class CreditRule(nn.Module):
         return Measures(layers=own(*probe)) if callable(own) else Measures()
 
     def panels(self, probe: Batch) -> Sequence[Panel]:
-        """Figures of the trained network; by default those that the model has, if it has a method `panels(inputs, targets)`.
-
-        Args:
-            probe: as of :meth:`measures`.
-        """
+        """Figures of the trained network; by default those of the model's method `panels(inputs, targets)`, where it is."""
         own = getattr(self.model, "panels", None)
         return own(*probe) if callable(own) else ()
 

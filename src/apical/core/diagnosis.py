@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
-from apical.core.credit import CreditRule
+from apical.core.credit import Credit, CreditRule
 from apical.core.rest import undisturbed
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
@@ -159,6 +159,27 @@ def _nodes(root: Node | None) -> set[Node]:
             seen.add(at)
             waiting += [child for child, _ in at.next_functions if child is not None]
     return seen
+
+
+def require_reached(rule: CreditRule, inputs: Tensor, credit: Credit) -> None:
+    """Refuse inputs that wait for an error which this rule does not send them.
+
+    Raises:
+        ConfigError: no root of the credit leads to them.
+    """
+    waiting = [root.grad_fn for root in credit.roots]
+    seen: set[Node | None] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node is not None and (node is inputs.grad_fn or getattr(node, "variable", None) is inputs):
+            return
+        if node is not None and node not in seen:
+            waiting += [below for below, _ in node.next_functions]
+        seen.add(node)
+    raise ConfigError(
+        f"inputs require a gradient, and {type(rule).__name__} sends none to them, nor to what made them: give "
+        "inputs.detach(), or choose a rule whose error passes the first layer"
+    )
 
 
 def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
