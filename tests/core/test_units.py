@@ -413,6 +413,18 @@ def test_layers_that_are_others_than_the_rule_found_are_refused(name: str, chang
         rule(torch.randn(8, 6), torch.arange(8) % 4)
 
 
+@pytest.mark.parametrize("name", ["fa", "dfa", "dfc", "ccl"])
+def test_compiled_rules_refuse_them_too(name: str) -> None:
+    """The graph would go on with the layer that is gone."""
+    rule, inputs, targets = made(name), torch.randn(8, 6), torch.arange(8) % 4
+    torch._dynamo.reset()
+    compiled = torch.compile(rule, backend="eager")
+    compiled(inputs, targets).backward()
+    replace_layer(rule.model)
+    with pytest.raises(UnsupportedModelError, match="taken out of"):
+        compiled(inputs, targets)
+
+
 @pytest.mark.parametrize("name", ["fa", "kp", "pfa", "grapes"])
 def test_other_modules_may_come_and_go(name: str) -> None:
     rule, inputs, targets = made(name), torch.randn(8, 6), torch.arange(8) % 4

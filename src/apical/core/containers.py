@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apical.core.layers import is_hooked, runs_own_forward
 from apical.core.rest import evaluating
-from apical.core.units import leaves
+from apical.core.units import Found, leaves
 from apical.errors import UnsupportedModelError
 
 KNOWN = ("torch.nn.", "apical.core.", "apical.models.", "apical.rules.")
@@ -53,6 +53,7 @@ class Containers:
         self.modules = [(name, module, list(module.children())) for name, module in containers]
         self.written = [module for _, module in containers if is_written(module)]
         self._batches, self._choices = 0, self._attributes()
+        self._found = Found(model, activations=True)
 
     def require_intact(self, inputs: Tensor, own: Callable[[Tensor], Tensor]) -> None:
         """Run the model where a container computes what it did not, or may, and compare.
@@ -67,6 +68,7 @@ class Containers:
         Raises:
             UnsupportedModelError: the model computes something else, or has lost a module; it is named.
         """
+        self._found.require_intact("the rule")
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._are_functorch_transforms_active():
             return  # no look at values there

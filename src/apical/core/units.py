@@ -164,7 +164,11 @@ class Found:
         Raises:
             UnsupportedModelError: names them.
         """
-        if torch.compiler.is_compiling() or all([*held.values()] == children for held, children in self._children):
+        if torch.compiler.is_compiling():
+            intact = all(_are(held, children) for held, children in self._children)
+        else:
+            intact = all([*held.values()] == children for held, children in self._children)
+        if intact:
             return
         now = self._now()
         changed = [name for name in {**self._layers, **now} if self._layers.get(name) is not now.get(name)]
@@ -189,6 +193,11 @@ class Found:
         inside = {part for _, leaf in leaves(self.model) for part in leaf.modules()}
         others = [module for module in self.model.modules() if module not in inside]
         return [(module._modules, [*module._modules.values()]) for module in others]
+
+
+def _are(held: Mapping[str, nn.Module | None], children: list[nn.Module | None]) -> bool:
+    """Whether a module holds these children; in words that a compiler follows and guards."""
+    return len(held) == len(children) and all(a is b for a, b in zip(held.values(), children, strict=True))
 
 
 def _check_names(model: nn.Module, exact: Collection[str]) -> None:
