@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit, CreditRule
-from apical.errors import UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError
 from apical.testing import check_model
 from apical.testing.model import CHECKS
 
@@ -248,6 +248,32 @@ def test_compiled_is_checked_or_said_why_not() -> None:
 def test_a_refusal_comes_through() -> None:
     with pytest.raises(UnsupportedModelError, match="'1'"):
         check_model(apical.FeedbackAlignment(nn.Sequential(nn.Linear(6, 8), nn.Bilinear(8, 8, 4))), *batch())
+
+
+class OnAGraph(nn.Module):
+    """Takes as many rows as the graph has nodes, one of its layers without any unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.none, self.c, self.edges = nn.Linear(6, 8), nn.Linear(8, 0), nn.Linear(8, 4), torch.eye(8).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.edges @ self.a(x))
+        return self.c(torch.cat([h, torch.relu(self.none(h))], 1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("kind", [apical.FeedbackAlignment, apical.WeightMirror, apical.ProductFeedbackAlignment])
+def test_batches_that_the_model_does_not_take_are_not_tried(kind: Callable[..., CreditRule]) -> None:
+    report = check_model(kind(OnAGraph().double()), *batch(), skip=QUICK)
+    assert report.skipped["batch sizes"] == "the model takes batches of this size only"
+
+
+@pytest.mark.parametrize("kind", [apical.DirectFeedbackAlignment, apical.PredictiveCoding])
+def test_a_batch_without_any_gradient_accuses_nobody(kind: Callable[..., CreditRule]) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    with pytest.raises(ConfigError, match="all gradients of the loss are zero"):
+        check_model(kind(model), batch()[0], torch.zeros(8, dtype=torch.long), skip=QUICK)
 
 
 def test_unknown_checks_are_refused() -> None:

@@ -49,6 +49,21 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
 
 
+def refuse_second_derivatives() -> None:
+    """To be called in a backward pass, whose results are no derivatives: refuse to derive them once more.
+
+    Raises:
+        ConfigError: the pass records a graph (`create_graph=True`).
+    """
+    import torch
+
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise ConfigError(
+            "gradients of gradients (create_graph=True) exist under backpropagation alone: what this rule sends down is no "
+            "derivative of the loss, so there is nothing to derive once more; leave create_graph out, or use Backprop"
+        )
+
+
 def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Refuse a value that is none of an option's choices.
 

@@ -76,6 +76,7 @@ ACCEPTED: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "functional lenet": (FunctionalLenet(), (1, 6, 6), ["a", "b", "c", "d"]),
     "functional": (Forward(lambda m, x: m.second(F.relu(m.first(x)))), (4,), ["first", "second"]),
     "functional in place": (Forward(lambda m, x: m.second(m.first(x).relu_())), (4,), ["first", "second"]),
+    "generated": (torch.fx.symbolic_trace(Forward(lambda m, x: m.second(m.first(x).tanh()))), (4,), ["first", "second"]),
     "looks at a function": (
         Forward(lambda m, x: m.second(m.act(_seen(m.first(x), lambda y: y.relu().sum())))),
         (4,),
@@ -404,6 +405,23 @@ def test_hooks_that_only_look_are_welcome() -> None:
     states = chain.run(inputs)
     assert all(torch.equal(a, b) for a, b in zip(states.v + states.r, expected.v + expected.r, strict=True))
     assert seen
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_hooks_on_every_module_may_look_and_not_change(changes: bool) -> None:
+    chain, inputs = Chain(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))), torch.randn(2, 4)
+    expected = chain.run(inputs)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, given, made: 2 * made if changes and isinstance(module, nn.Tanh) else None
+    )
+    try:
+        if changes:
+            with pytest.raises(UnsupportedModelError, match=r"a hook on module '1' \(Tanh\) changes"):
+                chain.run(inputs)
+        else:
+            assert torch.equal(chain.run(inputs).r[-1], expected.r[-1])
+    finally:
+        hook.remove()
 
 
 def test_checkpointed_segments_are_seen_through() -> None:

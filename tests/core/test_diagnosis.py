@@ -182,6 +182,18 @@ EACH = ("bp", "fa", "dfa", "tdca", "ccl", "dtp", "dfc", "strong-dfc", "ep", "cor
 
 
 @pytest.mark.parametrize("name", EACH)
+def test_a_batch_made_in_inference_mode_is_learned_from_or_refused_in_words(name: str) -> None:
+    with torch.inference_mode():
+        inputs, targets = torch.rand(8, 6, dtype=torch.double), torch.arange(8) % 4
+    rule = RULES[name](dense_network(), F.cross_entropy)
+    try:
+        rule(inputs, targets).backward()
+    except ApicalError as error:
+        assert "inputs.clone()" in str(error)  # noqa: PT017
+    rule(inputs.clone(), targets.clone()).backward()
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_inputs_that_the_model_does_not_take(name: str) -> None:
     x, y = batch()
     for change, words in UNFIT.values():

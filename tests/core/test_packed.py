@@ -597,6 +597,35 @@ def test_a_site_that_is_used_through_a_copy_is_refused() -> None:
         rule(inputs(), torch.randn(3, 6, 4))
 
 
+class Holder(Own):
+    """Its parameter is registered before the layer whose output it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(self.below(h).tanh())
+
+
+class Twice(Own):
+    """Its parameter multiplies what it has made itself."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(super().forward(h).tanh())
+
+
+@pytest.mark.parametrize("kind", [Holder, Twice])
+def test_a_site_whose_input_needs_an_error_is_not_the_first_layer(kind: type[nn.Module]) -> None:
+    model, x, y = kind().double(), torch.randn(5, 8, dtype=D), torch.randn(5, 8, dtype=D)
+    if kind is Twice:  # nothing else trains, so that only a forward pass can tell
+        with pytest.raises(UnsupportedModelError, match=r"'weight' was taken for the first layer.*first_layer=True"):
+            apical.FeedbackAlignment(model, squared, sites=("weight",))(x, y)
+    rule = apical.FeedbackAlignment(model, squared, sites=("weight",), first_layer=kind is Twice)
+    rule.feedback_weights()["weight"].copy_(model.weight.detach())  # then it is backpropagation
+    same(ruled(rule, x, y), gradients(model, model(x)), 1e-12)
+
+
 def test_a_module_used_twice_has_one_feedback() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     model, x = around(attention, lambda m, h: m(m(h, h, h)[0], h, h)[0]), inputs()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.rows import Rows
+from apical.errors import UnsupportedModelError
 
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
 
@@ -98,6 +99,53 @@ def test_direct_feedback_in_equations(name: str) -> None:
     assert torch.allclose(model.a.weight.grad, delta.T @ below, atol=1e-12)
     assert torch.allclose(model.a.bias.grad, delta.sum(0), atol=1e-12)
     apical.TopDownCreditAssignment(model)(x, targets).backward()
+
+
+class Gate(nn.Module):
+    """A gate with one number per sample, (batch,) or (batch, 1)."""
+
+    def __init__(self, squeezes: bool) -> None:
+        super().__init__()
+        self.a, self.gate, self.head, self.squeezes = nn.Linear(4, 6), nn.Linear(6, 1), nn.Linear(6, 3), squeezes
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        score = self.gate(h)
+        gate = score.squeeze(1).sigmoid().unsqueeze(1) if self.squeezes else score.sigmoid()
+        return self.head(h * gate)
+
+
+@pytest.mark.parametrize("rule", [apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment])
+def test_a_unit_of_one_number_per_sample_has_a_signal_for_each(rule: Callable[..., apical.CreditRule]) -> None:
+    gradients = []
+    for squeezes in (True, False):
+        torch.manual_seed(0)
+        taught = rule(Gate(squeezes))
+        for count in (6, 3, 1):
+            taught(torch.randn(count, 4), torch.arange(count) % 3).backward()
+        gradients.append([parameter.grad for parameter in taught.model.parameters()])
+    for squeezed, plain in zip(*gradients, strict=True):
+        assert torch.allclose(squeezed, plain, rtol=0, atol=1e-12)
+
+
+class OneByOne(nn.Module):
+    """Calls a layer on single samples."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([torch.tanh(self.layer(sample)) for sample in x])
+        return self.head(h.flatten(2).mean(2) if h.dim() > 2 else h)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6])
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Linear(4, 6), (4,)), (nn.Conv1d(2, 6, 3), (2, 6))], ids=["dense", "map"])
+def test_layers_that_are_called_on_single_samples_are_refused(layer: nn.Module, shape: tuple[int, ...], count: int) -> None:
+    for rule in (apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment):
+        with pytest.raises(UnsupportedModelError, match="'layer' is called on a single sample"):
+            rule(OneByOne(layer.double()))(torch.randn(count, *shape), torch.arange(count) % 3)
 
 
 def test_moments_first_where_there_are_as_many_as_samples() -> None:

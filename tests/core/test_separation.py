@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from leak_zoo import ZOO, Depth, Feed, Gru, InPlace, Mnist, Rnn, pre_activation, sequences, stream, token_loss, vectors
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import apical
@@ -18,6 +19,7 @@ from apical.core.cut import CutRule
 from apical.core.graph import Graph, vertex
 from apical.core.losses import output_error
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.testing import check_model
 
 DFA, TDCA = apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment
 
@@ -550,3 +552,83 @@ def test_rows_are_matched_whatever_the_axes() -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"'F\.tanh'.*cannot be told which errors"):
         DFA(Mixed())(inputs, targets.flatten())
+
+
+class Computed(nn.Module):
+    """The layer between two others makes its weight `(8, 6)` of parameters, by activations too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.below, self.layer, self.above, self.kind = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(8, 3), kind
+        self.softplus = nn.Softplus()
+        if kind == "parametrised":
+            parametrize.register_parametrization(self.layer, "weight", nn.Softplus())
+
+    def weight(self) -> Tensor:
+        if self.kind == "module":
+            return self.softplus(self.layer.weight)
+        return self.layer.weight if self.kind in ("parametrised", "parts") else F.softplus(self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.below(x))
+        if self.kind == "parametrised":
+            v = self.layer(h)
+        elif self.kind == "parts":
+            w = self.layer.weight
+            v = F.linear(h[:, :2], w[:, :2], self.layer.bias) + F.linear(h[:, 2:], w[:, 2:])
+        else:
+            v = F.linear(h, self.weight(), self.layer.bias)
+        return self.above(torch.tanh(v))
+
+
+def credited(
+    kind: type[CutRule], model: nn.Module, batch: tuple[Tensor, Tensor], given: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Call a rule with the feedback of another, and return its own."""
+    torch.manual_seed(3)  # of the teacher
+    rule = kind(model)
+    rule(*batch)
+    own = {name: value for name, value in rule.state_dict().items() if not name.startswith("model.")}
+    for value, wanted in zip(own.values(), own.values() if given is None else given.values(), strict=True):
+        value.copy_(wanted)
+    rule(*batch).backward()
+    return own
+
+
+@pytest.mark.parametrize("kind", ["parametrised", "module", "function", "parts"])
+@pytest.mark.parametrize("rule", [DFA, TDCA])
+def test_an_activation_of_a_weight_ends_no_unit_even_with_as_many_samples_as_rows(rule: type[CutRule], kind: str) -> None:
+    batch, model = (torch.randn(8, 5), torch.arange(8) % 3), Computed(kind)
+    plain = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    for mine, its in zip(plain[::2], (model.below, model.layer, model.above), strict=True):
+        weight = model.weight() if its is model.layer else its.weight
+        mine.load_state_dict({"weight": weight.detach(), "bias": its.bias.detach()})
+    credited(rule, plain, batch, credited(rule, model, batch))
+    parameters = [model.below.weight, *(p for name, p in model.layer.named_parameters() if "bias" not in name)]
+    through = torch.autograd.grad(model.weight(), parameters[1:], plain[2].weight.grad)
+    for parameter, wanted in zip(parameters, (plain[0].weight.grad, *through), strict=True):
+        assert torch.allclose(parameter.grad, wanted, rtol=0, atol=1e-12)
+
+
+class Generated(nn.Module):
+    """One layer makes the weight of the next of a code that is a parameter, as hypernetworks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.hidden, self.made = nn.Parameter(torch.randn(8, 4)), nn.Linear(4, 7), nn.Linear(7, 6)
+        self.below, self.above = nn.Linear(5, 6), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.made(torch.tanh(self.hidden(self.code)))
+        return self.above(torch.tanh(F.linear(torch.tanh(self.below(x)), weight)))
+
+
+@pytest.mark.parametrize("rule", [DFA, TDCA])
+def test_a_layer_that_sees_no_batch_is_exact_or_refused(rule: type[CutRule]) -> None:
+    batch = torch.randn(8, 5), torch.arange(8) % 3
+    with pytest.raises(UnsupportedModelError, match=r"'hidden' works on parameters, not on the batch"):
+        rule(Generated(), exact=("code",))(*batch)
+    model = Generated()
+    taught = rule(model, exact=("code", "hidden", "made"))
+    assert taught.hidden_units(batch[0]) == ["F.tanh", "F.tanh#1"]
+    check_model(taught, *batch, skip=("compiled",))

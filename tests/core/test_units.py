@@ -1,5 +1,6 @@
 """Every way a model can be refused, and that following the message's remedy makes it accepted and trained."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 import apical
 from apical.core.units import key, weighted_layers
 from apical.errors import UnsupportedModelError
+from apical.rules.node_importance import NodeImportance
 
 
 def net(*middle: nn.Module) -> nn.Sequential:
@@ -360,3 +362,74 @@ def test_keys_are_legal_and_distinct() -> None:
     for name in ("", "a", "a.b", "a.b.c", "ab"):
         holder.register_buffer(key(name), torch.zeros(1))
     assert len(dict(holder.named_buffers())) == 5
+
+
+def replace_layer(model: nn.Sequential) -> None:
+    model[1][0] = nn.Linear(6, 6)
+
+
+def replace_block(model: nn.Sequential) -> None:
+    model[1] = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+
+def append_layer(model: nn.Sequential) -> None:
+    model.append(nn.Linear(4, 4))
+
+
+def take_layer_out(model: nn.Sequential) -> None:
+    model[1] = nn.Tanh()
+
+
+ANYBODY: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
+    "fa": apical.FeedbackAlignment,
+    "wm": apical.WeightMirror,
+    "kp": apical.KolenPollack,
+    "pfa": lambda model: apical.ProductFeedbackAlignment(model, form="literal"),
+    "dfa": apical.DirectFeedbackAlignment,
+    "tdca": apical.TopDownCreditAssignment,
+    "grapes": lambda model: apical.Modulated(apical.Backprop(model), NodeImportance()),
+    "solved": lambda model: apical.LocalSolve(apical.Backprop(model)),
+    "dfc": apical.DeepFeedbackControl,
+    "pc": apical.PredictiveCoding,
+    "ccl": apical.CounterCurrentLearning,
+}
+
+
+def made(name: str) -> apical.CreditRule:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    rule = ANYBODY[name](nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), block, nn.Linear(6, 4)))
+    rule(torch.randn(8, 6), torch.arange(8) % 4).backward()
+    return rule
+
+
+@pytest.mark.parametrize("change", [replace_layer, replace_block, append_layer, take_layer_out])
+@pytest.mark.parametrize("name", ANYBODY)
+def test_layers_that_are_others_than_the_rule_found_are_refused(name: str, change: Callable[[nn.Sequential], None]) -> None:
+    """Backpropagation would train them, and hand its error on."""
+    rule = made(name)
+    change(rule.model)
+    with pytest.raises(UnsupportedModelError, match=r"taken out of|another function"):
+        rule(torch.randn(8, 6), torch.arange(8) % 4)
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa", "dfc", "ccl"])
+def test_compiled_rules_refuse_them_too(name: str) -> None:
+    """The graph would go on with the layer that is gone."""
+    rule, inputs, targets = made(name), torch.randn(8, 6), torch.arange(8) % 4
+    torch._dynamo.reset()
+    compiled = torch.compile(rule, backend="eager")
+    compiled(inputs, targets).backward()
+    replace_layer(rule.model)
+    with pytest.raises(UnsupportedModelError, match="taken out of"):
+        compiled(inputs, targets)
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "pfa", "grapes"])
+def test_other_modules_may_come_and_go(name: str) -> None:
+    rule, inputs, targets = made(name), torch.randn(8, 6), torch.arange(8) % 4
+    rule.model[1][1] = nn.ReLU()
+    rule.model.append(nn.Dropout(0.0))
+    parametrize.register_parametrization(rule.model[1][0], "weight", nn.Identity())
+    rule(inputs, targets).backward()
+    copy.deepcopy(rule)(inputs, targets).backward()

@@ -235,6 +235,14 @@ def test_product_feedback_alignment_with_identity_is_kolen_pollack() -> None:
     assert_equal(train(pfa), train(kp), 1e-12)
 
 
+def test_a_look_without_gradients_is_no_mirror_step() -> None:
+    rule = apical.WeightMirror(network(), rate=0.5, warmup=0)
+    before = {name: value.clone() for name, value in rule.feedback_weights().items()}
+    with torch.no_grad():
+        rule(*batch(0))
+    assert all(torch.equal(value, before[name]) for name, value in rule.feedback_weights().items())
+
+
 def test_weight_mirror() -> None:
     """B <- (1 - rho) B + rho y x^T / batch for unit noise, one step before each batch, then as feedback alignment."""
     model = network()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import CounterCurrentLearning, LocalClassifiers
-from apical.core.losses import squared_error
+from apical.core.losses import squared_error, token_cross_entropy
 from apical.diagnostics.cost import multiply_adds
 from apical.diagnostics.memory import peak_bytes
 from apical.errors import ConfigError, UnsupportedModelError
@@ -425,6 +425,8 @@ def test_refusals() -> None:
         LocalClassifiers(mlp(), local="similarity")(batch()[0], torch.randn(9, 4))
     with pytest.raises(ConfigError, match="empty"):
         LocalClassifiers(mlp())(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(ConfigError, match="made for blocks of"):
+        LocalClassifiers(mlp(), token_cross_entropy)(torch.randn(8, 3, 6), torch.zeros(8, 3, dtype=torch.long))
     rule = LocalClassifiers(mlp())
     rule.model.float()
     with pytest.raises(ConfigError, match="move"):

@@ -186,6 +186,19 @@ def test_probabilities_of_classes_are_not_taken_for_outputs(name: str) -> None:
     RULES[name](dense_network(), F.mse_loss)(inputs, soft).backward()
 
 
+@pytest.mark.parametrize("name", ["tdca", "strong-dfc"])
+def test_a_loss_is_asked_again_when_it_or_the_targets_are_of_another_kind(name: str) -> None:
+    """Also where the rule is called by keywords."""
+    inputs, targets = batch()
+    rule = RULES[name](dense_network(), F.cross_entropy)
+    rule(inputs=inputs, targets=targets).backward()
+    with pytest.raises(ConfigError, match="drives the outputs to targets that are numbers"):
+        rule(inputs=inputs, targets=F.one_hot(targets, 4).double())
+    rule.loss = OWN["smooth"]
+    with pytest.raises(ConfigError, match="least at other outputs than the labels say"):
+        rule(targets=targets, inputs=inputs)
+
+
 def test_output_error_of_a_plain_loss_keeps_no_graph() -> None:
     output, targets = torch.randn(8, 4, requires_grad=True), batch()[1]
     value, error = output_error(F.cross_entropy, output, targets)

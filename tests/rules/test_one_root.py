@@ -1,5 +1,6 @@
 """`credit.loss` is the one root of every rule's whole update: whatever a trainer does with a loss, it does to the update."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit, CreditRule
-from apical.errors import ConfigError
+from apical.errors import ApicalError, ConfigError
 from apical.testing import Factory, dense_network, settings
 
 OUTPUT_CARRIES = (apical.Backprop, apical.core.edge.EdgeRule)
@@ -118,6 +119,34 @@ def test_a_second_backward_pass_is_refused_or_doubles(name: str, way: str) -> No
     same(gradients(rule), gradients(once), 2.0)
     with pytest.raises(RuntimeError, match="a second time"):
         back()
+
+
+@pytest.mark.parametrize("name", [name for name in OF_CLASSES if name != "bp"])
+def test_second_derivatives_of_what_is_no_derivative_are_refused(name: str) -> None:
+    rule = make(name)
+    with pytest.raises(ConfigError, match="create_graph=True"), warnings.catch_warnings(action="ignore"):
+        credit_of(rule).loss.backward(create_graph=True)
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_what_made_the_inputs_gets_an_error_or_a_refusal(name: str) -> None:
+    """An encoder before the model would stay as it is, in silence."""
+    inputs, targets = batch()
+    rule, encoder = make(name), nn.Linear(6, 6).double()
+    rule(encoder(inputs).clamp(0, 1).detach(), targets).backward()
+    try:
+        rule.restart()
+        rule(encoder(inputs).clamp(0, 1), targets).backward()
+        assert encoder.weight.grad is not None
+    except ApicalError as error:
+        assert "first_layer=True" in str(error) or "inputs.detach()" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_nothing_to_learn_is_an_error(name: str) -> None:
+    rule = make(name).requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing learns"):
+        rule(*batch()).backward()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -98,6 +98,29 @@ def test_any_element_may_move_through_data(make: Any, move: Act) -> None:
     assert not agree(make, partial(train, after=move)).remarks
 
 
+def bounded(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.clamp_(-0.15, 0.15)
+
+
+def bounded_elsewhere(weight: Tensor) -> None:
+    weight.data = weight.data.clamp(-0.15, 0.15)
+
+
+@each_rule
+@pytest.mark.parametrize("form", ["auto", "explicit"])
+@pytest.mark.parametrize("bound", [bounded, bounded_elsewhere])
+def test_a_layer_may_bound_its_weight_in_a_hook(make: Any, form: str, bound: Callable[[Tensor], None]) -> None:
+    """Where something stands in for the weight, the hook changes the weight all the same."""
+    hooked, before = build(make, form), build(make, form)
+    for layer in hooked.model[::2]:
+        layer.register_forward_pre_hook(lambda layer, inputs: bound(layer.weight))
+    train(hooked)
+    train(before, start=lambda rule, optimizer, step: [bounded(layer.weight) for layer in rule.model[::2]])
+    for own, expected in zip(hooked.model.parameters(), before.model.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
+
+
 def hooked(kind: str) -> Callable[[Any], None]:
     """A hook of the user's within the optimiser's step, there from the beginning or later."""
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
 from apical.core.layers import Layer, computes_plainly, computes_weight, effective_weight, is_hooked, is_weighted
 from apical.core.transport import geometry
@@ -179,4 +180,5 @@ def is_changed_by_hooks(module: nn.Module, inputs: Tensor) -> bool:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks = module._forward_hooks, module._forward_pre_hooks, every._global_forward_hooks, every._global_forward_pre_hooks
+    return [hook for some in hooks for hook in some.values()]

@@ -114,13 +114,19 @@ class Bundle:
         if not self._checked:
             self._check(args, kwargs)
         with self._ready(args, kwargs) as weights, self.swap.over(weights):
-            return self.forward(*args, **kwargs)
+            result = self.forward(*args, **kwargs)
+        if self.first in self.swap.met and not is_packed(self.module):  # the error at its input will take the weight
+            self._refuse_error_at_first()
+        return result
 
     def _require_no_error_at_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.first is not None and any(value.requires_grad for value in _inputs(self.module, args, kwargs)):
-            raise UnsupportedModelError(
-                f"layer {self.first!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
-            )
+            self._refuse_error_at_first()
+
+    def _refuse_error_at_first(self) -> None:
+        raise UnsupportedModelError(
+            f"layer {self.first!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
+        )
 
     @contextmanager
     def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[tuple[str, Tensor]]]:

@@ -7,13 +7,14 @@ forward method may take another way when an attribute or a global is another.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apical.core.layers import is_hooked, runs_own_forward
 from apical.core.rest import evaluating
-from apical.core.units import leaves
+from apical.core.units import Found, leaves
 from apical.errors import UnsupportedModelError
 
 KNOWN = ("torch.nn.", "apical.core.", "apical.models.", "apical.rules.")
@@ -27,7 +28,12 @@ _EVERY_MODULES = {*vars(nn.Module()), "forward"}
 
 def is_written(module: nn.Module) -> bool:
     """Whether its forward method is the user's."""
-    return not type(module).forward.__module__.startswith(KNOWN)
+    return not _place(type(module).forward).startswith(KNOWN)
+
+
+def _place(function: Callable[..., Any]) -> str:
+    """The module of Python that a function is written in; of one that was generated, as by torch.fx, there is none."""
+    return function.__module__ or ""
 
 
 class Containers:
@@ -47,6 +53,7 @@ class Containers:
         self.modules = [(name, module, list(module.children())) for name, module in containers]
         self.written = [module for _, module in containers if is_written(module)]
         self._batches, self._choices = 0, self._attributes()
+        self._found = Found(model, activations=True)
 
     def require_intact(self, inputs: Tensor, own: Callable[[Tensor], Tensor]) -> None:
         """Run the model where a container computes what it did not, or may, and compare.
@@ -62,6 +69,8 @@ class Containers:
             UnsupportedModelError: the model computes something else, or has lost a module; it is named.
         """
         compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._found.require_intact("the rule")
         if not compiling and torch._C._are_functorch_transforms_active():
             return  # no look at values there
         if not compiling and (lost := self.names.keys() - set(self.model.modules())):
@@ -136,7 +145,7 @@ def _methods(kind: type) -> list[object]:
 
 def _scope(function: FunctionType, depth: int = 2) -> object:
     """What a function finds by the names in its code: globals, what encloses it, and in functions of these."""
-    if not depth or function.__module__.startswith(("torch", "apical.")):
+    if not depth or _place(function).startswith(("torch", "apical.")):
         return id(function)
     held = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
     for cell in function.__closure__ or ():

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.errors import ApicalError, ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ApicalError, ConfigError, UnsupportedModelError, refuse_second_derivatives, require_choice
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
+    from apical.core.units import Found
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
@@ -44,9 +44,9 @@ class OneRoot(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """`scale * signal` for each root, multiplied in the wider of the two types."""
+        refuse_second_derivatives()
         return (None, None, *(scale if signal is None else _scaled(signal, scale) for signal in ctx.saved_tensors))
 
 
@@ -65,9 +65,9 @@ class KnownGradients(torch.autograd.Function):
         return parameters[0].new_zeros(())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times `scale`. Times one they are handed over as they are: `.grad` takes them without a copy."""
+        refuse_second_derivatives()
         if not scale.is_cuda and scale.item() == 1.0:
             return (None, *ctx.saved_tensors)
         return (None, *(gradient * scale for gradient in ctx.saved_tensors))
@@ -159,7 +159,7 @@ class Credit:
 
     def backward(self, retain_graph: bool | None = None) -> None:
         """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
-        if self.roots and not any(root.requires_grad for root in self.roots):
+        if not any(root.requires_grad for root in self.roots):
             raise ConfigError("nothing learns: all parameters are frozen, or the rule was called under torch.no_grad()")
         self._let_go()
         torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)
@@ -234,9 +234,7 @@ class Panel:
 def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: Iterable[Batch]) -> dict[str, float]:
     """Accuracy (0 to 1) at each layer; empty where targets are numbers, or not one class for each sample.
 
-    Args:
-        read_outs: inputs -> classes (batch,) by layer.
-        test: batches.
+    `read_outs` maps the inputs of a batch to classes (batch,) by layer.
     """
     hits, samples = Counter[str](), 0
     for inputs, targets in test:
@@ -285,8 +283,10 @@ class CreditRule(nn.Module):
     _uncompiles: bool = False  # a model that is compiled
     _has_attended: bool = False  # and attention by hand was looked for
     _placement: "Placement | None" = None
+    _kinds: frozenset[tuple[int, bool]] = frozenset()  # of losses, and whether targets were numbers, that were looked at
     _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
     _held: Any = None  # of a batch between its calls
+    _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
     _unmoved: int = 0  # steps in which the model's weights moved and none of the rule's own; below 0 nobody looks any more
     _versions: Sequence[int] = ()
 
@@ -346,15 +346,14 @@ class CreditRule(nn.Module):
 
                 require_known(self.loss)
             return super().__call__(*args, **kwargs)
-        first = self._is_fresh and torch.is_grad_enabled()
-        if self._unmoved >= 0:
-            from apical.core.diagnosis import look_at_optimizer
+        if kwargs.keys() <= {"inputs", "targets"}:
+            args, kwargs = (*args, *(kwargs[name] for name in ("inputs", "targets") if name in kwargs)), {}
+        kind = id(self.loss), len(args) == 2 and isinstance(args[1], Tensor) and args[1].is_floating_point()
+        first = torch.is_grad_enabled() and kind not in self._kinds
+        if first or self._unmoved >= 0:
+            from apical.core.diagnosis import look_before
 
-            look_at_optimizer(self)
-        if first and self.output_alone and len(args) == 2:
-            from apical.core.diagnosis import require_loss_of_output
-
-            require_loss_of_output(self, *args)
+            look_before(self, args, first)
         try:
             credit = super().__call__(*args, **kwargs)
             loss = getattr(credit, "_loss", None)
@@ -373,11 +372,15 @@ class CreditRule(nn.Module):
             if reason is None:
                 raise
             raise reason from error
+        if not self.chains_errors and args and getattr(args[0], "requires_grad", False) and torch.is_grad_enabled():
+            from apical.core.diagnosis import require_reached
+
+            require_reached(self, args[0], credit)
         if first and self._loss_options and len(args) == 2:
             from apical.core.loss_options import require_plain
 
             require_plain(self, credit._output, args[1])
-        self._is_fresh = self._is_fresh and not first
+        self._is_fresh, self._kinds = self._is_fresh and not first, self._kinds | {kind} if first else self._kinds
         if not self._warned and type(loss) is Tensor and loss.is_cpu:
             given = () if self.feed_forward else args[:1]  # bounded states hide what the inputs hold
             odd = (isinstance(value, Tensor) and not bool(value.isfinite().all()) for value in given)
@@ -397,10 +400,7 @@ class CreditRule(nn.Module):
         return cast(Tensor, self.model(inputs))
 
     def constrain_(self) -> None:
-        """Put parameters back into the range that the rule keeps them in; to be called after `optimizer.step()`.
-
-        Most rules have no such range, and do nothing.
-        """
+        """Put parameters back into the range that the rule keeps them in, if any; to be called after `optimizer.step()`."""
 
     def restart(self) -> None:
         """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
@@ -465,11 +465,7 @@ class CreditRule(nn.Module):
         return Measures(layers=own(*probe)) if callable(own) else Measures()
 
     def panels(self, probe: Batch) -> Sequence[Panel]:
-        """Figures of the trained network; by default those that the model has, if it has a method `panels(inputs, targets)`.
-
-        Args:
-            probe: as of :meth:`measures`.
-        """
+        """Figures of the trained network; by default those of the model's method `panels(inputs, targets)`, where it is."""
         own = getattr(self.model, "panels", None)
         return own(*probe) if callable(own) else ()
 
@@ -483,13 +479,15 @@ class CreditRule(nn.Module):
         return self.two_phase and any(parameter.requires_grad for parameter in self.feedback_parameters())
 
     def require_attached(self) -> None:
-        """Refuse to work on a model that the rule was detached from.
+        """Refuse to work on a model that the rule was detached from, or whose layers are others by now.
 
         Raises:
             ConfigError: :meth:`detach` was called.
         """
         if not self._attached:
             raise ConfigError(f"this {type(self).__name__} was detached from its model; make a new rule")
+        if self._found is not None:
+            self._found.require_intact(type(self).__name__)
 
     def detach(self) -> nn.Module:
         """Remove everything from the model and return it: same class, state-dict keys and outputs as before."""

@@ -26,7 +26,7 @@ from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.separators import KINDS, ends
 from apical.core.signals import Cut, Teacher
-from apical.core.units import weighted_layers
+from apical.core.units import Found, weighted_layers
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -97,6 +97,7 @@ class CutRule(CreditRule):
         self._loops = tuple(name for name, layer in self._whole.items() if isinstance(layer, nn.RNNBase))
         self.exact = tuple(exact)
         self.where, self.units = where, units
+        self._found = Found(model, activations=True)
         named = [] if isinstance(units, str) else list(units)
         _check_units(model, units, named)
         self._cutting = Cutting(model, self._whole, where == "input")

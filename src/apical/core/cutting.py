@@ -217,6 +217,7 @@ class Pass:
         self.cuts: list[Cut] = []
         self.calls_of: dict[Vertex, int] = {}
         self.near: str | None = None  # the last weighted layer
+        self.single = 0  # axes of its output, if that is of one sample
         self.last: Tensor | None = None  # what came out of the last cut
         self.version = 0  # of that tensor then
         self.at: Vertex | None = None  # and what went in
@@ -249,6 +250,8 @@ class Pass:
             self.cuts[-1] = Cut(*self.cuts[-1][:-1], name)
         self.events.append(name)
         self.near = name
+        axes = len(layer.kernel_size) + 1 if isinstance(layer := self.cutting.layers[name], _ConvNd) else 1
+        self.single = axes if isinstance(output, Tensor) and output.dim() == axes else 0
         if not torch.compiler.is_compiling():
             if self.learns and not torch.is_grad_enabled():
                 refuse_hidden(name)
@@ -313,6 +316,11 @@ class Pass:
 
     def cut(self, name: str, hidden: Tensor, in_place: bool = False) -> Tensor:
         """End a unit: what is returned has the same numbers, and no past."""
+        if self.single and hidden.dim() == self.single:
+            raise UnsupportedModelError(
+                f"layer {self.near!r} is called on a single sample (its unit has the shape {tuple(hidden.shape)}), so it "
+                "cannot be told which errors belong to it; call it on the whole batch (batch, ...)"
+            )
         root = hidden
         if not self.plain:
             root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))
@@ -349,6 +357,7 @@ class Trace(Pass):
     Attributes:
         calls: in order.
         folds: numbers of rows of tensors in which each sample has several rows, one behind the other.
+        fed: results that were made of the batch, not of weights alone.
         shrinkage: what divides the squared length of an error on its way down: averages and layers with small weights.
     """
 
@@ -357,6 +366,7 @@ class Trace(Pass):
         self.calls: list[Call] = []
         self.shrinkage: dict[Vertex, float] = {}
         self.folds: set[int] = set()
+        self.fed: set[Vertex | None] = set()
 
     def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Nothing is cut."""
@@ -364,6 +374,8 @@ class Trace(Pass):
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a layer's output."""
         super().layer(name, output)
+        for _, part in parts(name, output):
+            self._note_fed(part)
         at = self.sites[-1][1] if isinstance(output, Tensor) else None
         self.calls.append(Call("layer", self.number(name), name, at))
         if at is not None:
@@ -383,8 +395,13 @@ class Trace(Pass):
         """Noted as every module's output."""
         return None
 
+    def _note_fed(self, output: Tensor) -> None:
+        if self.rows is None or not self.rows.made or output in self.rows.made:  # no batch was found: it may be anything
+            self.fed.add(vertex(output))
+
     def _watch(self, output: Tensor) -> None:
         """From now on, follow the samples if this is a unit that could have moved rows."""
+        self._note_fed(output)
         if not self.cutting.moves_rows and self.rows is not None:
             self.cutting.moves_rows = self.rows.moves(output, self.folds)
 
@@ -406,6 +423,7 @@ class Trace(Pass):
             self.activation(name, result, None)
         elif isinstance(result, Tensor) and result.grad_fn is not None:
             at = cast(Vertex, vertex(result))
+            self._note_fed(result)
             self.calls.append(Call("function", self.number(name), name, at, shape=tuple(result.shape)))
             kind = getattr(function, "__name__", "")
             if kind in AVERAGES and args and isinstance(args[0], Tensor):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
-from apical.core.credit import CreditRule
+from apical.core.credit import Credit, CreditRule
 from apical.core.rest import undisturbed
 from apical.core.wrappers import compiled_function
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
@@ -40,6 +40,8 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     if isinstance(inputs, Tensor) and parameter is not None and (parameter.is_meta or inputs.is_meta):
         where = "the model is" if parameter.is_meta else "the inputs are"
         return ConfigError(f"{where} on the meta device, which holds no numbers: make them on another")
+    if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(inputs)):
+        return ConfigError("inputs made under torch.inference_mode() cannot be learned from: give inputs.clone()")
     with undisturbed(rule), torch.no_grad():
         try:
             output = model(inputs)
@@ -167,6 +169,39 @@ def _nodes(root: Node | None) -> set[Node]:
             seen.add(at)
             waiting += [child for child, _ in at.next_functions if child is not None]
     return seen
+
+
+def require_reached(rule: CreditRule, inputs: Tensor, credit: Credit) -> None:
+    """Refuse inputs that wait for an error which this rule does not send them.
+
+    Raises:
+        ConfigError: no root of the credit leads to them.
+    """
+    waiting = [root.grad_fn for root in credit.roots]
+    seen: set[Node | None] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node is not None and (node is inputs.grad_fn or getattr(node, "variable", None) is inputs):
+            return
+        if node is not None and node not in seen:
+            waiting += [below for below, _ in node.next_functions]
+        seen.add(node)
+    raise ConfigError(
+        f"inputs require a gradient, and {type(rule).__name__} sends none to them, nor to what made them: give "
+        "inputs.detach(), or choose a rule whose error passes the first layer"
+    )
+
+
+def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
+    """What is looked at before a batch; `first` is the first of its kind of loss and targets.
+
+    Raises:
+        ConfigError: see :func:`require_loss_of_output`.
+    """
+    if rule._unmoved >= 0:
+        look_at_optimizer(rule)
+    if first and rule.output_alone and len(args) == 2:
+        require_loss_of_output(rule, *args)
 
 
 def look_at_optimizer(rule: CreditRule) -> None:

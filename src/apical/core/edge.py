@@ -30,8 +30,8 @@ from apical.core.packed import Part, block_of, caller, refuse_compiled, row_bloc
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options_of, trains_before
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
-from apical.core.units import key, weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.core.units import Found, key, weighted_layers
+from apical.errors import ConfigError, UnsupportedModelError, refuse_second_derivatives
 
 Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 """`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
@@ -73,6 +73,7 @@ class FeedbackEdge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Split the error: to the layer's own derivative, and by feedback to the layer below."""
+        refuse_second_derivatives()
         tensors, template = ctx.saved_tensors, None
         if ctx.keeps:
             template, *tensors = tensors
@@ -87,9 +88,7 @@ class FeedbackEdge(torch.autograd.Function):
             below, *grads = ctx.pathway(ctx.geometry, delta, template, *tensors)
         elif template is not None:
             below = transport(ctx.geometry, delta, ctx.feedback(ctx.geometry, *tensors), template)
-        if below is not None:
-            below = below.to(ctx.input_dtype)
-        return (delta, below, None, None, None, *grads)
+        return (delta, None if below is None else below.to(ctx.input_dtype), None, None, None, *grads)
 
 
 class EdgeRule(CreditRule):
@@ -128,15 +127,14 @@ class EdgeRule(CreditRule):
         self.exact, self.sites, self.through_time = tuple(exact), tuple(sites), through_time
         first, part = next(iter(self._weighted.items()))
         every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-        is_reused = every.count(id(caller(part))) > 1
-        self._first = None if first_layer or is_reused or trains_before(model, caller(part)) else first
+        self._first = None if first_layer or every.count(id(caller(part))) > 1 or trains_before(model, part) else first
         still = set() if through_time else self._recurrent()
         self.layers = {name: layer for name, layer in self._weighted.items() if name not in {self._first, *still}}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
         self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
         self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
-        self._batches = self._passes = 0
+        self._found, self._batches, self._passes = Found(model), 0, 0
         self._may_swap = self._watched = False
         self._present: dict[str, Feedback] = {}
         self._attach()
@@ -376,8 +374,9 @@ class EdgeRule(CreditRule):
         finally:
             self._present = {}
             self._watched = self._watched or (watch is not None and watch.found is None)
-            for wrapped, _ in self._sites.values():
+            for wrapped, site in self._sites.values():
                 wrapped.rule = wrapped.site = None
+                site.follow(substitutes)
             for wrapped, bundle in self._bundles.values():
                 wrapped.rule = wrapped.site = None
                 bundle.settle()

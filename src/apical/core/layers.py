@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 from torch.nn.modules import pooling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -252,7 +253,8 @@ def _keeps_forward(module: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than run its forward method: hooks may change what it is given or makes."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def computes_plainly(layer: nn.Module) -> bool:

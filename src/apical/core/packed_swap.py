@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apical.errors import UnsupportedModelError
+from apical.errors import UnsupportedModelError, refuse_second_derivatives
 
 
 class View:
@@ -67,6 +67,7 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
             saved, version = packed
             _require_version(saved, version)
             return saved  # type: ignore[no-any-return]
+        refuse_second_derivatives()  # autograd would take what is returned for the weight
         weight = packed.weight
         _require_version(weight, packed.version)
         if packed.name not in packed.made:

@@ -177,6 +177,7 @@ class PlasticRule(EdgeRule):
 
     def _before_forward(self) -> None:
         """Layers that were frozen or that no longer compute plainly have no closed form from here on."""
+        self.require_attached()
         steps = self.steps
         self._tapped.clear()
         for name, layer in self.layers.items():

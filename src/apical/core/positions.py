@@ -111,6 +111,8 @@ def routed(values: Tensor, cut: Cut) -> Tensor:
 
 def delivered(values: Tensor, cut: Cut, divided: bool = True) -> Tensor:
     """The signal of the unit's shape from values (batch, *places, channels), or (batch, channels), divided among places."""
+    if len(cut.shape) == 1:
+        return values.view(cut.shape).to(cut.dtype)
     if values.dim() == len(cut.shape):
         return values.movedim(-1, cut.axis).to(cut.dtype)
     shape = [values.shape[0], *(1 for _ in cut.shape[2:])]

@@ -43,13 +43,19 @@ class Rows(TorchFunctionMode):
 
     Args:
         inputs: (batch, ...), or anything that holds such tensors.
+
+    Attributes:
+        labels: of the tensors of which they are known.
+        made: the tensors that were made of the inputs, so far as functions were seen.
     """
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()
         self.labels: Any = WeakIdKeyDictionary()
+        self.made: Any = WeakIdKeyDictionary()
         self.batch = 0
         for tensor in _tensors(inputs):
+            self.made[tensor] = True
             if tensor.dim():
                 self.batch = self.batch or len(tensor)
                 self.labels[tensor] = (0, _numbers(len(tensor), tensor))
@@ -90,9 +96,12 @@ class Rows(TorchFunctionMode):
     ) -> Any:
         """Make the call, and label its result."""
         result = func(*args, **(kwargs or {}))
-        inputs = [t for t in _tensors((args, kwargs)) if t in self.labels]
+        name = getattr(func, "__name__", "")
+        given = [t for t in _tensors((args, kwargs)) if t in self.made]
+        for tensor in _tensors(args[0] if name == "__setitem__" else result) if given else ():
+            self.made[tensor] = True
+        inputs = [t for t in given if t in self.labels]
         if inputs:
-            name = getattr(func, "__name__", "")
             if name in WRITING:
                 self._write(WRITING[name], args, args[0] if name == "__setitem__" else result)
             elif name in CREATING:

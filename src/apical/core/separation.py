@@ -25,7 +25,8 @@ PRODUCTS = tuple(
 )
 """Nodes of products with weights."""
 
-LOOK_UPS = ("EmbeddingBackward0", "EmbeddingBagBackward0", "IndexBackward0", "IndexSelectBackward0", "SliceBackward0")
+BY_INDEX = ("EmbeddingBackward0", "EmbeddingBagBackward0", "IndexBackward0", "IndexSelectBackward0")
+LOOK_UPS = (*BY_INDEX, "SliceBackward0")
 """Nodes that make activities of a matrix by looking up some of its rows."""
 
 OUTPUT = ""
@@ -146,7 +147,9 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
                 others[at] = entering[0][0]
         elif at[0].name() in PRODUCTS:
             weighted[at] = owners[0]
-        elif len(owners) == len(graph.children[at]) + len(graph.parameters[at]) and at[0].name() not in LOOK_UPS:
+        elif len(owners) == len(graph.children[at]) + len(graph.parameters[at]) and (
+            at[0].name() not in (BY_INDEX if owners[0] in cutting.layers else LOOK_UPS)
+        ):
             made[at] = owners[0]
         elif owners[0] in cutting.layers and owners[0] not in plain:
             weighted[at] = owners[0]
@@ -184,6 +187,9 @@ class _Search:
         self.graph = Graph(output)
         self.weighted, self.others = sites_of(cutting, self.graph, trace)
         self.sites = {**self.others, **self.weighted}
+        self.still = self._still()
+        activations = [call for call in trace.calls if call.kind == "activation" and not call.first]
+        cutting.inside |= {call.name for call in activations if call.at in self.still}
         cutting.tail = self._tail()
         self.names: dict[Vertex, str] = {}
         for kind in ("module", "function"):
@@ -191,6 +197,22 @@ class _Search:
                 if call.kind == kind and call.at is not None:
                     self.names.setdefault(call.at, _point(call))
         self.marks = {call.at: call for call in reversed(trace.calls) if call.at in self.graph.children and self._ends(call)}
+
+    def _still(self) -> set[Vertex]:
+        """What is made of parameters alone, and has no samples to tell a signal to: a masked weight, a part of a table.
+
+        A layer that gets something without a past may have got it from the batch by ways that are not seen.
+        """
+        graph, trace, still = self.graph, self.trace, set[Vertex]()
+        all_ = {id(parameter) for parameter in self.cutting.model.parameters()}
+        own = {at: {id(p) for p in self.cutting.layers[name].parameters()} for name, at in trace.sites}
+        for at in reversed(graph.order):
+            children, entering = graph.children[at], graph.parameters[at]
+            if at in trace.fed or at[0].name() in BY_INDEX or not (still.issuperset(children) and all_.issuperset(entering)):
+                continue
+            if children or not own.get(at, set()).issuperset(entering):
+                still.add(at)
+        return still
 
     def _tail(self) -> set[str]:
         """Activations above the topmost layers belong to the model's output."""
@@ -224,7 +246,7 @@ class _Search:
             if end < len(chain) and (chain[end] in fresh or self._clear(chain[end], site)):
                 done = True
                 continue
-            free = [at for at in chain[:end] if at in self.names and at not in self.output]
+            free = [at for at in chain[:end] if at in self.names and at not in self.output and at not in self.still]
             if free:
                 fresh |= self._end(free[-1])
                 self._clear(free[-1], site)
@@ -249,6 +271,11 @@ class _Search:
 
     def refusal(self, site: Vertex) -> UnsupportedModelError:
         """What is wrong, where, and what to do."""
+        if site in self.still:
+            return UnsupportedModelError(
+                f"{self.sites[site]!r} works on parameters, not on the batch, so no signal can be told to samples there; "
+                f"pass exact=({self.sites[site]!r},)"
+            )
         cuts = sorted({base(call.name) for call in self.marks.values()})
         round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"
         return UnsupportedModelError(

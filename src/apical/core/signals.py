@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apical.core.rows import Labels
+from apical.errors import refuse_second_derivatives
 
 
 class Teacher:
@@ -34,6 +35,7 @@ class TeachingSignal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         """The signal, made now."""
+        refuse_second_derivatives()
         return ctx.teacher.signal(ctx.index, scale), None, None
 
 
@@ -83,8 +85,8 @@ class Cut(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Channels of the unit."""
-        return self.shape[self.axis]
+        """Channels of the unit; one where its outputs are one number per sample, (batch,)."""
+        return self.shape[self.axis] if len(self.shape) > 1 else 1
 
     @property
     def places(self) -> int:

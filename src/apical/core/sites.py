@@ -1,13 +1,15 @@
 """The places where a rule of the feedback-alignment family puts its feedback: one a layer, and how the layer is called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from apical.core.effective import probe
 from apical.core.layer_forward import Wrapped
-from apical.core.layers import computes_plainly, through
+from apical.core.layers import computes_plainly, is_packed, through
+from apical.core.packed import Part, caller
 from apical.core.swap import Swap
 from apical.core.transport import geometry
 from apical.core.units import Layer
@@ -75,6 +77,12 @@ class Site:
         if not self.plain and self.swap is not None:
             self.probed, self.varies = probe(self.name, self.layer, self.forward)
 
+    def follow(self, substitutes: Collection[str]) -> None:
+        """Where something stood in for the weight: a hook may have given it other data, which are the weight's then."""
+        own = self.own.get("weight") if substitutes and not torch.compiler.is_compiling() else None
+        if own is not None and self.weight is not None and self.weight.data_ptr() != own.data_ptr():
+            own.data = self.weight.data
+
 
 def graph_leaves(loss: Tensor) -> set[int]:
     """Identities of the tensors whose gradient the graph of `loss` leads to."""
@@ -90,9 +98,13 @@ def graph_leaves(loss: Tensor) -> set[int]:
     return leaves
 
 
-def trains_before(model: nn.Module, first: nn.Module) -> bool:
-    """Whether trainable parameters are registered before those of the module `first`."""
-    own = {id(parameter) for parameter in first.parameters()}
+def trains_before(model: nn.Module, first: Any) -> bool:
+    """Whether parameters that train are registered before those of the first layer, or beside it in a module of a user's."""
+    module = caller(first)
+    others = (parameter for parameter in module.parameters() if parameter is not getattr(first, "weight", None))
+    if isinstance(first, Part) and not is_packed(module) and any(parameter.requires_grad for parameter in others):
+        return True
+    own = {id(parameter) for parameter in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) in own:
             return False

@@ -219,7 +219,7 @@ class Noted(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, arrival: Arrival) -> Tensor:
         """Return `weight`."""
         ctx.weight, ctx.arrival = weight, arrival
-        return weight.view_as(weight)
+        return weight.detach()  # not a view: a hook of the user's may still change it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

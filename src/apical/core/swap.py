@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from apical.core.units import Layer
-from apical.errors import UnsupportedModelError
+from apical.errors import UnsupportedModelError, refuse_second_derivatives
 
 
 class Swap(saved_tensors_hooks):
@@ -56,6 +56,7 @@ class Swap(saved_tensors_hooks):
             raise RuntimeError("a tensor that the backward pass needs was modified in place after the forward pass")
         if isinstance(saved, Tensor):
             return saved
+        refuse_second_derivatives()  # autograd would take what is returned for the weight
         feedback = saved()
         if feedback.dtype != weight.dtype or feedback.device != weight.device:  # the model was moved without the rule
             feedback = feedback.to(weight)

@@ -19,7 +19,7 @@ class WeightTap(torch.autograd.Function):
         """Return `weight`."""
         ctx.share, ctx.geometry = share, shape
         ctx.save_for_backward(*tensors)
-        return weight.view_as(weight)
+        return weight.detach()  # not a view: a hook of the user's may still change it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, cast
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -142,6 +143,61 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif next(module.children(), None) is not None:
             continue
         yield name, module
+
+
+class Found:
+    """The layers that a rule found in a model: of one that is put there later it knows nothing.
+
+    Args:
+        model: the network; it is only read.
+        activations: the rule has hooks on these too.
+    """
+
+    def __init__(self, model: nn.Module, activations: bool = False) -> None:
+        self.model, self.activations = model, activations
+        self._layers = self._now()
+        self._children = self._containers()
+
+    def require_intact(self, rule: str) -> None:
+        """Refuse layers that were put into the model, or taken out of it, since.
+
+        Raises:
+            UnsupportedModelError: names them.
+        """
+        if torch.compiler.is_compiling():
+            intact = all(_are(held, children) for held, children in self._children)
+        else:
+            intact = all([*held.values()] == children for held, children in self._children)
+        if intact:
+            return
+        now = self._now()
+        changed = [name for name in {**self._layers, **now} if self._layers.get(name) is not now.get(name)]
+        if changed:
+            raise UnsupportedModelError(
+                f"{enumerated('module', changed, 'was', 'were')} put into the model, or taken out of it, after "
+                f"{rule} was made, which does not know the model as it is now; detach the rule, and make it anew"
+            )
+        self._children = self._containers()
+
+    def _now(self) -> dict[str, nn.Module]:
+        """What computes with parameters that the rule has to do with, or is an activation that it looks at."""
+        return {
+            name: module
+            for name, module in leaves(self.model)
+            if (self.activations if is_activation(module) else next(module.parameters(), None) is not None)
+            and not is_local(module)
+        }
+
+    def _containers(self) -> list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]]:
+        """The children of all other modules, as they are held and as they are; a layer may get parts (parametrisations)."""
+        inside = {part for _, leaf in leaves(self.model) for part in leaf.modules()}
+        others = [module for module in self.model.modules() if module not in inside]
+        return [(module._modules, [*module._modules.values()]) for module in others]
+
+
+def _are(held: Mapping[str, nn.Module | None], children: list[nn.Module | None]) -> bool:
+    """Whether a module holds these children; in words that a compiler follows and guards."""
+    return len(held) == len(children) and all(a is b for a, b in zip(held.values(), children, strict=True))
 
 
 def _check_names(model: nn.Module, exact: Collection[str]) -> None:

@@ -14,11 +14,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel, Phase
 from apical.core.transport import Geometry, as_matrix, from_matrix
-from apical.errors import ConfigError
+from apical.errors import ConfigError, refuse_second_derivatives
 
 INNER = "rule."
 
@@ -226,6 +225,7 @@ class Gain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
         """`gain * delta`."""
+        refuse_second_derivatives()
         (gain,) = ctx.saved_tensors
         return delta * gain.to(delta.dtype), None
 
@@ -238,11 +238,12 @@ class RowGain(torch.autograd.Function):
         """The parameter: a weight of the layout of `shape`, or a bias (n,); `gain` is (n,)."""
         ctx.save_for_backward(gain)
         ctx.geometry = shape
-        return parameter.view_as(parameter)
+        return parameter.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Each row of the gradient times its gain."""
+        refuse_second_derivatives()
         (gain,) = ctx.saved_tensors
         gain = gain.to(gradient.dtype)
         if gradient.dim() == 1:
@@ -274,12 +275,12 @@ class SolveTap(torch.autograd.Function):
     def forward(ctx: Any, solve: Solve, *parameters: Tensor) -> tuple[Tensor, ...]:
         """The parameters."""
         ctx.solve = solve
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
+        return tuple(parameter.detach() for parameter in parameters)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """`solve` of the gradients; a missing one is zero."""
+        refuse_second_derivatives()
         return (None, *ctx.solve(*gradients))
 
 

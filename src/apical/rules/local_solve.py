@@ -45,7 +45,7 @@ from apical.core.solve import (
 )
 from apical.core.stepping import distributed
 from apical.core.transport import as_matrix, geometry
-from apical.core.units import weighted_layers
+from apical.core.units import Found, weighted_layers
 from apical.core.wrapped import LayerHook, WrappedRule, innermost, solve_taps
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
@@ -197,6 +197,7 @@ class LocalSolve(WrappedRule):
         refuse_options(inner, "LocalSolve", ("reduction",))
         self.damping = damping
         self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
+        self._found = Found(self.model)
         for name, layer in self.layers.items():
             require_patches(name, layer)
         self.calls_used: str | None = None

@@ -31,7 +31,7 @@ from apical.core.layers import computes_plainly
 from apical.core.plastic import PlasticRule
 from apical.core.rest import evaluating, undisturbed
 from apical.core.transport import as_matrix, geometry
-from apical.core.units import weighted_layers
+from apical.core.units import Found, weighted_layers
 from apical.core.wrapped import LayerHook, WrappedRule, gain_on, innermost, row_gain
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -99,6 +99,7 @@ class Modulated(WrappedRule):
         self.modulator, self.mode, self.outgoing = modulator, mode, weights == "outgoing"
         self.exact = tuple((getattr(inner, "exact", ()) if exact is None else exact) or ())
         self.layers = weighted_layers(self.model, self.exact, shared=True)
+        self._found = Found(self.model)
         self._hidden: list[str] | None = None  # known after the first batch
         self._readers: dict[str, nn.Module] = {}  # of outgoing weights: the layer that reads a hidden one
         self._seen: set[str] = set()

@@ -90,7 +90,7 @@ def shared_gradient(gradient: Tensor, shape: Geometry | None, expansion: Tensor,
 def expansion_matrix(n_out: int, m: int, groups: int, density: float, like: Tensor) -> Tensor:
     """B (n_out, m), block-diagonal over groups: uniform entries of variance 1/m per block, so that E[B B^T] = I."""
     rows, columns = n_out // groups, m // groups
-    bound = math.sqrt(3.0 / (columns * density))
+    bound = math.sqrt(3.0 / (max(columns, 1) * density))
     blocks = [torch.empty(rows, columns, dtype=like.dtype, device=like.device) for _ in range(groups)]
     for block in blocks:
         block.uniform_(-bound, bound)

@@ -90,7 +90,7 @@ class WeightMirror(EdgeRule):
             for name, weight in weights.items():
                 feedback = self.feedback.get_buffer(key(name))
                 device = feedback.device if self.generator is None else self.generator.device
-                size = (self.batch, weight[0].numel())
+                size = (self.batch, weight.shape[1:].numel())
                 noise = torch.randn(size, generator=self.generator, dtype=feedback.dtype, device=device).to(feedback.device)
                 with torch.autocast(feedback.device.type, enabled=False):  # the mirror works in the feedback's own precision
                     feedback.lerp_(mirror(weight.to(feedback), noise), self.rate)
@@ -109,7 +109,7 @@ class WeightMirror(EdgeRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """One mirror step, then the credit of the batch."""
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.mirror()
         return super().forward(inputs, targets)
 

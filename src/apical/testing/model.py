@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from apical.core.credit import Credit, CreditRule
 from apical.core.placement import Placement
 from apical.core.rest import undisturbed
+from apical.errors import ConfigError
 from apical.rules.backprop import Backprop
 from apical.testing import interventions
 from apical.testing.interventions import NotApplicableError
@@ -171,6 +172,8 @@ def check_batch_sizes(trial: Trial) -> str:
     if size < 4 or _size(trial.targets) != size:
         raise NotApplicableError("the batch has no first dimension of four samples or more that inputs and targets share")
     half = (trial.inputs[: size // 2], trial.targets[: size // 2])
+    if not trial.takes(*half):
+        raise NotApplicableError("the model takes batches of this size only")
     _other_batch(trial, half, f"a batch of {size // 2}")
     return f"{size} and {size // 2} samples"
 
@@ -185,10 +188,7 @@ def check_lengths(trial: Trial) -> str:
         shorter = [targets[:, :length]] if isinstance(targets, Tensor) and targets.dim() > 1 else []
         for goals in (targets, *shorter):
             batch = (inputs[:, :length], goals)
-            try:
-                with trial.sandbox():
-                    trial.rule.loss(trial.model(batch[0]), goals)
-            except Exception:
+            if not trial.takes(*batch):
                 continue
             _other_batch(trial, batch, f"sequences of length {length}")
             lengths.append(length)
@@ -250,6 +250,8 @@ def check_model(rule: CreditRule, inputs: Any, targets: Any, *, skip: Collection
     with undisturbed(rule, parameters=True):
         rule.restart()
         rule(inputs, targets)  # whatever is made at the first batch exists from here on
+        if trial.usual and not any(bool(grad.any()) for grad in trial.backprop.values()):
+            raise ConfigError("all gradients of the loss are zero on this batch, so nothing can be compared; give another")
         report = ModelReport(type(rule).__name__, trial.placement)
         for name, check in CHECKS.items():
             if name in skip:

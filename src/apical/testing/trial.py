@@ -99,6 +99,15 @@ class Trial:
         value: Tensor = self.rule.loss(output, self.targets)
         return value
 
+    def takes(self, inputs: Any, targets: Any) -> bool:
+        """Whether model and loss by themselves take a batch."""
+        try:
+            with self.sandbox():
+                self.rule.loss(self.model(inputs), targets)
+        except Exception:
+            return False
+        return True
+
     def collected(self) -> Gradients:
         """Copies of the gradients that are in the model now."""
         return {name: q.grad.detach().clone() for name, q in self.model.named_parameters() if q.grad is not None}
