@@ -274,7 +274,7 @@ def test_a_rate_that_raises_the_energy_is_named_once(inference: Literal["error",
         for parameter in model.parameters():
             parameter.mul_(4)  # S = I + W W^T + ... has an eigenvalue above 2 / rate
     rule = PredictiveCoding(model, loss=squared_error, inference=inference, rate=0.9, steps=6)
-    with pytest.warns(RuntimeWarning, match="inference has raised the energy, .* a rate of 0.9 is too large"):
+    with pytest.warns(RuntimeWarning, match="inference has raised the energy .* a rate of 0.9 is too large"):
         rule(x, targets)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
