@@ -393,8 +393,8 @@ class PredictiveCoding(CreditRule):
             return
         self._rising = True
         warnings.warn(
-            f"inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: a "
-            f"rate of {self.rate:g} is too large for this network as it is by now (deep ones take 2 / depth at most); "
+            f"inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: "
+            f"a rate of {self.rate:g} is too large for this network as it is by now (deep ones take 2 / depth at most); "
             "lower rate",
             RuntimeWarning,
             stacklevel=5,
