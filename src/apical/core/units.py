@@ -165,9 +165,9 @@ class Found:
             UnsupportedModelError: names them.
         """
         if torch.compiler.is_compiling():
-            intact = all(_are(held, children) for held, children in self._children)
+            intact = all(_are(held, children) for held, children, can_compile in self._children if can_compile)
         else:
-            intact = all([*held.values()] == children for held, children in self._children)
+            intact = all([*held.values()] == children for held, children, _ in self._children)
         if intact:
             return
         now = self._now()
@@ -188,11 +188,14 @@ class Found:
             and not is_local(module)
         }
 
-    def _containers(self) -> list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]]:
-        """The children of all other modules, as they are held and as they are; a layer may get parts (parametrisations)."""
+    def _containers(self) -> list[tuple[dict[str, nn.Module | None], list[nn.Module | None], bool]]:
+        """The children of all other modules, as they are held and as they are; and whether a compiler may look at them.
+
+        A layer may get parts (parametrisations). PyTorch compiles no recurrent modules.
+        """
         inside = {part for _, leaf in leaves(self.model) for part in leaf.modules()}
-        others = [module for module in self.model.modules() if module not in inside]
-        return [(module._modules, [*module._modules.values()]) for module in others]
+        held = [module._modules for module in self.model.modules() if module not in inside]
+        return [(own, [*own.values()], not any(isinstance(child, nn.RNNBase) for child in own.values())) for own in held]
 
 
 def _are(held: Mapping[str, nn.Module | None], children: list[nn.Module | None]) -> bool:
