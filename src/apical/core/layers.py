@@ -252,9 +252,14 @@ def _keeps_forward(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than run its forward method: hooks may change what it is given or makes."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or every._global_forward_hooks or every._global_forward_pre_hooks)
+    """Whether calling the module does more than run its forward method: hooks may change what it is given or makes.
+
+    Those of every module that PyTorch's tools have put there, such as its counter of operations, look on.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = (*every._global_forward_hooks.values(), *every._global_forward_pre_hooks.values())
+    return not all((getattr(hook, "__module__", None) or "").startswith("torch.utils.") for hook in hooks)
 
 
 def computes_plainly(layer: nn.Module) -> bool:
