@@ -1,6 +1,7 @@
 """Models that came out of `torch.compile`, whole or in parts: a rule is what it is on the plain model. Sharded ones."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -157,9 +158,19 @@ def test_a_compiled_function_elsewhere_that_calls_layers_is_named(kind: str) -> 
         assert same(gradients(rule), gradients(made(kind, Helpless(rectified))))
 
 
-def test_so_is_one_among_the_global_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def through(layer: nn.Module, x: Tensor) -> Tensor:
+    return place.inner(layer, x)  # type: ignore[no-any-return]
+
+
+place = ModuleType("place")
+
+
+@pytest.mark.parametrize("where", ["global", "module"])
+def test_so_is_one_among_the_global_variables_or_those_of_a_module(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setitem(globals(), "GLOBAL", torch.compile(rectified, backend=Counted()))
+    compiled = torch.compile(rectified, backend=Counted())
+    monkeypatch.setitem(vars(place), "inner", compiled)
+    monkeypatch.setitem(globals(), "GLOBAL", compiled if where == "global" else through)
     with pytest.raises(UnsupportedModelError, match="the model calls rectified"):
         gradients(made("fa", OfGlobal()))
 

@@ -282,6 +282,13 @@ def test_a_rate_that_raises_the_energy_is_named_once(inference: Literal["error",
         PredictiveCoding(model, loss=squared_error, inference=inference, rate=0.01, steps=6)(x, targets)
 
 
+def test_an_energy_below_zero_raises_no_alarm() -> None:
+    model, (x, targets) = mlp(), batch("mlp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PredictiveCoding(model, loss=lambda output, y: squared_error(output, y) - 1e3, rate=0.01)(x, targets)
+
+
 def test_nothing_moves_where_the_target_is_met() -> None:
     model, (x, _) = mlp(), batch("mlp")
     rule = PredictiveCoding(model, loss=squared_error)

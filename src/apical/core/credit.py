@@ -283,7 +283,7 @@ class CreditRule(nn.Module):
     _uncompiles: bool = False  # a model that is compiled
     _has_attended: bool = False  # and attention by hand was looked for
     _placement: "Placement | None" = None
-    _kinds: frozenset[tuple[int, bool]] = frozenset()  # of losses, and whether targets were numbers, that were looked at
+    _kinds: Sequence[tuple[Any, bool]] = ()  # losses that were looked at, and whether targets were numbers
     _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
     _held: Any = None  # of a batch between its calls
     _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
@@ -348,8 +348,8 @@ class CreditRule(nn.Module):
             return super().__call__(*args, **kwargs)
         if kwargs.keys() <= {"inputs", "targets"}:
             args, kwargs = (*args, *(kwargs[name] for name in ("inputs", "targets") if name in kwargs)), {}
-        kind = id(self.loss), len(args) == 2 and isinstance(args[1], Tensor) and args[1].is_floating_point()
-        first = torch.is_grad_enabled() and kind not in self._kinds
+        numbers = len(args) == 2 and isinstance(args[1], Tensor) and args[1].is_floating_point()
+        first = torch.is_grad_enabled() and not any(a is self.loss and b is numbers for a, b in self._kinds)
         if first or self._unmoved >= 0:
             from apical.core.diagnosis import look_before
 
@@ -380,7 +380,8 @@ class CreditRule(nn.Module):
             from apical.core.loss_options import require_plain
 
             require_plain(self, credit._output, args[1])
-        self._is_fresh, self._kinds = self._is_fresh and not first, self._kinds | {kind} if first else self._kinds
+        self._is_fresh = self._is_fresh and not first
+        self._kinds = (*self._kinds[-8:], (self.loss, numbers)) if first else self._kinds
         if not self._warned and type(loss) is Tensor and loss.is_cpu:
             given = () if self.feed_forward else args[:1]  # bounded states hide what the inputs hold
             odd = (isinstance(value, Tensor) and not bool(value.isfinite().all()) for value in given)

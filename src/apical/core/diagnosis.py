@@ -21,7 +21,7 @@ STILL = 3
 def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> ApicalError | None:
     """More about an error of a rule's on a batch; None where it says all, or model and loss do as they should."""
     name = compiled_function(cast(nn.Module, rule.model))
-    if name is not None and not isinstance(error, ConfigError):
+    if name is not None and (isinstance(error, UnsupportedModelError) or not isinstance(error, ApicalError)):
         return UnsupportedModelError(
             f"{error if isinstance(error, ApicalError) else repr(error)} [the model calls {name}(), which torch.compile has "
             "compiled and in which no rule can see layers at work: if it calls some, call the rule in the context of "

@@ -2,11 +2,12 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from inspect import getclosurevars
 from itertools import takewhile
-from types import FunctionType, MethodType
-from typing import TYPE_CHECKING
+from types import FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -59,25 +60,40 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def compiled_function(model: nn.Module) -> str | None:
-    """Name of a function that `torch.compile` has compiled, not one of PyTorch's, and that some module of a model calls.
+    """Name of a function that `torch.compile` has compiled, not one of PyTorch's, and that a model calls.
 
-    It is looked for among the global and enclosing variables of the modules' methods, and in collections that modules hold.
+    It is looked for in collections that modules hold, and among the variables of their methods and of the functions that
+    these name.
     """
-    if "torch._dynamo" not in sys.modules:
-        return None
-    for module in model.modules():
+    waiting: list[object] = []
+    for module in model.modules() if "torch._dynamo" in sys.modules else ():
         kinds = takewhile(lambda kind: kind is not nn.Module, type(module).__mro__)
-        held = [value for value in vars(module).values() if isinstance(value, list | tuple | dict)]
-        values = [item for some in held for item in (some.values() if isinstance(some, dict) else some)]
-        for method in (f for kind in kinds for f in vars(kind).values() if isinstance(f, FunctionType)):
-            with suppress(ValueError):  # a variable without a value
-                names = getclosurevars(method)
-                values += [*names.globals.values(), *names.nonlocals.values()]
-        for value in (value for value in values if isinstance(value, FunctionType | MethodType)):
-            own = getattr(value, "_torchdynamo_orig_callable", None)
-            if own is not None and not own.__module__.startswith("torch.") and not hasattr(value, "_torchdynamo_disable"):
-                return str(own.__name__)
+        waiting += [own for kind in kinds for own in vars(kind).values()]
+        waiting += [own for own in vars(module).values() if isinstance(own, list | tuple | dict)]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list | tuple | dict):
+            waiting += value.values() if isinstance(value, dict) else value
+        if not isinstance(value, FunctionType | MethodType | staticmethod) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        own = getattr(value, "_torchdynamo_orig_callable", None)
+        if ((own or value).__module__ or "").startswith("torch."):
+            continue
+        if own is not None and not hasattr(value, "_torchdynamo_disable"):
+            return str(own.__name__)
+        with suppress(ValueError):  # a variable without a value
+            waiting += _named(value if isinstance(value, FunctionType) else value.__func__)
     return None
+
+
+def _named(function: Callable[..., Any]) -> list[object]:
+    """What a function's code names among its variables, and among the attributes of modules of Python."""
+    names = getclosurevars(function)
+    values = [*names.globals.values(), *names.nonlocals.values()]
+    modules = [value for value in values if isinstance(value, ModuleType) and not value.__name__.startswith("torch")]
+    return values + [vars(m)[name] for m in modules for name in function.__code__.co_names if name in vars(m)]
 
 
 def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:

@@ -389,13 +389,16 @@ class PredictiveCoding(CreditRule):
 
     def _look_at_energy(self, start: Tensor, end: Tensor) -> None:
         """Warn once where inference has raised the energy that it shall lower."""
-        if self._rising or torch.compiler.is_compiling() or not end.is_cpu or not float(end) > 1.01 * float(start):
+        if self._rising or torch.compiler.is_compiling() or not end.is_cpu or torch._C._are_functorch_transforms_active():
+            return
+        rounding = 100 * torch.finfo(end.dtype).eps
+        if not float(end - start) > 0.01 * abs(float(start)) + rounding:
             return
         self._rising = True
         warnings.warn(
             f"inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: "
-            f"a rate of {self.rate:g} is too large for this network as it is by now (deep ones take 2 / depth at most); "
-            "lower rate",
+            f"a rate of {self.rate:g} is too large for this network as it is by now; the deeper it is and the larger its "
+            "weights are, the smaller rate must be",
             RuntimeWarning,
             stacklevel=5,
         )
