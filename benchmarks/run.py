@@ -90,8 +90,8 @@ class Case(NamedTuple):
 CASES = [
     Case("MLP 784-512-512-10", "mlp-512-512", (1, 28, 28), 64, 25, 40),
     Case("LeNet-CIFAR", "lenet-cifar", (3, 32, 32), 128, 20, 2),
-    Case("ResNet-20", "resnet20", (3, 32, 32), 128, 8, 1),
-    Case("GPT of 2 blocks of 96, 64 tokens", "gpt-2x96", (64,), 32, 12, 1, tokens=96),
+    Case("ResNet-20", "resnet20", (3, 32, 32), 128, 5, 1),
+    Case("GPT of 2 blocks of 96, 64 tokens", "gpt-2x96", (64,), 32, 9, 1, tokens=96),
 ]
 GPU_CASES = [
     Case("ResNet-20", "resnet20", (3, 32, 32), 128, 40, 5),
@@ -194,7 +194,7 @@ def bench(case: Case, device: torch.device, amp: bool = False) -> list[dict[str,
         fed_back = [layer.weight.shape for layer in rules["fa"].layers.values()]
         per_byte, numbers = seconds_per_byte(fed_back), sum(shape.numel() for shape in fed_back)
         for name in case.rules:
-            floors[name] = limits(name, steps[name], steps["bp"], numbers, per_byte, max(3, rounds // 4), max(1, times // 4))
+            floors[name] = limits(name, steps[name], steps["bp"], numbers, per_byte, max(2, rounds // 4), max(1, times // 4))
     rows = []
     for name in names:
         base = "torch" if name == "bp" else "bp"
