@@ -178,7 +178,7 @@ def test_a_case_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_networks_of_the_second_stage_begin_where_the_first_ended(tmp_path: Path) -> None:
     case = replace(CART_POLE, stem="pole", setting=SHORT)
     options = tdca_reinforcement.Options(tmp_path, 2, 1, 1, 1, 2)
-    found, _ = tdca_reinforcement.cell(case, options)
+    found, _ = tdca_reinforcement.cell(options, case)
     assert found.keys() == {"gated", "state"}  # what is not gated is for CartPole alone
     task = small(tdca_reinforcement.FIRST)
     _, start = task.with_state(torch.tensor(found["gated"]["centers"][0]))

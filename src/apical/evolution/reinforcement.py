@@ -15,6 +15,8 @@ Where credits come from:
     gated       e_o = a T([pi ; y ; ...])               T is multiplied by the advantage and does not see it: a three-factor
                                                         rule. With `state`, T also sees the observation, how many updates
                                                         are done and the update's mean return
+    by_action   e_o[k] = a T([pi[k] ; y[k]])            one small T for all actions k, so that the same one serves policies
+                                                        with any number of them, and tasks of any kind
     ungated     c_o, c_h = T([pi ; y ; a]),  e_o = pi (c_o - c_o . pi)    as the released code has it for classification
 
 Gating, credit on logits and the state are departures from that code. The paper's own set-up is not known (only the abstract
@@ -241,6 +243,8 @@ class Setting:
         gated: whether the advantage multiplies what the top-down network sends to logits, and nothing else is sent; if not,
             it is an input, and credit goes to hidden units and probabilities.
         state: whether a gated network sees the state.
+        by_action: whether a gated network sees the probability of one action and whether it was taken, and sends to its
+            logit alone; it then has the same weights for any environment.
         lifetime: updates (its steps), step size, clip.
         episodes: per update.
         steps: after so many, an episode ends.
@@ -258,6 +262,7 @@ class Setting:
     )
     gated: bool = True
     state: bool = False
+    by_action: bool = False
     lifetime: Lifetime = field(default_factory=lambda: Lifetime(steps=20, lr=0.15, clip=1.0))
     episodes: int = 4
     steps: int = 200
@@ -285,6 +290,10 @@ class Reinforcement:
             )
         if setting.state and not setting.gated:
             raise ConfigError("only a gated top-down network sees the state: give gated=True too")
+        if setting.by_action and (setting.state or not setting.gated):
+            raise ConfigError(
+                "by_action is for a gated network that does not see the state: give gated=True and state=False"
+            )
         self.setting, self.environment = setting, environment(setting.environment)
         if unknown := sorted(set(setting.ranges) - set(self.environment.settings)):
             names = ", ".join(self.environment.settings)
@@ -293,6 +302,8 @@ class Reinforcement:
         self.policy = Perceptron([seen, setting.units, actions])
         inputs = 2 * actions + (seen + 2 if setting.state else 0 if setting.gated else 1)
         outputs = actions + (0 if setting.gated else setting.units)
+        if setting.by_action:
+            inputs, outputs = 2, 1
         self.network = Perceptron([inputs, setting.hidden, setting.hidden, outputs])
         self.start = self.network.start(seed_of(setting.seed, "teacher"))
 
@@ -338,12 +349,16 @@ class Reinforcement:
             seen = [episode.pi, episode.actions, *([episode.state] if setting.state else [])]
             return None, episode.advantages * evaluate(layers, torch.cat(seen, 1))
 
+        def by_action(episode: Known) -> tuple[None, Tensor]:
+            each = torch.stack([episode.pi, episode.actions], 1).flatten(2)  # (P, 2, actions B)
+            return None, episode.advantages * evaluate(layers, each).view_as(episode.pi)
+
         def ungated(episode: Known) -> tuple[Tensor, Tensor]:
             sent = evaluate(layers, torch.cat([episode.pi, episode.actions, episode.advantages], 1))
             hidden, output = sent[:, :units], sent[:, units:]
             return hidden, episode.pi * (output - (output * episode.pi).sum(1, keepdim=True))
 
-        return gated if setting.gated else ungated
+        return by_action if setting.by_action else gated if setting.gated else ungated
 
     def with_state(self, individual: Tensor) -> "tuple[Reinforcement, Tensor]":
         """The task whose networks also see the state, and such a network that does what this one (D,) does.
@@ -351,8 +366,8 @@ class Reinforcement:
         Raises:
             ConfigError: networks see the state already, or are not gated.
         """
-        if self.setting.state or not self.setting.gated:
-            raise ConfigError("only a gated network that does not see the state can be given it")
+        if self.setting.state or self.setting.by_action or not self.setting.gated:
+            raise ConfigError("only a gated network for all actions at once that does not see the state can be given it")
         other = Reinforcement(replace(self.setting, state=True))
         (w, b), *rest = self.network.layers(individual[None])
         wide = torch.cat([w, w.new_zeros(1, len(w[0]), other.network.sizes[0] - w.shape[2])], 2)

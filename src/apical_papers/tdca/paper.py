@@ -10,7 +10,8 @@ def _table(title: str, module: str, smoke: Sizes, cpu: Sizes, **more: Any) -> Ta
     """The paper's own sizes are not known; "paper" is what "cpu" is."""
     needs = {name: size for name, size in cpu.items() if isinstance(size, int)}
     budgets = {"smoke": smoke, "cpu": cpu, "paper": cpu}
-    return Table(title, **{"budgets": budgets, "module": f"apical_papers.tdca.{module}", "needs": needs, **more})
+    place = f"apical_papers.tdca.{module}"
+    return Table(title, **{"budgets": budgets, "module": place, "side_by_side": True, "needs": needs, **more})
 
 
 _LOGITS: Sizes = {"credit": "logits"}
@@ -79,6 +80,7 @@ PAPER = Paper(
             },
             module="apical_papers.tdca.reinforcement.study",
             needs={"generations": 24, "generations_state": 10, "seeds": 5},
+            side_by_side=True,
         ),
         "reinforcement": _table(
             "Top-down credit assignment on CartPole and Pendulum",
@@ -86,6 +88,12 @@ PAPER = Paper(
             {"generations": 1, "generations_state": 1, "generations_ungated": 1, "seeds": 2, "lifetimes": 4},
             _POLICIES,
             hours={"cpu": 0.3},
+        ),
+        "several": _table(
+            "One top-down network for CartPole, Pendulum and Acrobot",
+            "reinforcement.several",
+            {"generations": 1, "seeds": 2, "lifetimes": 2},
+            {"generations": 40, "seeds": 5},
         ),
     },
 )

@@ -73,9 +73,11 @@ class Options:
     """Of each evolution."""
     seeds: int = base.SEEDS
     """Meta-seeds: independent evolutions of the arm with marks."""
+    jobs: int = 0
+    """Evolutions side by side; 0: one per core."""
 
 
-def cell(arm: str, seed: int, generations: int) -> dict[str, Any]:
+def cell(generations: int, arm: str, seed: int) -> dict[str, Any]:
     """One evolution and its trials, all rules at the learning rate of evolution and at their own."""
     train, test = base.digits()
     setting = ARMS[arm]
@@ -145,16 +147,17 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "images for evolution": base.SEEN,
         "learning rates": list(GRID),
     }
+    seeds = {arm: range(FIRST, FIRST + (options.seeds if arm == "error" else DISSECTED)) for arm in options.arms}
+    settings_of = {(arm, seed): replace(ARMS[arm], seed=seed) for arm in options.arms for seed in seeds[arm]}
+    make = partial(cell, options.generations)
+    every = base.kept_evolutions(options.out, config, settings_of, make, options.jobs)
     arms: dict[str, list[Cell]] = {arm: [] for arm in options.arms}
-    for arm, cells in arms.items():
-        for seed in range(FIRST, FIRST + (options.seeds if arm == "error" else DISSECTED)):
-            make = partial(cell, arm, seed, options.generations)
-            cells.append(base.kept_evolution(options.out, config, arm, replace(ARMS[arm], seed=seed), make))
+    for (arm, _), content in zip(settings_of, every, strict=True):
+        arms[arm].append(content)
     facts = {"meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}", **config}
     facts |= {key: value for key, value in base.plain(asdict(ARMS["error"])).items() if key != "seed"}
     parts = {"tuned": "With tuned learning rates", "same_rate": "All at the learning rate of evolution"}
     tables = [table(arms, part, title) for part, title in parts.items()]
-    every = [each for cells in arms.values() for each in cells]
     return keep_results(options.out, command, ABOUT, facts, every, verdicts(arms.get("error", ())), tables)
 
 

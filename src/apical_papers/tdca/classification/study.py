@@ -36,7 +36,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from apical import data
-from apical.bench.cells import kept
+from apical.bench.cells import kept, side_by_side
 from apical.bench.evolve.loop import Evolution
 from apical.bench.program import run_command
 from apical.bench.run_folder import commit
@@ -100,6 +100,8 @@ class Options:
     """Unseen tasks that rules are tested on."""
     validation: int = VALIDATION
     """Unseen tasks that learning rates are chosen on."""
+    jobs: int = 0
+    """Evolutions side by side; 0: one per core."""
 
     def setting(self, arm: str, seed: int) -> Setting:
         """What is evolved."""
@@ -192,11 +194,10 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "images for evolution": SEEN,
         "learning rates": list(GRID),
     }
-    cells = []
-    for seed in range(options.first, options.first + options.seeds):
-        for arm in options.arms:
-            make = partial(cell, options, arm, seed)
-            cells.append(kept_evolution(options.out, config, arm, options.setting(arm, seed), make))
+    seeds = range(options.first, options.first + options.seeds)
+    settings_of = {(arm, seed): options.setting(arm, seed) for seed in seeds for arm in options.arms}
+    make = partial(cell, options)
+    cells = kept_evolutions(options.out, config, settings_of, make, options.jobs)
     cells.sort(key=lambda cell: (list(ARMS).index(cell["arm"]), cell["seed"]))
     settings = {
         "meta-seeds": f"{options.first} to {options.first + options.seeds - 1}",
@@ -215,13 +216,39 @@ def check_arms(chosen: Sequence[str], arms: Mapping[str, Setting]) -> None:
             raise unknown_name("arm", arm, list(arms))
 
 
-def kept_evolution(
-    out: Path, config: Mapping[str, Any], arm: str, setting: Setting, make: Callable[[], dict[str, Any]]
+Evolved = tuple[str, int]
+"""An arm and a meta-seed."""
+
+
+def kept_evolutions(
+    out: Path,
+    config: Mapping[str, Any],
+    settings: Mapping[Evolved, Setting],
+    make: Callable[[str, int], dict[str, Any]],
+    jobs: int,
+) -> list[dict[str, Any]]:
+    """Meta-seeds of arms, in the order of `settings`, from the folder `out`, or else what `make` returns, side by side.
+
+    Args:
+        make: a module's function, for other processes are handed it.
+        jobs: so many; 0 for one per core.
+    """
+    cells = {}
+    for part, content in side_by_side(jobs, list(settings), partial(_kept, out, config, settings, make), out):
+        cells[part] = content
+        print(f"{content['seconds']:7.1f} s  {part[0]}, meta-seed {part[1]}", flush=True)
+    return [cells[part] for part in settings]
+
+
+def _kept(
+    out: Path,
+    config: Mapping[str, Any],
+    settings: Mapping[Evolved, Setting],
+    make: Callable[[str, int], dict[str, Any]],
+    part: Evolved,
 ) -> dict[str, Any]:
-    """A meta-seed of an arm from the folder `out`, or else what `make` returns; prints a line on it."""
-    content = kept(out / "cells" / f"{arm}-{setting.seed}.json", {**config, **plain(asdict(setting))}, make)
-    print(f"{content['seconds']:7.1f} s  {arm}, meta-seed {setting.seed}", flush=True)
-    return content
+    arm, seed = part
+    return kept(out / "cells" / f"{arm}-{seed}.json", {**config, **plain(asdict(settings[part]))}, partial(make, arm, seed))
 
 
 def measures(

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import arg
 
-from apical.bench.cells import kept
+from apical.bench.cells import kept, side_by_side
 from apical.bench.evolve.loop import Evolution
 from apical.bench.program import run_command
 from apical.evolution.classification import Classification, Images
@@ -52,6 +52,8 @@ class Options:
     """Of each evolution."""
     credit: Literal["probabilities", "logits"] = "probabilities"
     """Where the output's stands; on logits, credit is relative too."""
+    jobs: int = 0
+    """Meta-seeds side by side; 0: one per core."""
 
 
 def task(arm: str, images: Images, seed: int, credit: str = "probabilities") -> Classification:
@@ -60,6 +62,12 @@ def task(arm: str, images: Images, seed: int, credit: str = "probabilities") -> 
     if arm.startswith("weight"):
         return SynapticClassification([images], setting, local=arm == "weight")
     return Classification([images], replace(setting, sites=int(arm.removeprefix("sites-")) if arm != "unit" else None))
+
+
+def kept_seed(options: Options, config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A meta-seed from the folder, or made now."""
+    path = options.out / "cells" / f"seed-{seed}.json"
+    return kept(path, config, partial(meta_seed, seed, options.generations, options.credit))
 
 
 def meta_seed(seed: int, generations: int, credit: str) -> dict[str, Any]:
@@ -102,12 +110,11 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "learning rates": list(GRID),
         **plain(asdict(CREDITS[options.credit])),
     }
-    cells = []
-    for seed in range(options.seeds):
-        path = options.out / "cells" / f"seed-{seed}.json"
-        cells.append(kept(path, config, partial(meta_seed, seed, options.generations, options.credit)))
-        print(f"{cells[-1]['seconds']:7.1f} s  meta-seed {seed}", flush=True)
-    return report(options.out, cells, command, config)
+    cells, make = {}, partial(kept_seed, options, config)
+    for seed, content in side_by_side(options.jobs, range(options.seeds), make, options.out):
+        cells[seed] = content
+        print(f"{content['seconds']:7.1f} s  meta-seed {seed}", flush=True)
+    return report(options.out, [cells[seed] for seed in range(options.seeds)], command, config)
 
 
 main = partial(run_command, "apical_papers.tdca.diffusion.study", Options, study)

@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from tyro.conf import arg
 
-from apical.bench.cells import kept
+from apical.bench.cells import kept, side_by_side
 from apical.bench.figures.curves import render
 from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
@@ -73,6 +73,8 @@ class Options:
     """Meta-seeds: independent evolutions of each function."""
     generations: int = 200
     """Of each evolution."""
+    jobs: int = 0
+    """Functions side by side; 0: one per core."""
 
 
 def basins(of: Function, side: float = SIDE, points: int = POINTS) -> tuple[Tensor, Tensor]:
@@ -132,6 +134,11 @@ def cell(case: Case, options: Options) -> dict[str, Any]:
     rates = tuned(case, VALIDATION)["rates"]
     centers = map(torch.tensor, evolution["centers"])
     return {"rates": rates, "ends": [ends(case, c, seed, rates) for c, seed in zip(centers, seeds, strict=True)]}
+
+
+def kept_case(options: Options, config: dict[str, Any], case: Case) -> dict[str, Any]:
+    """A function's cell from the folder, or made now."""
+    return kept(options.out / "cells" / f"{case.stem}.json", config, partial(cell, case, options))
 
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -204,9 +211,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
         CheckpointError: the folder holds evolutions with other options.
     """
     config = {"seeds": options.seeds, "generations": options.generations, "strategy": asdict(STRATEGY), "grid": GRID}
-    cells = {
-        case.title: kept(options.out / "cells" / f"{case.stem}.json", config, partial(cell, case, options)) for case in CASES
-    }
+    made = dict(side_by_side(options.jobs, CASES, partial(kept_case, options, config), options.out))
+    cells = {case.title: made[case] for case in CASES}
     caption = (
         "Starts in the box, coloured by where 60 steps from there end; white: starts in the basin of a global minimum. "
         "First meta-seed, under a shift that evolution did not see."

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apical.bench.cells import kept
+from apical.bench.cells import kept, side_by_side
 from apical.bench.program import run_command
 from apical.errors import require_choice
 from apical.evolution.functions import METHODS, Function, best_of_random, descend, draw, function
@@ -105,6 +105,8 @@ class Options:
     """The first meta-seed; settings were chosen on some below 20."""
     groups: tuple[str, ...] = ("plane", "large", "further", "stateless")
     """What is run: functions in two dimensions, in ten, two further ones in two, and networks without memory."""
+    jobs: int = 0
+    """Functions side by side; 0: one per core."""
 
     @property
     def meta_seeds(self) -> range:
@@ -227,9 +229,11 @@ def study(options: Options, command: str) -> dict[str, Any]:
     for group in options.groups:
         require_choice("groups", group, tuple(every))
     groups = {name: cases if name in options.groups else () for name, cases in every.items()}
-    cells = {case: cell(options, case) for cases in groups.values() for case in cases}
+    cases = [case for each in groups.values() for case in each]
+    made = dict(side_by_side(options.jobs, cases, partial(cell, options), options.out))
+    cells = {case: made[case] for case in cases}
     facts = {
-        **{key: value for key, value in asdict(options).items() if key != "out"},
+        **{key: value for key, value in asdict(options).items() if key not in ("out", "jobs")},
         "strategy": asdict(STRATEGY),
         "steps": Setting().steps,
         "starts per generation": PLANE[0].setting(0).starts,

@@ -116,10 +116,14 @@ def report(
     rows = [row for case in cases for row in verdicts(case, cells[case.stem][1], train)]
     rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
     tables = [
-        *(table(case, cells[case.stem][1], train) for case in cases for table in (_ends, _controls)),
+        *(
+            table
+            for case in cases
+            for table in (ends_table(case, cells[case.stem][1], train, METHODS), _controls(case, cells[case.stem][1], train))
+        ),
         *_missed(cases),
         *([_ungated(cells["cart-pole"][1], train)] if "cart-pole" in cells else []),
-        *(_rates(case, cells[case.stem][1]) for case in cases),
+        *(rates_table(case, cells[case.stem][1]) for case in cases),
     ]
     return keep_results(out, command, describe(cases), settings, spent, rows, tables, draw(cases, cells, train))
 
@@ -205,16 +209,17 @@ def verdicts(case: Any, cells: Cells, train: str) -> list[Row]:
     return [*rows, above("tdca-gated-state", what, ends(cells, "state", train), theirs)]
 
 
-def _ends(case: Any, cells: Cells, train: str) -> dict[str, Any]:
-    rows = [[place, *(shown(ends(cells, method, place)) for method in METHODS)] for place in (train, *case.unseen)]
-    rows.append([train + SHUFFLED, *(shown(ends(cells, f"{method}-shuffled", train)) for method in METHODS)])
-    rows.append([f"{train}, before learning", *(shown(untrained(cells, method)) for method in METHODS)])
+def ends_table(case: Any, cells: Cells, train: str, methods: Mapping[str, str]) -> dict[str, Any]:
+    """What policies of a case come to, under each of the methods, which have titles."""
+    rows = [[place, *(shown(ends(cells, method, place)) for method in methods)] for place in (train, *case.unseen)]
+    rows.append([train + SHUFFLED, *(shown(ends(cells, f"{method}-shuffled", train)) for method in methods)])
+    rows.append([f"{train}, before learning", *(shown(untrained(cells, method)) for method in methods)])
     return {
         "title": f"{case.title}: return at the end of lifetimes",
         "note": "Mean of the last 5 updates over new policies; mean over meta-seeds with 95 % interval. By hand: a (pi - y) "
         "for the logits and nothing for hidden units, what a gated network could send. Shuffled: the same rules with "
         "advantages dealt out anew among time steps.",
-        "header": ["setting", *METHODS.values()],
+        "header": ["setting", *methods.values()],
         "rows": rows,
     }
 
@@ -248,7 +253,8 @@ def _ungated(cells: Cells, train: str) -> dict[str, Any]:
     }
 
 
-def _rates(case: Any, cells: Cells) -> dict[str, Any]:
+def rates_table(case: Any, cells: Cells) -> dict[str, Any]:
+    """Returns by learning rate on validation lifetimes."""
     names = [name for name in cells[0]["methods"] if "returns" in cells[0]["methods"][name]]
     rates = list(cells[0]["methods"][names[0]]["returns"])
     rows = [
@@ -276,7 +282,7 @@ def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cell
                 "Learning in the training range",
                 "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
                 "Shuffled: the same rules, with advantages dealt out anew among time steps.",
-                _curves(cases, cells),
+                curves(cases, {stem: tests for stem, (_, tests) in cells.items()}, LOOKS, METHODS),
             ),
             render(
                 "settings",
@@ -296,16 +302,22 @@ def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cell
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def _curves(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cells]]) -> Figure:
+def curves(cases: Sequence[Any], cells: Mapping[str, Cells], looks: Mapping[str, Any], names: Mapping[str, str]) -> Figure:
+    """Mean return by update, a panel for each case.
+
+    Args:
+        cells: of each case, the test of each meta-seed.
+        looks: colour, marker and line of each method that is drawn; of a control, under the method's name and "-shuffled".
+        names: titles of methods.
+    """
     figure = Figure(figsize=(7.0, 3.4))
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, case in zip(panels, cases, strict=True):
-        tests = cells[case.stem][1]
-        for method, (colour, marker, line) in LOOKS.items():
-            curves = zip(*(cell["methods"][method]["curve"] for cell in tests), strict=True)
-            mean, low, high = np.array([student(values)[:3] for values in curves], dtype=float).T
+        for method, (colour, marker, line) in looks.items():
+            values_of = zip(*(cell["methods"][method]["curve"] for cell in cells[case.stem]), strict=True)
+            mean, low, high = np.array([student(values)[:3] for values in values_of], dtype=float).T
             x = np.arange(1, len(mean) + 1)
-            name = METHODS[method.removesuffix("-shuffled")] + (SHUFFLED if method.endswith("-shuffled") else "")
+            name = names[method.removesuffix("-shuffled")] + (SHUFFLED if method.endswith("-shuffled") else "")
             axes.plot(x, mean, color=colour, marker=marker, linestyle=line, markevery=4, ms=4, label=name)
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.set(xlabel="update", ylabel="return", title=case.title, xticks=(1, 5, 10, 15, 20))

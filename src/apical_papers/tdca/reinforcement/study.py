@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apical.bench.cells import kept
+from apical.bench.cells import kept, side_by_side
 from apical.bench.program import run_command
 from apical.errors import ConfigError, unknown_name
 from apical.evolution.environments import Array
@@ -135,6 +135,8 @@ class Options:
     """New policies per setting and meta-seed, for tests, and per learning rate, for choosing it."""
     cases: tuple[str, ...] = ("cart-pole", "pendulum")
     """Of cart-pole, pendulum and acrobot."""
+    jobs: int = 0
+    """Cases side by side; 0: one per core."""
 
 
 def new_policies(task: Reinforcement, name: str, seed: int, count: int) -> tuple[Tensor, list[int]]:
@@ -191,8 +193,12 @@ def trial(case: Case, task: Reinforcement, seed: int, count: int, credits_of: Cr
 
 
 def measured(case: Case, networks: dict[str, tuple[Reinforcement, Tensor]], seed: int, count: int) -> dict[str, Any]:
-    """Test a meta-seed: every network and control with a rate of its own, then each with shuffled advantages."""
-    task = networks["gated"][0]
+    """Test a meta-seed: every network and control with a rate of its own, then each with shuffled advantages.
+
+    Args:
+        networks: name -> the task as the network meets it, and the network's weights.
+    """
+    task = next(iter(networks.values()))[0]
     rules: dict[str, tuple[Reinforcement, CreditsOf]] = {
         name: (learner, lambda n, learner=learner, weights=weights: learner.credits(weights.expand(n, -1)))  # type: ignore[misc]
         for name, (learner, weights) in networks.items()
@@ -212,7 +218,7 @@ def _shuffled(credits_of: CreditsOf, seed: int, count: int) -> Credits:
     return shuffled(credits_of(count), seed_of("shuffled", seed))
 
 
-def cell(case: Case, options: Options) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def cell(options: Options, case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The evolutions of a case, and what is kept of the test of each meta-seed."""
     parts, seeds = options.out / "cells", range(FIRST, FIRST + options.seeds)
     parts.mkdir(parents=True, exist_ok=True)
@@ -268,10 +274,11 @@ def study(options: Options, command: str) -> dict[str, Any]:
         if name not in CASES:
             raise unknown_name("case", name, CASES)
     cases = [CASES[name] for name in options.cases]
-    cells = {case.stem: cell(case, options) for case in cases}
+    made = {case.stem: cells for case, cells in side_by_side(options.jobs, cases, partial(cell, options), options.out)}
+    cells = {case.stem: made[case.stem] for case in cases}
     task = Reinforcement(cases[0].setting)
     facts = {
-        **{key: value for key, value in asdict(options).items() if key not in ("out", "cases")},
+        **{key: value for key, value in asdict(options).items() if key not in ("out", "cases", "jobs")},
         "first meta-seed": FIRST,
         "strategy": asdict(STRATEGY),
         "sigma of the second stage": SECOND.sigma,

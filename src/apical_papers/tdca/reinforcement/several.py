@@ -1,0 +1,251 @@
+"""One evolved top-down network for several tasks of reinforcement learning, and on a task that it never met.
+
+    python -m apical_papers.tdca.reinforcement.several --out results/tdca-several
+
+CartPole, Pendulum and Acrobot have different numbers of observations and actions. What they have in common is an action, its
+probability and its advantage, so a network that sends to one logit at a time, from the action's probability and whether it
+was taken, serves all of them (`by_action` of :class:`apical.evolution.reinforcement.Setting`). From each meta-seed it is
+evolved seven times: on the three tasks together, on each pair of them, and on each alone. The first is tested on each task;
+so is the network that was evolved on the other two, and that evolved on the task alone. Fitness is the mean over tasks of
+the return over a lifetime, divided by the size of a return. Tests, controls and learning rates are those of
+:mod:`apical_papers.tdca.reinforcement.study`. What is finished stays in the folder; the same command continues there."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from apical.bench.cells import kept, side_by_side
+from apical.bench.figures.curves import render
+from apical.bench.figures.style import RC
+from apical.bench.finding import Row, at_most, count
+from apical.bench.program import keep_results, run_command
+from apical.evolution.perceptron import evaluate
+from apical.evolution.reinforcement import Reinforcement, together
+from apical_papers.tdca.evolution import evolve
+from apical_papers.tdca.reinforcement.report import above, curves, ends, ends_table, not_below, rates_table, untrained
+from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, measured, plain
+
+FIRST = 60
+"""The first meta-seed; settings were chosen on some below 20."""
+NETWORKS: dict[str, tuple[str, ...]] = {
+    "all": tuple(CASES),
+    **{f"without-{stem}": tuple(name for name in CASES if name != stem) for stem in CASES},
+    **{stem: (stem,) for stem in CASES},
+}
+"""What a network is evolved on."""
+METHODS = {
+    "all": "TDCA, one for all",
+    "others": "TDCA, other tasks",
+    "own": "TDCA, this task",
+    "by-hand": "by hand",
+    "reinforce": "REINFORCE",
+    "unevolved": "unevolved",
+}
+LOOKS: dict[str, tuple[str, str, Any]] = {
+    "all": ("#0B5345", "*", "-"),
+    "others": ("#0072B2", "D", "-"),
+    "own": ("#CC79A7", "s", (0, (4, 1.5))),
+    "reinforce": ("#000000", "o", "-"),
+    "all-shuffled": ("#D55E00", "v", (0, (1.2, 1.2))),
+    "others-shuffled": ("#E69F00", "^", (0, (5, 1.2, 1, 1.2))),
+}
+ABOUT = {
+    "title": "TDCA in reinforcement learning: one top-down network for several tasks",
+    "about": "A policy is trained for 20 updates of 4 episodes by credits of an evolved top-down network; no loss and no "
+    "backpropagation. The network has the same few weights on every task: from the probability of an action, and whether it "
+    "was taken, it makes what is sent to that action's logit, multiplied by the advantage, which it does not see. It is "
+    "evolved on CartPole, Pendulum and Acrobot together ('one for all'), on two of them and tested on the third ('other "
+    "tasks'), and on one alone ('this task'). Tests take new initial policies, in the range of settings that evolution saw "
+    "and on six settings far outside it. Sending to one logit at a time departs from the paper, whose set-up is not known.",
+    "sources": {
+        "our mark": "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals (Student's t); "
+        "every rule at its best of seven learning rates, by validation lifetimes in the training range. Set before the run, "
+        "on meta-seeds that were not used before. Learning: the interval of end minus start above 50 (CartPole), 100 "
+        "(Pendulum), 50 (Acrobot). Not below another rule: the interval of the difference above minus 10 % of what that "
+        "rule gains. Unseen settings: a mean not below REINFORCE's on 4 of 6. Shuffled advantages: what is gained with them "
+        "is in the mean at most 10, 50, 25. Learning from reward: the interval of the difference from the same network with "
+        "shuffled advantages above 0.",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """One evolved top-down network for several tasks of reinforcement learning."""
+
+    out: Path
+    """Folder to write; what is finished in it is kept."""
+    seeds: int = 5
+    """Meta-seeds: independent evolutions of each network."""
+    generations: int = 40
+    """Of every evolution."""
+    lifetimes: int = 16
+    """New policies per setting and meta-seed, for tests, and per learning rate, for choosing it."""
+    jobs: int = 0
+    """Evolutions, then tests, side by side; 0: one per core."""
+
+    @property
+    def meta_seeds(self) -> range:
+        """All of them."""
+        return range(FIRST, FIRST + self.seeds)
+
+
+def task(stem: str, seed: int) -> Reinforcement:
+    """A task whose networks send to one logit at a time."""
+    return Reinforcement(replace(CASES[stem].setting, by_action=True, seed=seed))
+
+
+def mean_share(tasks: Sequence[tuple[Reinforcement, ...]], populations: Tensor, generation: int) -> Tensor:
+    """Fitness (S, P) of populations (S, P, D), one for each of S meta-seeds with the same tasks: the mean over these of the
+    return over a lifetime, in sizes of a return."""
+    shares = [
+        together(of_task, populations, generation) / of_task[0].setting.returns for of_task in zip(*tasks, strict=True)
+    ]
+    return torch.stack(shares).mean(0)
+
+
+def evolution(options: Options, name: str) -> dict[str, Any]:
+    """The evolutions of a network from all meta-seeds."""
+    path = options.out / "cells" / f"{name}.json"
+    tasks = [tuple(task(stem, seed) for stem in NETWORKS[name]) for seed in options.meta_seeds]
+    settings = [plain(asdict(each.setting)) for each in tasks[0]]
+    config = {"tasks": settings, "strategy": asdict(STRATEGY), "seeds": options.seeds, "generations": options.generations}
+    starts = [each[0].start for each in tasks]
+    length = (STRATEGY, options.generations, path.with_suffix(".pt"))
+    return kept(path, config, partial(evolve, tasks, options.meta_seeds, starts, mean_share, *length))
+
+
+def trial(options: Options, centers: Mapping[str, Sequence[Sequence[float]]], part: tuple[str, int]) -> dict[str, Any]:
+    """The test of a meta-seed's networks on a task.
+
+    Args:
+        centers: of each network, the weights from every meta-seed.
+        part: the task and the meta-seed.
+    """
+    stem, seed = part
+    learner = task(stem, seed)
+    evolved = {method: centers[name][seed - FIRST] for method, name in _tested(stem).items()}
+    networks = {method: (learner, torch.tensor(weights)) for method, weights in evolved.items()}
+    networks["unevolved"] = (learner, learner.start)
+    path = options.out / "cells" / f"{stem}-test-{seed}.json"
+    config = {"generations": options.generations, "seeds": options.seeds, "lifetimes": options.lifetimes}
+    return kept(path, config, partial(measured, CASES[stem], networks, seed, options.lifetimes))
+
+
+def _tested(stem: str) -> dict[str, str]:
+    return {"all": "all", "others": f"without-{stem}", "own": stem}
+
+
+Cells = Sequence[Mapping[str, Any]]
+
+
+def verdicts(case: Case, cells: Cells) -> list[Row]:
+    """The marks on a task."""
+    where, begun = f"{case.title}, {TRAIN}", untrained(cells, "reinforce")
+    theirs, own = ends(cells, "reinforce", TRAIN), ends(cells, "own", TRAIN)
+    rows = []
+    for method, rule, of in (("all", "tdca, one for all", ""), ("others", "tdca, other tasks", "evolved on the others: ")):
+        ours, shuffled = ends(cells, method, TRAIN), ends(cells, f"{method}-shuffled", TRAIN)
+        places = {place: (ends(cells, method, place), ends(cells, "reinforce", place)) for place in case.unseen}
+        holds = [bool(np.mean(a) >= np.mean(b)) for a, b in places.values()]
+        gained = [a - b for a, b in zip(shuffled, untrained(cells, f"{method}-shuffled"), strict=True)]
+        rows += [
+            above(rule, f"{where}: {of}return at the end minus that before learning", ours, begun, case.gain),
+            above(rule, f"{where}: {of}return minus that with shuffled advantages", ours, shuffled),
+            at_most("E6", rule, f"{where}: {of}gain with shuffled advantages", gained, case.harmless),
+            not_below(rule, f"{where}: {of}return minus that of REINFORCE", ours, theirs, begun),
+            count("E6", rule, f"{case.title}: {of}unseen settings with a mean return not below REINFORCE's", holds, 4),
+        ]
+    what = f"{where}: return minus that of the network evolved on this task alone"
+    return [*rows, not_below("tdca, one for all", what, ends(cells, "all", TRAIN), own, begun)]
+
+
+def sent(weights: Tensor, pi: Tensor) -> Tensor:
+    """What networks (S, D) send to a logit at probabilities (n,), per advantage: (S, 2, n), not taken and taken."""
+    layers = task("cart-pole", 0).network.layers(weights)
+    inputs = torch.stack([torch.stack([pi, torch.full_like(pi, taken)]) for taken in (0.0, 1.0)], 1)  # (2, 2, n)
+    signals = evaluate(layers, inputs.flatten(1).expand(len(weights), -1, -1).contiguous())  # (S, 1, 2 n)
+    return signals.view(len(weights), 2, len(pi))
+
+
+def credit_figure(weights: Tensor) -> Figure:
+    """What the networks evolved on all tasks send, a line for each meta-seed, beside what is sent by hand."""
+    pi = torch.linspace(0, 1, 101)
+    signals, hand = sent(weights, pi), torch.stack([pi, pi - 1])
+    size = signals.square().mean((1, 2), keepdim=True).sqrt() / hand.square().mean().sqrt()
+    figure = Figure(figsize=(4.6, 3.0))
+    axes = figure.subplots()
+    for taken, (name, colour) in enumerate({"not taken": "#0072B2", "taken": "#D55E00"}.items()):
+        for number, line in enumerate((signals / size)[:, taken]):
+            axes.plot(pi, line, color=colour, lw=0.9, label=None if number else f"action {name}")
+        axes.plot(
+            pi, hand[taken], color="#000000", lw=1.2, linestyle=(0, (4, 1.5)), label=None if taken else "by hand: π - y"
+        )
+    axes.set(xlabel="probability of the action, π", ylabel="credit per advantage")
+    axes.legend(loc="best")
+    return figure
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Run what is not finished yet, then write results.json, figures and report.html.
+
+    Raises:
+        CheckpointError: the folder holds parts of a study with other options.
+    """
+    evolutions = dict(side_by_side(options.jobs, list(NETWORKS), partial(evolution, options), options.out))
+    centers = {name: content["centers"] for name, content in evolutions.items()}
+    parts = [(stem, seed) for stem in CASES for seed in options.meta_seeds]
+    tests = {}
+    for part, content in side_by_side(options.jobs, parts, partial(trial, options, centers), options.out):
+        tests[part] = content
+        returns = {name: round(record["end"][TRAIN], 1) for name, record in content["methods"].items()}
+        print(f"{content['seconds']:7.1f} s  {CASES[part[0]].title}, meta-seed {part[1]}: {returns}", flush=True)
+    cells = {stem: [tests[stem, seed] for seed in options.meta_seeds] for stem in CASES}
+    cases = list(CASES.values())
+    rows = [row for case in cases for row in verdicts(case, cells[case.stem])]
+    rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
+    tables = [ends_table(case, cells[case.stem], TRAIN, METHODS) for case in cases]
+    tables += [rates_table(case, cells[case.stem]) for case in cases]
+    with matplotlib.rc_context(RC):
+        drawings = [
+            render(
+                "learning_curves",
+                "Learning in the training range",
+                "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
+                "Shuffled: the same networks, with advantages dealt out anew among time steps.",
+                curves(cases, cells, LOOKS, METHODS),
+            ),
+            render(
+                "credit",
+                "The credit that was evolved",
+                "What the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
+                "meta-seed, scaled to the size of what is sent by hand, π - y (dashed).",
+                credit_figure(torch.tensor(centers["all"])),
+            ),
+        ]
+    facts = {
+        **{key: value for key, value in asdict(options).items() if key not in ("out", "jobs")},
+        "first meta-seed": FIRST,
+        "strategy": asdict(STRATEGY),
+        "network": list(task("cart-pole", FIRST).network.sizes),
+        **{case.title: plain(dict(case.setting.ranges)) for case in cases},
+        "rates": list(RATES),
+    }
+    spent = [{"seconds": part.get("evolution", part["seconds"])} for part in (*evolutions.values(), *tests.values())]
+    return keep_results(options.out, command, ABOUT, facts, spent, rows, tables, drawings)
+
+
+main = partial(run_command, "apical_papers.tdca.reinforcement.several", Options, study)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
