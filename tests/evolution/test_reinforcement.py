@@ -283,7 +283,10 @@ def alone(task: Reinforcement, start: Tensor, vector: Tensor, individual: int, s
                 elif not setting.gated:
                     seen.append(torch.tensor([advantage]))
                 with torch.no_grad():
-                    z = teacher(torch.cat(seen).double())
+                    if setting.by_action:
+                        z = torch.cat([teacher(torch.stack([pi[k], y[k]])) for k in range(2)])
+                    else:
+                        z = teacher(torch.cat(seen).double())
                 if setting.gated:
                     e_h, e_o = torch.zeros_like(h), advantage * z
                 else:
@@ -298,10 +301,10 @@ def alone(task: Reinforcement, start: Tensor, vector: Tensor, individual: int, s
     return curve, torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
-@pytest.mark.parametrize(("gated", "state"), [(True, False), (True, True), (False, False)])
-def test_lifetimes_of_a_population_are_those_of_each_alone(gated: bool, state: bool) -> None:
+@pytest.mark.parametrize("kind", [{}, {"state": True}, {"gated": False}, {"by_action": True}], ids=str)
+def test_lifetimes_of_a_population_are_those_of_each_alone(kind: dict[str, bool]) -> None:
     lifetime = Lifetime(steps=4, lr=0.05, clip=0.5)
-    setting = Setting(gated=gated, state=state, lifetime=lifetime, episodes=3, steps=60, last=2, units=6, hidden=5)
+    setting = Setting(**kind, lifetime=lifetime, episodes=3, steps=60, last=2, units=6, hidden=5)  # type: ignore[arg-type]
     task = Reinforcement(setting)
     generator = torch.Generator().manual_seed(2)
     teachers = torch.randn(3, task.network.parameters, generator=generator, dtype=torch.double)
@@ -329,6 +332,26 @@ def test_a_gated_network_that_sends_pi_minus_y_is_the_one_made_by_hand() -> None
     (ours, one), (theirs, other) = (task.live(start, c, {}, [4]) for c in (task.credits(vector), by_hand))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     assert torch.equal(ours, theirs)
+
+
+def test_a_network_for_single_actions_serves_any_number_in_any_order() -> None:
+    tasks = [Reinforcement(Setting(name, {}, by_action=True)) for name in ("cart-pole", "pendulum", "acrobot")]
+    assert {task.network.sizes for task in tasks} == {(2, 8, 8, 1)}
+    network = torch.randn(2, tasks[0].network.parameters, dtype=torch.double)
+    pi, a = torch.rand(2, 3, 7, dtype=torch.double), torch.randn(2, 1, 7, dtype=torch.double)
+    y = torch.eye(3, dtype=torch.double)[torch.randint(3, (2, 7))].transpose(1, 2)
+    known = Known(pi, y, a, torch.rand(2, 3, 16), torch.rand(2, 6, 7))
+    hidden, output = tasks[1].credits(network)(known)
+    assert hidden is None
+    order = [2, 0, 1]
+    torch.testing.assert_close(
+        tasks[2].credits(network)(known._replace(pi=pi[:, order], actions=y[:, order]))[1],
+        output[:, order],
+        rtol=0,
+        atol=1e-12,
+    )
+    few = known._replace(pi=pi[:, :2], actions=y[:, :2])
+    torch.testing.assert_close(tasks[0].credits(network)(few)[1], output[:, :2], rtol=0, atol=1e-12)
 
 
 def test_without_advantage_a_gated_network_teaches_nothing() -> None:
@@ -430,6 +453,9 @@ def test_the_marks_can_be_reached_and_not_by_chance(credits: Credits, rate: floa
         (lambda: Reinforcement(Setting(ranges={"lenght": (1, 2)})), "no setting 'lenght'"),
         (lambda: environment("cart-pol"), "did you mean 'cart-pole'"),
         (lambda: Reinforcement(Setting(gated=False, state=True)), "only a gated"),
+        (lambda: Reinforcement(Setting(gated=False, by_action=True)), "by_action is for a gated"),
+        (lambda: Reinforcement(Setting(state=True, by_action=True)), "by_action is for a gated"),
+        (lambda: Reinforcement(Setting(by_action=True)).with_state(torch.zeros(105)), "all actions at once"),
         (lambda: Reinforcement(Setting(last=21)), "number of updates"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_tiny_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(basins, "CASES", basins.CASES[1:2])
     monkeypatch.setattr(basins, "GRID", 3)
     monkeypatch.setattr(basins, "POINTS", 61)
-    given = ["--out", str(tmp_path), "--seeds", "2", "--generations", "1"]
+    given = ["--out", str(tmp_path), "--seeds", "2", "--generations", "1", "--jobs", "1"]
     assert basins.main(given) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["tables"][0]["rows"]) == 5

@@ -86,7 +86,7 @@ def test_a_tiny_study_is_kept_and_reported(
     ):
         monkeypatch.setattr(study, name, small)
     monkeypatch.setattr(trials, "GRID", (0.01, 0.02))
-    asked = ["--out", str(tmp_path), "--seeds", "2", "--generations", "1", "--arms", "unit"]
+    asked = ["--out", str(tmp_path), "--seeds", "2", "--generations", "1", "--arms", "unit", "--jobs", "1"]
     asked += ["--tasks", "2", "--validation", "1", "--settled", "2", "--first", "7"]
     assert study.main(asked) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -153,7 +153,7 @@ def test_the_study_of_relu_learners_reports_both_arms(tmp_path: Path, monkeypatc
     start = torch.zeros(2)
     monkeypatch.setattr(study, "evolved", lambda *_: ({"parameters": 2, "curve": []}, {"tdca": start, "start": start}))
     monkeypatch.setattr(Bench, "run", run)
-    options = ["--out", str(tmp_path), "--seeds", "2"]
+    options = ["--out", str(tmp_path), "--seeds", "2", "--jobs", "1"]
     assert relu.main(options) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["what"]: row for row in results["verdicts"]}

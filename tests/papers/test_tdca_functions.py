@@ -95,7 +95,7 @@ def test_wilson_interval() -> None:
 
 def run(folder: Path, *more: str) -> int:
     short = ["--generations", "3", "--generations-large", "2", "--generations-further", "2", "--starts", "8", "--seeds", "2"]
-    return tdca_functions.main(["--out", str(folder), *short, *more])
+    return tdca_functions.main(["--out", str(folder), *short, "--jobs", "1", *more])
 
 
 @pytest.mark.usefixtures("undrawn_here")

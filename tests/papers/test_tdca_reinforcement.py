@@ -136,6 +136,8 @@ def test_a_study_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(tdca_reinforcement, "CASES", short)
     stages = [f"--generations{name}" for name in ("", "-state", "-ungated")]
     given = [
+        "--jobs",
+        "1",
         "--out",
         str(tmp_path),
         "--seeds",
@@ -163,7 +165,7 @@ def test_a_study_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 def test_a_case_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     short = replace(ACROBOT, setting=replace(ACROBOT.setting, lifetime=Lifetime(steps=2), steps=8, last=1))
     monkeypatch.setattr(tdca_reinforcement, "CASES", {"acrobot": short})
-    given = ["--out", str(tmp_path), "--cases", "acrobot", "--seeds", "2", "--lifetimes", "2"]
+    given = ["--out", str(tmp_path), "--cases", "acrobot", "--seeds", "2", "--lifetimes", "2", "--jobs", "1"]
     given += ["--generations", "1", "--generations-state", "1"]
     assert tdca_reinforcement.main(given) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -20,7 +20,7 @@ class Reproduce:
     out: Annotated[Path, shown("DIR", "(default: results)")] = Path("results")
     """Folder: a table goes to PAPER-TABLE in it (with -smoke or -paper at these budgets), verdicts to reproductions/."""
     jobs: Annotated[int, shown("N", "(default: one per core)")] = 0
-    """Seeds trained side by side."""
+    """Seeds, or parts of a study, side by side."""
     ray: Annotated[str | None, shown("local|ADDRESS", "(default: off)")] = None
     """Train on a Ray cluster: one started here, or one that runs (`ray start --head`) and sees --out as a shared folder."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
