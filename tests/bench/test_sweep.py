@@ -268,12 +268,27 @@ def test_a_cluster_gives_the_same_trials(folder: Path, tmp_path: Path) -> None:
         (["--space", "lr=0.1", "--trials", "3"], "--trials is for --search random and optuna"),
         (["--space", "batch_size=8.5"], "8.5 is not a whole number"),
         (["--space", "lr=0.1", "--final-seeds", "-1"], "--final-seeds must be at least 0"),
+        (["--space", "lr=0.1", "--clip-over", "network"], "without effect here: --clip-over (--clip is off); leave it out"),
+        (["--space", "lr_min=0.1,0.2"], "without effect here: --space lr_min (--lr-cosine is off); leave it out"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert swept(tmp_path / "out", "--rules", "bp", "pfa", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--space", "clip=0.1,1", "--clip-over", "network"],
+        ["--space", "optimizer=sgd,adam", "--beta2", "0.9"],
+        ["--space", "clip=log(0.1,1)", "--search", "random", "--trials", "1", "--clip-over", "network"],
+    ],
+)
+def test_a_setting_that_matters_in_one_trial_is_taken(arguments: list[str], tmp_path: Path) -> None:
+    assert swept(tmp_path / "out", "--rules", "bp", *arguments, "--final-seeds", "0") == 0
+    assert (tmp_path / "out" / "sweep.json").exists()
 
 
 def test_two_sweeps_do_not_share_a_folder(apical: Callable[..., Command], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Settings that were given and would change nothing: refused, not passed over."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from apical.bench.recipe import Recipe
@@ -12,13 +12,16 @@ _GOVERNED = {"lr_min": "lr_cosine", "clip_over": "clip", "pretrain_lr": "pretrai
 _RATES = ("feedback_lr", "feedback_beta1", "feedback_beta2", "feedback_eps", "feedback_weight_decay")
 
 
-def refuse_idle(given: Mapping[str, Any], recipes: Sequence[Recipe], dataset: Dataset, *, has_feedback: bool) -> None:
+def refuse_idle(
+    given: Mapping[str, Any], recipes: Sequence[Recipe], dataset: Dataset, *, has_feedback: bool, axes: Collection[str] = ()
+) -> None:
     """Refuse given settings that none of the recipes makes use of.
 
     Args:
         given: the recipe's fields that the user set, and their values; the defaults' own are let pass.
         recipes: of all rules, complete.
         has_feedback: a rule has feedback weights that learn by themselves.
+        axes: fields that a search goes over, which are given too.
 
     Raises:
         ConfigError: names the options, and why.
@@ -41,9 +44,10 @@ def refuse_idle(given: Mapping[str, Any], recipes: Sequence[Recipe], dataset: Da
     if not dataset.is_text:
         reasons["tokens"] = "the data are no text"
     defaults = Recipe.__dataclass_fields__
-    idle = [name for name, value in given.items() if name in reasons and value != defaults[name].default]
+    idle = {name: _flag(name) for name, value in given.items() if name in reasons and value != defaults[name].default}
+    idle |= {name: f"--space {name}" for name in axes if name in reasons}
     if idle:
-        said = ", ".join(f"{_flag(name)} ({reasons[name]})" for name in idle)
+        said = ", ".join(f"{option} ({reasons[name]})" for name, option in idle.items())
         raise ConfigError(f"without effect here: {said}; leave {'it' if len(idle) == 1 else 'them'} out")
 
 

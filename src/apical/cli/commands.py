@@ -88,7 +88,7 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
     tell = partial(say, console=console)
     drafts = understood([draft(flags, study, rule) for rule in rules], flags, tell)
     check_epochs(drafts)
-    recipes, notes = prepare(drafts, tell, flags.settings())
+    recipes, notes = prepare(drafts, tell, _news(flags))
     tell_rates(drafts, flags, tell)
     published = {rule_name(r): [asdict(number) for number in study.row(r).published] for r in rules} if study else {}
     claims = (
@@ -147,7 +147,7 @@ def train(flags: "Train", command: str) -> int:
     with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
         tell = print if world.is_main else lambda line: None
         drafts = understood([recipe], flags, tell)
-        (recipe,), (notes,) = prepare(drafts, tell, flags.settings())
+        (recipe,), (notes,) = prepare(drafts, tell, _news(flags))
         tell_rates(drafts, flags, tell)
         folder = RunFolder(flags.out, events=flags.tensorboard)
         state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
@@ -233,6 +233,11 @@ def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
     if not any("teacher" in constructor_options(find_rule(other)) for other in of_them):
         raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; tdca has")
     return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
+
+
+def _news(flags: "Flags") -> dict[str, Any]:
+    """The settings given for a run that is begun; a resumed one was begun with these, whatever is refused today."""
+    return {} if flags.resume else flags.settings()
 
 
 def prepare(

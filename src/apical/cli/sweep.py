@@ -16,7 +16,8 @@ from apical.bench.distributed import under_torchrun
 from apical.bench.document import command_block, document, figure_block, table
 from apical.bench.figures.sweep import draw
 from apical.bench.folders import check_least, check_writable, refuse_used
-from apical.bench.materials import identified, load_data
+from apical.bench.idle import refuse_idle
+from apical.bench.materials import build_model, identified, load_data
 from apical.bench.names import make_rule
 from apical.bench.progress import shown_path
 from apical.bench.provenance import environment
@@ -89,10 +90,31 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
     if not drafts[0].validation:
         held_out = max(1, len(load_data(drafts[0]).train) // SHARE)
         drafts = [replace(recipe, validation=held_out) for recipe in drafts]
+    recipes: list[Recipe] = []
     for rule, recipe in zip(rules, drafts, strict=True):  # settings that are known are built, to see that they work
         trials = grid(axes[rule]) if flags.search == "grid" else [{}]
-        commands.prepare([applied(recipe, settings) for settings in trials])
+        recipes += commands.prepare([applied(recipe, settings) for settings in trials])[0]
+    if not flags.resume:
+        _refuse_idle(flags, rules, drafts, axes, recipes)
     return rules, drafts, axes
+
+
+def _refuse_idle(
+    flags: "Sweep",
+    rules: Sequence[str],
+    drafts: Sequence[Recipe],
+    axes: Mapping[str, Sequence[Axis]],
+    recipes: Sequence[Recipe],
+) -> None:
+    """Refuse settings, and axes, that no trial of any rule would make use of."""
+    dataset, tried = load_data(drafts[0]), list(recipes)
+    for rule, recipe in zip(rules, drafts, strict=True):
+        for axis in axes[rule]:
+            tried += [applied(recipe, {axis.name: value}) for value in axis.values or (axis.low, axis.high)]
+    rules_of = (make_rule(recipe, build_model(recipe, dataset), dataset.input_shape) for recipe in recipes)
+    learning = any(parameter.requires_grad for rule in rules_of for parameter in rule.feedback_parameters())
+    names = {axis.name: None for of_rule in axes.values() for axis in of_rule}  # in their order
+    refuse_idle(flags.settings(), tried, dataset, has_feedback=learning, axes=tuple(names))
 
 
 def _without(recipe: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
