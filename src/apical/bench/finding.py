@@ -93,7 +93,7 @@ def mean_table(
 
 def interval(row: Row) -> str:
     """The mean of a verdict on differences with its interval, as text."""
-    return f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{_digits(row['mean'])} [{_digits(row['low'])}, {_digits(row['high'])}]"
 
 
 def shown(values: Sequence[float]) -> str:
@@ -103,4 +103,9 @@ def shown(values: Sequence[float]) -> str:
     '2 [-0.484, 4.48]'
     """
     mean, low, high, _ = student(values)
-    return f"{mean:.3g}" if low is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+    return _digits(mean) if low is None else f"{_digits(mean)} [{_digits(low)}, {_digits(high)}]"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, or all of a whole number's that has four or five."""
+    return f"{value:.0f}" if 999.5 <= abs(value) < 99_999.5 else f"{value:.3g}"
