@@ -161,16 +161,20 @@ def check(results: Iterable[tuple[str, Made | None]], recorded: Mapping[str, Any
 
 
 def record(results: Iterable[tuple[str, Made | None]], kept: dict[str, Made], file: Path = FILE) -> list[str]:
-    """Write what comes to the file, as it comes; returns the names of entries that failed, which are left out."""
-    failed = []
+    """Write what comes to the file, as it comes; returns the names of entries that failed, which are left out.
+
+    Settings are the same on every machine, so after them alone the file goes on naming the one that made its results.
+    """
+    failed, made_on = [], load(file).get("machine", machine())
     for name, content in results:
         if content is not None and "failed" in content:
             failed.append(name)
         elif content is not None:
             kept[name] = content
             if not name.startswith("settings/"):
-                dump({"machine": machine(), "entries": kept}, file)
-    dump({"machine": machine(), "entries": kept}, file)
+                made_on = machine()
+                dump({"machine": made_on, "entries": kept}, file)
+    dump({"machine": made_on, "entries": kept}, file)
     return failed
 
 

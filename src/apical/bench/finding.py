@@ -103,7 +103,7 @@ def shown(values: Sequence[float]) -> str:
     '2 [-0.484, 4.48]'
     """
     mean, low, high, _ = student(values)
-    return _digits(mean) if low is None else f"{_digits(mean)} [{_digits(low)}, {_digits(high)}]"
+    return _digits(mean) if low is None or high is None else f"{_digits(mean)} [{_digits(low)}, {_digits(high)}]"
 
 
 def _digits(value: float) -> str:
