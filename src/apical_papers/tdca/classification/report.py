@@ -14,6 +14,7 @@ from apical.bench.finding import shown
 from apical.bench.program import keep_results
 from apical.bench.statistics import student
 from apical_papers.tdca.classification.verdicts import Cell, released, values, verdicts
+from apical_papers.tdca.emission import credit_figure, sent_to_outputs
 
 TITLE = "TDCA on classification, against backpropagation and controls"
 ABOUT = (
@@ -70,6 +71,12 @@ def finish(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str
             render("losses", "Loss on unseen tasks", _LOSSES, losses_figure(arms)),
             render("evolution", "Evolution", _EVOLUTION, evolution_figure(arms)),
         ]
+        if unit or sites:
+            p, signals = sent_to_outputs(unit or sites)
+            drawing = credit_figure(
+                p, signals, ("wrong class", "right class"), "probability of the class", "credit of the logit"
+            )
+            drawings.append(render("credit", "The output's credit", _CREDIT, drawing))
     return keep_results(out, command, about, settings, cells, verdicts(arms), tables, drawings)
 
 
@@ -79,6 +86,10 @@ _LOSSES = (
 )
 _EVOLUTION = (
     "Loss of learners under the centre of the search distribution, on each generation's own tasks; one line per meta-seed."
+)
+_CREDIT = (
+    "What the evolved networks send to a logit, by the probability of its class: mean over random predictions, a line for "
+    "each meta-seed, scaled to the size of the error, p - y (dashed)."
 )
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from apical.bench.cells import kept, side_by_side
@@ -30,6 +29,7 @@ from apical.bench.finding import Row, at_most, count
 from apical.bench.program import keep_results, run_command
 from apical.evolution.perceptron import evaluate
 from apical.evolution.reinforcement import Reinforcement, together
+from apical_papers.tdca.emission import credit_figure
 from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.reinforcement.report import above, curves, ends, ends_table, not_below, rates_table, untrained
 from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, measured, plain
@@ -58,6 +58,7 @@ LOOKS: dict[str, tuple[str, str, Any]] = {
     "all-shuffled": ("#D55E00", "v", (0, (1.2, 1.2))),
     "others-shuffled": ("#E69F00", "^", (0, (5, 1.2, 1, 1.2))),
 }
+TAKEN, UP = ("action not taken", "action taken"), "credit per advantage"
 ABOUT = {
     "title": "TDCA in reinforcement learning: one top-down network for several tasks",
     "about": "A policy is trained for 20 updates of 4 episodes by credits of an evolved top-down network; no loss and no "
@@ -196,24 +197,6 @@ def sent(weights: Tensor, pi: Tensor) -> Tensor:
     return signals.view(len(weights), 2, len(pi))
 
 
-def credit_figure(weights: Tensor) -> Figure:
-    """What the networks evolved on all tasks send, a line for each meta-seed, beside what is sent by hand."""
-    pi = torch.linspace(0, 1, 101)
-    signals, hand = sent(weights, pi), torch.stack([pi, pi - 1])
-    size = signals.square().mean((1, 2), keepdim=True).sqrt() / hand.square().mean().sqrt()
-    figure = Figure(figsize=(4.6, 3.0))
-    axes = figure.subplots()
-    for taken, (name, colour) in enumerate({"not taken": "#0072B2", "taken": "#D55E00"}.items()):
-        for number, line in enumerate((signals / size)[:, taken]):
-            axes.plot(pi, line, color=colour, lw=0.9, label=None if number else f"action {name}")
-        axes.plot(
-            pi, hand[taken], color="#000000", lw=1.2, linestyle=(0, (4, 1.5)), label=None if taken else "by hand: π - y"
-        )
-    axes.set(xlabel="probability of the action, π", ylabel="credit per advantage")
-    axes.legend(loc="best")
-    return figure
-
-
 def study(options: Options, command: str) -> dict[str, Any]:
     """Run what is not finished yet, then write results.json, figures and report.html.
 
@@ -237,6 +220,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     title = "What does not hold, why, and what was tried"
     tables.append({"title": title, "note": note, "header": ["where", "why", "tried"], "rows": MISSED})
     tables += [rates_table(case, cells[case.stem]) for case in cases]
+    pi = torch.linspace(0, 1, 101)
     with matplotlib.rc_context(RC):
         drawings = [
             render(
@@ -250,8 +234,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
                 "credit",
                 "The credit that was evolved",
                 "What the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
-                "meta-seed, scaled to the size of what is sent by hand, π - y (dashed).",
-                credit_figure(torch.tensor(centers["all"])),
+                "meta-seed, scaled to the size of what is sent by hand, p - y (dashed).",
+                credit_figure(pi, sent(torch.tensor(centers["all"]), pi), TAKEN, "probability of the action", UP),
             ),
         ]
     facts = {
