@@ -113,7 +113,10 @@ def test_a_handler_of_the_users_own_is_left_alone() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    code = "import sys, apical, apical.__main__; assert 'torch' not in sys.modules; apical.Backprop; apical.core.credit"
+    code = (
+        "import sys, apical, apical.__main__; assert 'compare' in apical.__all__; assert 'torch' not in sys.modules; "
+        "assert callable(apical.compare); apical.Backprop; apical.core.credit"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 

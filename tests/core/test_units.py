@@ -416,7 +416,7 @@ def test_layers_that_are_others_than_the_rule_found_are_refused(name: str, chang
 
 @pytest.mark.parametrize(("name", "whole"), [("fa", False), ("dfa", True), ("dfc", True), ("ccl", True)])
 def test_compiled_rules_refuse_them_too(name: str, whole: bool) -> None:
-    """The graph would go on with the layer that is gone. Graphs that may break show the error itself, which takes seconds."""
+    """The graph would go on with the layer that is gone. One that may break shows the error itself, which takes seconds."""
     rule, inputs, targets = made(name), torch.randn(8, 6), torch.arange(8) % 4
     torch._dynamo.reset()
     compiled = torch.compile(rule, backend="eager", fullgraph=whole)
