@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported
 from torch.nn.utils import parametrize, prune
 
 import apical
@@ -422,7 +421,7 @@ def test_compiled_rules_refuse_them_too(name: str, whole: bool) -> None:
     compiled = torch.compile(rule, backend="eager", fullgraph=whole)
     compiled(inputs, targets).backward()
     replace_layer(rule.model)
-    with pytest.raises(Unsupported if whole else UnsupportedModelError, match="taken out of"):
+    with pytest.raises(torch._dynamo.exc.Unsupported if whole else UnsupportedModelError, match="taken out of"):
         compiled(inputs, targets)
 
 
