@@ -1,7 +1,5 @@
 """`apical.compare`: the comparison of the command line from Python, with data, models and rules in memory."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +106,3 @@ def test_refused(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
         apical.compare(out=tmp_path / "out", **arguments)
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_importing_apical_loads_no_torch() -> None:
-    code = (
-        "import apical, sys; assert 'torch' not in sys.modules; print(callable(apical.compare), 'compare' in apical.__all__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.command import Command
 
 from apical.bench.signals import StopSignals
 from apical.cli.interrupts import Raise, end, handled
@@ -23,14 +24,13 @@ SAVING = "torch.utils.serialization"
 """Imported for the first checkpoint, when a training already listens: it stops after its first step."""
 
 
-def start(*arguments: object, python: tuple[str, ...] = (), **options: object) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+def start(*arguments: object, python: tuple[str, ...] = ()) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
         [sys.executable, *python, "-m", "apical", *map(os.fsencode, map(str, arguments))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        **options,
     )
 
 
@@ -113,20 +113,24 @@ def test_a_handler_of_the_users_own_is_left_alone() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    code = "import sys, apical, apical.__main__; assert 'torch' not in sys.modules; apical.Backprop; apical.core.credit"
+    code = (
+        "import sys, apical, apical.__main__; assert 'torch' not in sys.modules; assert callable(apical.compare); "
+        "assert 'compare' in apical.__all__; apical.Backprop; apical.core.credit"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def limited() -> int:
+    """What `apical` does where files may have 50 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    return main()
 
 
 def test_a_full_disk_names_the_folder_and_the_way_on(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk; the checkpoint is larger than it."""
     out = tmp_path / "run"
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    process = start("train", *SMALL[2:], "--model", "mlp-512", "--epochs", "2", "--out", out, preexec_fn=limit)
-    _, errors = process.communicate(timeout=300)
-    said = errors.decode()
+    process = Command(["train", *SMALL[2:], "--model", "mlp-512", "--epochs", "2", "--out", str(out)], tmp_path, run=limited)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 2
     assert said.startswith("apical: error: File too large: ")
     assert str(out / "checkpoint.pt") in said
@@ -140,9 +144,9 @@ def test_a_full_disk_names_the_folder_and_the_way_on(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"caf\xe9")
-    process = start("compare", "--rules", "bp", "--seeds", "1", *SMALL, "--epochs", "1", "--out", out)
+    process = Command(["compare", "--rules", "bp", "--seeds", "1", *SMALL, "--epochs", "1", "--out", str(out)], tmp_path)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert errors == b""
-    assert b"caf\\udce9" in output
+    assert errors == ""
+    assert "caf\\udce9" in output
     assert "caf\\udce9" in (out / "report.html").read_text(encoding="utf-8")

@@ -417,12 +417,15 @@ def test_under_a_compiler() -> None:
 @pytest.mark.parametrize("make", [Backprop, FeedbackAlignment])
 @pytest.mark.parametrize("attention", ["fixed", "present"])
 def test_compiled_is_eager_however_heads_are_split(make: Any, attention: Any) -> None:
-    """Also by `Tensor.unflatten`, which the compiler does not follow below function modes by itself."""
+    """Also by `Tensor.unflatten`, which the compiler does not follow below function modes by itself.
+
+    Backward passes are traced by :func:`test_under_a_compiler`, and at several lengths.
+    """
     rule = make(one_block("unflatten"), attention=attention)
     eager = gradients(rule)
     rule.zero_grad()
     torch._dynamo.reset()
-    torch.compile(rule, backend="aot_eager", fullgraph=True)(*batch()).backward()
+    torch.compile(rule, backend="eager", fullgraph=True)(*batch()).backward()
     for name, parameter in rule.model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-10, atol=1e-12)

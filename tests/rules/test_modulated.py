@@ -258,7 +258,7 @@ def compiled(factory: Factory) -> dict[str, Tensor]:
     return {name.removeprefix("rule."): grad for name, grad in gradients(rule).items()}
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("fa", "propagating"), ("dfa", "local"), ("ccl", "local")])
+@pytest.mark.parametrize(("kind", "mode"), [("fa", "propagating"), ("dfa", "local")])
 def test_a_gain_of_one_changes_no_bit_compiled(kind: str, mode: Mode) -> None:
     bare = of(kind, mode)
     require_same(compiled(partial(unchanged, bare, mode)), compiled(bare), 0.0, "a gain of one, compiled")

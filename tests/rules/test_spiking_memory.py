@@ -46,11 +46,11 @@ def of_model(name: str) -> CreditRule:
 MAKERS = {
     "csdp-unsupervised": (partial(step_by_step, negatives="mixtures"), STEPS),
     "csdp-memristor": (partial(step_by_step, levels=64), STEPS // 4),
-    "first spikes": (first_spike, STEPS),
+    "first spikes": (first_spike, STEPS // 4),
     "graph": (partial(of_model, "graph-8x2"), STEPS // 4),
     "flow": (partial(of_model, "flow-8x3"), STEPS // 4),
 }
-"""The second does the same at every step as the first; the last two have no time steps."""
+"""The second does the same at every step as the first; the last three have no time steps."""
 
 
 @pytest.mark.parametrize(("make", "steps"), MAKERS.values(), ids=MAKERS)

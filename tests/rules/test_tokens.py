@@ -332,8 +332,10 @@ def test_full_feedback_hears_all_places_and_position_refuses_others() -> None:
         DFA(model, units="blocks")
 
 
-@pytest.mark.parametrize(("source", "inside"), [("auto", "exact"), ("head", "feedback")])
-def test_state_copies_and_graphs_hold_all_matrices(source: Any, inside: Any) -> None:
+@pytest.mark.parametrize(
+    ("source", "inside", "backend"), [("auto", "exact", "eager"), ("head", "feedback", "aot_eager")]
+)  # the second traces the backward pass, of errors that come from the head and of feedback inside the blocks
+def test_state_copies_and_graphs_hold_all_matrices(source: Any, inside: Any, backend: str) -> None:
     inputs, targets = tokens(40)
     make = partial(DFA, loss=token_cross_entropy, units="block", source=source, inside=inside)
     rule = make(decoder(vocabulary=40))
@@ -346,7 +348,7 @@ def test_state_copies_and_graphs_hold_all_matrices(source: Any, inside: Any) -> 
     (rule(inputs, targets).loss / 2).backward()
     assert distance(gradients(rule.model), expected) <= 1e-12
     torch._dynamo.reset()
-    torch.compile(rule, backend="aot_eager", fullgraph=True)(inputs, targets).backward()
+    torch.compile(rule, backend=backend, fullgraph=True)(inputs, targets).backward()
     assert distance(gradients(rule.model), expected) <= 1e-12
     before = set(rule.model.state_dict())
     model = rule.detach()
