@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from apical.core.calls import traceable
 from apical.core.checkpointing import is_checkpointed, refuse_hidden
-from apical.core.credit import Attention
+from apical.core.credit import Attention, CreditRule
 from apical.core.outside_use import PRODUCTS
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -425,3 +425,24 @@ _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: scaled_dot_product,
     F.multi_head_attention_forward: multi_head,
 }
+
+
+def attended(rule: CreditRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Credit for one batch, with the backward pass of attention that the rule's option says.
+
+    Raises:
+        UnsupportedModelError: it is compiled before it has seen the model at work; or see :meth:`Attending.report`.
+    """
+    compiling, looks = torch.compiler.is_compiling(), torch.is_grad_enabled() and not rule._has_attended
+    if compiling and not rule._has_attended:
+        raise UnsupportedModelError(
+            f"attention={rule.attention!r} must see the model at work before torch.compile: call the rule once on a "
+            "batch without it"
+        )
+    attending = Attending(rule.attention, rule.model, looks=looks)
+    with attending:
+        credit = rule._credited(*args, **kwargs)
+    if looks:
+        attending.report()
+        rule._has_attended = True
+    return credit

@@ -169,7 +169,7 @@ class Chain:
         self._affine = [(stage.name, stage.layer, original(stage.layer)) for stage in self.stages]
         self._modules = [m for stage in self.stages for m in (*stage.before, stage.layer, *stage.after, stage.activation)]
         layers = {stage.layer for stage in self.stages}
-        self._others = [original(module) for module in self._modules if module not in layers]
+        self._others = [(own, type(own)) for own in (original(m) for m in self._modules if m not in layers)]
         self._twins = [module for module in self._modules if module not in layers and "stands_for" in module.__dict__]
         unseen = [name for name in self.layers if name not in {stage.name for stage in self.stages}]
         if unseen:
@@ -222,11 +222,11 @@ class Chain:
         for twin in self._twins:
             own = twin.__dict__["stands_for"]
             twin.__dict__.update((key, value) for key, value in own.__dict__.items() if key != "inplace")
-        for module in self._others:
-            if "forward" in module.__dict__ and not runs_own_forward(module, type(module).forward):
+        for module, kind in self._others:
+            if type(module) is not kind or ("forward" in module.__dict__ and not runs_own_forward(module, kind.forward)):
                 raise UnsupportedModelError(
-                    f"module {self._name(module)} was given another forward after the rule was made; make it a type of "
-                    "modules, and the rule after that"
+                    f"module {self._name(module)} was given another forward or class after the rule was made; make it "
+                    "a type of modules, and the rule after that"
                 )
             hooked = hooked or is_hooked(module)
         if not hooked or torch.compiler.is_compiling():

@@ -5,6 +5,7 @@ import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.errors import ApicalError, ConfigError, UnsupportedModelError, refuse_second_derivatives, require_choice
+from apical.errors import ApicalError, ConfigError, refuse_second_derivatives, require_choice
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
@@ -281,6 +282,7 @@ class CreditRule(nn.Module):
     phase: Phase
     _attention: Attention = "exact"
     _uncompiles: bool = False  # a model that is compiled
+    _turn: AbstractContextManager[Any] = nullcontext()  # threads take turns
     _has_attended: bool = False  # and attention by hand was looked for
     _placement: "Placement | None" = None
     _kinds: Sequence[tuple[Any, bool]] = ()  # losses that were looked at, and whether targets were numbers
@@ -292,10 +294,10 @@ class CreditRule(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
-        from apical.core.wrappers import refuse_wrapped, uncompiles
+        from apical.core.wrappers import refuse_wrapped, turn, uncompiles
 
         refuse_wrapped(model)
-        self.model, self._uncompiles = model, uncompiles(self, model)
+        self.model, self._uncompiles, self._turn = model, uncompiles(self, model), turn(model)
         self.loss = loss
         self._hooks: list[Any] = []
         self._attached, self._warned, self._is_fresh = True, False, True
@@ -303,6 +305,12 @@ class CreditRule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
+        if torch.compiler.is_compiling():
+            return self._plainly(*args, **kwargs)
+        with self._turn:
+            return self._plainly(*args, **kwargs)
+
+    def _plainly(self, *args: Any, **kwargs: Any) -> Any:
         if self._uncompiles or ((self._is_fresh or self.model._compiled_call_impl) and not torch.compiler.is_compiling()):
             from apical.core.wrappers import uncompiled  # for a model that is compiled already
 
@@ -313,21 +321,9 @@ class CreditRule(nn.Module):
     def _attended(self, *args: Any, **kwargs: Any) -> Any:
         if self.attention == "exact":
             return self._credited(*args, **kwargs)
-        compiling, learns = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        if compiling and not self._has_attended:
-            raise UnsupportedModelError(
-                f"attention={self.attention!r} must see the model at work before torch.compile: call the rule once on a "
-                "batch without it"
-            )
-        from apical.core.attention import Attending  # few want it
+        from apical.core.attention import attended  # few want it
 
-        attending = Attending(self.attention, self.model, looks=learns and not self._has_attended)
-        with attending:
-            credit = self._credited(*args, **kwargs)
-        if learns and not self._has_attended:
-            attending.report()
-            self._has_attended = True
-        return credit
+        return attended(self, *args, **kwargs)
 
     @property
     def attention(self) -> Attention:

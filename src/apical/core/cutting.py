@@ -374,6 +374,11 @@ class Trace(Pass):
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a layer's output."""
         super().layer(name, output)
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedModelError(
+                f"the model calls layer {name!r} inside a transform of torch.func (vmap, grad), where no unit can be cut "
+                "off; call it on the batch itself"
+            )
         for _, part in parts(name, output):
             self._note_fed(part)
         at = self.sites[-1][1] if isinstance(output, Tensor) else None

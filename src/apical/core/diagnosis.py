@@ -64,6 +64,8 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
                 f"the model's output is a {type(output).__name__}, which the loss does not take ({type(error).__name__}); "
                 "pass a loss that reads it, or wrap the model in a module that returns the tensor for the loss"
             )
+    if isinstance(inputs, Tensor) and inputs.layout is not torch.strided:
+        return ConfigError(f"inputs are {inputs.layout}, and {type(rule).__name__} needs dense ones: inputs.to_dense()")
     if not isinstance(value, Tensor):
         return ConfigError(
             f"the loss returns a {type(value).__name__}, from which no gradient can be taken; return a scalar tensor"

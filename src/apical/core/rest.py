@@ -46,7 +46,9 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
                 module.__dict__.update({key: _restored(*value) for key, value in saved.items()})
             with torch.no_grad():
                 for tensor, value in tensors:
-                    if not (tensor.is_meta or torch.equal(tensor, value)):  # on meta there are no values
+                    if tensor.shape != value.shape:  # an observer's, which are empty before its first batch
+                        tensor.data = value
+                    elif not (tensor.is_meta or torch.equal(tensor, value)):  # on meta there are no values
                         tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
             for generator, state in states:
                 generator.set_state(state)

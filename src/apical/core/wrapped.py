@@ -49,7 +49,7 @@ class WrappedRule(CreditRule):
         self.rule = rule
         self.feed_forward, self.two_phase, self.chains_errors = rule.feed_forward, rule.two_phase, rule.chains_errors
         self.random_per_sample, self.repeats = rule.random_per_sample, rule.repeats
-        self._uncompiles = rule._uncompiles or uncompiles(self, rule.model)
+        self._uncompiles, self._turn = rule._uncompiles or uncompiles(self, rule.model), rule._turn
         self._prefix = _model_prefix(rule)
         self._hooks: list[Any] = []
         self._attached, self._is_fresh = True, False

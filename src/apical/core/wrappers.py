@@ -1,6 +1,7 @@
-"""What a model may come wrapped in: processes that share its gradients, which is refused, and `torch.compile`."""
+"""What a model may come in: several processes or inference mode, which are refused; `torch.compile`; several threads."""
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -8,6 +9,7 @@ from inspect import getclosurevars
 from itertools import takewhile
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,15 +20,43 @@ if TYPE_CHECKING:
     from apical.core.credit import CreditRule
 
 
+class Turn:
+    """For a `with`: calls from several threads take turns, because layers are told which rule is at work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
+        return Turn, ()
+
+
+_TURNS: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
+
+
+def turn(model: nn.Module) -> Turn:
+    """The turns of all rules of one model."""
+    return _TURNS.setdefault(model, Turn())
+
+
 def refuse_wrapped(model: object) -> None:
     """Refuse what is no model, and wrappers that rely on the outermost forward to share gradients, which need not pass it.
 
     Raises:
-        ConfigError: no `nn.Module`.
+        ConfigError: no `nn.Module`; or tensors of inference mode, which cannot learn.
         UnsupportedModelError: `DistributedDataParallel` or `DataParallel`, around the model or a part of it.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model must be an object of a subclass of nn.Module, not {model!r:.60}")
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ConfigError(
+            "a model or rule that is made under torch.inference_mode() has tensors that cannot learn: make both outside"
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_sharders())
     if kind := next((each.__name__ for m in model.modules() for each in wrappers if isinstance(m, each)), None):
         remedy = "fully_shard(rule)" if "FSDP" in kind or "Sharded" in kind else "DistributedDataParallel(rule)"
