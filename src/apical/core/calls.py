@@ -31,6 +31,12 @@ AVERAGES = (
 )
 """Functions that average over places, so that the error at each place has only its share."""
 
+PRODUCTS = {
+    *("linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "einsum", "tensordot"),
+    *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
+}
+"""Functions that multiply activities by a weight they are given."""
+
 NORMALISATIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 """Functions behind which the size of weights does not matter."""
 

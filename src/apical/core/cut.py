@@ -92,7 +92,7 @@ class CutRule(CreditRule):
         super().__init__(model, loss)
         require_choice("inside", inside, ("exact", "feedback"))
         cuts = where == "activation"
-        self.layers = weighted_layers(model, exact, shared=True, packed="parts" if cuts else "refused")
+        self.layers = weighted_layers(model, exact, shared=True, packed="parts" if cuts else "refused", sites=None)
         self._whole = weighted_layers(model, exact, shared=True, packed="whole" if cuts else "refused")  # as they are called
         self._loops = tuple(name for name, layer in self._whole.items() if isinstance(layer, nn.RNNBase))
         self.exact = tuple(exact)

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core.activations import is_activation
-from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, Calls
+from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, PRODUCTS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
@@ -78,6 +78,7 @@ class Cutting:
         skips_activations: units end at the points only.
         heard: "functions", once some cut is at a function's call.
         moves_rows: whether rows of some unit are not those of the batch.
+        weights: the layer of each weight, by its id, when the model was traced last.
         now: the pass that is under way.
     """
 
@@ -94,6 +95,7 @@ class Cutting:
         self.skips_activations = False
         self.heard: set[str] = set()
         self.moves_rows = False
+        self.weights: dict[int, str] = {}
         self.now: Pass | Trace | None = None
         self.hooks: list[Any] = []
         for name, module in self.modules.items():
@@ -181,6 +183,7 @@ class Cutting:
         Inputs of real numbers require a gradient in it, so that the graph is whole where layers are frozen.
         """
         now = Trace(self)
+        self.weights = {id(p): name for name, layer in self.layers.items() for p in layer.parameters() if p.dim() > 1}
         hooks = [] if self.is_functional else self._owners()
         hooks += [layer.register_forward_hook(partial(_noted, self, name)) for name, layer in self.layers.items()]
         try:
@@ -301,12 +304,22 @@ class Pass:
         if function in FUNCTIONS and not cutting.skips_activations:
             hidden = self.activation(self.called(function), result, args[0] if args else None)
             return result if hidden is None else hidden
+        self.applied(function, args)
         name = self.called(function)
         if name in cutting.bases:
             name = self.number(name)
             if name in cutting.points and not self.is_cut(result):
                 return self.cut(name, result, bool(args) and result is args[0])
         return result
+
+    def applied(self, function: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
+        """A layer whose weight a function applies, `F.linear(x, layer.weight)`, which is near as if it were called."""
+        layer = None
+        if getattr(function, "__name__", "") in PRODUCTS:
+            tensors = [part if part._base is None else part._base for part in args if isinstance(part, Tensor)]
+            layer = next((self.cutting.weights[id(t)] for t in tensors if id(t) in self.cutting.weights), None)
+            self.near = layer or self.near
+        return layer
 
     def called(self, function: Callable[..., Any]) -> str:
         """Name of a function's calls by the module whose code runs."""
@@ -357,6 +370,7 @@ class Trace(Pass):
     Attributes:
         calls: in order.
         folds: numbers of rows of tensors in which each sample has several rows, one behind the other.
+        hears: an activation follows a layer's weight that a function has applied.
         fed: results that were made of the batch, not of weights alone.
         shrinkage: what divides the squared length of an error on its way down: averages and layers with small weights.
     """
@@ -366,6 +380,7 @@ class Trace(Pass):
         self.calls: list[Call] = []
         self.shrinkage: dict[Vertex, float] = {}
         self.folds: set[int] = set()
+        self.hears = False
         self.fed: set[Vertex | None] = set()
 
     def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -389,6 +404,8 @@ class Trace(Pass):
     def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
         """Note an activation's output."""
         first = self.near is None
+        if not first and all(layer != self.near for layer, _ in self.sites):
+            self.hears = True  # functions alone tell that its weight was used
         self._watch(output)
         if self.cutting.skips_activations:
             return None  # noted as every module's output
@@ -424,6 +441,7 @@ class Trace(Pass):
         if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
         name = self.called(function)
+        layer = self.applied(function, args)
         if function in FUNCTIONS and not self.cutting.skips_activations:
             self.activation(name, result, None)
         elif isinstance(result, Tensor) and result.grad_fn is not None:
@@ -431,7 +449,9 @@ class Trace(Pass):
             self._note_fed(result)
             self.calls.append(Call("function", self.number(name), name, at, shape=tuple(result.shape)))
             kind = getattr(function, "__name__", "")
-            if kind in AVERAGES and args and isinstance(args[0], Tensor):
+            if layer is not None:
+                self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[layer]))
+            elif kind in AVERAGES and args and isinstance(args[0], Tensor):
                 self.shrinkage[at] = args[0].numel() / max(result.numel(), 1)
             elif kind in NORMALISATIONS and args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
                 self.shrinkage.pop(cast(Vertex, vertex(args[0])), None)  # it undoes the layer's gain

@@ -127,7 +127,9 @@ class EdgeRule(CreditRule):
         self.exact, self.sites, self.through_time = tuple(exact), tuple(sites), through_time
         first, part = next(iter(self._weighted.items()))
         every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-        self._first = None if first_layer or every.count(id(caller(part))) > 1 or trains_before(model, part) else first
+        self._first = (
+            None if first_layer or every.count(id(caller(part))) > 1 or trains_before(model, self._weighted) else first
+        )
         still = set() if through_time else self._recurrent()
         self.layers = {name: layer for name, layer in self._weighted.items() if name not in {self._first, *still}}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
@@ -211,7 +213,7 @@ class EdgeRule(CreditRule):
         layer = self._weighted[name]
         if not isinstance(layer, Part):
             return f"{name}.weight".lstrip(".")
-        module = name.rpartition(".")[0] if layer.module is layer.owner else name
+        module = name.rpartition(".")[0] if name.endswith(f".{layer.parameter}") or layer.module is layer.owner else name
         return f"{module}.{layer.parameter}".lstrip(".")
 
     def __getstate__(self) -> dict[str, Any]:

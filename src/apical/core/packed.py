@@ -168,7 +168,9 @@ def own_parts(model: nn.Module, sites: Collection[str]) -> dict[str, Part]:
             raise ConfigError(f"sites names {name!r}, but the model has no such parameter")
         if weight.dim() != 2:
             raise ConfigError(f"sites names {name!r}, which is no matrix (n_out, n_in) but has shape {tuple(weight.shape)}")
-        parts[name] = Part(module, parameter, module)
+        while isinstance(called := model.get_submodule(owner), nn.ParameterList | nn.ParameterDict):
+            owner = owner.rpartition(".")[0]  # nobody calls these
+        parts[name] = Part(module, parameter, called)
     return parts
 
 

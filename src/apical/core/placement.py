@@ -2,8 +2,8 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -144,8 +144,7 @@ def _reached(model: nn.Module, parameters: list[nn.Parameter], inputs: Any) -> s
             if mode is not None:
                 model.train(mode)
             output = model(inputs)
-            leaves = torch.utils._pytree.tree_leaves(output)
-            total = [x.abs().sum() for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+            total = [x.abs().sum() for x in _tensors(output, set()) if x.requires_grad]
             if total:
                 start = torch.stack([t.to(total[0].device, torch.float64) for t in total]).sum()
                 grads = torch.autograd.grad(start, parameters, allow_unused=True)
@@ -153,6 +152,18 @@ def _reached(model: nn.Module, parameters: list[nn.Parameter], inputs: Any) -> s
         if len(reached) == len(set(map(id, parameters))):
             break
     return reached
+
+
+def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors in an output of any kind, also in objects of a user's."""
+    if isinstance(output, Tensor):
+        yield output
+    elif not isinstance(output, type | nn.Module | str) and id(output) not in seen:
+        seen.add(id(output))
+        named = fields(output) if is_dataclass(output) else ()
+        parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+        for part in (*parts, *(getattr(output, each.name) for each in named), *getattr(output, "__dict__", {}).values()):
+            yield from _tensors(part, seen)
 
 
 def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:

@@ -167,7 +167,7 @@ def _product(graph: Graph, at: Vertex) -> Vertex:
 
 def _parameters(cutting: Cutting) -> Iterator[tuple[str, Tensor, str | None]]:
     """Name of each parameter, and of the layer, or other module with a matrix, that it may be a weight of."""
-    owners = {id(p): name for name, layer in cutting.layers.items() for p in layer.parameters()}
+    owners = {id(p): name for name, layer in cutting.layers.items() for p in layer.parameters() if p.dim() > 1}
     for name, module in cutting.modules.items():
         if is_local(module) and name not in cutting.exact:
             owners |= {id(p): name for p in module.parameters() if p.dim() > 1 and id(p) not in owners}
@@ -297,7 +297,8 @@ class _Search:
                 paths.setdefault(name, []).append((units, merged))
         ends = [call for call in self.trace.calls if self._ends(call)]
         ends = [call for call in ends if call.at not in self.marks or self.marks[call.at] is call]
-        if any(call.kind == "activation" and call.base not in self.cutting.activations for call in ends):
+        functional = (call.kind == "activation" and call.base not in self.cutting.activations for call in ends)
+        if self.trace.hears or any(functional):
             self.cutting.hear_functions()
         shares = self.graph.shares(self.output, self.trace.shrinkage)
         parts = {call.name: shares.get(call.at, 1.0) for call in ends if call.at is not None}

@@ -1,6 +1,6 @@
 """The places where a rule of the feedback-alignment family puts its feedback: one a layer, and how the layer is called."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -98,12 +98,14 @@ def graph_leaves(loss: Tensor) -> set[int]:
     return leaves
 
 
-def trains_before(model: nn.Module, first: Any) -> bool:
+def trains_before(model: nn.Module, layers: Mapping[str, Any]) -> bool:
     """Whether parameters that train are registered before those of the first layer, or beside it in a module of a user's."""
+    first = next(iter(layers.values()))
     module = caller(first)
-    others = (parameter for parameter in module.parameters() if parameter is not getattr(first, "weight", None))
-    if isinstance(first, Part) and not is_packed(module) and any(parameter.requires_grad for parameter in others):
-        return True
+    users = {layer.owner for layer in layers.values() if isinstance(layer, Part) and not is_packed(layer.owner)}
+    for user in (user for user in users if module in user.modules()):
+        if any(q.requires_grad for q in user.parameters() if q is not getattr(first, "weight", None)):
+            return True
     own = {id(parameter) for parameter in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) in own:

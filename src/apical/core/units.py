@@ -27,7 +27,7 @@ def weighted_layers(
     exact: Collection[str] | None = (),
     shared: bool = False,
     packed: Literal["refused", "parts", "whole"] = "refused",
-    sites: Collection[str] = (),
+    sites: Collection[str] | None = (),
 ) -> dict[str, Layer]:
     """All weighted layers of the model by name, in registration order.
 
@@ -41,7 +41,8 @@ def weighted_layers(
             share a parameter.
         packed: modules that apply several weights within one call (attention, recurrent networks) are no layers a rule
             knows; or their weights count as layers, one by one (:class:`apical.core.packed.Part`); or they count as one.
-        sites: full names of parameters of a user's modules that count as layers (parts) too.
+        sites: full names of parameters of a user's modules that count as layers (parts) too; None for rules without this
+            option.
 
     Raises:
         ConfigError: see :func:`apical.core.packed.own_parts`.
@@ -76,7 +77,7 @@ def weighted_layers(
         for full, parameter in own.items():
             if owner.setdefault(id(parameter), full) != full and not shared:
                 faults.tied[full] = owner[id(parameter)]
-        for full in own.keys() & own_sites.keys():
+        for full in [name for name in own if name in own_sites]:
             layers[full] = own_sites[full]
             del own[full]
         if is_weighted(module) and module not in inside:
@@ -95,16 +96,15 @@ def weighted_layers(
             inside |= _belonging(module)
         elif own and module not in inside:
             faults.add(name, module, own)
-            faults.matrices += [
-                full for full, q in own.items() if packed == "parts" and q.dim() == 2 and full in faults.orphans
-            ]
+            if packed == "parts" and sites is not None:
+                faults.matrices += [full for full, q in own.items() if q.dim() == 2 and full in faults.orphans]
     faults.report(advises_exact=exact is not None)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no Linear or convolution layer to assign credit to")
     return layers
 
 
-def _own_sites(model: nn.Module, sites: Collection[str]) -> dict[str, Layer]:
+def _own_sites(model: nn.Module, sites: Collection[str] | None) -> dict[str, Layer]:
     """What a rule knows of parameters of a user's modules."""
     if not sites:
         return {}
@@ -239,7 +239,7 @@ class Faults:
         """Note a module with parameters that is no layer of known kind."""
         if is_packed(module):
             self.several[name] = module
-        elif type(module).__module__.startswith("torch.nn"):
+        elif type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.ParameterList | nn.ParameterDict):
             self.unknown[name] = module
         else:
             self.orphans |= dict.fromkeys(own, type(module).__name__)
