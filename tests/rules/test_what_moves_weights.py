@@ -206,12 +206,6 @@ def zeroed(rule: Any, optimizer: Any, step: int) -> None:
         rule.model[2].weight.grad.zero_()
 
 
-def feedback_too(rule: Any, optimizer: Any, step: int) -> None:
-    with torch.no_grad():
-        for parameter in rule.parameters():
-            parameter.mul_(0.99)
-
-
 def penalty(rule: Any, optimizer: Any, step: int) -> None:
     if step >= 20:
         rule.model[2].weight.abs().sum().backward()
@@ -232,7 +226,6 @@ REFUSED: dict[str, tuple[dict[str, Act], str]] = {
     "the optimiser's state alone": ({"after": optimiser_alone()}, "layer '2' was replaced, while .* load both states"),
     "a gradient lost": ({"before": lost}, "gradient of layer '2' was changed"),
     "a gradient zeroed": ({"before": zeroed}, "gradient of layer '2' was changed"),
-    "all parameters shrunk": ({"after": feedback_too}, "feedback of layer '2' was changed between steps"),
     "a penalty before": ({"start": penalty}, "layer '2' also receives gradients"),
     "a penalty after": ({"before": penalty}, "layer '2' also receives gradients"),
     "another loss": ({"before": other_loss}, "layer '2' also receives gradients"),

@@ -127,9 +127,8 @@ class EdgeRule(CreditRule):
         self.exact, self.sites, self.through_time = tuple(exact), tuple(sites), through_time
         first, part = next(iter(self._weighted.items()))
         every = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-        self._first = (
-            None if first_layer or every.count(id(caller(part))) > 1 or trains_before(model, self._weighted) else first
-        )
+        first_layer = first_layer or every.count(id(caller(part))) > 1
+        self._first = None if first_layer or trains_before(model, self._weighted) else first
         still = set() if through_time else self._recurrent()
         self.layers = {name: layer for name, layer in self._weighted.items() if name not in {self._first, *still}}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}

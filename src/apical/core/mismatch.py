@@ -106,14 +106,12 @@ class Watch:
         mismatch: its mismatch.
 
     Attributes:
-        plastic: version of R, which is empty meanwhile: whoever changes it does not know that.
         optimizer: that moved it last.
         momentum: the optimiser's momentum of the weight after the last step.
 
     The sum of all values is taken after each step and before the next, where the optimiser reads the weight anyway.
     """
 
-    plastic: int = -1
     optimizer: ref[Optimizer] | None = None
     momentum: Tensor | None = None
 

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from apical.core.credit import Credit, Loss
 from apical.core.edge import EdgeRule
+from apical.core.held import Plastics, fill, vacate
 from apical.core.mirror import mirrored, require_affine
 from apical.core.mismatch import Mismatch
 from apical.core.packed import Part
 from apical.core.sharing import FUNCTION
-from apical.core.steps import FROZEN, Steps
+from apical.core.steps import FROZEN, MOVED, Steps
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
@@ -86,7 +87,7 @@ class PlasticRule(EdgeRule):
         self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
         if form == "auto":
             self.decisions = Decisions(self.reasons)
-        setattr(self, self.PLASTIC, nn.ParameterDict())
+        setattr(self, self.PLASTIC, Plastics())
         setattr(self, self.MISMATCH, nn.ModuleDict())
         self.register_state_dict_pre_hook(_measure)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_follow_again)  # type: ignore[no-untyped-call]
@@ -185,6 +186,8 @@ class PlasticRule(EdgeRule):
             if self.mismatch_of(name) is None:
                 if plain and name not in self._tied:
                     self._tapped.add(name)
+                if steps.moved(name):
+                    self.reasons.setdefault(name, MOVED)
                 steps.warn_of_feedback_that_rests(name)
             elif not plain:
                 steps.open(name, FUNCTION)
@@ -265,6 +268,12 @@ class PlasticRule(EdgeRule):
         """Without what belongs to the tensors of this very object."""
         return {**super().__getstate__(), "_steps": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self.layers if self.form == "auto" else ():
+            if self.mismatch_of(name) is not None:
+                vacate(self.plastic_of(name), self, name)
+
     def _plastics(self) -> nn.ParameterDict:
         return cast(nn.ParameterDict, self._modules[self.PLASTIC])
 
@@ -273,6 +282,9 @@ class PlasticRule(EdgeRule):
 
     def settle(self, name: str) -> None:
         """Make what the closed form of one layer needs beside the mismatch; called when B is known."""
+
+    def unsettle(self, name: str) -> None:
+        """Forget that; the layer is explicit again."""
 
     def close(self, name: str, mismatch: Mismatch, weight: Tensor) -> None:
         """The closed form from here on."""
@@ -288,10 +300,10 @@ class PlasticRule(EdgeRule):
         for name in self.layers if self.form == "auto" else ():
             plastic, weight = self.plastic_of(name), self.layers[name].weight.detach()
             if f"{prefix}{self.MISMATCH}.{key(name)}.initial" in state_dict:
-                plastic.data = plastic.data.new_empty(0)
+                vacate(plastic, self, name)
                 self.close(name, Mismatch(torch.zeros_like(weight)), weight)
             elif self.mismatch_of(name) is not None:
-                plastic.data = self.from_weight(name, weight)
+                fill(plastic, self.from_weight(name, weight))
                 del self._mismatches()[key(name)]
         for name in self.layers:
             mismatch, velocity = self.mismatch_of(name), f"{prefix}{self.MISMATCH}.{key(name)}.velocity"

@@ -44,7 +44,7 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
             for module, saved in attributes:
                 module.__dict__.clear()
                 module.__dict__.update({key: _restored(*value) for key, value in saved.items()})
-            with torch.no_grad():
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 for tensor, value in tensors:
                     if tensor.shape != value.shape:  # an observer's, which are empty before its first batch
                         tensor.data = value
@@ -62,7 +62,8 @@ def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tenso
     tensors = [t for m in modules for t in m._buffers.values() if t is not None]
     if parameters:
         tensors += [t for m in modules for t in m._parameters.values() if t is not None]
-    return [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
+    with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep
+        return [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from apical.core.decay import Decays
+from apical.core.held import fill, vacate
 from apical.core.mismatch import Mismatch, Watch
 from apical.core.sharing import FUNCTION, OPTIONS_DIFFER, PARTED, Sharing, parallel
 from apical.core.stepping import (
@@ -37,6 +38,7 @@ Places = dict[str, tuple[Group | None, Group | None]]
 FROZEN = "its weight is frozen"
 REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
+MOVED = "its weight also moves between passes without a step of the optimiser, as in sharpness-aware minimisation"
 HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
@@ -91,6 +93,7 @@ class Steps:
         """A state was loaded: whatever was known of weights and optimiser is no longer so."""
         self._watches: dict[str, Watch] = {}
         self._moving.clear()
+        self._passes: dict[str, int] = {}
         self.sharing.forget()
 
     def concerns(self, optimizer: Optimizer) -> bool:
@@ -121,10 +124,11 @@ class Steps:
             self.open(name, REPLACED)
             return
         arrival = self._arrivals.get(name)
-        if arrival is not None and arrival.moves > 3:
+        if self.moved(name) or (arrival is not None and arrival.moves > 3):
             raise ConfigError(
-                f"the weight of layer {name!r} moves without the steps of a torch.optim.Optimizer, which "
-                f'{type(self.rule).__name__} in closed form cannot follow: build the rule with form="explicit"'
+                f"the weight of layer {name!r} moves without the steps of a torch.optim.Optimizer (by hand, or as in "
+                f"sharpness-aware minimisation), which {type(self.rule).__name__} in closed form cannot follow: build the "
+                'rule with form="explicit"'
             )
 
     def warn_of_feedback_that_rests(self, name: str) -> None:
@@ -149,6 +153,15 @@ class Steps:
                 stacklevel=2,
             )
         self._apart[name] = (times, *now)
+
+    def moved(self, name: str) -> bool:
+        """Whether a weight, whose gradient has arrived, has moved since the first pass after the last step."""
+        weight, arrival = self.rule.layers[name]._parameters.get("weight"), self._arrivals.get(name)
+        if weight is None or arrival is None:
+            return False
+        if not arrival.fresh:
+            self._passes[name] = weight._version
+        return self._passes.setdefault(name, weight._version) != weight._version
 
     def taps(self) -> dict[str, Tensor]:
         """At first and now and then: weights of closed layers, which tell the rule's own gradient from others."""
@@ -207,6 +220,7 @@ class Steps:
                 watch.optimizer, watch.momentum = ref(optimizer), momentum_of(optimizer, watch.parameter)
             self.sharing.after_step(self.rule, optimizer)
         self._moving.clear()
+        self._passes.clear()
         self.sharing.begin()
 
     def _count_steps_alone(self, name: str, group: Group | None, other: Group | None) -> None:
@@ -234,7 +248,7 @@ class Steps:
         mine, its = (momentum_of(optimizer, p) for p in (weight, plastic))
         velocity = None if mine is None or its is None else rule.to_weight(name, its).sub_(mine)
         rule.close(name, Mismatch(held.sub_(weight.detach()), velocity), weight.detach())
-        plastic.data, plastic.grad = plastic.data.new_empty(0), None
+        vacate(plastic, rule, name)
         optimizer.state.pop(plastic, None)
         self._move(name, optimizer, cast(Group, group), self._k(name, optimizer, cast(Group, group)))
 
@@ -332,11 +346,6 @@ class Steps:
         rule, watch = self.rule, self._watches.get(name)
         if watch is None:
             return
-        if rule.form == "auto" and rule.plastic_of(name)._version != watch.plastic:
-            raise ConfigError(
-                f"the feedback of layer {name!r} was changed between steps, but {type(rule).__name__} does not hold it "
-                'while it follows the weight in closed form: use rule.set_feedback, or build the rule with form="explicit"'
-            )
         momentum = momentum_of(optimizer, watch.parameter)
         if watch.momentum is not None and momentum is not None and momentum is not watch.momentum and self.moving(name):
             raise ConfigError(
@@ -351,7 +360,6 @@ class Steps:
         mismatch = cast(Mismatch, self.rule.mismatch_of(name))
         if watch is None or watch.parameter is not weight or watch.mismatch is not mismatch:
             watch = self._watches[name] = Watch(weight, mismatch)
-            watch.plastic = -1 if self.rule.form == "closed" else self.rule.plastic_of(name)._version
             drift, momentum = self._drifts.pop(name, (None, None))
             if momentum is not None and momentum is momentum_of(optimizer, weight):
                 mismatch.restart(watch.weight, drift)
@@ -377,7 +385,7 @@ class Steps:
         watch = self._watches.pop(name, None)
         weight = rule.layers[name].weight if watch is None else watch.parameter
         optimizer = optimizer or (None if watch is None or watch.optimizer is None else watch.optimizer())
-        plastic.data = rule.from_weight(name, mismatch.feedback)
+        fill(plastic, rule.from_weight(name, mismatch.feedback))
         own = rule.layers[name]._parameters.get("weight")
         gradient = (weight if own is None else own).grad
         if gradient is not None:
@@ -388,6 +396,7 @@ class Steps:
         elif optimizer is not None and not is_sgd(optimizer):
             optimizer.state[plastic].update(rule.own_state(optimizer.state.get(weight, {})))
         del rule._mismatches()[key(name)]
+        rule.unsettle(name)
         rule.reasons[name] = reason
 
 

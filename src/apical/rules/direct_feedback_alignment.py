@@ -17,10 +17,12 @@ Where outputs are many (a vocabulary), one matrix Q brings them to the width of 
 P_l: B_l = Q P_l. Or P_l hears the error at the head's input, by the head's own weight (Launay et al., arXiv 2006.12878).
 """
 
+import copy
 from collections.abc import Collection, Sequence
 from functools import partial
 from hashlib import sha256
 from typing import Any, Literal, cast
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,33 @@ from apical.core.units import Layer, key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 SOURCES = ("auto", "output", "factored", "head")
+
+
+class Matrices(nn.Module):
+    """B_l by unit. Copies of a rule that has not met all units get what it draws, which is what they would draw.
+
+    Averages of parameters and buffers are copies that meet no batch (`torch.optim.swa_utils.AveragedModel(rule)`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies = WeakSet[Matrices]()
+
+    def add(self, name: str, matrix: Tensor) -> None:
+        """Keep a matrix that was drawn."""
+        self.register_buffer(name, matrix)
+        for copied in self._copies:
+            if name not in copied._buffers:
+                copied.add(name, matrix.clone())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Matrices":
+        result = memo[id(self)] = Matrices()
+        result._buffers.update(copy.deepcopy(self._buffers, memo))
+        self._copies.add(result)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": WeakSet()}
 
 
 class DirectFeedbackAlignment(CutRule):
@@ -110,7 +139,7 @@ class DirectFeedbackAlignment(CutRule):
         self.attention = attention
         self.kind, self.source = feedback, source
         self.scale = "xavier" if leaky else scale
-        self.feedback = nn.Module()
+        self.feedback = Matrices()
         self.register_buffer("seed", torch.randint(2**62, ()))  # all matrices follow from it, on every rank alike
         self.register_buffer("projection", None)  # Q
         self._places = self._order()
@@ -387,7 +416,7 @@ class DirectFeedbackAlignment(CutRule):
         place = self._places.get(name)
         if place is None:  # further uses, functions, blocks: by name
             place = int.from_bytes(sha256(name.encode()).digest()[:7], "big")
-        self.feedback.register_buffer(key(name), self._drawn(size, place).div_(share**0.5).to(device))
+        self.feedback.add(key(name), self._drawn(size, place).div_(share**0.5).to(device))
 
     @eagerly
     def _draw_projection(self, size: tuple[int, ...], device: torch.device) -> None:

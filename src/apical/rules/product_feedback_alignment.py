@@ -433,6 +433,10 @@ class ProductFeedbackAlignment(PlasticRule):
             mixing = mixing_matrix(self.expansion.get_buffer(key(name)))
             self.mixing.register_buffer(key(name), mixing, persistent=False)
 
+    def unsettle(self, name: str) -> None:
+        """No M."""
+        self.mixing._buffers.pop(key(name), None)
+
     def _mixing(self, name: str) -> Tensor | None:
         """M of a layer in closed form; None where it is the identity."""
         return (self.expansion if self.form == "closed" else self.mixing)._buffers.get(key(name))

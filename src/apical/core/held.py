@@ -1,0 +1,94 @@
+"""R in closed form, which has no values: whoever asks for them, or writes them, finds the explicit R as it would be by now.
+
+Averages of all parameters, an optimiser around an optimiser, decay by hand: what moves `rule.parameters()` beside the
+optimiser moves R as well. Once it has touched R, the layer keeps R explicitly, and `rule.remarks` says so.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from apical.core.plastic import PlasticRule
+
+TOUCHED = "something beside the optimiser reads or writes it, as averages of rule.parameters() do"
+ABOUT = {
+    *("grad", "requires_grad", "requires_grad_", "grad_fn", "is_leaf", "retains_grad", "output_nr", "_version", "_base"),
+    *("_backward_hooks", "_post_accumulate_grad_hooks", "register_hook", "register_post_accumulate_grad_hook", "_is_view"),
+    *("shape", "size", "dim", "ndim", "numel", "nelement", "stride", "storage_offset", "layout", "is_contiguous", "nbytes"),
+    *("dtype", "element_size", "itemsize", "is_floating_point", "is_complex", "is_sparse", "is_sparse_csr", "is_quantized"),
+    *("device", "get_device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_mkldnn", "is_nested", "is_shared"),
+    *("is_inference", "is_pinned", "data_ptr", "name", "names", "__hash__"),
+}
+"""What is asked about a tensor without its values."""
+
+
+class Held(nn.Parameter):
+    """An R without elements."""
+
+    holder: "tuple[weakref.ref[PlasticRule], str]"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make R explicit first, if its values are asked for."""
+        name = func.__name__
+        if name in ("__get__", "__set__", "__delete__"):
+            name = func.__self__.__name__
+        if name not in ABOUT:
+            for part in tree_leaves((args, kwargs)):
+                rule = part.holder[0]() if type(part) is Held else None
+                if rule is not None:
+                    rule.steps.open(part.holder[1], TOUCHED)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        with torch._C.DisableTorchFunctionSubclass():
+            memo[id(self)] = nn.Parameter(self.data.clone(), self.requires_grad)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+
+
+def vacate(plastic: nn.Parameter, rule: "PlasticRule", name: str) -> None:
+    """From here on R has no values of its own."""
+    fill(plastic, plastic.new_empty(0) if type(plastic) is not Held else None)
+    plastic.grad = None
+    plastic.__class__ = Held
+    setattr(plastic, "holder", (weakref.ref(rule), name))  # noqa: B010
+
+
+def fill(plastic: nn.Parameter, values: Tensor | None) -> None:
+    """From here on R has these."""
+    plastic.__class__ = nn.Parameter
+    plastic.__dict__.pop("holder", None)
+    if values is not None:
+        plastic.data = values
+
+
+class Plastics(nn.ParameterDict):
+    """The R of every layer; what a rule keeps, loads and moves is what is there."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        """Types and shapes."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().extra_repr()
