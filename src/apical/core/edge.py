@@ -356,11 +356,11 @@ class EdgeRule(CreditRule):
                 self._may_swap = False
             if substitutes:
                 site.weight = substitutes.get(self.weight_name(site.name), site.weight)
-            if not compiling and site.placed.get("forward") is not wrapped:
-                wrapped.require_in_place(site.name)
+            if not compiling and (site.placed.get("forward") is not wrapped or wrapped.own() is not site.forward):
+                wrapped.require_in_place(site.name, site.forward)
             wrapped.rule, wrapped.site = watch or self, site
         for wrapped, bundle in self._bundles.values():
-            wrapped.require_in_place(bundle.name)
+            wrapped.require_in_place(bundle.name, bundle.forward)
             wrapped.rule, wrapped.site = watch or self, bundle
         try:
             with watch or nullcontext():

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,8 @@ class Wrapped:
 
     Attributes:
         before: the forward that stood on the instance before, or None.
-        forward: what a call without a rule runs.
+        forward: what a call without a rule runs; see :meth:`own`.
+        kind: the layer's class then.
         rule: the rule at work: its `call_layer(site, *args, **kwargs)` takes the calls.
         site: what that rule knows of the layer.
         attached: number of rules that hold this wrapper.
@@ -28,6 +30,7 @@ class Wrapped:
             before = None  # left by a copy
         self.layer, self.before, self.attached = layer, before, 0
         self.forward = layer.forward if before is None else before
+        self.kind = type(layer)
         self.rule: Any = None
         self.site: Any = None
         layer.__dict__["forward"] = self
@@ -36,8 +39,16 @@ class Wrapped:
         """Run the layer under the rule at work."""
         rule = self.rule
         if rule is None:
-            return self.forward(*args, **kwargs)
+            return self.own()(*args, **kwargs)
         return rule.call_layer(self.site, *args, **kwargs)
+
+    def own(self) -> Any:
+        """The layer's forward method, of the class that it has now."""
+        if type(self.layer) is not self.kind:
+            self.kind = type(self.layer)
+            if self.before is None:
+                self.forward = MethodType(self.kind.forward, self.layer)
+        return self.forward
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (getattr, (self.layer, "forward")) if self.before is None else (_itself, (self.before,))
@@ -50,15 +61,15 @@ class Wrapped:
             if self.before is not None:
                 self.layer.__dict__["forward"] = self.before
 
-    def require_in_place(self, name: str) -> None:
-        """Refuse to work where something else has taken the wrapper's place.
+    def require_in_place(self, name: str, forward: Any) -> None:
+        """Refuse to work where something else has taken the wrapper's place, or that of the forward which a rule knows.
 
         Raises:
-            ConfigError: somebody gave the layer another forward method after the rule was made.
+            ConfigError: somebody gave the layer another forward method, or class, after the rule was made.
         """
-        if self.layer.__dict__.get("forward") is not self:
+        if self.layer.__dict__.get("forward") is not self or self.own() is not forward:
             raise ConfigError(
-                f"layer {name!r} was given another forward method after the rule was made; make the rule afterwards"
+                f"layer {name!r} was given another forward method or class after the rule was made; make the rule afterwards"
             )
 
 
@@ -84,7 +95,10 @@ class Attachment:
 
 def _wrapper(layer: nn.Module) -> Wrapped:
     existing = layer.__dict__.get("forward")
-    return existing if isinstance(existing, Wrapped) else Wrapped(layer)
+    if not isinstance(existing, Wrapped):
+        return Wrapped(layer)
+    existing.own()
+    return existing
 
 
 def _release(wrapped: list[Wrapped]) -> None:
