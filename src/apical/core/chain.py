@@ -169,7 +169,7 @@ class Chain:
         self._affine = [(stage.name, stage.layer, original(stage.layer)) for stage in self.stages]
         self._modules = [m for stage in self.stages for m in (*stage.before, stage.layer, *stage.after, stage.activation)]
         layers = {stage.layer for stage in self.stages}
-        self._others = [(own, type(own)) for own in (original(m) for m in self._modules if m not in layers)]
+        self._others = [(own, type(own).forward) for own in (original(m) for m in self._modules if m not in layers)]
         self._twins = [module for module in self._modules if module not in layers and "stands_for" in module.__dict__]
         unseen = [name for name in self.layers if name not in {stage.name for stage in self.stages}]
         if unseen:
@@ -222,8 +222,8 @@ class Chain:
         for twin in self._twins:
             own = twin.__dict__["stands_for"]
             twin.__dict__.update((key, value) for key, value in own.__dict__.items() if key != "inplace")
-        for module, kind in self._others:
-            if type(module) is not kind or ("forward" in module.__dict__ and not runs_own_forward(module, kind.forward)):
+        for module, run in self._others:
+            if type(module).forward is not run or ("forward" in module.__dict__ and not runs_own_forward(module, run)):
                 raise UnsupportedModelError(
                     f"module {self._name(module)} was given another forward or class after the rule was made; make it "
                     "a type of modules, and the rule after that"

@@ -18,7 +18,7 @@ class Wrapped:
     Attributes:
         before: the forward that stood on the instance before, or None.
         forward: what a call without a rule runs; see :meth:`own`.
-        kind: the layer's class then.
+        function: that of the layer's class then.
         rule: the rule at work: its `call_layer(site, *args, **kwargs)` takes the calls.
         site: what that rule knows of the layer.
         attached: number of rules that hold this wrapper.
@@ -30,7 +30,7 @@ class Wrapped:
             before = None  # left by a copy
         self.layer, self.before, self.attached = layer, before, 0
         self.forward = layer.forward if before is None else before
-        self.kind = type(layer)
+        self.function = type(layer).forward
         self.rule: Any = None
         self.site: Any = None
         layer.__dict__["forward"] = self
@@ -44,10 +44,10 @@ class Wrapped:
 
     def own(self) -> Any:
         """The layer's forward method, of the class that it has now."""
-        if type(self.layer) is not self.kind:
-            self.kind = type(self.layer)
+        if type(self.layer).forward is not self.function:
+            self.function = type(self.layer).forward
             if self.before is None:
-                self.forward = MethodType(self.kind.forward, self.layer)
+                self.forward = MethodType(self.function, self.layer)
         return self.forward
 
     def __reduce__(self) -> tuple[Any, ...]:

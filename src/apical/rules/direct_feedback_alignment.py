@@ -70,7 +70,11 @@ class Matrices(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": WeakSet()}
+        return {name: value for name, value in self.__dict__.items() if name != "_copies"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._copies = WeakSet()
 
 
 class DirectFeedbackAlignment(CutRule):
