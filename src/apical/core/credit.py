@@ -323,7 +323,7 @@ class CreditRule(nn.Module):
             return self._credited(*args, **kwargs)
         from apical.core.attention import attended  # few want it
 
-        return attended(self, *args, **kwargs)
+        return attended(self, args, kwargs)
 
     @property
     def attention(self) -> Attention:

@@ -156,7 +156,7 @@ class DirectFeedbackAlignment(CutRule):
             return self._one_root(output, targets, cuts, teacher)
         outputs = tensors(output)
         loss, found = output_errors(self.loss, output, targets, traced=self.plain_roots)
-        found = self._as_read(found)
+        found = self._as_read(found, output, targets)
         self.require_ends(output, found)
         read = [(part, error) for part, error in zip(outputs, found, strict=True) if error is not None]
         convolution = isinstance(self._topmost(), _ConvNd)
@@ -179,22 +179,20 @@ class DirectFeedbackAlignment(CutRule):
         taught += terms(loss)
         return Credit.of(taught, detached(output), loss)
 
-    def _as_read(self, errors: list[Tensor | None]) -> list[Tensor | None]:
-        """The same, with None for outputs that the loss does not read: compiled or transformed it has zeros for those.
-
-        Raises:
-            UnsupportedModelError: no call without either has told which they are.
-        """
+    def _as_read(self, errors: list[Tensor | None], output: Any, targets: Any) -> list[Tensor | None]:
+        """The same, with None for outputs that the loss does not read: compiled or transformed it has zeros for those."""
         if len(errors) > 1 and torch.is_grad_enabled():
             if not self.takes_signals:
                 self._read = [error is not None for error in errors]
             elif len(self._read) != len(errors):
-                raise UnsupportedModelError(
-                    f"which of the model's {len(errors)} outputs the loss reads must be seen before torch.compile or "
-                    "torch.func: call the rule once on a batch without it"
-                )
+                self._look(detached(output), targets)
             errors = [error if read else None for error, read in zip(errors, self._read, strict=True)]
         return errors
+
+    @eagerly
+    def _look(self, output: Any, targets: Any) -> None:
+        """See which outputs the loss reads, outside the compiled graph."""
+        self._read = [error is not None for error in output_errors(self.loss, output, targets)[1]]
 
     def _one_root(self, output: Tensor, targets: Tensor, cuts: list[Cut], teacher: Teacher) -> Credit:
         """The same with the model's one output in one backward pass: the loss hands `e` to the output, which hands it on."""
