@@ -33,7 +33,7 @@ from tables import (
 
 from apical.bench.names import RULES
 from apical.bench.papers import studies
-from apical.bench.recipe import parse_options
+from apical.bench.recipe import CHECKSUMS, parse_options
 from apical.bench.report.verdicts import Verdict, tally
 
 NOTE = "<!-- made by docs/generate.py -->"
@@ -123,7 +123,7 @@ def origin(folder: Path) -> str:
 def departures(plan: Row) -> str:
     """A sentence on the settings in which a comparison differs from the study it names; empty if there are none."""
     study = studies().get(plan.get("study") or "")
-    free = {"rule_options", "seed", "device", "threads", "checkpoint_steps"}
+    free = {"rule_options", "seed", "device", "threads", "checkpoint_steps", *CHECKSUMS}
     different: dict[str, None] = {}
     if study is None:
         return ""
