@@ -11,6 +11,7 @@ from apical.bench.loop import Training
 from apical.bench.recipe import Recipe
 from apical.bench.signals import Interrupted, StopSignals
 from apical.core.credit import Batch, CreditRule, Measures, depth_accuracies
+from apical.core.plastic import PlasticRule
 from apical.errors import ConfigError, DivergenceError
 from apical.rules.backprop import Backprop
 
@@ -226,3 +227,14 @@ def test_rules_are_given_the_loss_and_where_they_ask_for_it_the_shape_of_a_sampl
     assert (rule.shape, rule.depth, rule.loss) == ((1, 8, 8), 3, functional.mse_loss)
     assert rules.make_rule(Recipe(rule="fa"), Linear(2, 2), (2,)).loss is functional.cross_entropy
     assert rules.constructor_options(rules.RULES["shaped"]) == ["depth"]
+
+
+@pytest.mark.parametrize("rule", ["kp", "pfa", "pfa-o"])
+def test_nothing_in_training_makes_feedback_explicit(begin: Begin, small: Recipe, tmp_path: Path, rule: str) -> None:
+    """Feedback that follows its weight in closed form does so under the trainer's looks, counts and checkpoints too."""
+    training = begin(replace(small, rule=rule, epochs=2), tmp_path)
+    for _ in range(2):
+        training.train_epoch()
+    assert isinstance(training.rule, PlasticRule)
+    assert all(training.rule.plastic_of(name).numel() == 0 for name in training.rule.layers)
+    assert training.rule.reasons == {}

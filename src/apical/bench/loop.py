@@ -37,7 +37,7 @@ from apical.bench.passes import Pass, passes, total_steps
 from apical.bench.recipe import Recipe, differences
 from apical.bench.report import placement as placement_section
 from apical.bench.report import sample
-from apical.bench.restore import check_line, check_place, restore_optimizer, restore_partial, restore_rule
+from apical.bench.restore import check_line, check_place, not_finite, restore_optimizer, restore_partial, restore_rule
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.state import brief, write_state
@@ -381,9 +381,8 @@ class Training:
         self.seconds, self._began = self.seconds + now - self._began, now
 
     def _check_parameters(self) -> None:
-        for name, parameter in self.rule.named_parameters():
-            if not torch.isfinite(parameter).all():
-                self._diverge(f"parameter {name} is not finite")
+        if name := not_finite(self.rule):
+            self._diverge(f"parameter {name} is not finite")
 
     def _diverge(self, what: str, remedy: str | None = None) -> NoReturn:
         rest = f"the last good checkpoint (epoch {self.line['epoch']}) is kept" if self.line else "nothing was saved"

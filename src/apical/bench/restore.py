@@ -33,9 +33,14 @@ def restore_rule(rule: CreditRule, state: dict[str, Any]) -> None:
         RuntimeError, TypeError, AttributeError: names, shapes or kinds differ.
     """
     rule.load_state_dict(state)
-    for name, parameter in rule.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"parameter {name} is not finite")
+    if name := not_finite(rule):
+        raise ValueError(f"parameter {name} is not finite")
+
+
+def not_finite(rule: CreditRule) -> str:
+    """Name of a parameter that is not finite, or nothing; feedback in closed form has no values to look at."""
+    values = {name: parameter for name, parameter in rule.named_parameters() if parameter.numel()}
+    return next((name for name, parameter in values.items() if not bool(torch.isfinite(parameter).all())), "")
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ ABOUT = {
     *("shape", "size", "dim", "ndim", "numel", "nelement", "stride", "storage_offset", "layout", "is_contiguous", "nbytes"),
     *("dtype", "element_size", "itemsize", "is_floating_point", "is_complex", "is_sparse", "is_sparse_csr", "is_quantized"),
     *("device", "get_device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_mkldnn", "is_nested", "is_shared"),
-    *("is_inference", "is_pinned", "data_ptr", "name", "names", "__hash__"),
+    *("is_inference", "is_pinned", "data_ptr", "storage", "untyped_storage", "_typed_storage", "name", "names", "__hash__"),
 }
 """What is asked about a tensor without its values."""
 

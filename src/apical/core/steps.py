@@ -381,10 +381,17 @@ class Steps:
                 f"{type(rule).__name__} in closed form cannot train layer {name!r}: {reason}; build the rule with "
                 'form="explicit", or "auto"'
             )
-        mismatch, plastic = cast(Mismatch, rule.mismatch_of(name)), rule.plastic_of(name)
-        watch = self._watches.pop(name, None)
+        mismatch, watch = cast(Mismatch, rule.mismatch_of(name)), self._watches.pop(name, None)
         weight = rule.layers[name].weight if watch is None else watch.parameter
         optimizer = optimizer or (None if watch is None or watch.optimizer is None else watch.optimizer())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # whoever asks for R, and where
+            self._explicit(name, mismatch, weight, optimizer)
+        del rule._mismatches()[key(name)]
+        rule.unsettle(name)
+        rule.reasons[name] = reason
+
+    def _explicit(self, name: str, mismatch: Mismatch, weight: Tensor, optimizer: Optimizer | None) -> None:
+        rule, plastic = self.rule, self.rule.plastic_of(name)
         fill(plastic, rule.from_weight(name, mismatch.feedback))
         own = rule.layers[name]._parameters.get("weight")
         gradient = (weight if own is None else own).grad
@@ -395,9 +402,6 @@ class Steps:
             optimizer.state[plastic]["momentum_buffer"] = rule.from_weight(name, mismatch.drift().add_(buffer))
         elif optimizer is not None and not is_sgd(optimizer):
             optimizer.state[plastic].update(rule.own_state(optimizer.state.get(weight, {})))
-        del rule._mismatches()[key(name)]
-        rule.unsettle(name)
-        rule.reasons[name] = reason
 
 
 def is_sgd(optimizer: Optimizer) -> bool:

@@ -87,7 +87,8 @@ class Trial:
         with undisturbed(self.rule, parameters=True):
             with torch.no_grad():
                 for q in self.rule.parameters():
-                    q.copy_(off(q))
+                    if q.numel():  # feedback in closed form has no values
+                        q.copy_(off(q))
             self.inputs = tree_map(off, inputs)
             try:
                 return make()
