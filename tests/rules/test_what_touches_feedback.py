@@ -5,6 +5,7 @@ The explicit form, in which R is a parameter like any other, is the reference.
 
 import copy
 import io
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import apical
+from apical.diagnostics.memory import step_bytes
 from apical.errors import ConfigError
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -209,3 +211,32 @@ def test_averages_of_a_rule_are_means_of_its_weights(make: Any, begun: bool) -> 
     for own, *values in zip(mean.module.model.parameters(), *kept, strict=True):
         torch.testing.assert_close(own, torch.stack(values).mean(0), rtol=1e-12, atol=1e-14)
     mean.module(*batch(9)).backward()
+
+
+LOOKS: dict[str, Callable[[Any], Any]] = {
+    "finite": lambda rule: [bool(torch.isfinite(p).all()) for p in rule.parameters()],
+    "count": lambda rule: sum(p.numel() * p.element_size() for p in rule.parameters()),
+    "storage": lambda rule: [p.untyped_storage().nbytes() for p in rule.parameters()],
+    "another optimiser": lambda rule: torch.optim.Adam(rule.parameters()),
+    "state": lambda rule: rule.load_state_dict(rule.state_dict()),
+    "copies": lambda rule: (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))),
+    "printed": repr,
+    "moved": lambda rule: rule.cpu().double().share_memory(),
+    "memory of a step": lambda rule: step_bytes(rule, *batch(50)),
+}
+
+
+@each_rule
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_looks_that_need_no_values_leave_it_closed(make: Callable[..., Any], look: Callable[[Any], Any]) -> None:
+    trained = []
+    for form in ("auto", "explicit"):
+        rule = build(make, form)
+        optimizer = sgd(rule)
+        steps(rule, optimizer, range(12))
+        look(rule)
+        steps(rule, optimizer, range(12, 16))
+        trained.append(rule)
+    assert all(trained[0].mismatch_of(name) is not None for name in trained[0].layers)
+    for ours, theirs in zip(trained[0].model.parameters(), trained[1].model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

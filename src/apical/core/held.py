@@ -22,8 +22,10 @@ ABOUT = {
     *("dtype", "element_size", "itemsize", "is_floating_point", "is_complex", "is_sparse", "is_sparse_csr", "is_quantized"),
     *("device", "get_device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_mkldnn", "is_nested", "is_shared"),
     *("is_inference", "is_pinned", "data_ptr", "storage", "untyped_storage", "_typed_storage", "name", "names", "__hash__"),
+    *("isfinite", "isnan", "isinf"),
 }
-"""What is asked about a tensor without its values."""
+"""What is asked about a tensor without its values; looks for numbers that are not finite see the weight's, beside which R's
+are finite too."""
 
 
 class Held(nn.Parameter):
