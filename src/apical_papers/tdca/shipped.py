@@ -32,10 +32,10 @@ RULES = {"bp": "BP", "dfa": "DFA", "tdca": "TDCA", "tdca-silent": "TDCA, no cred
 TITLE = "The shipped teacher of TDCA, against backpropagation"
 ABOUT = (
     "The teacher that comes with the package trains perceptrons that differ in width, depth and activation from those it "
-    "was evolved on, residual layers, MNIST and USPS, which it never saw, and convolutions. It was evolved from a start wired by hand, which is "
-    "direct feedback alignment. Learning rates are those that `apical compare` takes unless told otherwise: tuned for each "
-    "rule on digits and mlp-256-256, the common one elsewhere. TDCA's was tuned again, with five seeds instead of one, "
-    "after a first run of that network had missed its mark."
+    "was evolved on, residual layers, MNIST and USPS, which it never saw, and convolutions. It was evolved from a start "
+    "wired by hand, which is direct feedback alignment. Learning rates are those that `apical compare` takes unless told "
+    "otherwise: tuned for each rule on digits and mlp-256-256, the common one elsewhere. TDCA's was tuned again, with five "
+    "seeds instead of one, after a first run of that network had missed its mark."
 )
 SOURCES = {
     "our mark": "Seeds: TDCA's accuracy on each is at most so many points below the mean of backpropagation's; set before "
