@@ -118,7 +118,10 @@ def test_a_tiny_study_is_kept_and_reported(
     row = next(r for r in results["verdicts"] if "4 sites: accuracy minus (that of credit per weight" in r["what"])
     pairs = [cell["arms"]["sites-4"]["tdca"]["accuracy"] - cell["arms"]["weight"]["tdca"]["accuracy"] for cell in cells]
     assert row["mean"] == pytest.approx(sum(pairs) / 2 + 0.01, rel=1e-3)
-    assert len(results["tables"][0]["rows"]) == len(ARMS) + 1
+    assert len(results["tables"][0]["rows"]) == len(ARMS) + 3  # and two teachers made by hand, and backpropagation
+    by_hand = [json.loads((tmp_path / "cells" / f"by-hand-{seed}.json").read_text()) for seed in (0, 1)]
+    mean = sum(100 * cell["hand-random"]["accuracy"] for cell in by_hand) / 2
+    assert results["tables"][0]["rows"][-2][4].startswith(f"{mean:.3g} ")
     assert "per weight, local factors" in (tmp_path / "report.html").read_text()
     before = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
     assert tdca_diffusion.main(asked) == 0

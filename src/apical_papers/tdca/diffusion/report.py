@@ -44,6 +44,8 @@ TITLES = {
     "sites-2": "2 sites",
     "sites-1": "1 site",
 }
+BY_HAND = {"hand-silent": "by hand: the error, hidden silent", "hand-random": "by hand: and random feedback of it"}
+"""Teachers that nothing evolved."""
 TARGET = 0.3
 """Loss (nats) that generations are counted to."""
 
@@ -89,7 +91,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
 
 
 def table(cells: Sequence[Cell]) -> dict[str, Any]:
-    """One row per kind of credit, and backpropagation."""
+    """One row per kind of credit, and rules that nothing evolved."""
     rows = []
     per_weight = cells[0]["arms"]["weight"]["parameters"]
     for arm, title in TITLES.items():
@@ -104,8 +106,9 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
             values(cells, arm, "seconds_per_generation"),
         )
         rows.append([title, str(count), f"{100 * count / per_weight:.1f}", *map(shown, measures), until])
-    bp = [[cell["bp"][key] for cell in cells] for key in ("loss", "accuracy")]
-    rows.append(["backpropagation", "-", "-", shown(bp[0]), shown([100 * value for value in bp[1]]), "-", "-", "-"])
+    for rule, title in {**BY_HAND, "bp": "backpropagation"}.items():
+        loss, accuracy = ([cell[rule][key] for cell in cells] for key in ("loss", "accuracy"))
+        rows.append([title, "-", "-", shown(loss), shown([100 * value for value in accuracy]), "-", "-", "-"])
     return {
         "title": "Before and after",
         "note": "Weights of the top-down network, and in per cent of those for a credit per weight; training loss (nats) "

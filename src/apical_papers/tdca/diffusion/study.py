@@ -23,7 +23,7 @@ from apical.bench.program import run_command
 from apical.evolution.classification import Classification, Images
 from apical.evolution.workers import Here
 from apical_papers.tdca.classification.study import BASE, RELEASED, SEEN, STRATEGY, digits, measures, plain
-from apical_papers.tdca.diffusion.report import report
+from apical_papers.tdca.diffusion.report import BY_HAND, report
 from apical_papers.tdca.synapses import SynapticClassification
 from apical_papers.tdca.trials import GRID
 
@@ -65,9 +65,16 @@ def task(arm: str, images: Images, seed: int, credit: str = "probabilities") -> 
 
 
 def kept_seed(options: Options, config: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A meta-seed from the folder, or made now."""
+    """A meta-seed from the folder, or made now; and the hand-built teachers on its tasks."""
     path = options.out / "cells" / f"seed-{seed}.json"
-    return kept(path, config, partial(meta_seed, seed, options.generations, options.credit))
+    evolved = kept(path, config, partial(meta_seed, seed, options.generations, options.credit))
+    by_hand = kept(path.with_name(f"by-hand-{seed}.json"), config, partial(hand_built, seed, options.credit))
+    return {**evolved, **{rule: by_hand[rule] for rule in BY_HAND}, "seconds": evolved["seconds"] + by_hand["seconds"]}
+
+
+def hand_built(seed: int, credit: str) -> dict[str, Any]:
+    """Teachers that nothing evolved, on the tasks of a meta-seed: they show what harness and marks allow."""
+    return trials(task("unit", digits()[1], 0, credit), seed, dict.fromkeys(BY_HAND))
 
 
 def meta_seed(seed: int, generations: int, credit: str) -> dict[str, Any]:
