@@ -71,6 +71,7 @@ PAPER = Paper(
             "functions.basins",
             {"generations": 1, "seeds": 2},
             {"generations": 200, "seeds": 5},
+            hours={"cpu": 0.01},
         ),
         "acrobot": Table(
             "Top-down credit assignment on Acrobot",
@@ -82,13 +83,14 @@ PAPER = Paper(
             module="apical_papers.tdca.reinforcement.study",
             needs={"generations": 24, "generations_state": 10, "seeds": 5},
             side_by_side=True,
+            hours={"cpu": 0.11},
         ),
         "reinforcement": _table(
             "Top-down credit assignment on CartPole and Pendulum",
             "reinforcement.study",
             {"generations": 1, "generations_state": 1, "generations_ungated": 1, "seeds": 2, "lifetimes": 4},
             _POLICIES,
-            hours={"cpu": 0.3},
+            hours={"cpu": 0.06},
         ),
         "several": _table(
             "One top-down network for CartPole, Pendulum and Acrobot",
