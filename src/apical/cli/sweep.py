@@ -111,7 +111,8 @@ def _refuse_idle(
     for rule, recipe in zip(rules, drafts, strict=True):
         for axis in axes[rule]:
             tried += [applied(recipe, {axis.name: value}) for value in axis.values or (axis.low, axis.high)]
-    rules_of = (make_rule(recipe, build_model(recipe, dataset), dataset.input_shape) for recipe in recipes)
+    once = {recipe.rule_name: recipe for recipe in recipes}.values()  # what learns apart is the same in all trials of a rule
+    rules_of = (make_rule(recipe, build_model(recipe, dataset), dataset.input_shape) for recipe in once)
     learning = any(parameter.requires_grad for rule in rules_of for parameter in rule.feedback_parameters())
     names = {axis.name: None for of_rule in axes.values() for axis in of_rule}  # in their order
     refuse_idle(flags.settings(), tried, dataset, has_feedback=learning, axes=tuple(names))
