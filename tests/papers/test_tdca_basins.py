@@ -69,7 +69,7 @@ def test_a_tiny_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     given = ["--out", str(tmp_path), "--seeds", "2", "--generations", "1", "--jobs", "1"]
     assert basins.main(given) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["tables"][0]["rows"]) == 5
+    assert len(results["tables"][0]["rows"]) == 6
     assert (tmp_path / "basins.png").exists()
     assert basins.main([*given[:3], "1"]) == 2
     assert "--seeds must be at least 2" in capsys.readouterr().err

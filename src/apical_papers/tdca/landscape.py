@@ -47,12 +47,19 @@ POINTS = 40
 """Steps on a straight line, and on a side of the drawing."""
 TUNING = 8
 """Starts that learning rates are chosen on."""
-RULES = {"tdca": "TDCA", "bp": "BP"}
+RULES = {
+    "tdca": "TDCA",
+    "hand-silent": "by hand: the error, hidden silent",
+    "hand-random": "by hand: and random feedback of it",
+    "bp": "BP",
+}
 ABOUT = {
     "title": "TDCA in the loss landscape, against backpropagation",
     "about": "The shipped teacher and backpropagation train the default model on the handwritten digits, from the same "
     "initial weights and with the same mini-batches, each at its own best learning rate of one grid. The straight line "
-    "from a run's start to its end has a barrier where the loss exceeds the linear interpolation between its ends.",
+    "from a run's start to its end has a barrier where the loss exceeds the linear interpolation between its ends. Two "
+    "teachers made by hand stand beside them, without marks: the error as the output's credit, and no credit or fixed "
+    "random feedback of the error for hidden units.",
     "sources": {
         "our mark": "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
         "difference (Student's t) lies on the better side of the mark, or that the count of starts reaches it. The paper "
@@ -165,13 +172,13 @@ def study(options: Options, command: str) -> dict[str, Any]:
         for ours, theirs in zip(measurements["tdca"][1], measurements["bp"][1], strict=True)
     ]
     caption = (
-        "Training loss on the plane of the first two principal components of both ways from the first start; circle: start. "
+        "Training loss on the plane of the first two principal components of TDCA's way and BP's from the first start; "
+        "circle: start. "
         "Such a plane makes any two ways look apart; the table has what does not depend on it."
     )
+    drawn = {rule: measurements[rule][1][0] for rule in ("tdca", "bp")}
     with matplotlib.rc_context(RC):
-        drawing = render(
-            "landscape", "Two ways", caption, landscape(record(digits, {rule: measurements[rule][1][0] for rule in RULES}))
-        )
+        drawing = render("landscape", "Two ways", caption, landscape(record(digits, drawn)))
     keys = ("loss", "accuracy", "barrier", "travelled", "distance", "tortuosity")
     settings = {
         "model": MODEL,
@@ -187,7 +194,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "note": "Median training loss at the end (nats), starts that end worse than a guess, mean training loss, "
         "test accuracy, barrier on the straight line from start to end "
         "(nats), distance travelled (over snapshots), distance from start to end, and their ratio: mean over starts "
-        f"with 95 % interval. Mean barrier between the ends of both rules: {fmean(between):.3g} nats.",
+        f"with 95 % interval. Mean barrier between the ends of TDCA and BP: {fmean(between):.3g} nats.",
         "header": ["rule", "learning rate", "median loss", "failed", *keys],
         "rows": [
             [name, f"{rates[rule]:g}", *_ends(rows[rule]), *(shown([row[key] for row in rows[rule]]) for key in keys)]

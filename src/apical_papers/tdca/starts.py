@@ -1,14 +1,17 @@
-"""Learners of the shipped teacher and of backpropagation, from the same initial weights."""
+"""Learners of the shipped teacher, of teachers made by hand and of backpropagation, from the same initial weights."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from apical.data.dataset import Dataset
 from apical.evolution.population import Population
+from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
 from apical.rules.backprop import Backprop
+from apical.rules.top_down.hand_built import HandBuiltTeacher
 from apical.rules.top_down.teacher import load
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
 
@@ -20,7 +23,7 @@ def learners(
 
     Args:
         model: its name.
-        rule: "bp", or "tdca" with the shipped teacher.
+        rule: "bp", "tdca" with the shipped teacher, or "hand-silent" or "hand-random", with one made by hand.
         images: inputs and labels to train on.
         record: as :class:`Population` has it.
     """
@@ -33,6 +36,11 @@ def learners(
         first, *_ = networks = [drawn(seed) for seed in (0, *seeds)]
     if rule == "bp":
         population, other = Population(Backprop(first), *images, record=record), None
+    elif rule != "tdca":
+        hidden: Literal["silent", "random"] = "silent" if rule == "hand-silent" else "random"
+        widths = [layer.out_features for layer in first.modules() if isinstance(layer, torch.nn.Linear)][:-1]
+        built = HandBuiltTeacher(digits.classes, widths, hidden, seed=seed_of("feedback") % 2**31)
+        population, other = Population(TopDownCreditAssignment(first, teacher=built), *images, record=record), None
     else:
         teacher = load(shipped("digits"))[0]
         taught = TopDownCreditAssignment(first, teacher=teacher)

@@ -45,7 +45,8 @@ GRID = 21
 SIDE, POINTS = 6.0, 481
 """Half the lattice's side, beyond what starts, shifted, can reach, and its points on a side."""
 GRADIENT = {"gd": "gradient descent", "momentum": "momentum", "adam": "Adam"}
-METHODS = {"tdca": "TDCA", **GRADIENT, "random": "random points"}
+PATHS = {**GRADIENT, "capped": "capped gradient, by hand"}
+METHODS = {"tdca": "TDCA", **PATHS, "random": "random points"}
 OUTCOMES = {"global": "global minimum", "lower": "lower basin", "same": "the same basin", "higher": "higher basin"}
 COLOURS = ("#0B5345", "#7FB8A4", "#D9D9D9", "#D55E00")
 ABOUT = {
@@ -53,7 +54,8 @@ ABOUT = {
     "about": "From a grid of starts, evolved networks with memory move a point 60 times without a gradient, and gradient "
     "descent, momentum and Adam do with one, at rates chosen by the final value on validation starts. A start and an end "
     "are in the basins of those minima that steepest descent over a fine lattice reaches from them. The best of 60 random "
-    "points has no path and leaves every basin at once; it is in the table for comparison, and has no mark.",
+    "points has no path and leaves every basin at once; it is in the table for comparison, and has no mark. Neither has the "
+    "capped gradient, a top-down network made by hand: T proportional to the gradient, in steps up to its cap.",
     "sources": {
         "our mark": "Shares of starts, paired over meta-seeds (independent evolutions, each with a shift of its own). A "
         "function counts if every 95 % interval of the mean difference between TDCA and a gradient rule (Student's t) lies "
@@ -118,7 +120,7 @@ def ends(case: Case, center: Tensor, seed: int, rates: Mapping[str, float]) -> d
     starts = torch.cartesian_prod(ticks, ticks)
     shift = draw(1, 2, case.setting(0).shift, seed_of("basins", case.function, seed))[1]
     shifts = shift.expand_as(starts)
-    paths = {name: descend(case.of, starts, shifts, name, rates[name])[-1] for name in GRADIENT}  # type: ignore[arg-type]
+    paths = {name: descend(case.of, starts, shifts, name, rates[name])[-1] for name in PATHS}  # type: ignore[arg-type]
     paths["tdca"] = Minimisation(case.setting(0)).walk(center[None].double(), starts, shifts)[-1, 0]
     paths["random"] = best_of_random(case.of, starts, shifts, seed_of("basins", "random", case.function, seed))
     return {name: outcomes(case.of, starts, paths[name], shift).tolist() for name in METHODS}
