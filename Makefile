@@ -75,6 +75,7 @@ bench: $(VENV)/.apical-installed-dev
 	@$(ONE_THREAD) $(BIN) benchmarks/floors.py
 	@$(ONE_THREAD) $(BIN) benchmarks/local.py
 	@$(ONE_THREAD) $(BIN) benchmarks/scaling.py
+	@$(ONE_THREAD) $(BIN) benchmarks/compiled.py
 	@$(BIN) benchmarks/figures.py
 	@$(BIN) docs/generate.py
 

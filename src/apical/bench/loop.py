@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apical.bench import checkpoint
+from apical.bench.compilation import CompiledStep, check_compiler
 from apical.bench.distributed import World, place
 from apical.bench.materials import build_model
 from apical.bench.measure import (
@@ -91,6 +92,8 @@ class Training:
         self.recipe, self.folder, self.world, self.device = recipe, folder, world, world.device
         self.stop = stop or StopSignals()
         recipe.check_targets(are_numbers=dataset.is_regression, are_tokens=dataset.is_sequences)
+        if recipe.compile:
+            check_compiler(self.device)
         self.steps_per_epoch = recipe.steps_per_epoch(len(dataset.train))
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.line: dict[str, Any] = {}
@@ -166,7 +169,8 @@ class Training:
             Interrupted: a signal came; the step is finished and saved.
             DivergenceError: NaN or infinity; result.json says so and the last checkpoint stays.
         """
-        if self.recipe.has_feedback_passes:  # DDP would take what measurements touched since for used in the next step
+        if self.recipe.has_feedback_passes and self.world.size > 1:
+            # DDP would take what measurements touched since for used in the next step
             self.module = self._shared()
         with self._own_randomness(), peak_memory(self.device, self.rule, self.optimizer) as peak:
             self.rule.train()
@@ -212,11 +216,18 @@ class Training:
         return result if message is None else {**result, "message": message}
 
     def _shared(self) -> nn.Module:
-        """The rule, with gradients averaged over the processes."""
+        """The rule, compiled if the recipe says so, with gradients averaged over the processes."""
+        rule = self._compiled() if self.recipe.compile else self.rule
         if self.world.size == 1:
-            return self.rule
+            return rule
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.rule, device_ids=ids, find_unused_parameters=self.recipe.has_feedback_passes)
+        return DistributedDataParallel(rule, device_ids=ids, find_unused_parameters=self.recipe.has_feedback_passes)
+
+    def _compiled(self) -> nn.Module:
+        samples = slice(self.recipe.batch_size)
+        inputs, targets = self.dataset.train.inputs[samples], self.dataset.train.targets[samples]
+        with self._own_randomness(), autocast(self.device, self.recipe.amp):
+            return CompiledStep(self.rule, inputs, targets)
 
     def _train_pass(self, current: Pass, on_step: Callable[[int], None] | None) -> None:
         """What is left of one pass."""

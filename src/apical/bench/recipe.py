@@ -45,6 +45,7 @@ _LATER: dict[str, Any] = {
     "lr_final": 0.0,
     "decay_on": "all",
     "init": "",
+    "compile": False,
 }
 """Fields that recipes got after results had been kept under their hashes, which leave these values out."""
 _BESIDE = ("threads", "device", "checkpoint_steps", "trajectory", "measure")
@@ -165,6 +166,8 @@ class Recipe:
     """Leave out the last, smaller batch of an epoch."""
     amp: Amp = "off"
     """bf16: forward pass under bfloat16 autocast."""
+    compile: bool = False
+    """Compile the training step with torch.compile; on a CPU it takes a C++ compiler. The first step takes longer."""
     device: Device = "auto"
     """Where to compute."""
     threads: Annotated[int, Option("N", "a fair share of the cores")] = 0

@@ -1,0 +1,64 @@
+"""Compiled training steps: what they take, and a rule made ready for them."""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._logging._internal import set_logs
+
+from apical.core.credit import Credit, CreditRule
+from apical.diagnostics.alignment import unchanged
+from apical.errors import ConfigError
+
+COMPILE: dict[str, Any] = {"options": {"fallback_random": True}}
+"""How steps are compiled: random numbers are those of the step that is not compiled."""
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where torch.compile would find no compiler.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    wanted = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(wanted) is None:
+        raise ConfigError(
+            f"--compile needs a C++ compiler, and there is no {wanted}; install it, name another in the environment "
+            "variable CXX, or leave --compile out"
+        )
+
+
+class CompiledStep(nn.Module):
+    """A rule with a compiled step.
+
+    Each has code of its own, because PyTorch limits how often it compiles one piece of code, whoever the rule.
+
+    Args:
+        rule: the rule, which is unchanged.
+        inputs, targets: a batch, which shows it what model and loss do before it is compiled.
+    """
+
+    def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor) -> None:
+        super().__init__()
+        self.rule = rule
+        with unchanged(rule):
+            rule(inputs, targets)
+
+        def step(inputs: Tensor, targets: Tensor) -> Credit:
+            credit: Credit = rule(inputs, targets)
+            return credit
+
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+        set_logs(dynamo=logging.ERROR)  # a part that was compiled too often runs uncompiled, and says so at length
+        step.__code__ = step.__code__.replace()
+        self.step: Callable[[Tensor, Tensor], Credit] = torch.compile(step, **COMPILE)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+        """The rule's credit for a batch."""
+        return self.step(inputs, targets)
