@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._logging._internal import set_logs
 
 from apical.core.credit import Credit, CreditRule
 from apical.diagnostics.alignment import unchanged
@@ -55,7 +54,7 @@ class CompiledStep(nn.Module):
             return credit
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
-        set_logs(dynamo=logging.ERROR)  # a part that was compiled too often runs uncompiled, and says so at length
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # of parts that run uncompiled, at length
         step.__code__ = step.__code__.replace()
         self.step: Callable[[Tensor, Tensor], Credit] = torch.compile(step, **COMPILE)
 
