@@ -231,6 +231,14 @@ def test_kmnist_whole_or_test_only(places):
     assert len(data.load("kmnist").train) == 12
 
 
+def test_kmnist_test_images_in_two(places):
+    write_kmnist(places / "data/KMNIST-test", ["test"])
+    loaded = data.load("kmnist-10k")
+    assert (len(loaded.train), len(loaded.test)) == (9, 3)
+    assert sorted([*loaded.train.targets.tolist(), *loaded.test.targets.tolist()]) == sorted(n % 10 for n in range(12))
+    assert torch.equal(loaded.train.targets, data.load("kmnist-10k").train.targets)
+
+
 def test_usps_in_both_forms(places):
     generator = np.random.default_rng(0)
     arrays = {}

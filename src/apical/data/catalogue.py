@@ -244,6 +244,25 @@ ENTRIES: dict[str, Entry] = {
             ),
         ),
     ),
+    "kmnist-10k": Entry(
+        "the 10,000 test images of kmnist, 8,000 of them to learn from; not comparable with kmnist",
+        10,
+        (1, 28, 28),
+        (0.1918,),
+        (0.3483,),
+        (
+            Layout("KMNIST-test", _KMNIST_TEST, arrays.read_kmnist_10k, 8000, 2000),
+            Layout("KMNIST", _KMNIST_TEST, arrays.read_kmnist_10k, 8000, 2000),
+        ),
+        remote=Remote(
+            "https://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+            "KMNIST-test",
+            {
+                "kmnist-test-imgs.npz": "692d824896bec8f3c357ebf7a0fe904ed67ac632ce953d0b58f7fbef7bb27d87",
+                "kmnist-test-labels.npz": "660f13a4705431ea2a6391c41ecbe384cd0d932c595a101ec4f3b8989e785046",
+            },
+        ),
+    ),
     "usps": Entry(
         "digits of postal codes, 16x16 grey",
         10,
