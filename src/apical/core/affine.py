@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every
 
-from apical.core.layers import Layer, computes_plainly, computes_weight, effective_weight, is_hooked, is_weighted
+from apical.core.layers import (
+    Layer,
+    computes_plainly,
+    computes_weight,
+    effective_weight,
+    is_hooked,
+    is_weighted,
+    refuse_backward_hooks,
+)
 from apical.core.transport import geometry
 from apical.errors import UnsupportedModelError
 
@@ -168,15 +176,24 @@ def unknown_weight(name: str, layer: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(f"layer {name!r} ({kind}) {what}; {remedy}: apical.register_layer({kind}, weight=...)")
 
 
-def is_changed_by_hooks(module: nn.Module, inputs: Tensor) -> bool:
-    """Whether hooks change what a module makes of an input; those that only look do not."""
+def require_unhooked(name: str, module: nn.Module, inputs: Tensor) -> None:
+    """Refuse hooks that change what a module makes of an input, or an error; those that only look at activities may stay.
+
+    Raises:
+        UnsupportedModelError: names it.
+    """
     module = original(module)
+    refuse_backward_hooks(name, module)
     if not is_hooked(module) or all(computes_weight(hook) for hook in _hooks(module)):
-        return False
+        return
     with torch.no_grad():
         output: Tensor = module(inputs.clone())  # first: a hook may compute the weight
         own: Tensor = module.forward(inputs.clone())
-    return not (own.shape == output.shape and torch.equal(own, output))
+    if not (own.shape == output.shape and torch.equal(own, output)):
+        raise UnsupportedModelError(
+            f"a hook on module {name} changes what it computes, which a chain's equations do not see; make the change a "
+            "module of its own"
+        )
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, itself, plain
-from apical.core.affine import affine, is_changed_by_hooks, original, require_affine
+from apical.core.affine import affine, original, require_affine, require_unhooked
 from apical.core.called import Call, Functions, on_path
 from apical.core.containers import Containers, is_written
 from apical.core.layers import (
@@ -32,6 +32,7 @@ from apical.core.layers import (
     is_pool,
     is_random,
     is_weighted,
+    refuse_backward_hooks,
     runs_own_forward,
 )
 from apical.core.transport import geometry, pads_itself, transport
@@ -233,11 +234,7 @@ class Chain:
             return
         with torch.no_grad():
             for module in self._modules:
-                if is_changed_by_hooks(module, inputs):
-                    raise UnsupportedModelError(
-                        f"a hook on module {self._name(module)} changes what it computes, which a chain's equations do "
-                        "not see; make the change a module of its own"
-                    )
+                require_unhooked(self._name(module), module, inputs)
                 inputs = module(inputs)
 
     def _name(self, module: nn.Module) -> str:
@@ -331,6 +328,8 @@ def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | N
     Raises:
         UnsupportedModelError: the calls are no chain, depend on the mode, or draw random numbers.
     """
+    for name, module in model.named_modules():
+        refuse_backward_hooks(f"{name!r} ({type(module).__name__})", module)
     known: dict[str, nn.Module] = {}  # the modules that stand for functions
     training, calls = (_traced(model, example.clone(), whole or {}, known, training=training) for training in (True, False))
     if [call.module for call in training] != [call.module for call in calls]:

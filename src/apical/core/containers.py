@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apical.core.layers import is_hooked, runs_own_forward
+from apical.core.layers import is_hooked, refuse_backward_hooks, runs_own_forward
 from apical.core.rest import evaluating
 from apical.core.units import Found, leaves
 from apical.errors import UnsupportedModelError
@@ -82,6 +82,8 @@ class Containers:
         if not (touched := self.written if compiling else self._touched(self._is_due())):
             return
         names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
+        for module in () if compiling else touched:
+            refuse_backward_hooks(f"{self.names[module]!r} ({type(module).__name__})", module)
         message = (
             f"module {names} computes another function than when the rule was made, or than apical.register_layer was told: "
             "a hook, a forward, a new child, a conversion of dtype, or a choice in its forward (an attribute, "

@@ -18,7 +18,7 @@ from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, PRODUCTS, Cal
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
-from apical.core.layers import is_packed
+from apical.core.layers import is_packed, refuse_backward_hooks
 from apical.core.rows import Rows
 from apical.core.signals import Cut, Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
@@ -104,7 +104,7 @@ class Cutting:
             elif name in layers:
                 self.hooks.append(module.register_forward_hook(partial(_after_layer, self, name)))
             elif name in self.activations and not at_inputs:
-                self.hooks.append(module.register_forward_hook(partial(_after_activation, self, name)))
+                self.hooks.append(module.register_forward_hook(partial(_after, self, "activation", name)))
 
     def add_points(self, names: Collection[str]) -> None:
         """Cut at the outputs of these modules too, ":k" for tensor k of a layer's; other names are function calls."""
@@ -113,7 +113,7 @@ class Cutting:
             module = name.partition(":")[0]
             if module in self.modules:
                 if not any(is_part_of(point, module) for point in self.points - {name}):
-                    self.hooks.append(self.modules[module].register_forward_hook(partial(_after_point, self, module)))
+                    self.hooks.append(self.modules[module].register_forward_hook(partial(_after, self, "point", module)))
             else:
                 self.bases.add(name.partition("#")[0])
                 self.hear_functions()
@@ -467,12 +467,13 @@ def _after_layer(cutting: Cutting, name: str, layer: nn.Module, args: tuple[Any,
         cutting.now.layer(name, output, args[0] if args else None)
 
 
-def _after_activation(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return cutting.now.activation(name, output, args[0] if args else None) if cutting.now is not None else None
-
-
-def _after_point(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return cutting.now.point(name, output, args[0] if args else None) if cutting.now is not None else None
+def _after(cutting: Cutting, kind: str, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if cutting.now is None:
+        return None
+    cut = getattr(cutting.now, kind)(name, output, args[0] if args else None)
+    if cut is not None:
+        refuse_backward_hooks(repr(name), module)
+    return cut
 
 
 def _enter(cutting: Cutting, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

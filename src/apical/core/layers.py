@@ -25,7 +25,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from apical.core.transport import GEOMETRIES, Geometry, dense, geometry_of_type
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 Layer: TypeAlias = nn.Linear | _ConvNd
 """Layers with a weight between two populations: these are what credit-assignment rules differ in."""
@@ -256,10 +256,28 @@ def is_hooked(module: nn.Module) -> bool:
 
     Those of every module that PyTorch's tools have put there, such as its counter of operations, look on.
     """
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or _hears_errors(module):
         return True
     hooks = (*every._global_forward_hooks.values(), *every._global_forward_pre_hooks.values())
     return not all((getattr(hook, "__module__", None) or "").startswith("torch.utils.") for hook in hooks)
+
+
+def refuse_backward_hooks(name: str, module: nn.Module) -> None:
+    """Refuse hooks on a module's backward pass, for rules that send no error through the module's output.
+
+    Raises:
+        UnsupportedModelError: names it.
+    """
+    if _hears_errors(module):
+        raise UnsupportedModelError(
+            f"module {name} has a backward hook, and this rule sends no error through the module's output that would call "
+            "it; remove the hook, or use another rule"
+        )
+
+
+def _hears_errors(module: nn.Module) -> bool:
+    own = module._backward_hooks or module._backward_pre_hooks
+    return bool(own or every._global_backward_hooks or every._global_backward_pre_hooks)
 
 
 def computes_plainly(layer: nn.Module) -> bool:

@@ -61,18 +61,19 @@ def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[to
     """What one block learns from signals at its outputs, as gradients of its parameters; its graph is freed at once.
 
     A rule whose blocks hand no error to each other so holds the activities of one block at a time. A compiled graph keeps
-    them all: there the outputs themselves are the roots.
+    them all: there the outputs themselves are the roots, and so they are where a hook waits for a parameter's gradient,
+    which it would be handed twice.
 
     Args:
         taught: outputs (batch, ...) with a graph that ends at the block's input, and their signals, of their shapes.
         parameters: all that the graph may lead to.
     """
     taught = [(made, signal) for made, signal in taught if made.requires_grad]
-    if torch.compiler.is_compiling() or not taught:
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
+    if torch.compiler.is_compiling() or any(parameter._backward_hooks for parameter in learned) or not taught:
         return [(made, signal.to(made.dtype)) for made, signal in taught]
     is_half = any(made.dtype == torch.float16 for made, _ in taught)
     scale = _half_scale([signal for _, signal in taught]) if is_half else None
-    learned = [parameter for parameter in parameters if parameter.requires_grad]
     with torch.autocast(taught[0][0].device.type, enabled=False):
         signals = [(signal if scale is None else signal * scale).to(made.dtype) for made, signal in taught]
         gradients = torch.autograd.grad([made for made, _ in taught], learned, signals, allow_unused=True)
