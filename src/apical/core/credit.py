@@ -303,6 +303,11 @@ class CreditRule(nn.Module):
         self._attached, self._warned, self._is_fresh = True, False, True
         self.phase = "both"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model" and self.__dict__.get("_attached") and getattr(value, "_orig_mod", value) is not self.model:
+            raise ConfigError(f"this {type(self).__name__} was made for its model alone; make a new rule for another one")
+        super().__setattr__(name, value)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
         if torch.compiler.is_compiling():

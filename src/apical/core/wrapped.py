@@ -57,6 +57,12 @@ class WrappedRule(CreditRule):
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss":  # a property would not hear of a loss that is a module
+            self.rule.loss = value
+        else:
+            super().__setattr__(name, value)
+
     def _attach(self) -> None:
         """Put hooks on the model's layers; wrappers that have some do it here, and call it when they are made."""
 

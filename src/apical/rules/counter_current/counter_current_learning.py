@@ -48,7 +48,7 @@ from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
 from apical.errors import ConfigError, require_choice, unknown_name
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
-from apical.rules.counter_current.mirror import Enlarge, facing, mirrored
+from apical.rules.counter_current.mirror import Enlarge, facing, follow, mirrored
 from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
 
 Pair = Literal["auto", "inner", "cosine", "match"]
@@ -231,6 +231,7 @@ class CounterCurrentLearning(CreditRule):
         self.require_attached()
         targets = self._check(inputs, targets)
         self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
+        follow(self.feedback)
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
@@ -273,6 +274,7 @@ class CounterCurrentLearning(CreditRule):
             raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn at once; pass mask=False")
         if part.below is None:
             targets = self._check(inputs, targets)
+        follow(self.feedback)
         first, last, teaching = part.levels.start, len(self.row), Teaching()
         pairs = [level for level in self._levels if first < level <= part.levels.stop or level == first == 0]
         a, b = {}, {}

@@ -54,6 +54,21 @@ def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | N
     return result
 
 
+def follow(feedback: nn.Module) -> None:
+    """Give the modules of a mirror image the class and the options that those which they mirror have by now."""
+    for module in feedback.modules():
+        own = module.__dict__.get("mirrors")
+        if own is None:
+            continue
+        if type(module) is not type(own):
+            module.__class__ = type(own)
+        module.__dict__.update((key, value) for key, value in own.__dict__.items() if _is_option(key, value))
+
+
+def _is_option(name: str, value: object) -> bool:
+    return name not in ("training", "inplace") and name[0] != "_" and isinstance(value, bool | int | float | str | tuple)
+
+
 def _is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation, also one of a user's that nobody has registered."""
     other = is_own(module) or is_linear(module) or is_pool(module)
@@ -66,6 +81,7 @@ def _fresh(module: nn.Module) -> nn.Module:
         twin.inplace = False  # type: ignore[assignment]
     if callable(getattr(twin, "reset_parameters", None)):
         twin.reset_parameters()  # type: ignore[operator]
+    twin.__dict__["mirrors"] = module  # no submodule
     return twin
 
 

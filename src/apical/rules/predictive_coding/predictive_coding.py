@@ -146,7 +146,6 @@ class PredictiveCoding(CreditRule):
             require_mu(self.row)
         self.inference, self.direction, self.answer_steps = inference, direction, answer_steps
         self.feed_forward = direction == "discriminative"
-        self.energy_loss: Loss = loss if self.feed_forward else squared_error
         self._own_options(steps, rate, momentum, tolerance, parametrisation == "mu")
         self.output_weight, self.rescale = output_weight, rescale and inference in ("error", "state")
         if not 0 < output_weight < float("inf") or answer_steps < 1:
@@ -156,6 +155,11 @@ class PredictiveCoding(CreditRule):
             curvature(self.energy_loss, 1)
         self.repeats = self.steps if inference == "incremental" else 1
         self._silent = self._rising = False
+
+    @property
+    def energy_loss(self) -> Loss:
+        """What the output's energy is made of."""
+        return self.loss if self.feed_forward else squared_error
 
     def _own_options(self, steps: int | None, rate: float | None, momentum: float, tolerance: float, deep: bool) -> None:
         """T, g, momentum and tolerance; `deep` takes T = L unless given."""
