@@ -64,6 +64,21 @@ def refuse_second_derivatives() -> None:
         )
 
 
+def refuse_transforms(rule: str) -> None:
+    """Refuse to work within a transform of `torch.func`, whose levels see nothing of what a rule does to a graph.
+
+    Raises:
+        ConfigError: one is under way.
+    """
+    import torch
+
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ConfigError(
+            f"{rule} does not work under the transforms of torch.func (grad, vmap); call backward() on the loss, of "
+            "torch.func.functional_call too if need be"
+        )
+
+
 def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Refuse a value that is none of an option's choices.
 

@@ -71,6 +71,8 @@ class Containers:
         compiling = torch.compiler.is_compiling()
         if compiling:
             self._found.require_intact("the rule")
+        else:
+            self._found.require_shapes("the rule")
         if not compiling and torch._C._are_functorch_transforms_active():
             return  # no look at values there
         if not compiling and (lost := self.names.keys() - set(self.model.modules())):

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.errors import ApicalError, ConfigError, refuse_second_derivatives, require_choice
+from apical.errors import ApicalError, ConfigError, refuse_second_derivatives, refuse_transforms, require_choice
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
@@ -78,20 +80,20 @@ class NoCreditBehind(torch.autograd.Function):
     """The output of a rule whose credit does not travel through it; a backward pass that arrives there is refused."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, leaf: Tensor) -> Tensor:
-        """The output; `leaf` is any leaf that requires a gradient."""
+    def forward(ctx: Any, output: Tensor, *leaves: Tensor) -> Tensor:
+        """The output; `leaves` are what a backward pass could look for."""
         ctx.set_materialize_grads(False)
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor | None) -> tuple[None, None]:
+    def backward(ctx: Any, error: Tensor | None) -> tuple[None, ...]:
         """Refuse an error."""
         if error is not None:
             raise ConfigError(
                 "a loss made of credit.output would not train the layers under this rule, whose credit does not travel "
                 "through the output; put the term into the loss that the rule is given, or use credit.output.detach()"
             )
-        return None, None
+        return tuple(None for _ in ctx.needs_input_grad)
 
 
 @dataclass(init=False, repr=False, eq=False)  # DistributedDataParallel looks for tensors in the fields of dataclasses
@@ -121,9 +123,8 @@ class Credit:
         logs: dict[str, Tensor] | None = None,
     ) -> None:
         self.roots, self.signals, self.logs = roots, signals, {} if logs is None else logs
-        self._output, self._loss = output, loss
+        self._output, self._loss, self._learns = output, loss, torch.is_grad_enabled()
         self._root: Tensor | None = None
-        self._learns = torch.is_grad_enabled()
 
     @classmethod
     def of(cls, roots: Iterable[Root], output: Tensor, loss: Tensor, logs: dict[str, Tensor] | None = None) -> "Credit":
@@ -142,6 +143,7 @@ class Credit:
         if not (self._learns and torch.is_grad_enabled()):
             return self._loss.detach()
         if self._root is None:
+            refuse_transforms("this rule")
             self._root = cast(Tensor, cast(Any, OneRoot).apply(self._loss.detach(), self.signals, *self.roots))
         return self._root
 
@@ -155,7 +157,7 @@ class Credit:
         parts = [part for part in tree_leaves(self._output) if isinstance(part, Tensor)]
         if any(part.requires_grad for part in parts) or not (self._learns and torch.is_grad_enabled()):
             return self._output
-        result: Tensor = tree_map(_without_credit, self._output)  # a dictionary stays one
+        result: Tensor = tree_map(partial(_without_credit, self.roots), self._output)  # a dictionary stays one
         return result
 
     def backward(self, retain_graph: bool | None = None) -> None:
@@ -178,10 +180,10 @@ class Credit:
             self.roots, self.signals = [*(root for root, _ in others), zero], [*(signal for _, signal in others), None]
 
 
-def _without_credit(part: Any) -> Any:
+def _without_credit(roots: Sequence[Tensor], part: Any) -> Any:
     if not isinstance(part, Tensor) or not part.is_floating_point():
         return part
-    return cast(Any, NoCreditBehind).apply(part, torch.empty(0, requires_grad=True))
+    return cast(Any, NoCreditBehind).apply(part, torch.empty(0, requires_grad=True), *roots)
 
 
 def _flattened(credit: Credit) -> tuple[list[Tensor], tuple[str, ...]]:
@@ -300,8 +302,7 @@ class CreditRule(nn.Module):
         self.model, self._uncompiles, self._turn = model, uncompiles(self, model), turn(model)
         self.loss = loss
         self._hooks: list[Any] = []
-        self._attached, self._warned, self._is_fresh = True, False, True
-        self.phase = "both"
+        self._attached, self._warned, self._is_fresh, self.phase = True, False, True, "both"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model" and self.__dict__.get("_attached") and getattr(value, "_orig_mod", value) is not self.model:
@@ -351,7 +352,7 @@ class CreditRule(nn.Module):
             args, kwargs = (*args, *(kwargs[name] for name in ("inputs", "targets") if name in kwargs)), {}
         numbers = len(args) == 2 and isinstance(args[1], Tensor) and args[1].is_floating_point()
         first = torch.is_grad_enabled() and not any(a is self.loss and b is numbers for a, b in self._kinds)
-        if first or self._unmoved >= 0:
+        if first or self._unmoved >= 0 or forward_ad._current_level >= 0:
             from apical.core.diagnosis import look_before
 
             look_before(self, args, first)
@@ -364,8 +365,6 @@ class CreditRule(nn.Module):
                 from apical.core.diagnosis import require_rows
 
                 require_rows(self.loss, output, args[1])
-        except torch.OutOfMemoryError:
-            raise
         except (ApicalError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ValueError) as error:
             from apical.core.diagnosis import explained
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,8 @@ STILL = 3
 
 def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> ApicalError | None:
     """More about an error of a rule's on a batch; None where it says all, or model and loss do as they should."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
     name = compiled_function(cast(nn.Module, rule.model))
     if name is not None and (isinstance(error, UnsupportedModelError) or not isinstance(error, ApicalError)):
         return UnsupportedModelError(
@@ -194,12 +197,27 @@ def require_reached(rule: CreditRule, inputs: Tensor, credit: Credit) -> None:
     )
 
 
+def refuse_tangents(rule: nn.Module, args: Sequence[Any]) -> None:
+    """Refuse tangents of forward-mode differentiation, which would end in the rule.
+
+    Raises:
+        ConfigError: the batch, or a parameter of the rule, has one.
+    """
+    tensors = [part for part in tree_leaves((args, list(rule.parameters()))) if isinstance(part, Tensor)]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise ConfigError(
+            f"forward-mode derivatives do not pass through {type(rule).__name__}; take them of rule.model, or use Backprop"
+        )
+
+
 def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
     """What is looked at before a batch; `first` is the first of its kind of loss and targets.
 
     Raises:
         ConfigError: see :func:`require_loss_of_output`.
     """
+    if forward_ad._current_level >= 0 and not type(rule).chains_errors:
+        refuse_tangents(rule, args)
     if rule._unmoved >= 0:
         look_at_optimizer(rule)
     if first and rule.output_alone and len(args) == 2:

@@ -31,7 +31,7 @@ from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options
 from apical.core.swap import Swap
 from apical.core.transport import Geometry, geometry, padded_input, transport
 from apical.core.units import Found, key, weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError, refuse_second_derivatives
+from apical.errors import ConfigError, UnsupportedModelError, refuse_second_derivatives, refuse_transforms
 
 Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 """`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
@@ -325,11 +325,7 @@ class EdgeRule(CreditRule):
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss: its graph carries the feedback edges."""
         self.require_attached()
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            raise ConfigError(
-                f"{type(self).__name__} does not work under the transforms of torch.func (grad, vmap); call backward() on "
-                "the loss, of torch.func.functional_call too if need be"
-            )
+        refuse_transforms(type(self).__name__)
         output = self._run(inputs) if torch.is_grad_enabled() else self.model(inputs)
         loss = self.loss(output, targets)
         if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -181,7 +181,14 @@ class PlasticRule(EdgeRule):
         self.require_attached()
         steps = self.steps
         self._tapped.clear()
+        places: dict[int, str] = {}
         for name, layer in self.layers.items():
+            weight = layer._parameters.get("weight")
+            if name not in self._tied and weight is not None and places.setdefault(id(weight), name) != name:
+                raise UnsupportedModelError(
+                    f"layers {places[id(weight)]!r} and {name!r} share a weight that they did not share when "
+                    f"{type(self).__name__} was made; detach the rule, and make it anew"
+                )
             plain = self.is_plain(name)
             if self.mismatch_of(name) is None:
                 if plain and name not in self._tied:

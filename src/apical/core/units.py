@@ -5,7 +5,6 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from apical.core.activations import is_activation
 from apical.core.layers import Layer as Layer
@@ -47,7 +46,7 @@ def weighted_layers(
     Raises:
         ConfigError: see :func:`apical.core.packed.own_parts`.
         UnsupportedModelError: a module used under two names, a parameter shared by two modules, an orphan parameter,
-            an unknown layer with parameters, a lazy layer, complex parameters, an unknown name in `exact`, or no weighted
+            an unknown layer with parameters, complex parameters, an unknown name in `exact`, or no weighted
             layer at all. Every offender is named.
     """
     _check_names(model, exact or ())
@@ -68,9 +67,6 @@ def weighted_layers(
         own = {
             _joined(name, p): q for p, q in module.named_parameters(recurse=False) if _joined(name, p) not in (exact or ())
         }
-        if any(isinstance(parameter, UninitializedParameter) for parameter in own.values()):
-            faults.lazy.append(name)
-            continue
         if any(parameter.is_complex() for parameter in own.values()):
             faults.complex.append(name)
             continue
@@ -157,13 +153,21 @@ class Found:
         self.model, self.activations = model, activations
         self._layers = self._now()
         self._children = self._containers()
+        self._weights = [
+            (name, layer._parameters, own, weight.shape)
+            for name, layer in self._layers.items()
+            for own, weight in layer._parameters.items()
+            if weight is not None and weight.dim() > 1
+        ]
 
     def require_intact(self, rule: str) -> None:
-        """Refuse layers that were put into the model, or taken out of it, since.
+        """Refuse layers that were put into the model, or taken out of it, since, and weights of another shape.
 
         Raises:
             UnsupportedModelError: names them.
         """
+        if not torch.compiler.is_compiling():
+            self.require_shapes(rule)
         if torch.compiler.is_compiling():
             intact = all(_are(held, children) for held, children, can_compile in self._children if can_compile)
         else:
@@ -178,6 +182,19 @@ class Found:
                 f"{rule} was made, which does not know the model as it is now; detach the rule, and make it anew"
             )
         self._children = self._containers()
+
+    def require_shapes(self, rule: str) -> None:
+        """Refuse weights that have another shape than when the rule was made.
+
+        Raises:
+            UnsupportedModelError: names their layers.
+        """
+        others = [n for n, held, own, shape in self._weights if (w := held.get(own)) is not None and w.shape != shape]
+        if others:
+            raise UnsupportedModelError(
+                f"{enumerated('layer', dict.fromkeys(others), 'has a weight', 'have weights')} of another shape than when "
+                f"{rule} was made; detach the rule, and make it anew"
+            )
 
     def _now(self) -> dict[str, nn.Module]:
         """What computes with parameters that the rule has to do with, or is an activation that it looks at."""
@@ -217,7 +234,6 @@ class Faults:
     Attributes:
         doubles: names under which a module is registered again, and its first name; the outermost modules only.
         tied: names of parameters that are the same tensor as another, and that one's name.
-        lazy: names of lazy modules.
         complex: names of modules with complex parameters.
         unknown: modules of PyTorch with parameters of which no backward map is known.
         several: modules that apply several weights within one call, where a rule takes none of these.
@@ -228,7 +244,6 @@ class Faults:
     def __init__(self) -> None:
         self.doubles: dict[str, str] = {}
         self.tied: dict[str, str] = {}
-        self.lazy: list[str] = []
         self.complex: list[str] = []
         self.unknown: dict[str, nn.Module] = {}
         self.several: dict[str, nn.Module] = {}
@@ -258,9 +273,6 @@ class Faults:
         if self.tied:
             same = ", ".join(f"parameter {n!r} is shared with {first!r}" for n, first in self.tied.items())
             parts.append(f"{same}; untie them: copy one to its own tensor")
-        if self.lazy:
-            what = enumerated("module", self.lazy, "is", "are") if self.lazy != [""] else "the model itself is"
-            parts.append(f"{what} lazy: run one batch through the model before making the rule")
         if self.complex:
             parts.append(
                 f"{enumerated('module', self.complex, 'has', 'have')} complex parameters, and the rules' equations are for "

@@ -13,15 +13,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError, refuse_transforms
 
 if TYPE_CHECKING:
     from apical.core.credit import CreditRule
 
 
 class Turn:
-    """For a `with`: calls from several threads take turns, because layers are told which rule is at work."""
+    """For a `with`: calls from several threads take turns, because layers are told which rule is at work.
+
+    What a transform of `torch.func` cannot follow there is explained.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -29,8 +33,10 @@ class Turn:
     def __enter__(self) -> None:
         self._lock.acquire()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._lock.release()
+        if isinstance(error, RuntimeError):
+            refuse_transforms("this rule")
 
     def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
         return Turn, ()
@@ -49,10 +55,18 @@ def refuse_wrapped(model: object) -> None:
 
     Raises:
         ConfigError: no `nn.Module`; or tensors of inference mode, which cannot learn.
-        UnsupportedModelError: `DistributedDataParallel` or `DataParallel`, around the model or a part of it.
+        UnsupportedModelError: lazy modules without weights yet; `DistributedDataParallel` or `DataParallel`, around the model or a part of it.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model must be an object of a subclass of nn.Module, not {model!r:.60}")
+    lazy = [
+        n for n, m in model.named_modules() if any(isinstance(q, UninitializedParameter) for q in m._parameters.values())
+    ]
+    if lazy:
+        from apical.core.units import enumerated
+
+        what = "the model itself is" if lazy == [""] else enumerated("module", lazy, "is", "are")
+        raise UnsupportedModelError(f"{what} lazy: run one batch through the model before making the rule")
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError(
             "a model or rule that is made under torch.inference_mode() has tensors that cannot learn: make both outside"
@@ -63,6 +77,13 @@ def refuse_wrapped(model: object) -> None:
         raise UnsupportedModelError(
             f"the model is wrapped in {kind}, which would not share every gradient of a rule among processes: make the rule "
             f"of the plain model and wrap the rule, {remedy}"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        warnings.warn(
+            "the model is on the meta device, and so is the feedback made for it, which to_empty() leaves undefined: load a "
+            "state dict of the whole rule, or make the rule once the model has numbers",
+            RuntimeWarning,
+            stacklevel=4,
         )
 
 

@@ -145,8 +145,10 @@ class CorInfoMax(CreditRule):
         for stage in stages:
             if not stage.is_dense:
                 raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; corinfomax needs these")
-            if not isinstance(stage.activation, nn.ReLU | nn.Hardtanh | nn.Identity):
-                kind = type(stage.activation).__name__
+            phi = stage.activation
+            bent = isinstance(phi, nn.Hardtanh) and not (phi.min_val == 0 and phi.max_val >= 1)
+            if bent or not isinstance(phi, nn.ReLU | nn.Hardtanh | nn.Identity):
+                kind = repr(phi) if bent else type(phi).__name__
                 raise UnsupportedModelError(
                     f"the activation behind layer {stage.name!r} ({kind}) is not the box [0, 1] that corinfomax's "
                     "activities live in: use ReLU or Hardtanh(0, 1) there"

@@ -81,11 +81,14 @@ class WeightMirror(EdgeRule):
     @torch.no_grad()
     def mirror(self, steps: int = 1) -> None:
         """Take `steps` mirror steps on every layer, which keeps the weight it computes with meanwhile."""
+        self.require_attached()
         if not self.rate:
             return
         for name in self.layers:
             require_affine(self, name)
         weights = {name: self.forward_weight(name) for name in self.layers}
+        if any(weight.is_meta for weight in weights.values()):
+            raise ConfigError("the model is on the meta device, which holds no weights to mirror: make them on another")
         for _ in range(steps):
             for name, weight in weights.items():
                 feedback = self.feedback.get_buffer(key(name))
