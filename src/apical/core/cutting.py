@@ -334,6 +334,8 @@ class Pass:
                 f"layer {self.near!r} is called on a single sample (its unit has the shape {tuple(hidden.shape)}), so it "
                 "cannot be told which errors belong to it; call it on the whole batch (batch, ...)"
             )
+        if hidden.is_nested:
+            raise UnsupportedModelError(f"the unit at {name!r} makes a nested tensor, which no rule with cuts takes; pad it")
         root = hidden
         if not self.plain:
             root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))

@@ -1,7 +1,8 @@
 """What is wrong with a loss or with targets, in words, found when a rule has failed on them or has ignored a part."""
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,7 +49,12 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     with undisturbed(rule), torch.no_grad():
         try:
             output = model(inputs)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, TypeError) and not _takes_one(model.forward):
+                return UnsupportedModelError(
+                    f"a rule calls the model with the inputs alone, and its forward does not take one argument ({error}): "
+                    "wrap it in a module whose forward(inputs) reads what it needs from a tuple or dictionary"
+                )
             return _misplaced(inputs, parameter)
         try:
             value = loss(output, targets)
@@ -98,6 +104,15 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
             "(batch, features)"
         )
     return None
+
+
+def _takes_one(forward: Callable[..., Any]) -> bool:
+    """Whether a function can be called with one argument by position."""
+    try:
+        inspect.signature(forward).bind(None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _misplaced(inputs: Any, parameter: Tensor | None) -> ApicalError | None:

@@ -55,7 +55,8 @@ def refuse_wrapped(model: object) -> None:
 
     Raises:
         ConfigError: no `nn.Module`; or tensors of inference mode, which cannot learn.
-        UnsupportedModelError: lazy modules without weights yet; `DistributedDataParallel` or `DataParallel`, around the model or a part of it.
+        UnsupportedModelError: lazy modules without weights; or `DistributedDataParallel` or `DataParallel`, around the model
+            or a part of it.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model must be an object of a subclass of nn.Module, not {model!r:.60}")

@@ -294,7 +294,7 @@ class LocalSolve(WrappedRule):
         few = tree_map(lambda part: part[:PROBE] if isinstance(part, Tensor) and part.dim() else part, targets)
         try:
             measured = self._measured(inputs[:PROBE], few)
-        except (ApicalError, RuntimeError, ValueError):  # too few for this model or rule
+        except (ApicalError, RuntimeError, ValueError, LookupError):  # too few for this model or rule
             measured = self._measured(inputs, targets)
         inner = type(innermost(self)).__name__
         allowed = 1e-2 if any(p.dtype != torch.float64 for p in self.model.parameters()) else 1e-6

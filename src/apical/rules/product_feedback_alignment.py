@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from apical.core.credit import Attention, Credit, Loss
 from apical.core.edge import Feedback, Pathway, stored
@@ -303,7 +304,7 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss."""
-        self._rows = len(inputs)
+        self._rows = next((len(part) for part in tree_leaves(inputs) if isinstance(part, Tensor) and part.dim()), 0)
         self._rows_per_sample |= self._seen
         return super().forward(inputs, targets)
 

@@ -33,17 +33,19 @@ class Trial:
         inputs: (batch, ...).
         targets: what the rule's loss takes.
 
-    Attributes:
-        tolerance: relative error that counts as equal in the coarsest precision of the model's parameters and activity.
     """
 
     def __init__(self, rule: CreditRule, inputs: Any, targets: Any) -> None:
         self.rule, self.model, self.inputs, self.targets = rule, rule.model, inputs, targets
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Relative error that counts as equal in the coarsest precision of the model's parameters and activity."""
         kinds, seen = [q.dtype for q in self.model.parameters()], Precision()
-        with undisturbed(rule), torch.no_grad(), seen:
-            self.model(inputs)
+        with undisturbed(self.rule), torch.no_grad(), seen:
+            self.model(self.inputs)
         eps = max([seen.eps, *(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point)])
-        self.tolerance = 1e-9 if eps < 1e-12 else min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
+        return 1e-9 if eps < 1e-12 else min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
 
     @contextmanager
     def sandbox(self) -> Iterator[None]:
@@ -111,7 +113,8 @@ class Trial:
 
     def collected(self) -> Gradients:
         """Copies of the gradients that are in the model now."""
-        return {name: q.grad.detach().clone() for name, q in self.model.named_parameters() if q.grad is not None}
+        grads = {name: q.grad for name, q in self.model.named_parameters() if q.grad is not None}
+        return {name: (grad.to_dense() if grad.is_sparse else grad).detach().clone() for name, grad in grads.items()}
 
     @cached_property
     def usual(self) -> Gradients:
