@@ -58,6 +58,9 @@ class DualPropagation(CreditRule):
         sweeps: downward sweeps; an upward one of the means comes between two.
         input_shape: of one sample, where there are convolutions.
 
+    Attributes:
+        differences: its signals are finite differences, which are derivatives while no unit leaves a linear piece.
+
     Raises:
         ConfigError: an option is out of range; or a loss with `ignore_index` or a reduction that is not the mean.
         UnsupportedModelError: the model is no such chain, or of half precision; the module is named.
@@ -73,6 +76,7 @@ class DualPropagation(CreditRule):
     """
 
     output_alone = True
+    differences = True
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from apical.core.credit import Credit, CreditRule
 from apical.core.placement import Placement
 from apical.core.rest import undisturbed
+from apical.core.wrapped import innermost
 from apical.errors import ConfigError
 from apical.rules.backprop import Backprop
 from apical.testing import interventions
@@ -83,6 +84,8 @@ def check_not_backprop(trial: Trial) -> str:
         raise NotApplicableError("no layer is said to have a signal of its own")
     others = trial.far(trial.usual, trial.backprop)
     if not any(trial.path(name) == "signal of its own" for name in others):
+        if getattr(innermost(trial.rule), "differences", False):
+            raise NotApplicableError("the rule takes finite differences, and no unit crossed a kink: that is backpropagation")
         raise AssertionError(
             f"layer {layers[0]!r} is said to have a signal of its own, but all gradients are backpropagation's"
         )
