@@ -85,7 +85,7 @@ def check_not_backprop(trial: Trial) -> str:
     others = trial.far(trial.usual, trial.backprop)
     if not any(trial.path(name) == "signal of its own" for name in others):
         if getattr(innermost(trial.rule), "differences", False):
-            raise NotApplicableError("the rule takes finite differences, and no unit crossed a kink: that is backpropagation")
+            raise NotApplicableError("the rule takes finite differences, here of linear pieces: that is backpropagation")
         raise AssertionError(
             f"layer {layers[0]!r} is said to have a signal of its own, but all gradients are backpropagation's"
         )
