@@ -459,7 +459,7 @@ class EdgeRule(CreditRule):
                 )
             return call(inputs)
         output = call(sever(inputs))
-        if not (output.requires_grad or below.requires_grad):  # a frozen layer still hands the error down
+        if not any(t.requires_grad for t in (output, below, *tensors)):  # of a frozen layer the feedback may learn
             return output
         with around():
             return cast(Any, FeedbackEdge).apply(output, below, feedback, pathway and pathway[0], shape, *tensors)
