@@ -205,6 +205,28 @@ def test_layers_tied_later_are_refused_where_their_feedback_learns(name: str) ->
         update(rule)
 
 
+@pytest.mark.parametrize("samples", [8, 64])
+@pytest.mark.parametrize("form", ["auto", "explicit", "literal", "fused"])
+def test_feedback_of_a_frozen_layer_learns_though_nothing_below_does(form: str, samples: int) -> None:
+    """`dR = r h^T`, r = B^T delta: with more samples than outputs as with fewer, and at every step."""
+    rule: Any = make("pfa", form=form)
+    model = rule.model
+    for layer in (model[0], model[2]):
+        layer.requires_grad_(False)
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.01)
+    x, y = torch.rand(samples, 6), torch.arange(samples) % 4
+    for _ in range(3):
+        optimizer.zero_grad()
+        rule(x, y).backward()
+        below = torch.tanh(model[0](x))
+        h = torch.tanh(model[2](below))
+        errors = (torch.softmax(model[4](h), 1) - F.one_hot(y, 4)) / samples
+        delta = (errors @ rule.feedback_weight("4")) * (1 - h**2)
+        r = delta @ rule.expansion.get_buffer("2")
+        torch.testing.assert_close(rule.plastic["2"].grad, (r.T @ below).detach())
+        optimizer.step()
+
+
 def test_a_model_without_numbers() -> None:
     """Feedback made for it has none either."""
     with torch.device("meta"):

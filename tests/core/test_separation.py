@@ -4,6 +4,7 @@ import copy
 import gc
 import random
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -632,3 +633,32 @@ def test_a_layer_that_sees_no_batch_is_exact_or_refused(rule: type[CutRule]) -> 
     taught = rule(model, exact=("code", "hidden", "made"))
     assert taught.hidden_units(batch[0]) == ["F.tanh", "F.tanh#1"]
     check_model(taught, *batch, skip=("compiled",))
+
+
+class FedBack(nn.Module):
+    """Its outputs go into a hidden layer, and back out: the read-out must keep the output's own error."""
+
+    def __init__(self, detaches: bool) -> None:
+        super().__init__()
+        self.enter, self.step, self.out = nn.Linear(6, 8), nn.Linear(12, 8), nn.Linear(8, 4)
+        self.detaches = detaches
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, y, made = torch.tanh(self.enter(x)), x.new_zeros(len(x), 4), []
+        for _ in range(3):
+            h = torch.tanh(self.step(torch.cat([h, y.detach() if self.detaches else y], 1)))
+            y = self.out(h)
+            made.append(y)
+        return torch.stack(made, 1)
+
+
+@pytest.mark.parametrize("make", [apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment])
+def test_a_read_out_that_is_fed_back_is_no_hidden_unit(make: Any) -> None:
+    inputs, targets = torch.randn(5, 6), torch.arange(5).unsqueeze(1).repeat(1, 3) % 4
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1), targets.flatten())
+
+    with pytest.raises(UnsupportedModelError, match=r"would reach 'out'.*detach what goes that way"):
+        make(FedBack(False), loss)(inputs, targets)
+    check_model(make(FedBack(True), loss), inputs, targets, skip=("compiled", "autocast"))

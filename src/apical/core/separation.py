@@ -95,8 +95,8 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
         astray = layers or [at for at in search.others if reached.leaks(at)]
         if not astray:
             return search.result(reached)
-        if not mends or not search.mend(astray):
-            raise search.refusal(astray[0])
+        if not mends or not search.mend(astray, reached):
+            raise search.refusal(astray[0], mends)
 
 
 def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
@@ -236,8 +236,10 @@ class _Search:
         """How errors travel now."""
         return self.graph.reach(self.output, self.marks, self.weighted)
 
-    def mend(self, sites: Iterable[Vertex]) -> bool:
+    def mend(self, sites: Iterable[Vertex], reached: Reached) -> bool:
         """End units above sites, or take activations out of them; false if nothing can be done."""
+        tops = [at for at in self.weighted if reached.direct[at] == 1 and reached.merged[at] is None]
+        read_outs = {self.names[at] for at in tops if at in self.names}
         fresh: set[Vertex] = set()  # whether they are enough is seen in the next round
         done = False
         for site in sites:
@@ -247,6 +249,7 @@ class _Search:
                 done = True
                 continue
             free = [at for at in chain[:end] if at in self.names and at not in self.output and at not in self.still]
+            free = [at for at in free if self.names[at] not in read_outs]  # a layer whose error is the output's keeps that
             if free:
                 fresh |= self._end(free[-1])
                 self._clear(free[-1], site)
@@ -269,8 +272,8 @@ class _Search:
             self.cutting.inside.add(self.marks.pop(at).name)
         return bool(within)
 
-    def refusal(self, site: Vertex) -> UnsupportedModelError:
-        """What is wrong, where, and what to do."""
+    def refusal(self, site: Vertex, mends: bool) -> UnsupportedModelError:
+        """What is wrong, where, and what to do; `mends` if all was tried that units='auto' does."""
         if site in self.still:
             return UnsupportedModelError(
                 f"{self.sites[site]!r} works on parameters, not on the batch, so no signal can be told to samples there; "
@@ -278,9 +281,10 @@ class _Search:
             )
         cuts = sorted({base(call.name) for call in self.marks.values()})
         round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"
+        remedy = "detach what goes that way" if mends else "pass units='auto'"
         return UnsupportedModelError(
             f"the error would reach {self.sites[site]!r} round {round_}, over a residual connection or a skip; "
-            "pass units='auto', or name modules whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
+            f"{remedy}, or name modules whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
         )
 
     def result(self, reached: Reached) -> Separation:
