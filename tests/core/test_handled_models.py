@@ -1,6 +1,7 @@
 """What users do to a model beside training it: hooks, transforms, surgery after the rule was made; right, or refused."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -241,6 +242,17 @@ def test_weights_without_numbers_cannot_be_mirrored() -> None:
         model = net()
     with pytest.raises(ConfigError, match="meta device"):
         apical.WeightMirror(model)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_default_device_is_not_the_rules(name: str) -> None:
+    """What a rule draws and looks at is on the device of its generator or of the model."""
+    elsewhere, model = torch.device("meta"), net(name)  # where nothing can be
+    with nullcontext() if name == "ccl" else elsewhere:  # whose second network is made there, and moved
+        rule = make(name, model)
+    with elsewhere:
+        mine = update(rule)
+    require_equal(mine, update(make(name)))
 
 
 @pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 0.5)])

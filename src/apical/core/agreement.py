@@ -21,7 +21,7 @@ SMALL = 1e-4
 
 def potentials(columns: int = 4) -> Tensor:
     """Numbers (5, columns) of both signs, none of them a whole number or a half."""
-    return torch.linspace(-2.87, 3.19, 5 * columns, dtype=torch.float64).view(columns, 5).T
+    return torch.linspace(-2.87, 3.19, 5 * columns, dtype=torch.float64, device="cpu").view(columns, 5).T
 
 
 def _taken(phi: nn.Module) -> Tensor | None:

@@ -213,7 +213,7 @@ class Bundle:
                 used = {id(leaf) for x in outputs for leaf in graph.leaves(x.grad_fn)}
                 return [], {name for name, q in own.items() if id(q) in used or not q.is_leaf}, swap.met
             generator = torch.Generator().manual_seed(0)
-            errors = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+            errors = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
             return list(torch.autograd.grad(outputs, targets, errors, allow_unused=True)), set(own), swap.met
 
 

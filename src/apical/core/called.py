@@ -158,7 +158,7 @@ def module_of(
     name = getattr(function, "__name__", "").strip("_")
     own = {key: value for key, value in options.items() if key not in UNHEARD}
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(given.shape, dtype=torch.float64, generator=generator).to(given)
+    numbers = torch.randn(given.shape, dtype=torch.float64, generator=generator, device="cpu").to(given)
     try:
         if name in RESHAPING:
             module: nn.Module = nn.Flatten()

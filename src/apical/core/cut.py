@@ -112,7 +112,7 @@ class CutRule(CreditRule):
         self.inside: nn.Module | None = None  # feedback within units, by layer
         self._inner: tuple[InnerEdges, ...] = ()  # not a submodule: it holds the same model
         if inside == "feedback":
-            self._inner = (InnerEdges(model, loss, exact, int(torch.randint(2**62, ()))),)
+            self._inner = (InnerEdges(model, loss, exact, int(torch.randint(2**62, (), device="cpu"))),)
             self.inside = self._inner[0].feedback
         self._separation: Separation | None = None  # of the last traced pass
         self._patterns: set[Pattern] = set()

@@ -83,7 +83,7 @@ class Probe:
     """
 
     def __init__(self, optimizer: Optimizer, group: Group, dim: int, lr: float | None = None) -> None:
-        self.numbers = [torch.full((1,) * dim, value, dtype=torch.float64) for value in (0.0, 1.0, 1.0, 1.0)]
+        self.numbers = [torch.full((1,) * dim, value, dtype=torch.float64, device="cpu") for value in (0.0, 1.0, 1.0, 1.0)]
         self.options: dict[str, Any] = {"capturable": False} if "capturable" in group else {}
         self.options |= {} if lr is None else {"lr": lr}
         twin = object.__new__(type(optimizer))

@@ -50,7 +50,7 @@ def _has_vectors_alone(module: nn.Module) -> bool:
 def _tried(module: nn.Module, places: tuple[int, ...]) -> Kind:
     """Its kind on noise (2, units, *places); "" where the module does not take that."""
     like = next(module.parameters())
-    noise = torch.randn(2, len(like), *places, generator=torch.Generator().manual_seed(0)).to(like)
+    noise = torch.randn(2, len(like), *places, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
             twin = copy.deepcopy(module).eval()

@@ -116,13 +116,13 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
         UnsupportedModelError: it is not.
     """
     shape, seen, generator = geometry(layer), Precision(), torch.Generator().manual_seed(0)
-    leaf = (inputs.detach() + torch.randn(inputs.shape, generator=generator).to(inputs)).requires_grad_()
+    leaf = (inputs.detach() + torch.randn(inputs.shape, generator=generator, device="cpu").to(inputs)).requires_grad_()
     with unchanged(layer, inputs.device), torch.enable_grad(), seen:
         output = call(leaf)  # what the model itself gets wrong is none of ours
     try:
         with unchanged(layer, inputs.device), torch.no_grad():
             offset = call(torch.zeros_like(leaf))
-        delta = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
+        delta = torch.randn(output.shape, generator=generator, device="cpu").to(output).requires_grad_()
         exact = torch.autograd.grad(output, leaf, delta)[0]
         weight = measured_weight(layer, of_rows(call, shape, inputs.dim()))
         with torch.enable_grad():

@@ -144,7 +144,9 @@ class DirectFeedbackAlignment(CutRule):
         self.kind, self.source = feedback, source
         self.scale = "xavier" if leaky else scale
         self.feedback = Matrices()
-        self.register_buffer("seed", torch.randint(2**62, ()))  # all matrices follow from it, on every rank alike
+        self.register_buffer(
+            "seed", torch.randint(2**62, (), device="cpu")
+        )  # all matrices follow from it, on every rank alike
         self.register_buffer("projection", None)  # Q
         self._places = self._order()
         self._read: list[bool] = []  # which of several outputs the loss reads
@@ -428,7 +430,7 @@ class DirectFeedbackAlignment(CutRule):
         """A matrix from the Xavier uniform law."""
         generator = torch.Generator().manual_seed((int(self.seed) + place) % 2**63)
         parameter = next(self.model.parameters())
-        return nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype), generator=generator)
+        return nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype, device="cpu"), generator=generator)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         start = f"{prefix}feedback."

@@ -57,7 +57,7 @@ class Pairs(nn.Module):
         for place, weight in weights.items():
             plus, minus = self.plus.get_buffer(key(*place)), self.minus.get_buffer(key(*place))
             half = (weight - (plus - minus)) / 2
-            u = torch.rand((2, *weight.shape), generator=chance, dtype=torch.float64).to(weight)
+            u = torch.rand((2, *weight.shape), generator=chance, dtype=torch.float64, device="cpu").to(weight)
             plus.copy_(levelled(plus + half, self.levels, u[0]))
             minus.copy_(levelled(minus - half, self.levels, u[1]))
             if place[0] == "lateral":  # not negative, and none from a neuron to itself

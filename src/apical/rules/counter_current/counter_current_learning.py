@@ -455,4 +455,4 @@ class CounterCurrentLearning(CreditRule):
 
 def _one_hot(rule: CounterCurrentLearning, _: object = None) -> None:
     """The codes of the classes, (K, *shape of the output)."""
-    rule.classes.copy_(torch.eye(len(rule.classes)).view_as(rule.classes))
+    rule.classes.copy_(torch.eye(len(rule.classes), device="cpu").view_as(rule.classes))

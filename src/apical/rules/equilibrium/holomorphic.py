@@ -45,7 +45,7 @@ HOLOMORPHIC: dict[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, 
 
 def is_holomorphic(activation: nn.Module) -> bool:
     """Whether an activation takes complex states and has the same derivative in every direction (Cauchy-Riemann)."""
-    x = torch.tensor([-2.1, -0.7, 0.3, 0.9, 1.6, 2.8], dtype=torch.float64)
+    x = torch.tensor([-2.1, -0.7, 0.3, 0.9, 1.6, 2.8], dtype=torch.float64, device="cpu")
     z, h = torch.complex(x, 0.1 * x.flip(0)), 1e-6  # points off the real axis, and the step of central differences
 
     def phi(z: Tensor) -> Tensor:

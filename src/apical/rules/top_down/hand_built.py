@@ -50,7 +50,7 @@ class HandBuiltTeacher(nn.Module):
         for number, width in enumerate(widths):
             feedback = torch.zeros(width, outputs)
             if hidden == "random":
-                drawn = torch.randn(sites or width, outputs, generator=generator)
+                drawn = torch.randn(sites or width, outputs, generator=generator, device="cpu").to(feedback)
                 spread = drawn if sites is None else diffusion(width, sites).float() @ drawn
                 feedback = spread / width**0.5
             self.register_buffer(f"feedback{number}", feedback)
@@ -132,7 +132,7 @@ def wired(network: TopDownNetwork, seed: int = 0) -> TopDownNetwork:
     first.bias[:n] = -GAIN / 2
     second.weight[:n] = torch.cat([unit, torch.zeros(n, h - n)], 1)
     span = 2 * torch.tanh(torch.tanh(torch.tensor(GAIN / 2)))  # between p_k = 0 and 1
-    feedback = torch.randn(sum(network.emissions), n, generator=generator)
+    feedback = torch.randn(sum(network.emissions), n, generator=generator, device="cpu").to(unit)
     top.weight.zero_()
     top.weight[:, :n] = torch.cat([feedback, unit] if network.output == "evolved" else [feedback]) / span
     return network

@@ -120,8 +120,10 @@ class TopDownNetwork(nn.Module):
         self.projected = projected
         self.projection: Tensor | None
         random = torch.Generator().manual_seed(seed)
-        drawn = None if projected is None else torch.randn(outputs, projected, generator=random) / projected**0.5
-        self.register_buffer("projection", drawn)
+        drawn = (
+            None if projected is None else torch.randn(outputs, projected, generator=random, device="cpu") / projected**0.5
+        )
+        self.register_buffer("projection", None if drawn is None else drawn.to(torch.get_default_device()))
         seen = projected or outputs
         emitted = sum(self.emissions) + (seen if output == "evolved" else 0)
         self.body = nn.Sequential(

@@ -89,7 +89,9 @@ class TopDownCreditAssignment(CutRule):
             teacher = load(shipped(str(teacher)))[0]
         self.credit = place_of(credit, teacher)
         self.hidden, self.sites, self.silent = hidden, sites, silent
-        self.register_buffer("seed", torch.randint(2**62, ()))  # an unevolved teacher follows from it, on every rank alike
+        self.register_buffer(
+            "seed", torch.randint(2**62, (), device="cpu")
+        )  # an unevolved teacher follows from it, on every rank alike
         self._drawn: dict[tuple[int, ...], TopDownNetwork] = {}  # unevolved teachers; no state dict repeats them
         for parameter in teacher.parameters() if teacher is not None else ():
             parameter.requires_grad_(False)
@@ -213,7 +215,7 @@ class TopDownCreditAssignment(CutRule):
     @eagerly
     def _draw(self, sizes: tuple[int, ...], device: torch.device) -> None:
         """A network for an output and units of these sizes, from the seed."""
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), torch.device("cpu"):
             torch.manual_seed(int(self.seed) % 2**63)
             projected = PROJECTED if sizes[0] > 4 * PROJECTED else None
             drawn = TopDownNetwork(sizes[0], sizes[1:], self.hidden, self.sites, credit=self.credit, projected=projected)
