@@ -49,12 +49,12 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.rand(8, 6, generator=torch.Generator().manual_seed(2)), torch.arange(8) % 4
 
 
-def update(rule: apical.CreditRule) -> dict[str, Tensor]:
+def update(rule: apical.CreditRule, *given: Tensor) -> dict[str, Tensor]:
     """Gradients of one call from fixed random numbers."""
     rule.zero_grad()
     rule.restart()
     torch.manual_seed(3)
-    rule(*batch()).backward()
+    rule(*(given or batch())).backward()
     return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
 
 
@@ -247,12 +247,12 @@ def test_weights_without_numbers_cannot_be_mirrored() -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_the_default_device_is_not_the_rules(name: str) -> None:
     """What a rule draws and looks at is on the device of its generator or of the model."""
-    elsewhere, model = torch.device("meta"), net(name)  # where nothing can be
+    elsewhere, model, given = torch.device("meta"), net(name), batch()  # where nothing can be
     with nullcontext() if name == "ccl" else elsewhere:  # whose second network is made there, and moved
         rule = make(name, model)
     with elsewhere:
-        mine = update(rule)
-    require_equal(mine, update(make(name)))
+        mine = update(rule, *given)
+    require_equal(mine, update(make(name, net(name))))
 
 
 @pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 0.5)])
