@@ -112,7 +112,7 @@ def averaged(rule: Any) -> None:
         steps(rule, optimizer, range(step, step + 1))
         mean.update_parameters(rule)
     steps(mean.module, sgd(mean.module), range(4, 6))
-    rule.model, rule.mean = mean.module.model, mean.module
+    rule.mean = mean.module
 
 
 def as_a_vector(rule: Any) -> None:
@@ -151,10 +151,11 @@ def test_the_default_form_is_the_explicit_one(make: Any, loop: Callable[[Any], N
     explicit, rule = build(make, "explicit"), build(make, "auto")
     for each in (explicit, rule):
         loop(each)
-    for own, expected in zip(rule.model.parameters(), explicit.model.parameters(), strict=True):
+    mine, theirs = (getattr(each, "mean", each) for each in (rule, explicit))
+    for own, expected in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-11)
-    feedback = getattr(explicit, "mean", explicit).feedback_weights()
-    for name, own in getattr(rule, "mean", rule).feedback_weights().items():
+    feedback = theirs.feedback_weights()
+    for name, own in mine.feedback_weights().items():
         torch.testing.assert_close(own, feedback[name], rtol=1e-9, atol=1e-11)
     (remark,) = rule.remarks
     assert "explicitly" in remark
