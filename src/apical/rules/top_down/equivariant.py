@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.top_down.teacher import Output, Place, written
+from apical.rules.top_down.teacher import Output, Place, TopDownNetwork, written
 
 CLASSES = "apical-teacher-classes-1"
 """The format of their files."""
@@ -35,7 +35,7 @@ CHUNK = 2**18
 """Numbers of the hidden layer of T that are there at once where a network answers at many places."""
 
 MANY = 256
-"""With more classes than that, and than twice the topmost layer's units n, D_l is P_l Q; Q (n, classes) is for all layers."""
+"""With more classes than that, and than twice the topmost layer's units n, D_l is P_l Q, with Q (n, classes) for all l."""
 
 
 class Feedback(NamedTuple):
@@ -93,6 +93,11 @@ class EquivariantNetwork(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         self._feedback: dict[tuple[Any, ...], Feedback] = {}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What makes another network like this one."""
+        return {"layers": self.layers, "hidden": self.hidden, "output": self.output}
 
     def check(self, outputs: int, widths: Sequence[int], classes: bool = True) -> None:
         """Refuse a learner that this network cannot serve.
@@ -180,9 +185,12 @@ class EquivariantNetwork(nn.Module):
 
     def save(self, path: Path | str, provenance: dict[str, Any] | None = None) -> None:
         """Write weights, sizes and provenance (anything JSON knows) to one file, which appears whole or not at all."""
-        sizes = {"layers": self.layers, "hidden": self.hidden, "output": self.output}
         origin = json.dumps(provenance or {}, sort_keys=True)
-        written(path, {"format": CLASSES, **sizes, "weights": self.state_dict(), "provenance": origin})
+        written(path, {"format": CLASSES, **self.sizes, "weights": self.state_dict(), "provenance": origin})
+
+
+Network = TopDownNetwork | EquivariantNetwork
+"""Kinds of top-down networks, which make credit of many places when it is asked for."""
 
 
 def drawn(layers: int, outputs: int, widths: Sequence[int], seed: int, names: Sequence[str], like: Tensor) -> Feedback:

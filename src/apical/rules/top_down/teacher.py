@@ -143,6 +143,12 @@ class TopDownNetwork(nn.Module):
         self._kernels: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """What makes another network like this one, whatever the widths of its learners where there is diffusion."""
+        names = ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower", "output")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def emissions(self) -> list[int]:
         """How many values each hidden layer is sent."""
         return [width if self.sites is None else self.sites for width in self.widths]

@@ -31,11 +31,8 @@ from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut, Teacher
 from apical.errors import ConfigError, UnsupportedModelError
-from apical.rules.top_down.equivariant import EquivariantNetwork, Feedback
+from apical.rules.top_down.equivariant import EquivariantNetwork, Feedback, Network
 from apical.rules.top_down.teacher import Place, TopDownNetwork, described, load, through_softmax
-
-Network = TopDownNetwork | EquivariantNetwork
-"""Kinds of evolved networks, which make credit of many places when it is asked for."""
 
 PROJECTED = 64
 """Numbers that an unevolved teacher sees of more than four times as many outputs."""
