@@ -49,6 +49,7 @@ class Setting:
         credit: the output's stands on "logits" or on "probabilities".
         output: the output's credit is "evolved" too, or is the "error".
         by_class: the top-down network looks at one class at a time, and serves any number of them.
+        layers: hidden layers that such a network has emissions for; None is as many as the deepest learner has.
         ways: classes per task, drawn anew and numbered anew; None takes all, in their order.
         examples: training images per task; None takes all there are.
         tasks: per generation; fitness is their mean.
@@ -69,6 +70,7 @@ class Setting:
     credit: Place = "logits"
     output: Output = "evolved"
     by_class: bool = False
+    layers: int | None = None
     ways: int | None = None
     examples: int | None = 500
     tasks: int = 1
@@ -167,7 +169,7 @@ class Classification:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             if setting.by_class:
-                return self._quieted(EquivariantNetwork(len(deepest), setting.hidden, setting.output))
+                return self._quieted(EquivariantNetwork(setting.layers or len(deepest), setting.hidden, setting.output))
             network = TopDownNetwork(
                 self.outputs,
                 deepest,

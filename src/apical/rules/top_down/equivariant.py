@@ -199,18 +199,19 @@ def drawn(layers: int, outputs: int, widths: Sequence[int], seed: int, names: Se
     def matrix(name: str, rows: int, columns: int) -> Tensor:
         place = int.from_bytes(sha256(name.encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed((seed + place) % 2**63)
-        return nn.init.xavier_uniform_(torch.empty(rows, columns, dtype=like.dtype), generator=generator)
+        numbers = torch.empty(rows, columns, dtype=torch.double)  # whatever the type: they are the same in all
+        return nn.init.xavier_uniform_(numbers, generator=generator)
 
     depth = {name: number for number, name in enumerate(dict.fromkeys(reversed(names)), start=1)}
     emissions = [min(depth[name], layers) for name in names]
     inner, shared, scale = outputs, None, 1.0
     if outputs > max(MANY, 2 * widths[-1]):
         inner = widths[-1]
-        shared = matrix("shared", outputs, inner).to(like.device)
+        shared = matrix("shared", outputs, inner).to(like)
     matrices = []
     for name, width in zip(names, widths, strict=True):
         drawing = matrix(name, inner, width)
         if shared is not None:  # so that P_l Q has the Xavier law's size
             scale = ((outputs + inner) * (inner + width) / (2 * inner * (outputs + width))) ** 0.5
-        matrices.append(drawing.mul_(scale).to(like.device))
+        matrices.append(drawing.mul_(scale).to(like))
     return Feedback(emissions, matrices, shared)
