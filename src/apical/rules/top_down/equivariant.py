@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -114,26 +114,30 @@ class EquivariantNetwork(nn.Module):
             raise UnsupportedModelError("the model has no hidden layer that the top-down network could send credit to")
 
     def forward(self, prediction: Tensor, target: Tensor, classes: bool = True) -> Tensor:
-        """z (batch, classes, 1 + layers): the output's credit, then the emissions of hidden layers from the output down.
+        """z (1 + layers, batch, classes): the output's credit, then the emissions of hidden layers from the output down.
 
         Args:
             prediction: probabilities (batch, classes).
             target: one-hot, or all zero where a row is of no interest.
             classes: for the interface of :class:`apical.rules.top_down.teacher.TopDownNetwork`; there is no other kind.
         """
-        right = target > 0
-        q = (prediction * target).sum(-1, keepdim=True)
-        zero, one = torch.zeros_like(q), torch.ones_like(q)
-        state = self._below(prediction, torch.zeros_like(prediction), q.expand_as(prediction))  # of wrong classes
-        state = state - self._below(zero, zero, q)
-        state = torch.where(right.unsqueeze(-1), self._below(q, one, q) - self._below(one, one, q), state)
-        z: Tensor = self.body[-1](state)
-        return z if self.output == "evolved" else torch.cat([(prediction - target).unsqueeze(-1), z], -1)
+        return self._emitted(prediction, target, cast(nn.Linear, self.body[-1]).weight)
 
-    def _below(self, own: Tensor, target: Tensor, right: Tensor) -> Tensor:
-        """What the last layer of T reads (..., hidden) of s = [own ; target ; right], each (...)."""
-        state: Tensor = self.body[:-1](torch.stack([own, target, right], -1))
-        return state
+    def _emitted(self, prediction: Tensor, target: Tensor, top: Tensor) -> Tensor:
+        """z for those rows of V2 that `top` has, below p - y if that is the output's credit."""
+        error = prediction - target
+        if not self.hidden:
+            z = top[:, :1, None] * error
+        else:
+            bottom = cast(nn.Linear, self.body[0])
+            own, of_target, of_right = bottom.weight.T.unsqueeze(-1)  # V1, (hidden, 1) each
+            q = (prediction * target).sum(1)
+            bias = of_right * q + bottom.bias.unsqueeze(-1)  # (hidden, batch)
+            wrong = torch.addcmul(bias.unsqueeze(-1), own.unsqueeze(-1), prediction).tanh_()  # (hidden, batch, classes)
+            wrong = wrong.sub_(bias.tanh().unsqueeze(-1))
+            right = torch.tanh(own * q + of_target + bias) - torch.tanh(own + of_target + bias)
+            z = torch.where(target > 0, (top @ right).unsqueeze(-1), (top @ wrong.flatten(1)).view(-1, *error.shape))
+        return z if self.output == "evolved" else torch.cat([error.unsqueeze(0), z])
 
     def credits(self, z: Tensor, widths: Sequence[int], feedback: Feedback | None = None) -> list[Tensor]:
         """Credits (batch, width) of each hidden layer, and (batch, classes) of the output, from z.
@@ -141,10 +145,10 @@ class EquivariantNetwork(nn.Module):
         Args:
             feedback: of the layers; None takes that of seed 0.
         """
-        used = self.feedback(z.shape[1], widths, like=z) if feedback is None else feedback
-        heard = {number: used.heard(z[..., number]) for number in set(used.emissions)}
+        used = self.feedback(z.shape[2], widths, like=z) if feedback is None else feedback
+        heard = {number: used.heard(z[number]) for number in set(used.emissions)}
         hidden = [heard[number] @ matrix for number, matrix in zip(used.emissions, used.matrices, strict=True)]
-        return [*hidden, z[..., 0]]
+        return [*hidden, z[0]]
 
     def later(
         self, prediction: Tensor, target: Tensor, widths: Sequence[int], classes: bool, feedback: Feedback | None = None
@@ -154,12 +158,13 @@ class EquivariantNetwork(nn.Module):
         As :meth:`credits` of :meth:`forward`, for many rows: some at a time pass T.
         """
         used = self.feedback(prediction.shape[1], widths, like=prediction) if feedback is None else feedback
-        numbers = sorted(set(used.emissions))
-        rows = max(1, CHUNK // (prediction.shape[1] * max(self.hidden, 3)))
+        numbers, evolved = sorted(set(used.emissions)), self.output == "evolved"
+        top = cast(nn.Linear, self.body[-1]).weight[[0, *numbers] if evolved else [number - 1 for number in numbers]]
+        rows = max(1, CHUNK // (prediction.shape[1] * max(self.hidden, 1)))
         parts: list[list[Tensor]] = []
         for p, y in zip(prediction.split(rows), target.split(rows), strict=True):
-            z = self(p, y).movedim(-1, 0).contiguous()
-            parts.append([z[0], *(used.heard(z[number]) for number in numbers)])
+            last, *hidden = self._emitted(p, y, top)
+            parts.append([last, *map(used.heard, hidden)])
         last, *heard = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         of = dict(zip(numbers, heard, strict=True))
         return lambda index: last if index == -1 else of[used.emissions[index]] @ used.matrices[index]
