@@ -72,7 +72,7 @@ class ShuffledTeacher(nn.Module):
         widths: units of each hidden layer of the learner.
     """
 
-    def __init__(self, network: TopDownNetwork, widths: Sequence[int]) -> None:
+    def __init__(self, network: Network, widths: Sequence[int]) -> None:
         super().__init__()
         self.network, self.widths = network, list(widths)
 
