@@ -120,6 +120,13 @@ class Classification:
             )
         if setting.examples is not None and setting.examples < 1:
             raise ConfigError(f"a task needs at least one example; got examples={setting.examples}")
+        if setting.by_class and (setting.sites is not None or not setting.relative or setting.credit != "logits"):
+            raise ConfigError(
+                "a top-down network by class has relative credit on logits, and no emission sites; got "
+                f"relative={setting.relative}, credit={setting.credit!r}, sites={setting.sites}"
+            )
+        if setting.layers is not None and not setting.by_class:
+            raise ConfigError("layers is for a top-down network by class; others have those of their learners")
         self.start = self.population.other.flat(dict(self._first.named_parameters(prefix="teacher")))  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -283,9 +290,9 @@ class AnyClasses(Classification):
     """
 
     def __init__(self, sets: list[Images], setting: Setting) -> None:
-        super().__init__(sets, setting)
         if not setting.by_class:
             raise ConfigError("tasks of several numbers of classes need a top-down network for any number: by_class=True")
+        super().__init__(sets, setting)
         self.of = {ways: Classification(sets, replace(setting, ways=ways)) for ways in range(2, self.outputs + 1)}
 
     def loss(self, individuals: Tensor, generation: int, k: int) -> Tensor:
