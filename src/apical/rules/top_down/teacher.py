@@ -167,7 +167,7 @@ class TopDownNetwork(nn.Module):
             raise UnsupportedModelError(
                 f"the top-down network was made for {depths} {layers} and {self.outputs} outputs and "
                 f"cannot teach {wanted}; "
-                + ("pass teacher='classes', which serves any number of classes, or " if classes else "")
+                + ("take the shipped teacher 'classes', which serves any number of classes, or " if classes else "")
                 + "evolve one for it: apical evolve --model ..."
             )
         if self.sites is None and tuple(widths) != self.widths:
