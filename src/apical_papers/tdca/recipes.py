@@ -38,7 +38,7 @@ EVOLUTIONS: dict[str, EvolutionRecipe] = {
         batch_size=32,
         tasks=4,
         settled=10,
-        generations=80,
+        generations=64,
         step=0.3,
         chunk=65,
     ),
