@@ -201,22 +201,21 @@ Network = TopDownNetwork | EquivariantNetwork
 def drawn(layers: int, outputs: int, widths: Sequence[int], seed: int, names: Sequence[str], like: Tensor) -> Feedback:
     """See :meth:`EquivariantNetwork.feedback`; `layers` as there."""
 
-    def matrix(name: str, rows: int, columns: int) -> Tensor:
+    def matrix(name: str, rows: int, columns: int, scale: float = 1.0) -> Tensor:
         place = int.from_bytes(sha256(name.encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed((seed + place) % 2**63)
         numbers = torch.empty(rows, columns, dtype=torch.double)  # whatever the type: they are the same in all
-        return nn.init.xavier_uniform_(numbers, generator=generator)
+        return nn.init.xavier_uniform_(numbers, scale, generator).to(like.dtype).to(like.device)
 
     depth = {name: number for number, name in enumerate(dict.fromkeys(reversed(names)), start=1)}
     emissions = [min(depth[name], layers) for name in names]
-    inner, shared, scale = outputs, None, 1.0
+    shared, inner, of_name = None, outputs, dict(zip(names, widths, strict=True))
     if outputs > max(MANY, 2 * widths[-1]):
         inner = widths[-1]
-        shared = matrix("shared", outputs, inner).to(like)
-    matrices = []
-    for name, width in zip(names, widths, strict=True):
-        drawing = matrix(name, inner, width)
-        if shared is not None:  # so that P_l Q has the Xavier law's size
-            scale = ((outputs + inner) * (inner + width) / (2 * inner * (outputs + width))) ** 0.5
-        matrices.append(drawing.mul_(scale).to(like))
-    return Feedback(emissions, matrices, shared)
+        shared = matrix("*", outputs, inner)
+    made = {}
+    for name, width in of_name.items():
+        # squares so large that those of P_l Q have the Xavier law's size
+        square = 1.0 if shared is None else (outputs + inner) * (inner + width) / (2 * inner * (outputs + width))
+        made[name] = matrix(name, inner, width, square**0.5)
+    return Feedback(emissions, [made[name] for name in names], shared)
