@@ -97,7 +97,7 @@ PAPER = Paper(
             "classes",
             {"generations": 1, "seeds": 2, "tasks": 2, "validation": 1},
             {"generations": 40, "seeds": 5},
-            hours={"cpu": 0.4},
+            hours={"cpu": 0.2},
         ),
         "several": _table(
             "One top-down network for CartPole, Pendulum and Acrobot",
