@@ -15,6 +15,9 @@ mean loss on validation tasks:
     accuracy within 1 point of tuned backpropagation's; on Fashion-MNIST at least 97 % of it
     the error sent by hand, p - y to D_l, is direct feedback alignment: accuracy within 1 point of it (the harness)
 
+A first run had rates up to 0.2, and tanh learners took the highest under every rule. The grid was widened to 0.8, and the
+tests of the same evolutions were run again; the marks are the same.
+
 What is finished stays in the folder; the same command continues there.
 """
 
@@ -53,7 +56,7 @@ FIRST = 7100
 """The first meta-seed; those below served for development."""
 LAYERS = 4
 """Hidden layers of the deepest learner in evolution."""
-RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Learning rates that every rule is tuned over."""
 LEARNERS = {"mlp-64-64": "ReLU, 64 and 64", "mlp-tanh-48-48": "tanh, 48 and 48"}
 """Learners of the tests; evolution has neither."""
@@ -86,7 +89,8 @@ ABOUT = {
     "sources": {
         "our mark": "Means over unseen tasks and both learners, paired over meta-seeds (independent evolutions, each with "
         "tasks and random feedback of its own): TDCA minus the other, each rule at the learning rate of one grid with the "
-        "lowest mean training loss on validation tasks. Set before the run. Reproduced means that the 95 % interval of the "
+        "lowest mean training loss on validation tasks. Set before the run; the grid of rates was widened after a first "
+        "one, in which tanh learners took the highest rate under every rule. Reproduced means that the 95 % interval of the "
         "mean difference (Student's t) lies on the better side of the mark.",
     },
 }
@@ -174,7 +178,7 @@ def measures(sets: Images, ways: int, learner: str, seed: int, teacher: Tensor, 
 def cell(options: Options, seed: int) -> dict[str, Any]:
     """One evolution and its tests, kept."""
     config = {
-        **{name: getattr(options, name) for name in ("generations", "tasks", "validation")},
+        **_numbers(options),
         "rates": list(RATES),
         "strategy": asdict(strategy()),
         **plain(asdict(setting_of(seed))),
@@ -190,6 +194,10 @@ def cell(options: Options, seed: int) -> dict[str, Any]:
         return {"seed": seed, "commit": commit(), **about, "teacher": teacher.tolist(), **measured}
 
     return kept(options.out / "cells" / f"{seed}.json", config, made)
+
+
+def _numbers(options: Options) -> dict[str, int]:
+    return {"generations": options.generations, "test tasks": options.tasks, "validation tasks": options.validation}
 
 
 Cells = Sequence[Mapping[str, Any]]
@@ -242,12 +250,11 @@ def by_task(cells: Cells) -> dict[str, Any]:
     for part, (title, _, _) in PARTS.items():
         for learner in LEARNERS:
             losses = [[loss for cell in cells for loss in cell[part][learner][rule]["losses"]] for rule in RULES]
-            rows.append([title, LEARNERS[learner], *(f"{median(of):.2g}, {max(of):.2g}" for of in losses)])
+            rows.append([title, LEARNERS[learner], *(f"{median(of) + 0:.2g}, {max(of):.2g}" for of in losses)])
     return {
         "title": "Median and worst task",
         "note": "Training loss in nats over the tasks of all meta-seeds: the median, then the worst. Added after the run; no "
-        "mark was set on it. Where one task is far above the others it decides the mean, and so the verdict. The highest "
-        "rate of the grid was chosen often, by every rule.",
+        "mark was set on it. Where one task is far above the others it decides the mean, and so the verdict.",
         "header": ["tasks", "learners", *RULES.values()],
         "rows": rows,
     }
@@ -293,8 +300,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
             credit_figure(p, lines, ("wrong class", "right class"), "probability of the class", "credit of the logit"),
         )
     settings = {
-        **{key: value for key, value in asdict(options).items() if key not in ("out", "jobs")},
-        "first meta-seed": FIRST,
+        "meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}",
+        **_numbers(options),
         "evolved at commit": sorted({cell["commit"] or "unknown" for cell in cells}),
         "strategy": asdict(strategy()),
         "learning rates": list(RATES),
