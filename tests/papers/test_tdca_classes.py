@@ -12,6 +12,8 @@ import torch
 from apical.errors import CheckpointError
 from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
+from apical.rules.top_down.equivariant import EquivariantNetwork
+from apical.rules.top_down.hand_built import wired
 from apical_papers.tdca import classes
 from apical_papers.tdca.classes import BELOW, LEARNERS, PARTS, RULES, Options
 
@@ -21,7 +23,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lifetimes of two steps of small learners, one kind of task."""
     setting_of = classes.setting_of
     life = Lifetime(2, 0.05, "sgd", 1.0, 8)
-    tiny = {"lifetime": life, "model": "mlp-6", "others": ("mlp-tanh-5-5",), "examples": 16, "ways": 3, "settled": 1}
+    tiny = {
+        "lifetime": life,
+        "model": "mlp-6",
+        "others": ("mlp-tanh-5-5",),
+        "examples": 16,
+        "ways": 3,
+        "settled": 1,
+        "hidden": 8,
+    }
     for name, value in (
         ("setting_of", lambda seed: replace(setting_of(seed), **tiny)),
         ("strategy", lambda: Strategy(population=4)),
@@ -98,12 +108,14 @@ def test_marks_are_those_that_the_study_names() -> None:
     assert classes.verdicts(invented(lambda *_: 0.0, lambda *_: 0.0)[:1]) == []
 
 
-def test_what_is_drawn_is_what_is_sent() -> None:
+def test_what_is_drawn_and_told_is_what_is_sent() -> None:
     """Of the right class and of a wrong one of two, at the same probability of their own."""
     p = torch.linspace(0, 1, 11)
-    task = classes.Classification([classes.digits()[1]], replace(classes.setting_of(0), hidden=0, ways=2))
-    vector = task.weights_of("wired")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classes, "setting_of", lambda seed: task.setting)
-        lines = classes.sent(vector[None], p)
-    assert (lines[0] - torch.stack([p, p - 1])).abs().max() < 1e-6
+    network = wired(EquivariantNetwork(classes.LAYERS, 8))
+    vector = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+    lines = classes.sent(vector[None], p)
+    assert (lines[0] - torch.stack([p, p - 1])).abs().max() < 0.05
+    row = classes.slopes([{"seed": 7, "teacher": vector.tolist()}])["rows"][0]
+    assert row[0] == "7"
+    assert len(row) == 2 + classes.LAYERS
+    assert all(float(size.split()[0]) == pytest.approx(1, abs=0.05) for size in row[1:])
