@@ -45,12 +45,18 @@ RULES: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
     "pfa-explicit": partial(apical.ProductFeedbackAlignment, form="explicit"),
 }
 
+TDCA: dict[str, Callable[..., apical.CreditRule]] = {
+    "tdca": apical.TopDownCreditAssignment,
+    "tdca-classes": partial(apical.TopDownCreditAssignment, teacher="classes"),
+}
+"""With an unevolved teacher, which costs what an evolved one of its size does, and with that for any number of classes."""
+
 OF_TOKENS: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
-    name: partial(make, loss=token_cross_entropy, **({"units": "block"} if name in ("dfa", "tdca") else {}))
-    for name, make in {**RULES, "tdca": apical.TopDownCreditAssignment}.items()
+    name: partial(make, loss=token_cross_entropy, **({"units": "block"} if name in ("dfa", *TDCA) else {}))
+    for name, make in {**RULES, **TDCA}.items()
     if name not in ("brsf", "frsf")
 }
-"""Rules of a language model; tdca has an unevolved teacher, which costs what an evolved one of its size does."""
+"""Rules of a language model."""
 
 
 class Case(NamedTuple):
@@ -107,7 +113,7 @@ TARGETS = {
     "GPT of 2 blocks of 96, 64 tokens": {
         **dict.fromkeys(("fa", "kp", "pfa", "pfa-o"), 1.08),
         **dict.fromkeys(("usf", "dfa"), 1.10),
-        "tdca": 1.25,
+        **dict.fromkeys(TDCA, 1.25),
         "pfa-explicit": 1.30,
         "bp": 1.03,
     },

@@ -75,12 +75,23 @@ TEXT = ("--data", "text-python", "--model", "gpt-1x16", "--context", "16", "--tr
 def test_a_rule_that_cannot_teach_the_model_is_refused_before_any_trains(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["compare", "--rules", "bp", "tdca", *TEXT, "--out", str(tmp_path / "out")]) == 2
+    given = ["--rules", "bp", "tdca", "--teacher", "digits", *TEXT]
+    assert main(["compare", *given, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("apical: error: rule 'tdca': the top-down network was made for")
-    assert "96 outputs" in said.err
+    assert "96 outputs; take the shipped teacher 'classes'" in said.err
     assert "ms/step" not in said.out
     assert os.listdir(tmp_path) == []
+
+
+def test_data_of_other_classes_than_ten_have_the_teacher_for_any_number(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert main(["train", "--rule", "tdca", *TEXT, "--epochs", "1", "--epoch-steps", "1", "--out", str(out)]) == 0
+    said = "tdca has the teacher 'classes': there are 96 classes, and 'digits' is for ten"
+    assert said in capsys.readouterr().out
+    assert "teacher='classes'" in json.loads((out / "config.json").read_text())["rule_options"]
 
 
 def test_missing_data_are_one_line(

@@ -30,6 +30,13 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return images[:600], labels[:600]
 
 
+def test_tdca_learns_three_classes_of_digits(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    """The name's own teacher is for ten."""
+    images, labels = (part[digits[1] < 3] for part in digits)
+    classifier = CreditClassifier(rule="tdca", hidden=(32, 32), epochs=15, random_state=0).fit(images[:120], labels[:120])
+    assert classifier.score(images[120:], labels[120:]) > 0.8
+
+
 @pytest.mark.parametrize("rule", ["bp", "dfa", "pfa", "kp", "dfc-ssa"])
 def test_rules_learn_digits(rule: str, digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits

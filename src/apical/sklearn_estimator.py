@@ -106,7 +106,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             seed=seed,
             data="the samples given",
         )
-        recipe, _ = resolve(recipe, len(targets))
+        recipe, _ = resolve(recipe, len(targets), len(self.classes_))
         dataset = Dataset("the samples given", samples, None, samples, len(self.classes_), (), (), "given to fit")
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)

@@ -146,7 +146,7 @@ def _compare(name: str, out: Path) -> Made:
 
 
 def _evolve(name: str, out: Path) -> Made:
-    sizes = ("--generations", "2", "--population", "8", "--examples", "64", "--steps", "5", "--chunk", "9")
+    sizes = ("--generations", "2", "--population", "8", "--examples", "64", "--steps", "5", "--chunk", "9", "--settled", "1")
     apical("evolve", "--recipe", name, *sizes, "--out", str(out))
     return folder(out)
 

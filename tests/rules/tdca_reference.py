@@ -99,3 +99,43 @@ def lifetime(
             second[i] = 0.999 * second[i] + 0.001 * g**2
             weights[i] = weights[i] - lr * (first[i] / (1 - 0.9**t)) / (np.sqrt(second[i] / (1 - 0.999**t)) + 1e-8)
     return list(zip(weights[::2], weights[1::2], strict=True))
+
+
+def of_a_class(layers: list[tuple[Array, Any]], own: float, target: float, right: float) -> Array:
+    """T([p_k ; y_k ; p.y]) of a perceptron with a tanh layer, or of a linear one."""
+    s = np.array([own, target, right])
+    for w, b in layers[:-1]:
+        s = np.tanh(w @ s + b)
+    return layers[-1][0] @ s
+
+
+def by_class(
+    teacher: list[tuple[Array, Any]], feedback: list[Array], p: Array, y: Array, layers: int, error: bool = False
+) -> list[Array]:
+    """c_l = D_l z[:, l] of each hidden layer, D_l (units, classes), and c_L,k = z_k[0], or p_k - y_k."""
+    right = float(p @ y)
+    z = [of_a_class(teacher, p[k], y[k], right) - of_a_class(teacher, y[k], y[k], right) for k in range(len(p))]
+    out = [p - y if error else np.array([z_k[0] for z_k in z])]
+    for depth, d in enumerate(reversed(feedback), start=1):  # counted from the output
+        emission = min(depth, layers) - error
+        out.insert(0, sum(d[:, k] * z[k][emission] for k in range(len(p))))
+    return out
+
+
+def gradients_by_class(
+    network: list[tuple[Array, Array]], x: Array, labels: Array, **given: Any
+) -> list[tuple[Array, Array]]:
+    """(g_W, g_v) of each layer of a tanh perceptron with a softmax output, averaged over the batch."""
+    total = [(np.zeros_like(w), np.zeros_like(v)) for w, v in network]
+    for sample, label in zip(x, labels, strict=True):
+        activities = [sample]
+        for w, v in network[:-1]:
+            activities.append(np.tanh(w @ activities[-1] + v))
+        w, v = network[-1]
+        p = softmax(w @ activities[-1] + v)
+        *hidden, last = by_class(p=p, y=np.eye(len(p))[label], **given)
+        errors = [*(c * (1 - a**2) for c, a in zip(hidden, activities[1:], strict=True)), last]
+        for (g_w, g_v), e, a in zip(total, errors, activities, strict=True):
+            g_w += np.outer(e, a) / len(x)
+            g_v += e / len(x)
+    return total

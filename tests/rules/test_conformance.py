@@ -14,6 +14,7 @@ from apical.core.credit import CreditRule, Loss
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.rules.contrastive_plasticity.neurons import Constants
+from apical.rules.top_down.equivariant import EquivariantNetwork
 from apical.testing import CHECKS, check_oracle
 
 PFA = apical.ProductFeedbackAlignment
@@ -36,6 +37,11 @@ def residual_predictive_coding(model: torch.nn.Module, loss: Loss = torch.nn.fun
     """The residual network of the suite too, whose blocks with skips are blocks of the rule."""
     images = any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
     return PC(model, loss, steps=3, input_shape=(2, 8, 8) if images else None)
+
+
+def any_classes(model: torch.nn.Module, loss: Loss = torch.nn.functional.cross_entropy) -> CreditRule:
+    """With a top-down network that looks at one class at a time."""
+    return TDCA(model, loss, EquivariantNetwork(layers=2, hidden=5))
 
 
 RULES = {
@@ -99,6 +105,7 @@ RULES = {
     "tdca": TDCA,
     "tdca-sublayer": partial(TDCA, units="sublayer", inside="feedback"),
     "tdca-sites": partial(TDCA, sites=3, hidden=5),
+    "tdca-classes": any_classes,
     "strong-dfc": STRONG,
     "strong-dfc-simulate": partial(STRONG, solver="simulate", points=12, sigma=0.0, learn="none"),
     "strong-dfc-noise": partial(STRONG, solver="simulate", points=12, learn="noise"),

@@ -78,7 +78,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: f
         raise ConfigError(f"an audit needs classes, and the targets of {dataset.name} are numbers")
     loss: LossName = "token_cross_entropy" if dataset.is_sequences else "cross_entropy"
     plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, lr=(lr,), probe=0, loss=loss)
-    recipe, _ = resolve(plain, len(dataset.train))
+    recipe, _ = resolve(plain, len(dataset.train), dataset.classes)
     physical = _options(entry.physical)
     slow = replace(recipe, rule_options=merged(recipe.rule_options, physical))
     examined, trained = _made(slow, dataset).double(), _made(recipe, dataset)

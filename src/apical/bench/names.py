@@ -299,8 +299,21 @@ def _key(option: str) -> str:
     return option.partition("=")[0].strip().replace("-", "_")
 
 
-def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
-    """The recipe with the rule's defaults filled in, for `examples` training images, and notes on what was chosen.
+def other_teacher(recipe: Recipe, classes: int | None) -> str:
+    """Says that data of so many classes have another teacher than the rule's name stands for; empty where they have not."""
+    if classes in (None, 10) or find_rule(recipe.rule).options.get("teacher") != "digits":
+        return ""
+    if "teacher" in parse_options(recipe.rule_options):
+        return ""
+    return f"{recipe.rule_name} has the teacher 'classes': there are {classes} classes, and 'digits' is for ten"
+
+
+def resolve(recipe: Recipe, examples: int, classes: int | None = None) -> tuple[Recipe, list[str]]:
+    """The recipe with the rule's defaults filled in, and notes on what was chosen.
+
+    Args:
+        examples: training images.
+        classes: of the data; None where targets are numbers.
 
     Raises:
         ConfigError: unknown rule or option, or a batch larger than the data.
@@ -327,6 +340,9 @@ def resolve(recipe: Recipe, examples: int) -> tuple[Recipe, list[str]]:
     if recipe.probe and "first_layer" in arguments and "first_layer" not in given:
         added.append("first_layer=True")
         notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")
+    if note := other_teacher(recipe, classes):
+        added.append("teacher='classes'")
+        notes.append(note)
     steps = recipe.steps_per_epoch(examples)
     decay, decay_epochs = recipe.weight_decay, recipe.weight_decay_epochs
     if not decay:

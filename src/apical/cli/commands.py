@@ -32,6 +32,7 @@ from apical.bench.names import (
     make_rule,
     merged,
     options_for,
+    other_teacher,
     resolve,
 )
 from apical.bench.network import SAMPLES, measured
@@ -254,7 +255,8 @@ def prepare(
     dataset = load_data(first)
     recipes, notes, apart, has_feedback = [], [], [], False
     for item in drafts:
-        recipe, choices = resolve(identified(item, dataset), len(dataset.train))
+        classes = None if dataset.is_regression else dataset.classes
+        recipe, choices = resolve(identified(item, dataset), len(dataset.train), classes)
         recipe.check_targets(are_numbers=dataset.is_regression, are_tokens=dataset.is_sequences)
         if (recipe.flip or recipe.crop) and dataset.train.inputs.dim() != 4:
             shape = dataset.input_shape
@@ -267,6 +269,8 @@ def prepare(
         if tell is not None:
             for remark in rule.remarks:
                 tell(f"{recipe.rule_name}: {remark}")
+            if note := other_teacher(item, classes):
+                tell(note)
         apart.append(rule.learns_apart)
         has_feedback = has_feedback or any(parameter.requires_grad for parameter in rule.feedback_parameters())
         if recipe.measure and len(recipes) == 1:  # every rule trains the same network

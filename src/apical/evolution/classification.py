@@ -4,9 +4,9 @@ By default each generation has its own task (a sample of images, of a subset of 
 same for all individuals. "fixed" start values are always those of seed 0, as in the released code.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from apical.errors import ConfigError
 from apical.evolution.population import Lifetime, Population, losses
 from apical.evolution.seeds import seed_of
 from apical.models.catalogue import build
+from apical.rules.top_down.equivariant import EquivariantNetwork, Network
 from apical.rules.top_down.hand_built import wired
 from apical.rules.top_down.teacher import Output, Place, TopDownNetwork, load
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
@@ -47,6 +48,8 @@ class Setting:
         relative: credit is relative to that of a right prediction.
         credit: the output's stands on "logits" or on "probabilities".
         output: the output's credit is "evolved" too, or is the "error".
+        by_class: the top-down network looks at one class at a time, and serves any number of them.
+        layers: hidden layers that such a network has emissions for; None is as many as the deepest learner has.
         ways: classes per task, drawn anew and numbered anew; None takes all, in their order.
         examples: training images per task; None takes all there are.
         tasks: per generation; fitness is their mean.
@@ -66,6 +69,8 @@ class Setting:
     relative: bool = True
     credit: Place = "logits"
     output: Output = "evolved"
+    by_class: bool = False
+    layers: int | None = None
     ways: int | None = None
     examples: int | None = 500
     tasks: int = 1
@@ -115,13 +120,20 @@ class Classification:
             )
         if setting.examples is not None and setting.examples < 1:
             raise ConfigError(f"a task needs at least one example; got examples={setting.examples}")
+        if setting.by_class and (setting.sites is not None or not setting.relative or setting.credit != "logits"):
+            raise ConfigError(
+                "a top-down network by class has relative credit on logits, and no emission sites; got "
+                f"relative={setting.relative}, credit={setting.credit!r}, sites={setting.sites}"
+            )
+        if setting.layers is not None and not setting.by_class:
+            raise ConfigError("layers is for a top-down network by class; others have those of their learners")
         self.start = self.population.other.flat(dict(self._first.named_parameters(prefix="teacher")))  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("populations", "_first")}
 
     @cached_property
-    def _first(self) -> TopDownNetwork:
+    def _first(self) -> Network:
         return self.network(seed_of(self.setting.seed, "teacher"))
 
     @property
@@ -134,12 +146,15 @@ class Classification:
         """The same for each network of the learners."""
         inputs = self.sets[0].inputs[:2]
         targets = torch.zeros(len(inputs), dtype=torch.long)
-        return [
-            Population(self.rule(self.learner(0, which), self._first), inputs, targets, "teacher.", record=True)
-            for which in range(1 + len(self.setting.others))
-        ]
+        populations = []
+        for which in range(1 + len(self.setting.others)):
+            with torch.random.fork_rng([]):
+                torch.manual_seed(seed_of(self.setting.seed, "feedback", which, self.outputs))  # where the rule draws any
+                rule = self.rule(self.learner(0, which), self._first)
+            populations.append(Population(rule, inputs, targets, "teacher.", record=True))
+        return populations
 
-    def rule(self, model: nn.Module, teacher: TopDownNetwork, silent: bool = False) -> CreditRule:
+    def rule(self, model: nn.Module, teacher: Network, silent: bool = False) -> CreditRule:
         """What trains a learner; `silent` withholds the credit of hidden units."""
         return TopDownCreditAssignment(model, teacher=teacher, silent=silent)
 
@@ -154,12 +169,14 @@ class Classification:
                 nn.init.zeros_(parameter)
         return model
 
-    def network(self, seed: int) -> TopDownNetwork:
+    def network(self, seed: int) -> Network:
         """An unevolved top-down network for the setting's models: for as many hidden layers as the deepest has."""
         setting, every = self.setting, [self.widths(which) for which in range(1 + len(self.setting.others))]
         deepest = max(every, key=len)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
+            if setting.by_class:
+                return self._quieted(EquivariantNetwork(setting.layers or len(deepest), setting.hidden, setting.output))
             network = TopDownNetwork(
                 self.outputs,
                 deepest,
@@ -170,9 +187,15 @@ class Classification:
                 shallower=any(len(widths) < len(deepest) for widths in every),
                 output=setting.output,
             )
-        if self.setting.quiet:
-            with torch.no_grad():
-                network.body[-1].weight[: sum(network.emissions)] = 0  # type: ignore[operator]
+        return self._quieted(network)
+
+    def _quieted(self, network: Network) -> Network:
+        """The network, with what it sends to hidden units set to nothing if the setting asks for that."""
+        weight = cast(nn.Linear, network.body[-1]).weight
+        if self.setting.quiet and isinstance(network, TopDownNetwork):
+            weight.data[: sum(network.emissions)] = 0
+        elif self.setting.quiet:
+            weight.data[-cast(EquivariantNetwork, network).layers :] = 0
         return network
 
     def widths(self, which: int = 0) -> list[int]:
@@ -189,11 +212,9 @@ class Classification:
         template = self.network(seed_of(self.setting.seed, "teacher"))
         path = shipped(teacher) if teacher != WIRED else teacher
         network = load(path)[0] if teacher != WIRED else wired(template, self.setting.seed)
-        unlike = [
-            f"{name}: {getattr(network, name)} vs {getattr(template, name)}"
-            for name in ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower", "output")
-            if getattr(network, name) != getattr(template, name)
-        ]
+        there, asked = network.sizes, template.sizes
+        names = dict.fromkeys([*there, *asked])
+        unlike = [f"{n}: {there.get(n)} vs {asked.get(n)}" for n in names if there.get(n) != asked.get(n)]
         if unlike:
             raise ConfigError(
                 f"an evolution with these options cannot begin with {path} (there vs asked): {'; '.join(unlike)}"
@@ -228,14 +249,18 @@ class Classification:
         """Minus the negative log-likelihood at the end of a lifetime, averaged over the generation's tasks: (P,)."""
         total = individuals.new_zeros(len(individuals))
         for k in range(self.setting.tasks):
-            turn = generation * self.setting.tasks + k
-            which = turn // len(self.sets) % len(self.populations)  # each network meets each set
-            population = self.populations[which]
-            task = self.sample(seed_of(self.setting.seed, "task", generation, k), turn)
-            start = self.begin(seed_of(self.setting.seed, "start", generation, k), which)
-            x, y = (task.other_inputs, task.other_targets) if self.setting.held_out else (task.inputs, task.targets)
-            total -= self._final_loss(population, start, individuals, task, (x, y), seed_of(generation, k))
+            total -= self.loss(individuals, generation, k)
         return total / self.setting.tasks
+
+    def loss(self, individuals: Tensor, generation: int, k: int) -> Tensor:
+        """The negative log-likelihood at the end of a lifetime on the k-th task of a generation: (P,)."""
+        turn = generation * self.setting.tasks + k
+        which = turn // len(self.sets) % len(self.populations)  # each network meets each set
+        population = self.populations[which]
+        task = self.sample(seed_of(self.setting.seed, "task", generation, k), turn)
+        start = self.begin(seed_of(self.setting.seed, "start", generation, k), which)
+        x, y = (task.other_inputs, task.other_targets) if self.setting.held_out else (task.inputs, task.targets)
+        return self._final_loss(population, start, individuals, task, (x, y), seed_of(generation, k))
 
     def _final_loss(
         self,
@@ -255,3 +280,22 @@ class Classification:
 
         population.train(start, individuals, task.inputs, task.targets, lifetime, seed=seed, watch=watch)
         return torch.stack(found).mean(0)
+
+
+class AnyClasses(Classification):
+    """The same with tasks of 2 classes up to the setting's `ways`, how many being drawn for each, for networks `by_class`.
+
+    Attributes:
+        of: the task of each number of classes.
+    """
+
+    def __init__(self, sets: list[Images], setting: Setting) -> None:
+        if not setting.by_class:
+            raise ConfigError("tasks of several numbers of classes need a top-down network for any number: by_class=True")
+        super().__init__(sets, setting)
+        self.of = {ways: Classification(sets, replace(setting, ways=ways)) for ways in range(2, self.outputs + 1)}
+
+    def loss(self, individuals: Tensor, generation: int, k: int) -> Tensor:
+        """The negative log-likelihood at the end of a lifetime on the k-th task of a generation: (P,)."""
+        ways = 2 + seed_of(self.setting.seed, "ways", generation, k) % len(self.of)
+        return self.of[ways].loss(individuals, generation, k)

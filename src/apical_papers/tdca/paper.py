@@ -92,6 +92,13 @@ PAPER = Paper(
             _POLICIES,
             hours={"cpu": 0.06},
         ),
+        "classes": _table(
+            "One top-down network for any number of classes",
+            "classes",
+            {"generations": 1, "seeds": 2, "tasks": 2, "validation": 1},
+            {"generations": 40, "seeds": 5},
+            hours={"cpu": 0.2},
+        ),
         "several": _table(
             "One top-down network for CartPole, Pendulum and Acrobot",
             "reinforcement.several",

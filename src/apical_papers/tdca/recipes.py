@@ -24,6 +24,24 @@ EVOLUTIONS: dict[str, EvolutionRecipe] = {
         decay=0.99,
         chunk=65,
     ),
+    "classes": EvolutionRecipe(
+        data=("digits",),
+        model=("mlp-32", "mlp-tanh-64", "mlp-48-48", "mlp-tanh-32-32-32", "mlp-32-32-32-32"),
+        by_class=True,
+        hidden=8,
+        begin="wired",
+        quiet=False,
+        examples=256,
+        steps=100,
+        lr=0.05,
+        optimizer="sgd",
+        batch_size=32,
+        tasks=4,
+        settled=10,
+        generations=64,
+        step=0.3,
+        chunk=65,
+    ),
     "mnist-residual": EvolutionRecipe(
         data=("mnist",),
         model=("mlp-residual-100-100-100",),
@@ -41,5 +59,5 @@ EVOLUTIONS: dict[str, EvolutionRecipe] = {
         chunk=4,
     ),
 }
-"""Recipes of `apical evolve --recipe NAME`: that of the shipped teacher of the name "digits", and the authors' own regime,
-in which a generation is 120,000 passes over MNIST. That is for a GPU, in pieces (`--resume`), or scaled down by options."""
+"""Recipes of `apical evolve --recipe NAME`: those of the shipped teachers "digits" and "classes", and the authors' own
+regime, in which a generation is 120,000 passes over MNIST. That is for a GPU, in pieces (`--resume`), or scaled down."""

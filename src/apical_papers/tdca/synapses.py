@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from apical.core.credit import Credit, CreditRule
 from apical.errors import UnsupportedModelError
 from apical.evolution.classification import Classification, Images, Setting
+from apical.rules.top_down.equivariant import Network
 from apical.rules.top_down.teacher import TopDownNetwork, described
 
 
@@ -100,8 +101,9 @@ class SynapticClassification(Classification):
         self.local = local
         super().__init__(sets, setting)
 
-    def rule(self, model: nn.Module, teacher: TopDownNetwork, silent: bool = False) -> CreditRule:
+    def rule(self, model: nn.Module, teacher: Network, silent: bool = False) -> CreditRule:
         """What trains a learner."""
+        assert isinstance(teacher, TopDownNetwork)
         return SynapticCredit(model, teacher, self.local, silent)
 
     def network(self, seed: int) -> TopDownNetwork:

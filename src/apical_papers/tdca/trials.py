@@ -21,6 +21,7 @@ from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
 from apical.rules.backprop import Backprop
 from apical.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from apical.rules.top_down.equivariant import Network
 from apical.rules.top_down.hand_built import HandBuiltTeacher, MixedTeacher, ShuffledTeacher
 from apical.rules.top_down.teacher import TopDownNetwork
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment
@@ -66,10 +67,11 @@ class Bench:
         task: says what tasks and learners are like.
         number: of tasks.
         name: draws other tasks under another name.
+        feedback: seed of random feedback; None takes the same in all benches.
     """
 
-    def __init__(self, task: Classification, number: int, name: str) -> None:
-        self.task = task
+    def __init__(self, task: Classification, number: int, name: str, feedback: int | None = None) -> None:
+        self.task, self.feedback = task, seed_of("feedback") if feedback is None else feedback
         self.samples = [self.task.sample(seed_of("unseen", name, k), k) for k in range(number)]
         self.seeds = [seed_of("unseen start", name, k) for k in range(number)]
 
@@ -82,36 +84,38 @@ class Bench:
                 "hand-random", with a hand-built teacher; "bp" or "dfa".
             teacher: flat weights, for the first six.
         """
-        model = self.task.learner(0)
         inputs = self.samples[0].inputs[:2]
         targets = torch.zeros(len(inputs), dtype=torch.long)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.feedback)
+            made = self._taught(rule) if rule in EVOLVED else self._plain(rule, self.task.learner(0))
         if rule in EVOLVED:
             assert teacher is not None
-            network = self.task.network(0)
-            if rule not in ("tdca", "unevolved", "silent"):
-                changed = self._changed(rule, network)
-                inner: CreditRule = TopDownCreditAssignment(model, teacher=changed, credit=network.credit)
-                return Population(inner, inputs, targets, "teacher.", record=True), teacher
-            inner = self.task.rule(model, network, silent=rule == "silent")
-            return Population(inner, inputs, targets, "teacher.", record=True), teacher
-        return Population(self._plain(rule, model), inputs, targets, record=True), None
+            return Population(made, inputs, targets, "teacher.", record=True), teacher
+        return Population(made, inputs, targets, record=True), None
 
-    def _changed(self, rule: str, network: TopDownNetwork) -> nn.Module:
+    def _taught(self, rule: str) -> CreditRule:
+        """A rule with a top-down network, whose weights are each learner's own."""
+        model, network = self.task.learner(0), self.task.network(0)
+        if rule in ("tdca", "unevolved", "silent"):
+            return self.task.rule(model, network, silent=rule == "silent")
+        return TopDownCreditAssignment(model, teacher=self._changed(rule, network), credit=network.credit)
+
+    def _changed(self, rule: str, network: Network) -> nn.Module:
         """A top-down network whose credit goes elsewhere, or half of which is used."""
         widths = self.task.widths()
         if rule == "shuffled":
             return ShuffledTeacher(network, widths)
-        return MixedTeacher(network, widths, "hidden" if rule == "hidden-half" else "output", seed_of("feedback") % 2**31)
+        assert isinstance(network, TopDownNetwork)
+        return MixedTeacher(network, widths, "hidden" if rule == "hidden-half" else "output", self.feedback % 2**31)
 
     def _plain(self, rule: str, model: nn.Module) -> CreditRule:
         """A rule without evolved weights."""
         if rule in ("hand-silent", "hand-random"):
             hidden: Literal["silent", "random"] = "silent" if rule == "hand-silent" else "random"
-            built = HandBuiltTeacher(self.task.outputs, self.task.widths(), hidden, seed=seed_of("feedback") % 2**31)
+            built = HandBuiltTeacher(self.task.outputs, self.task.widths(), hidden, seed=self.feedback % 2**31)
             return TopDownCreditAssignment(model, teacher=built)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_of("feedback"))
-            return Backprop(model) if rule == "bp" else DirectFeedbackAlignment(model)
+        return Backprop(model) if rule == "bp" else DirectFeedbackAlignment(model)
 
     def run(self, rule: str, rates: Sequence[float], lifetime: Lifetime, teacher: Tensor | None = None) -> list[Trial]:
         """One trial per learning rate; the learners of all tasks and rates are trained at once."""

@@ -38,7 +38,7 @@ ARMS: dict[str, Arm] = {
     "dfa": Arm("dfa", ("units=block",)),
     "dfa-head": Arm("dfa", ("units=block", "source=head")),
     "head only": Arm("bp", head_only=True),
-    "tdca": Arm("tdca", ("units=block",)),
+    "tdca": Arm("tdca", ("units=block", "teacher=classes")),
     "tdca-unevolved": Arm("tdca-unevolved", ("units=block",)),
     "usf": Arm("usf"),
     "dfa-micro": Arm("dfa", ("units=micro",)),

@@ -43,7 +43,7 @@ STUDIES: dict[str, Study] = {
     "text-python": Study(
         "A decoder of two blocks, width 96, on the sources of Python's standard library, 400 steps",
         "about a minute on one CPU core",
-        {rule: Row(replace(LANGUAGE, rule=rule), ()) for rule in ("bp", "kp-mirror", "pfa-mirror", "fa", "dfa")},
+        {rule: Row(replace(LANGUAGE, rule=rule), ()) for rule in ("bp", "kp-mirror", "pfa-mirror", "fa", "dfa", "tdca")},
         LANGUAGE,
     ),
     "lstm-copy": Study(

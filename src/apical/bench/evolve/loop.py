@@ -21,12 +21,12 @@ from apical.bench.folders import check_writable, refuse_used
 from apical.bench.run_folder import FolderLock
 from apical.bench.state import append_line, brief, read_json, read_lines, write_lines, write_state
 from apical.errors import CheckpointError, DataError
-from apical.evolution.classification import Classification, Images, Setting
+from apical.evolution.classification import AnyClasses, Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.seeds import seed_of
 from apical.evolution.strategy import Search, Strategy, finite
 from apical.evolution.workers import Task, Workers
-from apical.rules.top_down.teacher import TopDownNetwork
+from apical.rules.top_down.equivariant import Network
 
 
 class EvolutionFolder:
@@ -225,7 +225,20 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         sets.append(Images(loaded.train.inputs, loaded.train.targets, loaded.classes, name))
     values = {name: getattr(recipe, name) for name in ("steps", "lr", "optimizer", "clip")}
     lifetime = Lifetime(**values, batch_size=recipe.batch_size or None)
-    same = ("hidden", "relative", "credit", "output", "tasks", "starts", "zeros", "quiet", "held_out", "settled", "seed")
+    same = (
+        "hidden",
+        "relative",
+        "credit",
+        "output",
+        "by_class",
+        "tasks",
+        "starts",
+        "zeros",
+        "quiet",
+        "held_out",
+        "settled",
+        "seed",
+    )
     setting = Setting(
         model=recipe.model[0],
         others=recipe.model[1:],
@@ -233,9 +246,9 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         sites=recipe.sites or None,
         ways=recipe.ways or None,
         examples=recipe.examples or None,
-        **{name: getattr(recipe, name) for name in same},
+        **{name: getattr(recipe, name) for name in (*same, "settled", "seed")},
     )
-    task = Classification(sets, setting)
+    task = AnyClasses(sets, setting) if recipe.by_class else Classification(sets, setting)
     if recipe.begin:
         task.start = task.weights_of(recipe.begin)
     return task
@@ -248,7 +261,7 @@ def strategy(recipe: EvolutionRecipe) -> Strategy:
     )
 
 
-def teacher(task: Classification, weights: Tensor) -> TopDownNetwork:
+def teacher(task: Classification, weights: Tensor) -> Network:
     """The top-down network with flat weights (D,)."""
     network = task.network(0)
     other = task.population.other

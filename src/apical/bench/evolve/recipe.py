@@ -10,7 +10,7 @@ from apical.errors import ConfigError
 FREE_FIELDS = ("generations",)
 """Fields in which a resumed evolution may differ from the saved one (upwards)."""
 
-ADDED = {"output": "evolved", "settled": 1}
+ADDED = {"output": "evolved", "settled": 1, "by_class": False}
 """What older recipes, which lack these fields, had."""
 
 
@@ -47,8 +47,10 @@ class EvolutionRecipe:
     """Where the output's credit stands; probabilities as in the authors' code."""
     output: Literal["evolved", "error"] = "evolved"
     """The output's credit: the top-down network's own, or the error, so that hidden credit alone is evolved."""
+    by_class: bool = False
+    """Evolve one small network that looks at one class at a time; its teacher serves any number of classes."""
     ways: Annotated[int, Option("N", "all")] = 0
-    """Classes per task, drawn anew for each."""
+    """Classes per task, drawn anew for each; with --by-class tasks of 2 up to so many."""
     examples: int = 256
     """Training images per task; 0 takes all."""
     tasks: int = 1

@@ -26,7 +26,7 @@ class EvolutionPlace:
     out: Annotated[Path, shown("DIR", "(required)")]
     """Folder for the evolution; must be new or empty."""
     recipe: Annotated[str | None, shown("NAME")] = None
-    """Take the settings of an evolution: digits or mnist-residual. Options given on the command line override it."""
+    """Settings of an evolution: digits, classes or mnist-residual. Options given on the command line override it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,8 @@ class Place:
 class Flags(Settings, Place):
     """Options that train and compare share; what is not given comes from --recipe or the defaults."""
 
-    teacher: Annotated[Path | None, shown("FILE", "(default: one shipped for digits)")] = None
-    """Top-down network of tdca, written by `apical evolve`."""
+    teacher: Annotated[Path | None, shown("FILE", "(default: one shipped)")] = None
+    """Top-down network of tdca: a file that `apical evolve` wrote, digits (ten classes) or classes (any number)."""
     tensorboard: Annotated[bool, arg(help_behavior_hint="")] = False
     """Also write each epoch's metrics as TensorBoard events, into events/ of each run."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False

@@ -8,12 +8,13 @@ trains no better than this has learned nothing about hidden units; and where eve
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from apical.errors import ConfigError
+from apical.rules.top_down.equivariant import EquivariantNetwork, Network
 from apical.rules.top_down.teacher import TopDownNetwork, diffusion
 
 
@@ -71,7 +72,7 @@ class ShuffledTeacher(nn.Module):
         widths: units of each hidden layer of the learner.
     """
 
-    def __init__(self, network: TopDownNetwork, widths: Sequence[int]) -> None:
+    def __init__(self, network: Network, widths: Sequence[int]) -> None:
         super().__init__()
         self.network, self.widths = network, list(widths)
 
@@ -111,21 +112,30 @@ GAIN = 0.5
 
 
 @torch.no_grad()
-def wired(network: TopDownNetwork, seed: int = 0) -> TopDownNetwork:
+def wired(network: Network, seed: int = 0) -> Network:
     """Set the weights of a relative top-down network so that it hands out nearly the hand-built random credit.
 
-    Unit k of both hidden layers follows p_k, from -1/2 to 1/2; the others are left as they are, and not listened to.
+    Unit k of both hidden layers follows p_k, from -1/2 to 1/2; the others are left as they are, and not listened to. An
+    equivariant network has one such unit, or, where it is linear, hands out direct feedback alignment's credit exactly.
 
     Raises:
         ConfigError: its credit is not relative, it has fewer hidden units than there are outputs, or it sees a projection.
     """
+    if isinstance(network, EquivariantNetwork):
+        bottom, top = (cast(nn.Linear, network.body[number]) for number in (0, -1))
+        top.weight.zero_()
+        top.weight[:, 0] = 1.0
+        if network.hidden:
+            bottom.weight[0], bottom.bias[0] = torch.tensor([GAIN, 0.0, 0.0]), -GAIN / 2
+            top.weight[:, 0] /= 2 * torch.tanh(torch.tensor(GAIN / 2))  # between p_k = 0 and 1
+        return network
     n, h = network.outputs, network.hidden
     if not network.relative or h < n or network.projection is not None:
         raise ConfigError(
             f"to be wired by hand a top-down network needs relative credit and a hidden unit for each of {n} outputs; got "
             f"relative={network.relative}, hidden={h}"
         )
-    first, second, top = (layer for layer in network.body if isinstance(layer, nn.Linear))
+    first, second, last = (layer for layer in network.body if isinstance(layer, nn.Linear))
     generator = torch.Generator().manual_seed(seed)
     unit = torch.eye(n)
     first.weight[:n] = torch.cat([GAIN * unit, 0 * unit], 1)
@@ -133,6 +143,6 @@ def wired(network: TopDownNetwork, seed: int = 0) -> TopDownNetwork:
     second.weight[:n] = torch.cat([unit, torch.zeros(n, h - n)], 1)
     span = 2 * torch.tanh(torch.tanh(torch.tensor(GAIN / 2)))  # between p_k = 0 and 1
     feedback = torch.randn(sum(network.emissions), n, generator=generator, device="cpu").to(unit)
-    top.weight.zero_()
-    top.weight[:, :n] = torch.cat([feedback, unit] if network.output == "evolved" else [feedback]) / span
+    last.weight.zero_()
+    last.weight[:, :n] = torch.cat([feedback, unit] if network.output == "evolved" else [feedback]) / span
     return network

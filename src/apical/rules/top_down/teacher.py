@@ -28,14 +28,18 @@ probabilities says nothing there.
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from apical.rules.top_down.equivariant import EquivariantNetwork
 
 Place = Literal["logits", "probabilities"]
 """Where the credit of an output of classes stands."""
@@ -141,12 +145,18 @@ class TopDownNetwork(nn.Module):
         self._kernels: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """What makes another network like this one, whatever the widths of its learners where there is diffusion."""
+        names = ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower", "output")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def emissions(self) -> list[int]:
         """How many values each hidden layer is sent."""
         return [width if self.sites is None else self.sites for width in self.widths]
 
-    def check(self, outputs: int, widths: Sequence[int]) -> None:
-        """Refuse a learner whose shape this network cannot serve.
+    def check(self, outputs: int, widths: Sequence[int], classes: bool = True) -> None:
+        """Refuse a learner whose shape this network cannot serve; `classes` says whether its targets are.
 
         Raises:
             UnsupportedModelError: another number of outputs or hidden layers, or, without diffusion, other widths.
@@ -158,7 +168,9 @@ class TopDownNetwork(nn.Module):
             layers = "hidden layer" if depths == "1" else "hidden layers"
             raise UnsupportedModelError(
                 f"the top-down network was made for {depths} {layers} and {self.outputs} outputs and "
-                f"cannot teach {wanted}; evolve one for it: apical evolve --model ..."
+                f"cannot teach {wanted}; "
+                + ("take the shipped teacher 'classes', which serves any number of classes, or " if classes else "")
+                + "evolve one for it: apical evolve --model ..."
             )
         if self.sites is None and tuple(widths) != self.widths:
             raise UnsupportedModelError(
@@ -221,6 +233,20 @@ class TopDownNetwork(nn.Module):
             hidden = [z @ self._kernel(width, z).T for z, width in zip(hidden, widths, strict=True)]
         return [*hidden, last if projection is None else last @ projection.T]
 
+    def later(self, prediction: Tensor, target: Tensor, widths: Sequence[int], classes: bool) -> Callable[[int], Tensor]:
+        """A function that makes a layer's credit (rows, width) by its number, or the output's (rows, outputs) by -1.
+
+        As :meth:`credits` of :meth:`forward`, for many rows: no credit is there before it is asked for.
+        """
+        state, emitters = self.state(prediction, target, classes), self.emitters(widths)
+
+        def credit(index: int) -> Tensor:
+            if index == -1 and self.output == "error":
+                return prediction - target
+            return F.linear(state, *emitters[index])
+
+        return credit
+
     def _kernel(self, units: int, like: Tensor) -> Tensor:
         place = (units, like.dtype, like.device)
         if place not in self._kernels:
@@ -244,16 +270,21 @@ class TopDownNetwork(nn.Module):
             "weights": self.state_dict(),
             "provenance": json.dumps(provenance or {}, sort_keys=True),
         }
-        temporary = Path(path).with_name(f"{Path(path).name}.tmp")
-        try:
-            torch.save(content, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        written(path, content)
 
 
-def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
+def written(path: Path | str, content: dict[str, Any]) -> None:
+    """Write a file by `torch.save`, which appears whole or not at all."""
+    temporary = Path(path).with_name(f"{Path(path).name}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path | str) -> "tuple[TopDownNetwork | EquivariantNetwork, dict[str, Any]]":
     """The top-down network of a file, and the provenance written beside it.
 
     Raises:
@@ -264,13 +295,7 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
             if (member := archive.testzip()) is not None:
                 raise ValueError(f"{member} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] not in (FORMAT, OLDER):
-            raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
-        if content["format"] == OLDER:
-            content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
-        names = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected", "output")
-        network = TopDownNetwork(**{name: {"projected": None, "output": "evolved", **content}[name] for name in names})
-        network.share = content["share"]
+        network = _of(content, path)
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
         return network, json.loads(content["provenance"])
     except FileNotFoundError:
@@ -281,6 +306,22 @@ def load(path: Path | str) -> tuple[TopDownNetwork, dict[str, Any]]:
         raise ConfigError(
             f"{path} is not a teacher file, or is damaged ({type(error).__name__}): evolve it again"
         ) from error
+
+
+def _of(content: dict[str, Any], path: Path | str) -> "TopDownNetwork | EquivariantNetwork":
+    """A network of the sizes that a file's content tells."""
+    from apical.rules.top_down.equivariant import CLASSES, EquivariantNetwork
+
+    if content["format"] == CLASSES:
+        return EquivariantNetwork(content["layers"], content["hidden"], content["output"])
+    if content["format"] not in (FORMAT, OLDER):
+        raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r} or {CLASSES!r}")
+    if content["format"] == OLDER:
+        content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
+    names = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected", "output")
+    network = TopDownNetwork(**{name: {"projected": None, "output": "evolved", **content}[name] for name in names})
+    network.share = content["share"]
+    return network
 
 
 def parameters_of(outputs: int, widths: Sequence[int], hidden: int, sites: int | None, relative: bool = False) -> int:

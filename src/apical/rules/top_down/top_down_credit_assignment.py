@@ -31,6 +31,7 @@ from apical.core.outputs import detached, tensors
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut, Teacher
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.rules.top_down.equivariant import EquivariantNetwork, Feedback, Network
 from apical.rules.top_down.teacher import Place, TopDownNetwork, described, load, through_softmax
 
 PROJECTED = 64
@@ -45,8 +46,8 @@ class TopDownCreditAssignment(CutRule):
     Args:
         model: any network; what lies between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean; it is reported, and only parameters in it learn from it.
-        teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one ("digits"). None
-            draws an unevolved one at the first batch, as a control.
+        teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one. None
+            draws an unevolved one at the first batch, as a control. "digits" serves ten classes; "classes", any number.
         hidden: units in each hidden layer of an unevolved top-down network.
         sites: emission sites per hidden layer of an unevolved one; None gives each unit a credit of its own.
         silent: hand out no credit to hidden units, as a control: only the last layer learns.
@@ -89,10 +90,10 @@ class TopDownCreditAssignment(CutRule):
             teacher = load(shipped(str(teacher)))[0]
         self.credit = place_of(credit, teacher)
         self.hidden, self.sites, self.silent = hidden, sites, silent
-        self.register_buffer(
-            "seed", torch.randint(2**62, (), device="cpu")
-        )  # an unevolved teacher follows from it, on every rank alike
+        seed = torch.randint(2**62, (), device="cpu")  # what is drawn follows from it, on every rank alike
+        self.register_buffer("seed", seed)
         self._drawn: dict[tuple[int, ...], TopDownNetwork] = {}  # unevolved teachers; no state dict repeats them
+        self._matrices: dict[tuple[Any, ...], Feedback] = {}  # likewise
         for parameter in teacher.parameters() if teacher is not None else ():
             parameter.requires_grad_(False)
         first = next(model.parameters())
@@ -118,7 +119,7 @@ class TopDownCreditAssignment(CutRule):
         ignores = classes and not self.plain_roots
         if ignores and not self.takes_signals and targets.is_cpu:
             ignores = bool((targets < 0).any())
-        if self.takes_signals or prediction.dim() < 3 or not isinstance(self._teacher(prediction, cuts), TopDownNetwork):
+        if self.takes_signals or prediction.dim() < 3 or not isinstance(self._teacher(prediction, cuts), Network):
             *hidden, last = self.signals(prediction, target, cuts, classes=classes, ignores=ignores)
             late.signal = lambda index, scale: hidden[index] * scale.to(hidden[index].dtype)
         else:
@@ -145,10 +146,9 @@ class TopDownCreditAssignment(CutRule):
             classes: targets are class indices.
             ignores: rows of the target without a one count for nothing.
         """
-        widths = [cut.width for cut in cuts]
         places, rows = prediction.shape[:-1], prediction.numel() // prediction.shape[-1]
         p, y = (part.reshape(rows, -1) for part in (prediction, target))
-        credits = [credit.detach() for credit in self._credits(p, y, widths, classes)]
+        credits = [credit.detach() for credit in self._credits(p, y, cuts, classes)]
         if classes and ignores:  # the mean over rows that have a label
             told = y.sum(1, keepdim=True)
             share = told * (rows / told.sum().clamp(min=1))
@@ -167,20 +167,20 @@ class TopDownCreditAssignment(CutRule):
         """
         places, units = prediction.shape[:-1], [cut.bare() for cut in cuts]
         p, y = (part.flatten(0, -2) for part in (prediction, target))
-        teacher, widths = cast(TopDownNetwork, self._teacher(prediction, cuts)), [cut.width for cut in cuts]
+        teacher, widths = cast(Network, self._teacher(prediction, cuts)), [cut.width for cut in cuts]
         p, y = (part.to(cast(Tensor, teacher.body[0].weight).dtype) for part in (p, y))
         with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-            teacher.check(p.shape[1], widths)
-            state, emitters = teacher.state(p, y, classes), teacher.emitters(widths)
+            teacher.check(p.shape[1], widths, classes)
+            made = teacher.later(p, y, widths, classes, *self._feedback(teacher, p, cuts))
             told = y.sum(1, keepdim=True) if classes and ignores else y.new_ones(len(y), 1)
             share = told / told.sum().clamp(min=1)
 
         def emitted(number: int, share: Tensor) -> Tensor:
-            return F.linear(state, *emitters[number]).mul_(share.to(state.dtype)).view(*places, -1)
+            return made(number).mul_(share.to(p.dtype)).view(*places, -1)
 
         late.signal = lambda index, scale: self._delivered(emitted(index, share * scale), units[index], places)
         with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-            last = emitted(-1, share) if teacher.output == "evolved" else ((p - y) * share).view(*places, -1)
+            last = emitted(-1, share)
         return through_softmax(last, prediction) if classes and self.credit == "probabilities" else last
 
     @staticmethod
@@ -191,14 +191,30 @@ class TopDownCreditAssignment(CutRule):
         values = credit.view(*places, -1)
         return routed(values, cut) if is_routed(values, cut) else delivered(matched(values, cut), cut)
 
-    def _credits(self, prediction: Tensor, target: Tensor, widths: list[int], classes: bool) -> list[Tensor]:
+    def _credits(self, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool) -> list[Tensor]:
         """Credits (rows, width) of each unit and (rows, outputs) of the output, one example a row, as parts of a mean."""
-        teacher = self._teacher_of((prediction.shape[1], *widths), prediction.device)
-        if not isinstance(teacher, TopDownNetwork):
+        teacher, widths = self._teacher(prediction, cuts), [cut.width for cut in cuts]
+        if not isinstance(teacher, Network):
             return [credit / len(prediction) for credit in teacher(prediction, target)]
-        teacher.check(prediction.shape[1], widths)
+        teacher.check(prediction.shape[1], widths, classes)
         prediction, target = (part.to(cast(Tensor, teacher.body[0].weight).dtype) for part in (prediction, target))
-        return teacher.credits(teacher(prediction, target, classes) / len(prediction), widths)
+        emitted = teacher(prediction, target, classes) / len(prediction)
+        return teacher.credits(emitted, widths, *self._feedback(teacher, prediction, cuts))
+
+    def _feedback(self, teacher: Network, like: Tensor, cuts: list[Cut]) -> tuple[Feedback, ...]:
+        """Matrices for the units, where the teacher needs them; the steps of a recurrent network share one."""
+        if not isinstance(teacher, EquivariantNetwork):
+            return ()
+        names = tuple(self.first_use(cut.name) for cut in cuts)
+        place = (like.shape[-1], names, *(cut.width for cut in cuts), like.dtype, like.device)
+        if place not in self._matrices:
+            self._draw_feedback(teacher, place, like, cuts)
+        return (self._matrices[place],)
+
+    @eagerly
+    def _draw_feedback(self, teacher: EquivariantNetwork, place: tuple[Any, ...], like: Tensor, cuts: list[Cut]) -> None:
+        widths, names = [cut.width for cut in cuts], place[1]
+        self._matrices[place] = teacher.feedback(like.shape[-1], widths, int(self.seed), names, like=like)
 
     def _teacher(self, prediction: Tensor, cuts: list[Cut]) -> nn.Module:
         return self._teacher_of((prediction.shape[-1], *(cut.width for cut in cuts)), prediction.device)
@@ -223,6 +239,7 @@ class TopDownCreditAssignment(CutRule):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drawn.clear()  # the seed changes
+        self._matrices.clear()
         super()._load_from_state_dict(*args)
 
 
@@ -234,7 +251,7 @@ def place_of(credit: Place | None, teacher: nn.Module | None) -> Place:
     """
     if credit not in (None, *get_args(Place)):
         raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
-    if not isinstance(teacher, TopDownNetwork):
+    if not isinstance(teacher, Network):
         return credit or "logits"
     if credit not in (None, teacher.credit):
         raise ConfigError(

@@ -1,0 +1,344 @@
+"""One evolved top-down network for any number of classes, on 2 to 10 classes and on classes that it never met.
+
+    python -m apical_papers.tdca.classes --out results/tdca-classes
+
+:class:`apical.rules.top_down.equivariant.EquivariantNetwork` looks at one class at a time. From each meta-seed it is evolved
+as the shipped teacher "classes" is (`apical evolve --recipe classes`), for 40 generations instead of 64, on tasks of 2 to 10
+digits from 800 images, with ReLU and tanh learners of one to four hidden layers. It is tested with learners that evolution
+did not have, on tasks of 2, 3, 5 and 10 digits from the other images, and of 3 and 5 classes of Fashion-MNIST, averaged to
+14 x 14 pixels. The recipe was chosen on meta-seed 0, on tasks of the images that evolution draws from. Marks were set before
+this was run. For each number of classes, as means over both learners, every rule at its own best rate of one grid by the
+mean loss on validation tasks:
+
+    loss below tuned direct feedback alignment's, that without credit to hidden units, that with credits of other examples
+    loss below tuned backpropagation's (the paper's claim)
+    accuracy within 1 point of tuned backpropagation's; on Fashion-MNIST at least 97 % of it
+    the error sent by hand, p - y to D_l, is direct feedback alignment: accuracy within 1 point of it (the harness)
+
+A first run had rates up to 0.2, and tanh learners took the highest under every rule. The grid was widened to 0.8, and the
+tests of the same evolutions were run again; the marks are the same.
+
+What is finished stays in the folder; the same command continues there.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Annotated, Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tyro.conf import arg
+
+from apical.bench.cells import kept, side_by_side
+from apical.bench.evolve.loop import Evolution
+from apical.bench.figures.curves import render
+from apical.bench.figures.style import RC
+from apical.bench.finding import Row, difference, shown
+from apical.bench.program import keep_results, run_command
+from apical.bench.run_folder import commit
+from apical.evolution.classification import AnyClasses, Classification, Images, Setting
+from apical.evolution.population import Lifetime
+from apical.evolution.seeds import seed_of
+from apical.evolution.strategy import Strategy
+from apical.evolution.workers import Here
+from apical.rules.top_down.equivariant import EquivariantNetwork
+from apical_papers.tdca.classification.study import digits, plain, unseen
+from apical_papers.tdca.emission import credit_figure
+from apical_papers.tdca.recipes import EVOLUTIONS
+from apical_papers.tdca.trials import Bench
+
+FIRST = 7100
+"""The first meta-seed; those below served for development."""
+LAYERS = 4
+"""Hidden layers of the deepest learner in evolution."""
+RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""Learning rates that every rule is tuned over."""
+LEARNERS = {"mlp-64-64": "ReLU, 64 and 64", "mlp-tanh-48-48": "tanh, 48 and 48"}
+"""Learners of the tests; evolution has neither."""
+PARTS = {
+    **{f"digits-{ways}": (f"{ways} digits", "digits", ways) for ways in (2, 3, 5, 10)},
+    **{f"fashion-{ways}": (f"{ways} classes of Fashion-MNIST", "fashion-mnist", ways) for ways in (3, 5)},
+}
+RULES = {
+    "tdca": "TDCA",
+    "bp": "BP",
+    "dfa": "DFA",
+    "by-hand": "the error by hand",
+    "silent": "no credit to hidden units",
+    "shuffled": "credits of other examples",
+}
+BELOW = {
+    "dfa": "tuned DFA's",
+    "silent": "that without credit to hidden units",
+    "shuffled": "that with credits of other examples",
+    "bp": "tuned BP's",
+}
+ABOUT = {
+    "title": "TDCA: one top-down network for any number of classes",
+    "about": "A top-down network of 72 weights looks at one class at a time: at the class's own probability, whether it is "
+    "the right one, and the probability of the right class. What it makes of them is the credit of the class's logit and, "
+    "times a fixed random matrix, the credit of hidden units: direct feedback alignment of an evolved error. Being the same "
+    "for all classes it serves any number of them. It is evolved on tasks of 2 to 10 digits, and tested with learners, "
+    "images and initial weights that evolution did not have, and on classes that it never met. Looking at one class at a "
+    "time departs from the paper.",
+    "sources": {
+        "our mark": "Means over unseen tasks and both learners, paired over meta-seeds (independent evolutions, each with "
+        "tasks and random feedback of its own): TDCA minus the other, each rule at the learning rate of one grid with the "
+        "lowest mean training loss on validation tasks. Set before the run; the grid of rates was widened after a first "
+        "one, in which tanh learners took the highest rate under every rule. Reproduced means that the 95 % interval of the "
+        "mean difference (Student's t) lies on the better side of the mark.",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """One evolved top-down network for any number of classes."""
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder to write; what is finished in it is kept."""
+    seeds: int = 5
+    """Meta-seeds: independent evolutions."""
+    generations: int = 40
+    """Of each evolution."""
+    tasks: int = 16
+    """Unseen tasks that rules are tested on, of each kind and learner."""
+    validation: int = 12
+    """Unseen tasks that learning rates are chosen on."""
+    jobs: int = 0
+    """Meta-seeds side by side; 0: one per core."""
+
+
+def setting_of(seed: int) -> Setting:
+    """That of the recipe, on tasks that two classes of 800 images have enough of."""
+    recipe = EVOLUTIONS["classes"]
+    return Setting(
+        model=recipe.model[0],
+        others=recipe.model[1:],
+        lifetime=Lifetime(recipe.steps, recipe.lr, recipe.optimizer, recipe.clip, recipe.batch_size),
+        hidden=recipe.hidden,
+        by_class=True,
+        examples=128,
+        tasks=recipe.tasks,
+        quiet=recipe.quiet,
+        settled=recipe.settled,
+        seed=seed,
+    )
+
+
+def strategy() -> Strategy:
+    """The recipe's."""
+    recipe = EVOLUTIONS["classes"]
+    return Strategy(population=recipe.population, sigma=recipe.sigma, step=recipe.step, decay=recipe.decay)
+
+
+def images(name: str) -> Images:
+    """What tests draw their tasks from, none of which evolution sees."""
+    if name == "digits":
+        return digits()[1]
+    large = unseen(name)
+    return replace(large, inputs=F.avg_pool2d(large.inputs, 2))
+
+
+def evolved(seed: int, generations: int) -> tuple[dict[str, Any], Tensor]:
+    """One evolution: its curve, and the average of its centres."""
+    task = AnyClasses([digits()[0]], setting_of(seed))
+    task.start = task.weights_of("wired")
+    evolution = Evolution(task, strategy(), Here(EVOLUTIONS["classes"].chunk), seed)
+    curve = [evolution.step()["center"] for _ in range(generations)]
+    return {"parameters": task.start.numel(), "curve": curve}, evolution.average
+
+
+def measures(sets: Images, ways: int, learner: str, seed: int, teacher: Tensor, options: Options) -> dict[str, Any]:
+    """What each rule comes to on tasks of so many classes: loss, accuracy, and the rate it was given."""
+    setting = setting_of(seed)
+    setting = replace(setting, model=learner, others=(), layers=LAYERS, ways=ways)
+    task = Classification([sets], setting)
+    by_hand = Classification([sets], replace(setting, hidden=0))
+    results = {}
+    for rule in RULES:
+        weights, of = (by_hand.weights_of("wired"), by_hand) if rule == "by-hand" else (teacher, task)
+        name = "tdca" if rule == "by-hand" else rule
+        benches = [
+            Bench(of, number, f"{part} {learner} {ways} {seed}", seed_of("feedback", seed))
+            for part, number in (("validation", options.validation), ("test", options.tasks))
+        ]
+        trials = benches[0].run(name, RATES, setting.lifetime, weights)
+        rate = min(trials, key=lambda trial: trial.loss).lr
+        trial = benches[1].run(name, [rate], setting.lifetime, weights)[0]
+        results[rule] = {"lr": rate, "loss": trial.loss, "accuracy": trial.accuracy, "losses": trial.losses}
+    return results
+
+
+def cell(options: Options, seed: int) -> dict[str, Any]:
+    """One evolution and its tests, kept."""
+    config = {
+        **_numbers(options),
+        "rates": list(RATES),
+        "strategy": asdict(strategy()),
+        **plain(asdict(setting_of(seed))),
+    }
+
+    def made() -> dict[str, Any]:
+        about, teacher = evolved(seed, options.generations)
+        sets = {name: images(name) for _, name, _ in PARTS.values()}
+        measured = {
+            part: {learner: measures(sets[name], ways, learner, seed, teacher, options) for learner in LEARNERS}
+            for part, (_, name, ways) in PARTS.items()
+        }
+        return {"seed": seed, "commit": commit(), **about, "teacher": teacher.tolist(), **measured}
+
+    return kept(options.out / "cells" / f"{seed}.json", config, made)
+
+
+def _numbers(options: Options) -> dict[str, int]:
+    return {"generations": options.generations, "test tasks": options.tasks, "validation tasks": options.validation}
+
+
+Cells = Sequence[Mapping[str, Any]]
+
+
+def values(cells: Cells, part: str, rule: str, key: str) -> list[float]:
+    """A measure of a rule, one value per meta-seed: the mean over learners."""
+    return [fmean(measured[rule][key] for measured in cell[part].values()) for cell in cells]
+
+
+def verdicts(cells: Cells) -> list[Row]:
+    """The marks; none from a single meta-seed."""
+    rows = []
+    for part, (title, name, _) in PARTS.items() if len(cells) > 1 else ():
+        loss, accuracy = (partial(values, cells, part, key=key) for key in ("loss", "accuracy"))
+        for rule, called in BELOW.items():
+            rows.append(difference("C5", "tdca", f"{title}: loss minus {called}", loss("tdca"), loss(rule), less=True))
+        if name == "digits":
+            what, least = "(tuned BP's minus 1 point)", [one - 0.01 for one in accuracy("bp")]
+        else:
+            what, least = "97 % of tuned BP's", [0.97 * one for one in accuracy("bp")]
+        rows.append(difference("C6", "tdca", f"{title}: accuracy minus {what}", accuracy("tdca"), least, less=False))
+        what, least = f"{title}: accuracy minus (tuned DFA's minus 1 point)", [one - 0.01 for one in accuracy("dfa")]
+        rows.append(difference("-", "by hand", what, accuracy("by-hand"), least, less=False))
+    return rows
+
+
+def table(cells: Cells, learner: str) -> dict[str, Any]:
+    """A learner's losses, accuracies and rates, a row for each kind of task and measure."""
+    rows = []
+    for part, (title, _, _) in PARTS.items():
+        runs = {rule: [cell[part][learner][rule] for cell in cells] for rule in RULES}
+        rows.append([title, "loss", *(shown([run["loss"] for run in of]) for of in runs.values())])
+        rows.append([title, "accuracy, %", *(shown([100 * run["accuracy"] for run in of]) for of in runs.values())])
+        rows.append(
+            [title, "rates", *(" ".join(f"{x:g}" for x in sorted({run["lr"] for run in of})) for of in runs.values())]
+        )
+    return {
+        "title": f"Learners: {LEARNERS[learner]}",
+        "note": "Training loss in nats and accuracy on held-out images of the same tasks, mean over meta-seeds with 95 % "
+        "interval; learning rates that were chosen.",
+        "header": ["tasks", "measure", *RULES.values()],
+        "rows": rows,
+    }
+
+
+def by_task(cells: Cells) -> dict[str, Any]:
+    """Median and worst loss of all tasks of all meta-seeds, a row for each kind of task and learner."""
+    rows = []
+    for part, (title, _, _) in PARTS.items():
+        for learner in LEARNERS:
+            losses = [[loss for cell in cells for loss in cell[part][learner][rule]["losses"]] for rule in RULES]
+            rows.append([title, LEARNERS[learner], *(f"{median(of) + 0:.2g}, {max(of):.2g}" for of in losses)])
+    return {
+        "title": "Median and worst task",
+        "note": "Training loss in nats over the tasks of all meta-seeds: the median, then the worst. Added after the first "
+        "run; no mark was set on it. Where one task is far above the others it decides the mean, and so the verdict.",
+        "header": ["tasks", "learners", *RULES.values()],
+        "rows": rows,
+    }
+
+
+def slopes(cells: Cells) -> dict[str, Any]:
+    """How large the evolved credit is, in sizes of the error: of the output, and of each hidden layer from it down."""
+    p = torch.linspace(0.1, 0.9, 9)
+    rows = []
+    for cell in cells:
+        network = _network(torch.tensor(cell["teacher"]))
+        with torch.no_grad():
+            z = network(torch.stack([p, 1 - p], 1), F.one_hot(torch.ones(len(p), dtype=torch.long), 2).to(p))
+        sizes = z[..., 0] / p  # of the wrong class, whose error is p
+        rows.append(
+            [str(cell["seed"]), *(f"{float(of.mean()):.2f} ({float(of.min()):.2f}, {float(of.max()):.2f})" for of in sizes)]
+        )
+    return {
+        "title": "The evolved credit, in sizes of the error",
+        "note": "Credit of a wrong class over its error, p, from p = 0.1 to 0.9: mean, least and greatest. Added after the "
+        "first run. Where the three are alike, the credit is the error times a number.",
+        "header": ["meta-seed", "output", *(f"hidden layer {number} from it" for number in range(1, LAYERS + 1))],
+        "rows": rows,
+    }
+
+
+def _network(weights: Tensor) -> EquivariantNetwork:
+    network = EquivariantNetwork(LAYERS, EVOLUTIONS["classes"].hidden)
+    torch.nn.utils.vector_to_parameters(weights, network.parameters())
+    return network
+
+
+def sent(weights: Tensor, p: Tensor) -> Tensor:
+    """What networks (S, D) send to a logit at probabilities (n,): (S, 2, n), of a wrong and of the right class.
+
+    The right class beside a wrong one has what that leaves.
+    """
+    pairs, y = torch.stack([p, 1 - p], 1), F.one_hot(torch.ones(len(p), dtype=torch.long), 2).to(p)
+    lines = []
+    for vector in weights:
+        with torch.no_grad():
+            z = _network(vector)(pairs, y)[0]
+        lines.append(torch.stack([z[:, 0], z[:, 1].flip(0)]))  # the right class at 1 - p
+    return torch.stack(lines)
+
+
+def study(options: Options, command: str) -> dict[str, Any]:
+    """Run what is not finished yet, then write results.json, a figure and report.html.
+
+    Raises:
+        CheckpointError: the folder holds meta-seeds with other settings.
+        DataError: Fashion-MNIST is not there.
+    """
+    seeds = range(FIRST, FIRST + options.seeds)
+    made = {}
+    for seed, content in side_by_side(options.jobs, list(seeds), partial(cell, options), options.out):
+        made[seed] = content
+        print(f"{content['seconds']:7.1f} s  meta-seed {seed}", flush=True)
+    cells = [made[seed] for seed in seeds]
+    p = torch.linspace(0, 1, 101)
+    lines = sent(torch.tensor([cell["teacher"] for cell in cells]), p)
+    with matplotlib.rc_context(RC):
+        drawing = render(
+            "credit",
+            "The output's credit, of two classes",
+            "What the evolved networks send to a logit, by the probability of its class: a line for each meta-seed, scaled "
+            "to the size of the error, p - y (dashed).",
+            credit_figure(p, lines, ("wrong class", "right class"), "probability of the class", "credit of the logit"),
+        )
+    settings = {
+        "meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}",
+        **_numbers(options),
+        "evolved at commit": sorted({cell["commit"] or "unknown" for cell in cells}),
+        "strategy": asdict(strategy()),
+        "learning rates": list(RATES),
+        **{name: value for name, value in plain(asdict(setting_of(FIRST))).items() if name != "seed"},
+    }
+    tables = [*(table(cells, learner) for learner in LEARNERS), by_task(cells), slopes(cells)]
+    return keep_results(options.out, command, ABOUT, settings, cells, verdicts(cells), tables, [drawing])
+
+
+main = partial(run_command, "apical_papers.tdca.classes", Options, study)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
