@@ -267,6 +267,8 @@ def study_page(folder: Path, standing: str = "") -> str:
     for each in results.get("tables") or []:
         first = next((i for i, cell in enumerate(each["rows"][0]) if cell[:1].isdigit()), len(each["header"]))
         parts += [f"## {each['title']}", each["note"], fitting(each["header"], each["rows"], numeric_from=first)]
+    if tried := toml("tried").get(folder.name):
+        parts += ["## What does not hold, why, and what was tried", fitting(["where", "why", "tried"], tried, 99)]
     for name in ("checks", "settings", "environment"):
         parts += [f"## {name.capitalize()}", facts(results[name])] if flat(results.get(name) or {}) else []
     return joined([*parts, *_command(results)])
