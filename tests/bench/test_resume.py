@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from tests.command import Command
 from apical.bench.distributed import World
 from apical.bench.loop import Training
 from apical.bench.names import make_rule, resolve
-from apical.bench.recipe import Recipe
+from apical.bench.recipe import Optimizer, Recipe
+from apical.bench.restore import restore_optimizer
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.main import main
@@ -62,6 +64,36 @@ def test_resuming_within_an_epoch_is_exact(
         for run in (whole, part)
     ]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_every_optimizer_resumes_exactly(
+    begin: Begin, small: Recipe, tmp_path: Path, assert_same_state: Same, optimizer: Optimizer
+) -> None:
+    recipe = replace(small, rule="pfa", optimizer=optimizer, epochs=2, lr=(0.01,), lr_epochs=())
+    whole = begin(recipe, tmp_path / "whole")
+    for _ in range(2):
+        whole.train_epoch()
+    first = begin(recipe, tmp_path / "part")
+    first.train_epoch()
+    first.folder.unlock()
+    begin(recipe, tmp_path / "part", resume=True).train_epoch()
+    assert_same_state(tmp_path / "whole" / "checkpoint.pt", tmp_path / "part" / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("moment", [-0.5, torch.tensor(0.5), torch.ones(1, 1), None])
+def test_a_moment_of_another_shape_is_refused(
+    begin: Begin, small: Recipe, tmp_path: Path, moment: float | torch.Tensor | None
+) -> None:
+    training = begin(small, tmp_path)
+    training.train_epoch()
+    state = training.optimizer.state_dict()
+    state["state"][0]["momentum_buffer"] = moment
+    if moment is None:  # SGD without momentum has none
+        restore_optimizer(training.optimizer, state)
+    else:
+        with pytest.raises(ValueError, match="momentum_buffer"):
+            restore_optimizer(training.optimizer, state)
 
 
 def test_longer_training_continues_a_finished_run(

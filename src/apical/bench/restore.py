@@ -11,6 +11,10 @@ from apical.bench.recipe import Recipe
 from apical.bench.sums import Sums
 from apical.bench.timing import StepTimer
 from apical.core.credit import CreditRule
+from apical.optim import InputAdam
+
+COUNTS = ("step", "mu_product")
+"""What optimisers keep as one number for a parameter; all else has a number for each of its entries, or for each input."""
 
 
 def check_place(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> None:
@@ -59,9 +63,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor):
-                if value.shape not in (parameter.shape, torch.Size()) or not bool(torch.isfinite(value).all()):
+                by_input = name == "exp_avg_sq" and isinstance(optimizer, InputAdam) and parameter.dim() > 1
+                shape = torch.Size((1, *parameter.shape[1:])) if by_input else parameter.shape
+                if value.shape != (torch.Size() if name in COUNTS else shape) or not bool(torch.isfinite(value).all()):
                     raise ValueError(f"{name} is not finite or has another shape than its parameter")
-            elif value is not None and not _alike(value, 0.0):
+            elif not (_alike(value, 0.0) if name in COUNTS else value is None):
                 raise ValueError(f"{name} is {value!r}")
 
 
