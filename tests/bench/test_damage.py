@@ -251,7 +251,7 @@ def test_an_odd_value_with_a_checksum_of_its_own_is_no_traceback(
     """Somebody else's program wrote the file: what it says is read as far as it is used, or refused in one line."""
     kind, dice = KINDS[number], random.Random(number)
     refused = 0
-    for _ in range(24):
+    for _ in range(40):
         path = copied(whole, kind, tmp_path)
         if not make_odd(path, dice):
             continue

@@ -19,7 +19,7 @@ from apical.bench.distributed import World
 from apical.bench.loop import Training
 from apical.bench.names import make_rule, resolve
 from apical.bench.recipe import Optimizer, Recipe
-from apical.bench.restore import restore_optimizer
+from apical.bench.restore import check_line, restore_optimizer
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.main import main
@@ -94,6 +94,16 @@ def test_a_moment_of_another_shape_is_refused(
     else:
         with pytest.raises(ValueError, match="momentum_buffer"):
             restore_optimizer(training.optimizer, state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("test_accuracy", {}), ("train_loss", {"a": 1.0}), ("layers", 3.0), ("lr", [1.0])]
+)
+def test_metrics_of_another_kind_are_refused(name: str, value: object) -> None:
+    line = {"epoch": 1, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": 0.5, "ms_per_step": None, "layers": {"a": {}}}
+    check_line(line, 1)
+    with pytest.raises(ValueError, match=name):
+        check_line({**line, name: value}, 1)
 
 
 def test_longer_training_continues_a_finished_run(

@@ -90,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     state = read_sealed(path, f"checkpoint {path}")
     for field, kind in FIELDS.items():
-        if not isinstance(state.get(field), kind) or isinstance(state.get(field), bool):
+        if field not in state or not isinstance(state[field], kind) or isinstance(state[field], bool):
             raise CheckpointError(f"checkpoint {path}: field {field!r} is missing or damaged; {_REMEDY}")
     if state["format"] != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; {_REMEDY}")

@@ -16,6 +16,9 @@ from apical.optim import InputAdam
 COUNTS = ("step", "mu_product")
 """What optimisers keep as one number for a parameter; all else has a number for each of its entries, or for each input."""
 
+NESTED = ("logs", "layers", "depths", "measured", "matrices")
+"""What an epoch's metrics have by name; all else is one number."""
+
 
 def check_place(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> None:
     """Refuse a place in the training that its recipe does not have.
@@ -94,6 +97,18 @@ def check_line(line: dict[str, Any], epoch: object) -> None:
     """
     if type(epoch) is not int or line.get("epoch") != epoch or not {"train_loss", "test_loss", "ms_per_step"} <= line.keys():
         raise ValueError(f"not those of epoch {epoch}")
+    check_measurements(line)
+
+
+def check_measurements(line: dict[str, Any]) -> None:
+    """Refuse measurements that are no finite numbers, and nested ones where a number belongs, or a number where they do.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, value in line.items():
+        if isinstance(value, dict) != (name in NESTED):
+            raise ValueError(f"{name} is {value!r}")
     check_leaves(line)
 
 

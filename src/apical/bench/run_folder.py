@@ -21,7 +21,7 @@ from apical.bench.provenance import commit as commit
 from apical.bench.provenance import environment as environment
 from apical.bench.recipe import Recipe, differences, from_json
 from apical.bench.report.checks import check_result
-from apical.bench.restore import check_leaves
+from apical.bench.restore import check_measurements
 from apical.bench.state import REMEDY, append_line, brief, read_json, read_lines, write_lines, write_state
 from apical.bench.state import write_json as write_json
 from apical.bench.tensorboard import Events
@@ -277,7 +277,7 @@ class FolderLock:
 def _check_line(line: dict[str, Any]) -> None:
     if type(line.get("epoch")) is not int:
         raise ValueError("it is of no epoch")
-    check_leaves(line)
+    check_measurements(line)
 
 
 def _listed(values: Tensor) -> list[Any]:

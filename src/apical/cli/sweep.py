@@ -26,7 +26,7 @@ from apical.bench.report import folder as report
 from apical.bench.run_folder import FolderLock
 from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.space import Axis, Grid, Optuna, applied, edges, grid, space
-from apical.bench.state import read_json, write_json, write_page, write_state
+from apical.bench.state import REMEDY, read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
 from apical.cli import commands
@@ -149,6 +149,8 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[
     path = flags.out / "plan.json"
     if path.exists():
         saved = read_json(path)
+        if not isinstance(saved.get("recipes"), dict) or not all(isinstance(r, dict) for r in saved["recipes"].values()):
+            raise CheckpointError(f"{path} is damaged (it has no recipes); {REMEDY}")
         plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added, and left out
         asked = json.loads(json.dumps(plan))
         unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]

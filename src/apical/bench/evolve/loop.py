@@ -5,6 +5,7 @@ the fittest individual of the last generation, which is chosen by its luck as we
 finished and kept or not begun: whatever interrupts an evolution, it continues with the same result.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,7 +103,8 @@ def check_line(line: dict[str, Any]) -> None:
         ValueError: it lacks a measurement, or has one of another kind.
     """
     for name, kind in _NUMBERS.items():
-        if not isinstance(line.get(name, ""), kind):
+        value = line.get(name, "")
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{name} is {line.get(name)!r}")
 
 

@@ -272,7 +272,7 @@ def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
         same = len(users) == 1
         rows.append((key, "; ".join(value if same else f"{value} ({', '.join(who)})" for value, who in users.items())))
     for key, label in (("n_train", "training samples"), ("n_test", "test samples")):
-        counts = {run.result[key] for run in comparison.runs if run.result and key in run.result}
+        counts = {run.result[key] for run in comparison.runs if run.result and run.result.get(key) is not None}
         rows += [(label, " or ".join(map(_words, sorted(counts))))] if counts else []
     rows.append(("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in comparison.runs}))))
     return rows

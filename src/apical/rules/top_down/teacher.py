@@ -320,6 +320,8 @@ def _of(content: dict[str, Any], path: Path | str) -> "TopDownNetwork | Equivari
         content = {"relative": False, **content, "credit": "probabilities", "share": 1.0, "shallower": False}
     names = ("outputs", "widths", "hidden", "sites", "relative", "credit", "shallower", "projected", "output")
     network = TopDownNetwork(**{name: {"projected": None, "output": "evolved", **content}[name] for name in names})
+    if type(content["share"]) not in (int, float) or not 0 <= content["share"] <= 1:
+        raise ValueError(f"share {content['share']!r}")
     network.share = content["share"]
     return network
 
