@@ -11,6 +11,7 @@ from sweep_pages import lacking
 from tables import Row, data_name, grouped, load, significant, table
 
 from apical.bench.papers import Table, papers, studies
+from apical.data.catalogue import ENTRIES
 from apical_papers.rates.recipe import FOLDERS
 
 DATA = (
@@ -69,11 +70,21 @@ def tables() -> dict[str, Table]:
     return {f"{name}/{key}": each for name, paper in papers().items() for key, each in paper.tables.items()}
 
 
+def _part(recipe: Row, runs: Sequence[Row]) -> dict[str, int]:
+    """How many samples there were to learn from, where the copy of the data lacked some."""
+    known = ENTRIES.get(recipe.get("data", ""))
+    samples = next((row["n_train"] for row in runs if row.get("n_train")), None)
+    if known is None or not known.layouts or samples is None or recipe.get("train_limit"):
+        return {}
+    whole = max(layout.train for layout in known.layouts)
+    return {"train_limit": samples} if samples + recipe.get("validation", 0) < whole else {}
+
+
 def _standing(path: Path, content: Row, runs: Sequence[Row], record: Row | None) -> Standing:
     named = {target.replace("/", "-"): target for target in tables()}
     by_study = {each.study: target for target, each in tables().items() if each.study}
     target = named.get(path.stem) or by_study.get(content.get("study") or path.stem, "")
-    sizes = record["sizes"] if record else _sizes(content, runs)
+    sizes = (record["sizes"] if record else _sizes(content, runs)) | _part(content.get("recipe") or {}, runs)
     verdicts = [row["verdict"] for row in record["rows"]] if record else _verdicts(path, content, runs)
     environment = (record or content).get("environment") or {}
     machines = [environment.get("gpu") or environment.get("cpu"), *(row.get("device") for row in runs)]

@@ -469,6 +469,13 @@ def test_the_index_says_of_every_table_whether_it_was_run_and_how(comparison: Pa
     assert all(f"`{target}`" in page for target in index.tables())
 
 
+def test_a_copy_that_lacks_samples_is_not_full() -> None:
+    runs = [{"n_train": 5000}]
+    assert index._part({"data": "cifar-100", "validation": 5000}, runs) == {"train_limit": 5000}
+    assert index._part({"data": "cifar-100", "validation": 5000}, [{"n_train": 45000}]) == {}
+    assert index._part({"data": "cifar-100", "train_limit": 5000}, runs) == index._part({"data": "digits"}, runs) == {}
+
+
 def test_full_size_is_full() -> None:
     full = {"epochs": 40, "seeds": 3}
     assert index.shortened(full, full) == index.shortened({**full, "seeds": 5}, full) == "full"
