@@ -166,11 +166,10 @@ class Found:
         Raises:
             UnsupportedModelError: names them.
         """
-        if not torch.compiler.is_compiling():
-            self.require_shapes(rule)
         if torch.compiler.is_compiling():
             intact = all(_are(held, children) for held, children, can_compile in self._children if can_compile)
         else:
+            self.require_shapes(rule)
             intact = all([*held.values()] == children for held, children, _ in self._children)
         if intact:
             return

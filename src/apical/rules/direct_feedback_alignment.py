@@ -144,9 +144,8 @@ class DirectFeedbackAlignment(CutRule):
         self.kind, self.source = feedback, source
         self.scale = "xavier" if leaky else scale
         self.feedback = Matrices()
-        self.register_buffer(
-            "seed", torch.randint(2**62, (), device="cpu")
-        )  # all matrices follow from it, on every rank alike
+        seed = torch.randint(2**62, (), device="cpu")  # all matrices follow from it, on every rank alike
+        self.register_buffer("seed", seed)
         self.register_buffer("projection", None)  # Q
         self._places = self._order()
         self._read: list[bool] = []  # which of several outputs the loss reads
