@@ -19,6 +19,7 @@ from apical.errors import ApicalError, ConfigError, refuse_second_derivatives, r
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
+    from apical.core.plain_chain import PlainChain
     from apical.core.units import Found
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +51,7 @@ class OneRoot(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """`scale * signal` for each root, multiplied in the wider of the two types."""
         refuse_second_derivatives()
-        return (None, None, *(scale if signal is None else _scaled(signal, scale) for signal in ctx.saved_tensors))
+        return (None, None, *(scale if s is None else _scaled(s, scale) for s in ctx.saved_tensors))
 
 
 def _scaled(signal: Tensor, scale: Tensor) -> Tensor:
@@ -106,8 +107,7 @@ class Credit:
     Args:
         roots: scalars (losses, energies), unit outputs or parameters from which a backward pass starts.
         signals: the teaching signal of each root, of the root's shape; None means 1 (scalar roots only).
-        output: the model's output on the batch. With a graph, a loss that a user makes of it must deliver the rule's own
-            update; rules for which it would not hand over the output detached.
+        output: the model's output on the batch; with a graph where a loss that a user makes of it delivers the update.
         loss: scalar loss of that output.
         logs: scalars worth plotting, named by the rule.
     """
@@ -164,7 +164,8 @@ class Credit:
         """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
         if not any(root.requires_grad for root in self.roots):
             raise ConfigError("nothing learns: all parameters are frozen, or the rule was called under torch.no_grad()")
-        self._let_go()
+        if len(self.roots) > 1 or self.signals[0] is not None or self._root is not None:
+            self._let_go()
         torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)
 
     def _let_go(self) -> None:
@@ -222,8 +223,7 @@ class Panel:
         kind: "raster" (values (steps, n), 0 or 1: one panel each), "bars" (values (categories,) side by side) or "histogram"
             (values (n,), what is not finite counted apart).
         x, y: labels of the axes.
-        values: by name.
-        categories: of the bars.
+        values, categories: by name; of the bars.
     """
 
     title: str
@@ -263,14 +263,12 @@ class CreditRule(nn.Module):
             read other activities of the model; such losses are refused at the first batch.
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
         sees_layers: compiled parts of the model run as they were written while the rule learns.
-        random_per_sample: every sample gets random numbers of its own, so a batch twice over, or shared by two processes,
-            is another draw.
+        random_per_sample: each sample gets its own random numbers: a batch twice, or shared by two processes, is another draw.
         repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
-        phase: what the next calls learn. With "both" one call gives the gradients of forward and feedback weights; with
-            "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit may lead by its graph
-            to the others (several processes wait for every gradient that the graph promises). Rules that are not
-            `two_phase` ignore it.
+        phase: what the next calls of a `two_phase` rule learn. With "both" one call gives the gradients of forward and
+            feedback weights; with "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit
+            may lead by its graph to the others (several processes wait for every gradient that the graph promises).
     """
 
     model: nn.Module
@@ -293,6 +291,7 @@ class CreditRule(nn.Module):
     _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
     _unmoved: int = 0  # steps in which the model's weights moved and none of the rule's own; below 0 nobody looks any more
     _versions: Sequence[int] = ()
+    _by_hand: "PlainChain | None" = None  # a model whose batches are taken by hand
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -313,6 +312,9 @@ class CreditRule(nn.Module):
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
         if torch.compiler.is_compiling():
             return self._plainly(*args, **kwargs)
+        quick = None if self._by_hand is None or len(args) != 2 or kwargs else self._by_hand.credit(self, *args)
+        if quick is not None:
+            return quick
         with self._turn:
             return self._plainly(*args, **kwargs)
 
@@ -495,5 +497,5 @@ class CreditRule(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._attached = False
+        self._attached, self._by_hand = False, None
         return self.model

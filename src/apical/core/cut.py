@@ -22,6 +22,7 @@ from apical.core.inside import InnerEdges
 from apical.core.layers import is_packed
 from apical.core.outputs import tensors
 from apical.core.packed import caller, refuse_compiled
+from apical.core.plain_chain import PlainChain
 from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.separators import KINDS, ends
@@ -124,6 +125,7 @@ class CutRule(CreditRule):
         self.heads: list[str] = []  # layers whose output is the model's
         self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
         self._graded: list[bool] = []  # which outputs depend on anything
+        self._chain: PlainChain | None = None
         self._last: set[int] = set()  # ids of parameters that the output's own error may reach
 
     def detach(self) -> nn.Module:
@@ -261,6 +263,16 @@ class CutRule(CreditRule):
         if not self._idle:
             return output, done.cuts, done.teacher
         return output, [cut.bare() if cut.name in self._idle else cut for cut in done.cuts], done.teacher
+
+    def plain_chain(self) -> PlainChain | None:
+        """The model as a chain with a unit behind each activation, see :mod:`apical.core.plain_chain`; None of others."""
+        if self._chain is None and self._right and self._separation is not None:
+            self._chain = PlainChain(self.model, hooks=[hook.id for hook in self._hooks])
+            names = [stage.name for stage in self._chain.stages]
+            units = [stage.activation_name for stage in self._chain.stages[:-1]]
+            if names != [*self._whole] or self._separation.units != units or self.where == "input" or self._inner:
+                self._chain.stages.clear()
+        return self._chain if self._chain is not None and self._chain.stages else None
 
     def _cut_pass(self, inputs: Tensor, plain: bool) -> tuple[Any, Pass]:
         run = self._inner[0]._run if self._inner and torch.is_grad_enabled() else None

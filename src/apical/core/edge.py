@@ -11,10 +11,10 @@ ways lead the error through it; both leave the layer's weight gradient and every
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,66 +29,15 @@ from apical.core.outside_use import OutsideUse
 from apical.core.packed import Part, block_of, caller, refuse_compiled, row_blocks, xavier_
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options_of, trains_before
 from apical.core.swap import Swap
-from apical.core.transport import Geometry, geometry, padded_input, transport
+from apical.core.transport import Feedback as Feedback
+from apical.core.transport import FeedbackEdge, geometry, padded_input, sent
+from apical.core.transport import Pathway as Pathway
+from apical.core.transport import stored as stored
 from apical.core.units import Found, key, weighted_layers
-from apical.errors import ConfigError, UnsupportedModelError, refuse_second_derivatives, refuse_transforms
+from apical.errors import ConfigError, UnsupportedModelError, refuse_transforms
 
-Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
-"""`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
-
-Pathway: TypeAlias = tuple[Callable[..., tuple[Tensor | None, ...]], tuple[Tensor, ...]]
-"""`(pathway, tensors)`: `pathway(geometry, delta, template, *tensors)` is the error at the input, and the gradient of each
-tensor or None. `template` has the shape of the input; it is None when nobody needs the error there (the first layer)."""
-
-
-def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
-    """The plainest feedback weight: a stored one."""
-    return feedback
-
-
-class FeedbackEdge(torch.autograd.Function):
-    """Identity on `output`; its backward sends the error to `inputs` through the feedback as well as into the layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        inputs: Tensor,
-        feedback: Callable[..., Tensor] | None,
-        pathway: Callable[..., tuple[Tensor | None, ...]] | None,
-        shape: Geometry | None,
-        *tensors: Tensor,
-    ) -> Tensor:
-        """Return `output` itself; keep the input, as the layer does too, only where a CPU kernel wants a real one."""
-        ctx.feedback, ctx.pathway, ctx.geometry = feedback, pathway, shape
-        ctx.input_dtype = inputs.dtype
-        ctx.real = shape is not None and inputs.device.type == "cpu" and inputs.dtype == output.dtype
-        ctx.keeps = ctx.real or torch.compiler.is_compiling()  # a symbolic shape beside a dirty output shifts gradients
-        if not ctx.keeps:
-            ctx.input_shape = inputs.shape
-        ctx.save_for_backward(*([inputs] if ctx.keeps else []), *tensors)
-        ctx.mark_dirty(output)  # not a view: the next module may work in place
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        """Split the error: to the layer's own derivative, and by feedback to the layer below."""
-        refuse_second_derivatives()
-        tensors, template = ctx.saved_tensors, None
-        if ctx.keeps:
-            template, *tensors = tensors
-        if not ctx.needs_input_grad[1]:
-            template = None
-        elif not ctx.real:
-            shape = ctx.input_shape if template is None else template.shape
-            template = delta if ctx.geometry is None else delta.new_empty(1).expand(shape)
-        below: Tensor | None = None
-        grads: tuple[Tensor | None, ...] = tuple(None for _ in tensors)
-        if ctx.pathway is not None:
-            below, *grads = ctx.pathway(ctx.geometry, delta, template, *tensors)
-        elif template is not None:
-            below = transport(ctx.geometry, delta, ctx.feedback(ctx.geometry, *tensors), template)
-        return (delta, None if below is None else below.to(ctx.input_dtype), None, None, None, *grads)
+if TYPE_CHECKING:
+    from apical.core.plain_chain import PlainChain, Sender
 
 
 class EdgeRule(CreditRule):
@@ -137,6 +86,8 @@ class EdgeRule(CreditRule):
         self._unseen = set(self._weighted)
         self._found, self._batches, self._passes = Found(model), 0, 0
         self._may_swap = self._watched = False
+        self._chain: PlainChain | None = None
+        self._senders: Sequence[Sender] = ()
         self._present: dict[str, Feedback] = {}
         self._attach()
 
@@ -216,7 +167,7 @@ class EdgeRule(CreditRule):
         return f"{module}.{layer.parameter}".lstrip(".")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": [], "_sites": {}, "_bundles": {}}
+        return {**self.__dict__, "_hooks": [], "_sites": {}, "_bundles": {}, "_senders": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -322,16 +273,24 @@ class EdgeRule(CreditRule):
         """Tensors that stand in for parameters in the forward pass (:class:`apical.core.tap.WeightTap`); none by default."""
         return {}
 
+    def prepare(self, inputs: Any) -> None:
+        """What happens before each pass that learns; nothing by default. `inputs` are the batch's."""
+
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss: its graph carries the feedback edges."""
         self.require_attached()
         refuse_transforms(type(self).__name__)
+        if torch.is_grad_enabled():
+            self.prepare(inputs)
         output = self._run(inputs) if torch.is_grad_enabled() else self.model(inputs)
         loss = self.loss(output, targets)
         if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._batches += 1
             if self._batches & (self._batches - 1) == 0:  # every time would cost; only at first might miss a rare branch
                 self._require_calls(loss)
+        elif self._watched and type(self).forward is EdgeRule.forward and not torch.compiler.is_compiling():
+            chain = self._plain_chain()
+            self._by_hand = chain if chain.note(self, targets) else None
         return Credit([loss], [None], output, loss)
 
     def _run(self, inputs: Tensor) -> Any:
@@ -339,13 +298,15 @@ class EdgeRule(CreditRule):
         refuse_compiled(type(self).__name__, self._loops)
         substitutes = self.substitutes()
         compiling = torch.compiler.is_compiling()
-        device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
-        self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
         watch = None
         if not compiling:
             self._passes += 1
             if not self._watched or self._passes & (self._passes - 1) == 0:  # as with _require_calls
                 watch = OutsideUse(self, self._weights_in(substitutes))
+            elif not (substitutes or self._unseen) and (parameters := self._plain_chain().parameters(inputs)):
+                return self._plain_chain().run(inputs, parameters, self._senders_now(), watched=True)
+        device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
+        self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
         for wrapped, site in self._sites.values():
             site.weight = site.own.get("weight")
             if type(site.weight) is Tensor:  # torch.func.functional_call, over when the backward pass asks
@@ -377,6 +338,36 @@ class EdgeRule(CreditRule):
             for wrapped, bundle in self._bundles.values():
                 wrapped.rule = wrapped.site = None
                 bundle.settle()
+
+    def _plain_chain(self) -> "PlainChain":
+        """The model as a chain to pass by hand, see :mod:`apical.core.plain_chain`; an empty one of any other."""
+        if self._chain is None:
+            from apical.core.plain_chain import PlainChain  # what it makes quicker works without it
+
+            self._chain = PlainChain(self.model, wrappers={wrapped.layer: wrapped for wrapped, _ in self._sites.values()})
+            names = [stage.name for stage in self._chain.stages]
+            if names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
+                self._chain.stages.clear()
+            self._senders = [partial(self.send, name) for name in names[1:]]
+        return self._chain
+
+    def send(self, name: str, delta: Tensor, error: Tensor) -> Tensor:
+        """The error (batch, n_in) below a dense layer by its feedback, from that at its output, `delta` (batch, n_out)."""
+        return sent(self.feedback_of(name), delta, error)
+
+    def senders_by_hand(self, inputs: Tensor) -> "Sequence[Sender] | None":
+        """For :meth:`apical.core.plain_chain.PlainChain.credit`; now and then the general path looks at everything again."""
+        passes = self._passes + 1
+        if passes & (passes - 1) == 0:
+            return None
+        self.__dict__["_passes"] = passes
+        self.prepare(inputs)
+        return self._senders_now()
+
+    def _senders_now(self) -> "Sequence[Sender]":
+        if not self.renews:
+            return self._senders
+        return [partial(sent, self.feedback_of(stage.name)) for stage in self._plain_chain().stages[1:]]
 
     def _weights_in(self, substitutes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each layer's weight parameter, or what stands in for it; and matrices of local modules, such as embeddings."""

@@ -17,13 +17,13 @@ back, with R and R's momentum as they would be by now, or raises.
 import json
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from apical.core.credit import Credit, Loss
+from apical.core.credit import Loss
 from apical.core.edge import EdgeRule
 from apical.core.held import Plastics, fill, vacate
 from apical.core.mirror import mirrored, require_affine
@@ -34,6 +34,9 @@ from apical.core.steps import FROZEN, MOVED, Steps
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
+
+if TYPE_CHECKING:
+    from apical.core.plain_chain import Sender
 
 Form = Literal["auto", "closed", "explicit", "literal", "fused"]
 Initial = Literal["random", "mirror"]
@@ -168,13 +171,18 @@ class PlasticRule(EdgeRule):
         """The optimiser's state that R would have by now, from that of its weight; empty where it begins anew."""
         return {}
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose root is the loss."""
-        if torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                self._before_forward()
-            self._called.update(self.layers)
-        return super().forward(inputs, targets)
+    def prepare(self, inputs: Any) -> None:
+        """See in which form each layer is to learn."""
+        if not torch.compiler.is_compiling():
+            self._before_forward()
+        self._called.update(self.layers)
+
+    def senders_by_hand(self, inputs: Tensor) -> "Sequence[Sender] | None":
+        """In closed form alone, and where nothing has to be told from the gradients of the batch to come."""
+        if self.steps.is_sampled() or any(self.mismatch_of(name) is None for name in self.layers):
+            return None
+        senders = super().senders_by_hand(inputs)
+        return None if any(self.mismatch_of(name) is None for name in self.layers) else senders
 
     def _before_forward(self) -> None:
         """Layers that were frozen or that no longer compute plainly have no closed form from here on."""

@@ -163,6 +163,10 @@ class Steps:
             self._passes[name] = weight._version
         return self._passes.setdefault(name, weight._version) != weight._version
 
+    def is_sampled(self) -> bool:
+        """Whether some weight's own gradient is to be told from others in the next pass."""
+        return any(arrival.sampled for arrival in self._arrivals.values())
+
     def taps(self) -> dict[str, Tensor]:
         """At first and now and then: weights of closed layers, which tell the rule's own gradient from others."""
         taps = {}

@@ -7,14 +7,14 @@ the one function written per type: :func:`geometry` reads what the map needs fro
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from apical.errors import UnsupportedModelError
+from apical.errors import UnsupportedModelError, refuse_second_derivatives
 
 
 class Geometry(NamedTuple):
@@ -146,3 +146,70 @@ def from_matrix(shape: Geometry | None, matrix: Tensor, weight: Tensor) -> Tenso
     c_in, kernel = weight.shape[0], weight.shape[2:]
     per_group = matrix.view(shape.groups, matrix.shape[0] // shape.groups, c_in // shape.groups, -1)
     return per_group.transpose(1, 2).reshape(c_in, -1, *kernel)
+
+
+Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+"""`(compute, tensors)`: `compute(geometry, *tensors)` is the feedback weight, in the layout of the layer's weight."""
+
+Pathway: TypeAlias = tuple[Callable[..., tuple[Tensor | None, ...]], tuple[Tensor, ...]]
+"""`(pathway, tensors)`: `pathway(geometry, delta, template, *tensors)` is the error at the input, and the gradient of each
+tensor or None. `template` has the shape of the input; it is None when nobody needs the error there (the first layer)."""
+
+
+def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
+    """The plainest feedback weight: a stored one."""
+    return feedback
+
+
+def sent(feedback: Feedback, delta: Tensor, error: Tensor) -> Tensor:
+    """`delta` (batch, n_out) times a dense layer's feedback weight."""
+    compute, tensors = feedback
+    weight = compute(None, *tensors)
+    if weight.dtype is not delta.dtype or weight.device != delta.device:  # the model was moved without the rule
+        weight = weight.to(delta)
+    return delta.mm(weight)
+
+
+class FeedbackEdge(torch.autograd.Function):
+    """Identity on `output`; its backward sends the error to `inputs` through the feedback as well as into the layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        inputs: Tensor,
+        feedback: Callable[..., Tensor] | None,
+        pathway: Callable[..., tuple[Tensor | None, ...]] | None,
+        shape: Geometry | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        """Return `output` itself; keep the input, as the layer does too, only where a CPU kernel wants a real one."""
+        ctx.feedback, ctx.pathway, ctx.geometry = feedback, pathway, shape
+        ctx.input_dtype = inputs.dtype
+        ctx.real = shape is not None and inputs.device.type == "cpu" and inputs.dtype == output.dtype
+        ctx.keeps = ctx.real or torch.compiler.is_compiling()  # a symbolic shape beside a dirty output shifts gradients
+        if not ctx.keeps:
+            ctx.input_shape = inputs.shape
+        ctx.save_for_backward(*([inputs] if ctx.keeps else []), *tensors)
+        ctx.mark_dirty(output)  # not a view: the next module may work in place
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Split the error: to the layer's own derivative, and by feedback to the layer below."""
+        refuse_second_derivatives()
+        tensors, template = ctx.saved_tensors, None
+        if ctx.keeps:
+            template, *tensors = tensors
+        if not ctx.needs_input_grad[1]:
+            template = None
+        elif not ctx.real:
+            shape = ctx.input_shape if template is None else template.shape
+            template = delta if ctx.geometry is None else delta.new_empty(1).expand(shape)
+        below: Tensor | None = None
+        grads: tuple[Tensor | None, ...] = tuple(None for _ in tensors)
+        if ctx.pathway is not None:
+            below, *grads = ctx.pathway(ctx.geometry, delta, template, *tensors)
+        elif template is not None:
+            below = transport(ctx.geometry, delta, ctx.feedback(ctx.geometry, *tensors), template)
+        return (delta, None if below is None else below.to(ctx.input_dtype), None, None, None, *grads)

@@ -37,6 +37,7 @@ from apical.core.layers import computes_plainly
 from apical.core.losses import require_dependence, terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
 from apical.core.part import Part
+from apical.core.plain_chain import Sender
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut, HandedOn, Teacher
 from apical.core.transport import geometry, pads_itself, transport
@@ -208,7 +209,22 @@ class DirectFeedbackAlignment(CutRule):
         read = cast(Tensor, cast(Any, HandedOn).apply(output, hear, *(cut.root for cut in cuts)))
         loss = self.loss(read, targets)
         require_dependence(loss, read)
+        if type(self).forward is DirectFeedbackAlignment.forward and type(self).signal is DirectFeedbackAlignment.signal:
+            chain = self.plain_chain()
+            self._by_hand = chain if chain is not None and chain.note(self, targets) else None
         return Credit([loss], [None], output.detach(), loss)
+
+    def senders_by_hand(self, inputs: Tensor) -> list[Sender] | None:
+        """`B_l e` for each unit of a plain chain, for :meth:`apical.core.plain_chain.PlainChain.credit`."""
+        chain = self.plain_chain()
+        if chain is None or self.silent or self.plain_roots or self._idle or self.source not in ("auto", "output"):
+            return None
+        units = [self.feedback._buffers.get(self._at(stage.activation_name)) for stage in chain.stages[:-1]]
+        outputs = chain.stages[-1].layer.weight.shape[0]
+        for stage, b in zip(chain.stages, units, strict=False):
+            if b is None or b.shape != (outputs, stage.layer.weight.shape[0]):
+                return None
+        return [partial(_sent, cast(Tensor, b)) for b in units]
 
     def chain(self, input_shape: Sequence[int]) -> tuple[list[nn.Module], list[Block]]:
         """See :class:`apical.core.part.Separable`."""
@@ -458,6 +474,11 @@ def _hear(rule: DirectFeedbackAlignment, axis: int, teacher: Teacher, units: lis
     """From the error at the output on, the teacher can make the units' signals."""
     heard = rule._heard(ordered(error, axis))
     teacher.signal = lambda index, _: rule.signal(units[index], heard)
+
+
+def _sent(b: Tensor, delta: Tensor, error: Tensor) -> Tensor:
+    """`B_l e` (batch, neurons) from the error at the output (batch, outputs)."""
+    return error.mm(b.to(error.dtype))
 
 
 def _times(errors: Tensor, scale: Tensor) -> Tensor:

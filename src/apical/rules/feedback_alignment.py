@@ -7,6 +7,7 @@ independently of it (the initialisation of the comparisons in arXiv 2405.20594 a
 """
 
 from collections.abc import Collection
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,4 +70,4 @@ class FeedbackAlignment(EdgeRule):
 
     def feedback_of(self, name: str) -> Feedback:
         """The fixed matrix U of this layer."""
-        return stored, (self.feedback.get_buffer(key(name)),)
+        return stored, (cast(Tensor, self.feedback._buffers[key(name)]),)

@@ -26,14 +26,14 @@ Departures from the released code: a grouped convolution gets a block-diagonal B
 import math
 from collections import defaultdict
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from apical.core.credit import Attention, Credit, Loss
+from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
@@ -302,11 +302,11 @@ class ProductFeedbackAlignment(PlasticRule):
             self.replace(name, r)
             self.expansion.register_buffer(key(name), mixing_matrix(b))
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose root is the loss."""
+    def prepare(self, inputs: Any) -> None:
+        """See in which form each layer is to learn, for so many samples."""
         self._rows = next((len(part) for part in tree_leaves(inputs) if isinstance(part, Tensor) and part.dim()), 0)
         self._rows_per_sample |= self._seen
-        return super().forward(inputs, targets)
+        super().prepare(inputs)
 
     def set_feedback(self, name: str, B: Tensor | None = None, R: Tensor | None = None) -> None:
         """Replace B, R or both of one layer; R's momentum in the optimiser stays.
@@ -392,17 +392,18 @@ class ProductFeedbackAlignment(PlasticRule):
             tensors = (inputs.detach(), self.expansion.get_buffer(key(name)), self.plastic_of(name), *self._mask(name))
             return literal_feedback, tensors
         mismatch, mixing = self.mismatch_of(name), self._mixing(name)
-        if (
-            mismatch is not None
-            and mixing is not None
-            and self.geometries[name] is None
-            and inputs.requires_grad
-            and self.takes_pathway(name)
-        ):
-            n_in, rows = inputs.shape[-1], inputs.numel() // inputs.shape[-1]
-            if mixing.numel() * (n_in - rows) > WORTH_A_PATHWAY:
-                return mixed_first, (mixing, mismatch.feedback)
-        return None
+        if mismatch is None or self.geometries[name] is not None or not (inputs.requires_grad and self.takes_pathway(name)):
+            return None
+        if not _is_mixed_first(mixing, mismatch.feedback, inputs.numel() // inputs.shape[-1]):
+            return None
+        return mixed_first, (cast(Tensor, mixing), mismatch.feedback)
+
+    def send(self, name: str, delta: Tensor, error: Tensor) -> Tensor:
+        """In the cheaper order too."""
+        mismatch, mixing = self.mismatch_of(name), self._mixing(name)
+        if mismatch is None or not _is_mixed_first(mixing, mismatch.feedback, len(delta)):
+            return super().send(name, delta, error)
+        return cast(Tensor, mixed_first(None, delta, delta, cast(Tensor, mixing), mismatch.feedback)[0])
 
     def substitutes(self) -> dict[str, Tensor]:
         """In the fused form, weights whose gradient also makes R's."""
@@ -444,6 +445,11 @@ class ProductFeedbackAlignment(PlasticRule):
 
     def _mask(self, name: str) -> tuple[Tensor, ...]:
         return (self.mask.get_buffer(key(name)),) if self.density < 1.0 else ()
+
+
+def _is_mixed_first(mixing: Tensor | None, feedback: Tensor, rows: int) -> bool:
+    """Whether `F^T (M delta)` costs less than `(M F)^T delta` for so many rows of errors at a dense layer."""
+    return mixing is not None and mixing.numel() * (feedback.shape[1] - rows) > WORTH_A_PATHWAY
 
 
 def _form_anew(rule: nn.Module, *_: Any) -> None:

@@ -12,7 +12,7 @@ weights the angle between K and W is arccos(sqrt(3)/2) = 30 degrees in the first
 
 import math
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,10 +148,17 @@ class SignSymmetry(EdgeRule):
     def feedback_of(self, name: str) -> Feedback:
         """Signs of the weight that this layer computes with, with the variant's magnitude; "batchwise" draws it now."""
         compute: Callable[..., Tensor] = DrawnSigns(self.generator) if self.variant == "batchwise" else signs
-        weight, magnitude = self.forward_weight(name).detach(), self.magnitude.get_buffer(key(name))
+        weight, magnitude = self.forward_weight(name).detach(), cast(Tensor, self.magnitude._buffers[key(name)])
         if self.scale == "current":
             magnitude = magnitude * current_scale(weight, row_blocks(self.layers[name]))
         return compute, (weight, magnitude)
+
+    def send(self, name: str, delta: Tensor, error: Tensor) -> Tensor:
+        """The same for a layer of a plain chain, which computes with its own weight."""
+        if self.scale == "current":
+            return super().send(name, delta, error)
+        magnitude = cast(Tensor, self.magnitude._buffers[key(name)])
+        return delta.mm(signs(None, self.layers[name].weight.detach(), magnitude))
 
     def _feedback_now(self, name: str) -> Feedback:
         compute, tensors = super()._feedback_now(name)

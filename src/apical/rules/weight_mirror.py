@@ -16,12 +16,13 @@ arctan(sqrt(rho fan_in / (2 batch))).
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.credit import Attention, Credit, Loss
+from apical.core.credit import Attention, Loss
 from apical.core.edge import EdgeRule, Feedback, stored
 from apical.core.mirror import mirror, require_affine
 from apical.core.units import key
@@ -110,11 +111,10 @@ class WeightMirror(EdgeRule):
         """
         self.copy_feedback(self.feedback, name, B)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """One mirror step, then the credit of the batch."""
-        if self.training and torch.is_grad_enabled():
+    def prepare(self, inputs: Any) -> None:
+        """One mirror step."""
+        if self.training:
             self.mirror()
-        return super().forward(inputs, targets)
 
     def feedback_of(self, name: str) -> Feedback:
         """The mirrored matrix B of this layer as it is now: the next mirror step changes the buffer."""
