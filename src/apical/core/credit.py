@@ -123,8 +123,7 @@ class Credit:
         logs: dict[str, Tensor] | None = None,
     ) -> None:
         self.roots, self.signals, self.logs = roots, signals, {} if logs is None else logs
-        self._output, self._loss, self._learns = output, loss, torch.is_grad_enabled()
-        self._root: Tensor | None = None
+        self._output, self._loss, self._learns, self._root = output, loss, torch.is_grad_enabled(), cast(Tensor | None, None)
 
     @classmethod
     def of(cls, roots: Iterable[Root], output: Tensor, loss: Tensor, logs: dict[str, Tensor] | None = None) -> "Credit":
@@ -263,12 +262,12 @@ class CreditRule(nn.Module):
             read other activities of the model; such losses are refused at the first batch.
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
         sees_layers: compiled parts of the model run as they were written while the rule learns.
-        random_per_sample: each sample gets its own random numbers: a batch twice, or shared by two processes, is another draw.
-        repeats: calls that a training loop makes for each batch, with a step of the optimiser after each.
+        random_per_sample: each sample has random numbers of its own: a batch twice, or on two processes, is another draw.
+        repeats: calls that a training loop makes for each batch, each before a step of the optimiser.
         two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
         phase: what the next calls of a `two_phase` rule learn. With "both" one call gives the gradients of forward and
-            feedback weights; with "forward" or "feedback" it gives those alone, and neither `output` nor `loss` of the credit
-            may lead by its graph to the others (several processes wait for every gradient that the graph promises).
+            feedback weights; with "forward" or "feedback" those alone, and neither `output` nor `loss` of the credit may
+            lead by its graph to the others (several processes wait for every gradient that the graph promises).
     """
 
     model: nn.Module

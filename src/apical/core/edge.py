@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from apical.core.plain_chain import PlainChain, Sender
 
 
+WAYS = ("pathway", "call_layer", "feedback_weight", "send", "_run", "_kept")
+"""Methods by which an error goes down; a pass by hand knows those of this package."""
+
+
 class EdgeRule(CreditRule):
     """Base of the rules that send the error through feedback of their own, layer by layer (FA, sign symmetry, KP, WM, PFA).
 
@@ -303,8 +307,10 @@ class EdgeRule(CreditRule):
             self._passes += 1
             if not self._watched or self._passes & (self._passes - 1) == 0:  # as with _require_calls
                 watch = OutsideUse(self, self._weights_in(substitutes))
-            elif not (substitutes or self._unseen) and (parameters := self._plain_chain().parameters(inputs)):
-                return self._plain_chain().run(inputs, parameters, self._senders_now(), watched=True)
+            elif not (substitutes or self._unseen) and self.goes_by_weights():
+                parameters = self._plain_chain().parameters(inputs)
+                if parameters is not None:
+                    return self._plain_chain().run(inputs, parameters, self._senders_now(), watched=True)
         device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
         for wrapped, site in self._sites.values():
@@ -344,12 +350,18 @@ class EdgeRule(CreditRule):
         if self._chain is None:
             from apical.core.plain_chain import PlainChain  # what it makes quicker works without it
 
-            self._chain = PlainChain(self.model, wrappers={wrapped.layer: wrapped for wrapped, _ in self._sites.values()})
+            plain = {wrapped.layer: wrapped for wrapped, _ in self._sites.values() if wrapped.before is None}
+            self._chain = PlainChain(self.model, wrappers=plain)
             names = [stage.name for stage in self._chain.stages]
-            if names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
+            ours = all(getattr(type(self), way).__module__.startswith("apical.") for way in WAYS)
+            if not ours or names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
                 self._chain.stages.clear()
             self._senders = [partial(self.send, name) for name in names[1:]]
         return self._chain
+
+    def goes_by_weights(self) -> bool:
+        """Whether one feedback weight leads down the error of every layer, in the batch to come too."""
+        return type(self).pathway is EdgeRule.pathway
 
     def send(self, name: str, delta: Tensor, error: Tensor) -> Tensor:
         """The error (batch, n_in) below a dense layer by its feedback, from that at its output, `delta` (batch, n_out)."""
@@ -358,7 +370,7 @@ class EdgeRule(CreditRule):
     def senders_by_hand(self, inputs: Tensor) -> "Sequence[Sender] | None":
         """For :meth:`apical.core.plain_chain.PlainChain.credit`; now and then the general path looks at everything again."""
         passes = self._passes + 1
-        if passes & (passes - 1) == 0:
+        if passes & (passes - 1) == 0 or not self.goes_by_weights():
             return None
         self.__dict__["_passes"] = passes
         self.prepare(inputs)

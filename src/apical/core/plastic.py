@@ -177,12 +177,14 @@ class PlasticRule(EdgeRule):
             self._before_forward()
         self._called.update(self.layers)
 
+    def goes_by_weights(self) -> bool:
+        """In closed form, where a batch by hand leaves nothing to tell from its gradients either."""
+        return not self.steps.is_sampled() and all(self.mismatch_of(name) is not None for name in self.layers)
+
     def senders_by_hand(self, inputs: Tensor) -> "Sequence[Sender] | None":
-        """In closed form alone, and where nothing has to be told from the gradients of the batch to come."""
-        if self.steps.is_sampled() or any(self.mismatch_of(name) is None for name in self.layers):
-            return None
+        """The same once all forms have been looked at."""
         senders = super().senders_by_hand(inputs)
-        return None if any(self.mismatch_of(name) is None for name in self.layers) else senders
+        return senders if self.goes_by_weights() else None
 
     def _before_forward(self) -> None:
         """Layers that were frozen or that no longer compute plainly have no closed form from here on."""

@@ -220,10 +220,9 @@ class DirectFeedbackAlignment(CutRule):
         if chain is None or self.silent or self.plain_roots or self._idle or self.source not in ("auto", "output"):
             return None
         units = [self.feedback._buffers.get(self._at(stage.activation_name)) for stage in chain.stages[:-1]]
-        outputs = chain.stages[-1].layer.weight.shape[0]
-        for stage, b in zip(chain.stages, units, strict=False):
-            if b is None or b.shape != (outputs, stage.layer.weight.shape[0]):
-                return None
+        widths = [stage.layer.weight.shape[0] for stage in chain.stages]
+        if any(b is None or b.shape != (widths[-1], width) for b, width in zip(units, widths, strict=False)):
+            return None
         return [partial(_sent, cast(Tensor, b)) for b in units]
 
     def chain(self, input_shape: Sequence[int]) -> tuple[list[nn.Module], list[Block]]:
