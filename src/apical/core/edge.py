@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from apical.core.plain_chain import PlainChain, Sender
 
 
-WAYS = ("pathway", "call_layer", "feedback_weight", "send", "_run", "_kept")
-"""Methods by which an error goes down; a pass by hand knows those of this package."""
-
-
 class EdgeRule(CreditRule):
     """Base of the rules that send the error through feedback of their own, layer by layer (FA, sign symmetry, KP, WM, PFA).
 
@@ -280,6 +276,10 @@ class EdgeRule(CreditRule):
     def prepare(self, inputs: Any) -> None:
         """What happens before each pass that learns; nothing by default. `inputs` are the batch's."""
 
+    def prepare_by_hand(self, inputs: Any) -> None:
+        """The same before a pass by hand (:mod:`apical.core.plain_chain`)."""
+        self.prepare(inputs)
+
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit whose root is the loss: its graph carries the feedback edges."""
         self.require_attached()
@@ -353,8 +353,9 @@ class EdgeRule(CreditRule):
             plain = {wrapped.layer: wrapped for wrapped, _ in self._sites.values() if wrapped.before is None}
             self._chain = PlainChain(self.model, wrappers=plain)
             names = [stage.name for stage in self._chain.stages]
-            ours = all(getattr(type(self), way).__module__.startswith("apical.") for way in WAYS)
-            if not ours or names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
+            ways = ("pathway", "call_layer", "feedback_weight", "send", "_run", "_kept")  # by hand go those of this package
+            whose = {getattr(type(self), way).__module__.partition(".")[0] for way in ways}
+            if whose != {"apical"} or names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
                 self._chain.stages.clear()
             self._senders = [partial(self.send, name) for name in names[1:]]
         return self._chain
@@ -373,7 +374,7 @@ class EdgeRule(CreditRule):
         if passes & (passes - 1) == 0 or not self.goes_by_weights():
             return None
         self.__dict__["_passes"] = passes
-        self.prepare(inputs)
+        self.prepare_by_hand(inputs)
         return self._senders_now()
 
     def _senders_now(self) -> "Sequence[Sender]":

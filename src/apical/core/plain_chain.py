@@ -188,7 +188,8 @@ class PlainChain:
             if bias is not None and (type(bias) is not Parameter or not bias.requires_grad or bias.shape != width):
                 return None
             parameters += (weight, bias)
-        return parameters
+        weights = {id(weight) for weight in parameters[::2]}
+        return parameters if len(weights) == len(self._own) else None
 
     def run(self, inputs: Tensor, parameters: list[Parameter | None], senders: Sequence[Sender], watched: bool) -> Tensor:
         """The model's output (batch, n_out).

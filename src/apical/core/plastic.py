@@ -179,12 +179,21 @@ class PlasticRule(EdgeRule):
 
     def goes_by_weights(self) -> bool:
         """In closed form, where a batch by hand leaves nothing to tell from its gradients either."""
-        return not self.steps.is_sampled() and all(self.mismatch_of(name) is not None for name in self.layers)
+        return self._is_closed() and not self.steps.is_sampled()
+
+    def _is_closed(self) -> bool:
+        return len(self._mismatches()._modules) == len(self.layers)
 
     def senders_by_hand(self, inputs: Tensor) -> "Sequence[Sender] | None":
-        """The same once all forms have been looked at."""
+        """The same where no weight has moved unannounced; that they are plain, trained and apart has been seen."""
         senders = super().senders_by_hand(inputs)
-        return senders if self.goes_by_weights() else None
+        return senders if self._is_closed() else None
+
+    def prepare_by_hand(self, inputs: Any) -> None:
+        """As :meth:`prepare`, of layers in closed form that are known to compute plainly, with weights that learn."""
+        for name in self.layers:
+            self.steps.require(name)
+        self._called.update(self.layers)
 
     def _before_forward(self) -> None:
         """Layers that were frozen or that no longer compute plainly have no closed form from here on."""

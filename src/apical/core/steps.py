@@ -189,9 +189,10 @@ class Steps:
         self._moving.clear()
         self.sharing.begin()
         self._decays.begin()
+        hooked = is_hooked(optimizer)
         for name, (group, other) in places.items():
             if rule.mismatch_of(name) is not None:
-                self._keep_closed(name, optimizer, group, other)
+                self._keep_closed(name, optimizer, group, other, hooked)
             else:
                 self._count_steps_alone(name, group, other)
                 if rule.form == "auto" and name not in rule.reasons:
@@ -254,7 +255,8 @@ class Steps:
         rule.close(name, Mismatch(held.sub_(weight.detach()), velocity), weight.detach())
         vacate(plastic, rule, name)
         optimizer.state.pop(plastic, None)
-        self._move(name, optimizer, cast(Group, group), self._k(name, optimizer, cast(Group, group)))
+        k = self._k(name, optimizer, cast(Group, group))
+        self._move(name, cast(Group, group), k, momentum_of(optimizer, weight))
 
     def _k(self, name: str, optimizer: Optimizer, group: Group) -> float | None:
         """By how much this step shrinks the weight; None under `torch.optim.SGD`, which has a recursion of its own."""
@@ -303,19 +305,21 @@ class Steps:
             return "only one of its weight and its feedback has a momentum in the optimiser"
         return None
 
-    def _keep_closed(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> None:
-        rule, weight = self.rule, self.rule.layers[name].weight
+    def _keep_closed(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, hooked: bool) -> None:
+        rule = self.rule
+        weight = rule.layers[name].weight
         arrival = self._arrivals.get(name)
         if group is None or (weight.grad is None and not (arrival is not None and arrival.fresh)):
             return None
         reason = self._refused(name, optimizer, group)
         if reason is not None:
             return self.open(name, reason, optimizer)
-        if is_hooked(optimizer):
+        if hooked:
             return self.open(name, HOOKED, optimizer)
         if other is not None and not alike(group, other, optimizer):
             return self.open(name, OPTIONS_DIFFER, optimizer)
-        self._require_untouched(name, optimizer)
+        watch, momentum = self._watches.get(name), momentum_of(optimizer, weight)
+        self._require_untouched(name, watch, optimizer, momentum)
         if arrival is not None and arrival.fresh and name not in rule._called:
             self.open(name, "its weight also learns from what is not this rule's", optimizer)
             rule.plastic_of(name).grad = None
@@ -329,35 +333,33 @@ class Steps:
         if not is_sgd(optimizer) and weight.requires_grad:
             if not rule.clips and weight.grad is not None and arrival is not None:
                 rule.clips = not arrival.untouched(weight.grad)
-            return self._move(name, optimizer, group, self._k(name, optimizer, group))
+            return self._move(name, group, self._k(name, optimizer, group), momentum)
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
                 f"the gradient of layer {name!r} was changed between backward pass and step (clipping, or anything of the "
                 f"kind), which {type(rule).__name__} in closed form cannot do to the feedback: build the rule with "
                 'form="explicit"'
             )
-        watch = self._watches.get(name)
         before = None if watch is None else watch.optimizer
-        if before is not None and before() is not optimizer and momentum_of(optimizer, weight) is not None:
+        if before is not None and before() is not optimizer and momentum is not None:
             raise ConfigError(
                 f"two optimisers take turns with the weight of layer {name!r}, each with a momentum of its own: build the "
                 f'{type(rule).__name__} with form="explicit"'
             )
-        return self._move(name, optimizer, group, None)
+        return self._move(name, group, None, momentum)
 
-    def _require_untouched(self, name: str, optimizer: Optimizer) -> None:
+    def _require_untouched(self, name: str, watch: Watch | None, optimizer: Optimizer, momentum: Tensor | None) -> None:
         """Refuse what was done to R or its momentum by somebody who does not know that the closed form holds neither."""
-        rule, watch = self.rule, self._watches.get(name)
-        if watch is None:
+        if watch is None or watch.momentum is None:
             return
-        momentum = momentum_of(optimizer, watch.parameter)
-        if watch.momentum is not None and momentum is not None and momentum is not watch.momentum and self.moving(name):
+        now = momentum if watch.parameter is self.rule.layers[name].weight else momentum_of(optimizer, watch.parameter)
+        if now is not None and now is not watch.momentum and self.moving(name):
             raise ConfigError(
                 f"the optimiser's momentum of layer {name!r} was replaced, while that of its feedback is a part of "
-                f'{type(rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
+                f'{type(self.rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
             )
 
-    def _move(self, name: str, optimizer: Optimizer, group: Group, k: float | None) -> None:
+    def _move(self, name: str, group: Group, k: float | None, now: Tensor | None) -> None:
         """The step to come moves this weight, by SGD or with a decay of k apart from all else."""
         weight = cast(nn.Parameter, self.rule.layers[name].weight)
         watch = self._watches.get(name)
@@ -365,11 +367,11 @@ class Steps:
         if watch is None or watch.parameter is not weight or watch.mismatch is not mismatch:
             watch = self._watches[name] = Watch(weight, mismatch)
             drift, momentum = self._drifts.pop(name, (None, None))
-            if momentum is not None and momentum is momentum_of(optimizer, weight):
+            if momentum is not None and momentum is now:
                 mismatch.restart(watch.weight, drift)
         if watch.moved():
             mismatch.measure(watch.weight)
-        self._moving[name] = (group, momentum_of(optimizer, weight) is None, k)
+        self._moving[name] = (group, now is None, k)
 
     def open(self, name: str, reason: str, optimizer: Optimizer | None = None) -> None:
         """Back to the explicit form: R = B^T F, with the gradient and the momentum that it would have by now.
