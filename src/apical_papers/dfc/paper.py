@@ -11,6 +11,8 @@ FEW: Sizes = {"train_limit": 5000}
 LEARN: Sizes = {"pretrain_epochs": 27, "feedback_fraction": 1.0}
 """As many updates of the feedback before the first epoch as in the table of full size, about 1,070: with a tenth of them
 the feedback is still random when training begins, decay aside, and trained feedback ends below fixed."""
+LONGER = LEARN | {"pretrain_epochs": 54}
+"""The same where the table of full size has about 2,150: with a tenth of them DFC diverges in three of three seeds."""
 
 PAPER = Paper(
     title="Credit assignment in neural networks through deep feedback control",
@@ -34,6 +36,6 @@ PAPER = Paper(
         "mnist": of("dfc-mnist", cut(256), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "fashion": of("dfc-fashion", cut(256), FEW | LEARN | {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "autoencoder": of("dfc-autoencoder", cut(256), FEW | {"epochs": 5, "seeds": 1}, {"epochs": 25, "seeds": 5}),
-        "train-loss": of("dfc-train-loss", cut(256), FEW | {"epochs": 30, "seeds": 3}, {"epochs": 100, "seeds": 5}),
+        "train-loss": of("dfc-train-loss", cut(256), FEW | LONGER | {"epochs": 30, "seeds": 3}, {"epochs": 100, "seeds": 5}),
     },
 )
