@@ -355,6 +355,22 @@ def test_hooks_of_another_rule_keep_the_general_path(taken: list[PlainChain]) ->
     assert all(torch.equal(g, alone[n]) for n, g in gradients(model).items())
 
 
+@pytest.mark.parametrize("name", ["fa", "dfa"])
+def test_hooks_that_are_gone_by_now_stand_in_no_way(name: str, taken: list[PlainChain]) -> None:
+    """The trainer counts operations of its first batches by hooks."""
+    model = MODELS["flattened"]()
+    rule, x, y = RULES[name](model), torch.randn(4, 12), torch.randint(3, (4,))
+    hooks = [module.register_forward_hook(lambda *_: None) for module in model]
+    for _ in range(5):
+        rule(x, y)
+    assert not taken
+    for hook in hooks:
+        hook.remove()
+    for _ in range(5):
+        rule(x, y)
+    assert taken
+
+
 def test_the_control_without_signals_is_not_missed(taken: list[PlainChain]) -> None:
     rule, _, x, y = warm("dfa", taken)
     rule.silent = True

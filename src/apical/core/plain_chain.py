@@ -126,7 +126,7 @@ class PlainChain:
         self._children = [(m._modules, [*m.children()]) for _, m in named if type(m) is nn.Sequential]
         self._flatten: nn.Flatten | None = None
         self.stages: list[Stage] = []
-        if type(model) is nn.Sequential and all(type(m) in _FORWARDS for _, m in named) and self._is_intact():
+        if type(model) is nn.Sequential and all(type(m) in _FORWARDS for _, m in named):
             self.stages = self._read([(name, m) for name, m in named if type(m) is not nn.Sequential])
         layers = [stage.layer for stage in self.stages]
         self._own = [(layer._parameters, layer.weight.shape, layer.weight.shape[:1]) for layer in layers]
