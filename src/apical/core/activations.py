@@ -157,12 +157,6 @@ def is_elementwise(module: nn.Module) -> bool:
     return entry is not None and entry.elementwise
 
 
-def needs_output_alone(activation: nn.Module) -> bool:
-    """Whether the derivative is known from the output."""
-    entry = known(activation)
-    return entry is not None and entry.from_output
-
-
 def derivative(activation: nn.Module, v: Tensor, r: Tensor) -> Tensor:
     """`phi'(v)`, of v's shape, given also `r = phi(v)`; at a kink the one-sided value that autograd takes."""
     entry = known(activation)

@@ -50,7 +50,8 @@ class Block:
     @property
     def like(self) -> Tensor:
         """A parameter of the layer, for its type and device: a weight that is computed has another type under autocast."""
-        return next(self.layer.parameters())
+        own = next((parameter for parameter in self.layer._parameters.values() if parameter is not None), None)
+        return next(self.layer.parameters()) if own is None else own
 
     @property
     def tail(self) -> tuple[nn.Module, ...]:

@@ -47,6 +47,7 @@ class Containers:
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module] = ()) -> None:
         self.model, self.names = model, {module: name for name, module in model.named_modules()}
+        self._held = [(module._modules, [*module._modules.values()]) for module in self.names]
         inside = {part for _, leaf in leaves(model) for part in leaf.modules()}
         told = [layer for layer in layers if is_written(layer)]
         containers = [(name, module) for name, module in model.named_modules() if module not in inside or module in told]
@@ -75,7 +76,8 @@ class Containers:
             self._found.require_shapes("the rule")
         if not compiling and torch._C._are_functorch_transforms_active():
             return  # no look at values there
-        if not compiling and (lost := self.names.keys() - set(self.model.modules())):
+        changed = not compiling and any([*now.values()] != then for now, then in self._held)
+        if changed and (lost := self.names.keys() - set(self.model.modules())):
             module = min(lost, key=self.names.__getitem__)
             raise UnsupportedModelError(
                 f"module {self.names[module]!r} ({type(module).__name__}) was taken out of the model after the rule was "

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
-from apical.core.activations import is_elementwise, needs_output_alone, pulled_back
+from apical.core.activations import Activation, known, pulled_back
 from apical.core.blocks import through
 from apical.core.credit import Root
 from apical.core.layers import computes_plainly, is_hooked
@@ -25,12 +27,14 @@ class Activity(NamedTuple):
         block: the block, where its gradients have a closed form; otherwise `made` has a graph.
         given: its input.
         v: before the activation; or `made` again, where the derivative is known from that: one array less to keep.
+        formulas: what is known of the block's activation.
     """
 
     made: Tensor
     block: "Taught | None" = None
     given: Tensor | None = None
     v: Tensor | None = None
+    formulas: Activation | None = None
 
 
 class Taught:
@@ -53,29 +57,42 @@ class Taught:
             given: the input.
             learns: whether the block may be taught afterwards.
         """
-        if learns and self.has_closed_form(given):
-            v = self.layer(given)
-            if self.activation is None:
-                return Activity(v, self, given, v)
-            made = self.activation(v)
-            return Activity(made, self, given, made if needs_output_alone(self.activation) else v)
+        formulas = self._formulas() if learns and self._is_closed(given) else None
+        if formulas is not None:
+            layer, phi = self.layer, self.activation
+            if every._has_any_global_hook():  # of whoever counts operations
+                v = layer(given)
+                made = v if phi is None else phi(v)
+            else:
+                own = layer._parameters
+                v = F.linear(given, cast(Tensor, own["weight"]), own.get("bias"))
+                made = v if phi is None else phi.forward(v)
+            return Activity(made, self, given, made if formulas.from_output else v, formulas)
         with torch.set_grad_enabled(learns):
             given = given.detach().clone() if _in_place(self.modules[0]) else given.detach()  # others read it too
             return Activity(through(self.modules, given))
 
-    def has_closed_form(self, given: Tensor) -> bool:
-        """Whether the gradients for this input are known without autograd: to be asked at every call.
+    def _is_closed(self, given: Tensor) -> bool:
+        """Whether the layer's gradients for this input are known without autograd: to be asked at every call.
 
-        Layer and activation must run their types' own forward, without hooks, on the layer's own weight.
+        The layer must run its type's own forward, without hooks, on its own weight.
         """
         if not self.is_dense or given.dim() != 2 or torch.compiler.is_compiling():
             return False
         if torch.is_autocast_enabled(given.device.type):  # autograd knows better there
             return False
-        if is_hooked(self.layer) or not computes_plainly(self.layer):
-            return False
+        return "weight" in self.layer._parameters and computes_plainly(self.layer) and not is_hooked(self.layer)
+
+    def _formulas(self) -> Activation | None:
+        """What is known of the activation, where it acts on each neuron alone and does no more than its own forward."""
         phi = self.activation
-        return phi is None or (is_elementwise(phi) and not (_in_place(phi) or is_hooked(phi)))
+        if phi is None:
+            return _NONE
+        formulas = None if _in_place(phi) or is_hooked(phi) else known(phi)
+        return formulas if formulas is not None and formulas.elementwise else None
+
+
+_NONE = Activation(nn.Identity.forward, from_output=True)
 
 
 def _in_place(module: nn.Module | None) -> bool:
@@ -102,15 +119,17 @@ class Teaching:
 
         To be called without gradient.
         """
-        made, block, given, v = activity
+        made, block, given, v, formulas = activity
         if block is None or given is None or v is None:
             if made.requires_grad:
                 self.roots.append((made, signal.view_as(made).to(made.dtype)))
             return
-        if block.activation is not None:
+        if formulas is not None and formulas.pulled_back is not None:
+            signal = formulas.pulled_back(block.activation, v, made, signal)
+        elif block.activation is not None:
             signal = pulled_back(block.activation, v, made, signal)
-        weight, bias = cast(nn.Linear, block.layer).weight, cast(nn.Linear, block.layer).bias
-        if weight.requires_grad:
+        weight, bias = block.layer._parameters["weight"], block.layer._parameters.get("bias")
+        if weight is not None and weight.requires_grad:
             self.roots.append((weight, signal.T @ given))
         if bias is not None and bias.requires_grad:
             self.roots.append((bias, signal.sum(0)))

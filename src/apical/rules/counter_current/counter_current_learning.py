@@ -48,7 +48,7 @@ from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.transport import geometry
 from apical.errors import ConfigError, require_choice, unknown_name
 from apical.rules.counter_current.codes import FreeCodes, draw_orthogonal, held
-from apical.rules.counter_current.mirror import Enlarge, facing, follow, mirrored
+from apical.rules.counter_current.mirror import Enlarge, facing, follow, mirrored, mirrors
 from apical.rules.counter_current.pairing import EPSILON, Pulled, cosine, inner, match, membership
 
 Pair = Literal["auto", "inner", "cosine", "match"]
@@ -132,6 +132,7 @@ class CounterCurrentLearning(CreditRule):
             raise ConfigError("pair='match' uses no class labels, so mask and feedback='free' do not apply")
         self.mask, self.input_pair = mask, input_pair
         self.feedback = nn.ModuleList(self._feedback(feedback, enlarge))
+        self._mirrors = mirrors(self.feedback)
         self._forth = [Taught(block.modules) for block in self.row[:-1]]
         self._back = [Taught(tuple(module) if isinstance(module, nn.Sequential) else (module,)) for module in self.feedback]
         top, like = self.row[-1].shape, self.row[-1].like
@@ -231,7 +232,7 @@ class CounterCurrentLearning(CreditRule):
         self.require_attached()
         targets = self._check(inputs, targets)
         self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
-        follow(self.feedback)
+        follow(self._mirrors)
         learns, teaching, levels = torch.is_grad_enabled(), Teaching(), self._levels
         with torch.no_grad():
             b = self._codes(targets, learns)
@@ -274,7 +275,7 @@ class CounterCurrentLearning(CreditRule):
             raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn at once; pass mask=False")
         if part.below is None:
             targets = self._check(inputs, targets)
-        follow(self.feedback)
+        follow(self._mirrors)
         first, last, teaching = part.levels.start, len(self.row), Teaching()
         pairs = [level for level in self._levels if first < level <= part.levels.stop or level == first == 0]
         a, b = {}, {}

@@ -54,19 +54,24 @@ def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | N
     return result
 
 
-def follow(feedback: nn.Module) -> None:
-    """Give the modules of a mirror image the class and the options that those which they mirror have by now."""
-    for module in feedback.modules():
-        own = module.__dict__.get("mirrors")
-        if own is None:
-            continue
+def mirrors(feedback: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The modules of a mirror image that have options, each with that which it mirrors."""
+    return [(module, module.__dict__["mirrors"]) for module in feedback.modules() if "mirrors" in module.__dict__]
+
+
+def follow(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    """Give modules of a mirror image the class and the options that those which they mirror have by now."""
+    for module, own in pairs:
         if type(module) is not type(own):
             module.__class__ = type(own)
-        module.__dict__.update((key, value) for key, value in own.__dict__.items() if _is_option(key, value))
+        here = module.__dict__
+        for name, value in own.__dict__.items():
+            if name[0] != "_" and here.get(name) is not value and _is_option(name, value):
+                here[name] = value
 
 
 def _is_option(name: str, value: object) -> bool:
-    return name not in ("training", "inplace") and name[0] != "_" and isinstance(value, bool | int | float | str | tuple)
+    return name not in ("training", "inplace") and isinstance(value, bool | int | float | str | tuple)
 
 
 def _is_activation(module: nn.Module) -> bool:
