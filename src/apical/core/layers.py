@@ -258,6 +258,8 @@ def is_hooked(module: nn.Module) -> bool:
     """
     if module._forward_hooks or module._forward_pre_hooks or _hears_errors(module):
         return True
+    if not (every._global_forward_hooks or every._global_forward_pre_hooks):
+        return False
     hooks = (*every._global_forward_hooks.values(), *every._global_forward_pre_hooks.values())
     return not all((getattr(hook, "__module__", None) or "").startswith("torch.utils.") for hook in hooks)
 
