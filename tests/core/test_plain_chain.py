@@ -356,6 +356,18 @@ def test_hooks_of_another_rule_keep_the_general_path(taken: list[PlainChain]) ->
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
+def test_functions_in_the_place_of_pytorchs_are_not_missed(
+    name: str, taken: list[PlainChain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, model, x, y = warm(name, taken)
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda h, weight, bias=None: linear(h.round(), weight, bias))
+    loss = rule(x, y).loss
+    assert not taken
+    assert torch.equal(loss.detach(), F.cross_entropy(model(x), y).detach())
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa"])
 def test_hooks_that_are_gone_by_now_stand_in_no_way(name: str, taken: list[PlainChain]) -> None:
     """The trainer counts operations of its first batches by hooks."""
     model = MODELS["flattened"]()

@@ -39,6 +39,14 @@ _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward  # type: ignore[attr-defined]
     for kind in (nn.Sequential, nn.Flatten, nn.Linear, *PULLED_BACK)
 }
+
+
+def _functions() -> tuple[object, ...]:
+    """What the modules' forward methods come to, and calls of modules; somebody may have put others in their place."""
+    return F.linear, F.relu, torch.tanh, torch.sigmoid, nn.Module.__call__
+
+
+_FUNCTIONS = _functions()
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 """Whether the backward pass under way leaves its graph for another; the oldest versions of PyTorch do not tell."""
 
@@ -159,7 +167,9 @@ class PlainChain:
             for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
                 if hooks and not hooks.keys() <= self._hooks:
                     return False
-        return not every._has_any_global_hook() and all([*now.values()] == then for now, then in self._children)
+        if every._has_any_global_hook() or _functions() != _FUNCTIONS:
+            return False
+        return all([*now.values()] == then for now, then in self._children)
 
     def _takes(self, inputs: object) -> bool:
         """Whether these are numbers (batch, ...) for the first layer, and no more than that."""
