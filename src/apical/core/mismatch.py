@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apical.core.stepping import Group, strided
+from apical.core.stepping import Group, direction, fingerprint
 from apical.errors import ConfigError
 
 TINY = 1e-30  # below this a coefficient only makes denormal numbers, which are slow
@@ -109,7 +109,7 @@ class Watch:
         optimizer: that moved it last.
         momentum: the optimiser's momentum of the weight after the last step.
 
-    The sum of all values is taken after each step and before the next, where the optimiser reads the weight anyway.
+    Its product with a fixed vector is taken after each step and before the next, where the optimiser reads it anyway.
     """
 
     optimizer: ref[Optimizer] | None = None
@@ -126,26 +126,26 @@ class Watch:
     def _bind(self) -> None:
         self.weight = self.parameter.detach()
         self._address = self.parameter.data_ptr()
-        self._values = strided(self.weight)
-        self._sample = self._values.clone()
-        self._sum = self._total()
+        self._direction = direction(self.weight)
+        plain = self.weight.is_contiguous() and self.weight.dtype is self._direction.dtype
+        self._rows = self.weight.view(len(self.weight), -1) if plain else None
+        self._print = self._fingerprint()
 
-    def _total(self) -> Tensor:
-        """Sum of all values, which tells a change of any of them."""
-        return self.weight.sum(dtype=torch.promote_types(self.weight.dtype, torch.float32))
+    def _fingerprint(self) -> Tensor:
+        """One number a row, which tell a change of any value."""
+        return fingerprint(self.weight, self._direction) if self._rows is None else torch.mv(self._rows, self._direction)
 
     def stepped(self) -> None:
         """The optimiser moved the weight: the feedback follows."""
         if self.parameter.data_ptr() != self._address or self.parameter.dtype != self.weight.dtype:
             self._bind()
-        self._sample.copy_(self._values)
-        self._sum = self._total()  # first, while the optimiser's step has left the weight in the cache
+        self._print = self._fingerprint()  # first, while the optimiser's step has left the weight in the cache
         self.mismatch.follow(self.weight)
         self._version = self.parameter._version
         self.steps += 1
 
     def moved(self) -> bool:
-        """Whether anything else moved it since: by its version, a few values and the sum; at first and now and then by all.
+        """Whether anything else moved it since: by its version and its fingerprint; at first and now and then by all values.
 
         Raises:
             ConfigError: on an accelerator, where values are compared without waiting, it was seen too late.
@@ -168,6 +168,6 @@ class Watch:
 
     def _differs(self) -> bool:
         if self._careful:
-            return not (torch.equal(self._sample, self._values) and torch.equal(self._sum, self._total()))
-        self._missed.logical_or_((self._sample != self._values).any() | (self._sum != self._total()))
+            return not torch.equal(self._print, self._fingerprint())
+        self._missed.logical_or_((self._print != self._fingerprint()).any())
         return False
