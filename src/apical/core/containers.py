@@ -93,12 +93,13 @@ class Containers:
             "a hook, a forward, a new child, a conversion of dtype, or a choice in its forward (an attribute, "
             "numbers of the batch, chance), which this rule does not see; make it a module of its own, and the rule then"
         )
-        modes = [module.training for module in touched]
+        fresh = [] if compiling else [module for module in self.model.modules() if module not in self.names]  # dropout?
+        modes = [(module, module.training) for module in (*touched, *fresh)]
         devices = [inputs.device] if inputs.is_cuda else []
         kept = nullcontext() if compiling else torch.random.fork_rng(devices)
         with evaluating(self.model), torch.no_grad(), kept:
             expected = own(inputs.clone()) if compiling else self._take(own, inputs, message)
-            for module, mode in zip(touched, modes, strict=True):
+            for module, mode in modes:
                 module.training = mode
             output = self.model(inputs.clone())
         fits = isinstance(output, Tensor) and output.shape == expected.shape

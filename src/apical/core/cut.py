@@ -254,11 +254,13 @@ class CutRule(CreditRule):
             raise ConfigError(f"the batch is empty: inputs have the shape {tuple(inputs.shape)}; leave it out")
         if self.where == "activation" and self._separation is None:
             self._trace(inputs)
+            if torch.compiler.is_compiling():
+                self._look(inputs)
         output, done = self._cut_pass(inputs, self.takes_signals)
         if not tensors(output):
             raise _no_tensor(type(self).__name__, output)
         if self.where == "activation" and not self._is_right(output, done):
-            output, done = self._retried(inputs, output, done)
+            output, done = self._retried(inputs, output, done, self.takes_signals)
         self.readers.update((cut.name, cut.reader) for cut in done.cuts if cut.reader)
         if not self._idle:
             return output, done.cuts, done.teacher
@@ -293,6 +295,12 @@ class CutRule(CreditRule):
                         f"{type(self).__name__} sends no exact error there; detach it, or leave it out of the loss"
                     )
 
+    @eagerly
+    def _look(self, inputs: Tensor) -> None:
+        """Cut once outside of a graph that is being compiled, in which nobody sees errors go round the cuts."""
+        with undisturbed(self.model):
+            self._retried(inputs, *self._cut_pass(inputs, False), False)
+
     def _is_right(self, output: Any, done: Pass) -> bool:
         """Whether no error goes round the cuts of a pass: its calls were seen before, and so was what the output reaches."""
         sequence = (self.model.training, *done.events)
@@ -304,16 +312,17 @@ class CutRule(CreditRule):
         )
 
     @eagerly
-    def _retried(self, inputs: Tensor, output: Any, done: Pass) -> tuple[Any, Pass]:
+    def _retried(self, inputs: Tensor, output: Any, done: Pass, takes_signals: bool) -> tuple[Any, Pass]:
         """The pass itself, if its cuts turn out to be right, or another one with further cuts.
 
         Raises:
             UnsupportedModelError: each pass takes a path of its own.
         """
-        if self.takes_signals:
+        if takes_signals:  # as the caller is compiled, which this method is not
             raise UnsupportedModelError(
-                "the model called its layers in an order not seen before, inside a function transform or a compiled "
-                "graph; call the rule on such a batch outside first"
+                "the model called its layers and activations in an order not seen before, inside a function transform or a "
+                "compiled graph: call the rule on such a batch outside first; and where a graph does not tell of an "
+                "activation, as of torch.relu_(x), write x.relu_()"
             )
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):
@@ -326,6 +335,11 @@ class CutRule(CreditRule):
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.data.copy_(value)  # as after the first of these passes
+        if done.on_view is not None:
+            raise UnsupportedModelError(
+                f"the activation at {done.on_view!r} works in place on a view (view, chunk, a slice), which goes on with "
+                "its past beside the cut; go on with what the activation returns, or use one that is not in place"
+            )
         raise UnsupportedModelError(
             "the model takes another path at each call, and on none of them is the error known to stay within its units; "
             "make the path depend on the inputs or on PyTorch's random numbers, or name further cuts: units=('NAME', ...)"

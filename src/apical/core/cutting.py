@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from apical.core.activations import is_activation
 from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, PRODUCTS, Calls
@@ -19,6 +19,8 @@ from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
 from apical.core.graph import Vertex, vertex
 from apical.core.layers import is_packed, refuse_backward_hooks
+from apical.core.outputs import parts, tensors
+from apical.core.outside_use import refuse_derivatives
 from apical.core.rows import Rows
 from apical.core.signals import Cut, Teacher, TeachingSignal
 from apical.errors import UnsupportedModelError
@@ -56,12 +58,6 @@ def is_part_of(point: str, module: str) -> bool:
 def is_inside(name: str, modules: Collection[str]) -> bool:
     """Whether a module lies within one of others."""
     return any(name.startswith(f"{module}.") for module in modules)
-
-
-def parts(name: str, output: Any) -> list[tuple[str, Tensor]]:
-    """Tensors of real numbers that a layer returns, by name: the first has the layer's."""
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [(f"{name}:{number}" if number else name, part) for number, part in enumerate(leaves)]
 
 
 class Cutting:
@@ -157,8 +153,7 @@ class Cutting:
     def _folds_apart(now: "Trace", output: Any) -> bool:
         """Whether the output's rows are moved, or some unit has its places folded into rows and the output has not."""
         folded: set[int] = set()
-        parts = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.is_floating_point()]
-        moved = any([now.rows is not None and now.rows.moves(part, folded) for part in parts])
+        moved = any([now.rows is not None and now.rows.moves(part, folded) for part in tensors(output)])
         return moved or bool(now.folds - folded)
 
     def cut_pass(self, inputs: Any, plain: bool, run: Callable[[Any], Any] | None = None) -> tuple[Any, "Pass"]:
@@ -221,6 +216,7 @@ class Pass:
         self.calls_of: dict[Vertex, int] = {}
         self.near: str | None = None  # the last weighted layer
         self.single = 0  # axes of its output, if that is of one sample
+        self.on_view: str | None = None  # a cut at a view that was changed in place, and keeps its past
         self.last: Tensor | None = None  # what came out of the last cut
         self.version = 0  # of that tensor then
         self.at: Vertex | None = None  # and what went in
@@ -306,7 +302,7 @@ class Pass:
             return result if hidden is None else hidden
         self.applied(function, args)
         name = self.called(function)
-        if name in cutting.bases:
+        if name in cutting.bases and isinstance(result, Tensor):
             name = self.number(name)
             if name in cutting.points and not self.is_cut(result):
                 return self.cut(name, result, bool(args) and result is args[0])
@@ -316,8 +312,8 @@ class Pass:
         """A layer whose weight a function applies, `F.linear(x, layer.weight)`, which is near as if it were called."""
         layer = None
         if getattr(function, "__name__", "") in PRODUCTS:
-            tensors = [part if part._base is None else part._base for part in args if isinstance(part, Tensor)]
-            layer = next((self.cutting.weights[id(t)] for t in tensors if id(t) in self.cutting.weights), None)
+            given = [part if part._base is None else part._base for part in args if isinstance(part, Tensor)]
+            layer = next((self.cutting.weights[id(t)] for t in given if id(t) in self.cutting.weights), None)
             self.near = layer or self.near
         return layer
 
@@ -337,18 +333,20 @@ class Pass:
         if hidden.is_nested:
             raise UnsupportedModelError(f"the unit at {name!r} makes a nested tensor, which no rule with cuts takes; pad it")
         root = hidden
+        if in_place and hidden.requires_grad and hidden._base is not None:
+            self.on_view, in_place = self.on_view or name, False
+        ends = in_place and hidden.requires_grad  # for whoever holds the tensor that was changed in place
         if not self.plain:
             root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))
+        elif ends:
+            root = hidden.clone()
         self.events.append(name)
         rows = None if self.rows is None else self.rows.of(hidden)
         self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, self._axis(hidden.shape), rows))
         if torch.compiler.is_compiling():
-            return hidden.detach()
+            return hidden.detach_() if ends else hidden.detach()
         self.at = vertex(hidden)
-        if in_place and not self.plain and hidden.requires_grad and not hidden._is_view():
-            self.last = hidden.detach_()  # whoever holds the tensor that was changed in place
-        else:
-            self.last = sever(hidden)
+        self.last = hidden.detach_() if ends else sever(hidden)
         if self.learns:
             self.version = self.last._version
         return self.last
@@ -440,16 +438,19 @@ class Trace(Pass):
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
+        refuse_derivatives(function, args, {at[0]: name for name, at in self.sites if at is not None})
         if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
         name = self.called(function)
         layer = self.applied(function, args)
         if function in FUNCTIONS and not self.cutting.skips_activations:
             self.activation(name, result, None)
-        elif isinstance(result, Tensor) and result.grad_fn is not None:
+            return result
+        number = self.number(name) if isinstance(result, Tensor) else name  # counted with or without a graph
+        if isinstance(result, Tensor) and result.grad_fn is not None:
             at = cast(Vertex, vertex(result))
             self._note_fed(result)
-            self.calls.append(Call("function", self.number(name), name, at, shape=tuple(result.shape)))
+            self.calls.append(Call("function", number, name, at, shape=tuple(result.shape)))
             kind = getattr(function, "__name__", "")
             if layer is not None:
                 self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[layer]))

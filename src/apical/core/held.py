@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 
 TOUCHED = "something beside the optimiser reads or writes it, as averages of rule.parameters() do"
 ABOUT = {
-    *("grad", "requires_grad", "requires_grad_", "grad_fn", "is_leaf", "retains_grad", "output_nr", "_version", "_base"),
+    *(
+        "grad",
+        "backward",
+        "requires_grad",
+        "requires_grad_",
+        "grad_fn",
+        "is_leaf",
+        "retains_grad",
+        "output_nr",
+        "_version",
+        "_base",
+    ),
     *("_backward_hooks", "_post_accumulate_grad_hooks", "register_hook", "register_post_accumulate_grad_hook", "_is_view"),
     *("shape", "size", "dim", "ndim", "numel", "nelement", "stride", "storage_offset", "layout", "is_contiguous", "nbytes"),
     *("dtype", "element_size", "itemsize", "is_floating_point", "is_complex", "is_sparse", "is_sparse_csr", "is_quantized"),

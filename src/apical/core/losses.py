@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apical.core.credit import CreditRule, Loss, Root
 from apical.errors import ConfigError
@@ -60,8 +60,13 @@ def loss_and_errors(loss: Callable[[list[Tensor]], Tensor], parts: list[Tensor],
         with torch.inference_mode(False):  # whose tensors have no gradients
             return loss_and_errors(loss, [part.clone() for part in parts], traced)
     leaves = [part.detach().requires_grad_() for part in parts]
-    with torch.enable_grad():
-        value = loss(leaves)
+    try:
+        with torch.enable_grad():
+            value = loss(leaves)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad is being used in an in-place" in str(error):
+            raise _in_place() from error
+        raise
     if not value.requires_grad:
         raise _independent()
     learned = value.grad_fn is not None and _reaches_others(value.grad_fn, leaves)
@@ -79,14 +84,28 @@ def usable(targets: Any) -> Any:
         return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, targets)
 
 
+def _in_place() -> ConfigError:
+    return ConfigError("the loss changes the output in place, which the rule still needs; let it work on output.clone()")
+
+
 def _independent() -> ConfigError:
     return ConfigError("the loss does not depend on the output in a way that autograd can follow; do not detach it there")
 
 
 def value_at(loss: Loss, output: Any, targets: Tensor) -> Tensor:
-    """Loss of an output whose graph is left out; it requires a gradient if and only if it holds terms with parameters."""
+    """Loss of an output whose graph is left out; it requires a gradient if and only if it holds terms with parameters.
+
+    Raises:
+        ConfigError: the loss changes the output in place.
+    """
+    looks = not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+    parts = [part for part in tree_leaves(output) if isinstance(part, Tensor) and not part.is_inference()] if looks else []
+    versions = [part._version for part in parts]
     with torch.enable_grad():
-        return loss(tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, output), targets)
+        value = loss(tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, output), targets)
+    if [part._version for part in parts] != versions:
+        raise _in_place()
+    return value
 
 
 def terms(value: Tensor) -> list[Root]:

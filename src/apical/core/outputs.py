@@ -23,6 +23,11 @@ def tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def parts(name: str, output: Any) -> list[tuple[str, Tensor]]:
+    """Tensors of real numbers that a layer returns, by name: the first has the layer's."""
+    return [(f"{name}:{number}" if number else name, part) for number, part in enumerate(tensors(output))]
+
+
 def detached(output: Any) -> Any:
     """The same values without a graph; a compiled graph, which does not return two views of one tensor, copies them."""
     copies = torch.compiler.is_compiling()

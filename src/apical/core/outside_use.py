@@ -1,9 +1,11 @@
-"""Weights of layers that a model also multiplies activities with outside the layers, where no feedback can be attached."""
+"""What a model does with its layers outside their calls, where no feedback can be attached: multiply, and differentiate."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from apical.errors import UnsupportedModelError
@@ -14,6 +16,8 @@ PRODUCTS = {
     *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
 }
 """Names of the functions by which an error passes from one population to another."""
+
+DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
 class OutsideUse(TorchFunctionMode):
@@ -29,16 +33,21 @@ class OutsideUse(TorchFunctionMode):
         self.rule, self.inside = rule, 0
         self.found: tuple[str, str] | None = None
         self.made = {id(weight): (name, weight) for name, weight in weights.items()}  # weights, and what is made of them
+        self.calls: dict[Node, str] = {}  # of layers, by what made their output
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
         """The rule's own, during which nothing is outside."""
         self.inside += 1
         try:
-            return self.rule.call_layer(site, *args, **kwargs)
+            output = self.rule.call_layer(site, *args, **kwargs)
+            self.calls |= {part.grad_fn: site.name for part in _tensors((output,)) if part.grad_fn is not None}
+            return output
         finally:
             self.inside -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in DERIVATIVES and not self.inside:
+            refuse_derivatives(func, args, self.calls)
         result = func(*args, **(kwargs or {}))
         if not self.inside:
             tensors = list(_tensors((*args, *(kwargs or {}).values())))
@@ -62,6 +71,33 @@ class OutsideUse(TorchFunctionMode):
                 f"the weight of layer {name!r} is also used outside the layer, by {function}, where the error would pass "
                 f"through the weight itself; use a layer of its own there, or pass exact=({name!r},)"
             )
+
+
+def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node, str]) -> None:
+    """Refuse a model that differentiates through its own layers on its way forward: a rule sends down something else there.
+
+    Args:
+        function: what the model calls, with which positional arguments.
+        calls: layers, by the node of autograd's graph that made their output.
+
+    Raises:
+        UnsupportedModelError: names the layer.
+    """
+    if function not in DERIVATIVES:
+        return
+    waiting: list[Node | None] = [tensor.grad_fn for tensor in _tensors(args[:1])]
+    seen: set[Node | None] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node in calls:
+            raise UnsupportedModelError(
+                f"the model takes a derivative through layer {calls[node]!r} in its own forward pass "
+                f"({function.__name__}), and what a rule sends down there is none; use Backprop, or pass "
+                f"exact=({calls[node]!r},)"
+            )
+        if node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions] if node is not None else []
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -221,6 +221,7 @@ class PlasticRule(EdgeRule):
                 steps.open(name, FROZEN)
             else:
                 steps.require(name)
+        steps.hear()
         self._one_matrix = not self.has_pathway()
 
     def has_pathway(self) -> bool:

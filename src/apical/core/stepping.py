@@ -130,6 +130,8 @@ class Arrival:
         fresh: set at every arrival; the observer of steps clears it.
         watched: the weight's own gradient is told apart from others since the last step (:func:`noted`).
         foreign: others have arrived.
+        waits: a forward pass may have been made in closed form, and R is explicit by now.
+        lost: a gradient has arrived since, and none for R.
         arrived: how many since the last step of an optimiser.
         moves: arrivals that found the weight moved; :meth:`stepped` clears it.
     """
@@ -140,14 +142,14 @@ class Arrival:
         self.fresh = False
         self.moves, self.arrived, self._version = 0, 0, -1
         self._weight: Tensor | None = None
-        self.watched = self.foreign = self._unknown = False
+        self.watched = self.foreign = self._unknown = self.waits = self.lost = False
         self._own: Tensor | None = None
         self._restarts = False
         self._sample: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> None:
         """Called by autograd once the gradient of one backward pass has been added."""
-        self.fresh = True
+        self.fresh, self.lost = True, self.lost or self.waits
         self.arrived += 1
         values = strided(weight) if self.arrived > 3 else None
         moved = values is not None and self._weight is not None and not torch.equal(values, self._weight)
@@ -166,7 +168,7 @@ class Arrival:
     def stepped(self) -> None:
         """An optimiser takes a step."""
         self.moves = self.arrived = 0
-        self.watched = self.foreign = self._unknown = False
+        self.watched = self.foreign = self._unknown = self.waits = self.lost = False
 
     def watch(self) -> None:
         """From here on every gradient of the rule is announced; one that has arrived before is another's."""

@@ -194,6 +194,7 @@ class Steps:
             if rule.mismatch_of(name) is not None:
                 self._keep_closed(name, optimizer, group, other, hooked)
             else:
+                self._restore_what_was_lost(name)
                 self._count_steps_alone(name, group, other)
                 if rule.form == "auto" and name not in rule.reasons:
                     self._decide(name, optimizer, group, other)
@@ -227,6 +228,32 @@ class Steps:
         self._moving.clear()
         self._passes.clear()
         self.sharing.begin()
+
+    def hear(self) -> None:
+        """A forward pass begins, in which every explicit R has a gradient of its own."""
+        for arrival in self._arrivals.values():
+            arrival.waits = False
+
+    def _restore_what_was_lost(self, name: str) -> None:
+        """Make R's gradient of the weight's, where a backward pass began in closed form and ended in the explicit one.
+
+        Raises:
+            ConfigError: the weight's is not this rule's alone.
+        """
+        arrival = self._arrivals.get(name)
+        if arrival is None or not arrival.lost:
+            return
+        rule, plastic, weight = self.rule, self.rule.plastic_of(name), self.rule.layers[name].weight
+        expected = None if weight.grad is None else rule.from_weight(name, weight.grad)
+        if expected is None or (plastic.grad is not None and _equal(plastic.grad, expected)):
+            return
+        if plastic.grad is not None or arrival.foreign or not arrival.untouched(cast(Tensor, weight.grad)):
+            raise ConfigError(
+                f"the feedback of layer {name!r} was read or written between a forward pass and its backward pass, in which "
+                f"{type(rule).__name__} in closed form has no gradient for it: do so before the rule is called or after "
+                'backward(), or build the rule with form="explicit"'
+            )
+        plastic.grad = expected
 
     def _count_steps_alone(self, name: str, group: Group | None, other: Group | None) -> None:
         plastic, weight = self.rule.plastic_of(name), self.rule.layers[name].weight
@@ -395,14 +422,15 @@ class Steps:
         del rule._mismatches()[key(name)]
         rule.unsettle(name)
         rule.reasons[name] = reason
+        if name in self._arrivals:
+            self._arrivals[name].waits = name in rule._called  # for a backward pass that was not asked for R's gradient
 
     def _explicit(self, name: str, mismatch: Mismatch, weight: Tensor, optimizer: Optimizer | None) -> None:
         rule, plastic = self.rule, self.rule.plastic_of(name)
         fill(plastic, rule.from_weight(name, mismatch.feedback))
-        own = rule.layers[name]._parameters.get("weight")
-        gradient = (weight if own is None else own).grad
-        if gradient is not None:
-            plastic.grad = rule.from_weight(name, gradient)
+        held = cast(Tensor, rule.layers[name]._parameters.get("weight", weight))
+        if held.grad is not None and any(own is held for own in rule.layers[name].parameters()):  # not a former one's
+            plastic.grad = rule.from_weight(name, held.grad)
         buffer = None if optimizer is None else momentum_of(optimizer, weight)
         if optimizer is not None and buffer is not None:
             optimizer.state[plastic]["momentum_buffer"] = rule.from_weight(name, mismatch.drift().add_(buffer))

@@ -208,7 +208,7 @@ class LocalSolve(WrappedRule):
 
     def _attach(self) -> None:
         for name, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(LayerHook(self, name, _note), with_kwargs=True))
+            self._hooks.append(layer.register_forward_hook(LayerHook(self, name, _note), with_kwargs=True))
             self._hooks.append(layer.register_forward_hook(LayerHook(self, name, _watch)))
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -375,8 +375,8 @@ def _watch(rule: LocalSolve, name: str, layer: nn.Module, args: Any, output: Any
     node.register_prehook(keep)
 
 
-def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep what a layer is given while the rule is called."""
+def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Keep what a layer is given while the rule is called, as whatever hooks it has have left it."""
     if rule._problems is None:
         return
     refuse_checkpointing(name)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from apical.core.activations import complex_parts, derivative
 from apical.core.chain import Chain, Stage
-from apical.core.credit import Root
+from apical.core.credit import Loss, Root
 from apical.core.local import outer, summed
 from apical.core.losses import wanted
 from apical.core.noise import normal
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
-from apical.errors import UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.equilibrium.holomorphic import HOLOMORPHIC, pooled, unpooled
 from apical.rules.equilibrium.phases import Phases
 
@@ -199,7 +199,7 @@ class EquilibriumNetwork:
             error = HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
         else:
             rows = targets.repeat(len(output) // batch, *[1] * (targets.dim() - 1))
-            error = torch.func.grad(lambda out: loss(out, rows))(output) * len(output)  # per sample, not of the mean
+            error = _derivative(loss, output, rows) * len(output)  # per sample, not of the mean
         if not isinstance(activation, nn.Identity):
             error = _before_activation(activation, top, error.view_as(top), q * batch)
         return error.view(-1, batch, *output.shape[1:])
@@ -210,6 +210,23 @@ class EquilibriumNetwork:
         if self.reader is None:
             return push
         return pulled(self.reader, self.reader.layer.weight, push, s[-1], len(beta.im) * error.shape[1])
+
+
+def _derivative(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
+    """`de/d output`, in words of the user's where `torch.func` cannot follow the loss.
+
+    Raises:
+        ConfigError: the loss changes what it is given or keeps, or calls an autograd function in the old style.
+    """
+    try:
+        return torch.func.grad(loss)(output, targets)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "in-place" in str(error) or "functorch" in str(error):
+            raise ConfigError(
+                "equilibrium propagation differentiates the loss by torch.func.grad, which does not follow this one: it may "
+                f"change no tensor in place, and an autograd.Function needs setup_context ({str(error).splitlines()[0]})"
+            ) from error
+        raise
 
 
 def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
