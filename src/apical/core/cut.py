@@ -255,7 +255,7 @@ class CutRule(CreditRule):
         if self.where == "activation" and self._separation is None:
             self._trace(inputs)
             if torch.compiler.is_compiling():
-                self._look(inputs)
+                self._verify_cuts(inputs)
         output, done = self._cut_pass(inputs, self.takes_signals)
         if not tensors(output):
             raise _no_tensor(type(self).__name__, output)
@@ -296,7 +296,7 @@ class CutRule(CreditRule):
                     )
 
     @eagerly
-    def _look(self, inputs: Tensor) -> None:
+    def _verify_cuts(self, inputs: Tensor) -> None:
         """Cut once outside of a graph that is being compiled, in which nobody sees errors go round the cuts."""
         with undisturbed(self.model):
             self._retried(inputs, *self._cut_pass(inputs, False), False)

@@ -71,6 +71,7 @@ class Cutting:
         bases: names of function calls among the points, without "#k".
         inside: names of activation calls within a unit, where there is no cut.
         tail: names of activation calls behind the last weighted layer.
+        beside: those of them that some layer was called after, with that layer: it leads to another output.
         skips_activations: units end at the points only.
         heard: "functions", once some cut is at a function's call.
         moves_rows: whether rows of some unit are not those of the batch.
@@ -87,7 +88,7 @@ class Cutting:
         self.points: set[str] = set()
         self.bases: set[str] = set()
         self.inside: set[str] = set()
-        self.tail: set[str] = set()
+        self.tail, self.beside = set[str](), set[tuple[str, str]]()
         self.skips_activations = False
         self.heard: set[str] = set()
         self.moves_rows = False
@@ -347,8 +348,7 @@ class Pass:
             return hidden.detach_() if ends else hidden.detach()
         self.at = vertex(hidden)
         self.last = hidden.detach_() if ends else sever(hidden)
-        if self.learns:
-            self.version = self.last._version
+        self.version = self.last._version if self.learns else 0
         return self.last
 
     def is_cut(self, output: Any) -> bool:

@@ -41,6 +41,7 @@ class Separation(NamedTuple):
         patterns: how errors reach the sites then.
         paths: for each call of a weighted layer, the units whose errors reach it and a layer that they pass, or None.
         shares: for each cut, into how many parts averages above it divide an error.
+        heard: for each cut, the weighted layers that hear it; parameters of other modules where there are none.
         sizes: of each cut's output, one sample; () where places may be many.
         idle: cuts on which the model's output does not depend: the model has detached what was made of them.
     """
@@ -49,6 +50,7 @@ class Separation(NamedTuple):
     patterns: set[Pattern]
     paths: dict[str, list[tuple[list[str], str | None]]]
     shares: dict[str, float]
+    heard: dict[str, frozenset[str]]
     sizes: dict[str, tuple[int, ...]]
     idle: set[str]
 
@@ -63,17 +65,13 @@ def base(name: str) -> str:
 
 
 def first_uses(separation: Separation) -> dict[str, str]:
-    """Units that are used again, as at each step of a recurrent network: for each, the first of its size with its layers.
+    """Units that are used again, as at each step of a recurrent network: for each, the first of its size that they hear.
 
     An activation module that several layers share makes different units.
     """
-    layers: dict[str, set[str]] = {unit: set() for unit in separation.units}
-    for layer, calls in separation.paths.items():
-        for unit in (unit for above, _ in calls for unit in above if unit in layers):
-            layers[unit].add(layer)
     firsts: dict[Any, str] = {}
-    sizes = separation.sizes
-    return {unit: firsts.setdefault((base(unit), frozenset(layers[unit]), sizes[unit]), unit) for unit in separation.units}
+    heard, sizes = separation.heard, separation.sizes
+    return {unit: firsts.setdefault((base(unit), heard.get(unit) or unit, sizes[unit]), unit) for unit in separation.units}
 
 
 def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: bool, mends: bool) -> Separation:
@@ -101,8 +99,7 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
 
 def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
     """Whether errors reach every site of a pass with cuts in a way that was found to be right."""
-    last = max((i for i, event in enumerate(done.events) if event in cutting.layers), default=0)
-    if not cutting.tail.isdisjoint(event.removeprefix("~") for event in done.events[:last]):
+    if not cutting.beside.issuperset(_beside(cutting, [event.removeprefix("~") for event in done.events])):
         return False
     roots = {at: cut.name for cut in done.cuts if (at := vertex(cut.root)) is not None}
     output = [at for at in map(vertex, outputs) if at is not None]
@@ -118,6 +115,17 @@ def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: se
         if (len(units) > 1 or merged) and _pattern(name, units, merged) not in patterns:
             return False
     return True
+
+
+def _beside(cutting: Cutting, events: Iterable[str]) -> set[tuple[str, str]]:
+    """Activations without a unit, each with a layer that was called later: one of another output."""
+    pairs, tail = set(), list[str]()
+    for event in events:
+        if event in cutting.tail:
+            tail.append(event)
+        elif event in cutting.layers:
+            pairs.update((activation, event) for activation in tail)
+    return pairs
 
 
 def _are_own(units: list[str], layer: str) -> bool:
@@ -191,6 +199,8 @@ class _Search:
         activations = [call for call in trace.calls if call.kind == "activation" and not call.first]
         cutting.inside |= {call.name for call in activations if call.at in self.still}
         cutting.tail = self._tail()
+        calls = (call.name if call.kind == "activation" else call.base for call in trace.calls if call.kind != "function")
+        cutting.beside |= _beside(cutting, calls)
         self.names: dict[Vertex, str] = {}
         for kind in ("module", "function"):
             for call in trace.calls:
@@ -219,7 +229,8 @@ class _Search:
         graph, calls = self.graph, self.trace.calls
         below: set[Vertex] = set()
         for at in graph.order:
-            if at in below or at in self.weighted:
+            applied = at[0].name() in PRODUCTS and not self.still.isdisjoint(graph.children[at])  # a weight that layers made
+            if at in below or at in self.weighted or applied:
                 below.update(graph.children[at])
         last = max((i for i, call in enumerate(calls) if call.kind == "layer"), default=-1)
         activations = [(i, call) for i, call in enumerate(calls) if call.kind == "activation"]
@@ -291,12 +302,16 @@ class _Search:
         """What was found."""
         patterns: set[Pattern] = set()
         paths: dict[str, list[tuple[list[str], str | None]]] = {}
+        listeners: dict[str, dict[bool, set[str]]] = {call.name: {True: set(), False: set()} for call in self.marks.values()}
         for at, name in self.sites.items():
             reach = reached.at(at)
             passed = reach.merged if at in self.weighted and self.trace.is_merged(at, reach.merged) else None
             merged = self.weighted[passed] if passed is not None else None
             units = sorted(OUTPUT if root is None else self.marks[root].name for root in reach.roots)
             patterns.add(_pattern(name, units, merged is not None))
+            for unit in units:
+                if unit != OUTPUT:
+                    listeners[unit][at in self.weighted].add(name)
             if at in self.weighted:
                 paths.setdefault(name, []).append((units, merged))
         ends = [call for call in self.trace.calls if self._ends(call)]
@@ -307,8 +322,9 @@ class _Search:
         shares = self.graph.shares(self.output, self.trace.shrinkage)
         parts = {call.name: shares.get(call.at, 1.0) for call in ends if call.at is not None}
         sizes = {call.name: tuple(call.shape[1:] if len(call.shape) == 2 else ()) for call in ends}
+        heard = {unit: frozenset(by[True] or by[False]) for unit, by in listeners.items()}
         idle = {call.name for call in ends if call.at is not None and call.at not in self.graph.children}
-        return Separation([call.name for call in ends], patterns, paths, parts, sizes, idle)
+        return Separation([call.name for call in ends], patterns, paths, parts, heard, sizes, idle)
 
 
 def _point(call: Call) -> str:

@@ -216,6 +216,8 @@ class CorInfoMax(CreditRule):
         return self._free(self.chain.enter(inputs)).r[-1]
 
     def _free(self, x: Tensor) -> Layers:
+        if x.dim() != 2:
+            raise UnsupportedModelError(f"CorInfoMax takes samples of one axis, (batch, inputs), not {tuple(x.shape)}")
         u = [x.new_zeros(len(x), stage.size) for stage in self.chain.stages]
         start = Layers(u, list(u), [x.new_zeros(len(x), 1) for _ in self.sparse])
         return self.settle(x, start, self.free_steps)

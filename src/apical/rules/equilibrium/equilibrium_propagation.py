@@ -272,7 +272,7 @@ class EquilibriumPropagation(CreditRule):
         weight = self.chain.like
         require_precision(type(self).__name__, weight)
         require_one_type(type(self).__name__, weight, self.back)
-        x = self.chain.enter(inputs)
+        x = self.chain.enter(inputs).resolve_neg()  # of which new tensors cannot be made
         free = self._free(x, noisy=True)
         if not torch.compiler.is_compiling() and not free.residual.isfinite():
             finite = x.isfinite().all() and all(stage.layer.weight.isfinite().all() for stage in self.chain.stages)
