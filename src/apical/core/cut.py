@@ -319,10 +319,15 @@ class CutRule(CreditRule):
             UnsupportedModelError: each pass takes a path of its own.
         """
         if takes_signals:  # as the caller is compiled, which this method is not
+            known = [] if self._separation is None else self._separation.units
+            missed = ", ".join(sorted({base(unit) for unit in known} - {base(cut.name) for cut in done.cuts}))
             raise UnsupportedModelError(
-                "the model called its layers and activations in an order not seen before, inside a function transform or a "
-                "compiled graph: call the rule on such a batch outside first; and where a graph does not tell of an "
-                "activation, as of torch.relu_(x), write x.relu_()"
+                "the model called its layers in an order not seen before, inside a function transform or a compiled graph; "
+                + (
+                    f"where such a graph does not tell of {missed}, use modules, or do not compile the rule; else "
+                    * bool(missed)
+                )
+                + "call the rule on such a batch outside first"
             )
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):

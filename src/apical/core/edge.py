@@ -25,7 +25,7 @@ from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
 from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly, is_affine, is_local, through
-from apical.core.outside_use import OutsideUse
+from apical.core.outside_use import OutsideUse, fault_of, refuse
 from apical.core.packed import Part, block_of, caller, refuse_compiled, row_blocks, xavier_
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options_of, trains_before
 from apical.core.swap import Swap
@@ -61,6 +61,7 @@ class EdgeRule(CreditRule):
 
     chains_errors = True
     renews: bool = False  # every call has feedback of its own
+    fault_of = fault_of
 
     def __init__(
         self,
@@ -112,10 +113,7 @@ class EdgeRule(CreditRule):
         hold = Attachment(self, [*plain.values(), *owners])
         self._hooks.append(hold)
         self._sites = {
-            name: (
-                wrapped,
-                Site(name, wrapped, Swap(layer, partial(self._kept, name)) if name in self.layers else None),
-            )
+            name: (wrapped, Site(name, wrapped, Swap(layer, partial(self._kept, name)) if name in self.layers else None))
             for (name, layer), wrapped in zip(plain.items(), hold.wrapped, strict=False)
         }
         names = {module: name for name, module in self.model.named_modules()}
@@ -300,8 +298,10 @@ class EdgeRule(CreditRule):
     def _run(self, inputs: Tensor) -> Any:
         """The model's output, with this rule at work."""
         refuse_compiled(type(self).__name__, self._loops)
-        substitutes = self.substitutes()
         compiling = torch.compiler.is_compiling()
+        if compiling and isinstance(inputs, Tensor) and (fault := self.fault_of(inputs)):
+            refuse(fault)
+        substitutes = self.substitutes()
         watch = None
         if not compiling:
             self._passes += 1

@@ -17,7 +17,8 @@ PRODUCTS = {
 }
 """Names of the functions by which an error passes from one population to another."""
 
-DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+DERIVATIVES = ("grad", "backward")
+"""Names of the functions that differentiate (attributes of tensors are named "__get__")."""
 
 
 class OutsideUse(TorchFunctionMode):
@@ -46,7 +47,7 @@ class OutsideUse(TorchFunctionMode):
             self.inside -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in DERIVATIVES and not self.inside:
+        if not self.inside and getattr(func, "__name__", "") in DERIVATIVES:
             refuse_derivatives(func, args, self.calls)
         result = func(*args, **(kwargs or {}))
         if not self.inside:
@@ -73,6 +74,50 @@ class OutsideUse(TorchFunctionMode):
             )
 
 
+class _Plainly:
+    def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
+        return site.forward(*args, **kwargs)
+
+
+def fault_of(rule: Any, inputs: Tensor) -> str:
+    """What :class:`OutsideUse` refuses of a model, or "": by a pass without the rule, for graphs that are being compiled.
+
+    The compiler calls it when it makes a graph, and not when it runs one.
+    """
+    from apical.core.rest import undisturbed  # compiled rules alone need it
+
+    watch, layers = OutsideUse(_Plainly(), rule._weights_in({})), [*rule._sites.values(), *rule._bundles.values()]
+    try:
+        for wrapped, site in layers:
+            wrapped.rule, wrapped.site = watch, site
+        with undisturbed(rule.model), torch.enable_grad(), watch:
+            rule.model(inputs)
+        watch.report()
+    except UnsupportedModelError as error:
+        return str(error)
+    except Exception:  # the graph will have it too
+        return ""
+    finally:
+        for wrapped, _ in layers:
+            wrapped.rule = wrapped.site = None
+    return ""
+
+
+fault_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result does
+
+
+def refuse(fault: str) -> None:
+    """Refuse what :func:`fault_of` says; not in a graph, where an error would only end it.
+
+    Raises:
+        UnsupportedModelError: there is a fault.
+    """
+    raise UnsupportedModelError(fault)
+
+
+refuse._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+
+
 def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node, str]) -> None:
     """Refuse a model that differentiates through its own layers on its way forward: a rule sends down something else there.
 
@@ -83,7 +128,7 @@ def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node
     Raises:
         UnsupportedModelError: names the layer.
     """
-    if function not in DERIVATIVES:
+    if getattr(function, "__name__", "") not in DERIVATIVES:
         return
     waiting: list[Node | None] = [tensor.grad_fn for tensor in _tensors(args[:1])]
     seen: set[Node | None] = {None}
