@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import apical
+from apical.bench.names import find_rule
 from apical.core.chain import Chain
 from apical.errors import UnsupportedModelError
 
@@ -393,6 +394,17 @@ def test_changes_after_the_chain_are_refused_at_the_next_batch(change: str) -> N
         chain.run(inputs)
     with pytest.raises(UnsupportedModelError, match=f"'{name}'"):
         chain.enter(inputs)
+
+
+@pytest.mark.parametrize("name", ["dfc-ss", "dtp", "ep", "pc", "ccl", "local-both", "ff"])
+def test_dropout_that_is_put_between_layers_later_is_refused(name: str) -> None:
+    """In evaluation it does nothing; in training the rule would leave it out."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    rule, batch = find_rule(name).build(model), (torch.rand(8, 6), torch.arange(8) % 4)
+    rule(*batch)
+    model.insert(2, nn.Dropout(0.5))
+    with pytest.raises(UnsupportedModelError, match="computes another function than when the rule was made"):
+        rule(*batch)
 
 
 def test_hooks_that_only_look_are_welcome() -> None:

@@ -408,3 +408,9 @@ def test_models_that_have_no_box_are_refused() -> None:
         CIM(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
     with pytest.raises(UnsupportedModelError):
         CIM(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)))
+
+
+def test_samples_of_several_axes_are_refused() -> None:
+    rule = apical.CorInfoMax(nn.Sequential(nn.Linear(6, 5), nn.Hardtanh(0.0, 1.0), nn.Linear(5, 4)))
+    with pytest.raises(UnsupportedModelError, match=r"samples of one axis"):
+        rule(torch.rand(2, 3, 6), torch.tensor([0, 1]))

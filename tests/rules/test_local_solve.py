@@ -1,5 +1,6 @@
 """Local solver: the identities of the damped least-squares step, and every rule that it wraps or refuses."""
 
+import copy
 import gc
 import math
 import weakref
@@ -17,7 +18,7 @@ import apical
 from apical.bench.names import find_rule
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.solve import gram, patches, solved, solved_by_rows, strength
-from apical.core.wrapped import WrappedRule
+from apical.core.wrapped import WrappedRule, innermost
 from apical.diagnostics.interference import interference
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.local_solve import LocalSolve, Problem
@@ -376,6 +377,32 @@ def test_a_layer_of_several_calls_is_solved_on_all_of_them() -> None:
     lam = 0.1 * a.square().sum() / 21
     expected = 5 * torch.linalg.solve(a.T @ a + lam * torch.eye(21), g.T).T
     torch.testing.assert_close(model.inner.weight.grad, expected[:, :-1])
+
+
+class Twice(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return 2 * h
+
+
+@pytest.mark.parametrize("kind", [apical.Backprop, apical.DirectFeedbackAlignment])
+def test_a_hook_before_a_layer_counts_though_it_comes_later(kind: Factory) -> None:
+    """As a module that does the same."""
+    x, y = dense_batch(0)
+    hooked = mlp(6, 8, 4).double()
+    module = nn.Sequential(*hooked[:2], Twice(), hooked[2])
+    expected = around(kind, copy.deepcopy(module))
+    torch.manual_seed(1)
+    expected(x, y).backward()
+    rule = around(kind, hooked)
+    torch.manual_seed(1)
+    rule(x, y)
+    hooked[2].register_forward_pre_hook(lambda layer, given: (2 * given[0],))
+    if isinstance(kind, type) and issubclass(kind, apical.DirectFeedbackAlignment):
+        for own, its in zip(innermost(rule).feedback.buffers(), innermost(expected).feedback.buffers(), strict=True):
+            own.copy_(its)
+    rule(x, y).backward()
+    for own, its in zip(hooked.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, its.grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "0"])

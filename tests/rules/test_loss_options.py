@@ -319,3 +319,51 @@ def test_a_sum_over_the_batch_is_a_batch_of_means_or_refused(name: str, loss: An
             torch.testing.assert_close(
                 summed[key], len(inputs) * value, rtol=1e-3 if name in SMALL_NUDGE else 1e-9, atol=1e-9
             )
+
+
+def doubled(output: Tensor, targets: Tensor) -> Tensor:
+    output.mul_(2)
+    return F.cross_entropy(output, targets)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if not name.startswith("hep")])
+def test_a_loss_that_changes_the_output_in_place_is_followed_or_refused(name: str) -> None:
+    """As one that works on a copy."""
+    expected = update(name, lambda output, targets: doubled(output.clone(), targets), *batch())
+    try:
+        made = update(name, doubled, *batch())
+    except ConfigError as error:
+        assert "changes the output in place" in str(error)  # noqa: PT017
+        return
+    assert made.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(made[key], grad, rtol=1e-9, atol=1e-12, msg=key)
+
+
+class Counting(nn.CrossEntropyLoss):
+    """A loss that keeps something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(output, targets)
+
+
+class OldStyle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> Tensor:
+        return error
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_losses_that_transforms_do_not_follow_are_refused_in_words(kind: str) -> None:
+    loss = Counting() if kind == "module" else lambda o, y: F.cross_entropy(OldStyle.apply(o), y)
+    with pytest.raises(ConfigError, match=r"equilibrium propagation differentiates the loss by torch.func.grad"):
+        update("ep", loss, *batch())

@@ -241,3 +241,71 @@ def test_looks_that_need_no_values_leave_it_closed(make: Callable[..., Any], loo
     assert all(trained[0].mismatch_of(name) is not None for name in trained[0].layers)
     for ours, theirs in zip(trained[0].model.parameters(), trained[1].model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def norms(rule: Any, loss: Tensor) -> None:
+    sum(parameter.norm().item() for parameter in rule.parameters())
+    loss.backward()
+
+
+def printed(rule: Any, loss: Tensor) -> None:
+    str(list(rule.parameters()))
+    loss.backward()
+
+
+def of_all_parameters(rule: Any, loss: Tensor) -> None:
+    loss.backward(inputs=list(rule.parameters()))
+
+
+@pytest.mark.parametrize("at", [{3}, set(range(8))])
+@pytest.mark.parametrize("way", [norms, printed, of_all_parameters])
+@each_rule
+def test_feedback_that_is_read_in_mid_batch_still_learns_from_it(
+    make: Callable[..., Any], way: Callable[[Any, Tensor], None], at: set[int]
+) -> None:
+    """Looking changes nothing: the trajectory is that of a loop that does not."""
+    looking, reference = build(make, "auto"), build(make, "explicit")
+    optimizer = sgd(looking)
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = looking(*batch(step)).loss
+        way(looking, loss) if step in at else loss.backward()
+        optimizer.step()
+    steps(reference, sgd(reference), range(8))
+    for name, expected in reference.feedback_weights().items():
+        torch.testing.assert_close(looking.feedback_weights()[name], expected, rtol=0, atol=1e-12)
+    for own, expected in zip(looking.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-12)
+
+
+@each_rule
+def test_a_penalty_on_feedback_that_begins_in_mid_batch_is_refused(make: Callable[..., Any]) -> None:
+    """The graph has no gradient for it beside the penalty's."""
+    rule = build(make, "auto")
+    optimizer = sgd(rule)
+    steps(rule, optimizer, range(3))
+    optimizer.zero_grad()
+    (rule(*batch(3)).loss + sum(p.square().sum() for p in rule.parameters())).backward()
+    with pytest.raises(ConfigError, match=r"was read or written between a forward pass and its backward pass"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("new", [False, True])
+@each_rule
+def test_a_weight_that_gives_way_to_a_norm_leaves_no_gradient_behind(make: Callable[..., Any], new: bool) -> None:
+    """`dR = B^T delta h^T`, from this batch alone."""
+    rule = build(make, "auto")
+    optimizer = sgd(rule)
+    steps(rule, optimizer, range(3))
+    model = rule.model
+    nn.utils.parametrizations.weight_norm(model[2])
+    optimizer = sgd(rule) if new else optimizer
+    optimizer.zero_grad()
+    x, y = batch(3)
+    rule(x, y).backward()
+    below = torch.tanh(model[0](x))
+    above = torch.tanh(model[2](below))
+    e = (torch.softmax(model[4](above), 1) - torch.nn.functional.one_hot(y, 3)) / len(x)
+    delta = (e @ rule.feedback_weight("4")) * (1 - above**2)
+    expected = rule.from_weight("2", (delta.T @ below).detach())
+    torch.testing.assert_close(rule.plastic_of("2").grad, expected, rtol=1e-10, atol=1e-13)

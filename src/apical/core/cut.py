@@ -321,13 +321,12 @@ class CutRule(CreditRule):
         if takes_signals:  # as the caller is compiled, which this method is not
             known = [] if self._separation is None else self._separation.units
             missed = ", ".join(sorted({base(unit) for unit in known} - {base(cut.name) for cut in done.cuts}))
+            remedy = f"where such a graph does not tell of {missed}, use modules or leave it uncompiled; else " * bool(
+                missed
+            )
             raise UnsupportedModelError(
                 "the model called its layers in an order not seen before, inside a function transform or a compiled graph; "
-                + (
-                    f"where such a graph does not tell of {missed}, use modules, or do not compile the rule; else "
-                    * bool(missed)
-                )
-                + "call the rule on such a batch outside first"
+                f"{remedy}call the rule on such a batch outside first"
             )
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):

@@ -130,8 +130,8 @@ def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node
     """
     if getattr(function, "__name__", "") not in DERIVATIVES:
         return
-    waiting: list[Node | None] = [tensor.grad_fn for tensor in _tensors(args[:1])]
-    seen: set[Node | None] = {None}
+    waiting = [tensor.grad_fn for tensor in _tensors(args[:1]) if tensor.grad_fn is not None]
+    seen = set[Node]()
     while waiting:
         node = waiting.pop()
         if node in calls:
@@ -142,7 +142,7 @@ def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node
             )
         if node not in seen:
             seen.add(node)
-            waiting += [below for below, _ in node.next_functions] if node is not None else []
+            waiting += [below for below, _ in node.next_functions if below is not None]
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

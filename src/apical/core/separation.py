@@ -119,7 +119,7 @@ def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: se
 
 def _beside(cutting: Cutting, events: Iterable[str]) -> set[tuple[str, str]]:
     """Activations without a unit, each with a layer that was called later: one of another output."""
-    pairs, tail = set(), list[str]()
+    pairs, tail = set[tuple[str, str]](), list[str]()
     for event in events:
         if event in cutting.tail:
             tail.append(event)
