@@ -41,7 +41,8 @@ class OutsideUse(TorchFunctionMode):
         self.inside += 1
         try:
             output = self.rule.call_layer(site, *args, **kwargs)
-            self.calls |= {part.grad_fn: site.name for part in _tensors((output,)) if part.grad_fn is not None}
+            if not torch.compiler.is_dynamo_compiling():  # a part of the model that is compiled, as is seen elsewhere
+                self.calls |= {part.grad_fn: site.name for part in _tensors((output,)) if part.grad_fn is not None}
             return output
         finally:
             self.inside -= 1
