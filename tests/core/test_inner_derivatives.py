@@ -102,3 +102,10 @@ def test_the_look_at_a_model_leaves_one_whole_graph() -> None:
     rule = apical.FeedbackAlignment(model)
     torch.compile(rule, backend="aot_eager", fullgraph=True)(*batch()).backward()  # type: ignore[operator]
     assert model[1].num_batches_tracked == 1
+
+
+def test_a_rule_is_exported() -> None:
+    """Where the model runs on tensors without numbers, nobody looks at it."""
+    rule, given = apical.FeedbackAlignment(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))), batch()
+    exported = torch.export.export(rule, given).module()
+    torch.testing.assert_close(exported(*given).loss, F.cross_entropy(rule.model(given[0]), given[1]))

@@ -299,7 +299,7 @@ class EdgeRule(CreditRule):
         """The model's output, with this rule at work."""
         refuse_compiled(type(self).__name__, self._loops)
         compiling = torch.compiler.is_compiling()
-        if compiling and isinstance(inputs, Tensor) and (fault := self.fault_of(inputs)):
+        if torch.compiler.is_dynamo_compiling() and isinstance(inputs, Tensor) and (fault := self.fault_of(inputs)):
             refuse(fault)
         substitutes = self.substitutes()
         watch = None
