@@ -1,5 +1,6 @@
 """Sphinx configuration. The pages that docs/generate.py writes are part of the repository."""
 
+import gc
 import json
 import logging
 import os
@@ -9,11 +10,15 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from nbclient import NotebookClient
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from traitlets.config import Config
 
 import apical
+
+gc.set_threshold(100_000, 20, 100)  # pages are trees that last: to look for cycles in them takes a third of the time
 
 sys.path.append(str(Path(__file__).parent))  # for the extension beside this file
 
@@ -57,6 +62,7 @@ html_static_path = ["_static"]
 html_css_files = ["apical.css"]
 html_title = f"apical {release}"
 html_copy_source = False
+TITLES: dict[str, nodes.bullet_list] = {}
 
 
 def docstring_to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -85,6 +91,36 @@ def without_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, opti
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def titles_at_the_side(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """The tree at the side has titles only, but for every page Sphinx copies all headings there are, and then drops them."""
+    if "toctree" not in context:
+        return
+    every, make = app.env.tocs, context["toctree"]
+    if not TITLES:
+        TITLES.update({name: without_headings(toc.deepcopy()) for name, toc in every.items()})
+
+    def quickly(**options: Any) -> str:
+        app.env.tocs = TITLES if options.get("titles_only") else every
+        try:
+            return make(**options)
+        finally:
+            app.env.tocs = every
+
+    context["toctree"] = quickly
+
+
+def without_headings(toc: nodes.bullet_list) -> nodes.bullet_list:
+    """What `titles_only` leaves of a page's table of contents: its title, and trees of other pages below it."""
+    for entry in toc.children:
+        if len(entry) > 1:
+            if trees := list(entry.findall(addnodes.toctree)):
+                entry[1][:] = trees
+            else:
+                entry.pop(1)
+    return toc
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("html-page-context", titles_at_the_side, priority=400)  # before furo
     app.connect("autodoc-skip-member", without_fields)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)  # before napoleon
