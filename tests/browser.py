@@ -29,7 +29,7 @@ const scrolls = e => { for (let p = e; p && p.parentElement; p = p.parentElement
   if (s.position === "fixed" || s.visibility === "hidden") return true; } return false; };
 async function look(page) {
   const frame = document.createElement("iframe");
-  frame.style = `width: ${widths[0]}px; height: 900px; border: 0; position: fixed; left: -3000px`;  // out of sight, where nothing need be painted
+  frame.style = `width: ${widths[0]}px; height: 900px; border: 0; position: fixed; left: -3000px`;
   const loaded = new Promise(done => frame.onload = done);
   frame.src = page; document.body.append(frame); await loaded;
   for (const width of widths) {

@@ -16,7 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from apical import CreditClassifier
 from apical.errors import ConfigError
 
-SMALL = {"hidden": (16,), "epochs": 40, "batch_size": 16, "lr": 0.05}
+SMALL = {"hidden": (16,), "epochs": 15, "batch_size": 16, "lr": 0.05}
 
 
 @parametrize_with_checks([CreditClassifier(rule="fa", random_state=0, **SMALL)])  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def test_rules_learn_digits(rule: str, digits: tuple[np.ndarray, np.ndarray]) ->
 
 def test_one_seed_one_classifier_and_the_global_generator_is_left_alone(digits: tuple[np.ndarray, np.ndarray]) -> None:
     before = torch.random.get_rng_state()
-    fitted = [CreditClassifier(rule="brsf", random_state=seed, **SMALL).fit(*digits) for seed in (0, 0, 1)]  # type: ignore[arg-type]
+    fitted = [CreditClassifier(rule="brsf", random_state=seed, **SMALL | {"epochs": 2}).fit(*digits) for seed in (0, 0, 1)]  # type: ignore[arg-type]
     first, second, third = (each.predict_proba(digits[0]) for each in fitted)
     assert np.array_equal(first, second)
     assert not np.array_equal(first, third)
@@ -65,7 +65,7 @@ def test_a_grid_in_a_pipeline(digits: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def test_options_of_rules(digits: tuple[np.ndarray, np.ndarray]) -> None:
-    CreditClassifier(rule="pfa", rule_options={"expansion": 2}, random_state=0, **SMALL).fit(*digits)  # type: ignore[arg-type]
+    CreditClassifier(rule="pfa", rule_options={"expansion": 2}, random_state=0, **SMALL | {"epochs": 1}).fit(*digits)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has no option 'expanse'; did you mean 'expansion'"):
         CreditClassifier(rule="pfa", rule_options={"expanse": 2}).fit(*digits)
     with pytest.raises(ConfigError, match="unknown rule 'pfaa'"):

@@ -11,8 +11,10 @@ from apical_papers.around import damping, study
 
 
 def small(name: str = "mnist") -> study.Digits:
-    """The embedded digits in place of MNIST."""
-    return original("digits")
+    """128 of the embedded digits in place of MNIST."""
+    digits = original("digits")
+    digits.x, digits.y = digits.x[:128], digits.y[:128]
+    return digits
 
 
 original = study.Digits
@@ -71,7 +73,6 @@ def test_verdicts_follow_the_numbers() -> None:
 
 def test_it_runs_and_keeps_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "Digits", small)
-    monkeypatch.setitem(study.SETTINGS, "training digits", 128)
     assert study.main(["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["figure"] for row in results["verdicts"]} == {"GRAPES", "CWU", "SIBP"}
@@ -99,7 +100,6 @@ def test_verdicts_on_damping_follow_the_numbers(spread: float, cosine: float, sa
 
 def test_the_damping_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(damping, "Digits", small)
-    monkeypatch.setitem(study.SETTINGS, "training digits", 128)
     assert damping.main(["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["tables"][0]["rows"]
     assert len(rows) == 2 * sum(len(rates) for rates in study.SOLVED.values())

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from apical.errors import ConfigError, unknown_name
@@ -196,7 +197,7 @@ class Recipe:
         for option in ("crop", "validation", "threads", "probe", "seed", *_COUNTS, *_PASSES):
             if getattr(self, option) < 0:
                 raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
-        for option, kind in get_type_hints(Recipe).items():
+        for option, kind in _kinds().items():
             if get_origin(kind) is Literal and getattr(self, option) not in get_args(kind):
                 raise unknown_name(_flag(option), str(getattr(self, option)), get_args(kind))
         for option in ("momentum", "beta2", "feedback_beta1", "feedback_beta2"):
@@ -334,9 +335,15 @@ def check_kinds(fields: dict[str, Any]) -> None:
         ...
     TypeError: lr is [0.1, 'fast']
     """
-    for name, kind in get_type_hints(Recipe).items():
+    for name, kind in _kinds().items():
         if name in fields and not _is_of(fields[name], kind):
             raise TypeError(f"{name} is {fields[name]!r}")
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The type of each field."""
+    return get_type_hints(Recipe)
 
 
 def _is_of(value: Any, kind: Any) -> bool:
