@@ -62,6 +62,7 @@ def test_shares_and_marks() -> None:
     assert verdicts(cells([0, 2, 2, -1], [0, 3, 2, -1]))[0]["verdict"] == "not reproduced"  # level with Adam
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_a_tiny_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(basins, "CASES", basins.CASES[1:2])
     monkeypatch.setattr(basins, "GRID", 3)

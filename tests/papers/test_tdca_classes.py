@@ -43,6 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(classes, name, value)
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_a_tiny_study_is_kept_and_reported(small: None, tmp_path: Path) -> None:
     pytest.importorskip("evotorch")
     asked = [

@@ -71,6 +71,7 @@ def test_marks_are_those_that_the_study_names(points: float, strong: bool, stret
     assert not any("probabilities" in row["rule"] for row in verdicts({"unit": cells, "released": cells}))
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_a_tiny_study_is_kept_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_weights_where_credit_is_relative() -> None:
     assert counts == [9 * 16 + 17 * 16 + 16 * c for c in (556, 12, 8)]
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_a_tiny_study_is_kept_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
