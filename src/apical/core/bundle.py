@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ _checked: set[tuple[Any, ...]] = set()
 def _eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The call, kept out of compiled graphs. The compiler is asked now: importing it takes as long as importing PyTorch."""
     if "torch._dynamo" in sys.modules:
-        call = cast(Any, torch.compiler.disable)(call, reason=UNCOMPILED)
+        call = torch.compiler.disable(call)
     return call(*args, **kwargs)
 
 
