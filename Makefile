@@ -5,19 +5,21 @@ VENV ?= .venv
 WORKERS ?= 2
 
 BIN := $(VENV)/bin/python
-PIP := $(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Python's compiled files are kept whatever the environment says: tests start some hundred processes.
 TESTED := $(ONE_THREAD) PYTHONDONTWRITEBYTECODE=
 SITE := tests/test_site.py
 SPHINX := $(BIN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-.PHONY: help demo test style types site suite bench docs clean
+.PHONY: help demo test test-lowest style types site suite bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train all rules side by side on handwritten digits; ends with the path of the report"
 	@echo "make test    everything CI checks"
+	@echo "make test-lowest  the tests with the lowest PyTorch that pyproject.toml allows, in .venv-lowest"
 	@echo "make bench   time and memory of every rule relative to backpropagation"
 	@echo "make docs    the documentation, in docs/_build/html"
 	@echo "make clean   remove what these made, except $(VENV)"
@@ -29,12 +31,12 @@ $(BIN):
 
 # Stamps: install once, and again when the requirements change. They are reached through an order-only $(BIN), whose
 # date means nothing.
-$(VENV)/.apical-installed: pyproject.toml constraints.txt | $(BIN)
+$(VENV)/.apical-installed: pyproject.toml $(CONSTRAINTS) | $(BIN)
 	@echo "== installing apical (the first time this downloads PyTorch)"
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/.apical-installed-dev: pyproject.toml constraints.txt | $(BIN)
+$(VENV)/.apical-installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)
 	@echo "== installing apical with what its tests and documentation need (the first time this downloads PyTorch)"
 	@$(PIP) -e '.[dev,docs]'
 	@touch $(VENV)/.apical-installed $@
@@ -64,6 +66,9 @@ site: $(VENV)/.apical-installed-dev
 suite: $(VENV)/.apical-installed-dev
 	@echo "== tests"
 	@$(TESTED) $(BIN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=20 --ignore=$(SITE)
+
+test-lowest:
+	@$(MAKE) --no-print-directory suite VENV=.venv-lowest CONSTRAINTS=lowest.txt
 
 bench: $(VENV)/.apical-installed-dev
 	@echo "== benchmarks"

@@ -3,7 +3,7 @@
 import gc
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, set_forkserver_preload
 from pathlib import Path
@@ -16,7 +16,10 @@ from hypothesis import settings
 from matplotlib.figure import Figure
 from tests.command import IMPORTED
 
+from apical.core.wrappers import COMPILES
+
 HERE = Path(__file__).parent
+UNCOMPILED = "PyTorch 2.6 does not compile rules"
 settings.register_profile("fixed", max_examples=40, derandomize=True, deadline=None)
 settings.load_profile("fixed")
 torch.set_warn_always(True)  # else a warning of PyTorch's falls to whichever test of a process runs first
@@ -38,12 +41,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Ray's group is the last of the groups: its processes are nice, and starve beside Sphinx and mypy, which run at first.
     """
 
+    for item in items:
+        if not COMPILES and item.get_closest_marker("compiles"):
+            item.add_marker(pytest.mark.skip(reason=UNCOMPILED))
+
     def place(item: pytest.Item) -> tuple[bool, bool, bool]:
         group = item.get_closest_marker("xdist_group")
         return group is None, group is not None and group.args == ("ray",), item.path.parent != HERE
 
     if hasattr(config, "workerinput"):
         items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    """An old PyTorch keeps rules out of compiled graphs, which shows where a test wants one graph of it all."""
+    try:
+        return (yield)
+    except Exception as error:
+        if not COMPILES and "Unsupported" in (type(error).__name__, type(error.__context__).__name__):
+            pytest.skip(UNCOMPILED)
+        raise
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

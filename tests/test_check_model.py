@@ -172,6 +172,7 @@ def test_planted_faults_are_found_and_named(kind: Callable[..., CreditRule], mes
         check_model(kind(network(), F.cross_entropy), *batch(), skip=QUICK)
 
 
+@pytest.mark.compiles
 def test_another_update_when_compiled_is_found() -> None:
     with pytest.raises(AssertionError, match=r"compiled, the gradient of .* is another one"):
         check_model(OtherCompiled(network()), *batch())
@@ -234,6 +235,7 @@ def test_sequences_are_tried_in_three_lengths() -> None:
     assert report.passed["lengths"] == "lengths 6, 5, 3"
 
 
+@pytest.mark.compiles
 def test_compiled_is_checked_or_said_why_not() -> None:
     assert check_model(apical.FeedbackAlignment(network()), *batch()).passed["compiled"] == "aot_eager"
 

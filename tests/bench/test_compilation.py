@@ -17,6 +17,7 @@ from apical.bench.recipe import Recipe
 from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.main import main
 
+pytestmark = pytest.mark.compiles
 Begin = Callable[..., Training]
 Same = Callable[[Path, Path], None]
 

@@ -66,7 +66,9 @@ def test_resuming_within_an_epoch_is_exact(
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize(
+    "optimizer", [name for name in get_args(Optimizer) if name != "muon" or hasattr(torch.optim, "Muon")]
+)
 def test_every_optimizer_resumes_exactly(
     begin: Begin, small: Recipe, tmp_path: Path, assert_same_state: Same, optimizer: Optimizer
 ) -> None:

@@ -42,6 +42,7 @@ def shared() -> dict[str, dict[str, torch.Tensor]]:
     return first
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has fully_shard on GPUs alone")
 @pytest.mark.parametrize("rule", two_ranks.SHARDED)
 def test_ranks_that_share_the_parameters_equal_one_process(shared: dict[str, dict[str, torch.Tensor]], rule: str) -> None:
     """By `credit.loss.backward()` and `credit.backward()`, whose direct way would pass by what `fully_shard` waits for."""

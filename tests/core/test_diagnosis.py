@@ -221,7 +221,10 @@ def test_outputs_without_an_axis_of_samples(kind: type[CreditRule]) -> None:
     """As a model that squeezes its output makes of a batch of one: PyTorch's loss takes it, and its derivative fails."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     rule, (x, _) = kind(model), batch()
-    with pytest.raises(ApicalError, match=r"outputs of shape \(3,\) came with targets of shape \(1,\).*give a batch"):
+    refusal = r"came with targets of shape \(1,\).*give a batch"
+    with pytest.raises(
+        ApicalError, match=rf"outputs of shape \(3,\) ({refusal}|.* size mismatch)"
+    ):  # PyTorch 2.6 sees it itself
         rule(x[0], torch.tensor([1]))
     rule(x[0], torch.tensor(1)).backward()  # a single sample, as PyTorch takes it
 

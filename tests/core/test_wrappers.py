@@ -206,6 +206,7 @@ def test_backpropagation_uses_what_was_compiled(form: Form) -> None:
     assert backend.graphs > 0
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.filterwarnings("ignore:the model is compiled")
 def test_it_is_not_compiled_twice(kind: str) -> None:
@@ -258,3 +259,18 @@ def test_hooks_on_the_loss_are_called_by_either_backward() -> None:
         credit.backward()
         assert seen == [1.0]
         assert all(parameter.grad is not None for parameter in rule.model.parameters())
+
+
+def test_an_old_compiler_leaves_rules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of PyTorch 2.6 does."""
+    monkeypatch.setattr("apical.core.wrappers.COMPILES", False)
+    backend = Counted()
+    torch._dynamo.reset()
+    with pytest.warns(RuntimeWarning, match="cannot compile rules: FeedbackAlignment runs uncompiled; update PyTorch"):
+        compiled = gradients(torch.compile(apical.FeedbackAlignment(network()), backend=backend))  # type: ignore[arg-type]
+    assert same(compiled, gradients(apical.FeedbackAlignment(network())))
+    assert backend.graphs == 0
+    torch._dynamo.reset()
+    rule: Any = torch.compile(apical.FeedbackAlignment(network()), backend=backend, fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        gradients(rule)

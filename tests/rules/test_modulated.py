@@ -290,6 +290,7 @@ def test_conformance(kind: str, mode: Mode, check: str) -> None:
     CHECKS[check](partial(grapes, of(kind, mode), mode))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["fa", "dfa", "ccl", "dtp", "dfc", "ep"])
 def test_on_a_model(kind: str) -> None:
     """Compiled here are those alone that :func:`test_conformance` does not compile."""

@@ -79,6 +79,7 @@ def test_nothing_moves_where_nothing_is_wrong() -> None:
     assert not any(bool(p.grad.any()) for p in model.parameters())
 
 
+@pytest.mark.compiles
 def test_on_a_model() -> None:
     report = check_model(SemiImplicit(mlp().float(), eta=0.5), batch()[0].float(), batch()[1])
     assert {"gradients", "placement", "determinism", "scaled loss", "compiled"} <= report.passed.keys()

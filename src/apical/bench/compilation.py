@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.credit import Credit, CreditRule
+from apical.core.wrappers import COMPILES
 from apical.diagnostics.alignment import unchanged
 from apical.errors import ConfigError
 
@@ -25,6 +26,10 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ConfigError: says what is missing.
     """
+    if not COMPILES:
+        raise ConfigError(
+            f"--compile needs PyTorch 2.7 or newer, and this is {torch.__version__}: update it, or leave --compile out"
+        )
     wanted = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(wanted) is None:
         raise ConfigError(

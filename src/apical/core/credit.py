@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
+from apical.core.wrappers import COMPILES, outside_graphs, refuse_wrapped, turn, uncompiled, uncompiles
 from apical.errors import ApicalError, ConfigError, refuse_second_derivatives, refuse_transforms, require_choice
 
 if TYPE_CHECKING:
@@ -294,11 +295,8 @@ class CreditRule(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
-        from apical.core.wrappers import refuse_wrapped, turn, uncompiles
-
         refuse_wrapped(model)
-        self.model, self._uncompiles, self._turn = model, uncompiles(self, model), turn(model)
-        self.loss = loss
+        self.model, self.loss, self._uncompiles, self._turn = model, loss, uncompiles(self, model), turn(model)
         self._hooks: list[Any] = []
         self._attached, self._warned, self._is_fresh, self.phase = True, False, True, "both"
 
@@ -310,7 +308,7 @@ class CreditRule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
         if torch.compiler.is_compiling():
-            return self._plainly(*args, **kwargs)
+            return (CreditRule._plainly if COMPILES else outside_graphs)(self, *args, **kwargs)
         quick = None if self._by_hand is None or len(args) != 2 or kwargs else self._by_hand.credit(self, *args)
         if quick is not None:
             return quick
@@ -319,8 +317,6 @@ class CreditRule(nn.Module):
 
     def _plainly(self, *args: Any, **kwargs: Any) -> Any:
         if self._uncompiles or ((self._is_fresh or self.model._compiled_call_impl) and not torch.compiler.is_compiling()):
-            from apical.core.wrappers import uncompiled  # for a model that is compiled already
-
             with uncompiled(self.model, self):
                 return self._attended(*args, **kwargs)
         return self._attended(*args, **kwargs)

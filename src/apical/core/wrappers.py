@@ -20,6 +20,23 @@ from apical.errors import ConfigError, UnsupportedModelError, refuse_transforms
 if TYPE_CHECKING:
     from apical.core.credit import CreditRule
 
+COMPILES = torch.__version__ >= "2.7"
+"""Whether rules are compiled: the compiler of PyTorch 2.6 fails on most, and may run a generator to its end at once."""
+
+
+def outside_graphs(rule: "CreditRule", *args: Any, **kwargs: Any) -> Any:
+    """A rule's call that the compiler has met, in eager mode; with a warning."""
+    warnings.warn(
+        f"PyTorch {torch.__version__} cannot compile rules: {type(rule).__name__} runs uncompiled; update PyTorch to 2.7 or "
+        "newer, or leave torch.compile out",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return torch.compiler.disable(type(rule).__call__)(rule, *args, **kwargs)
+
+
+outside_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+
 
 class Turn:
     """For a `with`: calls from several threads take turns, because layers are told which rule is at work.

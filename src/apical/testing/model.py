@@ -14,6 +14,7 @@ from apical.core.credit import Credit, CreditRule
 from apical.core.placement import Placement
 from apical.core.rest import undisturbed
 from apical.core.wrapped import innermost
+from apical.core.wrappers import COMPILES
 from apical.errors import ConfigError
 from apical.rules.backprop import Backprop
 from apical.testing import interventions
@@ -116,6 +117,8 @@ def check_compiled(trial: Trial) -> str:
     """Compiled, the rule makes the same update; if it does not, the model itself is compiled, to see whose fault that is."""
     if trial.is_stochastic:
         raise NotApplicableError("the model draws random numbers, which a compiler may draw in another order")
+    if not COMPILES:
+        raise NotApplicableError(f"PyTorch {torch.__version__} does not compile rules")
     torch._dynamo.reset()
     try:
         compiled: Callable[..., Credit] = torch.compile(trial.rule, backend="aot_eager")
