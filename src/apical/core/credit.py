@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.core.wrappers import COMPILES, outside_graphs, refuse_wrapped, turn, uncompiled, uncompiles
 from apical.errors import ApicalError, ConfigError, refuse_second_derivatives, refuse_transforms, require_choice
 
 if TYPE_CHECKING:
@@ -295,6 +294,8 @@ class CreditRule(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
+        from apical.core.wrappers import refuse_wrapped, turn, uncompiles
+
         refuse_wrapped(model)
         self.model, self.loss, self._uncompiles, self._turn = model, loss, uncompiles(self, model), turn(model)
         self._hooks: list[Any] = []
@@ -308,15 +309,18 @@ class CreditRule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
         if torch.compiler.is_compiling():
+            from apical.core.wrappers import COMPILES, outside_graphs
+
             return (CreditRule._plainly if COMPILES else outside_graphs)(self, *args, **kwargs)
-        quick = None if self._by_hand is None or len(args) != 2 or kwargs else self._by_hand.credit(self, *args)
-        if quick is not None:
+        if self._by_hand and len(args) == 2 and not kwargs and (quick := self._by_hand.credit(self, *args)) is not None:
             return quick
         with self._turn:
             return self._plainly(*args, **kwargs)
 
     def _plainly(self, *args: Any, **kwargs: Any) -> Any:
         if self._uncompiles or ((self._is_fresh or self.model._compiled_call_impl) and not torch.compiler.is_compiling()):
+            from apical.core.wrappers import uncompiled  # for a model that is compiled already
+
             with uncompiled(self.model, self):
                 return self._attended(*args, **kwargs)
         return self._attended(*args, **kwargs)

@@ -282,6 +282,12 @@ def _hears_errors(module: nn.Module) -> bool:
     return bool(own or every._global_backward_hooks or every._global_backward_pre_hooks)
 
 
+def has_global_hook() -> bool:
+    """Whether somebody hears all modules; PyTorch 2.6 does not tell by itself."""
+    forward = every._global_forward_hooks or every._global_forward_pre_hooks
+    return bool(forward or every._global_backward_hooks or every._global_backward_pre_hooks)
+
+
 def computes_plainly(layer: nn.Module) -> bool:
     """Whether the layer runs its type's own forward on a weight that is its own parameter; of PyTorch's types alone.
 

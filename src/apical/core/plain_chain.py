@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as every
 from torch.nn.parameter import Parameter
 
 from apical.core.checkpointing import are_tensors_hooked
 from apical.core.credit import Credit, CreditRule
+from apical.core.layers import has_global_hook
 from apical.core.losses import require_dependence
 from apical.core.stepping import distributed
 from apical.errors import refuse_second_derivatives
@@ -167,7 +167,7 @@ class PlainChain:
             for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
                 if hooks and not hooks.keys() <= self._hooks:
                     return False
-        if every._has_any_global_hook() or _functions() != _FUNCTIONS:
+        if has_global_hook() or _functions() != _FUNCTIONS:
             return False
         return all([*now.values()] == then for now, then in self._children)
 

@@ -11,12 +11,11 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as every
 
 from apical.core.activations import Activation, known, pulled_back
 from apical.core.blocks import through
 from apical.core.credit import Root
-from apical.core.layers import computes_plainly, is_hooked
+from apical.core.layers import computes_plainly, has_global_hook, is_hooked
 
 
 class Activity(NamedTuple):
@@ -60,7 +59,7 @@ class Taught:
         formulas = self._formulas() if learns and self._is_closed(given) else None
         if formulas is not None:
             layer, phi = self.layer, self.activation
-            if every._has_any_global_hook():  # of whoever counts operations
+            if has_global_hook():  # of whoever counts operations
                 v = layer(given)
                 made = v if phi is None else phi(v)
             else:
