@@ -19,6 +19,9 @@ from torch.utils import checkpoint
 from apical.errors import UnsupportedModelError
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in the oldest versions of PyTorch
+SEES_HOOKS = _top_hooks is not None
+"""Whether PyTorch tells of saved-tensor hooks other than a checkpoint's, as 2.6 does not."""
+
 _APPLY = cast(Any, torch.autograd.Function.apply).__func__.__code__
 
 

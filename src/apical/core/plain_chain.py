@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
-from apical.core.checkpointing import are_tensors_hooked
+from apical.core.checkpointing import SEES_HOOKS, are_tensors_hooked
 from apical.core.credit import Credit, CreditRule
 from apical.core.layers import has_global_hook
 from apical.core.losses import require_dependence
@@ -217,7 +217,7 @@ class PlainChain:
         """Whether the rule may take batches with such targets by hand from here on: the general path has met them before."""
         self.loss, self.numbers = rule.loss, isinstance(targets, Tensor) and targets.is_floating_point()
         met = any(loss is self.loss and numbers is self.numbers for loss, numbers in rule._kinds)
-        return bool(self.stages) and met and rule._unmoved < 0
+        return SEES_HOOKS and bool(self.stages) and met and rule._unmoved < 0
 
     def credit(self, rule: Any, inputs: object, targets: object) -> Credit | None:
         """A rule's credit for one batch in a pass by hand, whatever is looked at on the general path; else None.
