@@ -137,6 +137,7 @@ def test_a_view_that_is_changed_and_goes_on_is_refused(kind: Callable[[nn.Module
         call(*batch())
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("act", [torch.relu_, F.leaky_relu_, torch.tanh_])
 def test_what_a_compiled_graph_does_not_tell_of_is_refused(act: Callable[[Tensor], Tensor]) -> None:
     """There the layers would become one, whose error is exact."""
