@@ -184,7 +184,7 @@ class PlainChain:
 
     def parameters(self, inputs: object) -> list[Parameter | None] | None:
         """Weight and bias of each layer in turn, where a pass for these inputs can be made by hand now; else None."""
-        if not (self.stages and torch.is_grad_enabled() and self._takes(inputs) and self._is_intact()):
+        if not (SEES_HOOKS and self.stages and torch.is_grad_enabled() and self._takes(inputs) and self._is_intact()):
             return None
         if torch._C._len_torch_function_stack() or torch._C._get_tracing_state() or are_tensors_hooked() or distributed():
             return None
@@ -217,7 +217,7 @@ class PlainChain:
         """Whether the rule may take batches with such targets by hand from here on: the general path has met them before."""
         self.loss, self.numbers = rule.loss, isinstance(targets, Tensor) and targets.is_floating_point()
         met = any(loss is self.loss and numbers is self.numbers for loss, numbers in rule._kinds)
-        return SEES_HOOKS and bool(self.stages) and met and rule._unmoved < 0
+        return bool(self.stages) and met and rule._unmoved < 0
 
     def credit(self, rule: Any, inputs: object, targets: object) -> Credit | None:
         """A rule's credit for one batch in a pass by hand, whatever is looked at on the general path; else None.
