@@ -206,7 +206,7 @@ def comparison_page(folder: Path, standing: str = "") -> str:
     parts += [*tuning(folder)] or [scores, *rates(plan)]
     if verdicts:
         parts += ["## Against reference numbers", sources(verdicts), verdict_table(verdicts), *distances(verdicts, summary)]
-    return joined([*parts, *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])
+    return joined([*parts, *tried(folder), *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])
 
 
 def rates(plan: Row | None) -> list[str]:
@@ -267,11 +267,16 @@ def study_page(folder: Path, standing: str = "") -> str:
     for each in results.get("tables") or []:
         first = next((i for i, cell in enumerate(each["rows"][0]) if cell[:1].isdigit()), len(each["header"]))
         parts += [f"## {each['title']}", each["note"], fitting(each["header"], each["rows"], numeric_from=first)]
-    if tried := toml("tried").get(folder.name):
-        parts += ["## What does not hold, why, and what was tried", fitting(["where", "why", "tried"], tried, 99)]
+    parts += tried(folder)
     for name in ("checks", "settings", "environment"):
         parts += [f"## {name.capitalize()}", facts(results[name])] if flat(results.get(name) or {}) else []
     return joined([*parts, *_command(results)])
+
+
+def tried(folder: Path) -> list[str]:
+    """What does not hold there, why, and what was tried, from `tried.toml`."""
+    rows = toml("tried").get(folder.name)
+    return ["## What does not hold, why, and what was tried", fitting(["where", "why", "tried"], rows, 99)] if rows else []
 
 
 def study_table(folder: Path) -> str:
@@ -327,8 +332,8 @@ def study_sentence(results: Row) -> str:
     """How many of a study's verdicts are reproduced, by where their marks are from."""
     parts = []
     for (source,), rows in grouped(results.get("verdicts") or [], "source").items():
-        tried = [row["verdict"] for row in rows if row["verdict"] != "not run"]
-        parts += [f"{tried.count('reproduced')} of {len(tried)} {MARKS.get(source, source)}"] if tried else []
+        run = [row["verdict"] for row in rows if row["verdict"] != "not run"]
+        parts += [f"{run.count('reproduced')} of {len(run)} {MARKS.get(source, source)}"] if run else []
     return f"Reproduced: {'; '.join(parts)}." if parts else ""
 
 
