@@ -92,7 +92,7 @@ def test_the_same_bits_as_on_the_general_path(
     # of fourteen passes the 1st, 2nd, 4th and 8th take the general path; one sample through one neuron always does
     explicit = name in EXPLICIT and kind != "one layer"
     assert bool(taken) is not (explicit or (kind == "nested" and batch == 1))
-    monkeypatch.setattr(PlainChain, "parameters", lambda self, inputs: None)
+    monkeypatch.setattr(PlainChain, "parameters", lambda self, rule, inputs: None)
     passes = len(taken)
     torch.manual_seed(0)
     general = trained(RULES[name], MODELS[kind]().to(dtype), batch)
@@ -175,7 +175,10 @@ def hooked_everywhere() -> Iterator[None]:
 
 def changes(model: Any) -> dict[str, Callable[[], Any]]:
     """What users do to a model or around a step, none of which a pass by hand may miss."""
-    doubled = partial(lambda module, args, output: 2 * output)
+
+    def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return 2 * output
+
     return {
         "forward hook": lambda: model[3].register_forward_hook(doubled),
         "pre-hook": lambda: model[3].register_forward_pre_hook(lambda module, args: (2 * args[0],)),
@@ -400,14 +403,50 @@ class OwnWay(apical.FeedbackAlignment):
         return super().call_layer(site, *(a.detach() for a in args), **kwargs)
 
 
-def test_rules_with_a_way_of_their_own_take_it(taken: list[PlainChain]) -> None:
+class OwnFeedback(apical.SignSymmetry):
+    """Thrice the weights."""
+
+    def feedback_of(self, name: str) -> Any:
+        return (lambda shape, weight: 3 * weight), (self.layers[name].weight.detach(),)
+
+
+class OwnError(apical.DirectFeedbackAlignment):
+    """Units hear the error twice as loud."""
+
+    def signal(self, cut: Any, errors: Tensor) -> Tensor:
+        return super().signal(cut, 2 * errors)
+
+
+class OwnInputs(apical.DirectFeedbackAlignment):
+    """Hears inputs of its own."""
+
+    def run(self, inputs: Tensor) -> Any:
+        return super().run(inputs + 1)
+
+
+@pytest.mark.parametrize("kind", [OwnWay, OwnFeedback, OwnError, OwnInputs])
+def test_rules_with_a_way_of_their_own_take_it(kind: type[apical.CreditRule], taken: list[PlainChain]) -> None:
+    """Whatever a class of the user's overrides acts in the seventh batch as in the first."""
     torch.manual_seed(0)
     model = MODELS["flattened"]()
-    rule = OwnWay(model)
+    rule, x, y = kind(model), torch.randn(4, 12), torch.randint(3, (4,))
+    steps = []
     for _ in range(7):
-        rule(torch.randn(4, 12), torch.randint(3, (4,))).backward()
+        model.zero_grad()
+        rule(x, y).backward()
+        steps.append(gradients(model))
     assert not taken
-    assert not any(bool(p.grad.any()) for n, p in model.named_parameters() if p.grad is not None and is_hidden(n))
+    assert all(torch.equal(g, steps[0][n]) for step in steps for n, g in step.items())
+    if kind is OwnWay:
+        assert not any(bool(g.any()) for n, g in steps[0].items() if is_hidden(n))
+
+
+@pytest.mark.parametrize(("name", "method"), [("usf", "feedback_of"), ("fa", "feedback_of"), ("dfa", "signal")])
+def test_methods_that_are_replaced_on_a_rule_are_not_missed(name: str, method: str, taken: list[PlainChain]) -> None:
+    rule, _, x, y = warm(name, taken)
+    setattr(rule, method, getattr(rule, method))
+    rule(x, y)
+    assert not taken
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])

@@ -308,7 +308,7 @@ class EdgeRule(CreditRule):
             if not self._watched or self._passes & (self._passes - 1) == 0:  # as with _require_calls
                 watch = OutsideUse(self, self._weights_in(substitutes))
             elif not (substitutes or self._unseen) and self.goes_by_weights():
-                parameters = self._plain_chain().parameters(inputs)
+                parameters = self._plain_chain().parameters(self, inputs)
                 if parameters is not None:
                     return self._plain_chain().run(inputs, parameters, self._senders_now(), watched=True)
         device = inputs.device if isinstance(inputs, Tensor) else next(self.model.parameters()).device
@@ -348,14 +348,12 @@ class EdgeRule(CreditRule):
     def _plain_chain(self) -> "PlainChain":
         """The model as a chain to pass by hand, see :mod:`apical.core.plain_chain`; an empty one of any other."""
         if self._chain is None:
-            from apical.core.plain_chain import PlainChain  # what it makes quicker works without it
+            from apical.core.plain_chain import PlainChain, is_ours  # what it makes quicker works without it
 
             plain = {wrapped.layer: wrapped for wrapped, _ in self._sites.values() if wrapped.before is None}
             self._chain = PlainChain(self.model, wrappers=plain)
             names = [stage.name for stage in self._chain.stages]
-            ways = ("pathway", "call_layer", "feedback_weight", "send", "_run", "_kept")  # by hand go those of this package
-            whose = {getattr(type(self), way).__module__.partition(".")[0] for way in ways}
-            if whose != {"apical"} or names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
+            if not is_ours(self) or names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
                 self._chain.stages.clear()
             self._senders = [partial(self.send, name) for name in names[1:]]
         return self._chain

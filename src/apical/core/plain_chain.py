@@ -50,6 +50,11 @@ _FUNCTIONS = _functions()
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 """Whether the backward pass under way leaves its graph for another; the oldest versions of PyTorch do not tell."""
 
+WAYS = frozenset(
+    ("forward", "run", "signal", "feedback_of", "feedback_weight", "send", "pathway", "call_layer", "prepare", "substitutes")
+)
+"""Methods of rules that somebody may replace on an object."""
+
 
 class Stage(NamedTuple):
     """A layer and the activation behind it, of which the last layer has none."""
@@ -182,9 +187,11 @@ class PlainChain:
             return False
         return flatten is None or (flatten.start_dim == 1 and flatten.end_dim == -1)
 
-    def parameters(self, inputs: object) -> list[Parameter | None] | None:
-        """Weight and bias of each layer in turn, where a pass for these inputs can be made by hand now; else None."""
+    def parameters(self, rule: CreditRule, inputs: object) -> list[Parameter | None] | None:
+        """Weight and bias of each layer in turn, where the rule can make a pass for these inputs by hand now; else None."""
         if not (SEES_HOOKS and self.stages and torch.is_grad_enabled() and self._takes(inputs) and self._is_intact()):
+            return None
+        if not WAYS.isdisjoint(rule.__dict__):
             return None
         if torch._C._len_torch_function_stack() or torch._C._get_tracing_state() or are_tensors_hooked() or distributed():
             return None
@@ -230,9 +237,9 @@ class PlainChain:
             return None
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return None
-        if rule._attention != "exact" or "forward" in own or own.get("_compiled_call_impl") is not None:
+        if rule._attention != "exact" or own.get("_compiled_call_impl") is not None:
             return None
-        parameters = None if torch._C._are_functorch_transforms_active() else self.parameters(inputs)
+        parameters = None if torch._C._are_functorch_transforms_active() else self.parameters(rule, inputs)
         senders = None if parameters is None else rule.senders_by_hand(inputs)
         if parameters is None or senders is None:
             return None
@@ -247,6 +254,11 @@ class PlainChain:
             return Credit([loss], [None], output, loss)
         require_dependence(loss, output)
         return Credit([loss], [None], output.detach(), loss)
+
+
+def is_ours(rule: CreditRule) -> bool:
+    """Whether the rule's class is one of this package: of methods that others override a pass by hand knows nothing."""
+    return all(kind.__module__.startswith(("apical.", "torch.", "builtins")) for kind in type(rule).__mro__)
 
 
 def _none() -> None:

@@ -209,9 +209,8 @@ class DirectFeedbackAlignment(CutRule):
         read = cast(Tensor, cast(Any, HandedOn).apply(output, hear, *(cut.root for cut in cuts)))
         loss = self.loss(read, targets)
         require_dependence(loss, read)
-        if type(self).forward is DirectFeedbackAlignment.forward and type(self).signal is DirectFeedbackAlignment.signal:
-            chain = self.plain_chain()
-            self._by_hand = chain if chain is not None and chain.note(self, targets) else None
+        chain = self.plain_chain()
+        self._by_hand = chain if chain is not None and chain.note(self, targets) else None
         return Credit([loss], [None], output.detach(), loss)
 
     def senders_by_hand(self, inputs: Tensor) -> list[Sender] | None:
