@@ -33,7 +33,9 @@ COSTLY = (
     ("ep", "pc-incremental"),
     ("strong-dfc", "ep-directed"),
     ("hep",),
-    ("csdp-unsupervised", "csdp-memristor", "csdp"),
+    ("csdp-unsupervised",),
+    ("csdp",),
+    ("csdp-memristor",),
 )
 """Likewise those of up to a hundred times backpropagation's time, in a sweep of their own; backpropagation is in both."""
 SWEEPS = {"rates": CHEAP, "rates-costly": COSTLY}
