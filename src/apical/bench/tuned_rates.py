@@ -145,7 +145,7 @@ FASHION = {
     "hep": 0.005,
 }
 """The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist, and for rules that
-take longest rates-costly-mnist and rates-costly-fashion-mnist), where it lies inside what was tried."""
+take longest rates-costly-..., for spiking ones rates-spiking-...), where it lies inside what was tried."""
 
 SMALL = Recipe(model="mlp-256-256", epochs=5, batch_size=64, train_limit=10_000)
 TABLES = (

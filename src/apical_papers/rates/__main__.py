@@ -1,14 +1,15 @@
 """Tune and test tier after tier, MNIST and Fashion-MNIST in turn.
 
-Run `python -m apical_papers.rates --out results`, and with `--costly` for the rules that take longest; it goes on where it
-was stopped. Each step is an `apical sweep` of one data set with all rules so far.
+Run `python -m apical_papers.rates --out results`, with `--sweep rates-costly` for the rules that take longest and with
+`--sweep rates-spiking` for spiking networks; it goes on where it was stopped. Each step is an `apical sweep` of one data
+set with all rules so far.
 """
 
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import arg
@@ -22,8 +23,8 @@ class Options:
 
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder of the sweeps."""
-    costly: bool = False
-    """The rules that take longest instead of the others."""
+    sweep: Literal["rates", "rates-costly", "rates-spiking"] = "rates"
+    """Which rules."""
     tiers: Annotated[int | None, arg(metavar="N")] = None
     """How many groups of rules, from the cheapest; all by default."""
 
@@ -31,12 +32,11 @@ class Options:
 def main() -> int:
     """Run the sweeps; returns the status of the first that fails."""
     options = tyro.cli(Options)
-    name = "rates-costly" if options.costly else "rates"
     rules: tuple[str, ...] = ()
-    for tier in SWEEPS[name][: options.tiers]:
+    for tier in SWEEPS[options.sweep][: options.tiers]:
         rules += tier
         for data in DATA:
-            command = arguments(data, rules, str(options.out / f"{name}-{data}"))
+            command = arguments(data, rules, str(options.out / f"{options.sweep}-{data}"))
             status = subprocess.run([sys.executable, "-m", "apical", *command], check=False).returncode
             if status:
                 return status

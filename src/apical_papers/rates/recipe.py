@@ -33,15 +33,14 @@ COSTLY = (
     ("ep", "pc-incremental"),
     ("strong-dfc", "ep-directed"),
     ("hep",),
-    ("csdp-unsupervised",),
-    ("csdp",),
-    ("csdp-memristor",),
 )
-"""Likewise those of up to a hundred times backpropagation's time, in a sweep of their own; backpropagation is in both."""
-SWEEPS = {"rates": CHEAP, "rates-costly": COSTLY}
+"""Likewise those of up to a hundred times backpropagation's time, in a sweep of their own; backpropagation is in all."""
+SPIKING = (("bp", "csdp-unsupervised"), ("csdp",), ("csdp-memristor",))
+"""Likewise spiking networks."""
+SWEEPS = {"rates": CHEAP, "rates-costly": COSTLY, "rates-spiking": SPIKING}
 """What the sweeps' folders begin with, and their tiers."""
 FOLDERS = {f"{name}-{data}": data for data in DATA for name in SWEEPS}
-"""The folders of both sweeps, and their data."""
+"""The folders of all sweeps, and their data."""
 EVERY = (*RULES, *(f"{name}:bp" for name in AROUND))
 """Every rule of the library, and every rule around another around backpropagation."""
 
