@@ -449,6 +449,36 @@ def test_methods_that_are_replaced_on_a_rule_are_not_missed(name: str, method: s
     assert not taken
 
 
+@pytest.mark.parametrize("when", ["before", "while it trains"])
+@pytest.mark.parametrize(("name", "method"), [("usf", "feedback_of"), ("fa", "feedback_of"), ("dfa", "signal")])
+def test_methods_that_are_replaced_on_a_class_are_not_missed(
+    name: str, method: str, when: str, taken: list[PlainChain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = RULES[name]
+    kind = next(k for k in (make.func if isinstance(make, partial) else make).__mro__ if method in k.__dict__)
+    original, calls = getattr(kind, method), []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    rule, _, x, y = warm(name, taken)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, method, counted)
+        if when == "before":
+            rule = make(MODELS["flattened"]().double())
+            for _ in range(7):
+                rule(x, y).backward()
+        calls.clear()
+        rule(x, y).backward()
+        assert calls
+        assert not taken
+    if when != "before":
+        for _ in range(2):  # one of them may be due for a look
+            rule(x, y)
+        assert taken
+
+
 @pytest.mark.parametrize("name", ["fa", "dfa"])
 def test_activities_are_let_go_of_in_the_backward_pass(name: str, taken: list[PlainChain]) -> None:
     rule, _, x, y = warm(name, taken)

@@ -22,7 +22,7 @@ from apical.core.inside import InnerEdges
 from apical.core.layers import is_packed
 from apical.core.outputs import tensors
 from apical.core.packed import caller, refuse_compiled
-from apical.core.plain_chain import PlainChain, is_ours
+from apical.core.plain_chain import PlainChain
 from apical.core.rest import undisturbed
 from apical.core.separation import OUTPUT, Pattern, Separation, base, first_uses, separate, verify
 from apical.core.separators import KINDS, ends
@@ -269,10 +269,10 @@ class CutRule(CreditRule):
     def plain_chain(self) -> PlainChain | None:
         """The model as a chain with a unit behind each activation, see :mod:`apical.core.plain_chain`; None of others."""
         if self._chain is None and self._right and self._separation is not None:
-            self._chain = PlainChain(self.model, hooks=[hook.id for hook in self._hooks])
+            self._chain = PlainChain(self, hooks=[hook.id for hook in self._hooks])
             names = [stage.name for stage in self._chain.stages]
             units = [stage.activation_name for stage in self._chain.stages[:-1]]
-            plain = self.where == "activation" and not self._inner and is_ours(self)
+            plain = self.where == "activation" and not self._inner
             if not plain or names != [*self._whole] or self._separation.units != units:
                 self._chain.stages.clear()
         return self._chain if self._chain is not None and self._chain.stages else None

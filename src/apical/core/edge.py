@@ -348,12 +348,12 @@ class EdgeRule(CreditRule):
     def _plain_chain(self) -> "PlainChain":
         """The model as a chain to pass by hand, see :mod:`apical.core.plain_chain`; an empty one of any other."""
         if self._chain is None:
-            from apical.core.plain_chain import PlainChain, is_ours  # what it makes quicker works without it
+            from apical.core.plain_chain import PlainChain  # what it makes quicker works without it
 
             plain = {wrapped.layer: wrapped for wrapped, _ in self._sites.values() if wrapped.before is None}
-            self._chain = PlainChain(self.model, wrappers=plain)
+            self._chain = PlainChain(self, wrappers=plain)
             names = [stage.name for stage in self._chain.stages]
-            if not is_ours(self) or names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
+            if names != [*self._sites] or not self.layers.keys() >= {*names[1:]}:
                 self._chain.stages.clear()
             self._senders = [partial(self.send, name) for name in names[1:]]
         return self._chain

@@ -53,7 +53,7 @@ _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_gra
 WAYS = frozenset(
     ("forward", "run", "signal", "feedback_of", "feedback_weight", "send", "pathway", "call_layer", "prepare", "substitutes")
 )
-"""Methods of rules that somebody may replace on an object."""
+"""Methods of rules that somebody may replace, on an object or on its class."""
 
 
 class Stage(NamedTuple):
@@ -118,12 +118,12 @@ class PlainChain:
     A copy of a rule, or a pickle, has none, and looks at its own model.
 
     Args:
-        model: the model, of any kind; `nn.Flatten` may come first in a plain one, and layers in further `nn.Sequential`s.
+        rule: its model is of any kind; `nn.Flatten` may come first in a plain one, and layers in further `nn.Sequential`s.
         hooks: keys of hooks on its modules that have nothing to do in a pass by hand.
         wrappers: what stands in place of modules' forward methods, and has nothing to do then either.
 
     Attributes:
-        stages: layers in order; none where the model is no plain chain.
+        stages: layers in order; none where the model is no plain chain, or the rule not one of this package.
         loss, numbers: of the batch that the general path took last, and whether its targets were numbers.
     """
 
@@ -131,15 +131,17 @@ class PlainChain:
     numbers = False
 
     def __init__(
-        self, model: nn.Module, hooks: Collection[int] = (), wrappers: Mapping[nn.Module, Any] | None = None
+        self, rule: CreditRule, hooks: Collection[int] = (), wrappers: Mapping[nn.Module, Any] | None = None
     ) -> None:
+        model = rule.model
+        self._ways = _ways(rule)
         named = list(model.named_modules(remove_duplicate=False))
         self._modules = [(m, m.__dict__, type(m), (wrappers or {}).get(m)) for _, m in named]
         self._hooks = frozenset(hooks)
         self._children = [(m._modules, [*m.children()]) for _, m in named if type(m) is nn.Sequential]
         self._flatten: nn.Flatten | None = None
         self.stages: list[Stage] = []
-        if type(model) is nn.Sequential and all(type(m) in _FORWARDS for _, m in named):
+        if _is_ours(rule) and type(model) is nn.Sequential and all(type(m) in _FORWARDS for _, m in named):
             self.stages = self._read([(name, m) for name, m in named if type(m) is not nn.Sequential])
         layers = [stage.layer for stage in self.stages]
         self._own = [(layer._parameters, layer.weight.shape, layer.weight.shape[:1]) for layer in layers]
@@ -191,7 +193,7 @@ class PlainChain:
         """Weight and bias of each layer in turn, where the rule can make a pass for these inputs by hand now; else None."""
         if not (SEES_HOOKS and self.stages and torch.is_grad_enabled() and self._takes(inputs) and self._is_intact()):
             return None
-        if not WAYS.isdisjoint(rule.__dict__):
+        if not WAYS.isdisjoint(rule.__dict__) or _ways(rule) != self._ways:
             return None
         if torch._C._len_torch_function_stack() or torch._C._get_tracing_state() or are_tensors_hooked() or distributed():
             return None
@@ -256,9 +258,16 @@ class PlainChain:
         return Credit([loss], [None], output.detach(), loss)
 
 
-def is_ours(rule: CreditRule) -> bool:
-    """Whether the rule's class is one of this package: of methods that others override a pass by hand knows nothing."""
-    return all(kind.__module__.startswith(("apical.", "torch.", "builtins")) for kind in type(rule).__mro__)
+def _ways(rule: CreditRule) -> list[object]:
+    """The methods of its class, as they are now."""
+    kind = type(rule)
+    return [getattr(kind, way, None) for way in WAYS]
+
+
+def _is_ours(rule: CreditRule) -> bool:
+    """Whether class and methods are this package's: of what others put in their place a pass by hand knows nothing."""
+    owners = [*type(rule).__mro__, *(way for way in _ways(rule) if way is not None)]
+    return all(getattr(owner, "__module__", "").startswith(("apical.", "torch.", "builtins")) for owner in owners)
 
 
 def _none() -> None:
