@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apical_papers.around import damping, study
+from apical_papers.around import damping, study, window
 
 
 def small(name: str = "mnist") -> study.Digits:
@@ -103,3 +103,39 @@ def test_the_damping_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert damping.main(["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["tables"][0]["rows"]
     assert len(rows) == 2 * sum(len(rates) for rates in study.SOLVED.values())
+
+
+@pytest.mark.parametrize(
+    ("below", "solved", "bare"), [(0.02, "reproduced", "not reproduced"), (0.04, "not reproduced", "reproduced")]
+)
+def test_verdicts_on_chosen_ranges_follow_the_numbers(below: float, solved: str, bare: str) -> None:
+    rows = window.verdicts([{arm: {"below": below + noise} for arm in window.arms()} for noise in (-1e-4, 0.0, 1e-4)])
+    assert {row["verdict"] for row in rows if row["rule"].startswith("cwu")} == {solved}
+    assert {row["verdict"] for row in rows if not row["rule"].startswith("cwu")} == {bare}
+    assert len(rows) == len(window.RULES) * (1 + len(window.DAMPING))
+
+
+def test_ranges_span_a_factor_of_twenty() -> None:
+    spans = zip(window.RATES, window.RATES[window.SPAN - 1 :], strict=False)
+    assert all(high / low == pytest.approx(20, rel=5e-3) for low, high in spans)
+
+
+def test_ranges_are_chosen_by_one_seed_and_tested_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best rate of all is tested too, where it lies outside the range."""
+    seen = []
+
+    def told(rule: str, options: Any, digits: Any, sizes: Any, seed: int, lr: float, *_: Any) -> list[float]:
+        seen.append((seed, lr))
+        return [
+            {0.1: 0.2, 0.3: 0.8, 0.7: 0.8, 2.0: 0.8, 5.4: 0.8, 15.0: 0.95, 40.0: 0.1}[lr] - (seed >= window.TEST) * lr / 1000
+        ]
+
+    monkeypatch.setattr(window, "Digits", lambda: None)
+    monkeypatch.setattr(window, "accuracies", told)
+    monkeypatch.setattr(window, "RATES", (0.1, 0.3, 0.7, 2.0, 5.4, 15.0, 40.0))
+    assert window.main(["--out", str(tmp_path), "--seeds", "2", "--epochs", "1", "--jobs", "1"]) == 0
+    assert {lr for seed, lr in seen if seed >= window.TEST} == {0.3, 0.7, 2.0, 5.4, 15.0}
+    assert {seed for seed, _ in seen} == {500, 501, 600, 601}
+    row = json.loads((tmp_path / "results.json").read_text())["tables"][0]["rows"][0]
+    assert row[1] == "0.3 to 5.4, 0.3 to 5.4"
+    assert float(row[3].split()[0]) == pytest.approx(0.95 - 0.015 - (0.8 - 0.0054), abs=1e-3)

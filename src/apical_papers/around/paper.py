@@ -22,6 +22,12 @@ PAPER = Paper(
             epochs=(1, 5, 5),
             seeds=(2, 5, 5),
         ),
+        "window": seed_study(
+            "The local solver's usable range of learning rates, chosen and tested",
+            "apical_papers.around.window",
+            epochs=(1, 5, 5),
+            seeds=(2, 5, 5),
+        ),
         "mnist": table_of(STUDIES, "grapes-mnist", cut(1024), {"epochs": 5, "seeds": 5}, {"epochs": 20, "seeds": 5}),
     },
 )
