@@ -30,8 +30,8 @@ ABOUT: dict[str, Any] = {
     "about": "For each rule four neighbouring learning rates that span a factor of 20 are chosen by one seed and tested by "
     "another. Over the range, test accuracy is to lie within 3 points of the best with the solver, and not without it.",
     "sources": {
-        "our mark": "The specification's 3 points over a 20-fold range, whose place it leaves open. Reproduced means that the "
-        "mean lies past the mark."
+        "our mark": "The specification's 3 points over a 20-fold range, whose place it leaves open. Reproduced means that "
+        "the mean lies past the mark."
     },
 }
 
