@@ -1,10 +1,10 @@
 """The generated parts of the README: what the demo shows, what installing takes, why, the rules, the papers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmark_pages import setting
-from index_page import share
+from index_page import Standing, share
 from paper_pages import folders
 from rule_pages import belongs, rule_classes, short_names
 from tables import Row, load, number, present, spread, table, toml
@@ -14,20 +14,21 @@ from apical.bench.papers import papers
 LINKS = {"": "https://arxiv.org/abs/", "doi ": "https://doi.org/"}
 
 
-def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row]) -> dict[str, str]:
+def front_page(root: Path, measured: Mapping[str, Row], records: Sequence[Row], known: Iterable[Standing]) -> dict[str, str]:
     """The generated blocks of the README.
 
     Args:
         root: of the repository.
         measured: the files in benchmarks/, by name.
         records: what `apical reproduce` kept.
+        known: what each page of results is.
     """
     return {
         "demo": demo_block(root),
         "install": install(measured.get("install") or {}),
         "why": "\n".join(f"- {each}" for each in why(measured)),
         "rules": by_family(toml("families"), records),
-        "papers": reproduced(root, records),
+        "papers": reproduced(root, known),
     }
 
 
@@ -133,14 +134,14 @@ def linked(references: str) -> str:
     )
 
 
-def reproduced(root: Path, records: Sequence[Row]) -> str:
-    """One line per paper: its tables, and the verdicts of those that were run."""
-    rows, waiting = [], []
+def reproduced(root: Path, known: Iterable[Standing]) -> str:
+    """One line per paper: its tables, and the verdicts of those that were run; of a table run twice, of both."""
+    rows, waiting, standings = [], [], [*known]
     for name, folder in folders(root).items():
-        paper, kept = papers()[name], [record for record in records if record["target"].startswith(f"{name}/")]
-        verdicts = [row["verdict"] for record in kept for row in record["rows"]]
+        paper, kept = papers()[name], [each for each in standings if each.target.startswith(f"{name}/")]
+        verdicts = [verdict for each in kept for verdict in each.verdicts]
         undecided = len([each for each in verdicts if each not in ("reproduced", "not reproduced")])
-        run = f"{len({record['target'] for record in kept})} of {len(paper.tables)}"
+        run = f"{len({each.target for each in kept})} of {len(paper.tables)}"
         link = f"[{paper.title}]({(folder / 'README.md').relative_to(root).as_posix()})"
         if kept:
             rows.append([link, f"`{name}`", run, share(verdicts), str(undecided)])

@@ -68,7 +68,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
         **{root / "docs" / "results" / f"{path.stem}.md": file_page(path, said[path.stem]) for path in files},
     }
     blocks = {
-        root / "README.md": front_page(root, measured, records),
+        root / "README.md": front_page(root, measured, records, known.values()),
         root / "docs" / "command-line.md": command_blocks(),
         root / "docs" / "transformers.md": {
             name: study_table(root / "results" / f"transformers-{name}")

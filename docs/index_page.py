@@ -36,7 +36,7 @@ class Standing(NamedTuple):
 
     target: str
     size: str
-    share: str
+    verdicts: tuple[str, ...]
     machine: str
     hours: str
     commit: str
@@ -96,7 +96,7 @@ def _standing(path: Path, content: Row, runs: Sequence[Row], record: Row | None)
     return Standing(
         target,
         shortened(sizes, full) if target else absent(path, content, runs),
-        share(verdicts),
+        tuple(verdicts),
         _first(machines),
         hours,
         _first(commits)[:8],
@@ -186,7 +186,7 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
     count = f"{_counted([*tables()], shown)} Of the four papers that the package began with: {_counted(core, shown)}"
     header = ("table", "what it is", "data", "size", "reproduced", "machine", "hours", "commit")
     others = [
-        [f"[{text}]({name}.md)", *known[name][3:]]
+        [f"[{text}]({name}.md)", *_where(known[name])]
         for name, text in pages.items()
         if name in known and not known[name].target
     ]
@@ -206,7 +206,18 @@ def _counted(targets: Sequence[str], known: Iterable[Standing]) -> str:
 
 
 def _line(name: str, title: str, data: str, standing: Standing) -> list[str]:
-    return [f"`{standing.target}`", f"[{title}]({name}.md)", data, *standing[1:6]]
+    return [
+        f"`{standing.target}`",
+        f"[{title}]({name}.md)",
+        data,
+        standing.size,
+        share(standing.verdicts),
+        *_where(standing),
+    ]
+
+
+def _where(standing: Standing) -> list[str]:
+    return [standing.machine, standing.hours, standing.commit]
 
 
 def without_epochs(title: str) -> str:

@@ -80,7 +80,11 @@ def test_each_rule_has_its_papers_and_verdicts() -> None:
 
 
 def test_each_paper_has_its_tables_and_verdicts() -> None:
-    lines = page.reproduced(ROOT, RECORDS).splitlines()
+    known = [
+        page.Standing(record["target"], "full", tuple(row["verdict"] for row in record["rows"]), "-", "-", "-", "")
+        for record in RECORDS
+    ]
+    lines = page.reproduced(ROOT, known).splitlines()
     title = "[Deep learning without weight symmetry](src/apical_papers/pfa/README.md)"
     assert f"| {title} | `pfa` | 2 of 4 | 2 of 3 | 2 |" in lines
     assert len(lines) == 5  # the others were not run
