@@ -39,7 +39,7 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
-from apical.core.losses import output_error, refuse_options, terms
+from apical.core.losses import output_error, refuse_options, require_dependence, terms
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
@@ -262,6 +262,8 @@ class CounterCurrentLearning(CreditRule):
             teaching.roots += terms(loss)
         else:
             loss = self.loss(output, targets)
+            if output.requires_grad and not torch.compiler.is_compiling():
+                require_dependence(loss, output)
             teaching.loss(loss)
         return loss
 
