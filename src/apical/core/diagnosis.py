@@ -157,7 +157,7 @@ def require_rows(loss: Any, output: Tensor, targets: Any) -> None:
         ) from error
 
 
-def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
+def require_loss_of_output(rule: CreditRule, inputs: Any, targets: Any) -> None:
     """Refuse a loss that also reads activities of the model, for rules that ask it for the error at the output alone.
 
     Raises:

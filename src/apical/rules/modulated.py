@@ -160,7 +160,8 @@ class Modulated(WrappedRule):
         gains = self.gains()
         taps = self._taps(gains) if self.mode == "local" else {}
         self._learns = True
-        self._gains = {} if taps else {name: self._on_output(name, gain) for name, gain in gains.items()}
+        passed_on = gains if self.mode == "propagating" else {}
+        self._gains = {name: self._on_output(name, gain) for name, gain in passed_on.items()}
         try:
             credit = self.tapped(taps, inputs, targets)
         finally:
