@@ -346,6 +346,8 @@ class CounterCurrentLearning(CreditRule):
         self, level: int, a: Activity, b: Activity, goals: Tensor, teaching: Teaching, unsure: Tensor | None = None
     ) -> Tensor:
         """Teach the two blocks that meet at a depth; returns the pair's loss."""
+        if level:
+            self.row[level - 1].require_shape(a.made)
         if self.pair == "inner" and a.block is not None and unsure is None:  # vectors in the weights' own precision
             loss, for_a, for_b = inner(a.made, b.made, goals, self.scale)
             teaching.teach(a, for_a)
