@@ -12,6 +12,7 @@ from apical import CreditRule
 from apical.core.batch import fitted, require_classes
 from apical.core.losses import squared_error
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.testing import CHECKS, dense_network
 
 Factory = Callable[..., CreditRule]
 
@@ -222,3 +223,21 @@ def test_images_of_another_size_are_refused_where_the_size_of_activities_matters
         UnsupportedModelError, match=rf"layer '0' gave \(4, {size}, {size}\) per sample.*pass the input_shape"
     ):
         rule(torch.rand(samples, 1, size, size), targets[:samples])
+
+
+NOISY: dict[str, Factory] = {
+    "ep": lambda model, noise: apical.EquilibriumPropagation(model, free_steps=5, nudged_steps=3, noise=noise),
+    "strong-dfc": lambda model, noise: apical.StrongDeepFeedbackControl(
+        model, solver="simulate", points=12, sigma=noise, learn="expected" if noise else "none"
+    ),
+}
+"""Rules whose dynamics are noisy, whatever their feedback learns from."""
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_in_the_dynamics_is_declared(name: str, noise: float) -> None:
+    """So the conformance suite does not ask of a noisy rule that a batch twice over gives what the batch gives."""
+    rule = NOISY[name](dense_network(), noise=noise)
+    assert rule.random_per_sample is (noise > 0)
+    CHECKS["batch_mean"](lambda model, loss: NOISY[name](model, noise=noise))

@@ -15,7 +15,7 @@ from apical.core.credit import Credit, CreditRule
 from apical.core.losses import independent
 from apical.core.rest import undisturbed
 from apical.core.wrappers import compiled_function
-from apical.errors import ApicalError, ConfigError, UnsupportedModelError
+from apical.errors import ApicalError, ConfigError, DivergenceError, UnsupportedModelError
 
 STILL = 3
 """Steps of the optimiser after which a rule says that its own parameters do not take part in them."""
@@ -25,6 +25,8 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     """More about an error of a rule's on a batch; None where it says all, or model and loss do as they should."""
     if isinstance(error, torch.OutOfMemoryError):
         return None
+    if isinstance(error, DivergenceError) and not _is_finite(inputs):
+        return type(error)(why_not_finite((inputs, targets)))
     name = compiled_function(cast(nn.Module, rule.model))
     if name is not None and (isinstance(error, UnsupportedModelError) or not isinstance(error, ApicalError)):
         return UnsupportedModelError(
