@@ -600,3 +600,17 @@ class Tripled:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows.new_full((len(rows),), 3.0)
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("bp", "use mode='propagating', or remove"), ("pc", "units; remove")])
+def test_layers_that_compute_their_weight_are_refused_only_where_they_learn(kind: str, remedy: str) -> None:
+    """A frozen one has no gradient whose rows could be scaled; the remedy is one that the rule has."""
+    model = mlp(6, 7, 5, 3)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    rule = Modulated(LOCAL[kind](model), NodeImportance("local"))
+    inputs, targets = torch.rand(8, 6).double(), torch.arange(8) % 3
+    with pytest.raises(UnsupportedModelError, match=f"layer '0' computes with a function of its parameters.*{remedy}"):
+        rule(inputs, targets)
+    model[0].requires_grad_(False)
+    rule(inputs, targets).backward()
+    assert model[2].weight.grad.abs().max() > 0
