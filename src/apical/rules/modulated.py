@@ -181,8 +181,8 @@ class Modulated(WrappedRule):
             if any(parameter.requires_grad for parameter in layer.parameters()) and not computes_plainly(layer):
                 remedy = "use mode='propagating', or " if self.chains_errors else ""
                 raise UnsupportedModelError(
-                    f"layer {name!r} computes with a function of its parameters, whose gradient has no rows for units; {remedy}"
-                    "remove the function"
+                    f"layer {name!r} computes with a function of its parameters, whose gradient has no rows for units; "
+                    f"{remedy}remove the function"
                 )
             shape, prefix = geometry(layer), f"{name}." if name else ""
             for own, parameter in layer.named_parameters(recurse=False):
