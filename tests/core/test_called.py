@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.bench.measure import minimum_norm
-from apical.bench.names import RULES
+from apical.bench.names import RULES, find_rule
 from apical.core.blocks import blocks, through
 from apical.core.called import Call, Functions, Mean, module_of, on_path
 from apical.data.dataset import Split
@@ -230,6 +230,35 @@ def test_another_way_through_a_forward_is_refused_at_the_batch_that_takes_it(nam
             rule(-x, targets)
     finally:
         Options.flag = LATER["flag"] = False
+
+
+class Methods(nn.Module):
+    """Nothing but the attribute tells of another way: its methods find nothing by a global name."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.c = layers
+        self.flag = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x).relu())
+        return self.c(h.tanh() if self.flag else h.relu())
+
+
+@pytest.mark.parametrize("name", ["dtp", "ep", "local-pred", "cwu:local-pred"])
+def test_another_way_is_refused_until_the_old_one_is_taken_again(name: str) -> None:
+    """Who catches the error trains nothing else; nor does a rule that tries a few samples before the batch."""
+    entry, model = find_rule(name), Methods(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    rule = entry.build(model, loss=F.cross_entropy, **entry.options)
+    x, targets = torch.rand(6, 4), torch.arange(6) % 3
+    for _ in range(6):
+        rule(x, targets)
+    model.flag = True
+    for _ in range(3):
+        with pytest.raises(UnsupportedModelError, match="computes another function"):
+            rule(x, targets)
+    model.flag = False
+    rule(x, targets).backward()
 
 
 class InDouble(nn.Module):

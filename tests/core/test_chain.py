@@ -419,6 +419,18 @@ def test_hooks_that_only_look_are_welcome() -> None:
     assert seen
 
 
+def test_hooks_that_only_look_may_see_what_is_no_number() -> None:
+    """NaN is not equal to itself, and no change; a hook that puts numbers in its place makes one."""
+    model, inputs = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.full((2, 4), torch.nan)
+    chain, seen = Chain(model), []
+    model[1].register_forward_hook(lambda module, given, made: seen.append(made))
+    assert chain.run(inputs).r[-1].isnan().all()
+    assert seen
+    model[1].register_forward_hook(lambda module, given, made: made.nan_to_num())
+    with pytest.raises(UnsupportedModelError, match=r"a hook on module '1' \(Tanh\) changes"):
+        chain.run(inputs)
+
+
 @pytest.mark.parametrize("changes", [False, True])
 def test_hooks_on_every_module_may_look_and_not_change(changes: bool) -> None:
     chain, inputs = Chain(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))), torch.randn(2, 4)

@@ -17,7 +17,7 @@ from test_conformance import OF_CLASSES, PATHS, RULES
 
 import apical
 from apical.core.credit import CreditRule
-from apical.errors import ApicalError
+from apical.errors import ApicalError, InstabilityError
 from apical.losses import squared_error
 from apical.testing import dense_network
 
@@ -236,3 +236,24 @@ def test_nothing_to_learn_and_what_is_no_model() -> None:
     credit = apical.FeedbackAlignment(dense_network().requires_grad_(False))(*batch())
     with pytest.raises(ApicalError, match="nothing learns: all parameters are frozen"):
         credit.backward()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        apical.EquilibriumPropagation,
+        lambda model: apical.DeepFeedbackControl(model, solver="simulate", points=12, learn="none"),
+        lambda model: apical.DeepFeedbackControl(model, learn="noise", points_fb=12),
+        lambda model: apical.StrongDeepFeedbackControl(model, solver="simulate", points=12, learn="none"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the steady state is not a stable one")
+def test_dynamics_that_run_away_on_inputs_that_are_no_numbers_say_so(make: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3))
+    inputs, targets = torch.rand(6, 4), torch.arange(6) % 3
+    inputs[0, 0] = torch.nan
+    with pytest.raises(InstabilityError, match="the inputs hold NaN or infinite values; clean the data"):
+        make(model)(inputs, targets)
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(InstabilityError, match=r"diverged|weights are not"):
+        make(model)(inputs.nan_to_num(), targets)

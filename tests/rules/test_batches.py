@@ -12,6 +12,7 @@ from apical import CreditRule
 from apical.core.batch import fitted, require_classes
 from apical.core.losses import squared_error
 from apical.errors import ConfigError, UnsupportedModelError
+from apical.testing import CHECKS, dense_network
 
 Factory = Callable[..., CreditRule]
 
@@ -127,11 +128,11 @@ def test_a_loss_of_ones_own_gets_its_targets_as_they_are() -> None:
     seen = []
 
     def loss(output: Tensor, targets: Tensor) -> Tensor:
-        seen.append(targets.shape)
+        seen.append(targets.dim())
         return (output.squeeze(1) - targets).square().mean()
 
     apical.DeepFeedbackControl(model("dfc", 1), loss, learn="none")(batch()[0], torch.rand(6).double())
-    assert set(seen) == {(6,)}
+    assert set(seen) == {1}
 
 
 def test_labels_for_a_loss_of_numbers_are_refused() -> None:
@@ -194,3 +195,49 @@ def test_symmetric_weights_may_move_alone(name: str) -> None:
     rule = ALL[name](model(name).float())
     rule.model.double()
     assert all(grad.dtype == torch.double for grad in gradients(rule, *batch()))
+
+
+SIZED: dict[str, Factory] = {
+    "local-pred": apical.LocalClassifiers,
+    "local-sim": lambda model, **more: apical.LocalClassifiers(model, local="similarity", **more),
+    "local-both": lambda model, **more: apical.LocalClassifiers(model, local="both", **more),
+    "mono-forward": lambda model, **more: apical.LocalClassifiers(model, local="projection", **more),
+    "ff": apical.ForwardForward,
+    "scff": lambda model, **more: apical.ForwardForward(model, negatives="images", goodness="sum", **more),
+    "ccl": apical.CounterCurrentLearning,
+    "ccl, free": lambda model, **more: apical.CounterCurrentLearning(model, feedback="free", **more),
+}
+"""Rules of blocks whose read-outs, thresholds or codes are for activities of one size."""
+
+
+@pytest.mark.parametrize(("size", "samples"), [(11, 4), (16, 1)])
+@pytest.mark.parametrize("name", SIZED)
+def test_images_of_another_size_are_refused_where_the_size_of_activities_matters(name: str, size: int, samples: int) -> None:
+    """Though the model itself takes them: its last pooling adapts. One of 16 x 16 is no four of 8 x 8."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    rule = SIZED[name](nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 3)), input_shape=(1, 8, 8))
+    targets = torch.arange(4) % 3
+    rule(torch.rand(4, 1, 8, 8), targets).backward()
+    with pytest.raises(
+        UnsupportedModelError, match=rf"layer '0' gave \(4, {size}, {size}\) per sample.*pass the input_shape"
+    ):
+        rule(torch.rand(samples, 1, size, size), targets[:samples])
+
+
+NOISY: dict[str, Factory] = {
+    "ep": lambda model, noise: apical.EquilibriumPropagation(model, free_steps=5, nudged_steps=3, noise=noise),
+    "strong-dfc": lambda model, noise: apical.StrongDeepFeedbackControl(
+        model, solver="simulate", points=12, sigma=noise, learn="expected" if noise else "none"
+    ),
+}
+"""Rules whose dynamics are noisy, whatever their feedback learns from."""
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_in_the_dynamics_is_declared(name: str, noise: float) -> None:
+    """So the conformance suite does not ask of a noisy rule that a batch twice over gives what the batch gives."""
+    rule = NOISY[name](dense_network(), noise=noise)
+    assert rule.random_per_sample is (noise > 0)
+    CHECKS["batch_mean"](lambda model, loss: NOISY[name](model, noise=noise))

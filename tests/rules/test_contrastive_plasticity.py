@@ -630,3 +630,16 @@ def test_models_pass_the_checks(options: dict[str, object]) -> None:
     rule = ContrastiveSignalPlasticity(network(), steps=12, theta=1.5, constants=QUICK, **options)  # type: ignore[arg-type]
     checked = check_model(rule, *batch(), skip={"compiled"}).passed
     assert {"gradients", "placement", "determinism", "not backprop", "batch sizes", "autocast"} <= checked.keys()
+
+
+@pytest.mark.parametrize("place", ["model", "lateral", "read"])
+def test_weights_that_are_no_numbers_do_not_hide_behind_spikes(place: str) -> None:
+    """A neuron whose potential is NaN fires no spike, so neither output nor gradients would tell."""
+    torch.manual_seed(0)
+    rule = ContrastiveSignalPlasticity(network(), steps=4, constants=QUICK)
+    x, targets = batch()
+    assert rule(x, targets).loss.isfinite()
+    weight = {"model": weight_of(rule, 1), "lateral": rule.lateral[0], "read": rule.read[0]}[place]
+    weight.data[0, 1] = torch.nan
+    with pytest.warns(RuntimeWarning, match="the loss is not finite although the inputs are: training has diverged"):
+        rule(x, targets)

@@ -414,3 +414,24 @@ def test_samples_of_several_axes_are_refused() -> None:
     rule = apical.CorInfoMax(nn.Sequential(nn.Linear(6, 5), nn.Hardtanh(0.0, 1.0), nn.Linear(5, 4)))
     with pytest.raises(UnsupportedModelError, match=r"samples of one axis"):
         rule(torch.rand(2, 3, 6), torch.tensor([0, 1]))
+
+
+def test_a_loss_of_ones_own_gets_its_targets_as_they_are() -> None:
+    """One output for each sample: a loss that squeezes it is given (batch,), the dynamics (batch, 1)."""
+    inputs, numbers = batch()[0], torch.rand(5, dtype=torch.double)
+    updates = []
+    for loss, targets in (
+        (lambda o, t: F.binary_cross_entropy(o.squeeze(1), t), numbers),
+        (lambda o, t: F.mse_loss(o.flatten(), t), numbers),
+        (F.mse_loss, numbers),
+        (F.mse_loss, numbers.unsqueeze(1)),
+    ):
+        rule = CIM(network((6, 5, 1)), loss, nudge="symmetric", generator=torch.Generator().manual_seed(3))
+        credit = rule(inputs, targets)
+        torch.testing.assert_close(
+            credit.loss.detach(), loss(credit.output, targets.view(5, 1) if loss is F.mse_loss else targets)
+        )
+        credit.backward()
+        updates.append([p.grad for p in rule.parameters()])
+    for update in updates[1:]:
+        torch.testing.assert_close(update, updates[0])

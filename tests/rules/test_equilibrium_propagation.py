@@ -598,7 +598,7 @@ def test_a_read_out_alone_has_nothing_to_settle() -> None:
 
 def test_input_that_cannot_be_settled_is_named() -> None:
     x, y = batch()
-    with pytest.raises(InstabilityError, match="inputs or weights"):
+    with pytest.raises(InstabilityError, match="the inputs hold NaN"):
         EP(network())(x * float("nan"), y)
     with pytest.raises(UnsupportedModelError, match=r"'0' gave .*input_shape"):
         EP(convolutional(nn.MaxPool2d(2), "pool"), input_shape=(1, 8, 8))(torch.rand(2, 1, 10, 10).double(), y[:2])

@@ -425,7 +425,7 @@ def test_refusals() -> None:
         LocalClassifiers(mlp(), local="similarity")(batch()[0], torch.randn(9, 4))
     with pytest.raises(ConfigError, match="empty"):
         LocalClassifiers(mlp())(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
-    with pytest.raises(ConfigError, match="made for blocks of"):
+    with pytest.raises(UnsupportedModelError, match=r"layer .0. gave \(3, 8\) per sample"):
         LocalClassifiers(mlp(), token_cross_entropy)(torch.randn(8, 3, 6), torch.zeros(8, 3, dtype=torch.long))
     rule = LocalClassifiers(mlp())
     rule.model.float()

@@ -360,6 +360,23 @@ def test_frozen_layers_still_pass_their_gain_on() -> None:
     assert model[2].weight.grad is None
 
 
+@pytest.mark.parametrize("inference", ["state", "error", None])
+def test_local_gains_are_not_passed_on_where_all_hidden_layers_are_frozen(inference: str | None) -> None:
+    """Read-out and normalisation learn as without gains: these change the weights of hidden units, and nothing else."""
+    kind = apical.Backprop if inference is None else partial(apical.PredictiveCoding, inference=inference)
+    updates = []
+    for wrap in (lambda rule: rule, lambda rule: Modulated(rule, NodeImportance("local"))):
+        model = mlp(6, 7, 5, 3)
+        model.insert(0, nn.LayerNorm(6).double()) if inference is None else None
+        for layer in [module for module in model if isinstance(module, nn.Linear)][:-1]:
+            layer.requires_grad_(False)
+        rule = wrap(kind(model))
+        rule(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3).backward()
+        updates.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(updates[0]) == (4 if inference is None else 2)
+    torch.testing.assert_close(updates[1], updates[0])
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -583,3 +600,17 @@ class Tripled:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows.new_full((len(rows),), 3.0)
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("bp", "use mode='propagating', or remove"), ("pc", "units; remove")])
+def test_layers_that_compute_their_weight_are_refused_only_where_they_learn(kind: str, remedy: str) -> None:
+    """A frozen one has no gradient whose rows could be scaled; the remedy is one that the rule has."""
+    model = mlp(6, 7, 5, 3)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    rule = Modulated(LOCAL[kind](model), NodeImportance("local"))
+    inputs, targets = torch.rand(8, 6).double(), torch.arange(8) % 3
+    with pytest.raises(UnsupportedModelError, match=f"layer '0' computes with a function of its parameters.*{remedy}"):
+        rule(inputs, targets)
+    model[0].requires_grad_(False)
+    rule(inputs, targets).backward()
+    assert model[2].weight.grad.abs().max() > 0

@@ -47,6 +47,21 @@ class Block:
         """(batch, *input_shape) -> (batch, *shape)."""
         return through(self.modules, activity)
 
+    def require_shape(self, made: Tensor) -> None:
+        """Refuse what the block makes of samples of another shape than it was made for, for rules to which sizes matter.
+
+        Args:
+            made: its output (batch, ...).
+
+        Raises:
+            UnsupportedModelError: names the layer.
+        """
+        if made.shape[1:] != self.shape:
+            raise UnsupportedModelError(
+                f"layer {self.name!r} gave {tuple(made.shape[1:])} per sample, but the rule was made for {self.shape}; pass "
+                "the input_shape of these samples"
+            )
+
     @property
     def like(self) -> Tensor:
         """A parameter of the layer, for its type and device: a weight that is computed has another type under autocast."""

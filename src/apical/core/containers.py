@@ -84,6 +84,7 @@ class Containers:
                 "made; make the rule after that"
             )
         if not (touched := self.written if compiling else self._touched(self._is_due())):
+            self._batches += not compiling
             return
         names = " or ".join(f"{self.names[module]!r} ({type(module).__name__})" for module in touched)
         for module in () if compiling else touched:
@@ -107,7 +108,8 @@ class Containers:
             torch._assert_async(_close(output, expected), message)
         elif not (fits and bool(_close(output, expected))):
             raise UnsupportedModelError(message)
-        if not compiling:
+        if not compiling:  # what was refused is looked at again
+            self._batches += 1
             self._choices = self._attributes()  # a forward may count its calls, or keep what it made
 
     def _take(self, own: Callable[[Tensor], Tensor], inputs: Tensor, message: str) -> Tensor:
@@ -127,10 +129,7 @@ class Containers:
 
     def _is_due(self) -> bool:
         """Whether this batch is one at which forward methods of the user's are looked at."""
-        choices = self._attributes()
-        due = choices != self._choices or self._batches < FIRST or self._batches % EVERY == 0
-        self._batches, self._choices = self._batches + 1, choices
-        return due
+        return self._attributes() != self._choices or self._batches < FIRST or self._batches % EVERY == 0
 
     def _touched(self, due: bool) -> list[nn.Module]:
         """Containers that may compute something else than at first."""

@@ -12,9 +12,10 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from apical.core.credit import Credit, CreditRule
+from apical.core.losses import independent
 from apical.core.rest import undisturbed
 from apical.core.wrappers import compiled_function
-from apical.errors import ApicalError, ConfigError, UnsupportedModelError
+from apical.errors import ApicalError, ConfigError, DivergenceError, UnsupportedModelError
 
 STILL = 3
 """Steps of the optimiser after which a rule says that its own parameters do not take part in them."""
@@ -24,6 +25,8 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     """More about an error of a rule's on a batch; None where it says all, or model and loss do as they should."""
     if isinstance(error, torch.OutOfMemoryError):
         return None
+    if isinstance(error, DivergenceError) and not _is_finite(inputs):
+        return type(error)(why_not_finite((inputs, targets)))
     name = compiled_function(cast(nn.Module, rule.model))
     if name is not None and (isinstance(error, UnsupportedModelError) or not isinstance(error, ApicalError)):
         return UnsupportedModelError(
@@ -156,11 +159,12 @@ def require_rows(loss: Any, output: Tensor, targets: Any) -> None:
         ) from error
 
 
-def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
+def require_loss_of_output(rule: CreditRule, inputs: Any, targets: Any) -> None:
     """Refuse a loss that also reads activities of the model, for rules that ask it for the error at the output alone.
 
     Raises:
-        ConfigError: the loss, of an output without a graph, still depends on the model's activities.
+        ConfigError: the loss, of an output without a graph, still depends on the model's activities, or does not depend on
+            that output.
     """
     model: Any = rule.model
     loss: Any = rule.loss
@@ -168,7 +172,9 @@ def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
         warnings.simplefilter("ignore")  # of targets (N,) for outputs (N, 1), which rules fit to each other
         try:
             output = model(inputs)
-            value = loss(output.detach().requires_grad_(), targets) if isinstance(output, Tensor) else None
+            leaf = output.detach().requires_grad_()
+            value = loss(leaf, targets)
+            is_followed = value.dim() > 0 or _leads(value.grad_fn, leaf)
         except Exception:
             return  # the rule calls them in another way, or says what is wrong
     if isinstance(value, Tensor) and _nodes(value.grad_fn) & _nodes(output.grad_fn):
@@ -177,6 +183,8 @@ def require_loss_of_output(rule: nn.Module, inputs: Any, targets: Any) -> None:
             "to the output alone: that term would be left out of the update; remove it, or choose a rule that follows it, "
             "such as DirectFeedbackAlignment or FeedbackAlignment"
         )
+    if not is_followed and "weight" not in rule._loss_options:  # rules that learn from labels take no derivative
+        raise independent()
 
 
 def _nodes(root: Node | None) -> set[Node]:
@@ -197,19 +205,25 @@ def require_reached(rule: CreditRule, inputs: Tensor, credit: Credit) -> None:
     Raises:
         ConfigError: no root of the credit leads to them.
     """
-    waiting = [root.grad_fn for root in credit.roots]
-    seen: set[Node | None] = {None}
+    if not any(_leads(root.grad_fn, inputs) for root in credit.roots):
+        raise ConfigError(
+            f"inputs require a gradient, and {type(rule).__name__} sends none to them, nor to what made them: give "
+            "inputs.detach(), or choose a rule whose error passes the first layer"
+        )
+
+
+def _leads(root: Node | None, end: Tensor) -> bool:
+    """Whether a graph leads to a tensor, which is a leaf or has a graph of its own."""
+    waiting, seen = [root], set[Node]()
     while waiting:
         node = waiting.pop()
-        if node is not None and (node is inputs.grad_fn or getattr(node, "variable", None) is inputs):
-            return
-        if node is not None and node not in seen:
-            waiting += [below for below, _ in node.next_functions]
+        if node is None or node in seen:
+            continue
+        if node is end.grad_fn or getattr(node, "variable", None) is end:
+            return True
         seen.add(node)
-    raise ConfigError(
-        f"inputs require a gradient, and {type(rule).__name__} sends none to them, nor to what made them: give "
-        "inputs.detach(), or choose a rule whose error passes the first layer"
-    )
+        waiting += [below for below, _ in node.next_functions]
+    return False
 
 
 def refuse_tangents(rule: nn.Module, args: Sequence[Any]) -> None:

@@ -42,7 +42,7 @@ def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = 
     targets = usable(targets)
     value, (error,) = loss_and_errors(lambda parts: loss(parts[0], targets), [output], traced)
     if error is None:
-        raise _independent()
+        raise independent()
     return value, error
 
 
@@ -68,11 +68,11 @@ def loss_and_errors(loss: Callable[[list[Tensor]], Tensor], parts: list[Tensor],
             raise _in_place() from error
         raise
     if not value.requires_grad:
-        raise _independent()
+        raise independent()
     learned = value.grad_fn is not None and _reaches_others(value.grad_fn, leaves)
     errors = torch.autograd.grad(value, leaves, retain_graph=learned, allow_unused=True)
     if all(error is None for error in errors):
-        raise _independent()
+        raise independent()
     return value if learned else value.detach(), list(errors)
 
 
@@ -88,7 +88,8 @@ def _in_place() -> ConfigError:
     return ConfigError("the loss changes the output in place, which the rule still needs; let it work on output.clone()")
 
 
-def _independent() -> ConfigError:
+def independent() -> ConfigError:
+    """Refusal of a loss that detaches the output."""
     return ConfigError("the loss does not depend on the output in a way that autograd can follow; do not detach it there")
 
 
@@ -182,7 +183,7 @@ def require_dependence(loss: Tensor, output: Tensor) -> None:
         if below is not None and below not in seen:
             seen.add(below)
             waiting += [node for node, _ in below.next_functions]
-    raise _independent()
+    raise independent()
 
 
 def token_cross_entropy(output: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

@@ -288,10 +288,11 @@ class CorInfoMax(CreditRule):
         require_one_type(type(self).__name__, like, [*self.backward, *self.inverses()])
         x = self.chain.enter(inputs)
         free = self._free(x)
-        targets = fitted(squared_error, free.r[-1], fitted(self.loss, free.r[-1], targets))
-        if targets.dim() == 1:
-            require_classes(targets, free.r[-1].shape[1])
-        y = wanted(free.r[-1], targets)
+        targets = fitted(self.loss, free.r[-1], targets)
+        goals = fitted(squared_error, free.r[-1], targets)  # a loss of the user's may want another shape
+        if goals.dim() == 1:
+            require_classes(goals, free.r[-1].shape[1])
+        y = wanted(free.r[-1], goals)
         beta = x.new_full((), self.beta)
         if self.nudge == "random-sign":
             beta = beta * coins((), x, self.generator)

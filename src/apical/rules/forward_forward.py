@@ -333,7 +333,9 @@ class ForwardForward(CreditRule):
             inputs = self.write(inputs, inputs.new_full((len(inputs), self.classes), 1 / self.classes))
         z, features = self._given(inputs), []
         for number, block in enumerate(self.hidden):
-            z = normalised(block(z) if number or not self.self_contrastive else self._joined(block, z, None))
+            h = block(z) if number or not self.self_contrastive else self._joined(block, z, None)
+            block.require_shape(h)  # thresholds and read-outs are for its size
+            z = normalised(h)
             features.append(z)
         return features
 

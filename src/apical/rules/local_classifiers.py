@@ -284,6 +284,7 @@ class LocalClassifiers(CreditRule):
     ) -> tuple[list[Root], Tensor]:
         """What a block and its read-out learn, and the block's loss; without gradient outside the graph of the block."""
         h, name, like = activity.made, key(hidden.block.name), hidden.block.like
+        hidden.block.require_shape(h)
         wide, closed = torch.promote_types(like.dtype, torch.float32), activity.block is not None
         taught: list[tuple[Tensor, Tensor]] = []  # functions of h, and their signals
         roots: list[Root] = []
@@ -326,11 +327,6 @@ class LocalClassifiers(CreditRule):
         """A read-out's loss of what it reads (batch, d), the signal G M of that shape, and what it learns itself."""
         assert isinstance(reader, nn.Linear)
         m, c = reader.weight, reader.bias
-        if a.shape[1] != m.shape[1]:
-            raise ConfigError(
-                f"a read-out was made for blocks of {m.shape[1]} numbers a sample, and this batch makes {a.shape[1]}: give "
-                "samples of the shape that the rule was made for (input_shape)"
-            )
         logits = F.linear(a, m.to(a.dtype), None if c is None else c.to(a.dtype)).view(len(a), *self.row[-1].shape)
         loss, g = output_error(self.loss, logits, fitted(self.loss, logits, targets))
         g = g.flatten(1)  # G: (batch, K)

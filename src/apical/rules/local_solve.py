@@ -52,6 +52,9 @@ from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 PROBE = 2
 """Samples of the batch on which it is found out whether the rule's gradients are made of the layers' inputs."""
 
+TINY = 1e-300
+"""In place of zero in a quotient."""
+
 REMEDY = "wrap a rule whose layers learn from their inputs: backpropagation, FA, DFA, CCL, DTP"
 
 
@@ -89,14 +92,16 @@ class Problem:
         if not self.errors:
             return None
         picked = {"first": [0], "last": [len(self.calls) - 1]}.get(which, sorted(self.errors))
-        if not self.errors.keys() <= set(picked):
+        if not self.errors.keys() >= set(picked):  # others may be of derivatives that the rule took on its way
             return 1.0
         change = torch.zeros_like(gradient)
         for call in picked:
             shape, error = geometry(self.layer), self.errors[call]
             d = error if shape is None else error.movedim(-1 - len(shape.stride), -1)  # (..., n_out)
             change += d.reshape(-1, d.shape[-1]).double().T @ self._rows([self.calls[call]])
-        return float((gradient - change).norm() / gradient.norm())
+        # a rule may have scaled the signals of single units: G_j = c_j d_j^T A
+        scale = (gradient * change).sum(1, keepdim=True) / change.square().sum(1, keepdim=True).clamp_min(TINY)
+        return float((gradient - scale * change).norm() / gradient.norm())
 
     def joined(self, gradients: list[Tensor]) -> Tensor:
         """G (n_out, n) in float64."""

@@ -160,7 +160,8 @@ class Modulated(WrappedRule):
         gains = self.gains()
         taps = self._taps(gains) if self.mode == "local" else {}
         self._learns = True
-        self._gains = {} if taps else {name: self._on_output(name, gain) for name, gain in gains.items()}
+        passed_on = gains if self.mode == "propagating" else {}
+        self._gains = {name: self._on_output(name, gain) for name, gain in passed_on.items()}
         try:
             credit = self.tapped(taps, inputs, targets)
         finally:
@@ -177,10 +178,11 @@ class Modulated(WrappedRule):
         taps = {}
         for name, gain in gains.items():
             layer = self.layers[name]
-            if not computes_plainly(layer):
+            if any(parameter.requires_grad for parameter in layer.parameters()) and not computes_plainly(layer):
+                remedy = "use mode='propagating', or " if self.chains_errors else ""
                 raise UnsupportedModelError(
-                    f"layer {name!r} computes with a function of its parameters, whose gradient has no rows for units; use "
-                    "mode='propagating', or remove the function"
+                    f"layer {name!r} computes with a function of its parameters, whose gradient has no rows for units; "
+                    f"{remedy}remove the function"
                 )
             shape, prefix = geometry(layer), f"{name}." if name else ""
             for own, parameter in layer.named_parameters(recurse=False):

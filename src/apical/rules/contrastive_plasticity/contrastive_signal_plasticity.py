@@ -241,7 +241,8 @@ class ContrastiveSignalPlasticity(CreditRule):
                     calls = held.calls + 1
                     self._held = held._replace(state=state, calls=calls) if calls < self.repeats else None
         loss = value_at(self.loss, output, targets)
-        loss = loss.where(x.isfinite().all(), torch.nan)  # spikes would hide what is no number
+        finite = torch.stack([values.detach().sum() for values in (x, *self.parameters())]).isfinite().all()
+        loss = loss.where(finite, torch.nan)  # spikes would hide what is no number
         return Credit.of([*roots, *terms(loss)], output, loss, logs)
 
     def answer(self, inputs: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
-from apical.core.losses import output_error, refuse_options, terms
+from apical.core.losses import output_error, refuse_options, require_dependence, terms
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
@@ -262,6 +262,8 @@ class CounterCurrentLearning(CreditRule):
             teaching.roots += terms(loss)
         else:
             loss = self.loss(output, targets)
+            if output.requires_grad and not torch.compiler.is_compiling():
+                require_dependence(loss, output)
             teaching.loss(loss)
         return loss
 
@@ -344,6 +346,8 @@ class CounterCurrentLearning(CreditRule):
         self, level: int, a: Activity, b: Activity, goals: Tensor, teaching: Teaching, unsure: Tensor | None = None
     ) -> Tensor:
         """Teach the two blocks that meet at a depth; returns the pair's loss."""
+        if level:
+            self.row[level - 1].require_shape(a.made)
         if self.pair == "inner" and a.block is not None and unsure is None:  # vectors in the weights' own precision
             loss, for_a, for_b = inner(a.made, b.made, goals, self.scale)
             teaching.teach(a, for_a)

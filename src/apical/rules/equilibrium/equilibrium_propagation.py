@@ -182,6 +182,7 @@ class EquilibriumPropagation(CreditRule):
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise, generator=generator)
         self.estimator, self.beta, self.points, self.generator = estimator, beta, points, generator
         self.free_steps, self.nudged_steps, self.tolerance, self.cycles = free_steps, nudged_steps, tolerance, cycles
+        self.random_per_sample = noise > 0
         if len(rates) not in (0, len(self.chain.stages)):
             raise ConfigError(f"rates needs one number for each of the {len(self.chain.stages)} layers, got {len(rates)}")
         self.rates = tuple(rates) or (1.0,) * len(self.chain.stages)

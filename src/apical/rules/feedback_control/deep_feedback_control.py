@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from apical.core.batch import counted, fitted
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss, Root
-from apical.core.losses import output_error, terms
+from apical.core.losses import output_error, refuse_options, terms
 from apical.errors import ConfigError, InstabilityError, require_choice
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import LOOK_EVERY, ControlRule, Difference, Learn, NoiseCorrelation, Start
@@ -78,7 +78,7 @@ class DeepFeedbackControl(ControlRule):
 
     Raises:
         UnsupportedModelError: the model is no such chain; the module is named.
-        ConfigError: an option is out of range or does not fit another.
+        ConfigError: an option is out of range or does not fit another; or a loss with a reduction that is no mean.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     >>> rule = DeepFeedbackControl(model, variant="ssa", alpha=1e-6, learn="none")
@@ -131,6 +131,7 @@ class DeepFeedbackControl(ControlRule):
             *(alpha_fb, k_p_fb, dt_fb, points_fb, tau_fb, leak), proactive=False, tau_apical=tau_apical_fb, sigma=sigma_fb
         )
         super().__init__(model, loss, loop, sleep, difference, feedback, learn, learn_output, input_shape, generator)
+        refuse_options(self, "deep feedback control", ("reduction",))
         self.variant, self.solver, self.nudge, self.newton = variant, chosen, nudge, newton
         self.factor = 1 / nudge if normalised else 2.0
         self.correlations = [correlation(sleep, depth) for depth in range(len(self.chain.stages), 0, -1)]

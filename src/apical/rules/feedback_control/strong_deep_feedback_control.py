@@ -119,6 +119,7 @@ class StrongDeepFeedbackControl(ControlRule):
         super().__init__(model, loss, loop, loop, difference, feedback, learn, learn_output, input_shape, generator)
         refuse_options(self, "strong deep feedback control", (*PLAIN, NUMBERS))
         self.solver, self.label, self.tolerance, self.slow = solver, label, tolerance, dt / tau_slow
+        self.random_per_sample = solver == "simulate" and any(self._sigmas())
         depths = range(len(self.chain.stages), 0, -1)
         self.correlations = [correlation(loop, depth, self.slow) for depth in depths]
         self.scales = [(1 + tau / tau_noise) ** (depth - 1) if scaled else 1.0 for depth in depths]

@@ -28,7 +28,7 @@ from apical.core.chain import Chain, States
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.feedback import put
 from apical.core.local import local_roots
-from apical.core.losses import output_error, terms
+from apical.core.losses import output_error, refuse_options, terms
 from apical.core.noise import initial, normal
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
@@ -122,7 +122,7 @@ class DifferenceTargetPropagation(CreditRule):
 
     Raises:
         UnsupportedModelError: the model is no such chain; the module is named.
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range; or a loss with a reduction that is no mean.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     >>> rule = DifferenceTargetPropagation(model, variant="linear")
@@ -151,6 +151,7 @@ class DifferenceTargetPropagation(CreditRule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, loss)
+        refuse_options(self, "difference target propagation", ("reduction",))
         self.generator = generator
         require_choice("variant", variant, VARIANTS)
         require_choice("reduction", reduction, ("sum", "mean"))
