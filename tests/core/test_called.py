@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -361,3 +362,32 @@ def test_a_mean_over_places_is_pooling_and_flattening(name: str) -> None:
     for one, other in zip(*found, strict=True):
         assert one is not None
         torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+class Plain(nn.Module):
+    """What most people write: the only names in it are a module of Python and the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.calls: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls is not None:
+            self.calls()
+        return self.b(F.relu(self.a(torch.flatten(x, 1))))
+
+
+@pytest.mark.parametrize("name", ["dtp", "ep", "ccl", "pc", "local-pred"])
+def test_a_forward_of_a_users_is_run_at_the_first_batches_and_now_and_then_alone(name: str) -> None:
+    """Each look costs two passes; functions that are named in it, and their module's hundreds of names, are no change."""
+    entry, model = find_rule(name), Plain()
+    rule = entry.build(model, loss=F.cross_entropy, **entry.options)
+    x, targets = torch.rand(6, 4), torch.arange(6) % 3
+    looks, calls = [], []
+    model.calls = partial(calls.append, None)
+    for _ in range(40):
+        before = len(calls)
+        rule(x, targets).backward()
+        looks.append(len(calls) > before)
+    assert [batch for batch, looked in enumerate(looks) if looked] == [0, 1, 2, 3, 16, 32]

@@ -22,7 +22,7 @@ KNOWN = ("torch.nn.", "apical.core.", "apical.models.", "apical.rules.")
 FIRST, EVERY = 4, 16
 """Batches at which a forward method of the user's is looked at: so many at first, then each so many."""
 LONG = 64
-"""Entries from which on a container is a table, such as a vocabulary, rather than options."""
+"""Entries from which on a container is a table, such as a vocabulary or a module of Python, rather than options."""
 _EVERY_MODULES = {*vars(nn.Module()), "forward"}
 
 
@@ -172,7 +172,7 @@ def _contents(value: object, depth: int = 2) -> object:
         return _scope(value, depth)
     if depth and isinstance(value, type):  # a class of options; other types hold methods
         return {key: own for key, own in vars(value).items() if isinstance(own, bool | int | float | str)}
-    if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor):
+    if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor) and len(vars(value)) <= LONG:
         return _contents(dict(vars(value)), depth)
     return value if isinstance(value, bool | int | float | str) else id(value)
 
