@@ -37,7 +37,7 @@ SHOWN = 12
 
 
 def machine() -> dict[str, str]:
-    """What bits depend on besides the code: processors of one name may round otherwise, so arithmetic itself is looked at."""
+    """What bits depend on besides the code: processors of one name may round otherwise, so arithmetic is looked at too."""
     cpu = f"{torch.backends.cpu.get_cpu_capability()} {platform.machine()}"
     facts = Path("/proc/cpuinfo")
     if facts.exists():
