@@ -9,7 +9,7 @@ import pytest
 from apical.bench.names import RULES, resolve
 from apical.bench.recipe import Recipe, from_json
 from apical.bench.space import edges
-from apical.bench.tuned_rates import DIGITS, FASHION, MNIST, SMALL, tuned_rate
+from apical.bench.tuned_rates import DIGITS, FASHION, MNIST, SMALL, own_training, tuned_rate
 from apical.cli.main import main
 from apical_papers.rates.recipe import FOLDERS, SETTING
 
@@ -39,9 +39,10 @@ def test_rates_on_images_are_those_of_their_sweep_that_are_bracketed(data: str, 
         rows |= best
     assert rates == inside
     for rule, row in rows.items():
-        asked = replace(SETTING, rule=rule, data=data, lr=row.lr, probe=0)
+        own = own_training(Recipe(rule=rule))
+        asked = replace(SETTING, rule=rule, data=data, probe=0, **{**own, "lr": row.lr})
         assert row == resolve(asked, SMALL.train_limit)[0]
-        assert rule not in rates or (tuned_rate(replace(SMALL, rule=rule, data=data)),) == row.lr
+        assert rule not in rates or (tuned_rate(replace(SMALL, rule=rule, data=data, **own)),) == row.lr
 
 
 def test_the_setting_of_the_table_is_the_one_its_rates_are_for() -> None:

@@ -88,6 +88,8 @@ MNIST = {
     "strong-dfc": 0.05,
     "ep-directed": 0.01,
     "hep": 0.01,
+    "csdp-unsupervised": 0.01,
+    "csdp": 0.002,
 }
 FASHION = {
     "bp": 0.05,
@@ -143,6 +145,8 @@ FASHION = {
     "strong-dfc": 0.005,
     "ep-directed": 0.01,
     "hep": 0.005,
+    "csdp-unsupervised": 0.005,
+    "csdp": 0.01,
 }
 """The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist, and for rules that
 take longest rates-costly-..., for spiking ones rates-spiking-...), where it lies inside what was tried."""
@@ -183,7 +187,8 @@ def tuned_rate(recipe: Recipe) -> float | None:
     (0.2, 0.05, None)
     >>> tuned_rate(Recipe(rule="bp", epochs=5))
     """
-    for setting, rates in TABLES:
+    for common, rates in TABLES:
+        setting = replace(common, **own_training(recipe))
         if all(getattr(recipe, name) == getattr(setting, name) for name in TUNED):
             return _of(recipe.rule, rates)
     return None

@@ -193,8 +193,8 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
     recipe = replace(recipe, **{**settings, "rule": rule, "rule_options": merged(recipe.rule_options, options)})
     if study or "lr" in settings:
         return recipe
-    if "optimizer" not in settings and (own := own_training(recipe)):
-        return replace(recipe, **{name: value for name, value in own.items() if name not in settings})
+    own = {} if "optimizer" in settings else own_training(recipe)
+    recipe = replace(recipe, **{name: value for name, value in own.items() if name not in settings})
     rate = tuned_rate(recipe)
     return recipe if rate is None else replace(recipe, lr=(rate,))
 
