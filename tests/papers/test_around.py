@@ -137,5 +137,5 @@ def test_ranges_are_chosen_by_one_seed_and_tested_by_another(tmp_path: Path, mon
     assert {lr for seed, lr in seen if seed >= window.TEST} == {0.3, 0.7, 2.0, 5.4, 15.0}
     assert {seed for seed, _ in seen} == {500, 501, 600, 601}
     row = json.loads((tmp_path / "results.json").read_text())["tables"][0]["rows"][0]
-    assert row[1] == "0.3 to 5.4, 0.3 to 5.4"
+    assert row[1] == "0.3 to 5.4 (2)"
     assert float(row[3].split()[0]) == pytest.approx(0.95 - 0.015 - (0.8 - 0.0054), abs=1e-3)

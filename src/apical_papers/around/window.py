@@ -7,6 +7,7 @@ choose in the same way from the same rates. Marks were written before the run.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,7 +95,9 @@ def tables(cells: Cells) -> list[Row]:
     ranges = [
         [
             arm,
-            ", ".join(f"{cell[arm]['range'][0]:g} to {cell[arm]['range'][1]:g}" for cell in cells),
+            ", ".join(
+                f"{low:.3g} to {high:.3g} ({n})" for (low, high), n in Counter(tuple(c[arm]["range"]) for c in cells).items()
+            ),
             shown([max(cell[arm]["tested"].values()) for cell in cells]),
             shown([cell[arm]["below"] for cell in cells]),
         ]
@@ -105,7 +108,7 @@ def tables(cells: Cells) -> list[Row]:
         {
             "title": "Chosen ranges, tested",
             "note": "Means over seeds with 95 % intervals; below: best minus worst test accuracy (0 to 1) in the range.",
-            "header": ["rule", "range by seed", "best accuracy", "below"],
+            "header": ["rule", "range (seeds)", "best accuracy", "below"],
             "rows": ranges,
         },
         {
