@@ -265,7 +265,8 @@ def study_page(folder: Path, standing: str = "") -> str:
         parts += ["## At the end of training", final_values(results["curves"], results.get("measures") or {})]
     parts += figures(folder, folder.name)
     for each in results.get("tables") or []:
-        first = next((i for i, cell in enumerate(each["rows"][0]) if cell[:1].isdigit()), len(each["header"]))
+        numeric = (i for i, cell in enumerate(each["rows"][0]) if cell[:1].isdigit() and " to " not in cell)
+        first = next(numeric, len(each["header"]))  # ranges break into lines
         parts += [f"## {each['title']}", each["note"], fitting(each["header"], each["rows"], numeric_from=first)]
     parts += tried(folder)
     for name in ("checks", "settings", "environment"):
