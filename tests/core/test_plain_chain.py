@@ -5,7 +5,7 @@ import gc
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from weakref import ref
 
@@ -458,6 +458,7 @@ def test_methods_that_are_replaced_on_a_class_are_not_missed(
     kind = next(k for k in (make.func if isinstance(make, partial) else make).__mro__ if method in k.__dict__)
     original, calls = getattr(kind, method), []
 
+    @wraps(original)
     def counted(*args: Any) -> Any:
         calls.append(args)
         return original(*args)

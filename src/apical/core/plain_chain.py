@@ -266,8 +266,10 @@ def _ways(rule: CreditRule) -> list[object]:
 
 def _is_ours(rule: CreditRule) -> bool:
     """Whether class and methods are this package's: of what others put in their place a pass by hand knows nothing."""
-    owners = [*type(rule).__mro__, *(way for way in _ways(rule) if way is not None)]
-    return all(getattr(owner, "__module__", "").startswith(("apical.", "torch.", "builtins")) for owner in owners)
+    owners = [kind.__module__ for kind in type(rule).__mro__]
+    # where a function was written: `functools.wraps` copies the name of its module
+    owners += [getattr(way, "__globals__", {}).get("__name__", "") for way in _ways(rule) if way is not None]
+    return all(owner.startswith(("apical.", "torch.", "builtins")) for owner in owners)
 
 
 def _none() -> None:
