@@ -148,8 +148,9 @@ FASHION = {
     "csdp-unsupervised": 0.005,
     "csdp": 0.01,
 }
-"""The best of thirteen learning rates on 10,000 images (results/rates-mnist, results/rates-fashion-mnist, and for rules that
-take longest rates-costly-..., for spiking ones rates-spiking-...), where it lies inside what was tried."""
+"""The best of thirteen learning rates on 10,000 images (results/rates-mnist, rates-fashion-mnist; rates-costly-... for
+rules that take longest, rates-spiking-... for spiking ones, rates-memristor-... for memristors), where it lies inside what
+was tried."""
 
 SMALL = Recipe(model="mlp-256-256", epochs=5, batch_size=64, train_limit=10_000)
 TABLES = (

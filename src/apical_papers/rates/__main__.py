@@ -1,8 +1,8 @@
 """Tune and test tier after tier, MNIST and Fashion-MNIST in turn.
 
-Run `python -m apical_papers.rates --out results`, with `--sweep rates-costly` for the rules that take longest and with
-`--sweep rates-spiking` for spiking networks; it goes on where it was stopped. Each step is an `apical sweep` of one data
-set with all rules so far.
+Run `python -m apical_papers.rates --out results`, with `--sweep rates-costly` for the rules that take longest, with
+`--sweep rates-spiking` for spiking networks and `--sweep rates-memristor` for memristors; it goes on where it was
+stopped. Each step is an `apical sweep` of one data set with all rules so far.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ class Options:
 
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder of the sweeps."""
-    sweep: Literal["rates", "rates-costly", "rates-spiking"] = "rates"
+    sweep: Literal["rates", "rates-costly", "rates-spiking", "rates-memristor"] = "rates"
     """Which rules."""
     tiers: Annotated[int | None, arg(metavar="N")] = None
     """How many groups of rules, from the cheapest; all by default."""

@@ -35,9 +35,11 @@ COSTLY = (
     ("hep",),
 )
 """Likewise those of up to a hundred times backpropagation's time, in a sweep of their own; backpropagation is in all."""
-SPIKING = (("bp", "csdp-unsupervised"), ("csdp",), ("csdp-memristor",))
+SPIKING = (("bp", "csdp-unsupervised"), ("csdp",))
 """Likewise spiking networks."""
-SWEEPS = {"rates": CHEAP, "rates-costly": COSTLY, "rates-spiking": SPIKING}
+MEMRISTOR = (("bp", "csdp-memristor"),)
+"""Likewise memristors."""
+SWEEPS = {"rates": CHEAP, "rates-costly": COSTLY, "rates-spiking": SPIKING, "rates-memristor": MEMRISTOR}
 """What the sweeps' folders begin with, and their tiers."""
 FOLDERS = {f"{name}-{data}": data for data in DATA for name in SWEEPS}
 """The folders of all sweeps, and their data."""
