@@ -12,7 +12,7 @@ PAPER = Paper(
             "Dual propagation: nudges, orders and the Lipschitz bound",
             "apical_papers.dual_propagation.study",
             epochs=(1, 4, 4),
-            seeds=(2, 5, 10),
+            seeds=(2, 10, 10),
             least=3,
         ),
         "mnist": table_of(STUDIES, "dualprop-mnist", cut(400), {"epochs": 2, "seeds": 1}, {"epochs": 100, "seeds": 5}),

@@ -19,8 +19,9 @@ PAPER = Paper(
             "Local classifiers on 5000 digits of MNIST: which local loss",
             "apical_papers.local.study",
             epochs=(1, 4, 4),
-            seeds=(2, 5, 10),
-            hours={"cpu": 0.08},
+            seeds=(2, 10, 10),
+            least=5,
+            hours={"cpu": 0.16},
         ),
     },
 )

@@ -22,7 +22,7 @@ PAPER = Paper(
             seeds=(2, 3, 5),
         ),
         **{
-            name.removeprefix("pc-"): of(name, cut(640), {"epochs": n, "seeds": 3}, {"epochs": n, "seeds": 5})
+            name.removeprefix("pc-"): of(name, cut(640), {"epochs": n, "seeds": 5}, {"epochs": n, "seeds": 5})
             for name, n in (("pc-states", 1), ("pc-deep", 1), ("pc-mu", 1), ("pc-tanh", 30))
         },
     },

@@ -15,7 +15,7 @@ PAPER = Paper(
         "digits": of(
             "tp-digits",
             {"epochs": 1, "seeds": 2},
-            {"epochs": 20, "seeds": 5},
+            {"epochs": 20, "seeds": 10},
             {"epochs": 20, "seeds": 10},
         ),
         "targets": seed_study(

@@ -16,8 +16,8 @@ PAPER = Paper(
     ),
     studies=STUDIES,
     tables={
-        "text-python": of("text-python", _SMOKE, {"epochs": EPOCHS, "seeds": 3}, {"epochs": EPOCHS, "seeds": 5}),
-        "lstm-copy": of("lstm-copy", _SMOKE, {"epochs": 10, "seeds": 3}, {"epochs": 10, "seeds": 5}),
+        "text-python": of("text-python", _SMOKE, {"epochs": EPOCHS, "seeds": 5}, {"epochs": EPOCHS, "seeds": 5}),
+        "lstm-copy": of("lstm-copy", _SMOKE, {"epochs": 10, "seeds": 5}, {"epochs": 10, "seeds": 5}),
         "language": Table(
             "Credit rules on a small language model, each at its best learning rate",
             {"smoke": {"steps": 4, "seeds": 2, "width": 32}, "cpu": {"steps": 400, "seeds": 3}, "paper": {"seeds": 5}},
