@@ -19,12 +19,12 @@ from apical.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignme
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl as DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl as StrongDeepFeedbackControl
 from apical.rules.forward_forward import ForwardForward as ForwardForward
-from apical.rules.kolen_pollack import KolenPollack as KolenPollack
 from apical.rules.local_classifiers import LocalClassifiers as LocalClassifiers
 from apical.rules.local_solve import LocalSolve as LocalSolve
 from apical.rules.modulated import Modulated as Modulated
+from apical.rules.plastic_feedback.kolen_pollack import KolenPollack as KolenPollack
+from apical.rules.plastic_feedback.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment
 from apical.rules.predictive_coding.predictive_coding import PredictiveCoding as PredictiveCoding
-from apical.rules.product_feedback_alignment import ProductFeedbackAlignment as ProductFeedbackAlignment
 from apical.rules.semi_implicit import SemiImplicit as SemiImplicit
 from apical.rules.sign_symmetry import SignSymmetry as SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import (

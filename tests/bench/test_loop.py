@@ -11,9 +11,9 @@ from apical.bench.loop import Training
 from apical.bench.recipe import Recipe
 from apical.bench.signals import Interrupted, StopSignals
 from apical.core.credit import Batch, CreditRule, Measures, depth_accuracies
-from apical.core.plastic import PlasticRule
 from apical.errors import ConfigError, DivergenceError
 from apical.rules.backprop import Backprop
+from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 Begin = Callable[..., Training]
 

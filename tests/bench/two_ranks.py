@@ -7,7 +7,7 @@ from apical import models
 from apical.bench.names import RULES, make_rule
 from apical.bench.recipe import Recipe
 from apical.core.credit import CreditRule
-from apical.core.plastic import PlasticRule
+from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 STEPS, BATCH = 5, 16
 TRAINED = [name for name, entry in RULES.items() if "teacher" not in entry.options]

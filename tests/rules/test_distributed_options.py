@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # in the processes, which know n
 from test_conformance import OF_CLASSES, PATHS, RULES, SKIPPED, TAPS
 
 from apical.core.credit import CreditRule
-from apical.core.plastic import PlasticRule
+from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 from apical.testing import dense_network
 from apical.testing.two_ranks import on_two_ranks
 

@@ -31,12 +31,12 @@ from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.feedback_control.deep_feedback_control import DeepFeedbackControl
 from apical.rules.feedback_control.strong_deep_feedback_control import StrongDeepFeedbackControl
 from apical.rules.forward_forward import ForwardForward
-from apical.rules.kolen_pollack import KolenPollack
 from apical.rules.local_classifiers import LocalClassifiers
 from apical.rules.local_solve import LocalSolve
 from apical.rules.modulated import Mode, Modulated
+from apical.rules.plastic_feedback.kolen_pollack import KolenPollack
+from apical.rules.plastic_feedback.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.predictive_coding.predictive_coding import PredictiveCoding
-from apical.rules.product_feedback_alignment import ProductFeedbackAlignment
 from apical.rules.semi_implicit import SemiImplicit
 from apical.rules.sign_symmetry import SignSymmetry
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation

@@ -27,7 +27,6 @@ from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
 from apical.core.layers import computes_plainly
 from apical.core.losses import refuse_options
-from apical.core.plastic import PlasticRule
 from apical.core.processes import summed
 from apical.core.rest import undisturbed
 from apical.core.sites import only_tensor
@@ -192,7 +191,7 @@ class LocalSolve(WrappedRule):
         inner = innermost(rule)
         if not 0 < damping < float("inf"):
             raise ConfigError(f"damping must be positive and finite, not {damping}")
-        if isinstance(inner, PlasticRule):
+        if getattr(inner, "takes_weight_updates", False):
             raise ConfigError(
                 f"the feedback of {type(inner).__name__} must get the weight's own update, which LocalSolve changes; wrap "
                 "FeedbackAlignment or WeightMirror"

@@ -28,7 +28,6 @@ from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
 from apical.core.effective import measured_weight
 from apical.core.layers import computes_plainly
-from apical.core.plastic import PlasticRule
 from apical.core.rest import evaluating, undisturbed
 from apical.core.transport import as_matrix, geometry
 from apical.core.units import Found, weighted_layers
@@ -89,7 +88,7 @@ class Modulated(WrappedRule):
                 f"{type(inner).__name__} sends no error from layer to layer, so a gain on it would not be passed on; use "
                 "mode='local'"
             )
-        if mode == "local" and isinstance(inner, PlasticRule):
+        if mode == "local" and getattr(inner, "takes_weight_updates", False):
             raise ConfigError(
                 f"the feedback of {type(inner).__name__} must get the weight's own update, which mode='local' changes; use "
                 "mode='propagating', or wrap FeedbackAlignment or WeightMirror"

@@ -16,7 +16,7 @@ from torch import nn
 
 from apical.bench.run_folder import environment
 from apical.diagnostics.alignment import angle, norm_ratio
-from apical.rules.product_feedback_alignment import expansion_matrix
+from apical.rules.plastic_feedback.product_feedback_alignment import expansion_matrix
 
 EXPANSIONS = tuple(10 ** (k / 5) for k in range(11))
 """Eleven values from 1 to 100, evenly spaced in the logarithm."""

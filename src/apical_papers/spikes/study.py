@@ -20,7 +20,7 @@ from apical.data import Dataset, load
 from apical.rules.backprop import Backprop
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
 from apical.rules.feedback_alignment import FeedbackAlignment
-from apical.rules.kolen_pollack import KolenPollack
+from apical.rules.plastic_feedback.kolen_pollack import KolenPollack
 
 SETTINGS: dict[str, Any] = {
     "data": "mnist-raw",

@@ -14,7 +14,7 @@ Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
     literal   as written above
     fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser. Where R takes W's change
               it has no gradient after the first step, and K follows by M times the change
-    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`apical.core.mismatch`): while the optimiser moves W and R
+    closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`.mismatch`): while the optimiser moves W and R
               alike, no sparse masks
 
 Under SGD a step of R with its own gradient is `B^T` times W's step. Under Adam it is not: element-wise scales do not commute
@@ -37,12 +37,12 @@ from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
-from apical.core.plastic import Form, Initial, PlasticRule, check_initial
 from apical.core.stepping import direction, fingerprint
 from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
 from apical.core.units import key
 from apical.errors import ConfigError, require_choice
+from apical.rules.plastic_feedback.plastic_rule import Form, Initial, PlasticRule, check_initial
 
 RENEWAL = 64  # steps until a product is formed anew, so that roundings do not add up
 WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping

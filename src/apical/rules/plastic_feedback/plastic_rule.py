@@ -3,7 +3,7 @@
 Two forms of the same mathematics, layer by layer:
 
     explicit   R is a parameter with a gradient of its own, for any optimiser.
-    closed     F = W + c E_0 instead of R (:mod:`apical.core.mismatch`), while the optimiser moves W and R alike.
+    closed     F = W + c E_0 instead of R (:mod:`.mismatch`), while the optimiser moves W and R alike.
 
 Under an optimiser whose decay is apart from what it makes of gradients (AdamW, NAdam and RAdam with decoupled decay, Muon,
 Adam without decay), R takes `B^T` times the *change* of W, `R' = k R + B^T (W' - k W)`: F follows by `c <- k c`, whatever
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 from apical.core.credit import Loss
 from apical.core.edge import EdgeRule
-from apical.core.held import Plastics, fill, vacate
 from apical.core.mirror import mirrored, require_affine
-from apical.core.mismatch import Mismatch
 from apical.core.packed import Part
-from apical.core.sharing import FUNCTION
-from apical.core.steps import FROZEN, MOVED, Steps
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.rules.plastic_feedback.held import Plastics, fill, vacate
+from apical.rules.plastic_feedback.mismatch import Mismatch
+from apical.rules.plastic_feedback.sharing import FUNCTION
+from apical.rules.plastic_feedback.steps import FROZEN, MOVED, Steps
 
 if TYPE_CHECKING:
     from apical.core.plain_chain import Sender
@@ -60,6 +60,9 @@ class PlasticRule(EdgeRule):
     """
 
     update: Literal["shared", "own"] = "shared"
+
+    takes_weight_updates: ClassVar[bool] = True
+    """The feedback must get the weight's own update: nothing around the rule may change one alone."""
 
     ALIKE: ClassVar[bool] = False
     """Whether R has W's own gradients, of which an optimiser's state of its own makes the same change."""

@@ -8,10 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from apical.core.decay import Decays
-from apical.core.held import fill, vacate
-from apical.core.mismatch import Mismatch, Watch
-from apical.core.sharing import FUNCTION, OPTIONS_DIFFER, PARTED, Sharing, parallel
 from apical.core.stepping import (
     Arrival,
     Group,
@@ -28,9 +24,13 @@ from apical.core.stepping import (
 )
 from apical.core.units import key
 from apical.errors import ConfigError
+from apical.rules.plastic_feedback.decay import Decays
+from apical.rules.plastic_feedback.held import fill, vacate
+from apical.rules.plastic_feedback.mismatch import Mismatch, Watch
+from apical.rules.plastic_feedback.sharing import FUNCTION, OPTIONS_DIFFER, PARTED, Sharing, parallel
 
 if TYPE_CHECKING:
-    from apical.core.plastic import PlasticRule
+    from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 Places = dict[str, tuple[Group | None, Group | None]]
 """By layer: the groups of an optimiser that hold the weight and the feedback."""

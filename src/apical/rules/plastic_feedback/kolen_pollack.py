@@ -5,11 +5,11 @@
 Feedback and forward weight receive the same update and the same weight decay, so their difference decays: `B - W` shrinks
 to zero at the rate of the decay, which must be positive. Local: B's synapse sees the same two activities as W's.
 
-While the optimiser moves W and B alike, `B = W + c (B_0 - W_0)` with one number c (:mod:`apical.core.mismatch`), and B
+While the optimiser moves W and B alike, `B = W + c (B_0 - W_0)` with one number c (:mod:`.mismatch`), and B
 needs no gradient, momentum or update of its own. That is so under `torch.optim.SGD`, and under optimisers whose decay is
 apart from what they make of gradients (AdamW, Muon): equal gradients make equal changes. Adam's weight decay goes through
 its moments, where no number c exists. Form "auto" (default) uses this layer by layer where it is exact, and keeps B as a
-parameter where it is not (:mod:`apical.core.plastic`).
+parameter where it is not (:mod:`apical.rules.plastic_feedback.plastic_rule`).
 """
 
 import copy
@@ -24,10 +24,10 @@ from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
 from apical.core.packed import xavier_
-from apical.core.plastic import Initial, PlasticRule, check_initial
 from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, transport, weight_gradient
 from apical.errors import ConfigError, require_choice
+from apical.rules.plastic_feedback.plastic_rule import Initial, PlasticRule, check_initial
 
 
 def same_gradient(gradient: Tensor, shape: Geometry | None) -> Tensor:

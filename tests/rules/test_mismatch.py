@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apical.core.mismatch import Mismatch
+from apical.rules.plastic_feedback.mismatch import Mismatch
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apical.core.decay import ELEMENTWISE, Decays
 from apical.core.stepping import Arrival, Group, distributed
+from apical.rules.plastic_feedback.decay import ELEMENTWISE, Decays
 
 if TYPE_CHECKING:
-    from apical.core.plastic import PlasticRule
+    from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 FUNCTION = "the layer computes with a function of its weight"
 PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight)"

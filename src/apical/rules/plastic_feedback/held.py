@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from apical.core.plastic import PlasticRule
+    from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 TOUCHED = "something beside the optimiser reads or writes it, as averages of rule.parameters() do"
 ABOUT = {

@@ -6,7 +6,7 @@ Nesterov and weight decay), then `E = R - B^T W` obeys a recursion without gradi
     v <- mu v + (1 - dampening) omega E,   E <- E - eta v      so      E_t = c_t E_0  with one scalar c
 
 and a second basis element where v begins as a matrix of its own: `E_t = c_0t E_0 + c_1t E_1`. Under an optimiser whose decay
-is apart from what it makes of gradients (:mod:`apical.core.decay`), and R takes `B^T` times W's change, `c <- k c`.
+is apart from what it makes of gradients (:mod:`.decay`), and R takes `B^T` times W's change, `c <- k c`.
 What is stored beside E is the feedback itself, `F = W + E`: when W moves otherwise than by the optimiser, F stays, and E is
 measured anew.
 """
