@@ -1,5 +1,6 @@
 """Direct feedback alignment in one backward pass: the loss is the root, and the output hands its error to the units."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -83,3 +84,25 @@ def test_a_loss_that_does_not_depend_on_the_output_is_refused(penalty: bool) -> 
     rule = apical.DirectFeedbackAlignment(model, loss=lambda o, t: F.cross_entropy(o.detach(), t) + term())
     with pytest.raises(ConfigError, match="does not depend on the output"):
         rule(*batch())
+
+
+@pytest.mark.parametrize("source", ["output", "factored"])
+def test_a_state_from_before_the_first_batch_brings_back_its_seed(source: Any) -> None:
+    inputs, targets = batch()
+
+    def made(seed: int) -> apical.DirectFeedbackAlignment:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+        return apical.DirectFeedbackAlignment(model, source=source)
+
+    early, late = made(0), made(1)
+    state = copy.deepcopy(early.state_dict())
+    for _ in range(5):  # until passes go by hand
+        late(inputs, targets).backward()
+    late.load_state_dict(state)
+    for _ in range(4):
+        for rule in (early, late):
+            rule.zero_grad()
+            rule(inputs, targets).backward()
+        for one, other in zip(early.parameters(), late.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)

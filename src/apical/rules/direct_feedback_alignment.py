@@ -423,8 +423,7 @@ class DirectFeedbackAlignment(CutRule):
 
     def _order(self) -> dict[str, int]:
         """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""
-        first = next(iter(self._whole))
-        kinds = self._whole if self.where == "input" else self._cutting.activations
+        first, kinds = next(iter(self._whole)), self._whole if self.where == "input" else self._cutting.activations
         names = [name for name, _ in self.model.named_modules() if name in kinds or name == first]
         return {name: place for place, name in enumerate(names[names.index(first) + 1 :])}
 
@@ -442,16 +441,18 @@ class DirectFeedbackAlignment(CutRule):
     def _drawn(self, size: tuple[int, ...], place: int) -> Tensor:
         """A matrix from the Xavier uniform law."""
         generator = torch.Generator().manual_seed((int(self.seed) + place) % 2**63)
-        parameter = next(self.model.parameters())
-        return nn.init.xavier_uniform_(torch.empty(size, dtype=parameter.dtype, device="cpu"), generator=generator)
+        empty = torch.empty(size, dtype=next(self.model.parameters()).dtype, device="cpu")
+        return nn.init.xavier_uniform_(empty, generator=generator)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        start = f"{prefix}feedback."
-        for name, value in state_dict.items():
-            if name.startswith(start) and name[len(start) :] not in self.feedback._buffers:
-                self.feedback.register_buffer(name[len(start) :], torch.empty_like(value, device=self.seed.device))
-        if (known := state_dict.get(f"{prefix}projection")) is not None and self.projection is None:
-            self.projection = torch.empty_like(known, device=self.seed.device)
+        start, own = f"{prefix}feedback.", self.feedback._buffers
+        held = {name.removeprefix(start): value for name, value in state_dict.items() if name.startswith(start)}
+        for name in own.keys() - held.keys():  # made before the first batch; drawn anew, from the seed of that state
+            del own[name]
+        for name in held.keys() - own.keys():
+            self.feedback.register_buffer(name, torch.empty_like(held[name], device=self.seed.device))
+        projection = state_dict.get(f"{prefix}projection")
+        self.projection = None if projection is None else torch.empty_like(projection, device=self.seed.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
