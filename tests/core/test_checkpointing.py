@@ -1,6 +1,7 @@
 """Activation checkpoints are seen, of either kind, and a graph can be cut inside one without disturbing it."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,73 @@ def test_offloaded_tensors_do_not_disturb() -> None:
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in zip(*found, strict=True))
     assert any(t.shape == (5, 8) for t in packed)
+
+
+class Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor) -> Any:
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Any) -> Any:
+        return None, deltas[0]
+
+
+class Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return args[1](args[2])
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Any) -> Any:
+        return None, deltas[0]
+
+
+class Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(run: Any, x: Tensor) -> Any:
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Any) -> Any:
+        return None, deltas[0]
+
+
+@pytest.mark.parametrize("function", [Plain, Packed, Apart])
+@pytest.mark.parametrize("make", [apical.FeedbackAlignment, apical.DirectFeedbackAlignment])
+def test_layers_inside_any_autograd_function_are_refused_by_its_name(make: Any, function: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(function.apply(self.body, torch.tanh(self.stem(x))))
+
+    rule = make(Net())
+    with pytest.raises(UnsupportedModelError, match=rf"'body'.*{function.__name__}"):
+        rule(torch.randn(5, 4), torch.arange(5) % 3).backward()
+
+
+def test_a_function_called_forward_is_no_autograd_function() -> None:
+    """A frozen part of the model under `no_grad` gets no credit, whatever the functions around it are called."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.head = nn.Linear(4, 6).requires_grad_(False), nn.Sequential(nn.ReLU(), nn.Linear(6, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            def forward(x: Tensor) -> Any:
+                with torch.no_grad():
+                    return self.frozen(x)
+
+            return self.head(forward(x))
+
+    rule = apical.FeedbackAlignment(Net())
+    rule(torch.randn(5, 4), torch.arange(5) % 3).backward()
+    assert rule.model.head[1].weight.grad.abs().sum() > 0

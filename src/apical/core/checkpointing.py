@@ -8,11 +8,13 @@ Reentrant: the pass runs without gradient inside an autograd function, whose bac
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import CodeType, FrameType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
@@ -21,8 +23,6 @@ from apical.errors import UnsupportedModelError
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in the oldest versions of PyTorch
 SEES_HOOKS = _top_hooks is not None
 """Whether PyTorch tells of saved-tensor hooks other than a checkpoint's, as 2.6 does not."""
-
-_APPLY = cast(Any, torch.autograd.Function.apply).__func__.__code__
 
 
 def is_checkpointed() -> bool:
@@ -49,17 +49,17 @@ def refuse_hidden(name: str) -> None:
     Raises:
         UnsupportedModelError: names the layer and the function.
     """
-    frame = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _caller(_APPLY)
-    if frame is not None:
+    function = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _autograd_function()
+    if function is not None:
         raise UnsupportedModelError(
-            f"layer {name!r} runs inside the autograd function {frame.f_locals['cls'].__name__}, out of the rule's sight; "
+            f"layer {name!r} runs inside the autograd function {function}, out of the rule's sight; "
             "where this is activation checkpointing, pass use_reentrant=False, or remove it"
         )
 
 
 def is_untrained(parameters: Iterable[Tensor]) -> bool:
     """Whether some of these parameters would learn, but are used without gradients, and not by reentrant checkpointing."""
-    return not torch.is_grad_enabled() and _caller(_APPLY) is None and any(q.requires_grad for q in parameters)
+    return not torch.is_grad_enabled() and _autograd_function() is None and any(q.requires_grad for q in parameters)
 
 
 def refuse_checkpointing(name: str) -> None:
@@ -107,3 +107,34 @@ def _caller(code: Any) -> Any:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back  # type: ignore[assignment]
     return frame
+
+
+def _autograd_function() -> str | None:
+    """Name of the innermost autograd function whose own pass runs; `apply` leaves no frame in newer versions of PyTorch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+        first = first[0] if isinstance(first, tuple) and first else first  # forward(*args)
+        if isinstance(first, BackwardCFunction):
+            return type(first).__name__.removesuffix("Backward")
+        if code.co_name == "forward" and not (isinstance(first, nn.Module) and _runs(type(first), code)):
+            function = next((kind for kind in _functions() if _runs(kind, code)), None)
+            if function is not None:  # one with `setup_context`, whose forward has no context
+                return function.__name__
+        frame = frame.f_back
+    return None
+
+
+def _runs(kind: Any, code: CodeType) -> bool:
+    """Whether this is the code of a class' forward."""
+    return getattr(kind.forward, "__code__", None) is code
+
+
+def _functions() -> Iterator[type[torch.autograd.Function]]:
+    """Every class of autograd functions."""
+    todo: list[type[torch.autograd.Function]] = [torch.autograd.Function]
+    while todo:
+        kind = todo.pop()
+        todo += kind.__subclasses__()
+        yield kind
