@@ -13,13 +13,14 @@ TESTED := $(ONE_THREAD) PYTHONDONTWRITEBYTECODE=
 SITE := tests/test_site.py
 SPHINX := $(BIN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-.PHONY: help demo test test-lowest style types site suite bench docs clean
+.PHONY: help demo test test-lowest test-newest style types site suite bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train all rules side by side on handwritten digits; ends with the path of the report"
 	@echo "make test    everything CI checks"
 	@echo "make test-lowest  the tests with the lowest PyTorch that pyproject.toml allows, in .venv-lowest"
+	@echo "make test-newest  the tests with the newest PyTorch that pip finds, in .venv-newest"
 	@echo "make bench   time and memory of every rule relative to backpropagation"
 	@echo "make docs    the documentation, in docs/_build/html"
 	@echo "make clean   remove what these made, except $(VENV)"
@@ -69,6 +70,9 @@ suite: $(VENV)/.apical-installed-dev
 
 test-lowest:
 	@$(MAKE) --no-print-directory suite VENV=.venv-lowest CONSTRAINTS=lowest.txt
+
+test-newest:
+	@$(MAKE) --no-print-directory suite VENV=.venv-newest CONSTRAINTS=newest.txt
 
 bench: $(VENV)/.apical-installed-dev
 	@echo "== benchmarks"
