@@ -74,7 +74,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 20)  # by default 8 % of the time of compiled tests is spent looking for cycles
-    torch._dynamo.config.run_gc_after_compile = False
+    if hasattr(torch._dynamo.config, "run_gc_after_compile"):  # not in the oldest versions
+        torch._dynamo.config.run_gc_after_compile = False
     vars(torch._dynamo.config)["verbose"] = False  # read at each traced instruction, otherwise through a function
     importlib.import_module("torch._dynamo.guards").profile_guard_manager = lambda *_: 0.0  # takes 20 ms, for a log
     os.fsync = lambda file: None  # what tests write need not outlast a power cut; their commands' processes do wait for it

@@ -14,6 +14,8 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
 
     >>> explained("Missing value for argument '--out'. Expected 1 values.", ["train", "--out"], ["train"], [])
     '--out needs a value; see apical train --help'
+    >>> explained("Missing value for argument '('--out',)'.", ["train", "--out"], ["train"], [])  # older versions of tyro
+    '--out needs a value; see apical train --help'
     """
     command = arguments[0] if arguments and arguments[0] in (names := list(commands)) else ""
     written = {option.split()[0]: option for option in options}
@@ -25,7 +27,7 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
             return f"unknown command {word!r}{_near(word, names)}. Commands: {', '.join(names)}"
         kind = "option" if word.startswith("-") else "word"
         return f"unknown {kind} {word}{_near(word, written)}{see}"
-    if match := re.search(r"Missing value for argument '(\S+)'", text):
+    if match := re.search(r"Missing value for argument '\W*?(-*\w\S*?)[',)]", text):
         return f"{match[1]} needs a value{see}"
     if match := re.search(r"Missing from apical[^:]*: (\S+(?: [A-Z|]+\b)?)", text):
         return f"{match[1]} is missing{see}"
