@@ -250,7 +250,8 @@ def _keep(
     write_json(flags.out / "sweep.json", record)
     rows = {trial.rule: replace(trial.recipes[0], seed=0, threads=0).to_json() for trial in best if trial}
     about = f"best of {len(trials) // max(len(best), 1)} trials per rule, {flags.search}"
-    write_json(flags.out / "best.json", {"title": f"{flags.out.name}: {about}", "rows": rows})
+    if rows:
+        write_json(flags.out / "best.json", {"title": f"{flags.out.name}: {about}", "rows": rows})
     drawing = draw(record)
     if drawing is not None:
         drawing.write(flags.out)
@@ -302,6 +303,9 @@ def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> N
     for rule, ends in edges([trial.record() for trial in trials], best_of).items():
         if ends:
             say(f"{rule}: not bracketed, the best has {' and '.join(ends)} value; widen --space")
+    if not best_of:
+        say("every trial diverged, so there are no best settings: try others, such as a smaller lr, in --space")
+        return
     names = " ".join(best_of)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
     say(f"the best settings of {names} again: {again}")
