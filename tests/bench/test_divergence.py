@@ -78,7 +78,9 @@ def test_a_network_that_is_not_finite_before_its_first_step(
     assert said.err == "apical: 2 of 2 runs diverged: bp seed 0, bp seed 1\n"
     result = json.loads(Path("all/runs/bp/seed-1/result.json").read_text())
     assert (result["status"], result["epochs"], result["test_loss"]) == ("diverged", 0, None)
-    assert result["message"].endswith("nothing was saved. No step was taken: look at the data, the model and its initial weights")
+    assert result["message"].endswith(
+        "nothing was saved. No step was taken: look at the data, the model and its initial weights"
+    )
     assert "bp, seed 1: diverged" in Path("all/report.html").read_text()
     assert main(["train", "--rule", "bp", "--model", "late.py:Late", "--out", "one", *small]) == 2
     assert "the test loss is not finite; nothing was saved. No step was taken" in capsys.readouterr().err

@@ -169,7 +169,8 @@ def _inputs(values: NDArray[Any], where: str, precision: DTypeLike) -> Tensor:
         raise DataError(f"{where}: inputs must be numbers; got {values.dtype}")
     if values.ndim == 1:
         values = values[:, None]
-    numbers = values if values.dtype == np.int64 else values.astype(precision)
+    with np.errstate(over="ignore"):  # what is not finite then is refused
+        numbers = values if values.dtype == np.int64 else values.astype(precision)
     return torch.from_numpy(np.require(numbers, requirements=["C", "W"]))
 
 
@@ -182,10 +183,13 @@ def _standardised(
     """
     x = train[0].double()
     axes = (0, 2, 3) if x.dim() == 4 else tuple(range(x.dim() - 1))
+    # a power of two, by which one divides without rounding, so that no square leaves the range of float64
+    unit = torch.exp2(torch.frexp(x.abs().amax(axes, keepdim=True)).exponent.double() - 1)
+    x = x / unit
     mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True, correction=0)
     constant = std <= 1e-12 * x.abs().amax(axes, keepdim=True)
-    std[constant] = 1.0
-    a, b = (((part[0].double() - mean) / std).float() for part in (train, test))
+    std[constant] = 1 / unit[constant]
+    a, b = (((part[0].double() / unit - mean) / std).float() for part in (train, test))
     return (a, train[1]), (b, test[1]), constant
 
 
