@@ -1,15 +1,17 @@
 """Code that is not part of apical, named as `path/to/file.py:NAME` or `module:NAME`: found, run and identified."""
 
+import ast
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -76,8 +78,13 @@ def import_module(where: str, example: str, error: Callable[[str], ApicalError] 
 
 @contextmanager
 def generators_kept(seed: int | None = None) -> Iterator[None]:
-    """Within, the global generators of Python, NumPy and torch may be used, here from a seed; behind, they are as before."""
-    before = random.getstate(), np.random.get_state()
+    """Within, the global generators of Python, NumPy and torch may be used, here from a seed; behind, they are as before.
+
+    So is the current folder, to which paths on the command line refer.
+    """
+    before, folder = (random.getstate(), np.random.get_state()), os.path.curdir
+    with suppress(OSError):
+        folder = os.getcwd()
     with torch.random.fork_rng([]):
         if seed is not None:
             torch.manual_seed(seed)
@@ -88,6 +95,8 @@ def generators_kept(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
+            with suppress(OSError):
+                os.chdir(folder)
 
 
 def checksum(value: Any) -> str:
@@ -152,9 +161,10 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
     assert specification is not None  # the name ends in .py
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
     if str(path.parent) not in sys.path:  # what lies beside the file can be imported, as when it is run
         sys.path.append(str(path.parent))
+    _check_imports(path, title, error)
+    sys.modules[name] = module  # dataclasses look their module up
     try:
         with generators_kept():
             specification.loader.exec_module(module)
@@ -164,3 +174,42 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
         hint = f"; name it by its package: PACKAGE.{path.stem}:NAME, with PYTHONPATH=." if inside else ""
         raise error(f"{title} cannot be loaded: {described(problem, path)}{hint}") from problem
     return module
+
+
+def _check_imports(path: Path, title: str, error: Callable[[str], ApicalError]) -> None:
+    """Refuse a file that would import another module than the one that lies beside it, such as an installed `utils`."""
+    left, seen = [path], {path}
+    while left:
+        for name in _imported(left.pop()) - sys.stdlib_module_names:
+            places = (path.parent / f"{name}.py", path.parent / name / "__init__.py")
+            beside = next((place.resolve() for place in places if place.is_file()), None)
+            if beside is None or beside in seen:
+                continue
+            origin = _origin(name)
+            if origin and _differ(Path(origin), beside):
+                raise error(f"{title} imports {name!r}, which would be {origin} and not {beside}: rename the latter")
+            left.append(beside)
+            seen.add(beside)
+
+
+def _imported(path: Path) -> set[str]:
+    """The first words of what a file imports by its whole name."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError):
+        return set()  # running it says so
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in names}
+
+
+def _origin(name: str) -> str | None:
+    """The file that a module comes from, imported already or not."""
+    with suppress(ImportError, ValueError):
+        found = importlib.util.find_spec(name)
+        return found.origin if found else None
+    return None
+
+
+def _differ(a: Path, b: Path) -> bool:
+    return a.resolve() != b and (not a.is_file() or a.read_bytes() != b.read_bytes())

@@ -172,3 +172,28 @@ def test_refused_before_anything_is_written(
 ) -> None:
     assert said in refused(capsys, "train", "--data", "own.npz", *arguments, "--out", "out")
     assert not (folder / "out").exists()
+
+
+def test_a_file_gets_the_module_that_lies_beside_it_or_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two folders have a `helpers_of_mine.py` each: Python imports the first for both."""
+    for name, width in (("a", 4), ("b", 6)):
+        (folder / name).mkdir()
+        (folder / name / "helpers_of_mine.py").write_text(f"WIDTH = {width}\n")
+        (folder / name / "net.py").write_text(FILE.replace("import torch\n", "import torch\nimport helpers_of_mine\n", 1))
+    words = ["train", "--data", "own.npz", "--epochs", "1"]
+    assert main([*words, "--model", "a/net.py:Net", "--out", "out"]) == 0
+    said = refused(capsys, *words, "--model", "b/net.py:Net", "--out", "other")
+    assert said.endswith(
+        f"b/net.py imports 'helpers_of_mine', which would be {folder}/a/helpers_of_mine.py and not "
+        f"{folder}/b/helpers_of_mine.py: rename the latter\n"
+    )
+    (folder / "b" / "helpers_of_mine.py").write_text("WIDTH = 4\n")  # the same
+    assert main([*words, "--model", "b/net.py:Net", "--out", "other"]) == 0
+
+
+def test_a_file_that_changes_the_folder_does_not_move_the_run(folder: Path) -> None:
+    (folder / "far").mkdir()
+    (folder / "far" / "net.py").write_text("import os\nos.chdir(os.path.dirname(os.path.abspath(__file__)))\n" + FILE)
+    assert main(["train", "--data", "own.npz", "--epochs", "1", "--model", "far/net.py:Net", "--out", "out"]) == 0
+    assert (folder / "out" / "result.json").is_file()
+    assert not (folder / "far" / "out").exists()
