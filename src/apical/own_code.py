@@ -21,6 +21,9 @@ import torch
 
 from apical.errors import ApicalError, ConfigError
 
+_modules: set[str] = set()
+"""Names of the modules that have been imported as code of the user's."""
+
 
 def is_code(name: str) -> bool:
     """Whether a name says a file or module with something in it.
@@ -68,7 +71,9 @@ def import_module(where: str, example: str, error: Callable[[str], ApicalError] 
         return _file(Path(where).expanduser().resolve(), where, error)
     try:
         with generators_kept():
-            return importlib.import_module(where)
+            module = importlib.import_module(where)
+        _modules.add(module.__name__)
+        return module
     except (Exception, SystemExit) as problem:
         hint = "" if "/" not in where else f"; for a file, say {example}"
         if Path(where.partition(".")[0]).is_dir() or Path(f"{where}.py").is_file():
@@ -141,6 +146,13 @@ def described(error: BaseException, path: Path | None) -> str:
     return f"{type(error).__name__}: {text}" + (f" (line {lines[0] if len(lines) == 1 else lines[-1]})" if lines else "")
 
 
+def blamed(error: BaseException) -> str | None:
+    """An exception that came up in code of the user's or in what that called, in a line; None for one that did not."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [frame for frame in frames if frame.f_globals.get("__name__", "") in _modules]
+    return f"{own[-1].f_code.co_filename} failed: {described(error, Path(own[-1].f_code.co_filename))}" if own else None
+
+
 def file_of(name: str) -> Path | None:
     """The file in a name "path/to/file.py:NAME"; None for a module's."""
     where = name.rpartition(":")[0]
@@ -161,6 +173,7 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
     assert specification is not None  # the name ends in .py
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    _modules.add(name)
     if str(path.parent) not in sys.path:  # what lies beside the file can be imported, as when it is run
         sys.path.append(str(path.parent))
     _check_imports(path, title, error)

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from apical import own_code
-from apical.core.credit import CreditRule
+from apical.core.credit import Credit, CreditRule
 from apical.errors import ConfigError
 from apical.own_code import import_module
 
@@ -57,6 +57,17 @@ def remember(kind: type[CreditRule]) -> str:
     name = IN_MEMORY + kind.__name__
     _memory[name] = kind
     return name
+
+
+def checked(rule: CreditRule, credit: object) -> Credit:
+    """What a rule returned of a batch.
+
+    Raises:
+        ConfigError: it is no credit.
+    """
+    if not isinstance(credit, Credit):
+        raise ConfigError(f"{type(rule).__name__}.forward returns a {type(credit).__name__}, no apical.core.credit.Credit")
+    return credit
 
 
 def title(kind: type[CreditRule]) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from apical import data, models
 from apical.bench import compare as comparison
+from apical.bench import own_rules
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.folders import check_least, refuse_both
@@ -126,7 +127,8 @@ def check_rules(rules: Sequence[str], flags: Any) -> list[str]:
         find_rule(rule)
     names = [rule_name(rule) for rule in rules]
     if len(set(names)) != len(names):
-        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
+        remedy = "" if len(set(rules)) != len(rules) else "; results go by the name of the class: rename one of them"
+        raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}{remedy}")
     check_options(rules, flags.rule_options or ())
     return names
 
@@ -295,7 +297,7 @@ def refuse_untaught(recipe: Recipe, rule: CreditRule, dataset: Dataset) -> None:
         ConfigError, UnsupportedModelError: the rule's own, with its name.
     """
     try:
-        rule(*probe_batch(dataset.train, FEW)).backward()
+        own_rules.checked(rule, rule(*probe_batch(dataset.train, FEW))).backward()
     except DivergenceError:
         return  # training says so, and goes on with the other rules
     except (ConfigError, UnsupportedModelError) as error:
