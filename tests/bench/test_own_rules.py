@@ -142,7 +142,7 @@ def test_a_rule_that_fails_while_it_trains_is_said_with_file_and_line(
     line = text.splitlines().index("        {}['of\\nmine'] if len(inputs) > 8 else None") + 1
     assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "out"]) == 2
     said = capsys.readouterr().err
-    assert "mine.py failed: KeyError: 'of\\nmine' (line %d)" % line in said
+    assert f"mine.py failed: KeyError: 'of\\nmine' (line {line})" in said
     assert said.count("\n") == 1
 
 

@@ -32,6 +32,8 @@ def run(flags: "Evolve", command: str) -> int:
     """Evolve a top-down network; returns the exit status."""
     recipe, folder = identified(drafted(flags)), EvolutionFolder(flags.out)
     task = classification(recipe)
+    for which in range(len(task.sets)):
+        task.sample(recipe.seed, which)  # refuses more examples than there are, before anything is written
     folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
     held = folder.held(recipe, resume=flags.resume, overwrite=flags.overwrite)
     with StopSignals() as stop, closing(_workers(flags, recipe.chunk)) as workers, held as resume:
