@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -97,7 +98,7 @@ def compare(
     epochs: int | None = None,
     seeds: int = 3,
     recipe: str | None = None,
-    rule_options: Sequence[str] = (),
+    rule_options: str | Sequence[str] | Mapping[str, Any] = (),
     jobs: int = 1,
     resume: bool = False,
     overwrite: bool = False,
@@ -117,7 +118,7 @@ def compare(
         epochs: passes over the training samples; None takes 20, or those of the recipe.
         seeds: how many; they are 0, 1, ...
         recipe: settings of a paper (`apical list recipes`), or a sweep's best.json.
-        rule_options: "[RULE:]key=value", as on the command line.
+        rule_options: "[RULE:]key=value", as on the command line, one or several, or a dictionary of them.
         jobs: seeds side by side, each in a process. More than one needs names instead of objects in memory, and the usual
             `if __name__ == "__main__":` around the call.
         resume: continue what is in `out`.
@@ -152,7 +153,7 @@ def compare(
         epochs=epochs,
         seeds=seeds,
         recipe=recipe,
-        rule_options=tuple(rule_options) or None,
+        rule_options=_options(rule_options) or None,
         jobs=jobs,
         resume=resume,
         overwrite=overwrite,
@@ -171,6 +172,13 @@ def _rule(rule: str | type[CreditRule]) -> str:
     return rule if isinstance(rule, str) else own_rules.remember(rule)
 
 
+def _options(options: str | Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
+    """Options of rules as the command line has them."""
+    if isinstance(options, Mapping):
+        return tuple(f"{name}={_plain(value)}" for name, value in options.items())
+    return (options,) if isinstance(options, str) else tuple(options)
+
+
 def _data(data: Any, *, numbers: bool) -> str | None:
     if data is None:
         return None
@@ -178,7 +186,9 @@ def _data(data: Any, *, numbers: bool) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy and torch as Python's."""
+    """Numbers of NumPy and torch as Python's, and a device by its name."""
+    if isinstance(value, torch.device):
+        return str(value)
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -10,10 +10,11 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CellType, CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -104,32 +105,55 @@ def generators_kept(seed: int | None = None) -> Iterator[None]:
                 os.chdir(folder)
 
 
-def checksum(value: Any) -> str:
-    """Sixteen hex digits of the SHA-256 of the file that defines a class or function; empty if there is no such file."""
+def checksum(value: Any, name: str) -> str:
+    """Sixteen hex digits of the SHA-256 of the file that defines a class or function, or else of that in its name.
+
+    Empty if there is no such file.
+    """
     try:
-        path = Path(inspect.getfile(inspect.unwrap(value)))
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except (TypeError, OSError):
+        path = inspect.getfile(inspect.unwrap(value))
+    except TypeError:  # a partial function, or an object that can be called
+        module = sys.modules.get(name.rpartition(":")[0], None)
+        path = str(file_of(name) or (module and module.__file__) or "")
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError:
         return ""
 
 
 def source_checksum(value: Any) -> str:
-    """Sixteen hex digits of the SHA-256 of a class or function alone: of its source or, where there is none, its code."""
-    try:
-        return (
-            hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
-            if inspect.isclass(value)
-            else _compiled(value)
-        )
-    except (TypeError, OSError):
-        return _compiled(value)
+    """Sixteen hex digits of the SHA-256 of a class, of a function or of what else can be called, alone.
+
+    That is the source of a class, or the code of a function with the values that it holds: defaults, enclosed variables,
+    arguments of a partial function, attributes of an object.
+    """
+    if inspect.isclass(value):
+        with suppress(TypeError, OSError):
+            return hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_identity(value)).encode()).hexdigest()[:16]
 
 
-def _compiled(value: Any) -> str:
-    codes = (
-        [item for item in (value, *vars(value).values()) if hasattr(item, "__code__")] if hasattr(value, "__dict__") else []
-    )
-    return hashlib.sha256(repr([_parts(item.__code__) for item in codes]).encode()).hexdigest()[:16]
+def _identity(value: Any, depth: int = 6) -> Any:
+    """What tells a value from others, in any process: numbers, texts and code, and of the rest the type."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value
+    if depth == 0:
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return [(str(key), _identity(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, tuple | list):
+        return [_identity(item, depth - 1) for item in value]
+    if isinstance(value, partial):
+        return [_identity(part, depth - 1) for part in (value.func, value.args, value.keywords)]
+    if inspect.ismethod(value):
+        return [_identity(value.__func__, depth - 1), _identity(value.__self__, depth - 1)]
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells]
+        return [_parts(value.__code__), *(_identity(item, depth - 1) for item in held)]
+    if inspect.isclass(value):
+        return [_parts(item.__code__) for item in vars(value).values() if hasattr(item, "__code__")]
+    return [type(value).__name__, _identity(type(value), depth - 1), _identity(getattr(value, "__dict__", {}), depth - 1)]
 
 
 def _parts(code: CodeType) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ def remember(factory: Callable[..., nn.Module]) -> str:
 def checksum(name: str) -> str:
     """Sixteen hex digits of the SHA-256 of the file that defines the model, or of the source of one in memory."""
     factory = _factory(name)
-    return own_code.source_checksum(factory) if name.startswith(IN_MEMORY) else own_code.checksum(factory)
+    return own_code.source_checksum(factory) if name.startswith(IN_MEMORY) else own_code.checksum(factory, name)
 
 
 def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
