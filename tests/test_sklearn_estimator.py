@@ -91,7 +91,7 @@ def test_features_of_any_unit_and_a_column_that_is_constant_to_rounding(unit: fl
     plain = CreditClassifier(rule="bp", hidden=(8,), epochs=10, random_state=0).fit(columns / [unit, unit, unit, 1], labels)
     assert fitted.score(columns, labels) > 0.9
     assert np.allclose(fitted.predict_proba(columns), plain.predict_proba(columns / [unit, unit, unit, 1]), atol=1e-5)
-    moved = columns + [0, 0, 0, 1e-4]
+    moved = columns + np.array([0, 0, 0, 1e-4])
     assert np.allclose(fitted.predict_proba(moved), fitted.predict_proba(columns), atol=1e-3)
 
 

@@ -90,7 +90,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 f"CreditClassifier needs at least two classes; the data have one class in {len(targets)} samples"
             )
-        mean, deviation, _ = moments(torch.from_numpy(x), (0,))
+        mean, deviation, _ = moments(torch.tensor(x), (0,))
         self.mean_, self.scale_ = mean[0].numpy(), deviation[0].numpy()
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         samples = Split(self._standardised(x).float(), torch.from_numpy(labels.astype(np.int64)))
