@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -265,7 +265,9 @@ def prepare(
             raise ConfigError(
                 f"--flip and --crop need images (channels, height, width); samples of {recipe.data} are {shape}"
             )
-        rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
+        model = build_model(recipe, dataset)
+        with named(recipe):
+            rule = make_rule(recipe, model, dataset.input_shape)
         recipes.append(recipe)
         notes.append([*([dataset.about] if dataset.about else []), *choices, *rule.remarks])
         if tell is not None:
@@ -296,12 +298,18 @@ def refuse_untaught(recipe: Recipe, rule: CreditRule, dataset: Dataset) -> None:
     Raises:
         ConfigError, UnsupportedModelError: the rule's own, with its name.
     """
-    try:
+    with named(recipe), suppress(DivergenceError):  # training says so, and goes on with the other rules
         own_rules.checked(rule, rule(*probe_batch(dataset.train, FEW))).backward()
-    except DivergenceError:
-        return  # training says so, and goes on with the other rules
+
+
+@contextmanager
+def named(recipe: Recipe) -> Iterator[None]:
+    """Within, what a rule refuses is raised with its name."""
+    try:
+        yield
     except (ConfigError, UnsupportedModelError) as error:
-        raise type(error)(f"rule {recipe.rule_name!r}: {error}") from error
+        name = f"rule {recipe.rule_name!r}"
+        raise error if str(error).startswith(name) else type(error)(f"{name}: {error}") from error
 
 
 FEW = 8

@@ -152,10 +152,10 @@ def _title(rule: str) -> str:
     return f"{AROUND[outer]} around {RULES[inner].name if inner in RULES else _title(inner)}"
 
 
-def label(rule: str) -> str:
+def label(rule: str, room: int = 32) -> str:
     """A rule's name as a figure has room for it.
 
     >>> label("pfa"), label("FeedbackAlignmentWithSynapsesOfManyKinds")
     ('pfa', 'FeedbackAlignmentWit...ManyKinds')
     """
-    return rule if len(rule) <= 32 else f"{rule[:20]}...{rule[-9:]}"
+    return rule if len(rule) <= room else f"{rule[: room - 12]}...{rule[-9:]}"
