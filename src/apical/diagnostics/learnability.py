@@ -23,7 +23,7 @@ from torch.func import functional_call, vjp, vmap
 from apical.core.credit import CreditRule
 from apical.core.rest import undisturbed
 from apical.diagnostics.curvature import ENTRIES_AT_ONCE, Parameters
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -98,23 +98,34 @@ def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
     """G: what the rule adds to `.grad` for a unit of error at one output of one sample: (samples, outputs, parameters).
 
     The rule is called with the loss `<error, output>`, so it needs to take any loss; it is left as it was.
+
+    Raises:
+        ConfigError: the rule does not take this loss, or learns something without an error, such as from its targets.
     """
+    name = type(rule).__name__
     names = [name for name, p in rule.model.named_parameters() if p.requires_grad]
     rows = []
     with undisturbed(rule), torch.enable_grad():
         rule.eval()
         rule.loss = lambda output, error: (output * error).sum()
         learned = dict(rule.model.named_parameters())
-        for sample in inputs:
-            for error in torch.eye(outputs, dtype=next(iter(learned.values())).dtype, device=inputs.device):
-                for parameter in rule.parameters():
-                    parameter.grad = None
+
+        def update(sample: Tensor, error: Tensor) -> Tensor:
+            for parameter in rule.parameters():
+                parameter.grad = None
+            try:
                 rule.accumulate(sample[None], error[None])
-                grads = [learned[name].grad for name in names]
-                parts = [
-                    learned[n].new_zeros(learned[n].shape) if g is None else g for n, g in zip(names, grads, strict=True)
-                ]
-                rows.append(torch.cat([part.detach().flatten() for part in parts]))
+            except (ConfigError, UnsupportedModelError) as problem:
+                raise ConfigError(f"{name} has no kernel, which is made of its updates by any error: {problem}") from problem
+            grads = [learned[n].grad for n in names]
+            parts = [learned[n].new_zeros(learned[n].shape) if g is None else g for n, g in zip(names, grads, strict=True)]
+            return torch.cat([part.detach().flatten() for part in parts])
+
+        errors = torch.eye(outputs, dtype=next(iter(learned.values())).dtype, device=inputs.device)
+        if bool(update(inputs[0], torch.zeros_like(errors[0])).any()):
+            raise ConfigError(f"{name} has no kernel, which is made of its updates by an error: it learns without one too")
+        for sample in inputs:
+            rows += [update(sample, error) for error in errors]
     return torch.stack(rows).view(len(inputs), outputs, -1).double()
 
 
@@ -129,7 +140,7 @@ def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = Non
         rule: around the same model; None for gradient descent.
 
     Raises:
-        ConfigError: no parameter learns.
+        ConfigError: no parameter learns, or the rule has no kernel; see :func:`rule_updates`.
 
     >>> learnability(nn.Linear(3, 2), torch.randn(9, 3)).rank
     8
