@@ -204,9 +204,12 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (apical.CorInfoMax, "CorInfoMax has no kernel, which is made of its updates by an error: it learns without one too"),
+        (apical.CorInfoMax, "CorInfoMax has no kernel, which is made of its updates by any error: it learns from labels"),
         (apical.DeepFeedbackControl, "DeepFeedbackControl has no kernel, which is made of its updates by any error: deep"),
-        (apical.ForwardForward, "ForwardForward has no kernel, .* needs one class label per sample"),
+        (
+            apical.ForwardForward,
+            "ForwardForward has no kernel, which is made of its updates by any error: it learns from labels",
+        ),
     ],
 )
 def test_a_rule_that_is_not_driven_by_the_error_has_no_kernel(kind: Callable[..., apical.CreditRule], said: str) -> None:
@@ -214,3 +217,10 @@ def test_a_rule_that_is_not_driven_by_the_error_has_no_kernel(kind: Callable[...
     model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(3, 4)
     with pytest.raises(ConfigError, match=said):
         learnability(model, x, kind(model))
+
+
+def test_a_rule_around_another_model_is_refused() -> None:
+    """Its updates would be multiplied with the Jacobian of weights that it does not have."""
+    x = torch.randn(2, 4).double()
+    with pytest.raises(ConfigError, match="around another model"):
+        learnability(network(), x, apical.FeedbackAlignment(network()))

@@ -22,6 +22,7 @@ from torch.func import functional_call, vjp, vmap
 
 from apical.core.credit import CreditRule
 from apical.core.rest import undisturbed
+from apical.core.wrapped import innermost
 from apical.diagnostics.curvature import ENTRIES_AT_ONCE, Parameters
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -100,9 +101,11 @@ def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
     The rule is called with the loss `<error, output>`, so it needs to take any loss; it is left as it was.
 
     Raises:
-        ConfigError: the rule does not take this loss, or learns something without an error, such as from its targets.
+        ConfigError: the rule does not take this loss, or learns from labels instead of the loss's derivative.
     """
     name = type(rule).__name__
+    if "weight" in innermost(rule)._loss_options:
+        raise ConfigError(f"{name} has no kernel, which is made of its updates by any error: it learns from labels")
     names = [name for name, p in rule.model.named_parameters() if p.requires_grad]
     rows = []
     with undisturbed(rule), torch.enable_grad():
@@ -122,8 +125,6 @@ def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
             return torch.cat([part.detach().flatten() for part in parts])
 
         errors = torch.eye(outputs, dtype=next(iter(learned.values())).dtype, device=inputs.device)
-        if bool(update(inputs[0], torch.zeros_like(errors[0])).any()):
-            raise ConfigError(f"{name} has no kernel, which is made of its updates by an error: it learns without one too")
         for sample in inputs:
             rows += [update(sample, error) for error in errors]
     return torch.stack(rows).view(len(inputs), outputs, -1).double()
@@ -145,6 +146,8 @@ def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = Non
     >>> learnability(nn.Linear(3, 2), torch.randn(9, 3)).rank
     8
     """
+    if rule is not None and rule.model is not model:
+        raise ConfigError("the rule is around another model than the one that is measured: give rule.model")
     jacobian = weight_jacobian(model, inputs)
     flat = jacobian.flatten(0, 1)
     triangle = torch.linalg.qr(flat.mT, mode="r")[1] if flat.shape[1] > flat.shape[0] else flat
