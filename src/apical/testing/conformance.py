@@ -304,7 +304,8 @@ def check_rule(
     >>> check_rule(Backprop, skip=("distributed", "compile"))
     """
     if isinstance(factory, nn.Module) or not callable(factory):
-        raise ConfigError(f"check_rule makes many rules: give the class, or a function of model and loss; got {a {type(factory).__name__}}")
+        kind = type(factory).__name__
+        raise ConfigError(f"check_rule makes many rules: give the class, or a function of model and loss; got a {kind}")
     skip = {skip} if isinstance(skip, str) else set(skip)
     if unknown := skip - CHECKS.keys():
         raise ValueError(f"skip names no checks: {sorted(unknown)}; known: {', '.join(CHECKS)}")

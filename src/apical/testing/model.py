@@ -251,7 +251,8 @@ def check_model(rule: CreditRule, inputs: Any, targets: Any, *, skip: Collection
     '2 modules'
     """
     if not isinstance(rule, CreditRule):
-        raise ConfigError(f"check_model tests a rule around your model, such as FeedbackAlignment(model); got {a {type(rule).__name__}}")
+        kind = type(rule).__name__
+        raise ConfigError(f"check_model tests a rule around your model, such as FeedbackAlignment(model); got a {kind}")
     skip = {skip} if isinstance(skip, str) else set(skip)
     if unknown := skip - CHECKS.keys():
         raise ValueError(f"skip names no checks: {sorted(unknown)}; known: {', '.join(CHECKS)}")
