@@ -132,6 +132,12 @@ def load():
     assert "they are whole numbers: return floats, unless the model embeds them" in said
 
 
+def test_a_model_that_does_not_embed_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "own.txt").write_text("the cat sat on the mat. " * 100)
+    said = refused(capsys, "train", "--data", "own.txt", "--model", "mlp-8", "--context", "8", "--out", "out")
+    assert said.endswith("; they are tokens, which a model embeds first, as gpt-2x64 does\n")
+
+
 def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "evolve",

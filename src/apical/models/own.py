@@ -98,10 +98,11 @@ def check_output(
         raise
     except Exception as error:
         path = None if name.startswith(IN_MEMORY) else own_code.file_of(name)
+        hint = "" if inputs.is_floating_point() else "; they are whole numbers: return floats, unless the model embeds them"
+        hint = "; they are tokens, which a model embeds first, as gpt-2x64 does" if positions else hint
         raise ConfigError(
             f"model {where} does not take inputs of shape {shape}, {len(inputs)} samples of {data}: "
-            f"{own_code.described(error, path)}"
-            + ("" if inputs.is_floating_point() else "; they are whole numbers: return floats, unless the model embeds them")
+            f"{own_code.described(error, path)}{hint}"
         ) from error
     if not isinstance(result, Tensor):
         raise ConfigError(
