@@ -84,6 +84,19 @@ def test_changed_data_or_model_are_not_resumed(
     assert "own.npz, sha256" in refused(capsys, *again, "--epochs", "3", "--resume")
 
 
+def test_moved_data_and_models_are_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--data", "own.npz", "--model", "mine.py:Net", "--out", "run", *QUICK[:-2]]
+    assert main(command) == 0
+    (folder / "elsewhere").mkdir()
+    (folder / "own.npz").rename(folder / "elsewhere" / "points.npz")
+    (folder / "mine.py").rename(folder / "elsewhere" / "nets.py")
+    again = [*command, "--epochs", "2", "--resume", "--data", "elsewhere/points.npz"]
+    assert main([*again, "--model", "elsewhere/nets.py:Net"]) == 0
+    assert json.loads((folder / "run/config.json").read_text())["data"] == f"{folder}/elsewhere/points.npz"
+    (folder / "elsewhere" / "nets.py").write_text(FILE + "\nAnother = Net\n")
+    assert "model: " in refused(capsys, *again, "--epochs", "3", "--model", "elsewhere/nets.py:Another")
+
+
 def test_a_sweep_and_its_best_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sweep", "--rules", "bp", "--data", "own.npz", "--model", "mine.py:Net", "--space", "lr=0.01,0.1"]
     assert main([*command, "--final-seeds", "0", "--out", "sweep", *QUICK]) == 0

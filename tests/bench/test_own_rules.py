@@ -174,3 +174,18 @@ def test_names_that_people_type() -> None:
         find_rule("feedbackalignment")
     with pytest.raises(ConfigError, match="unknown rule 'bp,fa': names of rules have spaces between them"):
         find_rule("bp,fa")
+
+
+def test_resume_refuses_a_rule_that_has_changed(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its run would be half of the one and half of the other, under the checksum of the latter."""
+    for name in ("mine.py:Louder", "grapes:mine.py:Louder"):
+        command = ("train", "--rule", name, *QUICK[:-2], "--resume", "--out", name.replace(":", "-"))
+        Path(file).write_text(RULE)
+        assert main([*command, "--epochs", "1"]) == 0
+        Path(file).write_text(RULE + "\n# another\n")
+        capsys.readouterr()
+        assert main([*command, "--epochs", "2"]) == 2
+        sums = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in (RULE, RULE + "\n# another\n")]
+        assert f"the code of mine.py:Louder, sha256: {sums[0]} vs {sums[1]}" in capsys.readouterr().err
+        Path(file).write_text(RULE)
+        assert main([*command, "--epochs", "2"]) == 0

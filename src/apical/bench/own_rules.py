@@ -86,6 +86,16 @@ def origin(name: str) -> str:
     return f"{kind.__name__} comes from {name.rpartition(':')[0]}, sha256 {checksum}"
 
 
+def changes(name: str, notes: object) -> list[str]:
+    """How the code of a rule of the user's differs from what the notes of a run say of it; nothing for one of apical's."""
+    if ":" not in name or not isinstance(notes, list):
+        return []
+    head, mark, now = origin(name).partition(" comes from ")
+    saved = next((note for note in notes if isinstance(note, str) and note.startswith(head + mark)), now)
+    before, after = (text.rpartition(", sha256 ")[2] for text in (saved, now))
+    return [] if before == after else [f"the code of {name}, sha256: {before} vs {after}"]
+
+
 def _is_rule(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, CreditRule)
 
