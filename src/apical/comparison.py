@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from apical.bench import own_rules
@@ -17,6 +16,7 @@ from apical.bench.recipe import CHECKSUMS, Recipe, check_kinds, rule_name
 from apical.bench.signals import Interrupted
 from apical.cli import commands
 from apical.cli.flags.training import Compare
+from apical.cli.terminal import Terminal
 from apical.core.credit import CreditRule
 from apical.data.own import sources as own_data
 from apical.errors import ConfigError, unknown_name
@@ -83,7 +83,7 @@ class Compared:
         return len(self.rows)
 
     def __str__(self) -> str:
-        console = Console(width=100, force_terminal=False)
+        console = Terminal(width=100, force_terminal=False)
         with console.capture() as capture:
             console.print(results_table(self.records))
         return capture.get().rstrip()
@@ -162,7 +162,7 @@ def compare(
     arguments = {"rules": flags.rules, "data": flags.data, "model": flags.model, "epochs": epochs, "seeds": seeds, **options}
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
     try:
-        records, page = commands.run_comparison(flags, f"apical.compare({text})", Console(quiet=not show))
+        records, page = commands.run_comparison(flags, f"apical.compare({text})", Terminal(quiet=not show))
     except Interrupted as interrupted:
         raise KeyboardInterrupt(f"stopped at {interrupted.where}; saved: go on with resume=True") from interrupted
     return _compared(records, page)

@@ -216,3 +216,53 @@ def test_a_file_that_changes_the_folder_does_not_move_the_run(folder: Path) -> N
     assert main(["train", "--data", "own.npz", "--epochs", "1", "--model", "far/net.py:Net", "--out", "out"]) == 0
     assert (folder / "out" / "result.json").is_file()
     assert not (folder / "far" / "out").exists()
+
+
+def test_names_are_printed_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not `:cat:` as a picture, nor `[bold]` as a style."""
+    (folder / "mine.py").write_text(FILE + "\ncat = pair\n")
+    (folder / "own.npz").rename(folder / "own[bold].npz")
+    assert (
+        main(
+            [
+                "compare",
+                "--rules",
+                "bp",
+                "--data",
+                "mine.py:cat",
+                "--model",
+                "mine.py:Net",
+                "--seeds",
+                "1",
+                *QUICK,
+                "--out",
+                "a",
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.startswith("mine.py:cat: 60 training")
+    assert (
+        main(
+            [
+                "compare",
+                "--rules",
+                "bp",
+                "--data",
+                "own[bold].npz",
+                "--model",
+                "mlp-4",
+                "--seeds",
+                "1",
+                *QUICK,
+                "--out",
+                "[i]b",
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("own[bold].npz: 48 training")
+    assert said.endswith("report: [i]b/report.html\n")
+    assert main(["measure", "mine.py:Net", "--data", "mine.py:cat", "--measure", "persistence", "--out", "c[red]"]) == 0
+    assert "json: c[red]/measure.json" in capsys.readouterr().out

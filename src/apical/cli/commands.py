@@ -50,7 +50,7 @@ from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import own_training, tuned_rate
 from apical.cli.columns import columns, margin
-from apical.cli.terminal import bar, say
+from apical.cli.terminal import Terminal, bar, say
 from apical.core.credit import CreditRule
 from apical.data.dataset import Dataset
 from apical.errors import ConfigError, DivergenceError, UnsupportedModelError, unknown_name
@@ -66,7 +66,7 @@ DIVERGED = 3
 def compare(flags: "Compare", command: str) -> int:
     """Train the rules side by side and report; returns the exit status."""
     try:
-        rows, page = run_comparison(flags, command, Console())
+        rows, page = run_comparison(flags, command, Terminal())
     except Interrupted as interrupted:
         return stopped(interrupted, command)
     say(f"report: {shown_path(page)}")
