@@ -289,6 +289,7 @@ def test_data_list_and_fetch_of_an_unknown_set(capsys: pytest.CaptureFixture[str
     assert main(["data", "list"]) == 0
     assert "digits" in capsys.readouterr().out
     assert "did you mean 'mnist'" in refused(capsys, "data", "fetch", "mnits")
+    assert refused(capsys, "data") == "apical: error: apical data needs a word more: fetch or list; see apical data --help\n"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
