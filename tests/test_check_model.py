@@ -378,3 +378,10 @@ def test_precision_is_that_of_the_arithmetic(kind: type[apical.CreditRule]) -> N
     torch.manual_seed(0)
     model = nn.Sequential(Narrow(6, 8), nn.ReLU(), Narrow(8, 7), nn.ReLU(), Narrow(7, 4)).double()
     check_model(kind(model), torch.randn(8, 6).double(), torch.arange(8) % 4, skip=("compiled", "autocast"))
+
+
+def test_what_is_no_rule_and_one_check_by_its_name() -> None:
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(8, 4), torch.arange(8) % 3
+    with pytest.raises(ConfigError, match=r"a rule around your model, such as FeedbackAlignment\(model\); got a Sequential"):
+        check_model(model, x, y)  # type: ignore[arg-type]
+    assert "compiled" in check_model(apical.FeedbackAlignment(model), x, y, skip="compiled").skipped

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import apical
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.errors import UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.backprop import Backprop
 from apical.testing import CHECKS, check_rule, dense_network, settings
 
@@ -391,3 +391,10 @@ def test_a_rule_that_sums_over_ranks_differently_is_found() -> None:
 class RankDependent(Exact):
     def signal(self, inputs: Tensor) -> Tensor:
         return inputs.abs().max()
+
+
+def test_a_rule_in_the_place_of_its_class_and_unknown_checks_are_said() -> None:
+    with pytest.raises(ConfigError, match="give the class, or a function of model and loss; got a FeedbackAlignment"):
+        check_rule(apical.FeedbackAlignment(nn.Linear(2, 2)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"skip names no checks: \['compiled'\]; known: .*compile"):
+        check_rule(apical.FeedbackAlignment, skip="compiled")

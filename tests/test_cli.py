@@ -289,6 +289,7 @@ def test_data_list_and_fetch_of_an_unknown_set(capsys: pytest.CaptureFixture[str
     assert main(["data", "list"]) == 0
     assert "digits" in capsys.readouterr().out
     assert "did you mean 'mnist'" in refused(capsys, "data", "fetch", "mnits")
+    assert refused(capsys, "data") == "apical: error: apical data needs a word more: fetch or list; see apical data --help\n"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,3 +311,17 @@ def test_report_of_a_folder_without_a_run(capsys: pytest.CaptureFixture[str], tm
     refused(capsys, "report", str(tmp_path))
     refused(capsys, "report", str(tmp_path / "none"))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "said"),
+    [
+        ("mlp-bn-8", "dfc", "rule 'dfc': module"),  # refused as the rule is made
+        ("mlp-residual-8-8", "dtp", "rule 'dtp': "),
+    ],
+)
+def test_a_refusal_of_one_of_several_rules_has_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str, rule: str, said: str
+) -> None:
+    arguments = ("compare", "--rules", "bp", rule, "--data", "digits", "--model", model, "--out", str(tmp_path / "out"))
+    assert refused(capsys, *arguments).startswith(f"apical: error: {said}")

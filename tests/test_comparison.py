@@ -1,5 +1,8 @@
 """`apical.compare`: the comparison of the command line from Python, with data, models and rules in memory."""
 
+import hashlib
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 import apical
 from apical.errors import ApicalError
+from apical.models import own
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "probe": 0, "device": "cpu", "show": False}
@@ -67,6 +71,69 @@ def test_resumed_with_the_same_objects_only(tmp_path: Path) -> None:
         compare(3, (PAIR[0], TensorDataset(X[60:] + 1, Y[60:])), Net)
     with pytest.raises(ApicalError, match="in-memory:Other"):
         compare(3, PAIR, Other)
+
+
+class Maker:
+    """An object that makes a network."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, self.width), nn.ReLU(), nn.Linear(self.width, num_classes))
+
+
+def enclosed(width: int) -> Any:
+    return lambda num_classes: Maker(width)(num_classes)
+
+
+def with_default(width: int) -> Any:
+    def make(num_classes: int, width: int = width) -> nn.Module:
+        return Maker(width)(num_classes)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Maker,
+        lambda width: Maker(width).__call__,
+        lambda width: partial(Maker(width), num_classes=3),
+        lambda width: partial(nn.Linear, *(4, 3), bias=width > 8),
+        enclosed,
+        with_default,
+    ],
+)
+def test_what_a_maker_of_models_holds_is_part_of_it(make: Any) -> None:
+    """Code alone would take the second for the first, and `resume=True` would hand out the results of the first."""
+    first, again, other = (own.checksum(own.remember(make(width))) for width in (8, 8, 16))
+    assert first == again
+    assert first != other
+
+
+def test_a_file_whose_model_is_a_partial_function_has_its_checksum(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from functools import partial\nfrom torch import nn\nmake = partial(nn.Linear, 4, 3)\n"
+    )
+    expected = hashlib.sha256((tmp_path / "net.py").read_bytes()).hexdigest()[:16]
+    assert own.checksum(f"{tmp_path}/net.py:make") == expected
+
+
+def test_a_device_and_options_as_python_has_them(tmp_path: Path) -> None:
+    done = apical.compare(
+        rules="pfa",
+        rule_options={"expansion": 4},
+        data=PAIR,
+        model=Net,
+        seeds=1,
+        out=tmp_path / "a",
+        **{**QUICK, "device": torch.device("cpu")},
+    )
+    config = json.loads((tmp_path / "a" / "runs" / "pfa" / "seed-0" / "config.json").read_text())
+    assert (config["rule_options"], config["device"]) == (["expansion=4"], "cpu")
+    assert done["pfa"].n == 1
+    apical.compare(rules="pfa", rule_options="expansion=4", data=PAIR, model=Net, seeds=1, out=tmp_path / "b", **QUICK)
 
 
 def test_arrays_names_and_regression(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ ROOMS = {
     "testing": LIBRARY | {"testing", "rules"},
     "bench": LIBRARY | SIDES | {"bench", "rules", "own_code"},
     "papers": LIBRARY | SIDES | {"papers", "bench", "rules"},
-    "cli": LIBRARY | SIDES | {"cli", "bench", "rules", "columns"},  # papers are found by their entry points
+    "cli": LIBRARY | SIDES | {"cli", "bench", "rules", "columns", "own_code"},  # papers are found by their entry points
 }
 """What the files of each room may import."""
 

@@ -197,7 +197,9 @@ def test_a_report_fits_a_phone_and_a_screen(tmp_path: Path, monkeypatch: pytest.
         "--device",
         "cpu",
     )
-    assert main(["compare", "--rules", "bp", "fa", "dfa", "--out", "out", *quick]) == 0
+    name = "RuleWhoseNameHasMoreLettersThanATelephoneIsWide" * 2
+    (tmp_path / "own.py").write_text(f"import apical\n\n\nclass {name}(apical.FeedbackAlignment):\n    pass\n")
+    assert main(["compare", "--rules", "bp", "fa", "dfa", f"own.py:{name}", "--out", "out", *quick]) == 0
     found, console = browser.look_at({"out": tmp_path / "out"}, ["/out/report.html"], (PHONE, DESKTOP), tmp_path / "browser")
     assert [page["images"] > 3 for page in found] == [True, True]
     assert not faults(found)

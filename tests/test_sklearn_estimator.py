@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import apical
 from apical import CreditClassifier
 from apical.errors import ConfigError
 
@@ -76,3 +78,24 @@ def test_the_package_stays_light() -> None:
     code = "import apical, sys; print('sklearn' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("unit", [1e300, 1.0, 1e-300])
+def test_features_of_any_unit_and_a_column_that_is_constant_to_rounding(unit: float) -> None:
+    """0.1 many times has a deviation of 1e-17; a value next to it must not be 1e13 deviations away."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    features = generator.normal(size=(60, 3)) + 4 * labels[:, None]
+    columns = np.hstack([features * unit, np.full((60, 1), 0.1)])
+    fitted = CreditClassifier(rule="bp", hidden=8, epochs=10, random_state=0).fit(columns, labels)
+    plain = CreditClassifier(rule="bp", hidden=(8,), epochs=10, random_state=0).fit(columns / [unit, unit, unit, 1], labels)
+    assert fitted.score(columns, labels) > 0.9
+    assert np.allclose(fitted.predict_proba(columns), plain.predict_proba(columns / [unit, unit, unit, 1]), atol=1e-5)
+    moved = columns + np.array([0, 0, 0, 1e-4])
+    assert np.allclose(fitted.predict_proba(moved), fitted.predict_proba(columns), atol=1e-3)
+
+
+def test_a_rule_is_a_name_or_a_class(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    quick: dict[str, Any] = {**SMALL, "epochs": 1, "random_state": 0}
+    by_class = CreditClassifier(rule=apical.DirectFeedbackAlignment, **quick).fit(*digits)
+    assert isinstance(by_class.rule_, apical.DirectFeedbackAlignment)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
-from rich.console import Console
+import torch
 from torch import nn
 
 from apical.bench import own_rules
@@ -16,6 +16,7 @@ from apical.bench.recipe import CHECKSUMS, Recipe, check_kinds, rule_name
 from apical.bench.signals import Interrupted
 from apical.cli import commands
 from apical.cli.flags.training import Compare
+from apical.cli.terminal import Terminal
 from apical.core.credit import CreditRule
 from apical.data.own import sources as own_data
 from apical.errors import ConfigError, unknown_name
@@ -82,7 +83,7 @@ class Compared:
         return len(self.rows)
 
     def __str__(self) -> str:
-        console = Console(width=100, force_terminal=False)
+        console = Terminal(width=100, force_terminal=False)
         with console.capture() as capture:
             console.print(results_table(self.records))
         return capture.get().rstrip()
@@ -97,7 +98,7 @@ def compare(
     epochs: int | None = None,
     seeds: int = 3,
     recipe: str | None = None,
-    rule_options: Sequence[str] = (),
+    rule_options: str | Sequence[str] | Mapping[str, Any] = (),
     jobs: int = 1,
     resume: bool = False,
     overwrite: bool = False,
@@ -117,7 +118,7 @@ def compare(
         epochs: passes over the training samples; None takes 20, or those of the recipe.
         seeds: how many; they are 0, 1, ...
         recipe: settings of a paper (`apical list recipes`), or a sweep's best.json.
-        rule_options: "[RULE:]key=value", as on the command line.
+        rule_options: "[RULE:]key=value", as on the command line, one or several, or a dictionary of them.
         jobs: seeds side by side, each in a process. More than one needs names instead of objects in memory, and the usual
             `if __name__ == "__main__":` around the call.
         resume: continue what is in `out`.
@@ -152,7 +153,7 @@ def compare(
         epochs=epochs,
         seeds=seeds,
         recipe=recipe,
-        rule_options=tuple(rule_options) or None,
+        rule_options=_options(rule_options) or None,
         jobs=jobs,
         resume=resume,
         overwrite=overwrite,
@@ -161,7 +162,7 @@ def compare(
     arguments = {"rules": flags.rules, "data": flags.data, "model": flags.model, "epochs": epochs, "seeds": seeds, **options}
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
     try:
-        records, page = commands.run_comparison(flags, f"apical.compare({text})", Console(quiet=not show))
+        records, page = commands.run_comparison(flags, f"apical.compare({text})", Terminal(quiet=not show))
     except Interrupted as interrupted:
         raise KeyboardInterrupt(f"stopped at {interrupted.where}; saved: go on with resume=True") from interrupted
     return _compared(records, page)
@@ -171,6 +172,13 @@ def _rule(rule: str | type[CreditRule]) -> str:
     return rule if isinstance(rule, str) else own_rules.remember(rule)
 
 
+def _options(options: str | Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
+    """Options of rules as the command line has them."""
+    if isinstance(options, Mapping):
+        return tuple(f"{name}={_plain(value)}" for name, value in options.items())
+    return (options,) if isinstance(options, str) else tuple(options)
+
+
 def _data(data: Any, *, numbers: bool) -> str | None:
     if data is None:
         return None
@@ -178,7 +186,9 @@ def _data(data: Any, *, numbers: bool) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy and torch as Python's."""
+    """Numbers of NumPy and torch as Python's, and a device by its name."""
+    if isinstance(value, torch.device):
+        return str(value)
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -1,23 +1,29 @@
 """Code that is not part of apical, named as `path/to/file.py:NAME` or `module:NAME`: found, run and identified."""
 
+import ast
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CellType, CodeType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from apical.errors import ApicalError, ConfigError
+
+_modules: set[str] = set()
+"""Names of the modules that have been imported as code of the user's."""
 
 
 def is_code(name: str) -> bool:
@@ -66,7 +72,9 @@ def import_module(where: str, example: str, error: Callable[[str], ApicalError] 
         return _file(Path(where).expanduser().resolve(), where, error)
     try:
         with generators_kept():
-            return importlib.import_module(where)
+            module = importlib.import_module(where)
+        _modules.add(module.__name__)
+        return module
     except (Exception, SystemExit) as problem:
         hint = "" if "/" not in where else f"; for a file, say {example}"
         if Path(where.partition(".")[0]).is_dir() or Path(f"{where}.py").is_file():
@@ -76,8 +84,13 @@ def import_module(where: str, example: str, error: Callable[[str], ApicalError] 
 
 @contextmanager
 def generators_kept(seed: int | None = None) -> Iterator[None]:
-    """Within, the global generators of Python, NumPy and torch may be used, here from a seed; behind, they are as before."""
-    before = random.getstate(), np.random.get_state()
+    """Within, the global generators of Python, NumPy and torch may be used, here from a seed; behind, they are as before.
+
+    So is the current folder, to which paths on the command line refer.
+    """
+    before, folder = (random.getstate(), np.random.get_state()), os.path.curdir
+    with suppress(OSError):
+        folder = os.getcwd()
     with torch.random.fork_rng([]):
         if seed is not None:
             torch.manual_seed(seed)
@@ -88,34 +101,59 @@ def generators_kept(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
+            with suppress(OSError):
+                os.chdir(folder)
 
 
-def checksum(value: Any) -> str:
-    """Sixteen hex digits of the SHA-256 of the file that defines a class or function; empty if there is no such file."""
+def checksum(value: Any, name: str) -> str:
+    """Sixteen hex digits of the SHA-256 of the file that defines a class or function, or else of that in its name.
+
+    Empty if there is no such file.
+    """
     try:
-        path = Path(inspect.getfile(inspect.unwrap(value)))
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except (TypeError, OSError):
+        path = inspect.getfile(inspect.unwrap(value))
+    except TypeError:  # a partial function, or an object that can be called
+        module = sys.modules.get(name.rpartition(":")[0], None)
+        path = str(file_of(name) or (module and module.__file__) or "")
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError:
         return ""
 
 
 def source_checksum(value: Any) -> str:
-    """Sixteen hex digits of the SHA-256 of a class or function alone: of its source or, where there is none, its code."""
-    try:
-        return (
-            hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
-            if inspect.isclass(value)
-            else _compiled(value)
-        )
-    except (TypeError, OSError):
-        return _compiled(value)
+    """Sixteen hex digits of the SHA-256 of a class, of a function or of what else can be called, alone.
+
+    That is the source of a class, or the code of a function with the values that it holds: defaults, enclosed variables,
+    arguments of a partial function, attributes of an object.
+    """
+    if inspect.isclass(value):
+        with suppress(TypeError, OSError):
+            return hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_identity(value)).encode()).hexdigest()[:16]
 
 
-def _compiled(value: Any) -> str:
-    codes = (
-        [item for item in (value, *vars(value).values()) if hasattr(item, "__code__")] if hasattr(value, "__dict__") else []
-    )
-    return hashlib.sha256(repr([_parts(item.__code__) for item in codes]).encode()).hexdigest()[:16]
+def _identity(value: Any, depth: int = 6) -> Any:
+    """What tells a value from others, in any process: numbers, texts and code, and of the rest the type."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value
+    if depth == 0:
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return [(str(key), _identity(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, tuple | list):
+        return [_identity(item, depth - 1) for item in value]
+    if isinstance(value, partial):
+        return [_identity(part, depth - 1) for part in (value.func, value.args, value.keywords)]
+    if inspect.ismethod(value):
+        return [_identity(value.__func__, depth - 1), _identity(value.__self__, depth - 1)]
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells]
+        return [_parts(value.__code__), *(_identity(item, depth - 1) for item in held)]
+    if inspect.isclass(value):
+        return [_parts(item.__code__) for item in vars(value).values() if hasattr(item, "__code__")]
+    return [type(value).__name__, _identity(type(value), depth - 1), _identity(getattr(value, "__dict__", {}), depth - 1)]
 
 
 def _parts(code: CodeType) -> tuple[Any, ...]:
@@ -130,6 +168,13 @@ def described(error: BaseException, path: Path | None) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     text = " ".join(text.split())
     return f"{type(error).__name__}: {text}" + (f" (line {lines[0] if len(lines) == 1 else lines[-1]})" if lines else "")
+
+
+def blamed(error: BaseException) -> str | None:
+    """An exception that came up in code of the user's or in what that called, in a line; None for one that did not."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [frame for frame in frames if frame.f_globals.get("__name__", "") in _modules]
+    return f"{own[-1].f_code.co_filename} failed: {described(error, Path(own[-1].f_code.co_filename))}" if own else None
 
 
 def file_of(name: str) -> Path | None:
@@ -152,9 +197,11 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
     assert specification is not None  # the name ends in .py
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
+    _modules.add(name)
     if str(path.parent) not in sys.path:  # what lies beside the file can be imported, as when it is run
         sys.path.append(str(path.parent))
+    _check_imports(path, title, error)
+    sys.modules[name] = module  # dataclasses look their module up
     try:
         with generators_kept():
             specification.loader.exec_module(module)
@@ -164,3 +211,42 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
         hint = f"; name it by its package: PACKAGE.{path.stem}:NAME, with PYTHONPATH=." if inside else ""
         raise error(f"{title} cannot be loaded: {described(problem, path)}{hint}") from problem
     return module
+
+
+def _check_imports(path: Path, title: str, error: Callable[[str], ApicalError]) -> None:
+    """Refuse a file that would import another module than the one that lies beside it, such as an installed `utils`."""
+    left, seen = [path], {path}
+    while left:
+        for name in _imported(left.pop()) - sys.stdlib_module_names:
+            places = (path.parent / f"{name}.py", path.parent / name / "__init__.py")
+            beside = next((place.resolve() for place in places if place.is_file()), None)
+            if beside is None or beside in seen:
+                continue
+            origin = _origin(name)
+            if origin and _differ(Path(origin), beside):
+                raise error(f"{title} imports {name!r}, which would be {origin} and not {beside}: rename the latter")
+            left.append(beside)
+            seen.add(beside)
+
+
+def _imported(path: Path) -> set[str]:
+    """The first words of what a file imports by its whole name."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError):
+        return set()  # running it says so
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in names}
+
+
+def _origin(name: str) -> str | None:
+    """The file that a module comes from, imported already or not."""
+    with suppress(ImportError, ValueError):
+        found = importlib.util.find_spec(name)
+        return found.origin if found else None
+    return None
+
+
+def _differ(a: Path, b: Path) -> bool:
+    return a.resolve() != b and (not a.is_file() or a.read_bytes() != b.read_bytes())

@@ -13,11 +13,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from apical import models
+from apical.bench import own_rules
 from apical.bench.names import make_rule, resolve
 from apical.bench.plain_loop import train
 from apical.bench.recipe import Recipe
 from apical.core.credit import CreditRule
 from apical.data import Dataset, Split
+from apical.data.own.sources import moments
 
 
 class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -27,8 +29,8 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     gives them (weight decay that aligns feedback, clipping). Trained on the CPU in single precision; predicts in double.
 
     Args:
-        rule: short name (`apical list rules`), or "FILE.py:CLASS" or "MODULE:CLASS".
-        hidden: width of each hidden layer.
+        rule: short name (`apical list rules`), "FILE.py:CLASS", "MODULE:CLASS", or a class.
+        hidden: width of each hidden layer, or of the only one.
         epochs: passes over the training data.
         batch_size: samples per step; all of them if there are fewer.
         lr: learning rate.
@@ -53,8 +55,8 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        rule: str = "pfa",
-        hidden: Sequence[int] = (256, 256),
+        rule: str | type[CreditRule] = "pfa",
+        hidden: int | Sequence[int] = (256, 256),
         epochs: int = 20,
         batch_size: int = 32,
         lr: float = 0.02,
@@ -88,14 +90,14 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 f"CreditClassifier needs at least two classes; the data have one class in {len(targets)} samples"
             )
-        self.mean_, deviation = x.mean(axis=0), x.std(axis=0)
-        self.scale_ = np.where(deviation > 0, deviation, 1.0)
+        mean, deviation, _ = moments(torch.tensor(x), (0,))
+        self.mean_, self.scale_ = mean[0].numpy(), deviation[0].numpy()
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         samples = Split(self._standardised(x).float(), torch.from_numpy(labels.astype(np.int64)))
         recipe = Recipe(
-            rule=self.rule,
+            rule=self.rule if isinstance(self.rule, str) else own_rules.remember(self.rule),
             rule_options=tuple(f"{key}={value!r}" for key, value in (self.rule_options or {}).items()),
-            model="-".join(["mlp", *map(str, self.hidden)]),
+            model="-".join(["mlp", *map(str, np.atleast_1d(self.hidden))]),
             epochs=self.epochs,
             batch_size=min(self.batch_size, len(targets)),
             optimizer=self.optimizer,  # type: ignore[arg-type]

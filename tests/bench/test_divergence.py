@@ -10,6 +10,7 @@ import torch
 
 from apical.bench.loop import Training
 from apical.bench.recipe import Recipe
+from apical.cli.main import main
 from apical.core.credit import Credit
 from apical.errors import DivergenceError
 
@@ -55,3 +56,31 @@ def test_what_an_untrained_network_loses_is_kept_with_the_checkpoint(begin: Begi
     again = begin(replace(small, probe=0), tmp_path, resume=True)
     assert again._untrained == first._untrained >= torch.tensor(10.0).log().item() - 1e-6
     assert isinstance(again.rule(again.dataset.train.inputs[:4], again.dataset.train.targets[:4]), Credit)
+
+
+def test_a_network_that_is_not_finite_before_its_first_step(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rules go on, and the report says which run has no result and why."""
+    (tmp_path / "late.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Late(nn.Sequential):\n"
+        "    def __init__(self, in_features, num_classes):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(in_features, num_classes))\n\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * float('nan')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    small = ["--data", "digits", "--train-limit", "128", "--test-limit", "64", "--epochs", "1"]
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        assert main(["compare", "--rules", "bp", "--model", "late.py:Late", "--seeds", "2", "--out", "all", *small]) == 3
+    said = capsys.readouterr()
+    assert said.err == "apical: 2 of 2 runs diverged: bp seed 0, bp seed 1\n"
+    result = json.loads(Path("all/runs/bp/seed-1/result.json").read_text())
+    assert (result["status"], result["epochs"], result["test_loss"]) == ("diverged", 0, None)
+    assert result["message"].endswith(
+        "nothing was saved. No step was taken: look at the data, the model and its initial weights"
+    )
+    assert "bp, seed 1: diverged" in Path("all/report.html").read_text()
+    assert main(["train", "--rule", "bp", "--model", "late.py:Late", "--out", "one", *small]) == 2
+    assert "the test loss is not finite; nothing was saved. No step was taken" in capsys.readouterr().err

@@ -241,7 +241,7 @@ def test_what_does_not_fit_the_folder_is_said(
     [
         (("--population", "7"), "population must be even"),
         (("--ways", "11"), "2 to 10 classes"),
-        (("--examples", "99999"), "99999 examples per task"),
+        (("--examples", "99999"), "has 1437 of these classes; take fewer (--examples)"),
         (("--data", "nothing"), "unknown data set 'nothing'"),
         (("--model", "mlp"), "does not name its hidden widths"),
         (("--recipe", "digit"), "did you mean 'digits'"),
@@ -257,6 +257,7 @@ def test_unusable_options_are_one_line(
     captured = capsys.readouterr().err
     assert said in captured
     assert len(captured.strip().splitlines()) == 1
+    assert (tmp_path / "out").exists() == ("--batch-size" in more)  # which the first generation sees
 
 
 def test_a_damaged_checkpoint_is_said(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,3 +169,13 @@ def test_a_run_that_diverged_in_its_first_epoch_is_drawn_as_points():
     diverged, trained = figures._layers(runs, spec).axes[:2]
     assert {line.get_marker() for line in diverged.lines[1:]} == {"."}
     assert {line.get_marker() for line in trained.lines[1:]} == {"None"}
+
+
+@pytest.mark.parametrize("length", [45, 82])
+def test_a_rule_with_a_long_name_is_drawn(length):
+    """More letters than a column is wide: a legend of no columns, and no room for the axes beside the names."""
+    name = "Rule".ljust(length, "x")
+    figures_ = drawn(
+        run("bp"), *(run(name, seed, gradient_alignment=falling, weight_alignment=falling) for seed in range(3))
+    )
+    assert {"accuracy", "final_accuracy", "gradient_alignment", "overview"} <= set(figures_)

@@ -175,3 +175,29 @@ def test_a_model_under_a_rule_is_measured_as_it_is() -> None:
     rule(torch.randn(4, 5), torch.arange(4) % 3).backward()
     assert measured(MEASURES, rule.model, torch.randn(20, 5, generator=torch.Generator().manual_seed(1))) == alone
     assert persistence(rule.model) == persistence(model)
+
+
+def test_a_measure_of_ones_own_does_not_change_what_is_trained(tmp_path: Path) -> None:
+    """It writes weights, gradients, modes and random state, and forgets to put them back."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\n"
+        "def pruned(model, inputs):\n"
+        "    model.eval()\n"
+        "    model(inputs).sum().backward()\n"
+        "    torch.manual_seed(3)\n"
+        "    with torch.no_grad():\n"
+        "        for parameter in model.parameters():\n"
+        "            parameter.zero_()\n"
+        "    return {'accuracy': 0.1}\n"
+    )
+    small = ("--rule", "fa", "--data", "digits", "--train-limit", "200", "--model", "mlp-8", "--epochs", "1", "--out")
+    assert main(["train", *small, str(tmp_path / "bare")]) == 0
+    assert main(["train", *small, str(tmp_path / "measured"), "--measure", f"{tmp_path}/mine.py:pruned"]) == 0
+    bare, with_measure = (torch.load(tmp_path / name / "checkpoint.pt")["rule"] for name in ("bare", "measured"))
+    assert bare.keys() == with_measure.keys()
+    assert all(torch.equal(bare[key], with_measure[key]) for key in bare)
+
+
+def test_options_of_models_do_nothing_for_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", str(tmp_path), "--data", "mnist", "--seed", "3"]) == 2
+    assert "without effect here: --data, --seed (folders have their own)" in capsys.readouterr().err

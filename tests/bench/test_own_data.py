@@ -84,6 +84,19 @@ def test_changed_data_or_model_are_not_resumed(
     assert "own.npz, sha256" in refused(capsys, *again, "--epochs", "3", "--resume")
 
 
+def test_moved_data_and_models_are_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--data", "own.npz", "--model", "mine.py:Net", "--out", "run", *QUICK[:-2]]
+    assert main(command) == 0
+    (folder / "elsewhere").mkdir()
+    (folder / "own.npz").rename(folder / "elsewhere" / "points.npz")
+    (folder / "mine.py").rename(folder / "elsewhere" / "nets.py")
+    again = [*command, "--epochs", "2", "--resume", "--data", "elsewhere/points.npz"]
+    assert main([*again, "--model", "elsewhere/nets.py:Net"]) == 0
+    assert json.loads((folder / "run/config.json").read_text())["data"] == f"{folder}/elsewhere/points.npz"
+    (folder / "elsewhere" / "nets.py").write_text(FILE + "\nAnother = Net\n")
+    assert "model: " in refused(capsys, *again, "--epochs", "3", "--model", "elsewhere/nets.py:Another")
+
+
 def test_a_sweep_and_its_best_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sweep", "--rules", "bp", "--data", "own.npz", "--model", "mine.py:Net", "--space", "lr=0.01,0.1"]
     assert main([*command, "--final-seeds", "0", "--out", "sweep", *QUICK]) == 0
@@ -132,6 +145,12 @@ def load():
     assert "they are whole numbers: return floats, unless the model embeds them" in said
 
 
+def test_a_model_that_does_not_embed_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "own.txt").write_text("the cat sat on the mat. " * 100)
+    said = refused(capsys, "train", "--data", "own.txt", "--model", "mlp-8", "--context", "8", "--out", "out")
+    assert said.endswith("; they are tokens, which a model embeds first, as gpt-2x64 does\n")
+
+
 def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "evolve",
@@ -172,3 +191,78 @@ def test_refused_before_anything_is_written(
 ) -> None:
     assert said in refused(capsys, "train", "--data", "own.npz", *arguments, "--out", "out")
     assert not (folder / "out").exists()
+
+
+def test_a_file_gets_the_module_that_lies_beside_it_or_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two folders have a `helpers_of_mine.py` each: Python imports the first for both."""
+    for name, width in (("a", 4), ("b", 6)):
+        (folder / name).mkdir()
+        (folder / name / "helpers_of_mine.py").write_text(f"WIDTH = {width}\n")
+        (folder / name / "net.py").write_text(FILE.replace("import torch\n", "import torch\nimport helpers_of_mine\n", 1))
+    words = ["train", "--data", "own.npz", "--epochs", "1"]
+    assert main([*words, "--model", "a/net.py:Net", "--out", "out"]) == 0
+    said = refused(capsys, *words, "--model", "b/net.py:Net", "--out", "other")
+    assert said.endswith(
+        f"b/net.py imports 'helpers_of_mine', which would be {folder}/a/helpers_of_mine.py and not "
+        f"{folder}/b/helpers_of_mine.py: rename the latter\n"
+    )
+    (folder / "b" / "helpers_of_mine.py").write_text("WIDTH = 4\n")  # the same
+    assert main([*words, "--model", "b/net.py:Net", "--out", "other"]) == 0
+
+
+def test_a_file_that_changes_the_folder_does_not_move_the_run(folder: Path) -> None:
+    (folder / "far").mkdir()
+    (folder / "far" / "net.py").write_text("import os\nos.chdir(os.path.dirname(os.path.abspath(__file__)))\n" + FILE)
+    assert main(["train", "--data", "own.npz", "--epochs", "1", "--model", "far/net.py:Net", "--out", "out"]) == 0
+    assert (folder / "out" / "result.json").is_file()
+    assert not (folder / "far" / "out").exists()
+
+
+def test_names_are_printed_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not `:cat:` as a picture, nor `[bold]` as a style."""
+    (folder / "mine.py").write_text(FILE + "\ncat = pair\n")
+    (folder / "own.npz").rename(folder / "own[bold].npz")
+    assert (
+        main(
+            [
+                "compare",
+                "--rules",
+                "bp",
+                "--data",
+                "mine.py:cat",
+                "--model",
+                "mine.py:Net",
+                "--seeds",
+                "1",
+                *QUICK,
+                "--out",
+                "a",
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.startswith("mine.py:cat: 60 training")
+    assert (
+        main(
+            [
+                "compare",
+                "--rules",
+                "bp",
+                "--data",
+                "own[bold].npz",
+                "--model",
+                "mlp-4",
+                "--seeds",
+                "1",
+                *QUICK,
+                "--out",
+                "[i]b",
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("own[bold].npz: 48 training")
+    assert said.endswith("report: [i]b/report.html\n")
+    assert main(["measure", "mine.py:Net", "--data", "mine.py:cat", "--measure", "persistence", "--out", "c[red]"]) == 0
+    assert "json: c[red]/measure.json" in capsys.readouterr().out

@@ -98,7 +98,8 @@ def test_what_is_wrong_is_said_in_one_sentence(file: str, tmp_path: Path, name: 
 def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.py").write_text(RULE)
     assert main(["compare", "--rules", "mine.py:Louder", "other.py:Louder", "--out", "out"]) == 2
-    assert "--rules names a rule twice" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--rules names a rule twice: mine.py:Louder other.py:Louder; results go by the name of the class: rename" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -129,3 +130,62 @@ def test_a_process_that_ends_without_a_word_has_not_trained(file: str, capsys: p
     Path(file).write_text(f"import os\n{RULE}\n    def forward(self, inputs, targets):\n{late}")
     assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", "2", "--out", "out"]) == 2
     assert "the process of seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_rule_that_fails_while_it_trains_is_said_with_file_and_line(
+    file: str, jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = "        {}['of\\nmine'] if len(inputs) > 8 else None\n        return super().forward(inputs, targets)\n"
+    text = f"{RULE}\n    def forward(self, inputs, targets):\n{late}"
+    Path(file).write_text(text)
+    line = text.splitlines().index("        {}['of\\nmine'] if len(inputs) > 8 else None") + 1
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert f"mine.py failed: KeyError: 'of\\nmine' (line {line})" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            "def forward(self, inputs, targets):\n        return self.loss(self.model(inputs), targets)",
+            "forward returns a Tensor",
+        ),
+        ("def forward(self, inputs, targets):\n        super().forward(inputs, targets)", "forward returns a NoneType"),
+        ("def measures(self, probe, test):\n        return {'norm': 1.0}", "measures returns a dict"),
+    ],
+)
+def test_a_method_that_returns_something_else_is_said(
+    file: str, method: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first would train by backpropagation under the rule's name."""
+    Path(file).write_text(f"{RULE}\n    {method}\n")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--jobs", "1", "--out", "out"]) == 2
+    assert f"Louder.{said}, no apical.core.credit." in capsys.readouterr().err
+    if "forward" in said:
+        assert main(["audit", f"{file}:Louder", "--epochs", "1"]) == 2
+        assert f"Louder.{said}, no apical.core.credit.Credit" in capsys.readouterr().err
+
+
+def test_names_that_people_type() -> None:
+    with pytest.raises(ConfigError, match="unknown rule 'feedbackalignment': the command line calls it 'fa'"):
+        find_rule("feedbackalignment")
+    with pytest.raises(ConfigError, match="unknown rule 'bp,fa': names of rules have spaces between them"):
+        find_rule("bp,fa")
+
+
+def test_resume_refuses_a_rule_that_has_changed(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its run would be half of the one and half of the other, under the checksum of the latter."""
+    for name in ("mine.py:Louder", "grapes:mine.py:Louder"):
+        command = ("train", "--rule", name, *QUICK[:-2], "--resume", "--out", name.replace(":", "-"))
+        Path(file).write_text(RULE)
+        assert main([*command, "--epochs", "1"]) == 0
+        Path(file).write_text(RULE + "\n# another\n")
+        capsys.readouterr()
+        assert main([*command, "--epochs", "2"]) == 2
+        sums = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in (RULE, RULE + "\n# another\n")]
+        assert f"the code of mine.py:Louder, sha256: {sums[0]} vs {sums[1]}" in capsys.readouterr().err
+        Path(file).write_text(RULE)
+        assert main([*command, "--epochs", "2"]) == 0

@@ -88,3 +88,18 @@ def test_a_busy_machine_is_said() -> None:
     note = busy_note({"bp": [1.0] * 5, "fa": [1.0, 1.0, 2.0, 3.0, 3.0]})
     assert "step times of fa spans 100 % of their median (more than 25 %)" in note
     assert busy_note({"bp": [1.0, 5.0]}) == ""  # too few to tell
+
+
+def test_a_table_is_made_of_the_seeds_that_finished() -> None:
+    """A run that diverged ends with what its network said before that, which is no result."""
+    common = {"rule": "bp", "ms_per_step": 1.0, "ratio_to_bp": 1.0, "test_loss": 1.0, "train_loss": 0.5}
+    rows = [{**common, "status": "finished", "test_accuracy": accuracy} for accuracy in (0.9, 0.8)]
+    rows += [{**common, "status": "diverged", "test_accuracy": 0.1, "train_loss": None}]
+    rows += [{**common, "rule": "fa", "status": "diverged", "test_accuracy": 0.1}]
+    console = Console(width=100, force_terminal=False)
+    with console.capture() as capture:
+        console.print(results_table(rows))
+    bp, fa = (line.split() for line in capture.get().splitlines()[1:])
+    assert bp[1:5] == ["85.00", "%", "±", "7.07"]  # of 90 and 80
+    assert bp[-5:] == ["2", "of", "3,", "1", "diverged"]
+    assert fa == ["fa", "-", "-", "-", "-", "0", "of", "1,", "1", "diverged"]

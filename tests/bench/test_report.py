@@ -250,7 +250,7 @@ def test_run_that_has_recorded_nothing_yet(tmp_path):
     (tmp_path / "runs" / "fa" / "seed-0").mkdir(parents=True)
     text = Page(report.write(tmp_path).read_text(encoding="utf-8")).text
     assert "fa, seed 0: not started" in text
-    assert "No run has finished yet" in text
+    assert "No run has finished" in text
     assert "nothing to draw" in text
 
 

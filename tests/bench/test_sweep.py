@@ -53,6 +53,7 @@ def test_every_rule_has_as_many_trials(folder: Path) -> None:
     assert scores["bp", 2] is None  # it diverged, and the sweep went on
     for rule in ("bp", "pfa"):
         assert record["best"][rule] == max(range(2), key=lambda i, rule=rule: scores[rule, i])  # type: ignore[misc]
+    assert '<a href="final/report.html">' in (folder / "sweep.html").read_text()
     for name in ("sweep.html", "sweep.png", "sweep.svg", "final/report.html"):
         assert (folder / name).stat().st_size > 1000
 
@@ -331,3 +332,16 @@ def test_settings_find_their_place() -> None:
     axes = space(["bp", "pfa"], ["lr=1,2", "expansion=3"])
     assert [axis.name for axis in axes["pfa"]] == ["lr", "expansion"]
     assert grid(axes["bp"]) == [{"lr": 1}, {"lr": 2}]
+
+
+def test_a_sweep_in_which_every_trial_diverges_has_no_best_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert swept(tmp_path / "out", "--rules", "bp", "--space", "lr=1e30,1e31") == 3
+    assert capsys.readouterr().out.endswith(
+        "every trial diverged, so there are no best settings: try others, such as a smaller lr, in --space\n"
+    )
+    assert not (tmp_path / "out" / "best.json").exists()
+    page = (tmp_path / "out" / "sweep.html").read_text()
+    assert "the test images were not looked at" in page
+    assert "final/report.html" not in page  # which is not there

@@ -39,6 +39,9 @@ def batch() -> tuple[Tensor, Tensor]:
     ("loss", "words"),
     [
         (lambda output, targets: float(F.cross_entropy(output, targets)), "float"),
+        (lambda output, targets: None, "NoneType"),
+        (nn.CrossEntropyLoss, "the loss is the class CrossEntropyLoss: give .* an object"),
+        ("mse", "the loss is 'mse': give a function"),
         (partial(F.cross_entropy, reduction="none"), r"shape \(8,\)"),
     ],
 )

@@ -127,6 +127,12 @@ def test_real_targets_are_numbers_and_whole_ones_are_if_asked(folder: Path) -> N
         ({"x_train": X, "y_train": Y, "x_test": X[:, :3], "y_test": Y}, "different shapes, (4,) and (3,)"),
         ({"x_train": X, "y_train": Y, "x_test": X}, "x_test has no partner"),
         ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(str)}, "some targets are texts and some are numbers"),
+        ({"x": X, "y": np.array([b"a", b"b", b"\xff"])[Y]}, "the labels are bytes that are not UTF-8"),
+        (
+            {"x_train": X, "y_train": np.eye(3, dtype=int)[Y], "x_test": X, "y_test": np.eye(2, dtype=int)[Y % 2]},
+            "one-hot rows of training and test targets have 3 and 2 columns",  # column 1 need not be the same class
+        ),
+        ({"x": X[:, :0], "y": Y}, "samples of shape (0,) hold nothing"),
     ],
 )
 def test_npz_refused(folder: Path, values: dict[str, Any], said: str) -> None:
@@ -134,6 +140,25 @@ def test_npz_refused(folder: Path, values: dict[str, Any], said: str) -> None:
         data.load(npz(folder, **values))
     assert said in str(caught.value)
     assert "own.npz" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_beyond_float32_are_refused_without_a_warning(folder: Path) -> None:
+    with pytest.raises(DataError, match="infinity in target"):
+        data.load(npz(folder, x=X, y=1e300 * X[:, 0].astype(float)))
+    with pytest.raises(DataError, match="infinity in the sample"):
+        load((X.astype(float) * 1e300, Y))
+
+
+def test_arrays_that_are_not_read_are_said(folder: Path) -> None:
+    arrays = {f"{kind}_{part}": values for part in ("train", "val", "test") for kind, values in (("x", X), ("y", Y))}
+    assert "x_val, y_val left out" in data.load(npz(folder, **arrays)).about
+
+
+def test_labels_that_are_real_numbers_in_one_part_are_said(folder: Path) -> None:
+    loaded = data.load(npz(folder, x_train=X, y_train=Y, x_test=X, y_test=Y.astype(float)))
+    assert loaded.is_regression
+    assert "all of them are whole: write labels as integers if they are classes" in loaded.about
 
 
 def test_damaged_and_unknown_files(folder: Path) -> None:
@@ -164,7 +189,7 @@ def test_csv_takes_the_named_or_last_column(folder: Path) -> None:
     assert named.input_shape == (2,)
     texts = data.load(csv(folder, table(lambda i: "yes" if i % 2 else "no")))
     assert texts.class_names == ("no", "yes")
-    numbers = data.load(csv(folder, table(lambda i: i / 7, "a;b;c").replace(",", ";")))
+    numbers = data.load(csv(folder, table(lambda i: i / 7, "a, in m;b;c").replace(",", ";").replace("a;", "a,", 1)))
     assert numbers.is_regression
     assert "semicolons" in numbers.about
 
@@ -179,10 +204,18 @@ def test_csv_takes_the_named_or_last_column(folder: Path) -> None:
         (table(lambda i: i % 2 if i != 4 else "1,2"), "line 6: 4 values, but 3 columns"),
         (table(lambda i: i % 2, "1,2,3"), "the first line must name the columns"),
         (table(lambda i: i % 2, ",b,target"), "column 1 has no name"),
+        (table(lambda i: i % 2, "Unnamed: 0,b,target"), "column 1 has no name"),  # as pandas writes what it read
         (table(lambda i: i % 2, "y,b,target"), "could both be the label"),
         (table(lambda i: i % 2, "a,a,target"), "two columns are called 'a'"),
         (table(lambda i: 1000 + i), "20 different labels in 20 training samples"),
-        (table(lambda i: "word" if i == 9 else i / 3), "line 11: column 'target' is 'word'"),
+        (table(lambda i: i, "class,b,c"), "20 training samples, where the label is column 'c' (whole numbers)"),
+        (table(lambda i: i % 2 if i else "NA"), "line 2: column 'target', the label, is 'NA', but others are numbers"),
+        (table(lambda i: "NA" if i == 4 else i % 2), "line 6: column 'target', the label, is 'NA', but others are numbers"),
+        (
+            table(lambda i: i % 2).replace(",", ";").replace("\n3;", "\n3,5;"),
+            "is '3,5', which is no finite number; decimals",
+        ),
+        (table(lambda i: "word" if i == 9 else i / 3), "line 11: column 'target', the label, is 'word'"),
         ("target\n1\n2\n", "at least two columns"),
         ("a,target\n", "needs a line of column names"),
         ("", "needs a line of column names"),
@@ -194,7 +227,7 @@ def test_csv_refused(folder: Path, text: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("offset", "scale"), [(1.7e9, 100.0), (0.0, 1e-14), (-70.0, 1e-3)])
+@pytest.mark.parametrize(("offset", "scale"), [(1.7e9, 100.0), (0.0, 1e-14), (-70.0, 1e-3), (0.0, 1e-250), (1e301, 1e300)])
 def test_columns_of_any_offset_and_unit_are_standardised(folder: Path, offset: float, scale: float) -> None:
     values = X.astype(np.float64)
     columns = np.concatenate([offset + scale * values, np.full((50, 1), 0.1)], axis=1)
@@ -244,9 +277,22 @@ def test_transparency_is_left_out_and_said(folder: Path) -> None:
     assert "transparency left out" in loaded.about
 
 
-def test_train_and_test_folders(folder: Path) -> None:
-    loaded = data.load(pictures(folder, ("train", "test")))
+def test_frames_but_the_first_are_left_out_and_said(folder: Path) -> None:
+    pictures(folder)
+    frames = [Image.new("L", (5, 4), value) for value in (0, 99)]
+    frames[0].save(folder / "pets" / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
+    assert "all frames but the first left out" in data.load("pets").about
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("Train", "Val")])
+def test_train_and_test_folders(folder: Path, parts: tuple[str, str]) -> None:
+    loaded = data.load(pictures(folder, parts))
     assert (len(loaded.train), len(loaded.test)) == (10, 10)
+
+
+def test_folders_of_a_split_with_other_names(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"no images for class 'testing'; it has folders \(cat, ...\): .* train and test"):
+        data.load(pictures(folder, ("training", "testing")))
 
 
 def test_a_changed_image_is_read_again_and_a_dangling_link_is_not_there(folder: Path) -> None:
@@ -300,6 +346,12 @@ def test_a_function_that_draws_from_global_generators_gives_the_same_data(folder
     assert data.load("mine.py:make").sha256 != first.sha256  # the changed file is run again
 
 
+@pytest.mark.parametrize("names", [("x", "y"), ("X_train", "y_train"), ("data", "target")])
+def test_a_dictionary_has_the_names_that_a_file_may_have(folder: Path, names: tuple[str, str]) -> None:
+    loaded = data.load(code(folder, f"def make():\n  return {{'{names[0]}': X, '{names[1]}': np.arange(9) % 2}}\n"))
+    assert (len(loaded.train) + len(loaded.test), loaded.classes) == (9, 2)
+
+
 def test_what_loaders_of_scikit_learn_return() -> None:
     loaded = data.load("sklearn.datasets:load_iris")
     assert (loaded.input_shape, loaded.classes, len(loaded.train), len(loaded.test)) == ((4,), 3, 120, 30)
@@ -314,6 +366,9 @@ def test_what_loaders_of_scikit_learn_return() -> None:
         ("def make():\n  return X, X, X\n", "gives a tuple of 3"),
         ("def make():\n  return X, X[:4], np.arange(9) % 2, np.arange(4) % 2\n", "the order is|four arrays are"),
         ("def make():\n  return X, np.array([None] * 9)\n", "an array of Python objects"),
+        ("def make():\n  return X, None\n", "a NoneType is no data"),
+        ("def make():\n  return {'x_train': X, 'y_train': X[:, 0], 'x_test': X}\n", "x_test has no partner"),
+        ("def make():\n  return np.ma.masked_array(X, mask=X > 0), np.arange(9) % 2\n", "masked values"),
         ("def make():\n  return [[1, 2], [3]], [0, 1]\n", "samples have different shapes"),
         ("def make():\n  return torch.zeros(9, 1, 2, 2, dtype=torch.uint8), np.arange(9) % 2\n", "8-bit pixels"),
         ("def made():\n  pass\n", "did you mean 'made'?"),

@@ -352,3 +352,11 @@ def test_errors() -> None:
     with pytest.raises(UnsupportedModelError, match=r"module '1' .BatchNorm1d. normalises over the batch even"):
         gauss_newton_update(mixing, x, delta)
     assert mixing.training
+
+
+def test_a_rule_whose_nudge_is_a_word_is_measured_with_the_default() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    rule, x, y = apical.CorInfoMax(model), torch.randn(16, 6), torch.arange(16) % 3
+    assert rule.nudge == "random-sign"
+    assert minimum_norm_alignment(rule, x, y) == minimum_norm_alignment(rule, x, y, nudge=1e-3)

@@ -1,6 +1,7 @@
 """Learnability: the Jacobian by autograd, kernels of rules against theory, and the Lorenz system's sizes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,28 @@ def test_rank_by_width_ends_at_the_inputs() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ConfigError, match="no parameter"):
         learnability(nn.Linear(2, 2).requires_grad_(False), torch.randn(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (apical.CorInfoMax, "CorInfoMax has no kernel, which is made of its updates by any error: it learns from labels"),
+        (apical.DeepFeedbackControl, "DeepFeedbackControl has no kernel, which is made of its updates by any error: deep"),
+        (
+            apical.ForwardForward,
+            "ForwardForward has no kernel, which is made of its updates by any error: it learns from labels",
+        ),
+    ],
+)
+def test_a_rule_that_is_not_driven_by_the_error_has_no_kernel(kind: Callable[..., apical.CreditRule], said: str) -> None:
+    """CorInfoMax reads the unit of error as a label to settle at, which would have passed for an update."""
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(3, 4)
+    with pytest.raises(ConfigError, match=said):
+        learnability(model, x, kind(model))
+
+
+def test_a_rule_around_another_model_is_refused() -> None:
+    """Its updates would be multiplied with the Jacobian of weights that it does not have."""
+    x = torch.randn(2, 4).double()
+    with pytest.raises(ConfigError, match="around another model"):
+        learnability(network(), x, apical.FeedbackAlignment(network()))

@@ -15,6 +15,7 @@ STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 66rem; background: #fff; color: #1b1b1b;
+  overflow-wrap: break-word;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .75rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; }
@@ -31,7 +32,7 @@ thead th.n { white-space: normal; }
 thead th { border-bottom: 1.5px solid #1b1b1b; line-height: 1.25; }
 th.n, td.n { text-align: right; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
-.rules td:first-child { min-width: 11.5rem; }
+.rules td:first-child { min-width: 11.5rem; overflow-wrap: anywhere; }
 .placement td { overflow-wrap: anywhere; }
 th small, td small { color: #555; font-weight: 400; font-size: .82em; }
 th small, td small { display: block; line-height: 1.3; }

@@ -321,7 +321,8 @@ class Training:
             angle = minimum_norm(self.rule, self.dataset.train, probe)
             own = own_measures(self.rule, self.dataset.train, self.dataset.test, probe)
         if not math.isfinite(test_loss):
-            self._diverge("the test loss is not finite")
+            remedy = None if trained else "No step was taken: look at the data, the model and its initial weights"
+            self._diverge("the test loss is not finite", remedy)
         self._untrained = self._untrained if trained else max(self._untrained, test_loss)
         if has_diverged(loss, test_loss, self._untrained):
             self._diverge(f"the training loss rose to {loss:.4g}, over {FACTOR:g} times that of an untrained network")
@@ -404,7 +405,7 @@ class Training:
             f"{self.recipe.rule_name} with seed {self.recipe.seed} diverged in epoch {self.epoch + 1}, step {self.step}, at "
             f"lr {self.lr:g}: {what.rstrip('.')}; {rest}. {remedy}"
         ).rstrip()
-        if self.world.is_main and self.line:
+        if self.world.is_main:
             write_state(self.folder.result, self.result("diverged", message))
         raise DivergenceError(message)
 

@@ -15,7 +15,7 @@ from apical.core.rest import evaluating
 from apical.data import Split
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment, unchanged
 from apical.diagnostics.gauss_newton import minimum_norm_alignment
-from apical.errors import InstabilityError, UnsupportedModelError
+from apical.errors import ConfigError, InstabilityError, UnsupportedModelError
 
 EVALUATION_BATCH = 1000
 EXAMPLES = 8
@@ -78,7 +78,10 @@ def own_measures(rule: CreditRule, train: Split, test: Split, probe: int) -> Mea
         return Measures()
     batches = list(zip(test.inputs.split(EVALUATION_BATCH), test.targets.split(EVALUATION_BATCH), strict=True))
     with unchanged(rule):
-        return rule.measures(probe_batch(train, probe), batches)
+        own = rule.measures(probe_batch(train, probe), batches)
+    if not isinstance(own, Measures):
+        raise ConfigError(f"{type(rule).__name__}.measures returns a {type(own).__name__}, no apical.core.credit.Measures")
+    return own
 
 
 def panels(rule: CreditRule, train: Split, probe: int) -> Sequence[Panel]:

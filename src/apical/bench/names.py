@@ -241,6 +241,11 @@ def find_rule(name: str) -> Entry:
         kind = own_rules.load_class(name)
         return Entry(kind, own_rules.title(kind))
     if name not in RULES:
+        if "," in name:
+            raise ConfigError(f"unknown rule {name!r}: names of rules have spaces between them, as in --rules bp fa")
+        for short, entry in RULES.items():
+            if getattr(entry.build, "__name__", "").lower() == name.lower():
+                raise ConfigError(f"unknown rule {name!r}: the command line calls it {short!r}; see apical list rules")
         raise unknown_name("rule", name, RULES)
     return RULES[name]
 

@@ -137,7 +137,7 @@ def measured(names: Iterable[str], model: nn.Module, inputs: Tensor) -> dict[str
     for name in names:
         measure = find_measure(name)
         try:
-            with undisturbed(model):
+            with undisturbed(model, parameters=True):
                 values = measure(model, inputs)
         except (ApicalError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             reason = " ".join(str(error).split()).rstrip(".")[:300]

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from apical import own_code
-from apical.core.credit import CreditRule
+from apical.core.credit import Credit, CreditRule
 from apical.errors import ConfigError
 from apical.own_code import import_module
 
@@ -59,6 +59,17 @@ def remember(kind: type[CreditRule]) -> str:
     return name
 
 
+def checked(rule: CreditRule, credit: object) -> Credit:
+    """What a rule returned of a batch.
+
+    Raises:
+        ConfigError: it is no credit.
+    """
+    if not isinstance(credit, Credit):
+        raise ConfigError(f"{type(rule).__name__}.forward returns a {type(credit).__name__}, no apical.core.credit.Credit")
+    return credit
+
+
 def title(kind: type[CreditRule]) -> str:
     """The first line of the class's own docstring; its name where it has none."""
     text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
@@ -73,6 +84,16 @@ def origin(name: str) -> str:
     path = Path(inspect.getfile(kind))
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return f"{kind.__name__} comes from {name.rpartition(':')[0]}, sha256 {checksum}"
+
+
+def changes(name: str, notes: object) -> list[str]:
+    """How the code of a rule of the user's differs from what the notes of a run say of it; nothing for one of apical's."""
+    if ":" not in name or not isinstance(notes, list):
+        return []
+    head, mark, now = origin(name).partition(" comes from ")
+    saved = next((note for note in notes if isinstance(note, str) and note.startswith(head + mark)), now)
+    before, after = (text.rpartition(", sha256 ")[2] for text in (saved, now))
+    return [] if before == after else [f"the code of {name}, sha256: {before} vs {after}"]
 
 
 def _is_rule(value: object) -> bool:

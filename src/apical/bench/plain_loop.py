@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apical.bench.optimizer import NEVER, make_optimizer, parts, scheduled, set_rate, shape_gradients
+from apical.bench.own_rules import checked
 from apical.bench.recipe import Recipe
 from apical.bench.schedule import data_order
 from apical.core.credit import CreditRule
@@ -42,7 +43,7 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[
             losses = []
             for _ in range(rule.repeats):
                 optimizer.zero_grad()
-                credit = rule(inputs[batch], targets[batch])
+                credit = checked(rule, rule(inputs[batch], targets[batch]))
                 credit.backward()
                 losses.append(credit.loss)
                 shape_gradients(optimizer, recipe, step)

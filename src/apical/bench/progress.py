@@ -160,7 +160,7 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The final table of a comparison: per rule, mean and standard deviation over seeds, and the median of times."""
+    """The final table of a comparison: per rule, over its seeds that finished, means, deviation and the median of times."""
     name = score_name(rows)
     units = ("bits_per_token", "perplexity") if any("perplexity" in row for row in rows) else ()  # of a text
     table = Table(box=None, pad_edge=False)
@@ -169,11 +169,12 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for title in (*titles, "train loss", "ms/step", "time / bp", "seeds"):
         table.add_column(title, overflow="fold")
     for rule in dict.fromkeys(row["rule"] for row in rows):
-        ours = [row for row in rows if row["rule"] == rule]
+        ended = [row for row in rows if row["rule"] == rule]
+        ours = [row for row in ended if row["status"] == "finished"]
         key, scale, form, unit = ("test_loss", 1, ".4g", "") if name == "test loss" else ("test_accuracy", 100, ".2f", " %")
         values = [scale * row[key] for row in ours if row.get(key) is not None]
         spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        lost = sum(row["status"] == "diverged" for row in ours)
+        lost = len(ended) - len(ours)
         table.add_row(
             rule,
             (f"{statistics.mean(values):{form}}{unit}{spread}" if values else "-"),
@@ -181,7 +182,7 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             _over(statistics.mean, ours, "train_loss", ".4f"),
             _over(statistics.median, ours, "ms_per_step", ".2f"),
             _over(statistics.median, ours, "ratio_to_bp", ".2f"),
-            str(len(ours)) + (f", {lost} diverged" if lost else ""),
+            f"{len(ours)} of {len(ended)}, {lost} diverged" if lost else str(len(ours)),
         )
     return table
 

@@ -386,13 +386,17 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Each field in which two configurations differ, "field: saved vs asked"; the fields free to differ are left out.
 
-    A field that a configuration lacks was added to recipes after it was written, and has its default.
+    A field that a configuration lacks was added to recipes after it was written, and has its default. Data and models of the
+    user's may have been moved.
     """
     defaults = Recipe().to_json()
     pairs = {name: (saved.get(name, value), current.get(name, value)) for name, value in defaults.items()}
     unlike = {name: pair for name, pair in pairs.items() if name not in FREE_FIELDS and pair[0] != pair[1]}
     for name in CHECKSUMS:
         what = name.partition("_")[0]
+        places = [str(place).rpartition(":")[2] if what == "model" else "" for place in unlike.get(what, ())]
+        if name not in unlike and current.get(name) and len(set(places)) == 1:
+            del unlike[what]  # the same content, which was moved
         if name in unlike and what not in unlike:
             unlike[f"the content of {current.get(what)}, sha256"] = unlike.pop(name)
     return [f"{name}: {a} vs {b}" for name, (a, b) in unlike.items()]

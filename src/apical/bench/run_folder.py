@@ -13,13 +13,14 @@ from typing import IO, Any, Literal
 import numpy as np
 from torch import Tensor
 
+from apical.bench import own_rules
 from apical.bench.checkpoint import write_atomically
 from apical.bench.distributed import World
 from apical.bench.folders import LOCK, is_used, refuse_used
 from apical.bench.folders import check_writable as check_writable
 from apical.bench.provenance import commit as commit
 from apical.bench.provenance import environment as environment
-from apical.bench.recipe import Recipe, differences, from_json
+from apical.bench.recipe import Recipe, bare_rule, differences, from_json
 from apical.bench.report.checks import check_result
 from apical.bench.restore import check_measurements
 from apical.bench.state import REMEDY, append_line, brief, read_json, read_lines, write_lines, write_state
@@ -64,7 +65,7 @@ class RunFolder:
                 raise CheckpointError(f"{self.path} has a checkpoint but no config.json; start again with --overwrite")
             return "fresh"
         saved = read_json(self.config)
-        unlike = differences(saved, recipe.to_json())
+        unlike = differences(saved, recipe.to_json()) + own_rules.changes(bare_rule(recipe.rule), saved.get("notes"))
         if unlike:
             raise CheckpointError(
                 f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "

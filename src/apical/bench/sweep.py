@@ -124,8 +124,7 @@ def train(
             training.train_epoch()
         write_state(folder.result, training.result())
     except DivergenceError:
-        if not finished(path):  # before its first epoch had ended
-            write_state(folder.result, training.result("diverged", "diverged in its first epoch"))
+        pass  # its result.json says so
     finally:
         folder.unlock()
 

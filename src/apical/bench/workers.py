@@ -11,6 +11,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from apical import own_code
 from apical.bench.signals import Interrupted, StopSignals
 from apical.core import children
 from apical.errors import ApicalError
@@ -110,6 +111,10 @@ def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]
             sender.send(DONE)
         except (ApicalError, OSError, Interrupted) as error:
             sender.send(error)
+        except Exception as error:
+            if (told := own_code.blamed(error)) is None:
+                raise
+            sender.send(ApicalError(f"{told}, in the process of seed {seed}"))
         except SystemExit as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from apical.bench.audit import audit
@@ -19,7 +18,7 @@ from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.state import write_json
 from apical.cli.commands import refuse_numbers
-from apical.cli.terminal import bar, check_alone, held, say, say_files
+from apical.cli.terminal import Terminal, bar, check_alone, held, say, say_files
 from apical.data.dataset import Dataset, Split
 from apical.diagnostics.plausibility import CRITERIA
 from apical.errors import ApicalError, ConfigError
@@ -109,7 +108,7 @@ def _audited(rules: Sequence[str], flags: "Audit", dataset: Dataset) -> tuple[li
 
 
 def _tell(record: dict[str, Any]) -> None:
-    console = Console()
+    console = Terminal()
     lines = [["rule", *(criterion["title"] for criterion in record["criteria"])]]
     reference = next((row for row in record["rows"] if row["rule"] == "bp"), None)
     for row in record["rows"]:

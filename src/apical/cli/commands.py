@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from apical import data, models
 from apical.bench import compare as comparison
+from apical.bench import own_rules
 from apical.bench.compare import Job
 from apical.bench.distributed import joined, pick_device, under_torchrun
 from apical.bench.folders import check_least, refuse_both
@@ -49,7 +50,7 @@ from apical.bench.study import Study, from_file
 from apical.bench.tensorboard import check_installed
 from apical.bench.tuned_rates import own_training, tuned_rate
 from apical.cli.columns import columns, margin
-from apical.cli.terminal import bar, say
+from apical.cli.terminal import Terminal, bar, say
 from apical.core.credit import CreditRule
 from apical.data.dataset import Dataset
 from apical.errors import ConfigError, DivergenceError, UnsupportedModelError, unknown_name
@@ -65,7 +66,7 @@ DIVERGED = 3
 def compare(flags: "Compare", command: str) -> int:
     """Train the rules side by side and report; returns the exit status."""
     try:
-        rows, page = run_comparison(flags, command, Console())
+        rows, page = run_comparison(flags, command, Terminal())
     except Interrupted as interrupted:
         return stopped(interrupted, command)
     say(f"report: {shown_path(page)}")
@@ -126,7 +127,8 @@ def check_rules(rules: Sequence[str], flags: Any) -> list[str]:
         find_rule(rule)
     names = [rule_name(rule) for rule in rules]
     if len(set(names)) != len(names):
-        raise ConfigError(f"--rules names a rule twice: {' '.join(names)}")
+        remedy = "" if len(set(rules)) != len(rules) else "; results go by the name of the class: rename one of them"
+        raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}{remedy}")
     check_options(rules, flags.rule_options or ())
     return names
 
@@ -263,7 +265,9 @@ def prepare(
             raise ConfigError(
                 f"--flip and --crop need images (channels, height, width); samples of {recipe.data} are {shape}"
             )
-        rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
+        model = build_model(recipe, dataset)
+        with named(recipe):
+            rule = make_rule(recipe, model, dataset.input_shape)
         recipes.append(recipe)
         notes.append([*([dataset.about] if dataset.about else []), *choices, *rule.remarks])
         if tell is not None:
@@ -294,12 +298,18 @@ def refuse_untaught(recipe: Recipe, rule: CreditRule, dataset: Dataset) -> None:
     Raises:
         ConfigError, UnsupportedModelError: the rule's own, with its name.
     """
+    with named(recipe), suppress(DivergenceError):  # training says so, and goes on with the other rules
+        own_rules.checked(rule, rule(*probe_batch(dataset.train, FEW))).backward()
+
+
+@contextmanager
+def named(recipe: Recipe) -> Iterator[None]:
+    """Within, what a rule refuses is raised with its name."""
     try:
-        rule(*probe_batch(dataset.train, FEW)).backward()
-    except DivergenceError:
-        return  # training says so, and goes on with the other rules
+        yield
     except (ConfigError, UnsupportedModelError) as error:
-        raise type(error)(f"rule {recipe.rule_name!r}: {error}") from error
+        name = f"rule {recipe.rule_name!r}"
+        raise error if str(error).startswith(name) else type(error)(f"{name}: {error}") from error
 
 
 FEW = 8

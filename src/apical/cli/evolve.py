@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from apical import data
-from apical.bench.evolve.loop import EvolutionFolder, classification, evolve
+from apical.bench.evolve.loop import EvolutionFolder, classification, evolve, strategy
 from apical.bench.evolve.recipe import EvolutionRecipe
 from apical.bench.materials import located, model_for
 from apical.bench.papers import evolutions
@@ -21,6 +21,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.commands import stopped
 from apical.cli.terminal import bar
 from apical.errors import unknown_name
+from apical.evolution.strategy import Search
 from apical.evolution.workers import Here, RayWorkers, Workers
 from apical.models import own as own_models
 
@@ -32,6 +33,9 @@ def run(flags: "Evolve", command: str) -> int:
     """Evolve a top-down network; returns the exit status."""
     recipe, folder = identified(drafted(flags)), EvolutionFolder(flags.out)
     task = classification(recipe)
+    Search(strategy(recipe), task.start)  # these two refuse what cannot be, before anything is written
+    for which in range(len(task.sets)):
+        task.sample(recipe.seed, which)
     folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
     held = folder.held(recipe, resume=flags.resume, overwrite=flags.overwrite)
     with StopSignals() as stop, closing(_workers(flags, recipe.chunk)) as workers, held as resume:

@@ -171,6 +171,12 @@ def _status(parsed: Any, command: str) -> int:
     except KeyboardInterrupt:
         print(LINE, file=sys.stderr, flush=True)
         return STATUS
+    except Exception as error:
+        from apical import own_code
+
+        if (told := own_code.blamed(error)) is None:
+            raise
+        message = told
     # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke
     print("apical: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2

@@ -93,6 +93,10 @@ def _check(flags: "Measure") -> None:
     if not flags.targets:
         raise ConfigError("apical measure needs a MODEL or the folder of a run or a comparison")
     check_least(flags, samples=2)
+    given = {"--data": flags.data != "digits", "--init": bool(flags.init), "--seed": bool(flags.seed)}
+    idle = [option for option, is_given in given.items() if is_given]
+    if idle and all(Path(target).is_dir() for target in flags.targets):
+        raise ConfigError(f"without effect here: {', '.join(idle)} (folders have their own); leave it out")
     for name in flags.measure:
         find_measure(name)
     check_alone("measure", flags, "what was measured")

@@ -243,6 +243,7 @@ def _keep(
         },
         "trials": records,
         "best": chosen,
+        "final_seeds": flags.final_seeds if chosen else 0,
         "edges": edges(records, chosen),
         "is_loss": any(trial.score is not None and trial.score < 0 for trial in trials),
         "environment": environment("cpu", torch.get_num_threads()),
@@ -250,7 +251,8 @@ def _keep(
     write_json(flags.out / "sweep.json", record)
     rows = {trial.rule: replace(trial.recipes[0], seed=0, threads=0).to_json() for trial in best if trial}
     about = f"best of {len(trials) // max(len(best), 1)} trials per rule, {flags.search}"
-    write_json(flags.out / "best.json", {"title": f"{flags.out.name}: {about}", "rows": rows})
+    if rows:
+        write_json(flags.out / "best.json", {"title": f"{flags.out.name}: {about}", "rows": rows})
     drawing = draw(record)
     if drawing is not None:
         drawing.write(flags.out)
@@ -302,6 +304,9 @@ def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> N
     for rule, ends in edges([trial.record() for trial in trials], best_of).items():
         if ends:
             say(f"{rule}: not bracketed, the best has {' and '.join(ends)} value; widen --space")
+    if not best_of:
+        say("every trial diverged, so there are no best settings: try others, such as a smaller lr, in --space")
+        return
     names = " ".join(best_of)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
     say(f"the best settings of {names} again: {again}")
@@ -329,14 +334,15 @@ def page(record: Mapping[str, Any], figure: str) -> str:
         score = "diverged" if row["score"] is None else _shown(row["score"])
         mark = ", best" if record["best"].get(row["rule"]) == row["number"] else ""
         lines.append([row["rule"] + mark, str(row["number"]), words(row["settings"]), score, f"{row['seconds']:.1f}"])
-    lead = (
-        "Every rule had as many trials as the others. Trials are judged by validation images; the test images were looked "
-        "at after the choice, for the best trial of each rule, trained again with new seeds."
-    )
+    lead = "Every rule had as many trials as the others. Trials are judged by validation images; the test images were "
+    if record["final_seeds"]:
+        lead += "looked at after the choice, for the best trial of each rule, trained again with new seeds."
+    else:
+        lead += "not looked at."
     if beyond:
         lead += f" Not bracketed, so that a better value may lie beyond those tried: {beyond}."
-    body = f"""<p><a href="final/report.html">The report of the best trials</a></p>
-{figure}
+    link = '<p><a href="final/report.html">The report of the best trials</a></p>\n' if record["final_seeds"] else ""
+    body = f"""{link}{figure}
 <h2>Trials</h2>
 {table(("Rule", "Trial", "Settings", "Validation", "Seconds"), lines)}
 <h2>Do this again</h2>

@@ -17,10 +17,13 @@ from apical.bench.progress import shown_path
 from apical.bench.run_folder import FolderLock
 from apical.errors import ConfigError
 
+Terminal = partial(Console, markup=False, emoji=False)
+"""A console that prints texts as they are, not `[bold]` as a style or the end of `my_data.py:cat:` as a picture."""
+
 
 def say(text: str, console: Console | None = None) -> None:
     """Print a text as it is, without breaking its lines."""
-    (console or Console()).print(text, highlight=False, markup=False, soft_wrap=True)
+    (console or Terminal()).print(text, highlight=False, soft_wrap=True)
 
 
 def say_files(out: Path, names: Iterable[str]) -> None:
@@ -31,7 +34,7 @@ def say_files(out: Path, names: Iterable[str]) -> None:
 
 def show_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str], *, whole: bool = False) -> None:
     """Print a table; columns are set to the right but for those whose heads are in `left`, which may be kept `whole`."""
-    table, console, rows = Table(box=None, pad_edge=False), Console(), list(lines)
+    table, console, rows = Table(box=None, pad_edge=False), Terminal(), list(lines)
     cells = [max((len(row[i]) for row in rows), default=0) for i in range(len(heads))]
     natural = [max(len(head), size) for head, size in zip(heads, cells, strict=True)]
     is_narrow = sum(natural) + 2 * len(heads) > console.width
@@ -47,7 +50,7 @@ def show_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: Seque
 @contextmanager
 def bar(total: int, text: str = "", *columns: ProgressColumn, transient: bool = True) -> Iterator[Callable[..., None]]:
     """A bar, in a terminal only; yields what updates it, by `advance`, `completed` or `description`."""
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
         yield lambda **changes: None
         return

@@ -360,7 +360,7 @@ class CreditRule(nn.Module):
         try:
             credit = super().__call__(*args, **kwargs)
             loss = getattr(credit, "_loss", None)
-            if loss is not None and not (isinstance(loss, Tensor) and not loss.dim()):
+            if hasattr(credit, "_loss") and not (isinstance(loss, Tensor) and not loss.dim()):
                 raise TypeError("the loss is no scalar tensor")
             if type(output := getattr(credit, "_output", None)) is Tensor and output.dim() == 1 and len(args) == 2:
                 from apical.core.diagnosis import require_rows

@@ -59,6 +59,11 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
                     "wrap it in a module whose forward(inputs) reads what it needs from a tuple or dictionary"
                 )
             return _misplaced(inputs, parameter)
+        if isinstance(loss, type) or not callable(loss):
+            kind = f"the class {loss.__name__}" if isinstance(loss, type) else f"{loss!r:.40}"
+            return ConfigError(
+                f"the loss is {kind}: give a function of output and targets, or an object, nn.CrossEntropyLoss()"
+            )
         try:
             value = loss(output, targets)
         except Exception as error:

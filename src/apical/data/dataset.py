@@ -126,7 +126,11 @@ def check(inputs: Tensor, targets: Tensor, classes: int, where: str) -> None:
     if len(inputs) != len(targets):
         raise DataError(f"{where}: {len(inputs)} inputs but {len(targets)} {'targets' if numbers else 'labels'}")
     if len(inputs) == 0 or inputs.numel() == 0:
-        raise DataError(f"{where}: no samples")
+        raise DataError(
+            f"{where}: no samples"
+            if len(inputs) == 0
+            else f"{where}: samples of shape {tuple(inputs.shape[1:])} hold nothing"
+        )
     if numbers:
         _check_finite(targets, f"{where}: NaN or infinity in the targets of the sample")
     elif targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:

@@ -239,7 +239,9 @@ def minimum_norm_alignment(
     own = getattr(inner, "chain", None)
     chain = own if isinstance(own, Chain) else Chain(rule.model, inputs.shape[1:])
     change, delta = requested_change(rule, inputs, targets)
-    nudge = getattr(inner, "nudge", 1e-3) if nudge is None else nudge
+    if nudge is None:
+        nudge = getattr(inner, "nudge", 1e-3)
+        nudge = nudge if isinstance(nudge, int | float) else 1e-3  # other rules have words of this name
     voltage = getattr(inner, "difference", None) == "voltage"  # other rules have other things of this name
     target = minimum_norm_update(chain, inputs, nudge * delta, damping, "voltage" if voltage else "rate")
     return _angles(rule.model, change, target)

@@ -22,8 +22,9 @@ from torch.func import functional_call, vjp, vmap
 
 from apical.core.credit import CreditRule
 from apical.core.rest import undisturbed
+from apical.core.wrapped import innermost
 from apical.diagnostics.curvature import ENTRIES_AT_ONCE, Parameters
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,34 @@ def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
     """G: what the rule adds to `.grad` for a unit of error at one output of one sample: (samples, outputs, parameters).
 
     The rule is called with the loss `<error, output>`, so it needs to take any loss; it is left as it was.
+
+    Raises:
+        ConfigError: the rule does not take this loss, or learns from labels instead of the loss's derivative.
     """
+    name = type(rule).__name__
+    if "weight" in innermost(rule)._loss_options:
+        raise ConfigError(f"{name} has no kernel, which is made of its updates by any error: it learns from labels")
     names = [name for name, p in rule.model.named_parameters() if p.requires_grad]
     rows = []
     with undisturbed(rule), torch.enable_grad():
         rule.eval()
         rule.loss = lambda output, error: (output * error).sum()
         learned = dict(rule.model.named_parameters())
-        for sample in inputs:
-            for error in torch.eye(outputs, dtype=next(iter(learned.values())).dtype, device=inputs.device):
-                for parameter in rule.parameters():
-                    parameter.grad = None
+
+        def update(sample: Tensor, error: Tensor) -> Tensor:
+            for parameter in rule.parameters():
+                parameter.grad = None
+            try:
                 rule.accumulate(sample[None], error[None])
-                grads = [learned[name].grad for name in names]
-                parts = [
-                    learned[n].new_zeros(learned[n].shape) if g is None else g for n, g in zip(names, grads, strict=True)
-                ]
-                rows.append(torch.cat([part.detach().flatten() for part in parts]))
+            except (ConfigError, UnsupportedModelError) as problem:
+                raise ConfigError(f"{name} has no kernel, which is made of its updates by any error: {problem}") from problem
+            grads = [learned[n].grad for n in names]
+            parts = [learned[n].new_zeros(learned[n].shape) if g is None else g for n, g in zip(names, grads, strict=True)]
+            return torch.cat([part.detach().flatten() for part in parts])
+
+        errors = torch.eye(outputs, dtype=next(iter(learned.values())).dtype, device=inputs.device)
+        for sample in inputs:
+            rows += [update(sample, error) for error in errors]
     return torch.stack(rows).view(len(inputs), outputs, -1).double()
 
 
@@ -129,11 +141,13 @@ def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = Non
         rule: around the same model; None for gradient descent.
 
     Raises:
-        ConfigError: no parameter learns.
+        ConfigError: no parameter learns, or the rule has no kernel; see :func:`rule_updates`.
 
     >>> learnability(nn.Linear(3, 2), torch.randn(9, 3)).rank
     8
     """
+    if rule is not None and rule.model is not model:
+        raise ConfigError("the rule is around another model than the one that is measured: give rule.model")
     jacobian = weight_jacobian(model, inputs)
     flat = jacobian.flatten(0, 1)
     triangle = torch.linalg.qr(flat.mT, mode="r")[1] if flat.shape[1] > flat.shape[0] else flat

@@ -237,7 +237,10 @@ class Classification:
         order = index[torch.randperm(len(index), generator=generator)]
         take = len(order) if self.setting.examples is None else self.setting.examples
         if take > len(order):
-            raise ConfigError(f"{take} examples per task, but {images.name or 'the set'} has {len(order)} of these classes")
+            raise ConfigError(
+                f"{take} examples per task, but {images.name or 'the set'} has {len(order)} of these classes; take fewer "
+                "(--examples)"
+            )
         train, other = order[:take], order[take : 2 * take]
         return Sample(images.inputs[train], labels[train], images.inputs[other], labels[other])
 

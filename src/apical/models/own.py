@@ -53,7 +53,7 @@ def remember(factory: Callable[..., nn.Module]) -> str:
 def checksum(name: str) -> str:
     """Sixteen hex digits of the SHA-256 of the file that defines the model, or of the source of one in memory."""
     factory = _factory(name)
-    return own_code.source_checksum(factory) if name.startswith(IN_MEMORY) else own_code.checksum(factory)
+    return own_code.source_checksum(factory) if name.startswith(IN_MEMORY) else own_code.checksum(factory, name)
 
 
 def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
@@ -98,10 +98,11 @@ def check_output(
         raise
     except Exception as error:
         path = None if name.startswith(IN_MEMORY) else own_code.file_of(name)
+        hint = "" if inputs.is_floating_point() else "; they are whole numbers: return floats, unless the model embeds them"
+        hint = "; they are tokens, which a model embeds first, as gpt-2x64 does" if positions else hint
         raise ConfigError(
             f"model {where} does not take inputs of shape {shape}, {len(inputs)} samples of {data}: "
-            f"{own_code.described(error, path)}"
-            + ("" if inputs.is_floating_point() else "; they are whole numbers: return floats, unless the model embeds them")
+            f"{own_code.described(error, path)}{hint}"
         ) from error
     if not isinstance(result, Tensor):
         raise ConfigError(

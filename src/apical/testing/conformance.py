@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import CreditRule
 from apical.core.wrappers import COMPILES
-from apical.errors import UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.backprop import Backprop
 from apical.testing.comparison import Factory, Setting, gradients, make, require_same, train
 from apical.testing.distributed import check_distributed
@@ -303,6 +303,12 @@ def check_rule(
 
     >>> check_rule(Backprop, skip=("distributed", "compile"))
     """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        kind = type(factory).__name__
+        raise ConfigError(f"check_rule makes many rules: give the class, or a function of model and loss; got a {kind}")
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    if unknown := skip - CHECKS.keys():
+        raise ValueError(f"skip names no checks: {sorted(unknown)}; known: {', '.join(CHECKS)}")
     checks: dict[str, Callable[[Factory], None]] = dict(CHECKS)
     checks["gradients"] = partial(check_gradients, without_gradient=without_gradient)
     for name, check in checks.items():

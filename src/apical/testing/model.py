@@ -250,7 +250,11 @@ def check_model(rule: CreditRule, inputs: Any, targets: Any, *, skip: Collection
     >>> report.passed["placement"]
     '2 modules'
     """
-    if unknown := set(skip) - CHECKS.keys():
+    if not isinstance(rule, CreditRule):
+        kind = type(rule).__name__
+        raise ConfigError(f"check_model tests a rule around your model, such as FeedbackAlignment(model); got a {kind}")
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    if unknown := skip - CHECKS.keys():
         raise ValueError(f"skip names no checks: {sorted(unknown)}; known: {', '.join(CHECKS)}")
     trial = Trial(rule, inputs, targets)
     with undisturbed(rule, parameters=True):

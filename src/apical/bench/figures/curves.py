@@ -23,7 +23,7 @@ from apical.bench.figures.depth import depth_accuracy, reconstructions
 from apical.bench.figures.lines import WIDTH, Line, column_mean, has_values, rule_lines, spread
 from apical.bench.figures.overview import overview
 from apical.bench.figures.panels import matrices, panels
-from apical.bench.figures.style import RC, plain_log_steps, styles
+from apical.bench.figures.style import RC, label, plain_log_steps, styles
 from apical.bench.report.records import Array, Comparison, Run
 
 MANY = 8
@@ -234,7 +234,7 @@ def _final_score(comparison: Comparison) -> Figure | None:
         axes.errorbar(values.mean(), row - 0.14 * (values.size > 1), xerr=deviation, **centre)
         if values.size > 1:
             axes.scatter(values, np.full(values.size, row + 0.2), s=11, facecolors="white", edgecolors=colour, lw=0.8)
-    axes.set_yticks(range(len(scores)), [rule for rule in scores])
+    axes.set_yticks(range(len(scores)), [label(rule, 22) for rule in scores])
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_xlabel(comparison.score.label.replace(comparison.score.name, f"{comparison.score.name} after the last epoch"))
     axes.grid(visible=False, axis="y")
@@ -275,7 +275,7 @@ def _layers(comparison: Comparison, spec: _LayerFigure) -> Figure | None:
     spare = panels.pop() if len(panels) > len(rules) else None
     for panel, rule in zip(panels, rules, strict=True):
         _layer_panel(panel, comparison.of(rule), spec, layers, colours, named)
-        panel.set_title(rule, loc="left", pad=3, fontweight="bold")
+        panel.set_title(label(rule, 20), loc="left", pad=3, fontweight="bold")
     for panel in panels[-columns:]:
         panel.set_xlabel("epoch")
         panel.tick_params(labelbottom=True)

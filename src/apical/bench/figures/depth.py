@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from apical.bench.figures.lines import WIDTH, band, legend
-from apical.bench.figures.style import styles
+from apical.bench.figures.style import label, styles
 from apical.bench.report.records import Array, Comparison, Run
 
 _IMAGES = 8
@@ -24,7 +24,7 @@ def depth_accuracy(comparison: Comparison) -> Figure | None:
         look = style[rule]
         table = 100 * np.array([[row.get(name, np.nan) for name in names] for row in rows])
         mean, places = table.mean(0), np.arange(len(names), dtype=np.float64)
-        axes.plot(places, mean, label=rule, color=look.colour, marker=look.marker, linestyle=look.line)
+        axes.plot(places, mean, label=label(rule), color=look.colour, marker=look.marker, linestyle=look.line)
         band(axes, places, mean, table.std(0, ddof=min(1, len(rows) - 1)), len(rows), look.colour)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(xlabel="layer at which classes are read out", ylabel="test accuracy (%)")

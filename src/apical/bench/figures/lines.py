@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from apical.bench.figures.style import styles
+from apical.bench.figures.style import label, styles
 from apical.bench.report.records import Array, Run
 
 WIDTH = 3.5
@@ -31,14 +31,15 @@ def rule_lines(lines: Mapping[str, Line], rules: Sequence[str]) -> tuple[Figure,
     Args:
         rules: all of the comparison, which decide how each looks.
     """
-    columns = min(len(lines), 5, int(WIDTH / (0.44 + 0.044 * max(map(len, lines)))))  # inches: handle, and letters
+    longest = max(len(label(rule)) for rule in lines)
+    columns = min(len(lines), 5, int(WIDTH / (0.44 + 0.044 * longest)))  # inches: handle, and letters
     figure = Figure(figsize=(WIDTH, 2.45 + 0.16 * math.ceil(len(lines) / columns)))
     axes, style = figure.add_subplot(), styles(rules)
     for position, (rule, line) in enumerate(lines.items()):
         colour, every = style[rule].colour, max(1, math.ceil(len(line.x) / 7))
         look: dict[str, Any] = {"color": colour, "marker": style[rule].marker, "linestyle": style[rule].line}
         look |= {"markeredgecolor": "white", "markeredgewidth": 0.4, "markevery": (position % every, every), "zorder": 3}
-        axes.plot(line.x, line.mean, label=rule, **look)
+        axes.plot(line.x, line.mean, label=label(rule), **look)
         band(axes, line.x, line.mean, line.deviation, line.n, colour)
         for x, values in line.seeds if line.n == 2 else ():
             axes.plot(x, values, color=colour, linewidth=0.5, alpha=0.7)

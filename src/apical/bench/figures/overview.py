@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from apical.bench.figures.lines import WIDTH, band, has_values, legend, spread
-from apical.bench.figures.style import styles
+from apical.bench.figures.style import label, styles
 from apical.bench.report.records import Comparison, Run
 
 _ANGLE = "gradient_alignment"
@@ -20,7 +20,7 @@ def overview(comparison: Comparison) -> Figure | None:
     layers = {rule: layer for rule in comparison.rules if (layer := _first_layer(comparison.of(rule)))}
     if not set(layers) - {"bp"}:
         return None
-    columns = min(len(comparison.rules), 4, int(WIDTH / (0.44 + 0.05 * max(map(len, comparison.rules)))))
+    columns = min(len(comparison.rules), 4, int(WIDTH / (0.44 + 0.05 * max(len(label(rule)) for rule in comparison.rules))))
     figure = Figure(figsize=(WIDTH, 3.5 + 0.16 * math.ceil(len(comparison.rules) / columns)))
     above, below = figure.subplots(2, 1, sharex=True)
     for rule, look in _looks(comparison.rules).items():
@@ -46,7 +46,7 @@ def _looks(rules: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, line and markers of each rule; markers of different rules are apart, so that lines upon one another show."""
     edge = {"markeredgecolor": "white", "markeredgewidth": 0.4, "zorder": 3}
     return {
-        rule: {"label": rule, "color": style.colour, "marker": style.marker, "linestyle": style.line, **edge}
+        rule: {"label": label(rule), "color": style.colour, "marker": style.marker, "linestyle": style.line, **edge}
         | {"markevery": (0.2 * place / len(rules), 0.2)}  # shares of the panel's diagonal
         for place, (rule, style) in enumerate(styles(rules).items())
     }

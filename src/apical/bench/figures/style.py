@@ -150,3 +150,12 @@ def _title(rule: str) -> str:
     if not dash or outer not in AROUND:
         return rule
     return f"{AROUND[outer]} around {RULES[inner].name if inner in RULES else _title(inner)}"
+
+
+def label(rule: str, room: int = 32) -> str:
+    """A rule's name as a figure has room for it.
+
+    >>> label("pfa"), label("FeedbackAlignmentWithSynapsesOfManyKinds")
+    ('pfa', 'FeedbackAlignmentWit...ManyKinds')
+    """
+    return rule if len(rule) <= room else f"{rule[: room - 12]}...{rule[-9:]}"

@@ -169,7 +169,7 @@ def _what_was_run(comparison: Comparison) -> str:
 
 def _score_sentence(rows: Mapping[str, RuleSummary], score: Score) -> str:
     if not rows:
-        return f"No run has finished yet, so there is no final {'loss' if score.is_loss else 'accuracy'}."
+        return f"No run has finished, so there is no final {'loss' if score.is_loss else 'accuracy'}."
     ranked = sorted(rows.values(), key=lambda row: statistics.mean(row.scores(score)), reverse=not score.is_loss)
     others = [row for row in ranked if row.rule != "bp"]
     if "bp" not in rows or not others:

@@ -30,7 +30,7 @@ def render(
     measures: str = "",
 ) -> str:
     """The page as text; every name and value taken from the runs is escaped."""
-    figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded yet, so there is nothing to draw.</p>"
+    figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded, so there is nothing to draw.</p>"
     body = f"""{_problems(comparison.runs)}
 <h2>Rules</h2>
 {_rules_table(rows, comparison.score)}

@@ -31,6 +31,8 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
         return f"{match[1]} needs a value{see}"
     if match := re.search(r"Missing from apical[^:]*: (\S+(?: [A-Z|]+\b)?)", text):
         return f"{match[1]} is missing{see}"
+    if match := re.search(r"Expected one of \{(.*?)\}", text):
+        return f"apical {command} needs a word more: {match[1].replace(', ', ' or ')}{see}"
     if match := re.search(r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?)\)", text):
         choices = [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
         return f"{match[2]} is {match[1]!r}{_near(match[1], choices)}, but takes {', '.join(sorted(choices))}"

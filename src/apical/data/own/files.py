@@ -32,14 +32,7 @@ def read_npz(path: Path) -> Raw:
         containers.check_zip(path, 1 << 34)
         with np.load(path, allow_pickle=False) as archive:
             keys = list(archive.files)
-            train = _pair(keys, [*_split_names("train"), *_STEMS])
-            test = _pair(keys, [*_split_names("test"), *_split_names("val")])
-            if train is None:
-                listing = ", ".join(keys) or "nothing"
-                raise DataError(f"{path}: needs arrays x_train, y_train, x_test and y_test, or x and y; it holds {listing}")
-            if test is None and (alone := [name for name in keys if "test" in name.lower()]):
-                raise DataError(f"{path}: {alone[0]} has no partner; name both arrays, x_test and y_test")
-            names = (*train, *(test or ()))
+            names, test = names_of(keys, str(path), "arrays")
             values = [np.asarray(archive[name]) for name in names]
     except DataError:
         raise
@@ -49,6 +42,8 @@ def read_npz(path: Path) -> Raw:
             raise DataError(f"{path} holds Python objects, which are not unpickled; save arrays of numbers") from error
         raise DataError(f"{path} is damaged or no .npz file ({reason})") from error
     notes: list[str] = [f"read from {', '.join(names)}"] if names != ("x_train", "y_train", "x_test", "y_test") else []
+    left = [key for key in keys if key not in names]
+    notes += [f"{', '.join(left)} left out"] if left else []
     inputs = []
     for x in values[::2]:
         x, note = _images(x)
@@ -56,6 +51,22 @@ def read_npz(path: Path) -> Raw:
         inputs.append(x)
     second = (inputs[1], values[3]) if test else (None, None)
     return Raw((inputs[0], second[0]), (values[1], second[1]), path.name, str(path.resolve()), True, notes=tuple(notes))
+
+
+def names_of(keys: list[str], where: str, what: str) -> tuple[tuple[str, ...], bool]:
+    """Which of the names are training inputs and targets and, the second value says whether, those of test samples.
+
+    Raises:
+        DataError: there are none, or one of a pair alone.
+    """
+    train = _pair(keys, [*_split_names("train"), *_STEMS])
+    test = _pair(keys, [*_split_names("test"), *_split_names("val")])
+    if train is None:
+        listing = ", ".join(keys) or "nothing"
+        raise DataError(f"{where}: needs {what} x_train, y_train, x_test and y_test, or x and y; it holds {listing}")
+    if test is None and (alone := [name for name in keys if "test" in name.lower()]):
+        raise DataError(f"{where}: {alone[0]} has no partner; name both, x_test and y_test")
+    return (*train, *(test or ())), test is not None
 
 
 def _pair(names: list[str], pairs: list[tuple[str, str]]) -> tuple[str, str] | None:
@@ -85,7 +96,7 @@ def read_csv(path: Path) -> Raw:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
-            mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+            mark = max((",", ";", "\t"), key=first.count)
             file.seek(0)
             lines = csv.reader(file, delimiter=mark, skipinitialspace=True, strict=True)
             rows = [(lines.line_num, row) for row in lines if row]
@@ -118,10 +129,9 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise DataError(f"{path}: needs at least two columns, one of them the label")
     if all(_is_number(name) for name in header):
         raise DataError(f"{path}: the first line must name the columns; it has numbers")
-    if "" in header:
-        raise DataError(
-            f"{path}: column {header.index('') + 1} has no name (an index? leave it out when you write the file)"
-        )
+    nameless = next((i for i, name in enumerate(header) if name == "" or name.startswith("Unnamed: ")), None)
+    if nameless is not None:  # pandas calls it "Unnamed: 0" when it reads what it wrote
+        raise DataError(f"{path}: column {nameless + 1} has no name (an index? leave it out when you write the file)")
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: two columns are called {twice!r}")
@@ -144,8 +154,15 @@ def _label(texts: Array, path: Path, name: str, places: list[int]) -> tuple[Arra
         return texts.astype(np.int64), "whole numbers"
     except (ValueError, OverflowError):
         pass
-    if not _is_number(texts[0]):
+    words = np.array([not _is_number(text) for text in texts])
+    if words.all():
         return texts, "texts"
+    if words.any():  # most often a mark of what is missing, which is no class
+        at = int(words.argmax())
+        raise DataError(
+            f"{path}, line {places[at]}: column {name!r}, the label, is {texts[at][:30]!r}, but others are numbers; classes "
+            "are all whole numbers or all words"
+        )
     return _numbers(texts, path, name, places), "real numbers"
 
 
@@ -160,7 +177,8 @@ def _numbers(texts: Array, path: Path, name: str, places: list[int]) -> Array:
     if wrong.any():
         at = int(wrong.argmax())
         what = f"is {str(texts[at])[:30]!r}, which is no finite number" if texts[at] != "" else "is empty"
-        raise DataError(f"{path}, line {places[at]}: column {name!r} {what}; only the label may be text")
+        hint = "decimals have a point, and thousands no comma" if "," in texts[at] else "only the label may be text"
+        raise DataError(f"{path}, line {places[at]}: column {name!r} {what}; {hint}")
     return values
 
 

@@ -21,12 +21,12 @@ def read(folder: Path) -> Raw:
     Raises:
         DataError: a class folder is empty, an image is damaged or of another size than the first, or there are no images.
     """
-    folders = {path.name: path for path in _folders(folder)}
+    folders = {path.name.lower(): path for path in _folders(folder)}
     notes: list[str] = []
     if "train" in folders:
         other = next((name for name in _TESTS if name in folders), None)
         parts = [folders["train"], *([folders[other]] if other else [])]
-        odd = sorted(set(folders) - {"train", other or ""})
+        odd = sorted(path.name for name, path in folders.items() if name not in ("train", other))
         notes += [f"{', '.join(odd)} beside train left out"] if odd else []
     else:
         parts = [folder]
@@ -45,7 +45,7 @@ def read(folder: Path) -> Raw:
     what = "file that is no image" if left == 1 else "files that are no images"
     notes += [f"{left} {what} left out"] if left else []
     seen = [[_pixels(path) for path, _ in part] for part in files]
-    notes += ["transparency left out"] if any(clear for part in seen for _, clear in part) else []
+    notes += sorted({remark for part in seen for _, remarks in part for remark in remarks}, reverse=True)
     pictures = [[pixels for pixels, _ in part] for part in seen]
     first = pictures[0][0]
     for loaded, listed in zip(pictures, files, strict=True):
@@ -82,13 +82,17 @@ def _files(folder: Path) -> list[Path]:
 def _images(folder: Path) -> list[Path]:
     images = [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
     if not images:
-        deeper = f"; it has folders ({_folders(folder)[0].name}, ...)" if folder.is_dir() and _folders(folder) else ""
+        deeper = ""
+        if folder.is_dir() and (inside := _folders(folder)):
+            deeper = (
+                f"; it has folders ({inside[0].name}, ...): where these are the classes, name what holds them train and test"
+            )
         raise DataError(f"{folder}: no images for class {folder.name!r}{deeper}")
     return images
 
 
-def _pixels(path: Path) -> tuple[NDArray[Any], bool]:
-    """Pixels (H, W) or (H, W, 3), 8 bits each, and whether some were transparent."""
+def _pixels(path: Path) -> tuple[NDArray[Any], list[str]]:
+    """Pixels (H, W) or (H, W, 3), 8 bits each, and what of the image they leave out."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -101,8 +105,10 @@ def _pixels(path: Path) -> tuple[NDArray[Any], bool]:
                 raise DataError(f"{path}: the image is too large")
             grey = image.mode in ("1", "L", "LA")
             whole = image.convert("RGBA") if "A" in image.mode or "transparency" in image.info else image
-            clear = whole.mode == "RGBA" and whole.getchannel("A").getextrema()[0] != 255
-            return np.asarray(whole.convert("L" if grey else "RGB")), clear
+            remarks = ["all frames but the first left out"] if getattr(image, "n_frames", 1) > 1 else []
+            if whole.mode == "RGBA" and whole.getchannel("A").getextrema()[0] != 255:
+                remarks.append("transparency left out")
+            return np.asarray(whole.convert("L" if grey else "RGB")), remarks
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from apical import own_code
 from apical.data import dataset as loaded
+from apical.data.own.files import names_of
 from apical.data.own.targets import Raw
 from apical.errors import ApicalError, DataError
 
@@ -19,7 +20,6 @@ FORMS = (
     "a torch.utils.data.Dataset, a pair of them (train, test), or arrays (training inputs, training targets, "
     "test inputs, test targets)"
 )
-_KEYS = ("x_train", "y_train", "x_test", "y_test")
 _TWICE = 4
 """Samples that are read twice, to see that they stay the same."""
 
@@ -73,13 +73,8 @@ def from_value(value: Any, where: str, source: str = "memory") -> Raw:
     if isinstance(value, loaded.Dataset):
         value = (value.train.inputs, value.train.targets, value.test.inputs, value.test.targets)
     if isinstance(value, Mapping):
-        if {"data", "target"} <= value.keys():  # as scikit-learn's loaders return
-            value = {"x_train": value["data"], "y_train": value["target"]}
-        if not {"x_train", "y_train"} <= value.keys():
-            raise DataError(
-                f"{where}: a dictionary needs x_train, y_train, x_test and y_test; it has {', '.join(map(str, value))}"
-            )
-        value = tuple(value[key] for key in _KEYS if key in value)
+        names, _ = names_of([key for key in value if isinstance(key, str)], where, "entries")
+        value = tuple(value[key] for key in names)  # data and target alone, as scikit-learn's loaders return
     if isinstance(value, DataLoader):
         raise DataError(f"{where} is a DataLoader: give its Dataset instead, batches are made from that")
     if isinstance(value, Dataset):
@@ -103,6 +98,8 @@ def from_value(value: Any, where: str, source: str = "memory") -> Raw:
 
 def _array(value: Any, where: str) -> Any:
     """A tensor, array, list or table as an array of numbers or texts."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise DataError(f"{where}: an array has masked values; fill them, or leave their samples out")
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
@@ -113,7 +110,8 @@ def _array(value: Any, where: str) -> Any:
     if array.dtype.kind == "O":
         if array.ndim == 1 and all(isinstance(item, str) for item in array):
             return array.astype(np.str_)
-        raise DataError(f"{where}: an array of Python objects is no data; give numbers")
+        kind = f"a {type(value).__name__}" if array.ndim == 0 else "an array of Python objects"
+        raise DataError(f"{where}: {kind} is no data; give arrays of numbers")
     if array.dtype == np.uint8 and array.ndim > 2:
         raise DataError(f"{where}: inputs are 8-bit pixels, 0 to 255; give floats, such as x / 255")
     return array

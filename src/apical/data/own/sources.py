@@ -169,7 +169,8 @@ def _inputs(values: NDArray[Any], where: str, precision: DTypeLike) -> Tensor:
         raise DataError(f"{where}: inputs must be numbers; got {values.dtype}")
     if values.ndim == 1:
         values = values[:, None]
-    numbers = values if values.dtype == np.int64 else values.astype(precision)
+    with np.errstate(over="ignore"):  # what is not finite then is refused
+        numbers = values if values.dtype == np.int64 else values.astype(precision)
     return torch.from_numpy(np.require(numbers, requirements=["C", "W"]))
 
 
@@ -181,12 +182,20 @@ def _standardised(
     And which of these are constant, to rounding: they get mean 0.
     """
     x = train[0].double()
-    axes = (0, 2, 3) if x.dim() == 4 else tuple(range(x.dim() - 1))
-    mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True, correction=0)
-    constant = std <= 1e-12 * x.abs().amax(axes, keepdim=True)
-    std[constant] = 1.0
+    mean, std, constant = moments(x, (0, 2, 3) if x.dim() == 4 else tuple(range(x.dim() - 1)))
     a, b = (((part[0].double() - mean) / std).float() for part in (train, test))
     return (a, train[1]), (b, test[1]), constant
+
+
+def moments(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and deviations over axes that stay, and which are constant, to rounding: these have deviation 1."""
+    largest = x.abs().amax(axes, keepdim=True)
+    # a power of two, by which one divides without rounding, so that no square leaves the range of float64
+    unit = torch.exp2(torch.frexp(largest).exponent.double() - 1)
+    mean, std = (x / unit).mean(axes, keepdim=True) * unit, (x / unit).std(axes, keepdim=True, correction=0) * unit
+    constant = std <= 1e-12 * largest
+    std[constant] = 1.0
+    return mean, std, constant
 
 
 def _checksum(tensors: Sequence[Tensor], names: Sequence[str]) -> str:

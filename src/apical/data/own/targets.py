@@ -94,6 +94,9 @@ def number_classes(raw: Raw, *, numbers: bool) -> tuple[Raw, Targets]:
     kinds = {"number" if y.dtype.kind == "f" else "text" if y.dtype.kind in "US" else "whole" for y in parts}
     if len(kinds) > 1 and kinds != {"number", "whole"}:
         raise DataError(f"{raw.where}: some targets are texts and some are numbers")
+    wide = [y.shape[1] for y in map(np.asarray, raw.targets) if y.ndim == 2]
+    if kinds == {"whole"} and len(set(wide)) > 1:
+        raise DataError(f"{raw.where}: one-hot rows of training and test targets have {wide[0]} and {wide[1]} columns")
     if "number" in kinds or (numbers and kinds == {"whole"}):
         return raw, _as_numbers(parts, raw)
     return raw, _as_classes(parts, raw)
@@ -114,11 +117,20 @@ def _plain(y: Array, where: str) -> Array:
         return labels
     if y.ndim == 0 or (y.ndim != 1 and y.dtype.kind != "f") or y.ndim > 2:
         raise DataError(f"{where}: targets must be labels (N,) or numbers (N, M); got shape {y.shape}")
-    return y.astype(np.str_) if y.dtype.kind == "S" else y
+    return _texts(y, where) if y.dtype.kind == "S" else y
+
+
+def _texts(y: Array, where: str) -> Array:
+    """Bytes as texts."""
+    try:
+        return np.char.decode(y, "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: the labels are bytes that are not UTF-8 ({error}); give texts") from error
 
 
 def _as_numbers(parts: list[Array], raw: Raw) -> Targets:
-    values = [y.astype(np.float32).reshape(len(y), -1) for y in parts]
+    with np.errstate(over="ignore"):
+        values = [y.astype(np.float32).reshape(len(y), -1) for y in parts]
     wide = {y.shape[1] for y in values}
     if len(wide) > 1:
         raise DataError(f"{raw.where}: training and test targets have different shapes, {values[0].shape} {values[1].shape}")
@@ -128,7 +140,7 @@ def _as_numbers(parts: list[Array], raw: Raw) -> Targets:
             raise DataError(f"{raw.where}, {part}: NaN or infinity in target {int(wrong.argmax())}")
     notes = []
     few = len(np.unique(values[0], axis=0)) <= _most_classes(len(values[0]))
-    if few and (values[0] == np.round(values[0])).all() and parts[0].dtype.kind == "f":
+    if few and (values[0] == np.round(values[0])).all() and any(y.dtype.kind == "f" for y in parts):
         notes.append("all of them are whole: write labels as integers if they are classes")
     elif values[0].std() > 100:
         notes.append(f"targets have a deviation of {values[0].std():.3g}: consider to rescale them")
@@ -154,7 +166,8 @@ def _as_classes(parts: list[Array], raw: Raw) -> Targets:
         raise DataError(f"{raw.where}: all samples have the same label, {labels[0]!s}")
     if len(labels) > _most_classes(len(train)):
         remedy = "for regression give floats, or --loss mse" if whole else "name the column with the label target"
-        raise DataError(f"{raw.where}: {len(labels):,} different labels in {len(train):,} training samples; {remedy}")
+        told = "".join(f", where {note}" for note in raw.notes if note.startswith("the label is"))
+        raise DataError(f"{raw.where}: {len(labels):,} different labels in {len(train):,} training samples{told}; {remedy}")
     values = [np.searchsorted(labels, y).astype(np.int64) for y in parts]
     names = tuple(str(label) for label in labels)
     if names == tuple(map(str, range(len(labels)))):
