@@ -1,10 +1,11 @@
 """Parts of a study that are kept as they are finished, one JSON file each, so that nothing is computed twice or lost."""
 
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,9 +22,13 @@ from apical.errors import ApicalError, CheckpointError
 def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, from the file if one of the same configuration is there; with `seconds`, what making took.
 
+    Args:
+        config: what decides it; tuples in it are lists in the file.
+
     Raises:
         CheckpointError: the file is damaged, or of another configuration.
     """
+    config = json.loads(json.dumps(dict(config)))
     if path.exists():
         cell = read_json(path)
         saved = cell.get("config")
@@ -33,7 +38,7 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
         return cell
     start = time.perf_counter()
     results = make()
-    content = {"config": dict(config), "seconds": round(time.perf_counter() - start, 2), **results}
+    content = {"config": config, "seconds": round(time.perf_counter() - start, 2), **results}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_state(path, content)
     return content
@@ -77,6 +82,22 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def in_order(
+    jobs: int, parts: Iterable[Part], make: Callable[[Part], Any], out: Path, name: Callable[[Part, Any], str] | None = None
+) -> list[Any]:
+    """What `make` makes of each part, in the order of the parts; otherwise as :func:`side_by_side`.
+
+    Args:
+        name: of a part and what was made of it; it is printed with the seconds that it took, as soon as it is finished.
+    """
+    parts, finished = list(parts), dict[Part, Any]()
+    for part, content in side_by_side(jobs, parts, make, out):
+        finished[part] = content
+        if name is not None:
+            print(f"{content['seconds']:7.1f} s  {name(part, content)}", flush=True)
+    return [finished[part] for part in parts]
 
 
 def _begin(environment: dict[str, str]) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +25,6 @@ from tyro.conf import arg
 from apical import data
 from apical.bench.figures.curves import render
 from apical.bench.figures.landscape import landscape
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
 from apical.bench.program import keep_results, run_command
 from apical.data.dataset import Dataset
@@ -177,8 +175,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "Such a plane makes any two ways look apart; the table has what does not depend on it."
     )
     drawn = {rule: measurements[rule][1][0] for rule in ("tdca", "bp")}
-    with matplotlib.rc_context(RC):
-        drawing = render("landscape", "Two ways", caption, landscape(record(digits, drawn)))
+    drawing = render("landscape", "Two ways", caption, landscape(record(digits, drawn)))
     keys = ("loss", "accuracy", "barrier", "travelled", "distance", "tortuosity")
     settings = {
         "model": MODEL,

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC, plain_log, styles
+from apical.bench.figures.style import plain_log, styles
 from apical.bench.finding import shown
 from apical.bench.program import keep_results
 from apical.bench.statistics import student
@@ -66,17 +65,16 @@ def finish(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str
         _elsewhere(unit, "elsewhere", "Other data sets", "Networks evolved on digits, on tasks from"),
         _elsewhere(sites, "widths", "Other widths", "Networks with 4 sites evolved at width 32, at width"),
     ]
-    with matplotlib.rc_context(RC):
-        drawings = [
-            render("losses", "Loss on unseen tasks", _LOSSES, losses_figure(arms)),
-            render("evolution", "Evolution", _EVOLUTION, evolution_figure(arms)),
-        ]
-        if unit or sites:
-            p, signals = sent_to_outputs(unit or sites)
-            drawing = credit_figure(
-                p, signals, ("wrong class", "right class"), "probability of the class", "credit of the logit"
-            )
-            drawings.append(render("credit", "The output's credit", _CREDIT, drawing))
+    drawings = [
+        render("losses", "Loss on unseen tasks", _LOSSES, losses_figure(arms)),
+        render("evolution", "Evolution", _EVOLUTION, evolution_figure(arms)),
+    ]
+    if unit or sites:
+        p, signals = sent_to_outputs(unit or sites)
+        drawing = credit_figure(
+            p, signals, ("wrong class", "right class"), "probability of the class", "credit of the logit"
+        )
+        drawings.append(render("credit", "The output's credit", _CREDIT, drawing))
     return keep_results(out, command, about, settings, cells, verdicts(arms), tables, drawings)
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from apical import data
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import in_order, kept
 from apical.bench.evolve.loop import Evolution
 from apical.bench.program import run_command
 from apical.bench.run_folder import commit
@@ -233,11 +233,8 @@ def kept_evolutions(
         make: a module's function, for other processes are handed it.
         jobs: so many; 0 for one per core.
     """
-    cells = {}
-    for part, content in side_by_side(jobs, list(settings), partial(_kept, out, config, settings, make), out):
-        cells[part] = content
-        print(f"{content['seconds']:7.1f} s  {part[0]}, meta-seed {part[1]}", flush=True)
-    return [cells[part] for part in settings]
+    made = partial(_kept, out, config, settings, make)
+    return in_order(jobs, settings, made, out, lambda part, _: f"{part[0]}, meta-seed {part[1]}")
 
 
 def _kept(

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, difference, shown
 from apical.bench.program import keep_results
 from apical_papers.tdca.classification.report import error_bar, generations_to
@@ -54,8 +52,7 @@ def report(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str
     """Write results.json, the figure and report.html; returns what results.json holds."""
     title = TITLE + (", credit on logits" if settings["credit"] == "logits" else "")
     about = {"title": title, "about": ABOUT.format(place=PLACES[settings["credit"]]), "sources": SOURCES}
-    with matplotlib.rc_context(RC):
-        drawing = render("diffusion", "Before and after", _CAPTION, figure(cells))
+    drawing = render("diffusion", "Before and after", _CAPTION, figure(cells))
     settings = {"meta-seeds": len(cells), **settings}
     return keep_results(out, command, about, settings, cells, verdicts(cells), [table(cells)], [drawing])
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-import matplotlib
 import torch
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
@@ -26,9 +25,8 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from tyro.conf import arg
 
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import in_order, kept
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
 from apical.bench.program import keep_results, run_command
 from apical.evolution.functions import BOX, Function, best_of_random, descend, draw
@@ -213,14 +211,13 @@ def study(options: Options, command: str) -> dict[str, Any]:
         CheckpointError: the folder holds evolutions with other options.
     """
     config = {"seeds": options.seeds, "generations": options.generations, "strategy": asdict(STRATEGY), "grid": GRID}
-    made = dict(side_by_side(options.jobs, CASES, partial(kept_case, options, config), options.out))
-    cells = {case.title: made[case] for case in CASES}
+    made = in_order(options.jobs, CASES, partial(kept_case, options, config), options.out)
+    cells = {case.title: content for case, content in zip(CASES, made, strict=True)}
     caption = (
         "Starts in the box, coloured by where 60 steps from there end; white: starts in the basin of a global minimum. "
         "First meta-seed, under a shift that evolution did not see."
     )
-    with matplotlib.rc_context(RC):
-        drawing = render("basins", "Where starts end", caption, figure(cells))
+    drawing = render("basins", "Where starts end", caption, figure(cells))
     settings = {**config, "first meta-seed": FIRST, "lattice": POINTS, "half its side": SIDE}
     return keep_results(options.out, command, ABOUT, settings, cells.values(), verdicts(cells), [table(cells)], [drawing])
 

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from scipy import stats
 
 from apical.bench.figures.curves import Drawing, render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, interval, shown
 from apical.bench.program import keep_results
 from apical_papers.tdca.functions.figures import final_values, trajectories
@@ -256,24 +254,20 @@ def draw(cells: Cells, groups: Groups) -> list[Drawing]:
     drawn = [case for case in groups["plane"] if case.function in ("rastrigin", "ackley", "schwefel")]
     networks = {case: cells[case]["seeds"][0]["center"] for case in drawn}
     rates = {case: cells[case]["controls"]["2"]["tuned"]["rates"] for case in drawn}
-    with matplotlib.rc_context(RC):
-        drawings = [
-            render(
-                "final_values",
-                "Value left after 60 steps",
-                "Mean final value over the mean value at the start, which is 1, on shifts that evolution did not see; mean "
-                "over meta-seeds with 95 % interval.",
-                final_values(finals, {"tdca": "TDCA", **CONTROLS}),
-            ),
-        ]
-        if drawn:
-            drawings.append(
-                render(
-                    "trajectories",
-                    "Paths over the landscape",
-                    "From the same four starts (dots) to the ends (crosses); minima are stars, on shifts that evolution did "
-                    "not see. Networks of the first meta-seed.",
-                    trajectories(networks, rates),
-                )
-            )
-    return drawings
+    left = render(
+        "final_values",
+        "Value left after 60 steps",
+        "Mean final value over the mean value at the start, which is 1, on shifts that evolution did not see; mean "
+        "over meta-seeds with 95 % interval.",
+        final_values(finals, {"tdca": "TDCA", **CONTROLS}),
+    )
+    if not drawn:
+        return [left]
+    paths = render(
+        "trajectories",
+        "Paths over the landscape",
+        "From the same four starts (dots) to the ends (crosses); minima are stars, on shifts that evolution did "
+        "not see. Networks of the first meta-seed.",
+        trajectories(networks, rates),
+    )
+    return [left, paths]

@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import Drawing, render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, interval, shown
 from apical.bench.program import keep_results
 from apical.bench.statistics import student
@@ -275,31 +273,29 @@ def rates_table(case: Any, cells: Cells) -> dict[str, Any]:
 
 def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cells]], train: str) -> list[Drawing]:
     """Learning curves with the shuffled controls, returns by setting, and the course of evolution."""
-    with matplotlib.rc_context(RC):
-        drawings = [
-            render(
-                "learning_curves",
-                "Learning in the training range",
-                "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
-                "Shuffled: the same rules, with advantages dealt out anew among time steps.",
-                curves(cases, {stem: tests for stem, (_, tests) in cells.items()}, LOOKS, METHODS),
-            ),
-            render(
-                "settings",
-                "Return at the end, by setting",
-                "Mean of the last 5 updates; mean over meta-seeds with 95 % interval. Evolution saw only the range.",
-                _settings(cases, cells, train),
-            ),
-            render(
-                "evolution",
-                "Course of evolution",
-                "Mean fitness of the population (return over whole lifetimes), a line per meta-seed; the second stage "
-                "begins at the dashed line. Each generation has settings and initial weights of its own, so neighbours "
-                "differ in difficulty.",
-                _evolution(cases, cells),
-            ),
-        ]
-    return [drawing for drawing in drawings if drawing is not None]
+    return [
+        render(
+            "learning_curves",
+            "Learning in the training range",
+            "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
+            "Shuffled: the same rules, with advantages dealt out anew among time steps.",
+            curves(cases, {stem: tests for stem, (_, tests) in cells.items()}, LOOKS, METHODS),
+        ),
+        render(
+            "settings",
+            "Return at the end, by setting",
+            "Mean of the last 5 updates; mean over meta-seeds with 95 % interval. Evolution saw only the range.",
+            _settings(cases, cells, train),
+        ),
+        render(
+            "evolution",
+            "Course of evolution",
+            "Mean fitness of the population (return over whole lifetimes), a line per meta-seed; the second stage "
+            "begins at the dashed line. Each generation has settings and initial weights of its own, so neighbours "
+            "differ in difficulty.",
+            _evolution(cases, cells),
+        ),
+    ]
 
 
 def curves(cases: Sequence[Any], cells: Mapping[str, Cells], looks: Mapping[str, Any], names: Mapping[str, str]) -> Figure:

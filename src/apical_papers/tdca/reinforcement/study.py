@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import in_order, kept
 from apical.bench.program import run_command
 from apical.errors import ConfigError, unknown_name
 from apical.evolution.environments import Array
@@ -222,7 +222,7 @@ def cell(options: Options, case: Case) -> tuple[dict[str, Any], list[dict[str, A
     """The evolutions of a case, and what is kept of the test of each meta-seed."""
     parts, seeds = options.out / "cells", range(FIRST, FIRST + options.seeds)
     parts.mkdir(parents=True, exist_ok=True)
-    config = {"setting": plain(asdict(case.setting)), "strategy": asdict(STRATEGY), "seeds": options.seeds}
+    config = {"setting": asdict(case.setting), "strategy": asdict(STRATEGY), "seeds": options.seeds}
     tasks = [Reinforcement(replace(case.setting, seed=seed)) for seed in seeds]
     stages: dict[str, tuple[Strategy, int]] = {
         "gated": (STRATEGY, options.generations),
@@ -274,8 +274,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         if name not in CASES:
             raise unknown_name("case", name, CASES)
     cases = [CASES[name] for name in options.cases]
-    made = {case.stem: cells for case, cells in side_by_side(options.jobs, cases, partial(cell, options), options.out)}
-    cells = {case.stem: made[case.stem] for case in cases}
+    cells = dict(zip(options.cases, in_order(options.jobs, cases, partial(cell, options), options.out), strict=True))
     task = Reinforcement(cases[0].setting)
     facts = {
         **{key: value for key, value in asdict(options).items() if key not in ("out", "cases", "jobs")},
@@ -284,22 +283,15 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "sigma of the second stage": SECOND.sigma,
         f"policy on {cases[0].title}": list(task.policy.sizes),
         "network": list(task.network.sizes),
-        **{case.title: plain(dict(case.setting.ranges)) for case in cases},
+        **{case.title: dict(case.setting.ranges) for case in cases},
         **{
             key: value
-            for key, value in plain(asdict(cases[0].setting)).items()
+            for key, value in asdict(cases[0].setting).items()
             if key in ("lifetime", "episodes", "steps", "discount", "last")
         },
         "rates": list(RATES),
     }
     return report(options.out, cases, cells, TRAIN, command, facts)
-
-
-def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 main = partial(run_command, "apical_papers.tdca.reinforcement.study", Options, study)
