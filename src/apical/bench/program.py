@@ -49,6 +49,15 @@ class SeedOptions(Seeds):
     """Passes over the data in each training."""
 
 
+def about_study(title: str, about: str, our_mark: str, **sources: str) -> dict[str, Any]:
+    """What results say of a study: its title, what was done, and how its marks are meant.
+
+    Args:
+        sources: of marks that are not ours, and how they are meant.
+    """
+    return {"title": title, "about": about, "sources": {"our mark": our_mark, **sources}}
+
+
 def by_seed(
     options: Seeds,
     command: str,

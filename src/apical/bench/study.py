@@ -6,7 +6,7 @@ from typing import Any
 
 from apical.bench.recipe import Recipe, from_json
 from apical.bench.state import read_json
-from apical.errors import ApicalError, ConfigError, unknown_name
+from apical.errors import ApicalError, ConfigError, require_choice
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def _recipe(settings: Any, where: str) -> Recipe:
         raise ConfigError(f"{where}: a recipe is an object of settings, not {settings!r}")
     names = [item.name for item in fields(Recipe)]
     for name in settings:
-        if name not in names:
-            raise unknown_name(f"setting in {where}", name, names)
+        require_choice(f"setting in {where}", name, names)
     try:
         return from_json(settings)
     except ApicalError:

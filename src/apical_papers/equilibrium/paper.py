@@ -10,11 +10,10 @@ of = partial(table_of, STUDIES)
 PAPER = Paper(
     title="Equilibrium propagation: bridging the gap between energy-based models and backpropagation",
     reference=(
-        "Scellier and Bengio, Frontiers in Computational Neuroscience 11, 2017, doi 10.3389/fncom.2017.00024; "
-        "nudges on both sides: Laborieux, Ernoult, Scellier, Bengio, Grollier and Querlioz, "
-        "Frontiers in Neuroscience 15, 2021, arXiv 2006.03824; "
-        "nudges on a circle: Laborieux and Zenke, NeurIPS 35, 2022, arXiv 2209.00530; "
-        "directed weights: Laborieux and Zenke, ICLR 2024, arXiv 2309.02214"
+        "Scellier and Bengio, Frontiers in Computational Neuroscience 11, 2017, doi 10.3389/fncom.2017.00024; nudges on "
+        "both sides: Laborieux, Ernoult, Scellier, Bengio, Grollier and Querlioz, Frontiers in Neuroscience 15, 2021, arXiv "
+        "2006.03824; nudges on a circle: Laborieux and Zenke, NeurIPS 35, 2022, arXiv 2209.00530; directed weights: "
+        "Laborieux and Zenke, ICLR 2024, arXiv 2309.02214"
     ),
     studies=STUDIES,
     tables={

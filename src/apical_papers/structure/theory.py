@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.bench.finding import Row, at_least, at_most, by_name, count, difference, mean_table
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.diagnostics.channel import Where, channel
 from apical.models import flow, orthogonal_
 from apical.models.orthogonal_flow import EulerStep, Flow
@@ -38,16 +38,13 @@ SETTINGS: dict[str, Any] = {
     "channels": f"tanh, width {WIDTH}, depth 10, noise 0.1, 20 inputs",
 }
 
-ABOUT: dict[str, Any] = {
-    "title": "Product nodes, flows and channels: claims about structure at a small size",
-    "about": "How many product nodes emulate the Lorenz system; whether gradients keep their length along orthogonal flows; "
+ABOUT = about_study(
+    "Product nodes, flows and channels: claims about structure at a small size",
+    "How many product nodes emulate the Lorenz system; whether gradients keep their length along orthogonal flows; "
     "and whether orthogonal weights make the better channel.",
-    "sources": {
-        "our mark": "No table of these papers was found in a source that could be read. The marks were written before the "
-        "run. Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on its better side, or the mean "
-        "past the mark."
-    },
-}
+    "No table of these papers was found in a source that could be read. The marks were written before the run. Reproduced "
+    "means that the 95 % interval (Student's t, paired over seeds) lies on its better side, or the mean past the mark.",
+)
 
 
 class Products(nn.Module):

@@ -38,7 +38,7 @@ from apical.bench.cells import in_order, kept
 from apical.bench.evolve import loop
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.bench.run_folder import commit
 from apical.evolution.classification import AnyClasses, Classification, Images, Setting
 from apical.evolution.seeds import seed_of
@@ -76,22 +76,20 @@ BELOW = {
     "shuffled": "that with credits of other examples",
     "bp": "tuned BP's",
 }
-ABOUT = {
-    "title": "TDCA: one top-down network for any number of classes",
-    "about": "A top-down network of 72 weights looks at one class at a time: at the class's own probability, whether it is "
+ABOUT = about_study(
+    "TDCA: one top-down network for any number of classes",
+    "A top-down network of 72 weights looks at one class at a time: at the class's own probability, whether it is "
     "the right one, and the probability of the right class. What it makes of them is the credit of the class's logit and, "
     "times a fixed random matrix, the credit of hidden units: direct feedback alignment of an evolved error. Being the same "
     "for all classes it serves any number of them. It is evolved on tasks of 2 to 10 digits, and tested with learners, "
     "images and initial weights that evolution did not have, and on classes that it never met. Looking at one class at a "
     "time departs from the paper.",
-    "sources": {
-        "our mark": "Means over unseen tasks and both learners, paired over meta-seeds (independent evolutions, each with "
-        "tasks and random feedback of its own): TDCA minus the other, each rule at the learning rate of one grid with the "
-        "lowest mean training loss on validation tasks. Set before the run; the grid of rates was widened after a first "
-        "one, in which tanh learners took the highest rate under every rule. Reproduced means that the 95 % interval of the "
-        "mean difference (Student's t) lies on the better side of the mark.",
-    },
-}
+    "Means over unseen tasks and both learners, paired over meta-seeds (independent evolutions, each with "
+    "tasks and random feedback of its own): TDCA minus the other, each rule at the learning rate of one grid with the "
+    "lowest mean training loss on validation tasks. Set before the run; the grid of rates was widened after a first "
+    "one, in which tanh learners took the highest rate under every rule. Reproduced means that the 95 % interval of the "
+    "mean difference (Student's t) lies on the better side of the mark.",
+)
 
 
 @dataclass(frozen=True)

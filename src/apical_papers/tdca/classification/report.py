@@ -137,12 +137,16 @@ def generations_to(cell: Cell, loss: float = 0.1) -> int | None:
     return None
 
 
+def reached(generations: Sequence[int | None]) -> str:
+    """In how many generations the mark was reached, and by how many evolutions."""
+    numbers = [float(number) for number in generations if number is not None]
+    return f"{shown(numbers) if numbers else '-'} ({len(numbers)} of {len(generations)})"
+
+
 def _evolutions(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     rows = []
     for arm, cells in arms.items():
-        reached = [generations_to(cell) for cell in cells]
-        generations = [float(generation) for generation in reached if generation is not None]
-        until = f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})"
+        until = reached([generations_to(cell) for cell in cells])
         seconds = shown([cell["seconds_per_generation"] for cell in cells])
         rows.append([TITLES[arm], str(cells[0]["parameters"]), seconds, until])
     return {

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, difference, shown
 from apical.bench.program import keep_results
-from apical_papers.tdca.classification.report import error_bar, generations_to
+from apical_papers.tdca.classification.report import error_bar, generations_to, reached
 
 Cell = Mapping[str, Any]
 
@@ -28,10 +28,9 @@ PLACES = {
 }
 SOURCES = {
     "our mark": "Values are means over unseen tasks, paired over meta-seeds (independent evolutions on the same tasks): the "
-    "first kind of credit minus the second. Reproduced means that the 95 % interval of the mean difference "
-    "(Student's t) lies on the better side of the mark. The paper claims that diffusion greatly cuts the weights of the "
-    "top-down network and speeds its training, without loss of performance; our marks are 1 point of accuracy, and any gain "
-    "of time."
+    "first kind of credit minus the second. Reproduced means that the 95 % interval of the mean difference (Student's t) "
+    "lies on the better side of the mark. The paper claims that diffusion greatly cuts the weights of the top-down network "
+    "and speeds its training, without loss of performance; our marks are 1 point of accuracy, and any gain of time."
 }
 TITLES = {
     "weight-alone": "per weight, alone",
@@ -93,9 +92,7 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
     per_weight = cells[0]["arms"]["weight"]["parameters"]
     for arm, title in TITLES.items():
         count = cells[0]["arms"][arm]["parameters"]
-        reached = [generations_to(cell["arms"][arm], TARGET) for cell in cells]
-        generations = [float(generation) for generation in reached if generation is not None]
-        until = f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})"
+        until = reached([generations_to(cell["arms"][arm], TARGET) for cell in cells])
         measures = (
             values(cells, arm, "loss"),
             [100 * accuracy for accuracy in values(cells, arm, "accuracy")],

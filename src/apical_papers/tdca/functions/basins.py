@@ -28,7 +28,7 @@ from tyro.conf import arg
 from apical.bench.cells import in_order, kept
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.evolution.functions import BOX, Function, best_of_random, descend, draw
 from apical.evolution.minimisation import Minimisation, together
 from apical.evolution.seeds import seed_of
@@ -47,20 +47,17 @@ PATHS = {**GRADIENT, "capped": "capped gradient, by hand"}
 METHODS = {"tdca": "TDCA", **PATHS, "random": "random points"}
 OUTCOMES = {"global": "global minimum", "lower": "lower basin", "same": "the same basin", "higher": "higher basin"}
 COLOURS = ("#0B5345", "#7FB8A4", "#D9D9D9", "#D55E00")
-ABOUT = {
-    "title": "TDCA on non-convex functions: basins",
-    "about": "From a grid of starts, evolved networks with memory move a point 60 times without a gradient, and gradient "
+ABOUT = about_study(
+    "TDCA on non-convex functions: basins",
+    "From a grid of starts, evolved networks with memory move a point 60 times without a gradient, and gradient "
     "descent, momentum and Adam do with one, at rates chosen by the final value on validation starts. A start and an end "
     "are in the basins of those minima that steepest descent over a fine lattice reaches from them. The best of 60 random "
     "points has no path and leaves every basin at once; it is in the table for comparison, and has no mark. Neither has the "
     "capped gradient, a top-down network made by hand: T proportional to the gradient, in steps up to its cap.",
-    "sources": {
-        "our mark": "Shares of starts, paired over meta-seeds (independent evolutions, each with a shift of its own). A "
-        "function counts if every 95 % interval of the mean difference between TDCA and a gradient rule (Student's t) lies "
-        "above 0. Set before the run, on meta-seeds that were not used before. The paper claims that TDCA gets past local "
-        "minima.",
-    },
-}
+    "Shares of starts, paired over meta-seeds (independent evolutions, each with a shift of its own). A function counts if "
+    "every 95 % interval of the mean difference between TDCA and a gradient rule (Student's t) lies above 0. Set before the "
+    "run, on meta-seeds that were not used before. The paper claims that TDCA gets past local minima.",
+)
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ ABOUT = (
     "released code{ungated}."
 )
 MARKS = (
-    "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals of mean "
-    "differences (Student's t); every rule at its best of seven learning rates, by validation lifetimes in the training "
-    "range. All marks were set before the run, and its meta-seeds were not used before. Learning: the interval of end minus "
-    "start above {gains}. Not below REINFORCE: the interval of the difference above minus 10 "
-    "% of what REINFORCE gains. Unseen settings: a mean not below REINFORCE's on 4 of 6. Shuffled advantages: a mean that "
-    "differs from that before learning by at most {harmless}. Second stage: the interval of its "
-    "difference from REINFORCE above 0."
+    "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals of mean differences (Student's "
+    "t); every rule at its best of seven learning rates, by validation lifetimes in the training range. All marks were set "
+    "before the run, and its meta-seeds were not used before. Learning: the interval of end minus start above {gains}. Not "
+    "below REINFORCE: the interval of the difference above minus 10 % of what REINFORCE gains. Unseen settings: a mean not "
+    "below REINFORCE's on 4 of 6. Shuffled advantages: a mean that differs from that before learning by at most {harmless}. "
+    "Second stage: the interval of its difference from REINFORCE above 0."
 )
 MISSED = {
     "cart-pole": [

@@ -24,13 +24,13 @@ from torch import Tensor
 from apical.bench.cells import in_order, kept
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, at_most, count
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.evolution.perceptron import evaluate
 from apical.evolution.reinforcement import Reinforcement, together
 from apical_papers.tdca.emission import credit_figure
 from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.reinforcement.report import above, curves, ends, ends_table, not_below, rates_table, untrained
-from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, measured
+from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, end_returns, measured
 
 FIRST = 60
 """The first meta-seed; settings were chosen on some below 20."""
@@ -57,24 +57,22 @@ LOOKS: dict[str, tuple[str, str, Any]] = {
     "others-shuffled": ("#E69F00", "^", (0, (5, 1.2, 1, 1.2))),
 }
 TAKEN, UP = ("action not taken", "action taken"), "credit per advantage"
-ABOUT = {
-    "title": "TDCA in reinforcement learning: one top-down network for several tasks",
-    "about": "A policy is trained for 20 updates of 4 episodes by credits of an evolved top-down network; no loss and no "
+ABOUT = about_study(
+    "TDCA in reinforcement learning: one top-down network for several tasks",
+    "A policy is trained for 20 updates of 4 episodes by credits of an evolved top-down network; no loss and no "
     "backpropagation. The network has the same few weights on every task: from the probability of an action, and whether it "
     "was taken, it makes what is sent to that action's logit, multiplied by the advantage, which it does not see. It is "
     "evolved on CartPole, Pendulum and Acrobot together ('one for all'), on two of them and tested on the third ('other "
     "tasks'), and on one alone ('this task'). Tests take new initial policies, in the range of settings that evolution saw "
     "and on six settings far outside it. Sending to one logit at a time departs from the paper, whose set-up is not known.",
-    "sources": {
-        "our mark": "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals (Student's t); "
-        "every rule at its best of seven learning rates, by validation lifetimes in the training range. Set before the run, "
-        "on meta-seeds that were not used before. Learning: the interval of end minus start above 50 (CartPole), 100 "
-        "(Pendulum), 50 (Acrobot). Not below another rule: the interval of the difference above minus 10 % of what that "
-        "rule gains. Unseen settings: a mean not below REINFORCE's on 4 of 6. Shuffled advantages: what is gained with them "
-        "is in the mean at most 10, 50, 25. Learning from reward: the interval of the difference from the same network with "
-        "shuffled advantages above 0.",
-    },
-}
+    "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals (Student's t); "
+    "every rule at its best of seven learning rates, by validation lifetimes in the training range. Set before the run, "
+    "on meta-seeds that were not used before. Learning: the interval of end minus start above 50 (CartPole), 100 "
+    "(Pendulum), 50 (Acrobot). Not below another rule: the interval of the difference above minus 10 % of what that "
+    "rule gains. Unseen settings: a mean not below REINFORCE's on 4 of 6. Shuffled advantages: what is gained with them "
+    "is in the mean at most 10, 50, 25. Learning from reward: the interval of the difference from the same network with "
+    "shuffled advantages above 0.",
+)
 
 MISSED = [
     [
@@ -159,12 +157,6 @@ def trial(options: Options, centers: Mapping[str, Sequence[Sequence[float]]], pa
     return kept(path, config, partial(measured, CASES[stem], networks, seed, options.lifetimes))
 
 
-def ends_of(part: tuple[str, int], content: Mapping[str, Any]) -> str:
-    """A finished test in a line: the mean return of every method in the training range."""
-    returns = {name: round(record["end"][TRAIN], 1) for name, record in content["methods"].items()}
-    return f"{CASES[part[0]].title}, meta-seed {part[1]}: {returns}"
-
-
 def _tested(stem: str) -> dict[str, str]:
     return {"all": "all", "others": f"without-{stem}", "own": stem}
 
@@ -210,7 +202,10 @@ def study(options: Options, command: str) -> dict[str, Any]:
     evolutions = in_order(options.jobs, NETWORKS, partial(evolution, options), options.out)
     centers = {name: content["centers"] for name, content in zip(NETWORKS, evolutions, strict=True)}
     parts = [(stem, seed) for stem in CASES for seed in options.meta_seeds]
-    tests = in_order(options.jobs, parts, partial(trial, options, centers), options.out, ends_of)
+    tests = in_order(
+        *(options.jobs, parts, partial(trial, options, centers), options.out),
+        lambda part, test: f"{CASES[part[0]].title}, meta-seed {part[1]}: {end_returns(test)}",
+    )
     cells = {stem: [test for (of, _), test in zip(parts, tests, strict=True) if of == stem] for stem in CASES}
     cases = list(CASES.values())
     rows = [row for case in cases for row in verdicts(case, cells[case.stem])]
