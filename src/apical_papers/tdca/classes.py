@@ -46,7 +46,7 @@ from apical.evolution.strategy import Strategy
 from apical.evolution.workers import Here
 from apical.rules.top_down.equivariant import EquivariantNetwork
 from apical_papers.tdca.classification.study import digits, plain, unseen
-from apical_papers.tdca.emission import credit_figure
+from apical_papers.tdca.emission import OF_LOGITS, credit_figure
 from apical_papers.tdca.recipes import EVOLUTIONS
 from apical_papers.tdca.trials import Bench
 
@@ -294,7 +294,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "The output's credit, of two classes",
         "What the evolved networks send to a logit, by the probability of its class: a line for each meta-seed, scaled "
         "to the size of the error, p - y (dashed).",
-        credit_figure(p, lines, ("wrong class", "right class"), "probability of the class", "credit of the logit"),
+        credit_figure(p, lines, *OF_LOGITS),
     )
     settings = {
         "meta-seeds": f"{FIRST} to {FIRST + options.seeds - 1}",

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import keep_results
+from apical.bench.program import about_study, keep_results
 from apical_papers.tdca.classification.report import error_bar, generations_to, reached
 
 Cell = Mapping[str, Any]
@@ -26,12 +26,12 @@ PLACES = {
     "logits": "The output's credit stands on the logits, and credit is relative to that of a right prediction, as with the "
     "shipped teacher: departures from the authors' code.",
 }
-SOURCES = {
-    "our mark": "Values are means over unseen tasks, paired over meta-seeds (independent evolutions on the same tasks): the "
+MARKS = (
+    "Values are means over unseen tasks, paired over meta-seeds (independent evolutions on the same tasks): the "
     "first kind of credit minus the second. Reproduced means that the 95 % interval of the mean difference (Student's t) "
     "lies on the better side of the mark. The paper claims that diffusion greatly cuts the weights of the top-down network "
     "and speeds its training, without loss of performance; our marks are 1 point of accuracy, and any gain of time."
-}
+)
 TITLES = {
     "weight-alone": "per weight, alone",
     "weight": "per weight, local factors",
@@ -50,7 +50,7 @@ TARGET = 0.3
 def report(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Write results.json, the figure and report.html; returns what results.json holds."""
     title = TITLE + (", credit on logits" if settings["credit"] == "logits" else "")
-    about = {"title": title, "about": ABOUT.format(place=PLACES[settings["credit"]]), "sources": SOURCES}
+    about = about_study(title, ABOUT.format(place=PLACES[settings["credit"]]), MARKS)
     drawing = render("diffusion", "Before and after", _CAPTION, figure(cells))
     settings = {"meta-seeds": len(cells), **settings}
     return keep_results(out, command, about, settings, cells, verdicts(cells), [table(cells)], [drawing])

@@ -8,7 +8,7 @@ from scipy import stats
 
 from apical.bench.figures.curves import Drawing, render
 from apical.bench.finding import Row, count, difference, interval, shown
-from apical.bench.program import keep_results
+from apical.bench.program import about_study, keep_results
 from apical_papers.tdca.functions.figures import final_values, trajectories
 
 Cells = Mapping[Any, Mapping[str, Any]]
@@ -25,14 +25,14 @@ ABOUT = (
     "of their own. Moving one coordinate at a time suits functions that are sums over coordinates, as Rastrigin's, "
     "Schwefel's and Styblinski and Tang's are."
 )
-SOURCES = {
-    "our mark": "Mean final value from held-out starts, paired over meta-seeds. A function counts if TDCA's value is lower "
+MARKS = (
+    "Mean final value from held-out starts, paired over meta-seeds. A function counts if TDCA's value is lower "
     "than that of gradient descent, of momentum, of Adam and of random points, each with its learning rate chosen on "
     "validation starts, and every 95 % interval of the mean difference (Student's t) lies below 0. The marks, 4 of 5 "
     "functions in two dimensions and 2 of 5 in ten, were set before the run; its meta-seeds were not used before, but "
     "settings had been chosen on the same functions. Himmelblau's function (four equal minima, where a gradient ends near "
     "0) is a control, Griewank's information."
-}
+)
 CONTROLS = {
     "gd": "gradient descent",
     "momentum": "momentum",
@@ -95,17 +95,9 @@ def report(out: Path, cells: Cells, groups: Groups, command: str, settings: Mapp
     ]
     settings = {**settings, "seconds of all runs": seconds}
     title = TITLE if groups["plane"] else f"{TITLE}: ten dimensions, longer evolutions"
-    about = {"title": title, "about": ABOUT, "sources": SOURCES}
-    return keep_results(
-        out,
-        command,
-        about,
-        settings,
-        cells.values(),
-        rows,
-        [table for table in tables if table["rows"]],
-        draw(cells, groups),
-    )
+    full = [table for table in tables if table["rows"]]
+    about = about_study(title, ABOUT, MARKS)
+    return keep_results(out, command, about, settings, cells.values(), rows, full, draw(cells, groups))
 
 
 def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: int | None = None) -> list[float]:

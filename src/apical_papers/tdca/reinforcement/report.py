@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import Drawing, render
 from apical.bench.finding import Row, count, difference, interval, shown
-from apical.bench.program import keep_results
+from apical.bench.program import about_study, keep_results
 from apical.bench.statistics import student
 
 Cells = Sequence[Mapping[str, Any]]
@@ -133,11 +133,8 @@ def describe(cases: Sequence[Any]) -> dict[str, Any]:
 
     ungated = "; networks without them have a table of their own" if "cart-pole" in {case.stem for case in cases} else ""
     gains, harmless = by_case([case.gain for case in cases]), by_case([case.harmless for case in cases])
-    return {
-        "title": TITLE.format(" and ".join(case.title for case in cases)),
-        "about": ABOUT.format(steps=max(case.setting.steps for case in cases), ungated=ungated),
-        "sources": {"our mark": MARKS.format(gains=gains, harmless=harmless)},
-    }
+    title, steps = TITLE.format(" and ".join(case.title for case in cases)), max(case.setting.steps for case in cases)
+    return about_study(title, ABOUT.format(steps=steps, ungated=ungated), MARKS.format(gains=gains, harmless=harmless))
 
 
 def _missed(cases: Sequence[Any]) -> list[dict[str, Any]]:
