@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, seed_study, table_of
+from apical.bench.papers import Paper, cut, own_study, seed_study, table_of
 from apical_papers.equilibrium.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -34,16 +34,12 @@ PAPER = Paper(
             least=3,
             hours={"cpu": 0.17},
         ),
-        "noise": Table(
+        "noise": own_study(
             "Equilibrium propagation with noisy neurons, digits",
-            {
-                "smoke": {"epochs": 1, "seeds": 2, "train_limit": 200},
-                "cpu": {"epochs": 15, "seeds": 5},
-                "paper": {"epochs": 15, "seeds": 10},
-            },
-            module="apical_papers.equilibrium.noise",
-            side_by_side=True,
-            needs={"epochs": 15, "seeds": 5},
+            "apical_papers.equilibrium.noise",
+            {"epochs": 1, "seeds": 2, "train_limit": 200},
+            {"epochs": 15, "seeds": 5},
+            {"epochs": 15, "seeds": 10},
             hours={"cpu": 0.42},
         ),
     },
