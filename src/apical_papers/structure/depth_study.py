@@ -5,7 +5,6 @@ the mark of a tenth at depth 50 are that study's; the marks were written after a
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +41,7 @@ class Options(Seeds):
 
 
 def _cell(seed: int, depths: Sequence[int]) -> dict[str, Any]:
-    start = time.perf_counter()
-    return {"depth": depth.measure(seed, depth.FURTHER, depths), "seconds": time.perf_counter() - start}
+    return {"depth": depth.measure(seed, depth.FURTHER, depths)}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:

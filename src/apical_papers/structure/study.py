@@ -8,7 +8,6 @@ when it is finished. The marks were written before the run; learning rates and g
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -42,13 +41,12 @@ ABOUT = about_study(
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    start, digits = time.perf_counter(), Digits()
+    digits = Digits()
     return {
         "depth": depth.measure(seed, until=depth.SLOW) if seed < depth.SEEDS else {},
         "topology": topology(digits, seed, epochs),
         "wirings": wirings(digits, seed, epochs),
         "codes": codes(digits, seed),
-        "seconds": time.perf_counter() - start,
     }
 
 
