@@ -92,12 +92,12 @@ def in_order(
     Args:
         name: of a part and what was made of it; it is printed with the seconds that it took, as soon as it is finished.
     """
-    parts, finished = list(parts), dict[Part, Any]()
+    parts, finished = list(parts), dict[int, Any]()
     for part, content in side_by_side(jobs, parts, make, out):
-        finished[part] = content
+        finished[parts.index(part)] = content
         if name is not None:
             print(f"{content['seconds']:7.1f} s  {name(part, content)}", flush=True)
-    return [finished[part] for part in parts]
+    return [finished[place] for place in range(len(parts))]
 
 
 def _begin(environment: dict[str, str]) -> None:

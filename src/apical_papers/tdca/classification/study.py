@@ -221,19 +221,14 @@ def kept_evolutions(
         make: a module's function, for other processes are handed it.
         jobs: so many; 0 for one per core.
     """
-    made = partial(_kept, out, config, settings, make)
+    configs = {part: {**config, **plain(asdict(setting))} for part, setting in settings.items()}
+    made = partial(_kept, out, configs, make)
     return in_order(jobs, settings, made, out, lambda part, _: f"{part[0]}, meta-seed {part[1]}")
 
 
-def _kept(
-    out: Path,
-    config: Mapping[str, Any],
-    settings: Mapping[Evolved, Setting],
-    make: Callable[[str, int], dict[str, Any]],
-    part: Evolved,
-) -> dict[str, Any]:
+def _kept(out: Path, configs: Mapping[Evolved, Any], make: Callable[[str, int], Any], part: Evolved) -> dict[str, Any]:
     arm, seed = part
-    return kept(out / "cells" / f"{arm}-{seed}.json", {**config, **plain(asdict(settings[part]))}, partial(make, arm, seed))
+    return kept(out / "cells" / f"{arm}-{seed}.json", configs[part], partial(make, arm, seed))
 
 
 def both_rates(
