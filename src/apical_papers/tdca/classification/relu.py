@@ -92,7 +92,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
         return []
     ours, bp = (values(cells, rule, "accuracy") for rule in ("tdca", "bp"))
     what = "accuracy minus (tuned BP's minus 1 point)"
-    rows = [difference("C8", "tdca", what, ours, [accuracy - 0.01 for accuracy in bp], less=False)]
+    rows = [difference("C8", "tdca", what, ours, bp, less=False, margin=-0.01)]
     losses = values(cells, "tdca", "loss")
     for rule in ("bp", "dfa", "shuffled", "hand-silent", "hand-random"):
         title = "tuned BP's" if rule == "bp" else STRICT[rule]

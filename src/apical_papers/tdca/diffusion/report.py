@@ -74,8 +74,8 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
     for before, afters in (("weight", list(TITLES)[2:]), ("unit", list(TITLES)[3:])):
         for after in afters:
             what = f"credit {TITLES[after]}: accuracy minus (that of credit {TITLES[before]} minus 1 point)"
-            least = [accuracy - 0.01 for accuracy in values(cells, before, "accuracy")]
-            rows.append(difference("C3", "tdca", what, values(cells, after, "accuracy"), least, less=False))
+            ours, theirs = (values(cells, arm, "accuracy") for arm in (after, before))
+            rows.append(difference("C3", "tdca", what, ours, theirs, less=False, margin=-0.01))
     for before, afters in (("weight", list(TITLES)[2:]), ("unit", list(TITLES)[3:])):
         for after in afters:
             what = f"credit {TITLES[after]}: seconds per generation minus those of credit {TITLES[before]}"
