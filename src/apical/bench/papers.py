@@ -26,6 +26,7 @@ GROUP = "apical.papers"
 """The entry-point group under which packages name their papers."""
 
 Sizes = dict[str, int | float | str]
+Given = Mapping[str, int | float | str]
 """Options of a run that decide its size: --epochs, --seeds, --train-limit, --generations ..."""
 
 
@@ -161,7 +162,7 @@ def table_of(
     return Table(study.title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
 
 
-def own_study(title: str, module: str, smoke: Sizes, cpu: Sizes, paper: Sizes, **more: Any) -> Table:
+def own_study(title: str, module: str, smoke: Given, cpu: Given, paper: Given, **more: Any) -> Table:
     """The table of a module with a command line of its own; its verdicts are meant for the counts that the budget "cpu" has.
 
     Args:
@@ -170,7 +171,7 @@ def own_study(title: str, module: str, smoke: Sizes, cpu: Sizes, paper: Sizes, *
     """
     needs = {name: size for name, size in cpu.items() if isinstance(size, int)}
     usual = {"module": module, "needs": needs, "side_by_side": True}
-    return Table(title, {"smoke": smoke, "cpu": cpu, "paper": paper}, **{**usual, **more})
+    return Table(title, {"smoke": dict(smoke), "cpu": dict(cpu), "paper": dict(paper)}, **{**usual, **more})
 
 
 def seed_study(

@@ -58,7 +58,7 @@ def _variants(
     trained: tuple[Recipe, Options], fixed: tuple[Recipe, Options], published: dict[str, tuple[Published, ...]]
 ) -> dict[str, Row]:
     """Rows of the six variants, from a recipe and each rule's options for trained and for fixed feedback."""
-    rows = {}
+    rows: dict[str, Row] = {}
     for rules, (recipe, options) in ((TRAINED, trained), (FIXED, fixed)):
         rows |= rows_of(recipe, {rule: {"rule_options": _options(**options(rule))} for rule in rules}, published)
     return rows

@@ -90,14 +90,7 @@ def _figure_3(histories: Histories) -> list[dict[str, Any]]:
         ("minimum_norm", "angle to minimum norm, °", ">"),
         ("gauss_newton", "angle to Gauss-Newton, °", ">"),
     ):
-        add(
-            FIXED,
-            f"change over training: {name}",
-            sign,
-            0,
-            "statement",
-            lambda run, key=key: run.values[key][-1] - run.values[key][0],
-        )  # type: ignore[misc]
+        add(FIXED, f"change over training: {name}", sign, 0, "statement", lambda run, key=key: _change(run.values[key]))  # type: ignore[misc]
     return rows
 
 
@@ -106,6 +99,10 @@ def _lead(histories: Histories, rule: str, other: str, key: str) -> list[float]:
     pairs = zip(histories.get(rule, ()), histories.get(other, ()), strict=False)
     whole = [(one, two) for one, two in pairs if one.failure is None and two.failure is None]
     return [min(a - b for a, b in zip(one.values[key], two.values[key], strict=True)) for one, two in whole]
+
+
+def _change(values: Sequence[float]) -> float:
+    return values[-1] - values[0]
 
 
 def _row(figure: str, rule: str, what: str, sign: str, mark: float, source: str, values: Sequence[float]) -> dict[str, Any]:
