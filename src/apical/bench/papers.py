@@ -191,7 +191,7 @@ def seed_study(
     """
     smoke, cpu, paper = ({"epochs": n, "seeds": k} for n, k in zip(epochs, seeds, strict=True))
     needs = {**cpu, "seeds": least or seeds[1]}
-    return own_study(title, module, dict(smoke), dict(cpu), dict(paper), needs=needs, hours=hours or {})
+    return own_study(title, module, smoke, cpu, paper, needs=needs, hours=hours or {})
 
 
 def cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from apical.bench.figures.curves import Drawing, render
-from apical.bench.figures.style import RULES, Style
+from apical.bench.figures.style import RC, RULES, Style
 from apical.bench.report.records import Array
 from apical.rules.feedback_control.trajectory import Trace
 from apical_papers.dfc.toy.optimal import Optimal
@@ -43,33 +44,34 @@ def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[s
         curves: rule -> {"n": seeds, "metrics": {measure: {"epochs", "mean", "std"}}}.
         panels: (measure, axis label), in reading order; lettered A, B, ...
     """
-    figure = Figure(figsize=(_PAGE, 1.9 * ((len(panels) + 2) // 3) + 0.55))
-    grid = figure.subplots((len(panels) + 2) // 3, 3, sharex=True, squeeze=False)
-    used = set()
-    for axes, letter, (key, label) in zip(grid.flat, "ABCDEFGHI", panels, strict=False):
-        used |= _curves(axes, curves, key)
-        axes.set_ylabel(label)
-        axes.set_title(letter, loc="left", fontweight="bold", pad=3)
-        if key not in ("condition_two", "eigenvalue"):
-            axes.set_ylim(0, 1.12 * axes.dataLim.y1)
-    for axes in grid[-1]:
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    order = [*STYLES, *(rule for rule in curves if rule not in STYLES)]
-    rules = [rule for rule in order if rule in used]
-    handles = [Line2D([], [], **_look(rule), linewidth=1.5, markeredgewidth=0.4) for rule in rules]
-    names = [_style(rule).name for rule in rules]
-    figure.legend(handles, names, loc="outside lower center", ncols=4, columnspacing=1.4, handlelength=3.2)
-    seeds = max((entry["n"] for entry in curves.values()), default=0)
-    caption = (
-        "On a fixed batch of training samples after each epoch; epoch 0 is before the forward weights learn. Lines: "
-        f"mean over {seeds} {'seed' if seeds == 1 else 'seeds'}; bands: ± one standard deviation. Solid: learned "
-        "feedback weights Q; dashed: Q fixed at the product of the initial forward weights. Dotted grey: where the "
-        "condition holds exactly, or the limit of stability. DFC-SS and DFC-SSA lie on each other."
-    )
-    return render("conditions", "Conditions and alignment during training", caption, figure)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(_PAGE, 1.9 * ((len(panels) + 2) // 3) + 0.55))
+        grid = figure.subplots((len(panels) + 2) // 3, 3, sharex=True, squeeze=False)
+        used = set()
+        for axes, letter, (key, label) in zip(grid.flat, "ABCDEFGHI", panels, strict=False):
+            used |= _curves(axes, curves, key)
+            axes.set_ylabel(label)
+            axes.set_title(letter, loc="left", fontweight="bold", pad=3)
+            if key not in ("condition_two", "eigenvalue"):
+                axes.set_ylim(0, 1.12 * axes.dataLim.y1)
+        for axes in grid[-1]:
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        order = [*STYLES, *(rule for rule in curves if rule not in STYLES)]
+        rules = [rule for rule in order if rule in used]
+        handles = [Line2D([], [], **_look(rule), linewidth=1.5, markeredgewidth=0.4) for rule in rules]
+        names = [_style(rule).name for rule in rules]
+        figure.legend(handles, names, loc="outside lower center", ncols=4, columnspacing=1.4, handlelength=3.2)
+        seeds = max((entry["n"] for entry in curves.values()), default=0)
+        caption = (
+            "On a fixed batch of training samples after each epoch; epoch 0 is before the forward weights learn. Lines: "
+            f"mean over {seeds} {'seed' if seeds == 1 else 'seeds'}; bands: ± one standard deviation. Solid: learned "
+            "feedback weights Q; dashed: Q fixed at the product of the initial forward weights. Dotted grey: where the "
+            "condition holds exactly, or the limit of stability. DFC-SS and DFC-SSA lie on each other."
+        )
+        return render("conditions", "Conditions and alignment during training", caption, figure)
 
 
 def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tensor, sample: int = 0) -> Drawing:
@@ -80,56 +82,58 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
         sample: which sample of the batch to draw.
     """
     layers = len(weak.soma)
-    figure = Figure(figsize=(_PAGE, 1.25 * (layers + 2) + 0.5))
-    grid = figure.subplots(layers + 2, 2, sharex=True, squeeze=False)
-    neurons = [_strongest(layer[:, sample], 2) for layer in strong.apical]
-    for column, (trace, target) in enumerate(((weak, weak_target), (strong, strong_target))):
-        _output_panel(grid[0, column], trace, target, sample)
-        _control_panel(grid[1, column], trace, sample)
-        for i, neuron in enumerate(neurons):
-            _compartment_panel(grid[i + 2, column], trace, i, sample, neuron)
-        grid[-1, column].set_xlabel("time (τ_u)")
-    grid[0, 0].set_title("weak control: target a little better", loc="left", fontweight="bold")
-    grid[0, 1].set_title("strong control: target is the label", loc="left", fontweight="bold")
-    grid[0, 0].set_ylabel("output r_L")
-    grid[1, 0].set_ylabel("control u")
-    for i, axes in enumerate(grid[2:, 0]):
-        axes.set_ylabel(f"Δ potential,\n{'output layer' if i == layers - 1 else f'layer {i + 1}'}")
-    figure.align_ylabels(list(grid[:, 0]))
-    handles = [Line2D([], [], color=colour) for colour in COMPARTMENTS.values()]
-    names = ["soma v", "basal W r + b", "apical Q u"]
-    handles += [Line2D([], [], color="#777777", linestyle=line) for line in ("-", _FIXED)]
-    figure.legend(handles, [*names, "neuron 1", "neuron 2"], loc="outside lower center", ncols=5)
-    caption = (
-        "One sample under the controller; time in units of its time constant, potentials without unit. Potentials of "
-        "soma and basal compartment are shown minus their feed-forward value, so that soma = basal + apical once "
-        "settled (the basal potential of layer 1 cannot move: its input is the sample). Two neurons per layer are "
-        "drawn, those with the largest apical potential under strong control. Left: target a tenth of the way to the "
-        "label (lambda 0.05); right: same sample, network and feedback, target the label itself. The scales differ."
-    )
-    return render("trace", "Weak and strong control of one sample", caption, figure)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(_PAGE, 1.25 * (layers + 2) + 0.5))
+        grid = figure.subplots(layers + 2, 2, sharex=True, squeeze=False)
+        neurons = [_strongest(layer[:, sample], 2) for layer in strong.apical]
+        for column, (trace, target) in enumerate(((weak, weak_target), (strong, strong_target))):
+            _output_panel(grid[0, column], trace, target, sample)
+            _control_panel(grid[1, column], trace, sample)
+            for i, neuron in enumerate(neurons):
+                _compartment_panel(grid[i + 2, column], trace, i, sample, neuron)
+            grid[-1, column].set_xlabel("time (τ_u)")
+        grid[0, 0].set_title("weak control: target a little better", loc="left", fontweight="bold")
+        grid[0, 1].set_title("strong control: target is the label", loc="left", fontweight="bold")
+        grid[0, 0].set_ylabel("output r_L")
+        grid[1, 0].set_ylabel("control u")
+        for i, axes in enumerate(grid[2:, 0]):
+            axes.set_ylabel(f"Δ potential,\n{'output layer' if i == layers - 1 else f'layer {i + 1}'}")
+        figure.align_ylabels(list(grid[:, 0]))
+        handles = [Line2D([], [], color=colour) for colour in COMPARTMENTS.values()]
+        names = ["soma v", "basal W r + b", "apical Q u"]
+        handles += [Line2D([], [], color="#777777", linestyle=line) for line in ("-", _FIXED)]
+        figure.legend(handles, [*names, "neuron 1", "neuron 2"], loc="outside lower center", ncols=5)
+        caption = (
+            "One sample under the controller; time in units of its time constant, potentials without unit. Potentials of "
+            "soma and basal compartment are shown minus their feed-forward value, so that soma = basal + apical once "
+            "settled (the basal potential of layer 1 cannot move: its input is the sample). Two neurons per layer are "
+            "drawn, those with the largest apical potential under strong control. Left: target a tenth of the way to the "
+            "label (lambda 0.05); right: same sample, network and feedback, target the label itself. The scales differ."
+        )
+        return render("trace", "Weak and strong control of one sample", caption, figure)
 
 
 def optimal(points: Optimal) -> Drawing:
     """Random optimal feedback weights in the plane of their principal components, with J^T, J^+ and what lies between."""
-    figure = Figure(figsize=(_COLUMN, 3.1))
-    axes = figure.add_subplot()
-    look: Any = {"s": 3, "color": "#9AA5AE", "linewidths": 0, "rasterized": True}
-    axes.scatter(points.cloud[:, 0], points.cloud[:, 1], label="random optimal Q", **look)
-    axes.plot(*points.damped.T, color="#0072B2", zorder=3, label="Jᵀ(JJᵀ + \u03b3I)⁻¹")
-    axes.plot(*points.transpose, "^", color="#E69F00", markersize=7, markeredgecolor="black", zorder=4, label="Jᵀ")
-    axes.plot(*points.pseudoinverse, "s", color="#D55E00", markersize=6, markeredgecolor="black", zorder=4, label="J⁺")
-    for name, axis, share in zip(("x", "y"), (1, 2), points.explained, strict=True):
-        axes.set(**{f"{name}label": f"principal component {axis} ({100 * share:.0f} % of variance)"})
-    axes.set_aspect("equal", adjustable="datalim")
-    figure.legend(loc="outside lower center", ncols=4, columnspacing=1.0, handletextpad=0.3, handlelength=1.4)
-    caption = (
-        f"{len(points.cloud):,} random feedback matrices Q = Jᵀ P of a 5-2-2 network that meet Condition 2 and keep the "
-        "loop stable, each scaled to norm 1 (no unit), with the transpose, the pseudoinverse and the damped "
-        f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All ask for the "
-        "same update."
-    )
-    return render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(_COLUMN, 3.1))
+        axes = figure.add_subplot()
+        look: Any = {"s": 3, "color": "#9AA5AE", "linewidths": 0, "rasterized": True}
+        axes.scatter(points.cloud[:, 0], points.cloud[:, 1], label="random optimal Q", **look)
+        axes.plot(*points.damped.T, color="#0072B2", zorder=3, label="Jᵀ(JJᵀ + \u03b3I)⁻¹")
+        axes.plot(*points.transpose, "^", color="#E69F00", markersize=7, markeredgecolor="black", zorder=4, label="Jᵀ")
+        axes.plot(*points.pseudoinverse, "s", color="#D55E00", markersize=6, markeredgecolor="black", zorder=4, label="J⁺")
+        for name, axis, share in zip(("x", "y"), (1, 2), points.explained, strict=True):
+            axes.set(**{f"{name}label": f"principal component {axis} ({100 * share:.0f} % of variance)"})
+        axes.set_aspect("equal", adjustable="datalim")
+        figure.legend(loc="outside lower center", ncols=4, columnspacing=1.0, handletextpad=0.3, handlelength=1.4)
+        caption = (
+            f"{len(points.cloud):,} random feedback matrices Q = Jᵀ P of a 5-2-2 network that meet Condition 2 and keep the "
+            "loop stable, each scaled to norm 1 (no unit), with the transpose, the pseudoinverse and the damped "
+            f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All ask for the "
+            "same update."
+        )
+        return render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
 
 
 def _style(rule: str) -> Style:
