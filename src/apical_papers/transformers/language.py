@@ -178,17 +178,15 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
     test, ratio, angle = partial(losses_of, cells), partial(loss_ratio, cells), partial(end_angle, cells)
 
     def within(arm: str, share: float) -> list[Row]:
-        ours, most = test(arm), [(1 + share) * b for b in test("bp")]
-        pairs = list(zip(ours, most, strict=False))
-        what = f"test loss minus {1 + share:g} times that of bp"
-        return [difference("goal", arm, what, *zip(*pairs, strict=True), less=True)] if len(pairs) > 1 else []
+        return less("goal", arm, f"{1 + share:g} times that of bp", test(arm), [(1 + share) * b for b in test("bp")])
 
     def below(mark: str, arm: str, other: str, by: float) -> list[Row]:
-        pairs = list(zip(test(arm), test(other), strict=False))  # of the seeds that both have
-        if len(pairs) < 2:
-            return []
-        what = f"test loss minus that of {other}, plus {by:g}"
-        return [difference(mark, arm, what, [a + by for a, _ in pairs], [b for _, b in pairs], less=True)]
+        return less(mark, arm, f"that of {other}, plus {by:g}", [a + by for a in test(arm)], test(other))
+
+    def less(mark: str, arm: str, what: str, ours: Sequence[float], theirs: Sequence[float]) -> list[Row]:
+        pairs = list(zip(ours, theirs, strict=False))  # of the seeds that both have
+        both = zip(*pairs, strict=True)
+        return [difference(mark, arm, f"test loss minus {what}", *both, less=True)] if len(pairs) > 1 else []
 
     kp = cells.get("kp-mirror", ())
     return [
