@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -82,22 +82,6 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def in_order(
-    jobs: int, parts: Iterable[Part], make: Callable[[Part], Any], out: Path, name: Callable[[Part, Any], str] | None = None
-) -> list[Any]:
-    """What `make` makes of each part, in the order of the parts; otherwise as :func:`side_by_side`.
-
-    Args:
-        name: of a part and what was made of it; it is printed with the seconds that it took, as soon as it is finished.
-    """
-    parts, finished = list(parts), dict[int, Any]()
-    for part, content in side_by_side(jobs, parts, make, out):
-        finished[parts.index(part)] = content
-        if name is not None:
-            print(f"{content['seconds']:7.1f} s  {name(part, content)}", flush=True)
-    return [finished[place] for place in range(len(parts))]
 
 
 def _begin(environment: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ import torch
 import tyro
 from tyro.conf import arg
 
-from apical.bench.cells import in_order, kept
+from apical.bench.cells import Part, kept, side_by_side
 from apical.bench.figures.curves import Drawing
 from apical.bench.figures.style import RC
 from apical.bench.finding import Row
@@ -56,6 +56,22 @@ def about_study(title: str, about: str, our_mark: str, **sources: str) -> dict[s
         sources: of marks that are not ours, and how they are meant.
     """
     return {"title": title, "about": about, "sources": {"our mark": our_mark, **sources}}
+
+
+def in_order(
+    jobs: int, parts: Iterable[Part], make: Callable[[Part], Any], out: Path, name: Callable[[Part, Any], str] | None = None
+) -> list[Any]:
+    """What `make` makes of each part, in the order of the parts; otherwise as :func:`apical.bench.cells.side_by_side`.
+
+    Args:
+        name: of a part and what was made of it; it is printed with the seconds that it took, as soon as it is finished.
+    """
+    parts, finished = list(parts), dict[int, Any]()
+    for part, content in side_by_side(jobs, parts, make, out):
+        finished[parts.index(part)] = content
+        if name is not None:
+            print(f"{content['seconds']:7.1f} s  {name(part, content)}", flush=True)
+    return [finished[place] for place in range(len(parts))]
 
 
 def by_seed(

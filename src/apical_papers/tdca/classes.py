@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import arg
 
-from apical.bench.cells import in_order, kept
+from apical.bench.cells import kept
 from apical.bench.evolve import loop
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import about_study, keep_results, run_command
+from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.bench.run_folder import commit
 from apical.evolution.classification import AnyClasses, Classification, Images, Setting
 from apical.evolution.seeds import seed_of

@@ -36,9 +36,9 @@ from torch import Tensor
 from tyro.conf import arg
 
 from apical import data
-from apical.bench.cells import in_order, kept
+from apical.bench.cells import kept
 from apical.bench.evolve.loop import Evolution
-from apical.bench.program import run_command
+from apical.bench.program import in_order, run_command
 from apical.bench.run_folder import commit
 from apical.errors import require_choice
 from apical.evolution.classification import Classification, Images, Setting

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import arg
 
-from apical.bench.cells import in_order, kept
+from apical.bench.cells import kept
 from apical.bench.evolve.loop import Evolution
-from apical.bench.program import run_command
+from apical.bench.program import in_order, run_command
 from apical.evolution.classification import Classification, Images
 from apical.evolution.workers import Here
 from apical_papers.tdca.classification.study import BASE, RELEASED, SEEN, STRATEGY, digits, measures, plain

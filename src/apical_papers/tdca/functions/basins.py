@@ -25,10 +25,10 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from tyro.conf import arg
 
-from apical.bench.cells import in_order, kept
+from apical.bench.cells import kept
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.program import about_study, keep_results, run_command
+from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.evolution.functions import BOX, Function, best_of_random, descend, draw
 from apical.evolution.minimisation import Minimisation, together
 from apical.evolution.seeds import seed_of

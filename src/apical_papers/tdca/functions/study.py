@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apical.bench.cells import in_order, kept
-from apical.bench.program import run_command
+from apical.bench.cells import kept
+from apical.bench.program import in_order, run_command
 from apical.errors import require_choice
 from apical.evolution.functions import METHODS, Function, best_of_random, descend, draw, function
 from apical.evolution.minimisation import Kind, Minimisation, Setting, together

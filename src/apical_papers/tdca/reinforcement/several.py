@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apical.bench.cells import in_order, kept
+from apical.bench.cells import kept
 from apical.bench.figures.curves import render
 from apical.bench.finding import Row, at_most, count
-from apical.bench.program import about_study, keep_results, run_command
+from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.evolution.perceptron import evaluate
 from apical.evolution.reinforcement import Reinforcement, together
 from apical_papers.tdca.emission import credit_figure

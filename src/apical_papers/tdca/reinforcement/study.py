@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apical.bench.cells import in_order, kept
-from apical.bench.program import run_command
+from apical.bench.cells import kept
+from apical.bench.program import in_order, run_command
 from apical.errors import ConfigError, require_choice
 from apical.evolution.environments import Array
 from apical.evolution.population import Lifetime
