@@ -19,7 +19,7 @@ from apical.cli.flags.training import Compare
 from apical.cli.terminal import Terminal
 from apical.core.credit import CreditRule
 from apical.data.own import sources as own_data
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, require_choice
 from apical.models import own as own_models
 
 Metric = Literal["test accuracy", "test loss"]
@@ -200,8 +200,7 @@ def _settings(options: Mapping[str, Any], epochs: int | None) -> dict[str, Any]:
     """
     names = {item.name for item in fields(Recipe)} - _ELSEWHERE
     for name in options:
-        if name not in names:
-            raise unknown_name("setting of apical.compare", name, names)
+        require_choice("setting of apical.compare", name, names)
     origins = {name: get_origin(kind) for name, kind in get_type_hints(Recipe).items()}
     values = {
         name: (value,) if origins[name] is tuple and isinstance(value, int | float) else value

@@ -21,7 +21,7 @@ from apical.bench.papers import studies
 from apical.bench.report.records import Run, read
 from apical.bench.run_folder import write_json
 from apical.bench.study import Published
-from apical.errors import ApicalError, ConfigError, unknown_name
+from apical.errors import ApicalError, ConfigError, require_choice
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = tyro.cli(Options, prog="python -m apical.bench.at_epoch", args=arguments)
     try:
-        if options.recipe and options.recipe not in studies():
-            raise unknown_name("recipe", options.recipe, studies())
+        if options.recipe:
+            require_choice("recipe", options.recipe, studies())
         study = studies().get(options.recipe)
         comparisons = [read(folder) for folder in options.folders]
         rows = [

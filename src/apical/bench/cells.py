@@ -1,5 +1,6 @@
 """Parts of a study that are kept as they are finished, one JSON file each, so that nothing is computed twice or lost."""
 
+import json
 import os
 import signal
 import threading
@@ -21,9 +22,13 @@ from apical.errors import ApicalError, CheckpointError
 def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, from the file if one of the same configuration is there; with `seconds`, what making took.
 
+    Args:
+        config: what decides it; tuples in it are lists in the file.
+
     Raises:
         CheckpointError: the file is damaged, or of another configuration.
     """
+    config = json.loads(json.dumps(dict(config)))
     if path.exists():
         cell = read_json(path)
         saved = cell.get("config")
@@ -33,7 +38,7 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
         return cell
     start = time.perf_counter()
     results = make()
-    content = {"config": dict(config), "seconds": round(time.perf_counter() - start, 2), **results}
+    content = {"config": config, "seconds": round(time.perf_counter() - start, 2), **results}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_state(path, content)
     return content

@@ -32,7 +32,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 SEAL = "sha256"
 """Field with the SHA-256 of every other field."""
-_REMEDY = "start again with --overwrite or in another folder"
+REMEDY = "start again with --overwrite or in another folder"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -91,12 +91,12 @@ def load(path: Path) -> dict[str, Any]:
     state = read_sealed(path, f"checkpoint {path}")
     for field, kind in FIELDS.items():
         if field not in state or not isinstance(state[field], kind) or isinstance(state[field], bool):
-            raise CheckpointError(f"checkpoint {path}: field {field!r} is missing or damaged; {_REMEDY}")
+            raise CheckpointError(f"checkpoint {path}: field {field!r} is missing or damaged; {REMEDY}")
     if state["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; {_REMEDY}")
+        raise CheckpointError(f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; {REMEDY}")
     for field in ("epoch", "step", "seconds", "peak_memory_mb"):
         if state[field] is not None and not 0 <= state[field] < math.inf:
-            raise CheckpointError(f"checkpoint {path}: field {field!r} is {state[field]}; {_REMEDY}")
+            raise CheckpointError(f"checkpoint {path}: field {field!r} is {state[field]}; {REMEDY}")
     return state
 
 
@@ -138,9 +138,9 @@ def read_sealed(path: Path, name: str) -> dict[str, Any]:
             return state
         wrong = next((field for field in {**state, **seal} if seal.get(field) != digest(state.get(field))), None)
     except Exception as error:  # a damaged file makes torch raise almost anything
-        raise CheckpointError(f"{name} is damaged ({_first_line(error)}); {_REMEDY}") from error
+        raise CheckpointError(f"{name} is damaged ({_first_line(error)}); {REMEDY}") from error
     if wrong is not None:
-        raise CheckpointError(f"{name}: field {wrong!r} is damaged (its checksum does not match); {_REMEDY}")
+        raise CheckpointError(f"{name}: field {wrong!r} is damaged (its checksum does not match); {REMEDY}")
     return state
 
 

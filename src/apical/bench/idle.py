@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from apical.bench.recipe import Recipe
+from apical.bench.recipe import Recipe, flag
 from apical.data import Dataset
 from apical.errors import ConfigError
 
@@ -27,7 +27,7 @@ def refuse_idle(
         ConfigError: names the options, and why.
     """
     reasons = {
-        name: f"{_flag(other)} is off"
+        name: f"{flag(other)} is off"
         for name, other in _GOVERNED.items()
         if not any(getattr(recipe, other) for recipe in recipes)
     }
@@ -44,12 +44,8 @@ def refuse_idle(
     if not dataset.is_text:
         reasons["tokens"] = "the data are no text"
     defaults = Recipe.__dataclass_fields__
-    idle = {name: _flag(name) for name, value in given.items() if name in reasons and value != defaults[name].default}
+    idle = {name: flag(name) for name, value in given.items() if name in reasons and value != defaults[name].default}
     idle |= {name: f"--space {name}" for name in axes if name in reasons}
     if idle:
         said = ", ".join(f"{option} ({reasons[name]})" for name, option in idle.items())
         raise ConfigError(f"without effect here: {said}; leave {'it' if len(idle) == 1 else 'them'} out")
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")

@@ -201,23 +201,21 @@ def _row(run: Run, place: Tensor, losses: Losses, plane: Plane, chunk: int) -> d
 
 def _barriers(runs: Sequence[Run], losses: Losses, steps: int, chunk: int) -> Iterable[dict[str, Any]]:
     """Between the start and the end of each run, and between the ends of each two runs with the same seed."""
-    for run in runs:
-        weights = run.trajectory.weights
-        yield {"seed": run.recipe.seed, "from": f"{run.label} start", "to": f"{run.label} end"} | _line(
-            losses, weights[0], weights[-1], steps, chunk
-        )
-    for run, other in itertools.combinations(runs, 2):
-        if run.recipe.seed == other.recipe.seed:
-            ends = run.trajectory.weights[-1], other.trajectory.weights[-1]
-            yield {"seed": run.recipe.seed, "from": f"{run.label} end", "to": f"{other.label} end"} | _line(
-                losses, *ends, steps, chunk
-            )
-
-
-def _line(losses: Losses, start: Tensor, end: Tensor, steps: int, chunk: int) -> dict[str, Any]:
-    wall = barrier(losses, start, end, steps, chunk)
-    height = wall.height if math.isfinite(wall.height) else None
-    return {"height": height, "at": None if height is None else wall.at, "losses": _finite(wall.along)}
+    pairs = itertools.combinations(runs, 2)
+    lines = [(run, "start", run) for run in runs]
+    lines += [(run, "end", other) for run, other in pairs if run.recipe.seed == other.recipe.seed]
+    for run, place, other in lines:
+        start, end = run.trajectory.weights[0 if place == "start" else -1], other.trajectory.weights[-1]
+        wall = barrier(losses, start, end, steps, chunk)
+        height = wall.height if math.isfinite(wall.height) else None
+        yield {
+            "seed": run.recipe.seed,
+            "from": f"{run.label} {place}",
+            "to": f"{other.label} end",
+            "height": height,
+            "at": None if height is None else wall.at,
+            "losses": _finite(wall.along),
+        }
 
 
 def _same_start(runs: Sequence[Run]) -> dict[str, bool]:

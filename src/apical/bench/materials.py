@@ -10,7 +10,7 @@ from apical.bench.recipe import LossName, Recipe
 from apical.data import Dataset
 from apical.data.catalogue import ENTRIES
 from apical.data.own import sources as own_data
-from apical.errors import CheckpointError, unknown_name
+from apical.errors import CheckpointError, require_choice
 from apical.models import own as own_models
 from apical.models.initialisation import INITIALISERS
 
@@ -63,8 +63,7 @@ def initialised(model: nn.Module, name: str) -> nn.Module:
     """
     if not name:
         return model
-    if name not in INITIALISERS:
-        raise unknown_name("--init", name, INITIALISERS)
+    require_choice("--init", name, INITIALISERS)
     return INITIALISERS[name](model)
 
 

@@ -19,7 +19,7 @@ from apical.core.losses import squared_error, token_cross_entropy
 from apical.core.packed import caller
 from apical.core.rest import undisturbed
 from apical.core.units import weighted_layers
-from apical.errors import ApicalError, ConfigError, unknown_name
+from apical.errors import ApicalError, ConfigError, require_choice
 from apical.rules.backprop import Backprop
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity
 from apical.rules.corinfomax import CorInfoMax
@@ -246,7 +246,7 @@ def find_rule(name: str) -> Entry:
         for short, entry in RULES.items():
             if getattr(entry.build, "__name__", "").lower() == name.lower():
                 raise ConfigError(f"unknown rule {name!r}: the command line calls it {short!r}; see apical list rules")
-        raise unknown_name("rule", name, RULES)
+    require_choice("rule", name, RULES)
     return RULES[name]
 
 
@@ -280,8 +280,8 @@ def check_options(rules: Sequence[str], options: Sequence[str]) -> None:
     names = [rule_name(rule) for rule in rules]
     for option in options:
         owner, rest = _owner(option)
-        if owner and owner not in names:
-            raise unknown_name("rule in --rule-options", owner, names)
+        if owner:
+            require_choice("rule in --rule-options", owner, names)
         if not owner and "=" in rest and not any(_key(rest) in constructor_options(find_rule(rule)) for rule in rules):
             raise ConfigError(f"--rule-options {option}: none of the rules {' '.join(names)} has an option {_key(rest)!r}")
         parse_options((rest,))

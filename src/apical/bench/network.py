@@ -19,7 +19,7 @@ from apical.diagnostics import channel as channels
 from apical.diagnostics import coding as codes
 from apical.diagnostics.learnability import learnability
 from apical.diagnostics.persistence import persistence
-from apical.errors import ApicalError, ConfigError, unknown_name
+from apical.errors import ApicalError, ConfigError, require_choice
 
 Numbers = dict[str, dict[str, float | None]]
 """Layer, or :data:`WHOLE`, to quantity to number; None where it is not finite."""
@@ -118,8 +118,7 @@ def find_measure(name: str) -> Measurer:
             raise ConfigError(f"measure {name} has type {type(measure).__name__}: no function of a model and inputs")
         own: Measurer = measure
         return own
-    if name not in MEASURES:
-        raise unknown_name("measure", name, MEASURES)
+    require_choice("measure", name, MEASURES)
     return MEASURES[name]
 
 

@@ -26,6 +26,7 @@ GROUP = "apical.papers"
 """The entry-point group under which packages name their papers."""
 
 Sizes = dict[str, int | float | str]
+Given = Mapping[str, int | float | str]
 """Options of a run that decide its size: --epochs, --seeds, --train-limit, --generations ..."""
 
 
@@ -161,6 +162,18 @@ def table_of(
     return Table(study.title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
 
 
+def own_study(title: str, module: str, smoke: Given, cpu: Given, paper: Given, **more: Any) -> Table:
+    """The table of a module with a command line of its own; its verdicts are meant for the counts that the budget "cpu" has.
+
+    Args:
+        smoke, cpu, paper: sizes of the three budgets.
+        more: what is other than that.
+    """
+    needs = {name: size for name, size in cpu.items() if isinstance(size, int)}
+    usual = {"module": module, "needs": needs, "side_by_side": True}
+    return Table(title, {"smoke": dict(smoke), "cpu": dict(cpu), "paper": dict(paper)}, **{**usual, **more})
+
+
 def seed_study(
     title: str,
     module: str,
@@ -176,11 +189,9 @@ def seed_study(
         epochs, seeds: of the three budgets.
         least: seeds from which verdicts are meant, where fewer do.
     """
-    budgets: dict[Budget, Sizes] = {
-        budget: {"epochs": n, "seeds": k} for budget, n, k in zip(BUDGETS, epochs, seeds, strict=True)
-    }
-    needs: Sizes = {"epochs": epochs[1], "seeds": least or seeds[1]}
-    return Table(title, budgets, module=module, needs=needs, side_by_side=True, hours=hours or {})
+    smoke, cpu, paper = ({"epochs": n, "seeds": k} for n, k in zip(epochs, seeds, strict=True))
+    needs = {**cpu, "seeds": least or seeds[1]}
+    return own_study(title, module, smoke, cpu, paper, needs=needs, hours=hours or {})
 
 
 def cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:

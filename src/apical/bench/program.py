@@ -9,12 +9,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Protocol, TypeVar
 
+import matplotlib
 import torch
 import tyro
 from tyro.conf import arg
 
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import Part, kept, side_by_side
 from apical.bench.figures.curves import Drawing
+from apical.bench.figures.style import RC
 from apical.bench.finding import Row
 from apical.bench.folders import check_least, check_writable
 from apical.bench.page import write
@@ -47,6 +49,31 @@ class SeedOptions(Seeds):
     """Passes over the data in each training."""
 
 
+def about_study(title: str, about: str, our_mark: str, **sources: str) -> dict[str, Any]:
+    """What results say of a study: its title, what was done, and how its marks are meant.
+
+    Args:
+        sources: of marks that are not ours, and how they are meant.
+    """
+    return {"title": title, "about": about, "sources": {"our mark": our_mark, **sources}}
+
+
+def in_order(
+    jobs: int, parts: Iterable[Part], make: Callable[[Part], Any], out: Path, name: Callable[[Part, Any], str] | None = None
+) -> list[Any]:
+    """What `make` makes of each part, in the order of the parts; otherwise as :func:`apical.bench.cells.side_by_side`.
+
+    Args:
+        name: of a part and what was made of it; it is printed with the seconds that it took, as soon as it is finished.
+    """
+    parts, finished = list(parts), dict[int, Any]()
+    for part, content in side_by_side(jobs, parts, make, out):
+        finished[parts.index(part)] = content
+        if name is not None:
+            print(f"{content['seconds']:7.1f} s  {name(part, content)}", flush=True)
+    return [finished[place] for place in range(len(parts))]
+
+
 def by_seed(
     options: Seeds,
     command: str,
@@ -71,12 +98,8 @@ def by_seed(
     """
     passes = {"epochs": options.epochs} if isinstance(options, SeedOptions) else {}
     config = {**passes, **settings}
-    cell_of: dict[int, dict[str, Any]] = {}
     make = partial(_kept_seed, options.out, config, cell, tuple(passes.values()))
-    for seed, content in side_by_side(options.jobs, range(options.seeds), make, options.out):
-        cell_of[seed] = content
-        print(f"{content['seconds']:7.1f} s  seed {seed}", flush=True)
-    cells = [cell_of[seed] for seed in range(options.seeds)]
+    cells = in_order(options.jobs, range(options.seeds), make, options.out, lambda seed, _: f"seed {seed}")
     about_seeds = {"seeds": len(cells), **config}
     return keep_results(options.out, command, about, about_seeds, cells, verdicts(cells), tables(cells))
 
@@ -166,6 +189,8 @@ def run_command(
 ) -> int:
     """`python -m MODULE ...`: check its options, run a study and print its verdicts; returns the exit status.
 
+    Within, Matplotlib has the settings of all our figures.
+
     Args:
         options: what its command line takes.
         study: maps options and the command to what results.json holds.
@@ -178,7 +203,8 @@ def run_command(
     torch.set_num_threads(1)  # the networks are too small for more
     try:
         _check(settings, {**LEAST, **least})
-        results = study(settings, shlex.join(["python", "-m", module, *arguments]))
+        with matplotlib.rc_context(RC):
+            results = study(settings, shlex.join(["python", "-m", module, *arguments]))
     except ApicalError as error:
         print(f"apical: error: {error}", file=sys.stderr)
         return 2

@@ -193,17 +193,17 @@ class Recipe:
         for option in ("epochs", "batch_size", "train_limit", "test_limit", "context"):
             value = getattr(self, option)
             if value is not None and value <= 0:
-                raise ConfigError(f"{_flag(option)} must be positive, got {value}")
+                raise ConfigError(f"{flag(option)} must be positive, got {value}")
         for option in ("crop", "validation", "threads", "probe", "seed", *_COUNTS, *_PASSES):
             if getattr(self, option) < 0:
-                raise ConfigError(f"{_flag(option)} must not be negative, got {getattr(self, option)}")
+                raise ConfigError(f"{flag(option)} must not be negative, got {getattr(self, option)}")
         for option, kind in _kinds().items():
             if get_origin(kind) is Literal and getattr(self, option) not in get_args(kind):
-                raise unknown_name(_flag(option), str(getattr(self, option)), get_args(kind))
+                raise unknown_name(flag(option), str(getattr(self, option)), get_args(kind))
         for option in ("momentum", "beta2", "feedback_beta1", "feedback_beta2"):
             value = getattr(self, option)
             if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"{_flag(option)} must be in [0, 1), got {value}")
+                raise ConfigError(f"{flag(option)} must be in [0, 1), got {value}")
         for option in ("clip", "eps", "lr_min", "lr_final", "feedback_eps", "feedback_weight_decay"):
             _check_number(option, getattr(self, option), positive=False)
         for option in ("feedback_lr", "pretrain_lr", "feedback_fraction"):
@@ -269,7 +269,7 @@ class Recipe:
         for option in _PASSES:
             if getattr(self, option) and not two_phase:
                 raise ConfigError(
-                    f"{_flag(option)} {getattr(self, option)}: rule {self.rule_name!r} (with these options) has no "
+                    f"{flag(option)} {getattr(self, option)}: rule {self.rule_name!r} (with these options) has no "
                     "feedback weights to train separately; drop this option"
                 )
 
@@ -404,24 +404,23 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 def _check_number(option: str, value: float | None, *, positive: bool) -> None:
     if value is not None and (not math.isfinite(value) or value < 0 or (positive and value == 0)):
-        raise ConfigError(
-            f"{_flag(option)} must be {'positive' if positive else 'zero or positive'} and finite, got {value}"
-        )
+        raise ConfigError(f"{flag(option)} must be {'positive' if positive else 'zero or positive'} and finite, got {value}")
 
 
 def _check_schedule(option: str, values: tuple[float, ...], epochs: tuple[int, ...], *, positive: bool) -> None:
     for value in values:
         _check_number(option, value, positive=positive)
     if not values and (positive or epochs):
-        raise ConfigError(f"{_flag(option)} needs at least one value")
+        raise ConfigError(f"{flag(option)} needs at least one value")
     if values and len(epochs) != len(values) - 1:
         raise ConfigError(
-            f"{_flag(option)} has {len(values)} value{'s' * (len(values) > 1)}, so {_flag(option)}-epochs needs "
+            f"{flag(option)} has {len(values)} value{'s' * (len(values) > 1)}, so {flag(option)}-epochs needs "
             f"{len(values) - 1}, got {len(epochs)}"
         )
     if any(epoch <= 0 for epoch in epochs) or list(epochs) != sorted(set(epochs)):
-        raise ConfigError(f"{_flag(option)}-epochs must be positive and increasing, got {' '.join(map(str, epochs))}")
+        raise ConfigError(f"{flag(option)}-epochs must be positive and increasing, got {' '.join(map(str, epochs))}")
 
 
-def _flag(option: str) -> str:
+def flag(option: str) -> str:
+    """A field as an option of the command line: "--batch-size"."""
     return "--" + option.replace("_", "-")

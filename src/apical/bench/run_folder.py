@@ -14,16 +14,15 @@ import numpy as np
 from torch import Tensor
 
 from apical.bench import own_rules
-from apical.bench.checkpoint import write_atomically
+from apical.bench.checkpoint import REMEDY, write_atomically
 from apical.bench.distributed import World
-from apical.bench.folders import LOCK, is_used, refuse_used
-from apical.bench.folders import check_writable as check_writable
+from apical.bench.folders import LOCK, check_writable, is_used, refuse_used
 from apical.bench.provenance import commit as commit
 from apical.bench.provenance import environment as environment
 from apical.bench.recipe import Recipe, bare_rule, differences, from_json
 from apical.bench.report.checks import check_result
 from apical.bench.restore import check_measurements
-from apical.bench.state import REMEDY, append_line, brief, read_json, read_lines, write_lines, write_state
+from apical.bench.state import append_line, brief, read_json, read_lines, write_lines, write_state
 from apical.bench.state import write_json as write_json
 from apical.bench.tensorboard import Events
 from apical.core.credit import Panel

@@ -10,7 +10,7 @@ from typing import Any
 from apical.bench.materials import located
 from apical.bench.names import constructor_options, find_rule, merged
 from apical.bench.recipe import Recipe, parse_options, rule_name
-from apical.errors import ConfigError, unknown_name
+from apical.errors import ConfigError, require_choice, unknown_name
 
 Settings = dict[str, Any]
 """Chosen values by name."""
@@ -81,8 +81,8 @@ def space(rules: Sequence[str], texts: Sequence[str]) -> dict[str, list[Axis]]:
     axes: dict[str, list[Axis]] = {rule: [] for rule in rules}
     for text in texts:
         owner, axis = parse(text)
-        if owner and owner not in names:
-            raise unknown_name("rule in --space", owner, names)
+        if owner:
+            require_choice("rule in --space", owner, names)
         if axis.name in FIXED:
             raise ConfigError(f"--space {text}: all trials have the same {axis.name}; give it as an option")
         takers = [

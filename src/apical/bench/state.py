@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from apical.bench.checkpoint import write_atomically
+from apical.bench.checkpoint import REMEDY, write_atomically
 from apical.errors import CheckpointError
 
 SEAL = "sha256"
 _DIGEST = re.compile("[0-9a-f]{64}")
 DEEPEST = 64
 """Levels of nesting up to which JSON is read."""
-REMEDY = "start again with --overwrite or in another folder"
 
 
 class NotAnObjectError(ValueError):

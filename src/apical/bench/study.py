@@ -1,12 +1,14 @@
 """Studies: the rows of a paper's table or figure, each with its recipe and the numbers it should reproduce."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from apical.bench.recipe import Recipe, from_json
 from apical.bench.state import read_json
-from apical.errors import ApicalError, ConfigError, unknown_name
+from apical.errors import ApicalError, ConfigError, require_choice
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Row:
     """One rule of a study: how to train it and what was published."""
 
     recipe: Recipe
-    published: tuple[Published, ...]
+    published: tuple[Published, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,17 @@ class Study:
 
     def row(self, rule: str) -> Row:
         """The row of a rule, or the study's settings for a rule that the study does not have."""
-        return self.rows.get(rule) or Row(replace(self.default, rule=rule), ())
+        return self.rows.get(rule) or Row(replace(self.default, rule=rule))
+
+
+def rows_of(
+    base: Recipe,
+    rules: Iterable[str] | Mapping[str, Mapping[str, Any]],
+    published: Mapping[str, tuple[Published, ...]] = MappingProxyType({}),
+) -> dict[str, Row]:
+    """The rows of rules, each with its published numbers and, where these are given, with settings of its own."""
+    own = rules if isinstance(rules, Mapping) else {}
+    return {rule: Row(replace(base, rule=rule, **own.get(rule, {})), published.get(rule, ())) for rule in rules}
 
 
 def from_file(path: Path) -> Study:
@@ -88,7 +100,7 @@ def from_file(path: Path) -> Study:
     rows = content.get("rows")
     if not isinstance(rows, dict) or not rows:
         raise ConfigError(f'--recipe {path}: the file has no recipes; it needs {{"title": ..., "rows": {{RULE: RECIPE}}}}')
-    recipes = {rule: Row(_recipe(settings, f"--recipe {path}, {rule}"), ()) for rule, settings in rows.items()}
+    recipes = {rule: Row(_recipe(settings, f"--recipe {path}, {rule}")) for rule, settings in rows.items()}
     return Study(str(content.get("title", path.name)), "not known", recipes, next(iter(recipes.values())).recipe)
 
 
@@ -97,8 +109,7 @@ def _recipe(settings: Any, where: str) -> Recipe:
         raise ConfigError(f"{where}: a recipe is an object of settings, not {settings!r}")
     names = [item.name for item in fields(Recipe)]
     for name in settings:
-        if name not in names:
-            raise unknown_name(f"setting in {where}", name, names)
+        require_choice(f"setting in {where}", name, names)
     try:
         return from_json(settings)
     except ApicalError:

@@ -1,12 +1,12 @@
 """What an epoch adds up on the device, without waiting for it: loss, hits and the scalars that rules log."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apical.bench.distributed import World
+from apical.bench.measure import finite
 from apical.core.credit import Credit
 
 
@@ -53,7 +53,7 @@ class Sums:
     def means(self) -> tuple[float | None, float | None, dict[str, float | None]]:
         """Loss, accuracy (0 to 1) and logs per step, over all processes; None where nothing was counted or is finite."""
         state = self.state()
-        logs = {name: _finite(value.item() / state["counts"][name]) for name, value in state["logs"].items()}
+        logs = {name: finite(value.item() / state["counts"][name]) for name, value in state["logs"].items()}
         if not self.examples:
             return None, None, logs
         hits = state["hits"].item() / (self.examples * self._answers) if self._classes else None
@@ -81,7 +81,3 @@ class Sums:
         self.examples = state["examples"]
         self._logs = {name: value.to(device) * share for name, value in logs.items()}
         self._counts = dict(counts)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

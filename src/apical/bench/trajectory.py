@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apical.bench.checkpoint import read_sealed, write_sealed
+from apical.bench.checkpoint import REMEDY, read_sealed, write_sealed
 from apical.diagnostics.landscape import flat
 from apical.errors import CheckpointError
 
@@ -79,15 +79,12 @@ class Recorder:
             return
         saved = load(self.path)
         if len(saved.steps) < count:
-            raise CheckpointError(f"{self.path} has {len(saved.steps)} snapshots, its checkpoint knows {count}; {_REMEDY}")
+            raise CheckpointError(f"{self.path} has {len(saved.steps)} snapshots, its checkpoint knows {count}; {REMEDY}")
         self.steps, self._weights = list(saved.steps[:count]), [row.clone() for row in saved.weights[:count]]
         if self.steps and self.steps[-1] % self.every:  # the end of a shorter training, which a longer one passes by
             self.steps.pop()
             self._weights.pop()
         self._saved = len(self.steps)
-
-
-_REMEDY = "start again with --overwrite or in another folder"
 
 
 def load(path: Path) -> Trajectory:
@@ -100,7 +97,7 @@ def load(path: Path) -> Trajectory:
     try:
         content = read_sealed(path, str(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; {_REMEDY}") from None
+        raise CheckpointError(f"{path} is missing; {REMEDY}") from None
     try:
         if content["format"] != FORMAT:
             raise ValueError
@@ -112,5 +109,5 @@ def load(path: Path) -> Trajectory:
         if not weights.is_floating_point() or list(steps) != sorted({*steps}) or min(steps, default=0) < 0:
             raise ValueError
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is damaged; {_REMEDY}") from error
+        raise CheckpointError(f"{path} is damaged; {REMEDY}") from error
     return Trajectory(names, shapes, steps, weights)

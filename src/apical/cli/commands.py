@@ -53,7 +53,7 @@ from apical.cli.columns import columns, margin
 from apical.cli.terminal import Terminal, bar, say
 from apical.core.credit import CreditRule
 from apical.data.dataset import Dataset
-from apical.errors import ConfigError, DivergenceError, UnsupportedModelError, unknown_name
+from apical.errors import ConfigError, DivergenceError, UnsupportedModelError, require_choice
 
 if TYPE_CHECKING:
     from apical.cli.flags.training import Compare, Flags, Train
@@ -338,11 +338,12 @@ def refuse_numbers(flags: Any) -> None:
 
 def find_study(name: str | None) -> Study | None:
     """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None."""
-    if name is not None and name.endswith(".json"):
+    if name is None:
+        return None
+    if name.endswith(".json"):
         return from_file(Path(name))
-    if name is not None and name not in studies():
-        raise unknown_name("recipe", name, studies())
-    return studies()[name] if name is not None else None
+    require_choice("recipe", name, studies())
+    return studies()[name]
 
 
 def stopped(interrupted: Interrupted, command: str) -> int:
@@ -366,31 +367,51 @@ def progress_of(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
         yield lambda step: update(completed=training.steps_done), on_line
 
 
-def listing(what: str) -> None:
+def listing(flags: Any, command: str) -> int:
     """Print the rules, models, data sets or recipes."""
-    if what == "rules":
+    if flags.what == "rules":
         rows = [(name, entry.title) for name, entry in RULES.items()]
         rows += [(f"{name}:RULE", title) for name, (_, title) in AROUND.items()]
-    elif what == "recipes":
+    elif flags.what == "recipes":
         rows = [(name, f"{study.title}; {study.cost}") for name, study in studies().items()]
-    elif what == "models":
-        rows = [(name, "") for name in models.names()]
     else:
-        rows = [(row.name, "; ".join(filter(None, (row.what, row.images, row.where)))) for row in data.status()]
+        rows = data_rows() if flags.what == "data" else [(name, "") for name in models.names()]
     print("\n".join(columns(rows, margin())))
+    return 0
 
 
-def fetch(name: str) -> None:
-    """Download a data set and print where it lies."""
-    if name not in data.names():
-        raise unknown_name("data set", name, data.names())
-    print(data.fetch(name))
+def data_rows() -> list[tuple[str, str]]:
+    """Each data set, and where it is."""
+    return [(row.name, "; ".join(filter(None, (row.what, row.images, row.where)))) for row in data.status()]
 
 
-def write_report(folder: Path) -> None:
+def fetch_or_list(flags: Any, command: str) -> int:
+    """Download a data set and print where it lies, or print all data sets."""
+    name = getattr(flags.action, "name", None)
+    if name is not None:
+        require_choice("data set", name, data.names())
+        print(data.fetch(name))
+    else:
+        print("\n".join(columns(data_rows(), margin())))
+    return 0
+
+
+def write_report(flags: Any, command: str) -> int:
     """Write the report of a folder and print its path."""
+    folder = flags.folder
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"no permission to write in {folder}")
     print(shown_path(report.write(folder)))
+    return 0
+
+
+RUN: dict[str, Callable[[Any, str], int]] = {
+    "compare": compare,
+    "train": train,
+    "report": write_report,
+    "data": fetch_or_list,
+    "list": listing,
+}
+"""What runs the commands that have no file of their own."""

@@ -20,7 +20,7 @@ from apical.bench.run_folder import environment
 from apical.bench.signals import Interrupted, StopSignals
 from apical.cli.commands import stopped
 from apical.cli.terminal import bar
-from apical.errors import unknown_name
+from apical.errors import require_choice
 from apical.evolution.strategy import Search
 from apical.evolution.workers import Here, RayWorkers, Workers
 from apical.models import own as own_models
@@ -68,9 +68,10 @@ def drafted(flags: "Evolve") -> EvolutionRecipe:
     """The committed recipe asked for, or the defaults, with the given options in place."""
     names = EvolutionRecipe.__dataclass_fields__
     settings = {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
-    if flags.recipe is not None and flags.recipe not in evolutions():
-        raise unknown_name("evolution recipe", flags.recipe, evolutions())
-    return replace(evolutions()[flags.recipe] if flags.recipe is not None else EvolutionRecipe(), **settings)
+    if flags.recipe is None:
+        return EvolutionRecipe(**settings)
+    require_choice("evolution recipe", flags.recipe, evolutions())
+    return replace(evolutions()[flags.recipe], **settings)
 
 
 def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:

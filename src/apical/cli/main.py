@@ -85,10 +85,8 @@ COMMANDS: dict[str, type] = {
     "data": Data,
     "list": List,
 }
-"""The flags of each command. What runs it is `run(flags, command)` in `apical.cli.<name>`, imported only then."""
-
-SHORT = {"compare", "train", "report", "data", "list"}
-"""Commands that run in `apical.cli.commands` instead."""
+"""The flags of each command. What runs it is `run(flags, command)` in `apical.cli.<name>`, imported only then, or stands in
+`apical.cli.commands.RUN`."""
 
 Command: Any = Union[  # noqa: UP007  (of a list)
     tuple(Annotated[flags, subcommand(name, prefix_name=False)] for name, flags in COMMANDS.items())
@@ -203,24 +201,8 @@ def _said(error: OSError, parsed: Any) -> str:
 
 def _runner(parsed: Any) -> Callable[[Any, str], int]:
     """What runs a command; imports torch and all that the command needs."""
-    from apical.cli import commands
+    from apical.cli.commands import RUN
 
-    if isinstance(parsed, Compare):
-        return commands.compare
-    if isinstance(parsed, Train):
-        return commands.train
     name = next(name for name, flags in COMMANDS.items() if flags is type(parsed))
-    if name not in SHORT:
-        run: Callable[[Any, str], int] = import_module(f"apical.cli.{name}").run
-        return run
-
-    def simple(parsed: Any, command: str) -> int:
-        if isinstance(parsed, Report):
-            commands.write_report(parsed.folder)
-        elif isinstance(parsed, Data) and isinstance(parsed.action, DataFetch):
-            commands.fetch(parsed.action.name)
-        else:
-            commands.listing("data" if isinstance(parsed, Data) else parsed.what)
-        return 0
-
-    return simple
+    run: Callable[[Any, str], int] = RUN.get(name) or import_module(f"apical.cli.{name}").run
+    return run

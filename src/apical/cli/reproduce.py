@@ -23,7 +23,7 @@ from apical.cli import commands
 from apical.cli.columns import columns, margin
 from apical.cli.flags.training import Compare
 from apical.cli.terminal import say, show_table
-from apical.errors import ApicalError, CheckpointError, ConfigError, unknown_name
+from apical.errors import ApicalError, CheckpointError, ConfigError, require_choice, unknown_name
 
 if TYPE_CHECKING:
     from apical.cli.flags.reproduce import Reproduce
@@ -58,8 +58,7 @@ def tables_of(target: str) -> dict[str, Table]:
         raise unknown_name("paper", target, [f"{p}/{t}" for p, tables in all_tables().items() for t in tables])
     if not name:
         return {f"{paper}/{each}": table for each, table in all_tables()[paper].items()}
-    if name not in all_tables()[paper]:
-        raise unknown_name(f"table of {paper}", name, all_tables()[paper])
+    require_choice(f"table of {paper}", name, all_tables()[paper])
     return {target: all_tables()[paper][name]}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apical.bench import compare as comparison
+from apical.bench.checkpoint import REMEDY
 from apical.bench.compare import Job, cores
 from apical.bench.distributed import under_torchrun
 from apical.bench.document import command_block, document, figure_block, table
@@ -26,7 +27,7 @@ from apical.bench.report import folder as report
 from apical.bench.run_folder import FolderLock
 from apical.bench.signals import Interrupted, StopSignals
 from apical.bench.space import Axis, Grid, Optuna, applied, edges, grid, space
-from apical.bench.state import REMEDY, read_json, write_json, write_page, write_state
+from apical.bench.state import read_json, write_json, write_page, write_state
 from apical.bench.statistics import bootstrap
 from apical.bench.sweep import Execute, Trial, clear, in_processes, on_ray
 from apical.cli import commands

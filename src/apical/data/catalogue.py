@@ -102,18 +102,26 @@ def unknown_data(name: str) -> ConfigError:
     )
 
 
-_MNIST_FILES = tuple(f"{name}?" for name in idx.FILES)
 _PYTHON_10 = (*cifar.TRAIN_10, "test_batch")
 _KMNIST_TEST = ("kmnist-test-imgs.npz", "kmnist-test-labels.npz")
 _KMNIST_TRAIN = ("kmnist-train-imgs.npz", "kmnist-train-labels.npz")
 
 
-def _idx_layout(folder: str) -> Layout:
-    return Layout(folder, _MNIST_FILES, idx.read_folder, 60000, 10000)
-
-
-def _idx_files(*checksums: str) -> dict[str, str]:
-    return {f"{name}.gz": checksum for name, checksum in zip(idx.FILES, checksums, strict=True)}
+def _mnist_like(
+    what: str,
+    mean: float,
+    std: float,
+    base: str,
+    folder: str,
+    checksums: tuple[str, ...],
+    before: tuple[Layout, ...] = (),
+    after: tuple[Layout, ...] = (),
+) -> Entry:
+    """Ten classes of 28x28 grey images in MNIST's four IDX files, or in other layouts, looked for before and after these."""
+    layout = Layout(folder, tuple(f"{name}?" for name in idx.FILES), idx.read_folder, 60000, 10000)
+    files = {f"{name}.gz": checksum for name, checksum in zip(idx.FILES, checksums, strict=True)}
+    remote = Remote(base, folder, files)
+    return Entry(what, 10, (1, 28, 28), (mean,), (std,), (*before, layout, *after), remote=remote)
 
 
 ENTRIES: dict[str, Entry] = {
@@ -127,40 +135,28 @@ ENTRIES: dict[str, Entry] = {
         high=16.0,
         made=Made("scikit-learn's bundled digits", embedded_digits, 1437, 360),
     ),
-    "mnist": Entry(
+    "mnist": _mnist_like(
         "handwritten digits, 28x28 grey",
-        10,
-        (1, 28, 28),
-        (0.1307,),
-        (0.3081,),
-        (_idx_layout("MNIST/raw"),),
-        remote=Remote(
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "MNIST/raw",
-            _idx_files(
-                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-                "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-            ),
+        *(0.1307, 0.3081),
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "MNIST/raw",
+        (
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         ),
     ),
-    "fashion-mnist": Entry(
+    "fashion-mnist": _mnist_like(
         "clothing, 28x28 grey",
-        10,
-        (1, 28, 28),
-        (0.2860,),
-        (0.3530,),
-        (_idx_layout("FashionMNIST/raw"),),
-        remote=Remote(
-            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-            "FashionMNIST/raw",
-            _idx_files(
-                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-            ),
+        *(0.2860, 0.3530),
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        "FashionMNIST/raw",
+        (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         ),
     ),
     "cifar-10": Entry(
@@ -222,27 +218,19 @@ ENTRIES: dict[str, Entry] = {
             },
         ),
     ),
-    "kmnist": Entry(
+    "kmnist": _mnist_like(
         "cursive Japanese characters, 28x28 grey",
-        10,
-        (1, 28, 28),
-        (0.1918,),
-        (0.3483,),
+        *(0.1918, 0.3483),
+        "https://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+        "KMNIST/raw",
         (
-            Layout("KMNIST", _KMNIST_TRAIN + _KMNIST_TEST, arrays.read_kmnist, 60000, 10000),
-            _idx_layout("KMNIST/raw"),
-            Layout("KMNIST-test", _KMNIST_TEST, arrays.read_kmnist, 0, 10000, "test split only"),
+            "bdb82020997e1d708af4cf47b453dcf7",
+            "e144d726b3acfaa3e44228e80efcd344",
+            "5c965bf0a639b31b8f53240b1b52f4d7",
+            "7320c461ea6c1c855c0b718fb2a4b134",
         ),
-        remote=Remote(
-            "https://codh.rois.ac.jp/kmnist/dataset/kmnist/",
-            "KMNIST/raw",
-            _idx_files(
-                "bdb82020997e1d708af4cf47b453dcf7",
-                "e144d726b3acfaa3e44228e80efcd344",
-                "5c965bf0a639b31b8f53240b1b52f4d7",
-                "7320c461ea6c1c855c0b718fb2a4b134",
-            ),
-        ),
+        (Layout("KMNIST", _KMNIST_TRAIN + _KMNIST_TEST, arrays.read_kmnist, 60000, 10000),),
+        (Layout("KMNIST-test", _KMNIST_TEST, arrays.read_kmnist, 0, 10000, "test split only"),),
     ),
     "kmnist-10k": Entry(
         "the 10,000 test images of kmnist, 8,000 of them to learn from; not comparable with kmnist",

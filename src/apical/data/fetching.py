@@ -104,9 +104,10 @@ class Resume:
         if offset:
             headers["Range"] = f"bytes={offset}-"
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-            span = re.match(r"bytes (\d+|\*)", response.headers.get("Content-Range", ""))
-            if offset and (response.status_code == 416 or (response.status_code == 206 and not _starts(span, offset))):
-                return response.headers.get("Content-Range") == f"bytes */{offset}"
+            span = response.headers.get("Content-Range", "")
+            starts = re.match(rf"bytes {offset}\b", span)
+            if offset and (response.status_code == 416 or (response.status_code == 206 and not starts)):
+                return span == f"bytes */{offset}"
             response.raise_for_status()
             continues = offset > 0 and response.status_code == 206
             length = int(response.headers.get("Content-Length", 0)) + (offset if continues else 0)
@@ -119,10 +120,6 @@ class Resume:
         if length and received < length:
             raise requests.ConnectionError(f"{received} of {length} bytes")
         return True
-
-
-def _starts(span: re.Match[str] | None, offset: int) -> bool:
-    return span is not None and span.group(1) == str(offset)
 
 
 def _bar() -> Progress:

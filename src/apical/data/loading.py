@@ -37,19 +37,16 @@ def status() -> list[Status]:
     """One row for every data set, found or not, without reading the images."""
     rows = []
     for name, dataset in ENTRIES.items():
+        where, images = f"not found: apical data fetch {name}", ""
         if dataset.sequences is not None:
-            rows.append(Status(name, dataset.what, "made here, in windows of --context tokens", ""))
-            continue
-        if dataset.made is not None:
-            rows.append(Status(name, dataset.what, dataset.made.source, f"{dataset.made.train:,} + {dataset.made.test:,}"))
-            continue
-        place = _find(dataset, None)
-        if place is None:
-            rows.append(Status(name, dataset.what, f"not found: apical data fetch {name}", ""))
-            continue
-        layout, _, root = place
-        images = f"{layout.train:,} + {layout.test:,}" + (f" ({layout.note})" if layout.note else "")
-        rows.append(Status(name, dataset.what, str(root / layout.folder), images))
+            where = "made here, in windows of --context tokens"
+        elif dataset.made is not None:
+            where, images = dataset.made.source, f"{dataset.made.train:,} + {dataset.made.test:,}"
+        elif place := _find(dataset, None):
+            layout, _, root = place
+            where = str(root / layout.folder)
+            images = f"{layout.train:,} + {layout.test:,}" + (f" ({layout.note})" if layout.note else "")
+        rows.append(Status(name, dataset.what, where, images))
     return rows
 
 

@@ -38,9 +38,7 @@ def cnn_elu(shape: tuple[int, int, int], widths: Sequence[int], num_classes: int
         layers[f"elu{depth}"] = nn.ELU()
         layers[f"pool{depth}"] = nn.MaxPool2d(2)
         channels, side = width, [size // 2 for size in side]
-    layers["flatten"] = nn.Flatten()
-    layers["linear"] = nn.Linear(channels * math.prod(side), num_classes, bias=False)
-    return nn.Sequential(layers)
+    return _read_out(layers, channels * math.prod(side), num_classes, bias=False)
 
 
 def cnn_stride(shape: tuple[int, int, int], widths: Sequence[int], num_classes: int) -> nn.Sequential:
@@ -57,9 +55,7 @@ def cnn_stride(shape: tuple[int, int, int], widths: Sequence[int], num_classes: 
         layers[f"conv{depth}"] = _zeroed(nn.Conv2d(channels, width, 3, stride=2, padding=1))
         layers[f"elu{depth}"] = nn.ELU()
         channels, side = width, [(size + 1) // 2 for size in side]
-    layers["flatten"] = nn.Flatten()
-    layers["linear"] = nn.Linear(channels * math.prod(side), num_classes, bias=False)
-    return nn.Sequential(layers)
+    return _read_out(layers, channels * math.prod(side), num_classes, bias=False)
 
 
 def cnn_pooled(
@@ -87,9 +83,7 @@ def cnn_pooled(
         layers[f"conv{depth}"] = nn.Conv2d(channels, width, 3, padding=padding)
         layers[f"pool{depth}"], layers[f"activation{depth}"] = pool(), activation()
         channels = width
-    layers["flatten"] = nn.Flatten()
-    layers["linear"] = nn.Linear(channels * math.prod(side), num_classes)
-    return nn.Sequential(layers)
+    return _read_out(layers, channels * math.prod(side), num_classes)
 
 
 def conv_autoencoder(shape: tuple[int, int, int], widths: Sequence[int], outputs: int) -> nn.Sequential:
@@ -121,6 +115,12 @@ def conv_autoencoder(shape: tuple[int, int, int], widths: Sequence[int], outputs
             layers[f"norm{depth}"], layers[f"relu{depth}"] = nn.BatchNorm2d(width), nn.ReLU()
         channels = width
     layers["flatten"] = nn.Flatten()
+    return nn.Sequential(layers)
+
+
+def _read_out(layers: OrderedDict[str, nn.Module], features: int, num_classes: int, bias: bool = True) -> nn.Sequential:
+    """The layers with a linear read-out behind them."""
+    layers |= {"flatten": nn.Flatten(), "linear": nn.Linear(features, num_classes, bias=bias)}
     return nn.Sequential(layers)
 
 

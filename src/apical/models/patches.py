@@ -13,13 +13,17 @@ WIDTH, BLOCKS, HEADS = 96, 4, 4
 class Patches(nn.Module):
     """An image cut into squares, each as a vector: (N, channels, H, W) -> (N, squares, width).
 
+    Args:
+        side: pixels along a square; None takes 4, or 2 of images below 16x16.
+
     Raises:
         ConfigError: the sides cannot be cut so.
     """
 
-    def __init__(self, shape: tuple[int, int, int], width: int, side: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], width: int, side: int | None = None) -> None:
         super().__init__()
         channels, height, breadth = shape
+        side = (4 if min(height, breadth) >= 16 else 2) if side is None else side
         if height % side or breadth % side:
             raise ConfigError(f"images of {height}x{breadth} cannot be cut into squares of {side}x{side} pixels")
         self.number = (height // side) * (breadth // side)
@@ -57,7 +61,7 @@ class VisionTransformer(nn.Module):
         side: int | None = None,
     ) -> None:
         super().__init__()
-        self.patches = Patches(shape, width, _side(shape) if side is None else side)
+        self.patches = Patches(shape, width, side)
         self.positions = nn.Embedding(self.patches.number, width)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
@@ -95,7 +99,7 @@ class Mixer(nn.Module):
         side: int | None = None,
     ) -> None:
         super().__init__()
-        self.patches = Patches(shape, width, _side(shape) if side is None else side)
+        self.patches = Patches(shape, width, side)
         self.blocks = nn.Sequential(*(MixerBlock(self.patches.number, width) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
@@ -126,7 +130,3 @@ class MixerBlock(nn.Module):
         x = x + self.mix2(self.gelu1(self.mix1(self.norm1(x).transpose(1, 2)))).transpose(1, 2)
         x = x + self.down(self.gelu2(self.up(self.norm2(x))))
         return x
-
-
-def _side(shape: tuple[int, int, int]) -> int:
-    return 4 if min(shape[1:]) >= 16 else 2

@@ -17,7 +17,7 @@ from apical.core.outputs import output_errors, tensors
 from apical.core.rest import undisturbed
 from apical.core.wrapped import innermost
 from apical.testing.effective_weight import effective_weight
-from apical.testing.trial import Gradients, Trial
+from apical.testing.trial import Gradients, Trial, shadowed
 
 MOST = 12
 """Layers that are intervened on one by one; more are sampled evenly, the first and the last among them."""
@@ -46,11 +46,8 @@ def fed_back(rule: EdgeRule, weights: Mapping[str, Tensor]) -> Iterator[None]:
     def pathway(name: str, inputs: Tensor) -> Any:
         return None if name in weights else own_pathway(name, inputs)
 
-    rule.__dict__.update(feedback_of=feedback_of, pathway=pathway)
-    try:
+    with shadowed(rule, feedback_of=feedback_of, pathway=pathway):
         yield
-    finally:
-        del rule.__dict__["feedback_of"], rule.__dict__["pathway"]
 
 
 def sample(names: list[str]) -> list[str]:
@@ -264,19 +261,15 @@ def _plainly(outer: CreditRule, rule: CutRule, roots: list[Tensor], inputs: Any,
 @contextmanager
 def _plain_roots(rule: CutRule, roots: list[Tensor]) -> Iterator[None]:
     """Within, the rule's roots are the outputs of units; those of the hidden ones are put into `roots`."""
-    before, run = rule.plain_roots, rule.run
+    run = rule.run
 
     def recorded(*args: Any) -> Any:
         result = run(*args)
         roots[:] = [cut.root for cut in result[1]]
         return result
 
-    rule.__dict__.update(plain_roots=True, run=recorded)
-    try:
+    with shadowed(rule, plain_roots=True, run=recorded):
         yield
-    finally:
-        rule.__dict__["plain_roots"] = before
-        del rule.__dict__["run"]
 
 
 def require_backprop(trial: Trial, grads: Gradients, when: str) -> None:

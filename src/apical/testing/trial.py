@@ -215,22 +215,29 @@ def _filled(grad: Tensor | None, other: Tensor | None) -> Tensor:
 
 
 @contextmanager
+def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Within, the module has these attributes or methods in place of those of its own or its class."""
+    own = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del module.__dict__[name]
+        module.__dict__.update(own)
+
+
+@contextmanager
 def _before_forward(module: nn.Module, act: Callable[..., Any]) -> Iterator[None]:
     """Within, `act(args, kwargs)` says what the module's forward method is given, also where it is called by its name."""
-    own = module.__dict__.get("forward")
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = act(args, kwargs)
         return forward(*args, **kwargs)
 
-    module.__dict__["forward"] = run
-    try:
+    with shadowed(module, forward=run):
         yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
 
 
 def _record(seen: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

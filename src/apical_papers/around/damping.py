@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from apical.bench.finding import Row, at_least, shown
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
 from apical_papers.around.study import SETTINGS, SOLVED, network, trained
@@ -23,15 +23,13 @@ DAMPING = (1e-2, 1e-1)
 WIDTHS = (128, 128)
 BATCH = 64
 KEPT = ("training digits", "test digits", "initial weights", "solver: hidden layers", "solver: learning rates")
-ABOUT: dict[str, Any] = {
-    "title": "The local solver's damping and its range of learning rates",
-    "about": "Consequentialism weight updates around three rules, over the 20-fold ranges of learning rates of the study of "
+ABOUT = about_study(
+    "The local solver's damping and its range of learning rates",
+    "Consequentialism weight updates around three rules, over the 20-fold ranges of learning rates of the study of "
     "rules around rules. Test accuracy is to lie within 3 points of its best over the range.",
-    "sources": {
-        "our mark": "The specification's: a spread of at most 3 points over a 20-fold range, and interference cosines above "
-        "0.99. Reproduced means that the mean lies past the mark. Damping 0.1 was chosen for cwu:bp on other seeds."
-    },
-}
+    "The specification's: a spread of at most 3 points over a 20-fold range, and interference cosines above "
+    "0.99. Reproduced means that the mean lies past the mark. Damping 0.1 was chosen for cwu:bp on other seeds.",
+)
 
 
 def run(rule: str, damping: float, digits: Digits, seed: int, lr: float, epochs: int) -> dict[str, float]:

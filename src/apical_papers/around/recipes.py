@@ -7,10 +7,8 @@ a source that could be read, so no row has a published number. The control `matc
 was run; the learning rates of CCL in it were chosen after a look at one seed.
 """
 
-from dataclasses import replace
-
 from apical.bench.recipe import Recipe
-from apical.bench.study import Row, Study
+from apical.bench.study import Study, rows_of
 
 BASE = Recipe(
     data="mnist",
@@ -28,7 +26,7 @@ STUDIES = {
     "grapes-mnist": Study(
         "Node importance and its control on MNIST, 784-256-256-10",
         "minutes",
-        {rule: Row(replace(BASE, rule=rule), ()) for rule in RULES},
+        rows_of(BASE, RULES),
         BASE,
     )
 }

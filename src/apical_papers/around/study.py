@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
 from apical_papers.digits import TEST, TRAIN, Digits, passes
@@ -41,16 +41,13 @@ SOLVED = {"bp": (0.05, 0.2, 1.0), "dfa": (0.05, 0.2, 1.0), "ccl": (1.0, 4.0, 20.
 """20-fold ranges of learning rates; those of CCL lie higher, because its updates are small and clipped."""
 ETAS = (0.1, 1.0, 10.0)
 
-ABOUT: dict[str, Any] = {
-    "title": "How an error is used: node importance, local solvers, semi-implicit steps",
-    "about": "Accuracies after every epoch on 1000 test digits of MNIST. Node importance (GRAPES) is compared with a "
+ABOUT = about_study(
+    "How an error is used: node importance, local solvers, semi-implicit steps",
+    "Accuracies after every epoch on 1000 test digits of MNIST. Node importance (GRAPES) is compared with a "
     "control of the same mean step, matched: what it gains over that is due to which units are important.",
-    "sources": {
-        "our mark": "The papers' tables were found in no source that could be read; their claims are tested at a small "
-        "size. Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on its better side, or the "
-        "mean past the mark."
-    },
-}
+    "The papers' tables were found in no source that could be read; their claims are tested at a small size. Reproduced "
+    "means that the 95 % interval (Student's t, paired over seeds) lies on its better side, or the mean past the mark.",
+)
 
 
 def network(sizes: Sequence[int], seed: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apical.bench.finding import Row, at_least, shown
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical_papers.around.damping import BATCH, DAMPING, KEPT, WIDTHS
 from apical_papers.around.study import SETTINGS, accuracies
 from apical_papers.digits import Digits
@@ -26,15 +26,13 @@ CHOICE, TEST = 500, 600
 MARK = 0.03
 """How far the accuracy may lie below the best anywhere in the range."""
 
-ABOUT: dict[str, Any] = {
-    "title": "The local solver's usable range of learning rates, chosen and tested",
-    "about": "For each rule four neighbouring learning rates that span a factor of 20 are chosen by one seed and tested by "
+ABOUT = about_study(
+    "The local solver's usable range of learning rates, chosen and tested",
+    "For each rule four neighbouring learning rates that span a factor of 20 are chosen by one seed and tested by "
     "another. Over the range, test accuracy is to lie within 3 points of the best with the solver, and not without it.",
-    "sources": {
-        "our mark": "The specification's 3 points over a 20-fold range, whose place it leaves open. Reproduced means that "
-        "the mean lies past the mark."
-    },
-}
+    "The specification's 3 points over a 20-fold range, whose place it leaves open. Reproduced means that "
+    "the mean lies past the mark.",
+)
 
 
 def arms() -> dict[str, tuple[str, dict[str, float]]]:

@@ -23,7 +23,6 @@ from torch import nn
 
 from apical import data, models
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC
 from apical.bench.program import run_command
 from apical.bench.run_folder import environment, write_json
 from apical.diagnostics.similarity import linear_cka
@@ -121,8 +120,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     """Draw the features, and write them with results.json; there is nothing to judge."""
     panels_at = run(options)
     labels = data.load(options.data).test.targets[: options.samples].numpy()
-    with matplotlib.rc_context(RC):
-        drawing = render("features", "", "", draw(panels_at, labels))
+    drawing = render("features", "", "", draw(panels_at, labels))
     options.out.mkdir(parents=True, exist_ok=True)
     drawing.write(options.out)
     about = (

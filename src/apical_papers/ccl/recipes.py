@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Published, Row, Study
+from apical.bench.study import Claim, Published, Row, Study, rows_of
 
 
 def _accuracy(value: float, spread: float, tolerance: float) -> tuple[Published, ...]:
@@ -70,15 +70,17 @@ def _named(data: str, model: str) -> str:
     return f"{_NAMES[data]}, {_SHAPES[model].format(classes=100 if data == 'cifar-100' else 10)}"
 
 
+def _published(name: str, tolerance: float) -> dict[str, tuple[Published, ...]]:
+    return {rule: _accuracy(*value, tolerance) for rule, value in zip(_COLUMNS, _TABLE[name], strict=True)}
+
+
 def _study(name: str) -> Study:
     data, model, validation, tolerance, cost = _SETS[name]
     base, slow = _perceptron(data, model, validation), {"ccl": 0.5} if data.startswith("cifar") else {}
     rates = {**_RATES, **slow}
-    rows = {
-        rule: Row(replace(base, rule=rule, lr=(rates.get(rule, 1.0),)), _accuracy(*_TABLE[name][column], tolerance))
-        for column, rule in enumerate(_COLUMNS[:3])
-    }
+    settings = {rule: {"lr": (rates.get(rule, 1.0),)} for rule in _COLUMNS[:3]}
     title = f"CCL on {_named(data, model)}, 100 epochs"
+    rows = rows_of(base, settings, _published(name, tolerance))
     return Study(title, f"about {cost} on one CPU core", rows, base, (Claim("ccl", "fa", 100, 0.0),))
 
 
@@ -95,19 +97,14 @@ losses are others than those of the paper's code, so its grids do not carry over
 def _others(name: str) -> Study:
     data, model, validation, tolerance, _ = _SETS[name]
     base = _perceptron(data, model, validation)
-    rows = {
-        rule: Row(replace(base, rule=rule, **options), _accuracy(*_TABLE[name][_COLUMNS.index(rule)], tolerance))
-        for rule, options in _OTHERS.items()
-    }
+    rows = rows_of(base, _OTHERS, _published(name, tolerance))
     title = f"DFA and target propagation, to compare CCL with, on {_named(data, model)}, 100 epochs"
     return Study(title, "half an hour on one CPU core, and more for CIFAR", rows, base)
 
 
 def _images(data: str, epochs: int, settings: dict[str, Recipe], published: dict[str, tuple[float, float]]) -> Study:
-    rows = {
-        rule: Row(replace(recipe, rule=rule), _accuracy(*published[rule], 1.5) if rule in published else ())
-        for rule, recipe in settings.items()
-    }
+    numbers = {rule: _accuracy(*value, 1.5) for rule, value in published.items()}
+    rows = {rule: Row(replace(recipe, rule=rule), numbers.get(rule, ())) for rule, recipe in settings.items()}
     title = f"CCL with convolutions on {_NAMES[data]}, {epochs} epochs"
     return Study(title, "minutes on a GPU, about a day on one CPU core", rows, settings["bp"])
 
@@ -170,11 +167,9 @@ _CONTROLS = ("ccl", "ccl-frozen", "ccl-free", "ccl-readout", "bp", "fa")
 
 
 def _controls(lr: float) -> Study:
-    base = replace(_perceptron("mnist", "mlp-elu-256-256-256-256-256", 6000), lr=(lr,), epochs=50)
-    rows = {rule: Row(replace(base, rule=rule), ()) for rule in _CONTROLS}
-    return Study(
-        f"Where CCL's learning comes from: controls on MNIST, learning rate {lr:g}", "about an hour on two cores", rows, base
-    )
+    base = replace(_perceptron("mnist", _DEEP, 6000), lr=(lr,), epochs=50)
+    title = f"Where CCL's learning comes from: controls on MNIST, learning rate {lr:g}"
+    return Study(title, "about an hour on two cores", rows_of(base, _CONTROLS), base)
 
 
 STUDIES: dict[str, Study] = {
@@ -198,23 +193,19 @@ STUDIES: dict[str, Study] = {
     "ccl-autoencoder": Study(
         "CCL as an autoencoder of small images",
         "minutes on a GPU, days on one CPU core",
-        {
-            "bp": Row(
-                replace(_AUTOENCODER, rule="bp", lr=(0.03,), momentum=0.5, weight_decay=(1e-5,), warmup_steps=200), ()
-            ),
-            "ccl": Row(
-                replace(
-                    _AUTOENCODER,
-                    rule="ccl",
-                    rule_options=("pair=match", "orthogonal=True"),
-                    lr=(0.01,),
-                    momentum=0.9,
-                    weight_decay=(1e-4,),
-                    warmup_steps=100,
-                ),
-                (),
-            ),
-        },
+        rows_of(
+            _AUTOENCODER,
+            {
+                "bp": {"lr": (0.03,), "momentum": 0.5, "weight_decay": (1e-5,), "warmup_steps": 200},
+                "ccl": {
+                    "rule_options": ("pair=match", "orthogonal=True"),
+                    "lr": (0.01,),
+                    "momentum": 0.9,
+                    "weight_decay": (1e-4,),
+                    "warmup_steps": 100,
+                },
+            },
+        ),
         _AUTOENCODER,
     ),
     "ccl-controls": _controls(1.0),

@@ -40,8 +40,8 @@ def _digits() -> Study:
     )
     plain = replace(base, lr=(0.2,), lr_epochs=())
     rows = {
-        "bp": Row(replace(plain, rule="bp", model="mlp-200"), ()),
-        "ep-one-sided": Row(replace(plain, rule="ep-one-sided", model="mlp-clip-200", rule_options=ORIGINAL), ()),
+        "bp": Row(replace(plain, rule="bp", model="mlp-200")),
+        "ep-one-sided": Row(replace(plain, rule="ep-one-sided", model="mlp-clip-200", rule_options=ORIGINAL)),
         "corinfomax": Row(
             replace(base, rule="corinfomax", rule_options=("rates=(1.0, 0.7)", "backward_rates=(0.15,)")),
             (Published("accuracy", 20, 95.5, 5.5, "ours"),),
@@ -88,13 +88,11 @@ def _images(
         "ep-one-sided": replace(plain, model=f"mlp-clip-{hidden}", lr=(0.2,), rule_options=ORIGINAL),
         "corinfomax": replace(base, rule_options=own),
     }
-    rows = {
-        rule: Row(
-            replace(recipe, rule=rule),
-            (Published("accuracy", 50, published[rule][0], tolerance, "code", spread=published[rule][1]),),
-        )
-        for rule, recipe in recipes.items()
-    }
+    rows = {}
+    for rule, recipe in recipes.items():
+        accuracy, spread = published[rule]
+        number = Published("accuracy", 50, accuracy, tolerance, "code", spread=spread)
+        rows[rule] = Row(replace(recipe, rule=rule), (number,))
     return Study(title, "minutes per epoch", rows, base)
 
 

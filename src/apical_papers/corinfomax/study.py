@@ -14,7 +14,7 @@ import torch
 from apical import models
 from apical.bench.finding import Row, at_least, difference, mean_table
 from apical.bench.plain_loop import fit
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle
 from apical.rules.corinfomax import CorInfoMax
@@ -36,14 +36,12 @@ SETTINGS: dict[str, Any] = {
 }
 SPARSE, NO_MULTIPLIER = (1e-6, 0.01), (0.0, 0.0)
 
-ABOUT: dict[str, Any] = {
-    "title": "CorInfoMax: step sizes, forward learning, alignment, sparseness",
-    "about": "Digits through a network of 100 hidden units.",
-    "sources": {
-        "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
-        "its better side; for the accuracy of P1, that mean and worst seed reach the mark that was set on them."
-    },
-}
+ABOUT = about_study(
+    "CorInfoMax: step sizes, forward learning, alignment, sparseness",
+    "Digits through a network of 100 hidden units.",
+    "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
+    "its better side; for the accuracy of P1, that mean and worst seed reach the mark that was set on them.",
+)
 
 
 def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **options: Any) -> dict[str, float]:

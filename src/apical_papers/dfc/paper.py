@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Sizes, Table, cut, table_of
+from apical.bench.papers import Paper, Sizes, cut, own_study, table_of
 from apical_papers.dfc.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -24,15 +24,13 @@ PAPER = Paper(
     ),
     studies=STUDIES,
     tables={
-        "toy": Table(
+        "toy": own_study(
             "Deep feedback control on student-teacher regression",
-            {
-                "smoke": {"epochs": 2, "seeds": 1, "samples": 512},
-                "cpu": {"epochs": 150, "seeds": 3, "samples": 5000},
-                "paper": {"epochs": 150, "seeds": 5, "samples": 5000},
-            },
-            module="apical_papers.dfc.toy.study",
-            needs={"epochs": 150, "seeds": 3, "samples": 5000},
+            "apical_papers.dfc.toy.study",
+            {"epochs": 2, "seeds": 1, "samples": 512},
+            {"epochs": 150, "seeds": 3, "samples": 5000},
+            {"epochs": 150, "seeds": 5, "samples": 5000},
+            side_by_side=False,
         ),
         "mnist": of("dfc-mnist", cut(256), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "fashion": of("dfc-fashion", cut(256), FEW | LEARN | {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),

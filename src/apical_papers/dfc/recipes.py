@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Published, Row, Study
+from apical.bench.study import Claim, Published, Row, Study, rows_of
 
 TRAINED = ("dfc", "dfc-ssa", "dfc-ss")
 FIXED = ("dfc-fixed", "dfc-ssa-fixed", "dfc-ss-fixed")
@@ -58,11 +58,9 @@ def _variants(
     trained: tuple[Recipe, Options], fixed: tuple[Recipe, Options], published: dict[str, tuple[Published, ...]]
 ) -> dict[str, Row]:
     """Rows of the six variants, from a recipe and each rule's options for trained and for fixed feedback."""
-    rows = {}
+    rows: dict[str, Row] = {}
     for rules, (recipe, options) in ((TRAINED, trained), (FIXED, fixed)):
-        for rule in rules:
-            variant = replace(recipe, rule=rule, rule_options=_options(**options(rule)))
-            rows[rule] = Row(variant, published.get(rule, ()))
+        rows |= rows_of(recipe, {rule: {"rule_options": _options(**options(rule))} for rule in rules}, published)
     return rows
 
 
@@ -247,7 +245,7 @@ def _student_teacher() -> Study:
         feedback_passes=3,
     )
     sleep = _sleep(0.25, 0.1, 0.002, 50, 0.01, 0.3, 0.01)
-    rows = {"bp": Row(replace(base, rule="bp", lr=(0.2,)), ()), "dfa": Row(replace(base, rule="dfa", lr=(0.2,)), ())}
+    rows = rows_of(base, {rule: {"lr": (0.2,)} for rule in ("bp", "dfa")})
     loop = {"alpha": 0.0015, "k_p": 1.5, "nudge": f"{0.05 / BATCH:.6g}", "normalised": False, "dt": 0.005, "points": 1000}
     learned = {**loop, "feedback": "random", "learn_output": True, **sleep}
     rows |= _variants((trained, lambda rule: learned), (base, lambda rule: loop), {})

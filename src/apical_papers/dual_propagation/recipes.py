@@ -6,10 +6,8 @@ quotes the number. There the output's states are nudged themselves, with strengt
 slope, of size 1. Only the study was run here: 100 epochs of this network take hours on one CPU core.
 """
 
-from dataclasses import replace
-
 from apical.bench.recipe import Recipe
-from apical.bench.study import Published, Row, Study
+from apical.bench.study import Published, Study, rows_of
 
 _MNIST = Recipe(
     data="mnist",
@@ -27,13 +25,11 @@ STUDIES: dict[str, Study] = {
     "dualprop-mnist": Study(
         "Dual propagation on MNIST, 784-1000x4-10, 100 epochs",
         "hours on one CPU core",
-        {
-            "bp": Row(replace(_MNIST, rule="bp"), ()),
-            "dualprop": Row(
-                replace(_MNIST, rule="dualprop", rule_options=("beta=1.0",)),
-                (Published("accuracy", 100, 98.4, 0.5, "paper", select="best-validation"),),
-            ),
-        },
+        rows_of(
+            _MNIST,
+            {"bp": {}, "dualprop": {"rule_options": ("beta=1.0",)}},
+            {"dualprop": (Published("accuracy", 100, 98.4, 0.5, "paper", select="best-validation"),)},
+        ),
         _MNIST,
     )
 }

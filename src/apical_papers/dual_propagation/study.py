@@ -15,7 +15,7 @@ from torch import nn
 from apical import models
 from apical.bench.finding import Row, at_least, by_name, difference, mean_table
 from apical.bench.plain_loop import accuracy, fit
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
 from apical.data import Split, load
 from apical.diagnostics.alignment import gradients
@@ -48,16 +48,14 @@ ORIGINAL: dict[str, dict[str, Any]] = {
 }
 BETAS = (1e-1, 1e-2, 1e-3)
 
-ABOUT: dict[str, Any] = {
-    "title": "Dual propagation: nudges, orders and the Lipschitz bound",
-    "about": "MNIST digits through a perceptron of two hidden layers. The marks on the original variant were set on a "
+ABOUT = about_study(
+    "Dual propagation: nudges, orders and the Lipschitz bound",
+    "MNIST digits through a perceptron of two hidden layers. The marks on the original variant were set on a "
     "prototype that held the output's slope at the feed-forward pass; the rule takes it anew in every sweep, as the "
     "authors' code of that variant does.",
-    "sources": {
-        "our mark": "Marks were set before the runs. Reproduced means that the mean reaches the mark, or that the 95 % "
-        "interval (Student's t, paired over seeds) of the difference lies on its better side."
-    },
-}
+    "Marks were set before the runs. Reproduced means that the mean reaches the mark, or that the 95 % "
+    "interval (Student's t, paired over seeds) of the difference lies on its better side.",
+)
 
 
 def trained(rule: CreditRule, train: Split, test: Split, epochs: int, seed: int) -> dict[str, Any]:

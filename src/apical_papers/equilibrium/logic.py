@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apical.bench.finding import Row, count
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical_papers.equilibrium.complete_network import (
     Complete,
     asymmetric_settle,
@@ -45,18 +45,15 @@ NETWORKS = {
 PUBLISHED = (0.75, 0.125)
 """Share of wrong answers and half the mean squared error of the baseline, stored in the authors' notebooks."""
 
-ABOUT: dict[str, Any] = {
-    "title": "Complete directed networks on exclusive or",
-    "about": "DEEP, in which what a neuron sends away is its leak, and asymmetric equilibrium propagation, both in "
-    "networks whose every neuron may reach every other. Answers of a free phase that begins where the nudged one "
-    "ended, and "
-    "of one that begins from new states.",
-    "sources": {
-        "our mark": "Counts of seeds that answered all four patterns rightly at the end of some epoch.",
-        "notebooks": "Stored outputs of the authors' notebooks: asymmetric equilibrium propagation ends with 75 % wrong "
-        "answers and an error of 0.125, which is that of an output of 0.5 whatever the pattern.",
-    },
-}
+ABOUT = about_study(
+    "Complete directed networks on exclusive or",
+    "DEEP, in which what a neuron sends away is its leak, and asymmetric equilibrium propagation, both in networks whose "
+    "every neuron may reach every other. Answers of a free phase that begins where the nudged one ended, and of one that "
+    "begins from new states.",
+    "Counts of seeds that answered all four patterns rightly at the end of some epoch.",
+    notebooks="Stored outputs of the authors' notebooks: asymmetric equilibrium propagation ends with 75 % wrong "
+    "answers and an error of 0.125, which is that of an output of 0.5 whatever the pattern.",
+)
 
 
 def patterns() -> tuple[Tensor, Tensor]:

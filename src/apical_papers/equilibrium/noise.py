@@ -20,7 +20,7 @@ from apical import models
 from apical.bench.cells import kept, side_by_side
 from apical.bench.finding import at_least, difference, shown
 from apical.bench.plain_loop import fit
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.data import load
 from apical.errors import InstabilityError
 from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation
@@ -141,15 +141,13 @@ def study(options: Options, command: str) -> dict[str, Any]:
     def values(method: str, noise: float) -> list[float]:
         return [cells[method, noise, seed]["accuracy"] for seed in range(options.seeds)]
 
-    about = {
-        "title": f"Equilibrium propagation with noisy neurons, {options.data}",
-        "about": "Test accuracy of networks whose potentials were disturbed at every step of training, by how the "
+    about = about_study(
+        f"Equilibrium propagation with noisy neurons, {options.data}",
+        "Test accuracy of networks whose potentials were disturbed at every step of training, by how the "
         "derivative with respect to the nudge was taken: from one nudge, or from N nudges on a circle in the complex plane.",
-        "sources": {
-            "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on the better side "
-            "of the mark; or, where the mark is a mean's (not worse than one-sided), that the mean reaches it."
-        },
-    }
+        "Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on the better side "
+        "of the mark; or, where the mark is a mean's (not worse than one-sided), that the mean reaches it.",
+    )
     settings = {
         "data": setting.data,
         "model": setting.model,

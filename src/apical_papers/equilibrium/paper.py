@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, seed_study, table_of
+from apical.bench.papers import Paper, cut, own_study, seed_study, table_of
 from apical_papers.equilibrium.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -10,11 +10,10 @@ of = partial(table_of, STUDIES)
 PAPER = Paper(
     title="Equilibrium propagation: bridging the gap between energy-based models and backpropagation",
     reference=(
-        "Scellier and Bengio, Frontiers in Computational Neuroscience 11, 2017, doi 10.3389/fncom.2017.00024; "
-        "nudges on both sides: Laborieux, Ernoult, Scellier, Bengio, Grollier and Querlioz, "
-        "Frontiers in Neuroscience 15, 2021, arXiv 2006.03824; "
-        "nudges on a circle: Laborieux and Zenke, NeurIPS 35, 2022, arXiv 2209.00530; "
-        "directed weights: Laborieux and Zenke, ICLR 2024, arXiv 2309.02214"
+        "Scellier and Bengio, Frontiers in Computational Neuroscience 11, 2017, doi 10.3389/fncom.2017.00024; nudges on "
+        "both sides: Laborieux, Ernoult, Scellier, Bengio, Grollier and Querlioz, Frontiers in Neuroscience 15, 2021, arXiv "
+        "2006.03824; nudges on a circle: Laborieux and Zenke, NeurIPS 35, 2022, arXiv 2209.00530; directed weights: "
+        "Laborieux and Zenke, ICLR 2024, arXiv 2309.02214"
     ),
     studies=STUDIES,
     tables={
@@ -36,16 +35,12 @@ PAPER = Paper(
             least=3,
             hours={"cpu": 0.34},
         ),
-        "noise": Table(
+        "noise": own_study(
             "Equilibrium propagation with noisy neurons, digits",
-            {
-                "smoke": {"epochs": 1, "seeds": 2, "train_limit": 200},
-                "cpu": {"epochs": 15, "seeds": 5},
-                "paper": {"epochs": 15, "seeds": 10},
-            },
-            module="apical_papers.equilibrium.noise",
-            side_by_side=True,
-            needs={"epochs": 15, "seeds": 5},
+            "apical_papers.equilibrium.noise",
+            {"epochs": 1, "seeds": 2, "train_limit": 200},
+            {"epochs": 15, "seeds": 5},
+            {"epochs": 15, "seeds": 10},
             hours={"cpu": 0.42},
         ),
     },

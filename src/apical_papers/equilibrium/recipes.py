@@ -13,7 +13,7 @@ weight decay goes through the momentum; and backpropagation has one learning rat
 from dataclasses import replace
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Published, Row, Study
+from apical.bench.study import Claim, Published, Study, rows_of
 
 ORIGINAL = ("beta=1.0", "free_steps=20", "nudged_steps=4", "damping=0.5", "rates=(1.0, 0.5)")
 """One hidden layer: 20 free and 4 nudged steps of size 1/2, the rate of the lower layer twice that of the upper."""
@@ -23,13 +23,7 @@ def _digits() -> Study:
     base = Recipe(
         data="digits", model="mlp-sigmoid-64-64", epochs=20, batch_size=20, lr=(0.1,), momentum=0.0, weight_decay=(0.0,)
     )
-    rows = {
-        "bp": Row(replace(base, rule="bp"), ()),
-        "ep": Row(replace(base, rule="ep"), ()),
-        "ep-one-sided": Row(replace(base, rule="ep-one-sided"), ()),
-        "ep-directed": Row(replace(base, rule="ep-directed", weight_decay=(1e-3,)), ()),
-        "hep": Row(replace(base, rule="hep"), ()),
-    }
+    rows = rows_of(base, {"bp": {}, "ep": {}, "ep-one-sided": {}, "ep-directed": {"weight_decay": (1e-3,)}, "hep": {}})
     claims = (Claim("ep", "bp", 20, -2.0), Claim("hep", "bp", 20, -2.0), Claim("ep", "ep-one-sided", 20, 0.0))
     return Study("Equilibrium propagation on digits, 64-64-64-10", "seconds", rows, base, claims)
 
@@ -46,11 +40,8 @@ def _mnist() -> Study:
         weight_decay=(0.0,),
         validation=10000,
     )
-    rows = {
-        "bp": Row(replace(base, rule="bp", model="mlp-500", lr=(0.05,)), ()),
-        "ep-one-sided": Row(replace(base, rule="ep-one-sided", rule_options=ORIGINAL), ()),
-        "ep": Row(replace(base, rule="ep", rule_options=ORIGINAL), ()),
-    }
+    original, plain = {"rule_options": ORIGINAL}, {"model": "mlp-500", "lr": (0.05,)}
+    rows = rows_of(base, {"bp": plain, "ep-one-sided": original, "ep": original})
     claims = (Claim("ep-one-sided", "bp", 10, -1.0), Claim("ep", "bp", 10, -1.0))
     return Study("Equilibrium propagation on MNIST, 784-500-10", "minutes per epoch", rows, base, claims)
 
@@ -74,12 +65,9 @@ _RATES = "rates=(1.0, 0.6, 0.4, 0.32, 0.2)"
 
 def _cifar10() -> Study:
     phases = ("beta=1.0", "free_steps=250", "nudged_steps=25", _RATES)
-    published = {"ep": 88.3, "ep-one-sided": 14.0, "ep-directed": 86.8}
-    rows = {"bp": Row(replace(_CIFAR, rule="bp", lr=(0.05,)), ())}
-    rows |= {
-        rule: Row(replace(_CIFAR, rule=rule, rule_options=phases), (Published("accuracy", 120, accuracy, 1.0, "paper"),))
-        for rule, accuracy in published.items()
-    }
+    accuracies = {"ep": 88.3, "ep-one-sided": 14.0, "ep-directed": 86.8}
+    published = {rule: (Published("accuracy", 120, value, 1.0, "paper"),) for rule, value in accuracies.items()}
+    rows = rows_of(_CIFAR, {"bp": {"lr": (0.05,)}, **{rule: {"rule_options": phases} for rule in published}}, published)
     return Study("Convolutional equilibrium propagation on CIFAR-10", "a day on a GPU", rows, _CIFAR)
 
 
@@ -94,15 +82,12 @@ def _holomorphic_cifar10() -> Study:
         weight_decay=(2e-3,),
     )
     phases = ("points=2", "beta=1.0", "free_steps=250", "nudged_steps=60", _RATES)
-    rows = {
-        "bp": Row(
-            replace(base, rule="bp", model=f"cnn-softmax-pool-{_WIDTHS}", lr=(0.05,)),
-            (Published("accuracy", 90, 88.33, 1.0, "code", spread=0.16),),
-        ),
-        "hep": Row(
-            replace(base, rule="hep", rule_options=phases), (Published("accuracy", 90, 88.45, 1.0, "code", spread=0.28),)
-        ),
+    published = {
+        "bp": (Published("accuracy", 90, 88.33, 1.0, "code", spread=0.16),),
+        "hep": (Published("accuracy", 90, 88.45, 1.0, "code", spread=0.28),),
     }
+    plain = {"model": f"cnn-softmax-pool-{_WIDTHS}", "lr": (0.05,)}
+    rows = rows_of(base, {"bp": plain, "hep": {"rule_options": phases}}, published)
     return Study("Holomorphic equilibrium propagation on CIFAR-10, softmax pooling", "a day on a GPU", rows, base)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from apical import models
 from apical.bench.finding import Row, by_name, difference, mean_table
 from apical.bench.plain_loop import accuracy, fit
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
 from apical.diagnostics.alignment import angle, gradients
@@ -41,15 +41,12 @@ SETTINGS: dict[str, Any] = {
     "original": "mlp-clip-128, 20 free and 4 nudged steps of size 1/2, nudge 1 of random sign, SGD 0.2 and 0.1, batch 20",
 }
 
-ABOUT: dict[str, Any] = {
-    "title": "Equilibrium propagation: gradients, and weights that learn apart",
-    "about": "Digits. How near estimates come to backpropagation through the settling, and what becomes of directed "
+ABOUT = about_study(
+    "Equilibrium propagation: gradients, and weights that learn apart",
+    "Digits. How near estimates come to backpropagation through the settling, and what becomes of directed "
     "weights that start at an angle to each other, with and without the homeostatic loss.",
-    "sources": {
-        "our mark": "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on "
-        "its better side."
-    },
-}
+    "Reproduced means that the 95 % interval (Student's t, paired over seeds) of the difference lies on its better side.",
+)
 
 
 def directions(digits: Dataset, seed: int) -> dict[str, float]:

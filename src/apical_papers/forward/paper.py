@@ -10,9 +10,8 @@ of = partial(table_of, STUDIES)
 PAPER = Paper(
     title="The forward-forward algorithm: some preliminary investigations",
     reference=(
-        "Hinton, 2022, arXiv 2212.13345; "
-        "differences: Lee and Song, 2023, arXiv 2303.08418; "
-        "self-contrastive: Chen, Liu, Laydevant and Grollier, Nature Communications 16, 2025, arXiv 2409.11593"
+        "Hinton, 2022, arXiv 2212.13345; differences: Lee and Song, 2023, arXiv 2303.08418; self-contrastive: Chen, Liu, "
+        "Laydevant and Grollier, Nature Communications 16, 2025, arXiv 2409.11593"
     ),
     studies=STUDIES,
     tables={

@@ -8,10 +8,8 @@ for all, without decay, in two steps at 50 and 75 epochs; pixels of mean 0 and d
 control `ff-readout`, whose hidden layers stay as they were drawn, has no published number.
 """
 
-from dataclasses import replace
-
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Published, Row, Study
+from apical.bench.study import Claim, Published, Study, rows_of
 
 EPOCHS = 100
 
@@ -30,12 +28,11 @@ STUDIES: dict[str, Study] = {
     "ff-mnist": Study(
         "Forward-forward on MNIST, 784-1000-1000-1000-10, 100 epochs",
         "about four hours on one CPU core",
-        {
-            "bp": Row(replace(MNIST, rule="bp"), ()),
-            "ff": Row(replace(MNIST, rule="ff"), (Published("accuracy", EPOCHS, 98.55, 0.5, "code"),)),
-            "ff-readout": Row(replace(MNIST, rule="ff-readout"), ()),
-            "scff": Row(replace(MNIST, rule="scff"), ()),
-        },
+        rows_of(
+            MNIST,
+            ("bp", "ff", "ff-readout", "scff"),
+            {"ff": (Published("accuracy", EPOCHS, 98.55, 0.5, "code"),)},
+        ),
         MNIST,
         (Claim("bp", "ff", EPOCHS, 0.0), Claim("ff", "ff-readout", EPOCHS, 1.0)),
     )

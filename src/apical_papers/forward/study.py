@@ -16,7 +16,7 @@ from torch import nn
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
 from apical.bench.plain_loop import accuracy, fit
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
 from apical.data import Dataset
 from apical.rules.backprop import Backprop
@@ -49,15 +49,13 @@ SHORT = ("ff, all negatives", "symba, all negatives")
 
 BASELINES: dict[str, Callable[[nn.Module], CreditRule]] = {"bp": Backprop, "local-pred": LocalClassifiers}
 
-ABOUT: dict[str, Any] = {
-    "title": "Forward-forward on 5000 digits of MNIST, and the read-out alone",
-    "about": "Test accuracy by the read-out and by the goodness of each label. The control has the same read-out on hidden "
+ABOUT = about_study(
+    "Forward-forward on 5000 digits of MNIST, and the read-out alone",
+    "Test accuracy by the read-out and by the goodness of each label. The control has the same read-out on hidden "
     "layers that stay as they were drawn: what a read-out reaches there says nothing of forward-forward.",
-    "sources": {
-        "our mark": "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over "
-        "seeds) of the difference lies on its better side. Marks come from a prototype of ours."
-    },
-}
+    "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over "
+    "seeds) of the difference lies on its better side. Marks come from a prototype of ours.",
+)
 
 
 def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[dict[str, float]]:

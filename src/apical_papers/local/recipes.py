@@ -7,10 +7,8 @@ epochs, batches of 128, images shifted by up to two pixels, BatchNorm before eve
 Mono-Forward has no number here: its paper's networks are others.
 """
 
-from dataclasses import replace
-
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Published, Row, Study
+from apical.bench.study import Claim, Published, Study, rows_of
 
 EPOCHS = 100
 
@@ -30,15 +28,13 @@ ACCURACY = {"bp": 99.25, "local-pred": 99.32, "local-sim": 99.20, "local-both": 
 """In percent, by rule."""
 
 
-def _published(rule: str) -> tuple[Published, ...]:
-    return (Published("accuracy", EPOCHS, ACCURACY[rule], 0.2, "code"),) if rule in ACCURACY else ()
-
+_PUBLISHED = {rule: (Published("accuracy", EPOCHS, value, 0.2, "code"),) for rule, value in ACCURACY.items()}
 
 STUDIES: dict[str, Study] = {
     "local-mnist": Study(
         "Local classifiers on MNIST, 784-1024-1024-1024-10 with BatchNorm, 100 epochs",
         "about three hours on one CPU core",
-        {rule: Row(replace(MNIST, rule=rule), _published(rule)) for rule in (*ACCURACY, "mono-forward")},
+        rows_of(MNIST, (*ACCURACY, "mono-forward"), _PUBLISHED),
         MNIST,
         (Claim("local-both", "local-pred", EPOCHS, 0.0), Claim("local-pred", "local-sim", EPOCHS, 0.0)),
     )

@@ -14,7 +14,7 @@ import torch
 from apical import models
 from apical.bench.finding import Row, at_least, count, difference, shown
 from apical.bench.plain_loop import accuracy, fit
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
 from apical.data import Dataset, load
@@ -45,14 +45,12 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 NORMALISED = ("bp", "last layer", "prediction", "similarity", "both")
 
-ABOUT: dict[str, Any] = {
-    "title": "Local classifiers on 5000 digits of MNIST: which local loss",
-    "about": "Test accuracy after few epochs, at one learning rate for all, which is nobody's best.",
-    "sources": {
-        "our mark": "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over "
-        "seeds) of the difference lies on its better side. Marks come from a prototype of ours."
-    },
-}
+ABOUT = about_study(
+    "Local classifiers on 5000 digits of MNIST: which local loss",
+    "Test accuracy after few epochs, at one learning rate for all, which is nobody's best.",
+    "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over "
+    "seeds) of the difference lies on its better side. Marks come from a prototype of ours.",
+)
 
 
 def pixels(name: str, train: int, test: int) -> Dataset:

@@ -113,7 +113,7 @@ def _cifar10() -> Study:
         if rule in mean_angle:
             published += (Published("angle", 200, mean_angle[rule], 3.0, "fig", layer=0),)
         rows[rule] = Row(replace(recipe, rule=rule, rule_options=XAVIER if rule == "dfa" else ()), published)
-    rows["kp"] = Row(replace(aligning, rule="kp"), ())
+    rows["kp"] = Row(replace(aligning, rule="kp"))
     order = ("bp", "pfa-o", "pfa", "usf", "fa", "dfa")
     claims = tuple(Claim(first, second, 250, 0.0, "validation") for first, second in pairwise(order))
     title, cost = "PFA on CIFAR-10, ResNet-20, 250 epochs", "about 15 hours on one CPU core: use a GPU"
@@ -149,8 +149,8 @@ def _cifar10_small() -> Study:
         if rule in mean_angle:
             published += (Published("angle", 8, *mean_angle[rule], "ours", layer=0),)
         rows[rule] = Row(replace(recipe, rule=rule), published)
-    rows["kp"] = Row(replace(aligning, rule="kp"), ())
-    rows["dfa"] = Row(replace(base, rule="dfa", lr=(1e-3, 1e-4), rule_options=XAVIER), ())
+    rows["kp"] = Row(replace(aligning, rule="kp"))
+    rows["dfa"] = Row(replace(base, rule="dfa", lr=(1e-3, 1e-4), rule_options=XAVIER))
     title = "PFA on CIFAR-10 in small: ResNet-8, 10,000 images, 8 epochs (our setting, not the paper's)"
     claims = tuple(Claim(first, second, 8, 0.0) for first, second in pairwise(("bp", "pfa-o", "pfa", "usf")))
     claims += (Claim("pfa", "bp", 8, -8.0), Claim("pfa", "fa", 8, 8.0))

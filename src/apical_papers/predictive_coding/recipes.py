@@ -12,9 +12,10 @@ up to O(g). Where it does as well, the accuracy says nothing of predictive codin
 """
 
 from dataclasses import replace
+from typing import Any
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Published, Row, Study
+from apical.bench.study import Published, Row, Study, rows_of
 
 _BASE = Recipe(
     data="mnist",
@@ -33,11 +34,8 @@ _BASE = Recipe(
 def _rows(
     base: Recipe, rule: str, options: tuple[str, ...], value: float, tolerance: float, epoch: int = 1
 ) -> dict[str, Row]:
-    return {
-        "bp": Row(replace(base, rule="bp"), ()),
-        rule: Row(replace(base, rule=rule, rule_options=options), (Published("accuracy", epoch, value, tolerance, "code"),)),
-        "pc-one-step": Row(replace(base, rule="pc-one-step"), ()),
-    }
+    settings: dict[str, dict[str, Any]] = {"bp": {}, rule: {"rule_options": options}, "pc-one-step": {}}
+    return rows_of(base, settings, {rule: (Published("accuracy", epoch, value, tolerance, "code"),)})
 
 
 _STATES = replace(_BASE, model="mlp-300-300", train_limit=19200)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apical import models
 from apical.bench.finding import Row, at_least, by_name, difference, mean_table
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
 from apical.data import Split, load
@@ -56,14 +56,12 @@ SHALLOW: dict[str, Made] = {
     "incremental, T 5": partial(PredictiveCoding, inference="incremental", steps=5),
 }
 
-ABOUT: dict[str, Any] = {
-    "title": "Predictive coding: inference, depth and what is backpropagation",
-    "about": "MNIST through shallow networks, deep plain ones and deep residual ones in the mu parametrisation.",
-    "sources": {
-        "our mark": "Marks were set before the runs. Reproduced means that the mean reaches the mark, or that the 95 % "
-        "interval (Student's t, paired over seeds) of the difference lies on its better side."
-    },
-}
+ABOUT = about_study(
+    "Predictive coding: inference, depth and what is backpropagation",
+    "MNIST through shallow networks, deep plain ones and deep residual ones in the mu parametrisation.",
+    "Marks were set before the runs. Reproduced means that the mean reaches the mark, or that the 95 % "
+    "interval (Student's t, paired over seeds) of the difference lies on its better side.",
+)
 
 
 def trained(rule: CreditRule, train: Split, test: Split, lr: float, size: int, batches: int, seed: int) -> dict[str, float]:

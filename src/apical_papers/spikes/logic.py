@@ -18,7 +18,7 @@ from torch import nn
 
 from apical import models
 from apical.bench.finding import Row, count
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity, Readout
 from apical.rules.contrastive_plasticity.neurons import Constants
 
@@ -31,11 +31,11 @@ INPUTS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 FUNCTIONS = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "XOR": (0, 1, 1, 0)}
 """Answers to 00, 01, 10, 11."""
 
-ABOUT: dict[str, Any] = {
-    "title": "Logic with two inputs by memristors",
-    "about": "Passes over the four patterns until all answers were right three times in a row.",
-    "sources": {"our mark": "Eight of ten seeds, set before this was run."},
-}
+ABOUT = about_study(
+    "Logic with two inputs by memristors",
+    "Passes over the four patterns until all answers were right three times in a row.",
+    "Eight of ten seeds, set before this was run.",
+)
 
 
 def passes(answers: Sequence[int], seed: int, most: int, readout: Readout) -> tuple[int, bool]:

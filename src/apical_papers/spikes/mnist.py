@@ -25,7 +25,7 @@ from tyro.conf import arg
 
 from apical import models
 from apical.bench.finding import Row, at_least, difference, shown
-from apical.bench.program import Cells, SeedOptions, by_seed, run_command
+from apical.bench.program import Cells, SeedOptions, about_study, by_seed, run_command
 from apical.core.credit import CreditRule
 from apical.data import Split, load
 from apical.rules.backprop import Backprop
@@ -42,17 +42,15 @@ IMAGES = 30000
 PUBLISHED = {"S4NN": 0.974, "arXiv 2410.23619": 0.9948}
 """Test accuracy of other networks of single spikes on MNIST, from their abstracts, all 60000 images."""
 
-ABOUT: dict[str, Any] = {
-    "title": "Spiking networks on MNIST",
-    "about": "Test accuracy on all 10000 images, at rates that held-out images chose.",
-    "sources": {
-        "our mark": "Set before the study was first run. That run missed the marks of first spikes, with four rates and "
-        "read-outs of scale 1; six rates and the scale of 16, chosen on held-out images of seed 0, came after "
-        "it. A second run missed those of plasticity and first spikes, with two passes and shorter trials of "
-        "rates; four passes and longer trials, chosen on held-out images of seed 100, came after that. A third run, "
-        "of 10000 images, missed two marks by less than a point; 30000 images came after that."
-    },
-}
+ABOUT = about_study(
+    "Spiking networks on MNIST",
+    "Test accuracy on all 10000 images, at rates that held-out images chose.",
+    "Set before the study was first run. That run missed the marks of first spikes, with four rates and "
+    "read-outs of scale 1; six rates and the scale of 16, chosen on held-out images of seed 0, came after "
+    "it. A second run missed those of plasticity and first spikes, with two passes and shorter trials of "
+    "rates; four passes and longer trials, chosen on held-out images of seed 100, came after that. A third run, "
+    "of 10000 images, missed two marks by less than a point; 30000 images came after that.",
+)
 
 
 class Arm(NamedTuple):

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Table, cut, seed_study, table_of
+from apical.bench.papers import Paper, cut, own_study, seed_study, table_of
 from apical_papers.spikes.recipes import STUDIES
 
 of = partial(table_of, STUDIES)
@@ -19,15 +19,12 @@ PAPER = Paper(
         "first-spike": of(
             "first-spike-mnist", cut(320), {"epochs": 3, "seeds": 1, "train_limit": 20000}, {"epochs": 10, "seeds": 3}
         ),
-        "mnist": Table(
+        "mnist": own_study(
             "Spiking networks on MNIST beside controls",
-            {
-                "smoke": {"epochs": 1, "seeds": 2, "images": 200},
-                "cpu": {"epochs": 4, "seeds": 3},
-                "paper": {"epochs": 4, "seeds": 10},
-            },
-            module="apical_papers.spikes.mnist",
-            side_by_side=True,
+            "apical_papers.spikes.mnist",
+            {"epochs": 1, "seeds": 2, "images": 200},
+            {"epochs": 4, "seeds": 3},
+            {"epochs": 4, "seeds": 10},
             needs={"epochs": 4, "seeds": 3, "images": 30000},
         ),
         "study": seed_study(

@@ -10,7 +10,7 @@ spikes are published at 97.4 % (S4NN) and 99.48 % (arXiv 2410.23619) on MNIST.
 from dataclasses import replace
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Row, Study
+from apical.bench.study import Study, rows_of
 
 EPOCHS = 10
 
@@ -29,17 +29,13 @@ STUDIES: dict[str, Study] = {
     "csdp-mnist": Study(
         "Contrastive-signal-dependent plasticity on MNIST, 784-256-64-10, 40 steps a stimulus",
         "about 40 minutes on one CPU core",
-        {
-            "csdp": Row(replace(PLASTICITY, rule="csdp"), ()),
-            "csdp-unsupervised": Row(replace(PLASTICITY, rule="csdp-unsupervised"), ()),
-            "bp": Row(replace(PLASTICITY, rule="bp", lr=(1e-3,)), ()),
-        },
+        rows_of(PLASTICITY, {"csdp": {}, "csdp-unsupervised": {}, "bp": {"lr": (1e-3,)}}),
         PLASTICITY,
     ),
     "first-spike-mnist": Study(
         "Neurons that fire once on MNIST, 784-340-10",
         "about half an hour on one CPU core",
-        {rule: Row(replace(FIRST, rule=rule), ()) for rule in ("bp", "fa", "usf", "kp")},
+        rows_of(FIRST, ("bp", "fa", "usf", "kp")),
         FIRST,
     ),
 }

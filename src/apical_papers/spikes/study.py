@@ -14,7 +14,7 @@ import torch
 from apical import models
 from apical.bench.finding import Row, by_name, count, mean_table
 from apical.bench.plain_loop import fit
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
 from apical.data import Dataset, load
 from apical.rules.backprop import Backprop
@@ -40,11 +40,11 @@ FIRST: dict[str, Any] = {"bp": Backprop, "fa": FeedbackAlignment, "kp": KolenPol
 MARK = 0.78
 """Accuracy after four epochs, of the prototypes."""
 
-ABOUT: dict[str, Any] = {
-    "title": "Spiking networks on a little of MNIST",
-    "about": "Test accuracy after few epochs, at one learning rate for each kind of network.",
-    "sources": {"our mark": "Seeds that reach what a prototype of ours reached, set before this was run."},
-}
+ABOUT = about_study(
+    "Spiking networks on a little of MNIST",
+    "Test accuracy after few epochs, at one learning rate for each kind of network.",
+    "Seeds that reach what a prototype of ours reached, set before this was run.",
+)
 
 
 def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: float) -> dict[str, float]:

@@ -62,14 +62,7 @@ def network(name: str, depth: int, seed: int) -> nn.Sequential:
     """A chain with a read-out of ten classes, orthogonal."""
     torch.manual_seed(seed)
     body = NETWORKS[name](depth)
-    return nn.Sequential(*body.children(), _read_out())
-
-
-def _read_out() -> nn.Linear:
-    layer = nn.Linear(WIDTH, 10)
-    nn.init.orthogonal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return nn.Sequential(*body.children(), orthogonal_(nn.Linear(WIDTH, 10)))
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ the mark of a tenth at depth 50 are that study's; the marks were written after a
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,22 +14,20 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from apical.bench.finding import Row, at_least
-from apical.bench.program import Cells, Seeds, by_seed, run_command
+from apical.bench.program import Cells, Seeds, about_study, by_seed, run_command
 from apical.errors import ConfigError
 from apical_papers.structure import depth
 
 FAR = ("brsf", "frsf", "kp", "wm", "dfc", "dfc-ss", "pc-one-step", "dtp-drl", "ddtp-rhl", "ddtp-control")
 
-ABOUT: dict[str, Any] = {
-    "title": "Credit in deep chains: every other rule, also those that refuse some of the chains",
-    "about": "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers, under the rules "
+ABOUT = about_study(
+    "Credit in deep chains: every other rule, also those that refuse some of the chains",
+    "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers, under the rules "
     "that the study of structure and depth leaves out, or asks at 10 and 50 layers alone. A rule that refuses a chain is "
     "shown with its reason.",
-    "sources": {
-        "our mark": "No paper has this table. Reproduced means that the 95 % interval (Student's t) lies on its better "
-        "side, or the mean past the mark."
-    },
-}
+    "No paper has this table. Reproduced means that the 95 % interval (Student's t) lies on its better "
+    "side, or the mean past the mark.",
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,7 @@ class Options(Seeds):
 
 
 def _cell(seed: int, depths: Sequence[int]) -> dict[str, Any]:
-    start = time.perf_counter()
-    return {"depth": depth.measure(seed, depth.FURTHER, depths), "seconds": time.perf_counter() - start}
+    return {"depth": depth.measure(seed, depth.FURTHER, depths)}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Structure and depth: what there is to run again."""
 
-from apical.bench.papers import Paper, Table, seed_study
+from apical.bench.papers import Paper, own_study, seed_study
 
 PAPER = Paper(
     title="Addressing caveats of neural persistence with deep graph persistence",
@@ -16,16 +16,12 @@ PAPER = Paper(
             seeds=(2, 5, 10),
             hours={"cpu": 0.22},
         ),
-        "depth": Table(
+        "depth": own_study(
             "Credit in deep chains: every other rule, also those that refuse some of the chains",
-            {
-                "smoke": {"deepest": 10, "seeds": 2},
-                "cpu": {"deepest": 200, "seeds": 3},
-                "paper": {"deepest": 200, "seeds": 10},
-            },
-            module="apical_papers.structure.depth_study",
-            side_by_side=True,
-            needs={"deepest": 200, "seeds": 3},
+            "apical_papers.structure.depth_study",
+            {"deepest": 10, "seeds": 2},
+            {"deepest": 200, "seeds": 3},
+            {"deepest": 200, "seeds": 10},
             hours={"cpu": 0.27},
         ),
         "theory": seed_study(

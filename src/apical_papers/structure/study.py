@@ -8,13 +8,12 @@ when it is finished. The marks were written before the run; learning rates and g
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from apical.bench.finding import Row, at_least, count, difference, shown
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.bench.statistics import student
 from apical_papers.digits import TEST, TRAIN, Digits
 from apical_papers.structure import depth
@@ -31,26 +30,23 @@ SETTINGS: dict[str, Any] = {
 }
 FIXED = ("chain", "residual", "complete", "random")
 
-ABOUT: dict[str, Any] = {
-    "title": "Structure and depth: how far credit arrives, and what it leaves in the weights",
-    "about": "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers; and whether rules "
+ABOUT = about_study(
+    "Structure and depth: how far credit arrives, and what it leaves in the weights",
+    "How much of a rule's credit arrives at the first layer of chains of 10, 50 and 200 layers; and whether rules "
     "leave weights of different topology: deep graph persistence, beside that of the same weights shuffled in their layers.",
-    "sources": {
-        "our mark": "No table of these papers was found in a source that could be read; their claims are tested at a small "
-        "size, with marks of ours that were written before the run. Reproduced means that the 95 % interval (Student's t, "
-        "paired over seeds) lies on its better side, or the mean past the mark."
-    },
-}
+    "No table of these papers was found in a source that could be read; their claims are tested at a small "
+    "size, with marks of ours that were written before the run. Reproduced means that the 95 % interval (Student's t, "
+    "paired over seeds) lies on its better side, or the mean past the mark.",
+)
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    start, digits = time.perf_counter(), Digits()
+    digits = Digits()
     return {
         "depth": depth.measure(seed, until=depth.SLOW) if seed < depth.SEEDS else {},
         "topology": topology(digits, seed, epochs),
         "wirings": wirings(digits, seed, epochs),
         "codes": codes(digits, seed),
-        "seconds": time.perf_counter() - start,
     }
 
 

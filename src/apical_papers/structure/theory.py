@@ -8,8 +8,7 @@ it is finished. The marks were written before the run.
 """
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.bench.finding import Row, at_least, at_most, by_name, count, difference, mean_table
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.diagnostics.channel import Where, channel
 from apical.models import flow, orthogonal_
 from apical.models.orthogonal_flow import EulerStep, Flow
@@ -38,16 +37,13 @@ SETTINGS: dict[str, Any] = {
     "channels": f"tanh, width {WIDTH}, depth 10, noise 0.1, 20 inputs",
 }
 
-ABOUT: dict[str, Any] = {
-    "title": "Product nodes, flows and channels: claims about structure at a small size",
-    "about": "How many product nodes emulate the Lorenz system; whether gradients keep their length along orthogonal flows; "
+ABOUT = about_study(
+    "Product nodes, flows and channels: claims about structure at a small size",
+    "How many product nodes emulate the Lorenz system; whether gradients keep their length along orthogonal flows; "
     "and whether orthogonal weights make the better channel.",
-    "sources": {
-        "our mark": "No table of these papers was found in a source that could be read. The marks were written before the "
-        "run. Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on its better side, or the mean "
-        "past the mark."
-    },
-}
+    "No table of these papers was found in a source that could be read. The marks were written before the run. Reproduced "
+    "means that the 95 % interval (Student's t, paired over seeds) lies on its better side, or the mean past the mark.",
+)
 
 
 class Products(nn.Module):
@@ -181,13 +177,11 @@ def channels(seed: int) -> dict[str, dict[str, float]]:
 
 
 def _cell(seed: int, epochs: int) -> dict[str, Any]:
-    start = time.perf_counter()
     return {
         "lorenz": {str(h): {"error": emulation_error(h, seed)} for h in NODES},
         "gradients": gradients(seed),
         "accuracy": accuracies(Components(), seed, epochs),
         "channels": channels(seed),
-        "seconds": time.perf_counter() - start,
     }
 
 
@@ -219,17 +213,14 @@ def verdicts(cells: Cells) -> list[Row]:
             ours, others = _nats(cells, "orthogonal", gain, where), _nats(cells, "normal", gain, where)
             what = f"{title}, gain {gain:g}: nats of orthogonal weights less those of normal ones"
             rows.append(difference("channel", "none", what, ours, others, less=False))
-    rho = [spearman(*([row[key] for row in _orthogonal(cell)] for key in ("condition", "end"))) for cell in cells]
+    rows_of = ([row for name, row in cell["channels"].items() if name.startswith("orthogonal")] for cell in cells)
+    rho = [spearman(*([row[key] for row in of_cell] for key in ("condition", "end"))) for of_cell in rows_of]
     rows.append(at_most("channel", "none", "noise at the end: rank correlation of nats with the condition", rho, -0.99))
     return rows
 
 
 def _nats(cells: Cells, kind: str, gain: float, where: str) -> list[float]:
     return [cell["channels"][f"{kind}, gain {gain:g}"][where] for cell in cells]
-
-
-def _orthogonal(cell: Row) -> Sequence[Row]:
-    return [row for name, row in cell["channels"].items() if name.startswith("orthogonal")]
 
 
 def tables(cells: Cells) -> list[Row]:

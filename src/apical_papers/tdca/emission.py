@@ -10,6 +10,8 @@ from torch import Tensor
 from apical.rules.top_down.teacher import TopDownNetwork
 
 COLOURS = ("#0072B2", "#D55E00")
+OF_LOGITS = (("wrong class", "right class"), "probability of the class", "credit of the logit")
+"""Names and labels of the credit that logits of classes get."""
 
 
 def credit_figure(p: Tensor, signals: Tensor, names: tuple[str, str], across: str, up: str) -> Figure:

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,9 +25,8 @@ from tyro.conf import arg
 from apical import data
 from apical.bench.figures.curves import render
 from apical.bench.figures.landscape import landscape
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.data.dataset import Dataset
 from apical.diagnostics.landscape import barrier, losses_at, points_at_once, principal_plane, surface, tortuosity, travelled
 from apical.evolution.population import Lifetime, Population, accuracies, losses
@@ -53,20 +51,18 @@ RULES = {
     "hand-random": "by hand: and random feedback of it",
     "bp": "BP",
 }
-ABOUT = {
-    "title": "TDCA in the loss landscape, against backpropagation",
-    "about": "The shipped teacher and backpropagation train the default model on the handwritten digits, from the same "
+ABOUT = about_study(
+    "TDCA in the loss landscape, against backpropagation",
+    "The shipped teacher and backpropagation train the default model on the handwritten digits, from the same "
     "initial weights and with the same mini-batches, each at its own best learning rate of one grid. The straight line "
     "from a run's start to its end has a barrier where the loss exceeds the linear interpolation between its ends. Two "
     "teachers made by hand stand beside them, without marks: the error as the output's credit, and no credit or fixed "
     "random feedback of the error for hidden units.",
-    "sources": {
-        "our mark": "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
-        "difference (Student's t) lies on the better side of the mark, or that the count of starts reaches it. The paper "
-        "claims that TDCA's ways get past local minima where BP's stay: TDCA would have to end lower. Barriers are in the "
-        "table but have no mark: an earlier run, with another teacher, found none under either rule.",
-    },
-}
+    "Differences are paired over initial weights. Reproduced means that the 95 % interval of the mean "
+    "difference (Student's t) lies on the better side of the mark, or that the count of starts reaches it. The paper "
+    "claims that TDCA's ways get past local minima where BP's stay: TDCA would have to end lower. Barriers are in the "
+    "table but have no mark: an earlier run, with another teacher, found none under either rule.",
+)
 
 
 @dataclass(frozen=True)
@@ -173,12 +169,10 @@ def study(options: Options, command: str) -> dict[str, Any]:
     ]
     caption = (
         "Training loss on the plane of the first two principal components of TDCA's way and BP's from the first start; "
-        "circle: start. "
-        "Such a plane makes any two ways look apart; the table has what does not depend on it."
+        "circle: start. Such a plane makes any two ways look apart; the table has what does not depend on it."
     )
     drawn = {rule: measurements[rule][1][0] for rule in ("tdca", "bp")}
-    with matplotlib.rc_context(RC):
-        drawing = render("landscape", "Two ways", caption, landscape(record(digits, drawn)))
+    drawing = render("landscape", "Two ways", caption, landscape(record(digits, drawn)))
     keys = ("loss", "accuracy", "barrier", "travelled", "distance", "tortuosity")
     settings = {
         "model": MODEL,

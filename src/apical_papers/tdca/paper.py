@@ -2,16 +2,13 @@
 
 from typing import Any
 
-from apical.bench.papers import Paper, Sizes, Table
+from apical.bench.papers import Paper, Sizes, Table, own_study
 from apical_papers.tdca.recipes import EVOLUTIONS
 
 
-def _table(title: str, module: str, smoke: Sizes, cpu: Sizes, **more: Any) -> Table:
+def _table(title: str, module: str, smoke: Sizes, cpu: Sizes, paper: Sizes | None = None, **more: Any) -> Table:
     """The paper's own sizes are not known; "paper" is what "cpu" is."""
-    needs = {name: size for name, size in cpu.items() if isinstance(size, int)}
-    budgets = {"smoke": smoke, "cpu": cpu, "paper": cpu}
-    place = f"apical_papers.tdca.{module}"
-    return Table(title, **{"budgets": budgets, "module": place, "side_by_side": True, "needs": needs, **more})
+    return own_study(title, f"apical_papers.tdca.{module}", smoke, cpu, paper or cpu, **more)
 
 
 _LOGITS: Sizes = {"credit": "logits"}
@@ -73,16 +70,13 @@ PAPER = Paper(
             {"generations": 200, "seeds": 5},
             hours={"cpu": 0.01},
         ),
-        "acrobot": Table(
+        "acrobot": _table(
             "Top-down credit assignment on Acrobot",
-            {
-                "smoke": {"cases": "acrobot", "generations": 1, "generations_state": 1, "seeds": 2, "lifetimes": 2},
-                "cpu": {"cases": "acrobot", "generations": 24, "generations_state": 10, "seeds": 5, "lifetimes": 8},
-                "paper": {"cases": "acrobot", "generations": 60, "generations_state": 20, "seeds": 5, "lifetimes": 16},
-            },
-            module="apical_papers.tdca.reinforcement.study",
+            "reinforcement.study",
+            {"cases": "acrobot", "generations": 1, "generations_state": 1, "seeds": 2, "lifetimes": 2},
+            {"cases": "acrobot", "generations": 24, "generations_state": 10, "seeds": 5, "lifetimes": 8},
+            {"cases": "acrobot", "generations": 60, "generations_state": 20, "seeds": 5, "lifetimes": 16},
             needs={"generations": 24, "generations_state": 10, "seeds": 5},
-            side_by_side=True,
             hours={"cpu": 0.11},
         ),
         "reinforcement": _table(

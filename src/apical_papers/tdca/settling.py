@@ -29,7 +29,7 @@ from tyro.conf import arg
 
 from apical import data
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.data.dataset import Dataset
 from apical.evolution.population import Lifetime, Population, accuracies, losses
 from apical.evolution.seeds import seed_of
@@ -45,18 +45,16 @@ TUNING = 8
 LAST = 0.25
 """Share of the training whose weights are averaged."""
 POINTS = 1.5
-ABOUT = {
-    "title": "The shipped teacher of TDCA: last weights, averaged weights, decaying rate",
-    "about": "The shipped teacher missed its mark on narrow and on deep perceptrons, on single seeds, at a constant "
+ABOUT = about_study(
+    "The shipped teacher of TDCA: last weights, averaged weights, decaying rate",
+    "The shipped teacher missed its mark on narrow and on deep perceptrons, on single seeds, at a constant "
     "learning rate. Its credit is no gradient and need not vanish where training should end: weights then wander around a "
     "good place. This study averages them over the last quarter of training, or lets the rate fall to zero, for "
     "backpropagation too. Rates are chosen for each rule and way to end on held-out training images.",
-    "sources": {
-        "our mark": f"Starts: TDCA's test accuracy on each, with averaged weights, is at most {POINTS:g} points below the "
-        "mean of backpropagation's with averaged weights. Averaging: the 95 % interval of the mean difference from the "
-        "last weights of the same runs (Student's t) lies above 0. Set before the run, after a look at development starts.",
-    },
-}
+    f"Starts: TDCA's test accuracy on each, with averaged weights, is at most {POINTS:g} points below the "
+    "mean of backpropagation's with averaged weights. Averaging: the 95 % interval of the mean difference from the "
+    "last weights of the same runs (Student's t) lies above 0. Set before the run, after a look at development starts.",
+)
 
 
 @dataclass(frozen=True)

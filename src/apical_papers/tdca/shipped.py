@@ -23,24 +23,22 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.errors import ConfigError
 
 POINTS = {"digits": 1.5, "mnist": 3.0, "usps": 3.0, "kmnist-10k": 3.0}
 """How far below backpropagation's mean a seed may lie, in points of test accuracy, by data set."""
 RULES = {"bp": "BP", "dfa": "DFA", "tdca": "TDCA", "tdca-silent": "TDCA, no credit to hidden units"}
-TITLE = "The shipped teacher of TDCA, against backpropagation"
-ABOUT = (
+ABOUT = about_study(
+    "The shipped teacher of TDCA, against backpropagation",
     "The teacher that comes with the package trains perceptrons that differ in width, depth and activation from those it "
     "was evolved on, residual layers, MNIST, USPS and characters of KMNIST, which it never saw, and convolutions. It was "
     "evolved from a start wired by hand, which is direct feedback alignment. Learning rates are those that `apical compare`"
     " takes unless told otherwise: tuned for each rule on digits and mlp-256-256, the common one elsewhere. TDCA's was "
-    "tuned again, with five seeds instead of one, after a first run of that network had missed its mark."
+    "tuned again, with five seeds instead of one, after a first run of that network had missed its mark.",
+    "Seeds: TDCA's accuracy on each is at most so many points below the mean of backpropagation's; set before "
+    "the runs. Hidden credit: the 95 % interval of the mean difference over seeds (Student's t) lies above 0; set after.",
 )
-SOURCES = {
-    "our mark": "Seeds: TDCA's accuracy on each is at most so many points below the mean of backpropagation's; set before "
-    "the runs. Hidden credit: the 95 % interval of the mean difference over seeds (Student's t) lies above 0; set after."
-}
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,9 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "header": ["data, network", "rule", "learning rate", "seeds", "accuracy, %", "mean", "worst seed"],
         "rows": [line for comparison in comparisons for line in lines(comparison)],
     }
-    about = {"title": TITLE, "about": ABOUT, "sources": SOURCES}
     settings = {"comparisons": [folder.name for folder in options.comparisons]}
     spent = [{"seconds": comparison.seconds} for comparison in comparisons]
-    return keep_results(options.out, command, about, settings, spent, verdicts(comparisons), [table])
+    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(comparisons), [table])
 
 
 main = partial(run_command, "apical_papers.tdca.shipped", Options, study)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Row, Study
+from apical.bench.study import Claim, Row, Study, rows_of
 
 BATCH = 128
 
@@ -34,9 +34,9 @@ def _digits() -> Study:
         weight_decay=(0.0,),
     )
     learned = replace(base, feedback_weight_decay=0.0, pretrain_epochs=5)
-    rows = {"bp": Row(replace(base, rule="bp"), ()), "dfa": Row(replace(base, rule="dfa"), ())}
-    for rule in ("dtp", "dtp-drl", "ddtp-linear", "ddtp-control"):
-        rows[rule] = Row(replace(learned, rule=rule, rule_options=_options(eta=0.05, sigma=0.05, reduction="'mean'")), ())
+    options = {"rule_options": _options(eta=0.05, sigma=0.05, reduction="'mean'")}
+    rows = rows_of(base, ("bp", "dfa"))
+    rows |= rows_of(learned, dict.fromkeys(("dtp", "dtp-drl", "ddtp-linear", "ddtp-control"), options))
     claims = (Claim("dtp-drl", "dtp", 20, -1.0), Claim("ddtp-linear", "dtp", 20, -1.0))
     return Study("Target propagation on digits, 64-4x64-10 tanh, 20 epochs", "seconds", rows, base, claims)
 
@@ -64,7 +64,7 @@ def _learned(rule: str, forward: Adam, eta: float, feedback: Adam, sigma: float,
     passes: dict[str, Any] = {} if rule == "dtp" else {"pretrain_epochs": 6, "feedback_passes": 2}
     options = _options(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'")
     recipe = _adam(rule, float(f"{lr / eta:.4g}"), beta1, beta2, eps)
-    return Row(replace(recipe, feedback_weight_decay=decay, rule_options=options, **of_feedback, **passes), ())
+    return Row(replace(recipe, feedback_weight_decay=decay, rule_options=options, **of_feedback, **passes))
 
 
 def _adam(rule: str, lr: float, beta1: float, beta2: float, eps: float) -> Recipe:
@@ -80,8 +80,8 @@ def _mnist() -> Study:
     }
     """Adam of the forward weights, eta, Adam of the feedback, sigma, and the feedback's decay."""
     rows = {
-        "bp": Row(_adam("bp", 2.970e-4, 0.99, 0.999, 6.93e-8), ()),
-        "dfa": Row(_adam("dfa", 3.808e-4, 0.9, 0.999, 1.09e-7), ()),
+        "bp": Row(_adam("bp", 2.970e-4, 0.99, 0.999, 6.93e-8)),
+        "dfa": Row(_adam("dfa", 3.808e-4, 0.9, 0.999, 1.09e-7)),
         **{rule: _learned(rule, *numbers) for rule, numbers in tuned.items()},
     }
     orders = (("dtp-drl", "bp", -1.5), ("ddtp-linear", "bp", -1.5), ("dtp-drl", "dtp", -0.3))
@@ -97,7 +97,7 @@ def _tuned(
     title: str, base: Recipe, plain: dict[str, float], tuned: Tuned, *, pretrain: int, extra: int, neurons: int = 1024
 ) -> Study:
     """A study of which only these four are known of each rule: Adam is as PyTorch has it, feedback does not decay."""
-    rows = {rule: Row(replace(base, rule=rule, lr=(lr,)), ()) for rule, lr in plain.items()}
+    rows = rows_of(base, {rule: {"lr": (lr,)} for rule, lr in plain.items()})
     for rule, (lr, eta, feedback_lr, sigma) in tuned.items():
         options = _options(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'")
         recipe = replace(
@@ -110,7 +110,7 @@ def _tuned(
         )
         if rule != "dtp":
             recipe = replace(recipe, pretrain_epochs=pretrain, feedback_passes=1 + extra)
-        rows[rule] = Row(recipe, ())
+        rows[rule] = Row(recipe)
     claims = (Claim("dtp-drl", "dtp", 10, -0.3),)
     return Study(title, "minutes per epoch", rows, base, claims)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from apical import models
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import Cells, SeedStudy
+from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.activations import derivative
 from apical.core.chain import Chain
 from apical.core.credit import CreditRule
@@ -58,15 +58,13 @@ TOY: dict[str, tuple[dict[str, Any], float, float]] = {
 }
 """Options, learning rate and weight decay of the feedback, from the released configuration."""
 
-ABOUT: dict[str, Any] = {
-    "title": "Target propagation: where targets point",
-    "about": "Digits through a network of four hidden layers whose lowest layer alone learns, and a regression network "
+ABOUT = about_study(
+    "Target propagation: where targets point",
+    "Digits through a network of four hidden layers whose lowest layer alone learns, and a regression network "
     "in which the part of an update is measured that cannot change the output.",
-    "sources": {
-        "our mark": "The paper's numbers were found in no source that could be read; its orders are tested. Reproduced "
-        "means that the 95 % interval (Student's t, paired over seeds) of the difference lies on its better side."
-    },
-}
+    "The paper's numbers were found in no source that could be read; its orders are tested. Reproduced "
+    "means that the 95 % interval (Student's t, paired over seeds) of the difference lies on its better side.",
+)
 
 
 def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from apical.bench.finding import Row, at_most, difference
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.bench.statistics import student
 from apical.data import Dataset
 from apical.data.text.counts import count_losses
@@ -53,16 +53,14 @@ noise per input begin at half the angle of the usual 40."""
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """By arm, what was kept of each seed at the arm's rate; empty where the rule refused or nothing was trained."""
 
-ABOUT: dict[str, Any] = {
-    "title": "Credit rules on a small language model",
-    "about": "Nats per character of the sources of Python's standard library, on modules that were not trained on.",
-    "sources": {
-        "our mark": "Marks come from a prototype's pilots (apart from apical, width 64, 400 steps) and were written before "
-        "the runs; those called goal are what the study was planned to reach, entered after its first runs of kp and pfa. "
-        "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over seeds) of the "
-        "difference lies on its better side."
-    },
-}
+ABOUT = about_study(
+    "Credit rules on a small language model",
+    "Nats per character of the sources of Python's standard library, on modules that were not trained on.",
+    "Marks come from a prototype's pilots (apart from apical, width 64, 400 steps) and were written before "
+    "the runs; those called goal are what the study was planned to reach, entered after its first runs of kp and pfa. "
+    "Reproduced means that the mean reaches the mark, or that the 95 % interval (Student's t, paired over seeds) of the "
+    "difference lies on its better side.",
+)
 
 
 @dataclass(frozen=True)
@@ -180,17 +178,15 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
     test, ratio, angle = partial(losses_of, cells), partial(loss_ratio, cells), partial(end_angle, cells)
 
     def within(arm: str, share: float) -> list[Row]:
-        ours, most = test(arm), [(1 + share) * b for b in test("bp")]
-        pairs = list(zip(ours, most, strict=False))
-        what = f"test loss minus {1 + share:g} times that of bp"
-        return [difference("goal", arm, what, *zip(*pairs, strict=True), less=True)] if len(pairs) > 1 else []
+        return less("goal", arm, f"{1 + share:g} times that of bp", test(arm), [(1 + share) * b for b in test("bp")])
 
     def below(mark: str, arm: str, other: str, by: float) -> list[Row]:
-        pairs = list(zip(test(arm), test(other), strict=False))  # of the seeds that both have
-        if len(pairs) < 2:
-            return []
-        what = f"test loss minus that of {other}, plus {by:g}"
-        return [difference(mark, arm, what, [a + by for a, _ in pairs], [b for _, b in pairs], less=True)]
+        return less(mark, arm, f"that of {other}, plus {by:g}", [a + by for a in test(arm)], test(other))
+
+    def less(mark: str, arm: str, what: str, ours: Sequence[float], theirs: Sequence[float]) -> list[Row]:
+        pairs = list(zip(ours, theirs, strict=False))  # of the seeds that both have
+        both = zip(*pairs, strict=True)
+        return [difference(mark, arm, f"test loss minus {what}", *both, less=True)] if len(pairs) > 1 else []
 
     kp = cells.get("kp-mirror", ())
     return [
@@ -291,8 +287,7 @@ def tables(
             "title": "Test loss, nats per character",
             "note": "Mean over seeds with 95 % interval (Student's t), at the rate with the least loss on held-out windows. "
             "Percent are over the same seeds of bp. Angles are those of feedback to weights, mean over layers, after the "
-            "first step and the last. The seed that "
-            "chose the rate is among the seeds.",
+            "first step and the last. The seed that chose the rate is among the seeds.",
             "header": ["arm", "test loss", "% over bp", "rate", "angle, degrees", "each seed"],
             "rows": rows,
         },

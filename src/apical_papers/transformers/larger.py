@@ -12,10 +12,9 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from apical.bench.finding import Row, at_most
-from apical.bench.program import run_command
+from apical.bench.program import about_study, run_command
 from apical_papers.transformers.language import Cells, Options, end_angle, loss_ratio, losses_of, study
 
 ALIGNED = {"kp-mirror": 1.02, "pfa-wide-mirror-160": 1.05}
@@ -30,14 +29,12 @@ DEFAULT = Options(
     rates=(1e-2 * 96 / 256,),
     arms=("bp", *ALIGNED, "fa", "head only", "tdca"),
 )
-ABOUT: dict[str, Any] = {
-    "title": "Credit rules on a larger language model",
-    "about": "Nats per character of the sources of Python's standard library, on modules that were not trained on.",
-    "sources": {
-        "our mark": "Marks are those of the smaller model, and were written before the runs. Reproduced means that the mean "
-        "reaches the mark; with two seeds no interval is narrow enough to say more."
-    },
-}
+ABOUT = about_study(
+    "Credit rules on a larger language model",
+    "Nats per character of the sources of Python's standard library, on modules that were not trained on.",
+    "Marks are those of the smaller model, and were written before the runs. Reproduced means that the mean "
+    "reaches the mark; with two seeds no interval is narrow enough to say more.",
+)
 
 
 def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:

@@ -2,10 +2,11 @@
 
 from functools import partial
 
-from apical.bench.papers import Paper, Sizes, Table, table_of
+from apical.bench.papers import Paper, Sizes, own_study, table_of
 from apical_papers.transformers.recipes import EPOCHS, STUDIES
 
 of = partial(table_of, STUDIES)
+alone = partial(own_study, side_by_side=False)
 _SMOKE: Sizes = {"epochs": 1, "seeds": 1, "train_limit": 128, "test_limit": 32}
 
 PAPER = Paper(
@@ -18,27 +19,20 @@ PAPER = Paper(
     tables={
         "text-python": of("text-python", _SMOKE, {"epochs": EPOCHS, "seeds": 5}, {"epochs": EPOCHS, "seeds": 5}),
         "lstm-copy": of("lstm-copy", _SMOKE, {"epochs": 10, "seeds": 5}, {"epochs": 10, "seeds": 5}),
-        "language": Table(
+        "language": alone(
             "Credit rules on a small language model, each at its best learning rate",
-            {"smoke": {"steps": 4, "seeds": 2, "width": 32}, "cpu": {"steps": 400, "seeds": 3}, "paper": {"seeds": 5}},
-            module="apical_papers.transformers.language",
-            needs={"steps": 400, "seeds": 3},
+            "apical_papers.transformers.language",
+            *({"steps": 4, "seeds": 2, "width": 32}, {"steps": 400, "seeds": 3}, {"seeds": 5}),
         ),
-        "language-4x256": Table(
+        "language-4x256": alone(
             "Rules with aligned feedback on a larger language model, four blocks and width 256",
-            {
-                "smoke": {"steps": 4, "seeds": 2, "width": 32},
-                "cpu": {"steps": 200, "seeds": 2},
-                "paper": {"steps": 400, "seeds": 5},
-            },
-            module="apical_papers.transformers.larger",
-            needs={"steps": 200, "seeds": 2},
+            "apical_papers.transformers.larger",
+            *({"steps": 4, "seeds": 2, "width": 32}, {"steps": 200, "seeds": 2}, {"steps": 400, "seeds": 5}),
         ),
-        "scaling": Table(
+        "scaling": alone(
             "Loss against width of a small language model, by rule",
-            {"smoke": {"steps": 4, "seeds": 2}, "cpu": {"steps": 200, "seeds": 3}, "paper": {"steps": 400, "seeds": 5}},
-            module="apical_papers.transformers.scaling",
-            needs={"steps": 200, "seeds": 3},
+            "apical_papers.transformers.scaling",
+            *({"steps": 4, "seeds": 2}, {"steps": 200, "seeds": 3}, {"steps": 400, "seeds": 5}),
         ),
     },
 )

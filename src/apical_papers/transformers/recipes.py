@@ -9,7 +9,7 @@ norm 1 over the network. So no number of theirs stands beside ours.
 from dataclasses import replace
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Row, Study
+from apical.bench.study import Study, rows_of
 
 EPOCHS, STEPS = 8, 50
 
@@ -39,23 +39,20 @@ LANGUAGE = Recipe(
 COPY = replace(LANGUAGE, data="copy", model="lstm-128", context=10, epochs=10, lr_cosine=10)
 """500 steps on words of five symbols."""
 
-_TAUGHT = replace(LANGUAGE, rule="tdca", rule_options=("units=block", "teacher=classes"), lr=(1e-3,))
+TAUGHT = {"rule_options": ("units=block", "teacher=classes"), "lr": (1e-3,)}
 """The shipped top-down network for any number of classes, at the rate that the study of language models found for it."""
 
 STUDIES: dict[str, Study] = {
     "text-python": Study(
         "A decoder of two blocks, width 96, on the sources of Python's standard library, 400 steps",
         "about a minute on one CPU core",
-        {
-            **{rule: Row(replace(LANGUAGE, rule=rule), ()) for rule in ("bp", "kp-mirror", "pfa-mirror", "fa", "dfa")},
-            "tdca": Row(_TAUGHT, ()),
-        },
+        rows_of(LANGUAGE, ("bp", "kp-mirror", "pfa-mirror", "fa", "dfa")) | rows_of(LANGUAGE, {"tdca": TAUGHT}),
         LANGUAGE,
     ),
     "lstm-copy": Study(
         "An LSTM of 128 units says words of five symbols again, 500 steps",
         "about a minute on one CPU core",
-        {rule: Row(replace(COPY, rule=rule), ()) for rule in ("bp", "fa", "kp-mirror", "pfa-mirror")},
+        rows_of(COPY, ("bp", "fa", "kp-mirror", "pfa-mirror")),
         COPY,
     ),
 }

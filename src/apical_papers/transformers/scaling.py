@@ -17,20 +17,18 @@ import numpy as np
 from tyro.conf import arg
 
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
 from apical.errors import ConfigError
 from apical_papers.transformers.language import ARMS
 from apical_papers.transformers.training import Setting, data, kept_training
 
 NAMES = ("bp", "kp-mirror", "pfa-mirror", "fa", "dfa")
-ABOUT: dict[str, Any] = {
-    "title": "Loss against width of a small language model",
-    "about": "Test loss in nats per character at each width, and the exponent of a power law, for five rules.",
-    "sources": {
-        "our mark": "Marks were written before the runs: wider nets gain less under fa and dfa than under bp. "
-        "Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on the better side of 0."
-    },
-}
+ABOUT = about_study(
+    "Loss against width of a small language model",
+    "Test loss in nats per character at each width, and the exponent of a power law, for five rules.",
+    "Marks were written before the runs: wider nets gain less under fa and dfa than under bp. "
+    "Reproduced means that the 95 % interval (Student's t, paired over seeds) lies on the better side of 0.",
+)
 
 
 @dataclass(frozen=True)

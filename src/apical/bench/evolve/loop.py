@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -225,42 +226,24 @@ def classification(recipe: EvolutionRecipe) -> Classification:
         if loaded.is_regression:
             raise DataError(f"{name} has numbers as targets; top-down networks are evolved for classification")
         sets.append(Images(loaded.train.inputs, loaded.train.targets, loaded.classes, name))
-    values = {name: getattr(recipe, name) for name in ("steps", "lr", "optimizer", "clip")}
-    lifetime = Lifetime(**values, batch_size=recipe.batch_size or None)
-    same = (
-        "hidden",
-        "relative",
-        "credit",
-        "output",
-        "by_class",
-        "tasks",
-        "starts",
-        "zeros",
-        "quiet",
-        "held_out",
-        "settled",
-        "seed",
-    )
-    setting = Setting(
-        model=recipe.model[0],
-        others=recipe.model[1:],
-        lifetime=lifetime,
-        sites=recipe.sites or None,
-        ways=recipe.ways or None,
-        examples=recipe.examples or None,
-        **{name: getattr(recipe, name) for name in (*same, "settled", "seed")},
-    )
-    task = AnyClasses(sets, setting) if recipe.by_class else Classification(sets, setting)
+    task = (AnyClasses if recipe.by_class else Classification)(sets, setting(recipe))
     if recipe.begin:
         task.start = task.weights_of(recipe.begin)
     return task
 
 
+def setting(recipe: EvolutionRecipe) -> Setting:
+    """What the recipe evolves."""
+    lifetime = Lifetime(recipe.steps, recipe.lr, recipe.optimizer, recipe.clip, recipe.batch_size or None)
+    names = {item.name for item in fields(Setting)} & {item.name for item in fields(recipe)}
+    values: dict[str, Any] = {name: getattr(recipe, name) for name in names - {"model"}}
+    values |= {name: values[name] or None for name in ("sites", "ways", "examples")}
+    return Setting(recipe.model[0], recipe.model[1:], lifetime, **values)
+
+
 def strategy(recipe: EvolutionRecipe) -> Strategy:
     """The recipe's evolution strategy."""
-    return Strategy(
-        name=recipe.strategy, population=recipe.population, sigma=recipe.sigma, step=recipe.step, decay=recipe.decay
-    )
+    return Strategy(recipe.strategy, recipe.population, recipe.sigma, recipe.step, recipe.decay)
 
 
 def teacher(task: Classification, weights: Tensor) -> Network:

@@ -104,16 +104,15 @@ def _cell(axes: Axes, x: int, y: int, row: Mapping[str, Any], key: str) -> None:
         axes.plot((x + 0.35, x + 0.65), (y + 0.5, y + 0.5), color="#777777", linewidth=0.8)
     claim = row["claims"].get(key)
     if claim is not None and not claim["agrees"]:
-        frame = Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, fill=False, edgecolor="#D55E00", linewidth=1.3)
-        axes.add_patch(frame)
+        axes.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, fill=False, edgecolor="#D55E00", linewidth=1.3))
 
 
 def _legend(figure: Figure, disagrees: bool) -> None:
     marks = [
         Line2D([], [], linestyle="none", marker="s", markersize=6, markerfacecolor=_COLOURS[key], markeredgecolor="#777777")
-        for key in ("yes", "partly", "no", "not applicable")
+        for key in _COLOURS
     ]
-    names = ["yes", "partly", "no", "not applicable"]
+    names = [*_COLOURS]
     if disagrees:
         frame = Line2D([], [], linestyle="none", marker="s", markersize=7, markerfacecolor="none", markeredgecolor="#D55E00")
         frame.set_markeredgewidth(1.3)

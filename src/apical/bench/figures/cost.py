@@ -2,10 +2,10 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from apical.bench.figures.lines import Line, rule_lines
-from apical.bench.figures.style import plain_log_steps
+from apical.bench.figures.style import plain_log, plain_log_steps
 from apical.bench.report.records import Array, Comparison, Run
 
 _FAR = 5.0
@@ -35,8 +35,7 @@ def _against(comparison: Comparison, cost: str, label: str, factor: float) -> Fi
     if max(ends) > _FAR * min(ends):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        plain_log(axes.xaxis)
     lowest = min(float(scores.min()) for _, scores in places.values())
     if score.is_loss and 0 < _FAR * lowest < max(float(scores.max()) for _, scores in places.values()):
         axes.set_yscale("log")

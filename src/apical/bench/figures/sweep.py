@@ -78,10 +78,8 @@ def _panel(panel: Axes, rule: str, record: Mapping[str, Any], norm: Normalize) -
     for x, axis in enumerate(axes):
         panel.axvline(x, color="#444444", linewidth=0.6)
         for place, text in _ticks(axis):
-            side: Any = {"ha": "right"} if x == 0 else {"ha": "left"}
-            panel.text(
-                x + (-0.04 if x == 0 else 0.04), place, text, fontsize=6, va="center", zorder=6, path_effects=_HALO, **side
-            )
+            at, side = (-0.04, "right") if x == 0 else (x + 0.04, "left")
+            panel.text(at, place, text, fontsize=6, va="center", ha=side, zorder=6, path_effects=_HALO)
     panel.axvline(len(axes), color="#444444", linewidth=0.6)
     top, bottom = (norm.vmin, norm.vmax) if record["is_loss"] else (norm.vmax, norm.vmin)
     for place, value in ((1.0, top), (0.0, bottom)):

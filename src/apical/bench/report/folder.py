@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apical.bench.checkpoint import write_atomically
-from apical.bench.document import significant
+from apical.bench.document import document, figure_block, reproduce, significant
 from apical.bench.figures import curves as figures
 from apical.bench.figures.style import styles
 from apical.bench.recipe import FEEDBACK_FIELDS, Recipe
@@ -75,19 +75,22 @@ def write(out: Path) -> Path:
     comparison = read(out)
     drawings = figures.draw(comparison)
     verdicts, sure = judge(comparison), sureness(comparison)
-    page = report_html.render(
-        comparison,
-        summarise(comparison),
-        drawings,
-        title=_title(comparison),
-        summary=describe(comparison),
-        config=config_rows(comparison),
-        environment=environment_rows(comparison),
-        verdicts=verdicts,
-        sure=section(sure, comparison.score),
-        placement=sample.section(out, comparison.rules) + placement_section.section(out, comparison.rules),
-        measures=measures_section.section(comparison),
-    )
+    shown = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded, so there is nothing to draw.</p>"
+    body = f"""{report_html.problems(comparison.runs)}
+<h2>Rules</h2>
+{report_html.rules_table(summarise(comparison), comparison.score)}
+{section(sure, comparison.score)}
+{report_html.verdicts_table(verdicts)}
+<h2>Figures</h2>
+<div class="figures">
+{shown}
+</div>
+{measures_section.section(comparison)}
+{reproduce(comparison.command, config_rows(comparison), environment_rows(comparison))}
+{sample.section(out, comparison.rules)}{placement_section.section(out, comparison.rules)}
+<h2>Every run</h2>
+{report_html.runs_table(comparison.runs, comparison.score)}
+<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG, in the folder figures.</p>"""
     try:
         (out / "figures").mkdir(exist_ok=True)
         for drawing in drawings:
@@ -98,7 +101,7 @@ def write(out: Path) -> Path:
             )
         if sure and not comparison.single:
             write_atomically(out / "statistics.json", (json.dumps([row.record() for row in sure], indent=1) + "\n").encode())
-        write_page(out / "report.html", page)
+        write_page(out / "report.html", document(_title(comparison), describe(comparison), body))
     except OSError as error:
         raise CheckpointError(f"the report cannot be written to {out}: {error.strerror or error}") from error
     return out / "report.html"

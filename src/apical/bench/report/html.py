@@ -1,4 +1,4 @@
-"""The report of a comparison as one HTML page."""
+"""The tables of a comparison's report in HTML; every name and value taken from the runs is escaped."""
 
 import math
 import statistics
@@ -6,47 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from apical.bench.document import MISSING, document, figure_block, reproduce, significant, table
-from apical.bench.figures.curves import Drawing
-from apical.bench.report.records import ACCURACY, NATS, Comparison, Run, Score
+from apical.bench.document import MISSING, significant, table
+from apical.bench.report.records import ACCURACY, NATS, Run, Score
 from apical.bench.report.verdicts import Verdict, tally
 
 if TYPE_CHECKING:
     from apical.bench.report.folder import RuleSummary
-
-
-def render(
-    comparison: Comparison,
-    rows: Sequence["RuleSummary"],
-    drawings: Sequence[Drawing],
-    *,
-    title: str,
-    summary: str,
-    config: Sequence[tuple[str, str]],
-    environment: Sequence[tuple[str, str]],
-    verdicts: Sequence[Verdict] = (),
-    sure: str = "",
-    placement: str = "",
-    measures: str = "",
-) -> str:
-    """The page as text; every name and value taken from the runs is escaped."""
-    figures = "\n".join(map(figure_block, drawings)) or "<p>No epoch has been recorded, so there is nothing to draw.</p>"
-    body = f"""{_problems(comparison.runs)}
-<h2>Rules</h2>
-{_rules_table(rows, comparison.score)}
-{sure}
-{_verdicts(verdicts)}
-<h2>Figures</h2>
-<div class="figures">
-{figures}
-</div>
-{measures}
-{reproduce(comparison.command, config, environment)}
-{placement}
-<h2>Every run</h2>
-{_runs_table(comparison.runs, comparison.score)}
-<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG, in the folder figures.</p>"""
-    return document(title, summary, body)
 
 
 def mean_and_spread(values: Sequence[float], score: Score = ACCURACY) -> str:
@@ -68,7 +33,8 @@ def _heading(score: Score) -> str:
     return "Test loss" if score.is_loss else "Test accuracy,&nbsp;%"
 
 
-def _rules_table(rows: Sequence["RuleSummary"], score: Score) -> str:
+def rules_table(rows: Sequence["RuleSummary"], score: Score) -> str:
+    """One line per rule: its score, seeds, losses, times and size."""
     several = max((len(row.runs) for row in rows), default=0) > 1
     spread, middle = (" <small>mean ± s.d.</small>", " <small>median (range)</small>") if several else ("", "")
     units = {"Bits per token": "bits_per_token", "Perplexity": "perplexity"} if score == NATS else {}
@@ -122,7 +88,7 @@ def _mean(values: Sequence[float]) -> str:
     return significant(statistics.mean(values)) if values else MISSING
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> str:
+def verdicts_table(verdicts: Sequence[Verdict]) -> str:
     """Reference against measured numbers; nothing if there are none."""
     if not verdicts:
         return ""
@@ -167,7 +133,8 @@ def _ratio(row: "RuleSummary") -> str:
     return middle if len(row.ratio) < 2 or row.rule == "bp" else f"{middle} <small>({spread})</small>"
 
 
-def _problems(runs: Sequence[Run]) -> str:
+def problems(runs: Sequence[Run]) -> str:
+    """The runs that did not finish; nothing if all did."""
     failed = [run for run in runs if not run.finished]
     if not failed:
         return ""
@@ -175,7 +142,8 @@ def _problems(runs: Sequence[Run]) -> str:
     return f'<div class="problems"><p><strong>Runs without a final result</strong></p><ul>{items}</ul></div>'
 
 
-def _runs_table(runs: Sequence[Run], score: Score) -> str:
+def runs_table(runs: Sequence[Run], score: Score) -> str:
+    """One line per run, folded away."""
     summary = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
     return f"<details><summary>{summary}</summary>{_labelled(_run_columns(run, score) for run in runs)}</details>"
 

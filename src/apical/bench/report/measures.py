@@ -27,8 +27,8 @@ def section(comparison: Comparison) -> str:
         return ""
     note = (
         "Means over the seeds that got there, ± standard deviation. Numbers of different networks, or of different noise, "
+        "do not compare; persistence counts where it differs from that of the same weights shuffled."
     )
-    note += "do not compare; persistence counts where it differs from that of the same weights shuffled."
     return "\n".join(["<h2>Measures of the network</h2>", f'<p class="note">{note}</p>', *parts])
 
 

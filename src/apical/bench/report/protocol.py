@@ -58,14 +58,11 @@ def section(rows: Sequence[Sureness], score: Score) -> str:
     heads = ("Rule", f"{score.name.capitalize()}{unit}, mean [95 % interval]", "n", "Minus bp, same seeds", "p", "n")
     lines = []
     for row in rows:
-        cells = [row.rule, row.score.shown(places), str(row.score.n)]
-        against = row.against
-        own = (
-            ["-"] * 3
-            if against is None
-            else [against.difference.shown(places), f"{against.p:.2g}", str(against.difference.n)]
-        )
-        lines.append([*cells, *own])
+        cells, beside = [row.rule, row.score.shown(places), str(row.score.n)], ["-"] * 3
+        if row.against is not None:
+            difference, p = row.against.difference, row.against.p
+            beside = [difference.shown(places), f"{p:.2g}", str(difference.n)]
+        lines.append([*cells, *beside])
     return f"""<h2>How sure is that?</h2>
 {table(heads, lines)}
 <p class="note">Percentile bootstrap over seeds (all resamples up to six, 10,000 beyond); with few seeds these intervals are

@@ -101,10 +101,8 @@ def plain(history: History) -> dict[str, Any]:
 
 def restored(saved: Mapping[str, Any]) -> History:
     """The history that :func:`plain` made this of."""
-    fields_of_history = {item.name: saved[item.name] for item in fields(History)}
-    return History(
-        **{**fields_of_history, "values": {key: [float(v) for v in numbers] for key, numbers in saved["values"].items()}}
-    )
+    values = {key: [float(value) for value in numbers] for key, numbers in saved["values"].items()}
+    return History(**{item.name: saved[item.name] for item in fields(History)} | {"values": values})
 
 
 def load(plan: Plan, name: str = "student-teacher") -> Dataset:

@@ -39,9 +39,9 @@ AXES = {
 def judge(histories: Histories, traces: Traces, optimal: Optimal) -> list[dict[str, Any]]:
     """Every row: figure, rule, what, mark, values' mean, std and n, source, verdict."""
     rows = _figure_3(histories)
-    weak = traces.weak
+    weak, left = traces.weak, error_left(traces.weak, traces.weak_target).tolist()
     rows += [
-        _row("1D", "dfc", "error left after 10 tau_u, share of the first", "<", 0.01, "our mark", _each(traces)),
+        _row("1D", "dfc", "error left after 10 tau_u, share of the first", "<", 0.01, "our mark", left),
         _row("1D", "dfc", "change of u in the last tau_u, relative", "<", 0.01, "our mark", still_moving(weak).tolist()),
         _row("2", "dfc-ssa", "angle between updates of optimal Q, largest, °", "<", 0.1, "our mark", [optimal.angles.max()]),
         _row("2", "", "J^T in the cloud (1: yes)", ">=", 1, "statement", [float(optimal.transpose_inside)]),
@@ -52,11 +52,6 @@ def judge(histories: Histories, traces: Traces, optimal: Optimal) -> list[dict[s
         ),
     ]
     return rows
-
-
-def _each(traces: Traces) -> list[float]:
-    left: list[float] = error_left(traces.weak, traces.weak_target).tolist()
-    return left
 
 
 def _figure_3(histories: Histories) -> list[dict[str, Any]]:

@@ -21,12 +21,13 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, keep_results, run_command
+from apical.errors import require_choice
 from apical.evolution.classification import Classification
 from apical_papers.tdca.classification import study as base
 from apical_papers.tdca.classification.report import NAMES, percent
 from apical_papers.tdca.classification.verdicts import STRICT, Cell, harness, values
-from apical_papers.tdca.trials import GRID, LAST, SWING, Bench, tuned
+from apical_papers.tdca.trials import GRID, LAST, SWING
 
 ARMS = {"error": replace(base.ARMS["relu"], settled=LAST, output="error"), "evolved": base.ARMS["relu"]}
 CONTROLS = ("hand-silent", "hand-random", "bp", "dfa")
@@ -45,20 +46,18 @@ TITLES = {
     "hidden-half": "its hidden credit, the error at the output",
     "output-half": "its output credit, random feedback for hidden units",
 }
-ABOUT = {
-    "title": "TDCA with ReLU learners, and what stands in its way",
-    "about": "Learners of 32 ReLU units, tasks of four classes of digits. In the classification study single tasks decided "
+ABOUT = about_study(
+    "TDCA with ReLU learners, and what stands in its way",
+    "Learners of 32 ReLU units, tasks of four classes of digits. In the classification study single tasks decided "
     "the mean loss of TDCA here. Runs on a development meta-seed suggested why: an evolved credit for the output makes "
     "logits several times those under the error. That lowers the loss of a learner that is right without making it right "
     "more often; at Adam's constant rate the loss of such a learner swings from step to step, so that its end is luck. "
     "Here the output's credit is the error, hidden credit alone is evolved, and fitness is the mean loss over the last ten "
     "steps. The arm with an evolved output, as before, is there to be taken apart.",
-    "sources": {
-        "our mark": "Means over unseen tasks, paired over meta-seeds (independent evolutions): TDCA minus the other, each "
-        "rule at the learning rate of one grid with the lowest mean training loss on validation tasks. Set before the run. "
-        "Reproduced means that the 95 % interval of the mean difference (Student's t) lies on the better side of the mark.",
-    },
-}
+    "Means over unseen tasks, paired over meta-seeds (independent evolutions): TDCA minus the other, each "
+    "rule at the learning rate of one grid with the lowest mean training loss on validation tasks. Set before the run. "
+    "Reproduced means that the 95 % interval of the mean difference (Student's t) lies on the better side of the mark.",
+)
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,8 @@ def cell(generations: int, arm: str, seed: int) -> dict[str, Any]:
     train, test = base.digits()
     setting = ARMS[arm]
     about, teachers = base.evolved(setting, seed, train, generations)
-    task = Classification([test], setting)
-    validation, bench = Bench(task, VALIDATION, f"validation {seed}"), Bench(task, TASKS, f"test {seed}")
-    result: dict[str, Any] = {"same_rate": {}, "tuned": {}}
-    for rule in RULES[arm]:
-        rates = {"same_rate": setting.lifetime.lr, "tuned": tuned(validation, rule, setting.lifetime, teachers["tdca"])}
-        for part, rate in rates.items():
-            result[part][rule] = asdict(bench.run(rule, [rate], setting.lifetime, teachers["tdca"])[0])
+    of_rule = dict.fromkeys(RULES[arm], teachers["tdca"])
+    result = base.both_rates(Classification([test], setting), seed, (VALIDATION, TASKS), of_rule)
     return {"seed": seed, **about, "teacher": teachers["tdca"].tolist(), **result}
 
 
@@ -98,7 +92,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
         return []
     ours, bp = (values(cells, rule, "accuracy") for rule in ("tdca", "bp"))
     what = "accuracy minus (tuned BP's minus 1 point)"
-    rows = [difference("C8", "tdca", what, ours, [accuracy - 0.01 for accuracy in bp], less=False)]
+    rows = [difference("C8", "tdca", what, ours, bp, less=False, margin=-0.01)]
     losses = values(cells, "tdca", "loss")
     for rule in ("bp", "dfa", "shuffled", "hand-silent", "hand-random"):
         title = "tuned BP's" if rule == "bp" else STRICT[rule]
@@ -138,7 +132,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
         ConfigError: an arm is unknown.
         CheckpointError: the folder holds evolutions with other settings.
     """
-    base.check_arms(options.arms, ARMS)
+    for arm in options.arms:
+        require_choice("arm", arm, ARMS)
     config = {
         "generations": options.generations,
         "strategy": asdict(base.STRATEGY),

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC, plain_log, styles
+from apical.bench.figures.style import plain_log, styles
 from apical.bench.finding import shown
-from apical.bench.program import keep_results
+from apical.bench.program import about_study, keep_results
 from apical.bench.statistics import student
 from apical_papers.tdca.classification.verdicts import Cell, released, values, verdicts
-from apical_papers.tdca.emission import credit_figure, sent_to_outputs
+from apical_papers.tdca.emission import OF_LOGITS, credit_figure, sent_to_outputs
 
 TITLE = "TDCA on classification, against backpropagation and controls"
 ABOUT = (
@@ -24,13 +23,13 @@ ABOUT = (
     "not be read: there are none to compare with. Credit on logits, relative to a right prediction, departs from the "
     "authors' code. Convolutions and deeper learners were not run."
 )
-SOURCES = {
-    "our mark": "Values are means over unseen tasks, paired over meta-seeds (independent evolutions, each with test tasks "
+MARKS = (
+    "Values are means over unseen tasks, paired over meta-seeds (independent evolutions, each with test tasks "
     "of its own): TDCA, the average of the search distribution's centres, minus the other. Marks were set before the run, "
     "settings chosen on other meta-seeds and tasks. Reproduced means that the 95 % interval of the mean difference "
     "(Student's t) lies on the better side of the mark. The paper claims that TDCA beats BP; the weak form is at the same "
     "learning rate, the strong form against the tuned one, at an accuracy not below its minus 1 point."
-}
+)
 NAMES = {
     "tdca": "TDCA",
     "bp": "BP",
@@ -55,7 +54,7 @@ def finish(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str
     arms = {arm: evolutions for arm, evolutions in cells_of.items() if evolutions}
     steps = settings["settled"]
     title = TITLE if steps == 1 else f"{TITLE}, fitness over the last {steps} steps"
-    about = {"title": title, "about": " ".join([ABOUT, *_left_out(arms)]), "sources": SOURCES}
+    about = about_study(title, " ".join([ABOUT, *_left_out(arms)]), MARKS)
     unit, sites = arms.get("unit", []), arms.get("sites-4", [])
     tables = [
         *([released(arms)] if "released" in arms else []),
@@ -66,17 +65,14 @@ def finish(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str
         _elsewhere(unit, "elsewhere", "Other data sets", "Networks evolved on digits, on tasks from"),
         _elsewhere(sites, "widths", "Other widths", "Networks with 4 sites evolved at width 32, at width"),
     ]
-    with matplotlib.rc_context(RC):
-        drawings = [
-            render("losses", "Loss on unseen tasks", _LOSSES, losses_figure(arms)),
-            render("evolution", "Evolution", _EVOLUTION, evolution_figure(arms)),
-        ]
-        if unit or sites:
-            p, signals = sent_to_outputs(unit or sites)
-            drawing = credit_figure(
-                p, signals, ("wrong class", "right class"), "probability of the class", "credit of the logit"
-            )
-            drawings.append(render("credit", "The output's credit", _CREDIT, drawing))
+    drawings = [
+        render("losses", "Loss on unseen tasks", _LOSSES, losses_figure(arms)),
+        render("evolution", "Evolution", _EVOLUTION, evolution_figure(arms)),
+    ]
+    if unit or sites:
+        p, signals = sent_to_outputs(unit or sites)
+        drawing = credit_figure(p, signals, *OF_LOGITS)
+        drawings.append(render("credit", "The output's credit", _CREDIT, drawing))
     return keep_results(out, command, about, settings, cells, verdicts(arms), tables, drawings)
 
 
@@ -139,12 +135,16 @@ def generations_to(cell: Cell, loss: float = 0.1) -> int | None:
     return None
 
 
+def reached(generations: Sequence[int | None]) -> str:
+    """In how many generations the mark was reached, and by how many evolutions."""
+    numbers = [float(number) for number in generations if number is not None]
+    return f"{shown(numbers) if numbers else '-'} ({len(numbers)} of {len(generations)})"
+
+
 def _evolutions(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     rows = []
     for arm, cells in arms.items():
-        reached = [generations_to(cell) for cell in cells]
-        generations = [float(generation) for generation in reached if generation is not None]
-        until = f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})"
+        until = reached([generations_to(cell) for cell in cells])
         seconds = shown([cell["seconds_per_generation"] for cell in cells])
         rows.append([TITLES[arm], str(cells[0]["parameters"]), seconds, until])
     return {

@@ -25,7 +25,7 @@ steps as fitness, settings that two development meta-seeds (1601, 1602) spoke fo
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,11 @@ from torch import Tensor
 from tyro.conf import arg
 
 from apical import data
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import kept
 from apical.bench.evolve.loop import Evolution
-from apical.bench.program import run_command
+from apical.bench.program import in_order, run_command
 from apical.bench.run_folder import commit
-from apical.errors import unknown_name
+from apical.errors import require_choice
 from apical.evolution.classification import Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.strategy import Strategy
@@ -141,14 +141,8 @@ def trials(
 ) -> dict[str, Any]:
     """Everything one evolved network is measured on, against the other rules on the same tasks."""
     setting, numbers = ARMS[arm], (options.validation, options.tasks)
-    task = Classification([test], setting)
-    validation, bench = Bench(task, numbers[0], f"validation {seed}"), Bench(task, numbers[1], f"test {seed}")
-    result: dict[str, Any] = {"same_rate": {}, "tuned": {}}
-    for rule in ("tdca", *CONTROLS):
-        teacher = teachers["start" if rule == "unevolved" else "tdca"]
-        result["same_rate"][rule] = asdict(bench.run(rule, [setting.lifetime.lr], LIFETIME, teacher)[0])
-        rate = tuned(validation, rule, LIFETIME, teacher)
-        result["tuned"][rule] = asdict(bench.run(rule, [rate], LIFETIME, teacher)[0])
+    of_rule = {rule: teachers["start" if rule == "unevolved" else "tdca"] for rule in ("tdca", *CONTROLS)}
+    result: dict[str, Any] = both_rates(Classification([test], setting), seed, numbers, of_rule)
     if arm == "unit":
         result["elsewhere"] = {
             name: against(Classification([images], setting), f"{name} {seed}", teachers["tdca"], numbers)
@@ -185,7 +179,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
         CheckpointError: the folder holds evolutions with other settings.
         DataError: one of the data sets is not there.
     """
-    check_arms(options.arms, ARMS)
+    for arm in options.arms:
+        require_choice("arm", arm, ARMS)
     config = {
         "generations": options.generations,
         "strategy": asdict(STRATEGY),
@@ -209,13 +204,6 @@ def study(options: Options, command: str) -> dict[str, Any]:
     return finish(options.out, cells, command, settings)
 
 
-def check_arms(chosen: Sequence[str], arms: Mapping[str, Setting]) -> None:
-    """Raise ConfigError for a name that is no arm's."""
-    for arm in chosen:
-        if arm not in arms:
-            raise unknown_name("arm", arm, list(arms))
-
-
 Evolved = tuple[str, int]
 """An arm and a meta-seed."""
 
@@ -233,22 +221,32 @@ def kept_evolutions(
         make: a module's function, for other processes are handed it.
         jobs: so many; 0 for one per core.
     """
-    cells = {}
-    for part, content in side_by_side(jobs, list(settings), partial(_kept, out, config, settings, make), out):
-        cells[part] = content
-        print(f"{content['seconds']:7.1f} s  {part[0]}, meta-seed {part[1]}", flush=True)
-    return [cells[part] for part in settings]
+    configs = {part: {**config, **plain(asdict(setting))} for part, setting in settings.items()}
+    made = partial(_kept, out, configs, make)
+    return in_order(jobs, settings, made, out, lambda part, _: f"{part[0]}, meta-seed {part[1]}")
 
 
-def _kept(
-    out: Path,
-    config: Mapping[str, Any],
-    settings: Mapping[Evolved, Setting],
-    make: Callable[[str, int], dict[str, Any]],
-    part: Evolved,
-) -> dict[str, Any]:
+def _kept(out: Path, configs: Mapping[Evolved, Any], make: Callable[[str, int], Any], part: Evolved) -> dict[str, Any]:
     arm, seed = part
-    return kept(out / "cells" / f"{arm}-{seed}.json", {**config, **plain(asdict(settings[part]))}, partial(make, arm, seed))
+    return kept(out / "cells" / f"{arm}-{seed}.json", configs[part], partial(make, arm, seed))
+
+
+def both_rates(
+    task: Classification, seed: int, numbers: tuple[int, int], teachers: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Each rule, with its teacher, on unseen tasks: all at the learning rate of evolution, then each at its tuned one.
+
+    Args:
+        numbers: of validation tasks, and of those it is tested on.
+    """
+    lifetime = task.setting.lifetime
+    validation, bench = Bench(task, numbers[0], f"validation {seed}"), Bench(task, numbers[1], f"test {seed}")
+    result: dict[str, dict[str, Any]] = {"same_rate": {}, "tuned": {}}
+    for rule, teacher in teachers.items():
+        rates = {"same_rate": lifetime.lr, "tuned": tuned(validation, rule, lifetime, teacher)}
+        for part, rate in rates.items():
+            result[part][rule] = asdict(bench.run(rule, [rate], lifetime, teacher)[0])
+    return result
 
 
 def measures(

@@ -37,8 +37,7 @@ def forms(cells: Sequence[Cell], rule: str = "tdca") -> list[Row]:
     ours, bp = (values(cells, each, "accuracy") for each in ("tdca", "bp"))
     for points, name in ((1.0, "strong form"), (0.5, "stretch")):
         what = f"{name}: accuracy minus (tuned BP's minus {points:g} point{'s' * (points != 1)})"
-        least = [accuracy - points / 100 for accuracy in bp]
-        rows.append(difference("C2", rule, what, ours, least, less=False))
+        rows.append(difference("C2", rule, what, ours, bp, less=False, margin=-points / 100))
     return rows
 
 
@@ -46,7 +45,7 @@ def harness(cells: Sequence[Cell]) -> list[Row]:
     """Whether a teacher that needs no evolution passes in this harness; no claim of the paper."""
     ours, bp = (values(cells, rule, "accuracy") for rule in ("hand-random", "bp"))
     what = "the harness: accuracy of the hand-built teacher minus (tuned BP's minus 1 point)"
-    return [difference("-", "hand-built", what, ours, [accuracy - 0.01 for accuracy in bp], less=False)]
+    return [difference("-", "hand-built", what, ours, bp, less=False, margin=-0.01)]
 
 
 def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
@@ -61,8 +60,8 @@ def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
         rows += harness(unit)
     if len(sites) == len(unit) > 1:
         what = "diffusion, 4 sites: accuracy minus (that of a credit per unit minus 1 point)"
-        full = [accuracy - 0.01 for accuracy in values(unit, "tdca", "accuracy")]
-        rows.append(difference("C3", "tdca", what, values(sites, "tdca", "accuracy"), full, less=False))
+        ours, full = (values(cells, "tdca", "accuracy") for cells in (sites, unit))
+        rows.append(difference("C3", "tdca", what, ours, full, less=False, margin=-0.01))
     for figure, part, cells in (("C6", "elsewhere", unit), ("C8", "widths", sites)):
         for name in cells[0][part] if len(cells) > 1 else ():
             ours, bp = ([cell[part][name][rule]["accuracy"] for cell in cells] for rule in ("tdca", "bp"))
@@ -71,7 +70,7 @@ def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
     if len(relu) > 1:
         ours, bp = (values(relu, rule, "accuracy") for rule in ("tdca", "bp"))
         what = "ReLU: accuracy minus (tuned BP's minus 1 point)"
-        rows.append(difference("C8", "tdca", what, ours, [accuracy - 0.01 for accuracy in bp], less=False))
+        rows.append(difference("C8", "tdca", what, ours, bp, less=False, margin=-0.01))
         ours = values(relu, "tdca", "loss")
         for rule, title in {"bp": "tuned BP's", "dfa": STRICT["dfa"]}.items():
             rows.append(difference("C8", "tdca", f"ReLU: loss minus {title}", ours, values(relu, rule, "loss"), less=True))

@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, difference, shown
-from apical.bench.program import keep_results
-from apical_papers.tdca.classification.report import error_bar, generations_to
+from apical.bench.program import about_study, keep_results
+from apical_papers.tdca.classification.report import error_bar, generations_to, reached
 
 Cell = Mapping[str, Any]
 
@@ -28,13 +26,12 @@ PLACES = {
     "logits": "The output's credit stands on the logits, and credit is relative to that of a right prediction, as with the "
     "shipped teacher: departures from the authors' code.",
 }
-SOURCES = {
-    "our mark": "Values are means over unseen tasks, paired over meta-seeds (independent evolutions on the same tasks): the "
-    "first kind of credit minus the second. Reproduced means that the 95 % interval of the mean difference "
-    "(Student's t) lies on the better side of the mark. The paper claims that diffusion greatly cuts the weights of the "
-    "top-down network and speeds its training, without loss of performance; our marks are 1 point of accuracy, and any gain "
-    "of time."
-}
+MARKS = (
+    "Values are means over unseen tasks, paired over meta-seeds (independent evolutions on the same tasks): the "
+    "first kind of credit minus the second. Reproduced means that the 95 % interval of the mean difference (Student's t) "
+    "lies on the better side of the mark. The paper claims that diffusion greatly cuts the weights of the top-down network "
+    "and speeds its training, without loss of performance; our marks are 1 point of accuracy, and any gain of time."
+)
 TITLES = {
     "weight-alone": "per weight, alone",
     "weight": "per weight, local factors",
@@ -53,9 +50,8 @@ TARGET = 0.3
 def report(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Write results.json, the figure and report.html; returns what results.json holds."""
     title = TITLE + (", credit on logits" if settings["credit"] == "logits" else "")
-    about = {"title": title, "about": ABOUT.format(place=PLACES[settings["credit"]]), "sources": SOURCES}
-    with matplotlib.rc_context(RC):
-        drawing = render("diffusion", "Before and after", _CAPTION, figure(cells))
+    about = about_study(title, ABOUT.format(place=PLACES[settings["credit"]]), MARKS)
+    drawing = render("diffusion", "Before and after", _CAPTION, figure(cells))
     settings = {"meta-seeds": len(cells), **settings}
     return keep_results(out, command, about, settings, cells, verdicts(cells), [table(cells)], [drawing])
 
@@ -78,8 +74,8 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
     for before, afters in (("weight", list(TITLES)[2:]), ("unit", list(TITLES)[3:])):
         for after in afters:
             what = f"credit {TITLES[after]}: accuracy minus (that of credit {TITLES[before]} minus 1 point)"
-            least = [accuracy - 0.01 for accuracy in values(cells, before, "accuracy")]
-            rows.append(difference("C3", "tdca", what, values(cells, after, "accuracy"), least, less=False))
+            ours, theirs = (values(cells, arm, "accuracy") for arm in (after, before))
+            rows.append(difference("C3", "tdca", what, ours, theirs, less=False, margin=-0.01))
     for before, afters in (("weight", list(TITLES)[2:]), ("unit", list(TITLES)[3:])):
         for after in afters:
             what = f"credit {TITLES[after]}: seconds per generation minus those of credit {TITLES[before]}"
@@ -96,9 +92,7 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
     per_weight = cells[0]["arms"]["weight"]["parameters"]
     for arm, title in TITLES.items():
         count = cells[0]["arms"][arm]["parameters"]
-        reached = [generations_to(cell["arms"][arm], TARGET) for cell in cells]
-        generations = [float(generation) for generation in reached if generation is not None]
-        until = f"{shown(generations) if generations else '-'} ({len(generations)} of {len(reached)})"
+        until = reached([generations_to(cell["arms"][arm], TARGET) for cell in cells])
         measures = (
             values(cells, arm, "loss"),
             [100 * accuracy for accuracy in values(cells, arm, "accuracy")],

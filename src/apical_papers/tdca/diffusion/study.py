@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import arg
 
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import kept
 from apical.bench.evolve.loop import Evolution
-from apical.bench.program import run_command
+from apical.bench.program import in_order, run_command
 from apical.evolution.classification import Classification, Images
 from apical.evolution.workers import Here
 from apical_papers.tdca.classification.study import BASE, RELEASED, SEEN, STRATEGY, digits, measures, plain
@@ -117,11 +117,9 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "learning rates": list(GRID),
         **plain(asdict(CREDITS[options.credit])),
     }
-    cells, make = {}, partial(kept_seed, options, config)
-    for seed, content in side_by_side(options.jobs, range(options.seeds), make, options.out):
-        cells[seed] = content
-        print(f"{content['seconds']:7.1f} s  meta-seed {seed}", flush=True)
-    return report(options.out, [cells[seed] for seed in range(options.seeds)], command, config)
+    make, seeds = partial(kept_seed, options, config), range(options.seeds)
+    cells = in_order(options.jobs, seeds, make, options.out, lambda seed, _: f"meta-seed {seed}")
+    return report(options.out, cells, command, config)
 
 
 main = partial(run_command, "apical_papers.tdca.diffusion.study", Options, study)

@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-import matplotlib
 import torch
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
@@ -26,11 +25,10 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from tyro.conf import arg
 
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import kept
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, shown
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.evolution.functions import BOX, Function, best_of_random, descend, draw
 from apical.evolution.minimisation import Minimisation, together
 from apical.evolution.seeds import seed_of
@@ -49,20 +47,17 @@ PATHS = {**GRADIENT, "capped": "capped gradient, by hand"}
 METHODS = {"tdca": "TDCA", **PATHS, "random": "random points"}
 OUTCOMES = {"global": "global minimum", "lower": "lower basin", "same": "the same basin", "higher": "higher basin"}
 COLOURS = ("#0B5345", "#7FB8A4", "#D9D9D9", "#D55E00")
-ABOUT = {
-    "title": "TDCA on non-convex functions: basins",
-    "about": "From a grid of starts, evolved networks with memory move a point 60 times without a gradient, and gradient "
+ABOUT = about_study(
+    "TDCA on non-convex functions: basins",
+    "From a grid of starts, evolved networks with memory move a point 60 times without a gradient, and gradient "
     "descent, momentum and Adam do with one, at rates chosen by the final value on validation starts. A start and an end "
     "are in the basins of those minima that steepest descent over a fine lattice reaches from them. The best of 60 random "
     "points has no path and leaves every basin at once; it is in the table for comparison, and has no mark. Neither has the "
     "capped gradient, a top-down network made by hand: T proportional to the gradient, in steps up to its cap.",
-    "sources": {
-        "our mark": "Shares of starts, paired over meta-seeds (independent evolutions, each with a shift of its own). A "
-        "function counts if every 95 % interval of the mean difference between TDCA and a gradient rule (Student's t) lies "
-        "above 0. Set before the run, on meta-seeds that were not used before. The paper claims that TDCA gets past local "
-        "minima.",
-    },
-}
+    "Shares of starts, paired over meta-seeds (independent evolutions, each with a shift of its own). A function counts if "
+    "every 95 % interval of the mean difference between TDCA and a gradient rule (Student's t) lies above 0. Set before the "
+    "run, on meta-seeds that were not used before. The paper claims that TDCA gets past local minima.",
+)
 
 
 @dataclass(frozen=True)
@@ -213,14 +208,13 @@ def study(options: Options, command: str) -> dict[str, Any]:
         CheckpointError: the folder holds evolutions with other options.
     """
     config = {"seeds": options.seeds, "generations": options.generations, "strategy": asdict(STRATEGY), "grid": GRID}
-    made = dict(side_by_side(options.jobs, CASES, partial(kept_case, options, config), options.out))
-    cells = {case.title: made[case] for case in CASES}
+    made = in_order(options.jobs, CASES, partial(kept_case, options, config), options.out)
+    cells = {case.title: content for case, content in zip(CASES, made, strict=True)}
     caption = (
         "Starts in the box, coloured by where 60 steps from there end; white: starts in the basin of a global minimum. "
         "First meta-seed, under a shift that evolution did not see."
     )
-    with matplotlib.rc_context(RC):
-        drawing = render("basins", "Where starts end", caption, figure(cells))
+    drawing = render("basins", "Where starts end", caption, figure(cells))
     settings = {**config, "first meta-seed": FIRST, "lattice": POINTS, "half its side": SIDE}
     return keep_results(options.out, command, ABOUT, settings, cells.values(), verdicts(cells), [table(cells)], [drawing])
 

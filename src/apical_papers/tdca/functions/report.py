@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from scipy import stats
 
 from apical.bench.figures.curves import Drawing, render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, interval, shown
-from apical.bench.program import keep_results
+from apical.bench.program import about_study, keep_results
 from apical_papers.tdca.functions.figures import final_values, trajectories
 
 Cells = Mapping[Any, Mapping[str, Any]]
@@ -27,14 +25,14 @@ ABOUT = (
     "of their own. Moving one coordinate at a time suits functions that are sums over coordinates, as Rastrigin's, "
     "Schwefel's and Styblinski and Tang's are."
 )
-SOURCES = {
-    "our mark": "Mean final value from held-out starts, paired over meta-seeds. A function counts if TDCA's value is lower "
+MARKS = (
+    "Mean final value from held-out starts, paired over meta-seeds. A function counts if TDCA's value is lower "
     "than that of gradient descent, of momentum, of Adam and of random points, each with its learning rate chosen on "
     "validation starts, and every 95 % interval of the mean difference (Student's t) lies below 0. The marks, 4 of 5 "
     "functions in two dimensions and 2 of 5 in ten, were set before the run; its meta-seeds were not used before, but "
     "settings had been chosen on the same functions. Himmelblau's function (four equal minima, where a gradient ends near "
     "0) is a control, Griewank's information."
-}
+)
 CONTROLS = {
     "gd": "gradient descent",
     "momentum": "momentum",
@@ -97,17 +95,9 @@ def report(out: Path, cells: Cells, groups: Groups, command: str, settings: Mapp
     ]
     settings = {**settings, "seconds of all runs": seconds}
     title = TITLE if groups["plane"] else f"{TITLE}: ten dimensions, longer evolutions"
-    about = {"title": title, "about": ABOUT, "sources": SOURCES}
-    return keep_results(
-        out,
-        command,
-        about,
-        settings,
-        cells.values(),
-        rows,
-        [table for table in tables if table["rows"]],
-        draw(cells, groups),
-    )
+    full = [table for table in tables if table["rows"]]
+    about = about_study(title, ABOUT, MARKS)
+    return keep_results(out, command, about, settings, cells.values(), rows, full, draw(cells, groups))
 
 
 def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: int | None = None) -> list[float]:
@@ -256,24 +246,20 @@ def draw(cells: Cells, groups: Groups) -> list[Drawing]:
     drawn = [case for case in groups["plane"] if case.function in ("rastrigin", "ackley", "schwefel")]
     networks = {case: cells[case]["seeds"][0]["center"] for case in drawn}
     rates = {case: cells[case]["controls"]["2"]["tuned"]["rates"] for case in drawn}
-    with matplotlib.rc_context(RC):
-        drawings = [
-            render(
-                "final_values",
-                "Value left after 60 steps",
-                "Mean final value over the mean value at the start, which is 1, on shifts that evolution did not see; mean "
-                "over meta-seeds with 95 % interval.",
-                final_values(finals, {"tdca": "TDCA", **CONTROLS}),
-            ),
-        ]
-        if drawn:
-            drawings.append(
-                render(
-                    "trajectories",
-                    "Paths over the landscape",
-                    "From the same four starts (dots) to the ends (crosses); minima are stars, on shifts that evolution did "
-                    "not see. Networks of the first meta-seed.",
-                    trajectories(networks, rates),
-                )
-            )
-    return drawings
+    left = render(
+        "final_values",
+        "Value left after 60 steps",
+        "Mean final value over the mean value at the start, which is 1, on shifts that evolution did not see; mean "
+        "over meta-seeds with 95 % interval.",
+        final_values(finals, {"tdca": "TDCA", **CONTROLS}),
+    )
+    if not drawn:
+        return [left]
+    paths = render(
+        "trajectories",
+        "Paths over the landscape",
+        "From the same four starts (dots) to the ends (crosses); minima are stars, on shifts that evolution did "
+        "not see. Networks of the first meta-seed.",
+        trajectories(networks, rates),
+    )
+    return [left, paths]

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apical.bench.cells import kept, side_by_side
-from apical.bench.program import run_command
+from apical.bench.cells import kept
+from apical.bench.program import in_order, run_command
 from apical.errors import require_choice
 from apical.evolution.functions import METHODS, Function, best_of_random, descend, draw, function
 from apical.evolution.minimisation import Kind, Minimisation, Setting, together
@@ -230,8 +230,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         require_choice("groups", group, tuple(every))
     groups = {name: cases if name in options.groups else () for name, cases in every.items()}
     cases = [case for each in groups.values() for case in each]
-    made = dict(side_by_side(options.jobs, cases, partial(cell, options), options.out))
-    cells = {case: made[case] for case in cases}
+    cells = dict(zip(cases, in_order(options.jobs, cases, partial(cell, options), options.out), strict=True))
     facts = {
         **{key: value for key, value in asdict(options).items() if key not in ("out", "jobs")},
         "strategy": asdict(STRATEGY),

@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import Drawing, render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, count, difference, interval, shown
-from apical.bench.program import keep_results
+from apical.bench.program import about_study, keep_results
 from apical.bench.statistics import student
 
 Cells = Sequence[Mapping[str, Any]]
@@ -29,13 +27,12 @@ ABOUT = (
     "released code{ungated}."
 )
 MARKS = (
-    "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals of mean "
-    "differences (Student's t); every rule at its best of seven learning rates, by validation lifetimes in the training "
-    "range. All marks were set before the run, and its meta-seeds were not used before. Learning: the interval of end minus "
-    "start above {gains}. Not below REINFORCE: the interval of the difference above minus 10 "
-    "% of what REINFORCE gains. Unseen settings: a mean not below REINFORCE's on 4 of 6. Shuffled advantages: a mean that "
-    "differs from that before learning by at most {harmless}. Second stage: the interval of its "
-    "difference from REINFORCE above 0."
+    "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals of mean differences (Student's "
+    "t); every rule at its best of seven learning rates, by validation lifetimes in the training range. All marks were set "
+    "before the run, and its meta-seeds were not used before. Learning: the interval of end minus start above {gains}. Not "
+    "below REINFORCE: the interval of the difference above minus 10 % of what REINFORCE gains. Unseen settings: a mean not "
+    "below REINFORCE's on 4 of 6. Shuffled advantages: a mean that differs from that before learning by at most {harmless}. "
+    "Second stage: the interval of its difference from REINFORCE above 0."
 )
 MISSED = {
     "cart-pole": [
@@ -136,11 +133,8 @@ def describe(cases: Sequence[Any]) -> dict[str, Any]:
 
     ungated = "; networks without them have a table of their own" if "cart-pole" in {case.stem for case in cases} else ""
     gains, harmless = by_case([case.gain for case in cases]), by_case([case.harmless for case in cases])
-    return {
-        "title": TITLE.format(" and ".join(case.title for case in cases)),
-        "about": ABOUT.format(steps=max(case.setting.steps for case in cases), ungated=ungated),
-        "sources": {"our mark": MARKS.format(gains=gains, harmless=harmless)},
-    }
+    title, steps = TITLE.format(" and ".join(case.title for case in cases)), max(case.setting.steps for case in cases)
+    return about_study(title, ABOUT.format(steps=steps, ungated=ungated), MARKS.format(gains=gains, harmless=harmless))
 
 
 def _missed(cases: Sequence[Any]) -> list[dict[str, Any]]:
@@ -275,31 +269,29 @@ def rates_table(case: Any, cells: Cells) -> dict[str, Any]:
 
 def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cells]], train: str) -> list[Drawing]:
     """Learning curves with the shuffled controls, returns by setting, and the course of evolution."""
-    with matplotlib.rc_context(RC):
-        drawings = [
-            render(
-                "learning_curves",
-                "Learning in the training range",
-                "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
-                "Shuffled: the same rules, with advantages dealt out anew among time steps.",
-                curves(cases, {stem: tests for stem, (_, tests) in cells.items()}, LOOKS, METHODS),
-            ),
-            render(
-                "settings",
-                "Return at the end, by setting",
-                "Mean of the last 5 updates; mean over meta-seeds with 95 % interval. Evolution saw only the range.",
-                _settings(cases, cells, train),
-            ),
-            render(
-                "evolution",
-                "Course of evolution",
-                "Mean fitness of the population (return over whole lifetimes), a line per meta-seed; the second stage "
-                "begins at the dashed line. Each generation has settings and initial weights of its own, so neighbours "
-                "differ in difficulty.",
-                _evolution(cases, cells),
-            ),
-        ]
-    return [drawing for drawing in drawings if drawing is not None]
+    return [
+        render(
+            "learning_curves",
+            "Learning in the training range",
+            "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
+            "Shuffled: the same rules, with advantages dealt out anew among time steps.",
+            curves(cases, {stem: tests for stem, (_, tests) in cells.items()}, LOOKS, METHODS),
+        ),
+        render(
+            "settings",
+            "Return at the end, by setting",
+            "Mean of the last 5 updates; mean over meta-seeds with 95 % interval. Evolution saw only the range.",
+            _settings(cases, cells, train),
+        ),
+        render(
+            "evolution",
+            "Course of evolution",
+            "Mean fitness of the population (return over whole lifetimes), a line per meta-seed; the second stage "
+            "begins at the dashed line. Each generation has settings and initial weights of its own, so neighbours "
+            "differ in difficulty.",
+            _evolution(cases, cells),
+        ),
+    ]
 
 
 def curves(cases: Sequence[Any], cells: Mapping[str, Cells], looks: Mapping[str, Any], names: Mapping[str, str]) -> Figure:

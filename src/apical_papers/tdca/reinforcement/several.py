@@ -17,22 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 
-from apical.bench.cells import kept, side_by_side
+from apical.bench.cells import kept
 from apical.bench.figures.curves import render
-from apical.bench.figures.style import RC
 from apical.bench.finding import Row, at_most, count
-from apical.bench.program import keep_results, run_command
+from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.evolution.perceptron import evaluate
 from apical.evolution.reinforcement import Reinforcement, together
 from apical_papers.tdca.emission import credit_figure
 from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.reinforcement.report import above, curves, ends, ends_table, not_below, rates_table, untrained
-from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, measured, plain
+from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, end_returns, measured
 
 FIRST = 60
 """The first meta-seed; settings were chosen on some below 20."""
@@ -59,24 +57,22 @@ LOOKS: dict[str, tuple[str, str, Any]] = {
     "others-shuffled": ("#E69F00", "^", (0, (5, 1.2, 1, 1.2))),
 }
 TAKEN, UP = ("action not taken", "action taken"), "credit per advantage"
-ABOUT = {
-    "title": "TDCA in reinforcement learning: one top-down network for several tasks",
-    "about": "A policy is trained for 20 updates of 4 episodes by credits of an evolved top-down network; no loss and no "
+ABOUT = about_study(
+    "TDCA in reinforcement learning: one top-down network for several tasks",
+    "A policy is trained for 20 updates of 4 episodes by credits of an evolved top-down network; no loss and no "
     "backpropagation. The network has the same few weights on every task: from the probability of an action, and whether it "
     "was taken, it makes what is sent to that action's logit, multiplied by the advantage, which it does not see. It is "
     "evolved on CartPole, Pendulum and Acrobot together ('one for all'), on two of them and tested on the third ('other "
     "tasks'), and on one alone ('this task'). Tests take new initial policies, in the range of settings that evolution saw "
     "and on six settings far outside it. Sending to one logit at a time departs from the paper, whose set-up is not known.",
-    "sources": {
-        "our mark": "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals (Student's t); "
-        "every rule at its best of seven learning rates, by validation lifetimes in the training range. Set before the run, "
-        "on meta-seeds that were not used before. Learning: the interval of end minus start above 50 (CartPole), 100 "
-        "(Pendulum), 50 (Acrobot). Not below another rule: the interval of the difference above minus 10 % of what that "
-        "rule gains. Unseen settings: a mean not below REINFORCE's on 4 of 6. Shuffled advantages: what is gained with them "
-        "is in the mean at most 10, 50, 25. Learning from reward: the interval of the difference from the same network with "
-        "shuffled advantages above 0.",
-    },
-}
+    "Mean return of a lifetime's last 5 updates, paired over meta-seeds, with 95 % intervals (Student's t); "
+    "every rule at its best of seven learning rates, by validation lifetimes in the training range. Set before the run, "
+    "on meta-seeds that were not used before. Learning: the interval of end minus start above 50 (CartPole), 100 "
+    "(Pendulum), 50 (Acrobot). Not below another rule: the interval of the difference above minus 10 % of what that "
+    "rule gains. Unseen settings: a mean not below REINFORCE's on 4 of 6. Shuffled advantages: what is gained with them "
+    "is in the mean at most 10, 50, 25. Learning from reward: the interval of the difference from the same network with "
+    "shuffled advantages above 0.",
+)
 
 MISSED = [
     [
@@ -137,7 +133,7 @@ def evolution(options: Options, name: str) -> dict[str, Any]:
     """The evolutions of a network from all meta-seeds."""
     path = options.out / "cells" / f"{name}.json"
     tasks = [tuple(task(stem, seed) for stem in NETWORKS[name]) for seed in options.meta_seeds]
-    settings = [plain(asdict(each.setting)) for each in tasks[0]]
+    settings = [asdict(each.setting) for each in tasks[0]]
     config = {"tasks": settings, "strategy": asdict(STRATEGY), "seeds": options.seeds, "generations": options.generations}
     starts = [each[0].start for each in tasks]
     length = (STRATEGY, options.generations, path.with_suffix(".pt"))
@@ -203,15 +199,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder holds parts of a study with other options.
     """
-    evolutions = dict(side_by_side(options.jobs, list(NETWORKS), partial(evolution, options), options.out))
-    centers = {name: content["centers"] for name, content in evolutions.items()}
+    evolutions = in_order(options.jobs, NETWORKS, partial(evolution, options), options.out)
+    centers = {name: content["centers"] for name, content in zip(NETWORKS, evolutions, strict=True)}
     parts = [(stem, seed) for stem in CASES for seed in options.meta_seeds]
-    tests = {}
-    for part, content in side_by_side(options.jobs, parts, partial(trial, options, centers), options.out):
-        tests[part] = content
-        returns = {name: round(record["end"][TRAIN], 1) for name, record in content["methods"].items()}
-        print(f"{content['seconds']:7.1f} s  {CASES[part[0]].title}, meta-seed {part[1]}: {returns}", flush=True)
-    cells = {stem: [tests[stem, seed] for seed in options.meta_seeds] for stem in CASES}
+    tests = in_order(
+        *(options.jobs, parts, partial(trial, options, centers), options.out),
+        lambda part, test: f"{CASES[part[0]].title}, meta-seed {part[1]}: {end_returns(test)}",
+    )
+    cells = {stem: [test for (of, _), test in zip(parts, tests, strict=True) if of == stem] for stem in CASES}
     cases = list(CASES.values())
     rows = [row for case in cases for row in verdicts(case, cells[case.stem])]
     rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
@@ -221,32 +216,31 @@ def study(options: Options, command: str) -> dict[str, Any]:
     tables.append({"title": title, "note": note, "header": ["where", "why", "tried"], "rows": MISSED})
     tables += [rates_table(case, cells[case.stem]) for case in cases]
     pi = torch.linspace(0, 1, 101)
-    with matplotlib.rc_context(RC):
-        drawings = [
-            render(
-                "learning_curves",
-                "Learning in the training range",
-                "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
-                "Shuffled: the same networks, with advantages dealt out anew among time steps.",
-                curves(cases, cells, LOOKS, METHODS),
-            ),
-            render(
-                "credit",
-                "The credit that was evolved",
-                "What the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
-                "meta-seed, scaled to the size of what is sent by hand, p - y (dashed).",
-                credit_figure(pi, sent(torch.tensor(centers["all"]), pi), TAKEN, "probability of the action", UP),
-            ),
-        ]
+    drawings = [
+        render(
+            "learning_curves",
+            "Learning in the training range",
+            "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
+            "Shuffled: the same networks, with advantages dealt out anew among time steps.",
+            curves(cases, cells, LOOKS, METHODS),
+        ),
+        render(
+            "credit",
+            "The credit that was evolved",
+            "What the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
+            "meta-seed, scaled to the size of what is sent by hand, p - y (dashed).",
+            credit_figure(pi, sent(torch.tensor(centers["all"]), pi), TAKEN, "probability of the action", UP),
+        ),
+    ]
     facts = {
         **{key: value for key, value in asdict(options).items() if key not in ("out", "jobs")},
         "first meta-seed": FIRST,
         "strategy": asdict(STRATEGY),
         "network": list(task("cart-pole", FIRST).network.sizes),
-        **{case.title: plain(dict(case.setting.ranges)) for case in cases},
+        **{case.title: dict(case.setting.ranges) for case in cases},
         "rates": list(RATES),
     }
-    spent = [{"seconds": part.get("evolution", part["seconds"])} for part in (*evolutions.values(), *tests.values())]
+    spent = [{"seconds": part.get("evolution", part["seconds"])} for part in (*evolutions, *tests)]
     return keep_results(options.out, command, ABOUT, facts, spent, rows, tables, drawings)
 
 

@@ -12,7 +12,7 @@ learned the task by heart. What is finished stays in the folder, evolution gener
 continues from there."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apical.bench.cells import kept, side_by_side
-from apical.bench.program import run_command
-from apical.errors import ConfigError, unknown_name
+from apical.bench.cells import kept
+from apical.bench.program import in_order, run_command
+from apical.errors import ConfigError, require_choice
 from apical.evolution.environments import Array
 from apical.evolution.population import Lifetime
 from apical.evolution.reinforcement import Credits, Reinforcement, Setting, by_hand, reinforce, shuffled, together
@@ -222,43 +222,38 @@ def cell(options: Options, case: Case) -> tuple[dict[str, Any], list[dict[str, A
     """The evolutions of a case, and what is kept of the test of each meta-seed."""
     parts, seeds = options.out / "cells", range(FIRST, FIRST + options.seeds)
     parts.mkdir(parents=True, exist_ok=True)
-    config = {"setting": plain(asdict(case.setting)), "strategy": asdict(STRATEGY), "seeds": options.seeds}
-    tasks = [Reinforcement(replace(case.setting, seed=seed)) for seed in seeds]
-    stages: dict[str, tuple[Strategy, int]] = {
-        "gated": (STRATEGY, options.generations),
-        "state": (SECOND, options.generations_state),
-        "ungated": (STRATEGY, options.generations_ungated),
-    }
+    config: dict[str, Any] = {"setting": asdict(case.setting), "strategy": asdict(STRATEGY), "seeds": options.seeds}
+    starts = [(task, task.start) for task in (Reinforcement(replace(case.setting, seed=seed)) for seed in seeds)]
     evolutions: dict[str, Any] = {}
     networks: dict[str, list[tuple[Reinforcement, Tensor]]] = {}
-    for name, (strategy, generations) in stages.items():
-        if name == "ungated":
-            if case.stem != CART_POLE.stem:
-                continue
-            here = [Reinforcement(replace(task.setting, gated=False, hidden=12)) for task in tasks]
-            starts = [task.start for task in here]
-        elif name == "state":
-            pairs = [task.with_state(center) for task, center in networks["gated"]]
-            here, starts = [task for task, _ in pairs], [start for _, start in pairs]
-        else:
-            here, starts = tasks, [task.start for task in tasks]
-        path, settings = parts / f"{case.stem}-{name}", config | {f"generations of {name}": generations}
-        evolution = kept(
-            path.with_suffix(".json"),
-            settings,
-            partial(evolve, here, seeds, starts, together, strategy, generations, path.with_suffix(".pt")),
-        )
-        config, evolutions[name] = settings, evolution
-        networks[name] = [(task, torch.tensor(c)) for task, c in zip(here, evolution["centers"], strict=True)]
-    networks["unevolved"] = [(task, task.start) for task in tasks]
+
+    def stage(name: str, begun: list[tuple[Reinforcement, Tensor]], strategy: Strategy, generations: int) -> None:
+        """Evolve from tasks with first networks, one for each meta-seed."""
+        config[f"generations of {name}"] = generations
+        tasks, first = zip(*begun, strict=True)
+        path = parts / f"{case.stem}-{name}.json"
+        length = (strategy, generations, path.with_suffix(".pt"))
+        evolutions[name] = kept(path, config, partial(evolve, tasks, seeds, first, together, *length))
+        networks[name] = [(task, torch.tensor(c)) for task, c in zip(tasks, evolutions[name]["centers"], strict=True)]
+
+    stage("gated", starts, STRATEGY, options.generations)
+    stage("state", [task.with_state(center) for task, center in networks["gated"]], SECOND, options.generations_state)
+    if case.stem == CART_POLE.stem:
+        plain = [Reinforcement(replace(task.setting, gated=False, hidden=12)) for task, _ in starts]
+        stage("ungated", [(task, task.start) for task in plain], STRATEGY, options.generations_ungated)
+    networks["unevolved"] = starts
     config["lifetimes"], cells = options.lifetimes, []
     for k, seed in enumerate(seeds):
         of_seed = {name: record[k] for name, record in networks.items()}
         path = parts / f"{case.stem}-test-{seed}.json"
         cells.append(kept(path, config, partial(measured, case, of_seed, seed, options.lifetimes)))
-        ends = {name: round(record["end"][TRAIN], 1) for name, record in cells[-1]["methods"].items()}
-        print(f"{cells[-1]['seconds']:7.1f} s  {case.title}, meta-seed {seed}: {ends}", flush=True)
+        print(f"{cells[-1]['seconds']:7.1f} s  {case.title}, meta-seed {seed}: {end_returns(cells[-1])}", flush=True)
     return evolutions, cells
+
+
+def end_returns(test: Mapping[str, Any]) -> dict[str, float]:
+    """Mean return of every method in the training range, at the end."""
+    return {name: round(record["end"][TRAIN], 1) for name, record in test["methods"].items()}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
@@ -271,11 +266,9 @@ def study(options: Options, command: str) -> dict[str, Any]:
     if not options.cases or len({*options.cases}) < len(options.cases):
         raise ConfigError(f"--cases must name each case once; got {' '.join(options.cases) or 'none'}")
     for name in options.cases:
-        if name not in CASES:
-            raise unknown_name("case", name, CASES)
+        require_choice("case", name, CASES)
     cases = [CASES[name] for name in options.cases]
-    made = {case.stem: cells for case, cells in side_by_side(options.jobs, cases, partial(cell, options), options.out)}
-    cells = {case.stem: made[case.stem] for case in cases}
+    cells = dict(zip(options.cases, in_order(options.jobs, cases, partial(cell, options), options.out), strict=True))
     task = Reinforcement(cases[0].setting)
     facts = {
         **{key: value for key, value in asdict(options).items() if key not in ("out", "cases", "jobs")},
@@ -284,22 +277,15 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "sigma of the second stage": SECOND.sigma,
         f"policy on {cases[0].title}": list(task.policy.sizes),
         "network": list(task.network.sizes),
-        **{case.title: plain(dict(case.setting.ranges)) for case in cases},
+        **{case.title: dict(case.setting.ranges) for case in cases},
         **{
             key: value
-            for key, value in plain(asdict(cases[0].setting)).items()
+            for key, value in asdict(cases[0].setting).items()
             if key in ("lifetime", "episodes", "steps", "discount", "last")
         },
         "rates": list(RATES),
     }
     return report(options.out, cases, cells, TRAIN, command, facts)
-
-
-def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 main = partial(run_command, "apical_papers.tdca.reinforcement.study", Options, study)
