@@ -578,3 +578,26 @@ def test_blocks_under_autocast_follow_autograd(kind: str) -> None:
             credited(rule, inputs.float(), targets)
         found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert 0 < (found[1] - found[0]).norm() < 0.03 * found[0].norm()
+
+
+class Transposed(nn.Module):
+    """Stores its weight as (n_in, n_out), as GPT-2's layers do in some libraries."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h @ self.weight
+
+
+apical.register_layer(Transposed, weight=lambda layer: layer.weight.T)
+
+
+@pytest.mark.parametrize("outputs", [5, 4], ids=["square", "not square"])
+@pytest.mark.parametrize("make", [apical.FeedbackAlignment, apical.KolenPollack, apical.DirectFeedbackAlignment])
+def test_a_registered_layer_stores_its_weight_as_it_applies_it(make: Any, outputs: int) -> None:
+    """Where the matrix is square nothing else would tell, and Kolen-Pollack's feedback would follow the transpose."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Transposed(outputs, 5), nn.Tanh(), nn.Linear(outputs, 2))
+    with pytest.raises(UnsupportedModelError, match=r"layer '2' \(Transposed\).*layout.*nn\.Linear"):
+        make(model)
