@@ -6,6 +6,7 @@ gradient of that weight on to the parameters behind it; or refuse the layer by n
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
