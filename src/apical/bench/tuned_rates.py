@@ -61,6 +61,7 @@ _RATES = {
     "hep": (None, 0.01, 0.005),
     "csdp-unsupervised": (None, 0.01, 0.005),
     "csdp": (None, 0.002, 0.01),
+    "csdp-memristor": (None, 0.01, 0.01),
     "tdca-unevolved": (None, None, 0.0005),
 }
 """On digits, on MNIST and on Fashion-MNIST; None where none was tuned, or the best lies at an end of what was tried."""
