@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,10 @@ def with_default(width: int) -> Any:
         lambda width: Maker(width).__call__,
         lambda width: partial(Maker(width), num_classes=3),
         lambda width: partial(nn.Linear, *(4, 3), bias=width > 8),
+        lambda width: partial(Maker, torch.full((2,), width)),
+        lambda width: partial(Maker, torch.full((2,), width, dtype=torch.bfloat16)),
+        lambda width: partial(Maker, np.arange(width)),
+        lambda width: partial(Maker, {"a", "b", width}),
         enclosed,
         with_default,
     ],

@@ -134,7 +134,7 @@ def source_checksum(value: Any) -> str:
 
 
 def _identity(value: Any, depth: int = 6) -> Any:
-    """What tells a value from others, in any process: numbers, texts and code, and of the rest the type."""
+    """What tells a value from others, in any process: numbers, texts, arrays and code, and of the rest the type."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
     if depth == 0:
@@ -143,6 +143,13 @@ def _identity(value: Any, depth: int = 6) -> Any:
         return [(str(key), _identity(item, depth - 1)) for key, item in value.items()]
     if isinstance(value, tuple | list):
         return [_identity(item, depth - 1) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_identity(item, depth - 1)) for item in value)
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        value = (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return [value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()]
     if isinstance(value, partial):
         return [_identity(part, depth - 1) for part in (value.func, value.args, value.keywords)]
     if inspect.ismethod(value):
