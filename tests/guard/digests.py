@@ -21,8 +21,8 @@ VOLATILE = {
 }
 """Names of what may differ between two runs that give the same."""
 
-TIME = re.compile(r"seconds|s per generation")
-"""In names of times, of columns of them, and of what verdicts on them are about."""
+TIME = re.compile(r"seconds|s per generation|\bcommits?\b")
+"""In names of times, of columns of them, of what verdicts on them are about, and of the commits at which parts were made."""
 
 IGNORED = {"environment.json", "result.json"}
 """Files that hold nothing else, or only what the run's metrics and summary.json have too."""
