@@ -28,8 +28,7 @@ PAPER = Paper(
             "Product nodes for a Lorenz system, gradients along flows, and channels",
             "apical_papers.structure.theory",
             epochs=(1, 5, 5),
-            seeds=(2, 10, 10),
-            least=5,
+            seeds=(2, 5, 10),
         ),
     },
 )
