@@ -208,7 +208,17 @@ class Apart(torch.autograd.Function):
         return None, deltas[0]
 
 
-@pytest.mark.parametrize("function", [Plain, Packed, Apart])
+def run_elsewhere(run: Any, x: Tensor) -> Any:
+    return run(x)
+
+
+class Lent(Apart):
+    """Its forward has another name and no context."""
+
+    forward = staticmethod(run_elsewhere)
+
+
+@pytest.mark.parametrize("function", [Plain, Packed, Apart, Lent])
 @pytest.mark.parametrize("make", [apical.FeedbackAlignment, apical.DirectFeedbackAlignment])
 def test_layers_inside_any_autograd_function_are_refused_by_its_name(make: Any, function: Any) -> None:
     class Net(nn.Module):

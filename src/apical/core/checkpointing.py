@@ -13,8 +13,7 @@ from types import CodeType, FrameType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
@@ -110,20 +109,20 @@ def _caller(code: Any) -> Any:
 
 
 def _autograd_function() -> str | None:
-    """Name of the innermost autograd function whose own pass runs; `apply` leaves no frame in newer versions of PyTorch."""
+    """Name of the innermost autograd function whose forward runs; `apply` leaves no frame in newer versions of PyTorch."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
-        first = first[0] if isinstance(first, tuple) and first else first  # forward(*args)
-        if isinstance(first, BackwardCFunction):
-            return type(first).__name__.removesuffix("Backward")
-        if code.co_name == "forward" and not (isinstance(first, nn.Module) and _runs(type(first), code)):
-            function = next((kind for kind in _functions() if _runs(kind, code)), None)
-            if function is not None:  # one with `setup_context`, whose forward has no context
-                return function.__name__
+        if id(code) not in _FORWARDS:
+            _FORWARDS[id(code)] = code, next((kind.__name__ for kind in _functions() if _runs(kind, code)), None)
+        if (name := _FORWARDS[id(code)][1]) is not None:
+            return name
         frame = frame.f_back
     return None
+
+
+_FORWARDS: dict[int, tuple[CodeType, str | None]] = {}
+"""Code that has been seen to run, which is kept so that its id stays its own; the autograd function whose forward it is."""
 
 
 def _runs(kind: Any, code: CodeType) -> bool:
