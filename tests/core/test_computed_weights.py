@@ -595,10 +595,40 @@ class Transposed(nn.Module):
 apical.register_layer(Transposed, weight=lambda layer: layer.weight.T)
 
 
-@pytest.mark.parametrize("outputs", [5, 4], ids=["square", "not square"])
-@pytest.mark.parametrize("make", [apical.FeedbackAlignment, apical.KolenPollack, apical.DirectFeedbackAlignment])
-def test_a_registered_layer_stores_its_weight_as_it_applies_it(make: Any, outputs: int) -> None:
-    """Where the matrix is square nothing else would tell, and Kolen-Pollack's feedback would follow the transpose."""
-    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Transposed(outputs, 5), nn.Tanh(), nn.Linear(outputs, 2))
+def transposed(outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Transposed(outputs, 5), nn.Tanh(), nn.Linear(outputs, 2))
+
+
+@pytest.mark.parametrize("make", [apical.FeedbackAlignment, apical.KolenPollack, apical.ProductFeedbackAlignment])
+def test_feedback_of_another_layout_is_refused_by_name(make: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"layer '2' \(Transposed\).*layout.*nn\.Linear"):
-        make(model)
+        make(transposed(4))(torch.randn(6, 3), torch.arange(6) % 2).backward()
+
+
+@pytest.mark.parametrize("make", [apical.SignSymmetry, apical.DirectFeedbackAlignment])
+def test_rules_without_stored_feedback_of_a_layer_take_any_layout(make: Any) -> None:
+    model = transposed(4)
+    make(model)(torch.randn(6, 3), torch.arange(6) % 2).backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+class Late(nn.Module):
+    """What its weight is made of exists from the first call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.gain = 2.0
+        return h @ (self.weight * self.gain).T
+
+
+apical.register_layer(Late, weight=lambda layer: layer.weight * layer.gain)
+
+
+@pytest.mark.parametrize("make", [apical.FeedbackAlignment, apical.KolenPollack, apical.DirectFeedbackAlignment])
+def test_a_weight_that_is_known_from_the_first_call_on(make: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Late(), nn.Tanh(), nn.Linear(4, 2))
+    make(model)(torch.randn(6, 3), torch.arange(6) % 2).backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
-from apical.core.effective import measured_weight, of_rows, require_affine, weight_now
+from apical.core.effective import measured_weight, of_rows, require_affine, require_layout, weight_now
 from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly, is_affine, is_local, through
 from apical.core.outside_use import OutsideUse, fault_of, refuse
@@ -474,6 +474,7 @@ class EdgeRule(CreditRule):
             return
         if not compiling:
             require_affine(site.name, site.layer, call, inputs)
+            require_layout(site.name, site.layer, self.feedback_weight, inputs)
             site.affine, site.options = True, options
         elif not site.probed:
             raise UnsupportedModelError(

@@ -141,6 +141,20 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
         )
 
 
+def require_layout(name: str, layer: nn.Module, feedback: Callable[[str], Tensor], inputs: Tensor) -> None:
+    """Refuse a dense layer whose `weight` is stored otherwise than it is applied, where that gives feedback another shape.
+
+    Raises:
+        UnsupportedModelError: names the layer and the remedies.
+    """
+    stored = weight_now(layer).shape
+    if geometry(layer) is None and stored[-1] != inputs.shape[-1] and feedback(name).shape[-1] != inputs.shape[-1]:
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(layer).__name__}) stores a weight {tuple(stored)} and takes {inputs.shape[-1]} inputs: "
+            "its attribute `weight` must have the layout (n_out, n_in); make it a property, or put nn.Linear in its place"
+        )
+
+
 def of_rows(call: Call, shape: Geometry | None, dimensions: int) -> Call:
     """The call on (rows, n_in), which a dense layer is given with as many dimensions as it takes."""
     between = dimensions - 2

@@ -20,7 +20,6 @@ from torch.nn.modules import pooling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -321,24 +320,6 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
             if computes_weight(hook):
                 cast(Any, hook)(layer, ())
         return _LAYERS[kind].weight(layer)
-
-
-def require_layout(name: str, layer: Layer) -> None:
-    """Refuse a layer of a registered type that applies its `weight` as another type's layout would have it.
-
-    Raises:
-        UnsupportedModelError: names the layer and the remedies.
-    """
-    if isinstance(layer, PLAIN) or isinstance(layer.weight, UninitializedParameter):
-        return
-    own, applied = layer.weight.detach(), effective_weight(layer)
-    if applied is None or (own.shape == applied.shape and (torch.equal(own, applied) or not torch.equal(own.mT, applied))):
-        return
-    raise UnsupportedModelError(
-        f"layer {name!r} ({type(layer).__name__}) has a weight {tuple(own.shape)} and applies {tuple(applied.shape)}, its "
-        "transpose or another form: rules need the attribute `weight` in the layout that is applied, (n_out, n_in); make it "
-        "a property, or put nn.Linear in the layer's place"
-    )
 
 
 def computes_weight(hook: object) -> bool:

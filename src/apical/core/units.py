@@ -8,7 +8,7 @@ from torch import nn
 
 from apical.core.activations import is_activation
 from apical.core.layers import Layer as Layer
-from apical.core.layers import is_local, is_packed, is_registered, is_weighted, require_layout
+from apical.core.layers import is_local, is_packed, is_registered, is_weighted
 from apical.errors import UnsupportedModelError
 
 
@@ -77,7 +77,6 @@ def weighted_layers(
             layers[full] = own_sites[full]
             del own[full]
         if is_weighted(module) and module not in inside:
-            require_layout(name, module)
             layers[name] = module
             inside |= _belonging(module)
         elif packed != "refused" and is_packed(module) and module not in inside:
