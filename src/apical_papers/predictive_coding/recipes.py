@@ -3,9 +3,11 @@
 Numbers tagged "code" are printed in notebooks: JPC's (thebuckleylab/jpc) for inference in states, in errors and in the mu
 parametrisation, and PRECO's (bjornvz/PRECO) for tanh networks. JPC divides the energy by the batch before it takes the
 gradient of the states, so its rate 0.5 at batch 64 is 0.0078 here. Its first network settles by a solver of differential
-equations, here by 50 steps; where its optimiser is not stated, it is Adam at 1e-3. Deep networks in the mu parametrisation
-take 5 steps at 0.05 where the notebook takes 30 at 0.0078: the same product, so that hidden gradients are as far from
-backpropagation's.
+equations, here by 50 steps. Deep networks in the mu parametrisation take 5 steps at 0.05 where the notebook takes 30 at
+0.0078: the same product, so that hidden gradients are as far from backpropagation's. Networks have the notebooks' initial
+weights, and their activations before layers (PRECO's also before the first). JPC draws its 300 batches from all images, here
+from the first 19,200. PRECO sums gradients over the batch and adds 1e-7 to the root of the second moment, which is 5e-10
+for the mean; its clipping changes nothing, as its result is not kept.
 
 `pc-one-step` is the control: one step of inference, after which every hidden gradient but for its size is backpropagation's
 up to O(g). Where it does as well, the accuracy says nothing of predictive coding.
@@ -38,10 +40,11 @@ def _rows(
     return rows_of(base, settings, {rule: (Published("accuracy", epoch, value, tolerance, "code"),)})
 
 
-_STATES = replace(_BASE, model="mlp-300-300", train_limit=19200)
-_DEEP = replace(_STATES, model="apical_papers.predictive_coding.networks:pre_activated")
+_NETWORKS = "apical_papers.predictive_coding.networks"
+_STATES = replace(_BASE, model=f"{_NETWORKS}:wide", train_limit=19200)
+_DEEP = replace(_STATES, model=f"{_NETWORKS}:pre_activated")
 _MU = replace(_BASE, model="mlp-mu-128x29", train_limit=57600, lr=(0.1,))
-_TANH = replace(_BASE, model="mlp-tanh-32-16", batch_size=200, epochs=30, lr=(1e-4,))
+_TANH = replace(_BASE, model=f"{_NETWORKS}:tanh", batch_size=200, epochs=30, lr=(1e-4,), eps=5e-10, validation=10000)
 
 STUDIES: dict[str, Study] = {
     "pc-states": Study(
