@@ -26,7 +26,7 @@ PAPER = Paper(
             hours={"cpu": 0.12},
         ),
         "mnist": of("corinfomax-mnist", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
-        "fashion": of("corinfomax-fashion", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 50, "seeds": 10}),
+        "fashion": of("corinfomax-fashion", cut(640), {"epochs": 10, "seeds": 1}, {"epochs": 50, "seeds": 10}),
         "cifar10": of("corinfomax-cifar10", cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 50, "seeds": 10}),
     },
 )
