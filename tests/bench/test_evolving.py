@@ -257,7 +257,7 @@ def test_unusable_options_are_one_line(
     captured = capsys.readouterr().err
     assert said in captured
     assert len(captured.strip().splitlines()) == 1
-    assert (tmp_path / "out").exists() == ("--batch-size" in more)  # which the first generation sees
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_checkpoint_is_said(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

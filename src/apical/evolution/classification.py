@@ -241,6 +241,7 @@ class Classification:
                 f"{take} examples per task, but {images.name or 'the set'} has {len(order)} of these classes; take fewer "
                 "(--examples)"
             )
+        self.setting.lifetime.require_examples(take)
         train, other = order[:take], order[take : 2 * take]
         return Sample(images.inputs[train], labels[train], images.inputs[other], labels[other])
 

@@ -47,6 +47,11 @@ class Lifetime:
         if self.optimizer not in ("adam", "sgd"):
             raise ConfigError(f'the optimizer of a lifetime must be "adam" or "sgd", not {self.optimizer!r}')
 
+    def require_examples(self, number: int) -> None:
+        """Refuse a mini-batch larger than the data: `DataError`."""
+        if self.batch_size is not None and self.batch_size > number:
+            raise DataError(f"batches of {self.batch_size} from {number} examples: take fewer a step")
+
 
 class Layout:
     """Between a flat vector and the named tensors that it holds, one after the other."""
@@ -189,8 +194,7 @@ class Population:
         weights = start.expand(number, -1).clone()
         generator = torch.Generator().manual_seed(seed)
         examples = inputs.shape[1 if own else 0]
-        if lifetime.batch_size is not None and lifetime.batch_size > examples:
-            raise DataError(f"batches of {lifetime.batch_size} from {examples} examples: take fewer a step")
+        lifetime.require_examples(examples)
         rates = torch.as_tensor(lifetime.lr if lr is None else lr, dtype=weights.dtype, device=weights.device)
         step = inner_optimizer(lifetime, weights, rates.view(-1, 1))
         for done in range(lifetime.steps):
