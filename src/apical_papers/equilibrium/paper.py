@@ -23,7 +23,7 @@ PAPER = Paper(
             "Equilibrium propagation: gradients, and weights that learn apart",
             "apical_papers.equilibrium.study",
             epochs=(1, 20, 20),
-            seeds=(2, 5, 10),
+            seeds=(2, 10, 10),
             hours={"cpu": 0.14},
         ),
         "logic": seed_study(

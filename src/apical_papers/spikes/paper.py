@@ -31,7 +31,7 @@ PAPER = Paper(
             "Spiking networks on a little of MNIST", "apical_papers.spikes.study", epochs=(1, 4, 4), seeds=(2, 3, 10)
         ),
         "logic": seed_study(
-            "Logic with two inputs by memristors", "apical_papers.spikes.logic", epochs=(3, 300, 300), seeds=(2, 10, 20)
+            "Logic with two inputs by memristors", "apical_papers.spikes.logic", epochs=(3, 300, 300), seeds=(2, 20, 20)
         ),
     },
 )
