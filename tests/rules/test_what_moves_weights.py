@@ -277,3 +277,29 @@ def test_a_second_loss_of_the_rule_is_its_own(make: Any) -> None:
         rule(*batch(step + 100)).backward()
 
     assert not agree(make, partial(train, before=second)).remarks
+
+
+def by_data(rule: Any) -> None:
+    for parameter in rule.parameters():
+        if parameter.grad is not None:
+            parameter.data = parameter.data - 0.05 * parameter.grad
+
+
+@each_rule
+@pytest.mark.parametrize("begins", [0, 2, 20])
+def test_steps_by_hand_through_data_between_those_of_an_optimiser(make: Any, begins: int) -> None:
+    """Every step is `W - lr G`, whoever makes it, and B's the same; or the rule says that it cannot follow."""
+
+    def run(rule: Any) -> None:
+        optimizer = torch.optim.SGD(rule.parameters(), lr=0.05)
+        for step in range(30):
+            optimizer.zero_grad()
+            rule(*batch(step)).backward()
+            by_data(rule) if step >= begins and step % 2 == 0 else optimizer.step()
+
+    if begins == 0:
+        assert "also moves between passes" in agree(make, run).remarks[0]
+        return
+    run(build(make, "explicit"))
+    with pytest.raises(ConfigError, match=r"layer '2' moves without the steps of a torch.optim.Optimizer"):
+        run(build(make, "auto"))

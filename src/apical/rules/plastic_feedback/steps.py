@@ -161,7 +161,7 @@ class Steps:
             return False
         if not arrival.fresh:
             self._passes[name] = weight._version
-        return self._passes.setdefault(name, weight._version) != weight._version
+        return self._passes.setdefault(name, weight._version) != weight._version or not arrival.rests(weight)
 
     def is_sampled(self) -> bool:
         """Whether some weight's own gradient is to be told from others in the next pass."""
@@ -398,6 +398,7 @@ class Steps:
                 mismatch.restart(watch.weight, drift)
         if watch.moved():
             mismatch.measure(watch.weight)
+            self._arrivals[name].is_wary = True
         self._moving[name] = (group, now is None, k)
 
     def open(self, name: str, reason: str, optimizer: Optimizer | None = None) -> None:
