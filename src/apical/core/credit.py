@@ -288,8 +288,8 @@ class CreditRule(nn.Module):
     _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
     _held: Any = None  # of a batch between its calls
     _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
-    _unmoved: int = 0  # steps in which the model's weights moved and none of the rule's own; below 0 nobody looks any more
-    _versions: Sequence[int] = ()
+    _unmoved: int = 0  # looks at which the model's weights had moved, the rule's own not; below 0 nobody looks any more
+    _looks: Sequence[Any] = (0,)  # how many there were, and what they saw
     _by_hand: "PlainChain | None" = None  # a model whose batches are taken by hand
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -373,10 +373,10 @@ class CreditRule(nn.Module):
             if reason is None:
                 raise
             raise reason from error
-        if not self.chains_errors and args and getattr(args[0], "requires_grad", False) and torch.is_grad_enabled():
-            from apical.core.diagnosis import require_reached
+        if torch.is_grad_enabled() and (self._unmoved >= 3 or (args and getattr(args[0], "requires_grad", False))):
+            from apical.core.diagnosis import look_after
 
-            require_reached(self, args[0], credit)
+            look_after(self, args, credit)
         if first and self._loss_options and len(args) == 2:
             from apical.core.loss_options import require_plain
 

@@ -217,7 +217,6 @@ class PlasticRule(EdgeRule):
                     self._tapped.add(name)
                 if steps.moved(name):
                     self.reasons.setdefault(name, MOVED)
-                steps.warn_of_feedback_that_rests(name)
             elif not plain:
                 steps.open(name, FUNCTION)
             elif not layer.weight.requires_grad:

@@ -1,6 +1,5 @@
 """The optimiser's steps as a rule with plastic feedback sees them: which form is exact for each layer, before each step."""
 
-import warnings
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -19,7 +18,6 @@ from apical.core.stepping import (
     observe,
     signature,
     skipped,
-    strided,
     unchanged,
 )
 from apical.core.units import key
@@ -57,7 +55,6 @@ class Steps:
         self._moving: dict[str, tuple[Group, bool, float | None]] = {}
         self._decays = Decays()
         self._lonely: dict[str, int] = {}
-        self._apart: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._hooks: list[Any] = []
         self._arrivals: dict[str, Arrival] = {}
@@ -130,29 +127,6 @@ class Steps:
                 f"sharpness-aware minimisation), which {type(self.rule).__name__} in closed form cannot follow: build the "
                 'rule with form="explicit"'
             )
-
-    def warn_of_feedback_that_rests(self, name: str) -> None:
-        """Warn of an explicit form whose weight moves, by whatever loop, while its feedback does not."""
-        rule = self.rule
-        weight, plastic = rule.layers[name]._parameters.get("weight"), rule.plastic_of(name)
-        times, *before = self._apart.get(name, (0,))
-        held = any(places.get(name, (None, None))[1] is not None for _, places in self._known.values())
-        if times < 0 or weight is None or not weight.requires_grad or not plastic.requires_grad or held:
-            return
-        now = strided(weight).clone(), strided(plastic).clone()
-        if before and not torch.equal(before[1], now[1]):
-            times = -1
-        elif before and not torch.equal(before[0], now[0]):
-            times += 1
-        if times > 3:
-            times = -1
-            warnings.warn(
-                f"the weight of layer {name!r} moves but {type(rule).__name__}'s feedback for it does not: where a loop "
-                "trains it, update all of rule.parameters(), not model.parameters() alone",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._apart[name] = (times, *now)
 
     def moved(self, name: str) -> bool:
         """Whether a weight, whose gradient has arrived, has moved since the first pass after the last step."""
