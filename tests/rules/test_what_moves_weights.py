@@ -258,7 +258,7 @@ def by_hand(parameters: Callable[[Any], Any], through_data: bool) -> Callable[[A
 def test_a_loop_by_hand_that_forgets_the_feedback_is_warned(make: Any, through_data: bool, recwarn: Any) -> None:
     by_hand(lambda rule: rule.parameters(), through_data)(build(make, "auto"))
     assert not recwarn.list
-    with pytest.warns(RuntimeWarning, match=r"feedback for it does not.* update all of rule.parameters\(\)"):
+    with pytest.warns(RuntimeWarning, match=r"own that learn.* train all of rule.parameters\(\)"):
         by_hand(lambda rule: rule.model.parameters(), through_data)(build(make, "auto"))
 
 
@@ -303,3 +303,21 @@ def test_steps_by_hand_through_data_between_those_of_an_optimiser(make: Any, beg
     run(build(make, "explicit"))
     with pytest.raises(ConfigError, match=r"layer '2' moves without the steps of a torch.optim.Optimizer"):
         run(build(make, "auto"))
+
+
+@each_rule
+@pytest.mark.parametrize("new", [False, True], ids=["old optimiser", "new optimiser"])
+def test_a_state_may_be_assigned(make: Any, new: bool) -> None:
+    """`assign=True` puts other parameters in their place: an optimiser of the former ones moves nothing."""
+
+    def run(rule: Any) -> None:
+        optimizer = sgd(rule)
+        for step in range(14):
+            if step == 6:
+                rule.load_state_dict({name: value.clone() for name, value in rule.state_dict().items()}, assign=True)
+                optimizer = sgd(rule) if new else optimizer
+            optimizer.zero_grad()
+            rule(*batch(step)).backward()
+            optimizer.step()
+
+    assert not agree(make, run).remarks

@@ -203,14 +203,7 @@ class PlasticRule(EdgeRule):
         self.require_attached()
         steps = self.steps
         self._tapped.clear()
-        places: dict[int, str] = {}
         for name, layer in self.layers.items():
-            weight = layer._parameters.get("weight")
-            if name not in self._tied and weight is not None and places.setdefault(id(weight), name) != name:
-                raise UnsupportedModelError(
-                    f"layers {places[id(weight)]!r} and {name!r} share a weight that they did not share when "
-                    f"{type(self).__name__} was made; detach the rule, and make it anew"
-                )
             plain = self.is_plain(name)
             if self.mismatch_of(name) is None:
                 if plain and name not in self._tied:
@@ -370,6 +363,8 @@ def _follow_again(rule: nn.Module, *_: Any) -> None:
         if mismatch is not None:
             rule.settle(name)
             mismatch.follow(layer.weight.detach())
+            if rule.form == "auto":
+                vacate(rule.plastic_of(name), rule, name)  # another tensor, where the state was assigned
     rule.steps.forget()
 
 

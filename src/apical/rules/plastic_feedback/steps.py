@@ -56,17 +56,22 @@ class Steps:
         self._decays = Decays()
         self._lonely: dict[str, int] = {}
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._hooks: list[Any] = []
+        self._hooks: dict[str, tuple[ref[Tensor], Any]] = {}
         self._arrivals: dict[str, Arrival] = {}
         self.sharing = Sharing(self._arrivals, self._decays)
+        self._listens = rule.form in ("auto", "closed") or not (rule.ALIKE or rule.update == "own")
         self.forget()
-        listens = rule.form in ("auto", "closed") or not (rule.ALIKE or rule.update == "own")
-        for name, layer in rule.layers.items() if listens else ():
-            weight = layer._parameters.get("weight")
-            if weight is not None and weight.requires_grad and weight.is_leaf:
-                self._arrivals[name] = Arrival()
-                self._hooks.append(weight.register_post_accumulate_grad_hook(self._arrivals[name]))
         observe(self)
+
+    def _listen(self) -> None:
+        """Hear of the gradients that weights receive, be they other parameters by now."""
+        for name, layer in self.rule.layers.items() if self._listens else ():
+            weight, (known, hook) = layer._parameters.get("weight"), self._hooks.get(name, (None, None))
+            if weight is not None and weight.requires_grad and weight.is_leaf and (known is None or known() is not weight):
+                if hook is not None:
+                    hook.remove()
+                self._arrivals[name] = Arrival()
+                self._hooks[name] = ref(weight), weight.register_post_accumulate_grad_hook(self._arrivals[name])
 
     @property
     def rule(self) -> "PlasticRule":
@@ -76,7 +81,7 @@ class Steps:
     def remove(self) -> None:
         """Stop, and leave nothing on the weights."""
         ignore(self)
-        for hook in self._hooks:
+        for _, hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
@@ -90,8 +95,10 @@ class Steps:
         """A state was loaded: whatever was known of weights and optimiser is no longer so."""
         self._watches: dict[str, Watch] = {}
         self._moving.clear()
+        self._known.clear()
         self._passes: dict[str, int] = {}
         self.sharing.forget()
+        self._listen()
 
     def concerns(self, optimizer: Optimizer) -> bool:
         """Whether it holds a weight or an R of the rule."""
@@ -119,6 +126,7 @@ class Steps:
         """Refuse a closed form whose weight moves without any step that was announced; leave it for another parameter."""
         if name in self._watches and self._watches[name].parameter is not self.rule.layers[name].weight:
             self.open(name, REPLACED)
+            self._known.clear()
             return
         arrival = self._arrivals.get(name)
         if self.moved(name) or (arrival is not None and arrival.moves > 3):
