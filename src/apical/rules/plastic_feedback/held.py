@@ -5,6 +5,7 @@ optimiser moves R as well. Once it has touched R, the layer keeps R explicitly, 
 """
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,13 +94,24 @@ class Plastics(nn.ParameterDict):
         with torch._C.DisableTorchFunctionSubclass():
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Without what has no values: formats of others take two tensors without elements for one that is shared."""
         with torch._C.DisableTorchFunctionSubclass():
-            super()._save_to_state_dict(*args)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._held():
+            destination.pop(prefix + name, None)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
+        for name in self._held():
+            if prefix + name in missing:
+                missing.remove(prefix + name)
+
+    def _held(self) -> list[str]:
+        return [name for name, plastic in self._parameters.items() if type(plastic) is Held]
 
     def extra_repr(self) -> str:
         """Types and shapes."""
