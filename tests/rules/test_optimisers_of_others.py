@@ -77,6 +77,27 @@ class Cached(Other):
         w.sub_(g, alpha=kept[1])
 
 
+class Shaped(Other):
+    """SPlus (Frans et al., arXiv 2506.07254): step and decay by the shape of a weight."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        rate = group["lr"] * 2 / sum(w.shape)
+        w.mul_(1 - rate).sub_(g.sign(), alpha=rate)
+
+
+class Joint(Other):
+    """Clips by one norm of all gradients, within its step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        super().step()
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.sub_(g / self.norm, alpha=group["lr"])
+
+
 class Sign(Other):
     """Lion without momentum and with decay: one that a factor describes."""
 
@@ -84,7 +105,10 @@ class Sign(Other):
         w.mul_(1 - 0.1 * group["lr"]).sub_(g.sign(), alpha=0.02 * group["lr"])
 
 
-OPTIMISERS: dict[Callable[..., Any], bool] = {Projected: False, Anchored: False, Cached: True, Sign: True}
+OPTIMISERS: dict[Callable[..., Any], bool] = {
+    **dict.fromkeys((Projected, Anchored, Shaped, Joint), False),
+    **dict.fromkeys((Cached, Sign), True),
+}
 """Whether one number says by how much a step shrinks a weight."""
 
 

@@ -72,13 +72,16 @@ def _probe(optimizer: Optimizer, group: Group, dim: int) -> "Probe | None":
     """What follows the optimiser from here on; None where no factor describes its steps."""
     if _reaches(_attributes(optimizer)):
         return None  # a copy of it would not be one
-    lr = TRIED if "lr" in group else None
+    lr, other = TRIED if "lr" in group else None, (6, *(4,) * (dim - 1))
     try:
-        first = Probe(optimizer, group, dim, lr)
-        trials = [first, Probe(optimizer, group, dim, lr, is_fresh=True)] if first.has_state else [first]
+        first, crowded = Probe(optimizer, group, dim, lr), Probe(optimizer, group, dim, lr, beside=3)
+        trials = [first, crowded, Probe(optimizer, group, dim, lr, shape=other)]
+        if first.has_state:
+            trials.append(Probe(optimizer, group, dim, lr, is_fresh=True))
         for _ in range(6):
-            factors = [trial.step(group) for trial in trials]
-            if None in factors or factors[0] != factors[-1]:  # a state that holds weights is none of gradients alone
+            factors = {trial.step(group) for trial in trials}
+            # it may hold weights in its state, look at a weight's shape, or at all gradients together
+            if len(factors) > 1 or None in factors or not torch.equal(first.tensors[0], crowded.tensors[0]):
                 return None
         return Probe(optimizer, group, dim)
     except Exception:
@@ -96,15 +99,26 @@ class Probe:
         dim: of the weight.
         lr: instead of the group's.
         is_fresh: begin without state; else with one of the weight's, in which all traces of gradients are zero.
+        beside: how many tensors there are besides, with gradients of their own.
+        shape: of the tensors; two by two and so on, if None.
     """
 
     def __init__(
-        self, optimizer: Optimizer, group: Group, dim: int, lr: float | None = None, *, is_fresh: bool = False
+        self,
+        optimizer: Optimizer,
+        group: Group,
+        dim: int,
+        lr: float | None = None,
+        *,
+        is_fresh: bool = False,
+        beside: int = 0,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
-        self.pattern = torch.ones((2,) * dim, dtype=torch.float64, device="cpu")
-        self.pattern[..., 1] = -1.0
+        shape = (2,) * dim if shape is None else shape
+        self.pattern = torch.ones(shape, dtype=torch.float64, device="cpu")
+        self.pattern[..., 1::2] = -1.0
         self.phase = 0.03 * self.pattern
-        self.tensors = [value * self.pattern for value in (0.0, 0.5, 0.5, 1.0)]
+        self.tensors = [value * self.pattern for value in (0.0, 0.5, 0.5, 1.0, *(2.0 for _ in range(beside)))]
         self.options: dict[str, Any] = {"capturable": False} if "capturable" in group else {}
         self.options |= {} if lr is None else {"lr": lr}
         twin = object.__new__(type(optimizer))
@@ -116,16 +130,16 @@ class Probe:
         like: dict[str, Any] = next(states, {})
         self.has_state = bool(like)
         for tensor in self.tensors if like and not is_fresh else ():
-            twin.state[tensor] = {key: _still(value) for key, value in like.items()}
+            twin.state[tensor] = {key: _still(value, shape) for key, value in like.items()}
         self.twin, self.steps = twin, 0
 
     def step(self, group: Group) -> float | None:
         """k of the next step by the group's options as they are now; None where the tensors contradict any k."""
-        a, b, c, d = self.tensors
+        a, b, c, d, *others = self.tensors
         before = c.clone()
         self.twin.param_groups[0].update(_options(group) | self.options)
         gradient = torch.cos(2.4 * self.steps + self.phase) + 0.5
-        for tensor, value in zip(self.tensors, (1.0, 1.0, 0.0, 0.0), strict=True):
+        for tensor, value in zip(self.tensors, (1.0, 1.0, 0.0, 0.0, *(7.0 for _ in others)), strict=True):
             tensor.grad = value * gradient
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=()):
@@ -162,8 +176,10 @@ def _reaches(value: Any) -> bool:
     return isinstance(value, (nn.Parameter, nn.Module, Optimizer)) or isinstance(getattr(value, "__self__", None), Optimizer)
 
 
-def _still(value: Any) -> Any:
+def _still(value: Any, shape: tuple[int, ...]) -> Any:
     """The same place in time of a weight's state, without its gradients' traces."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().cpu() if value.dim() == 0 else torch.zeros((2,) * value.dim(), dtype=torch.float64)
-    return copy.copy(value)
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    if value.dim() == 0:
+        return value.detach().clone().cpu()
+    return torch.zeros(shape if value.dim() == len(shape) else (2,) * value.dim(), dtype=torch.float64)
