@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import apical
+from apical.errors import ConfigError, UnsupportedModelError
 
 RULES = [
     apical.Backprop,
@@ -227,3 +228,30 @@ def test_a_format_that_keeps_every_storage_once(rule: Any) -> None:
     again.load_state_dict({f"rule.{name}": value.clone() for name, value in trained.state_dict().items()})
     for name, value in learned(trained).items():
         assert torch.equal(learned(again["rule"])[name], value)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hooks_for_gradients_of_single_samples_serve_or_are_refused(rule: Any) -> None:
+    """Opacus writes a counter of forward passes on every parameter."""
+    made = make(rule)
+    for parameter in made.model.parameters():
+        parameter._forward_counter = 0  # type: ignore[attr-defined]
+    if rule is apical.Backprop:
+        made(*data()[0]).backward()
+        return
+    with pytest.raises(UnsupportedModelError, match=r"Opacus .* use Backprop, FeedbackAlignment or SignSymmetry"):
+        made(*data()[0])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_a_copy_by_parts_with_another_model_is_refused(rule: Any, begun: bool) -> None:
+    """As higher's patched modules and the replicas of DataParallel are made."""
+    made = make(rule)
+    if begun:
+        made(*data()[0]).backward()
+    replica = made._replicate_for_data_parallel()
+    replica._modules["model"] = copy.deepcopy(made.model)
+    with pytest.raises(ConfigError, match=r"a copy of a rule with another model"):
+        replica(*data()[0])
+    copy.deepcopy(made)(*data()[0]).backward()

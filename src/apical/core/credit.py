@@ -245,6 +245,7 @@ class CreditRule(nn.Module):
     _unmoved: int = 0  # looks at which the model's weights had moved, the rule's own not; below 0 nobody looks any more
     _looks: Sequence[Any] = (0,)  # how many there were, and what they saw
     _by_hand: "PlainChain | None" = None  # a model whose batches are taken by hand
+    _made_for: tuple[nn.Module, ...] = ()  # the model, in what is no module
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -254,6 +255,7 @@ class CreditRule(nn.Module):
         self.model, self.loss, self._uncompiles, self._turn = model, loss, uncompiles(self, model), turn(model)
         self._hooks: list[Any] = []
         self._attached, self._warned, self._is_fresh, self.phase = True, False, True, "both"
+        self._made_for = (getattr(model, "_orig_mod", model),)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model" and self.__dict__.get("_attached") and getattr(value, "_orig_mod", value) is not self.model:
@@ -442,10 +444,15 @@ class CreditRule(nn.Module):
         """Refuse to work on a model that the rule was detached from, or whose layers are others by now.
 
         Raises:
-            ConfigError: :meth:`detach` was called.
+            ConfigError: :meth:`detach` was called, or this is a copy with another model.
         """
         if not self._attached:
             raise ConfigError(f"this {type(self).__name__} was detached from its model; make a new rule")
+        if self._made_for and getattr(self.model, "_orig_mod", self.model) is not self._made_for[0]:
+            raise ConfigError(
+                f"this is a copy of a rule with another model than {type(self).__name__} was made for, at whose layers it would "
+                "still look (higher and nn.DataParallel make such copies); use copy.deepcopy(rule)"
+            )
         if self._found is not None:
             self._found.require_intact(type(self).__name__)
 

@@ -258,8 +258,24 @@ def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
         refuse_tangents(rule, args)
     if rule._unmoved >= 0 and torch.is_grad_enabled():
         look_at_optimizer(rule)
+    if first:
+        require_no_counted_passes(rule)
     if first and rule.output_alone and len(args) == 2:
         require_loss_of_output(rule, *args)
+
+
+def require_no_counted_passes(rule: CreditRule) -> None:
+    """Refuse Opacus, which waits for the error of every pass of every layer, where a rule has passes without one.
+
+    Raises:
+        UnsupportedModelError: gradients of single samples are to be taken by it.
+    """
+    serves = rule.chains_errors and not _own_parameters(rule)
+    if not serves and any(hasattr(parameter, "_forward_counter") for parameter in rule.parameters()):
+        raise UnsupportedModelError(
+            f"Opacus takes the gradients of single samples by hooks on layers, which {type(rule).__name__} does not serve: "
+            "use Backprop, FeedbackAlignment or SignSymmetry, or remove them (GradSampleModule.remove_hooks())"
+        )
 
 
 def look_after(rule: CreditRule, args: Sequence[Any], credit: Credit) -> None:
