@@ -92,7 +92,7 @@ class PlasticRule(EdgeRule):
         self._mirrored = 0
         self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
         if form == "auto":
-            self.decisions = Decisions(self.reasons)
+            self.decisions = Decisions(self.reasons, [*self.layers])
         setattr(self, self.PLASTIC, Plastics())
         setattr(self, self.MISMATCH, nn.ModuleDict())
         self.register_state_dict_pre_hook(_measure)  # type: ignore[no-untyped-call]
@@ -373,15 +373,16 @@ class Decisions(nn.Module):
 
     Args:
         reasons: sentence by layer; this very dictionary is filled on loading.
+        layers: all of them.
     """
 
-    def __init__(self, reasons: dict[str, str]) -> None:
+    def __init__(self, reasons: dict[str, str], layers: Sequence[str]) -> None:
         super().__init__()
-        self.reasons = reasons
+        self.reasons, self.width = reasons, 2 + sum(300 + len(json.dumps(name)) for name in layers)
 
     def get_extra_state(self) -> Tensor:
-        """JSON, as bytes in a tensor."""
-        return torch.tensor(list(json.dumps(self.reasons).encode()), dtype=torch.uint8)
+        """JSON, as bytes in a tensor; of one size, which formats for several processes compare before they load."""
+        return torch.tensor(list(json.dumps(self.reasons).encode().ljust(self.width)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
         """Take the reasons from a state dict."""
