@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import apical
+from apical.core.wrappers import COMPILES
 from apical.errors import ConfigError
 
 RULES = {"kp": apical.KolenPollack, "pfa-o": partial(apical.ProductFeedbackAlignment, feedback="orthogonal")}
@@ -321,3 +322,33 @@ def test_a_state_may_be_assigned(make: Any, new: bool) -> None:
             optimizer.step()
 
     assert not agree(make, run).remarks
+
+
+@pytest.mark.skipif(not COMPILES, reason="this compiler cannot follow rules")
+@each_rule
+@pytest.mark.parametrize("whole", [False, True], ids=["the optimiser's step", "the whole step"])
+def test_a_step_that_is_compiled_moves_an_explicit_feedback(make: Any, whole: bool) -> None:
+    def run(rule: Any, *, compiled: bool) -> None:
+        optimizer = sgd(rule)
+
+        def learn(inputs: Tensor, targets: Tensor) -> None:
+            optimizer.zero_grad()
+            rule(inputs, targets).loss.backward()
+            optimizer.step()
+
+        if whole:
+            learn = torch.compile(learn, backend="eager") if compiled else learn
+        elif compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        for step in range(4):
+            learn(*batch(step))
+
+    torch.compiler.reset()
+    explicit, rule = build(make, "explicit"), build(make, "auto")
+    run(explicit, compiled=False)
+    run(rule, compiled=True)
+    for own, expected in zip(rule.model.parameters(), explicit.model.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
+    for name, expected in explicit.feedback_weights().items():
+        torch.testing.assert_close(rule.feedback_weights()[name], expected, rtol=1e-9, atol=1e-10)
+    assert "step is compiled" in rule.remarks[0]

@@ -3,6 +3,7 @@
 The user makes the optimiser and never hands it over, so one pair of torch's global hooks serves all rules of the process.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, cast
@@ -36,6 +37,7 @@ class Observer(Protocol):
 
 _observers: WeakSet[Observer] = WeakSet()
 _handles: list[Any] = []
+_compiles = [False]
 
 
 def observe(observer: Observer) -> None:
@@ -54,6 +56,23 @@ def ignore(observer: Observer) -> None:
             _handles.pop().remove()
 
 
+def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that a step which is compiled calls as it is, with all that it calls."""
+    disabled: list[Callable[..., Any]] = []
+
+    def outside(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # which takes seconds to import
+            return hook(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(hook))
+        _compiles[0] = torch.compiler.is_compiling()  # of this frame
+        return disabled[0](*args)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+    return outside
+
+
+@_outside_graphs
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     observers = [observer for observer in _observers if observer.concerns(optimizer)]
     if not observers:
@@ -85,6 +104,7 @@ def _told_after(closure: Callable[[], Any], optimizer: Optimizer, observers: lis
     return wrapped
 
 
+@_outside_graphs
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for observer in [observer for observer in _observers if observer.concerns(optimizer)]:
         observer.after_step(optimizer)
@@ -107,6 +127,11 @@ def is_hooked(optimizer: Optimizer) -> bool:
     """Whether hooks of others run within its step, which may change gradients or weights unseen."""
     everywhere = len(hooks._global_optimizer_pre_hooks) + len(hooks._global_optimizer_post_hooks) > len(_handles)
     return everywhere or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def is_compiled() -> bool:
+    """Whether the step under way is one that `torch.compile` runs, which reads every parameter as it likes."""
+    return _compiles[0]
 
 
 def skipped(optimizer: Optimizer) -> bool:

@@ -5,7 +5,6 @@ optimiser moves R as well. Once it has touched R, the layer keeps R explicitly, 
 """
 
 import weakref
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +72,7 @@ class Held(nn.Parameter):
 
 def vacate(plastic: nn.Parameter, rule: "PlasticRule", name: str) -> None:
     """From here on R has no values of its own."""
-    fill(plastic, plastic.new_empty(0) if type(plastic) is not Held else None)
+    fill(plastic, plastic.new_empty((0, *plastic.shape[1:])) if type(plastic) is not Held else None)
     plastic.grad = None
     plastic.__class__ = Held
     setattr(plastic, "holder", (weakref.ref(rule), name))  # noqa: B010
@@ -102,9 +101,13 @@ class Plastics(nn.ParameterDict):
             destination.pop(prefix + name, None)
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
     ) -> None:
         with torch._C.DisableTorchFunctionSubclass():
+            earlier = [
+                name for name in self._held() if prefix + name in state_dict and not state_dict[prefix + name].numel()
+            ]
+            state_dict |= {prefix + name: self._parameters[name] for name in earlier}  # was of one dimension
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         for name in self._held():
             if prefix + name in missing:

@@ -13,6 +13,7 @@ from apical.core.stepping import (
     Signature,
     distributed,
     ignore,
+    is_compiled,
     is_hooked,
     noted,
     observe,
@@ -38,6 +39,7 @@ REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
 MOVED = "its weight also moves between passes without a step of the optimiser, as in sharpness-aware minimisation"
 HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
+COMPILED = "the optimiser's step is compiled"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
 
@@ -171,15 +173,15 @@ class Steps:
         self._moving.clear()
         self.sharing.begin()
         self._decays.begin()
-        hooked = is_hooked(optimizer)
+        around = HOOKED if is_hooked(optimizer) else COMPILED if is_compiled() else None
         for name, (group, other) in places.items():
             if rule.mismatch_of(name) is not None:
-                self._keep_closed(name, optimizer, group, other, hooked)
+                self._keep_closed(name, optimizer, group, other, around)
             else:
                 self._restore_what_was_lost(name)
                 self._count_steps_alone(name, group, other)
                 if rule.form == "auto" and name not in rule.reasons:
-                    self._decide(name, optimizer, group, other)
+                    self._decide(name, optimizer, group, other, around)
             if other is not None and rule.mismatch_of(name) is None:
                 if is_sgd(optimizer):
                     self.sharing.restore(rule, name)
@@ -249,12 +251,12 @@ class Steps:
                     "it: give it rule.parameters(), not model.parameters()"
                 )
 
-    def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> None:
+    def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, around: str | None) -> None:
         rule, plastic = self.rule, self.rule.plastic_of(name)
         weight = rule.layers[name].weight
         if plastic.grad is None and plastic.requires_grad and (weight.grad is None or name not in rule._called):
             return  # nothing of this layer moves in this step, or not by this rule
-        reason = self._obstacle(name, optimizer, group, other)
+        reason = around or self._obstacle(name, optimizer, group, other)
         if reason is not None:
             rule.reasons[name] = reason
             return
@@ -295,8 +297,6 @@ class Steps:
         reason = self._refused(name, optimizer, group)
         if reason is not None:
             return reason
-        if is_hooked(optimizer):
-            return HOOKED
         if group is None or other is None:
             return "its weight and its feedback have different optimisers"
         if not alike(group, other, optimizer):
@@ -314,7 +314,9 @@ class Steps:
             return "only one of its weight and its feedback has a momentum in the optimiser"
         return None
 
-    def _keep_closed(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, hooked: bool) -> None:
+    def _keep_closed(
+        self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, around: str | None
+    ) -> None:
         rule = self.rule
         weight = rule.layers[name].weight
         arrival = self._arrivals.get(name)
@@ -323,8 +325,8 @@ class Steps:
         reason = self._refused(name, optimizer, group)
         if reason is not None:
             return self.open(name, reason, optimizer)
-        if hooked:
-            return self.open(name, HOOKED, optimizer)
+        if around is not None:
+            return self.open(name, around, optimizer)
         if other is not None and not alike(group, other, optimizer):
             return self.open(name, OPTIONS_DIFFER, optimizer)
         watch, momentum = self._watches.get(name), momentum_of(optimizer, weight)
