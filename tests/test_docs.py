@@ -50,8 +50,9 @@ def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         text = page.read_text(encoding="utf-8")
         for name, content in re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             (tmp_path / name).write_text(content, encoding="utf-8")
-    if page.name == "lightning.md":
-        pytest.importorskip("lightning", reason="the example needs lightning, which is no requirement")
+    others = {"lightning.md": ("lightning",), "trainers.md": ("accelerate", "lightning", "ignite", "skorch")}
+    for package in others.get(page.name, ()):
+        pytest.importorskip(package, reason=f"the example needs {package}, which is no requirement")
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page, "python"):

@@ -1,6 +1,9 @@
 """The contract: what `Credit.backward` accumulates, and what a rule leaves on a model."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -223,17 +226,62 @@ LEARNS_APART = [
 ]
 
 
+def by_an_optimiser(rule: CreditRule, parameters: list[nn.Parameter]) -> Callable[[Tensor], None]:
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+
+    def step(loss: Tensor) -> None:
+        rule.zero_grad()  # of all
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def accumulated(rule: CreditRule, parameters: list[nn.Parameter]) -> Callable[[Tensor], None]:
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        rule(torch.rand(8, 6), torch.arange(8) % 3).backward()  # moves nothing
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def by_hand(rule: CreditRule, parameters: list[nn.Parameter]) -> Callable[[Tensor], None]:
+    def step(loss: Tensor) -> None:
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.data -= 0.01 * gradient
+
+    return step
+
+
+PLASTIC = partial(apical.KolenPollack, form="explicit")  # refuses an optimiser without its feedback
+LOOPS = [*((kind, loop) for kind in LEARNS_APART for loop in (by_an_optimiser, accumulated, by_hand)), (PLASTIC, by_hand)]
+
+
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("kind", LEARNS_APART)
-def test_own_parameters_that_no_optimiser_moves_are_named_once(kind: type[CreditRule], own: bool) -> None:
+@pytest.mark.parametrize(("kind", "loop"), LOOPS)
+def test_own_parameters_that_no_loop_moves_are_named_once(kind: Any, loop: Any, own: bool) -> None:
     torch.manual_seed(0)
     rule = kind(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)))
-    optimizer = torch.optim.SGD(rule.parameters() if own else rule.model.parameters(), lr=0.01)
+    step = loop(rule, [p for p in (rule if own else rule.model).parameters() if p.requires_grad])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(8):
-            for _ in range(2):  # accumulated, which moves nothing
-                rule(torch.rand(8, 6), torch.arange(8) % 3).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert sum("give it rule.parameters()" in str(warning.message) for warning in caught) == (0 if own else 1)
+            step(rule(torch.rand(8, 6), torch.arange(8) % 3).loss)
+    assert sum("train all of rule.parameters()" in str(warning.message) for warning in caught) == (0 if own else 1)
+
+
+@pytest.mark.parametrize("kind", [apical.DeepFeedbackControl, apical.DifferenceTargetPropagation])
+def test_feedback_that_learns_in_passes_of_its_own_may_rest(kind: Any) -> None:
+    rule = kind(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    rule.phase = "forward"
+    step = by_an_optimiser(rule, list(rule.model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            step(rule(torch.rand(8, 6), torch.arange(8) % 3).loss)

@@ -240,6 +240,37 @@ def test_a_model_that_is_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             apical.Backprop(model)
 
 
+@pytest.mark.parametrize("kind", ["fa", "dfa", "ccl", "pc"])
+def test_a_layer_that_is_sharded_later_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import fsdp
+
+    class Layer(nn.Linear):
+        pass
+
+    monkeypatch.setattr(fsdp, "FSDPModule", Layer)
+    rule = made(kind, network())
+    first = next(module for module in rule.model.modules() if isinstance(module, nn.Linear))
+    first.__class__ = Layer
+    with pytest.raises(apical.errors.UnsupportedModelError, match=r"sharded by itself.* call fully_shard\(rule\) alone"):
+        gradients(rule)
+
+
+def test_static_methods_of_objects_are_no_fault_of_the_model() -> None:
+    """Classes that `fully_shard` makes have one without a module's name."""
+
+    class Called:
+        __module__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Odd(nn.Sequential):
+        odd = staticmethod(Called())
+
+    with pytest.raises(apical.errors.ConfigError, match="the loss returns a str"):
+        apical.FeedbackAlignment(Odd(*network()), lambda output, targets: "no loss")(torch.randn(8, 6), torch.arange(8) % 3)
+
+
 def test_a_rule_whose_parameters_were_taken_away_is_refused() -> None:
     """As `FullyShardedDataParallel(rule)` does, which cannot pass a credit on."""
     rules = [apical.FeedbackAlignment(network()) for _ in range(2)]

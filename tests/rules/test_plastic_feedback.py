@@ -789,6 +789,18 @@ def test_state_dicts_continue_bit_for_bit(make: Any, order: str, kind: str) -> N
 
 
 @each_rule
+def test_an_explicit_state_has_one_size_whatever_was_decided(make: Any) -> None:
+    """torch.distributed.checkpoint compares sizes before it loads."""
+    rule = build(make)
+    before = {name: value.shape for name, value in rule.state_dict().items()}
+    rule.reasons.update(dict.fromkeys(rule.layers, "several processes share their gradients"))
+    assert {name: value.shape for name, value in rule.state_dict().items()} == before
+    other = build(make)
+    other.load_state_dict(rule.state_dict())
+    assert other.reasons == rule.reasons
+
+
+@each_rule
 def test_an_earlier_state_is_taken_back(make: Any) -> None:
     """A state from before the first step, loaded into a rule in closed form."""
     rule = build(make)

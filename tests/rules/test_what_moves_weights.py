@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import apical
+from apical.core.wrappers import COMPILES
 from apical.errors import ConfigError
 
 RULES = {"kp": apical.KolenPollack, "pfa-o": partial(apical.ProductFeedbackAlignment, feedback="orthogonal")}
@@ -258,7 +259,7 @@ def by_hand(parameters: Callable[[Any], Any], through_data: bool) -> Callable[[A
 def test_a_loop_by_hand_that_forgets_the_feedback_is_warned(make: Any, through_data: bool, recwarn: Any) -> None:
     by_hand(lambda rule: rule.parameters(), through_data)(build(make, "auto"))
     assert not recwarn.list
-    with pytest.warns(RuntimeWarning, match=r"feedback for it does not.* update all of rule.parameters\(\)"):
+    with pytest.warns(RuntimeWarning, match=r"own that learn.* train all of rule.parameters\(\)"):
         by_hand(lambda rule: rule.model.parameters(), through_data)(build(make, "auto"))
 
 
@@ -277,3 +278,77 @@ def test_a_second_loss_of_the_rule_is_its_own(make: Any) -> None:
         rule(*batch(step + 100)).backward()
 
     assert not agree(make, partial(train, before=second)).remarks
+
+
+def by_data(rule: Any) -> None:
+    for parameter in rule.parameters():
+        if parameter.grad is not None:
+            parameter.data = parameter.data - 0.05 * parameter.grad
+
+
+@each_rule
+@pytest.mark.parametrize("begins", [0, 2, 20])
+def test_steps_by_hand_through_data_between_those_of_an_optimiser(make: Any, begins: int) -> None:
+    """Every step is `W - lr G`, whoever makes it, and B's the same; or the rule says that it cannot follow."""
+
+    def run(rule: Any) -> None:
+        optimizer = torch.optim.SGD(rule.parameters(), lr=0.05)
+        for step in range(30):
+            optimizer.zero_grad()
+            rule(*batch(step)).backward()
+            by_data(rule) if step >= begins and step % 2 == 0 else optimizer.step()
+
+    if begins == 0:
+        assert "also moves between passes" in agree(make, run).remarks[0]
+        return
+    run(build(make, "explicit"))
+    with pytest.raises(ConfigError, match=r"layer '2' moves without the steps of a torch.optim.Optimizer"):
+        run(build(make, "auto"))
+
+
+@each_rule
+@pytest.mark.parametrize("new", [False, True], ids=["old optimiser", "new optimiser"])
+def test_a_state_may_be_assigned(make: Any, new: bool) -> None:
+    """`assign=True` puts other parameters in their place: an optimiser of the former ones moves nothing."""
+
+    def run(rule: Any) -> None:
+        optimizer = sgd(rule)
+        for step in range(14):
+            if step == 6:
+                rule.load_state_dict({name: value.clone() for name, value in rule.state_dict().items()}, assign=True)
+                optimizer = sgd(rule) if new else optimizer
+            optimizer.zero_grad()
+            rule(*batch(step)).backward()
+            optimizer.step()
+
+    assert not agree(make, run).remarks
+
+
+@pytest.mark.skipif(not COMPILES, reason="this compiler cannot follow rules")
+@each_rule
+@pytest.mark.parametrize("whole", [False, True], ids=["the optimiser's step", "the whole step"])
+def test_a_step_that_is_compiled_moves_an_explicit_feedback(make: Any, whole: bool) -> None:
+    def run(rule: Any, *, compiled: bool) -> None:
+        optimizer = sgd(rule)
+
+        def learn(inputs: Tensor, targets: Tensor) -> None:
+            optimizer.zero_grad()
+            rule(inputs, targets).loss.backward()
+            optimizer.step()
+
+        if whole:
+            learn = torch.compile(learn, backend="eager") if compiled else learn
+        elif compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        for step in range(4):
+            learn(*batch(step))
+
+    torch.compiler.reset()
+    explicit, rule = build(make, "explicit"), build(make, "auto")
+    run(explicit, compiled=False)
+    run(rule, compiled=True)
+    for own, expected in zip(rule.model.parameters(), explicit.model.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
+    for name, expected in explicit.feedback_weights().items():
+        torch.testing.assert_close(rule.feedback_weights()[name], expected, rtol=1e-9, atol=1e-10)
+    assert "step is compiled" in rule.remarks[0]

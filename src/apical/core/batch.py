@@ -83,6 +83,13 @@ def counted(targets: Tensor, error: Tensor) -> Tensor | None:
     return rows if len(rows) < len(targets) else None
 
 
+def widened(inputs: Tensor, model: nn.Module) -> Tensor:
+    """Inputs in a model's own type, for rules that turn autocast off inside: it would take them in a shorter one."""
+    weight = next(model.parameters(), inputs)
+    takes = torch.is_autocast_enabled(inputs.device.type) and weight.dtype is torch.float32
+    return inputs.to(weight.dtype) if takes else inputs
+
+
 def require_precision(rule: str, weight: Tensor) -> None:
     """Refuse half precision, in which the small differences of activities that a rule learns from are lost.
 

@@ -73,7 +73,7 @@ class Containers:
         if compiling:
             self._found.require_intact("the rule")
         else:
-            self._found.require_shapes("the rule")
+            self._found.require_weights("the rule")
         if not compiling and torch._C._are_functorch_transforms_active():
             return  # no look at values there
         changed = not compiling and any([*now.values()] != then for now, then in self._held)

@@ -1,5 +1,6 @@
 """The contract between a rule and PyTorch: a rule maps a batch to a :class:`Credit`; `credit.backward()` writes `.grad`."""
 
+import copy
 import math
 import warnings
 from abc import abstractmethod
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from apical.errors import ApicalError, ConfigError, refuse_second_derivatives, refuse_transforms, require_choice
+from apical.core.roots import KnownGradients, NoCreditBehind, OneRoot
+from apical.errors import ApicalError, ConfigError, refuse_transforms, require_choice
 
 if TYPE_CHECKING:
     from apical.core.placement import Placement
@@ -36,65 +38,6 @@ Attention = Literal["exact", "fixed", "present"]
 
 Batch = tuple[Tensor, Tensor]
 """Inputs (batch, ...) and their targets."""
-
-
-class OneRoot(torch.autograd.Function):
-    """A loss's value, whose backward pass hands every root its signal times the gradient of the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, signals: Sequence[Tensor | None], *roots: Tensor) -> Tensor:
-        """The value; roots may be parameters."""
-        ctx.save_for_backward(*signals)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """`scale * signal` for each root, multiplied in the wider of the two types."""
-        refuse_second_derivatives()
-        return (None, None, *(scale if s is None else _scaled(s, scale) for s in ctx.saved_tensors))
-
-
-def _scaled(signal: Tensor, scale: Tensor) -> Tensor:
-    wide = torch.promote_types(signal.dtype, scale.dtype)
-    return (signal.to(wide) * scale.to(signal.device, wide)).to(signal.dtype)
-
-
-class KnownGradients(torch.autograd.Function):
-    """A scalar zero whose backward pass gives parameters gradients that are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        """Zero."""
-        ctx.save_for_backward(*gradients)
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times `scale`. Times one they are handed over as they are: `.grad` takes them without a copy."""
-        refuse_second_derivatives()
-        if not scale.is_cuda and scale.item() == 1.0:
-            return (None, *ctx.saved_tensors)
-        return (None, *(gradient * scale for gradient in ctx.saved_tensors))
-
-
-class NoCreditBehind(torch.autograd.Function):
-    """The output of a rule whose credit does not travel through it; a backward pass that arrives there is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, *leaves: Tensor) -> Tensor:
-        """The output; `leaves` are what a backward pass could look for."""
-        ctx.set_materialize_grads(False)
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, error: Tensor | None) -> tuple[None, ...]:
-        """Refuse an error."""
-        if error is not None:
-            raise ConfigError(
-                "a loss made of credit.output would not train the layers under this rule, whose credit does not travel "
-                "through the output; put the term into the loss that the rule is given, or use credit.output.detach()"
-            )
-        return tuple(None for _ in ctx.needs_input_grad)
 
 
 @dataclass(init=False, repr=False, eq=False)  # DistributedDataParallel looks for tensors in the fields of dataclasses
@@ -158,6 +101,17 @@ class Credit:
             return self._output
         result: Tensor = tree_map(partial(_without_credit, self.roots), self._output)  # a dictionary stays one
         return result
+
+    @loss.setter  # type: ignore[attr-defined, no-redef, untyped-decorator]
+    def loss(self, root: Tensor) -> None:
+        """What a trainer puts in its place (the loss in another type, say) is the root from then on."""
+        self.roots, self.signals, self._loss, self._root = [root], [None], root, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Credit":
+        """Another credit of the same graph, which is never copied; Lightning's Fabric maps the tensors of such a one."""
+        copied = copy.copy(self)
+        copied.roots, copied.signals, copied.logs = [*self.roots], [*self.signals], {**self.logs}
+        return copied
 
     def backward(self, retain_graph: bool | None = None) -> None:
         """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
@@ -288,9 +242,10 @@ class CreditRule(nn.Module):
     _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
     _held: Any = None  # of a batch between its calls
     _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
-    _unmoved: int = 0  # steps in which the model's weights moved and none of the rule's own; below 0 nobody looks any more
-    _versions: Sequence[int] = ()
+    _unmoved: int = 0  # looks at which the model's weights had moved, the rule's own not; below 0 nobody looks any more
+    _looks: Sequence[Any] = (0,)  # how many there were, and what they saw
     _by_hand: "PlainChain | None" = None  # a model whose batches are taken by hand
+    _made_for: tuple[nn.Module, ...] = ()  # the model, in what is no module
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -300,6 +255,7 @@ class CreditRule(nn.Module):
         self.model, self.loss, self._uncompiles, self._turn = model, loss, uncompiles(self, model), turn(model)
         self._hooks: list[Any] = []
         self._attached, self._warned, self._is_fresh, self.phase = True, False, True, "both"
+        self._made_for = (getattr(model, "_orig_mod", model),)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model" and self.__dict__.get("_attached") and getattr(value, "_orig_mod", value) is not self.model:
@@ -351,6 +307,10 @@ class CreditRule(nn.Module):
             return super().__call__(*args, **kwargs)
         if kwargs.keys() <= {"inputs", "targets"}:
             args, kwargs = (*args, *(kwargs[name] for name in ("inputs", "targets") if name in kwargs)), {}
+        if self.output_alone and args and getattr(args[0], "dtype", None) in (torch.bfloat16, torch.float16):
+            from apical.core.batch import widened
+
+            args = (widened(args[0], self.model), *args[1:])
         numbers = len(args) == 2 and isinstance(args[1], Tensor) and args[1].is_floating_point()
         first = torch.is_grad_enabled() and not any(a is self.loss and b is numbers for a, b in self._kinds)
         if first or self._unmoved >= 0 or forward_ad._current_level >= 0:
@@ -373,10 +333,10 @@ class CreditRule(nn.Module):
             if reason is None:
                 raise
             raise reason from error
-        if not self.chains_errors and args and getattr(args[0], "requires_grad", False) and torch.is_grad_enabled():
-            from apical.core.diagnosis import require_reached
+        if torch.is_grad_enabled() and (self._unmoved >= 3 or (args and getattr(args[0], "requires_grad", False))):
+            from apical.core.diagnosis import look_after
 
-            require_reached(self, args[0], credit)
+            look_after(self, args, credit)
         if first and self._loss_options and len(args) == 2:
             from apical.core.loss_options import require_plain
 
@@ -484,10 +444,15 @@ class CreditRule(nn.Module):
         """Refuse to work on a model that the rule was detached from, or whose layers are others by now.
 
         Raises:
-            ConfigError: :meth:`detach` was called.
+            ConfigError: :meth:`detach` was called, or this is a copy with another model.
         """
         if not self._attached:
             raise ConfigError(f"this {type(self).__name__} was detached from its model; make a new rule")
+        if self._made_for and getattr(self.model, "_orig_mod", self.model) is not self._made_for[0]:
+            raise ConfigError(
+                "this is a copy of a rule with another model than the rule was made for, at whose layers it would still "
+                "look (higher and nn.DataParallel make such copies); use copy.deepcopy(rule)"
+            )
         if self._found is not None:
             self._found.require_intact(type(self).__name__)
 

@@ -14,11 +14,15 @@ from torch.utils._pytree import tree_leaves
 from apical.core.credit import Credit, CreditRule
 from apical.core.losses import independent
 from apical.core.rest import undisturbed
+from apical.core.stepping import strided
 from apical.core.wrappers import compiled_function
 from apical.errors import ApicalError, ConfigError, DivergenceError, UnsupportedModelError
 
 STILL = 3
-"""Steps of the optimiser after which a rule says that its own parameters do not take part in them."""
+"""Steps after which a rule says that its own parameters do not take part in them."""
+
+OFTEN = 16
+"""Batches of which each is looked at for that; then only the 32nd, the 64th and so on."""
 
 
 def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> ApicalError | None:
@@ -252,29 +256,83 @@ def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
     """
     if forward_ad._current_level >= 0 and not type(rule).chains_errors:
         refuse_tangents(rule, args)
-    if rule._unmoved >= 0:
+    if rule._unmoved >= 0 and torch.is_grad_enabled():
         look_at_optimizer(rule)
+    if first:
+        require_no_counted_passes(rule)
     if first and rule.output_alone and len(args) == 2:
         require_loss_of_output(rule, *args)
 
 
+def require_no_counted_passes(rule: CreditRule) -> None:
+    """Refuse Opacus, which waits for the error of every pass of every layer, where a rule has passes without one.
+
+    Raises:
+        UnsupportedModelError: gradients of single samples are to be taken by it.
+    """
+    serves = rule.chains_errors and not _own_parameters(rule)
+    if not serves and any(hasattr(parameter, "_forward_counter") for parameter in rule.parameters()):
+        raise UnsupportedModelError(
+            f"Opacus takes the gradients of single samples by hooks on layers, which {type(rule).__name__} does not serve: "
+            "use Backprop, FeedbackAlignment or SignSymmetry, or remove them (GradSampleModule.remove_hooks())"
+        )
+
+
+def look_after(rule: CreditRule, args: Sequence[Any], credit: Credit) -> None:
+    """What is looked at in the credit of a batch.
+
+    Raises:
+        ConfigError: see :func:`require_reached`.
+    """
+    if not rule.chains_errors and args and getattr(args[0], "requires_grad", False):
+        require_reached(rule, args[0], credit)
+    if rule._unmoved >= STILL:
+        rule._unmoved = -1
+        warn_of_rest(rule, credit)
+
+
 def look_at_optimizer(rule: CreditRule) -> None:
-    """Warn once of parameters of the rule's own that learn and that no optimiser moves, as it moves the model's."""
+    """Count looks at which the model's parameters had moved since the one before and none of the rule's own."""
+    count, *before = rule._looks
     models = list(rule.model.parameters())
-    known = {id(parameter) for parameter in models}
-    own = [p for p in rule.parameters() if p.requires_grad and p.numel() and id(p) not in known]
-    before, rule._versions = rule._versions, [sum(p._version for p in some) for some in (models, own)]
-    if not own or (before and before[1] != rule._versions[1]):
-        rule._unmoved = -1
-    elif before and before[0] != rule._versions[0] and any(p.grad is not None and bool(p.grad.any()) for p in own):
-        rule._unmoved += 1
-    if rule._unmoved == STILL:
-        rule._unmoved = -1
+    own = _own_parameters(rule)
+    if count < OFTEN or count & (count - 1) == 0:
+        now = [[*map(_seen, some)] for some in (models, own)]
+        rule._looks = (count + 1, *now)
+        if not own or (before and not _same(before[1], now[1])):
+            rule._unmoved, rule._looks = -1, (0,)
+        elif before and not _same(before[0], now[0]):
+            rule._unmoved += 1
+    else:
+        rule._looks = (count + 1, *before)
+
+
+def _own_parameters(rule: CreditRule) -> list[Tensor]:
+    """What learns beside the model."""
+    known = {id(parameter) for parameter in rule.model.parameters()}
+    return [p for p in rule.parameters() if p.requires_grad and p.numel() and id(p) not in known]
+
+
+def _seen(parameter: Tensor) -> Any:
+    """Some values, which show changes through `.data` too; a version where they lie elsewhere."""
+    is_plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
+    return strided(parameter).clone() if is_plain else parameter._version
+
+
+def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    pairs = zip(before, now, strict=False)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+
+
+def warn_of_rest(rule: CreditRule, credit: Credit) -> None:
+    """Warn of parameters of the rule's own that this batch teaches, though only the model's have moved so far."""
+    roots = [(root, root.grad_fn) for root in credit.roots]
+    if any(root is own or _leads(node, own) for own in _own_parameters(rule) for root, node in roots):
         warnings.warn(
-            f"{type(rule).__name__} has parameters of its own that get gradients, and the optimiser moves those of the "
-            "model alone: give it rule.parameters(), not model.parameters()",
+            f"{type(rule).__name__} has parameters of its own that learn, and this loop moves those of the model alone: "
+            "train all of rule.parameters(), not model.parameters()",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

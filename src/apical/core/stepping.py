@@ -3,6 +3,7 @@
 The user makes the optimiser and never hands it over, so one pair of torch's global hooks serves all rules of the process.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, cast
@@ -36,6 +37,7 @@ class Observer(Protocol):
 
 _observers: WeakSet[Observer] = WeakSet()
 _handles: list[Any] = []
+_compiles = [False]
 
 
 def observe(observer: Observer) -> None:
@@ -54,6 +56,23 @@ def ignore(observer: Observer) -> None:
             _handles.pop().remove()
 
 
+def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that a step which is compiled calls as it is, with all that it calls."""
+    disabled: list[Callable[..., Any]] = []
+
+    def outside(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # which takes seconds to import
+            return hook(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(hook))
+        _compiles[0] = torch.compiler.is_compiling()  # of this frame
+        return disabled[0](*args)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+    return outside
+
+
+@_outside_graphs
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     observers = [observer for observer in _observers if observer.concerns(optimizer)]
     if not observers:
@@ -85,6 +104,7 @@ def _told_after(closure: Callable[[], Any], optimizer: Optimizer, observers: lis
     return wrapped
 
 
+@_outside_graphs
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for observer in [observer for observer in _observers if observer.concerns(optimizer)]:
         observer.after_step(optimizer)
@@ -109,6 +129,11 @@ def is_hooked(optimizer: Optimizer) -> bool:
     return everywhere or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
+def is_compiled() -> bool:
+    """Whether the step under way is one that `torch.compile` runs, which reads every parameter as it likes."""
+    return _compiles[0]
+
+
 def skipped(optimizer: Optimizer) -> bool:
     """Whether a `GradScaler` found infinities and a fused step left everything as it was."""
     infinities: Tensor | None = getattr(optimizer, "found_inf", None)
@@ -123,13 +148,14 @@ def distributed() -> bool:
 class Arrival:
     """Hook of a weight: notes which gradient has arrived, so that whoever changes it before the step is noticed.
 
-    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`. A weight
-    that moves through `.data` is seen once many gradients have arrived since the last step of an optimiser.
+    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`, and where
+    many gradients arrive without a step of an optimiser.
 
     Attributes:
         fresh: set at every arrival; the observer of steps clears it.
         watched: the weight's own gradient is told apart from others since the last step (:func:`noted`).
         foreign: others have arrived.
+        is_wary: the weight has moved otherwise than by steps, so that its values are sampled at every arrival.
         waits: a forward pass may have been made in closed form, and R is explicit by now.
         lost: a gradient has arrived since, and none for R.
         arrived: how many since the last step of an optimiser.
@@ -139,7 +165,7 @@ class Arrival:
     def __init__(self) -> None:
         self.mark: tuple[int, int] | None = None
         self.sampled = True
-        self.fresh = False
+        self.fresh = self.is_wary = False
         self.moves, self.arrived, self._version = 0, 0, -1
         self._weight: Tensor | None = None
         self.watched = self.foreign = self._unknown = self.waits = self.lost = False
@@ -151,11 +177,9 @@ class Arrival:
         """Called by autograd once the gradient of one backward pass has been added."""
         self.fresh, self.lost = True, self.lost or self.waits
         self.arrived += 1
-        values = strided(weight) if self.arrived > 3 else None
-        moved = values is not None and self._weight is not None and not torch.equal(values, self._weight)
-        if moved or weight._version != self._version:
+        if weight._version != self._version or not self.rests(weight):
             self.moves, self._version = self.moves + 1, weight._version
-        self._weight = None if values is None else values.clone()
+        self._weight = strided(weight).clone() if self.sampled or self.is_wary or self.arrived > 3 else None
         if self.watched:
             self._compare(weight)
         else:
@@ -167,8 +191,12 @@ class Arrival:
 
     def stepped(self) -> None:
         """An optimiser takes a step."""
-        self.moves = self.arrived = 0
+        self.moves, self.arrived, self._weight = 0, 0, None
         self.watched = self.foreign = self._unknown = self.waits = self.lost = False
+
+    def rests(self, weight: Tensor) -> bool:
+        """Whether a weight is where the last gradient found it, as far as that is known."""
+        return self._weight is None or torch.equal(self._weight, strided(weight))
 
     def watch(self) -> None:
         """From here on every gradient of the rule is announced; one that has arrived before is another's."""

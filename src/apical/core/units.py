@@ -159,6 +159,8 @@ class Found:
             for own, weight in layer._parameters.items()
             if weight is not None and weight.dim() > 1
         ]
+        owners: dict[int, int] = {}
+        self._owners = [owners.setdefault(id(held[own]), place) for place, (_, held, own, _) in enumerate(self._weights)]
 
     def require_intact(self, rule: str) -> None:
         """Refuse layers that were put into the model, or taken out of it, since, and weights of another shape.
@@ -169,7 +171,7 @@ class Found:
         if torch.compiler.is_compiling():
             intact = all(_are(held, children) for held, children, can_compile in self._children if can_compile)
         else:
-            self.require_shapes(rule)
+            self.require_weights(rule)
             intact = all([*held.values()] == children for held, children, _ in self._children)
         if intact:
             return
@@ -182,13 +184,24 @@ class Found:
             )
         self._children = self._containers()
 
-    def require_shapes(self, rule: str) -> None:
-        """Refuse weights that have another shape than when the rule was made.
+    def require_weights(self, rule: str) -> None:
+        """Refuse weights that have another shape than when the rule was made, or are shared since.
 
         Raises:
             UnsupportedModelError: names their layers.
         """
-        others = [n for n, held, own, shape in self._weights if (w := held.get(own)) is not None and w.shape != shape]
+        others, places = [], dict[int, int]()
+        for (name, held, own, shape), owner in zip(self._weights, self._owners, strict=True):
+            weight = held.get(own)
+            if weight is None:
+                continue
+            if weight.shape != shape:
+                others.append(name)
+            elif (first := places.setdefault(id(weight), owner)) != owner:
+                raise UnsupportedModelError(
+                    f"layers {self._weights[first][0]!r} and {name!r} share a weight that they did not share when {rule} "
+                    "was made; detach the rule, and make it anew"
+                )
         if others:
             raise UnsupportedModelError(
                 f"{enumerated('layer', dict.fromkeys(others), 'has a weight', 'have weights')} of another shape than when "

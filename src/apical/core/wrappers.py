@@ -144,16 +144,17 @@ def compiled_function(model: nn.Module) -> str | None:
         value = waiting.pop()
         if isinstance(value, list | tuple | dict):
             waiting += value.values() if isinstance(value, dict) else value
-        if not isinstance(value, FunctionType | MethodType | staticmethod) or id(value) in seen:
+        function = value.__func__ if isinstance(value, MethodType | staticmethod) else value
+        if not isinstance(function, FunctionType) or id(value) in seen:
             continue
         seen.add(id(value))
         own = getattr(value, "_torchdynamo_orig_callable", None)
-        if ((own or value).__module__ or "").startswith("torch."):
+        if ((own or function).__module__ or "").startswith("torch."):
             continue
         if own is not None and not hasattr(value, "_torchdynamo_disable"):
             return str(own.__name__)
         with suppress(ValueError):  # a variable without a value
-            waiting += _named(value if isinstance(value, FunctionType) else value.__func__)
+            waiting += _named(function)
     return None
 
 
@@ -179,8 +180,18 @@ def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:
     return True
 
 
-def _refuse_flat(rule: "CreditRule") -> None:
-    """Refuse FullyShardedDataParallel, which stores parameters in one flat tensor and takes their modules' from them."""
+def _refuse_shared_out(rule: "CreditRule") -> None:
+    """Refuse layers that were shared out by themselves since, and FullyShardedDataParallel, which takes their parameters.
+
+    Raises:
+        UnsupportedModelError: names a layer, or the wrapper.
+    """
+    names = [name for name, module in rule.model.named_modules() if isinstance(module, _sharders())]
+    if names:
+        raise UnsupportedModelError(
+            f"module {names[0]!r} of the model was sharded by itself, and a rule also runs layers outside the calls that "
+            "would gather their parameters: call fully_shard(rule) alone"
+        )
     flat = "_flat_param" in rule._parameters or not any(q.is_leaf for q in rule.parameters())
     if flat and getattr(rule, "_is_fsdp_managed_module", False):
         raise UnsupportedModelError(
@@ -197,7 +208,7 @@ def uncompiled(model: nn.Module, rule: "CreditRule | None" = None) -> AbstractCo
     """
     if not torch.compiler.is_compiling():
         if rule is not None:
-            _refuse_flat(rule)
+            _refuse_shared_out(rule)
             rule._uncompiles = uncompiles(rule, model)
         if not (is_compiled(model) if rule is None else rule._uncompiles):
             return nullcontext()

@@ -5,7 +5,6 @@ same u come together by the factor k alone, and one weight can take another's ch
 """
 
 import copy
-import math
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
@@ -60,11 +59,8 @@ class Decays:
     def _probed(self, optimizer: Optimizer, group: Group, dim: int) -> float | None:
         probes = self._probes.setdefault(optimizer, {})
         place = id(group), dim
-        if place not in probes and _reaches(_attributes(optimizer)):
-            probes[place] = None  # a copy of it would not be one
         if place not in probes:
-            trial = Probe(optimizer, group, dim, TRIED if "lr" in group else None)
-            probes[place] = None if any(trial.step(group) is None for _ in range(6)) else Probe(optimizer, group, dim)
+            probes[place] = _probe(optimizer, group, dim)
         probe = probes[place]
         k = None if probe is None else probe.step(group)
         if k is None:
@@ -72,50 +68,97 @@ class Decays:
         return k
 
 
+def _probe(optimizer: Optimizer, group: Group, dim: int) -> "Probe | None":
+    """What follows the optimiser from here on; None where no factor describes its steps."""
+    if _reaches(_attributes(optimizer)):
+        return None  # a copy of it would not be one
+    lr, other = TRIED if "lr" in group else None, (6, *(4,) * (dim - 1))
+    try:
+        first, crowded = Probe(optimizer, group, dim, lr), Probe(optimizer, group, dim, lr, beside=3)
+        trials = [first, crowded, Probe(optimizer, group, dim, lr, shape=other)]
+        if first.has_state:
+            trials.append(Probe(optimizer, group, dim, lr, is_fresh=True))
+        for _ in range(6):
+            factors = {trial.step(group) for trial in trials}
+            # it may hold weights in its state, look at a weight's shape, or at all gradients together
+            if len(factors) > 1 or None in factors or not torch.equal(first.tensors[0], crowded.tensors[0]):
+                return None
+        return Probe(optimizer, group, dim)
+    except Exception:
+        return None  # something in it cannot be copied
+
+
 class Probe:
-    """Four numbers under a copy of an optimiser: two get one gradient, from 0 and 1; two get none, and start at 1.
+    """Four small tensors under a copy of an optimiser: two get a gradient, from 0 and P / 2; two none, from P / 2 and P.
+
+    Gradients, and what Adam makes of them, are nearly at right angles to P: there some steps look at a weight's direction.
 
     Args:
-        optimizer: it is left as it is.
+        optimizer: it is left as it is, with all that its groups hold.
         group: the weight's.
         dim: of the weight.
         lr: instead of the group's.
+        is_fresh: begin without state; else with one of the weight's, in which all traces of gradients are zero.
+        beside: how many tensors there are besides, with gradients of their own.
+        shape: of the tensors; two by two and so on, if None.
     """
 
-    def __init__(self, optimizer: Optimizer, group: Group, dim: int, lr: float | None = None) -> None:
-        self.numbers = [torch.full((1,) * dim, value, dtype=torch.float64, device="cpu") for value in (0.0, 1.0, 1.0, 1.0)]
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        group: Group,
+        dim: int,
+        lr: float | None = None,
+        *,
+        is_fresh: bool = False,
+        beside: int = 0,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        shape = (2,) * dim if shape is None else shape
+        self.pattern = torch.ones(shape, dtype=torch.float64, device="cpu")
+        self.pattern[..., 1::2] = -1.0
+        self.phase = 0.03 * self.pattern
+        self.tensors = [value * self.pattern for value in (0.0, 0.5, 0.5, 1.0, *(2.0 for _ in range(beside)))]
         self.options: dict[str, Any] = {"capturable": False} if "capturable" in group else {}
         self.options |= {} if lr is None else {"lr": lr}
         twin = object.__new__(type(optimizer))
-        twin.__dict__.update({name: copy.copy(value) for name, value in _attributes(optimizer).items()})
+        twin.__dict__.update({name: copy.deepcopy(value) for name, value in _attributes(optimizer).items()})
         twin.__dict__.update({name: OrderedDict() for name in optimizer.__dict__ if name.startswith("_optimizer_")})
         twin.state = defaultdict(dict)
-        twin.param_groups = [{**group, **self.options, "params": self.numbers}]
+        twin.param_groups = [{**_options(group), **self.options, "params": self.tensors}]
         states = (optimizer.state[p] for p in group["params"] if p.dim() == dim and optimizer.state.get(p))
         like: dict[str, Any] = next(states, {})
-        for number in self.numbers if like else ():
-            twin.state[number] = {key: _still(value) for key, value in like.items()}
+        self.has_state = bool(like)
+        for tensor in self.tensors if like and not is_fresh else ():
+            twin.state[tensor] = {key: _still(value, shape) for key, value in like.items()}
         self.twin, self.steps = twin, 0
 
     def step(self, group: Group) -> float | None:
-        """k of the next step by the group's options as they are now; None where the numbers contradict any k."""
-        a, b, c, d = self.numbers
-        before = float(c)
-        self.twin.param_groups[0].update({key: value for key, value in group.items() if key != "params"} | self.options)
-        gradient = math.cos(2.4 * self.steps) + 0.5
-        for number, value in zip(self.numbers, (gradient, gradient, 0.0, 0.0), strict=True):
-            number.grad = torch.full_like(number, value)
+        """k of the next step by the group's options as they are now; None where the tensors contradict any k."""
+        a, b, c, d, *others = self.tensors
+        before = c.clone()
+        self.twin.param_groups[0].update(_options(group) | self.options)
+        gradient = torch.cos(2.4 * self.steps + self.phase) + 0.5
+        for tensor, value in zip(self.tensors, (1.0, 1.0, 0.0, 0.0, *(7.0 for _ in others)), strict=True):
+            tensor.grad = value * gradient
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=()):
                 self.twin.step()
         except Exception:
-            return None  # whatever it asks of a weight, single numbers do not have it
+            return None  # whatever it asks of a weight, small tensors do not have it
         self.steps += 1
-        k = float(d)
-        separate = abs(float(b) - float(a) - float(c)) <= ALLOWED * (1 + abs(float(a)))
-        memoryless = abs(float(c) - k * before) <= ALLOWED
-        d.fill_(1.0)
-        return k if separate and memoryless else None
+        factors = d / self.pattern
+        k = float(factors.flatten()[0])
+        is_one = bool((factors - k).abs().max() <= ALLOWED)
+        separate = bool((b - a - c).abs().max() <= ALLOWED * (1 + a.abs().max()))
+        memoryless = bool((c - k * before).abs().max() <= ALLOWED)
+        d.copy_(self.pattern)
+        return k if is_one and separate and memoryless else None
+
+
+def _options(group: Group) -> dict[str, Any]:
+    """A group without its parameters; what it holds may be written to."""
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -133,8 +176,10 @@ def _reaches(value: Any) -> bool:
     return isinstance(value, (nn.Parameter, nn.Module, Optimizer)) or isinstance(getattr(value, "__self__", None), Optimizer)
 
 
-def _still(value: Any) -> Any:
+def _still(value: Any, shape: tuple[int, ...]) -> Any:
     """The same place in time of a weight's state, without its gradients' traces."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().cpu() if value.dim() == 0 else torch.zeros((1,) * value.dim(), dtype=torch.float64)
-    return copy.copy(value)
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    if value.dim() == 0:
+        return value.detach().clone().cpu()
+    return torch.zeros(shape if value.dim() == len(shape) else (2,) * value.dim(), dtype=torch.float64)

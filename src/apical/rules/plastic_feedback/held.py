@@ -72,7 +72,7 @@ class Held(nn.Parameter):
 
 def vacate(plastic: nn.Parameter, rule: "PlasticRule", name: str) -> None:
     """From here on R has no values of its own."""
-    fill(plastic, plastic.new_empty(0) if type(plastic) is not Held else None)
+    fill(plastic, plastic.new_empty((0, *plastic.shape[1:])) if type(plastic) is not Held else None)
     plastic.grad = None
     plastic.__class__ = Held
     setattr(plastic, "holder", (weakref.ref(rule), name))  # noqa: B010
@@ -93,13 +93,28 @@ class Plastics(nn.ParameterDict):
         with torch._C.DisableTorchFunctionSubclass():
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Without what has no values: formats of others take two tensors without elements for one that is shared."""
         with torch._C.DisableTorchFunctionSubclass():
-            super()._save_to_state_dict(*args)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._held():
+            destination.pop(prefix + name, None)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            super()._load_from_state_dict(*args)
+            earlier = [
+                name for name in self._held() if prefix + name in state_dict and not state_dict[prefix + name].numel()
+            ]
+            state_dict |= {prefix + name: self._parameters[name] for name in earlier}  # was of one dimension
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
+        for name in self._held():
+            if prefix + name in missing:
+                missing.remove(prefix + name)
+
+    def _held(self) -> list[str]:
+        return [name for name, plastic in self._parameters.items() if type(plastic) is Held]
 
     def extra_repr(self) -> str:
         """Types and shapes."""

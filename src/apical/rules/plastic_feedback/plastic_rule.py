@@ -92,7 +92,7 @@ class PlasticRule(EdgeRule):
         self._mirrored = 0
         self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
         if form == "auto":
-            self.decisions = Decisions(self.reasons)
+            self.decisions = Decisions(self.reasons, [*self.layers])
         setattr(self, self.PLASTIC, Plastics())
         setattr(self, self.MISMATCH, nn.ModuleDict())
         self.register_state_dict_pre_hook(_measure)  # type: ignore[no-untyped-call]
@@ -203,21 +203,13 @@ class PlasticRule(EdgeRule):
         self.require_attached()
         steps = self.steps
         self._tapped.clear()
-        places: dict[int, str] = {}
         for name, layer in self.layers.items():
-            weight = layer._parameters.get("weight")
-            if name not in self._tied and weight is not None and places.setdefault(id(weight), name) != name:
-                raise UnsupportedModelError(
-                    f"layers {places[id(weight)]!r} and {name!r} share a weight that they did not share when "
-                    f"{type(self).__name__} was made; detach the rule, and make it anew"
-                )
             plain = self.is_plain(name)
             if self.mismatch_of(name) is None:
                 if plain and name not in self._tied:
                     self._tapped.add(name)
                 if steps.moved(name):
                     self.reasons.setdefault(name, MOVED)
-                steps.warn_of_feedback_that_rests(name)
             elif not plain:
                 steps.open(name, FUNCTION)
             elif not layer.weight.requires_grad:
@@ -371,6 +363,8 @@ def _follow_again(rule: nn.Module, *_: Any) -> None:
         if mismatch is not None:
             rule.settle(name)
             mismatch.follow(layer.weight.detach())
+            if rule.form == "auto":
+                vacate(rule.plastic_of(name), rule, name)  # another tensor, where the state was assigned
     rule.steps.forget()
 
 
@@ -379,15 +373,16 @@ class Decisions(nn.Module):
 
     Args:
         reasons: sentence by layer; this very dictionary is filled on loading.
+        layers: all of them.
     """
 
-    def __init__(self, reasons: dict[str, str]) -> None:
+    def __init__(self, reasons: dict[str, str], layers: Sequence[str]) -> None:
         super().__init__()
-        self.reasons = reasons
+        self.reasons, self.width = reasons, 2 + sum(300 + len(json.dumps(name)) for name in layers)
 
     def get_extra_state(self) -> Tensor:
-        """JSON, as bytes in a tensor."""
-        return torch.tensor(list(json.dumps(self.reasons).encode()), dtype=torch.uint8)
+        """JSON, as bytes in a tensor; of one size, which formats for several processes compare before they load."""
+        return torch.tensor(list(json.dumps(self.reasons).encode().ljust(self.width)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
         """Take the reasons from a state dict."""

@@ -1,6 +1,5 @@
 """The optimiser's steps as a rule with plastic feedback sees them: which form is exact for each layer, before each step."""
 
-import warnings
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -14,12 +13,12 @@ from apical.core.stepping import (
     Signature,
     distributed,
     ignore,
+    is_compiled,
     is_hooked,
     noted,
     observe,
     signature,
     skipped,
-    strided,
     unchanged,
 )
 from apical.core.units import key
@@ -40,6 +39,7 @@ REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
 MOVED = "its weight also moves between passes without a step of the optimiser, as in sharpness-aware minimisation"
 HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
+COMPILED = "the optimiser's step is compiled"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
 
@@ -57,19 +57,23 @@ class Steps:
         self._moving: dict[str, tuple[Group, bool, float | None]] = {}
         self._decays = Decays()
         self._lonely: dict[str, int] = {}
-        self._apart: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._hooks: list[Any] = []
+        self._hooks: dict[str, tuple[ref[Tensor], Any]] = {}
         self._arrivals: dict[str, Arrival] = {}
         self.sharing = Sharing(self._arrivals, self._decays)
+        self._listens = rule.form in ("auto", "closed") or not (rule.ALIKE or rule.update == "own")
         self.forget()
-        listens = rule.form in ("auto", "closed") or not (rule.ALIKE or rule.update == "own")
-        for name, layer in rule.layers.items() if listens else ():
-            weight = layer._parameters.get("weight")
-            if weight is not None and weight.requires_grad and weight.is_leaf:
-                self._arrivals[name] = Arrival()
-                self._hooks.append(weight.register_post_accumulate_grad_hook(self._arrivals[name]))
         observe(self)
+
+    def _listen(self) -> None:
+        """Hear of the gradients that weights receive, be they other parameters by now."""
+        for name, layer in self.rule.layers.items() if self._listens else ():
+            weight, (known, hook) = layer._parameters.get("weight"), self._hooks.get(name, (None, None))
+            if weight is not None and weight.requires_grad and weight.is_leaf and (known is None or known() is not weight):
+                if hook is not None:
+                    hook.remove()
+                self._arrivals[name] = Arrival()
+                self._hooks[name] = ref(weight), weight.register_post_accumulate_grad_hook(self._arrivals[name])
 
     @property
     def rule(self) -> "PlasticRule":
@@ -79,7 +83,7 @@ class Steps:
     def remove(self) -> None:
         """Stop, and leave nothing on the weights."""
         ignore(self)
-        for hook in self._hooks:
+        for _, hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
@@ -93,8 +97,10 @@ class Steps:
         """A state was loaded: whatever was known of weights and optimiser is no longer so."""
         self._watches: dict[str, Watch] = {}
         self._moving.clear()
+        self._known.clear()
         self._passes: dict[str, int] = {}
         self.sharing.forget()
+        self._listen()
 
     def concerns(self, optimizer: Optimizer) -> bool:
         """Whether it holds a weight or an R of the rule."""
@@ -122,6 +128,7 @@ class Steps:
         """Refuse a closed form whose weight moves without any step that was announced; leave it for another parameter."""
         if name in self._watches and self._watches[name].parameter is not self.rule.layers[name].weight:
             self.open(name, REPLACED)
+            self._known.clear()
             return
         arrival = self._arrivals.get(name)
         if self.moved(name) or (arrival is not None and arrival.moves > 3):
@@ -131,29 +138,6 @@ class Steps:
                 'rule with form="explicit"'
             )
 
-    def warn_of_feedback_that_rests(self, name: str) -> None:
-        """Warn of an explicit form whose weight moves, by whatever loop, while its feedback does not."""
-        rule = self.rule
-        weight, plastic = rule.layers[name]._parameters.get("weight"), rule.plastic_of(name)
-        times, *before = self._apart.get(name, (0,))
-        held = any(places.get(name, (None, None))[1] is not None for _, places in self._known.values())
-        if times < 0 or weight is None or not weight.requires_grad or not plastic.requires_grad or held:
-            return
-        now = strided(weight).clone(), strided(plastic).clone()
-        if before and not torch.equal(before[1], now[1]):
-            times = -1
-        elif before and not torch.equal(before[0], now[0]):
-            times += 1
-        if times > 3:
-            times = -1
-            warnings.warn(
-                f"the weight of layer {name!r} moves but {type(rule).__name__}'s feedback for it does not: where a loop "
-                "trains it, update all of rule.parameters(), not model.parameters() alone",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._apart[name] = (times, *now)
-
     def moved(self, name: str) -> bool:
         """Whether a weight, whose gradient has arrived, has moved since the first pass after the last step."""
         weight, arrival = self.rule.layers[name]._parameters.get("weight"), self._arrivals.get(name)
@@ -161,7 +145,7 @@ class Steps:
             return False
         if not arrival.fresh:
             self._passes[name] = weight._version
-        return self._passes.setdefault(name, weight._version) != weight._version
+        return self._passes.setdefault(name, weight._version) != weight._version or not arrival.rests(weight)
 
     def is_sampled(self) -> bool:
         """Whether some weight's own gradient is to be told from others in the next pass."""
@@ -189,15 +173,15 @@ class Steps:
         self._moving.clear()
         self.sharing.begin()
         self._decays.begin()
-        hooked = is_hooked(optimizer)
+        around = HOOKED if is_hooked(optimizer) else COMPILED if is_compiled() else None
         for name, (group, other) in places.items():
             if rule.mismatch_of(name) is not None:
-                self._keep_closed(name, optimizer, group, other, hooked)
+                self._keep_closed(name, optimizer, group, other, around)
             else:
                 self._restore_what_was_lost(name)
                 self._count_steps_alone(name, group, other)
                 if rule.form == "auto" and name not in rule.reasons:
-                    self._decide(name, optimizer, group, other)
+                    self._decide(name, optimizer, group, other, around)
             if other is not None and rule.mismatch_of(name) is None:
                 if is_sgd(optimizer):
                     self.sharing.restore(rule, name)
@@ -267,12 +251,12 @@ class Steps:
                     "it: give it rule.parameters(), not model.parameters()"
                 )
 
-    def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> None:
+    def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, around: str | None) -> None:
         rule, plastic = self.rule, self.rule.plastic_of(name)
         weight = rule.layers[name].weight
         if plastic.grad is None and plastic.requires_grad and (weight.grad is None or name not in rule._called):
             return  # nothing of this layer moves in this step, or not by this rule
-        reason = self._obstacle(name, optimizer, group, other)
+        reason = around or self._obstacle(name, optimizer, group, other)
         if reason is not None:
             rule.reasons[name] = reason
             return
@@ -313,8 +297,6 @@ class Steps:
         reason = self._refused(name, optimizer, group)
         if reason is not None:
             return reason
-        if is_hooked(optimizer):
-            return HOOKED
         if group is None or other is None:
             return "its weight and its feedback have different optimisers"
         if not alike(group, other, optimizer):
@@ -332,7 +314,9 @@ class Steps:
             return "only one of its weight and its feedback has a momentum in the optimiser"
         return None
 
-    def _keep_closed(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, hooked: bool) -> None:
+    def _keep_closed(
+        self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, around: str | None
+    ) -> None:
         rule = self.rule
         weight = rule.layers[name].weight
         arrival = self._arrivals.get(name)
@@ -341,8 +325,8 @@ class Steps:
         reason = self._refused(name, optimizer, group)
         if reason is not None:
             return self.open(name, reason, optimizer)
-        if hooked:
-            return self.open(name, HOOKED, optimizer)
+        if around is not None:
+            return self.open(name, around, optimizer)
         if other is not None and not alike(group, other, optimizer):
             return self.open(name, OPTIONS_DIFFER, optimizer)
         watch, momentum = self._watches.get(name), momentum_of(optimizer, weight)
@@ -398,6 +382,7 @@ class Steps:
                 mismatch.restart(watch.weight, drift)
         if watch.moved():
             mismatch.measure(watch.weight)
+            self._arrivals[name].is_wary = True
         self._moving[name] = (group, now is None, k)
 
     def open(self, name: str, reason: str, optimizer: Optimizer | None = None) -> None:
