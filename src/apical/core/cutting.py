@@ -357,11 +357,11 @@ class Pass:
 
     def _axis(self, shape: torch.Size) -> int:
         """The channels' axis: that of the last layer's outputs, if it can be told by their number."""
-        layer = self.cutting.layers.get(self.near or "")
-        if len(shape) < 3 or not isinstance(layer, _ConvNd):
+        if len(shape) < 3 or not isinstance(layer := self.cutting.layers.get(self.near or ""), _ConvNd):
             return -1
         channels = layer.in_channels if self.cutting.at_inputs else layer.out_channels
-        return -1 if shape[-1] == channels != shape[1] else 1
+        usual = max(1, len(shape) - 1 - len(layer.kernel_size))  # moments may stand before
+        return next((axis for axis in (usual, 1, -1) if shape[axis] == channels), usual)
 
 
 class Trace(Pass):

@@ -65,7 +65,7 @@ class Cut(NamedTuple):
         shape: of the unit's output (batch, ...).
         dtype: of the unit's output.
         name: of the module, or function call, whose output this is, with "#k" when it is used again.
-        axis: the channels' axis: 1 behind a convolution, else the last.
+        axis: the channels' axis: behind a convolution that before the map's axes, else the last.
         reader: the weighted layer that reads it as it is, if one does next.
         rows, answers: the samples of its rows, and of the output's, where rows move; see :mod:`apical.core.rows`.
     """
@@ -82,6 +82,11 @@ class Cut(NamedTuple):
     def bare(self) -> "Cut":
         """The same without the graph, for what the graph itself keeps."""
         return Cut(self.root.detach(), *self[1:])
+
+    @property
+    def before(self) -> int:
+        """How many axes there are before the channels'."""
+        return self.axis % len(self.shape)
 
     @property
     def width(self) -> int:
