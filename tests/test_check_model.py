@@ -385,3 +385,21 @@ def test_what_is_no_rule_and_one_check_by_its_name() -> None:
     with pytest.raises(ConfigError, match=r"a rule around your model, such as FeedbackAlignment\(model\); got a Sequential"):
         check_model(model, x, y)  # type: ignore[arg-type]
     assert "compiled" in check_model(apical.FeedbackAlignment(model), x, y, skip="compiled").skipped
+
+
+def test_a_frozen_last_layer_accuses_nobody() -> None:
+    """As an adapter's, which trains hidden layers alone."""
+    model = network()
+    model[4].requires_grad_(False)
+    report = check_model(apical.DirectFeedbackAlignment(model), *batch(), skip=QUICK)
+    assert report.passed["zero signals"] == "0 parameters of the last unit"
+    assert report.placement.path("4") == "frozen"
+
+
+def test_lengths_that_a_rule_refuses_are_said_and_accuse_nobody() -> None:
+    """A row of feedback for each neuron of a map serves maps of one size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    rule = apical.DirectFeedbackAlignment(nn.Sequential(nn.Unflatten(1, (1, -1)), model))
+    report = check_model(rule, torch.randn(8, 12).double(), torch.arange(8) % 3, skip=QUICK)
+    assert report.skipped["lengths"].startswith("the rule refuses sequences of length 11: the feedback of unit")
