@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apical
+from apical.errors import UnsupportedModelError
 
 N = 3
 
@@ -100,3 +101,29 @@ def test_maps_with_moments_and_samples_in_front(moments: int, first: bool, answe
     assert close(found, [*expected, *exact])
     smaller = gradients(rule, inputs[:2], targets[:2])
     assert all(bool(gradient.any()) for gradient in smaller)
+
+
+class Scaled(nn.Module):
+    """The layers are also called on the unit matrix, for the norms of their weights, as DoRA does it."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.up, self.a, self.b, self.head = (nn.Linear(*size) for size in ((6, 8), (6, 2), (2, 8), (8, 3)))
+        self.detached = detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = (self.up.weight.detach() + self.b(self.a(torch.eye(6).to(x))).T).norm(dim=1)
+        scale = norm.detach() if self.detached else norm
+        return self.head(torch.relu((self.up(x) + self.b(self.a(x))) / scale))
+
+
+@pytest.mark.parametrize("rule", [apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment])
+def test_units_that_are_not_made_of_the_batch(rule: Any) -> None:
+    """Where they are detached nothing is told to them; else they are refused with the remedy, which works."""
+    inputs, targets = torch.randn(N, 6).double(), torch.arange(N) % 3
+    detached = rule(Scaled(True).double())
+    gradients(detached, inputs, targets)
+    assert detached.placement(inputs).path("a") == "cut at 'a#1'"
+    with pytest.raises(UnsupportedModelError, match="unit at 'a' .* list its layers in exact"):
+        rule(Scaled(False).double())(inputs, targets).backward()
+    gradients(rule(Scaled(False).double(), exact=("a", "b")), inputs, targets)

@@ -57,9 +57,14 @@ def matched(errors: Tensor, cut: Cut) -> Tensor:
         return errors.reshape(*shape[:leading], errors.shape[-1])
     if len(rows) > 1 and shape[0] == rows[1]:  # moments first: (time, batch, outputs)
         return matched(errors.transpose(0, 1), cut)
-    raise UnsupportedModelError(
-        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows[0]} rows, so "
-        "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
+    raise _astray(cut, rows[0])
+
+
+def _astray(cut: Cut, rows: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows} rows, so it "
+        "cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does, or, if "
+        "the unit is not made of the batch, list its layers in exact"
     )
 
 
@@ -117,10 +122,7 @@ def routed(values: Tensor, cut: Cut) -> Tensor:
     answers = _samples(cut.answers, list(values.shape[:-1]), values).flatten().long()
     count = int(answers.max()) + 1
     if len(owners) and int(owners.max()) >= count:
-        raise UnsupportedModelError(
-            f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {count} rows, so "
-            "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
-        )
+        raise _astray(cut, count)
     samples = values.new_zeros(count, values.shape[-1]).index_add_(0, answers, values.flatten(0, -2))
     share = torch.bincount(owners, minlength=count)[owners].to(values.dtype)
     part = samples[owners] / share.unsqueeze(1)

@@ -169,7 +169,7 @@ class DirectFeedbackAlignment(CutRule):
         self._prepare_all(cuts, heard)
         signals: list[Tensor | None] = []
         if self.takes_signals:
-            signals = [self.signal(cut, heard) for cut in cuts]
+            signals = [None if cut.name in self._idle else self.signal(cut, heard) for cut in cuts]
         else:
             units = [cut.bare() for cut in cuts]
             teacher.signal = lambda index, scale: self.signal(units[index], _times(heard, scale))
@@ -382,7 +382,7 @@ class DirectFeedbackAlignment(CutRule):
 
     def _prepare_all(self, cuts: list[Cut], heard: Tensor) -> None:
         for cut in cuts:
-            if not self._hears_itself(cut):
+            if not (self._hears_itself(cut) or cut.name in self._idle):
                 self._prepare(cut, heard)
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
