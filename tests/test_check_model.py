@@ -403,3 +403,24 @@ def test_lengths_that_a_rule_refuses_are_said_and_accuse_nobody() -> None:
     rule = apical.DirectFeedbackAlignment(nn.Sequential(nn.Unflatten(1, (1, -1)), model))
     report = check_model(rule, torch.randn(8, 12).double(), torch.arange(8) % 3, skip=QUICK)
     assert report.skipped["lengths"].startswith("the rule refuses sequences of length 11: the feedback of unit")
+
+
+class Refined(nn.Module):
+    """Each cell refines a state that came from below, by a message made of it, as gated graph networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.cells = nn.ModuleList([nn.GRUCell(5, 5), nn.GRUCell(5, 5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.embed(x)
+        for cell in self.cells:
+            for _ in range(2):
+                state = cell(torch.relu(state), state)
+        return self.head(state)
+
+
+def test_a_cells_state_is_another_way_down() -> None:
+    report = check_model(apical.FeedbackAlignment(Refined().double()), *batch(), skip=QUICK)
+    assert report.passed["zero feedback"] == "5 layers"

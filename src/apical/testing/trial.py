@@ -183,8 +183,9 @@ class Trial:
         """Names of the parameters that the loss depends on through this layer's input alone, as far as is known."""
         if isinstance(layer, Part) and not layer.whole:
             return set()
+        has_state = isinstance(layer, Part) and isinstance(layer.owner, (nn.RNNBase, nn.RNNCellBase))  # another input
         with self.sandbox():
-            with _before_forward(caller(layer), _detached):
+            with _before_forward(caller(layer), _detached_first if has_state else _detached):
                 loss = self.loss(self.model(self.inputs))
                 if loss.requires_grad:
                     loss.backward()  # which may run checkpointed layers again
@@ -250,3 +251,9 @@ def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
         return x.detach() if isinstance(x, Tensor) else x
 
     return tree_map(cut, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def _detached_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The input alone, and not the state, of a recurrent module."""
+    first, named = _detached(args[:1], {name: value for name, value in kwargs.items() if name == "input"})
+    return (*first, *args[1:]), {**kwargs, **named}
