@@ -124,6 +124,6 @@ def test_units_that_are_not_made_of_the_batch(rule: Any) -> None:
     detached = rule(Scaled(True).double())
     gradients(detached, inputs, targets)
     assert detached.placement(inputs).path("a") == "cut at 'a#1'"
-    with pytest.raises(UnsupportedModelError, match="unit at 'a' .* list its layers in exact"):
+    with pytest.raises(UnsupportedModelError, match=r"unit at 'a' .* list its layers in exact"):
         rule(Scaled(False).double())(inputs, targets).backward()
     gradients(rule(Scaled(False).double(), exact=("a", "b")), inputs, targets)
