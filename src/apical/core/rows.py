@@ -5,7 +5,7 @@ longer those of the output. While it is switched on, this mode follows every cal
 shapes act on the rows' labels as they do on the tensor, all others hand the labels of their first argument on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -97,7 +97,9 @@ class Rows(TorchFunctionMode):
         """Make the call, and label its result."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        given = [t for t in _tensors((args, kwargs)) if t in self.made]
+        if name != "__setitem__" and (isinstance(result, torch.Size) or not isinstance(result, Tensor | list | tuple | dict)):
+            return result  # a size, a flag, a type
+        given = [t for value in (*args, *(kwargs or {}).values()) for t in _tensors(value) if t in self.made]
         for tensor in _tensors(args[0] if name == "__setitem__" else result) if given else ():
             self.made[tensor] = True
         inputs = [t for t in given if t in self.labels]
@@ -160,7 +162,11 @@ class Rows(TorchFunctionMode):
                     return
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        return (tree,)
+    if tree is None or isinstance(tree, int | float | str):
+        return ()
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
