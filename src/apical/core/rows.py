@@ -97,7 +97,9 @@ class Rows(TorchFunctionMode):
         """Make the call, and label its result."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name != "__setitem__" and (isinstance(result, torch.Size) or not isinstance(result, Tensor | list | tuple | dict)):
+        if name != "__setitem__" and (
+            isinstance(result, torch.Size) or not isinstance(result, Tensor | list | tuple | dict)
+        ):
             return result  # a size, a flag, a type
         given = [t for value in (*args, *(kwargs or {}).values()) for t in _tensors(value) if t in self.made]
         for tensor in _tensors(args[0] if name == "__setitem__" else result) if given else ():
