@@ -465,7 +465,7 @@ def test_a_type_is_known_once_it_is_registered() -> None:
         pass
 
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Known(), nn.Tanh(), nn.Linear(6, 3)).double()
-    with pytest.raises(UnsupportedModelError, match="apical.register_layer"):
+    with pytest.raises(UnsupportedModelError, match=r"apical\.register_layer"):
         apical.DirectFeedbackAlignment(model)
     apical.register_layer(Known)
     for rule in (apical.FeedbackAlignment, apical.DirectFeedbackAlignment):
