@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from apical.core.cutting import Call, Cutting, Pass, Trace, is_part_of
+from apical.core.cutting import Call, Cutting, Pass, Trace, is_inside, is_part_of
 from apical.core.graph import Graph, Reached, Vertex, vertex
 from apical.core.layers import computes_plainly, is_local
 from apical.errors import UnsupportedModelError
@@ -94,7 +94,9 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
         if not astray:
             return search.result(reached)
         if not mends or not search.mend(astray, reached):
-            raise search.refusal(astray[0], mends)
+            if all(map(search.is_spared, astray)):
+                return search.result(reached)
+            raise search.refusal(next(at for at in astray if not search.is_spared(at)), mends)
 
 
 def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
@@ -266,6 +268,11 @@ class _Search:
                 self._clear(free[-1], site)
                 done = True
         return done
+
+    def is_spared(self, site: Vertex) -> bool:
+        """Whether a parameter is to have its exact derivative, where no unit can end: it hears all units that it is in."""
+        name, exact = self.others.get(site, ""), self.cutting.exact
+        return site in self.still and (name in exact or is_inside(name, exact))
 
     def _end(self, at: Vertex) -> set[Vertex]:
         """End a unit there, and wherever the same module is called."""
