@@ -703,3 +703,33 @@ def test_learned_queries_are_trained_once_they_are_exact(kind: Any) -> None:
     report = check_model(rule, inputs, targets, skip=("compiled",))
     assert report.placement.path("head") == "exact"
     assert report.placement.path("q").startswith("cut at")
+
+
+class Biased(nn.Module):
+    """Attention in windows with a bias that a network makes of distances, and that a buffer looks up (Swin v2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.project, self.head = nn.Linear(4, 6), nn.Linear(6, 18), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.bias = nn.Sequential(nn.Linear(1, 5), nn.ReLU(), nn.Linear(5, 1))
+        self.distances: Tensor
+        self.index: Tensor
+        self.register_buffer("distances", torch.arange(-2.0, 3).view(-1, 1))
+        self.register_buffer("index", torch.arange(3).view(-1, 1) - torch.arange(3) + 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        q, k, v = self.qkv(h).chunk(3, -1)
+        bias = torch.sigmoid(self.bias(self.distances)[self.index.view(-1)].view(3, 3))
+        h = h + self.project((q @ k.transpose(1, 2) + bias).softmax(-1) @ v)
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("kind", [apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment])
+def test_what_the_models_own_index_looks_up_is_not_made_of_the_batch(kind: Any) -> None:
+    inputs, targets = torch.randn(5, 3, 4).double(), torch.arange(5) % 3
+    with pytest.raises(UnsupportedModelError, match=r"'bias.0' works on parameters"):
+        kind(Biased().double())(inputs, targets)
+    rule = kind(Biased().double(), exact=("bias",))
+    check_model(rule, inputs, targets, skip=("compiled",))
+    assert "F.sigmoid" not in rule.hidden_units(inputs)

@@ -121,9 +121,12 @@ class Rows(TorchFunctionMode):
         first = [tree_map(self._spread, value) for value in args[:1]]
         named = {k: tree_map(self._spread, v) if k in ("input", "tensors") else v for k, v in kwargs.items()}
         try:
-            moved = func(*first, *args[1:], **named)
+            try:
+                moved = func(*first, *args[1:], **named)
+            except RuntimeError:  # a view that expanded labels do not allow
+                moved = func(*tree_map(_whole, first), *args[1:], **tree_map(_whole, named))
         except (RuntimeError, TypeError, IndexError):
-            return  # a view that expanded labels do not allow
+            return
         for tensor, labels in zip(_tensors(result), _tensors(moved), strict=True):
             condensed = _condensed(labels)
             if condensed is not None and tensor.shape == labels.shape:
@@ -170,6 +173,10 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
     if tree is None or isinstance(tree, int | float | str):
         return ()
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _whole(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _numbers(count: int, like: Tensor) -> Tensor:

@@ -175,6 +175,17 @@ def _product(graph: Graph, at: Vertex) -> Vertex:
     return at
 
 
+def _storages_of_index(at: Vertex) -> set[Any]:
+    """By which tensors rows were looked up there; they are the model's own where all are in its buffers."""
+    try:
+        saved = getattr(at[0], "_saved_indices", None)
+        saved = getattr(at[0], "_saved_index", None) if saved is None else saved
+    except RuntimeError:  # somebody's hooks have it
+        saved = None
+    found = [saved] if isinstance(saved, Tensor) else list(saved or ())
+    return {None if index is None else index.untyped_storage()._cdata for index in found} or {None}
+
+
 def _parameters(cutting: Cutting) -> Iterator[tuple[str, Tensor, str | None]]:
     """Name of each parameter, and of the layer, or other module with a matrix, that it may be a weight of."""
     owners = {id(p): name for name, layer in cutting.layers.items() for p in layer.parameters() if p.dim() > 1}
@@ -218,9 +229,11 @@ class _Search:
         graph, trace, still = self.graph, self.trace, set[Vertex]()
         all_ = {id(parameter) for parameter in self.cutting.model.parameters()}
         own = {at: {id(p) for p in self.cutting.layers[name].parameters()} for name, at in trace.sites}
+        kept = {buffer.untyped_storage()._cdata for buffer in self.cutting.model.buffers()}
         for at in reversed(graph.order):
             children, entering = graph.children[at], graph.parameters[at]
-            if at in trace.fed or at[0].name() in BY_INDEX or not (still.issuperset(children) and all_.issuperset(entering)):
+            looked_up = at[0].name() in BY_INDEX and not kept.issuperset(_storages_of_index(at))
+            if at in trace.fed or looked_up or not (still.issuperset(children) and all_.issuperset(entering)):
                 continue
             if children or not own.get(at, set()).issuperset(entering):
                 still.add(at)
