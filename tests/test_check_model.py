@@ -424,3 +424,27 @@ class Refined(nn.Module):
 def test_a_cells_state_is_another_way_down() -> None:
     report = check_model(apical.FeedbackAlignment(Refined().double()), *batch(), skip=QUICK)
     assert report.passed["zero feedback"] == "5 layers"
+
+
+class Branch(nn.Module):
+    """A residual branch that begins with a zero weight, or that a tiny scale makes small beside what rounding hides."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.skip, self.out = (nn.Linear(*n) for n in ((6, 8), (8, 8), (8, 8), (8, 8), (8, 4)))
+        self.scale = scale
+        if scale == 1:
+            nn.init.zeros_(self.c.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        branch = self.c(torch.relu(self.b(torch.relu(h.detach() if self.scale < 1 else h))))
+        return self.out(self.skip(h).float().to(x) + self.scale * branch)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-9])
+def test_branches_that_hardly_count_accuse_nobody(scale: float) -> None:
+    torch.manual_seed(0)
+    rule = apical.FeedbackAlignment(Branch(scale).double(), first_layer=True)
+    report = check_model(rule, *batch(), skip=QUICK)
+    assert report.passed["zero feedback"] == "5 layers"
