@@ -134,9 +134,10 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         affine = False
     if not affine:
+        pads = ", and padding or slices of its own," if isinstance(layer, _ConvNd) else ""
         raise UnsupportedModelError(
             f"layer {name!r} ({type(layer).__name__}) computes more than an affine map of its input with the shape of its "
-            "weight, so no feedback can stand in for it; put what is not affine into a module of its own, or pass "
+            f"weight, so no feedback can stand in for it; put what is not affine{pads} into a module of its own, or pass "
             f"exact=({name!r},)"
         )
 
