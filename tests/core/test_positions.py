@@ -103,6 +103,34 @@ def test_maps_with_moments_and_samples_in_front(moments: int, first: bool, answe
     assert all(bool(gradient.any()) for gradient in smaller)
 
 
+class Flat(Film):
+    """The unit is the map in one row, of each moment."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = self.head(self.act(self.hidden(images).flatten(2)))
+        return scores.mean(0 if self.first else 1)
+
+
+@pytest.mark.parametrize("samples", [3, 4, 5])  # one of them as many as channels
+@pytest.mark.parametrize("first", [True, False])
+def test_maps_in_one_row_are_as_many_channels(samples: int, first: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = (
+        Flat(2, first, False).double(),
+        torch.randn(samples, 2, 5, 5).double(),
+        torch.arange(samples) % 5,
+    )
+    rule = apical.DirectFeedbackAlignment(model)
+    found = gradients(rule, inputs, targets)
+    (b,) = rule.feedback.buffers()
+    assert b.shape == (5, 4 * 9)
+    output = model(inputs).detach().requires_grad_()
+    (error,) = torch.autograd.grad(F.cross_entropy(output, targets), output)
+    hidden = model.hidden(inputs).flatten(2)
+    signal = (error @ b).unsqueeze(0 if first else 1).expand(hidden.shape) / 2
+    assert close(found[:2], list(torch.autograd.grad(torch.tanh(hidden), [*model.conv.parameters()], signal)))
+
+
 class Scaled(nn.Module):
     """The layers are also called on the unit matrix, for the norms of their weights, as DoRA does it."""
 

@@ -161,6 +161,11 @@ class Rows(TorchFunctionMode):
             if not _is_known(self.labels[other]):
                 continue
             axis, owners = self.labels[other]
+            gone = [k for k in range(other.dim()) if k != axis and other.shape[:k] + other.shape[k + 1 :] == tensor.shape]
+            left = {axis - (k < axis) for k in gone}
+            if len(left) == 1:  # one axis was summed up, and it can only be this
+                self.labels[tensor] = (left.pop(), owners)
+                return
             for at in range(min(axis, tensor.dim() - 1), -1, -1):
                 if tensor.shape[at] == len(owners) and (at == axis or tensor.dim() < other.dim()):
                     self.labels[tensor] = (at, owners)
