@@ -187,16 +187,18 @@ class Trial:
         if isinstance(layer, Part) and not layer.whole:
             return set()
         has_state = isinstance(layer, Part) and isinstance(layer.owner, (nn.RNNBase, nn.RNNCellBase))  # another input
-        with self.sandbox():
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    if not bool(parameter.any()):
-                        parameter.copy_(torch.randn(parameter.shape, device="cpu"))
-            with _before_forward(caller(layer), _detached_first if has_state else _detached):
-                loss = self.loss(self.model(self.inputs))
-                if loss.requires_grad:
-                    loss.backward()  # which may run checkpointed layers again
-            others = {name for name, grad in self.collected().items() if bool(grad.any())}
+        zero = [parameter for parameter in self.model.parameters() if parameter.dim() > 1 and not bool(parameter.any())]
+        others, generator = set[str](), torch.Generator().manual_seed(0)
+        for filled in ([], zero) if zero else ([],):
+            with self.sandbox():
+                with torch.no_grad():
+                    for parameter in filled:
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
+                with _before_forward(caller(layer), _detached_first if has_state else _detached):
+                    loss = self.loss(self.model(self.inputs))
+                    if loss.requires_grad:
+                        loss.backward()  # which may run checkpointed layers again
+                others |= {name for name, grad in self.collected().items() if bool(grad.any())}
         return {name for name, grad in self.backprop.items() if bool(grad.any())} - others
 
     def shows(self, name: str) -> bool:
