@@ -385,3 +385,66 @@ def test_what_is_no_rule_and_one_check_by_its_name() -> None:
     with pytest.raises(ConfigError, match=r"a rule around your model, such as FeedbackAlignment\(model\); got a Sequential"):
         check_model(model, x, y)  # type: ignore[arg-type]
     assert "compiled" in check_model(apical.FeedbackAlignment(model), x, y, skip="compiled").skipped
+
+
+def test_a_frozen_last_layer_accuses_nobody() -> None:
+    """As an adapter's, which trains hidden layers alone."""
+    model = network()
+    model[4].requires_grad_(False)
+    report = check_model(apical.DirectFeedbackAlignment(model), *batch(), skip=QUICK)
+    assert report.passed["zero signals"] == "0 parameters of the last unit"
+    assert report.placement.path("4") == "frozen"
+
+
+def test_lengths_that_a_rule_refuses_are_said_and_accuse_nobody() -> None:
+    """A row of feedback for each neuron of a map serves maps of one size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    rule = apical.DirectFeedbackAlignment(nn.Sequential(nn.Unflatten(1, (1, -1)), model))
+    report = check_model(rule, torch.randn(8, 12).double(), torch.arange(8) % 3, skip=QUICK)
+    assert report.skipped["lengths"].startswith("the rule refuses sequences of length 11: the feedback of unit")
+
+
+class Refined(nn.Module):
+    """Each cell refines a state that came from below, by a message made of it, as gated graph networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.cells = nn.ModuleList([nn.GRUCell(5, 5), nn.GRUCell(5, 5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.embed(x)
+        for cell in self.cells:
+            for _ in range(2):
+                state = cell(torch.relu(state), state)
+        return self.head(state)
+
+
+def test_a_cells_state_is_another_way_down() -> None:
+    report = check_model(apical.FeedbackAlignment(Refined().double()), *batch(), skip=QUICK)
+    assert report.passed["zero feedback"] == "5 layers"
+
+
+class Branch(nn.Module):
+    """A residual branch that begins with a zero weight, or that a tiny scale makes small beside what rounding hides."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.skip, self.out = (nn.Linear(*n) for n in ((6, 8), (8, 8), (8, 8), (8, 8), (8, 4)))
+        self.scale = scale
+        if scale == 1:
+            nn.init.zeros_(self.c.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        branch = self.c(torch.relu(self.b(torch.relu(h.detach() if self.scale < 1 else h))))
+        return self.out(self.skip(h).float().to(x) + self.scale * branch)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-9])
+def test_branches_that_hardly_count_accuse_nobody(scale: float) -> None:
+    torch.manual_seed(0)
+    rule = apical.FeedbackAlignment(Branch(scale).double(), first_layer=True)
+    report = check_model(rule, *batch(), skip=QUICK)
+    assert report.passed["zero feedback"] == "5 layers"

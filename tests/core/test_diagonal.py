@@ -1,6 +1,7 @@
 """Gains and norms that a user wrote are known by what they do: each number of a vector acts on its own unit alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +93,49 @@ def test_synapses_among_vectors_are_refused(name: str) -> None:
 def test_forward_forward_refuses_a_norm_of_ones_own() -> None:
     with pytest.raises(UnsupportedModelError, match="fixes the size of activity"):
         apical.ForwardForward(model("layer norm"))
+
+
+class Shaped(nn.Module):
+    """A norm or gain whose parameters have the axes of the maps they are made for."""
+
+    def __init__(self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gain, self.offset = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 1 + self.gain.dim() and x.dim() != self.gain.dim():
+            raise ValueError("another input")
+        return self.function(x, self.gain, self.offset)
+
+
+def channel_norm(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """That of vit-pytorch and of ConvNeXt, over the channels of each pixel."""
+    return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True) * gain + offset
+
+
+def response_norm(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """That of ConvNeXt V2, on (batch, height, width, channels)."""
+    length = x.norm(dim=(1, 2), keepdim=True)
+    return gain * (x * length / length.mean(-1, keepdim=True)) + offset + x
+
+
+@pytest.mark.parametrize(
+    ("shape", "function", "kind"),
+    [
+        ((1, N, 1, 1), channel_norm, "norm"),
+        ((1, 1, 1, N), response_norm, "gain"),
+        ((N, 1, 1), lambda x, gain, offset: gain * x + offset, "gain"),
+        ((1, 1, N), lambda x, gain, offset: gain * x + offset, "gain"),
+        ((1, N, 1), lambda x, gain, offset: gain.flip(1) * x + offset, ""),
+        ((1, N, 1, 1), lambda x, gain, offset: F.conv2d(x, gain).repeat(1, N, 1, 1) + offset, ""),
+    ],
+)
+def test_parameters_with_axes_of_size_one(shape: tuple[int, ...], function: Any, kind: str) -> None:
+    assert diagonal_kind(Shaped(shape, function)) == kind
+
+
+@pytest.mark.parametrize("n", [2, 3, N])
+def test_sizes_do_not_hide_the_units_axis(n: int) -> None:
+    for shape in ((1, n, 1, 1), (1, 1, n), (1, 1, 1, n), (n, 1)):
+        assert diagonal_kind(Shaped(shape, lambda x, gain, offset: gain * x + offset)) == "gain"

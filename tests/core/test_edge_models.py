@@ -332,3 +332,35 @@ def test_a_first_layer_of_two_names_holds_feedback() -> None:
     hidden = torch.tanh(model.first(x)).detach()
     (above,) = torch.autograd.grad(F.cross_entropy(model.last(torch.tanh(model.again(hidden))), y), [model.first.weight])
     torch.testing.assert_close(model.first.weight.grad, above, rtol=1e-12, atol=1e-14)
+
+
+class Causal(nn.Conv1d):
+    """Pads by itself, before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Masked(nn.Module):
+    """Uses layers' weights by itself, as wired liquid networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        for layer in (self.b, self.c):
+            h = torch.tanh(F.linear(h, layer.weight.tril(), layer.bias))
+        return self.out(h)
+
+
+def test_every_layer_that_is_refused_is_named_at_once() -> None:
+    layers = [nn.Conv1d(2, 4, 1), Causal(4, 4, 3), nn.Tanh(), Causal(4, 4, 3), nn.Flatten(), nn.Linear(20, 3)]
+    inputs, targets = torch.randn(6, 2, 5), torch.arange(6) % 3
+    with pytest.raises(UnsupportedModelError, match=r"padding .* pass exact=\('1', '3'\)"):
+        apical.FeedbackAlignment(nn.Sequential(*layers))(inputs, targets)
+    apical.FeedbackAlignment(nn.Sequential(*layers), exact=("1", "3"))(inputs, targets).backward()
+    with pytest.raises(UnsupportedModelError, match=r"weights of layers 'b', 'c' are .* by linear.* exact=\('b', 'c'\)"):
+        apical.FeedbackAlignment(Masked())(torch.randn(6, 4), targets)
+    apical.FeedbackAlignment(Masked(), exact=("b", "c"))(torch.randn(6, 4), targets).backward()

@@ -1,5 +1,7 @@
 """The table of paths: what it says, how it prints, and that asking for it disturbs nothing."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,3 +127,26 @@ def test_a_detached_rule_has_no_placement() -> None:
     rule.detach()
     with pytest.raises(ConfigError, match="detached"):
         rule.placement(torch.randn(2, 3))
+
+
+class Frozen(OrderedDict[str, int]):
+    """A configuration that cannot be written once it is made, as that of diffusers is."""
+
+    def __setitem__(self, key: str, value: int) -> None:
+        if "width" in self:
+            raise TypeError("frozen")
+        super().__setitem__(key, value)
+
+    def update(self, *args: object, **kwargs: object) -> None:
+        raise TypeError("frozen")
+
+
+def test_undisturbed_leaves_containers_that_cannot_be_written() -> None:
+    model = nn.Linear(2, 2)
+    model.configuration, model.counts, model.seen = Frozen(width=2), {"calls": 1}, ["a"]  # type: ignore[assignment]
+    with undisturbed(model):
+        model.counts["calls"], model.counts["more"] = 2, 3  # type: ignore[operator]
+        model.seen[0] = "b"  # type: ignore[operator]
+    assert model.configuration == Frozen(width=2)
+    assert model.counts == {"calls": 1}
+    assert model.seen == ["a"]

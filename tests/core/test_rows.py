@@ -55,6 +55,11 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], T
         lambda h: h.view(6, 5, 6).mean(1),
         torch.arange(6).repeat_interleave(5),
     ),
+    "windows": (  # two of two places by two, of places 4, as Swin parts its maps
+        lambda x: x[:, :4].view(6, 2, 2, 1, 4).permute(0, 2, 1, 3, 4).contiguous().view(-1, 4),
+        lambda h: h.view(6, 4, 6).mean(1),
+        torch.arange(6).repeat_interleave(4),
+    ),
     "moments first": (
         lambda x: x.transpose(0, 1).reshape(-1, 4),
         lambda h: h.view(5, 6, 6).mean(0),

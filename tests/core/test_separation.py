@@ -3,6 +3,7 @@
 import copy
 import gc
 import random
+import re
 import weakref
 from typing import Any
 
@@ -662,3 +663,73 @@ def test_a_read_out_that_is_fed_back_is_no_hidden_unit(make: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"would reach 'out'.*detach what goes that way"):
         make(FedBack(False), loss)(inputs, targets)
     check_model(make(FedBack(True), loss), inputs, targets, skip=("compiled", "autocast"))
+
+
+class Questions(nn.Module):
+    """Learned queries ask the tokens, with a residual connection, as class attention and object queries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 2, 6))
+        self.embed, self.norm, self.softmax = nn.Linear(4, 6), nn.LayerNorm(6), nn.Softmax(-1)
+        self.q, self.kv, self.project, self.head = nn.Linear(6, 6), nn.Linear(6, 12), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.up, self.down, self.act = nn.Linear(6, 8), nn.Linear(8, 6), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query.expand(len(x), -1, -1)
+        keys, values = self.kv(torch.cat([query, self.embed(x)], 1)).chunk(2, -1)
+        asked = self.softmax(self.q(self.norm(query)) @ keys.transpose(1, 2))
+        query = query + self.project(asked @ values)
+        query = query + self.down(self.act(self.up(query)))
+        return self.head(query.mean(1))
+
+
+@pytest.mark.parametrize("kind", [apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment])
+def test_learned_queries_are_trained_once_they_are_exact(kind: Any) -> None:
+    """Each remedy that the messages name works, and nothing below a cut hears an error that goes round it."""
+    inputs, targets = torch.randn(5, 3, 4).double(), torch.arange(5) % 3
+    exact: tuple[str, ...] = ("query",)
+    while True:
+        rule = kind(Questions().double(), exact=exact)
+        try:
+            rule(inputs, targets)
+            break
+        except UnsupportedModelError as refusal:
+            (name,) = re.findall(r"pass exact=\('(.*)',\)", str(refusal))
+            if name in exact:
+                raise
+            exact = (*exact, name)
+    assert set(exact) <= {"query", "norm.weight", "norm.bias"}
+    report = check_model(rule, inputs, targets, skip=("compiled",))
+    assert report.placement.path("head") == "exact"
+    assert report.placement.path("q").startswith("cut at")
+
+
+class Biased(nn.Module):
+    """Attention in windows with a bias that a network makes of distances, and that a buffer looks up (Swin v2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.project, self.head = nn.Linear(4, 6), nn.Linear(6, 18), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.bias = nn.Sequential(nn.Linear(1, 5), nn.ReLU(), nn.Linear(5, 1))
+        self.distances: Tensor
+        self.index: Tensor
+        self.register_buffer("distances", torch.arange(-2.0, 3).view(-1, 1))
+        self.register_buffer("index", torch.arange(3).view(-1, 1) - torch.arange(3) + 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        q, k, v = self.qkv(h).chunk(3, -1)
+        bias = torch.sigmoid(self.bias(self.distances)[self.index.view(-1)].view(3, 3))
+        h = h + self.project((q @ k.transpose(1, 2) + bias).softmax(-1) @ v)
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("kind", [apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment])
+def test_what_the_models_own_index_looks_up_is_not_made_of_the_batch(kind: Any) -> None:
+    inputs, targets = torch.randn(5, 3, 4).double(), torch.arange(5) % 3
+    with pytest.raises(UnsupportedModelError, match=r"'bias.0' works on parameters"):
+        kind(Biased().double())(inputs, targets)
+    rule = kind(Biased().double(), exact=("bias",))
+    check_model(rule, inputs, targets, skip=("compiled",))
+    assert "F.sigmoid" not in rule.hidden_units(inputs)

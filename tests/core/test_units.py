@@ -14,6 +14,7 @@ import apical
 from apical.core.units import key, weighted_layers
 from apical.errors import UnsupportedModelError
 from apical.rules.node_importance import NodeImportance
+from apical.testing import check_model
 
 
 def net(*middle: nn.Module) -> nn.Sequential:
@@ -432,3 +433,43 @@ def test_other_modules_may_come_and_go(name: str) -> None:
     parametrize.register_parametrization(rule.model[1][0], "weight", nn.Identity())
     rule(inputs, targets).backward()
     copy.deepcopy(rule)(inputs, targets).backward()
+
+
+class OwnLinear(nn.Module):
+    """A dense layer that is no nn.Linear, as torch_geometric's; `kind` is what it does otherwise."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+        self.kind = kind
+
+    def forward(self, h: Tensor) -> Tensor:
+        weight = self.weight.T if self.kind == "turned" else self.weight.tril() if self.kind == "masked" else self.weight
+        h = torch.dropout(h, 0.5, self.training) if self.kind == "dropout" else h
+        h = h @ weight.T + self.bias
+        return torch.relu(h) if self.kind == "activation" else h
+
+
+@pytest.mark.parametrize("kind", ["", "turned", "masked", "dropout", "activation"])
+def test_types_of_dense_layers_that_could_be_registered_are_named(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), OwnLinear(kind), nn.Linear(6, 3))
+    before = torch.get_rng_state()
+    with pytest.raises(UnsupportedModelError, match="orphans") as refusal:
+        weighted_layers(model)
+    assert (f"apical.register_layer({__name__}.OwnLinear)" in str(refusal.value)) is (kind == "")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_type_is_known_once_it_is_registered() -> None:
+    class Known(OwnLinear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Known(), nn.Tanh(), nn.Linear(6, 3)).double()
+    with pytest.raises(UnsupportedModelError, match=r"apical\.register_layer"):
+        apical.DirectFeedbackAlignment(model)
+    apical.register_layer(Known)
+    for rule in (apical.FeedbackAlignment, apical.DirectFeedbackAlignment):
+        inputs = torch.randn(8, 4).double()
+        paths = rule(model).placement(inputs)
+        assert paths.path("2") in ("own feedback", "cut at '3'")
+        check_model(rule(model), inputs, torch.arange(8) % 3, skip=("compiled",))

@@ -22,7 +22,7 @@ from apical.core.layers import is_packed, refuse_backward_hooks
 from apical.core.outputs import parts, tensors
 from apical.core.outside_use import refuse_derivatives
 from apical.core.rows import Rows
-from apical.core.signals import Cut, Teacher, TeachingSignal
+from apical.core.signals import Cut, Teacher, TeachingSignal, channels_axis
 from apical.errors import UnsupportedModelError
 
 
@@ -268,10 +268,10 @@ class Pass:
             self.events.append(f"~{name}")
             return None
         name = self.number(name)
-        if name in self.cutting.inside or name in self.cutting.tail or self.is_cut(output):
-            self.events.append(f"~{name}")
-            return None
-        return self.cut(name, output, output is inputs)
+        if not (name in self.cutting.inside or name in self.cutting.tail or self.is_cut(output)):
+            return self.cut(name, output, output is inputs)
+        self.events.append(f"~{name}")
+        return None
 
     def is_merged(self, site: Vertex, passed: Vertex | None) -> bool:
         """Whether an error that passes the one weighted site on its way to the other passes another call's weights."""
@@ -343,7 +343,8 @@ class Pass:
             root = hidden.clone()
         self.events.append(name)
         rows = None if self.rows is None else self.rows.of(hidden)
-        self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, self._axis(hidden.shape), rows))
+        axis = channels_axis(hidden.shape, self.cutting.layers.get(self.near or ""), self.cutting.at_inputs, rows)
+        self.cuts.append(Cut(root, hidden.shape, hidden.dtype, name, axis, rows))
         if torch.compiler.is_compiling():
             return hidden.detach_() if ends else hidden.detach()
         self.at = vertex(hidden)
@@ -354,14 +355,6 @@ class Pass:
     def is_cut(self, output: Any) -> bool:
         """Whether this is what came out of the last cut, unchanged."""
         return output is self.last and self.last is not None and (not self.learns or self.last._version == self.version)
-
-    def _axis(self, shape: torch.Size) -> int:
-        """The channels' axis: that of the last layer's outputs, if it can be told by their number."""
-        layer = self.cutting.layers.get(self.near or "")
-        if len(shape) < 3 or not isinstance(layer, _ConvNd):
-            return -1
-        channels = layer.in_channels if self.cutting.at_inputs else layer.out_channels
-        return -1 if shape[-1] == channels != shape[1] else 1
 
 
 class Trace(Pass):

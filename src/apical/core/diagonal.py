@@ -33,42 +33,47 @@ def diagonal_kind(module: nn.Module) -> Kind:
     'norm'
     """
     if module not in _known:
-        kinds = map(lambda places: _tried(module, places), ((), (2, 2))) if _has_vectors_alone(module) else ()
+        n = _units_of(module)
+        first, last = ((2, n), (2, n, 2, 2), (2, n, 3), (2, n, 2, 2, 2)), ((2, 3, n), (2, 2, 2, n))
+        trials = [*((shape, 1) for shape in first), *((shape, len(shape) - 1) for shape in last)] if n else []
+        kinds = (_tried(module, shape, axis) for shape, axis in trials)
         _known[module] = next(filter(None, kinds), "")
     return _known[module]
 
 
-def _has_vectors_alone(module: nn.Module) -> bool:
+def _units_of(module: nn.Module) -> int:
+    """How many numbers each parameter of a module has that has vectors alone, perhaps with axes of size one; 0 of others."""
     own = list(module.parameters())
     if type(module).__module__.startswith("torch.nn") or next(module.children(), None) is not None or not own:
-        return False
+        return 0
     if any(isinstance(p, UninitializedParameter) or p.is_meta or not p.is_floating_point() for p in own):
-        return False
-    return len({p.shape for p in own}) == 1 and own[0].dim() == 1 and len(own[0]) > 1
+        return 0
+    sizes = {p.numel() for p in own}
+    return sizes.pop() if len(sizes) == 1 and all(max(p.shape, default=1) == p.numel() > 1 for p in own) else 0
 
 
-def _tried(module: nn.Module, places: tuple[int, ...]) -> Kind:
-    """Its kind on noise (2, units, *places); "" where the module does not take that."""
+def _tried(module: nn.Module, shape: tuple[int, ...], axis: int) -> Kind:
+    """Its kind on noise of a shape whose `axis` has the units; "" where the module does not take that."""
     like = next(module.parameters())
-    noise = torch.randn(2, len(like), *places, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
             twin = copy.deepcopy(module).eval()
             before = twin(noise)
             if not isinstance(before, Tensor) or before.shape != noise.shape or not torch.equal(twin(noise), before):
                 return ""
-            if not all(_touches_its_own(twin, parameter, noise, before) for parameter in twin.parameters()):
+            if not all(_touches_its_own(twin, parameter, noise, before, axis) for parameter in twin.parameters()):
                 return ""
             return "norm" if torch.allclose(twin(4 * noise), before, rtol=0.02, atol=0.02) else "gain"
     except Exception:
         return ""  # whatever it is made for, it is not this
 
 
-def _touches_its_own(twin: nn.Module, parameter: nn.Parameter, noise: Tensor, before: Tensor) -> bool:
+def _touches_its_own(twin: nn.Module, parameter: nn.Parameter, noise: Tensor, before: Tensor, axis: int) -> bool:
     kept = parameter.detach().clone()
-    for mask in _halves(len(kept), kept.device):
-        parameter.copy_(torch.where(mask, kept + 0.5, kept))
-        moved = (twin(noise) != before).transpose(0, 1).flatten(1).any(1)
+    for mask in _halves(kept.numel(), kept.device):
+        parameter.copy_(torch.where(mask.view(kept.shape), kept + 0.5, kept))
+        moved = (twin(noise) != before).transpose(0, axis).flatten(1).any(1)
         if bool((moved & ~mask).any()) or not bool(moved.any()):
             return False
     parameter.copy_(kept)

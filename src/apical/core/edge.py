@@ -337,7 +337,7 @@ class EdgeRule(CreditRule):
             return output
         finally:
             self._present = {}
-            self._watched = self._watched or (watch is not None and watch.found is None)
+            self._watched = self._watched or (watch is not None and not watch.found)
             for wrapped, site in self._sites.values():
                 wrapped.rule = wrapped.site = None
                 site.follow(substitutes)
@@ -473,7 +473,8 @@ class EdgeRule(CreditRule):
         if (site.affine and options in (None, site.options)) or inputs.numel() == 0:
             return
         if not compiling:
-            require_affine(site.name, site.layer, call, inputs)
+            alike = [s.name for _, s in self._sites.values() if type(s.layer) is type(site.layer) and not s.probed]
+            require_affine(site.name, site.layer, call, inputs, alike)
             require_layout(site.name, site.layer, self.feedback_weight, inputs)
             site.affine, site.options = True, options
         elif not site.probed:

@@ -4,7 +4,7 @@ An edge replaces the backward map of such a layer at its own output. That is rig
 input, with the geometry of its `weight`; both are read off the layer's own derivative.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from math import ceil
@@ -103,7 +103,7 @@ def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Te
     return weight.new_zeros(rows * len(offsets), channels, *extent), errors
 
 
-def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> None:
+def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor, alike: Sequence[str] = ()) -> None:
     """Verify that the layer is affine in its input with the geometry of its weight, forwards and backwards, near `inputs`.
 
     Args:
@@ -111,6 +111,7 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
         layer: the layer; random numbers and buffers are left as they were.
         call: its forward pass.
         inputs: what it was called with, not empty.
+        alike: names of layers of its type of which the same is to be expected.
 
     Raises:
         UnsupportedModelError: it is not.
@@ -134,10 +135,11 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor) -> N
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         affine = False
     if not affine:
+        pads = ", and padding or slices of its own," if isinstance(layer, _ConvNd) else ""
         raise UnsupportedModelError(
             f"layer {name!r} ({type(layer).__name__}) computes more than an affine map of its input with the shape of its "
-            "weight, so no feedback can stand in for it; put what is not affine into a module of its own, or pass "
-            f"exact=({name!r},)"
+            f"weight, so no feedback can stand in for it; put what is not affine{pads} into a module of its own, or pass "
+            f"exact={tuple(dict.fromkeys((name, *alike)))!r}"
         )
 
 

@@ -32,7 +32,7 @@ class OutsideUse(TorchFunctionMode):
     def __init__(self, rule: Any, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.rule, self.inside = rule, 0
-        self.found: tuple[str, str] | None = None
+        self.found: dict[str, str] = {}  # layers, and the first function that used their weight outside
         self.made = {id(weight): (name, weight) for name, weight in weights.items()}  # weights, and what is made of them
         self.calls: dict[Node, str] = {}  # of layers, by what made their output
 
@@ -56,7 +56,7 @@ class OutsideUse(TorchFunctionMode):
             names = [self.made[id(tensor)][0] for tensor in tensors if id(tensor) in self.made]
             activities = any(tensor.requires_grad for tensor in tensors if id(tensor) not in self.made)
             if names and activities and getattr(func, "__name__", "") in PRODUCTS:
-                self.found = self.found or (names[0], func.__name__)
+                self.found.setdefault(names[0], func.__name__)
             if names and not activities:
                 self.made |= {id(tensor): (names[0], tensor) for tensor in _tensors((result,))}
         return result
@@ -67,12 +67,16 @@ class OutsideUse(TorchFunctionMode):
         Raises:
             UnsupportedModelError: names the layer and the function.
         """
-        if self.found is not None:
-            name, function = self.found
-            raise UnsupportedModelError(
-                f"the weight of layer {name!r} is also used outside the layer, by {function}, where the error would pass "
-                f"through the weight itself; use a layer of its own there, or pass exact=({name!r},)"
-            )
+        if not self.found:
+            return
+        exact, by = tuple(self.found), ", ".join(dict.fromkeys(self.found.values()))
+        whose = f"weight of layer {exact[0]!r} is also used outside the layer"
+        if len(exact) > 1:
+            whose = f"weights of layers {', '.join(map(repr, exact))} are also used outside the layers"
+        raise UnsupportedModelError(
+            f"the {whose}, by {by}, where the error would pass through the weight itself; use a layer of its own there, or "
+            f"pass exact={exact!r}"
+        )
 
 
 class _Plainly:

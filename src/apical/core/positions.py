@@ -3,6 +3,7 @@
 The error is brought into the order (batch, places, outputs), what a unit hears is (batch, places, channels), and
 
     same places            each place hears its own error
+    places within places   each of n pixels of a moment hears 1/n of the moment's error
     one answer per sample  each of n places hears 1/n of it, as behind mean pooling
     other places           each of n places hears 1/n of the sum over the answer's places
     other axes, same rows  (time * batch, ...) beside (time, batch, ...): row for row
@@ -45,22 +46,25 @@ def matched(errors: Tensor, cut: Cut) -> Tensor:
     Raises:
         UnsupportedModelError: neither its batch nor its rows are those of the output.
     """
-    shape = list(cut.shape)
-    del shape[cut.axis if len(shape) > 1 else len(shape) :]
-    rows = list(errors.shape[:-1])
-    if cut.rows is not None and cut.rows[0] == 1 and len(rows) > 1 and shape == [rows[1], rows[0]]:
+    shape, rows = _places(cut), list(errors.shape[:-1])
+    if cut.rows is not None and cut.rows[0] == 1 and _are_turned(shape, rows):
         return errors.transpose(0, 1)  # moments first
-    if shape == rows:
+    if shape == rows or (shape[: len(rows)] == rows and len(rows) <= cut.before):
         return errors
     if shape[0] == rows[0]:
         return errors.flatten(1, -2).sum(1) if len(rows) > 1 else errors
-    if torch.Size(shape).numel() == torch.Size(rows).numel():
-        return errors.reshape(*shape, errors.shape[-1])
+    if leading := _leading(cut, shape, rows):
+        return errors.reshape(*shape[:leading], errors.shape[-1])
     if len(rows) > 1 and shape[0] == rows[1]:  # moments first: (time, batch, outputs)
         return matched(errors.transpose(0, 1), cut)
-    raise UnsupportedModelError(
-        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows[0]} rows, so "
-        "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
+    raise _astray(cut, rows[0])
+
+
+def _astray(cut: Cut, rows: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows} rows, so it "
+        "cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does, or, if "
+        "the unit is not made of the batch, list its layers in exact"
     )
 
 
@@ -68,13 +72,38 @@ def is_routed(errors: Tensor, cut: Cut) -> bool:
     """Whether samples must be looked up by the unit's rows, because rows or places of the answer do not tell them."""
     if cut.rows is None and cut.answers is None:
         return False
-    shape = list(cut.shape)
-    del shape[cut.axis if len(shape) > 1 else len(shape) :]
-    rows = list(errors.shape[:-1])
-    unit, answer = _samples(cut.rows, shape, errors), _samples(cut.answers, rows, errors)
-    if len(rows) > 1 and len(shape) > 1 and shape[:2] == [rows[1], rows[0]] and torch.equal(unit, answer.transpose(0, 1)):
+    shape, rows = _places(cut), list(errors.shape[:-1])
+    answer = _samples(cut.answers, rows, errors)
+    if _are_turned(shape, rows) and torch.equal(_samples(cut.rows, rows[1::-1] + rows[2:], errors), answer.transpose(0, 1)):
         return False  # moments first
-    return not (unit.numel() == answer.numel() and torch.equal(unit.flatten(), answer.flatten()))
+    leading, axis = _leading(cut, shape, rows), 0 if cut.rows is None else cut.rows[0]
+    if axis >= min(leading, cut.before or 1):
+        return True
+    return not torch.equal(_samples(cut.rows, shape[:leading], errors).flatten(), answer.flatten())
+
+
+def neurons(errors: Tensor, cut: Cut) -> int:
+    """How many of the unit's neurons hear one row of errors, where each has a number of its own."""
+    if cut.before < 2:
+        return cut.shape[1:].numel()
+    axis = (0 if cut.rows is None else cut.rows[0]) if is_routed(errors, cut) else matched(errors, cut).dim() - 2
+    return cut.shape[axis + 1 :].numel()
+
+
+def _places(cut: Cut) -> list[int]:
+    """The sizes of a unit's axes but for its channels'."""
+    return [size for axis, size in enumerate(cut.shape) if axis != cut.before or len(cut.shape) == 1]
+
+
+def _are_turned(shape: list[int], rows: list[int]) -> bool:
+    """Whether the unit has the answer's places, but for its first two axes, which are the other way round."""
+    return len(rows) > 1 and shape[: len(rows)] == [rows[1], rows[0], *rows[2:]]
+
+
+def _leading(cut: Cut, shape: list[int], rows: list[int]) -> int:
+    """How many of the unit's axes (all, or some before its channels) have as many places as the answer; 0 if none have."""
+    numbers = {axes: torch.Size(shape[:axes]).numel() for axes in (len(shape), *range(min(cut.before, len(shape)), 0, -1))}
+    return next((axes for axes, number in numbers.items() if number == torch.Size(rows).numel()), 0)
 
 
 def _samples(labels: Labels | None, shape: list[int], like: Tensor) -> Tensor:
@@ -93,15 +122,13 @@ def routed(values: Tensor, cut: Cut) -> Tensor:
     answers = _samples(cut.answers, list(values.shape[:-1]), values).flatten().long()
     count = int(answers.max()) + 1
     if len(owners) and int(owners.max()) >= count:
-        raise UnsupportedModelError(
-            f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {count} rows, so "
-            "it cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does"
-        )
+        raise _astray(cut, count)
     samples = values.new_zeros(count, values.shape[-1]).index_add_(0, answers, values.flatten(0, -2))
     share = torch.bincount(owners, minlength=count)[owners].to(values.dtype)
     part = samples[owners] / share.unsqueeze(1)
-    if axis == 0 and part.shape[1] == cut.shape[1:].numel():
-        return part.view(cut.shape).to(cut.dtype)
+    below = cut.shape[axis + 1 :]
+    if axis <= cut.before and part.shape[1] == below.numel():
+        return (part / cut.shape[:axis].numel()).view(-1, *below).expand(cut.shape).to(cut.dtype)
     shape = [1 for _ in cut.shape]
     channels = cut.axis % len(shape)
     shape[axis], shape[channels] = len(owners), part.shape[1]
@@ -110,12 +137,13 @@ def routed(values: Tensor, cut: Cut) -> Tensor:
 
 
 def delivered(values: Tensor, cut: Cut, divided: bool = True) -> Tensor:
-    """The signal of the unit's shape from values (batch, *places, channels), or (batch, channels), divided among places."""
-    if len(cut.shape) == 1:
-        return values.view(cut.shape).to(cut.dtype)
-    if values.dim() == len(cut.shape):
-        return values.movedim(-1, cut.axis).to(cut.dtype)
-    shape = [values.shape[0], *(1 for _ in cut.shape[2:])]
-    shape.insert(cut.axis % len(cut.shape), values.shape[1])
-    part = values / cut.places if divided else values
-    return part.view(shape).expand(cut.shape).to(cut.dtype)
+    """The signal of the unit's shape from values (batch, *places, channels), divided among further places of the unit.
+
+    In place of a number for each channel there may be one for each of the unit's neurons.
+    """
+    if values.dim() <= max(2, cut.before + 1) and values.shape[-1] == cut.shape[values.dim() - 1 :].numel():
+        return values.reshape(cut.shape).to(cut.dtype)
+    others = _places(cut)[values.dim() - 1 :]  # places that share what comes
+    part = values / torch.Size(others).numel() if divided else values
+    shape = [*values.shape[:-1], *(1 for _ in others), values.shape[-1]]
+    return part.reshape(shape).movedim(-1, cut.axis).expand(cut.shape).to(cut.dtype)

@@ -67,14 +67,26 @@ def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tenso
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
-    """The value, and a copy of what it holds where it is a plain container."""
-    return value, value.copy() if isinstance(value, dict | list | set) else None
+    """The value, and what it holds where it is a container."""
+    kind = next((kind for kind in (dict, list, set) if isinstance(value, kind)), None)
+    return value, None if kind is None else kind(value)
 
 
 def _restored(value: Any, content: Any) -> Any:
+    """The value, holding what it held; one that has not changed is not touched, as it may be a type that cannot be."""
+    if content is None or _holds(value, content):
+        return value
     if isinstance(value, list):
         value[:] = content
-    elif content is not None:
+    else:
         value.clear()
         value.update(content)
     return value
+
+
+def _holds(value: Any, content: Any) -> bool:
+    """Whether a container still holds the same objects in the same order."""
+    if isinstance(value, set):
+        return bool(value == content)
+    held, before = ([part for item in x.items() for part in item] if isinstance(x, dict) else x for x in (value, content))
+    return len(held) == len(before) and all(a is b for a, b in zip(held, before, strict=True))

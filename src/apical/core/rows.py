@@ -5,7 +5,7 @@ longer those of the output. While it is switched on, this mode follows every cal
 shapes act on the rows' labels as they do on the tensor, all others hand the labels of their first argument on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -97,7 +97,11 @@ class Rows(TorchFunctionMode):
         """Make the call, and label its result."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        given = [t for t in _tensors((args, kwargs)) if t in self.made]
+        if name != "__setitem__" and (
+            isinstance(result, torch.Size) or not isinstance(result, Tensor | list | tuple | dict)
+        ):
+            return result  # a size, a flag, a type
+        given = [t for value in (*args, *(kwargs or {}).values()) for t in _tensors(value) if t in self.made]
         for tensor in _tensors(args[0] if name == "__setitem__" else result) if given else ():
             self.made[tensor] = True
         inputs = [t for t in given if t in self.labels]
@@ -117,9 +121,12 @@ class Rows(TorchFunctionMode):
         first = [tree_map(self._spread, value) for value in args[:1]]
         named = {k: tree_map(self._spread, v) if k in ("input", "tensors") else v for k, v in kwargs.items()}
         try:
-            moved = func(*first, *args[1:], **named)
+            try:
+                moved = func(*first, *args[1:], **named)
+            except RuntimeError:  # a view that expanded labels do not allow
+                moved = func(*tree_map(_whole, first), *args[1:], **tree_map(_whole, named))
         except (RuntimeError, TypeError, IndexError):
-            return  # a view that expanded labels do not allow
+            return
         for tensor, labels in zip(_tensors(result), _tensors(moved), strict=True):
             condensed = _condensed(labels)
             if condensed is not None and tensor.shape == labels.shape:
@@ -154,14 +161,27 @@ class Rows(TorchFunctionMode):
             if not _is_known(self.labels[other]):
                 continue
             axis, owners = self.labels[other]
+            gone = [k for k in range(other.dim()) if k != axis and other.shape[:k] + other.shape[k + 1 :] == tensor.shape]
+            left = {axis - (k < axis) for k in gone}
+            if len(left) == 1:  # one axis was summed up, and it can only be this
+                self.labels[tensor] = (left.pop(), owners)
+                return
             for at in range(min(axis, tensor.dim() - 1), -1, -1):
                 if tensor.shape[at] == len(owners) and (at == axis or tensor.dim() < other.dim()):
                     self.labels[tensor] = (at, owners)
                     return
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        return (tree,)
+    if tree is None or isinstance(tree, int | float | str):
+        return ()
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _whole(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _numbers(count: int, like: Tensor) -> Tensor:

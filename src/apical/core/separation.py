@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from apical.core.cutting import Call, Cutting, Pass, Trace, is_part_of
+from apical.core.cutting import Call, Cutting, Pass, Trace, is_inside, is_part_of
 from apical.core.graph import Graph, Reached, Vertex, vertex
 from apical.core.layers import computes_plainly, is_local
 from apical.errors import UnsupportedModelError
@@ -94,7 +94,9 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
         if not astray:
             return search.result(reached)
         if not mends or not search.mend(astray, reached):
-            raise search.refusal(astray[0], mends)
+            if all(map(search.is_spared, astray)):
+                return search.result(reached)
+            raise search.refusal(next(at for at in astray if not search.is_spared(at)), mends)
 
 
 def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
@@ -173,6 +175,17 @@ def _product(graph: Graph, at: Vertex) -> Vertex:
     return at
 
 
+def _storages_of_index(at: Vertex) -> set[Any]:
+    """By which tensors rows were looked up there; they are the model's own where all are in its buffers."""
+    try:
+        saved = getattr(at[0], "_saved_indices", None)
+        saved = getattr(at[0], "_saved_index", None) if saved is None else saved
+    except RuntimeError:  # somebody's hooks have it
+        saved = None
+    found = [saved] if isinstance(saved, Tensor) else list(saved or ())
+    return {None if index is None else index.untyped_storage()._cdata for index in found} or {None}
+
+
 def _parameters(cutting: Cutting) -> Iterator[tuple[str, Tensor, str | None]]:
     """Name of each parameter, and of the layer, or other module with a matrix, that it may be a weight of."""
     owners = {id(p): name for name, layer in cutting.layers.items() for p in layer.parameters() if p.dim() > 1}
@@ -216,9 +229,11 @@ class _Search:
         graph, trace, still = self.graph, self.trace, set[Vertex]()
         all_ = {id(parameter) for parameter in self.cutting.model.parameters()}
         own = {at: {id(p) for p in self.cutting.layers[name].parameters()} for name, at in trace.sites}
+        kept = {buffer.untyped_storage()._cdata for buffer in self.cutting.model.buffers()}
         for at in reversed(graph.order):
             children, entering = graph.children[at], graph.parameters[at]
-            if at in trace.fed or at[0].name() in BY_INDEX or not (still.issuperset(children) and all_.issuperset(entering)):
+            looked_up = at[0].name() in BY_INDEX and not kept.issuperset(_storages_of_index(at))
+            if at in trace.fed or looked_up or not (still.issuperset(children) and all_.issuperset(entering)):
                 continue
             if children or not own.get(at, set()).issuperset(entering):
                 still.add(at)
@@ -266,6 +281,11 @@ class _Search:
                 self._clear(free[-1], site)
                 done = True
         return done
+
+    def is_spared(self, site: Vertex) -> bool:
+        """Whether a parameter is to have its exact derivative, where no unit can end: it hears all units that it is in."""
+        name, exact = self.others.get(site, ""), self.cutting.exact
+        return site in self.still and (name in exact or is_inside(name, exact))
 
     def _end(self, at: Vertex) -> set[Vertex]:
         """End a unit there, and wherever the same module is called."""

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from apical.core.rows import Labels
 from apical.errors import refuse_second_derivatives
@@ -65,7 +66,7 @@ class Cut(NamedTuple):
         shape: of the unit's output (batch, ...).
         dtype: of the unit's output.
         name: of the module, or function call, whose output this is, with "#k" when it is used again.
-        axis: the channels' axis: 1 behind a convolution, else the last.
+        axis: the channels' axis: behind a convolution that before the map's axes, else the last.
         reader: the weighted layer that reads it as it is, if one does next.
         rows, answers: the samples of its rows, and of the output's, where rows move; see :mod:`apical.core.rows`.
     """
@@ -84,6 +85,11 @@ class Cut(NamedTuple):
         return Cut(self.root.detach(), *self[1:])
 
     @property
+    def before(self) -> int:
+        """How many axes there are before the channels'."""
+        return self.axis % len(self.shape)
+
+    @property
     def width(self) -> int:
         """Channels of the unit; one where its outputs are one number per sample, (batch,)."""
         return self.shape[self.axis] if len(self.shape) > 1 else 1
@@ -92,3 +98,19 @@ class Cut(NamedTuple):
     def places(self) -> int:
         """Places of each sample that the unit has channels at: pixels, tokens; 1 for a dense unit."""
         return self.shape[1:].numel() // max(self.width, 1)
+
+
+def channels_axis(shape: torch.Size, layer: nn.Module | None, at_inputs: bool, rows: Labels | None) -> int:
+    """The channels' axis of a unit: that of the last layer's outputs, if it can be told by their number.
+
+    Args:
+        shape: of the unit.
+        layer: the last one before it, or, `at_inputs`, the one that reads it.
+        rows: the samples of its rows, if they move; their axis is none of channels.
+    """
+    if len(shape) < 3 or not isinstance(layer, _ConvNd):
+        return -1
+    channels = layer.in_channels if at_inputs else layer.out_channels
+    usual = max(1, len(shape) - 1 - len(layer.kernel_size))  # moments may stand before
+    fits = (axis for axis in (usual, 1, -1) if shape[axis] == channels and (rows is None or rows[0] != axis))
+    return next(fits, usual if len(shape) > len(layer.kernel_size) + 1 else -1)

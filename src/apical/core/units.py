@@ -251,6 +251,7 @@ class Faults:
         several: modules that apply several weights within one call, where a rule takes none of these.
         orphans: names of parameters outside layers, and the type that holds each.
         matrices: those of them that a rule with the option `sites` could lead the error through.
+        dense: types that hold some of them and could be registered as layers, by their full names.
     """
 
     def __init__(self) -> None:
@@ -261,6 +262,7 @@ class Faults:
         self.several: dict[str, nn.Module] = {}
         self.orphans: dict[str, str] = {}
         self.matrices: list[str] = []
+        self.dense: list[str] = []
 
     def add(self, name: str, module: nn.Module, own: Collection[str]) -> None:
         """Note a module with parameters that is no layer of known kind."""
@@ -269,7 +271,12 @@ class Faults:
         elif type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.ParameterList | nn.ParameterDict):
             self.unknown[name] = module
         else:
-            self.orphans |= dict.fromkeys(own, type(module).__name__)
+            kind = type(module)
+            self.orphans |= dict.fromkeys(own, kind.__name__)
+            from apical.core.own_dense import is_dense  # few models have such modules
+
+            if f"{kind.__module__}.{kind.__qualname__}" not in self.dense and is_dense(module):
+                self.dense.append(f"{kind.__module__}.{kind.__qualname__}")
 
     def report(self, *, advises_exact: bool) -> None:
         """Raise if there is any fault.
@@ -320,6 +327,9 @@ class Faults:
             parts[-1] += (
                 f", or pass sites={tuple(self.matrices)!r} where its module multiplies activities by it (n_out, n_in)"
             )
+        parts += [
+            f"{kind} is a dense layer, so its type can be made known: apical.register_layer({kind})" for kind in self.dense
+        ]
         raise UnsupportedModelError("; ".join(parts))
 
 

@@ -38,7 +38,7 @@ from apical.core.losses import require_dependence, terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
 from apical.core.part import Part
 from apical.core.plain_chain import Sender
-from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
+from apical.core.positions import class_axis, delivered, is_routed, matched, neurons, ordered, routed
 from apical.core.signals import Cut, HandedOn, Teacher
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import Layer, key
@@ -169,7 +169,7 @@ class DirectFeedbackAlignment(CutRule):
         self._prepare_all(cuts, heard)
         signals: list[Tensor | None] = []
         if self.takes_signals:
-            signals = [self.signal(cut, heard) for cut in cuts]
+            signals = [None if cut.name in self._idle else self.signal(cut, heard) for cut in cuts]
         else:
             units = [cut.bare() for cut in cuts]
             teacher.signal = lambda index, scale: self.signal(units[index], _times(heard, scale))
@@ -283,10 +283,7 @@ class DirectFeedbackAlignment(CutRule):
             return _broadcast(self.layers[cut.name.split("#")[0]], b, cut.shape, errors).to(cut.dtype)
         if is_routed(errors, cut):
             return routed(errors @ b, cut)
-        result = matched(errors, cut) @ b
-        if result.dim() == 2 and result.shape[1] == cut.shape[1:].numel():
-            return result.view(cut.shape).to(cut.dtype)
-        return delivered(result, cut, divided=self.scale == "map")
+        return delivered(matched(errors, cut) @ b, cut, divided=self.scale == "map")
 
     def _heard(self, errors: Tensor) -> Tensor:
         """What the matrices hear: (batch, *places, outputs or head inputs), or all places of an answer in a row."""
@@ -385,7 +382,7 @@ class DirectFeedbackAlignment(CutRule):
 
     def _prepare_all(self, cuts: list[Cut], heard: Tensor) -> None:
         for cut in cuts:
-            if not self._hears_itself(cut):
+            if not (self._hears_itself(cut) or cut.name in self._idle):
                 self._prepare(cut, heard)
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
@@ -419,7 +416,7 @@ class DirectFeedbackAlignment(CutRule):
             return (outputs, cut.shape[1], *self.layers[cut.name.split("#")[0]].weight.shape[2:])
         if dense or self.kind == "broadcast" or errors.dim() > 2 or are_tokens:
             return (outputs, cut.width)
-        return (outputs, cut.shape[1:].numel())
+        return (outputs, neurons(errors, cut))
 
     def _order(self) -> dict[str, int]:
         """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""

@@ -15,7 +15,7 @@ from apical.core.placement import Placement
 from apical.core.rest import undisturbed
 from apical.core.wrapped import innermost
 from apical.core.wrappers import COMPILES
-from apical.errors import ConfigError
+from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.backprop import Backprop
 from apical.testing import interventions
 from apical.testing.interventions import NotApplicableError
@@ -196,7 +196,10 @@ def check_lengths(trial: Trial) -> str:
             batch = (inputs[:, :length], goals)
             if not trial.takes(*batch):
                 continue
-            _other_batch(trial, batch, f"sequences of length {length}")
+            try:
+                _other_batch(trial, batch, f"sequences of length {length}")
+            except (ConfigError, UnsupportedModelError) as refusal:
+                raise NotApplicableError(f"the rule refuses sequences of length {length}: {refusal}") from None
             lengths.append(length)
             break
     if not lengths:

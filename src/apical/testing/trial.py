@@ -180,16 +180,31 @@ class Trial:
             return set(self.collected()) | within
 
     def through(self, layer: nn.Module) -> set[str]:
-        """Names of the parameters that the loss depends on through this layer's input alone, as far as is known."""
+        """Names of the parameters that the loss depends on through this layer's input alone, as far as is known.
+
+        Weights that are zero, as a new residual branch may begin, stop no error that goes by feedback: they count as others.
+        """
         if isinstance(layer, Part) and not layer.whole:
             return set()
-        with self.sandbox():
-            with _before_forward(caller(layer), _detached):
-                loss = self.loss(self.model(self.inputs))
-                if loss.requires_grad:
-                    loss.backward()  # which may run checkpointed layers again
-            others = {name for name, grad in self.collected().items() if bool(grad.any())}
+        has_state = isinstance(layer, Part) and isinstance(layer.owner, (nn.RNNBase, nn.RNNCellBase))  # another input
+        zero = [parameter for parameter in self.model.parameters() if parameter.dim() > 1 and not bool(parameter.any())]
+        others, generator = set[str](), torch.Generator().manual_seed(0)
+        for filled in ([], zero) if zero else ([],):
+            with self.sandbox():
+                with torch.no_grad():
+                    for parameter in filled:
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
+                with _before_forward(caller(layer), _detached_first if has_state else _detached):
+                    loss = self.loss(self.model(self.inputs))
+                    if loss.requires_grad:
+                        loss.backward()  # which may run checkpointed layers again
+                others |= {name for name, grad in self.collected().items() if bool(grad.any())}
         return {name for name, grad in self.backprop.items() if bool(grad.any())} - others
+
+    def shows(self, name: str) -> bool:
+        """Whether a change of a parameter's usual gradient by as much as itself would be seen by :meth:`far`."""
+        grad = self.usual.get(name)
+        return grad is not None and bool(self.far({name: 2 * grad}, self.usual, {name}))
 
     def far(self, a: Gradients, b: Gradients, names: Mapping[str, Any] | set[str] | None = None) -> dict[str, float]:
         """Parameters on which two sets of gradients differ by more than the tolerance, and by how much, relative to b's."""
@@ -250,3 +265,9 @@ def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
         return x.detach() if isinstance(x, Tensor) else x
 
     return tree_map(cut, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def _detached_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The input alone, and not the state, of a recurrent module."""
+    first, named = _detached(args[:1], {name: value for name, value in kwargs.items() if name == "input"})
+    return (*first, *args[1:]), {**kwargs, **named}

@@ -156,7 +156,8 @@ class TopDownCreditAssignment(CutRule):
         hidden, last = credits[:-1], credits[-1].view(*places, -1)
         if classes and self.credit == "probabilities":
             last = through_softmax(last, prediction)
-        return [*(self._delivered(c, cut, places) for c, cut in zip(hidden, cuts, strict=True)), last]
+        units = zip(hidden, cuts, strict=True)
+        return [*(c if cut.name in self._idle else self._delivered(c, cut, places) for c, cut in units), last]
 
     def _later(
         self, late: Teacher, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool
