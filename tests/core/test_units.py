@@ -473,3 +473,13 @@ def test_a_type_is_known_once_it_is_registered() -> None:
         paths = rule(model).placement(inputs)
         assert paths.path("2") in ("own feedback", "cut at '3'")
         check_model(rule(model), inputs, torch.arange(8) % 3, skip=("compiled",))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_remedy_for_scripted_modules_is_the_model_they_were_made_of(whole: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    traced = torch.jit.trace(model if whole else model[0], torch.rand(2, 3))
+    with pytest.raises(UnsupportedModelError, match=r"module.* compiled by TorchScript.* give the rule the model that was"):
+        apical.FeedbackAlignment(traced if whole else nn.Sequential(traced, *model[1:]))
+    apical.FeedbackAlignment(model)

@@ -249,6 +249,7 @@ class Faults:
         complex: names of modules with complex parameters.
         unknown: modules of PyTorch with parameters of which no backward map is known.
         several: modules that apply several weights within one call, where a rule takes none of these.
+        scripted: modules with parameters that TorchScript has compiled.
         orphans: names of parameters outside layers, and the type that holds each.
         matrices: those of them that a rule with the option `sites` could lead the error through.
         dense: types that hold some of them and could be registered as layers, by their full names.
@@ -260,6 +261,7 @@ class Faults:
         self.complex: list[str] = []
         self.unknown: dict[str, nn.Module] = {}
         self.several: dict[str, nn.Module] = {}
+        self.scripted: dict[str, nn.Module] = {}
         self.orphans: dict[str, str] = {}
         self.matrices: list[str] = []
         self.dense: list[str] = []
@@ -268,6 +270,8 @@ class Faults:
         """Note a module with parameters that is no layer of known kind."""
         if is_packed(module):
             self.several[name] = module
+        elif isinstance(module, torch.jit.ScriptModule):
+            self.scripted[name] = module
         elif type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.ParameterList | nn.ParameterDict):
             self.unknown[name] = module
         else:
@@ -310,6 +314,11 @@ class Faults:
             parts.append(
                 f"{'layer' if one else 'layers'} {kinds} {'is' if one else 'are'} not supported: no feedback transport is "
                 f"known for {'it; replace it' if one else 'them; replace them'}"
+            )
+        if self.scripted:
+            parts.append(
+                f"{enumerated('module', self.scripted, 'is', 'are')} compiled by TorchScript, where no rule reaches a layer; "
+                "give the rule the model that was scripted or traced, and compile it after training"
             )
         if self.orphans:
             kinds, one = ", ".join(dict.fromkeys(self.orphans.values())), len(self.orphans) == 1
