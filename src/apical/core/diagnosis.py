@@ -320,8 +320,14 @@ def _seen(parameter: Tensor) -> Any:
 
 
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    pairs = zip(before, now, strict=False)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+    """Whether nothing has moved, as far as two looks can be compared: not where a call has lent tensors, nor after `to`."""
+    return all(map(_equal, before, now))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype is not b.dtype or a.device != b.device or torch.equal(a, b)
+    return isinstance(a, Tensor) or isinstance(b, Tensor) or a == b
 
 
 def warn_of_rest(rule: CreditRule, credit: Credit) -> None:

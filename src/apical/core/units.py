@@ -317,8 +317,8 @@ class Faults:
             )
         if self.scripted:
             parts.append(
-                f"{enumerated('module', self.scripted, 'is', 'are')} compiled by TorchScript, where no rule reaches a layer; "
-                "give the rule the model that was scripted or traced, and compile it after training"
+                f"{enumerated('module', self.scripted, 'is', 'are')} compiled by TorchScript, where no rule reaches a "
+                "layer; give the rule the model that was scripted or traced, and compile it after training"
             )
         if self.orphans:
             kinds, one = ", ".join(dict.fromkeys(self.orphans.values())), len(self.orphans) == 1
