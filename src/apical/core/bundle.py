@@ -29,15 +29,15 @@ UNCOMPILED = (
 _checked: set[tuple[Any, ...]] = set()
 
 
-def _eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The call, kept out of compiled graphs. The compiler is asked now: importing it takes as long as importing PyTorch."""
     if "torch._dynamo" in sys.modules:
         call = torch.compiler.disable(call)
     return call(*args, **kwargs)
 
 
-_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
-_eagerly._torchdynamo_disable_msg = UNCOMPILED  # type: ignore[attr-defined]
+eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+eagerly._torchdynamo_disable_msg = UNCOMPILED  # type: ignore[attr-defined]
 
 
 class Bundle:
@@ -94,7 +94,7 @@ class Bundle:
         if torch.compiler.is_compiling() and isinstance(self.module, nn.MultiheadAttention):
             self._require_no_error_at_first(args, kwargs)
             return attend(self.module, *args, **kwargs, attention=self.attention, linear=self._projected)
-        return _eagerly(self._call, *args, **kwargs)
+        return eagerly(self._call, *args, **kwargs)
 
     def _projected(self, kind: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """One of the projections "q", "k", "v", "out" of attention."""

@@ -190,12 +190,12 @@ class EdgeRule(CreditRule):
         if name not in self._sites:  # a part of a packed module
             return bool(self._weighted[name]._parameters)
         site = self._sites[name][1]
-        return site.plain and (computes_plainly(site.layer) or through(site.layer) is not None)
+        return site.plain and (bool(site.within) or computes_plainly(site.layer) or through(site.layer) is not None)
 
     def takes_pathway(self, name: str) -> bool:
         """Whether another way than one feedback weight can stand for the layer's backward map."""
         site = self._sites.get(name)  # parts of attention and recurrent modules have none
-        return site is None or site[1].through is None
+        return site is None or (site[1].through is None and site[1].within is None)
 
     def forward_weight(self, name: str) -> Tensor:
         """The weight that the layer computes with: its parameter, or what it makes of it in this forward pass.
@@ -409,7 +409,7 @@ class EdgeRule(CreditRule):
                     f"layer {site.name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
                 )
             return site.forward(*args, **kwargs)
-        if not is_affine(site.layer):
+        if site.within is not None or not is_affine(site.layer):
             return self._through(site, inputs, len(args) + len(kwargs) == 1, lambda: site.forward(*args, **kwargs))
         if site.own.get("weight", site.weight) is not site.weight:
             raise UnsupportedModelError(
@@ -432,12 +432,12 @@ class EdgeRule(CreditRule):
         if not inputs.requires_grad:
             return call()
         run = through(site.layer) if alone else None
-        if run is None or (not self._one_matrix and self.pathway(site.name, inputs) is not None):
+        if not (run or site.within) or (not self._one_matrix and self.pathway(site.name, inputs) is not None):
             raise UnsupportedModelError(
                 f"layer {site.name!r} ({type(site.layer).__name__}) is no affine map, and its error can go through one "
-                "feedback weight alone, in the forward that its type registered; use the layer as it is, or a rule with one"
+                "feedback weight alone, in the forward of its type; use the layer as it is, or a rule with one"
             )
-        return run(site.layer, inputs, self._kept(site.name)())
+        return site.within(call) if site.within else cast(Any, run)(site.layer, inputs, self._kept(site.name)())
 
     def _with_edge(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> Any:
         name, layer, shape = site.name, site.layer, site.shape

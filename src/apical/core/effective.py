@@ -165,11 +165,16 @@ def of_rows(call: Call, shape: Geometry | None, dimensions: int) -> Call:
     return lambda rows: call(rows.reshape(len(rows), *[1] * between, rows.shape[-1])).reshape(len(rows), -1)
 
 
+def inputs_for(layer: nn.Module) -> Tensor:
+    """Inputs (zero) of a shape that the layer takes."""
+    return _probe(geometry(layer), layer, weight_now(layer))[0]
+
+
 def probe(name: str, layer: nn.Module, call: Call) -> tuple[bool, bool]:
     """Whether the layer is affine at inputs made up for it, and whether its weight is another at every call."""
     weight = weight_now(layer)
     try:
-        inputs = torch.ones_like(_probe(geometry(layer), layer, weight)[0][:2])
+        inputs = torch.ones_like(inputs_for(layer)[:2])
         require_affine(name, layer, call, inputs)
         with unchanged(layer, weight.device), torch.no_grad():
             return True, not torch.equal(call(inputs), call(inputs))

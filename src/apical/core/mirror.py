@@ -48,7 +48,8 @@ def require_affine(rule: "EdgeRule", name: str) -> None:
         UnsupportedModelError: names the layer.
     """
     layer = rule.layers[name]
-    if not (rule.is_plain(name) or rule._sites[name][1].probed):
+    site = rule._sites[name][1] if name in rule._sites else None
+    if site is not None and (site.within or not (rule.is_plain(name) or site.probed)):
         raise UnsupportedModelError(
             f"layer {name!r} ({type(layer).__name__}) does not map noise alone by an affine map, as the weight "
             f"mirror needs; put what else it does into a module of its own, or pass exact=({name!r},)"

@@ -1,7 +1,7 @@
 """The places where a rule of the feedback-alignment family puts its feedback: one a layer, and how the layer is called."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from apical.core.swap import Swap
 from apical.core.transport import geometry
 from apical.core.units import Layer
 from apical.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from apical.core.within import Within
 
 
 class Site:
@@ -31,6 +34,7 @@ class Site:
         probed: the same, verified at inputs made up for it.
         through: runs a layer that is no affine map with a feedback weight; None for all others.
         varies: it computes with another weight at every call.
+        within: runs a layer that is more than an affine map, but applies its weight as it is; None for all others.
         dimensions: of its input, when it was last called.
         call: the layer's forward pass as a function of its input, while it is called.
         weight: its weight when the pass began, or what the rule has put there.
@@ -55,6 +59,7 @@ class Site:
             "through",
             "varies",
             "weight",
+            "within",
         ]
     )
 
@@ -67,15 +72,21 @@ class Site:
         self.dimensions = 2
         self.weight: Tensor | None = None
         self.options: dict[str, Any] | None = None
+        self.within: Within | None
         self.look_again()
 
     def look_again(self) -> None:
         """Find out how the layer computes, as far as can be told without a batch."""
         self.through = through(self.layer)
         self.plain = self.swaps = self.affine = self.probed = self.through is not None or computes_plainly(self.layer)
-        self.varies = False
+        self.varies, self.within = False, None
         if not self.plain and self.swap is not None:
             self.probed, self.varies = probe(self.name, self.layer, self.forward)
+            if not self.probed:
+                from apical.core.within import Within, weight_stands_alone  # few models have such layers
+
+                if weight_stands_alone(self.layer, self.forward):
+                    self.plain, self.within = True, Within(self.name, self.layer, self.swap.feedback)
 
     def follow(self, substitutes: Collection[str]) -> None:
         """Where something stood in for the weight: a hook may have given it other data, which are the weight's then."""

@@ -1,0 +1,105 @@
+"""Layers with a forward of a user's own that pads, cuts or normalises around the one product with their weight.
+
+An edge replaces the backward map of a whole layer, which such a layer is more than. A swap replaces the weight alone, at the
+product inside, and autograd differentiates the rest: as if the rest were modules before and behind. Autograd must keep the
+weight itself for that: under autocast it is cast beforehand, and compiled graphs break at the layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apical.core.checkpointing import are_tensors_hooked
+from apical.core.effective import inputs_for, unchanged
+from apical.core.packed_swap import PackedSwap
+from apical.core.sites import options_of
+from apical.core.units import Layer
+from apical.errors import UnsupportedModelError
+
+
+class Within:
+    """Runs one such layer, with feedback in place of its weight in the backward pass.
+
+    Args:
+        name: the layer's.
+        layer: the layer.
+        feedback: is asked in the forward pass for what makes the feedback weight in the backward pass.
+    """
+
+    def __init__(self, name: str, layer: Layer, feedback: Callable[[], Callable[[], Tensor]]) -> None:
+        self.name, self.layer, self.options = name, layer, options_of(layer)
+        self.swap = PackedSwap(lambda _: feedback())
+
+    def __call__(self, call: Callable[[], Any]) -> Any:
+        """The layer's forward pass.
+
+        Raises:
+            UnsupportedModelError: inside a checkpoint, or where error passes by another way than the weight by now.
+        """
+        from apical.core.bundle import eagerly  # few models have such layers
+
+        return eagerly(self._call, call)
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        own, weight = self.layer._parameters, self.layer._parameters.get("weight")
+        if weight is None or are_tensors_hooked():
+            raise self._refusal()
+        if self.options != (options := options_of(self.layer)):
+            if not weight_stands_alone(self.layer, type(self.layer).forward.__get__(self.layer)):
+                raise self._refusal()
+            self.options = options
+        kind = weight.device.type
+        shortened = torch.is_autocast_enabled(kind) and weight.dtype is torch.float32
+        used = weight.to(torch.get_autocast_dtype(kind)) if shortened else weight
+        own["weight"] = used  # type: ignore[assignment]  # the cast weight, which autograd then keeps
+        try:
+            with self.swap.over([(self.name, used)]):
+                output = call()
+        finally:
+            own["weight"] = weight
+        if not self.swap.met:
+            raise self._refusal()
+        return output
+
+    def _refusal(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"layer {self.name!r} ({type(self.layer).__name__}) does more in its forward than its weight does, so feedback "
+            "can stand in for the weight only as it is, outside of checkpoints and of hooks on saved tensors; put what else "
+            f"it does into a module of its own, or pass exact=({self.name!r},)"
+        )
+
+
+def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
+    """Whether all error at a layer's input passes through its weight as it is: tried on noise.
+
+    Args:
+        layer: of a type with known geometry.
+        call: its own forward.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or torch.compiler.is_compiling() or are_tensors_hooked():
+        return False
+
+    def error(inputs: Tensor, feedback: Tensor | None) -> tuple[Tensor, bool]:
+        torch.manual_seed(0)
+        swap = PackedSwap(lambda _: lambda: weight if feedback is None else feedback)
+        if feedback is None:
+            output = call(inputs)
+        else:
+            with swap.over([("weight", weight)]):
+                output = call(inputs)
+        return torch.autograd.grad(output, inputs, torch.ones_like(output))[0], bool(swap.met)
+
+    try:
+        with unchanged(layer, weight.device), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+            generator = torch.Generator().manual_seed(0)
+            zeros = inputs_for(layer)[:2]
+            inputs = torch.randn(zeros.shape, generator=generator, device="cpu").to(zeros).requires_grad_()
+            exact, _ = error(inputs, None)
+            own, met = error(inputs, weight.detach())
+            none, _ = error(inputs, torch.zeros_like(weight))
+    except Exception:
+        return False  # not to be called like this: its first batch will tell
+    return met and torch.equal(own, exact) and bool(exact.any()) and not bool(none.any())
