@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from apical.core.effective import probe
 from apical.core.layer_forward import Wrapped
-from apical.core.layers import computes_plainly, is_packed, through
+from apical.core.layers import computes_plainly, is_affine, is_packed, through
 from apical.core.packed import Part, caller
 from apical.core.swap import Swap
 from apical.core.transport import geometry
@@ -82,7 +82,7 @@ class Site:
         self.varies, self.within = False, None
         if not self.plain and self.swap is not None:
             self.probed, self.varies = probe(self.name, self.layer, self.forward)
-            if not self.probed:
+            if not self.probed and is_affine(self.layer):
                 from apical.core.within import Within, weight_stands_alone  # few models have such layers
 
                 if weight_stands_alone(self.layer, self.forward):
