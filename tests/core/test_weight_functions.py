@@ -398,6 +398,17 @@ class Gated(nn.Linear):
         return super().forward(x) * x.mean(1, keepdim=True).sigmoid()
 
 
+class SkippedLater(nn.Linear):
+    """The gate of the skip is zero at first."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh() + self.gate * x[:, :4]
+
+
 class Quantise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + ((8 * x).round() / 8 - x).detach()
@@ -414,7 +425,7 @@ class Flip(nn.Module):
 
 
 @pytest.mark.parametrize("rule", [apical.FeedbackAlignment, apical.SignSymmetry, apical.KolenPollack])
-@pytest.mark.parametrize("kind", [Cosine, Skipped, Gated])
+@pytest.mark.parametrize("kind", [Cosine, Skipped, SkippedLater, Gated])
 def test_error_beside_the_weight_is_refused_by_name(kind: Any, rule: Any) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), kind(6, 4)), torch.randn(6, 5)

@@ -86,7 +86,7 @@ class Site:
                 from apical.core.within import Within, weight_stands_alone  # few models have such layers
 
                 if weight_stands_alone(self.layer, self.forward):
-                    self.plain, self.within = True, Within(self.name, self.layer, self.swap.feedback)
+                    self.plain, self.within = True, Within(self.name, self.layer, self.forward, self.swap.feedback)
 
     def follow(self, substitutes: Collection[str]) -> None:
         """Where something stood in for the weight: a hook may have given it other data, which are the weight's then."""

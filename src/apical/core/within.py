@@ -5,7 +5,8 @@ product inside, and autograd differentiates the rest: as if the rest were module
 weight itself for that: under autocast it is cast beforehand, and compiled graphs break at the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ class Within:
     Args:
         name: the layer's.
         layer: the layer.
+        forward: its own forward.
         feedback: is asked in the forward pass for what makes the feedback weight in the backward pass.
     """
 
-    def __init__(self, name: str, layer: Layer, feedback: Callable[[], Callable[[], Tensor]]) -> None:
-        self.name, self.layer, self.options = name, layer, options_of(layer)
+    def __init__(
+        self, name: str, layer: Layer, forward: Callable[..., Any], feedback: Callable[[], Callable[[], Tensor]]
+    ) -> None:
+        self.name, self.layer, self.forward, self.options = name, layer, forward, options_of(layer)
         self.swap = PackedSwap(lambda _: feedback())
 
     def __call__(self, call: Callable[[], Any]) -> Any:
@@ -47,7 +51,7 @@ class Within:
         if weight is None or are_tensors_hooked():
             raise self._refusal()
         if self.options != (options := options_of(self.layer)):
-            if not weight_stands_alone(self.layer, type(self.layer).forward.__get__(self.layer)):
+            if not weight_stands_alone(self.layer, self.forward):
                 raise self._refusal()
             self.options = options
         kind = weight.device.type
@@ -72,7 +76,9 @@ class Within:
 
 
 def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
-    """Whether all error at a layer's input passes through its weight as it is: tried on noise.
+    """Whether all error at a layer's input passes through its weight as it is.
+
+    Tried on noise, and with noise in all that the layer holds beside its weight: a way that is zero at first counts.
 
     Args:
         layer: of a type with known geometry.
@@ -97,9 +103,28 @@ def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
             generator = torch.Generator().manual_seed(0)
             zeros = inputs_for(layer)[:2]
             inputs = torch.randn(zeros.shape, generator=generator, device="cpu").to(zeros).requires_grad_()
-            exact, _ = error(inputs, None)
-            own, met = error(inputs, weight.detach())
-            none, _ = error(inputs, torch.zeros_like(weight))
+            with _noisy([p for p in (*layer.parameters(), *layer.buffers()) if p is not weight], generator):
+                exact, _ = error(inputs, None)
+                own, met = error(inputs, weight.detach())
+                none, _ = error(inputs, torch.zeros_like(weight))
     except Exception:
         return False  # not to be called like this: its first batch will tell
     return met and torch.equal(own, exact) and bool(exact.any()) and not bool(none.any())
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers from 0.5 to 1.5, so that variances and divisors stay what they are."""
+    return torch.rand(like.shape, generator=generator, device="cpu").add_(0.5).to(like)
+
+
+@contextmanager
+def _noisy(tensors: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
+    """Within, tensors of real numbers hold noise."""
+    before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
+    try:
+        for tensor, own in before:
+            tensor.data = _noise(own, generator)
+        yield
+    finally:
+        for tensor, own in before:
+            tensor.data = own
