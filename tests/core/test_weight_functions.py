@@ -500,6 +500,18 @@ def test_what_stands_around_the_product_is_as_if_written_of_modules(kind: Any, r
     assert far(*changes) < (0.02 if mode == "autocast" else 1e-10)
 
 
+def test_a_skip_that_large_batches_take_is_refused() -> None:
+    class Batched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh() + (x[:, :4] if len(x) > 4 else 0.0)
+
+    model, inputs = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Batched(6, 4)), torch.randn(6, 5)
+    rule = apical.FeedbackAlignment(model, squares)
+    rule(inputs[:3], inputs[:3]).backward()
+    with pytest.raises(UnsupportedModelError, match=r"'2' \(Batched\) does more in its forward.*exact=\('2',\)"):
+        rule(inputs, inputs)
+
+
 def test_a_skip_that_is_switched_on_later_is_refused() -> None:
     class Switched(nn.Linear):
         skips = False

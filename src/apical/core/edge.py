@@ -437,7 +437,7 @@ class EdgeRule(CreditRule):
                 f"layer {site.name!r} ({type(site.layer).__name__}) is no affine map, and its error can go through one "
                 "feedback weight alone, in the forward of its type; use the layer as it is, or a rule with one"
             )
-        return site.within(call) if site.within else cast(Any, run)(site.layer, inputs, self._kept(site.name)())
+        return site.within(call, inputs) if site.within else cast(Any, run)(site.layer, inputs, self._kept(site.name)())
 
     def _with_edge(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> Any:
         name, layer, shape = site.name, site.layer, site.shape

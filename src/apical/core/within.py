@@ -33,27 +33,31 @@ class Within:
     def __init__(
         self, name: str, layer: Layer, forward: Callable[..., Any], feedback: Callable[[], Callable[[], Tensor]]
     ) -> None:
-        self.name, self.layer, self.forward, self.options = name, layer, forward, options_of(layer)
+        self.name, self.layer, self.forward = name, layer, forward
+        self._options: dict[str, Any] = {}
+        self._shapes: set[torch.Size] = set()  # of inputs with which it was tried, with these options
         self.swap = PackedSwap(lambda _: feedback())
 
-    def __call__(self, call: Callable[[], Any]) -> Any:
-        """The layer's forward pass.
+    def __call__(self, call: Callable[[], Any], inputs: Tensor) -> Any:
+        """The layer's forward pass on these inputs.
 
         Raises:
             UnsupportedModelError: inside a checkpoint, or where error passes by another way than the weight by now.
         """
         from apical.core.bundle import eagerly  # few models have such layers
 
-        return eagerly(self._call, call)
+        return eagerly(self._call, call, inputs)
 
-    def _call(self, call: Callable[[], Any]) -> Any:
+    def _call(self, call: Callable[[], Any], inputs: Tensor) -> Any:
         own, weight = self.layer._parameters, self.layer._parameters.get("weight")
         if weight is None or are_tensors_hooked():
             raise self._refusal()
-        if self.options != (options := options_of(self.layer)):
-            if not weight_stands_alone(self.layer, self.forward):
+        if self._options != (options := options_of(self.layer)):
+            self._options, self._shapes = options, set()
+        if inputs.shape not in self._shapes and inputs.numel():  # another way may be for long or large batches
+            if not weight_stands_alone(self.layer, self.forward, inputs.detach()):
                 raise self._refusal()
-            self.options = options
+            self._shapes.add(inputs.shape)
         kind = weight.device.type
         shortened = torch.is_autocast_enabled(kind) and weight.dtype is torch.float32
         used = weight.to(torch.get_autocast_dtype(kind)) if shortened else weight
@@ -75,7 +79,7 @@ class Within:
         )
 
 
-def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
+def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any], near: Tensor | None = None) -> bool:
     """Whether all error at a layer's input passes through its weight as it is.
 
     Tried on noise, and with noise in all that the layer holds beside its weight: a way that is zero at first counts.
@@ -83,6 +87,7 @@ def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
     Args:
         layer: of a type with known geometry.
         call: its own forward.
+        near: inputs to be tried with noise; by default made up for the layer.
     """
     weight = layer._parameters.get("weight")
     if weight is None or torch.compiler.is_compiling() or are_tensors_hooked():
@@ -101,8 +106,8 @@ def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
     try:
         with unchanged(layer, weight.device), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
             generator = torch.Generator().manual_seed(0)
-            zeros = inputs_for(layer)[:2]
-            inputs = torch.randn(zeros.shape, generator=generator, device="cpu").to(zeros).requires_grad_()
+            around = inputs_for(layer)[:2] if near is None else near.to(weight.dtype)
+            inputs = (around + torch.randn(around.shape, generator=generator, device="cpu").to(around)).requires_grad_()
             with _noisy([p for p in (*layer.parameters(), *layer.buffers()) if p is not weight], generator):
                 exact, _ = error(inputs, None)
                 own, met = error(inputs, weight.detach())
