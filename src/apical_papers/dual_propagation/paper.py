@@ -15,6 +15,6 @@ PAPER = Paper(
             seeds=(2, 10, 10),
             least=3,
         ),
-        "mnist": table_of(STUDIES, "dualprop-mnist", cut(400), {"epochs": 2, "seeds": 1}, {"epochs": 100, "seeds": 5}),
+        "mnist": table_of(STUDIES, "dualprop-mnist", cut(400), {"epochs": 100, "seeds": 1}, {"epochs": 100, "seeds": 5}),
     },
 )
