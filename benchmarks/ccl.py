@@ -2,7 +2,9 @@
 
 The perceptrons are those of arXiv 2409.19841 for MNIST and CIFAR-10, the convolutional network that for CIFAR-10: the same
 model for both rules, without normalisation, random images and labels. A step is zero_grad, forward and backward pass and
-plain SGD; the rules take turns as in `benchmarks/run.py`.
+plain SGD; the rules take turns as in `benchmarks/run.py`. The floor is a step of backpropagation, plus what counter-current
+learning's matrix products take more or less (timed alone), plus what the optimiser must read and write of the weights that
+backpropagation does not have.
 
     python benchmarks/ccl.py [--out benchmarks/ccl.json] [--only mnist]
 """
@@ -16,23 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import apical
 from apical import models
+from limits import limits, seconds_per_byte
 from run import environment, save, timed
 
 # title, model, input shape, batch, rounds, timed steps per turn, most that the ratio may be
 CASES: list[tuple[str, str, tuple[int, ...], int, int, int, float | None]] = [
     ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 32, 40, 20, None),
-    ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 128, 40, 20, 1.10),
+    ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 128, 40, 20, 1.00),
     ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 256, 40, 12, 1.00),
     ("CIFAR MLP 3072-1024x3-10", "mlp-elu-1024-1024-1024", (3, 32, 32), 128, 15, 3, None),
     ("CIFAR CNN 128-128-256-256-512", "cnn-elu-128-128-256-256-512", (3, 32, 32), 128, 7, 1, 1.05),
 ]
 
+UPDATED = 12
+"""Bytes of float32 that plain SGD reads and writes per weight: the weight, its gradient, the new weight."""
 
-def make_step(rule_name: str, model_name: str, shape: tuple[int, ...], size: int) -> Callable[[], None]:
-    """One full training step."""
+
+def make_step(rule_name: str, model_name: str, shape: tuple[int, ...], size: int) -> tuple[Callable[[], None], list[Tensor]]:
+    """One full training step, and the parameters that it moves."""
     torch.manual_seed(0)
     inputs, labels = torch.randn(size, *shape), torch.randint(0, 10, (size,))
     model = models.build(model_name, shape, 10)
@@ -44,13 +51,15 @@ def make_step(rule_name: str, model_name: str, shape: tuple[int, ...], size: int
         rule(inputs, labels).backward()
         optimizer.step()
 
-    return step
+    return step, list(rule.parameters())
 
 
 def bench(case: tuple[str, str, tuple[int, ...], int, int, int, float | None]) -> list[dict[str, Any]]:
     """Rows of one case."""
     title, model_name, shape, size, rounds, times, target = case
-    steps = {name: make_step(name, model_name, shape, size) for name in ("bp", "ccl")}
+    steps, moved = {}, {}
+    for name in ("bp", "ccl"):
+        steps[name], moved[name] = make_step(name, model_name, shape, size)
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -62,6 +71,17 @@ def bench(case: tuple[str, str, tuple[int, ...], int, int, int, float | None]) -
     gc.enable()
     ratios = [mine / theirs for mine, theirs in zip(seconds["ccl"], seconds["bp"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
+    numbers = {name: sum(p.numel() for p in parameters) for name, parameters in moved.items()}
+    least = limits(
+        "ccl",
+        steps["ccl"],
+        steps["bp"],
+        fed_back=0,
+        per_byte=seconds_per_byte([p.shape for p in moved["ccl"]]),
+        rounds=max(3, rounds // 4),
+        times=max(1, times // 4),
+        more=UPDATED * (numbers["ccl"] - numbers["bp"]),
+    )
     rows = []
     for name in steps:
         middle = quartiles[1] if name == "ccl" else 1.0
@@ -79,10 +99,12 @@ def bench(case: tuple[str, str, tuple[int, ...], int, int, int, float | None]) -
             "within_target": None if goal is None else middle <= goal,
             "rounds": rounds,
             "steps_per_round": times,
+            **(least if name == "ccl" else {}),
         }
         rows.append(row)
         print(
-            f"{title:32s} batch {size:4d} {name:4s} {row['ms_per_step']:9.3f} ms  {middle:.3f} x bp  {goal or ''}",
+            f"{title:32s} batch {size:4d} {name:4s} {row['ms_per_step']:9.3f} ms  {middle:.3f} x bp  "
+            f"{goal or ''}" + (f"  floor {least['floor']}" if name == "ccl" else ""),
             flush=True,
         )
     return rows

@@ -2,8 +2,9 @@
 
 The same protocol as run.py: one process, one thread, process time, rules in turns of several steps in a new random order
 every round, ratio = median over rounds of (rule / backprop in the same round). A step is zero_grad, forward, backward and
-SGD with momentum and decay. The simulation is timed per controller step against the matrix products it cannot avoid, run
-alone on the same shapes (its floor).
+SGD with momentum and decay; its floor is a step of backpropagation plus what the rule's matrix products and linear solves
+take more, timed alone in the same run. The simulation is timed per controller step against the matrix products it cannot
+avoid, run alone on the same shapes (its floor).
 
     python benchmarks/control.py [--out benchmarks/control.json] [--only mlp]
 """
@@ -27,6 +28,7 @@ from apical import models
 from apical.core.losses import output_error
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.trajectory import Loop, trajectory
+from limits import limits
 from run import environment, save, timed
 
 DFC = apical.DeepFeedbackControl
@@ -38,13 +40,13 @@ MLP, AUTOENCODER = "MLP 784-256-256-256-10 tanh", "autoencoder 784-256-32-256-78
 Entry = tuple[Any, dict[str, Any], str, float | None, tuple[float, float] | None]
 RULES: dict[str, Entry] = {
     "bp": (apical.Backprop, {}, "both", None, None),
-    "dfc-ssa": (DFC, {"variant": "ssa"}, "forward", 3.0, (17.0, 5.49)),
+    "dfc-ssa": (DFC, {"variant": "ssa"}, "forward", 2.8, (17.0, 5.49)),
     "dfc-ss": (DFC, {"variant": "ss"}, "forward", 4.0, (1963.0, 5.49)),
     "dfc": (DFC, {"variant": "dfc"}, "forward", 3.5, (5528.0, 5.49)),
     "dfc feedback update": (DFC, {"variant": "ssa"}, "feedback", 2.5, (150.0, 5.49)),
     "dfc-ssa with feedback": (DFC, {"variant": "ssa"}, "both", None, None),
-    "strong-dfc": (STRONG, {"alpha": 8.082e-3, "label": 0.9}, "both", 12.0, (3497.0, 5.3)),
-    "strong-dfc, alpha 7.6e-6": (STRONG, {"alpha": 7.609e-6, "label": 0.99}, "both", 12.0, (3497.0, 5.3)),
+    "strong-dfc": (STRONG, {"alpha": 8.082e-3, "label": 0.9}, "both", 8.0, (3497.0, 5.3)),
+    "strong-dfc, alpha 7.6e-6": (STRONG, {"alpha": 7.609e-6, "label": 0.99}, "both", 8.0, (3497.0, 5.3)),
 }
 WIDE: dict[str, Entry] = {
     "bp": (apical.Backprop, {}, "both", None, None),
@@ -85,6 +87,13 @@ def bench(name: str, entries: dict[str, Entry], rounds: int, times: int) -> list
         for row in order.sample(list(entries), len(entries)):
             seconds[row].append(timed(steps[row], 1 if "dense" in row else times, cpu))
     gc.enable()
+    floors = {
+        row: limits(
+            row, steps[row], steps["bp"], 0, 0.0, max(3, rounds // 5), 1 if name == AUTOENCODER else max(1, times // 2)
+        )
+        for row in entries
+        if row != "bp"
+    }
     rows = []
     for row, (_, _, _, target, published) in entries.items():
         ratios = [a / b for a, b in zip(seconds[row], seconds["bp"], strict=True)]
@@ -106,9 +115,11 @@ def bench(name: str, entries: dict[str, Entry], rounds: int, times: int) -> list
                 "faster_than_authors": None if theirs is None else round(theirs / ratio, 1),
                 "rounds": rounds,
                 "steps_per_round": times,
+                **floors.get(row, {}),
             }
         )
         verdict = "" if target is None else "  ok" if ratio <= target else f"  above {target}"
+        verdict += f"  floor {floors[row]['floor']}" if row in floors else ""
         print(f"{name:32s} {row:26s} {rows[-1]['ms_per_step']:9.3f} ms  {ratio:7.3f} x bp{verdict}", flush=True)
     return rows
 

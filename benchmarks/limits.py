@@ -1,8 +1,8 @@
 """What a training step cannot avoid: its matrix products timed alone, and passes over memory that its mathematics forces.
 
-The products are those that one step really takes, with the tensors that it takes them of, called again one behind the
-other. A feedback weight that depends on the forward weight has to be made in every step: so many bytes at least, at the
-speed at which this machine adds two matrices of the same shapes.
+The products, and solutions of linear systems, are those that one step really takes, with the tensors that it takes them
+of, called again one behind the other. A feedback weight that depends on the forward weight has to be made in every step: so
+many bytes at least, at the speed at which this machine adds two matrices of the same shapes.
 """
 
 import statistics
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv", "convolution", "convolution_backward"}
+SOLVES = {"linalg_lu_factor_ex", "linalg_lu_solve", "_linalg_solve_ex", "linalg_cholesky_ex", "cholesky_solve"}
 
 FORCED = {
     "kp": ("W + c E", 12),
@@ -31,7 +32,7 @@ WATCHED = {"kp": 8, "pfa": 8, "pfa-o": 8}
 
 
 class Products(TorchDispatchMode):
-    """Notes every matrix product and convolution, to be called again with the same tensors."""
+    """Notes every matrix product, convolution and linear solve, to be called again with the same tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._schema.name.partition("::")[2] in PRODUCTS:
+        if func._schema.name.partition("::")[2] in PRODUCTS | SOLVES:
             self.calls.append(lambda: func(*args, **(kwargs or {})))
         return result
 
@@ -84,7 +85,14 @@ def seconds_per_byte(shapes: list[torch.Size], rounds: int = 15) -> float:
 
 
 def limits(
-    name: str, step: Callable[[], None], bp: Callable[[], None], fed_back: int, per_byte: float, rounds: int, times: int
+    name: str,
+    step: Callable[[], None],
+    bp: Callable[[], None],
+    fed_back: int,
+    per_byte: float,
+    rounds: int,
+    times: int,
+    more: int = 0,
 ) -> dict[str, Any]:
     """The floor of a rule's step as a multiple of backpropagation's, and its parts.
 
@@ -94,14 +102,15 @@ def limits(
         fed_back: numbers of all weights that lead errors back.
         per_byte: see :func:`seconds_per_byte`.
         rounds, times: rounds, and how often each is called in one.
+        more: bytes that the step must move and backpropagation's need not, besides those of feedback weights.
     """
     own, its = products(step), products(bp)
     taken, basis, whole = in_turns([own, its, bp], rounds, times)
     what, each = FORCED.get(name, ("", 0))
-    forced, watched = each * fed_back, WATCHED.get(name, 0) * fed_back
-    more = statistics.median((a - b) / c for a, b, c in zip(taken, basis, whole, strict=True))
+    forced, watched = each * fed_back + more, WATCHED.get(name, 0) * fed_back
+    further = statistics.median((a - b) / c for a, b, c in zip(taken, basis, whole, strict=True))
     step_of_bp = statistics.median(whole)
-    floor = 1 + more + forced * per_byte / step_of_bp
+    floor = 1 + further + forced * per_byte / step_of_bp
     return {
         "products_ms": round(1e3 * statistics.median(taken), 4),
         "products_of_bp_ms": round(1e3 * statistics.median(basis), 4),

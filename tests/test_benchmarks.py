@@ -70,6 +70,15 @@ def test_the_floor_adds_products_and_bytes(monkeypatch: pytest.MonkeyPatch) -> N
     assert row["floor"] == pytest.approx(1 + 0.1 + 0.12)
     assert row["floor_watched"] == pytest.approx(1.22 + 0.08)
     assert (row["forced_mb"], row["watched_mb"]) == (0.001, 0.001)
+    more = limits.limits("ccl", lambda: None, lambda: None, fed_back=100, per_byte=1e-3, rounds=2, times=1, more=500)
+    assert more["floor"] == more["floor_watched"] == pytest.approx(1 + 0.1 + 0.05)
+
+
+def test_linear_solves_count_as_products() -> None:
+    a, b = torch.eye(3).expand(2, 3, 3), torch.randn(2, 3)
+    with limits.Products() as noted:
+        torch.linalg.lu_solve(*torch.linalg.lu_factor_ex(a)[:2], b.unsqueeze(-1))
+    assert len(noted.calls) == 2
 
 
 @pytest.mark.parametrize("power", [0.5, 2.0])
