@@ -261,8 +261,10 @@ class PredictiveCoding(CreditRule):
         return {"s": relaxed.s, "e": relaxed.e}
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """Exact where the schedule is backpropagation itself."""
-        exact = self.inference in ("staged", "fixed-prediction") and self.rate == 1 and self.steps >= len(self.row) - 1
+        """Exact where the schedule is backpropagation itself, as it is for a single block, which has no state to infer."""
+        alone = len(self.row) == 1 and self.feed_forward
+        staged = self.inference in ("staged", "fixed-prediction") and self.rate == 1 and self.steps >= len(self.row) - 1
+        exact = (staged or alone) and self.output_weight == 1
         if not self.feed_forward:
             inputs = inputs.new_zeros(len(inputs), *self.row[0].input_shape)
         return layer_paths(self.model, inputs, "exact" if exact else "signal of its own")

@@ -30,6 +30,7 @@ from apical.core.feedback import put
 from apical.core.local import local_roots
 from apical.core.losses import output_error, refuse_options, terms
 from apical.core.noise import initial, normal
+from apical.core.placement import layer_paths
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
 
 Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
@@ -250,6 +251,11 @@ class DifferenceTargetPropagation(CreditRule):
                 names = [f"reconstruction {stage.name}" for stage in self.chain.stages]
                 logs = {"reconstruction": torch.stack(losses).mean(), **dict(zip(names, losses, strict=False))}
         return Credit.of(roots, output, loss, logs)
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """Exact for the output layer, in "lee" also for the one below, unless updates keep the factor 2 eta."""
+        told = self.chain.stages[-2 if self.variant == "lee" else -1 :] if self.normalised else []
+        return layer_paths(self.model, inputs, "signal of its own", exact=[stage.name for stage in told])
 
     def points(self, states: States) -> list[Mapped]:
         """Every feedback map at what it hears of the states: the next layer, or the output."""
