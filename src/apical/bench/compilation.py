@@ -28,7 +28,7 @@ def check_compiler(device: torch.device) -> None:
     """
     if not COMPILES:
         raise ConfigError(
-            f"--compile needs PyTorch 2.7 or newer, and this is {torch.__version__}: update it, or leave --compile out"
+            f"--compile needs PyTorch 2.13 or newer, and this is {torch.__version__}: update it, or leave --compile out"
         )
     wanted = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(wanted) is None:

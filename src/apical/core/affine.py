@@ -20,6 +20,7 @@ from apical.core.layers import (
     is_weighted,
     refuse_backward_hooks,
 )
+from apical.core.rest import undisturbed
 from apical.core.transport import geometry
 from apical.errors import UnsupportedModelError
 
@@ -54,13 +55,10 @@ class Effective(nn.Module):
 
     def _now(self) -> Computed:
         current = self._computed
-        if current is None or current.state != _state(self.stands_for):
-            weight = effective_weight(self.stands_for)
-            if weight is None:
-                raise unknown_weight(self.name, self.stands_for)
-            with torch.enable_grad():
-                bias = getattr(self.stands_for, "bias", None)
-            current = self.__dict__["_computed"] = Computed(weight, bias, _state(self.stands_for))
+        if current is None:  # a batch, which moves buffers (spectral norm) as the layer's own pass does
+            current = self.__dict__["_computed"] = _computed(self.name, self.stands_for)
+        elif current.state != _state(self.stands_for):
+            current = self.__dict__["_computed"] = _looked_up(self.name, self.stands_for)
         return current
 
     @property
@@ -90,6 +88,28 @@ class EffectiveConv3d(Effective, nn.Conv3d):  # type: ignore[override]
     """A convolution over volumes."""
 
 
+def _computed(name: str, layer: nn.Module) -> Computed:
+    weight = effective_weight(layer)
+    if weight is None:
+        raise unknown_weight(name, layer)
+    with torch.enable_grad():
+        bias = getattr(layer, "bias", None)
+    return Computed(weight, bias, _state(layer))
+
+
+def _looked_up(name: str, layer: nn.Module) -> Computed:
+    """The same between batches: buffers and random numbers stay as they are."""
+    with undisturbed(layer):
+        now = _computed(name, layer)
+    return now._replace(state=_state(layer))
+
+
+def looked_at(layer: Layer) -> Tensor:
+    """The layer's attribute `weight`, whose shape and type are asked for; spectral norm's buffers stay as they are."""
+    with undisturbed(layer):
+        return layer.weight
+
+
 def _state(source: nn.Module) -> list[tuple[int, int]]:
     if torch.compiler.is_compiling():  # one graph is one batch, at whose beginning the weight is forgotten
         return []
@@ -105,10 +125,8 @@ def affine(name: str, layer: nn.Module) -> Layer:
     if computes_plainly(layer):
         assert is_weighted(layer)
         return layer
-    weight = effective_weight(layer)
-    if weight is None:
-        raise unknown_weight(name, layer)
-    shape = geometry(layer)
+    now = _looked_up(name, layer)
+    weight, shape = now.weight, geometry(layer)
     plain: nn.Module
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         plain = _like(layer)
@@ -127,7 +145,7 @@ def affine(name: str, layer: nn.Module) -> Layer:
         )
         plain.__class__ = (EffectiveConv1d, EffectiveConv2d, EffectiveConv3d)[rank - 1]
     plain._parameters.clear()
-    plain.__dict__.update(stands_for=layer, name=name, _computed=None)
+    plain.__dict__.update(stands_for=layer, name=name, _computed=now)
     return cast(Layer, plain)
 
 

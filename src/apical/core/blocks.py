@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
+from apical.core.affine import looked_at
 from apical.core.called import Call
 from apical.core.chain import example_of, require_affine_type, traced
 from apical.core.layers import Layer, is_known_in_row, is_own, is_weighted, shapes_input
@@ -118,8 +119,9 @@ def blocks(
     for name in required:
         if names.count(name) != 1:
             raise UnsupportedModelError(f"layer {name!r} is called twice; give each place a layer of its own")
-    kind = next(iter(layers.values())).weight.dtype
-    if odd := next((name for name, layer in layers.items() if layer.weight.dtype != kind), None):
+    kinds = {name: looked_at(layer).dtype for name, layer in layers.items()}
+    kind = next(iter(kinds.values()))
+    if odd := next((name for name, own in kinds.items() if own != kind), None):
         raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
     starts = [_start(calls, place) for place in places]
     starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
@@ -184,7 +186,7 @@ def _start(calls: Sequence[Call], place: int) -> int:
 def _block(calls: Sequence[Call], layers: set[int]) -> Block:
     place, layer = next((call, part) for call in calls for part in call.module.modules() if id(part) in layers)
     assert is_weighted(layer)
-    if (own := layer.weight.dtype) != calls[-1].made.dtype:
+    if (own := looked_at(layer).dtype) != calls[-1].made.dtype:
         raise UnsupportedModelError(
             f"layer {place.name!r} ({type(place.module).__name__}) keeps its weight in {own}, but its block makes "
             f"{calls[-1].made.dtype}; keep the weight in that type, or use another rule"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, itself, plain
-from apical.core.affine import affine, original, require_affine, require_unhooked
+from apical.core.affine import affine, looked_at, original, require_affine, require_unhooked
 from apical.core.called import Call, Functions, on_path
 from apical.core.containers import Containers, is_written
 from apical.core.layers import (
@@ -276,7 +276,7 @@ def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Seque
                 f"layer {images[0]!r} is a convolution: pass input_shape=(channels, ...) of one sample, on which the sizes "
                 "of the layers depend"
             )
-        input_shape = (first.weight.shape[1],)
+        input_shape = (looked_at(first).shape[1],)
     like = next(iter(first.parameters()))  # a weight that hooks compute may be of an older dtype until the next call
     return torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device)
 

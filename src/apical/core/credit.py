@@ -267,7 +267,8 @@ class CreditRule(nn.Module):
         if torch.compiler.is_compiling():
             from apical.core.wrappers import COMPILES, outside_graphs
 
-            return (CreditRule._plainly if COMPILES else outside_graphs)(self, *args, **kwargs)
+            follows = COMPILES or not torch.compiler.is_dynamo_compiling()  # an export may run the code as it is
+            return (CreditRule._plainly if follows else outside_graphs)(self, *args, **kwargs)
         if self._by_hand and len(args) == 2 and not kwargs and (quick := self._by_hand.credit(self, *args)) is not None:
             return quick
         with self._turn:

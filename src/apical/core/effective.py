@@ -67,6 +67,14 @@ def weight_now(layer: nn.Module) -> Tensor:
         return cast(Tensor, layer.weight).detach()
 
 
+def is_drawn(layer: nn.Module) -> bool:
+    """Whether the weight that the layer computes with depends on random numbers."""
+    first = measured_weight(layer)
+    with torch.random.fork_rng([first.device] if first.device.type == "cuda" else []):
+        torch.rand(1, device=first.device)
+        return not torch.equal(first, measured_weight(layer))
+
+
 def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Inputs (zero), and the errors at the output that read the weight, each of its entries exactly once.
 

@@ -33,6 +33,7 @@ from apical.core.activations import is_activation
 from apical.core.blocks import Block, blocks, through
 from apical.core.credit import Attention, Credit, Loss, Root
 from apical.core.cut import CutRule, Units, eagerly
+from apical.core.effective import weight_now
 from apical.core.layers import computes_plainly
 from apical.core.losses import require_dependence, terms
 from apical.core.outputs import detached, output_errors, side_by_side, tensors
@@ -301,7 +302,7 @@ class DirectFeedbackAlignment(CutRule):
         """What errors of this shape are multiplied by before matrices hear them; None where they hear the errors."""
         kind, outputs = self.source, errors.shape[-1]
         if kind == "auto":
-            head = self._topmost().weight
+            head = weight_now(self._topmost())
             is_wide = errors.dim() > 2 and self.kind != "full" and self.where == "activation"
             kind = "factored" if is_wide and outputs > 2 * head.shape[1] else "output"
         if kind == "output":
@@ -311,7 +312,7 @@ class DirectFeedbackAlignment(CutRule):
     def _factor(self, outputs: int, device: torch.device) -> Tensor:
         """Q (outputs, head inputs)."""
         if self.projection is None:
-            self._draw_projection((outputs, self._topmost().weight.shape[1]), device)
+            self._draw_projection((outputs, weight_now(self._topmost()).shape[1]), device)
         projection = cast(Tensor, self.projection)
         if projection.shape[0] != outputs:
             raise ConfigError(

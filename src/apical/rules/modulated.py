@@ -26,7 +26,7 @@ from apical.core.blocks import blocks
 from apical.core.checkpointing import aside, is_checkpointed, refuse_hidden
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
-from apical.core.effective import measured_weight
+from apical.core.effective import is_drawn, measured_weight, weight_now
 from apical.core.layers import computes_plainly
 from apical.core.rest import evaluating, undisturbed
 from apical.core.transport import as_matrix, geometry
@@ -155,6 +155,7 @@ class Modulated(WrappedRule):
             hidden = self._find_hidden(inputs)
             if self.outgoing:
                 self._readers = readers(self.model, inputs.shape[1:])
+            self._require_repeated([self._readers.get(name, self.layers[name]) for name in hidden])
             self._hidden = hidden
         gains = self.gains()
         taps = self._taps(gains) if self.mode == "local" else {}
@@ -170,8 +171,18 @@ class Modulated(WrappedRule):
             credit.logs.update(gain=means.mean(), compounded=means.prod())
         return credit
 
+    def _require_repeated(self, layers: Sequence[nn.Module]) -> None:
+        """Refuse weights that are drawn anew at every call, by which no gain can be made before it."""
+        for name, layer in self.model.named_modules():
+            if layer in layers and not computes_plainly(layer) and is_drawn(layer):
+                raise UnsupportedModelError(
+                    f"layer {name!r} makes its weight anew at every call, so gains that depend on it are not known before; "
+                    "remove what is random from the weight"
+                )
+
     def _on_output(self, name: str, gain: Tensor) -> Tensor:
-        return gain.view(-1, *[1] * (self.layers[name].weight.dim() - 2))
+        shape = geometry(self.layers[name])
+        return gain if shape is None else gain.view(-1, *[1] * len(shape.stride))
 
     def _taps(self, gains: dict[str, Tensor]) -> dict[str, Tensor]:
         taps = {}
@@ -245,7 +256,7 @@ def readers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Module
     _, row = blocks(model, input_shape)
     for block, following in pairwise(row):
         shape, reads, units = geometry(block.layer), geometry(following.layer), len(_rows(block.layer))
-        columns, seen = following.layer.weight.shape[1], math.prod(block.shape)
+        columns, seen = weight_now(following.layer).shape[1], math.prod(block.shape)
         is_odd = any(each is not None and (each.transposed or each.groups > 1) for each in (shape, reads))
         if is_odd or columns != (units if reads else seen) or (shape is None and seen != units):
             raise UnsupportedModelError(

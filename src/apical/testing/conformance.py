@@ -296,7 +296,8 @@ def check_rule(
         oracle: puts a rule into the limit in which it must equal backpropagation (for feedback alignment: copies the
             forward weights into the feedback weights).
         without_gradient: names of rule parameters that legitimately get no gradient.
-        skip: names of checks from :data:`CHECKS` to leave out; PyTorch 2.6, which compiles no rules, leaves out "compile".
+        skip: names of checks from :data:`CHECKS` to leave out; before PyTorch 2.13, which compiles no rules, that is also
+            "compile".
 
     Raises:
         AssertionError: the first thing the rule does wrong.

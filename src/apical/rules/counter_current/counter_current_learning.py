@@ -37,6 +37,7 @@ from apical.core.batch import fitted, require_classes, require_one_type
 from apical.core.blocks import Block, blocks
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
+from apical.core.effective import weight_now
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, require_dependence, terms
@@ -203,7 +204,7 @@ class CounterCurrentLearning(CreditRule):
         weights = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
             layers = [layer for layer in module.modules() if is_weighted(layer)]
-            weight = facing(layers[0].weight, block.layer, layers[0]) if len(layers) == 1 else None
+            weight = facing(weight_now(layers[0]), block.layer, layers[0]) if len(layers) == 1 else None
             if weight is not None:
                 weights[block.name] = weight
         return weights

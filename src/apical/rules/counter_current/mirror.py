@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from apical.core.activations import is_activation
 from apical.core.agreement import acts_on_each
 from apical.core.blocks import Block
+from apical.core.effective import weight_now
 from apical.core.layers import Layer, is_linear, is_norm, is_own, is_pool
 from apical.core.rest import undisturbed
 from apical.core.transport import geometry
@@ -94,7 +95,7 @@ def _back(block: Block, enlarge: Enlarge) -> list[nn.Module]:
     """The counterpart's layer, with what shapes its input and output."""
     layer, bias = block.layer, getattr(block.layer, "bias", None) is not None
     if geometry(layer) is None:
-        if len(block.shape) != 1 or layer.weight.shape[0] != block.shape[0]:
+        if len(block.shape) != 1 or len(weight_now(layer)) != block.shape[0]:
             raise _without_mirror(block, "it does not make one vector per sample")
         back: list[nn.Module] = [nn.Linear(block.shape[0], math.prod(block.input_shape), bias=False)]
         if len(block.input_shape) != 1:
@@ -166,8 +167,9 @@ def facing(weight: Tensor, layer: Layer, back: Layer) -> Tensor | None:
 
     Channels change places; kernels of ordinary convolutions are turned by 180 degrees, as the transposed map has them.
     """
+    wanted = weight_now(layer).shape
     if is_transposed(layer) != is_transposed(back):  # both are then laid out alike
-        return weight if weight.shape == layer.weight.shape else None
+        return weight if weight.shape == wanted else None
     turned = weight.transpose(0, 1)
     turned = turned.flip(tuple(range(2, weight.dim()))) if weight.dim() > 2 else turned
-    return turned if turned.shape == layer.weight.shape else None
+    return turned if turned.shape == wanted else None

@@ -114,9 +114,10 @@ class KolenPollack(PlasticRule):
             ConfigError: unknown layer, or a wrong shape.
         """
         self.reopen(name)
-        if B.shape != self.layers[name].weight.shape:
-            raise ConfigError(f"B of layer {name!r} has shape {tuple(self.layers[name].weight.shape)}, not {tuple(B.shape)}")
-        self.replace(name, B.to(self.layers[name].weight))
+        weight = weight_now(self.layers[name])
+        if B.shape != weight.shape:
+            raise ConfigError(f"B of layer {name!r} has shape {tuple(weight.shape)}, not {tuple(B.shape)}")
+        self.replace(name, B.to(weight))
 
     def feedback_of(self, name: str) -> Feedback:
         """B of this layer."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from apical.core.credit import Loss
 from apical.core.edge import EdgeRule
+from apical.core.effective import weight_now
 from apical.core.mirror import mirrored, require_affine
 from apical.core.packed import Part
 from apical.core.transport import as_matrix, from_matrix
@@ -168,7 +169,7 @@ class PlasticRule(EdgeRule):
 
     def outputs(self, name: str) -> int:
         """Output channels of a layer."""
-        return len(as_matrix(self.geometries[name], self.layers[name].weight))
+        return len(as_matrix(self.geometries[name], weight_now(self.layers[name])))
 
     def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The optimiser's state that R would have by now, from that of its weight; empty where it begins anew."""
@@ -320,7 +321,7 @@ class PlasticRule(EdgeRule):
             if self.mismatch_of(name) is not None:
                 self.steps.remember(name)
         for name in self.layers if self.form == "auto" else ():
-            plastic, weight = self.plastic_of(name), self.layers[name].weight.detach()
+            plastic, weight = self.plastic_of(name), weight_now(self.layers[name])
             if f"{prefix}{self.MISMATCH}.{key(name)}.initial" in state_dict:
                 vacate(plastic, self, name)
                 self.close(name, Mismatch(torch.zeros_like(weight)), weight)
@@ -350,9 +351,8 @@ def _measure(rule: nn.Module, *_: Any) -> None:
     assert isinstance(rule, PlasticRule)
     for name, layer in rule.layers.items():
         mismatch = rule.mismatch_of(name)
-        weight = layer.weight.detach()
-        if mismatch is not None and not torch.equal(mismatch.matched(weight), mismatch.feedback):
-            mismatch.measure(weight)
+        if mismatch is not None and not torch.equal(mismatch.matched(layer.weight.detach()), mismatch.feedback):
+            mismatch.measure(layer.weight.detach())
 
 
 def _follow_again(rule: nn.Module, *_: Any) -> None:

@@ -325,13 +325,13 @@ class ProductFeedbackAlignment(PlasticRule):
             raise ConfigError(f'in closed form B and R of layer {name!r} are set together; form="auto" keeps them apart')
         if closed and self.steps.moving(name):
             raise ConfigError(f'the feedback of layer {name!r} has a momentum, which form="closed" keeps for one B only')
-        like = self.layers[name].weight
+        like = weight_now(self.layers[name])
         b = (self.expansion.get_buffer(key(name)) if B is None else B).to(like)
         r = (self.plastic_of(name).detach() if R is None else R).to(like)
         shape, n_out = self.geometries[name], len(as_matrix(self.geometries[name], like))
         if b.dim() != 2 or len(b) != n_out:
             raise ConfigError(f"B of layer {name!r} must have {n_out} rows, one per output channel, not {tuple(b.shape)}")
-        wanted = from_matrix(shape, b.T @ as_matrix(shape, like.detach()), like).shape
+        wanted = from_matrix(shape, b.T @ as_matrix(shape, like), like).shape
         if r.shape != wanted or (not closed and r.shape != self.plastic_of(name).shape):
             raise ConfigError(f"R of layer {name!r} has shape {tuple(wanted)} with this B, not {tuple(r.shape)}")
         if closed:
