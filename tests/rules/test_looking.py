@@ -94,3 +94,30 @@ def test_gains_of_weights_drawn_at_every_call_are_refused(place: int, weights: s
     rule = Modulated(apical.FeedbackAlignment(model), NodeImportance(weights=weights))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match=f"layer '{place}' makes its weight anew|draws random numbers"):
         rule(torch.rand(7, 6), torch.arange(7) % 4)
+
+
+WITHOUT_GRADIENT: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
+    **RULES,
+    "corinfomax": apical.CorInfoMax,
+    "dualprop": apical.DualPropagation,
+    "local": apical.LocalClassifiers,
+    "ff": apical.ForwardForward,
+    "csdp": apical.ContrastiveSignalPlasticity,
+    "cwu": lambda model: apical.LocalSolve(apical.DirectFeedbackAlignment(model)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_a_batch_without_gradient_moves_nothing(name: str) -> None:
+    """As a loop takes the loss of a validation set; a model with running averages would follow it, and has none here."""
+    torch.manual_seed(0)
+    act = nn.ReLU if name == "csdp" else lambda: nn.Hardtanh(0, 1)
+    model = nn.Sequential(nn.Linear(6, 5), act(), nn.Linear(5, 5), act(), nn.Linear(5, 4)).double()
+    rule = WITHOUT_GRADIENT[name](model)
+    x, y = torch.rand(7, 6, dtype=torch.float64), torch.arange(7) % 4
+    rule(x, y).backward()
+    before = {key: value.clone() for key, value in rule.state_dict().items() if isinstance(value, Tensor)}
+    with torch.no_grad():
+        rule(x, y)
+    after = rule.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -88,7 +88,7 @@ class CorInfoMax(CreditRule):
 
     Attributes:
         backward: W^b_k.
-        lateral: B_k, updated in every training step, in place.
+        lateral: B_k, updated in every training step, in place; not under `torch.no_grad()`.
 
     Raises:
         UnsupportedModelError: the model is no such chain; the module is named.
@@ -266,14 +266,15 @@ class CorInfoMax(CreditRule):
         return Layers(u, r, multiplier)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch: `output` and `loss` are those of the free phase."""
+        """Credit for one batch: `output` and `loss` are those of the free phase. Without gradient nothing is learned."""
         self.require_attached()
+        learns = self.training and torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             x, targets, phases = self._phases(inputs, targets)
             free, nudged, against, width = phases.free, phases.nudged, phases.against, phases.width
             output = free.r[-1]
             products = self._contrast(x, nudged.r, against.r, width)
-            if self.training and self.gamma:
+            if learns and self.gamma:
                 self._follow(nudged.r)
             logs = {"dead_outputs": (output.amax(0) <= 0).sum().to(output.dtype)}
         roots: list[Root] = [(parameter, product) for parameter, product in products if parameter.requires_grad]
