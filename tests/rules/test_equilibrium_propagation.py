@@ -641,3 +641,41 @@ def test_a_nudged_phase_that_runs_away_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3))
     with pytest.raises(InstabilityError, match="the nudged phase of equilibrium propagation runs away"):
         EP(model, loss=F.mse_loss, beta=1e6)(torch.randn(6, 4), torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("estimator", ["one-sided", "symmetric"])
+def test_a_loss_of_some_samples_is_theirs_alone(estimator: str) -> None:
+    """Samples do not meet in the network, so a loss of the first three of six trains as the three alone do."""
+
+    def few(output: Tensor, targets: Tensor) -> Tensor:
+        assert len(output) == len(targets) == 6  # no phases among the samples
+        return (output[:3] - targets[:3]).pow(4).mean()
+
+    def fourth(output: Tensor, targets: Tensor) -> Tensor:
+        return (output - targets).pow(4).mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Hardtanh(0, 1), nn.Linear(5, 3)).double()
+    x, y, gradients = torch.rand(6, 6, dtype=torch.float64), torch.rand(6, 3, dtype=torch.float64), []
+    for loss, rows in ((few, 6), (fourth, 3)):
+        model.zero_grad()
+        rule = EP(model, loss, estimator=estimator, beta=0.5, free_steps=400, nudged_steps=400)  # type: ignore[arg-type]
+        rule(x[:rows], y[:rows]).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for own, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", [EP, apical.CorInfoMax])
+@pytest.mark.parametrize("loss", [F.mse_loss, squared_error])
+def test_whole_numbers_of_the_outputs_shape_are_values(rule: Callable[..., apical.CreditRule], loss: Loss) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Hardtanh(0, 1), nn.Linear(5, 3)).double()
+    x, y, gradients = torch.rand(6, 6, dtype=torch.float64), torch.randint(2, (6, 3)), []
+    for targets in (y, y.double()):
+        torch.manual_seed(1)
+        model.zero_grad()
+        rule(model, loss)(x, targets).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert gradients[0]

@@ -228,8 +228,11 @@ def squared_error(output: Tensor, targets: Tensor) -> Tensor:
 
 
 def wanted(output: Tensor, targets: Tensor) -> Tensor:
-    """Targets as numbers of the output's shape (batch, outputs): one-hot rows for class labels."""
-    if targets.is_floating_point():
+    """Targets as numbers of the output's shape (batch, outputs): one-hot rows for class labels.
+
+    Whole numbers of the output's own shape are values as others are.
+    """
+    if targets.is_floating_point() or targets.shape == output.shape:
         if targets.shape != output.shape:
             raise ConfigError(f"targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}")
         return targets.to(output.dtype)

@@ -198,8 +198,8 @@ class EquilibriumNetwork:
             parts = output.view(-1, batch, output.shape[-1])  # (P + Q, batch, outputs)
             error = HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
         else:
-            rows = targets.repeat(len(output) // batch, *[1] * (targets.dim() - 1))
-            error = _derivative(loss, output, rows) * len(output)  # per sample, not of the mean
+            # phase by phase, for a loss may compare the samples of a batch; per sample, not of the mean
+            error = torch.cat([_derivative(loss, part, targets) * batch for part in output.split(batch)])
         if not isinstance(activation, nn.Identity):
             error = _before_activation(activation, top, error.view_as(top), q * batch)
         return error.view(-1, batch, *output.shape[1:])
