@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from apical.core.layers import is_local
 from apical.core.rest import undisturbed
 
+OUTPUT_CREDIT = "the output's credit"
+"""Path of what lies behind the last cuts of a rule that hands out a credit for the output, too."""
+
 LOCAL_PATH = "exact (local)"
 """Path of modules that hand nothing from one population to another: scales, shifts, slopes, look-ups."""
 _WIDTHS = (32, 20, 20, 44)
@@ -26,7 +29,7 @@ class Row:
         kind: its class.
         shape: of its weight, or of its first parameter where it has no `weight`.
         path: what its error passes through: "own feedback", "cut at 'NAME'", "exact", "merged with 'NAME'", "frozen", "no
-            credit", "signal of its own", "exact (local)", or a few words of the rule's.
+            credit", "signal of its own", "the output's credit", "exact (local)", or a few words of the rule's.
     """
 
     layer: str

@@ -14,10 +14,14 @@ from apical.core.cut import CutRule
 from apical.core.edge import EdgeRule
 from apical.core.layers import is_local
 from apical.core.outputs import output_errors, tensors
+from apical.core.placement import OUTPUT_CREDIT
 from apical.core.rest import undisturbed
 from apical.core.wrapped import innermost
 from apical.testing.effective_weight import effective_weight
 from apical.testing.trial import Gradients, Trial, shadowed
+
+AT_THE_OUTPUT = ("exact", OUTPUT_CREDIT)
+"""Paths of layers behind the last cuts."""
 
 MOST = 12
 """Layers that are intervened on one by one; more are sampled evenly, the first and the last among them."""
@@ -126,16 +130,16 @@ def check_signals_zero(trial: Trial) -> str:
     for name in sorted(learning):
         path = trial.path(name)
         shown = path.split(", ")[-1]
-        if shown not in ("exact", "exact (local)", "own feedback") and not path.startswith("merged"):
+        if shown not in (*AT_THE_OUTPUT, "exact (local)", "own feedback") and not path.startswith("merged"):
             raise AssertionError(f"with all signals zero an error still reaches {name!r}, said to be {path!r}: it leaks")
     alone = learning - _tied(trial.model)  # a tied weight also learns where it lies deeper down
     alone = {name for name in alone if not trial.path(name).startswith("cut at")}  # so does one that is used there as well
     if rule.inside is not None:  # errors pass random matrices on their way to what else the last unit holds
-        alone = {name for name in alone if trial.path(name) == "exact"}
+        alone = {name for name in alone if trial.path(name) in AT_THE_OUTPUT}
     wrong = trial.far({n: remainder[n] for n in alone}, {n: trial.backprop[n] for n in alone if n in trial.backprop})
     if wrong and trial.rule is rule:  # a rule around this one changes that gradient by definition
         raise AssertionError(f"the last unit's gradient of {min(wrong)!r} is not exact although its error is the output's")
-    if not learning and any(row.path == "exact" for row in trial.placement):
+    if not learning and any(row.path in AT_THE_OUTPUT for row in trial.placement):
         raise AssertionError("with all signals zero no layer learns, not even the last")
     return f"{len(learning)} parameters of the last unit"
 
@@ -154,7 +158,7 @@ def check_signals_reach(trial: Trial) -> str:
         reached = set(trial.far(_with_signals(trial, rule, [i]), base))
         for name in sorted(reached):
             path = trial.path(name)
-            if path in ("exact", "frozen", "no credit"):
+            if path in (*AT_THE_OUTPUT, "frozen", "no credit"):
                 raise AssertionError(f"a signal at a hidden unit changes {name!r}, said to be {path!r}")
     return _count(numbers, number, "unit")
 

@@ -28,6 +28,7 @@ from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, Units, eagerly
 from apical.core.losses import NUMBERS, PLAIN, refuse_options, terms, value_at
 from apical.core.outputs import detached, tensors
+from apical.core.placement import OUTPUT_CREDIT
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut, Teacher
 from apical.errors import ConfigError, UnsupportedModelError
@@ -183,6 +184,11 @@ class TopDownCreditAssignment(CutRule):
         with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
             last = emitted(-1, share)
         return through_softmax(last, prediction) if classes and self.credit == "probabilities" else last
+
+    def credit_paths(self, inputs: Tensor) -> dict[str, str]:
+        """Behind the last cuts comes the output's credit, which is the error only where it was not evolved."""
+        own = "exact" if getattr(self.teacher, "output", "evolved") == "error" else OUTPUT_CREDIT
+        return {name: path.replace("exact", own) for name, path in super().credit_paths(inputs).items()}
 
     @staticmethod
     def _delivered(credit: Tensor, cut: Cut, places: torch.Size) -> Tensor:
