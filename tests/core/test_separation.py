@@ -733,3 +733,36 @@ def test_what_the_models_own_index_looks_up_is_not_made_of_the_batch(kind: Any) 
     rule = kind(Biased().double(), exact=("bias",))
     check_model(rule, inputs, targets, skip=("compiled",))
     assert "F.sigmoid" not in rule.hidden_units(inputs)
+
+
+class Unread(nn.Module):
+    """A branch on which no output depends, as the last feed-forward of JumboViT, leaves its unit before the cut."""
+
+    def __init__(self, has_branch: bool) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.unread = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.has_branch = has_branch
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.middle(torch.tanh(self.first(inputs)))
+        if self.has_branch:
+            self.unread(hidden)
+        return self.last(torch.tanh(hidden))  # type: ignore[no-any-return]
+
+
+def test_a_branch_that_no_output_reads_changes_nothing() -> None:
+    found = []
+    for has_branch in (False, True):
+        torch.manual_seed(0)
+        model = Unread(has_branch)
+        rule = DFA(model)
+        inputs, targets = torch.randn(4, 6), torch.arange(4) % 3
+        rule(inputs, targets)
+        for number, matrix in enumerate([*rule.feedback.buffers()][:2]):
+            matrix.data.copy_(torch.sin(torch.arange(1.0, 1 + matrix.numel()) + number).view_as(matrix))
+        rule(inputs, targets).backward()
+        found.append(gradients(model))
+    unread = {name for name in found[1] if name.startswith("unread.") and bool(found[1][name].any())}
+    assert not unread and found[0]["first.weight"].any() and found[0]["middle.weight"].any()
+    assert distance(found[0], {name: found[1][name] for name in found[0]}) < 1e-12

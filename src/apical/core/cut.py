@@ -331,7 +331,7 @@ class CutRule(CreditRule):
             )
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):
-            if verify(self._cutting, done, tensors(output), self._patterns):
+            if verify(self._cutting, done, tensors(output), self._patterns, self._idle):
                 self._right.add((self.model.training, *done.events))
                 self._last |= {id(leaf) for part in tensors(output) for leaf in leaves(part.grad_fn)}
                 return output, done

@@ -7,7 +7,7 @@ each of them a unit ends at the last tensor that all paths from it pass before t
 output, the result of a formula, at worst the layer's own output. An activation within such a unit ends none.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -99,11 +99,14 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
             raise search.refusal(next(at for at in astray if not search.is_spared(at)), mends)
 
 
-def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
-    """Whether errors reach every site of a pass with cuts in a way that was found to be right."""
+def verify(
+    cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern], idle: Collection[str] = ()
+) -> bool:
+    """Whether errors reach every site of a pass with cuts in a way that was found to be right; `idle` cuts have none."""
     if not cutting.beside.issuperset(_beside(cutting, [event.removeprefix("~") for event in done.events])):
         return False
-    roots = {at: cut.name for cut in done.cuts if (at := vertex(cut.root)) is not None}
+    cuts = [cut for cut in done.cuts if cut.name not in idle]
+    roots = {at: cut.name for cut in cuts if (at := vertex(cut.root)) is not None}
     output = [at for at in map(vertex, outputs) if at is not None]
     graph = Graph([*output, *roots])
     weighted, others = sites_of(cutting, graph, done)
