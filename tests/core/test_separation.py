@@ -735,6 +735,21 @@ def test_what_the_models_own_index_looks_up_is_not_made_of_the_batch(kind: Any) 
     assert "F.sigmoid" not in rule.hidden_units(inputs)
 
 
+@pytest.mark.parametrize("make", [DFA, TDCA])
+def test_one_graph_from_the_first_batch_says_to_call_the_rule_before(make: Any) -> None:
+    torch._dynamo.reset()
+    rule = make(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    compiled = torch.compile(rule, backend="eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="call the rule on one before it is compiled with fullgraph=True"
+    ):
+        compiled(*batch)
+    rule(*batch)
+    compiled(*batch).backward()
+    assert learning(rule.model)
+
+
 class Unread(nn.Module):
     """A branch on which no output depends, as the last feed-forward of JumboViT, leaves its unit before the cut."""
 
