@@ -782,3 +782,71 @@ def test_a_branch_that_no_output_reads_changes_nothing() -> None:
     assert not unread
     assert all(found[0][f"{name}.weight"].any() for name in ("first", "middle"))
     assert distance(found[0], {name: found[1][name] for name in found[0]}) < 1e-12
+
+
+class Autoencoder(nn.Module):
+    """A variational autoencoder, whose mean and variance are outputs that the decoder reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.mean, self.spread = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.decoder, self.output = nn.Linear(3, 8), nn.Linear(8, 6)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.tanh(self.encoder(inputs))
+        mean, spread = self.mean(hidden), self.spread(hidden)
+        code = mean + torch.randn_like(mean) * torch.exp(spread / 2)
+        return self.output(torch.tanh(self.decoder(code))), mean, spread
+
+
+def divergence(mean: Tensor, spread: Tensor) -> Tensor:
+    return (mean.square() + spread.exp() - 1 - spread).sum(1).mean() / 2
+
+
+def evidence(output: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
+    return F.mse_loss(output[0], targets) + divergence(*output[1:])
+
+
+def test_what_is_an_output_and_read_inside_has_its_own_error_and_the_units_signal() -> None:
+    """The mean's bias hears d KL / d mean + s, the spread's d KL / d spread + s * noise * exp(spread / 2) / 2."""
+    inputs = torch.randn(1, 6)
+    model = Autoencoder()
+    torch.manual_seed(5)
+    rule = DFA(model, evidence)
+    torch.manual_seed(5)
+    _, mean, spread = model(inputs)
+    torch.manual_seed(5)
+    noise = torch.randn_like(mean)
+    exact = torch.autograd.grad(divergence(mean, spread), (model.mean.bias, model.spread.bias))
+    torch.manual_seed(5)
+    rule(inputs, inputs).backward()
+    assert rule.hidden_units(inputs) == ["F.tanh", "F.add", "F.tanh#1"]
+    signal = model.mean.bias.grad - exact[0]
+    expected = signal * noise[0] * torch.exp(spread[0].detach() / 2) / 2
+    assert signal.abs().min() > 1e-6
+    torch.testing.assert_close(model.spread.bias.grad - exact[1], expected, rtol=1e-10, atol=1e-12)
+    model.zero_grad()
+    silence(rule)
+    torch.manual_seed(5)
+    rule(inputs, inputs).backward()
+    torch.testing.assert_close((model.mean.bias.grad, model.spread.bias.grad), exact, rtol=1e-10, atol=1e-12)
+    assert {name.partition(".")[0] for name in learning(model)} == {"mean", "spread", "output"}
+
+
+class Around(nn.Module):
+    """The first layer's output is an output of the model, and an error comes down to it beside the unit's cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(inputs)
+        return self.last(torch.tanh(hidden)) + hidden, hidden
+
+
+def test_an_output_that_others_are_added_to_is_no_way_round_the_cuts() -> None:
+    with pytest.raises(UnsupportedModelError, match="the error would reach 'first' round the cuts"):
+        DFA(
+            Around(), lambda output, targets: F.mse_loss(output[0], targets) + output[1].square().mean(), units="activation"
+        )(torch.randn(4, 6), torch.randn(4, 8))

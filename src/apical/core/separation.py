@@ -272,7 +272,7 @@ class _Search:
         fresh: set[Vertex] = set()  # whether they are enough is seen in the next round
         done = False
         for site in sites:
-            chain = self.graph.chain(site, self.output, self.weighted)
+            chain = self.graph.chain(site, [at for at in self.output if at != site] or self.output, self.weighted)
             end = next((i for i, at in enumerate(chain) if at in self.marks), len(chain))
             if end < len(chain) and (chain[end] in fresh or self._clear(chain[end], site)):
                 done = True
