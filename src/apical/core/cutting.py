@@ -431,7 +431,7 @@ class Trace(Pass):
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
-        refuse_derivatives(function, args, {at[0]: name for name, at in self.sites if at is not None})
+        refuse_derivatives(function, args, {at[0]: name for name, at in self.sites if at is not None}, True)
         if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
         name = self.called(function)

@@ -309,9 +309,11 @@ class _Search:
     def refusal(self, site: Vertex, mends: bool) -> UnsupportedModelError:
         """What is wrong, where, and what to do; `mends` if all was tried that units='auto' does."""
         if site in self.still:
+            still = [at for at in self.sites if at in self.still and not self.is_spared(at) and at in self.weighted]
+            names = tuple(dict.fromkeys(self.sites[at] for at in (site, *still)))
             return UnsupportedModelError(
                 f"{self.sites[site]!r} works on parameters, not on the batch, so no signal can be told to samples there; "
-                f"pass exact=({self.sites[site]!r},)"
+                f"pass exact={names!r}"
             )
         cuts = sorted({base(call.name) for call in self.marks.values()})
         round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"
