@@ -750,6 +750,26 @@ def test_one_graph_from_the_first_batch_says_to_call_the_rule_before(make: Any) 
     assert learning(rule.model)
 
 
+class Mapped(nn.Module):
+    """An activation within `torch.vmap`, with or without its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        return self.last(torch.vmap(lambda h: torch.tanh(self.middle(h)))(hidden))  # type: ignore[no-any-return]
+
+
+def test_a_unit_that_ends_inside_a_transform_is_refused_by_name() -> None:
+    batch = torch.randn(6, 6), torch.arange(6) % 3
+    with pytest.raises(UnsupportedModelError, match="'middle' inside a transform of torch.func"):
+        DFA(Mapped())(*batch)
+    with pytest.raises(UnsupportedModelError, match="the unit at 'F.tanh#1' ends inside a transform of torch.func"):
+        DFA(Mapped(), exact=("middle",))(*batch)
+
+
 class Unread(nn.Module):
     """A branch on which no output depends, as the last feed-forward of JumboViT, leaves its unit before the cut."""
 
