@@ -197,6 +197,8 @@ def on_path(calls: Sequence[Call], output: Any) -> list[Call]:
 
 def are_fake() -> bool:
     """Whether tensors hold no numbers, as PyTorch's `FakeTensorMode` is active."""
+    if torch.compiler.is_compiling():  # whose own tensors are such
+        return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
