@@ -13,6 +13,7 @@ from apical.bench.signals import Interrupted, StopSignals
 from apical.core.credit import Batch, CreditRule, Measures, depth_accuracies
 from apical.errors import ConfigError, DivergenceError
 from apical.rules.backprop import Backprop
+from apical.rules.feedback_alignment import FeedbackAlignment
 from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 Begin = Callable[..., Training]
@@ -84,6 +85,43 @@ def test_a_rules_own_measures_are_in_every_line(begin: Begin, small: Recipe, tmp
         measuring(begin, small, tmp_path / "clash", name="test_loss")
     with pytest.raises(ConfigError, match="'gradient_alignment' is a number of every run"):
         measuring(begin, small, tmp_path / "layer", layer_name="gradient_alignment")
+
+
+class Writing(FeedbackAlignment):
+    """Leaves weights, buffers, gradients, modes and random numbers other than they were."""
+
+    def __init__(self, model: torch.nn.Module, writes: bool) -> None:
+        super().__init__(model)
+        self.writes, self.noise = writes, torch.Generator().manual_seed(1)
+
+    def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
+        if self.writes:
+            self.eval()
+            torch.manual_seed(torch.randint(9, (), generator=self.noise))
+            with torch.no_grad():
+                for tensor in (*self.parameters(), *self.buffers()):
+                    tensor.zero_()
+                for parameter in self.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+        return Measures({"mine": 1.0})
+
+
+def test_what_a_rules_own_measures_write_is_undone(begin: Begin, small: Recipe, tmp_path: Path) -> None:
+    ends = []
+    for writes in (False, True):
+        training = begin(
+            replace(small, rule="fa"), tmp_path / str(writes), make_rule=lambda _, model, __, w=writes: Writing(model, w)
+        )
+        training.train_epoch()
+        rule = training.rule
+        ends.append(
+            ({name: value.clone() for name, value in rule.state_dict().items()}, rule.training, rule.noise.get_state())
+        )
+    (bare, mode, noise), (measured, its, other) = ends
+    assert bare.keys() == measured.keys()
+    assert all(torch.equal(value, measured[name]) for name, value in bare.items())
+    assert mode is its
+    assert torch.equal(noise, other)
 
 
 def test_accuracy_is_that_of_the_model_on_the_test_images(begin: Begin, small: Recipe, tmp_path: Path) -> None:

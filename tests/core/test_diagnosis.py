@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "rules"))
 
@@ -132,6 +133,16 @@ def test_a_loss_of_the_users_is_not_compiled_unseen(name: str) -> None:
     rule = make(name, lambda output, targets: F.cross_entropy(output, targets, label_smoothing=0.1))
     with pytest.raises(Exception, match=r"before torch\.compile, so that it sees"):
         torch.compile(rule, backend="eager", fullgraph=True)(*batch())
+
+
+@pytest.mark.parametrize("name", ["dfa", "tdca", "pc", "dfc"])
+def test_tensors_without_numbers_are_named(name: str) -> None:
+    def call() -> Any:
+        rule = RULES[name](nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), F.cross_entropy)
+        return rule(torch.rand(8, 6), torch.arange(8) % 4)
+
+    with FakeTensorMode(), pytest.raises(ApicalError, match=r"FakeTensorMode hold no numbers.*outside of it$"):
+        call()
 
 
 class Smoothed(nn.CrossEntropyLoss):

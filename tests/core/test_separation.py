@@ -733,3 +733,140 @@ def test_what_the_models_own_index_looks_up_is_not_made_of_the_batch(kind: Any) 
     rule = kind(Biased().double(), exact=("bias",))
     check_model(rule, inputs, targets, skip=("compiled",))
     assert "F.sigmoid" not in rule.hidden_units(inputs)
+
+
+@pytest.mark.parametrize("make", [DFA, TDCA])
+def test_one_graph_from_the_first_batch_says_to_call_the_rule_before(make: Any) -> None:
+    torch._dynamo.reset()
+    rule = make(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    compiled = torch.compile(rule, backend="eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="call the rule on one before it is compiled with fullgraph=True"
+    ):
+        compiled(*batch)
+    rule(*batch)
+    compiled(*batch).backward()
+    assert learning(rule.model)
+
+
+class Mapped(nn.Module):
+    """An activation within `torch.vmap`, with or without its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        return self.last(torch.vmap(lambda h: torch.tanh(self.middle(h)))(hidden))  # type: ignore[no-any-return]
+
+
+def test_a_unit_that_ends_inside_a_transform_is_refused_by_name() -> None:
+    batch = torch.randn(6, 6), torch.arange(6) % 3
+    with pytest.raises(UnsupportedModelError, match=r"'middle' inside a transform of torch\.func"):
+        DFA(Mapped())(*batch)
+    with pytest.raises(UnsupportedModelError, match=r"'F\.tanh#1' ends inside a transform of torch\.func"):
+        DFA(Mapped(), exact=("middle",))(*batch)
+
+
+class Unread(nn.Module):
+    """A branch on which no output depends, as the last feed-forward of JumboViT, leaves its unit before the cut."""
+
+    def __init__(self, has_branch: bool) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.unread = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.has_branch = has_branch
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.middle(torch.tanh(self.first(inputs)))
+        if self.has_branch:
+            self.unread(hidden)
+        return self.last(torch.tanh(hidden))  # type: ignore[no-any-return]
+
+
+def test_a_branch_that_no_output_reads_changes_nothing() -> None:
+    found = []
+    for has_branch in (False, True):
+        torch.manual_seed(0)
+        model = Unread(has_branch)
+        rule = DFA(model)
+        inputs, targets = torch.randn(4, 6), torch.arange(4) % 3
+        rule(inputs, targets)
+        for number, matrix in enumerate([*rule.feedback.buffers()][:2]):
+            matrix.data.copy_(torch.sin(torch.arange(1.0, 1 + matrix.numel()) + number).view_as(matrix))
+        rule(inputs, targets).backward()
+        found.append(gradients(model))
+    unread = {name for name in found[1] if name.startswith("unread.") and bool(found[1][name].any())}
+    assert not unread
+    assert all(found[0][f"{name}.weight"].any() for name in ("first", "middle"))
+    assert distance(found[0], {name: found[1][name] for name in found[0]}) < 1e-12
+
+
+class Autoencoder(nn.Module):
+    """A variational autoencoder, whose mean and variance are outputs that the decoder reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.mean, self.spread = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.decoder, self.output = nn.Linear(3, 8), nn.Linear(8, 6)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.tanh(self.encoder(inputs))
+        mean, spread = self.mean(hidden), self.spread(hidden)
+        code = mean + torch.randn_like(mean) * torch.exp(spread / 2)
+        return self.output(torch.tanh(self.decoder(code))), mean, spread
+
+
+def divergence(mean: Tensor, spread: Tensor) -> Tensor:
+    return (mean.square() + spread.exp() - 1 - spread).sum(1).mean() / 2
+
+
+def evidence(output: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
+    return F.mse_loss(output[0], targets) + divergence(*output[1:])
+
+
+def test_what_is_an_output_and_read_inside_has_its_own_error_and_the_units_signal() -> None:
+    """The mean's bias hears d KL / d mean + s, the spread's d KL / d spread + s * noise * exp(spread / 2) / 2."""
+    inputs = torch.randn(1, 6)
+    model = Autoencoder()
+    torch.manual_seed(5)
+    rule = DFA(model, evidence)
+    torch.manual_seed(5)
+    _, mean, spread = model(inputs)
+    torch.manual_seed(5)
+    noise = torch.randn_like(mean)
+    exact = torch.autograd.grad(divergence(mean, spread), (model.mean.bias, model.spread.bias))
+    torch.manual_seed(5)
+    rule(inputs, inputs).backward()
+    assert rule.hidden_units(inputs) == ["F.tanh", "F.add", "F.tanh#1"]
+    signal = model.mean.bias.grad - exact[0]
+    expected = signal * noise[0] * torch.exp(spread[0].detach() / 2) / 2
+    assert signal.abs().min() > 1e-6
+    torch.testing.assert_close(model.spread.bias.grad - exact[1], expected, rtol=1e-10, atol=1e-12)
+    model.zero_grad()
+    silence(rule)
+    torch.manual_seed(5)
+    rule(inputs, inputs).backward()
+    torch.testing.assert_close((model.mean.bias.grad, model.spread.bias.grad), exact, rtol=1e-10, atol=1e-12)
+    assert {name.partition(".")[0] for name in learning(model)} == {"mean", "spread", "output"}
+
+
+class Around(nn.Module):
+    """The first layer's output is an output of the model, and an error comes down to it beside the unit's cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(inputs)
+        return self.last(torch.tanh(hidden)) + hidden, hidden
+
+
+def test_an_output_that_others_are_added_to_is_no_way_round_the_cuts() -> None:
+    with pytest.raises(UnsupportedModelError, match="the error would reach 'first' round the cuts"):
+        DFA(
+            Around(), lambda output, targets: F.mse_loss(output[0], targets) + output[1].square().mean(), units="activation"
+        )(torch.randn(4, 6), torch.randn(4, 8))

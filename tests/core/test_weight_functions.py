@@ -436,6 +436,45 @@ def test_error_beside_the_weight_is_refused_by_name(kind: Any, rule: Any) -> Non
     assert exact(inputs, inputs).loss.isfinite()
 
 
+class Latest(nn.Linear):
+    """Needs an axis of time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, -1])
+
+
+class OverTime(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 0.1))
+
+
+class ChannelsLast(nn.Conv1d):
+    """A causal convolution over (batch, time, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+class Moment(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, -1]
+
+
+class Normal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 0.1)
+
+
+class Past(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x.transpose(1, 2), (2, 0))
+
+
+class Turn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
 WITHIN: dict[Any, tuple[Callable[[], nn.Module] | None, Callable[[], nn.Module] | None]] = {
     Rectified: (None, nn.ReLU),
     Softly: (None, nn.Tanh),
@@ -446,6 +485,9 @@ WITHIN: dict[Any, tuple[Callable[[], nn.Module] | None, Callable[[], nn.Module] 
     Pair: (None, Flip),
     SameConv: (lambda: nn.ZeroPad2d(1), None),
     Standardised: (Standardise, None),
+    Latest: (Moment, None),
+    OverTime: (Normal, None),
+    ChannelsLast: (Past, Turn),
 }
 """What stands before the product with the weight, and behind it."""
 
@@ -457,6 +499,12 @@ def within(kind: Any) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
     if issubclass(kind, nn.Conv2d):
         below, layer, inputs = nn.Conv2d(2, 4, 3), kind(4, 4, 3), torch.randn(4, 2, 8, 8)
         plain: nn.Module = nn.Conv2d(4, 4, 3)
+    elif issubclass(kind, nn.Conv1d):
+        below, layer, inputs = nn.Linear(5, 6), kind(6, 4, 3), torch.randn(6, 7, 5)
+        plain = nn.Conv1d(6, 4, 3)
+    elif kind in (Latest, OverTime):
+        below, layer, inputs = nn.Linear(5, 6), kind(6, 4), torch.randn(6, 7, 5)
+        plain = nn.Linear(6, 4)
     else:
         below, layer, inputs = nn.Linear(5, 6), kind(6, 4), torch.randn(6, 5)
         plain = nn.Linear(6, 4)
@@ -471,7 +519,7 @@ def within(kind: Any) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
 @pytest.mark.parametrize(
     ("rule", "mode"),
     [
-        *((rule, "eager") for rule in ("fa", "usf", "kp", "kp explicit", "pfa", "pfa-o explicit")),
+        *((rule, "eager") for rule in ("fa", "usf", "kp", "kp explicit", "kp-mirror", "pfa", "pfa-o explicit", "wm")),
         *((rule, "autocast") for rule in ("fa", "kp")),
         ("fa", "compiled"),
     ],

@@ -119,6 +119,45 @@ def test_sites_in_lists_and_dictionaries_are_layers(kind: str) -> None:
         check_model(make(Listed(kind), sites=names), x, targets, skip=("compiled",))
 
 
+class Turned(nn.Module):
+    """Multiplies by a matrix that it keeps as (n_in, n_out), or as (n_out, n_in)."""
+
+    def __init__(self, kind: str, n_out: int, turns: bool) -> None:
+        super().__init__()
+        self.kind, self.turns = kind, turns
+        self.weight = nn.Parameter(torch.randn(6, n_out) if turns else torch.randn(n_out, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight if self.turns else self.weight.T
+        if self.kind == "einsum":
+            return torch.einsum("...i,io->...o", x, w)
+        if self.kind == "left":
+            return (w.T @ x.transpose(-1, -2)).transpose(-1, -2)
+        return torch.addmm(torch.zeros(w.shape[1]), x, w) if self.kind == "addmm" else x @ w
+
+
+@pytest.mark.parametrize("n_out", [4, 6])
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("kind", ["matmul", "einsum", "left", "addmm"])
+def test_a_site_that_is_kept_as_n_in_by_n_out_is_refused(kind: str, axes: int, n_out: int) -> None:
+    inputs = torch.randn(8, 5) if axes == 2 or kind == "addmm" else torch.randn(8, 3, 5)
+    targets = torch.arange(8) % 3
+
+    def net(turns: bool) -> nn.Sequential:
+        layers = (nn.Linear(5, 6), nn.Tanh(), Turned(kind, n_out, turns), nn.Tanh(), nn.Flatten())
+        return nn.Sequential(*layers, nn.Linear(n_out * (inputs.numel() // 40), 3))
+
+    rule = apical.ProductFeedbackAlignment(net(True), sites=("2.weight",))
+    with pytest.raises(UnsupportedModelError, match=r"'2.weight', which Turned applies as a matrix \(n_in, n_out\)"):
+        rule(inputs, targets)
+    for remedied in (
+        apical.ProductFeedbackAlignment(net(False), sites=("2.weight",)),
+        apical.ProductFeedbackAlignment(net(True), exact=("2.weight",)),
+    ):
+        remedied(inputs, targets).backward()
+        assert remedied.model[2].weight.grad.any()
+
+
 def test_lists_that_are_not_named_are_orphans_and_sites_are_advised_where_they_are_an_option() -> None:
     names = r"parameters 'held.0', 'held.1' are orphans.*exact=\('held.0', 'held.1'\)"
     with pytest.raises(UnsupportedModelError, match=rf"{names}.*sites=\('held.0', 'held.1'\)"):

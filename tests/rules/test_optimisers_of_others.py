@@ -5,14 +5,17 @@ The explicit form of Kolen-Pollack, in which B is a parameter like any other, is
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import apical
+from apical.errors import ConfigError
 
 
 class Other(torch.optim.Optimizer):
@@ -105,9 +108,130 @@ class Sign(Other):
         w.mul_(1 - 0.1 * group["lr"]).sub_(g.sign(), alpha=0.02 * group["lr"])
 
 
+def count(state: dict[str, Any]) -> int:
+    state["step"] = state.get("step", 0) + 1
+    return int(state["step"])
+
+
+class Drawn(Other):
+    """Power iteration from a drawn vector (DASH, Shampoo with Newton's method): noise that is small for small matrices."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        size = g.reshape(len(g), -1).mm(torch.randn(g[0].numel(), 1, dtype=g.dtype)).norm() if w.numel() > 30 else 1.0
+        w.sub_(g / (1 + size), alpha=group["lr"])
+
+
+class Python(Other):
+    """A step that Python's own random numbers scale."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.sub_(g, alpha=group["lr"] * random.random())
+
+
+class Numpy(Other):
+    """A decay that NumPy's random numbers scale."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.mul_(1 - group["lr"] * np.random.rand()).sub_(g, alpha=group["lr"])
+
+
+class Distance(Other):
+    """Prodigy, D-Adaptation: one rate from a distance of all weights, which counts once it has grown."""
+
+    distance = 0.0
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.sub_(g, alpha=group["lr"] * (1.0 if count(state) < 9 else self.distance))
+        self.distance += float(g.norm())
+
+
+class WarmedUp(Other):
+    """A direction that looks at the weight after a warm-up (LARS, LAMB)."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.sub_(g * (w.norm() / (g.norm() + 1e-8) if count(state) > 9 else 1.0), alpha=group["lr"])
+
+
+class Masked(Other):
+    """Decay of small weights where the step goes the same way: no trial begins with any."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.sub_(w * ((w * g > 0) & (w.abs() < 0.3)), alpha=group["lr"]).sub_(g, alpha=group["lr"])
+
+
+class Projects(Other):
+    """Weights go back onto a ball now and then."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.sub_(g, alpha=group["lr"])
+        if count(state) % 10 == 0:
+            w.div_(w.norm().clamp(min=1.0))
+
+
+class Perturbs(Other):
+    """Shrink and perturb (Ash & Adams, arXiv 1910.08475), at some steps only."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.sub_(g, alpha=group["lr"])
+        if count(state) % 10 == 0:
+            w.mul_(0.5).add_(torch.randn(w.shape, dtype=w.dtype), alpha=0.01)
+
+
+class Shrinks(Other):
+    """Shrinks at some steps, and forgets its momentum there: a factor describes that."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        m = state.setdefault("m", torch.zeros_like(w)).mul_(0.9).add_(g)
+        w.sub_(m, alpha=group["lr"])
+        if count(state) % 7 == 0:
+            w.mul_(0.5)
+            m.zero_()
+
+
+class Large(Other):
+    """Decay for large matrices only."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.mul_(1 - group["lr"] * (w.numel() > 30)).sub_(g, alpha=group["lr"])
+
+
+class Placed(Other):
+    """A rate by the place of a weight among the others, and decay from the fifth on."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for place, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * (place > 4)).sub_(p.grad, alpha=group["lr"])
+
+
+class Attribute(Other):
+    """Options in attributes, which a loop changes as training goes on."""
+
+    decay = 0.0
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.mul_(1 - group["lr"] * self.decay).sub_(g, alpha=group["lr"])
+
+
+class Lists(Other):
+    """Steps by lists of tensors, as `foreach=True` makes them: a factor describes them."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in weights]
+            norms = torch._foreach_add(torch._foreach_norm(gradients), 1e-8)
+            torch._foreach_mul_(weights, 1 - 0.1 * group["lr"])
+            torch._foreach_sub_(weights, torch._foreach_div(gradients, norms), alpha=group["lr"])
+
+
 OPTIMISERS: dict[Callable[..., Any], bool] = {
-    **dict.fromkeys((Projected, Anchored, Shaped, Joint), False),
-    **dict.fromkeys((Cached, Sign), True),
+    **dict.fromkeys((Projected, Anchored, Shaped, Joint, Drawn, Python, Numpy, Distance, WarmedUp, Masked), False),
+    **dict.fromkeys((Projects, Perturbs, Large, Placed), False),
+    **dict.fromkeys((Cached, Sign, Shrinks, Attribute, Lists), True),
 }
 """Whether one number says by how much a step shrinks a weight."""
 
@@ -122,8 +246,12 @@ def test_the_default_form_is_the_explicit_one(optimiser: Any) -> None:
         rule = apical.KolenPollack(copy.deepcopy(model), form=form)
         optimizer = optimiser(rule.parameters())
         generator = torch.Generator().manual_seed(2)
-        for _ in range(25):
+        random.seed(3)
+        np.random.seed(4)
+        for step in range(25):
             inputs = torch.randn(8, 6, dtype=torch.double, generator=generator)
+            if optimiser is Attribute:
+                optimizer.decay = step / 10
             optimizer.zero_grad()
             rule(inputs, torch.arange(8) % 3).backward()
             optimizer.step()
@@ -133,5 +261,62 @@ def test_the_default_form_is_the_explicit_one(optimiser: Any) -> None:
         torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
     for name, expected in explicit.feedback_weights().items():
         torch.testing.assert_close(rule.feedback_weights()[name], expected, rtol=1e-10, atol=1e-12)
-    assert all((rule.mismatch_of(name) is not None) == OPTIMISERS[optimiser] for name in rule.layers)
-    assert ("not a decay plus a function of gradients alone" in " ".join(rule.remarks)) != OPTIMISERS[optimiser]
+    assert all(rule.mismatch_of(name) is not None for name in rule.layers) == OPTIMISERS[optimiser]
+    assert (
+        "not known to be a decay plus a function of each weight's own gradients" in " ".join(rule.remarks)
+    ) != OPTIMISERS[optimiser]
+
+
+class Skips(nn.Module):
+    """A layer that some batches pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.skips = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        if not self.skips:
+            hidden = torch.tanh(self.middle(hidden))
+        return self.last(hidden)  # type: ignore[no-any-return]
+
+
+class Ages(Other):
+    """A decay that grows with the steps that a weight has taken."""
+
+    def move(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        w.mul_(1 - group["lr"] * count(state) / 5).sub_(g, alpha=group["lr"])
+
+
+def test_weights_that_rest_at_some_steps_have_a_time_of_their_own() -> None:
+    trained = []
+    for form in ("auto", "explicit"):
+        torch.manual_seed(0)
+        model = Skips().double()
+        rule = apical.KolenPollack(model, form=form)
+        optimizer = Ages(rule.parameters())
+        for step in range(20):
+            model.skips = step % 2 == 1
+            optimizer.zero_grad()
+            rule(torch.randn(8, 6, dtype=torch.double), torch.arange(8) % 3).backward()
+            optimizer.step()
+        trained.append(rule)
+    for name, expected in trained[1].feedback_weights().items():
+        torch.testing.assert_close(trained[0].feedback_weights()[name], expected, rtol=1e-10, atol=1e-12)
+    assert all(trained[0].mismatch_of(name) is not None for name in trained[0].layers)
+
+
+def test_a_gradient_that_is_taken_away_before_the_step_is_refused() -> None:
+    """The weight rests then, and the explicit form's feedback does not."""
+    rule = apical.KolenPollack(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    optimizer = torch.optim.AdamW(rule.parameters(), weight_decay=0.5)
+    for step in range(2):
+        optimizer.zero_grad()
+        rule(torch.randn(8, 6), torch.arange(8) % 3).backward()
+        if step:
+            rule.model[2].weight.grad = None
+            with pytest.raises(ConfigError, match="was changed between backward pass and step"):
+                optimizer.step()
+        else:
+            optimizer.step()

@@ -17,6 +17,7 @@ from apical.core.credit import Attention
 from apical.core.effective import unchanged
 from apical.core.layer_forward import Wrapped
 from apical.core.layers import is_packed
+from apical.core.orientation import is_turned
 from apical.core.packed import Part
 from apical.core.packed_swap import PackedSwap
 from apical.errors import UnsupportedModelError
@@ -174,6 +175,11 @@ class Bundle:
             number = len({id(value) for value in _inputs(self.module, args, kwargs)})
             wrong = any(error is not None and bool(error.any()) for error in without[:number])
             wrong = wrong or not all(_same(a, b) for a, b in zip(exact, same, strict=True))
+        for name in () if known else self._tried(args, kwargs, None)[1]:
+            raise UnsupportedModelError(
+                f"sites names {name!r}, which {type(self.module).__name__} applies as a matrix (n_in, n_out): keep its "
+                f"transpose there, (n_out, n_in), and apply that, F.linear(x, weight); or pass exact=({name!r},) instead"
+            )
         if missing or wrong:
             where = f" {missing[0]!r}" if missing else ""
             raise UnsupportedModelError(
@@ -186,7 +192,10 @@ class Bundle:
     def _tried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], feedback: Callable[[str], Callable[[], Tensor]] | None
     ) -> tuple[list[Tensor | None], set[str], set[str]]:
-        """Gradients in a call of its own, of inputs and parameters; the parts that took part, and those that were met."""
+        """Gradients in a call of its own, of inputs and parameters; the parts that took part, and those that were met.
+
+        Of a user's module: no gradients, and without feedback the parts that it applies as (n_in, n_out).
+        """
         copies: dict[int, Tensor] = {}
 
         def copied(value: Any) -> Any:
@@ -209,6 +218,8 @@ class Bundle:
             own = {name: part._parameters["weight"] for name, part in self.parts.items()}
             others = [p for p in self.module.parameters() if p.requires_grad and all(p is not q for q in own.values())]
             targets = [*copies.values(), *(q for q in own.values() if q.requires_grad), *others]
+            if not is_packed(self.module) and feedback is None:
+                return [], {name for name, q in own.items() if is_turned(q, outputs)}, set()
             if not is_packed(self.module):
                 used = {id(leaf) for x in outputs for leaf in graph.leaves(x.grad_fn)}
                 return [], {name for name, q in own.items() if id(q) in used or not q.is_leaf}, swap.met

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from apical.core.layers import LINEAR
 from apical.errors import UnsupportedModelError
 
+FAKE = "tensors under FakeTensorMode hold no numbers, which this rule looks at; make and call the rule outside of it"
+
 
 class Mean(nn.Module):
     """Mean over dimensions other than that of the samples, as `x.mean((2, 3))` takes it.
@@ -191,3 +193,19 @@ def on_path(calls: Sequence[Call], output: Any) -> list[Call]:
             kept.append(call)
             at = call.given
     return kept[::-1]
+
+
+def are_fake() -> bool:
+    """Whether tensors hold no numbers, as PyTorch's `FakeTensorMode` is active."""
+    if torch.compiler.is_compiling():  # whose own tensors are such
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def not_run(example: Tensor, error: Exception) -> UnsupportedModelError:
+    """What to say of a model whose forward pass on one tensor, an example of the right shape, has failed."""
+    if are_fake():
+        return UnsupportedModelError(f"the model cannot be run here: {FAKE}")
+    return UnsupportedModelError(
+        f"the model cannot be run on a sample of shape {tuple(example.shape[1:])}: {type(error).__name__}: {error}"
+    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, looked_at, original, require_affine, require_unhooked
-from apical.core.called import Call, Functions, on_path
+from apical.core.called import Call, Functions, not_run, on_path
 from apical.core.containers import Containers, is_written
 from apical.core.layers import (
     Layer,
@@ -394,8 +394,7 @@ def _traced(
     except ApicalError:
         raise
     except Exception as error:  # whatever a forward of the user's does with a tensor it was not made for
-        shape, kind = tuple(example.shape[1:]), type(error).__name__
-        raise UnsupportedModelError(f"the model cannot be run on a sample of shape {shape}: {kind}: {error}") from error
+        raise not_run(example, error) from error
     finally:
         for hook in hooks:
             hook.remove()

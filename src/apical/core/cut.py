@@ -37,6 +37,12 @@ ATTEMPTS = 8
 """Passes that may be tried until one takes a path whose cuts are known to be right."""
 
 
+UNSEEN = (
+    "the rule looks at a batch of each kind in eager mode first: call the rule on one before it is compiled with "
+    "fullgraph=True, or leave out fullgraph=True"
+)
+
+
 def eagerly(method: Method) -> Method:
     """Keep a method out of compiled graphs: what it does happens once, at the first batch.
 
@@ -48,6 +54,7 @@ def eagerly(method: Method) -> Method:
         return (torch.compiler.disable(method) if "torch._dynamo" in sys.modules else method)(*arguments)
 
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+    outside._torchdynamo_disable_msg = UNSEEN  # type: ignore[attr-defined]
     return cast(Method, outside)
 
 
@@ -331,7 +338,7 @@ class CutRule(CreditRule):
             )
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):
-            if verify(self._cutting, done, tensors(output), self._patterns):
+            if verify(self._cutting, done, tensors(output), self._patterns, self._idle):
                 self._right.add((self.model.training, *done.events))
                 self._last |= {id(leaf) for part in tensors(output) for leaf in leaves(part.grad_fn)}
                 return output, done

@@ -333,6 +333,11 @@ class Pass:
             )
         if hidden.is_nested:
             raise UnsupportedModelError(f"the unit at {name!r} makes a nested tensor, which no rule with cuts takes; pad it")
+        if not self.plain and torch._C._are_functorch_transforms_active():
+            raise UnsupportedModelError(
+                f"the unit at {name!r} ends inside a transform of torch.func (vmap, grad), where no signal can be told to "
+                "samples; call the transform's function on the batch itself"
+            )
         root = hidden
         if in_place and hidden.requires_grad and hidden._base is not None:
             self.on_view, in_place = self.on_view or name, False
@@ -431,7 +436,7 @@ class Trace(Pass):
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
-        refuse_derivatives(function, args, {at[0]: name for name, at in self.sites if at is not None})
+        refuse_derivatives(function, args, {at[0]: name for name, at in self.sites if at is not None}, True)
         if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
         name = self.called(function)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
+from apical.core.called import FAKE, are_fake
 from apical.core.credit import Credit, CreditRule
 from apical.core.losses import independent
 from apical.core.rest import undisturbed
@@ -29,6 +30,8 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     """More about an error of a rule's on a batch; None where it says all, or model and loss do as they should."""
     if isinstance(error, torch.OutOfMemoryError):
         return None
+    if are_fake() and not isinstance(error, ApicalError):
+        return ConfigError(FAKE)
     if isinstance(error, DivergenceError) and not _is_finite(inputs):
         return type(error)(why_not_finite((inputs, targets)))
     name = compiled_function(cast(nn.Module, rule.model))

@@ -434,8 +434,8 @@ class EdgeRule(CreditRule):
         run = through(site.layer) if alone else None
         if not (run or site.within) or (not self._one_matrix and self.pathway(site.name, inputs) is not None):
             raise UnsupportedModelError(
-                f"layer {site.name!r} ({type(site.layer).__name__}) is no affine map, and its error can go through one "
-                "feedback weight alone, in the forward of its type; use the layer as it is, or a rule with one"
+                f"layer {site.name!r} ({type(site.layer).__name__}) is no affine map, which takes the forward of its type "
+                f"and a weight of its own; put the rest into a module of its own, or pass exact=({site.name!r},)"
             )
         return site.within(call, inputs) if site.within else cast(Any, run)(site.layer, inputs, self._kept(site.name)())
 

@@ -193,6 +193,7 @@ class Reached:
 
     Attributes:
         direct: for each vertex, the roots whose errors arrive there, as bits: bit 0 is the output, bit i mark i.
+        passed: for each output of the model, those that arrive through what is computed from it.
         merged: for each vertex, a weighted site that an error passes on its way there, or None.
         above: for each mark's bit, the bits of all units above it.
     """
@@ -205,9 +206,11 @@ class Reached:
         self.direct: dict[Vertex, int] = dict.fromkeys(graph.order, 0)
         self.merged: dict[Vertex, Vertex | None] = dict.fromkeys(graph.order)
         self.above: list[int] = [0] * len(self.number)
-        for at in output:
-            self.direct[at] |= 1
+        self.passed: dict[Vertex, int] = {}
         for at in graph.order:
+            if at in output:
+                self.passed[at] = self.direct[at]
+                self.direct[at] |= 1
             bits, passed = self.direct[at], self.merged[at]
             if at in marks:
                 own = self.number[at]
@@ -227,8 +230,12 @@ class Reached:
         return Reach(frozenset(self.marks[i] for i in _bits(self.direct[site])), self.merged[site])
 
     def leaks(self, site: Vertex) -> bool:
-        """Whether an error arrives round a cut: from two units, one of which is above the other."""
-        bits = self.direct[site]
+        """Whether an error arrives round a cut: from two units, one of which is above the other.
+
+        What is itself an output of the model, and read inside too (the mean of a variational autoencoder), may have both
+        errors: the loss's own at this output has passed nothing.
+        """
+        bits = self.passed.get(site, self.direct[site])
         return any(self.above[i] & bits for i in _bits(bits)) if bits & (bits - 1) else False
 
 

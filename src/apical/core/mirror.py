@@ -42,14 +42,14 @@ def mirrored(weight: Tensor, per_input: int, generator: torch.Generator | None =
 
 
 def require_affine(rule: "EdgeRule", name: str) -> None:
-    """Refuse a layer that does more to noise than an affine map.
+    """Refuse a layer that does more to noise than an affine map, unless that map is one product inside, which is driven.
 
     Raises:
         UnsupportedModelError: names the layer.
     """
     layer = rule.layers[name]
     site = rule._sites[name][1] if name in rule._sites else None
-    if site is not None and (site.within or not (rule.is_plain(name) or site.probed)):
+    if site is not None and not (rule.is_plain(name) or site.probed):
         raise UnsupportedModelError(
             f"layer {name!r} ({type(layer).__name__}) does not map noise alone by an affine map, as the weight "
             f"mirror needs; put what else it does into a module of its own, or pass exact=({name!r},)"

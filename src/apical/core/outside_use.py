@@ -123,12 +123,13 @@ def refuse(fault: str) -> None:
 refuse._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
 
 
-def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node, str]) -> None:
+def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node, str], has_cuts: bool = False) -> None:
     """Refuse a model that differentiates through its own layers on its way forward: a rule sends down something else there.
 
     Args:
         function: what the model calls, with which positional arguments.
         calls: layers, by the node of autograd's graph that made their output.
+        has_cuts: units' outputs have no past there, so that nothing is derived with respect to them.
 
     Raises:
         UnsupportedModelError: names the layer.
@@ -136,18 +137,20 @@ def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node
     if getattr(function, "__name__", "") not in DERIVATIVES:
         return
     waiting = [tensor.grad_fn for tensor in _tensors(args[:1]) if tensor.grad_fn is not None]
-    seen = set[Node]()
+    ends = _tensors(args[1:2]) if function.__name__ == "grad" and not has_cuts else ()  # what it derives with respect to
+    seen = {tensor.grad_fn for tensor in ends}
     while waiting:
         node = waiting.pop()
+        if node in seen:
+            continue
         if node in calls:
             raise UnsupportedModelError(
                 f"the model takes a derivative through layer {calls[node]!r} in its own forward pass "
-                f"({function.__name__}), and what a rule sends down there is none; use Backprop, or pass "
-                f"exact=({calls[node]!r},)"
+                f"({function.__name__}), and what a rule sends down there is none; use Backprop, or "
+                f"{'FeedbackAlignment with' if has_cuts else 'pass'} exact=({calls[node]!r},)"
             )
-        if node not in seen:
-            seen.add(node)
-            waiting += [below for below, _ in node.next_functions if below is not None]
+        seen.add(node)
+        waiting += [below for below, _ in node.next_functions if below is not None]
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ each of them a unit ends at the last tensor that all paths from it pass before t
 output, the result of a formula, at worst the layer's own output. An activation within such a unit ends none.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -99,11 +99,14 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
             raise search.refusal(next(at for at in astray if not search.is_spared(at)), mends)
 
 
-def verify(cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern]) -> bool:
-    """Whether errors reach every site of a pass with cuts in a way that was found to be right."""
+def verify(
+    cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern], idle: Collection[str] = ()
+) -> bool:
+    """Whether errors reach every site of a pass with cuts in a way that was found to be right; `idle` cuts have none."""
     if not cutting.beside.issuperset(_beside(cutting, [event.removeprefix("~") for event in done.events])):
         return False
-    roots = {at: cut.name for cut in done.cuts if (at := vertex(cut.root)) is not None}
+    cuts = [cut for cut in done.cuts if cut.name not in idle]
+    roots = {at: cut.name for cut in cuts if (at := vertex(cut.root)) is not None}
     output = [at for at in map(vertex, outputs) if at is not None]
     graph = Graph([*output, *roots])
     weighted, others = sites_of(cutting, graph, done)
@@ -269,7 +272,7 @@ class _Search:
         fresh: set[Vertex] = set()  # whether they are enough is seen in the next round
         done = False
         for site in sites:
-            chain = self.graph.chain(site, self.output, self.weighted)
+            chain = self.graph.chain(site, [at for at in self.output if at != site] or self.output, self.weighted)
             end = next((i for i, at in enumerate(chain) if at in self.marks), len(chain))
             if end < len(chain) and (chain[end] in fresh or self._clear(chain[end], site)):
                 done = True
@@ -306,9 +309,11 @@ class _Search:
     def refusal(self, site: Vertex, mends: bool) -> UnsupportedModelError:
         """What is wrong, where, and what to do; `mends` if all was tried that units='auto' does."""
         if site in self.still:
+            still = [at for at in self.sites if at in self.still and not self.is_spared(at) and at in self.weighted]
+            names = tuple(dict.fromkeys(self.sites[at] for at in (site, *still)))
             return UnsupportedModelError(
                 f"{self.sites[site]!r} works on parameters, not on the batch, so no signal can be told to samples there; "
-                f"pass exact=({self.sites[site]!r},)"
+                f"pass exact={names!r}"
             )
         cuts = sorted({base(call.name) for call in self.marks.values()})
         round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"

@@ -83,9 +83,9 @@ class Site:
         if not self.plain and self.swap is not None:
             self.probed, self.varies = probe(self.name, self.layer, self.forward)
             if not self.probed and is_affine(self.layer):
-                from apical.core.within import Within, weight_stands_alone  # few models have such layers
+                from apical.core.within import Within, works_around  # few models have such layers
 
-                if weight_stands_alone(self.layer, self.forward):
+                if works_around(self.layer, self.forward):
                     self.plain, self.within = True, Within(self.name, self.layer, self.forward, self.swap.feedback)
 
     def follow(self, substitutes: Collection[str]) -> None:

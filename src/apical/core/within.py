@@ -79,6 +79,18 @@ class Within:
         )
 
 
+def works_around(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
+    """:func:`weight_stands_alone` at some of the inputs that a layer of this type may take: its first batch tells of others.
+
+    A dense layer may read (batch, features) or (batch, time, features), a convolution channels first or last.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    around = inputs_for(layer)[:2]
+    other = around.unsqueeze(1).expand(-1, 3, -1) if around.dim() == 2 else around.movedim(1, -1)
+    return weight_stands_alone(layer, call) or weight_stands_alone(layer, call, other.contiguous())
+
+
 def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any], near: Tensor | None = None) -> bool:
     """Whether all error at a layer's input passes through its weight as it is.
 

@@ -124,6 +124,8 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
     inner = innermost(rule)
     calls = getattr(inner, "calls", None)
+    own = [value for module in rule.modules() for value in vars(module).values() if isinstance(value, torch.Generator)]
+    states = [(generator, generator.get_state()) for generator in own]
     held = [(module, module._held) for module in rule.modules() if isinstance(module, CreditRule)]
     devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
     try:
@@ -142,7 +144,9 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
                     buffer.copy_(saved)
         for module, training in modes:
             module.training = training
-        for owner, states in held:
-            owner._held = states
+        for owner, kept in held:
+            owner._held = kept
+        for generator, state in states:
+            generator.set_state(state)
         if calls is not None:
             inner.calls = calls

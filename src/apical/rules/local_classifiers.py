@@ -205,7 +205,7 @@ class LocalClassifiers(CreditRule):
             if self.compares and width < 3:
                 raise UnsupportedModelError(
                     f"the block of layer {hidden.block.name!r} makes {width} number(s) for each sample, and local={local!r} "
-                    "compares directions around their mean, of which it needs three; make it wider, or use 'prediction'"
+                    "compares directions around their mean, which takes three; make it wider, or pass local='prediction'"
                 )
             if self.predicts:
                 self.read[name] = nn.Linear(

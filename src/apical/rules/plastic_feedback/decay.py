@@ -7,14 +7,16 @@ same u come together by the factor k alone, and one weight can take another's ch
 import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
-from typing import Any
-from weakref import WeakKeyDictionary
+from functools import partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from apical.core.stepping import Group
+from apical.rules.plastic_feedback.sources import Sources, draws_nothing
 
 ELEMENTWISE = {optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad, optim.Adadelta}
 """Optimisers of torch whose step sees a weight in its decay alone, which goes through the moments unless decoupled."""
@@ -23,25 +25,34 @@ MUON: Any = getattr(optim, "Muon", None)
 ALLOWED = 1e-9
 TRIED = 0.05
 """Learning rate at which a step is tried, since a warm-up may begin at none."""
+NUMBERS = (bool, int, float)
+PLAIN = (bool, int, float, str, type(None))
+LARGEST = 64
+"""Most rows and columns of a trial's tensors."""
+
+
+Clock = tuple[tuple[str, float], ...]
+Place = tuple[int, int, Clock]
 
 
 class Decays:
     """The factor k of the groups of any optimiser, at each step."""
 
     def __init__(self) -> None:
-        self._probes: WeakKeyDictionary[Optimizer, dict[tuple[int, int], Probe | None]] = WeakKeyDictionary()
-        self._now: dict[tuple[int, int], float | None] = {}
+        self._probes: WeakKeyDictionary[Optimizer, dict[Place, Probe]] = WeakKeyDictionary()
+        self._tried: WeakKeyDictionary[Optimizer, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
+        self._now: dict[Place, float | None] = {}
 
     def begin(self) -> None:
         """A step is about to be taken."""
         self._now.clear()
 
-    def factor(self, optimizer: Optimizer, group: Group, dim: int) -> float | str:
-        """k of the step to come for a weight of `dim` dimensions; or why there is none, in words."""
+    def factor(self, optimizer: Optimizer, group: Group, weight: Tensor) -> float | str:
+        """k of the step to come for a weight; or why there is none, in words."""
         name = type(optimizer).__name__
         if group.get("differentiable"):
             return f"{name} is differentiable"
-        if type(optimizer) in ELEMENTWISE or type(optimizer) is MUON:
+        if is_known(optimizer):
             # AdamW of PyTorch 2.6 has no such key
             apart = type(optimizer) in (MUON, optim.AdamW) or group.get("decoupled_weight_decay")
             if apart or not group["weight_decay"]:
@@ -50,42 +61,80 @@ class Decays:
             if "decoupled_weight_decay" in group and name != "Adam":
                 remedy = f"pass {name} decoupled_weight_decay=True"
             return f"the weight decay of {name} goes through its moments, where no factor describes it: {remedy}"
-        place = id(group), dim
+        k = self._probed(optimizer, group, weight)
+        return not_known(optimizer) if k is None else k
+
+    def _probed(self, optimizer: Optimizer, group: Group, weight: Tensor) -> float | None:
+        tried, shape = self._tried.setdefault(optimizer, {}), tuple(min(size, LARGEST) for size in weight.shape)
+        state = optimizer.state.get(weight, {})
+        if (id(group), *shape) not in tried:
+            tried[id(group), *shape] = not _reaches(_attributes(optimizer)) and _obeys(optimizer, group, shape, state)
+        if not tried[id(group), *shape]:
+            return None
+        place = id(group), len(shape), _clock(state)
         if place not in self._now:
-            self._now[place] = self._probed(optimizer, group, dim)
-        k = self._now[place]
-        return f"the step of {name} is not a decay plus a function of gradients alone: use AdamW" if k is None else k
-
-    def _probed(self, optimizer: Optimizer, group: Group, dim: int) -> float | None:
-        probes = self._probes.setdefault(optimizer, {})
-        place = id(group), dim
-        if place not in probes:
-            probes[place] = _probe(optimizer, group, dim)
-        probe = probes[place]
-        k = None if probe is None else probe.step(group)
-        if k is None:
-            probes[place] = None
-        return k
+            probes = self._probes.setdefault(optimizer, {})
+            if len(probes) > 16:
+                probes.clear()
+            probe = probes.pop(place, None) or Probe(optimizer, group, len(shape), state)
+            self._now[place] = probe.step(group)
+            probes[id(group), len(shape), probe.clock()] = probe
+        if self._now[place] is None:
+            tried[id(group), *shape] = False
+        return self._now[place]
 
 
-def _probe(optimizer: Optimizer, group: Group, dim: int) -> "Probe | None":
-    """What follows the optimiser from here on; None where no factor describes its steps."""
-    if _reaches(_attributes(optimizer)):
-        return None  # a copy of it would not be one
-    lr, other = TRIED if "lr" in group else None, (6, *(4,) * (dim - 1))
+def is_known(optimizer: Optimizer) -> bool:
+    """Whether its steps need no trial."""
+    return type(optimizer) in ELEMENTWISE or type(optimizer) is MUON
+
+
+def not_known(optimizer: Optimizer) -> str:
+    """Why no factor is taken for it, in words."""
+    name = type(optimizer).__name__
+    return f"the step of {name} is not known to be a decay plus a function of each weight's own gradients: use AdamW"
+
+
+class Rehearsal:
+    """The first step that an optimiser of others takes with weight and feedback, which must move both by the same.
+
+    A trial has other tensors than the optimiser, which may look at their places, their names or their sizes.
+
+    Args:
+        weight: of the layer.
+        plastic: its explicit feedback, of the same shape and with the same gradient.
+        k: by how much the step is to shrink their difference.
+    """
+
+    def __init__(self, weight: Tensor, plastic: Tensor, k: float) -> None:
+        self._weight, self._plastic, self._k = weight, plastic, k
+        self._before = (plastic - weight).detach()
+
+    def holds(self) -> bool:
+        """Whether that is what the step did."""
+        weight, plastic = self._weight.detach(), self._plastic.detach()
+        allowed = 1e2 * torch.finfo(weight.dtype).eps * (weight.abs() + plastic.abs() + self._before.abs()).max()
+        return bool((plastic - weight - self._k * self._before).abs().max() <= allowed)
+
+
+def _obeys(optimizer: Optimizer, group: Group, shape: tuple[int, ...], state: Mapping[str, Any]) -> bool:
+    """Whether six steps obey one factor: at any shape, with and without other weights, with and without a state."""
+    dim = len(shape)
+    probe = partial(Probe, optimizer, group, dim, lr=TRIED if "lr" in group else None)
     try:
-        first, crowded = Probe(optimizer, group, dim, lr), Probe(optimizer, group, dim, lr, beside=3)
-        trials = [first, crowded, Probe(optimizer, group, dim, lr, shape=other)]
-        if first.has_state:
-            trials.append(Probe(optimizer, group, dim, lr, is_fresh=True))
+        first, crowded = probe(state), probe(state, beside=3)
+        trials = [first, crowded, probe(state, shape=(6, *(4,) * (dim - 1))), probe(state, shape=shape), probe({})]
         for _ in range(6):
-            factors = {trial.step(group) for trial in trials}
+            factors = [trial.step(group) for trial in trials]
+            known = [k for k in factors if k is not None]
             # it may hold weights in its state, look at a weight's shape, or at all gradients together
-            if len(factors) > 1 or None in factors or not torch.equal(first.tensors[0], crowded.tensors[0]):
-                return None
-        return Probe(optimizer, group, dim)
+            if len(known) < len(factors) or max(known) - min(known) > ALLOWED:
+                return False
+            if not torch.equal(first.tensors[0], crowded.tensors[0]):
+                return False
     except Exception:
-        return None  # something in it cannot be copied
+        return False  # something in it cannot be copied
+    return True
 
 
 class Probe:
@@ -97,8 +146,8 @@ class Probe:
         optimizer: it is left as it is, with all that its groups hold.
         group: the weight's.
         dim: of the weight.
+        state: of the weight, with which to begin where it has one; all traces of gradients are zero.
         lr: instead of the group's.
-        is_fresh: begin without state; else with one of the weight's, in which all traces of gradients are zero.
         beside: how many tensors there are besides, with gradients of their own.
         shape: of the tensors; two by two and so on, if None.
     """
@@ -108,9 +157,9 @@ class Probe:
         optimizer: Optimizer,
         group: Group,
         dim: int,
-        lr: float | None = None,
+        state: Mapping[str, Any],
         *,
-        is_fresh: bool = False,
+        lr: float | None = None,
         beside: int = 0,
         shape: tuple[int, ...] | None = None,
     ) -> None:
@@ -126,23 +175,29 @@ class Probe:
         twin.__dict__.update({name: OrderedDict() for name in optimizer.__dict__ if name.startswith("_optimizer_")})
         twin.state = defaultdict(dict)
         twin.param_groups = [{**_options(group), **self.options, "params": self.tensors}]
-        states = (optimizer.state[p] for p in group["params"] if p.dim() == dim and optimizer.state.get(p))
-        like: dict[str, Any] = next(states, {})
-        self.has_state = bool(like)
-        for tensor in self.tensors if like and not is_fresh else ():
-            twin.state[tensor] = {key: _still(value, shape) for key, value in like.items()}
+        for tensor in self.tensors if state else ():
+            twin.state[tensor] = {key: _still(value, shape) for key, value in state.items()}
         self.twin, self.steps = twin, 0
+        self._optimizer, self._sources = ref(optimizer), cast("Sources | None", None)
+
+    def clock(self) -> Clock:
+        """What its state counts."""
+        return _clock(self.twin.state.get(self.tensors[0], {}))
 
     def step(self, group: Group) -> float | None:
         """k of the next step by the group's options as they are now; None where the tensors contradict any k."""
         a, b, c, d, *others = self.tensors
         before = c.clone()
         self.twin.param_groups[0].update(_options(group) | self.options)
+        self.twin.__dict__.update(
+            {name: value for name, value in vars(self._optimizer()).items() if isinstance(value, PLAIN)}
+        )
         gradient = torch.cos(2.4 * self.steps + self.phase) + 0.5
         for tensor, value in zip(self.tensors, (1.0, 1.0, 0.0, 0.0, *(7.0 for _ in others)), strict=True):
             tensor.grad = value * gradient
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=()):
+            self._sources = Sources(self.tensors, self.twin.state, self._sources)
+            with torch.no_grad(), torch.random.fork_rng(devices=()), draws_nothing(), self._sources:
                 self.twin.step()
         except Exception:
             return None  # whatever it asks of a weight, small tensors do not have it
@@ -154,6 +209,16 @@ class Probe:
         memoryless = bool((c - k * before).abs().max() <= ALLOWED)
         d.copy_(self.pattern)
         return k if is_one and separate and memoryless else None
+
+
+def _clock(state: Mapping[str, Any]) -> Clock:
+    """The whole numbers in a weight's state: weights that rest at some steps are elsewhere in time than others."""
+    numbers = {key: float(value) for key, value in state.items() if isinstance(value, NUMBERS) or _is_scalar(value)}
+    return tuple(sorted((str(key), value) for key, value in numbers.items() if value.is_integer()))
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _options(group: Group) -> dict[str, Any]:

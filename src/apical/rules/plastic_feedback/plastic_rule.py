@@ -102,10 +102,11 @@ class PlasticRule(EdgeRule):
         counts = Counter(id(weight) for weight in own.values() if weight is not None)
         self._tied = {name for name, weight in own.items() if counts[id(weight)] > 1}
         for name in self._tied if form != "closed" else ():
-            if isinstance(self.layers[name], Part):
+            if isinstance(part := self.layers[name], Part):
+                owner = next(module for module, held in self.model.named_modules() if held is part.owner)
                 raise UnsupportedModelError(
                     f"layer {name!r} shares its weight with another place, where the feedback of {type(self).__name__} gets "
-                    'no gradient of its own; untie them, or build the rule with form="closed"'
+                    f"no gradient of its own; untie them, or pass exact=({owner!r},)"
                 )
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
         self._called: set[str] = set()  # layers, since the last step of their optimiser

@@ -71,7 +71,7 @@ class Sharing:
         if rule.update == "own":
             self._warn_of_own_state(rule, name, optimizer)
             return
-        reason, k = None, self._decays.factor(optimizer, other, plastic.dim())
+        reason, k = None, self._decays.factor(optimizer, group or other, plastic if weight is None else weight)
         if weight is None:
             reason = FUNCTION
         elif isinstance(k, str):

@@ -23,7 +23,7 @@ from apical.core.stepping import (
 )
 from apical.core.units import key
 from apical.errors import ConfigError
-from apical.rules.plastic_feedback.decay import Decays
+from apical.rules.plastic_feedback.decay import Decays, Rehearsal, is_known, not_known
 from apical.rules.plastic_feedback.held import fill, vacate
 from apical.rules.plastic_feedback.mismatch import Mismatch, Watch
 from apical.rules.plastic_feedback.sharing import FUNCTION, OPTIONS_DIFFER, PARTED, Sharing, parallel
@@ -56,6 +56,8 @@ class Steps:
         self._known: WeakKeyDictionary[Optimizer, tuple[Signature, Places]] = WeakKeyDictionary()
         self._moving: dict[str, tuple[Group, bool, float | None]] = {}
         self._decays = Decays()
+        self._rehearsals: dict[str, Rehearsal] = {}
+        self._rehearsed: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
         self._lonely: dict[str, int] = {}
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._hooks: dict[str, tuple[ref[Tensor], Any]] = {}
@@ -97,6 +99,7 @@ class Steps:
         """A state was loaded: whatever was known of weights and optimiser is no longer so."""
         self._watches: dict[str, Watch] = {}
         self._moving.clear()
+        self._rehearsals.clear()
         self._known.clear()
         self._passes: dict[str, int] = {}
         self.sharing.forget()
@@ -198,6 +201,12 @@ class Steps:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Advance the mismatches, and what takes the weights' change, by the step that was just taken."""
+        for name, rehearsal in self._rehearsals.items() if not skipped(optimizer) else ():
+            if rehearsal.holds():
+                self._rehearsed.setdefault(optimizer, set()).add(name)
+            else:
+                self.rule.reasons[name] = not_known(optimizer)
+        self._rehearsals.clear()
         if (self._moving or self.sharing) and not skipped(optimizer):
             for name, (group, first, k) in self._moving.items():
                 watch = self._watches[name]
@@ -260,18 +269,21 @@ class Steps:
         if reason is not None:
             rule.reasons[name] = reason
             return
+        k = self._k(name, optimizer, cast(Group, group))
+        if k is not None and rule.ALIKE and not is_known(optimizer) and name not in self._rehearsed.get(optimizer, ()):
+            self._rehearsals[name] = Rehearsal(weight, plastic, k)
+            return
         held = rule.to_weight(name, plastic.detach())
         mine, its = (momentum_of(optimizer, p) for p in (weight, plastic))
         velocity = None if mine is None or its is None else rule.to_weight(name, its).sub_(mine)
         rule.close(name, Mismatch(held.sub_(weight.detach()), velocity), weight.detach())
         vacate(plastic, rule, name)
         optimizer.state.pop(plastic, None)
-        k = self._k(name, optimizer, cast(Group, group))
         self._move(name, cast(Group, group), k, momentum_of(optimizer, weight))
 
     def _k(self, name: str, optimizer: Optimizer, group: Group) -> float | None:
         """By how much this step shrinks the weight; None under `torch.optim.SGD`, which has a recursion of its own."""
-        k = None if is_sgd(optimizer) else self._decays.factor(optimizer, group, self.rule.layers[name].weight.dim())
+        k = None if is_sgd(optimizer) else self._decays.factor(optimizer, group, self.rule.layers[name].weight)
         assert not isinstance(k, str)
         return k
 
@@ -281,7 +293,7 @@ class Steps:
             return "the optimiser is differentiable" if (group or {}).get("differentiable") else None
         if self.rule.update == "own":
             return OWN
-        k = 0.0 if group is None else self._decays.factor(optimizer, group, self.rule.layers[name].weight.dim())
+        k = 0.0 if group is None else self._decays.factor(optimizer, group, self.rule.layers[name].weight)
         return k if isinstance(k, str) else None
 
     def _obstacle(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None) -> str | None:
@@ -341,8 +353,8 @@ class Steps:
                 "another loss, a hook), which it cannot keep from its feedback in closed form: build the rule with "
                 'form="explicit"'
             )
-        if not is_sgd(optimizer) and weight.requires_grad:
-            if not rule.clips and weight.grad is not None and arrival is not None:
+        if not is_sgd(optimizer) and weight.requires_grad and weight.grad is not None:
+            if not rule.clips and arrival is not None:
                 rule.clips = not arrival.untouched(weight.grad)
             return self._move(name, group, self._k(name, optimizer, group), momentum)
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
