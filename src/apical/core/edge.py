@@ -306,7 +306,7 @@ class EdgeRule(CreditRule):
         if not compiling:
             self._passes += 1
             if not self._watched or self._passes & (self._passes - 1) == 0:  # as with _require_calls
-                watch = OutsideUse(self, self._weights_in(substitutes))
+                watch = OutsideUse(self, self.model, self._weights_in(substitutes))
             elif not (substitutes or self._unseen) and self.goes_by_weights():
                 parameters = self._plain_chain().parameters(self, inputs)
                 if parameters is not None:

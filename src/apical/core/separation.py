@@ -140,6 +140,7 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
 
     Weights are multiplied in the calls of layers, or by functions: `F.linear(x, layer.weight)`, `x @ embedding.weight.T`.
     """
+    done.sites = [(name, at if at is None or at in graph.children else done.lasting[at]) for name, at in done.sites]
     weighted = {at: name for name, at in done.sites if at is not None and at in graph.children}
     called = {name for name, _ in done.sites}
     own = {_product(graph, at) for at in weighted}  # of the layers' own calls
