@@ -17,6 +17,7 @@ from apical.core.activations import is_activation
 from apical.core.called import Call
 from apical.core.chain import example_of, require_affine_type, traced
 from apical.core.layers import Layer, is_known_in_row, is_own, is_weighted, shapes_input
+from apical.core.rest import undisturbed
 from apical.core.units import enumerated, leaves, weighted_layers
 from apical.errors import UnsupportedModelError
 
@@ -161,7 +162,7 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     hooks += [module.register_forward_hook(leave) for module in containers]
     try:
         model.eval()
-        with torch.random.fork_rng([example.device] if example.is_cuda else []), uncompiled(model):
+        with undisturbed(model), uncompiled(model):
             model(example.clone())
     except Exception:
         return {}  # the trace will say so

@@ -78,9 +78,9 @@ class OutsideUse(TorchFunctionMode):
         """
         if self.strange:
             raise UnsupportedModelError(
-                f"the model multiplies activities by a parameter that is not among model.parameters() ({self.strange}), where "
-                "the error would pass through the weight itself; register its module (nn.ModuleList in place of a list), or "
-                "give it requires_grad_(False) if it is to stay as it is"
+                f"the model multiplies activities by a parameter that is not among model.parameters() ({self.strange}), "
+                "where the error would pass through the weight itself; register its module (nn.ModuleList in place of a "
+                "list), or give it requires_grad_(False) if it is to stay as it is"
             )
         if not self.found:
             return
@@ -106,7 +106,10 @@ def fault_of(rule: Any, inputs: Tensor) -> str:
     """
     from apical.core.rest import undisturbed  # compiled rules alone need it
 
-    watch, layers = OutsideUse(_Plainly(), rule.model, rule._weights_in({})), [*rule._sites.values(), *rule._bundles.values()]
+    watch, layers = (
+        OutsideUse(_Plainly(), rule.model, rule._weights_in({})),
+        [*rule._sites.values(), *rule._bundles.values()],
+    )
     try:
         for wrapped, site in layers:
             wrapped.rule, wrapped.site = watch, site

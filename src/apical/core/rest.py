@@ -1,11 +1,20 @@
 """Run a model and leave it as it was."""
 
-from collections.abc import Iterable, Iterator
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+DEPTH = 3
+"""How far into a module's attributes objects are looked for that hold a state."""
+
+LONG = 1000
+"""Elements of a container beyond which these are not looked at."""
 
 
 @contextmanager
@@ -24,19 +33,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]:
     """Run anything within; afterwards modules, gradients, buffers and random generators are as they were.
 
+    So are the attributes of modules, with what their containers and plain objects hold: states of neurons, counters. An
+    iterator that was asked for its next value cannot be put back.
+
     Args:
         modules: whose state is kept.
         parameters: also restore the values of the parameters.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
-    tensors = _tensors(every, parameters)
-    generators = [v for m in every for v in m.__dict__.values() if isinstance(v, torch.Generator)]
-    states = [(generator, generator.get_state()) for generator in generators]
+    inner, states = _inner(every)
+    tensors = _tensors(every, states, parameters)
     leaves = [q for m in every for q in m.parameters(recurse=False) if q.is_leaf]  # others stand in for parameters in a call
     grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for q in leaves]
     devices = {t.device.index for t, _ in tensors if t.is_cuda}
     devices |= {q.device.index for q, *_ in grads if q.is_cuda}
+    inner += _generators()
     with torch.random.fork_rng([device for device in devices if device is not None]):
         try:
             yield
@@ -50,26 +62,91 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
                         tensor.data = value
                     elif not (tensor.is_meta or torch.equal(tensor, value)):  # on meta there are no values
                         tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
-            for generator, state in states:
-                generator.set_state(state)
+                for restore in inner:
+                    restore()
             for parameter, grad, before in grads:
                 parameter.grad = grad
                 if grad is not None and before is not None:
                     grad.detach().copy_(before)
 
 
-def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tensor, Tensor]]:
-    tensors = [t for m in modules for t in m._buffers.values() if t is not None]
+def _tensors(modules: Iterable[nn.Module], states: list[Tensor], parameters: bool) -> list[tuple[Tensor, Tensor]]:
+    tensors = [*states, *(t for m in modules for t in m._buffers.values() if t is not None)]
     if parameters:
         tensors += [t for m in modules for t in m._parameters.values() if t is not None]
     with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep
-        return [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
+        dense = [t for t in tensors if t.layout is torch.strided]  # others are not written in place
+        return [(t, t.detach().clone()) for t in {id(t): t for t in dense}.values()]
+
+
+def _generators() -> list[Callable[[], None]]:
+    """What puts the random generators of Python and NumPy back."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    if numpy is None:
+        return [lambda: random.setstate(state)]
+    legacy = numpy.random.get_state()
+    return [lambda: random.setstate(state), lambda: numpy.random.set_state(legacy)]
+
+
+def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list[Tensor]]:
+    """What puts back the states of objects that attributes of a user's modules hold, be it in containers; and tensors."""
+    seen, restores, tensors = set[int](), list[Callable[[], None]](), list[Tensor]()
+    waiting = [
+        (value, 0)
+        for module in modules
+        if not type(module).__module__.startswith("apical.")
+        for key, value in module.__dict__.items()
+        if key not in _EVERY_MODULES
+    ]
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in seen or isinstance(value, _PLAIN):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensors += [value] if type(value) is Tensor else []
+            continue
+        restore, inner = _kept(value, depth)
+        restores += [] if restore is None else [restore]
+        waiting += [(part, depth + 1) for part in inner] if depth < DEPTH and len(inner) <= LONG else []
+    return restores, tensors
+
+
+def _kept(value: Any, depth: int) -> tuple[Callable[[], None] | None, list[Any]]:
+    """What puts a value's state back, if it has one that can be kept, and what it holds."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: (value.set_state(state), None)[1], []
+    if isinstance(value, random.Random):
+        drawn = value.getstate()
+        return lambda: value.setstate(drawn), []
+    if isinstance(value, dict | list | set | deque | tuple):
+        inner = list(value.values()) if isinstance(value, dict) else list(value)
+        if isinstance(value, tuple) or (depth == 0 and not isinstance(value, deque)):  # kept with the attributes
+            return None, inner
+        kept = _copy(value)
+        return lambda: (_restored(value, kept), None)[1], inner
+    if hasattr(value, "bit_generator"):  # of NumPy
+        bits = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", bits), []
+    if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
+        numbers = value.copy()
+        return lambda: value.__setitem__(..., numbers), []
+    own = getattr(value, "__dict__", None)
+    if type(own) is not dict or isinstance(value, nn.Module | Tensor | type) or type(value).__module__.startswith(_OTHERS):
+        return None, []
+    before = dict(own)
+    return lambda: (_restored(own, before), None)[1], list(own.values())
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
     """The value, and what it holds where it is a container."""
-    kind = next((kind for kind in (dict, list, set) if isinstance(value, kind)), None)
-    return value, None if kind is None else kind(value)
+    return value, _copy(value) if isinstance(value, dict | list | set) else None
+
+
+def _copy(value: Any) -> Any:
+    """What a container holds."""
+    return next(kind(value) for kind in (dict, list, set, deque) if isinstance(value, kind))
 
 
 def _restored(value: Any, content: Any) -> Any:
@@ -80,7 +157,7 @@ def _restored(value: Any, content: Any) -> Any:
         value[:] = content
     else:
         value.clear()
-        value.update(content)
+        (value.extend if isinstance(value, deque) else value.update)(content)
     return value
 
 
@@ -90,3 +167,8 @@ def _holds(value: Any, content: Any) -> bool:
         return bool(value == content)
     held, before = ([part for item in x.items() for part in item] if isinstance(x, dict) else x for x in (value, content))
     return len(held) == len(before) and all(a is b for a, b in zip(held, before, strict=True))
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_OTHERS = ("torch.", "apical.", "builtins", "weakref", "functools", "threading", "_thread")
+_EVERY_MODULES = frozenset(vars(nn.Module()))
