@@ -162,3 +162,12 @@ class Weighed(nn.Module):
 @pytest.mark.parametrize("name", ["fa", "usf", "kp"])
 def test_check_model_knows_that_attention_has_two_outputs(name: str) -> None:
     check_model(find_rule(name).build(Weighed()), *batch(), skip=QUICK)
+
+
+@pytest.mark.parametrize("name", ["dfa", "tdca", "cwu:dfa", "ccl", "dtp", "pc", "ep", "local-both"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_activation_in_torchscript_is_refused_by_name_where_hooks_are_needed(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), torch.jit.script(nn.Tanh()), nn.Linear(8, 4))
+    with pytest.raises(UnsupportedModelError, match="'1' is compiled by TorchScript"):
+        update(name, model)
+    update("fa", model)  # its derivative is exact there

@@ -101,6 +101,32 @@ def test_every_batch_moves_the_state_once(name: str, kind: str) -> None:
         assert torch.allclose(credit.output.detach(), reference(inputs).detach())
 
 
+@pytest.mark.parametrize("name", [*FEED_FORWARD])
+def test_an_average_of_weights_that_the_forward_moves_is_moved_once_a_batch(name: str) -> None:
+    """As momentum encoders do (MoCo): the average is a frozen parameter."""
+
+    class Momentum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.average, self.last = nn.Linear(6, 8), nn.Linear(6, 8).requires_grad_(False), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.average.weight.lerp_(self.first.weight, 0.2)
+            made: Tensor = self.last((self.first(x) + self.average(x)).tanh())
+            return made
+
+    model, (inputs, targets) = Momentum(), batch()
+    reference = deepcopy(model)
+    rule = find_rule(name).build(model)
+    for _ in range(3):
+        rule.zero_grad()
+        rule(inputs, targets).backward()
+        reference(inputs)
+        assert torch.equal(model.average.weight, reference.average.weight)
+
+
 def test_global_generators_of_python_and_numpy_are_put_back() -> None:
     class Drawn(nn.Module):
         def forward(self, h: Tensor) -> Tensor:

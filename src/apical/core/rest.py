@@ -72,8 +72,12 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
 def _tensors(modules: Iterable[nn.Module], states: list[Tensor], parameters: bool) -> list[tuple[Tensor, Tensor]]:
     tensors = [*states, *(t for m in modules for t in m._buffers.values() if t is not None)]
+    own = [t for m in modules for t in m._parameters.values() if t is not None]
+    frozen = [t for t in own if not t.requires_grad]
     if parameters:
-        tensors += [t for m in modules for t in m._parameters.values() if t is not None]
+        tensors += own
+    elif 2 * sum(t.numel() for t in frozen) <= sum(t.numel() for t in own):  # averages that a forward moves, no backbone
+        tensors += frozen
     with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep
         dense = [t for t in tensors if t.layout is torch.strided]  # others are not written in place
         return [(t, t.detach().clone()) for t in {id(t): t for t in dense}.values()]
