@@ -5,16 +5,19 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.bench.names import find_rule
 from apical.core.rest import undisturbed
+from apical.testing import check_model
 
 FEED_FORWARD = ["fa", "kp", "pfa", "wm", "dfa", "tdca", "grapes:fa", "cwu:dfa"]
 BLOCKS = ["ccl", "pc", "local-both"]
@@ -125,6 +128,63 @@ def test_an_average_of_weights_that_the_forward_moves_is_moved_once_a_batch(name
         rule(inputs, targets).backward()
         reference(inputs)
         assert torch.equal(model.average.weight, reference.average.weight)
+
+
+class Annealed:
+    """A loss that counts its calls, as schedules do."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(output, targets)
+
+
+def _closure() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[], int]]:
+    calls = [0]
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        return F.cross_entropy(output, targets)
+
+    return loss, lambda: calls[0]
+
+
+@pytest.mark.parametrize("kind", ["object", "method", "closure", "partial"])
+@pytest.mark.parametrize("name", [*FEED_FORWARD, "ccl", "dtp", "dfc-ss"])
+def test_a_loss_with_a_state_is_called_once_a_batch(name: str, kind: str) -> None:
+    counted = Annealed()
+    loss, calls = _closure() if kind == "closure" else (counted, lambda: counted.calls)
+    loss = {"method": counted.__call__, "partial": partial(counted)}.get(kind, loss)
+    torch.manual_seed(0)
+    rule = find_rule(name).build(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), loss=loss)
+    for batches in range(3):
+        assert calls() == batches
+        rule(*batch()).backward()
+    assert calls() == 3
+
+
+def test_a_layer_that_draws_its_weight_by_a_generator_of_its_own() -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generators = [torch.Generator().manual_seed(0)]
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + 0.1 * torch.randn(weight.shape, generator=self.generators[0])
+
+    torch.manual_seed(0)
+    model, (inputs, targets) = (
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)),
+        batch(),
+    )
+    nn.utils.parametrize.register_parametrization(model[2], "weight", Noise(), unsafe=True)
+    reference = deepcopy(model)
+    rule = find_rule("fa").build(model)
+    for _ in range(3):
+        assert torch.equal(rule(inputs, targets).output, reference(inputs))
+    check_model(rule, inputs, targets, skip=("compiled", "autocast", "lengths", "batch sizes"))
 
 
 def test_global_generators_of_python_and_numpy_are_put_back() -> None:

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from apical.core.layers import computes_plainly, effective_weight, is_registered
+from apical.core.rest import kept_states
 from apical.core.transport import Geometry, geometry, padded_input, pads_itself, transport, weight_gradient
 from apical.errors import UnsupportedModelError
 
@@ -211,7 +212,7 @@ def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.clone()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_states(modules):
             yield
     finally:
         for module, saved, own in zip(modules, attributes, buffers, strict=True):

@@ -5,6 +5,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ DEPTH = 3
 
 LONG = 1000
 """Elements of a container beyond which these are not looked at."""
+
+LARGE = 2**24
+"""Numbers of a tensor or array beyond which it holds data, and no state."""
 
 
 @contextmanager
@@ -42,14 +47,12 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
-    inner, states = _inner(every)
-    tensors = _tensors(every, states, parameters)
+    tensors = _tensors(every, parameters)
     leaves = [q for m in every for q in m.parameters(recurse=False) if q.is_leaf]  # others stand in for parameters in a call
     grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for q in leaves]
     devices = {t.device.index for t, _ in tensors if t.is_cuda}
     devices |= {q.device.index for q, *_ in grads if q.is_cuda}
-    inner += _generators()
-    with torch.random.fork_rng([device for device in devices if device is not None]):
+    with torch.random.fork_rng([device for device in devices if device is not None]), kept_states(every, drawn=True):
         try:
             yield
         finally:
@@ -57,21 +60,48 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
                 module.__dict__.clear()
                 module.__dict__.update({key: _restored(*value) for key, value in saved.items()})
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                for tensor, value in tensors:
-                    if tensor.shape != value.shape:  # an observer's, which are empty before its first batch
-                        tensor.data = value
-                    elif not (tensor.is_meta or torch.equal(tensor, value)):  # on meta there are no values
-                        tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
-                for restore in inner:
-                    restore()
+                _put_back(tensors)
             for parameter, grad, before in grads:
                 parameter.grad = grad
                 if grad is not None and before is not None:
                     grad.detach().copy_(before)
 
 
-def _tensors(modules: Iterable[nn.Module], states: list[Tensor], parameters: bool) -> list[tuple[Tensor, Tensor]]:
-    tensors = [*states, *(t for m in modules for t in m._buffers.values() if t is not None)]
+@contextmanager
+def kept_states(modules: Iterable[nn.Module], drawn: bool = False) -> Iterator[None]:
+    """Afterwards objects that attributes of modules hold are as they were, but for buffers and parameters.
+
+    Args:
+        modules: whose attributes are looked at; of a rule's own only the loss.
+        drawn: the generators of Python and NumPy, too.
+    """
+    restores, tensors = _inner(modules)
+    copies = _copies(tensors)
+    restores += _generators() if drawn else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            _put_back(copies)
+        for restore in restores:
+            restore()
+
+
+def _put_back(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in tensors:
+        if tensor.shape != value.shape:  # an observer's, which are empty before its first batch
+            tensor.data = value
+        elif not (tensor.is_meta or torch.equal(tensor, value)):  # on meta there are no values
+            tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
+
+
+def _copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    dense = [t for t in tensors if t.layout is torch.strided]  # others are not written in place
+    return [(t, t.detach().clone()) for t in {id(t): t for t in dense}.values()]
+
+
+def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tensor, Tensor]]:
+    tensors = [t for m in modules for t in m._buffers.values() if t is not None]
     own = [t for m in modules for t in m._parameters.values() if t is not None]
     frozen = [t for t in own if not t.requires_grad]
     if parameters:
@@ -79,8 +109,7 @@ def _tensors(modules: Iterable[nn.Module], states: list[Tensor], parameters: boo
     elif 2 * sum(t.numel() for t in frozen) <= sum(t.numel() for t in own):  # averages that a forward moves, no backbone
         tensors += frozen
     with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep
-        dense = [t for t in tensors if t.layout is torch.strided]  # others are not written in place
-        return [(t, t.detach().clone()) for t in {id(t): t for t in dense}.values()]
+        return _copies(tensors)
 
 
 def _generators() -> list[Callable[[], None]]:
@@ -98,9 +127,8 @@ def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list
     waiting = [
         (value, 0)
         for module in modules
-        if not type(module).__module__.startswith("apical.")
         for key, value in module.__dict__.items()
-        if key not in _EVERY_MODULES
+        if key == "loss" or not (key in _EVERY_MODULES or type(module).__module__.startswith("apical."))
     ]
     while waiting:
         value, depth = waiting.pop()
@@ -108,15 +136,15 @@ def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            tensors += [value] if type(value) is Tensor else []
+            tensors += [value] if type(value) is Tensor and value.numel() <= LARGE else []
             continue
-        restore, inner = _kept(value, depth)
+        restore, inner = _kept(value)
         restores += [] if restore is None else [restore]
         waiting += [(part, depth + 1) for part in inner] if depth < DEPTH and len(inner) <= LONG else []
     return restores, tensors
 
 
-def _kept(value: Any, depth: int) -> tuple[Callable[[], None] | None, list[Any]]:
+def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
     """What puts a value's state back, if it has one that can be kept, and what it holds."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
@@ -126,21 +154,34 @@ def _kept(value: Any, depth: int) -> tuple[Callable[[], None] | None, list[Any]]
         return lambda: value.setstate(drawn), []
     if isinstance(value, dict | list | set | deque | tuple):
         inner = list(value.values()) if isinstance(value, dict) else list(value)
-        if isinstance(value, tuple) or (depth == 0 and not isinstance(value, deque)):  # kept with the attributes
+        if isinstance(value, tuple):
             return None, inner
         kept = _copy(value)
         return lambda: (_restored(value, kept), None)[1], inner
-    if hasattr(value, "bit_generator"):  # of NumPy
-        bits = value.bit_generator.state
-        return lambda: setattr(value.bit_generator, "state", bits), []
-    if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
-        numbers = value.copy()
-        return lambda: value.__setitem__(..., numbers), []
+    if isinstance(value, FunctionType):
+        return None, [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+    if isinstance(value, MethodType):
+        return None, [value.__self__]
+    if isinstance(value, partial):
+        return None, [value.func, *value.args, *value.keywords.values()]
+    if type(value).__module__.startswith("numpy"):
+        return _kept_numpy(value), []
     own = getattr(value, "__dict__", None)
     if type(own) is not dict or isinstance(value, nn.Module | Tensor | type) or type(value).__module__.startswith(_OTHERS):
         return None, []
     before = dict(own)
     return lambda: (_restored(own, before), None)[1], list(own.values())
+
+
+def _kept_numpy(value: Any) -> Callable[[], None] | None:
+    """The same of an array, or a generator, of NumPy."""
+    if hasattr(value, "bit_generator"):
+        bits = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", bits)
+    if not hasattr(value, "shape") or value.ndim == 0 or value.size > LARGE:
+        return None
+    numbers = value.copy()
+    return lambda: value.__setitem__(..., numbers)
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
@@ -173,6 +214,7 @@ def _holds(value: Any, content: Any) -> bool:
     return len(held) == len(before) and all(a is b for a, b in zip(held, before, strict=True))
 
 
+_EMPTY = CellType()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_OTHERS = ("torch.", "apical.", "builtins", "weakref", "functools", "threading", "_thread")
+_OTHERS = ("torch.", "apical.", "builtins", "weakref", "threading", "_thread")
 _EVERY_MODULES = frozenset(vars(nn.Module()))
