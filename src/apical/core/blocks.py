@@ -119,8 +119,8 @@ def blocks(
     for name in required:
         if names.count(name) != 1:
             raise UnsupportedModelError(f"layer {name!r} is called twice; give each place a layer of its own")
-    kind = next(iter(layers.values())).weight.dtype
-    if odd := next((name for name, layer in layers.items() if layer.weight.dtype != kind), None):
+    kind = _precision(next(iter(layers.values())))
+    if odd := next((name for name, layer in layers.items() if _precision(layer) != kind), None):
         raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
     starts = [_start(calls, place) for place in places]
     starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
@@ -182,10 +182,16 @@ def _start(calls: Sequence[Call], place: int) -> int:
     return place
 
 
+def _precision(layer: nn.Module) -> torch.dtype:
+    """In which type a layer's weight is kept; a weight that a hook computes may still have a former one."""
+    own = layer._parameters.get("weight")
+    return (next(layer.parameters()) if own is None else own).dtype
+
+
 def _block(calls: Sequence[Call], layers: set[int]) -> Block:
     place, layer = next((call, part) for call in calls for part in call.module.modules() if id(part) in layers)
     assert is_weighted(layer)
-    if (own := layer.weight.dtype) != calls[-1].made.dtype:
+    if (own := _precision(layer)) != calls[-1].made.dtype:
         raise UnsupportedModelError(
             f"layer {place.name!r} ({type(place.module).__name__}) keeps its weight in {own}, but its block makes "
             f"{calls[-1].made.dtype}; keep the weight in that type, or use another rule"
