@@ -165,6 +165,55 @@ def test_a_loss_with_a_state_is_called_once_a_batch(name: str, kind: str) -> Non
     assert calls() == 3
 
 
+KEPT: list[Tensor] = []
+
+
+def _keep(module: nn.Module, args: Any, output: Tensor) -> None:
+    KEPT.append(output)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept.append(output)
+
+
+@pytest.mark.parametrize("kind", ["global", "method", "closure"])
+@pytest.mark.parametrize("name", ["fa", "kp", "dfa", "tdca", "grapes:fa", "cwu:fa", "cwu:dfa"])
+def test_activities_that_a_hook_keeps_for_the_loss_are_those_of_the_batch_alone(name: str, kind: str) -> None:
+    """What it kept of a look at the model has a graph without cuts and feedback, by which exact errors would come down."""
+    updates = []
+    for begun in (False, True):
+        torch.manual_seed(0)
+        model, recorder, own = net("tensor"), Recorder(), list[Tensor]()
+        kept = {"global": KEPT, "method": recorder.kept, "closure": own}[kind]
+
+        def inner(module: nn.Module, args: Any, output: Tensor) -> None:
+            own.append(output)  # noqa: B023
+
+        model[4].register_forward_hook({"global": _keep, "method": recorder.keep, "closure": inner}[kind])
+
+        def loss(output: Tensor, targets: Tensor) -> Tensor:
+            total = F.cross_entropy(output, targets) + sum(part.square().mean() for part in kept)  # noqa: B023
+            kept.clear()  # noqa: B023
+            return total
+
+        rule = find_rule(name).build(model, loss=loss)
+        if begun:
+            with torch.no_grad():
+                state = model[2].state.clone()
+            rule(*batch())
+            model[2].state.copy_(state)
+        rule.zero_grad()
+        torch.manual_seed(3)
+        rule(*batch()).backward()
+        updates.append([parameter.grad for parameter in model.parameters()])
+    for first, second in zip(*updates, strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_a_layer_that_draws_its_weight_by_a_generator_of_its_own() -> None:
     class Noise(nn.Module):
         def __init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 DEPTH = 3
 """How far into a module's attributes objects are looked for that hold a state."""
@@ -38,8 +39,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]:
     """Run anything within; afterwards modules, gradients, buffers and random generators are as they were.
 
-    So are the attributes of modules, with what their containers and plain objects hold: states of neurons, counters. An
-    iterator that was asked for its next value cannot be put back.
+    So are the attributes of modules, and what forward methods, hooks and the loss find by name, with what containers and
+    plain objects hold: states of neurons, counters, lists of activities. An iterator that was asked for its next value, and
+    numbers that a function sets outside itself, cannot be put back.
 
     Args:
         modules: whose state is kept.
@@ -124,12 +126,8 @@ def _generators() -> list[Callable[[], None]]:
 def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list[Tensor]]:
     """What puts back the states of objects that attributes of a user's modules hold, be it in containers; and tensors."""
     seen, restores, tensors = set[int](), list[Callable[[], None]](), list[Tensor]()
-    waiting = [
-        (value, 0)
-        for module in modules
-        for key, value in module.__dict__.items()
-        if key == "loss" or not (key in _EVERY_MODULES or type(module).__module__.startswith("apical."))
-    ]
+    waiting = [(value, 0) for module in modules for value in _looked_at(module)]
+    waiting += [(hook, 0) for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
     while waiting:
         value, depth = waiting.pop()
         if id(value) in seen or isinstance(value, _PLAIN):
@@ -142,6 +140,25 @@ def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list
         restores += [] if restore is None else [restore]
         waiting += [(part, depth + 1) for part in inner] if depth < DEPTH and len(inner) <= LONG else []
     return restores, tensors
+
+
+def _looked_at(module: nn.Module) -> Iterator[Any]:
+    """Attributes of a user's module, its forward method and hooks; of a rule, its loss."""
+    held, kind = module.__dict__, type(module).__module__
+    names = ("loss",) if kind.startswith("apical.") else held.keys() - _EVERY_MODULES
+    yield from (held[name] for name in names if name in held)
+    for hooks in _HOOKS:
+        yield from held[hooks].values()
+    if not kind.startswith(_OTHERS):
+        yield type(module).forward
+
+
+def _scope(function: FunctionType) -> list[Any]:
+    """What a user's function finds in what encloses it, and among the names of its file."""
+    if (function.__module__ or "").startswith(_OTHERS):
+        return []
+    inner = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
+    return inner + [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
 
 
 def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
@@ -159,15 +176,18 @@ def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
         kept = _copy(value)
         return lambda: (_restored(value, kept), None)[1], inner
     if isinstance(value, FunctionType):
-        return None, [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+        return None, _scope(value)
     if isinstance(value, MethodType):
-        return None, [value.__self__]
+        return None, [value.__self__, value.__func__]
     if isinstance(value, partial):
-        return None, [value.func, *value.args, *value.keywords.values()]
+        ours = getattr(value.func, "__module__", "").startswith("apical.")  # notes of our own, which are read afterwards
+        return None, [] if ours else [value.func, *value.args, *value.keywords.values()]
     if type(value).__module__.startswith("numpy"):
         return _kept_numpy(value), []
     own = getattr(value, "__dict__", None)
-    if type(own) is not dict or isinstance(value, nn.Module | Tensor | type) or type(value).__module__.startswith(_OTHERS):
+    if type(own) is not dict or isinstance(value, nn.Module | type) or type(value).__module__.startswith(_OTHERS):
+        return None, []
+    if any(type(part).__module__.startswith(_LIVE) for part in own.values()):  # half of it cannot be put back
         return None, []
     before = dict(own)
     return lambda: (_restored(own, before), None)[1], list(own.values())
@@ -216,5 +236,8 @@ def _holds(value: Any, content: Any) -> bool:
 
 _EMPTY = CellType()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_OTHERS = ("torch.", "apical.", "builtins", "weakref", "threading", "_thread")
+_OTHERS = ("torch.", "apical.", "builtins")
+_LIVE = ("_thread", "threading", "_io", "socket", "queue", "_queue", "multiprocessing", "concurrent", "asyncio", "logging")
 _EVERY_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks)
