@@ -12,13 +12,18 @@ from apical.core.layers import is_local, is_packed, is_registered, is_weighted
 from apical.errors import UnsupportedModelError
 
 
+TAKEN = frozenset({*dir(nn.ParameterDict), *dir(nn.ModuleDict)})
+"""Names that cannot be keys: attributes of whatever holds tensors by name."""
+
+
 def key(name: str) -> str:
     """Module name as a key of a buffer or submodule: dots are not allowed there, and the root has no name.
 
-    >>> key("layer1.0.conv1"), key("")
-    ('layer1/0/conv1', 'model')
+    >>> key("layer1.0.conv1"), key(""), key("values")
+    ('layer1/0/conv1', 'model', 'values/')
     """
-    return name.replace(".", "/") or "model"
+    made = name.replace(".", "/") or "model"
+    return f"{made}/" if made in TAKEN else made
 
 
 def weighted_layers(
