@@ -17,7 +17,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from apical.core.layers import computes_plainly, effective_weight, is_registered
-from apical.core.rest import kept_states
 from apical.core.transport import Geometry, geometry, padded_input, pads_itself, transport, weight_gradient
 from apical.errors import UnsupportedModelError
 
@@ -205,6 +204,8 @@ class Precision(TorchFunctionMode):
 @contextmanager
 def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Random numbers, buffers and attributes of a layer as they were, once it has been called."""
+    from apical.core.rest import kept_states  # layers that compute plainly need nothing of it
+
     modules = list(layer.modules())
     attributes = [module.__dict__.copy() for module in modules]
     buffers = [module._buffers.copy() for module in modules]

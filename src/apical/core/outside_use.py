@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from apical.core.graph import lasting
 from apical.errors import UnsupportedModelError
 
 PRODUCTS = {
@@ -42,6 +41,8 @@ class OutsideUse(TorchFunctionMode):
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
         """The rule's own, during which nothing is outside."""
+        from apical.core.graph import lasting  # at the first batch alone
+
         self.inside += 1
         try:
             output = self.rule.call_layer(site, *args, **kwargs)

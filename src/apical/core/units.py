@@ -11,7 +11,6 @@ from apical.core.layers import Layer as Layer
 from apical.core.layers import is_local, is_packed, is_registered, is_weighted
 from apical.errors import UnsupportedModelError
 
-
 TAKEN = frozenset({*dir(nn.ParameterDict), *dir(nn.ModuleDict)})
 """Names that cannot be keys: attributes of whatever holds tensors by name."""
 
