@@ -214,6 +214,19 @@ def test_activities_that_a_hook_keeps_for_the_loss_are_those_of_the_batch_alone(
         torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize("name", [*FEED_FORWARD, *BLOCKS[:1], "local-both", "dfc-ss", "strong-dfc", "dualprop"])
+def test_a_hook_that_keeps_activities_is_heard_once_a_batch(name: str) -> None:
+    """Rules that call a layer once. Chains look at hooked modules at each batch, to see that they compute what they did."""
+    torch.manual_seed(0)
+    model, kept = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), list[Tensor]()
+    model[2].register_forward_hook(lambda module, args, output: kept.append(output))
+    rule = find_rule(name).build(model)
+    for batches in range(3):
+        assert len(kept) == batches
+        rule(*batch()).backward()
+    assert len(kept) == 3
+
+
 def test_a_layer_that_draws_its_weight_by_a_generator_of_its_own() -> None:
     class Noise(nn.Module):
         def __init__(self) -> None:

@@ -35,7 +35,7 @@ from apical.core.layers import (
     refuse_backward_hooks,
     runs_own_forward,
 )
-from apical.core.rest import undisturbed
+from apical.core.rest import kept_states, undisturbed
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import enumerated, leaves, weighted_layers
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
@@ -233,7 +233,7 @@ class Chain:
             hooked = hooked or is_hooked(module)
         if not hooked or torch.compiler.is_compiling():
             return
-        with torch.no_grad():
+        with kept_states(self._modules), torch.no_grad():
             for module in self._modules:
                 require_unhooked(self._name(module), module, inputs)
                 inputs = module(inputs)

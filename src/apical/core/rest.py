@@ -180,10 +180,9 @@ def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
     if isinstance(value, MethodType):
         return None, [value.__self__, value.__func__]
     if isinstance(value, partial):
-        ours = (getattr(value.func, "__module__", None) or "").startswith(
-            "apical."
-        )  # notes of our own, which are read afterwards
-        return None, [] if ours else [value.func, *value.args, *value.keywords.values()]
+        if (getattr(value.func, "__module__", None) or "").startswith("apical."):  # keeps notes, which are read afterwards
+            return None, []
+        return None, [value.func, *value.args, *value.keywords.values()]
     if type(value).__module__.startswith("numpy"):
         return _kept_numpy(value), []
     own = getattr(value, "__dict__", None)

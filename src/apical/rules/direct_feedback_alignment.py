@@ -494,7 +494,7 @@ def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) 
             'feedback="full" or leaky=False'
         )
     with torch.no_grad():
-        spatial = layer(layer.weight.new_zeros(1, *shape[1:])).shape[2:]
+        spatial = layer.forward(layer.weight.new_zeros(1, *shape[1:])).shape[2:]
     everywhere = errors.view(*errors.shape, *(1,) * len(spatial)).expand(*errors.shape, *spatial)
     template = errors.new_empty(1).expand(shape)
     return transport(backward._replace(groups=1), everywhere.contiguous(), kernel, template)
