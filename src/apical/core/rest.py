@@ -85,8 +85,7 @@ def kept_states(modules: Iterable[nn.Module], drawn: bool = False) -> Iterator[N
     finally:
         with torch.no_grad():
             _put_back(copies)
-        for restore in restores:
-            restore()
+        _call(restores)
 
 
 def _put_back(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -140,6 +139,15 @@ def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list
         restores += [] if restore is None else [restore]
         waiting += [(part, depth + 1) for part in inner] if depth < DEPTH and len(inner) <= LONG else []
     return restores, tensors
+
+
+def _call(restores: Iterable[Callable[[], None]]) -> None:
+    for restore in restores:
+        restore()
+
+
+for _function in (_generators, _inner, _call):  # which a compiler need not look into
+    setattr(_function, "_torchdynamo_disable", True)  # noqa: B010
 
 
 def _looked_at(module: nn.Module) -> Iterator[Any]:
