@@ -5,9 +5,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,15 +77,15 @@ def kept_states(modules: Iterable[nn.Module], drawn: bool = False) -> Iterator[N
         modules: whose attributes are looked at; of a rule's own only the loss.
         drawn: the generators of Python and NumPy, too.
     """
-    restores, tensors = _inner(modules)
+    restores, tensors = _eagerly(_inner, modules)
     copies = _copies(tensors)
-    restores += _generators() if drawn else []
+    restores += _eagerly(_generators) if drawn else []
     try:
         yield
     finally:
         with torch.no_grad():
             _put_back(copies)
-        _call(restores)
+        _eagerly(_call, restores)
 
 
 def _put_back(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -146,8 +146,14 @@ def _call(restores: Iterable[Callable[[], None]]) -> None:
         restore()
 
 
-for _function in (_generators, _inner, _call):  # which a compiler need not look into
-    setattr(_function, "_torchdynamo_disable", True)  # noqa: B010
+@cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], torch.compiler.disable(function))
+
+
+def _eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that a compiler shall not look into; to import one takes as long as to import PyTorch."""
+    return (_disabled(function) if "torch._dynamo" in sys.modules else function)(*arguments)
 
 
 def _looked_at(module: nn.Module) -> Iterator[Any]:
