@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from apical.core.rest import undisturbed
 from apical.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def _taken(phi: nn.Module) -> Tensor | None:
     for columns in dict.fromkeys((4, *(vector.numel() for vector in own if vector.numel()))):
         v = potentials(columns).to(own[0].device if own else "cpu")
         try:
-            with torch.no_grad(), torch.random.fork_rng([]):
+            with torch.no_grad(), undisturbed(phi):
                 phi(v.clone())
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
@@ -46,7 +47,7 @@ def acts_on_each(phi: nn.Module) -> bool:
     row[::2] += 0.31
     column[:, ::2] += 0.31
     try:
-        with torch.random.fork_rng([]):
+        with undisturbed(phi):
             r, again, below, beside = (phi(each.clone()) for each in (v, v, row, column))
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
@@ -77,7 +78,7 @@ def require_agreement(module: nn.Module, said: "Activation") -> None:
         if any(formula is not None for formula in (said.derivative, said.difference, said.complex_parts)):
             raise _wrong(module, "does not run on rows of numbers, by which formulas are checked", "no formula")
         return
-    with torch.enable_grad(), torch.autocast(v.device.type, enabled=False):
+    with undisturbed(phi), torch.enable_grad(), torch.autocast(v.device.type, enabled=False):
         leaf = v.clone().requires_grad_()
         r = phi(leaf)
         slope = torch.autograd.grad(r.sum(), leaf)[0] if r.requires_grad else torch.zeros_like(v)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
-from apical.core.affine import looked_at
 from apical.core.called import Call
 from apical.core.chain import example_of, require_affine_type, traced
 from apical.core.layers import Layer, is_known_in_row, is_own, is_weighted, shapes_input
+from apical.core.rest import undisturbed
 from apical.core.units import enumerated, leaves, weighted_layers
 from apical.errors import UnsupportedModelError
 
@@ -119,9 +119,8 @@ def blocks(
     for name in required:
         if names.count(name) != 1:
             raise UnsupportedModelError(f"layer {name!r} is called twice; give each place a layer of its own")
-    kinds = {name: looked_at(layer).dtype for name, layer in layers.items()}
-    kind = next(iter(kinds.values()))
-    if odd := next((name for name, own in kinds.items() if own != kind), None):
+    kind = _precision(next(iter(layers.values())))
+    if odd := next((name for name, layer in layers.items() if _precision(layer) != kind), None):
         raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
     starts = [_start(calls, place) for place in places]
     starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
@@ -163,7 +162,7 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     hooks += [module.register_forward_hook(leave) for module in containers]
     try:
         model.eval()
-        with torch.random.fork_rng([example.device] if example.is_cuda else []), uncompiled(model):
+        with undisturbed(model), uncompiled(model):
             model(example.clone())
     except Exception:
         return {}  # the trace will say so
@@ -183,10 +182,16 @@ def _start(calls: Sequence[Call], place: int) -> int:
     return place
 
 
+def _precision(layer: nn.Module) -> torch.dtype:
+    """In which type a layer's weight is kept; a weight that a hook computes may still have a former one."""
+    own = layer._parameters.get("weight")
+    return (next(layer.parameters()) if own is None else own).dtype
+
+
 def _block(calls: Sequence[Call], layers: set[int]) -> Block:
     place, layer = next((call, part) for call in calls for part in call.module.modules() if id(part) in layers)
     assert is_weighted(layer)
-    if (own := looked_at(layer).dtype) != calls[-1].made.dtype:
+    if (own := _precision(layer)) != calls[-1].made.dtype:
         raise UnsupportedModelError(
             f"layer {place.name!r} ({type(place.module).__name__}) keeps its weight in {own}, but its block makes "
             f"{calls[-1].made.dtype}; keep the weight in that type, or use another rule"

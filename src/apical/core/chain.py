@@ -35,6 +35,7 @@ from apical.core.layers import (
     refuse_backward_hooks,
     runs_own_forward,
 )
+from apical.core.rest import kept_states, undisturbed
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import enumerated, leaves, weighted_layers
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
@@ -232,7 +233,7 @@ class Chain:
             hooked = hooked or is_hooked(module)
         if not hooked or torch.compiler.is_compiling():
             return
-        with torch.no_grad():
+        with kept_states(self._modules), torch.no_grad():
             for module in self._modules:
                 require_unhooked(self._name(module), module, inputs)
                 inputs = module(inputs)
@@ -383,7 +384,7 @@ def _traced(
     hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in computing]
     hooks += [module.register_forward_hook(note) for module in computing]
     try:
-        with torch.random.fork_rng([example.device] if example.is_cuda else []):
+        with undisturbed(model):
             for module, _ in modes:
                 module.training = training and id(module) not in inside
             before, chance = torch.get_rng_state(), random.getstate()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.layers import is_hooked, refuse_backward_hooks, runs_own_forward
-from apical.core.rest import evaluating
+from apical.core.rest import evaluating, undisturbed
 from apical.core.units import Found, leaves
 from apical.errors import UnsupportedModelError
 
@@ -96,8 +96,7 @@ class Containers:
         )
         fresh = [] if compiling else [module for module in self.model.modules() if module not in self.names]  # dropout?
         modes = [(module, module.training) for module in (*touched, *fresh)]
-        devices = [inputs.device] if inputs.is_cuda else []
-        kept = nullcontext() if compiling else torch.random.fork_rng(devices)
+        kept = nullcontext() if compiling else undisturbed(self.model)
         with evaluating(self.model), torch.no_grad(), kept:
             expected = own(inputs.clone()) if compiling else self._take(own, inputs, message)
             for module, mode in modes:

@@ -336,17 +336,14 @@ class CutRule(CreditRule):
                 "the model called its layers in an order not seen before, inside a function transform or a compiled graph; "
                 f"{remedy}call the rule on such a batch outside first"
             )
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
         for _ in range(ATTEMPTS):
             if verify(self._cutting, done, tensors(output), self._patterns, self._idle):
                 self._right.add((self.model.training, *done.events))
                 self._last |= {id(leaf) for part in tensors(output) for leaf in leaves(part.grad_fn)}
                 return output, done
             self._trace(inputs)
-            output, done = self._cut_pass(inputs, False)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.data.copy_(value)  # as after the first of these passes
+            with undisturbed(self.model):  # as after the first of these passes
+                output, done = self._cut_pass(inputs, False)
         if done.on_view is not None:
             raise UnsupportedModelError(
                 f"the activation at {done.on_view!r} works in place on a view (view, chunk, a slice), which goes on with "

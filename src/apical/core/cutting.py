@@ -17,7 +17,7 @@ from apical.core.activations import is_activation
 from apical.core.calls import AVERAGES, FUNCTIONS, NORMALISATIONS, PRODUCTS, Calls
 from apical.core.checkpointing import refuse_hidden, sever
 from apical.core.gains import gain
-from apical.core.graph import Vertex, vertex
+from apical.core.graph import Vertex, lasting, vertex
 from apical.core.layers import is_packed, refuse_backward_hooks
 from apical.core.outputs import parts, tensors
 from apical.core.outside_use import refuse_derivatives
@@ -206,6 +206,7 @@ class Pass:
         sites: each call of a weighted layer, and its output in the graph.
         cuts: the units that ended.
         calls_of: the number of the call of a weighted layer that made a vertex.
+        lasting: the vertex that stands for a site once its output, a view, was changed in place.
     """
 
     def __init__(self, cutting: Cutting, plain: bool = False) -> None:
@@ -215,6 +216,7 @@ class Pass:
         self.sites: list[tuple[str, Vertex | None]] = []
         self.cuts: list[Cut] = []
         self.calls_of: dict[Vertex, int] = {}
+        self.lasting: dict[Vertex, Vertex] = {}
         self.near: str | None = None  # the last weighted layer
         self.single = 0  # axes of its output, if that is of one sample
         self.on_view: str | None = None  # a cut at a view that was changed in place, and keeps its past
@@ -258,9 +260,10 @@ class Pass:
             made = [output] if isinstance(output, Tensor) else [part for _, part in parts(name, output)]
             for part in made:
                 at = self.at if self.is_cut(part) else vertex(part)
-                self.sites.append((name, at))
                 if at is not None:
-                    self.calls_of[at] = len(self.events)
+                    base = self.lasting[at] = at if self.is_cut(part) else cast(Vertex, lasting(part))
+                    self.calls_of[at] = self.calls_of[base] = len(self.events)
+                self.sites.append((name, at))
 
     def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
         """Cut at an activation's output, unless it has no unit of its own. `inputs` is what it is given."""
@@ -436,7 +439,7 @@ class Trace(Pass):
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """Note a function's result."""
-        refuse_derivatives(function, args, {at[0]: name for name, at in self.sites if at is not None}, True)
+        refuse_derivatives(function, args, {self.lasting[at][0]: name for name, at in self.sites if at}, True)
         if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
         name = self.called(function)

@@ -306,7 +306,7 @@ class EdgeRule(CreditRule):
         if not compiling:
             self._passes += 1
             if not self._watched or self._passes & (self._passes - 1) == 0:  # as with _require_calls
-                watch = OutsideUse(self, self._weights_in(substitutes))
+                watch = OutsideUse(self, self.model, self._weights_in(substitutes))
             elif not (substitutes or self._unseen) and self.goes_by_weights():
                 parameters = self._plain_chain().parameters(self, inputs)
                 if parameters is not None:
@@ -418,13 +418,13 @@ class EdgeRule(CreditRule):
             )
         swaps = self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked()
         if swaps and (self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None):
-            swap.met = False
+            swap.met = swap.twice = False
             with swap:
                 output = site.forward(*args, **kwargs)
-            if swap.met:
+            if swap.met and not swap.twice:
                 return output
-            site.swaps = False
-            site.affine = torch.is_autocast_enabled(inputs.device.type)  # there another tensor is to be expected
+            site.swaps = swap.met
+            site.affine = site.affine if swap.met else torch.is_autocast_enabled(inputs.device.type)  # another tensor there
         return self._with_edge(site, of_input(site.forward, inputs, args, kwargs), inputs)
 
     def _through(self, site: Site, inputs: Tensor, alone: bool, call: Callable[[], Any]) -> Any:

@@ -212,6 +212,8 @@ class Precision(TorchFunctionMode):
 @contextmanager
 def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Random numbers, buffers and attributes of a layer as they were, once it has been called."""
+    from apical.core.rest import kept_states  # layers that compute plainly need nothing of it
+
     modules = list(layer.modules())
     attributes = [module.__dict__.copy() for module in modules]
     buffers = [module._buffers.copy() for module in modules]
@@ -219,7 +221,7 @@ def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.clone()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_states(modules):
             yield
     finally:
         for module, saved, own in zip(modules, attributes, buffers, strict=True):

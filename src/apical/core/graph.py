@@ -8,6 +8,7 @@ backward pass of its own, and nothing comes through from above. The root is the 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -24,6 +25,13 @@ SEVERED = "_SeverBackward"
 def vertex(tensor: Tensor) -> Vertex | None:
     """Where the tensor stands in the graph; None for one without a past."""
     return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+
+def lasting(tensor: Tensor) -> Vertex | None:
+    """The vertex that stays in the graph when the tensor is changed in place: of a view, that of what it is a view of."""
+    with torch._C.DisableTorchFunction():  # what is asked here is no call of the model's
+        base = tensor._base
+        return vertex(tensor if base is None or base.grad_fn is None else base)
 
 
 def reshapes(at: Vertex | None) -> Iterator[Vertex]:

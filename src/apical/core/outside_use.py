@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
@@ -26,23 +26,28 @@ class OutsideUse(TorchFunctionMode):
 
     Args:
         rule: takes the layers' calls.
+        model: what is called.
         weights: each layer's weight in this pass.
     """
 
-    def __init__(self, rule: Any, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, rule: Any, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.rule, self.inside = rule, 0
+        self.own = {id(parameter) for parameter in model.parameters()}
+        self.strange: str | None = None  # a product with a parameter that is not among these
         self.found: dict[str, str] = {}  # layers, and the first function that used their weight outside
         self.made = {id(weight): (name, weight) for name, weight in weights.items()}  # weights, and what is made of them
         self.calls: dict[Node, str] = {}  # of layers, by what made their output
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
         """The rule's own, during which nothing is outside."""
+        from apical.core.graph import lasting  # at the first batch alone
+
         self.inside += 1
         try:
             output = self.rule.call_layer(site, *args, **kwargs)
             if not torch.compiler.is_dynamo_compiling():  # a part of the model that is compiled, as is seen elsewhere
-                self.calls |= {part.grad_fn: site.name for part in _tensors((output,)) if part.grad_fn is not None}
+                self.calls |= {at[0]: site.name for part in _tensors((output,)) if (at := lasting(part)) is not None}
             return output
         finally:
             self.inside -= 1
@@ -53,10 +58,15 @@ class OutsideUse(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not self.inside:
             tensors = list(_tensors((*args, *(kwargs or {}).values())))
+            strangers = [t for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad and id(t) not in self.own]
+            self.made |= {id(t): ("", t) for t in strangers if id(t) not in self.made}
             names = [self.made[id(tensor)][0] for tensor in tensors if id(tensor) in self.made]
             activities = any(tensor.requires_grad for tensor in tensors if id(tensor) not in self.made)
             if names and activities and getattr(func, "__name__", "") in PRODUCTS:
-                self.found.setdefault(names[0], func.__name__)
+                if names[0]:
+                    self.found.setdefault(names[0], func.__name__)
+                else:
+                    self.strange = self.strange or func.__name__
             if names and not activities:
                 self.made |= {id(tensor): (names[0], tensor) for tensor in _tensors((result,))}
         return result
@@ -67,6 +77,12 @@ class OutsideUse(TorchFunctionMode):
         Raises:
             UnsupportedModelError: names the layer and the function.
         """
+        if self.strange:
+            raise UnsupportedModelError(
+                f"the model multiplies activities by a parameter that is not among model.parameters() ({self.strange}), "
+                "where the error would pass through the weight itself; register its module (nn.ModuleList in place of a "
+                "list), or give it requires_grad_(False) if it is to stay as it is"
+            )
         if not self.found:
             return
         exact, by = tuple(self.found), ", ".join(dict.fromkeys(self.found.values()))
@@ -91,7 +107,10 @@ def fault_of(rule: Any, inputs: Tensor) -> str:
     """
     from apical.core.rest import undisturbed  # compiled rules alone need it
 
-    watch, layers = OutsideUse(_Plainly(), rule._weights_in({})), [*rule._sites.values(), *rule._bundles.values()]
+    watch, layers = (
+        OutsideUse(_Plainly(), rule.model, rule._weights_in({})),
+        [*rule._sites.values(), *rule._bundles.values()],
+    )
     try:
         for wrapped, site in layers:
             wrapped.rule, wrapped.site = watch, site

@@ -1,11 +1,26 @@
 """Run a model and leave it as it was."""
 
-from collections.abc import Iterable, Iterator
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache, partial
+from types import CellType, FunctionType, MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+DEPTH = 3
+"""How far into a module's attributes objects are looked for that hold a state."""
+
+LONG = 1000
+"""Elements of a container beyond which these are not looked at."""
+
+LARGE = 2**24
+"""Numbers of a tensor or array beyond which it holds data, and no state."""
 
 
 @contextmanager
@@ -24,6 +39,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]:
     """Run anything within; afterwards modules, gradients, buffers and random generators are as they were.
 
+    So are the attributes of modules, and what forward methods, hooks and the loss find by name, with what containers and
+    plain objects hold: states of neurons, counters, lists of activities. An iterator that was asked for its next value, and
+    numbers that a function sets outside itself, cannot be put back.
+
     Args:
         modules: whose state is kept.
         parameters: also restore the values of the parameters.
@@ -31,13 +50,11 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
     tensors = _tensors(every, parameters)
-    generators = [v for m in every for v in m.__dict__.values() if isinstance(v, torch.Generator)]
-    states = [(generator, generator.get_state()) for generator in generators]
     leaves = [q for m in every for q in m.parameters(recurse=False) if q.is_leaf]  # others stand in for parameters in a call
     grads = [(q, q.grad, None if q.grad is None else q.grad.clone()) for q in leaves]
     devices = {t.device.index for t, _ in tensors if t.is_cuda}
     devices |= {q.device.index for q, *_ in grads if q.is_cuda}
-    with torch.random.fork_rng([device for device in devices if device is not None]):
+    with torch.random.fork_rng([device for device in devices if device is not None]), kept_states(every, drawn=True):
         try:
             yield
         finally:
@@ -45,31 +62,171 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
                 module.__dict__.clear()
                 module.__dict__.update({key: _restored(*value) for key, value in saved.items()})
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                for tensor, value in tensors:
-                    if tensor.shape != value.shape:  # an observer's, which are empty before its first batch
-                        tensor.data = value
-                    elif not (tensor.is_meta or torch.equal(tensor, value)):  # on meta there are no values
-                        tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
-            for generator, state in states:
-                generator.set_state(state)
+                _put_back(tensors)
             for parameter, grad, before in grads:
                 parameter.grad = grad
                 if grad is not None and before is not None:
                     grad.detach().copy_(before)
 
 
+@contextmanager
+def kept_states(modules: Iterable[nn.Module], drawn: bool = False) -> Iterator[None]:
+    """Afterwards objects that attributes of modules hold are as they were, but for buffers and parameters.
+
+    Args:
+        modules: whose attributes are looked at; of a rule's own only the loss.
+        drawn: the generators of Python and NumPy, too.
+    """
+    restores, tensors = _eagerly(_inner, modules)
+    copies = _copies(tensors)
+    restores += _eagerly(_generators) if drawn else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            _put_back(copies)
+        _eagerly(_call, restores)
+
+
+def _put_back(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in tensors:
+        if tensor.shape != value.shape:  # an observer's, which are empty before its first batch
+            tensor.data = value
+        elif not (tensor.is_meta or torch.equal(tensor, value)):  # on meta there are no values
+            tensor.data.copy_(value)  # unseen by a graph that keeps the buffer
+
+
+def _copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    dense = [t for t in tensors if t.layout is torch.strided]  # others are not written in place
+    return [(t, t.detach().clone()) for t in {id(t): t for t in dense}.values()]
+
+
 def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tensor, Tensor]]:
     tensors = [t for m in modules for t in m._buffers.values() if t is not None]
+    own = [t for m in modules for t in m._parameters.values() if t is not None]
+    frozen = [t for t in own if not t.requires_grad]
     if parameters:
-        tensors += [t for m in modules for t in m._parameters.values() if t is not None]
+        tensors += own
+    elif 2 * sum(t.numel() for t in frozen) <= sum(t.numel() for t in own):  # averages that a forward moves, no backbone
+        tensors += frozen
     with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep
-        return [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
+        return _copies(tensors)
+
+
+def _generators() -> list[Callable[[], None]]:
+    """What puts the random generators of Python and NumPy back."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    if numpy is None:
+        return [lambda: random.setstate(state)]
+    legacy = numpy.random.get_state()
+    return [lambda: random.setstate(state), lambda: numpy.random.set_state(legacy)]
+
+
+def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list[Tensor]]:
+    """What puts back the states of objects that attributes of a user's modules hold, be it in containers; and tensors."""
+    seen, restores, tensors = set[int](), list[Callable[[], None]](), list[Tensor]()
+    waiting = [(value, 0) for module in modules for value in _looked_at(module)]
+    waiting += [(hook, 0) for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in seen or isinstance(value, _PLAIN):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensors += [value] if type(value) is Tensor and value.numel() <= LARGE else []
+            continue
+        restore, inner = _kept(value)
+        restores += [] if restore is None else [restore]
+        waiting += [(part, depth + 1) for part in inner] if depth < DEPTH and len(inner) <= LONG else []
+    return restores, tensors
+
+
+def _call(restores: Iterable[Callable[[], None]]) -> None:
+    for restore in restores:
+        restore()
+
+
+@cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], torch.compiler.disable(function))
+
+
+def _eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that a compiler shall not look into; to import one takes as long as to import PyTorch."""
+    return (_disabled(function) if "torch._dynamo" in sys.modules else function)(*arguments)
+
+
+def _looked_at(module: nn.Module) -> Iterator[Any]:
+    """Attributes of a user's module, its forward method and hooks; of a rule, its loss."""
+    held, kind = module.__dict__, type(module).__module__
+    names = ("loss",) if kind.startswith("apical.") else held.keys() - _EVERY_MODULES
+    yield from (held[name] for name in names if name in held)
+    for hooks in _HOOKS:
+        yield from held[hooks].values()
+    if not kind.startswith(_OTHERS):
+        yield type(module).forward
+
+
+def _scope(function: FunctionType) -> list[Any]:
+    """What a user's function finds in what encloses it, and among the names of its file."""
+    if (function.__module__ or "").startswith(_OTHERS):
+        return []
+    inner = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
+    return inner + [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
+
+
+def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
+    """What puts a value's state back, if it has one that can be kept, and what it holds."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: (value.set_state(state), None)[1], []
+    if isinstance(value, random.Random):
+        drawn = value.getstate()
+        return lambda: value.setstate(drawn), []
+    if isinstance(value, dict | list | set | deque | tuple):
+        inner = list(value.values()) if isinstance(value, dict) else list(value)
+        if isinstance(value, tuple):
+            return None, inner
+        kept = _copy(value)
+        return lambda: (_restored(value, kept), None)[1], inner
+    if isinstance(value, FunctionType):
+        return None, _scope(value)
+    if isinstance(value, MethodType):
+        return None, [value.__self__, value.__func__]
+    if isinstance(value, partial):
+        if (getattr(value.func, "__module__", None) or "").startswith("apical."):  # keeps notes, which are read afterwards
+            return None, []
+        return None, [value.func, *value.args, *value.keywords.values()]
+    if type(value).__module__.startswith("numpy"):
+        return _kept_numpy(value), []
+    own = getattr(value, "__dict__", None)
+    if type(own) is not dict or isinstance(value, nn.Module | type) or type(value).__module__.startswith(_OTHERS):
+        return None, []
+    if any(type(part).__module__.startswith(_LIVE) for part in own.values()):  # half of it cannot be put back
+        return None, []
+    before = dict(own)
+    return lambda: (_restored(own, before), None)[1], list(own.values())
+
+
+def _kept_numpy(value: Any) -> Callable[[], None] | None:
+    """The same of an array, or a generator, of NumPy."""
+    if hasattr(value, "bit_generator"):
+        bits = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", bits)
+    if not hasattr(value, "shape") or value.ndim == 0 or value.size > LARGE:
+        return None
+    numbers = value.copy()
+    return lambda: value.__setitem__(..., numbers)
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
     """The value, and what it holds where it is a container."""
-    kind = next((kind for kind in (dict, list, set) if isinstance(value, kind)), None)
-    return value, None if kind is None else kind(value)
+    return value, _copy(value) if isinstance(value, dict | list | set) else None
+
+
+def _copy(value: Any) -> Any:
+    """What a container holds."""
+    return next(kind(value) for kind in (dict, list, set, deque) if isinstance(value, kind))
 
 
 def _restored(value: Any, content: Any) -> Any:
@@ -80,7 +237,7 @@ def _restored(value: Any, content: Any) -> Any:
         value[:] = content
     else:
         value.clear()
-        value.update(content)
+        (value.extend if isinstance(value, deque) else value.update)(content)
     return value
 
 
@@ -90,3 +247,12 @@ def _holds(value: Any, content: Any) -> bool:
         return bool(value == content)
     held, before = ([part for item in x.items() for part in item] if isinstance(x, dict) else x for x in (value, content))
     return len(held) == len(before) and all(a is b for a, b in zip(held, before, strict=True))
+
+
+_EMPTY = CellType()
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_OTHERS = ("torch.", "apical.", "builtins")
+_LIVE = ("_thread", "threading", "_io", "socket", "queue", "_queue", "multiprocessing", "concurrent", "asyncio", "logging")
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks)

@@ -10,6 +10,7 @@ output, the result of a formula, at worst the layer's own output. An activation 
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from apical.core.cutting import Call, Cutting, Pass, Trace, is_inside, is_part_of
@@ -143,6 +144,7 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
 
     Weights are multiplied in the calls of layers, or by functions: `F.linear(x, layer.weight)`, `x @ embedding.weight.T`.
     """
+    done.sites = [(name, at if at is None or at in graph.children else done.lasting[at]) for name, at in done.sites]
     weighted = {at: name for name, at in done.sites if at is not None and at in graph.children}
     called = {name for name, _ in done.sites}
     own = {_product(graph, at) for at in weighted}  # of the layers' own calls
@@ -232,7 +234,7 @@ class _Search:
         graph, trace, still = self.graph, self.trace, set[Vertex]()
         all_ = {id(parameter) for parameter in self.cutting.model.parameters()}
         own = {at: {id(p) for p in self.cutting.layers[name].parameters()} for name, at in trace.sites}
-        kept = {buffer.untyped_storage()._cdata for buffer in self.cutting.model.buffers()}
+        kept = {b.untyped_storage()._cdata for b in self.cutting.model.buffers() if b.layout is torch.strided}
         for at in reversed(graph.order):
             children, entering = graph.children[at], graph.parameters[at]
             looked_up = at[0].name() in BY_INDEX and not kept.issuperset(_storages_of_index(at))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from apical.core.units import Layer
-from apical.errors import UnsupportedModelError, refuse_second_derivatives
+from apical.errors import refuse_second_derivatives
 
 
 class Swap(saved_tensors_hooks):
@@ -20,12 +20,13 @@ class Swap(saved_tensors_hooks):
     Attributes:
         met: autograd kept the weight since this was last set to False. Where it did not, the layer computes with another
             tensor, and the error would pass through that.
+        twice: it did so twice: the layer's input is its weight too, and which is which cannot be told.
     """
 
     def __init__(self, layer: Layer, feedback: Callable[[], Callable[[], Tensor]]) -> None:
         super().__init__(self.pack, self.unpack)
         self.layer, self.feedback = layer, feedback
-        self.met = False
+        self.met = self.twice = False
         self._own = layer._parameters
 
     def _weight(self) -> Tensor:
@@ -38,15 +39,12 @@ class Swap(saved_tensors_hooks):
         weight = self._weight()
         if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
             return saved, False, saved._version
-        self.met = True
-        if saved.shape == weight.shape and saved.stride() == weight.stride():
-            return self.feedback(), False, weight._version
-        if saved.shape == weight.shape[::-1] and saved.stride() == weight.stride()[::-1]:
-            return self.feedback(), True, weight._version
-        raise UnsupportedModelError(
-            f"a {type(self.layer).__name__} keeps its weight {tuple(weight.shape)} in the form {tuple(saved.shape)}, "
-            "for which no feedback is known"
-        )
+        transposed = saved.shape != weight.shape or saved.stride() != weight.stride()
+        is_other = transposed and (saved.shape != weight.shape[::-1] or saved.stride() != weight.stride()[::-1])
+        if is_other or saved.storage_offset() != weight.storage_offset():  # all parameters may lie in one storage
+            return saved, False, saved._version
+        self.twice, self.met = self.met, True
+        return self.feedback(), transposed, weight._version
 
     def unpack(self, packed: tuple[Tensor | Callable[[], Tensor], bool, int]) -> Tensor:
         """The feedback weight, or the tensor that was kept, unless it was changed since."""

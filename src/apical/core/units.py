@@ -11,14 +11,18 @@ from apical.core.layers import Layer as Layer
 from apical.core.layers import is_local, is_packed, is_registered, is_weighted
 from apical.errors import UnsupportedModelError
 
+TAKEN = frozenset({*dir(nn.ParameterDict), *dir(nn.ModuleDict)})
+"""Names that cannot be keys: attributes of whatever holds tensors by name."""
+
 
 def key(name: str) -> str:
     """Module name as a key of a buffer or submodule: dots are not allowed there, and the root has no name.
 
-    >>> key("layer1.0.conv1"), key("")
-    ('layer1/0/conv1', 'model')
+    >>> key("layer1.0.conv1"), key(""), key("values")
+    ('layer1/0/conv1', 'model', 'values/')
     """
-    return name.replace(".", "/") or "model"
+    made = name.replace(".", "/") or "model"
+    return f"{made}/" if made in TAKEN else made
 
 
 def weighted_layers(
@@ -88,6 +92,8 @@ def weighted_layers(
             if strange:
                 faults.orphans |= dict.fromkeys(strange, type(module).__name__)
             layers |= cast(dict[str, Layer], parts if packed == "parts" else {name: module})
+        elif None in (exact, sites) and isinstance(module, torch.jit.ScriptModule):  # on which these rules put hooks
+            faults.scripted[name] = module
         elif is_local(module) or is_activation(module):
             inside |= _belonging(module)
         elif own and module not in inside:
@@ -249,7 +255,7 @@ class Faults:
         complex: names of modules with complex parameters.
         unknown: modules of PyTorch with parameters of which no backward map is known.
         several: modules that apply several weights within one call, where a rule takes none of these.
-        scripted: modules with parameters that TorchScript has compiled.
+        scripted: modules that TorchScript has compiled.
         orphans: names of parameters outside layers, and the type that holds each.
         matrices: those of them that a rule with the option `sites` could lead the error through.
         dense: types that hold some of them and could be registered as layers, by their full names.
@@ -317,8 +323,8 @@ class Faults:
             )
         if self.scripted:
             parts.append(
-                f"{enumerated('module', self.scripted, 'is', 'are')} compiled by TorchScript, where no rule reaches a "
-                "layer; give the rule the model that was scripted or traced, and compile it after training"
+                f"{enumerated('module', self.scripted, 'is', 'are')} compiled by TorchScript, where this rule sees "
+                "nothing; give the rule the model that was scripted or traced, and compile it after training"
             )
         if self.orphans:
             kinds, one = ", ".join(dict.fromkeys(self.orphans.values())), len(self.orphans) == 1

@@ -366,7 +366,10 @@ class DirectFeedbackAlignment(CutRule):
             unit = above[0]
         matrix = self.feedback._buffers.get(self._at(unit))
         if matrix is None:
-            names = ", ".join(sorted(b.replace("/", ".") for b in self.feedback._buffers)) or "none before the first batch"
+            names = (
+                ", ".join(sorted(b.replace("/", ".").strip(".") for b in self.feedback._buffers))
+                or "none before the first batch"
+            )
             raise ConfigError(f"set_feedback: there is no unit or layer {name!r} with feedback; units: {names}")
         if B.shape != matrix.shape:
             raise ConfigError(
@@ -492,7 +495,7 @@ def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) 
             'feedback="full" or leaky=False'
         )
     with torch.no_grad():
-        spatial = layer(layer.weight.new_zeros(1, *shape[1:])).shape[2:]
+        spatial = layer.forward(layer.weight.new_zeros(1, *shape[1:])).shape[2:]
     everywhere = errors.view(*errors.shape, *(1,) * len(spatial)).expand(*errors.shape, *spatial)
     template = errors.new_empty(1).expand(shape)
     return transport(backward._replace(groups=1), everywhere.contiguous(), kernel, template)

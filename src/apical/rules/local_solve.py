@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from apical.core.checkpointing import refuse_checkpointing
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
+from apical.core.graph import lasting
 from apical.core.layers import computes_plainly
 from apical.core.losses import refuse_options
 from apical.core.processes import summed
@@ -366,17 +367,18 @@ def _named(taps: dict[str, tuple[Tensor, ...]], problems: dict[str, Problem]) ->
 
 def _watch(rule: LocalSolve, name: str, layer: nn.Module, args: Any, output: Any) -> None:
     """Keep what error arrives at a layer's output, while it is found out what gradients are made of."""
-    node = getattr(output, "grad_fn", None)
-    if rule._problems is None or not rule._watches or node is None:
+    at = lasting(output) if isinstance(output, Tensor) else None
+    if rule._problems is None or not rule._watches or at is None:
         return
     problem = rule._problems[name]
-    call, errors = len(problem.calls) - 1, problem.errors
+    call, errors, shape = len(problem.calls) - 1, problem.errors, output.shape
 
     def keep(arrived: tuple[Tensor | None, ...]) -> None:
-        if arrived[0] is not None:
-            errors[call] = arrived[0]
+        error = arrived[at[1]]
+        if error is not None:
+            errors[call] = error.reshape(shape) if error.numel() == shape.numel() else error
 
-    node.register_prehook(keep)
+    at[0].register_prehook(keep)
 
 
 def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

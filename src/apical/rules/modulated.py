@@ -27,6 +27,7 @@ from apical.core.checkpointing import aside, is_checkpointed, refuse_hidden
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
 from apical.core.effective import is_drawn, measured_weight, weight_now
+from apical.core.graph import lasting
 from apical.core.layers import computes_plainly
 from apical.core.rest import evaluating, undisturbed
 from apical.core.transport import as_matrix, geometry
@@ -290,7 +291,8 @@ def _reads(parts: list[Tensor]) -> Counter[int]:
 def _note_call(calls: list[tuple[str, Node | None]], name: str, layer: nn.Module, args: Any, output: Any) -> None:
     if not torch.is_grad_enabled():
         refuse_hidden(name)
-    calls.append((name, getattr(output, "grad_fn", None)))
+    at = lasting(output) if isinstance(output, Tensor) else None
+    calls.append((name, None if at is None else at[0]))
 
 
 def _read_by_others(calls: list[tuple[str, Node | None]]) -> set[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -189,12 +190,15 @@ class Trial:
         has_state = isinstance(layer, Part) and isinstance(layer.owner, (nn.RNNBase, nn.RNNCellBase))  # another input
         zero = [parameter for parameter in self.model.parameters() if parameter.dim() > 1 and not bool(parameter.any())]
         others, generator = set[str](), torch.Generator().manual_seed(0)
-        for filled in ([], zero) if zero else ([],):
+        ways = [partial(_before_forward, caller(layer), _detached_first if has_state else _detached)]
+        if isinstance(layer, Part) and isinstance(layer.owner, nn.MultiheadAttention):
+            ways.append(partial(_detached_answer, layer.owner))  # the loss may read the attention weights too
+        for filled, way in product(([], zero) if zero else ([],), ways):
             with self.sandbox():
                 with torch.no_grad():
                     for parameter in filled:
                         parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
-                with _before_forward(caller(layer), _detached_first if has_state else _detached):
+                with way():
                     loss = self.loss(self.model(self.inputs))
                     if loss.requires_grad:
                         loss.backward()  # which may run checkpointed layers again
@@ -250,6 +254,19 @@ def _before_forward(module: nn.Module, act: Callable[..., Any]) -> Iterator[None
     def run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = act(args, kwargs)
         return forward(*args, **kwargs)
+
+    with shadowed(module, forward=run):
+        yield
+
+
+@contextmanager
+def _detached_answer(module: nn.Module) -> Iterator[None]:
+    """Within, the first of the module's outputs has no past."""
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first, *rest = forward(*args, **kwargs)
+        return (first.detach(), *rest)
 
     with shadowed(module, forward=run):
         yield

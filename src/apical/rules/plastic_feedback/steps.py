@@ -60,7 +60,7 @@ class Steps:
         self._rehearsed: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
         self._lonely: dict[str, int] = {}
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._hooks: dict[str, tuple[ref[Tensor], Any]] = {}
+        self._hooks: dict[str, Any] = {}
         self._arrivals: dict[str, Arrival] = {}
         self.sharing = Sharing(self._arrivals, self._decays)
         self._listens = rule.form in ("auto", "closed") or not (rule.ALIKE or rule.update == "own")
@@ -70,12 +70,14 @@ class Steps:
     def _listen(self) -> None:
         """Hear of the gradients that weights receive, be they other parameters by now."""
         for name, layer in self.rule.layers.items() if self._listens else ():
-            weight, (known, hook) = layer._parameters.get("weight"), self._hooks.get(name, (None, None))
-            if weight is not None and weight.requires_grad and weight.is_leaf and (known is None or known() is not weight):
-                if hook is not None:
-                    hook.remove()
+            weight, own = layer._parameters.get("weight"), self._arrivals.get(name)
+            if weight is None or not (weight.requires_grad and weight.is_leaf):
+                continue
+            if own not in (weight._post_accumulate_grad_hooks or {}).values():  # a weak reference would forbid swap_tensors
+                if name in self._hooks:
+                    self._hooks[name].remove()
                 self._arrivals[name] = Arrival()
-                self._hooks[name] = ref(weight), weight.register_post_accumulate_grad_hook(self._arrivals[name])
+                self._hooks[name] = weight.register_post_accumulate_grad_hook(self._arrivals[name])
 
     @property
     def rule(self) -> "PlasticRule":
@@ -85,7 +87,7 @@ class Steps:
     def remove(self) -> None:
         """Stop, and leave nothing on the weights."""
         ignore(self)
-        for _, hook in self._hooks.values():
+        for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
