@@ -421,7 +421,7 @@ class EdgeRule(CreditRule):
             swap.met = swap.twice = False
             with swap:
                 output = site.forward(*args, **kwargs)
-            if swap.met and not swap.twice:
+            if swap.met and not (swap.twice and swap.is_given(inputs)):
                 return output
             site.swaps = swap.met
             site.affine = site.affine if swap.met else torch.is_autocast_enabled(inputs.device.type)  # another tensor there

@@ -20,7 +20,7 @@ class Swap(saved_tensors_hooks):
     Attributes:
         met: autograd kept the weight since this was last set to False. Where it did not, the layer computes with another
             tensor, and the error would pass through that.
-        twice: it did so twice: the layer's input is its weight too, and which is which cannot be told.
+        twice: it did so twice, as for forward-mode derivatives.
     """
 
     def __init__(self, layer: Layer, feedback: Callable[[], Callable[[], Tensor]]) -> None:
@@ -45,6 +45,10 @@ class Swap(saved_tensors_hooks):
             return saved, False, saved._version
         self.twice, self.met = self.met, True
         return self.feedback(), transposed, weight._version
+
+    def is_given(self, inputs: Tensor) -> bool:
+        """Whether the layer's input is its weight, or a part of it, too; which is which cannot be told then."""
+        return bool(inputs.untyped_storage()._cdata == self._weight().untyped_storage()._cdata)
 
     def unpack(self, packed: tuple[Tensor | Callable[[], Tensor], bool, int]) -> Tensor:
         """The feedback weight, or the tensor that was kept, unless it was changed since."""
