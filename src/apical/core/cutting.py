@@ -20,7 +20,7 @@ from apical.core.gains import gain
 from apical.core.graph import Vertex, lasting, vertex
 from apical.core.layers import is_packed, refuse_backward_hooks
 from apical.core.outputs import parts, tensors
-from apical.core.outside_use import refuse_derivatives
+from apical.core.outside_use import refuse_derivatives, refuse_mapped
 from apical.core.rows import Rows
 from apical.core.signals import Cut, Teacher, TeachingSignal, channels_axis
 from apical.errors import UnsupportedModelError
@@ -218,6 +218,7 @@ class Pass:
         self.calls_of: dict[Vertex, int] = {}
         self.lasting: dict[Vertex, Vertex] = {}
         self.near: str | None = None  # the last weighted layer
+        self.is_mapped = torch._C._are_functorch_transforms_active()  # the rule itself, which says so
         self.single = 0  # axes of its output, if that is of one sample
         self.on_view: str | None = None  # a cut at a view that was changed in place, and keeps its past
         self.last: Tensor | None = None  # what came out of the last cut
@@ -336,11 +337,8 @@ class Pass:
             )
         if hidden.is_nested:
             raise UnsupportedModelError(f"the unit at {name!r} makes a nested tensor, which no rule with cuts takes; pad it")
-        if not self.plain and torch._C._are_functorch_transforms_active():
-            raise UnsupportedModelError(
-                f"the unit at {name!r} ends inside a transform of torch.func (vmap, grad), where no signal can be told to "
-                "samples; call the transform's function on the batch itself"
-            )
+        if not (self.plain or self.is_mapped):
+            refuse_mapped(name)
         root = hidden
         if in_place and hidden.requires_grad and hidden._base is not None:
             self.on_view, in_place = self.on_view or name, False

@@ -178,3 +178,12 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def refuse_mapped(unit: str) -> None:
+    """Refuse a unit inside a transform of `torch.func` that the model calls: one call stands there for all samples."""
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedModelError(
+            f"the unit at {unit!r} ends inside a transform of torch.func (vmap, grad), where no signal can be told to "
+            "samples; call the transform's function on the batch itself"
+        )

@@ -366,10 +366,8 @@ class DirectFeedbackAlignment(CutRule):
             unit = above[0]
         matrix = self.feedback._buffers.get(self._at(unit))
         if matrix is None:
-            names = (
-                ", ".join(sorted(b.replace("/", ".").strip(".") for b in self.feedback._buffers))
-                or "none before the first batch"
-            )
+            known = sorted(b.replace("/", ".").strip(".") for b in self.feedback._buffers)
+            names = ", ".join(known) or "none before the first batch"
             raise ConfigError(f"set_feedback: there is no unit or layer {name!r} with feedback; units: {names}")
         if B.shape != matrix.shape:
             raise ConfigError(
