@@ -186,9 +186,21 @@ def judged(verdicts: str, kind: str) -> str:
     return f":::{{container}} verdicts {kind}\n{verdicts}\n:::"
 
 
+def in_budget(folder: Path, verdicts: Sequence[Row]) -> Sequence[Row]:
+    """The verdicts as `apical reproduce` gave them, which are none where the budget is too small to tell."""
+    kept = load(folder.parent / "reproductions" / f"{folder.name}.json")
+    rows = (kept or {}).get("rows") or []
+    if [row["rule"] for row in rows] != [row["rule"] for row in verdicts]:
+        return verdicts
+    return [{**row, "verdict": other["verdict"]} for row, other in zip(verdicts, rows, strict=True)]
+
+
 def verdict_sentence(verdicts: Sequence[Row]) -> str:
-    """How many reference numbers were reproduced, by where they are from."""
-    return tally([Verdict(**row) for row in verdicts])
+    """How many reference numbers were reproduced, of those on which there is a verdict."""
+    told = [row for row in verdicts if "too small" not in row["verdict"]]
+    return (
+        tally([Verdict(**row) for row in told]) if told else "The budget is too small for a verdict on any reference number."
+    )
 
 
 def sources(verdicts: Sequence[Row]) -> str:
@@ -200,12 +212,18 @@ def sources(verdicts: Sequence[Row]) -> str:
 def comparison_page(folder: Path, standing: str = "") -> str:
     """The page of one comparison, which begins with what it is and how it came out."""
     summary, verdicts = load(folder / "summary.json"), load(folder / "verdicts.json")
-    plan = load(folder / "compare.json")
-    parts = [NOTE, f"# {title(folder)}", standing, verdict_sentence(verdicts) if verdicts else "", departures(plan or {})]
+    plan, judged_rows = load(folder / "compare.json"), in_budget(folder, verdicts or [])
+    sentence = verdict_sentence(judged_rows) if verdicts else ""
+    parts = [NOTE, f"# {title(folder)}", standing, sentence, departures(plan or {})]
     scores = f":::{{container}} scores\n{comparison_table(summary)}\n:::"
     parts += [*tuning(folder)] or [scores, *rates(plan)]
     if verdicts:
-        parts += ["## Against reference numbers", sources(verdicts), verdict_table(verdicts), *distances(verdicts, summary)]
+        parts += [
+            "## Against reference numbers",
+            sources(verdicts),
+            verdict_table(judged_rows),
+            *distances(verdicts, summary),
+        ]
     return joined([*parts, *tried(folder), *figures(folder / "figures", f"{folder.name}/figures"), origin(folder)])
 
 

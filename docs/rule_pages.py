@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmark_pages import setting
 from circuits import circuits
-from result_pages import epochs, finished, score, study_sentence, title, verdict_sentence
+from result_pages import epochs, finished, in_budget, score, study_sentence, title, verdict_sentence
 from tables import Cell, Row, benchmarks, code, comparisons, fitting, load, number, own_studies, present, table, tabulate
 from torch.nn import Linear
 
@@ -113,7 +113,7 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     """Every comparison and study that has the rule, with its numbers beside backpropagation's."""
     rows = []
     for folder in comparisons(root):
-        summary, judged = load(folder / "summary.json"), load(folder / "verdicts.json") or []
+        summary, judged = load(folder / "summary.json"), in_budget(folder, load(folder / "verdicts.json") or [])
         for name in names:
             if any(row["rule"] == name for row in summary):
                 sentence = verdict_sentence([row for row in judged if row["rule"] == name]) if judged else "-"
