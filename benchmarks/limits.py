@@ -117,7 +117,7 @@ def limits(
         "feedback": what,
         "forced_mb": round(forced / 1e6, 3),
         "watched_mb": round(watched / 1e6, 3),
-        "gb_per_s": round(1e-9 / per_byte, 1),
+        "gb_per_s": round(1e-9 / per_byte, 1) if per_byte else None,
         "floor": round(floor, 4),
         "floor_watched": round(floor + watched * per_byte / step_of_bp, 4),
     }

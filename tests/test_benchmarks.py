@@ -72,6 +72,7 @@ def test_the_floor_adds_products_and_bytes(monkeypatch: pytest.MonkeyPatch) -> N
     assert (row["forced_mb"], row["watched_mb"]) == (0.001, 0.001)
     more = limits.limits("ccl", lambda: None, lambda: None, fed_back=100, per_byte=1e-3, rounds=2, times=1, more=500)
     assert more["floor"] == more["floor_watched"] == pytest.approx(1 + 0.1 + 0.05)
+    assert limits.limits("dfc", lambda: None, lambda: None, 0, 0.0, 2, 1)["floor"] == pytest.approx(1.1)  # products alone
 
 
 def test_linear_solves_count_as_products() -> None:
