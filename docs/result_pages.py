@@ -198,9 +198,9 @@ def in_budget(folder: Path, verdicts: Sequence[Row]) -> Sequence[Row]:
 def verdict_sentence(verdicts: Sequence[Row]) -> str:
     """How many reference numbers were reproduced, of those on which there is a verdict."""
     told = [row for row in verdicts if "too small" not in row["verdict"]]
-    return (
-        tally([Verdict(**row) for row in told]) if told else "The budget is too small for a verdict on any reference number."
-    )
+    if verdicts and not told:
+        return "The budget is too small for a verdict on any reference number."
+    return tally([Verdict(**row) for row in told])
 
 
 def sources(verdicts: Sequence[Row]) -> str:

@@ -40,6 +40,15 @@ def test_a_silent_teacher_says_that_hidden_layers_get_no_credit(model: str) -> N
     assert "signals reach their unit" not in result.checks
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("rule", [apical.DirectFeedbackAlignment, apical.TopDownCreditAssignment])
+def test_a_model_that_moves_rows_is_not_compiled_in_parts(rule: type[apical.CreditRule]) -> None:
+    """No graph follows the rows, and what a compiler makes of the parts it can took a size for a tensor."""
+    result = outcome(rule, ZOO["experts"])
+    assert result.trained, result
+    assert "compiled" in result.checks
+
+
 def test_a_chain_rule_refuses_what_is_no_chain_by_name() -> None:
     result = outcome(apical.DeepFeedbackControl, ZOO["preact-resnet"], skip=SLOW)
     assert not result.trained

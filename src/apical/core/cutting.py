@@ -21,7 +21,7 @@ from apical.core.graph import Vertex, lasting, vertex
 from apical.core.layers import is_packed, refuse_backward_hooks
 from apical.core.outputs import parts, tensors
 from apical.core.outside_use import refuse_derivatives, refuse_mapped
-from apical.core.rows import Rows
+from apical.core.rows import Rows, uncompiled
 from apical.core.signals import Cut, Teacher, TeachingSignal, channels_axis
 from apical.errors import UnsupportedModelError
 
@@ -168,7 +168,7 @@ class Cutting:
                 raise UnsupportedModelError("the model moves rows of the batch, which is followed in eager mode only")
             now.rows = Rows(inputs)
         with self._under_way(now, self.is_functional):
-            output = (run or self.model)(inputs)
+            output = uncompiled(run or self.model, inputs) if self.moves_rows else (run or self.model)(inputs)
         if now.rows is not None:
             now.cuts = now.rows.tell(now.cuts, output)
         return output, now

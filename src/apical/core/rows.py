@@ -5,6 +5,7 @@ longer those of the output. While it is switched on, this mode follows every cal
 shapes act on the rows' labels as they do on the tensor, all others hand the labels of their first argument on.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,6 +37,18 @@ CREATING = ("zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "
 
 Labels = tuple[int, Tensor]
 """The axis of a tensor on which samples differ, and the sample of each place on it."""
+
+
+def uncompiled(model: Callable[[Any], Any], inputs: Any) -> Any:
+    """What the model makes of inputs while rows are followed, outside of compiled graphs.
+
+    A compiler goes on with parts of the model after it gave the whole up, and does not make every call under this mode.
+    """
+
+    def run() -> Any:
+        return model(inputs)
+
+    return (torch.compiler.disable(run) if "torch._dynamo" in sys.modules else run)()
 
 
 class Rows(TorchFunctionMode):
