@@ -199,13 +199,36 @@ def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
         return None, [value.func, *value.args, *value.keywords.values()]
     if type(value).__module__.startswith("numpy"):
         return _kept_numpy(value), []
-    own = getattr(value, "__dict__", None)
-    if type(own) is not dict or isinstance(value, nn.Module | type) or type(value).__module__.startswith(_OTHERS):
+    kind: Any = type(value)
+    own, slots = getattr(value, "__dict__", {}), _slots(kind)
+    if type(own) is not dict or isinstance(value, nn.Module | type) or kind.__module__.startswith(_OTHERS):
         return None, []
-    if any(type(part).__module__.startswith(_LIVE) for part in own.values()):  # half of it cannot be put back
+    before, placed = dict(own), {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    inner = [*before.values(), *placed.values()]
+    if any(type(part).__module__.startswith(_LIVE) for part in inner):  # half of it cannot be put back
         return None, []
-    before = dict(own)
-    return lambda: (_restored(own, before), None)[1], list(own.values())
+
+    def restore() -> None:
+        _restored(own, before)
+        for name in slots:
+            if name in placed:
+                object.__setattr__(value, name, placed[name])
+            elif hasattr(value, name):
+                object.__delattr__(value, name)
+
+    return restore, inner
+
+
+@cache
+def _slots(kind: type) -> list[str]:
+    """Names of what objects of a class keep in `__slots__`; a private name has that of its class in front."""
+    names = []
+    for base in kind.__mro__:
+        own = base.__dict__.get("__slots__", ())
+        for name in (own,) if isinstance(own, str) else own:
+            private = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def _kept_numpy(value: Any) -> Callable[[], None] | None:

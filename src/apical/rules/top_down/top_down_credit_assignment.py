@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from apical.core.credit import Credit, Loss
 from apical.core.cut import CutRule, Units, eagerly
-from apical.core.losses import NUMBERS, PLAIN, refuse_options, terms, value_at
+from apical.core.losses import NUMBERS, PLAIN, refuse_options, terms, token_cross_entropy, value_at
 from apical.core.outputs import detached, tensors
 from apical.core.placement import OUTPUT_CREDIT
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
@@ -186,8 +186,9 @@ class TopDownCreditAssignment(CutRule):
         return through_softmax(last, prediction) if classes and self.credit == "probabilities" else last
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """Behind the last cuts comes the output's credit, which is the error only where it was not evolved."""
-        own = "exact" if getattr(self.teacher, "output", "evolved") == "error" else OUTPUT_CREDIT
+        """Behind the last cuts comes the output's credit: p - y, if it was not evolved, which is cross-entropy's error."""
+        is_entropy = self.loss in (F.cross_entropy, token_cross_entropy) or isinstance(self.loss, nn.CrossEntropyLoss)
+        own = "exact" if is_entropy and getattr(self.teacher, "output", "evolved") == "error" else OUTPUT_CREDIT
         return {name: path.replace("exact", own) for name, path in super().credit_paths(inputs).items()}
 
     @staticmethod
