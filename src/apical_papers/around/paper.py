@@ -13,8 +13,8 @@ PAPER = Paper(
             "How an error is used: node importance, local solvers, semi-implicit steps",
             "apical_papers.around.study",
             epochs=(1, 6, 6),
-            seeds=(2, 5, 10),
-            hours={"cpu": 0.25},
+            seeds=(2, 10, 10),
+            hours={"cpu": 0.5},
         ),
         "damping": seed_study(
             "The local solver's damping and its range of learning rates",

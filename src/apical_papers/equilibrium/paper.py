@@ -30,9 +30,9 @@ PAPER = Paper(
             "Complete directed networks on exclusive or",
             "apical_papers.equilibrium.logic",
             epochs=(2, 200, 200),
-            seeds=(2, 5, 10),
+            seeds=(2, 10, 10),
             least=3,
-            hours={"cpu": 0.17},
+            hours={"cpu": 0.34},
         ),
         "noise": own_study(
             "Equilibrium propagation with noisy neurons, digits",

@@ -28,7 +28,7 @@ PAPER = Paper(
             needs={"epochs": 4, "seeds": 3, "images": 30000},
         ),
         "study": seed_study(
-            "Spiking networks on a little of MNIST", "apical_papers.spikes.study", epochs=(1, 4, 4), seeds=(2, 3, 10)
+            "Spiking networks on a little of MNIST", "apical_papers.spikes.study", epochs=(1, 4, 4), seeds=(2, 10, 10)
         ),
         "logic": seed_study(
             "Logic with two inputs by memristors", "apical_papers.spikes.logic", epochs=(3, 300, 300), seeds=(2, 20, 20)

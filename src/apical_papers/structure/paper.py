@@ -13,8 +13,8 @@ PAPER = Paper(
             "How far credit arrives in deep chains, and what rules leave in the weights",
             "apical_papers.structure.study",
             epochs=(1, 5, 5),
-            seeds=(2, 5, 10),
-            hours={"cpu": 0.22},
+            seeds=(2, 10, 10),
+            hours={"cpu": 0.44},
         ),
         "depth": own_study(
             "Credit in deep chains: every other rule, also those that refuse some of the chains",
@@ -28,7 +28,7 @@ PAPER = Paper(
             "Product nodes for a Lorenz system, gradients along flows, and channels",
             "apical_papers.structure.theory",
             epochs=(1, 5, 5),
-            seeds=(2, 5, 10),
+            seeds=(2, 10, 10),
         ),
     },
 )
