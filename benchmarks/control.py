@@ -188,8 +188,7 @@ def solves(rounds: int) -> list[dict[str, Any]]:
             control.WideResolvent(rule.chain, states, rule.q, rule.loop.a).solve(rhs)
         below = (time.process_time() - start) / rounds
         start = time.process_time()
-        gains, _ = control.gains_and_mean(rule.chain, states, rule.q, mean=False)
-        control.Resolvent(gains, rule.loop.a).solve(rhs)
+        control.Resolvent(rule.chain, states, rule.q, rule.loop.a).solve(rhs)
         dense = time.process_time() - start
     print(f"autoencoder solve: {1e3 * below:.1f} ms through the layer below, {1e3 * dense:.1f} ms dense", flush=True)
     return [{"solve": "784 outputs", "batch": BATCH, "ms_below": round(1e3 * below, 2), "ms_dense": round(1e3 * dense, 2)}]

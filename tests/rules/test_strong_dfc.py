@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apical import StrongDeepFeedbackControl, data
 from apical.errors import ConfigError, InstabilityError
+from apical.rules.feedback_control.strong_control import hold
 
 
 @pytest.mark.parametrize("leak", ["code", "paper"])
@@ -41,6 +42,32 @@ def test_long_simulation_settles_at_the_steady_state(kind: str, leak: str) -> No
     for soma, apical, v, d, q in zip(trace.soma, trace.apical, states.v, held.state.d, held.state.q, strict=True):
         torch.testing.assert_close(soma[-1], v + d, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(apical[-1], q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("label", [0.5, 0.9, 1 - 1e-6])
+def test_a_linear_network_without_leak_is_held_at_any_label_in_one_step(label: float) -> None:
+    """In logits the equation `J Q u = log goal - r_L + c` is linear; in probabilities it takes many steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Identity(), nn.Linear(7, 3)).double()
+    rule = StrongDeepFeedbackControl(model, label=label)
+    inputs, targets = torch.randn(6, 5, dtype=torch.double), torch.randint(3, (6,))
+    with torch.no_grad():
+        states = rule.run(inputs)
+        goal, classes = rule.goal(states.r[-1], targets)
+        held = hold(rule.chain, states, rule.q, goal, 0.0, classes=classes, tolerance=1e-9)
+    assert held.passes == 1
+    torch.testing.assert_close((states.r[-1] + held.state.rho[-1]).softmax(1), goal, rtol=1e-9, atol=1e-12)
+
+
+def test_labels_out_of_reach_of_the_logits_leave_newtons_steps_as_they_are() -> None:
+    """A last ReLU: the step in logits asks for negative outputs; what it does not bring closer it does not take."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.ReLU()).double()
+    rule = StrongDeepFeedbackControl(model, label=0.999, alpha=0.1)
+    inputs, targets = torch.randn(6, 5, dtype=torch.double), torch.randint(3, (6,))
+    held = rule.hold(inputs, targets)
+    assert held.u.isfinite().all()
+    assert (held.residual <= 1).all()  # never farther than without control
 
 
 @pytest.mark.parametrize("difference", ["rate", "voltage"])

@@ -30,11 +30,11 @@ def blocks(net: ref.Net, inputs: Tensor) -> list[list[Tensor]]:
 def test_loop_gains_are_the_products_and_the_resolvent_inverts_their_sum() -> None:
     chain, net, inputs, states, feedback = problem(nn.Tanh())
     jacobian = control.output_jacobian(chain, states)
-    resolvent = control.Resolvent(control.loop_gains(jacobian, feedback), 0.3)
+    gains, resolvent = control.loop_gains(jacobian, feedback), control.Resolvent(chain, states, feedback, 0.3)
     right = torch.randn(3, 3, dtype=torch.double)
     for sample, rows in enumerate(blocks(net, inputs)):
         products = [block @ q for block, q in zip(rows, feedback, strict=True)]
-        for ours, theirs in zip(resolvent.by_layer, products, strict=True):
+        for ours, theirs in zip(gains, products, strict=True):
             torch.testing.assert_close(ours[sample], theirs, rtol=1e-12, atol=1e-14)
         exact = torch.linalg.solve(sum(products) + 0.3 * torch.eye(3).double(), right[sample])
         torch.testing.assert_close(resolvent.solve(right)[sample], exact, rtol=1e-11, atol=1e-13)
@@ -49,14 +49,19 @@ def test_batches_are_cut_into_parts_and_put_together(samples: int, monkeypatch: 
     states = chain.run(inputs)
     monkeypatch.setattr(control, "CACHE", samples * 3 * 7 * 8)  # bytes of n_L rows of the widest stage, 7 neurons
     seen: list[int] = []
-    whole = control.output_jacobian
+    whole, forward = control.output_jacobian, control.responses
     monkeypatch.setattr(control, "output_jacobian", lambda c, s: seen.append(len(s.r[0])) or whole(c, s))
-    gains, mean = control.gains_and_mean(chain, states, feedback, mean=True)
-    assert sum(seen) == 7
-    assert max(seen) <= samples
-    assert len(seen) == -(-7 // samples)
-    for i, (rows, q) in enumerate(zip(zip(*blocks(net, inputs), strict=True), feedback, strict=True)):
-        torch.testing.assert_close(gains[i], torch.stack([block @ q for block in rows]), rtol=1e-12, atol=1e-14)
+    monkeypatch.setattr(control, "responses", lambda c, g, p: seen.append(len(g[0])) or forward(c, g, p))
+    product = sum(torch.stack([rows[i] @ q for rows in blocks(net, inputs)]) for i, q in enumerate(feedback))
+    gain, mean = control.gain_and_mean(chain, states, feedback)
+    backward = seen.copy()
+    seen.clear()
+    for ours, parts in ((gain, backward), (control.loop_gain(chain, states, feedback), seen)):
+        assert sum(parts) == 7
+        assert max(parts) <= samples
+        assert len(parts) == -(-7 // samples)
+        torch.testing.assert_close(ours, product, rtol=1e-12, atol=1e-14)
+    for i, rows in enumerate(zip(*blocks(net, inputs), strict=True)):
         torch.testing.assert_close(mean[i], torch.stack(rows).mean(0), rtol=1e-12, atol=1e-14)
 
 
@@ -102,7 +107,7 @@ def test_linear_pass_is_the_derivative_of_the_controlled_pass() -> None:
 def test_newton_halves_the_digits_to_go_and_meets_the_equation() -> None:
     """The residual is that of the nonlinear equation; a chord step gains a factor of the order of the nudge."""
     chain, net, inputs, states, feedback = problem(nn.Tanh())
-    resolvent = control.Resolvent(control.loop_gains(control.output_jacobian(chain, states), feedback), 0.2)
+    resolvent = control.Resolvent(chain, states, feedback, 0.2)
     delta = 0.02 * torch.randn(3, 3, dtype=torch.double)
     residuals = []
     for iterations in range(4):
@@ -126,7 +131,7 @@ def test_time_average_of_a_linear_network_is_exact_once_settled(leak: str, k_p: 
     states, feedback = chain.run(torch.randn(3, 5).double()), control.product_feedback(chain)
     loop = Loop(0.5, k_p, 0.05, 2000, 0.1, leak)
     delta = torch.randn(3, 3, dtype=torch.double)
-    resolvent = control.Resolvent(control.loop_gains(control.output_jacobian(chain, states), feedback), loop.a)
+    resolvent = control.Resolvent(chain, states, feedback, loop.a)
     u, state, _ = control.steady_state(chain, states, feedback, delta, resolvent, 0)
     averaged = control.time_averaged(chain, feedback, state, resolvent, u, loop)
     sums = [torch.zeros_like(v) for v in states.v]

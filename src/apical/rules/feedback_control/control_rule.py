@@ -199,11 +199,15 @@ class ControlRule(CreditRule):
         Args:
             moves: see :meth:`watch`.
         """
-        few = States([v[:4] for v in states.v], [r[:4] for r in states.r])
-        gains = control.loop_gains(control.output_jacobian(self.chain, few), self.q)
+        gains = self._gains(states)
         if moves:
             return self.advice(gains) or f"reduce dt={self.loop.dt:g}"
         return self._violation(gains) or self.remedy
+
+    def _gains(self, states: States) -> list[Tensor]:
+        """`M_i` of the first samples."""
+        few = States([v[:4] for v in states.v], [r[:4] for r in states.r])
+        return control.loop_gains(control.output_jacobian(self.chain, few), self.q)
 
     @property
     def remedy(self) -> str:
@@ -218,32 +222,31 @@ class ControlRule(CreditRule):
 
     def advice(self, gains: Sequence[Tensor]) -> str | None:
         """What :func:`apical.rules.feedback_control.stability.advice` says of the first samples' `M_i`."""
-        few = [gain[:4] for gain in gains]
-        loop, total = self.loop, sum(few[1:], few[0])
-        advise = partial(advice, total, depth=len(few), leak=loop.leak, by_layer=few)
+        loop, total = self.loop, sum(gains[1:], gains[0])
+        advise = partial(advice, total, depth=len(gains), leak=loop.leak, by_layer=gains)
         return advise(alpha=loop.alpha, k_p=loop.k_p, dt=loop.dt, tau=loop.tau)
 
-    def watch(self, gains: Sequence[Tensor], *, moves: bool = True) -> None:
+    def watch(self, states: States, *, moves: bool = True) -> None:
         """Now and then, warn of a controller that would be unstable if it were simulated.
 
-        Only where the M_i are made anyway: neither wide outputs, which are solved through the layer below, nor the steady
-        state of strong control are watched; of these the residual alone tells, in the logs and in a warning.
+        Neither wide outputs, whose M_i are large, nor the steady state of strong control are watched; of these the residual
+        alone tells, in the logs and in a warning.
 
         Args:
-            gains: M_i of every stage.
+            states: the feed-forward ones; a few samples are looked at.
             moves: the dynamics is meant as it is set, with its step and delays; else the steady state alone.
         """
         if torch.compiler.is_compiling():
             return
         if self.calls % LOOK_EVERY == 0:
+            gains = self._gains(states)
             reason = self.advice(gains) if moves else self._violation(gains)
             if reason:
                 warnings.warn(f"the steady state is not a stable one: {reason}", RuntimeWarning, stacklevel=2)
         self.calls += 1
 
     def _violation(self, gains: Sequence[Tensor]) -> str | None:
-        few = [gain[:4] for gain in gains]
-        total = sum(few[1:], few[0])
+        total = sum(gains[1:], gains[0])
         if not bool(total.isfinite().all()):
             return None
         mu = torch.linalg.eigvals(total.detach().to("cpu", torch.float64))

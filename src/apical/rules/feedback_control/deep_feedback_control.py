@@ -152,14 +152,15 @@ class DeepFeedbackControl(ControlRule):
             if forward and self.solver == "simulate":
                 roots, logs = self._simulated(states, self.delta(error))
             elif forward and control.goes_below(self.chain, self.q):
-                roots, logs = self._solved(
-                    states, self.delta(error), control.WideResolvent(self.chain, states, self.q, self.loop.a)
-                )
+                roots, logs = self._solved(states, self.delta(error), self._resolvent(states))
             elif forward:
-                expected = backward and self.learn == "expected"
-                gains, rows = control.gains_and_mean(self.chain, states, self.q, mean=expected)
-                self.watch(gains, moves=self.variant != "ssa")
-                roots, logs = self._solved(states, self.delta(error), Resolvent(gains, self.loop.a))
+                self.watch(states, moves=self.variant != "ssa")
+                gain = None
+                if backward and self.learn == "expected":
+                    gain, rows = control.gain_and_mean(self.chain, states, self.q)
+                roots, logs = self._solved(
+                    states, self.delta(error), Resolvent(self.chain, states, self.q, self.loop.a, gain)
+                )
             if backward:
                 roots += self._feedback_roots(states, rows)
             roots += terms(loss) if forward else []
@@ -210,7 +211,7 @@ class DeepFeedbackControl(ControlRule):
         """`(M + a I)^-1` at any states."""
         if control.goes_below(self.chain, self.q):
             return control.WideResolvent(self.chain, states, self.q, self.loop.a)
-        return Resolvent(control.gains_and_mean(self.chain, states, self.q, mean=False)[0], self.loop.a)
+        return Resolvent(self.chain, states, self.q, self.loop.a)
 
     def _say_late(self, states: States, residual: Tensor, delta: Tensor, batch: int) -> None:
         """Warn of the samples given, of a batch, that have no steady state within reach."""

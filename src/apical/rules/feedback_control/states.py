@@ -95,7 +95,7 @@ def mean_jacobian(chain: Chain, states: States) -> list[Tensor]:
     if lower and is_linear(last) and last.is_dense and lower[-1].size < last.size:
         below = [last.layer.weight @ rows.mean(0) for rows in output_jacobian(chain, states, len(lower))]
         return [*below, torch.eye(last.size, dtype=below[0].dtype, device=below[0].device)]
-    return gains_and_mean(chain, states, None, mean=True)[1]
+    return gain_and_mean(chain, states, None)[1]
 
 
 def product_feedback(chain: Chain) -> list[Tensor]:
@@ -128,29 +128,50 @@ def loop_gains(jacobian: Sequence[Tensor], feedback: Sequence[Tensor]) -> list[T
     return [*gains, jacobian[-1].diagonal(dim1=1, dim2=2).unsqueeze(-1) * feedback[-1]]  # J_L is diagonal
 
 
-def gains_and_mean(
-    chain: Chain, states: States, feedback: Sequence[Tensor] | None, *, mean: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """`M_i` of every stage, if there is feedback, and the batch mean of the R_i, if asked for.
+def loop_gain(chain: Chain, states: States, feedback: Sequence[Tensor]) -> Tensor:
+    """`M = sum_i M_i = J Q`, (batch, n_L, n_L): how the outputs answer to control, propagated forward.
 
-    On a CPU the batch is cut into parts whose Jacobian stays in the cache, which saves a quarter of the time.
+    Cheaper than through the R_i, whose products with the Q_i it does without.
     """
-    parts = list(_parts(states, _cached_samples(chain, states)))
-    gains: list[list[Tensor]] = []
+    pushes = [weights.T.contiguous() for weights in feedback]  # unit controls, one by one: (n_L, n_i)
+    parts = [responses(chain.stages, slopes(chain, part), pushes).mT for part in parts_in_cache(chain, states)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+
+def responses(stages: Sequence[Stage], gains: Sequence[Tensor], pushes: Sequence[Tensor]) -> Tensor:
+    """Linear response of the last stage's rates (batch, k, n) to k controls, at the slopes `gains` (batch, *shape).
+
+    Args:
+        pushes: what each control puts on the potentials of every stage, (k, n_i), the same for all samples.
+    """
+    rows = pushes[0] * gains[0].flatten(1).unsqueeze(1)
+    for stage, gain, push in zip(stages[1:], gains[1:], pushes[1:], strict=True):
+        # S_i = D_i (W_i S_{i-1} + Q_i): (batch k, n_{i-1}) -> (batch, k, n_i)
+        below = stage.linear(rows.reshape(-1, *stage.input_shape))
+        rows = below.reshape(len(gain), -1, stage.size).add_(push)
+        if not is_linear(stage):
+            rows.mul_(gain.flatten(1).unsqueeze(1))
+    return rows
+
+
+def gain_and_mean(chain: Chain, states: States, feedback: Sequence[Tensor] | None) -> tuple[Tensor | None, list[Tensor]]:
+    """M, if there is feedback, and the batch mean of the R_i, from one set of R_i."""
+    gains: list[Tensor] = []
     sums: list[Tensor] = []
-    for part in parts:
+    for part in parts_in_cache(chain, states):
         jacobian = output_jacobian(chain, part)
         if feedback is not None:
-            gains.append(loop_gains(jacobian, feedback))
-        if mean:
-            added = [rows.sum(0) for rows in jacobian]
-            sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
-    whole = gains[0] if len(gains) == 1 else [torch.cat(gain) for gain in zip(*gains, strict=True)]
-    return whole, [rows / len(states.r[0]) for rows in sums]
+            first, *others = loop_gains(jacobian, feedback)
+            gains.append(sum(others, first))
+        added = [rows.sum(0) for rows in jacobian]
+        sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
+    return torch.cat(gains) if gains else None, [rows / len(states.r[0]) for rows in sums]
 
 
-def _parts(states: States, size: int) -> Iterator[States]:
-    for first in range(0, len(states.r[0]), size):
+def parts_in_cache(chain: Chain, states: States) -> Iterator[States]:
+    """On a CPU the batch in parts whose Jacobian stays in the cache, which saves a quarter of the time."""
+    size = _cached_samples(chain, states)
+    for first in range(0, max(1, len(states.r[0])), size):
         part = slice(first, first + size)
         yield States([v[part] for v in states.v], [r[part] for r in states.r])
 
@@ -194,18 +215,21 @@ def linear_pass(chain: Chain, gains: Sequence[Tensor], pushes: Sequence[Tensor])
 
 
 class Resolvent:
-    """`(M + a I)^-1` of one batch, factored once, through the n_L x n_L matrices M.
+    """`(M + a I)^-1` of one batch, factored once.
 
     Args:
-        by_layer: M_i, stage by stage.
+        states: where the slopes are taken.
         a: steady error per control, `e = a u`.
+        gain: M (batch, n_L, n_L), where it is known.
     """
 
-    def __init__(self, by_layer: Sequence[Tensor], a: float) -> None:
-        self.a, self.by_layer = a, list(by_layer)
-        self.gain = sum(self.by_layer[1:], self.by_layer[0])
-        eye = torch.eye(self.gain.shape[-1], dtype=self.gain.dtype, device=self.gain.device)
-        self._factors = torch.linalg.lu_factor_ex(self.gain + a * eye)[:2]  # a singular matrix shows in the solution
+    def __init__(
+        self, chain: Chain, states: States, feedback: Sequence[Tensor], a: float, gain: Tensor | None = None
+    ) -> None:
+        self.chain, self.states, self.feedback, self.a = chain, states, feedback, a
+        gain = loop_gain(chain, states, feedback) if gain is None else gain
+        eye = torch.eye(gain.shape[-1], dtype=gain.dtype, device=gain.device)
+        self._factors = torch.linalg.lu_factor_ex(gain + a * eye)[:2]  # a singular matrix shows in the solution
 
     def solve(self, rhs: Tensor) -> Tensor:
         """`(M + a I)^-1 rhs`; both (batch, n_L)."""
@@ -213,12 +237,10 @@ class Resolvent:
         return solution.squeeze(-1)
 
     def by_depth(self, u: Tensor) -> Tensor:
-        """`sum_i (L - i + 1) M_i u`: how long control takes to the output, in layers; (batch, n_L)."""
-        depth = len(self.by_layer)
-        weighted = self.by_layer[-1]
-        for i, gain in enumerate(self.by_layer[:-1]):
-            weighted = torch.add(weighted, gain, alpha=depth - i)
-        return (weighted @ u.unsqueeze(-1)).squeeze(-1)
+        """`sum_i (L - i + 1) M_i u`, in one linear pass: how long control takes to the output, in layers; (batch, n_L)."""
+        depth = len(self.chain.stages)
+        pushes = [(depth - i) * push for i, push in enumerate(apical(self.chain, self.feedback, u))]
+        return linear_pass(self.chain, slopes(self.chain, self.states), pushes)[-1].flatten(1)
 
 
 class WideResolvent(Resolvent):
@@ -229,32 +251,20 @@ class WideResolvent(Resolvent):
     """
 
     def __init__(self, chain: Chain, states: States, feedback: Sequence[Tensor], a: float) -> None:
-        self.chain, self.feedback, self.a = chain, feedback, a
-        self.gains = slopes(chain, states)
+        self.chain, self.states, self.feedback, self.a = chain, states, feedback, a
+        self.gains = slopes(chain, states)[:-1]
         *lower, last = chain.stages
-        rows = self.gains[0].new_zeros(())  # (batch, n_{L-1}, n_i): response of r_i to control along column k of W_L
-        for i, (stage, gain) in enumerate(zip(lower, self.gains, strict=False)):
-            push = (feedback[i] @ last.layer.weight).T  # control W_L e_k, k = 1..n_{L-1}, at layer i: (n_{L-1}, n_i)
-            if i:  # what the layer below hands up: (batch, n_{L-1}, n_i)
-                push = (rows.reshape(-1, rows.shape[-1]) @ stage.layer.weight.T).view(len(gain), -1, stage.size) + push
-            rows = push * gain.unsqueeze(1)
-        kernel = rows.mT.contiguous()  # (1 + a) I + S W_L: (batch, n_{L-1}, n_{L-1})
+        pushes = [(weights @ last.layer.weight).T for weights in feedback[:-1]]  # control W_L e_k: (n_{L-1}, n_i)
+        kernel = responses(lower, self.gains, pushes).mT.contiguous()  # (1 + a) I + S W_L: (batch, n_{L-1}, n_{L-1})
         kernel.diagonal(dim1=1, dim2=2).add_(1 + a)
         self._factors = torch.linalg.lu_factor_ex(kernel)[:2]
 
     def solve(self, rhs: Tensor) -> Tensor:
         """`(M + a I)^-1 rhs`; both (batch, n_L)."""
-        *lower, last = self.chain.stages
-        pushes = [rhs @ q.T for _, q in zip(lower, self.feedback, strict=False)]
+        pushes = [rhs @ q.T for q in self.feedback[:-1]]
         shift = linear_pass(self.chain, self.gains, pushes)[-1]  # S rhs: (batch, n_{L-1})
         inner: Tensor = torch.linalg.lu_solve(*self._factors, shift.unsqueeze(-1)).squeeze(-1)
-        return (rhs - inner @ last.layer.weight.T) / (1 + self.a)  # Woodbury
-
-    def by_depth(self, u: Tensor) -> Tensor:
-        """`sum_i (L - i + 1) M_i u`, in one linear pass; (batch, n_L)."""
-        depth = len(self.chain.stages)
-        pushes = [(depth - i) * push for i, push in enumerate(apical(self.chain, self.feedback, u))]
-        return linear_pass(self.chain, self.gains, pushes)[-1]
+        return (rhs - inner @ self.chain.weights[-1].T) / (1 + self.a)  # Woodbury
 
 
 def goes_below(chain: Chain, feedback: Sequence[Tensor]) -> bool:

@@ -5,6 +5,10 @@
 n_L unknowns per sample, far from linear. Newton's method would need the Jacobian of the whole network again and again;
 here only the output's own part of it (softmax) is exact at every step, while M = J Q of the layers is carried along by
 Broyden's rank-one updates and made anew now and then, for the samples that are not done.
+
+Towards classes the first step is taken in logits, in which the softmax is no longer in the way:
+
+    r_L^- + M u = log(goal - a u) + c,   with log(goal - a u) ~ log goal - (a / goal) u, c such that sum(u) = 0
 """
 
 from typing import NamedTuple
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from apical.core.chain import Chain, States
-from apical.rules.feedback_control.states import Controlled, apical, controlled_pass, controlled_states, gains_and_mean
+from apical.rules.feedback_control.states import Controlled, apical, controlled_pass, controlled_states, loop_gain
 
 PASSES = 12
 """Quasi-Newton steps between two Jacobians."""
@@ -84,7 +88,7 @@ def hold(
     problem = _Problem(chain, states, feedback, goal, a, classes)
     guess, passes = problem.linearise(u), 0
     while passes < most:
-        guess = problem.step(guess)
+        guess = problem.step(guess) if passes or not classes else problem.step_in_logits(guess)
         u[samples] = torch.where(unmet.unsqueeze(1), guess.u, u[samples])  # what is done stays, whoever else is not
         passes += 1
         unmet = unmet & (guess.size > aim[samples])
@@ -136,20 +140,31 @@ class _Problem(NamedTuple):
     def linearise(self, u: Tensor) -> _Guess:
         """A guess at u, with M from the Jacobian there."""
         state = controlled_pass(self.chain, self.states, apical(self.chain, self.feedback, u))
-        gains, _ = gains_and_mean(self.chain, controlled_states(self.states, state), self.feedback, mean=False)
+        gain = loop_gain(self.chain, controlled_states(self.states, state), self.feedback)
         miss = self.miss(u, state)
-        gain = sum(gains[1:], gains[0]).contiguous()
         return _Guess(u, state.rho[-1].flatten(1), miss, miss.norm(dim=1), gain, torch.ones_like(u[:, 0]))
 
     def step(self, at: _Guess) -> _Guess:
-        """One step of Newton's method with the M at hand, taken by the samples that it brings closer."""
-        n = at.u.shape[1]
+        """One step of Newton's method with the M at hand."""
+        slope = outcome_slope(self.states.r[-1].flatten(1) + at.rho, self.classes) @ at.gain
+        slope.diagonal(dim1=1, dim2=2).add_(self.a)
         # errors of class probabilities sum to zero, and so does their control: the leak need not hold that direction
-        shift = self.a * torch.eye(n, dtype=at.u.dtype, device=at.u.device) + (1 / n if self.classes else 0.0)
-        slope = outcome_slope(self.states.r[-1].flatten(1) + at.rho, self.classes) @ at.gain + shift
+        slope = slope + 1 / at.u.shape[1] if self.classes else slope
         solution = torch.linalg.solve_ex(slope, -at.miss)[0]  # (H M + a I) step = -F
+        return self.taken(at, solution * at.stride.unsqueeze(1))
+
+    def step_in_logits(self, at: _Guess) -> _Guess:
+        """The first step towards classes, from u = 0."""
+        slope = at.gain + self.a * torch.diag_embed(1 / self.goal)
+        slope = slope - slope.mean(1, keepdim=True) + 1 / at.u.shape[1]  # P (M + a D) + 1 1^T / n: what c adds is taken off
+        shift = self.goal.log() - self.states.r[-1].flatten(1)
+        solution = torch.linalg.solve_ex(slope, shift - shift.mean(1, keepdim=True))[0]
+        return self.taken(at, solution)._replace(stride=at.stride)  # one that brings nothing closer says nothing of Newton's
+
+    def taken(self, at: _Guess, step: Tensor) -> _Guess:
+        """The guess after a step (batch, n_L), which the samples take that it brings closer."""
         # where the outcome does not move at all (saturated, without leak) there is no step; the others go on
-        step = solution.where(solution.isfinite().all(1, keepdim=True), 0.0) * at.stride.unsqueeze(1)
+        step = step.where(step.isfinite().all(1, keepdim=True), 0.0)
         u = at.u + step
         state = controlled_pass(self.chain, self.states, apical(self.chain, self.feedback, u))
         rho, miss = state.rho[-1].flatten(1), self.miss(u, state)

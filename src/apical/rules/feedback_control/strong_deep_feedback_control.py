@@ -229,14 +229,15 @@ class StrongDeepFeedbackControl(ControlRule):
 
     def _expected(self, moved: States, classes: bool) -> list[Root]:
         """Roots of the expected feedback update at the controlled states: `-c_i s_i (mean_b H_b R_i)^T`."""
-        slope = outcome_slope(moved.r[-1].flatten(1), classes)
-        by_output = slope.transpose(0, 1).reshape(slope.shape[1], -1) / len(slope)  # (n_L, batch n_L): sums H_b R_b over b
-        gradients = []
-        jacobian = control.output_jacobian(self.chain, moved)
-        for rows, c, scale, sigma in zip(jacobian, self.correlations, self.scales, self._sigmas(), strict=True):
-            strength = c * scale * (sigma / max(sigma, 0.01)) ** 2
-            gradients.append(-strength * (by_output @ rows.reshape(-1, rows.shape[-1])).T)
-        return self.feedback_roots(gradients)
+        sums = [torch.zeros_like(q).T for q in self.q]  # sum_b H_b R_i: (n_L, n_i)
+        for part in control.parts_in_cache(self.chain, moved):
+            slope = outcome_slope(part.r[-1].flatten(1), classes)
+            by_output = slope.transpose(0, 1).flatten(1)  # (n_L, batch n_L)
+            for total, rows in zip(sums, control.output_jacobian(self.chain, part), strict=True):
+                total += by_output @ rows.flatten(0, 1)
+        factors = zip(self.correlations, self.scales, self._sigmas(), strict=True)
+        strengths = [c * scale * (sigma / max(sigma, 0.01)) ** 2 / len(moved.r[-1]) for c, scale, sigma in factors]
+        return self.feedback_roots([-strength * total.T for strength, total in zip(strengths, sums, strict=True)])
 
     def _simulated(self, states: States, goal: Tensor, classes: bool) -> tuple[list[Root], dict[str, Tensor]]:
         output = states.r[-1].flatten(1)
