@@ -136,9 +136,9 @@ class DualPropagation(CreditRule):
         """The sweeps, from a feed-forward pass."""
         stages, top = self.chain.stages, len(self.chain.stages) - 1
         v, m = list(states.v), list(states.r[:-1])
-        delta = [torch.zeros_like(potential) for potential in v]
-        delta[top], count = self._nudge(v[top], targets)
-        d = list(delta)  # D_l of the hidden layers
+        nudge, count = self._nudge(v[top], targets)
+        delta = [*v[:-1], nudge]  # hidden ones, like the D_l, are written by the first sweep
+        d = list(delta)
         for sweep in range(self.sweeps):
             if sweep:  # the first layer's a does not change
                 for k in range(top):
@@ -162,10 +162,10 @@ class DualPropagation(CreditRule):
     def _dyad(self, stage: Stage, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """m_l and delta_l."""
         down = self.alpha if self.variant == "transposed" else 1 - self.alpha
-        low = v - down * d
+        low = torch.sub(v, d, alpha=down)
         rate = stage.activation(low)
         delta = difference(stage.activation, low, rate, d)
-        return rate + self.alpha * delta, delta
+        return torch.add(rate, delta, alpha=self.alpha), delta
 
 
 def handed_down(stage: Stage, delta: Tensor, m: Tensor) -> Tensor:
@@ -187,5 +187,6 @@ def at_layer(stage: Stage, delta: Tensor, m: Tensor) -> Tensor:
 
 def relative(differences: Sequence[Tensor], means: Sequence[Tensor], like: Tensor) -> Tensor:
     """Root mean square of differences over that of means, of all layers together; zero where there are none."""
-    size = [sum((each.square().sum() for each in group), like.new_zeros(())) for group in (differences, means)]
-    return torch.where(size[1] == 0, 0.0, size[0] / size[1]).sqrt()
+    zero = like.new_zeros(())
+    above, below = (torch.stack([zero, *(each.norm() for each in group)]).norm() for group in (differences, means))
+    return torch.where(below == 0, zero, above / below)
