@@ -68,7 +68,7 @@ class Mismatch(nn.Module):
 
     def shrink(self, factor: float) -> None:
         """One step of an optimiser with decoupled decay: `W' = k W - u`, and u is the same for the feedback."""
-        self.c = [factor * value for value in self.c]
+        self.c[:] = [factor * value for value in self.c]
 
     def follow(self, weight: Tensor) -> None:
         """`F = W + sum_k c_k E_k` in place, for a detached weight."""

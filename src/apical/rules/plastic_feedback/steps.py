@@ -210,13 +210,14 @@ class Steps:
                 self.rule.reasons[name] = not_known(optimizer)
         self._rehearsals.clear()
         if (self._moving or self.sharing) and not skipped(optimizer):
+            if any(k is not None for _, _, k in self._moving.values()):
+                self.rule.moved_by = type(optimizer).__name__
             for name, (group, first, k) in self._moving.items():
                 watch = self._watches[name]
                 if k is None:
                     watch.mismatch.advance(group, first)
                 else:
                     watch.mismatch.shrink(k)
-                    self.rule.moved_by = type(optimizer).__name__
                 watch.stepped()
                 watch.optimizer, watch.momentum = ref(optimizer), momentum_of(optimizer, watch.parameter)
             self.sharing.after_step(self.rule, optimizer)
@@ -356,8 +357,8 @@ class Steps:
                 'form="explicit"'
             )
         if not is_sgd(optimizer) and weight.requires_grad and weight.grad is not None:
-            if not rule.clips and arrival is not None:
-                rule.clips = not arrival.untouched(weight.grad)
+            if not rule.clips and arrival is not None and not arrival.untouched(weight.grad):
+                rule.clips = True
             return self._move(name, group, self._k(name, optimizer, group), momentum)
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
@@ -449,8 +450,10 @@ def momentum_of(optimizer: Optimizer, weight: Tensor) -> Tensor | None:
 
 def alike(group: Group, other: Group, optimizer: Optimizer) -> bool:
     """Whether the optimiser moves the parameters of both groups in the same way."""
+    if group is other:
+        return True
     options = OPTIONS if is_sgd(optimizer) else group.keys() - NO_MATTER
-    return group is other or all(group.get(option) == other.get(option) for option in options)
+    return all(group.get(option) == other.get(option) for option in options)
 
 
 def _hooked(weight: Tensor) -> bool:
