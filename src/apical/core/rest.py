@@ -70,6 +70,29 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
 
 @contextmanager
+def kept_attributes(*modules: nn.Module) -> Iterator[None]:
+    """Afterwards what a user's modules hold beside parameters and buffers is as it was; see :func:`undisturbed`.
+
+    What rules put into the modules within stays.
+    """
+    every = list(dict.fromkeys(m for module in modules for m in module.modules()))
+    attributes = [(m, {name: _shallow(m.__dict__[name]) for name in _own_names(m)}) for m in every]
+    with kept_states(every, drawn=True):
+        try:
+            yield
+        finally:
+            for module, saved in attributes:
+                for name in _own_names(module) - saved.keys():
+                    del module.__dict__[name]
+                module.__dict__.update({name: _restored(*value) for name, value in saved.items()})
+
+
+def _own_names(module: nn.Module) -> set[str]:
+    """Attributes of a user's module, but for those that every module has; none of a rule."""
+    return set() if type(module).__module__.startswith("apical.") else module.__dict__.keys() - _EVERY_MODULES - {"forward"}
+
+
+@contextmanager
 def kept_states(modules: Iterable[nn.Module], drawn: bool = False) -> Iterator[None]:
     """Afterwards objects that attributes of modules hold are as they were, but for buffers and parameters.
 
@@ -159,7 +182,7 @@ def _eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
 def _looked_at(module: nn.Module) -> Iterator[Any]:
     """Attributes of a user's module, its forward method and hooks; of a rule, its loss."""
     held, kind = module.__dict__, type(module).__module__
-    names = ("loss",) if kind.startswith("apical.") else held.keys() - _EVERY_MODULES
+    names = {"loss"} if kind.startswith("apical.") else held.keys() - _EVERY_MODULES
     yield from (held[name] for name in names if name in held)
     for hooks in _HOOKS:
         yield from held[hooks].values()

@@ -12,6 +12,7 @@ from apical.core.effective import measured_weight
 from apical.core.layers import is_packed, is_weighted
 from apical.core.packed import Part, full_name, parts_of
 from apical.core.processes import alone
+from apical.core.rest import kept_attributes
 from apical.core.wrapped import innermost
 
 
@@ -115,7 +116,7 @@ def _same_masks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(rule: CreditRule) -> Iterator[None]:
-    """Restore gradients, buffers, modes, random states and what is held of a batch; inside, the rule is in training mode.
+    """Restore gradients, buffers, attributes, modes, random states and what is held of a batch; inside, the rule trains.
 
     One process may measure while others do not: inside it waits for none.
     """
@@ -129,7 +130,7 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
     held = [(module, module._held) for module in rule.modules() if isinstance(module, CreditRule)]
     devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices), alone():
+        with torch.random.fork_rng(devices), alone(), kept_attributes(rule):
             rule.train()
             for parameter, _ in grads:
                 parameter.grad = None

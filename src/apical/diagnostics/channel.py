@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.layers import is_weighted
+from apical.core.rest import kept_attributes
 from apical.errors import ConfigError
 
 Where = Literal["every", "end"]
@@ -117,7 +118,8 @@ def channel(
         raise ConfigError(f'a channel needs noise above 0, in "every" layer or at the "end"; got {noise} and {where!r}')
     if not inputs.is_floating_point():
         raise ConfigError("a channel is measured from inputs that are numbers with a derivative, not indices")
-    jacobian, inner = jacobians(model, inputs)
+    with kept_attributes(model):  # also what is drawn
+        jacobian, inner = jacobians(model, inputs)
     covariance = None if covariance is None else covariance.double().to(jacobian.device)
     values = singular_values(jacobian)
     unit = torch.eye(jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device).expand(len(jacobian), -1, -1)

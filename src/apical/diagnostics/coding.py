@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation
 from apical.core.layers import is_packed, is_weighted
-from apical.core.rest import evaluating
+from apical.core.rest import evaluating, kept_attributes
 from apical.core.spike_times import SILENT, SpikingLinear
 from apical.errors import ConfigError
 
@@ -140,7 +140,7 @@ def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
     handles = [module.register_forward_hook(keep) for module in names]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), kept_attributes(model), torch.no_grad():
             output = model(inputs)
     finally:
         for handle in handles:

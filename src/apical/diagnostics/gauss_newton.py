@@ -27,7 +27,7 @@ from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error
-from apical.core.rest import evaluating
+from apical.core.rest import evaluating, kept_attributes
 from apical.core.wrapped import innermost
 from apical.diagnostics.alignment import angle, unchanged
 from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
@@ -62,7 +62,8 @@ def gauss_newton_update(
 
     Raises:
         ConfigError: a negative damping, an unknown name, or conjugate gradients that do not converge.
-        UnsupportedModelError: a module mixes the samples even in evaluation mode; it is named.
+        UnsupportedModelError: a module mixes the samples even in evaluation mode, and is named; or torch.func cannot follow
+            the model.
     """
     _require_damping(damping)
     with evaluation(model):
@@ -291,7 +292,14 @@ def _functional(
     fixed = {name: parameter.detach() for name, parameter in every.items()}
 
     def network(parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        output: Tensor = functional_call(model, fixed | parameters, (inputs,))
+        try:
+            with kept_attributes(model):  # what a transform leaves in them is of no use outside it
+                output: Tensor = functional_call(model, fixed | parameters, (inputs,))
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no Gauss-Newton update: torch.func cannot follow its forward method, which "
+                f"must not write into tensors in evaluation mode ({str(error).splitlines()[0]})"
+            ) from error
         return output
 
     return {name: fixed[name] for name in names}, network

@@ -6,14 +6,16 @@ are relative, `|a - b| / |b|` over an update's weights; a rule that draws random
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apical.core.credit import CreditRule
 from apical.core.layers import is_local, is_weighted
+from apical.core.rest import kept_attributes
 from apical.diagnostics.dataflow import Dataflow, Trace, recorded
 from apical.diagnostics.synapses import Inputs, Responding
 from apical.errors import ConfigError
@@ -97,12 +99,33 @@ class Probe:
         ]
         try:
             with torch.enable_grad(), mode:  # without gradients, attention has another path
-                self.rule.model(inputs)
+                self.answer(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
             self._restore()
         return called
+
+    def answer(self, inputs: Tensor) -> Tensor:
+        """The model's output, with what is drawn in every pass."""
+        with self._repeating(len(inputs)):
+            output: Tensor = self.rule.model(inputs)
+        return output
+
+    @contextmanager
+    def _repeating(self, samples: int) -> Iterator[None]:
+        """Within, the same is drawn each time; of one sample batch normalisation has no statistics but its running ones."""
+        modules = self.rule.modules() if samples == 1 else ()
+        normal = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+        with kept_attributes(self.rule):
+            torch.manual_seed(self.seed)
+            try:
+                for module in normal:
+                    module.training = False
+                yield
+            finally:
+                for module in normal:
+                    module.training = True
 
     def responding(
         self, responses: Mapping[str, Tensor], after: Callable[[str, Tensor], Tensor] | None = None
@@ -139,7 +162,7 @@ class Probe:
     def _worst(self) -> tuple[Tensor, Tensor]:
         answers = max(len(self.targets) // len(self.inputs), 1)  # of a sample, where the model joins samples and positions
         with torch.no_grad():
-            output = self.rule.model(self.inputs)
+            output = self.answer(self.inputs)
             rows = max(len(output) // len(self.inputs), 1)
             parts = zip(output.split(rows), self.targets.split(answers), strict=True)
             losses = [float(self.rule.loss(part, targets)) for part, targets in parts]
@@ -156,8 +179,8 @@ class Probe:
             storage.copy_(value)
 
     def _flow(self) -> tuple[Dataflow, dict[str, Trace]]:
-        torch.manual_seed(self.seed)
-        flow = recorded(self.rule, self.weights, self.inputs, self.targets, self.flipped)
+        with self._repeating(len(self.inputs)):
+            flow = recorded(self.rule, self.weights, self.inputs, self.targets, self.flipped)
         traces = {name: flow.trace(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
         self._restore()
         return flow, traces
@@ -180,9 +203,9 @@ class Probe:
                 with torch.no_grad():
                     before()
             self.rule.zero_grad()
-            torch.manual_seed(self.seed)
-            with mode if mode is not None else nullcontext():
-                self.rule.accumulate(*(batch or (self.inputs, self.targets)))
+            inputs, targets = batch or (self.inputs, self.targets)
+            with self._repeating(len(inputs)), mode if mode is not None else nullcontext():
+                self.rule.accumulate(inputs, targets)
             gradients = {name: weight.grad for name, weight in self.weights.items()}
             return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
         finally:
@@ -291,7 +314,7 @@ def jumps(probe: Probe) -> dict[tuple[str, str], float]:
         return result
 
     with torch.no_grad(), probe.responding({}, note):
-        probe.rule.model(sample[0])
+        probe.answer(sample[0])
     for number, bent in enumerate(probe.layers[:-1]):
         bias = probe.biases[bent]
         potential = potentials[bent][0]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from apical.core.credit import Loss
-from apical.core.rest import evaluating
+from apical.core.rest import evaluating, kept_attributes
 from apical.errors import ConfigError
 
 Losses: TypeAlias = Callable[[Tensor], Tensor]
@@ -238,7 +238,7 @@ def losses_at(
 
 @contextmanager
 def _own_statistics(model: nn.Module) -> Iterator[None]:
-    with evaluating(model):
+    with evaluating(model), kept_attributes(model):
         for module in model.modules():
             if isinstance(module, _RUNNING):
                 module.training = True
@@ -263,7 +263,7 @@ def _widest(model: nn.Module, inputs: Tensor, batch: int) -> int:
 
     hooks = [module.register_forward_hook(look) for module in model.modules()]
     try:
-        with evaluating(model):
+        with evaluating(model), kept_attributes(model):
             model(inputs[:1])
     finally:
         for hook in hooks:

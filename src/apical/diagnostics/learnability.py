@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from apical.core.credit import CreditRule
-from apical.core.rest import undisturbed
+from apical.core.rest import kept_attributes, undisturbed
 from apical.core.wrapped import innermost
 from apical.diagnostics.curvature import ENTRIES_AT_ONCE, Parameters
 from apical.errors import ConfigError, UnsupportedModelError
@@ -73,7 +73,7 @@ def weight_jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
         return torch.cat([rows[name].flatten(1) for name in parameters], 1)
 
     try:
-        with warnings.catch_warnings():
+        with kept_attributes(twin), warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "There is a performance drop", UserWarning
             )  # of batches, against a fast kernel
@@ -148,7 +148,8 @@ def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = Non
     """
     if rule is not None and rule.model is not model:
         raise ConfigError("the rule is around another model than the one that is measured: give rule.model")
-    jacobian = weight_jacobian(model, inputs)
+    with kept_attributes(model):
+        jacobian = weight_jacobian(model, inputs)
     flat = jacobian.flatten(0, 1)
     triangle = torch.linalg.qr(flat.mT, mode="r")[1] if flat.shape[1] > flat.shape[0] else flat
     values: Tensor = torch.linalg.svdvals(triangle)

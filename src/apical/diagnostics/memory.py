@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apical.diagnostics.alignment import unchanged
+
 
 class _Ledger(TorchDispatchMode):
     """Counts the storages that operations create, for as long as they live."""
@@ -54,19 +56,17 @@ def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
 
 def held_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
     """Bytes that a rule holds between its call and the backward pass, beyond model, rule and batch."""
-    ledger = _Ledger([*rule.parameters(), *rule.buffers(), inputs, targets])
-    rule.restart()
-    with ledger:
-        credit = rule(inputs, targets)
-    held = sum(size for _, size in ledger.living().values())
-    del credit
+    with unchanged(rule):
+        ledger = _Ledger([*rule.parameters(), *rule.buffers(), inputs, targets])
+        with ledger:
+            credit = rule(inputs, targets)
+        held = sum(size for _, size in ledger.living().values())
+        del credit
     return held
 
 
 def step_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
-    """Peak bytes of one forward and backward pass of a rule beyond model, rule and batch; gradients are counted.
-
-    Nothing is restored: wrap it if the rule's state matters.
-    """
-    tensors = [*rule.parameters(), *rule.buffers(), inputs, targets]
-    return peak_bytes(lambda: rule.accumulate(inputs, targets), tensors)
+    """Peak bytes of one forward and backward pass of a rule beyond model, rule and batch; gradients are counted."""
+    with unchanged(rule):
+        tensors = [*rule.parameters(), *rule.buffers(), inputs, targets]
+        return peak_bytes(lambda: rule.accumulate(inputs, targets), tensors)

@@ -58,7 +58,7 @@ def across_positions(probe: Probe) -> tuple[dict[str, float], str]:
     """
     inputs, targets = probe.sample
     with torch.no_grad():
-        output = probe.rule.model(inputs)
+        output = probe.answer(inputs)
     rows, count = targets_at(targets, output)
     if count < 2:
         return {}, "each sample has one answer: there are no positions between which credit could go"
