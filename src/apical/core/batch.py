@@ -47,6 +47,28 @@ def _without_ones(values: Tensor) -> tuple[int, ...]:
     return tuple(size for size in values.shape[1:] if size != 1)
 
 
+def require_rows(what: str, inputs: object, output: object = None) -> None:
+    """Refuse inputs, and an output if given, that are not one tensor of finite numbers with a row for each sample.
+
+    Args:
+        what: needs them, for the message.
+
+    Raises:
+        ConfigError: says what they are instead.
+    """
+    for kind, value in (("inputs", inputs), ("outputs", output)):
+        if not isinstance(value, Tensor) and value is not None:
+            raise ConfigError(
+                f"{what} needs {kind} that are one tensor with a row for each sample, not {type(value).__name__}: measure a "
+                "module around the model that takes and returns one"
+            )
+    assert isinstance(inputs, Tensor)
+    if inputs.dim() == 0 or len(inputs) == 0:
+        raise ConfigError(f"{what} needs at least one sample, but the batch is empty")
+    if not bool(inputs.isfinite().all()):
+        raise ConfigError(f"{what} needs finite inputs, but these hold NaN or infinite values")
+
+
 def require_classes(targets: Tensor, classes: int) -> None:
     """Refuse class labels that are none of 0..classes - 1; nothing of the kind is asked of compiled graphs.
 

@@ -84,24 +84,46 @@ def gradients(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weight gradients of the rule and of backpropagation, by name, on one batch: of all layers, or of the given weights.
 
+    Of a layer whose weight is computed (weight norm, other parametrisations) they are those of what it is computed from.
     Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through
     time. Where it has no derivative, as spikes have none, there is nothing to compare: both are empty.
     """
-    if weights is None:
-        weights = {name: module.weight for name, module in rule.model.named_modules() if is_weighted(module)}
-        packed = [(name, module) for name, module in rule.model.named_modules() if is_packed(module)]
-        parts = {full_name(name, part): its for name, module in packed for part, its in parts_of(module).items()}
-        weights |= {name: part.weight for name, part in parts.items()}
-    layers = {name: weight for name, weight in weights.items() if weight.is_leaf and weight.requires_grad}
+    sources = _sources(rule.model) if weights is None else {name: [weight] for name, weight in weights.items()}
+    learned = {id(p): p for layer in sources.values() for p in layer if p.is_leaf and p.requires_grad}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule.accumulate(inputs, targets)
-        own = {name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None}
+        own = {key: p.grad.clone() for key, p in learned.items() if p.grad is not None}
+    if not own:
+        return {}, {}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         loss = rule.loss(rule.answer(inputs), targets)
         if not loss.requires_grad:
             return {}, {}
-        exact = torch.autograd.grad(loss, [layers[name] for name in own])
-    return own, dict(zip(own, exact, strict=True))
+        exact = torch.autograd.grad(loss, [learned[key] for key in own], allow_unused=True, materialize_grads=True)
+    return _by_layer(sources, own), _by_layer(sources, dict(zip(own, exact, strict=True)))
+
+
+def _sources(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The weight of each layer by name, or the parameters that a weight is computed from."""
+    sources: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if is_weighted(module):
+            weight = module.weight
+            bias = getattr(module, "bias", None)
+            sources[name] = [weight] if weight.is_leaf else [p for p in module.parameters() if p is not bias]
+        elif is_packed(module):
+            sources |= {full_name(name, part): [its.weight] for part, its in parts_of(module).items()}
+    return sources
+
+
+def _by_layer(sources: Mapping[str, list[Tensor]], gradients: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """The gradient of each layer that has one; a vector where its weight is computed from several parameters."""
+    layers = {name: [gradients[id(p)] for p in layer if id(p) in gradients] for name, layer in sources.items()}
+    return {
+        name: parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+        for name, parts in layers.items()
+        if parts
+    }
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from apical.core.batch import require_rows
 from apical.core.layers import is_weighted
 from apical.core.rest import kept_attributes
 from apical.errors import ConfigError
@@ -116,6 +117,7 @@ def channel(
     """
     if not noise > 0 or where not in ("every", "end"):
         raise ConfigError(f'a channel needs noise above 0, in "every" layer or at the "end"; got {noise} and {where!r}')
+    require_rows("a channel", inputs)
     if not inputs.is_floating_point():
         raise ConfigError("a channel is measured from inputs that are numbers with a derivative, not indices")
     with kept_attributes(model):  # also what is drawn

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apical.core.activations import difference as rate_difference
 from apical.core.affine import original
+from apical.core.batch import require_rows
 from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
 from apical.core.layers import is_weighted
@@ -66,6 +67,8 @@ def gauss_newton_update(
             the model.
     """
     _require_damping(damping)
+    require_rows("a Gauss-Newton update", inputs)
+    require_precision(delta)
     with evaluation(model):
         parameters, network = _functional(model, names)
         delta = delta.detach().flatten(1)
@@ -107,6 +110,7 @@ def minimum_norm_update(
     _require_damping(damping)
     if difference not in ("rate", "voltage"):
         raise ConfigError(f"difference must be 'rate' or 'voltage', not {difference!r}")
+    require_precision(delta)
     states = chain.run(inputs)
     with torch.no_grad():
         jacobian = output_jacobian(chain, states)
@@ -236,6 +240,7 @@ def minimum_norm_alignment(
     Raises:
         UnsupportedModelError: the model is no chain; the module is named.
     """
+    require_rows("a minimum-norm angle", inputs)
     inner = innermost(rule)
     own = getattr(inner, "chain", None)
     chain = own if isinstance(own, Chain) else Chain(rule.model, inputs.shape[1:])
@@ -255,7 +260,9 @@ def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple
     """
     with unchanged(rule), torch.enable_grad():
         rule.model.eval()
-        output = rule.accumulate(inputs, targets).output.detach()
+        output = rule.accumulate(inputs, targets).output
+        require_rows("a Gauss-Newton or minimum-norm angle", inputs, output)
+        output = output.detach()
         change = {name: -p.grad for name, p in rule.model.named_parameters() if p.grad is not None}
     return change, -len(output) * output_error(rule.loss, output, targets)[1]  # the loss is a mean over the batch
 
@@ -263,6 +270,17 @@ def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Within, the model is in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: see :func:`require_apart`.
+    """
+    require_apart(model)
+    with evaluating(model):
+        yield
+
+
+def require_apart(model: nn.Module) -> None:
+    """Refuse a model whose samples depend on each other in evaluation mode.
 
     Raises:
         UnsupportedModelError: a batch normalisation that has no running statistics.
@@ -273,8 +291,19 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                 f"module {name!r} ({type(module).__name__}) normalises over the batch even in evaluation mode, so the "
                 "update of one sample is not defined; set track_running_stats=True or use GroupNorm"
             )
-    with evaluating(model):
-        yield
+
+
+def require_precision(values: Tensor) -> None:
+    """Refuse half precision, in which equations are not solved.
+
+    Raises:
+        UnsupportedModelError: the values are neither float32 nor float64.
+    """
+    if values.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedModelError(
+            f"this measure solves equations, in float32 or float64 and not in {values.dtype}: take a copy of the model "
+            "in float32 (model.float())"
+        )
 
 
 def _functional(
@@ -314,8 +343,8 @@ def _angles(model: nn.Module, change: Mapping[str, Tensor], target: Update) -> d
 
     angles: dict[str, float] = {}
     for layer, module in model.named_modules():
-        own = [name for name in both if name.rpartition(".")[0] == layer]
-        if own and is_weighted(module):
+        own = [name for name in both if name.startswith(f"{layer}." if layer else "")] if is_weighted(module) else []
+        if own:
             angles[layer] = over(own)
     return angles | {"all": over(both)}
 

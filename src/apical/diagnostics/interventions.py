@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apical.core.batch import require_rows
 from apical.core.credit import CreditRule
 from apical.core.layers import is_local, is_weighted
 from apical.core.rest import kept_attributes
@@ -110,6 +111,7 @@ class Probe:
         """The model's output, with what is drawn in every pass."""
         with self._repeating(len(inputs)):
             output: Tensor = self.rule.model(inputs)
+        require_rows("the audit", inputs, output)
         return output
 
     @contextmanager

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from apical.core.batch import require_rows
 from apical.core.credit import Loss
 from apical.core.rest import evaluating, kept_attributes
 from apical.errors import ConfigError
@@ -205,6 +206,7 @@ def losses_at(
         batch: samples per forward pass, at most; also those over which statistics are taken.
         vectorise: whether to evaluate networks together, if the model can be; None: on a GPU, or if the model is small.
     """
+    require_rows("a loss landscape", inputs)
     parameters = dict(model.named_parameters())
     sizes = [parameter.numel() for parameter in parameters.values()]
     device = next(iter(parameters.values())).device
@@ -219,6 +221,14 @@ def losses_at(
         weights = {name: part.view_as(old).to(old.dtype) for (name, old), part in parts}
         return loss(functional_call(model, {**buffers, **weights}, (x,)), y)
 
+    def several(points: Tensor, buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor | None:
+        try:
+            with kept_attributes(model):  # what a transform leaves in them is of no use outside it
+                values: Tensor = vmap(one, in_dims=(0, None, None, None))(points, buffers, x, y)
+        except RuntimeError:  # something in the model has no rule for several at once, such as LSTM
+            return None
+        return values
+
     @torch.no_grad()
     def losses(points: Tensor) -> Tensor:
         points = points.to(device)
@@ -226,9 +236,8 @@ def losses_at(
         with _own_statistics(model):
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             for x, y in batches:
-                if together:
-                    values = vmap(one, in_dims=(0, None, None, None))(points, buffers, x, y)
-                else:
+                values = several(points, buffers, x, y) if together else None
+                if values is None:
                     values = torch.stack([one(point, buffers, x, y) for point in points])
                 total += values.double() * len(x) / len(inputs)
         return total.cpu()
@@ -264,11 +273,11 @@ def _widest(model: nn.Module, inputs: Tensor, batch: int) -> int:
     hooks = [module.register_forward_hook(look) for module in model.modules()]
     try:
         with evaluating(model), kept_attributes(model):
-            model(inputs[:1])
+            model(inputs[:2])  # a batch normalisation may need two
     finally:
         for hook in hooks:
             hook.remove()
-    return widest * min(batch, len(inputs))
+    return widest * min(batch, len(inputs)) // min(2, len(inputs))
 
 
 def surface(losses: Losses, plane: Plane, x: Tensor, y: Tensor, chunk: int = 16) -> Tensor:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from apical.core.batch import require_rows
 from apical.core.credit import CreditRule
 from apical.core.rest import kept_attributes, undisturbed
 from apical.core.wrapped import innermost
 from apical.diagnostics.curvature import ENTRIES_AT_ONCE, Parameters
+from apical.diagnostics.gauss_newton import require_apart
 from apical.errors import ConfigError, UnsupportedModelError
 
 
@@ -66,7 +68,9 @@ def weight_jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
 
     def one(sample: Tensor) -> Tensor:
         def output(p: Parameters) -> Tensor:
-            return cast(Tensor, functional_call(twin, p, (sample[None],))).flatten()
+            made = functional_call(twin, p, (sample[None],))
+            require_rows("learnability", inputs, made)
+            return cast(Tensor, made).flatten()
 
         result = vjp(output, parameters)
         (rows,) = vmap(result[1])(torch.eye(len(result[0]), dtype=result[0].dtype, device=result[0].device))
@@ -148,6 +152,8 @@ def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = Non
     """
     if rule is not None and rule.model is not model:
         raise ConfigError("the rule is around another model than the one that is measured: give rule.model")
+    require_rows("learnability", inputs)
+    require_apart(model)
     with kept_attributes(model):
         jacobian = weight_jacobian(model, inputs)
     flat = jacobian.flatten(0, 1)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from apical.diagnostics.alignment import unchanged
 
@@ -54,10 +55,10 @@ def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
     return ledger.peak
 
 
-def held_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
+def held_bytes(rule: Any, inputs: Any, targets: Any) -> int:
     """Bytes that a rule holds between its call and the backward pass, beyond model, rule and batch."""
     with unchanged(rule):
-        ledger = _Ledger([*rule.parameters(), *rule.buffers(), inputs, targets])
+        ledger = _Ledger([*rule.parameters(), *rule.buffers(), *_tensors_in(inputs, targets)])
         with ledger:
             credit = rule(inputs, targets)
         held = sum(size for _, size in ledger.living().values())
@@ -65,8 +66,13 @@ def held_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
     return held
 
 
-def step_bytes(rule: Any, inputs: Tensor, targets: Tensor) -> int:
+def step_bytes(rule: Any, inputs: Any, targets: Any) -> int:
     """Peak bytes of one forward and backward pass of a rule beyond model, rule and batch; gradients are counted."""
     with unchanged(rule):
-        tensors = [*rule.parameters(), *rule.buffers(), inputs, targets]
+        tensors = [*rule.parameters(), *rule.buffers(), *_tensors_in(inputs, targets)]
         return peak_bytes(lambda: rule.accumulate(inputs, targets), tensors)
+
+
+def _tensors_in(*values: Any) -> list[Tensor]:
+    """Those in dicts and tuples, too."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

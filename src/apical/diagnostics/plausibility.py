@@ -14,9 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from apical.core.batch import require_rows
 from apical.core.credit import CreditRule
 from apical.diagnostics.alignment import angle, gradients, unchanged
 from apical.diagnostics.dataflow import Trace
+from apical.diagnostics.gauss_newton import require_apart, require_precision
 from apical.diagnostics.interventions import (
     Probe,
     change,
@@ -143,8 +145,14 @@ def examine(rule: CreditRule, inputs: Tensor, targets: Tensor, exact: CreditRule
         exact: backpropagation on a model of the same architecture.
 
     Raises:
-        ConfigError: the rule does not repeat itself under one seed, so that changes cannot be told from chance.
+        ConfigError: the rule does not repeat itself under one seed, so that changes cannot be told from chance; or inputs or
+            outputs are not one tensor.
+        UnsupportedModelError: batch normalisation without running statistics, under which one sample has no update.
     """
+    require_rows("the audit", inputs)
+    require_apart(rule.model)
+    for parameter in rule.model.parameters():
+        require_precision(parameter)
     with unchanged(rule), unchanged(exact):
         return _examined(rule, inputs, targets, exact)
 
