@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import Backprop, DirectFeedbackAlignment, FeedbackAlignment
@@ -15,7 +16,7 @@ from apical.core.credit import CreditRule
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment
 from apical.diagnostics.channel import channel
 from apical.diagnostics.coding import coding
-from apical.diagnostics.gauss_newton import gauss_newton_alignment, gauss_newton_update
+from apical.diagnostics.gauss_newton import gauss_newton_alignment, gauss_newton_direction, gauss_newton_update
 from apical.diagnostics.interference import interference
 from apical.diagnostics.landscape import flat, losses_at
 from apical.diagnostics.learnability import learnability
@@ -137,17 +138,41 @@ def test_gauss_newton_takes_a_state_as_it_stands() -> None:
         torch.testing.assert_close(ours[name], change, rtol=1e-10, atol=1e-12)
 
 
-def test_gauss_newton_refuses_what_torch_cannot_follow() -> None:
-    class Writes(Odd):
-        def factor(self, h: Tensor) -> Any:
-            self.mean.mul_(0.9).add_(0.1 * h.detach().mean(0))
-            return 1 + self.mean
+class Writes(Odd):
+    """Keeps its mean in place, which transforms of torch.func refuse."""
 
-    rule = Backprop(Writes("written").double())
-    before = rule.model.state()
-    with pytest.raises(UnsupportedModelError, match=r"Writes has no Gauss-Newton update: .*must not write into tensors"):
-        gauss_newton_alignment(rule, INPUTS, TARGETS)
-    assert rule.model.state() == before
+    def factor(self, h: Tensor) -> Any:
+        self.mean.mul_(0.9).add_(0.1 * h.detach().mean(0))
+        return 1 + self.mean
+
+
+def test_gauss_newton_of_what_torch_func_cannot_follow() -> None:
+    """Of one sample with the state as it stands: that of the network that assigns the same mean."""
+    torch.manual_seed(0)
+    model, delta = Writes("written").double(), torch.randn(12, 3, dtype=torch.double)
+    same = Odd("assigned").double()
+    same.load_state_dict(model.state_dict())
+    before = model.state()
+    ours = gauss_newton_update(model, INPUTS, delta)
+    assert model.state() == before
+    one_by_one = [gauss_newton_update(same, INPUTS[i : i + 1], delta[i : i + 1]) for i in range(12)]
+    for name, change in ours.items():
+        torch.testing.assert_close(change, sum(each[name] for each in one_by_one) / 12, rtol=1e-10, atol=1e-12)
+    with pytest.raises(UnsupportedModelError, match=r"Writes has no Gauss-Newton direction: .*must not write into tensors"):
+        gauss_newton_direction(model, F.cross_entropy, INPUTS, TARGETS)
+    assert model.state() == before
+
+
+def test_gauss_newton_of_prelu_is_that_of_leaky_relu() -> None:
+    """PyTorch's own rule for PReLU in batches of samples fails."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.PReLU(), nn.Linear(8, 3)).double()
+    leaky = nn.Sequential(model[0], nn.LeakyReLU(0.25), model[2])
+    names, delta = ["0.weight", "0.bias", "2.weight", "2.bias"], torch.randn(12, 3, dtype=torch.double)
+    for name, change in gauss_newton_update(leaky, INPUTS, delta).items():
+        torch.testing.assert_close(
+            gauss_newton_update(model, INPUTS, delta, names=names)[name], change, rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("rule_type", [Backprop, FeedbackAlignment, DirectFeedbackAlignment])

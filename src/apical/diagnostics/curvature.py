@@ -4,11 +4,11 @@ J_W is the Jacobian of a network's output in its parameters (a dict of tensors);
 Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation 14 (2002).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 from apical.errors import ConfigError
@@ -50,6 +50,17 @@ def kernel_product(network: Network, parameters: Parameters, inputs: Tensor) -> 
 
     batched = vmap(one, chunk_size=_samples_at_once(parameters, 1))
     return lambda z: batched(inputs, z)
+
+
+def jacobian_rows(model: nn.Module, parameters: Sequence[Tensor], sample: Tensor) -> Tensor:
+    """One sample's Jacobian (outputs, parameters), an output at a time: of any model, also where transforms fail."""
+    with torch.enable_grad():
+        output = model(sample[None]).flatten()
+        grads = [
+            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for value in output
+        ]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
 
 
 def loss_curvature_product(

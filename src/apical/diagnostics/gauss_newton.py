@@ -31,7 +31,13 @@ from apical.core.losses import output_error
 from apical.core.rest import evaluating, kept_attributes
 from apical.core.wrapped import innermost
 from apical.diagnostics.alignment import angle, unchanged
-from apical.diagnostics.curvature import conjugate_gradient, kernel_matrices, kernel_product, loss_curvature_product
+from apical.diagnostics.curvature import (
+    conjugate_gradient,
+    jacobian_rows,
+    kernel_matrices,
+    kernel_product,
+    loss_curvature_product,
+)
 from apical.errors import ConfigError, UnsupportedModelError
 from apical.rules.feedback_control.states import output_jacobian
 
@@ -63,26 +69,42 @@ def gauss_newton_update(
 
     Raises:
         ConfigError: a negative damping, an unknown name, or conjugate gradients that do not converge.
-        UnsupportedModelError: a module mixes the samples even in evaluation mode, and is named; or torch.func cannot follow
-            the model.
+        UnsupportedModelError: a module mixes the samples even in evaluation mode; it is named.
     """
     _require_damping(damping)
     require_rows("a Gauss-Newton update", inputs)
     require_precision(delta)
+    delta = delta.detach().flatten(1)
     with evaluation(model):
         parameters, network = _functional(model, names)
-        delta = delta.detach().flatten(1)
-        if delta.shape[1] <= dense_outputs:
-            kernel = kernel_matrices(network, parameters, inputs)  # J J^T of each sample: (batch, n_L, n_L)
-            kernel.diagonal(dim1=-2, dim2=-1).add_(damping)
-            weighted = torch.linalg.solve(kernel, delta)
-        else:
-            product = kernel_product(network, parameters, inputs)
-            weighted = conjugate_gradient(lambda z: product(z) + damping * z, delta)
-        # J^T (J J^T + damping I)^-1 delta, averaged over the batch
-        pullback = vjp(lambda p: network(p, inputs).flatten(1), parameters)[1]
-        update: Update = pullback(weighted / len(weighted))[0]
+        try:
+            if delta.shape[1] <= dense_outputs:
+                kernel = kernel_matrices(network, parameters, inputs)  # J J^T of each sample: (batch, n_L, n_L)
+                kernel.diagonal(dim1=-2, dim2=-1).add_(damping)
+                weighted = torch.linalg.solve(kernel, delta)
+            else:
+                product = kernel_product(network, parameters, inputs)
+                weighted = conjugate_gradient(lambda z: product(z) + damping * z, delta)
+            # J^T (J J^T + damping I)^-1 delta, averaged over the batch
+            pullback = vjp(lambda p: network(p, inputs).flatten(1), parameters)[1]
+            update: Update = pullback(weighted / len(weighted))[0]
+        except RuntimeError:  # torch.func cannot follow everything: PReLU, forward methods that write into tensors
+            return _sample_by_sample(model, list(parameters), inputs, delta, damping)
     return update
+
+
+def _sample_by_sample(model: nn.Module, names: list[str], inputs: Tensor, delta: Tensor, damping: float) -> Update:
+    """The same from the Jacobian of one sample after the other."""
+    own = dict(model.named_parameters())
+    learned = {name: own[name] for name in names}
+    flat = torch.zeros(sum(p.numel() for p in learned.values()), dtype=delta.dtype, device=delta.device)
+    for sample, wished in zip(inputs, delta, strict=True):
+        with kept_attributes(model):
+            rows = jacobian_rows(model, list(learned.values()), sample)  # J: (n_L, parameters)
+        kernel = rows @ rows.T + damping * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        flat += rows.T @ torch.linalg.solve(kernel, wished) / len(delta)
+    parts = flat.split([p.numel() for p in learned.values()])
+    return {name: part.view_as(p) for (name, p), part in zip(learned.items(), parts, strict=True)}
 
 
 def minimum_norm_update(
@@ -189,12 +211,18 @@ def gauss_newton_direction(
 
     Raises:
         ConfigError: a negative damping, an unknown name, or no convergence (raise `damping` or `iterations`).
-        UnsupportedModelError: a module mixes the samples even in evaluation mode.
+        UnsupportedModelError: a module mixes the samples even in evaluation mode, or torch.func cannot follow the model.
     """
     _require_damping(damping)
     with evaluation(model):
         parameters, network = _functional(model, names)
-        product, gradient = loss_curvature_product(lambda p: network(p, inputs), lambda r: loss(r, targets), parameters)
+        try:
+            product, gradient = loss_curvature_product(lambda p: network(p, inputs), lambda r: loss(r, targets), parameters)
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no Gauss-Newton direction: torch.func cannot follow its forward method, which "
+                f"must not write into tensors in evaluation mode ({str(error).splitlines()[0]})"
+            ) from error
         flat = conjugate_gradient(lambda x: product(x) + damping * x, -gradient, tolerance, iterations)
     sizes = [p.numel() for p in parameters.values()]
     return {name: part.view_as(parameters[name]) for name, part in zip(parameters, flat.split(sizes), strict=True)}
@@ -321,14 +349,8 @@ def _functional(
     fixed = {name: parameter.detach() for name, parameter in every.items()}
 
     def network(parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        try:
-            with kept_attributes(model):  # what a transform leaves in them is of no use outside it
-                output: Tensor = functional_call(model, fixed | parameters, (inputs,))
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no Gauss-Newton update: torch.func cannot follow its forward method, which "
-                f"must not write into tensors in evaluation mode ({str(error).splitlines()[0]})"
-            ) from error
+        with kept_attributes(model):  # what a transform leaves in them is of no use outside it
+            output: Tensor = functional_call(model, fixed | parameters, (inputs,))
         return output
 
     return {name: fixed[name] for name in names}, network

@@ -24,7 +24,7 @@ from apical.core.batch import require_rows
 from apical.core.credit import CreditRule
 from apical.core.rest import kept_attributes, undisturbed
 from apical.core.wrapped import innermost
-from apical.diagnostics.curvature import ENTRIES_AT_ONCE, Parameters
+from apical.diagnostics.curvature import ENTRIES_AT_ONCE, Parameters, jacobian_rows
 from apical.diagnostics.gauss_newton import require_apart
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -83,20 +83,9 @@ def weight_jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
             )  # of batches, against a fast kernel
             jacobian: Tensor = vmap(one, chunk_size=max(1, ENTRIES_AT_ONCE // (64 * size)))(exact)
     except RuntimeError:  # something in the model has no rule for batches, such as an autograd.Function
-        jacobian = torch.stack([_rows(twin, sample) for sample in exact])
+        learned = [p for p in twin.parameters() if p.requires_grad]
+        jacobian = torch.stack([jacobian_rows(twin, learned, sample) for sample in exact])
     return jacobian
-
-
-def _rows(model: nn.Module, sample: Tensor) -> Tensor:
-    """One sample's Jacobian (outputs, parameters), an output at a time."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        output = model(sample[None]).flatten()
-        grads = [
-            torch.autograd.grad(value, learned, retain_graph=True, allow_unused=True, materialize_grads=True)
-            for value in output
-        ]
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
 
 
 def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
