@@ -151,3 +151,19 @@ def test_layers_with_computed_weights_are_compared_by_what_these_are_computed_fr
 def test_gauss_newton_has_an_angle_for_layers_with_computed_weights() -> None:
     angles = gauss_newton_alignment(Backprop(normed(weight_norm)), torch.randn(4, 6), TARGETS)
     assert angles.keys() == {"0", "2", "all"}
+
+
+def test_matrices_that_are_sites_are_compared_too() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ self.w.T) @ self.v.T
+
+    torch.manual_seed(0)
+    rule = FeedbackAlignment(Plain(), sites=("w", "v"))
+    angles = gradient_alignment(rule, torch.randn(4, 6), TARGETS)
+    assert angles.keys() == {"w", "v"}
+    assert angles["v"]["gradient_alignment"] < 1e-3 < 5 < angles["w"]["gradient_alignment"]

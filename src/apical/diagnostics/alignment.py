@@ -67,7 +67,8 @@ def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dic
         targets: its targets.
 
     Returns:
-        Layer name -> {"gradient_alignment": degrees, "gradient_norm_ratio": ...} for each Linear or convolution layer.
+        Layer name -> {"gradient_alignment": degrees, "gradient_norm_ratio": ...} for each weighted layer, and for parameters
+        that are sites of the rule.
     """
     rule_gradients, exact = gradients(rule, inputs, targets)
     return {
@@ -88,7 +89,7 @@ def gradients(
     Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through
     time. Where it has no derivative, as spikes have none, there is nothing to compare: both are empty.
     """
-    sources = _sources(rule.model) if weights is None else {name: [weight] for name, weight in weights.items()}
+    sources = _sources(rule) if weights is None else {name: [weight] for name, weight in weights.items()}
     learned = {id(p): p for layer in sources.values() for p in layer if p.is_leaf and p.requires_grad}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):
         rule.accumulate(inputs, targets)
@@ -103,17 +104,18 @@ def gradients(
     return _by_layer(sources, own), _by_layer(sources, dict(zip(own, exact, strict=True)))
 
 
-def _sources(model: nn.Module) -> dict[str, list[Tensor]]:
-    """The weight of each layer by name, or the parameters that a weight is computed from."""
+def _sources(rule: CreditRule) -> dict[str, list[Tensor]]:
+    """The weight of each layer by name, or the parameters that a weight is computed from; and the rule's other sites."""
     sources: dict[str, list[Tensor]] = {}
-    for name, module in model.named_modules():
+    for name, module in rule.model.named_modules():
         if is_weighted(module):
             weight = module.weight
             bias = getattr(module, "bias", None)
             sources[name] = [weight] if weight.is_leaf else [p for p in module.parameters() if p is not bias]
         elif is_packed(module):
             sources |= {full_name(name, part): [its.weight] for part, its in parts_of(module).items()}
-    return sources
+    sites = getattr(innermost(rule), "layers", {})
+    return sources | {name: [p] for name, p in rule.model.named_parameters() if name in sites}
 
 
 def _by_layer(sources: Mapping[str, list[Tensor]], gradients: Mapping[int, Tensor]) -> dict[str, Tensor]:
