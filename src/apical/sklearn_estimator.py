@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from apical import models
 from apical.bench import own_rules
+from apical.bench.checkpoint import seeded
 from apical.bench.names import make_rule, resolve
 from apical.bench.plain_loop import train
 from apical.bench.recipe import Recipe
@@ -110,8 +111,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         recipe, _ = resolve(recipe, len(targets), len(self.classes_))
         dataset = Dataset("the samples given", samples, None, samples, len(self.classes_), (), (), "given to fit")
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             shape = (x.shape[1],)
             rule = make_rule(recipe, models.build(recipe.model, shape, len(self.classes_)), shape)
             train(rule, recipe, dataset)

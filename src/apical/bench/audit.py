@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apical.bench.checkpoint import seed_all
 from apical.bench.materials import model_for
 from apical.bench.measure import probe_batch
 from apical.bench.names import find_rule, make_rule, merged, resolve
@@ -108,7 +109,7 @@ def _options(values: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _made(recipe: Recipe, dataset: Dataset) -> CreditRule:
-    torch.manual_seed(recipe.seed)
+    seed_all(recipe.seed)
     model = model_for(recipe.model, dataset)
     return make_rule(recipe, model, dataset.input_shape)
 

@@ -4,13 +4,16 @@ import hashlib
 import io
 import math
 import os
+import random
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,16 +177,51 @@ def _first_line(error: Exception) -> str:
     return lines[0].split(". ")[0][:120].rstrip(".")
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of torch's global generators: "cpu", and "cuda" when `device` is one."""
-    state = {"cpu": torch.get_rng_state()}
+def seed_all(seed: int) -> None:
+    """Seed the global generators: PyTorch's, which layers use, and Python's and NumPy's, which a user's model may use."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, the global generators begin from a seed; afterwards they are where they were. On the CPU."""
+    cpu = torch.device("cpu")
+    before = rng_state(cpu)
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(before, cpu)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of the global generators: "cpu", "python", "numpy", and "cuda" when `device` is one."""
+    _, words, normal = random.getstate()
+    numpy: Any = np.random.get_state(legacy=True)
+    _, keys, *rest = numpy
+    state = {
+        "cpu": torch.get_rng_state(),
+        "python": [torch.tensor(words), normal],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Inverse of :func:`rng_state`; a CUDA state is ignored where there is no CUDA device."""
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Inverse of :func:`rng_state`; a CUDA state is ignored where there is no CUDA device.
+
+    Checkpoints of earlier versions have no states of Python's and NumPy's generators, which stay.
+    """
     torch.set_rng_state(state["cpu"])
+    if "python" in state:
+        words, normal = state["python"]
+        random.setstate((random.getstate()[0], tuple(words.tolist()), normal))
+    if "numpy" in state:
+        keys, *rest = state["numpy"]
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -99,9 +99,9 @@ class Training:
         self.line: dict[str, Any] = {}
         self.peak_memory_mb: float | None = None
         self.augment = Augment(flip=recipe.flip, crop=recipe.crop) if recipe.flip or recipe.crop else None
-        self._rng: dict[str, Tensor] | None = None  # while another run has the global generators
+        self._rng: dict[str, Any] | None = None  # while another run has the global generators
         with self._own_randomness():
-            torch.manual_seed(recipe.seed)
+            checkpoint.seed_all(recipe.seed)
             model = build_model(recipe, dataset)
             self.rule = make_rule(recipe, model, dataset.input_shape).to(self.device)
         recipe.check_phases(two_phase=self.rule.learns_apart)
@@ -456,7 +456,7 @@ class Training:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Within, torch's global generators are this run's own, so that runs trained in turn do not mix."""
+        """Within, the global generators are this run's own, so that runs trained in turn do not mix."""
         others, own, self._rng = checkpoint.rng_state(self.device), self._rng, None
         if own is not None:
             checkpoint.set_rng_state(own, self.device)

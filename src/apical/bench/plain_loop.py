@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from apical.bench.checkpoint import seed_all
 from apical.bench.optimizer import NEVER, make_optimizer, parts, scheduled, set_rate, shape_gradients
 from apical.bench.own_rules import checked
 from apical.bench.recipe import Recipe
@@ -27,7 +28,7 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[
     rule.train()
     steps, step = recipe.steps_per_epoch(len(dataset.train)), 0
     inputs, targets = dataset.train.inputs, dataset.train.targets
-    torch.manual_seed(recipe.seed)
+    seed_all(recipe.seed)
     optimizer = make_optimizer(recipe, rule)
     for epoch in range(recipe.epochs):
         lr, decay = scheduled(recipe, epoch)

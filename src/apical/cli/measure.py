@@ -133,7 +133,7 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
             seen.add(key)
             yield prefix + BEFORE, recipe.seed, _initial(recipe, dataset), dataset
         state = checkpoint.load(folder.checkpoint)
-        torch.manual_seed(recipe.seed)
+        checkpoint.seed_all(recipe.seed)
         rule = make_rule(recipe, build_model(recipe, dataset), dataset.input_shape)
         try:
             restore_rule(rule, state["rule"])
@@ -150,7 +150,7 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
 
 
 def _initial(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    torch.manual_seed(recipe.seed)
+    checkpoint.seed_all(recipe.seed)
     return build_model(recipe, dataset)
 
 
