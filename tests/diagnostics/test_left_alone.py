@@ -122,6 +122,13 @@ def test_a_look_first_changes_no_training() -> None:
     assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
 
 
+def test_lazy_layers_are_made_by_the_first_look() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3)).double()
+    coding(model, INPUTS)
+    assert [(type(layer), layer.in_features) for layer in (model[0], model[2])] == [(nn.Linear, 6), (nn.Linear, 8)]
+    model(INPUTS)
+
+
 def test_gauss_newton_takes_a_state_as_it_stands() -> None:
     """A network that keeps a mean in evaluation mode: its update is that of the function with the mean of now."""
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 DEPTH = 3
@@ -76,7 +77,8 @@ def kept_attributes(*modules: nn.Module) -> Iterator[None]:
     What rules put into the modules within stays.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
-    attributes = [(m, {name: _shallow(m.__dict__[name]) for name in _own_names(m)}) for m in every]
+    made = [m for m in every if not isinstance(m, LazyModuleMixin)]  # others are changed for good by their first batch
+    attributes = [(m, {name: _shallow(m.__dict__[name]) for name in _own_names(m)}) for m in made]
     with kept_states(every, drawn=True):
         try:
             yield
