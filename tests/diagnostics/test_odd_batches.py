@@ -14,7 +14,7 @@ from apical import Backprop, FeedbackAlignment
 from apical.core.credit import CreditRule
 from apical.diagnostics.alignment import gradient_alignment, gradients
 from apical.diagnostics.channel import channel
-from apical.diagnostics.gauss_newton import gauss_newton_alignment, minimum_norm_alignment
+from apical.diagnostics.gauss_newton import gauss_newton_alignment, gauss_newton_direction, minimum_norm_alignment
 from apical.diagnostics.landscape import flat, losses_at
 from apical.diagnostics.learnability import learnability
 from apical.diagnostics.memory import held_bytes, step_bytes
@@ -167,3 +167,34 @@ def test_matrices_that_are_sites_are_compared_too() -> None:
     angles = gradient_alignment(rule, torch.randn(4, 6), TARGETS)
     assert angles.keys() == {"w", "v"}
     assert angles["v"]["gradient_alignment"] < 1e-3 < 5 < angles["w"]["gradient_alignment"]
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.read = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.read(self.layer(x).mean(1))
+        return result
+
+
+def test_gauss_newton_direction_of_a_transformer_layer_solves_its_equation() -> None:
+    """`(G + damping I) dW = -dL/dW` with G from the whole Jacobian."""
+    torch.manual_seed(0)
+    model, inputs = Attends().double(), torch.randn(4, 3, 6, dtype=torch.double)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    change = gauss_newton_direction(model, F.cross_entropy, inputs, TARGETS, 0.1, tolerance=1e-10)
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+    parameters = list(model.eval().parameters())
+    output = model(inputs)
+    columns = [
+        torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True) for value in output.flatten()
+    ]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in columns])
+    p = output.softmax(1).detach()
+    hessian = torch.block_diag(*[(torch.diag(row) - torch.outer(row, row)) / len(p) for row in p])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(output, TARGETS), parameters)])
+    flat_change = torch.cat([change[name].flatten() for name, _ in model.named_parameters()])
+    solved = jacobian.T @ hessian @ jacobian @ flat_change + 0.1 * flat_change
+    torch.testing.assert_close(solved, -gradient, rtol=1e-6, atol=1e-9)

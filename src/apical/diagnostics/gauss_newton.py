@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apical.core.activations import difference as rate_difference
@@ -218,12 +219,12 @@ def gauss_newton_direction(
         parameters, network = _functional(model, names)
         try:
             product, gradient = loss_curvature_product(lambda p: network(p, inputs), lambda r: loss(r, targets), parameters)
+            flat = conjugate_gradient(lambda x: product(x) + damping * x, -gradient, tolerance, iterations)
         except RuntimeError as error:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no Gauss-Newton direction: torch.func cannot follow its forward method, which "
-                f"must not write into tensors in evaluation mode ({str(error).splitlines()[0]})"
+                f"{type(model).__name__} has no Gauss-Newton direction, because torch.func cannot follow its forward method "
+                f"({str(error).splitlines()[0]})"
             ) from error
-        flat = conjugate_gradient(lambda x: product(x) + damping * x, -gradient, tolerance, iterations)
     sizes = [p.numel() for p in parameters.values()]
     return {name: part.view_as(parameters[name]) for name, part in zip(parameters, flat.split(sizes), strict=True)}
 
@@ -303,8 +304,13 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         UnsupportedModelError: see :func:`require_apart`.
     """
     require_apart(model)
-    with evaluating(model):
-        yield
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # of transformer layers, which has no derivative
+    try:
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def require_apart(model: nn.Module) -> None:
