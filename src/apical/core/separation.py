@@ -150,6 +150,7 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
     own = {_product(graph, at) for at in weighted}  # of the layers' own calls
     plain = {name for name in called if computes_plainly(cutting.layers[name])}
     within = {id(p) for name in called - plain for p in cutting.layers[name].parameters()}
+    weighted = _inner_products(cutting, graph, done, weighted, called - plain - cutting.packed)
     names = {id(p): (name, owner) for name, p, owner in _parameters(cutting) if id(p) not in within}
     others: dict[Vertex, str] = {}
     made: dict[Vertex, str] = {}  # of weights alone: turned, masked, cast
@@ -171,6 +172,40 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
         elif entering:
             others[at] = entering[0][0]
     return weighted, others
+
+
+def _inner_products(
+    cutting: Cutting, graph: Graph, done: Pass, weighted: dict[Vertex, str], layers: Collection[str]
+) -> dict[Vertex, str]:
+    """The sites, with those of `layers` at the products in their own forward methods: a unit may end behind one of these.
+
+    What a layer computes behind its product (a scale, an activation) is above the site, so that an error that a cut there
+    sends to what lies below the layer is known to pass the weight.
+    """
+    owners = {id(p): owner for _, p, owner in _parameters(cutting) if owner in layers}
+    made: dict[Vertex, str] = {}  # of weights alone
+    products: dict[Vertex, str] = {}
+    fed: Collection[Vertex | None] = getattr(done, "fed", ())
+    for at in reversed(graph.order) if owners else ():
+        own = [owners[i] for i in graph.parameters[at] if i in owners]
+        own += [made[child] for child in graph.children[at] if child in made]
+        if own:
+            is_made = len(own) == len(graph.children[at]) + len(graph.parameters[at]) and at not in fed
+            (made if is_made else products)[at] = own[0]
+    calls = {at for _, at in done.sites if at is not None}
+    result = products | weighted
+    for top, name in weighted.items():
+        waiting, seen = [top] if name in layers else [], {top}
+        while waiting:
+            at = waiting.pop()
+            if products.get(at) == name:
+                done.calls_of[at] = done.calls_of[top]
+                if at != top:
+                    result.pop(top, None)
+            below = [child for child in graph.children[at] if not (child in seen or child in calls or child in made)]
+            seen.update(below)
+            waiting += below
+    return result
 
 
 def _product(graph: Graph, at: Vertex) -> Vertex:
