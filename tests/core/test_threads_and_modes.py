@@ -175,7 +175,7 @@ def test_whatever_runs_under_vmap_is_refused_where_an_edge_cannot_be(inner: str,
     if compiled:
         torch._dynamo.reset()
         rule = torch.compile(rule, backend="eager")
-    with pytest.raises(UnsupportedModelError, match="layer 'inner' inside a transform of torch.func"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 'inner' inside a transform of torch\.func"):
         rule(*batch())
 
 
