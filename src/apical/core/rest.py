@@ -45,7 +45,7 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
     Args:
         modules: whose state is kept.
-        parameters: also restore the values of the parameters.
+        parameters: also restore the values of the parameters of a large model, which its forward is not thought to change.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
@@ -107,6 +107,8 @@ def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tenso
     frozen = [t for t in own if not t.requires_grad]
     if parameters:
         tensors += own
+    elif sum(t.numel() for t in own) <= LARGE:  # a forward may clamp or rescale weights
+        tensors += [t for t in own if type(t.data) is Tensor or not t.requires_grad]
     elif 2 * sum(t.numel() for t in frozen) <= sum(t.numel() for t in own):  # averages that a forward moves, no backbone
         tensors += frozen
     with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep
