@@ -177,3 +177,16 @@ def test_weights_that_a_forward_changes_are_changed_once_a_batch(name: str, kind
         torch.testing.assert_close(output, plain(x), rtol=1e-12, atol=0)
         rule.placement(x), rule.state_dict()
         torch.testing.assert_close(list(model.parameters()), list(plain.parameters()), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["kp", "pfa"])
+def test_a_look_leaves_feedback_in_closed_form(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
+    x, y = torch.rand(7, 6), torch.arange(7) % 4
+    rule = RULES[name](model)
+    optimizer = torch.optim.SGD(rule.parameters(), 0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad(), rule(x, y).backward(), optimizer.step()
+        rule.placement(x), repr(rule)
+    assert getattr(rule, "remarks") == []  # noqa: B009
+    rule.load_state_dict(rule.state_dict())

@@ -223,7 +223,7 @@ def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
     for module in modules:
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.clone()
-    own = [p for module in modules for p in module._parameters.values() if p is not None and type(p.data) is Tensor]
+    own = [p for module in modules for p in module._parameters.values() if type(p) is nn.Parameter]
     values = [(parameter, parameter.data, parameter.detach().clone()) for parameter in own]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_states(modules):
