@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
@@ -460,6 +461,8 @@ class EdgeRule(CreditRule):
         output = call(sever(inputs))
         if not any(t.requires_grad for t in (output, below, *tensors)):  # of a frozen layer the feedback may learn
             return output
+        if not (site.plain or torch.compiler.is_compiling()) and isinstance(output.grad_fn, BackwardCFunction):
+            output = output.clone()  # a function of the user's may have kept its result
         with around():
             return cast(Any, FeedbackEdge).apply(output, below, feedback, pathway and pathway[0], shape, *tensors)
 

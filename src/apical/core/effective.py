@@ -223,7 +223,9 @@ def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
     for module in modules:
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.clone()
-    own = [p for module in modules for p in module._parameters.values() if type(p) is nn.Parameter]
+    own = [
+        p for module in modules for p in module._parameters.values() if p is not None and type(p) in (nn.Parameter, Tensor)
+    ]
     values = [(parameter, parameter.data, parameter.detach().clone()) for parameter in own]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_states(modules):
@@ -231,7 +233,7 @@ def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for parameter, data, value in values:
             if parameter.data_ptr() != data.data_ptr():
-                parameter.data = data
+                cast(Tensor, parameter).data = data
             if not (data.is_meta or torch.equal(data, value)):
                 data.copy_(value)
         for module, saved, before in zip(modules, attributes, buffers, strict=True):

@@ -108,7 +108,7 @@ def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tenso
     if parameters:
         tensors += own
     elif sum(t.numel() for t in own) <= LARGE:  # a forward may clamp or rescale weights
-        tensors += [t for t in own if type(t) is nn.Parameter or not t.requires_grad]  # no feedback in closed form
+        tensors += [t for t in own if type(t) in (nn.Parameter, Tensor) or not t.requires_grad]  # no feedback in closed form
     elif 2 * sum(t.numel() for t in frozen) <= sum(t.numel() for t in own):  # averages that a forward moves, no backbone
         tensors += frozen
     with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep

@@ -27,9 +27,10 @@ from apical.core.checkpointing import aside, is_checkpointed, refuse_hidden
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
 from apical.core.effective import is_drawn, measured_weight, weight_now
-from apical.core.graph import lasting
+from apical.core.graph import SHAPES, lasting
 from apical.core.layers import computes_plainly
 from apical.core.rest import evaluating, undisturbed
+from apical.core.separation import PRODUCTS
 from apical.core.transport import as_matrix, geometry
 from apical.core.units import Found, weighted_layers
 from apical.core.wrapped import LayerHook, WrappedRule, gain_on, innermost, row_gain
@@ -50,6 +51,10 @@ class Modulator(Protocol):
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Gains (n,) of a layer from its effective weight, (n, fan_in), or its units' outgoing weights, (n, fan_out)."""
+
+
+UNKEPT = (*PRODUCTS, *SHAPES, "FeedbackEdgeBackward")
+"""Nodes that make a plain layer's output and do not keep it for the backward pass, so that it may be changed in place."""
 
 
 class Modulated(WrappedRule):
@@ -332,7 +337,8 @@ def _amplify(rule: Modulated, name: str, layer: nn.Module, args: Any, output: An
         return None
     if not output.requires_grad:
         return None
-    if is_checkpointed():
-        with aside():
-            return gain_on(output, rule._gains[name])
-    return gain_on(output, rule._gains[name])
+    compiling = torch.compiler.is_compiling()
+    if not (computes_plainly(layer) and (compiling or output.grad_fn.name() in UNKEPT)):
+        output = output.clone()  # which an activation in a forward method, or a hook, may have kept
+    with aside() if is_checkpointed() else nullcontext():
+        return gain_on(output, rule._gains[name])
