@@ -33,6 +33,7 @@ from apical.core.rest import evaluating, undisturbed
 from apical.core.separation import PRODUCTS
 from apical.core.transport import as_matrix, geometry
 from apical.core.units import Found, weighted_layers
+from apical.core.within import reads_own_weight
 from apical.core.wrapped import LayerHook, WrappedRule, gain_on, innermost, row_gain
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -108,6 +109,7 @@ class Modulated(WrappedRule):
         self._hidden: list[str] | None = None  # known after the first batch
         self._readers: dict[str, nn.Module] = {}  # of outgoing weights: the layer that reads a hidden one
         self._seen: set[str] = set()
+        self._own = set[nn.Module]()  # layers whose own weight is read; of others, that of their affine map
         self._gains: dict[str, Tensor] = {}  # during a call
         self._learns = False
         self._attach()
@@ -136,10 +138,14 @@ class Modulated(WrappedRule):
         """Incoming weights (n, fan_in) of a hidden layer's units, or their outgoing ones (n, fan_out)."""
         layer = self.layers[name]
         if not self.outgoing:
-            return _rows(layer)
-        columns = _rows(self._readers[name])  # W : (n_out, n positions)
-        units = len(_rows(layer))
+            return self._rows(layer)
+        columns = self._rows(self._readers[name])  # W : (n_out, n positions)
+        units = len(self._rows(layer))
         return columns.view(len(columns), units, -1).transpose(0, 1).flatten(1)
+
+    def _rows(self, layer: nn.Module) -> Tensor:
+        own = layer in self._own
+        return as_matrix(geometry(layer), weight_now(layer) if own else measured_weight(layer))
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """The wrapped rule's credit, with the gains in it."""
@@ -161,7 +167,11 @@ class Modulated(WrappedRule):
             hidden = self._find_hidden(inputs)
             if self.outgoing:
                 self._readers = readers(self.model, inputs.shape[1:])
-            self._require_repeated([self._readers.get(name, self.layers[name]) for name in hidden])
+            read: list[nn.Module] = [self.layers[name] for name in hidden] if self.outgoing else []
+            read += [self._readers.get(name, self.layers[name]) for name in hidden]
+            names: dict[nn.Module, str] = {layer: name for name, layer in self.layers.items()}
+            self._own = {layer for layer in read if reads_own_weight(names.get(layer, ""), layer)}
+            self._require_repeated(read)
             self._hidden = hidden
         gains = self.gains()
         taps = self._taps(gains) if self.mode == "local" else {}
@@ -180,7 +190,7 @@ class Modulated(WrappedRule):
     def _require_repeated(self, layers: Sequence[nn.Module]) -> None:
         """Refuse weights that are drawn anew at every call, by which no gain can be made before it."""
         for name, layer in self.model.named_modules():
-            if layer in layers and not computes_plainly(layer) and is_drawn(layer):
+            if layer in layers and layer not in self._own and not computes_plainly(layer) and is_drawn(layer):
                 raise UnsupportedModelError(
                     f"layer {name!r} makes its weight anew at every call, so gains that depend on it are not known before; "
                     "remove what is random from the weight"
@@ -261,7 +271,8 @@ def readers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Module
     """
     _, row = blocks(model, input_shape)
     for block, following in pairwise(row):
-        shape, reads, units = geometry(block.layer), geometry(following.layer), len(_rows(block.layer))
+        shape, reads = geometry(block.layer), geometry(following.layer)
+        units = len(as_matrix(shape, weight_now(block.layer)))
         columns, seen = weight_now(following.layer).shape[1], math.prod(block.shape)
         is_odd = any(each is not None and (each.transposed or each.groups > 1) for each in (shape, reads))
         if is_odd or columns != (units if reads else seen) or (shape is None and seen != units):
@@ -270,10 +281,6 @@ def readers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Module
                 "known; use dense layers, convolutions without groups, and nn.Flatten between them, or weights='incoming'"
             )
     return {block.name: following.layer for block, following in pairwise(row)}
-
-
-def _rows(layer: nn.Module) -> Tensor:
-    return as_matrix(geometry(layer), measured_weight(layer))
 
 
 def _tensors(output: Any) -> list[Tensor]:
