@@ -252,3 +252,18 @@ def test_a_function_called_forward_is_no_autograd_function() -> None:
     rule = apical.FeedbackAlignment(Net())
     rule(torch.randn(5, 4), torch.arange(5) % 3).backward()
     assert rule.model.head[1].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [apical.KolenPollack, apical.ProductFeedbackAlignment])
+def test_a_layer_with_a_frozen_weight_learns_its_feedback_within_a_checkpoint(make: Any) -> None:
+    """The weight was made to look as if it learned, and the repeated pass kept fewer tensors than the first."""
+    found = []
+    for on in (False, True):
+        model = Checkpointed(conv=False, odd=False).eval().double()
+        model.on = on
+        model.body[0].weight.requires_grad_(False)
+        torch.manual_seed(1)
+        rule = make(model, form="explicit")
+        rule(torch.randn(5, 6).double(), torch.arange(5) % 4).backward()
+        found.append({name: p.grad for name, p in rule.named_parameters()})
+    torch.testing.assert_close(*found)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apical
+from apical.bench.names import find_rule
 from apical.core.cut import CutRule
 from apical.errors import UnsupportedModelError
 from apical.testing import check_model
@@ -146,3 +147,48 @@ def test_what_a_compiled_graph_does_not_tell_of_is_refused(act: Callable[[Tensor
     compiled: Any = torch.compile(rule, backend="aot_eager")
     with pytest.raises(UnsupportedModelError, match=rf"does not tell of F.{act.__name__}, use modules"):
         compiled(*batch())
+
+
+class Kept(torch.autograd.Function):
+    """A product that keeps its result for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """`x W^T`."""
+        result = x @ weight.T
+        ctx.save_for_backward(x, weight, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """`delta W` and `delta^T x`."""
+        x, weight, _ = ctx.saved_tensors
+        return delta @ weight, delta.T @ x
+
+
+class ByFunction(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Kept.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Rectifying(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def saturating() -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.register_forward_hook(lambda _, inputs, output: torch.tanh(output))
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: ByFunction(8, 8), lambda: Rectifying(8, 8), saturating], ids=str)
+@pytest.mark.parametrize("name", ["fa", "kp", "grapes:bp", "grapes:fa", "matched:kp"])
+def test_a_layers_output_that_is_kept_for_the_backward_pass_is_not_changed(name: str, make: Callable[[], nn.Linear]) -> None:
+    """Edges and gains are put on outputs in place, which ended in an error of autograd's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), make(), nn.Tanh(), nn.Linear(8, 4))
+    rule = find_rule(name).build(model)
+    for _ in range(2):
+        rule(torch.randn(5, 6), torch.arange(5) % 4).backward()
+    assert model[0].weight.grad is not None

@@ -1,7 +1,9 @@
 """Models that keep a state between calls, wherever they keep it: looking at a model must not move it."""
 
 import itertools
+import logging
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -80,8 +82,22 @@ def _nested(state: Any) -> float:
     return 1 + 0.1 * float(state["deep"]["list"][0])
 
 
+class Guarded:
+    """A counter that threads may share."""
+
+    def __init__(self) -> None:
+        self.count, self.lock, self.again = 0, threading.Lock(), threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guarded":
+        result = Guarded()
+        result.count = self.count
+        return result
+
+
 STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
     "object": (lambda: SimpleNamespace(count=0), _counted),
+    "object with locks": (Guarded, _counted),
+    "object with a logger": (lambda: SimpleNamespace(count=0, log=logging.getLogger(__name__)), _counted),
     "slots": (Counter, lambda state: float(state())),
     "deque": (lambda: deque(maxlen=50), _appended),
     "tensor": (lambda: torch.ones(1), _decayed),

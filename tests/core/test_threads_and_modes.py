@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -128,6 +129,71 @@ class Mapped(nn.Module):
 def test_layers_under_vmap_are_refused_by_name(make: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"layer '[ab]' inside a transform of torch.func.* on the batch itself"):
         make(Mapped())(*batch())
+
+
+class NormFirst(nn.Linear):
+    """Normalises its input in its own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.layer_norm(x, x.shape[-1:]))
+
+
+class MappedBetween(nn.Module):
+    """One module within `vmap`, between two layers on the batch."""
+
+    def __init__(self, inner: nn.Module, way: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.inner, self.c, self.way = nn.Linear(6, 8), inner, nn.Linear(8, 4), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(torch.vmap(partial(self.way, self.inner))(torch.tanh(self.a(x)))))  # type: ignore[no-any-return]
+
+
+def _called(inner: Any, z: Tensor) -> Tensor:
+    return inner(z)  # type: ignore[no-any-return]
+
+
+def _attended(inner: Any, z: Tensor) -> Tensor:
+    rows = z.view(2, 4)
+    return inner(rows, rows, rows, need_weights=False)[0].flatten()  # type: ignore[no-any-return]
+
+
+MAPPED = {
+    "layer": (lambda: nn.Linear(8, 8), _called),
+    "own forward": (lambda: NormFirst(8, 8), _called),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), _attended),
+    "cell": (lambda: nn.GRUCell(8, 8), _called),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("inner", MAPPED)
+def test_whatever_runs_under_vmap_is_refused_where_an_edge_cannot_be(inner: str, compiled: bool) -> None:
+    """Inputs do not tell there that an error comes: it passed the weight itself, compiled at every kind of layer."""
+    make, way = MAPPED[inner]
+    rule: Any = apical.FeedbackAlignment(MappedBetween(make(), way))  # type: ignore[operator]
+    if compiled:
+        torch._dynamo.reset()
+        rule = torch.compile(rule, backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"layer 'inner' inside a transform of torch\.func"):
+        rule(*batch())
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_the_first_layer_may_run_under_vmap_where_no_error_passes_it(below: bool) -> None:
+    """It is the first that was registered; the error of one that is called before it would pass its weight."""
+    model: Any = MappedBetween(nn.Linear(8, 8), _called)
+    first = model.a
+    del model.a
+    model.a = first if below else nn.Identity()
+    rule = apical.FeedbackAlignment(model)
+    inputs, targets = batch()
+    if below:
+        with pytest.raises(UnsupportedModelError, match="layer 'inner' inside a transform"):
+            rule(inputs, targets)
+        return
+    rule(torch.cat([inputs, inputs[:, :2]], 1), targets).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 class Observed(nn.Module):

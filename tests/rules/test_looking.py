@@ -121,3 +121,72 @@ def test_a_batch_without_gradient_moves_nothing(name: str) -> None:
         rule(x, y)
     after = rule.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+class Shrinking(nn.Linear):
+    """Makes its own weight smaller at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return super().forward(x)
+
+
+class Replaced(nn.Linear):
+    """The same, in another storage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data * 0.9
+        return super().forward(x)
+
+
+class Bounded(nn.Linear):
+    """Its neurons' weights have a greatest norm, as in EEGNet; the second call in a row changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+        return super().forward(x)
+
+
+class Around(nn.Sequential):
+    """Makes the weights of the layers inside smaller before they are called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.9)
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [Shrinking, Replaced, Bounded, Around])
+@pytest.mark.parametrize("name", ["fa", "usf", "kp", "pfa", "dfa", "tdca", "grapes"])
+def test_weights_that_a_forward_changes_are_changed_once_a_batch(name: str, kind: type[nn.Module]) -> None:
+    """The look at the first batch and trials of a layer changed them too, or refused the layer."""
+    torch.manual_seed(0)
+
+    def network() -> nn.Sequential:
+        middle = Around(nn.Linear(5, 5)) if kind is Around else kind(5, 5)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), middle, nn.Tanh(), nn.Linear(5, 4)).double()
+
+    model, plain = network(), network()
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.rand(7, 6, dtype=torch.float64), torch.arange(7) % 4
+    rule = RULES[name](model)
+    for _ in range(3):
+        output = rule(x, y).output
+        torch.testing.assert_close(output, plain(x), rtol=1e-12, atol=0)
+        rule.placement(x), rule.state_dict()
+        torch.testing.assert_close(list(model.parameters()), list(plain.parameters()), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["kp", "pfa"])
+def test_a_look_leaves_feedback_in_closed_form(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
+    x, y = torch.rand(7, 6), torch.arange(7) % 4
+    rule = RULES[name](model)
+    optimizer = torch.optim.SGD(rule.parameters(), 0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad(), rule(x, y).backward(), optimizer.step()
+        rule.placement(x), repr(rule)
+    assert getattr(rule, "remarks") == []  # noqa: B009
+    rule.load_state_dict(rule.state_dict())

@@ -352,3 +352,26 @@ def test_a_step_that_is_compiled_moves_an_explicit_feedback(make: Any, whole: bo
     for name, expected in explicit.feedback_weights().items():
         torch.testing.assert_close(rule.feedback_weights()[name], expected, rtol=1e-9, atol=1e-10)
     assert "step is compiled" in rule.remarks[0]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("make", [apical.KolenPollack, apical.ProductFeedbackAlignment])
+def test_swapped_tensors_are_followed_in_closed_form(make: Any, momentum: float, factor: float) -> None:
+    """`torch.utils.swap_tensors` leaves a weight's hooks behind; it was refused as if its gradient had been changed."""
+    ends = []
+    for form in ("auto", "explicit"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+        rule = make(model, form=form)
+        optimizer = torch.optim.SGD(rule.parameters(), 0.1, momentum=momentum, weight_decay=0.1)
+        inputs, targets = torch.randn(6, 4).double(), torch.arange(6) % 3
+        for step in range(6):
+            if step == 3:
+                torch.utils.swap_tensors(model[2].weight, nn.Parameter(model[2].weight.detach() * factor))
+            optimizer.zero_grad()
+            rule(inputs, targets).backward()
+            optimizer.step()
+        assert not rule.remarks
+        ends.append(rule.feedback_weights()["2"].clone())
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)

@@ -210,8 +210,7 @@ class Pass:
     """
 
     def __init__(self, cutting: Cutting, plain: bool = False) -> None:
-        self.cutting, self.plain = cutting, plain
-        self.teacher = Teacher()
+        self.cutting, self.plain, self.teacher = cutting, plain, Teacher()
         self.events: list[str] = []
         self.sites: list[tuple[str, Vertex | None]] = []
         self.cuts: list[Cut] = []
@@ -222,11 +221,10 @@ class Pass:
         self.single = 0  # axes of its output, if that is of one sample
         self.on_view: str | None = None  # a cut at a view that was changed in place, and keeps its past
         self.last: Tensor | None = None  # what came out of the last cut
-        self.version = 0  # of that tensor then
+        self.version = (0, False)  # of that tensor then, and whether it had a past, which functions may give it
         self.at: Vertex | None = None  # and what went in
         self.counts: dict[str, int] = {}
-        self.owners: list[str] = [""]
-        self.learns = torch.is_grad_enabled()
+        self.owners, self.learns = [""], torch.is_grad_enabled()
         self.rows: Rows | None = None
 
     def number(self, name: str) -> str:
@@ -355,12 +353,15 @@ class Pass:
             return hidden.detach_() if ends else hidden.detach()
         self.at = vertex(hidden)
         self.last = hidden.detach_() if ends else sever(hidden)
-        self.version = self.last._version if self.learns else 0
+        self.version = (self.last._version, self.last.requires_grad) if self.learns else (0, False)
         return self.last
 
     def is_cut(self, output: Any) -> bool:
         """Whether this is what came out of the last cut, unchanged."""
-        return output is self.last and self.last is not None and (not self.learns or self.last._version == self.version)
+        last = self.last
+        return (
+            output is last and last is not None and not (self.learns and self.version != (last._version, last.requires_grad))
+        )
 
 
 class Trace(Pass):

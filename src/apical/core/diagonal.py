@@ -41,6 +41,10 @@ def diagonal_kind(module: nn.Module) -> Kind:
     return _known[module]
 
 
+# a graph would watch the dictionary, which changes as models vanish; what the compiler looks for
+diagonal_kind._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 def _units_of(module: nn.Module) -> int:
     """How many numbers each parameter of a module has that has vectors alone, perhaps with axes of size one; 0 of others."""
     own = list(module.parameters())

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from apical.core.checkpointing import are_tensors_hooked, aside, is_checkpointed, refuse_hidden, sever
 from apical.core.credit import Credit, CreditRule, Loss
 from apical.core.effective import measured_weight, of_rows, require_affine, require_layout, weight_now
 from apical.core.layer_forward import Attachment
 from apical.core.layers import computes_plainly, is_affine, is_local, through
-from apical.core.outside_use import OutsideUse, fault_of, refuse
+from apical.core.outside_use import OutsideUse, fault_of, refuse, refuse_transformed
 from apical.core.packed import Part, block_of, caller, refuse_compiled, row_blocks, xavier_
 from apical.core.sites import Site, graph_leaves, of_input, only_tensor, options_of, trains_before
 from apical.core.swap import Swap
@@ -391,6 +392,8 @@ class EdgeRule(CreditRule):
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass, with its feedback, while the rule is at work."""
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
+            refuse_transformed(site, args, kwargs)
         if not isinstance(site, Site):
             if self._unseen and torch.is_grad_enabled():
                 self._unseen -= site.parts.keys()
@@ -454,15 +457,12 @@ class EdgeRule(CreditRule):
                 feedback, tensors = (None, pathway[1]) if pathway is not None else self._feedback_now(name)
                 site.call = None
         if pathway is None and not inputs.requires_grad:
-            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-                raise UnsupportedModelError(
-                    f"the model calls layer {name!r} inside a transform of torch.func (vmap, grad), where no feedback can "
-                    f"be attached to it; call it on the batch itself, or pass exact=({name!r},)"
-                )
             return call(inputs)
         output = call(sever(inputs))
         if not any(t.requires_grad for t in (output, below, *tensors)):  # of a frozen layer the feedback may learn
             return output
+        if not (site.plain or torch.compiler.is_compiling()) and isinstance(output.grad_fn, BackwardCFunction):
+            output = output.clone()  # a function of the user's may have kept its result
         with around():
             return cast(Any, FeedbackEdge).apply(output, below, feedback, pathway and pathway[0], shape, *tensors)
 

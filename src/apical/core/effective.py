@@ -5,7 +5,7 @@ input, with the geometry of its `weight`; both are read off the layer's own deri
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from math import ceil
 from typing import Any, cast
@@ -126,13 +126,16 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor, alik
     """
     shape, seen, generator = geometry(layer), Precision(), torch.Generator().manual_seed(0)
     leaf = (inputs.detach() + torch.randn(inputs.shape, generator=generator, device="cpu").to(inputs)).requires_grad_()
-    with unchanged(layer, inputs.device), torch.enable_grad(), seen:
-        output = call(leaf)  # what the model itself gets wrong is none of ours
+    delta, exact = cast(Any, None), cast(Any, None)
+    with unchanged(layer, inputs.device), torch.enable_grad():
+        with seen:
+            output = call(leaf)  # what the model itself gets wrong is none of ours
+        with suppress(RuntimeError, ValueError, TypeError, AttributeError):  # with the weight that the call has left
+            delta = torch.randn(output.shape, generator=generator, device="cpu").to(output).requires_grad_()
+            exact = torch.autograd.grad(output, leaf, delta)[0]
     try:
         with unchanged(layer, inputs.device), torch.no_grad():
             offset = call(torch.zeros_like(leaf))
-        delta = torch.randn(output.shape, generator=generator, device="cpu").to(output).requires_grad_()
-        exact = torch.autograd.grad(output, leaf, delta)[0]
         weight = measured_weight(layer, of_rows(call, shape, inputs.dim()))
         with torch.enable_grad():
             below = padded_input(layer, leaf)
@@ -211,7 +214,7 @@ class Precision(TorchFunctionMode):
 
 @contextmanager
 def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers, buffers and attributes of a layer as they were, once it has been called."""
+    """Random numbers, parameters, buffers and attributes of a layer as they were, once it has been called."""
     from apical.core.rest import kept_states  # layers that compute plainly need nothing of it
 
     modules = list(layer.modules())
@@ -220,10 +223,19 @@ def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
     for module in modules:
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.clone()
+    own = [
+        p for module in modules for p in module._parameters.values() if p is not None and type(p) in (nn.Parameter, Tensor)
+    ]
+    values = [(parameter, parameter.data, parameter.detach().clone()) for parameter in own]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_states(modules):
             yield
     finally:
-        for module, saved, own in zip(modules, attributes, buffers, strict=True):
+        for parameter, data, value in values:
+            if parameter.data_ptr() != data.data_ptr():
+                cast(Tensor, parameter).data = data
+            if not (data.is_meta or torch.equal(data, value)):
+                data.copy_(value)
+        for module, saved, before in zip(modules, attributes, buffers, strict=True):
             module.__dict__.update(saved)
-            module._buffers.update(own)
+            module._buffers.update(before)

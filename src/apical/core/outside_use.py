@@ -97,6 +97,8 @@ class OutsideUse(TorchFunctionMode):
 
 class _Plainly:
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            refuse_transformed(site, args, kwargs)
         return site.forward(*args, **kwargs)
 
 
@@ -187,3 +189,24 @@ def refuse_mapped(unit: str) -> None:
             f"the unit at {unit!r} ends inside a transform of torch.func (vmap, grad), where no signal can be told to "
             "samples; call the transform's function on the batch itself"
         )
+
+
+def refuse_transformed(site: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a layer inside a transform of `torch.func` that the model calls: its input tells of no error there.
+
+    A layer without feedback (the first) may stay where what the transform was given needs no error.
+
+    Raises:
+        UnsupportedModelError: names the layer.
+    """
+    if site.swap is not None or any(_needs_error(t) for t in _tensors((*args, *kwargs.values()))):
+        raise UnsupportedModelError(
+            f"the model calls layer {site.name!r} inside a transform of torch.func (vmap, grad), where no feedback can "
+            f"be attached to it; call it on the batch itself, or pass exact=({site.name!r},)"
+        )
+
+
+def _needs_error(tensor: Tensor) -> bool:
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad

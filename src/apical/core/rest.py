@@ -46,7 +46,7 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
     Args:
         modules: whose state is kept.
-        parameters: also restore the values of the parameters.
+        parameters: also restore the values of the parameters of a large model, which its forward is not thought to change.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     attributes = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in every]
@@ -132,6 +132,8 @@ def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tenso
     frozen = [t for t in own if not t.requires_grad]
     if parameters:
         tensors += own
+    elif sum(t.numel() for t in own) <= LARGE:  # a forward may clamp or rescale weights
+        tensors += [t for t in own if type(t) in (nn.Parameter, Tensor) or not t.requires_grad]  # no feedback in closed form
     elif 2 * sum(t.numel() for t in frozen) <= sum(t.numel() for t in own):  # averages that a forward moves, no backbone
         tensors += frozen
     with torch._C.DisableTorchFunctionSubclass():  # of feedback that is kept in closed form there is nothing to keep
@@ -226,11 +228,12 @@ def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
         return _kept_numpy(value), []
     kind: Any = type(value)
     own, slots = getattr(value, "__dict__", {}), _slots(kind)
-    if type(own) is not dict or isinstance(value, nn.Module | type) or kind.__module__.startswith(_OTHERS):
+    if type(own) is not dict or isinstance(value, nn.Module | type) or kind.__module__.startswith((*_OTHERS, *_LIVE)):
         return None, []
     before, placed = dict(own), {name: getattr(value, name) for name in slots if hasattr(value, name)}
     inner = [*before.values(), *placed.values()]
-    if any(type(part).__module__.startswith(_LIVE) for part in inner):  # half of it cannot be put back
+    live = [part for part in inner if type(part).__module__.startswith(_LIVE) and type(part).__name__ not in _NEUTRAL]
+    if live:  # half of it cannot be put back
         return None, []
 
     def restore() -> None:
@@ -301,6 +304,9 @@ _EMPTY = CellType()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OTHERS = ("torch.", "apical.", "builtins")
 _LIVE = ("_thread", "threading", "_io", "socket", "queue", "_queue", "multiprocessing", "concurrent", "asyncio", "logging")
+_NEUTRAL = ("lock", "RLock", "Logger")
+"""Types of live objects that are after a pass what they were before it."""
+
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apical.core.cutting import Call, Cutting, Pass, Trace, is_inside, is_part_of
-from apical.core.graph import Graph, Reached, Vertex, vertex
+from apical.core.graph import Graph, Reached, Vertex, reshapes, vertex
 from apical.core.layers import computes_plainly, is_local
 from apical.errors import UnsupportedModelError
 
@@ -115,6 +115,8 @@ def verify(
     for at, name in (*weighted.items(), *others.items()):
         reach = reached.at(at)
         merged = at in weighted and done.is_merged(at, reach.merged)
+        if merged and reach.merged is not None and is_inside(name, (weighted[reach.merged],)):
+            merged = False  # a layer within another, which adds to it: the trace tells whether its weight is passed
         units = [OUTPUT if root is None else roots[root] for root in reach.roots]
         if not merged and name in cutting.packed and _are_own(units, name):
             continue  # one of several outputs, of which another is made
@@ -150,6 +152,9 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
     own = {_product(graph, at) for at in weighted}  # of the layers' own calls
     plain = {name for name in called if computes_plainly(cutting.layers[name])}
     within = {id(p) for name in called - plain for p in cutting.layers[name].parameters()}
+    if isinstance(done, Trace):
+        hooked = {name for at, name in weighted.items() if name in plain and _product(graph, at) not in reshapes(at)}
+        weighted = _inner_products(cutting, graph, done, weighted, (called - plain - cutting.packed) | hooked)
     names = {id(p): (name, owner) for name, p, owner in _parameters(cutting) if id(p) not in within}
     others: dict[Vertex, str] = {}
     made: dict[Vertex, str] = {}  # of weights alone: turned, masked, cast
@@ -171,6 +176,41 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
         elif entering:
             others[at] = entering[0][0]
     return weighted, others
+
+
+def _inner_products(
+    cutting: Cutting, graph: Graph, done: Trace, weighted: dict[Vertex, str], layers: Collection[str]
+) -> dict[Vertex, str]:
+    """The sites, with those of `layers` at the products in their own forward methods: a unit may end behind one of these.
+
+    What a layer, or a hook on it, computes behind its product (a scale, an activation) is above the site, so that an error
+    that a cut there sends to what lies below the layer is known to pass the weight.
+    """
+    matrices = {id(p): owner for _, p, owner in _parameters(cutting) if owner is not None and owner in layers}
+    owners = matrices | {id(p): name for name in layers for p in cutting.layers[name]._parameters.values() if p is not None}
+    made: dict[Vertex, str] = {}  # of weights alone
+    products: dict[Vertex, str] = {}
+    calls = {at for _, at in done.sites if at is not None}
+    fed = calls | done.fed  # made of activities, perhaps of such as have no past
+    for at in reversed(graph.order) if matrices else ():
+        entering, children = graph.parameters[at], graph.children[at]
+        own = [matrices[i] for i in entering if i in matrices] + [made[child] for child in children if child in made]
+        if own:
+            is_made = made.keys() >= set(children) and owners.keys() >= set(entering) and at not in fed
+            (made if is_made else products)[at] = own[0]
+    result = products | weighted
+    for top, name in weighted.items():
+        waiting, seen = [top] if name in layers else [], {top}
+        while waiting:
+            at = waiting.pop()
+            if products.get(at) == name:
+                done.calls_of[at] = done.calls_of[top]
+                if at != top:
+                    result.pop(top, None)
+            below = [child for child in graph.children[at] if not (child in seen or child in calls or child in made)]
+            seen.update(below)
+            waiting += below
+    return result
 
 
 def _product(graph: Graph, at: Vertex) -> Vertex:
@@ -270,7 +310,8 @@ class _Search:
     def mend(self, sites: Iterable[Vertex], reached: Reached) -> bool:
         """End units above sites, or take activations out of them; false if nothing can be done."""
         tops = [at for at in self.weighted if reached.direct[at] == 1 and reached.merged[at] is None]
-        read_outs = {self.names[at] for at in tops if at in self.names}
+        numbers = {self.trace.calls_of.get(at) for at in tops}  # with all vertices that stand for their calls
+        read_outs = {name for at, name in self.names.items() if at in tops or self.trace.calls_of.get(at, -1) in numbers}
         fresh: set[Vertex] = set()  # whether they are enough is seen in the next round
         done = False
         for site in sites:

@@ -6,16 +6,18 @@ weight itself for that: under autocast it is cast beforehand, and compiled graph
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apical.core.checkpointing import are_tensors_hooked
-from apical.core.effective import inputs_for, unchanged
+from apical.core.effective import inputs_for, probe, unchanged
+from apical.core.layers import computes_plainly, is_registered
 from apical.core.packed_swap import PackedSwap
 from apical.core.sites import options_of
+from apical.core.transport import geometry
 from apical.core.units import Layer
 from apical.errors import UnsupportedModelError
 
@@ -89,6 +91,35 @@ def works_around(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
     around = inputs_for(layer)[:2]
     other = around.unsqueeze(1).expand(-1, 3, -1) if around.dim() == 2 else around.movedim(1, -1)
     return weight_stands_alone(layer, call) or weight_stands_alone(layer, call, other.contiguous())
+
+
+def reads_own_weight(name: str, layer: nn.Module) -> bool:
+    """Whether the weight that a layer's units have is its own as it is, since its forward does more around the product.
+
+    Of all other layers it is that of an affine map, see :func:`apical.core.effective.measured_weight`.
+
+    Raises:
+        UnsupportedModelError: neither can be said.
+    """
+    if computes_plainly(layer) or is_registered(layer) or probe(name, layer, layer.forward)[0]:
+        return False
+    known = cast(Layer, layer)
+    if works_around(known, layer.forward) and _answers_by_rows(known):
+        return True
+    raise UnsupportedModelError(
+        f"layer {name!r} ({type(layer).__name__}) computes more than an affine map of its input, and not around its own "
+        "weight, so that the weights of its units are not known; put what is not affine into a module of its own"
+    )
+
+
+def _answers_by_rows(layer: Layer) -> bool:
+    """Whether a dense layer has as many outputs as rows in its weight."""
+    around = inputs_for(layer)[:2]
+    with unchanged(layer, around.device), torch.no_grad():
+        for inputs in (around, around.unsqueeze(1).expand(-1, 3, -1)) if geometry(layer) is None else ():
+            with suppress(RuntimeError, ValueError, IndexError):
+                return int(layer.forward(inputs).shape[-1]) == len(layer.weight)
+    return True
 
 
 def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any], near: Tensor | None = None) -> bool:

@@ -13,6 +13,7 @@ from apical.core.layers import is_packed, is_weighted
 from apical.core.packed import Part, full_name, parts_of
 from apical.core.processes import alone
 from apical.core.rest import kept_attributes
+from apical.core.within import reads_own_weight
 from apical.core.wrapped import innermost
 
 
@@ -44,16 +45,17 @@ def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
     with unchanged(rule), torch.no_grad():
         return {
             name: {
-                "weight_alignment": angle(feedback, _weight(parts.get(name) or modules[name])),
-                "norm_ratio": norm_ratio(feedback, _weight(parts.get(name) or modules[name])),
+                "weight_alignment": angle(feedback, _weight(name, parts.get(name) or modules[name])),
+                "norm_ratio": norm_ratio(feedback, _weight(name, parts.get(name) or modules[name])),
             }
             for name, feedback in rule.feedback_weights().items()
         }
 
 
-def _weight(module: Any) -> Tensor:
+def _weight(name: str, module: Any) -> Tensor:
     """The weight that the module computes with."""
-    weight = measured_weight(module) if isinstance(module, nn.Module) and is_weighted(module) else module.weight
+    is_layer = isinstance(module, nn.Module) and is_weighted(module)
+    weight = measured_weight(module) if is_layer and not reads_own_weight(name, module) else module.weight
     assert isinstance(weight, Tensor)
     return weight
 

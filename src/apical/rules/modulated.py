@@ -27,11 +27,13 @@ from apical.core.checkpointing import aside, is_checkpointed, refuse_hidden
 from apical.core.credit import Credit, CreditRule
 from apical.core.cut import eagerly
 from apical.core.effective import is_drawn, measured_weight, weight_now
-from apical.core.graph import lasting
+from apical.core.graph import SHAPES, lasting
 from apical.core.layers import computes_plainly
 from apical.core.rest import evaluating, undisturbed
+from apical.core.separation import PRODUCTS
 from apical.core.transport import as_matrix, geometry
 from apical.core.units import Found, weighted_layers
+from apical.core.within import reads_own_weight
 from apical.core.wrapped import LayerHook, WrappedRule, gain_on, innermost, row_gain
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -50,6 +52,10 @@ class Modulator(Protocol):
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Gains (n,) of a layer from its effective weight, (n, fan_in), or its units' outgoing weights, (n, fan_out)."""
+
+
+UNKEPT = (*PRODUCTS, *SHAPES, "FeedbackEdgeBackward")
+"""Nodes that make a plain layer's output and do not keep it for the backward pass, so that it may be changed in place."""
 
 
 class Modulated(WrappedRule):
@@ -103,6 +109,7 @@ class Modulated(WrappedRule):
         self._hidden: list[str] | None = None  # known after the first batch
         self._readers: dict[str, nn.Module] = {}  # of outgoing weights: the layer that reads a hidden one
         self._seen: set[str] = set()
+        self._own = set[nn.Module]()  # layers whose own weight is read; of others, that of their affine map
         self._gains: dict[str, Tensor] = {}  # during a call
         self._learns = False
         self._attach()
@@ -131,10 +138,14 @@ class Modulated(WrappedRule):
         """Incoming weights (n, fan_in) of a hidden layer's units, or their outgoing ones (n, fan_out)."""
         layer = self.layers[name]
         if not self.outgoing:
-            return _rows(layer)
-        columns = _rows(self._readers[name])  # W : (n_out, n positions)
-        units = len(_rows(layer))
+            return self._rows(layer)
+        columns = self._rows(self._readers[name])  # W : (n_out, n positions)
+        units = len(self._rows(layer))
         return columns.view(len(columns), units, -1).transpose(0, 1).flatten(1)
+
+    def _rows(self, layer: nn.Module) -> Tensor:
+        own = layer in self._own
+        return as_matrix(geometry(layer), weight_now(layer) if own else measured_weight(layer))
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """The wrapped rule's credit, with the gains in it."""
@@ -156,7 +167,11 @@ class Modulated(WrappedRule):
             hidden = self._find_hidden(inputs)
             if self.outgoing:
                 self._readers = readers(self.model, inputs.shape[1:])
-            self._require_repeated([self._readers.get(name, self.layers[name]) for name in hidden])
+            read: list[nn.Module] = [self.layers[name] for name in hidden] if self.outgoing else []
+            read += [self._readers.get(name, self.layers[name]) for name in hidden]
+            names: dict[nn.Module, str] = {layer: name for name, layer in self.layers.items()}
+            self._own = {layer for layer in read if reads_own_weight(names.get(layer, ""), layer)}
+            self._require_repeated(read)
             self._hidden = hidden
         gains = self.gains()
         taps = self._taps(gains) if self.mode == "local" else {}
@@ -175,7 +190,7 @@ class Modulated(WrappedRule):
     def _require_repeated(self, layers: Sequence[nn.Module]) -> None:
         """Refuse weights that are drawn anew at every call, by which no gain can be made before it."""
         for name, layer in self.model.named_modules():
-            if layer in layers and not computes_plainly(layer) and is_drawn(layer):
+            if layer in layers and layer not in self._own and not computes_plainly(layer) and is_drawn(layer):
                 raise UnsupportedModelError(
                     f"layer {name!r} makes its weight anew at every call, so gains that depend on it are not known before; "
                     "remove what is random from the weight"
@@ -256,7 +271,8 @@ def readers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Module
     """
     _, row = blocks(model, input_shape)
     for block, following in pairwise(row):
-        shape, reads, units = geometry(block.layer), geometry(following.layer), len(_rows(block.layer))
+        shape, reads = geometry(block.layer), geometry(following.layer)
+        units = len(as_matrix(shape, weight_now(block.layer)))
         columns, seen = weight_now(following.layer).shape[1], math.prod(block.shape)
         is_odd = any(each is not None and (each.transposed or each.groups > 1) for each in (shape, reads))
         if is_odd or columns != (units if reads else seen) or (shape is None and seen != units):
@@ -265,10 +281,6 @@ def readers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Module
                 "known; use dense layers, convolutions without groups, and nn.Flatten between them, or weights='incoming'"
             )
     return {block.name: following.layer for block, following in pairwise(row)}
-
-
-def _rows(layer: nn.Module) -> Tensor:
-    return as_matrix(geometry(layer), measured_weight(layer))
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -332,7 +344,8 @@ def _amplify(rule: Modulated, name: str, layer: nn.Module, args: Any, output: An
         return None
     if not output.requires_grad:
         return None
-    if is_checkpointed():
-        with aside():
-            return gain_on(output, rule._gains[name])
-    return gain_on(output, rule._gains[name])
+    compiling = torch.compiler.is_compiling()
+    if not (computes_plainly(layer) and (compiling or output.grad_fn.name() in UNKEPT)):
+        output = output.clone()  # which an activation in a forward method, or a hook, may have kept
+    with aside() if is_checkpointed() else nullcontext():
+        return gain_on(output, rule._gains[name])

@@ -123,6 +123,10 @@ class Watch:
         self._missed = torch.zeros((), dtype=torch.bool, device=weight.device)
         self._bind()
 
+    def is_elsewhere(self) -> bool:
+        """Whether the parameter has its values at another address since it was looked at."""
+        return self.parameter.data_ptr() != self._address
+
     def _bind(self) -> None:
         self.weight = self.parameter.detach()
         self._address = self.parameter.data_ptr()
@@ -137,7 +141,7 @@ class Watch:
 
     def stepped(self) -> None:
         """The optimiser moved the weight: the feedback follows."""
-        if self.parameter.data_ptr() != self._address or self.parameter.dtype != self.weight.dtype:
+        if self.is_elsewhere() or self.parameter.dtype != self.weight.dtype:
             self._bind()
         self._print = self._fingerprint()  # first, while the optimiser's step has left the weight in the cache
         self.mismatch.follow(self.weight)

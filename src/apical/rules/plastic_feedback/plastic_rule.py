@@ -208,7 +208,7 @@ class PlasticRule(EdgeRule):
         for name, layer in self.layers.items():
             plain = self.is_plain(name)
             if self.mismatch_of(name) is None:
-                if plain and name not in self._tied:
+                if plain and name not in self._tied and layer.weight.requires_grad:  # a frozen one keeps less in checkpoints
                     self._tapped.add(name)
                 if steps.moved(name):
                     self.reasons.setdefault(name, MOVED)

@@ -135,6 +135,9 @@ class Steps:
             self.open(name, REPLACED)
             self._known.clear()
             return
+        if name in self._watches and self._watches[name].is_elsewhere():  # where torch.utils.swap_tensors takes no hooks
+            weight = self.rule.layers[name].weight
+            weight._post_accumulate_grad_hooks = weight._post_accumulate_grad_hooks
         arrival = self._arrivals.get(name)
         if self.moved(name) or (arrival is not None and arrival.moves > 3):
             raise ConfigError(
