@@ -46,6 +46,10 @@ class Odd(nn.Module):
         if self.kind == "assigned":
             self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
             return 1 + self.mean
+        if self.kind == "weight":
+            with torch.no_grad():
+                self.b.weight.mul_(0.9)
+            return 1
         if self.kind == "list":
             self.kept.append(h.detach())
             return 1 + 0.1 * len(self.kept)
@@ -69,7 +73,7 @@ class Odd(nn.Module):
         return [self.calls, moved, drawn, grads, self.own.getstate(), self.numpy.bit_generator.state, self.training]
 
 
-KINDS = ("counter", "assigned", "list", "python", "numpy", "own", "own numpy")
+KINDS = ("counter", "assigned", "list", "weight", "python", "numpy", "own", "own numpy")
 LOOKS: dict[str, Callable[[CreditRule], Any]] = {
     "alignment": lambda rule: gradient_alignment(rule, INPUTS, TARGETS),
     "feedback": layer_alignment,

@@ -1,8 +1,8 @@
 """What is measured after each epoch: loss and accuracy of the answers, alignment of each layer."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -72,27 +72,12 @@ def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str,
     return layers
 
 
-@contextmanager
-def _undone(rule: CreditRule) -> Iterator[None]:
-    """As :func:`unchanged`, and weights and feedback are restored: what runs inside is a user's."""
-    with torch._C.DisableTorchFunctionSubclass():  # feedback in closed form holds nothing, and is not to be asked
-        before = [(parameter, parameter.detach().clone()) for parameter in rule.parameters()]
-    try:
-        with unchanged(rule):
-            yield
-    finally:
-        with torch._C.DisableTorchFunctionSubclass():
-            for parameter, value in before:
-                if not (parameter.is_meta or torch.equal(parameter, value)):
-                    parameter.data = value
-
-
 def own_measures(rule: CreditRule, train: Split, test: Split, probe: int) -> Measures:
     """What the rule measures of itself; nothing if `probe` is 0."""
     if not probe:
         return Measures()
     batches = list(zip(test.inputs.split(EVALUATION_BATCH), test.targets.split(EVALUATION_BATCH), strict=True))
-    with _undone(rule):
+    with unchanged(rule):
         own = rule.measures(probe_batch(train, probe), batches)
     if not isinstance(own, Measures):
         raise ConfigError(f"{type(rule).__name__}.measures returns a {type(own).__name__}, no apical.core.credit.Measures")
@@ -103,7 +88,7 @@ def panels(rule: CreditRule, train: Split, probe: int) -> Sequence[Panel]:
     """Figures that the rule or its model has of itself; none if `probe` is 0."""
     if not probe:
         return ()
-    with _undone(rule), torch.no_grad():
+    with unchanged(rule), torch.no_grad():
         return rule.panels(probe_batch(train, probe))
 
 
@@ -112,7 +97,7 @@ def matrices(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, 
     own = getattr(rule.model, "matrices", None)
     if not probe or not callable(own):
         return {}
-    with _undone(rule), torch.no_grad():
+    with unchanged(rule), torch.no_grad():
         tensors = own(probe_batch(train, probe)[0])
     return {
         title: {f"{i}": {f"{j}": finite(x) for j, x in enumerate(row)} for i, row in enumerate(matrix.tolist())}
@@ -125,7 +110,7 @@ def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
     inputs = test.inputs[:EXAMPLES]
     if inputs.dim() != 4 or not torch.equal(inputs.flatten(1), test.targets[:EXAMPLES]):
         return None
-    with _undone(rule), evaluating(rule), torch.no_grad():
+    with unchanged(rule), evaluating(rule), torch.no_grad():
         return inputs, rule.answer(inputs).view_as(inputs)
 
 

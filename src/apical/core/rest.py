@@ -72,17 +72,20 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
 @contextmanager
 def kept_attributes(*modules: nn.Module) -> Iterator[None]:
-    """Afterwards what a user's modules hold beside parameters and buffers is as it was; see :func:`undisturbed`.
+    """Afterwards buffers, weights and what else a user's modules hold are as they were; see :func:`undisturbed`.
 
-    What rules put into the modules within stays.
+    Gradients, and what rules put into the modules within, stay.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     made = [m for m in every if not isinstance(m, LazyModuleMixin)]  # others are changed for good by their first batch
     attributes = [(m, {name: _shallow(m.__dict__[name]) for name in _own_names(m)}) for m in made]
+    tensors = _tensors(made, parameters=False)
     with kept_states(every, drawn=True):
         try:
             yield
         finally:
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                _put_back(tensors)
             for module, saved in attributes:
                 for name in _own_names(module) - saved.keys():
                     del module.__dict__[name]

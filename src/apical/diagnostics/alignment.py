@@ -142,13 +142,17 @@ def _same_masks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(rule: CreditRule) -> Iterator[None]:
-    """Restore gradients, buffers, attributes, modes, random states and what is held of a batch; inside, the rule trains.
+    """Restore weights, gradients, buffers, attributes, modes, random states and what is held of a batch; inside, it trains.
 
     One process may measure while others do not: inside it waits for none.
     """
     modes = [(module, module.training) for module in rule.modules()]
     grads = [(parameter, parameter.grad) for parameter in rule.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in rule.buffers()]
+    with torch._C.DisableTorchFunctionSubclass():  # feedback in closed form holds nothing, and is not to be asked
+        weights = [
+            (p, p.detach().clone()) for p in rule.parameters()
+        ]  # which a forward may clamp, and a user's measure write
     inner = innermost(rule)
     calls = getattr(inner, "calls", None)
     own = [value for module in rule.modules() for value in vars(module).values() if isinstance(value, torch.Generator)]
@@ -165,6 +169,10 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
+        with torch._C.DisableTorchFunctionSubclass():
+            for parameter, value in weights:
+                if not (parameter.is_meta or torch.equal(parameter, value)):
+                    parameter.data = parameter.data.copy_(value) if parameter.shape == value.shape else value
         with torch.no_grad():
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):  # a buffer may be part of a graph that waits for its backward pass

@@ -79,16 +79,17 @@ def gauss_newton_update(
     with evaluation(model):
         parameters, network = _functional(model, names)
         try:
-            if delta.shape[1] <= dense_outputs:
-                kernel = kernel_matrices(network, parameters, inputs)  # J J^T of each sample: (batch, n_L, n_L)
-                kernel.diagonal(dim1=-2, dim2=-1).add_(damping)
-                weighted = torch.linalg.solve(kernel, delta)
-            else:
-                product = kernel_product(network, parameters, inputs)
-                weighted = conjugate_gradient(lambda z: product(z) + damping * z, delta)
-            # J^T (J J^T + damping I)^-1 delta, averaged over the batch
-            pullback = vjp(lambda p: network(p, inputs).flatten(1), parameters)[1]
-            update: Update = pullback(weighted / len(weighted))[0]
+            with kept_attributes(model):
+                if delta.shape[1] <= dense_outputs:
+                    kernel = kernel_matrices(network, parameters, inputs)  # J J^T of each sample: (batch, n_L, n_L)
+                    kernel.diagonal(dim1=-2, dim2=-1).add_(damping)
+                    weighted = torch.linalg.solve(kernel, delta)
+                else:
+                    product = kernel_product(network, parameters, inputs)
+                    weighted = conjugate_gradient(lambda z: product(z) + damping * z, delta)
+                # J^T (J J^T + damping I)^-1 delta, averaged over the batch
+                pullback = vjp(lambda p: network(p, inputs).flatten(1), parameters)[1]
+                update: Update = pullback(weighted / len(weighted))[0]
         except RuntimeError:  # torch.func cannot follow everything: PReLU, forward methods that write into tensors
             return _sample_by_sample(model, list(parameters), inputs, delta, damping)
     return update
@@ -215,7 +216,7 @@ def gauss_newton_direction(
         UnsupportedModelError: a module mixes the samples even in evaluation mode, or torch.func cannot follow the model.
     """
     _require_damping(damping)
-    with evaluation(model):
+    with evaluation(model), kept_attributes(model):
         parameters, network = _functional(model, names)
         try:
             product, gradient = loss_curvature_product(lambda p: network(p, inputs), lambda r: loss(r, targets), parameters)
