@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 
 from apical import models
 from apical.bench.names import make_rule
