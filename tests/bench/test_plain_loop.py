@@ -20,5 +20,5 @@ def test_feedback_has_the_rate_that_the_recipe_says(setting: dict[str, Any], res
     rule = make_rule(recipe, models.build(recipe.model, digits.input_shape, digits.classes), digits.input_shape)
     before = [parameter.detach().clone() for parameter in rule.feedback_parameters()]
     train(rule, recipe, digits)
-    moved = max(float((a - b.detach()).abs().max()) for a, b in zip(rule.feedback_parameters(), before, strict=True))
+    moved = max(float((a.detach() - b).abs().max()) for a, b in zip(rule.feedback_parameters(), before, strict=True))
     assert (moved < 1e-12) == rests
