@@ -118,6 +118,29 @@ def test_a_checkpoint_goes_on_with_the_same_bits() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_closure_makes_the_gradients() -> None:
+    """Once, and both optimisers' steps are those of its gradients."""
+    batch = torch.randint(7, (2, 4, 5), generator=torch.Generator().manual_seed(4))
+    setting = recipe("bp")
+    asked, own = (make_rule(setting, tokens_model()) for _ in range(2))
+    optimizers = [make_optimizer(setting, rule) for rule in (asked, own)]
+    losses = []
+
+    def closure() -> float:
+        credit = asked(*batch)
+        credit.backward()
+        losses.append(float(credit.loss))
+        return losses[-1]
+
+    with torch.no_grad():
+        assert [optimizers[0].step(closure)] == losses
+    assert len(losses) == 1
+    own(*batch).backward()
+    optimizers[1].step()
+    for a, b in zip(asked.parameters(), own.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_pytorch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ConfigError, match=r"muon needs torch.optim.Muon, which PyTorch .* use adamw"):

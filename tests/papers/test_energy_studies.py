@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from apical.core.losses import squared_error
 from apical.data import Split
 from apical_papers.dual_propagation import study as dual
 from apical_papers.predictive_coding import study as coding
-from apical_papers.predictive_coding.networks import pre_activated
+from apical_papers.predictive_coding.networks import pre_activated, tanh, wide
 
 
 def some(seed: int = 0) -> Split:
@@ -101,3 +102,22 @@ def test_findings_are_written(study: Any, tmp_path: Path, monkeypatch: pytest.Mo
             *(f"cosine to the target, {depth} layers, minus bp's" for depth in (2, 4, 8)),
             *(f"products in sequence, states' over errors', {depth} layers" for depth in (10, 30)),
         }
+
+
+@pytest.mark.parametrize(
+    ("make", "act", "sizes"), [(wide, torch.relu, (784, 300, 300, 10)), (tanh, torch.tanh, (784, 32, 16, 10))]
+)
+def test_networks_of_recipes_act_before_their_layers(make: Any, act: Any, sizes: tuple[int, ...]) -> None:
+    """`W_3 phi(W_2 phi(W_1 x + b_1) + b_2) + b_3`; PRECO's also acts on the pixels, and begins without biases."""
+    torch.manual_seed(0)
+    model, x = make((1, 28, 28), 10), torch.rand(5, 1, 28, 28)
+    parameters = list(model.parameters())
+    layers = list(zip(parameters[::2], parameters[1::2], strict=True))
+    assert [tuple(weight.shape) for weight, _ in layers] == [(b, a) for a, b in pairwise(sizes)]
+    s = act(x.flatten(1)) if make is tanh else x.flatten(1)
+    for k, (weight, bias) in enumerate(layers):
+        s = F.linear(act(s) if k else s, weight, bias)
+    torch.testing.assert_close(model(x), s)
+    if make is tanh:
+        assert all(not bias.any() for _, bias in layers)
+        assert float(layers[0][0].detach().std()) == pytest.approx(0.05, rel=0.03)

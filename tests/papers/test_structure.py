@@ -44,6 +44,9 @@ def test_rules_begin_with_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_spearman_by_hand() -> None:
     assert trained.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    tied = 4.5 / (5 * 4.5) ** 0.5  # of the ranks 1, 2.5, 2.5, 4
+    assert trained.spearman([1, 2, 3, 4], [1, 2, 2, 3]) == pytest.approx(tied)
+    assert trained.spearman([1, 3, 2, 4], [1, 2, 2, 3]) == pytest.approx(tied)
 
 
 def cells() -> list[dict[str, Any]]:

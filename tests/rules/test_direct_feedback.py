@@ -106,3 +106,15 @@ def test_a_state_from_before_the_first_batch_brings_back_its_seed(source: Any) -
             rule(inputs, targets).backward()
         for one, other in zip(early.parameters(), late.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
+
+
+def test_matrices_of_a_loaded_state_stand_in_the_order_they_were_saved_in() -> None:
+    def made() -> apical.DirectFeedbackAlignment:
+        torch.manual_seed(0)
+        hidden = [layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Tanh())]
+        return apical.DirectFeedbackAlignment(nn.Sequential(*hidden, nn.Linear(4, 3)).double())
+
+    saved, loaded = made(), made()
+    saved(*batch()).backward()
+    loaded.load_state_dict(saved.state_dict())
+    assert list(loaded.state_dict()) == list(saved.state_dict())

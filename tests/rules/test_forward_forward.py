@@ -69,7 +69,13 @@ def put(x: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def reference(
-    model: nn.Sequential, x: Tensor, y: Tensor, wrong: Sequence[Tensor], objective: str = "threshold", mean: bool = False
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    wrong: Sequence[Tensor],
+    objective: str = "threshold",
+    mean: bool = False,
+    thresholds: tuple[float, float] | None = None,
 ) -> list[Tensor]:
     """Gradients of the hidden parameters, for these wrong labels of each sample."""
     found: list[Tensor] = []
@@ -80,14 +86,13 @@ def reference(
         def g(h: Tensor) -> Tensor:
             return h.flatten(1).square().mean(1) if mean else h.flatten(1).square().sum(1)
 
-        theta = 1.0 if mean else float(h[0].numel())
+        high, low = thresholds or (1.0 if mean else float(h[0].numel()),) * 2
         if objective == "difference":
             loss = torch.stack([-F.logsigmoid(4 * (g(h) - g(each))) for each in others]).mean()
         else:
-            logits = [g(h) - theta, torch.stack([g(each) - theta for each in others]).mean(0)]
-            up = F.binary_cross_entropy_with_logits(logits[0], torch.ones_like(logits[0]))
+            up = F.binary_cross_entropy_with_logits(g(h) - high, torch.ones(len(x)))
             down = torch.stack(
-                [F.binary_cross_entropy_with_logits(g(each) - theta, torch.zeros(len(x))) for each in others]
+                [F.binary_cross_entropy_with_logits(g(each) - low, torch.zeros(len(x))) for each in others]
             ).mean()
             loss = (up + down) / 2
         found += torch.autograd.grad(loss, list(block.parameters()))
@@ -119,6 +124,14 @@ def test_hidden_gradients_with_all_wrong_labels(name: str, objective: Any, mean:
     )
     expected = reference(model, x, y, all_wrong(y), objective, mean)
     close(gradients(rule, x, y)[:-2], expected, 1e-11)
+
+
+@pytest.mark.parametrize("theta", [2.5, (1.5, 4.0)])
+def test_thresholds_are_one_for_both_kinds_or_one_for_each(theta: float | tuple[float, float]) -> None:
+    model, (x, y) = mlp(), batch()
+    high, low = theta if isinstance(theta, tuple) else (theta, theta)
+    rule = ForwardForward(model, negatives="all", theta=theta)
+    close(gradients(rule, x, y)[:-2], reference(model, x, y, all_wrong(y), thresholds=(high, low)), 1e-11)
 
 
 def test_random_wrong_labels_are_wrong_and_average_to_all() -> None:

@@ -91,8 +91,11 @@ def relaxed(blocks: Sequence[nn.Module], x: Tensor, targets: Tensor, steps: int,
     return s
 
 
-def relaxed_in_errors(blocks: Sequence[nn.Module], x: Tensor, targets: Tensor, steps: int, g: float) -> list[Tensor]:
+def relaxed_in_errors(
+    blocks: Sequence[nn.Module], x: Tensor, targets: Tensor, steps: int, g: float, **options: Any
+) -> list[Tensor]:
     """s after T gradient steps on E(e), differentiated as a whole."""
+    weight, momentum = options.get("weight", 1.0), options.get("momentum", 0.0)
 
     def states(e: Sequence[Tensor]) -> list[Tensor]:
         below, s = x, []
@@ -102,12 +105,14 @@ def relaxed_in_errors(blocks: Sequence[nn.Module], x: Tensor, targets: Tensor, s
         return s
 
     e = [torch.zeros_like(state) for state in feed_forward(blocks, x)]
+    moved = [torch.zeros_like(error) for error in e]
     for _ in range(steps):
         leaves = [error.clone().requires_grad_() for error in e]
         s = states(leaves)
         loss = F.cross_entropy(blocks[-1](s[-1]), targets, reduction="sum")
-        total = sum(0.5 * error.square().sum() for error in leaves) + loss
-        e = [error - g * slope for error, slope in zip(e, torch.autograd.grad(total, leaves), strict=True)]
+        total = sum(0.5 * error.square().sum() for error in leaves) + weight * loss
+        moved = [momentum * m - slope for m, slope in zip(moved, torch.autograd.grad(total, leaves), strict=True)]
+        e = [error + g * m for error, m in zip(e, moved, strict=True)]
     return [state.detach() for state in states(e)]
 
 
@@ -157,17 +162,20 @@ def test_states_go_down_the_energy_and_blocks_learn_their_own_term(
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("steps", [1, 6])
-def test_errors_go_down_the_same_energy(name: str, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "momentum", "weight"), [(1, 0.0, 1.0), (6, 0.0, 1.0), (6, 0.5, 0.3)])
+def test_errors_go_down_the_same_energy(name: str, steps: int, momentum: float, weight: float) -> None:
     model, (x, targets) = NETWORKS[name][0](), batch(name)
     blocks = parts(model)
-    rule = PredictiveCoding(model, inference="error", steps=steps, rate=0.1, rescale=False, input_shape=NETWORKS[name][1])
-    s = relaxed_in_errors(blocks, x, targets, steps, 0.1)
+    rule = PredictiveCoding(
+        model, inference="error", steps=steps, rate=0.1, momentum=momentum, output_weight=weight, rescale=False,
+        input_shape=NETWORKS[name][1],
+    )  # fmt: skip
+    s = relaxed_in_errors(blocks, x, targets, steps, 0.1, momentum=momentum, weight=weight)
     for a, b in zip(rule.states(x, targets)["s"], s, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    close(gradients(rule, x, targets), learned(blocks, x, s, targets), 1e-11)
+    close(gradients(rule, x, targets), learned(blocks, x, s, targets, weight), 1e-11)
     logs = rule(x, targets).logs
-    torch.testing.assert_close(logs["energy"], energy(blocks, x, s, targets).detach() / len(x), rtol=1e-12, atol=0)
+    torch.testing.assert_close(logs["energy"], energy(blocks, x, s, targets, weight).detach() / len(x), rtol=1e-12, atol=0)
     hidden = energy(blocks, x, s, targets, weight=0.0).detach() / len(x)
     torch.testing.assert_close(logs["hidden_share"], hidden / logs["energy"], rtol=1e-11, atol=0)
 
@@ -420,6 +428,9 @@ def test_refusals() -> None:
         rule(*batch("mlp"))
     with pytest.raises(ConfigError, match="staged"):
         PredictiveCoding(mlp(), inference="staged", steps=9)
+    for inference in ("staged", "fixed-prediction", "incremental"):
+        with pytest.raises(ConfigError, match=f"momentum and tolerance are for .* not '{inference}'"):
+            PredictiveCoding(mlp(), inference=inference, momentum=0.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="reduction"):
         PredictiveCoding(mlp(), loss=nn.CrossEntropyLoss(reduction="sum"))
     with pytest.raises(ConfigError, match="empty"):
@@ -769,6 +780,8 @@ def test_samples_that_do_not_fit_a_generative_model_are_refused() -> None:
             rule(torch.zeros(shape), torch.arange(5) % 4)
         with pytest.raises(ConfigError, match=r"no features|do not fit"):
             rule.answer(torch.zeros(shape))
+    with pytest.raises(ConfigError, match="empty"):
+        rule.answer(torch.zeros(0, 6))
 
 
 def generated(model: nn.Sequential, s0: Tensor, s1: Tensor, x: Tensor) -> Tensor:

@@ -249,10 +249,15 @@ class MuonAndAdamW(Optimizer):
         """State of both, to be read."""
         return {parameter: its for member in self.members for parameter, its in member.state.items()}
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Let both take a step."""
+    def step(self, closure: Any = None) -> Any:
+        """Let both take a step; `closure` makes the gradients first, and its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for member in self.members:
             member.step()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""

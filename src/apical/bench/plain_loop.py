@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apical.bench.checkpoint import seed_all
-from apical.bench.optimizer import NEVER, make_optimizer, parts, scheduled, set_rate, shape_gradients
+from apical.bench.optimizer import begin_pass, make_optimizer, set_rate, shape_gradients
 from apical.bench.own_rules import checked
+from apical.bench.passes import Pass
 from apical.bench.recipe import Recipe
-from apical.bench.schedule import data_order
 from apical.core.credit import CreditRule
 from apical.data import Dataset, Split
 from apical.errors import ConfigError
@@ -31,13 +31,9 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[
     seed_all(recipe.seed)
     optimizer = make_optimizer(recipe, rule)
     for epoch in range(recipe.epochs):
-        lr, decay = scheduled(recipe, epoch)
-        forward, feedback = parts(optimizer)
-        for group in [*forward, *feedback]:
-            group["lr"], group["weight_decay"] = lr, 0.0 if group.get(NEVER) else decay
-        for group in feedback if recipe.feedback_weight_decay is not None else []:
-            group["weight_decay"] = recipe.feedback_weight_decay
-        order = data_order(len(inputs), recipe.seed, epoch + 1)
+        current = Pass("main", "both", epoch + 1, 0, 0, steps)
+        begin_pass(optimizer, recipe, current)
+        order = current.order(len(inputs), recipe.seed)
         for batch in order[: steps * recipe.batch_size].split(recipe.batch_size):
             set_rate(optimizer, recipe, step, steps)
             rule.restart()

@@ -1,6 +1,6 @@
 """What a batch must be for rules that compute with targets themselves: shapes, classes, precision."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,34 @@ ELEMENTWISE = (
 
 MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 """The same as modules."""
+
+
+def require_samples(inputs: Tensor) -> None:
+    """Refuse an empty batch.
+
+    Raises:
+        ConfigError: it holds no sample.
+    """
+    if len(inputs) == 0:
+        raise ConfigError("the batch is empty: credit is a mean over samples")
+
+
+def require_shape(name: str, made: Tensor, shape: Sequence[int]) -> None:
+    """Refuse what a layer or block makes of samples of another shape than it was made for.
+
+    Args:
+        name: the layer's.
+        made: the output (batch, ...).
+        shape: of one sample's output.
+
+    Raises:
+        UnsupportedModelError: names the layer.
+    """
+    if made.shape[1:] != shape:
+        raise UnsupportedModelError(
+            f"layer {name!r} gave {tuple(made.shape[1:])} per sample, but the rule was made for {shape}; pass the "
+            "input_shape of these samples"
+        )
 
 
 def fitted(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Unlike the stages of :mod:`apical.core.chain` a block need not be affine-then-el
 autograd.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
+from apical.core.batch import require_shape
 from apical.core.called import Call
 from apical.core.chain import example_of, require_affine_type, traced
+from apical.core.chain import through as through
 from apical.core.layers import Layer, is_known_in_row, is_own, is_weighted, shapes_input
-from apical.core.rest import undisturbed
+from apical.core.rest import evaluating, undisturbed
 from apical.core.units import enumerated, leaves, weighted_layers
 from apical.errors import UnsupportedModelError
 
@@ -57,11 +59,7 @@ class Block:
         Raises:
             UnsupportedModelError: names the layer.
         """
-        if made.shape[1:] != self.shape:
-            raise UnsupportedModelError(
-                f"layer {self.name!r} gave {tuple(made.shape[1:])} per sample, but the rule was made for {self.shape}; pass "
-                "the input_shape of these samples"
-            )
+        require_shape(self.name, made, self.shape)
 
     @property
     def like(self) -> Tensor:
@@ -73,13 +71,6 @@ class Block:
     def tail(self) -> tuple[nn.Module, ...]:
         """The modules behind the layer."""
         return self.modules[self.modules.index(self.layer) + 1 :]
-
-
-def through(modules: Iterable[Callable[[Tensor], Tensor]], activity: Tensor) -> Tensor:
-    """What modules, or blocks, one after another make of an activity (batch, ...)."""
-    for module in modules:
-        activity = module(activity)
-    return activity
 
 
 def blocks(
@@ -96,7 +87,7 @@ def blocks(
         UnsupportedModelError: the model is no such row, or a module has no place in one; it is named.
     """
     layers = weighted_layers(model, exact=None)
-    example = example_of(model, layers, input_shape)
+    example = example_of(layers, input_shape)
     whole = branching(model, example) if skips else {}
     within = {part: name for name, module in whole.items() for part in module.modules()}
     for name, module in leaves(model):
@@ -116,9 +107,6 @@ def blocks(
         raise UnsupportedModelError(
             f"{enumerated('layer', uncalled, 'was', 'were')} not called; remove what computes nothing"
         )
-    for name in required:
-        if names.count(name) != 1:
-            raise UnsupportedModelError(f"layer {name!r} is called twice; give each place a layer of its own")
     kind = _precision(next(iter(layers.values())))
     if odd := next((name for name, layer in layers.items() if _precision(layer) != kind), None):
         raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
@@ -156,21 +144,17 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         if module is not model and module not in atoms and not row and next(module.parameters(), None) is not None:
             found[names[module]] = module
 
-    modes = [(module, module.training) for module in model.modules()]
     containers = [module for module in names if module not in atoms or any(module is leaf for _, leaf in leaves(model))]
     hooks = [module.register_forward_pre_hook(enter) for module in containers]
     hooks += [module.register_forward_hook(leave) for module in containers]
     try:
-        model.eval()
-        with undisturbed(model), uncompiled(model):
+        with evaluating(model), undisturbed(model), uncompiled(model):
             model(example.clone())
     except Exception:
         return {}  # the trace will say so
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     inside = {part for module in found.values() for part in module.modules() if part is not module}
     return {name: module for name, module in found.items() if module not in inside}
 

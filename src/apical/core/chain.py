@@ -9,7 +9,7 @@ their outputs on one to the next.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apical.core.activations import is_activation, is_elementwise, itself, plain
 from apical.core.affine import affine, looked_at, original, require_affine, require_unhooked
+from apical.core.batch import require_samples, require_shape
 from apical.core.called import Call, Functions, not_run, on_path
 from apical.core.containers import Containers, is_written
 from apical.core.layers import (
@@ -38,10 +39,17 @@ from apical.core.layers import (
 from apical.core.rest import kept_states, undisturbed
 from apical.core.transport import geometry, pads_itself, transport
 from apical.core.units import enumerated, leaves, weighted_layers
-from apical.errors import ApicalError, ConfigError, UnsupportedModelError
+from apical.errors import ApicalError, UnsupportedModelError
 
 FEW_OUTPUTS = 64
 """Of a small chain."""
+
+
+def through(modules: Iterable[Callable[[Tensor], Tensor]], activity: Tensor) -> Tensor:
+    """What modules, or blocks, one after another make of an activity (batch, ...)."""
+    for module in modules:
+        activity = module(activity)
+    return activity
 
 
 @dataclass(frozen=True)
@@ -83,15 +91,11 @@ class Stage:
 
     def seen(self, rates: Tensor) -> Tensor:
         """What the layer itself is given (batch, ...), for the stage's input `rates` (batch, *input_shape)."""
-        for module in self.before:
-            rates = module(rates)
-        return rates
+        return through(self.before, rates)
 
     def pooled(self, a: Tensor) -> Tensor:
         """v (batch, *shape), for the layer's output."""
-        for module in self.after:
-            a = module(a)
-        return a
+        return through(self.after, a)
 
     def potential(self, rates: Tensor) -> Tensor:
         """v (batch, *shape), for the stage's input (batch, *input_shape)."""
@@ -161,7 +165,7 @@ class Chain:
             )
         for name, module in leaves(model):
             _check_kind(name, module, pools=pools)
-        example = example_of(model, self.layers, input_shape)
+        example = example_of(self.layers, input_shape)
         calls = traced(model, example)
         for call in calls:
             if call.is_function:
@@ -202,17 +206,10 @@ class Chain:
             ConfigError: the batch is empty.
             UnsupportedModelError: a module no longer computes what the chain was made of.
         """
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
-        self._containers.require_intact(inputs, self._feed_forward)
-        for module in self.head:
-            inputs = module(inputs)
+        require_samples(inputs)
+        self._containers.require_intact(inputs, lambda x: through((*self.head, *self._modules), x))
+        inputs = through(self.head, inputs)
         self._check(inputs)
-        return inputs
-
-    def _feed_forward(self, inputs: Tensor) -> Tensor:
-        for module in (*self.head, *self._modules):
-            inputs = module(inputs)
         return inputs
 
     def _check(self, inputs: Tensor) -> None:
@@ -255,16 +252,12 @@ class Chain:
             v, r = [], [self.enter(inputs)]
             for stage in self.stages:
                 v.append(stage.potential(r[-1]))
-                if v[-1].shape[1:] != stage.shape:
-                    raise UnsupportedModelError(
-                        f"layer {stage.name!r} gave {tuple(v[-1].shape[1:])} per sample, but the rule was made for "
-                        f"{stage.shape}; pass the input_shape of these samples"
-                    )
+                require_shape(stage.name, v[-1], stage.shape)
                 r.append(stage.activation(v[-1]))
         return States(v, r)
 
 
-def example_of(model: nn.Module, layers: Mapping[str, Layer], input_shape: Sequence[int] | None) -> Tensor:
+def example_of(layers: Mapping[str, Layer], input_shape: Sequence[int] | None) -> Tensor:
     """Zeros in the place of two samples (2, *input_shape), of the first layer's dtype: one alone has no statistics.
 
     Raises:
@@ -338,6 +331,9 @@ def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | N
             f"{type(model).__name__} calls other modules in training mode ({_names(training)}) than in evaluation mode "
             f"({_names(calls)}); call the same ones in both"
         )
+    names = [call.name for call in calls if is_weighted(call.module) or call.name in (whole or {})]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UnsupportedModelError(f"layer {twice!r} is called twice; give each place a layer of its own")
     return calls
 
 
@@ -445,7 +441,7 @@ def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn
     before: list[nn.Module] = []
     after: list[nn.Module] = []
     layer: Call | None = None
-    start, made, used = example, example, set()
+    start, made = example, example
 
     def finish(activation: nn.Module) -> None:
         nonlocal layer
@@ -461,9 +457,6 @@ def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn
             if layer is not None:
                 finish(nn.Identity())
                 start = made
-            if call.name in used:
-                raise UnsupportedModelError(f"layer {call.name!r} is called twice; give each place a layer of its own")
-            used.add(call.name)
             layer, made = call, call.made
         elif layer is not None and pools and is_pool(call.module):
             after.append(call.module)

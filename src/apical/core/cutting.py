@@ -383,9 +383,6 @@ class Trace(Pass):
         self.hears = False
         self.fed: set[Vertex | None] = set()
 
-    def before_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Nothing is cut."""
-
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
         """Note a layer's output."""
         super().layer(name, output)

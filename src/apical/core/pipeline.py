@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from apical.core.batch import require_samples
 from apical.core.channel import Channel, Way, channel
 from apical.core.credit import CreditRule
 from apical.core.layers import is_random
@@ -118,8 +119,7 @@ class Pipeline:
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> None:
         """Learn a batch: `inputs` (batch, ...) and their targets. Other parts may still be learning it on return."""
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
+        require_samples(inputs)
         if not self._workers:
             self._start(inputs, targets)
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -448,7 +448,7 @@ class DirectFeedbackAlignment(CutRule):
         held = {name.removeprefix(start): value for name, value in state_dict.items() if name.startswith(start)}
         for name in own.keys() - held.keys():  # made before the first batch; drawn anew, from the seed of that state
             del own[name]
-        for name in held.keys() - own.keys():
+        for name in (name for name in held if name not in own):  # in their order, which a set would not keep
             self.feedback.register_buffer(name, torch.empty_like(held[name], device=self.seed.device))
         projection = state_dict.get(f"{prefix}projection")
         self.projection = None if projection is None else torch.empty_like(projection, device=self.seed.device)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.batch import require_classes, require_one_type
+from apical.core.batch import require_classes, require_one_type, require_samples
 from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
@@ -359,8 +359,7 @@ class ForwardForward(CreditRule):
         return through([*self.head, *self.row], inputs)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
+        require_samples(inputs)
         if not inputs.is_floating_point():
             raise ConfigError(f"forward-forward scales its inputs, which are {inputs.dtype}; pass floating-point numbers")
         if targets.is_floating_point() or targets.shape != inputs.shape[:1]:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.activations import is_activation
-from apical.core.batch import fitted, require_classes, require_one_type
+from apical.core.batch import fitted, require_classes, require_one_type, require_samples
 from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
@@ -340,8 +340,7 @@ class LocalClassifiers(CreditRule):
         return through([*self.head, *self.row], inputs)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
+        require_samples(inputs)
         require_one_type(type(self).__name__, self.row[-1].like, self.feedback_parameters())
         if not self.compares:
             return

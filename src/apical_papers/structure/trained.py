@@ -117,10 +117,11 @@ def codes(digits: Digits, seed: int, networks: int = 30) -> float:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation of the ranks of two series.
+    """Correlation of the ranks of two series; equal values have the mean of their ranks.
 
     >>> round(spearman([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]), 9)
     0.5
     """
-    ranks = torch.tensor([a, b], dtype=torch.float64).argsort(1).argsort(1)
-    return float(torch.corrcoef(ranks.double())[0, 1])
+    from scipy import stats  # a third of a second
+
+    return float(stats.spearmanr(a, b).statistic)

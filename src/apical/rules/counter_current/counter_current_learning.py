@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.batch import fitted, require_classes, require_one_type
-from apical.core.blocks import Block, blocks
+from apical.core.batch import fitted, require_classes, require_one_type, require_samples
+from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
 from apical.core.effective import weight_now
@@ -320,9 +320,7 @@ class CounterCurrentLearning(CreditRule):
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         """a_0."""
-        for module in self.head:
-            inputs = module(inputs)
-        return inputs
+        return through(self.head, inputs)
 
     def _goals(self, targets: Tensor) -> Tensor:
         """M (batch, K); of "match" the targets."""
@@ -391,8 +389,7 @@ class CounterCurrentLearning(CreditRule):
 
     def _check(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The targets, with labels as indices."""
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
+        require_samples(inputs)
         if targets.dim() == 0 or len(targets) != len(inputs):
             raise ConfigError(f"{len(inputs)} inputs came with targets of shape {tuple(targets.shape)}")
         like = self.row[-1].like

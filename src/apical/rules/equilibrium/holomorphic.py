@@ -96,9 +96,7 @@ def bends(module: nn.Module) -> bool:
 def pooled(stage: Stage, v: Tensor, imaginary: int = 0) -> Tensor:
     """`P(v)`, of the state's shape; the last `imaginary` rows are imaginary parts of those before them."""
     if not imaginary or _is_linear(stage):
-        for module in stage.after:
-            v = module(v)
-        return v
+        return stage.pooled(v)
     real, z = _split(v, imaginary)
     real, z = pooled(stage, real), _pooled_complex(stage, z)
     return torch.cat((real, z.real, z.imag))

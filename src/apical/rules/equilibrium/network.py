@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical.core.activations import complex_parts, derivative
+from apical.core.batch import require_shape
 from apical.core.chain import Chain, Stage
 from apical.core.credit import Loss, Root
 from apical.core.local import outer, summed
@@ -22,7 +23,7 @@ from apical.core.losses import wanted
 from apical.core.noise import normal
 from apical.core.sigmoids import ShiftedSigmoid, complex_shifted_sigmoid
 from apical.core.transport import geometry, pads_itself, transport
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.errors import ConfigError
 from apical.rules.equilibrium.holomorphic import HOLOMORPHIC, pooled, unpooled
 from apical.rules.equilibrium.phases import Phases
 
@@ -78,11 +79,7 @@ class EquilibriumNetwork:
             UnsupportedModelError: the samples have not the shape the chain was made for.
         """
         first = pooled(self.stages[0], self.stages[0].layer(self.stages[0].seen(inputs)))
-        if first.shape[1:] != self.stages[0].shape:
-            raise UnsupportedModelError(
-                f"layer {self.stages[0].name!r} gave {tuple(first.shape[1:])} per sample, but the rule was made for "
-                f"{self.stages[0].shape}; pass the input_shape of these samples"
-            )
+        require_shape(self.stages[0].name, first, self.stages[0].shape)
         potentials: list[Tensor | None] = [first]
         p, q = (len(phases.re), len(phases.im)) if phases is not None else (1, 0)
         if p + q > 1:  # (batch, *shape) -> ((P + Q) batch, *shape): the input is real

@@ -104,10 +104,6 @@ class Plastics(nn.ParameterDict):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
     ) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            earlier = [
-                name for name in self._held() if prefix + name in state_dict and not state_dict[prefix + name].numel()
-            ]
-            state_dict |= {prefix + name: self._parameters[name] for name in earlier}  # was of one dimension
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         for name in self._held():
             if prefix + name in missing:

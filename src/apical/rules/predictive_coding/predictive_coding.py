@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apical.core.batch import counted, fitted, require_classes, require_precision
-from apical.core.blocks import blocks
+from apical.core.batch import counted, fitted, require_classes, require_precision, require_samples
+from apical.core.blocks import blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.layers import is_random
@@ -236,8 +236,6 @@ class PredictiveCoding(CreditRule):
         if self.feed_forward:
             return super().answer(inputs)
         self.require_attached()
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
         with torch.no_grad(), self._buffers_kept():
             classes = self.row[0].input_shape[-1]
             x = self._enter(inputs.new_full((len(inputs), classes), 1 / classes))
@@ -279,11 +277,8 @@ class PredictiveCoding(CreditRule):
 
     def _enter(self, inputs: Tensor) -> Tensor:
         """s_0."""
-        if len(inputs) == 0:
-            raise ConfigError("the batch is empty: credit is a mean over samples")
-        for module in self.head:
-            inputs = module(inputs)
-        return inputs.detach()
+        require_samples(inputs)
+        return through(self.head, inputs).detach()
 
     def _output(self, inputs: Tensor) -> Tensor:
         x = self._enter(inputs)
