@@ -112,6 +112,15 @@ def test_a_file_that_ends_the_program_is_said(file: str, code: str, capsys: pyte
     assert said.count("\n") == 1
 
 
+def test_an_exception_that_is_no_exception_is_said(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What pytest.skip raises derives from BaseException alone."""
+    Path(file).write_text(f"import pytest\n{RULE}\n\npytest.importorskip('no_such_module')\n")
+    assert main(["train", "--rule", f"{file}:Louder", "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert f"{Path(file).resolve()} failed: Skipped: could not import 'no_such_module'" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_rule_that_ends_the_program_while_it_trains_is_said(
     file: str, jobs: str, capsys: pytest.CaptureFixture[str]
@@ -121,6 +130,12 @@ def test_a_rule_that_ends_the_program_while_it_trains_is_said(
     said = capsys.readouterr().err
     assert "mine.py, line" in said
     assert "(SystemExit: 7)" in said
+    assert said.count("\n") == 1
+    late = "        pytest.skip('planted') if len(inputs) > 8 else None\n        return super().forward(inputs, targets)\n"
+    Path(file).write_text(f"import pytest\n{RULE}\n    def forward(self, inputs, targets):\n{late}")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "other"]) == 2
+    said = capsys.readouterr().err
+    assert "mine.py failed: Skipped: planted (line " in said
     assert said.count("\n") == 1
 
 
