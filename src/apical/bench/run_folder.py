@@ -141,6 +141,10 @@ class RunFolder:
         """Let others have the folder; see :meth:`FolderLock.release`."""
         self._lock.release(remove=remove)
 
+    def check_held(self) -> None:
+        """See that the folder is still there; see :meth:`FolderLock.check`."""
+        self._lock.check()
+
     def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
         """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""
         if examples is None:
@@ -246,6 +250,18 @@ class FolderLock:
                 if self._file is None:
                     file.close()
 
+    def check(self) -> None:
+        """See that the folder that is held is still the one at its path: another may be somebody else's by now.
+
+        Raises:
+            CheckpointError: it was moved, removed or replaced.
+        """
+        if self._file is not None and not _is_at(self._file, self.path):
+            raise CheckpointError(
+                f"{self.folder} was moved, removed or replaced while it was written; what had been saved is where it was moved "
+                "to, and can be resumed there"
+            )
+
     def release(self, *, remove: bool = False) -> None:
         """Let others have the folder.
 
@@ -291,5 +307,5 @@ def _is_at(file: IO[str], path: Path) -> bool:
     """Whether the open file is still the one at `path`: its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
