@@ -258,8 +258,8 @@ class FolderLock:
         """
         if self._file is not None and not _is_at(self._file, self.path):
             raise CheckpointError(
-                f"{self.folder} was moved, removed or replaced while it was written; what had been saved is where it was moved "
-                "to, and can be resumed there"
+                f"{self.folder} was moved, removed or replaced while it was written; what had been saved is where it was "
+                "moved to, and can be resumed there"
             )
 
     def release(self, *, remove: bool = False) -> None:
