@@ -58,8 +58,18 @@ def gathered(rows: Tensor) -> Tensor:
     return summed(whole)
 
 
+def compressed() -> bool:
+    """Whether the `DistributedDataParallel` that calls hands gradients to a hook (`register_comm_hook`), which may round."""
+    return bool(getattr(_active(), "_comm_hooks", ()))
+
+
+def _active() -> DistributedDataParallel | None:
+    """The one whose forward pass is running."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
 def _refuse_join() -> None:
-    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    active = _active()
     join = getattr(active, "_join_config", None)
     if join is not None and join.enable and not join.throw_on_early_termination:
         raise ConfigError(
