@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 FUNCTION = "the layer computes with a function of its weight"
-PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight, gradients cut to a low rank)"
+PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight, gradients compressed on their way)"
 ROUNDED = 1e-3
 """What may lack from the cosine of gradients that processes hand each other in 16 bits."""
 OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
