@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apical.core.processes import compressed
+from apical.core.processes import compressed, whole
 from apical.core.stepping import Arrival, Group, distributed
 from apical.rules.plastic_feedback.decay import ELEMENTWISE, Decays
 
@@ -97,8 +97,8 @@ class Sharing:
         elif plastic.grad is None or (name in self._arrivals and self._arrivals[name].watched):
             reason = PARTED if self._arrivals[name].foreign else None  # of all that has come since gradients were cleared
         elif self.is_due(name):
-            expected, allowed = rule.from_weight(name, weight.grad), ROUNDED if self._compressed else None
-            reason = None if parallel(plastic.grad, expected, allowed) else PARTED
+            expected, allowed = rule.from_weight(name, whole(weight.grad)), ROUNDED if self._compressed else None
+            reason = None if parallel(whole(plastic.grad), expected, allowed) else PARTED
         if reason is not None or weight is None or isinstance(k, str):
             rule.alone[name] = reason or FUNCTION
             if spared and reason != PARTED and weight is not None and weight.grad is not None:
