@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from apical import FeedbackAlignment
 from apical.bench.figures.style import styles
@@ -110,6 +112,53 @@ def test_a_file_that_ends_the_program_is_said(file: str, code: str, capsys: pyte
     said = capsys.readouterr().err
     assert said.startswith("apical: error: mine.py cannot be loaded: SystemExit:")
     assert said.count("\n") == 1
+
+
+SETTINGS = {
+    "default dtype": "torch.set_default_dtype(torch.bfloat16)",
+    "default device": "torch.set_default_device('meta')",
+    "grad mode": "torch.set_grad_enabled(False)",
+}
+MODEL = """
+
+def net(in_features, num_classes):
+    {}
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(in_features, num_classes))
+
+
+def data():
+    {}
+    return torch.rand(40, 3), torch.arange(40) % 2
+"""
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_for_the_whole_process_are_refused_and_put_back(
+    file: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else every rule of a comparison would train in bfloat16 because the file of one says so."""
+    before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    code = SETTINGS[what]
+    Path("top.py").write_text(f"import torch\n{code}\n{RULE}{MODEL.format('', '')}")
+    Path("inside.py").write_text(f"import torch\n{RULE}\n        {code}\n{MODEL.format(code, code)}")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        for name in ("top.py", "top.py", "top", "inside.py"):  # twice: what was refused is no module that is there
+            for option in (["--rules", "bp", f"{name}:Louder"], ["--model", f"{name}:net"], ["--data", f"{name}:data"]):
+                if name == "top" and option[0] != "--rules":
+                    continue
+                assert main(["compare", *option, *QUICK[2 * (option[0] == "--model") :], "--out", "out"]) == 2, (
+                    name,
+                    option,
+                )
+                said = capsys.readouterr().err
+                assert f"sets PyTorch's {what} to" in said
+                assert said.count("\n") == 1
+                assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("top", None)
+    assert not Path("out").exists()
 
 
 def test_an_exception_that_is_no_exception_is_said(file: str, capsys: pytest.CaptureFixture[str]) -> None:
