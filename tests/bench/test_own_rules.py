@@ -114,6 +114,16 @@ def test_a_file_that_ends_the_program_is_said(file: str, code: str, capsys: pyte
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_memory_that_is_not_there_is_one_line(file: str, jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    late = "        torch.empty(1 << 60) if len(inputs) > 8 else None\n        return super().forward(inputs, targets)\n"
+    Path(file).write_text(f"import torch\n{RULE}\n    def forward(self, inputs, targets):\n{late}")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("apical: error: out of memory: take a smaller model")
+    assert said.count("\n") == 1
+
+
 SETTINGS = {
     "default dtype": "torch.set_default_dtype(torch.bfloat16)",
     "default device": "torch.set_default_device('meta')",

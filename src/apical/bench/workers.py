@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from apical import own_code
 from apical.bench.signals import Interrupted, StopSignals
 from apical.core import children
-from apical.errors import ApicalError
+from apical.errors import ApicalError, out_of_memory
 
 Body = Callable[[int, StopSignals], None]
 """Trains one seed; raises Interrupted once all is saved. Importable by name."""
@@ -116,7 +116,7 @@ def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]
             where = f"{frame.filename}, line {frame.lineno}"
             sender.send(ApicalError(f"{where}, ended the process of seed {seed} (SystemExit: {error.code})"))
         except BaseException as error:  # also what pytest.skip raises
-            if (told := own_code.blamed(error)) is None:
+            if (told := out_of_memory(error) or own_code.blamed(error)) is None:
                 raise
             sender.send(ApicalError(f"{told}, in the process of seed {seed}"))
 

@@ -28,7 +28,7 @@ from apical.cli.flags.sweep import Sweep
 from apical.cli.flags.training import Compare, Train
 from apical.cli.flags.usage import explained
 from apical.cli.interrupts import LINE, STATUS, Raise, end, handled
-from apical.errors import ApicalError, ConfigError
+from apical.errors import ApicalError, ConfigError, out_of_memory
 
 DESCRIPTION = "Train PyTorch networks with credit-assignment rules other than backpropagation."
 
@@ -171,7 +171,7 @@ def _status(arguments: Sequence[str]) -> int:
     except BaseException as error:  # also what pytest.skip raises
         from apical import own_code
 
-        if (told := own_code.blamed(error)) is None:
+        if (told := out_of_memory(error) or own_code.blamed(error)) is None:
             raise
         message = told
     # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke
