@@ -173,6 +173,8 @@ class RunFolder:
             check_result(result)
             if not {"rule", "seed", "status", "test_loss", "train_loss", "ms_per_step"} <= result.keys():
                 raise TypeError("it lacks a measurement")
+            if None in (result["rule"], result["seed"], result["status"]):
+                raise TypeError("it does not say of which run it is")
         except TypeError as error:
             raise CheckpointError(f"{self.result} is damaged ({brief(error)}); {REMEDY}") from None
         return result
