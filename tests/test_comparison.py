@@ -178,3 +178,21 @@ def test_refused(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
         apical.compare(out=tmp_path / "out", **arguments)
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+class Failing(apical.FeedbackAlignment):
+    """Fails after its trial."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> apical.Credit:
+        if len(inputs) > 8:
+            raise ValueError("planted")
+        return super().forward(inputs, targets)
+
+
+def test_after_an_error_the_folder_is_free(tmp_path: Path) -> None:
+    """A notebook keeps the last traceback, and with it everything that its frames hold."""
+    with pytest.raises(ValueError, match="planted") as kept:
+        apical.compare(rules=["bp", Failing], data=PAIR, model=Net, seeds=1, out=tmp_path / "out", **QUICK)
+    done = apical.compare(rules=["bp", Mine], data=PAIR, model=Net, seeds=1, out=tmp_path / "out", overwrite=True, **QUICK)
+    assert done["Mine"].n == 1
+    assert kept.traceback

@@ -153,3 +153,33 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     assert errors == ""
     assert "caf\\udce9" in output
     assert "caf\\udce9" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the shell and /dev/full")
+@pytest.mark.parametrize("command", ["--version", "train --help-all"])
+@pytest.mark.parametrize(
+    ("streams", "status", "said"),
+    [
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| true", 141, ""),
+        (">/dev/full", 2, "apical: error: No space left on device\n"),
+    ],
+)
+def test_output_that_nobody_hears(command: str, streams: str, status: int, said: str) -> None:
+    """Closed streams, as of a job without a terminal, readers that have gone, and full disks are no traceback."""
+    shell = f"{sys.executable} -m apical {command} {streams}"
+    shell = f"set -o pipefail; (sleep 0.05; {shell.partition(' |')[0]}) | true" if "|" in streams else shell
+    done = subprocess.run(["bash", "-c", shell], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_files_do_not_get_the_numbers_of_closed_streams(tmp_path: Path) -> None:
+    """What C code prints would go into them."""
+    code = (
+        "import os, sys; from apical.__main__ import _open_closed; _open_closed(); "
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); file.write(str(file.fileno()))"
+    )
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], timeout=60)
+    assert done.returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2

@@ -49,6 +49,18 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say of an error for want of memory; None for any other.
+
+    >>> out_of_memory(MemoryError())
+    'out of memory: take a smaller model, smaller batches or fewer --jobs; what was saved is kept'
+    """
+    is_it = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is torch's, of GPUs
+    if not is_it and "can't allocate memory" not in str(error):
+        return None
+    return "out of memory: take a smaller model, smaller batches or fewer --jobs; what was saved is kept"
+
+
 def refuse_second_derivatives() -> None:
     """To be called in a backward pass, whose results are no derivatives: refuse to derive them once more.
 

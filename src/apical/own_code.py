@@ -70,16 +70,17 @@ def import_module(where: str, example: str, error: Callable[[str], ApicalError] 
     """The module of a file "path/to/file.py", or of that name; raises as :func:`import_from` does."""
     if where.endswith(".py"):
         return _file(Path(where).expanduser().resolve(), where, error)
-    try:
-        with generators_kept():
-            module = importlib.import_module(where)
-        _modules.add(module.__name__)
-        return module
-    except (Exception, SystemExit) as problem:
-        hint = "" if "/" not in where else f"; for a file, say {example}"
-        if Path(where.partition(".")[0]).is_dir() or Path(f"{where}.py").is_file():
-            hint = "; to import from the current folder, set PYTHONPATH=."
-        raise error(f"module {where} cannot be imported: {type(problem).__name__}: {problem}{hint}") from problem
+    with settings_kept(where, error):
+        try:
+            with generators_kept():
+                module = importlib.import_module(where)
+        except (Exception, SystemExit) as problem:
+            hint = "" if "/" not in where else f"; for a file, say {example}"
+            if Path(where.partition(".")[0]).is_dir() or Path(f"{where}.py").is_file():
+                hint = "; to import from the current folder, set PYTHONPATH=."
+            raise error(f"module {where} cannot be imported: {type(problem).__name__}: {problem}{hint}") from problem
+    _modules.add(module.__name__)
+    return module
 
 
 @contextmanager
@@ -103,6 +104,41 @@ def generators_kept(seed: int | None = None) -> Iterator[None]:
             np.random.set_state(before[1])
             with suppress(OSError):
                 os.chdir(folder)
+
+
+@contextmanager
+def settings_kept(where: str, error: Callable[[str], ApicalError] = ConfigError) -> Iterator[None]:
+    """Within, nothing may change PyTorch's settings for the whole process: other rules, models and data would have them too.
+
+    Args:
+        where: what runs, for the message.
+
+    Raises:
+        ApicalError: the default dtype or device or the grad mode is another behind; they are put back.
+    """
+    before = _settings()
+    try:
+        yield
+    finally:
+        after = _settings()
+        torch.set_default_dtype(before["default dtype"])
+        torch.set_grad_enabled(before["grad mode"])
+        if after["default device"] != before["default device"]:
+            torch.set_default_device(None if before["default device"].type == "cpu" else before["default device"])
+    for what, value in after.items():
+        if value != before[what]:
+            raise error(
+                f"{where} sets PyTorch's {what} to {value} for all that this process trains: leave it out, and convert what "
+                "needs it"
+            )
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "grad mode": torch.is_grad_enabled(),
+    }
 
 
 def checksum(value: Any, name: str) -> str:
@@ -210,14 +246,23 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
     _check_imports(path, title, error)
     sys.modules[name] = module  # dataclasses look their module up
     try:
-        with generators_kept():
-            specification.loader.exec_module(module)
-    except (Exception, SystemExit) as problem:  # sys.exit() in a script that is no module
+        with settings_kept(title, error):
+            _run(partial(specification.loader.exec_module, module), path, title, error)
+    except BaseException:
         del sys.modules[name]
+        raise
+    return module
+
+
+def _run(execute: Callable[[], object], path: Path, title: str, error: Callable[[str], ApicalError]) -> None:
+    """Run the code of a file."""
+    try:
+        with generators_kept():
+            execute()
+    except (Exception, SystemExit) as problem:  # sys.exit() in a script that is no module
         inside = isinstance(problem, ImportError) and "relative import" in str(problem)
         hint = f"; name it by its package: PACKAGE.{path.stem}:NAME, with PYTHONPATH=." if inside else ""
         raise error(f"{title} cannot be loaded: {described(problem, path)}{hint}") from problem
-    return module
 
 
 def _check_imports(path: Path, title: str, error: Callable[[str], ApicalError]) -> None:

@@ -1,4 +1,4 @@
-"""500 damaged state files of every kind, read by the commands that read them: one line and exit status 2 each."""
+"""525 damaged state files of every kind, read by the commands that read them: one line and exit status 2 each."""
 
 import contextlib
 import io
@@ -68,6 +68,7 @@ KINDS = (
     Kind("run/metrics.jsonl", ("report", "{}")),
     Kind("run/result.json", ("report", "{}")),
     Kind("run/examples.npz", ("report", "{}")),
+    Kind("run/placement.json", ("report", "{}")),
     Kind("run/trajectory.pt", ("landscape", "{}", "--out", "{}-surface", "--grid", "3")),
     Kind("both/compare.json", ("report", "{}")),
     Kind("both/runs/bp/seed-0/config.json", (*COMPARE, "--resume", "--out", "{}")),
@@ -266,6 +267,28 @@ def test_an_odd_value_with_a_checksum_of_its_own_is_no_traceback(whole: Path, qu
         assert errors.count("\n") == (status != 0), errors
         refused += status == 2
     assert refused or path.name in ("environment.json", "examples.npz")
+
+
+@pytest.mark.parametrize("name", ["rule", "seed", "status"])
+def test_a_result_that_does_not_say_whose_it_is(whole: Path, quick: None, place: Path, name: str) -> None:
+    kind = next(kind for kind in KINDS if kind.file == "both/runs/fa/seed-0/result.json")
+    path = copied(whole, kind, place)
+    path.write_text(json.dumps(sealed({**parse_object(path.read_text()), name: None})))
+    status, errors = read(kind, place, kind.command)
+    assert (status, errors.count("\n")) == (2, 1), errors
+    assert "result.json is damaged" in errors
+
+
+@pytest.mark.parametrize("name", ["loss", "hits"])
+def test_a_checkpoint_with_sums_that_are_no_numbers(whole: Path, quick: None, place: Path, name: str) -> None:
+    kind = next(kind for kind in KINDS if kind.file == "run/checkpoint.pt")
+    path = copied(whole, kind, place)
+    state = read_sealed(path, path.name)
+    state["partial"][name] = torch.tensor(math.nan)
+    write_sealed(path, state)
+    status, errors = read(kind, place, kind.command)
+    assert (status, errors.count("\n")) == (2, 1), errors
+    assert "'partial' does not fit this run (sums that are not finite)" in errors
 
 
 def make_odd(path: Path, dice: random.Random) -> bool:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from apical import FeedbackAlignment
 from apical.bench.figures.style import styles
@@ -113,6 +115,72 @@ def test_a_file_that_ends_the_program_is_said(file: str, code: str, capsys: pyte
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
+def test_memory_that_is_not_there_is_one_line(file: str, jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    late = "        torch.empty(1 << 60) if len(inputs) > 8 else None\n        return super().forward(inputs, targets)\n"
+    Path(file).write_text(f"import torch\n{RULE}\n    def forward(self, inputs, targets):\n{late}")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("apical: error: out of memory: take a smaller model")
+    assert said.count("\n") == 1
+
+
+SETTINGS = {
+    "default dtype": "torch.set_default_dtype(torch.bfloat16)",
+    "default device": "torch.set_default_device('meta')",
+    "grad mode": "torch.set_grad_enabled(False)",
+}
+MODEL = """
+
+def net(in_features, num_classes):
+    {}
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(in_features, num_classes))
+
+
+def data():
+    {}
+    return torch.rand(40, 3), torch.arange(40) % 2
+"""
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_for_the_whole_process_are_refused_and_put_back(
+    file: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else every rule of a comparison would train in bfloat16 because the file of one says so."""
+    before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    code = SETTINGS[what]
+    Path("top.py").write_text(f"import torch\n{code}\n{RULE}{MODEL.format('', '')}")
+    Path("inside.py").write_text(f"import torch\n{RULE}\n        {code}\n{MODEL.format(code, code)}")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        for name in ("top.py", "top.py", "top", "inside.py"):  # twice: what was refused is no module that is there
+            for option in (["--rules", "bp", f"{name}:Louder"], ["--model", f"{name}:net"], ["--data", f"{name}:data"]):
+                if name == "top" and option[0] != "--rules":
+                    continue
+                assert main(["compare", *option, *QUICK[2 * (option[0] == "--model") :], "--out", "out"]) == 2, (
+                    name,
+                    option,
+                )
+                said = capsys.readouterr().err
+                assert f"sets PyTorch's {what} to" in said
+                assert said.count("\n") == 1
+                assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("top", None)
+    assert not Path("out").exists()
+
+
+def test_an_exception_that_is_no_exception_is_said(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What pytest.skip raises derives from BaseException alone."""
+    Path(file).write_text(f"import pytest\n{RULE}\n\npytest.importorskip('no_such_module')\n")
+    assert main(["train", "--rule", f"{file}:Louder", "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert f"{Path(file).resolve()} failed: Skipped: could not import 'no_such_module'" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_rule_that_ends_the_program_while_it_trains_is_said(
     file: str, jobs: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +189,12 @@ def test_a_rule_that_ends_the_program_while_it_trains_is_said(
     said = capsys.readouterr().err
     assert "mine.py, line" in said
     assert "(SystemExit: 7)" in said
+    assert said.count("\n") == 1
+    late = "        pytest.skip('planted') if len(inputs) > 8 else None\n        return super().forward(inputs, targets)\n"
+    Path(file).write_text(f"import pytest\n{RULE}\n    def forward(self, inputs, targets):\n{late}")
+    assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--probe", "0", "--jobs", jobs, "--out", "other"]) == 2
+    said = capsys.readouterr().err
+    assert "mine.py failed: Skipped: planted (line " in said
     assert said.count("\n") == 1
 
 

@@ -20,6 +20,8 @@ from apical.errors import ConfigError
         ({"lr": (-0.1,)}, "--lr"),
         ({"lr": (float("nan"),)}, "--lr"),
         ({"lr": (float("inf"),)}, "--lr"),
+        ({"lr": (1e200,)}, "--lr must be positive and at most 1e+30, got 1e+200"),
+        ({"weight_decay": (1e200,)}, "--weight-decay"),
         ({"lr": ()}, "--lr"),
         ({"lr": (0.1, 0.01)}, "--lr-epochs"),
         ({"lr": (0.1, 0.01, 0.001), "lr_epochs": (3, 3)}, "--lr-epochs"),

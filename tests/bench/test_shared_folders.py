@@ -3,14 +3,17 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.command import Command
 
 from apical.bench import folders, run_folder
+from apical.bench.evolve import loop
 from apical.bench.run_folder import FolderLock
+from apical.bench.state import append_line
 from apical.cli.main import main
 
 pytestmark = [pytest.mark.skipif(os.name != "posix", reason="locks are POSIX"), pytest.mark.usefixtures("undrawn")]
@@ -72,6 +75,38 @@ def test_what_another_process_finished_meanwhile_is_refused(
     assert files(tmp_path) == theirs
     assert said.count("\n") == 1
     assert "--overwrite" in said or "nothing else may be mixed" in said
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "sweep", "evolve"])
+def test_a_folder_moved_away_while_it_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's may be at its path by then: nothing is written there, and what was saved goes on where it is now."""
+    if name == "evolve":
+        pytest.importorskip("evotorch")
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    longer = ("--generations", "3") if name == "evolve" else ("--epochs", "3")
+    theirs = dict[str, bytes]()
+
+    def append(path: Path, line: Mapping[str, Any]) -> None:
+        append_line(path, line)
+        if not moved.exists():
+            out.rename(moved)
+            path.parent.mkdir(parents=True)
+            for file in ("config.json", "checkpoint.pt", "metrics.jsonl"):
+                (path.parent / file).write_text("theirs")
+            FolderLock(path.parent).hold("training")
+            theirs.update(files(tmp_path / "out"))
+
+    for module in (run_folder, loop):
+        monkeypatch.setattr(module, "append_line", append)
+    assert main([*COMMANDS[name][:-2], *longer, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "was moved, removed or replaced while it was written" in said
+    assert said.count("\n") == 1
+    assert theirs
+    assert files(out) == theirs
+    assert main([*COMMANDS[name][:-2], *longer, "--resume", "--out", str(moved)]) == 0
 
 
 def test_two_real_processes_on_a_fresh_folder(apical: Start, tmp_path: Path) -> None:

@@ -42,10 +42,29 @@ def shared() -> dict[str, dict[str, torch.Tensor]]:
     return first
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has fully_shard on GPUs alone")
+sharding = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has fully_shard on GPUs alone"
+)
+
+
+@sharding
 @pytest.mark.parametrize("rule", two_ranks.SHARDED)
 def test_ranks_that_share_the_parameters_equal_one_process(shared: dict[str, dict[str, torch.Tensor]], rule: str) -> None:
     """By `credit.loss.backward()` and `credit.backward()`, whose direct way would pass by what `fully_shard` waits for."""
     alone = two_ranks.train_model(two_ranks.make(rule), 0, 1)
     for name, value in alone.items():
         assert torch.allclose(shared[rule][name], value, rtol=0, atol=1e-8), name
+
+
+@sharding
+def test_rules_that_share_the_parameters_step_load_and_look() -> None:
+    """Layers have 16, 12 and 5 rows: two ranks' parts are unequal."""
+    (first, said), (second, _) = on_two_ranks(two_ranks.train_sharded_further)
+    for rule in (*two_ranks.ADAPTIVE, *two_ranks.CONSTRAINED):
+        assert all(torch.equal(value, second[rule][name]) for name, value in first[rule].items())
+    for rule in two_ranks.ADAPTIVE:
+        alone = two_ranks.train_further(two_ranks.make(rule), 0, 1)
+        assert alone.keys() == first[rule].keys()
+        for name, value in alone.items():
+            assert torch.allclose(first[rule][name], value, rtol=0, atol=1e-10), name
+    assert "fully_shard" in said

@@ -7,6 +7,7 @@ from apical import models
 from apical.bench.names import RULES, make_rule
 from apical.bench.recipe import Recipe
 from apical.core.credit import CreditRule
+from apical.errors import ConfigError
 from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 STEPS, BATCH = 5, 16
@@ -88,6 +89,43 @@ def train_sharded(rank: int) -> dict[str, dict[str, torch.Tensor]]:
 
     mesh = init_device_mesh("cpu", (2,))
     return {name: train_model(fully_shard(make(name), mesh=mesh), rank, 2) for name in SHARDED}
+
+
+ADAPTIVE = ("kp", "pfa", "pfa-o")
+"""Rules whose feedback takes the weights' change under AdamW."""
+
+CONSTRAINED = ("csdp", "csdp-memristor")
+"""Rules that put weights back within bounds after each step, and draw spikes."""
+
+
+def train_further(rule: CreditRule, rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Model and feedback after three steps of AdamW, before the last of which the state is saved, loaded and looked at."""
+    optimizer = torch.optim.AdamW(rule.parameters(), lr=0.01, weight_decay=0.1)
+    dtype = next(rule.parameters()).dtype
+    for step in range(3):
+        inputs = torch.randn(BATCH, 1, 4, 4, generator=torch.Generator().manual_seed(step), dtype=dtype)[rank::size]
+        optimizer.zero_grad()
+        rule(inputs, torch.arange(BATCH)[rank::size] % 5).backward()
+        optimizer.step()
+        rule.constrain_()
+        if step == 1:
+            rule.load_state_dict(rule.state_dict())
+    state = {**dict(rule.model.named_parameters()), **{f"feedback of {k}": v for k, v in rule.feedback_weights().items()}}
+    return {name: getattr(value, "full_tensor", value.clone)().detach() for name, value in state.items()}
+
+
+def train_sharded_further(rank: int) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
+    """What such rules have learned by `fully_shard(rule)`, and why one has no table of placement."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rules = {name: fully_shard(make(name), mesh=init_device_mesh("cpu", (2,))) for name in (*ADAPTIVE, *CONSTRAINED)}
+    learned = {name: train_further(rule, rank, 2) for name, rule in rules.items()}
+    try:
+        rules["pfa"].placement(torch.zeros(1, 1, 4, 4, dtype=torch.float64))
+    except ConfigError as error:
+        return learned, str(error)
+    return learned, ""
 
 
 def train_all(rank: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -74,6 +74,17 @@ def test_momentum_by_hand() -> None:
     assert (mismatch.c[0], mismatch.v[0]) == (0.0, 0.5)
 
 
+def test_what_single_precision_cannot_hold_is_infinite() -> None:
+    """A training that diverges says so; PyTorch raises where a number does not fit into a tensor's kind."""
+    ones = torch.ones(2, 2, dtype=torch.float32)
+    mismatch = Mismatch(ones, ones)
+    for c in ([1e60, 0.0], [-1e60, 0.0], [0.0, 1e60]):
+        mismatch.c = mismatch.v = c
+        wanted = ones * (sum(c) * torch.inf)
+        assert torch.equal(mismatch.matched(ones), wanted)
+        assert torch.equal(mismatch.drift(), wanted)
+
+
 def test_its_numbers_stay_in_double_precision() -> None:
     mismatch = Mismatch(torch.ones(2, 2)).half()
     mismatch.c, mismatch.v = [1 / 3, 0.0], [1 / 7, 1.0]

@@ -242,14 +242,14 @@ def test_what_the_closed_form_cannot_do_to_the_feedback_is_refused(make: Any, ac
     train(build(make, "explicit"), **acts)  # the remedy
 
 
-def by_hand(parameters: Callable[[Any], Any], through_data: bool) -> Callable[[Any], None]:
+def by_hand(parameters: Callable[[Any], Any], through_data: bool, rate: float = 0.05) -> Callable[[Any], None]:
     def run(rule: Any) -> None:
         for step in range(12):
             rule.zero_grad()
             rule(*batch(step)).backward()
             with torch.no_grad():
                 for parameter in (p for p in parameters(rule) if p.grad is not None):
-                    (parameter.data if through_data else parameter).sub_(0.05 * parameter.grad)
+                    (parameter.data if through_data else parameter).sub_(rate * parameter.grad)
 
     return run
 
@@ -261,6 +261,20 @@ def test_a_loop_by_hand_that_forgets_the_feedback_is_warned(make: Any, through_d
     assert not recwarn.list
     with pytest.warns(RuntimeWarning, match=r"own that learn.* train all of rule.parameters\(\)"):
         by_hand(lambda rule: rule.model.parameters(), through_data)(build(make, "auto"))
+
+
+@each_rule
+def test_steps_that_rounding_swallows_forget_nothing(make: Any, recwarn: Any) -> None:
+    """As at the beginning of a rate's rise: biases, which are zero, move, while feedback weights stay where they are."""
+    rule = build(make, "explicit")
+    for name, parameter in rule.model.named_parameters():
+        parameter.data.zero_() if name.endswith("bias") else None
+    before = [parameter.clone() for parameter in rule.parameters()]
+    by_hand(lambda rule: rule.parameters(), through_data=False, rate=1e-20)(rule)
+    moved = [not torch.equal(a, b) for a, b in zip(before, rule.parameters(), strict=True)]
+    assert any(moved)
+    assert not all(moved)
+    assert not recwarn.list
 
 
 @each_rule

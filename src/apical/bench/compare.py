@@ -3,7 +3,7 @@
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -164,32 +164,33 @@ def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None
     Raises:
         Interrupted: a signal came; every run is saved.
     """
-    open_runs = _open_runs(job, seed, stop, refresh)
-    for epoch in range(1, job.recipes[0].epochs + 1):
-        for training in list(open_runs):
-            if training.epoch >= min(epoch, training.recipe.epochs):
-                continue
-            try:
-                training.train_epoch()
-            except DivergenceError:
-                open_runs.remove(training)  # its result.json says so; the others go on
-            refresh()
-    for training in open_runs:
-        result = training.result()
-        result["ratio_to_bp"] = ratio_to_bp(training.folder, job.folder("bp", seed))
-        write_state(training.folder.result, result)
-        training.folder.unlock()
+    with ExitStack() as held:
+        open_runs = _open_runs(job, seed, stop, refresh, held)
+        for epoch in range(1, job.recipes[0].epochs + 1):
+            for training in list(open_runs):
+                if training.epoch >= min(epoch, training.recipe.epochs):
+                    continue
+                try:
+                    training.train_epoch()
+                except DivergenceError:
+                    open_runs.remove(training)  # its result.json says so; the others go on
+                refresh()
+        for training in open_runs:
+            result = training.result()
+            result["ratio_to_bp"] = ratio_to_bp(training.folder, job.folder("bp", seed))
+            write_state(training.folder.result, result)
     refresh()
 
 
-def _open_runs(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> list[Training]:
-    """The seed's unfinished runs, started or resumed."""
+def _open_runs(job: Job, seed: int, stop: StopSignals, refresh: Refresh, held: ExitStack) -> list[Training]:
+    """The seed's unfinished runs, started or resumed; their folders are held until `held` closes, however that comes."""
     runs: list[Training] = []
     dataset: Dataset | None = None
     for index, rule in enumerate(job.rules):
         recipe, folder = job.recipe(index, seed), job.folder(rule, seed)
         if stop.signum:
             raise Interrupted(stop.signum, "the start")
+        held.callback(folder.unlock)
         state = folder.claim(recipe, resume=job.resume, overwrite=job.overwrite)
         if state in ("finished", "diverged"):
             folder.unlock()

@@ -413,6 +413,7 @@ class Training:
         sums = self._sums.state()
         if not self.world.is_main:
             return
+        self.folder.check_held()
         self.trajectory.save()
         times = {"times": self._timer.times(), "feedback_times": self._feedback_timer.times()}
         state = {

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from apical import own_code
 from apical.bench import own_rules
 from apical.bench.recipe import ClipOver, Recipe, bare_rule, parse_options, rule_name
 from apical.bench.schedule import alignment_decay
@@ -409,7 +410,8 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
     if "first_layer" in takes and "first_layer" not in options and input_shape is not None:
         options |= {"first_layer": True} if needs_feedback(model, input_shape, options.get("exact", ())) else {}
     try:
-        return entry.build(model, **{key: value for key, value in given.items() if key in takes}, **options)
+        with own_code.settings_kept(f"rule {recipe.rule_name!r}"):
+            return entry.build(model, **{key: value for key, value in given.items() if key in takes}, **options)
     except ApicalError:
         raise
     except (TypeError, ValueError) as error:

@@ -50,6 +50,8 @@ _LATER: dict[str, Any] = {
 }
 """Fields that recipes got after results had been kept under their hashes, which leave these values out."""
 _BESIDE = ("threads", "device", "checkpoint_steps", "trajectory", "measure")
+LARGEST = 1e30
+"""Of rates and decays: what steps make of larger ones does not fit into float32."""
 _PASSES = ("pretrain_epochs", "feedback_passes")
 _COUNTS = ("lr_cosine", "lr_warmup", "epoch_steps", "warmup_steps", "checkpoint_steps", "trajectory")
 _FORWARD = "as the forward weights"
@@ -403,8 +405,9 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def _check_number(option: str, value: float | None, *, positive: bool) -> None:
-    if value is not None and (not math.isfinite(value) or value < 0 or (positive and value == 0)):
-        raise ConfigError(f"{flag(option)} must be {'positive' if positive else 'zero or positive'} and finite, got {value}")
+    if value is not None and (not 0 <= value <= LARGEST or (positive and value == 0)):
+        kind = "positive" if positive else "zero or positive"
+        raise ConfigError(f"{flag(option)} must be {kind} and at most {LARGEST:g}, got {value}")
 
 
 def _check_schedule(option: str, values: tuple[float, ...], epochs: tuple[int, ...], *, positive: bool) -> None:

@@ -141,6 +141,10 @@ class RunFolder:
         """Let others have the folder; see :meth:`FolderLock.release`."""
         self._lock.release(remove=remove)
 
+    def check_held(self) -> None:
+        """See that the folder is still there; see :meth:`FolderLock.check`."""
+        self._lock.check()
+
     def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
         """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""
         if examples is None:
@@ -169,6 +173,8 @@ class RunFolder:
             check_result(result)
             if not {"rule", "seed", "status", "test_loss", "train_loss", "ms_per_step"} <= result.keys():
                 raise TypeError("it lacks a measurement")
+            if None in (result["rule"], result["seed"], result["status"]):
+                raise TypeError("it does not say of which run it is")
         except TypeError as error:
             raise CheckpointError(f"{self.result} is damaged ({brief(error)}); {REMEDY}") from None
         return result
@@ -246,6 +252,18 @@ class FolderLock:
                 if self._file is None:
                     file.close()
 
+    def check(self) -> None:
+        """See that the folder that is held is still the one at its path: another may be somebody else's by now.
+
+        Raises:
+            CheckpointError: it was moved, removed or replaced.
+        """
+        if self._file is not None and not _is_at(self._file, self.path):
+            raise CheckpointError(
+                f"{self.folder} was moved, removed or replaced while it was written; what had been saved is where it was "
+                "moved to, and can be resumed there"
+            )
+
     def release(self, *, remove: bool = False) -> None:
         """Let others have the folder.
 
@@ -291,5 +309,5 @@ def _is_at(file: IO[str], path: Path) -> bool:
     """Whether the open file is still the one at `path`: its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False

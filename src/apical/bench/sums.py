@@ -1,5 +1,6 @@
 """What an epoch adds up on the device, without waiting for it: loss, hits and the scalars that rules log."""
 
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class Sums:
         logs, counts = state.get("logs", {}), state.get("counts", {})
         if any(value.numel() != 1 for value in (state["loss"], state["hits"], *logs.values())):
             raise ValueError("sums that are not single numbers")
+        if not (math.isfinite(state["loss"]) and math.isfinite(state["hits"])):
+            raise ValueError("sums that are not finite")
         if logs.keys() != counts.keys() or not all(type(count) is int for count in (state["examples"], *counts.values())):
             raise ValueError("counts that are not whole numbers")
         device, share = self._world.device, int(self._world.is_main)

@@ -115,10 +115,10 @@ def train(
     if state in ("finished", "diverged"):
         folder.unlock()
         return
-    device = pick_device(recipe.device)
-    training = Training(recipe, for_trials(load(recipe)), make_rule, folder, World(0, 1, device), stop)
-    around = environment(str(device), torch.get_num_threads())
     try:
+        device = pick_device(recipe.device)
+        training = Training(recipe, for_trials(load(recipe)), make_rule, folder, World(0, 1, device), stop)
+        around = environment(str(device), torch.get_num_threads())
         training.start(resume=state == "resumable", command=command, notes=[NOTE], environment=around)
         while training.epoch < recipe.epochs:
             training.train_epoch()

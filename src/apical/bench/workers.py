@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from apical import own_code
 from apical.bench.signals import Interrupted, StopSignals
 from apical.core import children
-from apical.errors import ApicalError
+from apical.errors import ApicalError, out_of_memory
 
 Body = Callable[[int, StopSignals], None]
 """Trains one seed; raises Interrupted once all is saved. Importable by name."""
@@ -111,14 +111,14 @@ def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]
             sender.send(DONE)
         except (ApicalError, OSError, Interrupted) as error:
             sender.send(error)
-        except Exception as error:
-            if (told := own_code.blamed(error)) is None:
-                raise
-            sender.send(ApicalError(f"{told}, in the process of seed {seed}"))
         except SystemExit as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"
             sender.send(ApicalError(f"{where}, ended the process of seed {seed} (SystemExit: {error.code})"))
+        except BaseException as error:  # also what pytest.skip raises
+            if (told := out_of_memory(error) or own_code.blamed(error)) is None:
+                raise
+            sender.send(ApicalError(f"{told}, in the process of seed {seed}"))
 
 
 def _die_with_parent() -> None:

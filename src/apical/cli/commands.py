@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -147,12 +147,14 @@ def train(flags: "Train", command: str) -> int:
     recipe = draft(flags, study, flags.rule)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    with joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last) as world, StopSignals() as stop:
+    world_of = joined(recipe.device, recipe.batch_size, drop_last=recipe.drop_last)
+    with world_of as world, StopSignals() as stop, ExitStack() as held:
         tell = print if world.is_main else lambda line: None
         drafts = understood([recipe], flags, tell)
         (recipe,), (notes,) = prepare(drafts, tell, _news(flags))
         tell_rates(drafts, flags, tell)
         folder = RunFolder(flags.out, events=flags.tensorboard)
+        held.callback(folder.unlock)
         state = folder.claim(recipe, resume=flags.resume, overwrite=flags.overwrite, world=world)
         if state == "finished":
             if world.is_main:

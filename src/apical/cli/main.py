@@ -28,7 +28,7 @@ from apical.cli.flags.sweep import Sweep
 from apical.cli.flags.training import Compare, Train
 from apical.cli.flags.usage import explained
 from apical.cli.interrupts import LINE, STATUS, Raise, end, handled
-from apical.errors import ApicalError, ConfigError
+from apical.errors import ApicalError, ConfigError, out_of_memory
 
 DESCRIPTION = "Train PyTorch networks with credit-assignment rules other than backpropagation."
 
@@ -96,15 +96,7 @@ Command: Any = Union[  # noqa: UP007  (of a list)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
     arguments = [_at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    if (text := _asked_for(arguments)) is not None:
-        print(text)
-        return 0
-    try:
-        parsed = _parsed(arguments)
-    except ConfigError as error:
-        print(f"apical: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    status = _status(parsed, shlex.join(["apical", *arguments]))
+    status = _status(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from apical.bench.distributed import leave
 
@@ -148,13 +140,18 @@ def _asked_for(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _status(parsed: Any, command: str) -> int:
+def _status(arguments: Sequence[str]) -> int:
+    parsed = None
     try:
+        if (text := _asked_for(arguments)) is not None:
+            print(text, flush=True)
+            return 0
+        parsed = _parsed(arguments)
         with handled(end):
             run = _runner(parsed)
         refuse_both(parsed)
         with handled(Raise()):
-            return run(parsed, command)
+            return run(parsed, shlex.join(["apical", *arguments]))
     except ApicalError as error:
         message = str(error)
     except BrokenPipeError:
@@ -164,15 +161,17 @@ def _status(parsed: Any, command: str) -> int:
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # as rich ends then
             return _unheard()
+        if parsed is None:  # tyro's, after help
+            raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{frame.filename}, line {frame.lineno}, ended the program (SystemExit: {error.code})"
     except KeyboardInterrupt:
         print(LINE, file=sys.stderr, flush=True)
         return STATUS
-    except Exception as error:
+    except BaseException as error:  # also what pytest.skip raises
         from apical import own_code
 
-        if (told := own_code.blamed(error)) is None:
+        if (told := out_of_memory(error) or own_code.blamed(error)) is None:
             raise
         message = told
     # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke

@@ -401,10 +401,11 @@ class CreditRule(nn.Module):
         The model runs, but weights, buffers, gradients and random generators stay as they are. `repr(rule)` has a summary
         afterwards.
         """
-        from apical.core.placement import place
+        from apical.core.placement import place, require_whole
         from apical.core.rest import undisturbed
 
         self.require_attached()
+        require_whole(self.model)
         with undisturbed(self):
             placement = place(self.model, self.credit_paths(inputs))
         self._placement = placement

@@ -22,6 +22,9 @@ from apical.errors import ApicalError, ConfigError, DivergenceError, Unsupported
 STILL = 3
 """Steps after which a rule says that its own parameters do not take part in them."""
 
+SLIGHT = 1e-6
+"""By how much a weight of the model may move while rounding keeps one of the rule's own, up to about ten, where it is."""
+
 OFTEN = 16
 """Batches of which each is looked at for that; then only the 32nd, the 64th and so on."""
 
@@ -304,7 +307,7 @@ def look_at_optimizer(rule: CreditRule) -> None:
         rule._looks = (count + 1, *now)
         if not own or (before and not _same(before[1], now[1])):
             rule._unmoved, rule._looks = -1, (0,)
-        elif before and not _same(before[0], now[0]):
+        elif before and any(map(_is_moved, before[0], now[0])):
             rule._unmoved += 1
     else:
         rule._looks = (count + 1, *before)
@@ -325,6 +328,12 @@ def _seen(parameter: Tensor) -> Any:
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
     """Whether nothing has moved, as far as two looks can be compared: not where a call has lent tensors, nor after `to`."""
     return all(map(_equal, before, now))
+
+
+def _is_moved(a: Any, b: Any) -> bool:
+    """Whether a parameter has moved by more than what rounding may keep from the rule's own."""
+    slight = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+    return not _equal(a, b) and not (slight and torch.allclose(a, b, rtol=0, atol=SLIGHT))
 
 
 def _equal(a: Any, b: Any) -> bool:

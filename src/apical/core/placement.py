@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from apical.core.layers import is_local
+from apical.core.processes import is_parted
 from apical.core.rest import undisturbed
+from apical.errors import ConfigError
 
 OUTPUT_CREDIT = "the output's credit"
 """Path of what lies behind the last cuts of a rule that hands out a credit for the output, too."""
@@ -120,6 +122,16 @@ def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
         first = next(iter(own.values()))
         rows.append(Row(name, kind, tuple((weight if isinstance(weight, Tensor) else first).shape), path))
     return Placement(rows)
+
+
+def require_whole(model: nn.Module) -> None:
+    """Refuse a model of whose parameters each process holds a part: only the wrapper's own forward pass puts them together.
+
+    Raises:
+        ConfigError: it is under `fully_shard`.
+    """
+    if any(map(is_parted, model.parameters())):
+        raise ConfigError("each process holds a part of the parameters (fully_shard): look at the rule before it is wrapped")
 
 
 def layer_paths(model: nn.Module, inputs: Any, path: str, exact: Collection[str] = ()) -> dict[str, str]:

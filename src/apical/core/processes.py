@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -58,8 +59,46 @@ def gathered(rows: Tensor) -> Tensor:
     return summed(whole)
 
 
+def is_parted(tensor: Tensor) -> bool:
+    """Whether each process holds a part of the tensor, as under `fully_shard`."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together from its parts."""
+    return cast(Any, tensor).full_tensor() if is_parted(tensor) else tensor
+
+
+def parted(tensor: Tensor, example: Tensor) -> Tensor:
+    """This process's part of a tensor that all have whole, where `example` is held in parts; else the tensor."""
+    if not is_parted(example):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    own = cast(DTensor, example)
+    return distribute_tensor(tensor, own.device_mesh, own.placements)
+
+
+def without_diagonal_(matrix: Tensor) -> None:
+    """Set the diagonal to zero, in place."""
+    if is_parted(matrix):
+        matrix.mul_(parted(1 - torch.eye(*matrix.shape, dtype=matrix.dtype, device=matrix.device), matrix))
+    else:
+        matrix.fill_diagonal_(0.0)
+
+
+def compressed() -> bool:
+    """Whether the `DistributedDataParallel` that calls hands gradients to a hook (`register_comm_hook`), which may round."""
+    return bool(getattr(_active(), "_comm_hooks", ()))
+
+
+def _active() -> DistributedDataParallel | None:
+    """The one whose forward pass is running."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
 def _refuse_join() -> None:
-    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    active = _active()
     join = getattr(active, "_join_config", None)
     if join is not None and join.enable and not join.throw_on_early_termination:
         raise ConfigError(

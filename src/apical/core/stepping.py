@@ -267,13 +267,18 @@ def noted(weight: Tensor, arrival: Arrival) -> Tensor:
 
 def _spread(tensor: Tensor) -> Tensor:
     """About 64 elements in the order of the indices, however the tensor lies in memory."""
-    flat = tensor.detach().reshape(-1)
+    flat = _own_part(tensor.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // 64)]
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that `fully_shard` has parted."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def strided(tensor: Tensor) -> Tensor:
     """About 64 elements of a dense tensor, as a view of it."""
-    flat = tensor.detach()
+    flat = _own_part(tensor.detach())
     if not flat.is_contiguous():
         flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
     flat = flat.reshape(-1)

@@ -66,7 +66,8 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     """
     factory, where, seed = _factory(name), name.rpartition("/")[2], torch.initial_seed()
     try:
-        model = factory(**_given(factory, where, input_shape, outputs))
+        with own_code.settings_kept(f"model {where}"):
+            model = factory(**_given(factory, where, input_shape, outputs))
     except ApicalError:
         raise
     except (Exception, SystemExit) as error:

@@ -39,6 +39,7 @@ class EvolutionFolder:
         self.config, self.environment = path / "config.json", path / "environment.json"
         self.metrics, self.checkpoint = path / "metrics.jsonl", path / "checkpoint.pt"
         self.teacher, self.best, self.result = path / "teacher.pt", path / "best.pt", path / "result.json"
+        self.lock = FolderLock(path)
 
     def check(self, recipe: EvolutionRecipe, *, resume: bool, overwrite: bool) -> bool:
         """Whether there is a checkpoint to continue from. Writes nothing.
@@ -73,7 +74,7 @@ class EvolutionFolder:
             ConfigError: another process evolves here; or as :meth:`check` does.
             CheckpointError: as :meth:`check` does.
         """
-        with FolderLock(self.path).held("evolving"):
+        with self.lock.held("evolving"):
             yield self.check(recipe, resume=resume, overwrite=overwrite)
 
     def create(self, recipe: EvolutionRecipe, command: str, environment: dict[str, Any]) -> None:
@@ -197,6 +198,7 @@ class Evolution:
             "fittest": self.fittest,
             "average": self.average,
         }
+        self.folder.lock.check()
         write_sealed(self.folder.checkpoint, state)
         append_line(self.folder.metrics, self.line)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from apical.bench.document import table
-from apical.bench.state import read_json, write_json
+from apical.bench.state import read_json, write_state
 from apical.core.credit import CreditRule
 from apical.core.placement import path_summary
 from apical.errors import CheckpointError
@@ -21,7 +21,7 @@ _HEADS = ("Layer", "Type", "Weight", "Error passes through")
 
 def keep(folder: Path, rule: CreditRule, inputs: Tensor) -> None:
     """Write the placement of a rule into a run folder; inputs (batch, ...), of which a few samples are used."""
-    write_json(folder / FILE, {"rows": [asdict(row) for row in rule.placement(inputs[:SAMPLES])]})
+    write_state(folder / FILE, {"rows": [asdict(row) for row in rule.placement(inputs[:SAMPLES])]})
 
 
 def section(out: Path, rules: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from apical.bench.report.placement import first_file
 from apical.bench.schedule import generator
-from apical.bench.state import read_json, write_json
+from apical.bench.state import read_json, write_state
 from apical.core.credit import CreditRule
 from apical.core.rest import evaluating
 from apical.data import Dataset
@@ -38,7 +38,7 @@ def keep(folder: Path, rule: CreditRule, dataset: Dataset) -> None:
             tokens.append(int(torch.multinomial(chances, 1, generator=draw)))
             window = torch.cat((window[:, 1:], window.new_tensor([[tokens[-1]]])), dim=1)
     names = dataset.class_names
-    write_json(folder / FILE, {"begun": decoded(prompt, names), "drawn": decoded(tokens, names)})
+    write_state(folder / FILE, {"begun": decoded(prompt, names), "drawn": decoded(tokens, names)})
 
 
 def section(out: Path, rules: Sequence[str]) -> str:

@@ -46,7 +46,7 @@ def from_code(value: Any, name: str) -> Make:
 
 def _guarded(call: Callable[[], Any], where: str, path: Any) -> Any:
     try:
-        with own_code.generators_kept(seed=0):
+        with own_code.settings_kept(where, DataError), own_code.generators_kept(seed=0):
             return call()
     except ApicalError:
         raise

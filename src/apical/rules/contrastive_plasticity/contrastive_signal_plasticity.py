@@ -27,7 +27,7 @@ from apical.core.batch import require_classes, require_one_type, require_precisi
 from apical.core.chain import Chain
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel, Root
 from apical.core.losses import refuse_options, terms, value_at
-from apical.core.processes import summed
+from apical.core.processes import parted, summed, without_diagonal_
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
 from apical.rules.contrastive_plasticity.memristor import Pairs
@@ -257,10 +257,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         for place, parameter in self._synapses().items():
             if parameter.requires_grad:
                 if place in self._silent:
-                    parameter.sub_(summed(self._silent.pop(place)), alpha=self.decay)
+                    parameter.sub_(parted(summed(self._silent.pop(place)), parameter), alpha=self.decay)
                 parameter.clamp_(-1.0, 1.0)
         for m in self.lateral:
-            m.clamp_(min=0.0).fill_diagonal_(0.0)
+            without_diagonal_(m.clamp_(min=0.0))
         if self.pairs is not None:
             self.pairs.program_({place: p for place, p in self._synapses().items() if p.requires_grad})
 

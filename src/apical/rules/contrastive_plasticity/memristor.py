@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from apical.core.processes import parted, whole
+
 
 def key(kind: str, k: int) -> str:
     """Name of a matrix among the buffers.
@@ -56,11 +58,11 @@ class Pairs(nn.Module):
         self.programmed += 1
         for place, weight in weights.items():
             plus, minus = self.plus.get_buffer(key(*place)), self.minus.get_buffer(key(*place))
-            half = (weight - (plus - minus)) / 2
-            u = torch.rand((2, *weight.shape), generator=chance, dtype=torch.float64, device="cpu").to(weight)
+            half = (whole(weight) - (plus - minus)) / 2
+            u = torch.rand((2, *weight.shape), generator=chance, dtype=torch.float64, device="cpu").to(half)
             plus.copy_(levelled(plus + half, self.levels, u[0]))
             minus.copy_(levelled(minus - half, self.levels, u[1]))
             if place[0] == "lateral":  # not negative, and none from a neuron to itself
                 minus.copy_(torch.minimum(minus, plus))
                 minus.diagonal().copy_(plus.diagonal())
-            weight.copy_(plus - minus)
+            weight.copy_(parted(plus - minus, weight))

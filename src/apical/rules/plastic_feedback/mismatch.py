@@ -11,6 +11,7 @@ What is stored beside E is the feedback itself, `F = W + E`: when W moves otherw
 measured anew.
 """
 
+import math
 from typing import Any
 from weakref import ref
 
@@ -76,14 +77,15 @@ class Mismatch(nn.Module):
 
     def matched(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """`W + sum_k c_k E_k`."""
-        c = [value if abs(value) > TINY else 0.0 for value in self.c]
+        most = torch.finfo(weight.dtype).max
+        c = [(value if abs(value) <= most else value * math.inf) if abs(value) > TINY else 0.0 for value in self.c]
         result = torch.add(weight, self.initial, alpha=c[0], out=out)
         return result if self.velocity is None else result.add_(self.velocity, alpha=c[1])
 
     def drift(self) -> Tensor:
         """V: by how much the momentum of the feedback exceeds that of the weight, in the space of the weight."""
         result = self.initial * self.v[0]
-        return result if self.velocity is None else result.add_(self.velocity, alpha=self.v[1])
+        return result if self.velocity is None else result.add_(self.velocity * self.v[1])
 
     def measure(self, weight: Tensor) -> None:
         """Begin anew from the feedback as it is and a (detached) weight that was moved from outside."""

@@ -28,6 +28,7 @@ from apical.core.edge import EdgeRule
 from apical.core.effective import weight_now
 from apical.core.mirror import mirrored, require_affine
 from apical.core.packed import Part
+from apical.core.processes import parted, whole
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice
@@ -235,7 +236,8 @@ class PlasticRule(EdgeRule):
 
     def take_change(self, name: str, k: float, change: Tensor) -> None:
         """`R' = k R + B^T (W' - k W)`, where W has just moved by `change = W' - k W`."""
-        self.plastic_of(name).mul_(k).add_(self.from_weight(name, change))
+        plastic = self.plastic_of(name)
+        plastic.mul_(k).add_(parted(self.from_weight(name, whole(change)), plastic))
 
     def plastic_of(self, name: str) -> nn.Parameter:
         """R of one layer; without elements in closed form."""

@@ -37,6 +37,7 @@ from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
 from apical.core.packed import Part, row_blocks, xavier_
+from apical.core.processes import is_parted, whole
 from apical.core.stepping import direction, fingerprint
 from apical.core.tap import weight_tap
 from apical.core.transport import Geometry, as_matrix, from_matrix, transport, weight_gradient
@@ -359,7 +360,7 @@ class ProductFeedbackAlignment(PlasticRule):
         """B R of this layer, as `M F` in closed form."""
         mismatch = self.mismatch_of(name)
         if mismatch is None:
-            b, plastic = self.expansion.get_buffer(key(name)), self.plastic_of(name).detach()
+            b, plastic = self.expansion.get_buffer(key(name)), whole(self.plastic_of(name).detach())
             held = None if torch.compiler.is_compiling() else self._products.get(name)
             if held is not None and held.is_of(b, plastic):
                 return stored, (held.value,)
@@ -371,7 +372,7 @@ class ProductFeedbackAlignment(PlasticRule):
         """R in place, and with it `K = B R`: `K' = k K + M (W' - k W)` costs lambda times less than a new product."""
         b, plastic, shape = self.expansion.get_buffer(key(name)), self.plastic_of(name), self.geometries[name]
         held = self._products.pop(name, None)
-        if self.density < 1.0 or self.literal(name):
+        if self.density < 1.0 or self.literal(name) or is_parted(plastic):
             super().take_change(name, k, change)
             return
         if held is None or held.steps >= RENEWAL or not held.is_with(plastic):

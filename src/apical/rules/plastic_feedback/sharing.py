@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from apical.core.processes import compressed, whole
 from apical.core.stepping import Arrival, Group, distributed
 from apical.rules.plastic_feedback.decay import ELEMENTWISE, Decays
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 FUNCTION = "the layer computes with a function of its weight"
-PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight)"
+PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight, gradients compressed on their way)"
+ROUNDED = 1e-3
+"""What may lack from the cosine of gradients that processes hand each other in 16 bits."""
 OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
 
 
@@ -36,12 +39,16 @@ class Sharing:
         self._arrivals, self._decays = arrivals, decays
         self._counts: dict[str, int] = {}
         self._now: dict[str, tuple[float, Tensor]] = {}
-        self._warned = False
+        self._warned = self._compressed = False
 
     def forget(self) -> None:
         """A state was loaded."""
         self._counts.clear()
         self._now.clear()
+
+    def hear(self) -> None:
+        """A forward pass begins."""
+        self._compressed = compressed()
 
     def begin(self) -> None:
         """A step is about to be taken."""
@@ -90,7 +97,8 @@ class Sharing:
         elif plastic.grad is None or (name in self._arrivals and self._arrivals[name].watched):
             reason = PARTED if self._arrivals[name].foreign else None  # of all that has come since gradients were cleared
         elif self.is_due(name):
-            reason = None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
+            expected, allowed = rule.from_weight(name, whole(weight.grad)), ROUNDED if self._compressed else None
+            reason = None if parallel(whole(plastic.grad), expected, allowed) else PARTED
         if reason is not None or weight is None or isinstance(k, str):
             rule.alone[name] = reason or FUNCTION
             if spared and reason != PARTED and weight is not None and weight.grad is not None:
@@ -136,11 +144,11 @@ class Sharing:
         )
 
 
-def parallel(actual: Tensor, expected: Tensor) -> bool:
-    """Equal up to a positive factor and rounding; clipping makes one."""
+def parallel(actual: Tensor, expected: Tensor, allowed: float | None = None) -> bool:
+    """Equal up to a positive factor, as clipping makes one, and rounding: one minus the cosine is `allowed`, or less."""
     a, b = actual.detach().double(), expected.double()
     if a.shape != b.shape:
         return False
     size = a.norm() * b.norm()
-    allowed = 1e2 * torch.finfo(expected.dtype).eps
+    allowed = 1e2 * torch.finfo(expected.dtype).eps if allowed is None else allowed
     return bool(size - (a * b).sum() <= allowed * size)

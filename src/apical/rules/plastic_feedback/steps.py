@@ -230,6 +230,7 @@ class Steps:
 
     def hear(self) -> None:
         """A forward pass begins, in which every explicit R has a gradient of its own."""
+        self.sharing.hear()
         for arrival in self._arrivals.values():
             arrival.waits = False
 
