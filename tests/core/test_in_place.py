@@ -182,7 +182,9 @@ def saturating() -> nn.Linear:
     return layer
 
 
-@pytest.mark.parametrize("make", [lambda: ByFunction(8, 8), lambda: Rectifying(8, 8), saturating], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: ByFunction(8, 8), lambda: Rectifying(8, 8), saturating], ids=["function", "method", "hook"]
+)
 @pytest.mark.parametrize("name", ["fa", "kp", "grapes:bp", "grapes:fa", "matched:kp"])
 def test_a_layers_output_that_is_kept_for_the_backward_pass_is_not_changed(name: str, make: Callable[[], nn.Linear]) -> None:
     """Edges and gains are put on outputs in place, which ended in an error of autograd's."""
