@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import Backprop, DirectFeedbackAlignment, FeedbackAlignment
-from apical.core.credit import CreditRule
+from apical.core.credit import Credit, CreditRule
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment
 from apical.diagnostics.channel import channel
 from apical.diagnostics.coding import coding
@@ -106,6 +106,29 @@ def test_backpropagation_is_at_no_angle_to_itself(kind: str) -> None:
     torch.manual_seed(0)
     rule = Backprop(Odd(kind).double())
     assert all(layer["gradient_alignment"] < 1e-3 for layer in gradient_alignment(rule, INPUTS, TARGETS).values())
+
+
+def test_a_loss_and_a_rule_of_ones_own_keep_their_states() -> None:
+    """The loss is as it was; a rule may keep what belongs to what it made at its first batch."""
+    calls: list[int] = []
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(calls))
+        return F.cross_entropy(output, targets) * (1 + len(calls))
+
+    class Own(Backprop):
+        made = 0
+
+        def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
+            self.made += 1
+            return super().forward(inputs, targets)
+
+    rule = Own(Odd("counter").double(), loss)
+    before = list(calls)
+    angles = gradient_alignment(rule, INPUTS, TARGETS)
+    assert all(abs(layer["gradient_norm_ratio"] - 1) < 1e-9 for layer in angles.values())
+    assert calls == before
+    assert rule.made == 1
 
 
 def test_a_look_first_changes_no_training() -> None:

@@ -221,7 +221,9 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
         words, normal = state["python"]
         random.setstate((random.getstate()[0], tuple(words.tolist()), normal))
     if "numpy" in state:
-        keys, *rest = state["numpy"]
-        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+        keys, place, has_normal, normal = state["numpy"]
+        if not (type(place) is int and 0 <= place <= len(keys)):
+            raise ValueError(f"the place in NumPy's generator is {place}")
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), place, int(has_normal), float(normal)))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

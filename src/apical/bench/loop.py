@@ -448,7 +448,7 @@ class Training:
             field = "rng"
             with self._own_randomness():
                 checkpoint.set_rng_state(state["rng"], self.device)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"checkpoint {path}: field {field!r} does not fit this run ({brief(error)})") from error
         self.trajectory.restore(snapshots)
         self._untrained = max(self._untrained, untrained)

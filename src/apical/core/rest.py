@@ -71,16 +71,20 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
 
 @contextmanager
-def kept_attributes(*modules: nn.Module) -> Iterator[None]:
+def kept_attributes(*modules: nn.Module, loss: Callable[..., Any] | None = None) -> Iterator[None]:
     """Afterwards buffers, weights and what else a user's modules hold are as they were; see :func:`undisturbed`.
 
     Gradients, and what rules put into the modules within, stay.
+
+    Args:
+        modules: a model, but no rule, which may keep what belongs to what it put into the model.
+        loss: of which the state is kept, too.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     made = [m for m in every if not isinstance(m, LazyModuleMixin)]  # others are changed for good by their first batch
     attributes = [(m, {name: _shallow(m.__dict__[name]) for name in _own_names(m)}) for m in made]
     tensors = _tensors(made, parameters=False)
-    with kept_states(every, drawn=True):
+    with kept_states(every, drawn=True, objects=(loss,)):
         try:
             yield
         finally:
@@ -93,19 +97,20 @@ def kept_attributes(*modules: nn.Module) -> Iterator[None]:
 
 
 def _own_names(module: nn.Module) -> set[str]:
-    """Attributes of a user's module, but for those that every module has; none of a rule."""
+    """Attributes of a user's module, but for those that every module has."""
     return set() if type(module).__module__.startswith("apical.") else module.__dict__.keys() - _EVERY_MODULES - {"forward"}
 
 
 @contextmanager
-def kept_states(modules: Iterable[nn.Module], drawn: bool = False) -> Iterator[None]:
+def kept_states(modules: Iterable[nn.Module], drawn: bool = False, objects: Iterable[Any] = ()) -> Iterator[None]:
     """Afterwards objects that attributes of modules hold are as they were, but for buffers and parameters.
 
     Args:
         modules: whose attributes are looked at; of a rule's own only the loss.
         drawn: the generators of Python and NumPy, too.
+        objects: others that are looked at.
     """
-    restores, tensors = _eagerly(_inner, modules)
+    restores, tensors = _eagerly(_inner, modules, objects)
     copies = _copies(tensors)
     restores += _eagerly(_generators) if drawn else []
     try:
@@ -152,10 +157,10 @@ def _generators() -> list[Callable[[], None]]:
     return [lambda: random.setstate(state), lambda: numpy.random.set_state(legacy)]
 
 
-def _inner(modules: Iterable[nn.Module]) -> tuple[list[Callable[[], None]], list[Tensor]]:
+def _inner(modules: Iterable[nn.Module], objects: Iterable[Any]) -> tuple[list[Callable[[], None]], list[Tensor]]:
     """What puts back the states of objects that attributes of a user's modules hold, be it in containers; and tensors."""
     seen, restores, tensors = set[int](), list[Callable[[], None]](), list[Tensor]()
-    waiting = [(value, 0) for module in modules for value in _looked_at(module)]
+    waiting = [(value, 0) for module in modules for value in _looked_at(module)] + [(value, 0) for value in objects]
     waiting += [(hook, 0) for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
     while waiting:
         value, depth = waiting.pop()

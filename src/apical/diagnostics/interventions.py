@@ -119,7 +119,7 @@ class Probe:
         """Within, the same is drawn each time; of one sample batch normalisation has no statistics but its running ones."""
         modules = self.rule.modules() if samples == 1 else ()
         normal = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
-        with kept_attributes(self.rule):
+        with kept_attributes(self.rule.model, loss=self.rule.loss):
             torch.manual_seed(self.seed)
             try:
                 for module in normal:

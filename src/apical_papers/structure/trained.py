@@ -117,11 +117,11 @@ def codes(digits: Digits, seed: int, networks: int = 30) -> float:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation of the ranks of two series; equal values have the mean of their ranks.
+    """Correlation of the ranks of two series; equal values have the mean of their ranks. 0 where one has no order at all.
 
     >>> round(spearman([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]), 9)
     0.5
     """
     from scipy import stats  # a third of a second
 
-    return float(stats.spearmanr(a, b).statistic)
+    return float(stats.spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
