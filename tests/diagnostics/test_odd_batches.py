@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from apical import Backprop, FeedbackAlignment
 from apical.core.credit import CreditRule
-from apical.diagnostics.alignment import gradient_alignment, gradients
+from apical.diagnostics.alignment import gradient_alignment, gradients, layer_alignment
 from apical.diagnostics.channel import channel
 from apical.diagnostics.gauss_newton import gauss_newton_alignment, gauss_newton_direction, minimum_norm_alignment
 from apical.diagnostics.landscape import flat, losses_at
@@ -198,3 +198,18 @@ def test_gauss_newton_direction_of_a_transformer_layer_solves_its_equation() -> 
     flat_change = torch.cat([change[name].flatten() for name, _ in model.named_parameters()])
     solved = jacobian.T @ hessian @ jacobian @ flat_change + 0.1 * flat_change
     torch.testing.assert_close(solved, -gradient, rtol=1e-6, atol=1e-9)
+
+
+LAYERWISE: dict[str, Look] = {
+    "gradients": gradient_alignment,
+    "gauss-newton": gauss_newton_alignment,
+    "weights": lambda rule, x, y: layer_alignment(rule),
+}
+
+
+@pytest.mark.parametrize("look", LAYERWISE.values(), ids=LAYERWISE)
+def test_parameters_in_parts_are_refused(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `fully_shard` parts them: only the wrapper's own forward puts them together."""
+    monkeypatch.setattr("apical.core.placement.is_parted", lambda parameter: True)
+    with pytest.raises(ConfigError, match=r"fully_shard.*before it is wrapped"):
+        look(FeedbackAlignment(mlp()), torch.randn(4, 6), TARGETS)

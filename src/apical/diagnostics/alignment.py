@@ -11,6 +11,7 @@ from apical.core.credit import CreditRule
 from apical.core.effective import measured_weight
 from apical.core.layers import is_packed, is_weighted
 from apical.core.packed import Part, full_name, parts_of
+from apical.core.placement import require_whole
 from apical.core.processes import alone
 from apical.core.rest import kept_attributes
 from apical.core.within import reads_own_weight
@@ -40,6 +41,7 @@ def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
 
     For product feedback alignment this is the path alignment of arXiv 2405.20594, for the others the weight alignment.
     """
+    require_whole(rule.model)
     modules: dict[str, Any] = dict(rule.model.named_modules())
     parts = {name: layer for name, layer in getattr(innermost(rule), "layers", {}).items() if isinstance(layer, Part)}
     with unchanged(rule), torch.no_grad():
@@ -91,6 +93,7 @@ def gradients(
     Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through
     time. Where it has no derivative, as spikes have none, there is nothing to compare: both are empty.
     """
+    require_whole(rule.model)
     sources = _sources(rule) if weights is None else {name: [weight] for name, weight in weights.items()}
     learned = {id(p): p for layer in sources.values() for p in layer if p.is_leaf and p.requires_grad}
     with unchanged(rule), torch.enable_grad(), _same_masks(rule.model):

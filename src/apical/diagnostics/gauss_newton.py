@@ -29,6 +29,7 @@ from apical.core.chain import Chain, States
 from apical.core.credit import CreditRule, Loss
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error
+from apical.core.placement import require_whole
 from apical.core.rest import evaluating, kept_attributes
 from apical.core.wrapped import innermost
 from apical.diagnostics.alignment import angle, unchanged
@@ -288,6 +289,7 @@ def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple
 
     The rule, its model, their gradients, buffers and random state are left as they were.
     """
+    require_whole(rule.model)
     with unchanged(rule), torch.enable_grad():
         rule.model.eval()
         output = rule.accumulate(inputs, targets).output
