@@ -16,7 +16,12 @@ from apical.core.credit import Credit, CreditRule
 from apical.diagnostics.alignment import gradient_alignment, layer_alignment
 from apical.diagnostics.channel import channel
 from apical.diagnostics.coding import coding
-from apical.diagnostics.gauss_newton import gauss_newton_alignment, gauss_newton_direction, gauss_newton_update
+from apical.diagnostics.gauss_newton import (
+    gauss_newton_alignment,
+    gauss_newton_direction,
+    gauss_newton_update,
+    minimum_norm_alignment,
+)
 from apical.diagnostics.interference import interference
 from apical.diagnostics.landscape import flat, losses_at
 from apical.diagnostics.learnability import learnability
@@ -129,6 +134,42 @@ def test_a_loss_and_a_rule_of_ones_own_keep_their_states() -> None:
     assert all(abs(layer["gradient_norm_ratio"] - 1) < 1e-9 for layer in angles.values())
     assert calls == before
     assert rule.made == 1
+
+
+@pytest.mark.parametrize("look", [*LOOKS, "minimum norm", "direction"])
+def test_a_loss_that_counts_is_left_as_it_was(look: str) -> None:
+    calls: list[int] = []
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(calls))
+        return ((output - F.one_hot(targets, 3)) ** 2).mean() if output.dim() > 1 else output.mean()
+
+    rule = Backprop(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double(), loss)
+    rule(INPUTS, TARGETS)
+    before = list(calls)
+    others = {
+        "minimum norm": lambda rule: minimum_norm_alignment(rule, INPUTS, TARGETS),
+        "direction": lambda rule: gauss_newton_direction(rule.model, loss, INPUTS, TARGETS),
+    }
+    (LOOKS | others)[look](rule)
+    assert calls == before
+
+
+def test_a_loss_that_is_a_module_keeps_its_state() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.seen = 0, []
+
+        def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen.append(self.calls)
+            return F.cross_entropy(output, targets) * (1 + self.calls)
+
+    loss = Growing()
+    angles = gradient_alignment(Backprop(Odd("counter").double(), loss), INPUTS, TARGETS)
+    assert all(abs(layer["gradient_norm_ratio"] - 1) < 1e-9 for layer in angles.values())
+    assert (loss.calls, loss.seen) == (0, [])
 
 
 def test_a_look_first_changes_no_training() -> None:

@@ -71,25 +71,27 @@ def undisturbed(*modules: nn.Module, parameters: bool = False) -> Iterator[None]
 
 
 @contextmanager
-def kept_attributes(*modules: nn.Module, loss: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Afterwards buffers, weights and what else a user's modules hold are as they were; see :func:`undisturbed`.
+def kept_attributes(*modules: nn.Module, loss: Callable[..., Any] | None = None, tensors: bool = True) -> Iterator[None]:
+    """Afterwards what a user's modules hold is as it was, with buffers and weights; see :func:`undisturbed`.
 
     Gradients, and what rules put into the modules within, stay.
 
     Args:
         modules: a model, but no rule, which may keep what belongs to what it put into the model.
         loss: of which the state is kept, too.
+        tensors: False leaves buffers and weights to the caller.
     """
+    modules += (loss,) if isinstance(loss, nn.Module) else ()
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     made = [m for m in every if not isinstance(m, LazyModuleMixin)]  # others are changed for good by their first batch
     attributes = [(m, {name: _shallow(m.__dict__[name]) for name in _own_names(m)}) for m in made]
-    tensors = _tensors(made, parameters=False)
+    values = _tensors(made, parameters=False) if tensors else []
     with kept_states(every, drawn=True, objects=(loss,)):
         try:
             yield
         finally:
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                _put_back(tensors)
+                _put_back(values)
             for module, saved in attributes:
                 for name in _own_names(module) - saved.keys():
                     del module.__dict__[name]

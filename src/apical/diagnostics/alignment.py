@@ -163,7 +163,7 @@ def unchanged(rule: CreditRule) -> Iterator[None]:
     held = [(module, module._held) for module in rule.modules() if isinstance(module, CreditRule)]
     devices = sorted({p.device.index for p in rule.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices), alone(), kept_attributes(rule.model, loss=rule.loss):
+        with torch.random.fork_rng(devices), alone(), kept_attributes(rule.model, loss=rule.loss, tensors=False):
             rule.train()
             for parameter, _ in grads:
                 parameter.grad = None

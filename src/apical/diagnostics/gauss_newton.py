@@ -217,7 +217,7 @@ def gauss_newton_direction(
         UnsupportedModelError: a module mixes the samples even in evaluation mode, or torch.func cannot follow the model.
     """
     _require_damping(damping)
-    with evaluation(model), kept_attributes(model):
+    with evaluation(model), kept_attributes(model, loss=loss):
         parameters, network = _functional(model, names)
         try:
             product, gradient = loss_curvature_product(lambda p: network(p, inputs), lambda r: loss(r, targets), parameters)
@@ -296,7 +296,8 @@ def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple
         require_rows("a Gauss-Newton or minimum-norm angle", inputs, output)
         output = output.detach()
         change = {name: -p.grad for name, p in rule.model.named_parameters() if p.grad is not None}
-    return change, -len(output) * output_error(rule.loss, output, targets)[1]  # the loss is a mean over the batch
+        error = output_error(rule.loss, output, targets)[1]
+    return change, -len(output) * error  # the loss is a mean over the batch
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def losses_at(
     def losses(points: Tensor) -> Tensor:
         points = points.to(device)
         total = torch.zeros(len(points), dtype=torch.float64, device=device)
-        with _own_statistics(model):
+        with _own_statistics(model), kept_attributes(model, loss=loss):
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             for x, y in batches:
                 values = several(points, buffers, x, y) if together else None
@@ -247,7 +247,7 @@ def losses_at(
 
 @contextmanager
 def _own_statistics(model: nn.Module) -> Iterator[None]:
-    with evaluating(model), kept_attributes(model):
+    with evaluating(model):
         for module in model.modules():
             if isinstance(module, _RUNNING):
                 module.training = True
