@@ -32,7 +32,8 @@ PAPER = Paper(
         "scaling": alone(
             "Loss against width of a small language model, by rule",
             "apical_papers.transformers.scaling",
-            *({"steps": 4, "seeds": 2}, {"steps": 200, "seeds": 3}, {"steps": 400, "seeds": 5}),
+            *({"steps": 4, "seeds": 2}, {"steps": 400, "seeds": 5}, {"steps": 400, "seeds": 5}),
+            hours={"cpu": 0.35},
         ),
     },
 )
