@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -33,6 +33,11 @@ def test_backward_accumulates_into_grad() -> None:
         loss = (5 * w).sum()
         Credit([loss], [None], loss, loss).backward()
     assert w.grad.item() == 15.0
+
+
+def test_type_checkers_know_what_a_rule_returns() -> None:
+    """`nn.Module.__call__` says Any, after which a misspelt attribute of the credit would pass every type checker."""
+    assert get_type_hints(CreditRule.__call__)["return"] is Credit
 
 
 def test_logs_are_not_shared_between_credits() -> None:

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from apical.core.calls import traceable
 from apical.core.checkpointing import is_checkpointed, refuse_hidden
-from apical.core.credit import Attention, CreditRule
+from apical.core.credit import Attention, Credit, CreditRule
 from apical.core.outside_use import PRODUCTS
 from apical.errors import ConfigError, UnsupportedModelError
 
@@ -427,7 +427,7 @@ _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
 }
 
 
-def attended(rule: CreditRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def attended(rule: CreditRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Credit:
     """Credit for one batch, with the backward pass of attention that the rule's option says.
 
     Raises:

@@ -262,7 +262,7 @@ class CreditRule(nn.Module):
             raise ConfigError(f"this {type(self).__name__} was made for its model alone; make a new rule for another one")
         super().__setattr__(name, value)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Credit:
         """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
         if torch.compiler.is_compiling():
             from apical.core.wrappers import COMPILES, outside_graphs
@@ -274,7 +274,7 @@ class CreditRule(nn.Module):
         with self._turn:
             return self._plainly(*args, **kwargs)
 
-    def _plainly(self, *args: Any, **kwargs: Any) -> Any:
+    def _plainly(self, *args: Any, **kwargs: Any) -> Credit:
         if self._uncompiles or ((self._is_fresh or self.model._compiled_call_impl) and not torch.compiler.is_compiling()):
             from apical.core.wrappers import uncompiled  # for a model that is compiled already
 
@@ -282,7 +282,7 @@ class CreditRule(nn.Module):
                 return self._attended(*args, **kwargs)
         return self._attended(*args, **kwargs)
 
-    def _attended(self, *args: Any, **kwargs: Any) -> Any:
+    def _attended(self, *args: Any, **kwargs: Any) -> Credit:
         if self.attention == "exact":
             return self._credited(*args, **kwargs)
         from apical.core.attention import attended  # few want it
@@ -299,13 +299,13 @@ class CreditRule(nn.Module):
         require_choice("attention", attention, get_args(Attention))
         self._attention, self._has_attended = attention, False
 
-    def _credited(self, *args: Any, **kwargs: Any) -> Any:
+    def _credited(self, *args: Any, **kwargs: Any) -> Credit:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             if self._is_fresh and torch.is_grad_enabled() and (self.output_alone or self._loss_options):
                 from apical.core.loss_options import require_known
 
                 require_known(self.loss)
-            return super().__call__(*args, **kwargs)
+            return cast(Credit, super().__call__(*args, **kwargs))
         if kwargs.keys() <= {"inputs", "targets"}:
             args, kwargs = (*args, *(kwargs[name] for name in ("inputs", "targets") if name in kwargs)), {}
         if self.output_alone and args and getattr(args[0], "dtype", None) in (torch.bfloat16, torch.float16):
@@ -319,7 +319,7 @@ class CreditRule(nn.Module):
 
             look_before(self, args, first)
         try:
-            credit = super().__call__(*args, **kwargs)
+            credit: Credit = super().__call__(*args, **kwargs)
             loss = getattr(credit, "_loss", None)
             if hasattr(credit, "_loss") and not (isinstance(loss, Tensor) and not loss.dim()):
                 raise TypeError("the loss is no scalar tensor")
