@@ -506,3 +506,14 @@ def test_nothing_is_kept_of_a_batch() -> None:
         gc.collect()
         assert len(kept) == 2
         assert not any(reference() for reference in kept)
+
+
+def test_a_gradient_that_has_nearly_vanished_accuses_nobody() -> None:
+    """In a deep plain network gradients become denormal numbers on their way down, of which few digits are right."""
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(128) for layer in (nn.Linear(32, 32), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), *hidden, nn.Linear(32, 10))
+    rule = LocalSolve(apical.Backprop(model))
+    rule(torch.randn(8, 16), torch.randint(10, (8,))).backward()
+    assert model[-1].weight.grad.any()
+    assert not model[0].weight.grad.any()

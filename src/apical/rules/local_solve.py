@@ -303,7 +303,9 @@ class LocalSolve(WrappedRule):
             measured = self._measured(inputs, targets)
         inner = type(innermost(self)).__name__
         allowed = 1e-2 if any(p.dtype != torch.float64 for p in self.model.parameters()) else 1e-6
-        asked = {name: pair for name, pair in measured.items() if bool(pair[1].any()) and bool(pair[1].isfinite().all())}
+        kinds = [torch.finfo(p.dtype) for p in self.model.parameters() if p.is_floating_point()]
+        least = max(kind.tiny / kind.eps for kind in kinds)
+        asked = {name: pair for name, pair in measured.items() if _is_telling(pair[1], least)}
         self._unsure = len(asked) < len(measured)  # no error has reached some layer yet
         for name, (problem, _) in asked.items():
             if not problem.calls:
@@ -388,6 +390,11 @@ def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], 
     refuse_checkpointing(name)
     inputs = args[0] if args and isinstance(args[0], Tensor) else only_tensor(name, args, kwargs)
     rule._problems[name].calls.append(inputs.detach())
+
+
+def _is_telling(gradient: Tensor, least: float) -> bool:
+    """Whether a gradient is finite, and not so small that it was rounded to a few digits, as denormal numbers are."""
+    return bool(gradient.isfinite().all()) and bool((gradient.abs() > least).any())
 
 
 def _not_called(name: str, rule: LocalSolve) -> UnsupportedModelError:
