@@ -28,6 +28,23 @@ def one_ends(rank: int) -> None:
     dist.barrier()
 
 
+def default(rank: int, leave: torch.dtype) -> torch.dtype:
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(leave)
+    return dtype
+
+
+def test_tasks_begin_with_the_default_dtype_of_the_process_that_asks() -> None:
+    """Else a rule of float64 models is compared with itself in float32, and a task inherits what the one before has left."""
+    assert on_two_ranks(default, torch.double) == [torch.float] * 2
+    assert on_two_ranks(default, torch.float) == [torch.float] * 2
+    torch.set_default_dtype(torch.double)
+    try:
+        assert on_two_ranks(default, torch.float) == [torch.double] * 2
+    finally:
+        torch.set_default_dtype(torch.float)
+
+
 def test_tasks_errors_and_ends() -> None:
     first, second = on_two_ranks(summed, 1.5), on_two_ranks(summed, 2.5)
     assert [value for _, value in first] == [4.0, 4.0]

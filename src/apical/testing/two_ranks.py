@@ -83,7 +83,7 @@ def on_two_ranks(task: Callable[..., Any], *args: Any) -> list[Any]:
         RankError: it raised an error there. The next call starts a new pair.
     """
     global _pair
-    message = pickle.dumps((sys.path, pickle.dumps((task, args))))
+    message = pickle.dumps((sys.path, torch.get_default_dtype(), pickle.dumps((task, args))))
     if _pair is not None and not all(process.is_alive() for process in _pair.processes):
         _give_up(_pair)
     if _pair is None:
@@ -108,9 +108,10 @@ def _serve(rank: int, folder: str, pipe: Connection) -> None:
     dist.init_process_group("gloo", init_method=f"file://{Path(folder).as_posix()}/rendezvous", rank=rank, world_size=2)
     while True:
         try:
-            sys.path[:], message = pickle.loads(pipe.recv_bytes())
+            sys.path[:], dtype, message = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError, KeyboardInterrupt):
             os._exit(0)  # gloo's destructor can wait for ever for a thread that waits for the interpreter lock
+        torch.set_default_dtype(dtype)  # whatever the task before has left
         try:
             task, args = pickle.loads(message)
             answer = pickle.dumps((False, task(rank, *args)))
