@@ -21,6 +21,7 @@ from apical.core.credit import CreditRule
 from apical.data.own import sources as own_data
 from apical.errors import ConfigError, require_choice
 from apical.models import own as own_models
+from apical.own_code import standard_settings
 
 Metric = Literal["test accuracy", "test loss"]
 _ELSEWHERE = {"rule", "rule_options", "data", "model", "epochs", "seed", *CHECKSUMS}
@@ -89,6 +90,7 @@ class Compared:
         return capture.get().rstrip()
 
 
+@standard_settings()
 def compare(
     *,
     out: str | os.PathLike[str],
@@ -106,6 +108,8 @@ def compare(
     **settings: Any,
 ) -> Compared:
     """Train rules with the same seeds, data and settings, and write a report; what `apical compare` does.
+
+    Trainings run with the default dtype and device, grad mode and autocast of a new process, whatever the program has set.
 
     Args:
         out: folder for runs and report; must be new or empty.

@@ -11,7 +11,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import CellType, CodeType, ModuleType
@@ -131,6 +131,25 @@ def settings_kept(where: str, error: Callable[[str], ApicalError] = ConfigError)
                 f"{where} sets PyTorch's {what} to {value} for all that this process trains: leave it out, and convert what "
                 "needs it"
             )
+
+
+@contextmanager
+def standard_settings() -> Iterator[None]:
+    """Within, PyTorch's default dtype and device, grad and inference mode and autocast are those of a new process.
+
+    What trains whole networks runs so: one process gives the same numbers as several, whatever the calling program has set.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    with ExitStack() as stack:
+        if device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 def _settings() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from apical.bench.recipe import Recipe
 from apical.core.credit import CreditRule
 from apical.data import Dataset, Split
 from apical.data.own.sources import moments
+from apical.own_code import standard_settings
 
 
 class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -76,6 +77,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.rule_options = rule_options
         self.random_state = random_state
 
+    @standard_settings()
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Train on samples (n, features) with labels (n,).
 
@@ -120,6 +122,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = self.epochs
         return self
 
+    @standard_settings()
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probabilities (n, n_classes) of samples (n, features)."""
         check_is_fitted(self)
