@@ -20,9 +20,9 @@ PAPER = Paper(
             "Credit in deep chains: every other rule, also those that refuse some of the chains",
             "apical_papers.structure.depth_study",
             {"deepest": 10, "seeds": 2},
-            {"deepest": 200, "seeds": 3},
             {"deepest": 200, "seeds": 10},
-            hours={"cpu": 0.55},
+            {"deepest": 200, "seeds": 10},
+            hours={"cpu": 1.8},
         ),
         "theory": seed_study(
             "Product nodes for a Lorenz system, gradients along flows, and channels",
