@@ -156,6 +156,43 @@ def test_two_processes_train_as_one_and_say_what_ended_them(name: str, model: An
     _equal(dict(enumerate(found)), dict(enumerate(known)))
 
 
+class Third(nn.Module):
+    """An activation with a constant of the default dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * torch.tensor(1 / 3))
+
+
+def thirds() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 12), Third(), nn.Linear(12, 12), Third(), nn.Linear(12, 12), Third(), nn.Linear(12, 10)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def test_processes_have_the_default_dtype_of_the_one_that_asks() -> None:
+    found = []
+    torch.set_default_dtype(torch.double)
+    try:
+        for piped in (True, False):
+            rule = apical.LocalClassifiers(thirds())
+            optimizer = sgd(rule)
+            inputs, targets = batch(0)
+            if piped:
+                with apical.pipeline(rule, optimizer) as pipe:
+                    for _ in range(3):
+                        pipe(inputs.double(), targets)
+                    pipe.wait()
+            else:
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    rule(inputs.double(), targets).backward()
+                    optimizer.step()
+            found.append(rule.model.state_dict())
+    finally:
+        torch.set_default_dtype(torch.float)
+    _equal(*found)
+
+
 def _equal(found: Any, known: Any) -> None:
     if isinstance(known, dict):
         assert found.keys() == known.keys()

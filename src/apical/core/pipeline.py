@@ -207,7 +207,7 @@ class Pipeline:
         for part in others:
             ours, theirs = channel(context, [targets])
             reports, sender = context.Pipe(duplex=False)
-            arguments = (rule, self.optimizer, part, theirs, sender, torch.get_num_threads())
+            arguments = (rule, self.optimizer, part, theirs, sender, torch.get_num_threads(), torch.get_default_dtype())
             process = context.Process(target=serve, args=arguments, daemon=True)
             try:
                 process.start()
@@ -225,10 +225,13 @@ class Pipeline:
             end.pipe.close()
 
 
-def serve(rule: Any, optimizer: Optimizer, part: Part, orders: Channel, reports: Connection, threads: int) -> None:
+def serve(
+    rule: Any, optimizer: Optimizer, part: Part, orders: Channel, reports: Connection, threads: int, dtype: torch.dtype
+) -> None:
     """Learn a part of every batch that is ordered, in a process of its own, until the orders' pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
     losses: list[float] = []
     try:
         while True:
