@@ -44,6 +44,16 @@ class Wrong:
         raise ConfigError("this task cannot be")
 
 
+class Third:
+    """Fitness depends on a constant of the default dtype."""
+
+    def __init__(self) -> None:
+        self.start = torch.zeros(3)
+
+    def fitness(self, individuals: Tensor, generation: int) -> Tensor:
+        return (individuals.double() * torch.tensor(1 / 3)).sum(1)
+
+
 def images() -> Images:
     draw = torch.Generator().manual_seed(0)
     return Images(torch.randn(60, 1, 4, 4, generator=draw), torch.arange(60) % 3, 3)
@@ -65,6 +75,16 @@ def after(task: Any, workers: Any, generations: int = 3) -> Evolution:
     for _ in range(generations):
         evolution.step()
     return evolution
+
+
+def test_workers_have_the_default_dtype_of_the_one_that_asks(two: RayWorkers) -> None:
+    individuals = torch.ones(8, 3)
+    torch.set_default_dtype(torch.double)
+    try:
+        assert torch.equal(two.evaluate(Third(), individuals, 0), Here().evaluate(Third(), individuals, 0))
+    finally:
+        torch.set_default_dtype(torch.float)
+    assert torch.equal(two.evaluate(Third(), individuals, 0), Here().evaluate(Third(), individuals, 0))
 
 
 def test_two_ray_workers_equal_no_ray_bit_for_bit(two: RayWorkers) -> None:

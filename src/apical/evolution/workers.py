@@ -83,7 +83,8 @@ class RayWorkers:
         """Fitness (P,) of individuals (P, D)."""
         if self._sent is None or self._sent[0] is not task:
             self._sent = (task, self._ray.put(task))
-        pending = [self._remote.remote(self._sent[1], part.clone(), generation) for part in individuals.split(self.chunk)]
+        held, dtype = self._sent[1], torch.get_default_dtype()
+        pending = [self._remote.remote(held, part.clone(), generation, dtype) for part in individuals.split(self.chunk)]
         try:
             return torch.cat(self._ray.get(pending))
         except self._ray.exceptions.RayTaskError as error:
@@ -153,8 +154,9 @@ def _knock(address: str, seconds: float = 5.0) -> None:
         raise ConfigError(message) from error
 
 
-def _evaluate(task: Task, individuals: Tensor, generation: int) -> Tensor:
+def _evaluate(task: Task, individuals: Tensor, generation: int, dtype: torch.dtype) -> Tensor:
     torch.set_num_threads(1)  # one core per worker
+    torch.set_default_dtype(dtype)
     return task.fitness(individuals, generation)
 
 
