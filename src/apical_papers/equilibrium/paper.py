@@ -40,7 +40,7 @@ PAPER = Paper(
             {"epochs": 1, "seeds": 2, "train_limit": 200},
             {"epochs": 15, "seeds": 10},
             {"epochs": 15, "seeds": 10},
-            hours={"cpu": 0.84},
+            hours={"cpu": 0.38},
         ),
     },
 )
