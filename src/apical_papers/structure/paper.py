@@ -22,7 +22,7 @@ PAPER = Paper(
             {"deepest": 10, "seeds": 2},
             {"deepest": 200, "seeds": 10},
             {"deepest": 200, "seeds": 10},
-            hours={"cpu": 1.8},
+            hours={"cpu": 1.36},
         ),
         "theory": seed_study(
             "Product nodes for a Lorenz system, gradients along flows, and channels",

@@ -76,7 +76,7 @@ PAPER = Paper(
             {"cases": "acrobot", "generations": 1, "generations_state": 1, "seeds": 2, "lifetimes": 2},
             {"cases": "acrobot", "generations": 60, "generations_state": 20, "seeds": 5, "lifetimes": 16},
             needs={"generations": 24, "generations_state": 10, "seeds": 5},
-            hours={"cpu": 0.55},
+            hours={"cpu": 0.98},
         ),
         "reinforcement": _table(
             "Top-down credit assignment on CartPole and Pendulum",
