@@ -88,7 +88,7 @@ def by_name(cells: Sequence[Mapping[str, Any]], part: str) -> dict[str, list[Any
     return {name: series(cells, part, name) for name in cells[0][part]}
 
 
-def table(title: str, note: str, header: Iterable[str], rows: Iterable[Iterable[str | Sequence[float]]]) -> Row:
+def table(title: str, note: str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> Row:
     """A table of texts and of values over meta-seeds, which are shown as their mean with its 95 % interval."""
     lines = [[cell if isinstance(cell, str) else shown(cell) for cell in row] for row in rows]
     return {"title": title, "note": note, "header": [*header], "rows": lines}

@@ -171,7 +171,7 @@ def dead_units(population: Population, weights: Tensor, inputs: Tensor) -> Tenso
 
 
 def tuned(
-    validation: Bench, rule: str, lifetime: Lifetime, teacher: Tensor | None = None, rates: Sequence[float] = GRID
+    validation: Bench, rule: str, lifetime: Lifetime, teacher: Tensor | None = None, rates: Sequence[float] = ()
 ) -> float:
-    """The learning rate of the grid with the lowest mean loss on validation tasks."""
-    return min(validation.run(rule, rates, lifetime, teacher), key=lambda trial: trial.loss).lr
+    """The learning rate of the grid, or of other ones, with the lowest mean loss on validation tasks."""
+    return min(validation.run(rule, rates or GRID, lifetime, teacher), key=lambda trial: trial.loss).lr

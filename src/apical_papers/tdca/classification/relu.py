@@ -98,7 +98,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
 def table(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str, Any]:
     """One row per rule and arm."""
 
-    def row(arm: str, rule: str) -> list[str | list[float]]:
+    def row(arm: str, rule: str) -> list[Any]:
         trials = series(arms[arm], part, rule)
         losses = [loss for trial in trials for loss in trial["losses"]]
         rates = " ".join(f"{rate:g}" for rate in sorted({trial["lr"] for trial in trials}))

@@ -102,7 +102,7 @@ MEASURES: dict[str, tuple[str, Callable[[Sequence[float]], Sequence[float]]]] = 
 
 
 def _lineup(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str, Any]:
-    rows: list[list[str | Sequence[float]]] = [
+    rows = [
         [TITLES[arm], str(len(cells)), unit, *(form(values(cells, rule, key, part)) for rule in NAMES)]
         for arm, cells in arms.items()
         for key, (unit, form) in MEASURES.items()

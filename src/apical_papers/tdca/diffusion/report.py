@@ -87,7 +87,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
 
 def table(cells: Sequence[Cell]) -> dict[str, Any]:
     """One row per kind of credit, and rules that nothing evolved."""
-    rows: list[list[str | list[float]]] = []
+    rows: list[list[Any]] = []
     per_weight = cells[0]["arms"]["weight"]["parameters"]
     for arm, title in TITLES.items():
         count = cells[0]["arms"][arm]["parameters"]
